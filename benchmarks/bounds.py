@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from attackers import ATTACKS, attacked
 from honest_experts import MAKERS, POOL, SKILLS, fresh_prompts, honest_pools, small_base
 from phatgoose.base.loading import load_base
-from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates, moments_of
 from phatgoose.routing.routers import discriminant
+from phatgoose.routing.routers.configs import Reading
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of, readings_in
 from phatgoose.tasks.embeddings import embed_texts, prompt_texts
 from phatgoose.tasks.encoding import Encoder
@@ -90,10 +90,10 @@ def compared(pool: Pool, asked: list[tuple[Tensor, Tensor]], attacker: int) -> d
 
 def chosen(pool: Pool, asked: list[tuple[Tensor, Tensor]], attacker: int) -> dict[str, Tensor]:
     """The expert of each prompt, by router."""
-    reader = PromptDiscriminant(readings_in(pool), Routing(), None)  # type: ignore[arg-type]
+    reader = PromptDiscriminant(readings_in(pool), Reading(), None)  # type: ignore[arg-type]
     own = [moments_of(e.embeddings[:, None], dtype=torch.float32) for e in pool.experts]
     moments = {part: torch.cat([each[part] for each in own]) for part in own[0]}
-    slopes, offsets = line_of(moments, Routing())
+    slopes, offsets = line_of(moments, Reading())
     kept = [each for z, each in enumerate(asked) if z != attacker]
     read = torch.cat([reader.scores_of_states(states) for states, _ in kept])
     embedded = torch.cat([vectors for _, vectors in kept]) @ slopes + offsets

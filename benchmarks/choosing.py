@@ -23,7 +23,7 @@ from routed_speed import prefill
 
 __all__ = ["ROUTERS", "measure_choosing"]
 
-ROUTERS = ("retrieval", "logo", "phatgoose-input", "discriminant", "joint-discriminant")
+ROUTERS = ("retrieval", "logo", "discriminant", "joint-discriminant")
 EMBEDDING = ("retrieval", "joint-discriminant")
 READ = 20  # random prompts that an expert's random readings are of
 

@@ -36,8 +36,8 @@ from phatgoose.routing.kernels.triton_gpu import (
     top_experts,
     triton_gpu,
 )
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.routers.router import highest
-from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
 from report import circumstances
 
 SHAPES = {  # inputs and outputs of the linears in a block
@@ -78,7 +78,7 @@ class Linear:
     weight: Tensor
     A: Tensor
     B: Tensor
-    router: ScoredRouter
+    router: PhatgooseRouter
     u: Tensor
 
     def passed(self) -> Tensor:
@@ -116,7 +116,7 @@ def make_linear(n: int, d: int, tokens: int, settings: argparse.Namespace, exper
 
     A, B = normal(experts, settings.rank, n), normal(experts, settings.rank, d)
     vectors = standardise(torch.randn(experts, n))
-    router = ScoredRouter(vectors, settings.k, EPS).to("cuda", settings.dtype)
+    router = PhatgooseRouter(vectors, settings.k, EPS).to("cuda", settings.dtype)
     u = torch.randn(tokens, n, device="cuda", dtype=settings.dtype)
     return Linear(normal(d, n), A, B, router, u)
 

@@ -17,7 +17,7 @@ from phatgoose.base.loading import twin
 from phatgoose.base.sites import Site
 from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.stacks import SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
@@ -185,7 +185,9 @@ def random_layer(n: int, d: int, experts: int, sizes: Sizes) -> RoutedLinear:
     base = nn.Linear(n, d, bias=False, dtype=dtype)
     loras = LoraStack(normal(experts, rank, n), normal(experts, rank, d))
     stack = SiteStack(torch.arange(experts), {"lora": loras})
-    router = ScoredRouter(standardise(torch.randn(experts, n, generator=generator)), sizes.k, 1e-5)
+    router = PhatgooseRouter(
+        standardise(torch.randn(experts, n, generator=generator)), sizes.k, 1e-5
+    )
     router.to(dtype)
     layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router)
     return layer.requires_grad_(False)

@@ -3,7 +3,8 @@
     python docs/reference_pages.py           prints them
     python docs/reference_pages.py --write   writes them; a test compares
 
-Commands and flags are those that typer has, settings those of the classes in phatgoose.config.
+Commands and flags are those that typer has, settings those of the classes in phatgoose.config and
+of the routers' records.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from phatgoose.config import (
     Training,
     settings_of,
 )
+from phatgoose.routing.routers.registry import ROUTERS
 
 FOLDER = Path(__file__).with_name("reference")
 CLASSES = (Training, GateTraining, Formatting, Lora, IA3, Bottleneck, Routing, Serving)
@@ -42,6 +44,12 @@ SETTINGS = """# Settings
 
 The classes of `phatgoose.config`: frozen dataclasses, checked when they are made. The command line
 has a flag for each setting (`learning_rate` is `--learning-rate`) and a recipe an entry.
+"""
+ROUTERS_HEAD = """## Routers' own settings
+
+They follow the router's name after a colon: `--router arrow:form=peft,temperature=2`. Routers that
+are not here have none.
+
 """
 
 
@@ -96,6 +104,11 @@ def settings_page() -> str:
             f"::: {config.__module__}.{config.__qualname__}\n    options:\n      members: false\n\n"
         )
         page += table(["setting", "type", "default", ""], list(rows_of_class(config)))
+    page += ROUTERS_HEAD
+    for name, spec in ROUTERS.items():
+        if settings_of(spec.config):
+            page += f"### {name}\n\n"
+            page += table(["setting", "type", "default", ""], list(rows_of_class(spec.config)))
     return page.rstrip() + "\n"
 
 

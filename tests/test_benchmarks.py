@@ -26,7 +26,7 @@ pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 RUN = ROOT / "benchmarks" / "run.py"
 ROWS = {
     "prefill": 3,
-    "choosing": 5,
+    "choosing": 4,
     "linear": 4,
     "decoding": 2,
     "reference": 1,

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -120,8 +121,10 @@ RUNNABLE = [d for d in DOCUMENTS if any(block.runs for block in blocks_of(d))]
 
 
 @pytest.mark.parametrize("document", RUNNABLE, ids=lambda document: document.name)
-def test_examples_that_say_so_run(document, reader, phat):
-    namespace: dict[str, object] = {"__name__": "example"}
+def test_examples_that_say_so_run(document, reader, phat, monkeypatch):
+    module = ModuleType("example")  # which dataclasses look up
+    monkeypatch.setitem(sys.modules, "example", module)
+    namespace = vars(module)
     for block in (block for block in blocks_of(document) if block.runs):
         if block.kind == "python":
             padded = "\n" * (block.line - 1) + block.code  # so that a failure names its line

@@ -116,12 +116,6 @@ def test_only_datasets_above_chance_count_there(report, results, tmp_path, capsy
     assert "PHATGOOSE: all 50.0, above chance 50.0" in told
 
 
-def test_the_figure_is_drawn_and_unknown_commands_are_told(report, results, tmp_path, capsys):
-    assert report["main"](["figure", str(results), str(tmp_path / "f.png")]) == 0
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-    assert report["main"](["nothing", "a", "b"]) == 2
-
-
 def test_cells_of_several_files_are_told_apart_by_their_labels(report, results, tmp_path, capsys):
     other = ResultStore(tmp_path / "other" / "results.jsonl")
     method = {"router": "phatgoose", "k": 2, "affinity": "standardised", "pool": ["c", "d"]}
@@ -135,9 +129,11 @@ def test_cells_of_several_files_are_told_apart_by_their_labels(report, results, 
     assert "+50.0 [" in row
 
 
-def test_pools_of_several_sizes_are_drawn(report, results, tmp_path, capsys):
-    assert report["main"](["sizes", str(results), str(tmp_path / "sizes.png")]) == 0
-    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+def test_figures_are_drawn_and_unknown_commands_are_refused(report, results, tmp_path, capsys):
+    assert report["main"](["nothing", "a", "b"]) == 2
+    for command in ("figure", "sizes"):
+        assert report["main"]([command, str(results), str(tmp_path / f"{command}.png")]) == 0
+        assert (tmp_path / f"{command}.png").read_bytes().startswith(b"\x89PNG")
     drawn = []
     report["main"].__globals__["pool_size_figure"] = drawn.append
     report["main"].__globals__["write_png"] = lambda *_: None

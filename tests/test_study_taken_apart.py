@@ -32,7 +32,7 @@ def replaced(model, replace_choices, row):
 
 
 def test_everywhere_is_the_expert_alone(llama, llama_pool, replace_choices):
-    alone = compose(llama_pool, llama, router="single", expert=llama_pool.names[2])
+    alone = compose(llama_pool, llama, router=f"single:expert={llama_pool.names[2]}")
     wanted = logits_of(alone, IDS)
     detach(alone)
     for row in ("all", "prompt"):  # a pass of several tokens reads a prompt

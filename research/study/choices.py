@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from phatgoose.base.loading import Base, load_base
-from phatgoose.config import Routing
 from phatgoose.evaluation.comparison.cells import cell_of
 from phatgoose.evaluation.comparison.methods import single_rows
 from phatgoose.evaluation.comparison.result_store import ResultStore
@@ -25,6 +24,7 @@ from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates
+from phatgoose.routing.routers.configs import Discriminant
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, readings_in
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
@@ -33,11 +33,10 @@ from phatgoose.tasks.suites.registry import open_suite
 
 THIRDS = {"first third": (0.0, 0.34), "second third": (0.34, 0.67), "last third": (0.67, 1.0)}
 SETTINGS = {
-    f"{place}, {where}, shrinkage {shrinkage:g}, task variance {variance:g}": Routing(
-        router="discriminant",
-        reading_place=place,
-        reading_from=first,
-        reading_to=last,
+    f"{place}, {where}, shrinkage {shrinkage:g}, task variance {variance:g}": Discriminant(
+        place=place,
+        first=first,
+        last=last,
         shrinkage=shrinkage,
         task_variance=variance,
     )
@@ -92,8 +91,8 @@ def states_of(base: Base, dataset: EvaluationSet) -> torch.Tensor:
 def choices(pool: Pool, base: Base, states: torch.Tensor) -> dict[str, list[int]]:
     """The expert of each prompt, by setting."""
     found = {}
-    for name, routing in SETTINGS.items():
-        reader = PromptDiscriminant(readings_in(pool), routing, base.tokenizer)
+    for name, config in SETTINGS.items():
+        reader = PromptDiscriminant(readings_in(pool), config, base.tokenizer)
         seen = states[:, reader.places][:, :, reader.blocks]
         scores = torch.einsum("tpbd,pbde->tpbe", seen, reader.slopes) + reader.offsets
         found[name] = scores.mean(dim=(1, 2)).argmax(dim=1).tolist()

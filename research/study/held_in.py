@@ -27,6 +27,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
 
@@ -35,13 +36,13 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
     """Score every task of the suite that an expert was trained on."""
     pool, base, path = Pool.open(pools), load_base("smollm2"), Path(out)
     entries = [entry for entry in open_suite(suite_at).entries if entry.name in pool.names]
-    named = list(filter(None, routers.split(",")))
+    named = split_routers([routers])
     wanted = {"base", "own", *named}
     finished = {task for task, record in read(path).items() if wanted <= record.keys()}
     for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):
         task = entry.read(Sources(None, None))
         record: dict[str, object] = {"task": task.name}
-        rows = {"base": None, "own": Routing(router="single", expert=task.name)}
+        rows = {"base": None, "own": Routing(router=f"single:expert={task.name}")}
         rows |= {name: routing_of(name) for name in named}
         samples = {}
         for label, routing in rows.items():

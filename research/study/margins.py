@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phatgoose.base.loading import load_base
+from phatgoose.evaluation.comparison.methods import routing_of
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
@@ -81,9 +82,10 @@ def cells(paths: list[str], router: str, size: int) -> Cells:
     for path in paths:
         for key, result in ResultStore(Path(path)).items():
             method = key["method"]
-            if method.get("router") != router or len(method["pool"]) != size:
+            if not method.get("pool") or len(method["pool"]) != size:
                 continue
-            if "input_k" not in method or (method["input_k"] or spec.input_k) == 1:
+            routing = routing_of(method)
+            if routing["router"] == router and (not spec.per_input or routing["k"] == 1):
                 found[key["task"]] = result["metrics"], result["marks"]
     return found
 

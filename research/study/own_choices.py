@@ -16,6 +16,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
@@ -23,7 +24,7 @@ from phatgoose.tasks.suites.registry import open_suite
 
 def main(suite: str, limit: str, routers: str, *pools: str) -> None:
     """Tell the shares of every task and their mean."""
-    pool, base, named = Pool.open(pools), load_base("smollm2"), routers.split(",")
+    pool, base, named = Pool.open(pools), load_base("smollm2"), split_routers([routers])
     entries = [entry for entry in open_suite(suite).entries if entry.name in pool.names]
     prompts, encoder = dict[str, list[list[int]]](), Encoder.of(base)
     for entry in entries:

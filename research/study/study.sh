@@ -31,9 +31,9 @@ read -ra engine <<< "${ENGINE:-}"
 data=$out/data/train
 a=research/study/recipes/pool-a.toml
 b=research/study/recipes/pool-b.toml
-others=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose,phatgoose-input
+others=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose
 others+=,spectr,logo,centroid,glider
-ours=discriminant,joint-discriminant,discriminant-phatgoose,phatgoose-evidence
+ours=discriminant,joint-discriminant,discriminant-phatgoose
 choice=research/study/recipes/choice.toml
 shortlist=research/study/recipes/shortlist.toml
 a10=(rotten_tomatoes trec ag_news qasc xsum amazon_polarity cos_e hotpot_qa_closed_book sciq common_gen)
@@ -55,9 +55,11 @@ with_choice() {  # as compare; then what was chosen, Retrieval of as many, Joint
   compare "$@"
   local to=$1 limit=$2 suites=$3
   shift 4
-  compare "$to-choice" "$limit" "$suites" discriminant,retrieval "$@" --recipe $choice
-  compare "$to-choice" "$limit" "$suites" discriminant-phatgoose "$@" --recipe $shortlist
-  compare "$to-one" "$limit" "$suites" joint-discriminant "$@" --input-k 1
+  compare "$to-choice" "$limit" "$suites" \
+    "discriminant:place=end,shrinkage=1,temperature=0.2,retrieval" "$@" --k 3
+  compare "$to-choice" "$limit" "$suites" \
+    discriminant-phatgoose:place=end,shrinkage=1,shortlist=4,prior=0 "$@"
+  compare "$to-one" "$limit" "$suites" joint-discriminant "$@" --k 1
 }
 draw() {  # SEED SIZE EXPERT…: so many of the experts
   python -c 'import random, sys
@@ -101,15 +103,15 @@ pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}"
 held-in)
   held_in=(python research/study/held_in.py research/study/suites/held-in.toml)
   "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}" "${rest[@]}"
-  rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
-  rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,spectr,logo,logo?input_k=3,merged,retrieval
-  rows+=,discriminant,joint-discriminant,joint-discriminant?input_k=1,$choice,$shortlist
-  rows+=,discriminant?input_k=3'&input_temperature=0.2',discriminant?reading_place=end'&shrinkage=1'
+  rows=phatgoose,phatgoose?k=1,phatgoose:affinity=calibrated
+  rows+=,average-activation,arrow,spectr,logo,logo?k=3,merged,retrieval
+  rows+=,discriminant,joint-discriminant,joint-discriminant?k=1,$choice,$shortlist
+  rows+=,discriminant:temperature=0.2?k=3,discriminant:place=end,shrinkage=1
   "${held_in[@]}" "$out/held-in-routed.jsonl" 40 "$rows" "${b23[@]}" ;;
 own-choices)
-  end=discriminant?reading_place=end
-  rows=discriminant,$end,discriminant?shrinkage=1,$end'&shrinkage=1',joint-discriminant,retrieval
-  python research/study/own_choices.py research/study/suites/held-in.toml 20 "$rows,phatgoose-input" \
+  end=discriminant:place=end
+  rows=discriminant,$end,discriminant:shrinkage=1,$end,shrinkage=1,joint-discriminant,retrieval
+  python research/study/own_choices.py research/study/suites/held-in.toml 20 "$rows" \
     "${b23[@]}" ;;
 taken-apart)
   python research/study/taken_apart.py research/study/suites/held-in.toml "$out/taken-apart.jsonl" 40 \

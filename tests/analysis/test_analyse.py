@@ -24,7 +24,7 @@ from phatgoose.tasks.encoding import Encoder
 from routed_models import SCORES
 from routing_samples import make_analysis
 
-SINGLE = Routing(router="single", expert="e0")
+SINGLE = Routing(router="single:expert=e0")
 
 
 def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_pool):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from phatgoose.analysis.routing_distribution import RoutingDistribution
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from tiny import make_adapter, random
+from tiny import make_adapter
 
 
 def profile_with(first, probability=None, tokens=1000):
@@ -114,29 +112,3 @@ def test_arrows_vectors_are_compared_up_to_their_sign(llama, llama_pool):
     np.testing.assert_allclose(similarity, similarity.T)
     pg.detach(model)
     assert vector_similarity(compose(llama_pool, llama, router="merged")) is None
-
-
-def test_the_offset_of_centred_vectors_is_not_compared(llama, llama_pool):
-    wanted = vector_similarity(compose(llama_pool, llama))
-    pg.detach(llama.model)
-    far = [
-        replace(e, means={site: mean + 50 * random(len(mean)) for site, mean in e.means.items()})
-        for e in llama_pool.experts
-    ]
-    got = vector_similarity(compose(Pool(tuple(far)), llama, affinity="centred"))
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-def test_raw_gates_are_compared_as_they_are(llama, llama_pool):
-    got = vector_similarity(compose(llama_pool, llama, affinity="raw"))
-    rows = [torch.stack([e.gates[s] for e in llama_pool.experts]) for s in llama_pool.sites]
-    unit = [torch.nn.functional.normalize(gates, dim=1) for gates in rows]
-    wanted = torch.stack([each @ each.T for each in unit]).mean(dim=0)
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-def test_routers_of_mixed_sites_are_compared(llama, llama_mixed):
-    similarity = vector_similarity(compose(llama_mixed, llama))
-    assert similarity.shape == (8, 8)
-    assert all(similarity[z, z] == pytest.approx(1) for z in range(8))
-    assert abs(similarity[2, 6]) < 0.5

@@ -104,7 +104,7 @@ def test_what_was_chosen_for_the_whole_text_is_told(base, pool):
     ((expert, weight),) = whole("discriminant")
     assert expert in pool.names
     assert weight == 1
-    shares = [share for _, share in whole("discriminant-phatgoose", input_k=3)]
+    shares = [share for _, share in whole("discriminant-phatgoose:shortlist=3")]
     assert len(shares) == 3
     assert sum(shares) == pytest.approx(1)
     assert shares == sorted(shares, reverse=True)

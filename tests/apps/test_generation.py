@@ -15,6 +15,7 @@ from phatgoose.base.loading import texts_of
 from phatgoose.errors import ConfigError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
+from routed_models import with_embeddings
 from tiny import make_ids
 
 NEW = 6
@@ -31,6 +32,13 @@ def generate(model, ids, mask=None, seed=0, **options):
     return model.generate(
         ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, **options
     )
+
+
+def test_a_router_that_goes_by_answer_choices_generates_nothing(llama, llama_pool, toy_embedder):
+    pool = with_embeddings(llama_pool, "paper")
+    model = compose(pool, llama, router="retrieval:form=paper")
+    with pytest.raises(ConfigError, match="form=paper embeds answer choices"):
+        written(model, llama.tokenizer, "Hi")
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -169,6 +169,7 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     folder = str(folder_of(llama_pool))
     for arguments, error, said in (
         ({"pool": folder, "routr": "phatgoose"}, ConfigError, "unknown setting 'routr'; known are"),
+        ({"pool": folder, "router": "arrow:form=peft+frm=1"}, ConfigError, "unknown setting 'frm'"),
         ({"pool": folder, "k": "two"}, ConfigError, "k is 'two', but must be"),
         ({"k": 2}, ConfigError, "pool is missing"),
         ({"pool": folder, "keep": 7}, PoolError, "has no expert '7'"),

@@ -137,7 +137,7 @@ def test_what_was_offloaded_after_composing_stays_as_it_is_until_it_is_back(llam
     assert torch.equal(logits_of(detach(model), ids), plain)
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "phatgoose-input"])
+@pytest.mark.parametrize("router", ["phatgoose", "discriminant"])
 def test_an_offloaded_model_is_evaluated_and_saved(llama, llama_pool, router, tmp_path):
     tasks = [
         Task(

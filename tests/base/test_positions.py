@@ -14,17 +14,13 @@ from phatgoose.base.sites import Positions, positions_of
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
 from short_bases import BOTH, FEW, GPT2, IDS, KINDS_HERE, SMALL, few_places
 
-LLAMA = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
+LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA["intermediate_size"] = 16
 BOTH |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
 
@@ -106,13 +102,6 @@ def test_rotary_positions_beyond_training_are_told(llama):
         evaluate(llama, CHOOSING, formatting=Formatting(max_input_tokens=100))
 
 
-def test_a_routed_model_has_the_positions_of_its_base(gpt2_pool, loaded_bases):
-    base = copy.deepcopy(loaded_bases["gpt2"])
-    model = compose(gpt2_pool, base)
+def test_a_routed_model_has_the_positions_of_its_base(pool_of, loaded_bases):
+    model = compose(pool_of("gpt2"), copy.deepcopy(loaded_bases["gpt2"]))
     assert positions_of(model) == Positions(1024, 1024)
-    detach(model)
-
-
-@pytest.fixture
-def gpt2_pool(pool_of):
-    return pool_of("gpt2")

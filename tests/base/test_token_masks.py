@@ -43,12 +43,6 @@ def only(seen):
     return passes
 
 
-def test_without_a_mask_every_token_is_real(base):
-    with seeing(base.model) as seen:
-        logits_of(base.model, make_ids(rows=2))
-    assert all(real is None for passes in seen.values() for _, real in passes)
-
-
 def test_masks_are_those_of_the_present_call(base):
     ids, mask = padded()
     with seeing(base.model) as seen:
@@ -98,20 +92,6 @@ def test_a_mask_of_four_dimensions_tells_who_sees_itself(llama):
     assert torch.equal(real_tokens({"input_ids": ids, "attention_mask": kinds}), mask.bool())
 
 
-def test_a_mask_that_hides_nothing_is_none(llama):
-    ids = make_ids(rows=2)
-    with seeing(llama.model, SITE) as seen:
-        logits_of(llama.model, ids, attention_mask=torch.ones_like(ids))
-    assert only(seen)[0][1] is None
-
-
-def test_masks_can_be_given_by_position(llama):
-    ids, mask = padded()
-    with seeing(llama.model, SITE) as seen, torch.no_grad():
-        llama.model.model(ids, mask)
-    assert torch.equal(only(seen)[0][1], mask.bool())
-
-
 def test_nothing_is_left_behind_even_after_an_error(base):
     def stop(*_):
         raise LookupError
@@ -133,12 +113,14 @@ def test_a_call_that_failed_leaves_no_mask(llama):
 
 def test_watching_hands_over_input_and_mask(llama):
     ids, mask = padded()
-    with seeing(llama.model, SITE) as seen:
-        logits_of(llama.model, ids, attention_mask=mask)
-    ((u, real),) = only(seen)
+    with seeing(llama.model, SITE) as seen, torch.no_grad():
+        llama.model.model(ids, mask)  # by position
+        llama.model(ids, attention_mask=torch.ones_like(ids))
+    (u, real), (_, hiding_nothing) = only(seen)
     first = llama.model.model.layers[0].input_layernorm(llama.model.get_input_embeddings()(ids))
     assert torch.equal(u, first)
     assert torch.equal(real, mask.bool())
+    assert hiding_nothing is None
 
 
 def test_sites_are_the_layers_through_which_tokens_of_their_stream_pass(base):

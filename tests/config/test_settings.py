@@ -22,6 +22,7 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.errors import ConfigError
+from phatgoose.routing.routers.configs import Phatgoose, Random
 
 CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
@@ -51,8 +52,9 @@ PAPER = [  # sections 3 and 4.1, and the released code
     (Formatting, "max_input_tokens", 512),
     (Formatting, "chat", False),
     (Routing, "router", "phatgoose"),
-    (Routing, "k", 2),
-    (Routing, "eps", 1e-5),
+    (Routing, "k", None),
+    (Phatgoose, "eps", 1e-5),
+    (Phatgoose, "affinity", "standardised"),
 ]
 
 OUT_OF_RANGE = [
@@ -81,11 +83,11 @@ OUT_OF_RANGE = [
     (Formatting, "max_input_tokens", 0),
     (Formatting, "max_target_tokens", 0),
     (Routing, "k", 0),
-    (Routing, "eps", 0.0),
-    (Routing, "eps", float("nan")),
-    (Routing, "router_temperature", -1.0),
-    (Routing, "router_temperature", float("nan")),
-    (Routing, "router_seed", -1),
+    (Phatgoose, "eps", 0.0),
+    (Phatgoose, "eps", float("nan")),
+    (Phatgoose, "temperature", -1.0),
+    (Phatgoose, "temperature", float("nan")),
+    (Random, "seed", -1),
     (Training, "seed", -1),
     (Training, "seed", 1 << 32),
     (Lora, "alpha", 10**400),
@@ -96,15 +98,14 @@ WRONG_TYPE = [
     (Routing, "k", 2.0, "a whole number"),
     (Routing, "k", "2", "a whole number"),
     (Routing, "k", True, "a whole number"),
-    (Routing, "k", None, "a whole number"),
     (Routing, "router", 3, "a text"),
     (Routing, "router", None, "a text"),
     (Routing, "kernel", b"auto", "a text"),
-    (Routing, "expert", ["e0"], "a text"),
-    (Routing, "eps", "1e-5", "a number"),
-    (Routing, "router_temperature", False, "a number"),
-    (Routing, "stand_in", "no", "true or false"),
-    (Routing, "stand_in", None, "true or false"),
+    (Routing, "embedder", ["e0"], "a text"),
+    (Phatgoose, "eps", "1e-5", "a number"),
+    (Phatgoose, "temperature", False, "a number"),
+    (Formatting, "chat", "no", "true or false"),
+    (Formatting, "chat", None, "true or false"),
     (Training, "steps", "many", "a whole number"),
     (Training, "steps", 2.5, "a whole number"),
     (Training, "steps", True, "a whole number"),
@@ -143,6 +144,7 @@ def test_config_classes_share_names_only_where_one_flag_serves_several_kinds_of_
         for setting in settings_of(config):
             owners.setdefault(setting.name, []).append(config)
     shared = {name: configs for name, configs in owners.items() if len(configs) > 1}
+    assert shared.pop("embedder") == [GateTraining, Routing]  # which no command has both
     assert shared == {"sites": [Lora, IA3, Bottleneck], "init_std": [Lora, Bottleneck]}
     for name, configs in shared.items():
         settings = [s for config in configs for s in settings_of(config) if s.name == name]
@@ -174,10 +176,9 @@ def test_no_setting_takes_what_has_none_of_its_types(config, value):
 
 
 def test_numbers_of_numpy_become_pythons():
-    routing = Routing(k=np.int64(3), eps=np.float32(0.5))
-    assert routing == Routing(k=3, eps=0.5)
-    assert type(routing.k) is int
-    assert type(routing.eps) is float
+    k = Routing(k=np.int64(3)).k
+    eps = Phatgoose(eps=np.float32(0.5)).eps
+    assert (k, type(k), eps, type(eps)) == (3, int, 0.5, float)
     assert type(from_mapping(Lora, {"alpha": 16}, "here").alpha) is float
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from changed_adapters import set_config
@@ -27,9 +27,17 @@ from changed_experts import (
 )
 from paths import GOLDEN
 from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.loading import load_base
-from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
+from phatgoose.config import Formatting
+from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.experts.expert import (
+    LAYOUT,
+    Expert,
+    base_named_in,
+    check_expert,
+    format_record,
+    recorded_formatting,
+    warn_of_other_formatting,
+)
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files.atomic import clear_left_overs
 from phatgoose.files.strict import sha256_of
@@ -101,19 +109,14 @@ def test_a_revision_that_is_none_is_refused_unless_the_base_is_given(adapter, ll
     assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
 
 
-def test_pefts_files_are_copied_byte_for_byte(adapter, original):
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (original.directory / file).read_bytes() == (adapter / file).read_bytes()
-
-
-def test_an_expert_directory_holds_nothing_but_what_the_format_names(original):
-    assert set(contents(original.directory)) == {
-        ADAPTER_CONFIG,
-        ADAPTER_WEIGHTS,
-        LAYOUT.vectors,
-        LAYOUT.info,
-        LAYOUT.card,
+def test_an_expert_directory_holds_pefts_own_files_and_what_the_format_names(adapter, original):
+    files = contents(original.directory)
+    assert set(files) == {
+        *(ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+        *(LAYOUT.vectors, LAYOUT.info, LAYOUT.card),
     }
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        assert files[file] == (adapter / file).read_bytes()
 
 
 def test_an_expert_directory_can_be_read_by_others(original, tmp_path):
@@ -127,35 +130,11 @@ def test_an_expert_directory_can_be_read_by_others(original, tmp_path):
     assert hidden == []
 
 
-def test_peft_loads_an_expert_directory_as_an_ordinary_adapter(base_folders, adapter, original):
-    ids = torch.arange(3, 19)[None]
-    logits = []
-    for folder in (adapter, original.directory):
-        base = load_base(base_folders["llama"], dtype="float32")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model = PeftModel.from_pretrained(base.model, folder)
-        with torch.no_grad():
-            logits.append(model(ids).logits)
-            assert not torch.allclose(logits[0], base_logits(base_folders, ids))
-    assert torch.equal(*logits)
-
-
-def base_logits(base_folders: dict[str, Path], ids: torch.Tensor) -> torch.Tensor:
-    return load_base(base_folders["llama"], dtype="float32").model(ids).logits
-
-
 def test_an_expert_without_gates_is_whole_too(adapter, tmp_path):
     expert = make(adapter, gates={}).save(tmp_path / "plain")
     assert (expert.gates, expert.means, expert.embeddings) == ({}, {}, None)
     assert not (expert.directory / LAYOUT.vectors).exists()
     assert check_expert(expert.directory) == []
-
-
-def test_base_and_name_default_to_what_the_adapter_says(adapter, base_folders):
-    info = make(adapter, base=None).info
-    assert info.name == "reviews"
-    assert info.base == BaseReference(str(base_folders["llama"]))
 
 
 def test_gates_of_any_dtype_are_kept_as_float32(adapter):
@@ -174,27 +153,6 @@ def test_gates_may_be_the_means_too(adapter, tmp_path):
         assert torch.equal(expert.means[site], vector)
 
 
-def test_an_adapter_that_names_no_base_needs_one(adapter, tmp_path):
-    adapter = Path(shutil.copytree(adapter, tmp_path / "nameless"))
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    nameless = config | {"base_model_name_or_path": None}
-    (adapter / "adapter_config.json").write_text(json.dumps(nameless))
-    with pytest.raises(ExpertError, match="doesn't name its base; give base"):
-        Expert.from_peft(adapter, {})
-    assert Expert.from_peft(adapter, {}, base=BaseReference("tiny")).info.base.id == "tiny"
-
-
-def test_embeddings_of_another_form_are_refused_before_anything_is_written(adapter):
-    with pytest.raises(ExpertError, match="each of length 1"):
-        Expert.from_peft(adapter, {}, embeddings=2 * torch.eye(3))
-
-
-def test_the_card_names_base_and_metrics(original):
-    card = (original.directory / LAYOUT.card).read_text()
-    assert 'base_model: "tiny"' in card
-    assert "sha256:ab" in card
-
-
 @settings(max_examples=25)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32)
@@ -207,52 +165,77 @@ def test_any_finite_float32_vector_survives(adapter, tmp_path_factory, values):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "complaint"),
-    [("gates", 31, "the gate has shape (31,)"), ("means", 33, "the mean has shape (33,)")],
+    ("given", "complaint"),
+    [
+        ({"gates": {SITE: torch.zeros(31)}}, "the gate has shape (31,)"),
+        ({"means": {SITE: torch.zeros(33)}}, "the mean has shape (33,)"),
+        ({"gates": {SITE: torch.full((32,), torch.nan)}}, f"site {SITE}: the gate is not finite"),
+        ({"gates": {SITE: None}}, f"site {SITE}: the gate is missing"),
+        ({"embeddings": 2 * torch.eye(3)}, "each of length 1"),
+    ],
 )
-def test_vectors_that_do_not_fit_are_refused_when_an_expert_is_made(adapter, kind, size, complaint):
-    vectors = {**vectors_for(adapter, 1), SITE: torch.zeros(size)}
-    with pytest.raises(ExpertError) as caught:
-        make(adapter, **{kind: vectors})
-    for part in ("'reviews'", SITE, complaint, "wanted (32,) and float32"):
-        assert part in str(caught.value)
+def test_what_does_not_fit_is_refused_when_an_expert_is_made(adapter, given, complaint):
+    for kind, change in given.items():
+        if kind != "embeddings":
+            vectors = {**vectors_for(adapter, 1), **change}
+            given = {kind: {site: held for site, held in vectors.items() if held is not None}}
+    with pytest.raises(ExpertError, match=re.escape(complaint)) as caught:
+        make(adapter, **given)
+    assert "'reviews'" in str(caught.value)
 
 
-def test_gates_that_are_not_finite_are_refused_when_an_expert_is_made(adapter):
-    vectors = vectors_for(adapter, 1)
-    vectors[SITE][3] = float("nan")
-    with pytest.raises(ExpertError, match=rf"site {SITE}: the gate is not finite"):
-        make(adapter, gates=vectors)
-
-
-def test_gates_for_some_sites_only_are_refused_when_an_expert_is_made(adapter):
-    vectors = vectors_for(adapter, 1)
-    del vectors[SITE]
-    with pytest.raises(ExpertError, match=rf"site {SITE}: the gate is missing"):
-        make(adapter, gates=vectors)
-
-
-def test_a_changed_adapter_is_found_by_its_hash(directory):
-    weights = load_file(directory / ADAPTER_WEIGHTS)
-    save_file({name: tensor * 2 for name, tensor in weights.items()}, directory / "new")
-    os.replace(directory / "new", directory / ADAPTER_WEIGHTS)
+@pytest.mark.parametrize("file", [ADAPTER_WEIGHTS, LAYOUT.vectors])
+def test_a_changed_file_is_found_by_its_hash(directory, file):
+    save_file(
+        {name: -tensor for name, tensor in load_file(directory / file).items()}, directory / "new"
+    )
+    os.replace(directory / "new", directory / file)
     problem = problem_of(directory)
-    wanted = json.loads((directory / LAYOUT.info).read_text())["adapter_sha256"]
-    for part in (
-        "'reviews'",
-        ADAPTER_WEIGHTS,
-        sha256_of(directory / ADAPTER_WEIGHTS)[:12],
-        wanted[:12],
-    ):
+    for part in ("'reviews'", f"{file} was changed", sha256_of(directory / file)[:12]):
         assert part in problem
 
 
-def test_changed_vectors_are_found_by_their_hash(directory):
-    vectors = load_file(directory / LAYOUT.vectors)
-    save_file({key: -vector for key, vector in vectors.items()}, directory / LAYOUT.vectors)
+@pytest.mark.parametrize("kind", ["gate", "mean"])
+@pytest.mark.parametrize(
+    ("site", "vector", "complaint"),
+    [
+        (SITE, torch.zeros(31), "has shape (31,)"),
+        (SITE, torch.zeros(1, 32), "has shape (1, 32)"),
+        (
+            SITE,
+            torch.zeros(32, dtype=torch.float16),
+            "type torch.float16, wanted (32,) and float32",
+        ),
+        (SITE, torch.full((32,), torch.nan), "not finite"),
+        (SITE, torch.full((32,), torch.inf), "not finite"),
+        (SITE, None, "{} is missing"),
+        ("model.layers.9.mlp.up_proj", torch.zeros(32), "adapter is missing"),
+    ],
+)
+def test_a_damaged_vector_is_found(directory, kind, site, vector, complaint):
+    def damage(vectors):
+        vectors.update({f"{kind}.{site}": vector}) if vector is not None else vectors.pop(
+            f"{kind}.{site}"
+        )
+
+    change_vectors(directory, damage)
     problem = problem_of(directory)
-    assert LAYOUT.vectors in problem
-    assert "changed" in problem
+    assert site in problem
+    assert complaint.format(kind) in problem
+
+
+@pytest.mark.parametrize("key", ["bias.x", "gates", "notes"])
+def test_a_vector_of_an_unknown_kind_is_found(directory, key):
+    change_vectors(directory, lambda vectors: vectors.update({key: torch.zeros(32)}))
+    assert repr(key) in problem_of(directory)
+
+
+def test_an_adapter_that_is_not_finite_is_found(directory):
+    name = f"base_model.model.{SITE}.lora_A.weight"
+    change_tensors(
+        directory, ADAPTER_WEIGHTS, "adapter_sha256", lambda tensors: tensors[name].fill_(torch.nan)
+    )
+    assert name in problem_of(directory)
 
 
 @pytest.mark.parametrize("file", [ADAPTER_WEIGHTS, LAYOUT.vectors])
@@ -269,69 +252,8 @@ def test_a_missing_file_is_found(directory, file):
     problem = problem_of(directory)
     assert file in problem
     assert str(directory) in problem
-
-
-def test_a_missing_directory_is_no_expert(tmp_path):
-    assert "no expert directory" in problem_of(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gate_that_is_not_finite_is_found(directory, value):
-    change_vectors(directory, lambda vectors: vectors[f"gate.{SITE}"][5].fill_(value))
-    problem = problem_of(directory)
-    assert f"gate.{SITE}" in problem
-    assert "not finite" in problem
-
-
-def test_an_adapter_that_is_not_finite_is_found(directory):
-    name = f"base_model.model.{SITE}.lora_A.weight"
-    change_tensors(
-        directory,
-        ADAPTER_WEIGHTS,
-        "adapter_sha256",
-        lambda tensors: tensors[name][0, 0].fill_(float("nan")),
-    )
-    assert name in problem_of(directory)
-
-
-@pytest.mark.parametrize("kind", ["gate", "mean"])
-@pytest.mark.parametrize(
-    ("vector", "got"),
-    [
-        (torch.zeros(31), "(31,)"),
-        (torch.zeros(1, 32), "(1, 32)"),
-        (torch.zeros(32, dtype=torch.float16), "torch.float16"),
-        (torch.zeros(32, dtype=torch.float64), "torch.float64"),
-    ],
-)
-def test_a_vector_of_a_wrong_size_or_type_is_found(directory, kind, vector, got):
-    change_vectors(directory, lambda vectors: vectors.update({f"{kind}.{SITE}": vector}))
-    problem = problem_of(directory)
-    for part in ("'reviews'", SITE, f"the {kind} has", got, "wanted (32,) and float32"):
-        assert part in problem
-
-
-@pytest.mark.parametrize("kind", ["gate", "mean"])
-def test_a_site_without_its_vector_is_found(directory, kind):
-    change_vectors(directory, lambda vectors: vectors.pop(f"{kind}.{SITE}"))
-    problem = problem_of(directory)
-    assert f"'reviews', site {SITE}" in problem
-    assert f"{kind} is missing" in problem
-
-
-@pytest.mark.parametrize("kind", ["gate", "mean"])
-def test_a_vector_without_its_site_is_found(directory, kind):
-    extra = {f"{kind}.model.layers.9.mlp.up_proj": torch.zeros(32)}
-    change_vectors(directory, lambda vectors: vectors.update(extra))
-    problem = problem_of(directory)
-    assert "site model.layers.9.mlp.up_proj" in problem
-    assert "adapter is missing" in problem
-
-
-@pytest.mark.parametrize("key", ["bias.x", "gates", "notes"])
-def test_a_vector_of_an_unknown_kind_is_found(directory, key):
-    change_vectors(directory, lambda vectors: vectors.update({key: torch.zeros(32)}))
-    assert repr(key) in problem_of(directory)
+    shutil.rmtree(directory)
+    assert "no expert directory" in problem_of(directory)
 
 
 def test_every_problem_is_named_not_only_the_first(directory):
@@ -379,24 +301,15 @@ def test_an_unwritable_folder_is_refused_with_the_reason(original, tmp_path):
         original.save(tmp_path / "expert")
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError, OSError(28, "No space")])
 def test_an_interrupted_save_leaves_nothing(original, tmp_path, monkeypatch, interruption):
     def stop(tensors, path):
         Path(path).write_bytes(b"half")
         raise interruption
 
     monkeypatch.setattr("phatgoose.experts.expert.save_file", stop)
-    with pytest.raises(interruption):
-        original.save(tmp_path / "expert")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_reported_and_leaves_nothing(original, tmp_path, monkeypatch):
-    def fail(tensors, path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("phatgoose.experts.expert.save_file", fail)
-    with pytest.raises(ExpertError, match="No space left on device"):
+    wanted = ExpertError if isinstance(interruption, OSError) else interruption
+    with pytest.raises(wanted):
         original.save(tmp_path / "expert")
     assert list(tmp_path.iterdir()) == []
 
@@ -471,3 +384,100 @@ def test_the_golden_expert_is_written_again_with_the_same_names_and_values(tmp_p
     for file in (LAYOUT.vectors, LAYOUT.embeddings):
         one, other = load_file(GOLDEN / file), load_file(again / file)
         assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a b", ".hidden", "-dash", "ä", "a\n", "a:b"])
+def test_names_that_could_leave_a_folder_or_break_a_card_are_refused(adapter, name):
+    with pytest.raises(ExpertError, match="can't name an expert"):
+        make(adapter, name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "A-1", "reviews_v2.1", "9lives"])
+def test_ordinary_names_are_accepted(adapter, name):
+    assert make(adapter, name=name).name == name
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        *(("format_version", v, f"format version {v!r} is unknown") for v in (2, 0, None, "1")),
+        ("name", 5, "name is 5"),
+        ("name", "../../etc", "not a valid name"),
+        ("base", "tiny", "not a valid description"),
+        ("base", {"id": 5}, "base.id is 5"),
+        ("base", {"id": "tiny", "fingerprint": 5}, "base.fingerprint is 5"),
+        ("adapter_sha256", None, "adapter_sha256 is None"),
+        ("vectors_sha256", 5, "vectors_sha256 is 5"),
+        ("task", [], "task is []"),
+        ("metrics", "good", "metrics is 'good'"),
+        ("embedder", 5, "embedder is 5"),
+        ("colour", "red", "colour"),
+        *((key, KeyError, key) for key in ("name", "base", "adapter_sha256")),  # lacking
+    ],
+)
+def test_a_wrong_description_is_refused(directory, key, value, complaint):
+    info = json.loads((directory / LAYOUT.info).read_text())
+    info[key] = value
+    kept = {name: held for name, held in info.items() if held is not KeyError}
+    (directory / LAYOUT.info).write_text(json.dumps(kept))
+    assert complaint in problem_of(directory)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "null", '"expert"', "\x00"])
+def test_a_broken_description_is_refused(directory, text):
+    (directory / LAYOUT.info).write_text(text)
+    assert str(directory / LAYOUT.info) in problem_of(directory)
+
+
+OLD = {"max_input_tokens": 112, "max_target_tokens": 512, "chat": False}  # before truncation
+NEW = {**OLD, "truncation": "middle"}
+
+
+def warned_of(records, given=Formatting()) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_other_formatting(records, given)
+    return [str(warning.message) for warning in caught]
+
+
+def record_of(name: str, hyperparameters, metrics=None) -> dict[str, object]:
+    return {"name": name, "formatting": format_record(hyperparameters, metrics or {})}
+
+
+def test_an_expert_that_names_no_truncation_was_cut_on_the_right():
+    assert recorded_formatting(OLD, "here") == Formatting(max_input_tokens=112, truncation="right")
+    assert recorded_formatting(NEW, "here") == Formatting(max_input_tokens=112)
+    assert recorded_formatting({"rank": 4}, "here") is None
+
+
+def test_what_no_formatting_can_be_is_refused_with_its_place():
+    with pytest.raises(ConfigError, match="here: truncation is 'top', but must be one of middle"):
+        recorded_formatting({"truncation": "top"}, "here")
+    assert format_record({"truncation": "top"}, {}) is None
+
+
+def test_inputs_of_another_form_are_told_with_both_forms():
+    records = [record_of(name, OLD) for name in ("a", "b")] + [record_of("c", {"rank": 4})]
+    assert warned_of(records) == [
+        "Inputs are read with max_input_tokens 512, truncation middle, but a, b were trained with "
+        "max_input_tokens 112, truncation right."
+    ]
+    assert warned_of(records, Formatting(max_input_tokens=112, truncation="right")) == []
+
+
+def test_many_experts_are_counted():
+    (line,) = warned_of([record_of(f"e{z}", OLD) for z in range(9)])
+    assert "e0, e1, e2 and 6 more were trained with" in line
+
+
+def test_how_inputs_are_cut_says_nothing_of_an_expert_whose_own_were_whole():
+    whole = record_of("a", OLD, {"inputs": 9, "inputs_cut": 0})
+    assert warned_of([whole]) == []
+    (line,) = warned_of([whole], Formatting(chat=True))
+    assert "in the chat template, but a was trained with max_input_tokens 112" in line
+    assert len(warned_of([record_of("a", OLD, {"inputs": 9, "inputs_cut": 1})])) == 1
+
+
+@pytest.mark.parametrize("found", ["right", 5, [], {"truncation": 3}, {"chat": "no"}, {"odd": 1}])
+def test_a_stranger_s_record_is_passed_over(found):
+    assert warned_of([{"name": "a", "formatting": found}]) == []

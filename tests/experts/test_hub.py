@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from fake_hub import contents, pushed_now, serving_hub, use_hub
+from fake_hub import contents, pushed_now
 from mixed_experts import make_kind
 from paths import GOLDEN
 from phatgoose.errors import ExpertError
@@ -63,6 +63,10 @@ def test_a_pushed_expert_is_one_commit_of_all_its_files(hub, pair):
     files = repository.commits[pushed.revision]
     assert {name: files[name] for name in files if name != ".gitattributes"} == contents(pair[0])
     assert LAYOUT.embeddings in files
+    again = push(pair[0], "me/reviews")
+    assert repository.commits[again.revision] == files
+    push(pair[0], "me/secret", private=True)
+    assert hub.repositories["me/secret"].private
 
 
 def test_pulling_gives_the_same_bytes(hub, pair, tmp_path):
@@ -100,18 +104,6 @@ def test_a_second_push_takes_away_what_the_expert_no_longer_has(hub, pair):
     assert repository.messages[-1] == "Without embeddings"
 
 
-def test_pushing_the_same_again_makes_no_commit_worth_the_name(hub, pair):
-    first = push(pair[0], "me/reviews")
-    again = push(pair[0], "me/reviews")
-    commits = hub.repositories["me/reviews"].commits
-    assert commits[first.revision] == commits[again.revision]
-
-
-def test_a_private_repository_is_made_private(hub, pair):
-    push(pair[0], "me/secret", private=True)
-    assert hub.repositories["me/secret"].private
-
-
 def test_an_expert_in_a_folder_of_a_repository(hub, pair, tmp_path):
     push(pair[0], "me/pool/first")
     pinned = push(pair[1], "me/pool/second")
@@ -143,13 +135,10 @@ def test_a_push_that_the_hub_refuses_is_told_and_changes_nothing(hub, pair, mome
     assert hub.repositories["me/reviews"].commits == before
     hub.fail_on = None
     push(pair[0], "me/reviews")
-
-
-def test_a_repository_that_can_not_be_made_is_told(hub, pair):
     hub.fail_on = "repos/create"
-    with pytest.raises(ExpertError, match=r"can't be pushed to hub:me/reviews.*403"):
-        push(pair[0], "me/reviews")
-    assert hub.repositories == {}
+    with pytest.raises(ExpertError, match=r"can't be pushed to hub:me/new.*403"):
+        push(pair[0], "me/new")
+    assert "me/new" not in hub.repositories
 
 
 @pytest.mark.parametrize("moment", ["/api/models/", ADAPTER_WEIGHTS])
@@ -321,27 +310,6 @@ def test_what_was_fetched_once_is_there_offline(hub, pair, tmp_path, monkeypatch
     assert hub.requests == []
 
 
-def test_a_hub_that_is_gone_leaves_what_was_fetched(pair, tmp_path, monkeypatch):
-    with serving_hub() as hub:
-        use_hub(hub, tmp_path / "cache", monkeypatch)
-        push(pair[0], "me/e0")
-        Pool.open("hub:me/e0")
-    assert Pool.open("hub:me/e0").names == ("e0",)
-    with pytest.raises(ExpertError, match="can't be fetched"):
-        Pool.open("hub:me/e1")
-
-
-def test_folders_of_the_cache_know_their_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    sha = "0123456789" * 4
-    folder = tmp_path / "models--me--my.pool" / "snapshots" / sha / "first"
-    assert reference_of(folder) == HubReference("me/my.pool", "first", sha)
-    assert reference_of(folder.parent) == HubReference("me/my.pool", "", sha)
-    assert reference_of(tmp_path / "models--me--x" / "snapshots" / "main") is None
-    assert reference_of(tmp_path) is None
-    assert local_folder(tmp_path) == tmp_path
-
-
 def test_a_folder_that_looks_like_the_hubs_cache_is_not_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     inside = Path("models--famous--expert", "snapshots", "a" * 40)
@@ -353,7 +321,9 @@ def test_a_folder_that_looks_like_the_hubs_cache_is_not_from_the_hub(tmp_path, m
     assert str(reference_of(real)) == f"hub:famous/expert@{'a' * 40}"
     shutil.copytree(GOLDEN, real / "inner")
     assert str(reference_of(real / "inner")) == f"hub:famous/expert/inner@{'a' * 40}"
+    assert reference_of(real.parent / "main") is None
     assert reference_of(tmp_path / "cache") is None
+    assert local_folder(tmp_path) == tmp_path
 
 
 def test_an_expert_on_a_base_of_this_machine_is_not_published(hub, pair, tmp_path):

@@ -112,12 +112,6 @@ def test_routers_made_for_their_experts_are_told_apart(llama, llama_pool, router
             change()
 
 
-def test_stand_ins_are_made_for_their_pool(llama, llama_pool):
-    model = compose(llama_pool, llama, stand_in=True)
-    with pytest.raises(RoutingError, match="Stand-ins"):
-        remove_experts(model, ["e0"])
-
-
 def test_folded_experts_can_not_be_told_apart(llama, pool_of):
     model = compose(pool_of("llama", (24, 9, 20)), llama, router="merged")
     with pytest.raises(RoutingError, match="folded"):

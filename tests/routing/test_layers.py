@@ -124,12 +124,6 @@ def test_arrow_names_the_experts_that_have_no_factors(llama, llama_mixed):
     assert list(lacking(llama_mixed)["arrow"]) == without
 
 
-def test_stand_ins_are_for_loras(llama, llama_mixed):
-    bare = tuple(replace(expert, gates={}) for expert in llama_mixed.experts[:3])
-    with pytest.raises(PoolError, match=r"none in 'ia32' \(ia3\)"):
-        compose(Pool(bare), llama, stand_in=True)
-
-
 def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama, llama_mixed):
     expert = llama_mixed.select(["ia32"]).experts[0]
     site = next(s for s, module in expert.modules.items() if not module.on_input)

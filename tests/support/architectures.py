@@ -92,23 +92,19 @@ class Tiny:
 
     @cached_property
     def pool(self) -> Pool:
-        """Three random experts of rank 2 at every site, with gates and means."""
         return Pool(tuple(random_expert(self.base, seed) for seed in range(3)))
 
     @cached_property
     def routed(self) -> PreTrainedModel:
-        """The experts over a copy of the base."""
         return compose(self.pool, copy.deepcopy(self.base))
 
     @cached_property
     def assistant(self) -> PreTrainedModel:
-        """A copy of the base that guesses ahead."""
         return copy.deepcopy(self.base)
 
 
 @cache
 def tiny_of(architecture: str) -> Tiny:
-    """The tiny model of one of ARCHITECTURES, made once."""
     return Tiny(make_tiny(architecture))
 
 

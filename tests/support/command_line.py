@@ -19,8 +19,6 @@ FLAGS = [*GATE_FLAGS, "--steps", "2", "--rank", "2", "--eval-every", "1", "--dty
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command came to."""
-
     code: int
     out: str
     err: str

@@ -57,7 +57,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> list[dict[str, Any]]:
     """Rows whose targets are what one model after the other answers: all score more than 0."""
     rows = []
-    turns = ({"k": 1}, {"router": "merged"}, {"router": "single", "expert": "e1"}, {"k": 2}, {})
+    turns = ({"k": 1}, {"router": "merged"}, {"router": "single:expert=e1"}, {"k": 2}, {})
     for text, options in zip(inputs, turns, strict=False):
         model = compose(pool, base, **options)
         task = Task("t", test=(Example(text, "x"),))
@@ -69,15 +69,12 @@ def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> li
 
 @dataclass(frozen=True)
 class Setting:
-    """What a comparison is made of."""
-
     base: Path
     pool: Pool
     suites: tuple[Path | str, ...]
     references: dict[str, Path | str]
 
     def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
-        """The comparison of `methods`, with all else as it stands here unless `options` say so."""
         given = {"base": load_base(self.base, dtype="float32"), "max_new_tokens": TOKENS, **options}
         suites = given.pop("suites", self.suites)
         return compare(given.pop("pool", self.pool), suites, methods, out=out, **given)
@@ -85,8 +82,6 @@ class Setting:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished comparison and where it is."""
-
     folder: Path
     comparison: Comparison
 
@@ -98,9 +93,9 @@ def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
 def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
     """The model of a row, composed without `compare`, with `options` of routing."""
     if row in ROUTERS:
-        return compose(setting.pool, base, router=row, k=2, **options)
+        return compose(setting.pool, base, router=row, **options)
     if row in EXPERTS:
-        return compose(setting.pool, base, router="single", expert=row)
+        return compose(setting.pool, base, router=f"single:expert={row}")
     place = setting.references.get(row)
     return {
         "base": lambda: base,
@@ -112,11 +107,9 @@ def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
 
 
 def with_first(pool: Pool, **parts: Any) -> Pool:
-    """The pool with other `parts` in its first expert."""
     first, *rest = pool.experts
     return Pool((replace(first, **parts), *rest))
 
 
 def stored_in(folder: Path) -> list[dict[str, Any]]:
-    """The cells in results.jsonl."""
     return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]

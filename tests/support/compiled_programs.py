@@ -144,7 +144,6 @@ def largest(every: Iterator[Launch]) -> list[Launch]:
 
 
 def blocks_of(launch: Launch) -> list[int]:
-    """The sizes of its blocks."""
     return [size for name, size in launch.constants.items() if name.startswith("BLOCK")]
 
 

@@ -34,7 +34,6 @@ class Repository:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, files: Mapping[str, bytes], message: str, branch: str = "main") -> str:
-        """The id of a new commit of exactly `files` on `branch`."""
         content = json.dumps([len(self.commits), sorted(files), message]).encode()
         sha = hashlib.sha1(content + b"".join(files[name] for name in sorted(files))).hexdigest()
         self.commits[sha] = dict(files)
@@ -43,7 +42,6 @@ class Repository:
         return sha
 
     def find(self, revision: str) -> str | None:
-        """The commit that a branch, tag or commit id names."""
         sha = self.branches.get(revision, revision)
         return sha if sha in self.commits else None
 

@@ -20,7 +20,7 @@ from phatgoose.files.strict import sha256_of
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.vector_router import VectorRouter
+from phatgoose.routing.routers.phatgoose import TopKRouter
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids, write_expert
 
@@ -56,7 +56,7 @@ def uneven_pool(base: Base, folder: Path) -> Pool:
 
 
 def composed(router: str, pool: Pool, base: Base, **options: object):
-    given = {"router": router, "k": 2, **options}
+    given = {"router": router, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a k that is lowered
         pool = with_embeddings(pool) if router in EMBEDDED else pool
@@ -79,7 +79,7 @@ def assert_same_models(got, wanted) -> None:
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
         assert type(layer.router) is type(expected.router)
-        if isinstance(layer.router, VectorRouter):
+        if isinstance(layer.router, TopKRouter):
             assert torch.equal(layer.router.vectors, expected.router.vectors)
             assert layer.router.k == expected.router.k
     ids = make_ids(rows=2)

@@ -29,7 +29,7 @@ SETTINGS = {
     "limit": 6,
     "seed": 3,
     "k": 2,
-    "routing": {"affinity": "raw", "input_k": None},
+    "kernel": "gather",
     "code": "0.1.0+abc",
 }
 

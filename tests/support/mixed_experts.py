@@ -61,7 +61,6 @@ def make_ia3(base: Base, folder: Path, *, seed: int = 0, **options: object) -> P
 def make_bottleneck(
     base: Base, folder: Path, *, seed: int = 0, size: int = 5, scale: float = 1.5, **options: str
 ) -> Path:
-    """A bottleneck adapter of random weights and biases."""
     shape = Bottleneck(size=size, scale=scale, **options)
     generator = torch.Generator().manual_seed(seed)
 

@@ -39,7 +39,6 @@ OTHER_ENCODERS = {  # by transformers' model_type
 
 
 def make_other(architecture: str) -> PreTrainedModel:
-    """A random model of one of OTHER_ENCODERS."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **{**IDS, **OTHER_ENCODERS[architecture]})
     model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)

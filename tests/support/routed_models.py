@@ -10,9 +10,11 @@ from transformers import (
 )
 
 from phatgoose.base.loading import Base
+from phatgoose.config import settings_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.registry import spec_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
 from toy_embedders import toy_embed
@@ -41,9 +43,21 @@ def with_embeddings(pool: Pool, form: str = PROMPT) -> Pool:
     return Pool(tuple(experts))
 
 
+def text_of(router: str, **settings: object) -> str:
+    """A router with these settings, as the user writes it."""
+    parts = ",".join(f"{name}={value}" for name, value in settings.items())
+    return f"{router}:{parts}" if parts else router
+
+
 def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTrainedModel:
-    """`pool`, of e0 to e3 or fewer, composed by any of ROUTERS with all that this one needs."""
-    given: dict[str, object] = {"single": {"expert": pool.names[-1]}}.get(router, {})
+    """`pool`, of e0 to e3 or fewer, composed by any of ROUTERS with all that this one needs.
+
+    `options` are settings of the router, too.
+    """
+    known = {setting.name for setting in settings_of(spec_of(router).config)}
+    router = text_of(router, **{name: options.pop(name) for name in known & options.keys()})
+    router = f"single:expert={pool.names[-1]}" if router == "single" else router
+    given: dict[str, object] = {}
     given |= {"scores": SCORES} if router in ("oracle", "best-individual") else {}
     model = compose(with_embeddings(pool), base, router=router, **given | options)
     return of_task(model, "second")
@@ -51,8 +65,9 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
 
 def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
-    if composition_of(model).lookup is not None:
-        composition_of(model).lookup.begin_task(task)
+    context = composition_of(model).context
+    if context is not None and context.router.name == "oracle":
+        context.use(context.choose([[]], task=task))
     return model
 
 

@@ -83,7 +83,6 @@ def make_analysis(
     tokens: int = 40,
     routers: Sequence[str] = ("phatgoose", "arrow"),
 ) -> Analysis:
-    """An analysis of four datasets."""
     found = {}
     names = names_of(experts)
     for index, router in enumerate(routers):

@@ -96,7 +96,6 @@ def events(client: TestClient, path: str = PATH, **body: Any) -> list[Any]:
 
 @contextmanager
 def client_of(app: FastAPI, **options: Any) -> Iterator[TestClient]:
-    """A client of the running application."""
     with TestClient(app, "http://localhost", **options) as client:
         yield client
 
@@ -184,7 +183,6 @@ def blocked(monkeypatch, owner, name):
 
 
 def in_a_thread(work, *arguments, **options):
-    """(thread, list that its result comes into)"""
     found = []
     thread = threading.Thread(target=lambda: found.append(work(*arguments, **options)))
     thread.start()

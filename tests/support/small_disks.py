@@ -35,7 +35,6 @@ def everything(folder: Path) -> set[str]:
 
 
 def told(action: Callable[[], object]) -> str:
-    """The one line that `action` fails with."""
     with pytest.raises(PhatgooseError) as caught:
         action()
     assert "\n" not in str(caught.value)

@@ -196,7 +196,6 @@ def write_expert(
 
 
 def make_readings(base: Base, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The readings of five random prompts."""
     config = base.model.config.get_text_config()
     size = (5, len(PLACES), config.num_hidden_layers, config.hidden_size)
     return readings_of(torch.randn(size, generator=generator))

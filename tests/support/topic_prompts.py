@@ -9,8 +9,8 @@ from torch import Tensor
 
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers.prompt_router import BaseReader, PromptReader
-from phatgoose.routing.routers.router import Mixtures
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.context import Choice
 from phatgoose.tasks.batching import pad_left, pad_right, position_ids
 from phatgoose.tasks.embeddings import PROMPT
 from phatgoose.tasks.task import Example, Task
@@ -78,22 +78,27 @@ def by_single(base, pool: Pool, names, run) -> list:
     """`run(model, place)` for each of the names, with that expert alone."""
     results = {}
     for name in dict.fromkeys(names):
-        model = compose(pool, base, router="single", expert=name)
+        model = compose(pool, base, router=f"single:expert={name}")
         results |= {place: run(model, place) for place in range(len(names)) if names[place] == name}
         detach(model)
     return [results[place] for place in range(len(names))]
 
 
-def tokens_of(lookup: PromptReader, texts: Sequence[str]) -> list[list[int]]:
-    """The prompts' tokens, as a model reads them."""
-    return [list(lookup.tokenizer(text)["input_ids"]) for text in texts]
+def tokens_of(model, texts: Sequence[str]) -> list[list[int]]:
+    """The prompts' tokens, as the routed `model` reads them."""
+    return [list(composition_of(model).tokenizer(text)["input_ids"]) for text in texts]
 
 
-def experts_of(lookup: PromptReader, texts: Sequence[str]) -> Mixtures:
-    """The experts that `lookup` finds for these prompts."""
-    return lookup.find(tokens_of(lookup, texts))
+def experts_of(model, texts: Sequence[str]) -> Choice:
+    """The experts that the routed `model` chooses for these prompts."""
+    return composition_of(model).context.choose(tokens_of(model, texts))
 
 
-def scores_of(lookup: BaseReader, texts: Sequence[str]) -> Tensor:
-    """The scores that `lookup` gives all experts for these prompts."""
-    return lookup.scores(tokens_of(lookup, texts))
+def scores_of(model, texts: Sequence[str]) -> Tensor:
+    """The scores that the router of `model` gives all experts for these prompts."""
+    return composition_of(model).prompt_router.score(tokens_of(model, texts), model)
+
+
+def read_by(model) -> list[int]:
+    """The best expert of each row of the routed `model`'s present batch."""
+    return composition_of(model).context.choice.experts[:, 0].tolist()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phatgoose.routing.routers import prompt_router as lookup
+from phatgoose.routing.routers import prompt_router
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 
 
@@ -22,8 +22,8 @@ def toy_embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> torch.T
 
 def use_toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fixture `toy_embedder` does, for longer than a test."""
-    monkeypatch.setattr(lookup, "embed_texts", toy_embed)
-    monkeypatch.setattr(lookup, "load_embedder", lambda embedder: None)
+    monkeypatch.setattr(prompt_router, "embed_texts", toy_embed)
+    monkeypatch.setattr(prompt_router, "load_embedder", lambda embedder: None)
 
 
 def embed(texts: Sequence[str], embedder: str = "none") -> Tensor:

@@ -18,7 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_model
-from phatgoose.routing.routers import prompt_router as lookup
+from phatgoose.routing.routers import prompt_router
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks import embeddings
@@ -32,8 +32,8 @@ from toy_embedders import toy_embed
 def loaded(monkeypatch) -> Iterator[list[str]]:
     """The embedders that were loaded, in place of loading them."""
     names: list[str] = []
-    monkeypatch.setattr(lookup, "load_embedder", names.append)
-    monkeypatch.setattr(lookup, "embed_texts", toy_embed)
+    monkeypatch.setattr(prompt_router, "load_embedder", names.append)
+    monkeypatch.setattr(prompt_router, "embed_texts", toy_embed)
     return names
 
 
@@ -80,8 +80,8 @@ def test_no_other_embedder_is_loaded_because_a_record_names_it(llama, llama_pool
         compose(pool, llama, router="retrieval")
     assert str(caught.value).isprintable()
     assert loaded == []
-    model = compose(pool, llama, router="retrieval", retrieval_embedder=recorded)
-    assert composition_of(model).lookup.embedder == recorded
+    model = compose(pool, llama, router="retrieval", embedder=recorded)
+    assert composition_of(model).prompt_router.embedder.name == recorded
     assert loaded == [recorded]
 
 
@@ -93,22 +93,20 @@ def test_an_embedder_that_did_not_make_the_embeddings_is_refused():
 
 
 def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp_path):
-    model = compose(
-        recorded_by(llama_pool, "a/b"), llama, router="retrieval", retrieval_embedder="a/b"
-    )
+    model = compose(recorded_by(llama_pool, "a/b"), llama, router="retrieval", embedder="a/b")
     save(model, tmp_path / "routed")
     description = json.loads((tmp_path / "routed" / "routed.json").read_text())
-    assert "retrieval_embedder" not in description["routing"]
-    description["routing"]["retrieval_embedder"] = "a/b"  # as somebody else may write it
+    assert "embedder" not in description["routing"]
+    description["routing"]["embedder"] = "a/b"  # as somebody else may write it
     (tmp_path / "routed" / "routed.json").write_text(json.dumps(description))
     del loaded[:]
     with pytest.raises(ConfigError, match="only the default embedder"):
         load(tmp_path / "routed", dtype="float32")
     assert loaded == []
-    load(tmp_path / "routed", dtype="float32", retrieval_embedder="a/b")
-    routing = Routing(retrieval_embedder="a/b")
+    load(tmp_path / "routed", dtype="float32", embedder="a/b")
+    routing = Routing(embedder="a/b")
     opened = open_model(tmp_path / "routed", dtype="float32", routing=routing)
-    assert composition_of(opened.model).lookup.embedder == "a/b"
+    assert composition_of(opened.model).prompt_router.embedder.name == "a/b"
     assert loaded == ["a/b", "a/b"]
 
 

@@ -71,7 +71,7 @@ def voters(name: str) -> Pool:
 
 
 def voting(name: str):
-    return compose(voters(name), base_of(name), router="phatgoose-input")
+    return compose(voters(name), base_of(name), router="logo", k=1)
 
 
 def in_thread(work) -> None:
@@ -80,16 +80,20 @@ def in_thread(work) -> None:
     thread.join()
 
 
-READERS = {"retrieval", "centroid", "glider", "phatgoose-input", "logo", "discriminant"}  # by hooks
-READERS |= {"joint-discriminant", "discriminant-phatgoose", "phatgoose-evidence"}
+READERS = {"retrieval", "centroid", "glider", "logo", "discriminant"}  # by hooks
+READERS |= {"joint-discriminant", "discriminant-phatgoose"}
 
 
 @pytest.mark.parametrize("router", sorted({*ROUTERS} - READERS))
 def test_a_routed_model_has_no_hooks(router):
     scores = {f"e{z}": {"task": z} for z in range(3)}
-    given = {"single": {"expert": "e0"}, "oracle": {"scores": scores}}
+    given = {"oracle": {"scores": scores}}
     given["best-individual"] = given["oracle"]
-    model = compose(tiny_of("llama").pool, base_of("llama"), router=router, **given.get(router, {}))
+    options = {
+        "router": "single:expert=e0" if router == "single" else router,
+        **given.get(router, {}),
+    }
+    model = compose(tiny_of("llama").pool, base_of("llama"), **options)
     for module in model.modules():
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
@@ -195,12 +199,12 @@ def one_by_one(name: str, prompts=PROMPTS, **options) -> torch.Tensor:
     """The answers that each prompt gets from the expert voted for, alone."""
     model = voting(name)
     owners = (
-        composition_of(model).lookup.find([list(p) for p in prompts]).experts.flatten().tolist()
+        composition_of(model).context.choose([list(p) for p in prompts]).experts.flatten().tolist()
     )
     assert len(set(owners)) > 1
     rows = []
     for owner, prompt in zip(owners, prompts, strict=True):
-        alone = compose(voters(name), base_of(name), router="single", expert=f"e{owner}")
+        alone = compose(voters(name), base_of(name), router=f"single:expert=e{owner}")
         rows.append(answers(alone, [prompt], **options))
     return torch.cat(rows, dim=1)
 
@@ -237,8 +241,8 @@ def test_a_copy_votes_with_its_own_model():
     other = copy.deepcopy(model)
     detach(model)
     assert_same_logits(answers(other), wanted)
-    assert composition_of(other).lookup._model is other
-    assert composition_of(other).lookup is not composition_of(voting("opt")).lookup
+    assert composition_of(other).context._model is other
+    assert composition_of(other).context is not composition_of(voting("opt")).context
     detach(other)
     for module in (*model.modules(), *other.modules()):
         assert not module._forward_pre_hooks
@@ -279,7 +283,7 @@ def test_continuous_batching_is_refused_where_inputs_are_read():
     finally:
         logging.disable(logging.NOTSET)
     for answer in found.values():
-        assert answer.error.startswith("Router phatgoose-input reads whole inputs, but several")
+        assert answer.error.startswith("Router logo reads whole inputs, but several")
 
 
 @pytest.mark.heavy
@@ -287,7 +291,7 @@ def test_a_compiled_model_reads_its_inputs():
     base = make_tiny("llama", num_hidden_layers=1)
     pool = Tiny(base).pool
     held = Base(base, make_tokenizer(final_eos=False), "tiny", None, fingerprint(base))
-    model = compose(pool, held, router="phatgoose-input")
+    model = compose(pool, held, router="logo", k=1)
     compiled = torch.compile(model, backend="eager", dynamic=False)
     for prompts in (PROMPTS[:2], PROMPTS[2:]):
         inputs = batch_of(model, prompts) | {"use_cache": False}

@@ -21,15 +21,14 @@ from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.fixed import UniformRouter
-from phatgoose.routing.routers.uniform_top_k import UniformTopKRouter
-from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter, UniformTopKRouter, standardise
 from phatgoose.routing.stacks import SiteStack
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50
 ROUTERS: dict[str, Callable[[Tensor], nn.Module]] = {
-    "phatgoose": lambda vectors: ScoredRouter(vectors, 2, 1e-5),
+    "phatgoose": lambda vectors: PhatgooseRouter(vectors, 2, 1e-5),
     "uniform-top-k": lambda vectors: UniformTopKRouter(vectors, 2, 1e-5),
     "arrow": lambda vectors: ArrowRouter(vectors, 2),
     "merged": lambda vectors: UniformRouter(len(vectors), len(vectors)),
@@ -40,7 +39,7 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.fixture(autouse=True)
 def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
-    for user in ("routing.kernels.choice", "routing.routers.vector_router"):
+    for user in ("routing.kernels.choice", "routing.kernels.native"):
         monkeypatch.setattr(f"phatgoose.{user}.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield
@@ -128,7 +127,7 @@ def test_an_announced_expert_is_one_graph_with_the_rest(small):
     compiled, ids = torch.compile(model, fullgraph=True, backend="eager"), make_ids(rows=2)
     found = []
     for task in ("one", "other"):
-        composition_of(model).lookup.begin_task(task)
+        composition_of(model).context.use(composition_of(model).context.choose([[]], task=task))
         found.append(logits_of(compiled, ids, use_cache=False))
         assert_same_logits(found[-1], logits_of(model, ids, use_cache=False))
     assert not torch.equal(*found)

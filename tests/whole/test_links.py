@@ -92,6 +92,3 @@ def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):
     (folder / "README.md").symlink_to(victim)
     with pytest.raises(ExpertError, match=r"README\.md is a symbolic link that leads out"):
         push(folder, "me/golden")
-
-
-# What runs that were killed leave behind

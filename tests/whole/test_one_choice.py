@@ -45,11 +45,11 @@ def saved(pool_of, tmp_path_factory) -> Pool:
 def test_a_prompt_gets_the_same_experts_however_it_is_asked(
     llama, saved, toy_embedder, router, chat
 ):
-    options = {"expert": "e2"} if router == "single" else {}
     scores = {"scores": SCORES} if router == "best-individual" else {}
     tokenizer, formatting = llama.tokenizer, Formatting(chat=chat)
     tokenizer.chat_template = CHAT_TEMPLATE if chat else None
-    model = compose(saved, llama, router=router, **options, **scores)
+    router = "single:expert=e2" if router == "single" else router
+    model = compose(saved, llama, router=router, **scores)
 
     def evaluated(task: Task) -> np.ndarray:
         with record(model) as recording:
@@ -72,8 +72,8 @@ def test_a_prompt_gets_the_same_experts_however_it_is_asked(
     np.testing.assert_allclose(explained, written, atol=CLOSE)
     np.testing.assert_allclose(exported, written.mean(axis=0), atol=1e-6)
     if not scores:  # the server has no scores to choose the best individual by
-        names = [options["expert"]] if options else saved.names  # single has one expert
-        answered = served(saved, names, Routing(router, **options), chat=chat)
+        names = ["e2"] if router.startswith("single") else saved.names  # single has one expert
+        answered = served(saved, names, Routing(router), chat=chat)
         np.testing.assert_allclose(answered, written, atol=CLOSE)
 
 

@@ -80,15 +80,14 @@ def test_it_is_analysed(base, routed, tmp_path):
     assert write_report(found, tmp_path).is_file()
 
 
-@pytest.mark.parametrize("router", ["phatgoose-input", "phatgoose-evidence"])
 @pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)
-def test_prompts_with_experts_of_their_own_pass_one_by_one(base, router):
+def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     """Nothing says whose token the base's own expert sees."""
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    routed = compose(pool, base, router=router, input_k=2)
-    lookup = composition_of(routed).lookup
+    routed = compose(pool, base, router="logo", k=2)
+    context = composition_of(routed).context
     encoder = Encoder.of(base)
-    found = lookup.find([encoder.prompt(example.input) for example in CHOICE_TASK.test])
+    found = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
     assert len(found.weights[:, 0].unique()) > 1
     with pytest.raises(RoutingError, match="pass inputs one by one"):
         evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer)
@@ -96,9 +95,9 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base, router):
     for example, prediction, mixture in zip(
         CHOICE_TASK.test, scored.predictions, found.each(), strict=True
     ):
-        lookup.serve(mixture)
+        context.use(mixture)
         wanted = naive_scores(routed, base, example)
-        lookup.serve(None)
+        context.use(None)
         assert prediction.scores == pytest.approx(wanted, abs=1e-4)
 
 
@@ -118,7 +117,7 @@ def test_an_expert_of_the_base_that_no_token_reaches_has_statistics_too(base):
         assert means[name].any() == usual.any() == (name not in other)
         assert (deviation == 1).all() == (name in other)
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    routed = compose(pool, base, affinity="calibrated")
+    routed = compose(pool, base, router="phatgoose:affinity=calibrated")
     assert (
         logits_of(routed, torch.tensor([pairs[0].prompt]), decoder_input_ids=torch.tensor([[0, 4]]))
         .isfinite()

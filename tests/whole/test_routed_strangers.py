@@ -38,7 +38,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.routers.oracle import TaskTable
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.routing.saved.tensors import read_saved
@@ -57,7 +56,7 @@ GROWN = (
     "glider",
     "joint",
 )  # of two files each, the last expert removed
-MADE = ("input", "oracle", "merged", "centred")  # of one file
+MADE = ("oracle", "merged", "calibrated")  # of one file
 IDS = make_ids(rows=2)
 
 
@@ -83,14 +82,13 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
         "plain": (uneven, Routing()),
         "small": (uneven, Routing()),
         "retrieval": (uneven, Routing(router="retrieval")),
-        "spectr": (uneven, Routing(router="spectr", spectr_shortlist=2)),
+        "spectr": (uneven, Routing(router="spectr:shortlist=2")),
         "glider": (uneven, Routing(router="glider")),
         "joint": (uneven, Routing(router="joint-discriminant")),
         "mixed": (mixed, Routing()),
-        "input": (uneven, Routing(router="phatgoose-input")),
         "oracle": (uneven, Routing(router="oracle")),
         "merged": (high, Routing(router="merged")),
-        "centred": (uneven, Routing(affinity="centred", k=3)),
+        "calibrated": (uneven, Routing("phatgoose:affinity=calibrated", k=3)),
     }
     for kind, (pool, routing) in made.items():
         folder = place / "folders" / kind
@@ -149,8 +147,8 @@ def run(model: PreTrainedModel) -> None:
         for module in layer.modules():
             for name, tensor in module.named_buffers(recurse=False):
                 setattr(module, name, tensor.clone())
-    if isinstance(parts.lookup, TaskTable):
-        parts.lookup.begin_task("second")
+    if parts.routing.router == "oracle":
+        parts.context.use(parts.context.choose([[]], task="second"))
     assert logits_of(model, IDS).shape == (*IDS.shape, VOCABULARY)
 
 
@@ -334,15 +332,8 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
     "centroids of whole numbers": ("glider", "lookup.centroids", lambda t: t.long(), SHAPE),
     "directions of more": ("spectr", "directions.", lambda t: torch.cat([t, t]), SHAPE),
     "narrow directions": ("spectr", "directions.", lambda t: t[..., :4], SHAPE),
-    "narrow votes": ("input", "lookup.votes.", lambda t: t[:, :4], "columns|votes at .* of shape"),
-    "votes of fewer": ("input", "lookup.votes.", lambda t: t[:1], SHAPE),
     "a folded weight turned": ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "folded into"),
-    "centred without its column": (
-        "centred",
-        "vectors.",
-        lambda t: t[:, :-1],
-        "have|columns|shape",
-    ),
+    "calibrated of fewer": ("calibrated", "usual.", lambda t: t[:1], SHAPE),
 }
 
 
@@ -382,7 +373,7 @@ def test_names_of_tasks_do_not_reach_a_terminal_as_they_are(strangers, bases, tm
     model = load(folder, bases["float32"])
     try:
         with pytest.raises(RoutingError) as caught:
-            composition_of(model).lookup.begin_task("third")
+            composition_of(model).context.choose([[]], task="third")
         assert str(caught.value).isprintable()
     finally:
         detach(model)
@@ -410,16 +401,16 @@ def test_a_tensor_that_nobody_knows_is_refused(folder, bases, name):
 DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "k 1.5": lambda info: info["routing"].update(k=1.5),
     "k of words": lambda info: info["routing"].update(k="two"),
-    "no k at all": lambda info: info["routing"].update(k=None),
-    "no eps": lambda info: info["routing"].update(eps=0),
+    "no eps": lambda info: info["routing"].update(router="phatgoose:eps=0"),
     "a long router": lambda info: info["routing"].update(router="x" * 10**6),
     "unknown kernel": lambda info: info["routing"].update(kernel="\x1b[31mfast"),
-    "unknown affinity": lambda info: info["routing"].update(affinity="none"),
-    "another affinity": lambda info: info["routing"].update(affinity="centred"),
+    "unknown affinity": lambda info: info["routing"].update(router="phatgoose:affinity=none"),
+    "another affinity": lambda info: info["routing"].update(router="phatgoose:affinity=calibrated"),
     "another router": lambda info: info["routing"].update(router="merged"),
     "a router without tensors": lambda info: info["routing"].update(router="retrieval"),
     "a router without tasks": lambda info: info["routing"].update(router="oracle"),
-    "a voter without votes": lambda info: info["routing"].update(router="phatgoose-input"),
+    "a router that has left": lambda info: info["routing"].update(router="phatgoose-input"),
+    "settings twice": lambda info: info["routing"].update(router="arrow:form=peft,form=svd"),
     "unknown setting": lambda info: info["routing"].update({"\x1b[2Jclear": 1}),
     "routing of words": lambda info: info.update(routing="phatgoose"),
     "experts null": lambda info: info.update(experts=None),

@@ -44,7 +44,7 @@ from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict import MOST_JSON_BYTES, MOST_NESTED
+from phatgoose.files.strict import MOST_NESTED
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
@@ -184,12 +184,6 @@ def test_a_pool_does_not_leave_its_folder(directory, tmp_path):
     with pytest.raises(PoolError, match="leads out of"):
         Pool.open(tmp_path / "pool")
     assert Pool.open(tmp_path / "pool" / "link").names == ("golden",)
-
-
-def test_a_huge_description_is_refused_unread(directory):
-    with (directory / LAYOUT.info).open("ab") as file:
-        file.truncate(MOST_JSON_BYTES + 1)
-    assert f"at most {MOST_JSON_BYTES}" in complaint(directory)
 
 
 def test_a_folder_whose_name_is_no_utf8_is_told_as_an_escape(directory, tmp_path, capsys):

@@ -25,9 +25,10 @@ from ..evaluation.evaluate import Evaluation, ScoringSettings, TaskScore
 from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import compose, detach
-from ..routing.composition import announcing, composition_of
+from ..routing.composition import composition_of, routing_for
 from ..routing.open_model import is_routed, loaded_base, open_model
 from ..routing.routers.automatic import settled
+from ..routing.routers.prompt_router import ByPrompt
 from ..routing.routers.router import Scores, check_routing, read_scores, router_of
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
@@ -230,9 +231,9 @@ def analyse(
     `compose`, determine the Oracle to compare with. `examples` texts of each task are traced token
     by token. `smoothing` is that of the KL divergences.
 
-    Raises ConfigError for `routers` or `without_each` with a composed model or an expert without
-    router single, TaskError for no task or two of one name, RoutingError for a model that is not
-    routed, and what composing and evaluating raise: all before the first router reads anything.
+    Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
+    or two of one name, RoutingError for a model that is not routed, and what composing and
+    evaluating raise: all before the first router reads anything.
     """
     tasks = named_apart(given_tasks(tasks))
     if not tasks:
@@ -318,17 +319,15 @@ def _subject(
         for name in asked
     }
     names = [found[name].router for name in routers or (routing.router,)]
-    if routing.expert is not None and "single" not in names:
-        raise ConfigError(f"expert is for router single; here it is {', '.join(names)}.")
     routing = found[routing.router]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
-        _check_router(_alone(routing, name), pool, scores, loaded.tokenizer)
+        _check_router(replace(routing, router=name), pool, scores, loaded.tokenizer)
 
     @contextmanager
     def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
         members = pool if without is None else pool.select(leave_out=[without])
-        model = compose(members, loaded, routing=_alone(routing, router), scores=scores)
+        model = compose(members, loaded, routing=replace(routing, router=router), scores=scores)
         try:
             yield model
         finally:
@@ -337,24 +336,21 @@ def _subject(
     return _Subject(pool.names, tuple(dict.fromkeys(names)), routing, tokenizer, opened)
 
 
-def _alone(routing: Routing, router: str) -> Routing:
-    return replace(routing, router=router, expert=routing.expert if router == "single" else None)
-
-
 def _check_router(
     routing: Routing, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raise what composing `pool` by `routing` would, before other routers have been read.
 
-    Lookups that need nothing but vectors and readings are not made: these are checked.
+    Prompt routers that need nothing but vectors and readings are not made: these are checked.
     """
     router = router_of(routing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         check_routing(router, pool)
         narrowed = router.narrow(pool, scores)
-        if router.spec.given or "embeddings" in router.spec.needs:
-            router.lookup_of(narrowed, scores, tokenizer)
+        by_more = router.spec.given or "embeddings" in router.spec.needs
+        if isinstance(router, ByPrompt) and by_more:
+            router.for_model(router.tables(narrowed, scores), tokenizer)
 
 
 def _composed_subject(
@@ -437,7 +433,8 @@ def _traces(
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
     pairs, traces = encoder.pairs(chosen), []
-    with announcing(model, task.name, [pair.prompt for pair in pairs], chosen) as before_pass:
+    prompts = [pair.prompt for pair in pairs]
+    with routing_for(model, prompts, task=task.name, examples=chosen) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))

@@ -21,7 +21,6 @@ from torch.nn import functional
 from ..base.loading import Base
 from ..base.offloading import execution_device
 from ..base.sites import Site, find_sites
-from ..config import Routing
 from ..errors import PoolError
 from ..experts.kinds.kind import SiteModule
 from ..experts.kinds.registry import kinds
@@ -29,8 +28,9 @@ from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import check_pool_fits
 from ..routing.routers.centroid import centroids_of
+from ..routing.routers.configs import EPS
+from ..routing.routers.phatgoose import PhatgooseRouter, standardise
 from ..routing.routers.prompt_router import embeddings_of
-from ..routing.routers.vector_router import ScoredRouter, standardise
 from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ..tasks.encoding import Encoder
 from ..tasks.neutral import neutral_examples
@@ -124,7 +124,7 @@ def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
         if len(gated) < 2:
             continue
         gates = standardise(torch.stack([pool.experts[z].gates[name] for z in gated]))
-        best = ScoredRouter(gates, 1, Routing().eps).affinities(u).argmax(dim=1)
+        best = PhatgooseRouter(gates, 1, EPS).affinities(u).argmax(dim=1)
         first[gated] += torch.bincount(best, minlength=len(gated)).double()
         seen[gated] += len(u)
     return first / seen.masked_fill(seen == 0, math.nan)
@@ -185,7 +185,7 @@ LIMITS: dict[str, Limit] = {
     "gate_size": Limit(
         35,
         "its gates are {value:.3g} times as long as the median: harmless with router phatgoose, "
-        "which standardises them, but it decides with --affinity raw",
+        "which standardises them",
         few=54,
     ),
     "gate_own_mean": Limit(
@@ -208,7 +208,7 @@ LIMITS: dict[str, Limit] = {
     "mean_distance": Limit(
         4.9,
         "its mean activations are {value:.3g} times as far from the pool's as the median expert's: "
-        "they move affinities centred and trimmed",
+        "router average-activation goes by them",
         few=7,
     ),
     "reading_distance": Limit(

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..experts.pool import Pool, check_alike
 from ..experts.readings import PLACES
-from ..routing.routers.vector_router import standardise
+from ..routing.routers.phatgoose import standardise
 from ..routing.stacks import stack_of
 from .findings import squared_norms
 

@@ -170,7 +170,7 @@ def _dominant(found: RoutingDistribution, where: str) -> Iterator[Finding]:
             "takes-everything",
             f"{name} is the first choice of {first[best]:.0%} of all decisions {where} (the "
             f"weights are worth {worth:.1f} experts): the pool is routed almost as {name} alone. "
-            f"Compare with --router single --expert {name}.",
+            f"Compare with --router single:expert={name}.",
             (name,),
         )
 
@@ -217,8 +217,8 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Fi
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    As the router scores with them: standardised (paper section 3), raw, or arrow's up to their
-    sign. 0 if two never meet or one is constant. None for routers without vectors.
+    As the router scores with them: standardised (paper section 3), or arrow's up to their sign. 0
+    if two never meet or one is constant. None for routers without vectors.
     """
     parts = composition_of(model)
     size = len(parts.experts)
@@ -226,8 +226,7 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     for layer in parts.layers.values():
         if not (isinstance(layer, RoutedLinear) and "vectors" in layer.router.kept):
             return None
-        vectors = layer.router.vectors[:, : layer.in_features]  # centred ones have an offset more
-        unit = torch.nn.functional.normalize(vectors.float().cpu(), dim=1)
+        unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T
         experts = layer.experts.cpu()
         rows = experts[:, None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..evaluation.comparison.methods import METHODS, label_with_settings
+from ..evaluation.comparison.methods import METHODS, label_with_settings, routing_of
 from ..evaluation.comparison.result_store import ResultStore
 from ..evaluation.intervals import Sample
 from ..files.strict import one_line, shortened
@@ -73,9 +73,10 @@ def _add(key: Any, result: Any, lines: dict[str, Pools]) -> None:
     Raises one of FOREIGN or EvaluationError if it is no result of a comparison.
     """
     method = dict(key["method"])
-    members = tuple(sorted(map(str, method.pop("pool", ()))))
+    members = tuple(sorted(map(str, method.get("pool", ()))))
     if not members or method.get("router") in (None, "single"):
         return
+    method = routing_of(method)  # those of earlier versions join those of this one
     same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
     label_with_settings(method)  # refuses what is no router's
     if not result["marks"]:

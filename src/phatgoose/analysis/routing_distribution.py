@@ -19,7 +19,7 @@ from ..base.blocks import headless
 from ..base.offloading import input_device
 from ..base.sites import Stream
 from ..files.strict import one_line
-from ..routing.composition import announcing
+from ..routing.composition import routing_for
 from ..routing.recording import watch
 from ..routing.watching import SitePass
 from ..tasks.batching import Collator, batches_of_tokens, pad_right
@@ -95,7 +95,8 @@ def read_examples(
     no score of `task`.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
-    with announcing(model, task, [pair.prompt for pair in pairs], examples) as before_pass:
+    prompts = [pair.prompt for pair in pairs]
+    with routing_for(model, prompts, task=task, examples=examples) as before_pass:
         bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)

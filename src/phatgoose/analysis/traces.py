@@ -19,7 +19,8 @@ from ..base.loading import texts_of
 from ..base.sites import Stream
 from ..errors import RoutingError
 from ..routing.composition import Composition, composition_of
-from ..routing.routers.router import Mixtures, highest
+from ..routing.context import Choice
+from ..routing.routers.router import highest
 from ..routing.watching import SitePass
 from ..tasks.batching import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
@@ -182,17 +183,15 @@ def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
         for name, tokens, marks in _streams(model, encoder, pair)
         if name in passed
     )
-    known = None if parts.lookup is None else parts.lookup.mixtures
-    whole = chosen_for_whole(parts, known)
+    whole = chosen_for_whole(parts, parts.context.choice if parts.context else None)
     return Trace(parts.experts, parts.routing.router, tuple(streams), whole)
 
 
-def chosen_for_whole(parts: Composition, known: Mixtures | None) -> tuple[tuple[str, float], ...]:
-    """A trace's `whole`, where the model's lookup has found the mixture `known` for one text."""
-    if known is None or parts.lookup is None or not parts.lookup.chooses:
+def chosen_for_whole(parts: Composition, known: Choice | None) -> tuple[tuple[str, float], ...]:
+    """A trace's `whole`, where the model's context has the choice `known` for one text."""
+    if known is None or parts.prompt_router is None or not parts.prompt_router.chooses:
         return ()
-    chosen = zip(known.experts[0].tolist(), known.weights[0].tolist(), strict=True)
-    return tuple((parts.experts[z], weight) for z, weight in chosen)
+    return tuple(known.named(parts.experts)[0].items())
 
 
 def _streams(

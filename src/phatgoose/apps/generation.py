@@ -15,8 +15,10 @@ from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import Questions
 from ..files.strict import half_character
+from ..routing.composition import composition_if_any
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
+from ..routing.routers.router import check_served
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
@@ -32,7 +34,6 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a seed that no other setting may have either."""
         if not SEED.holds(self.seed):
             raise ConfigError(f"seed is {self.seed}, but must be {SEED.words}.")
 
@@ -58,9 +59,13 @@ def generate(
 ) -> Generation:
     """The text that `model` generates after `prompt`.
 
-    Raises RoutingError to `record` a model that is not routed, TaskError as `check_prompt` does.
+    Raises RoutingError to `record` a model that is not routed, ConfigError for a router that can't
+    choose by a prompt alone, TaskError as `check_prompt` does.
     """
     check_prompt(prompt)
+    parts = composition_if_any(model)
+    if parts is not None:
+        check_served(parts.router)
     sampling = sampling or Sampling()
     encoder = Encoder.for_model(model, tokenizer, formatting)
     asked = Example(prompt, "")

@@ -39,7 +39,7 @@ MODEL = "phatgoose"
 WHERE = "model_args"
 DELIMITER = " "  # the harness puts it before a choice unless the task has its own
 FIXED = POOL_SETTINGS | {"keep", "leave_out", "scores"}  # of a saved model
-NAMES = ("pool", "base", "expert", "keep", "leave_out")
+NAMES = ("pool", "base", "keep", "leave_out")
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
 
@@ -48,6 +48,7 @@ Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, a
 class ModelArguments(Routing):
     """The arguments in `--model_args`: a routing, and where and how the model is opened.
 
+    A router's settings are joined by '+': router=phatgoose:eps=0.1+temperature=0.5.
     lm_eval's flags --batch_size, --max_batch_size and --device are merged into them.
     """
 
@@ -81,7 +82,8 @@ class ModelArguments(Routing):
         routed model was made with.
         """
         digits = {key: str(values[key]) for key in NAMES if type(values.get(key)) is int}
-        arguments = from_mapping(cls, {**values, **digits}, WHERE)
+        router = {"router": str(values["router"]).replace("+", ",")} if "router" in values else {}
+        arguments = from_mapping(cls, {**values, **digits, **router}, WHERE)
         given = sorted(FIXED & values.keys())
         if given and is_routed(arguments.pool):
             raise ConfigError(
@@ -111,9 +113,9 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         self.arguments = ModelArguments.of(arguments)
         model = _open_routed(self.arguments)
         parts = composition_of(model)
-        if parts.lookup is not None:
+        if parts.context is not None:
             raise ConfigError(
-                f"Router {parts.routing.router} needs whole examples, which lm_eval hands over in "
+                f"Router {parts.routing.name} needs whole examples, which lm_eval hands over in "
                 f"pieces; score it with 'phatgoose evaluate', or use another router."
             )
         super().__init__(
@@ -217,7 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
-    """The routed model in a folder, or one composed of a pool."""
     device = arguments.device
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         device = None  # lm_eval's default is cuda:0, also on a machine without a GPU

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Base:
     id: str
     revision: str | None
     fingerprint: str
-    marks: dict[str, Mark] | None = None
+    marks: dict[str, Mark] | None = field(default=None, compare=False, repr=False)
 
     @property
     def reference(self) -> BaseReference:

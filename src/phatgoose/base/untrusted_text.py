@@ -259,7 +259,6 @@ class _Process:
 
     @property
     def has_ended(self) -> bool:
-        """True when the process is over, also if something else ended it."""
         return self.is_over or self._child.poll() is not None
 
     @property

@@ -26,7 +26,7 @@ from ..errors import ConfigError, EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files.atomic import write_text
 from ..files.strict import one_line, shortened
-from ..routing.composition import announcing, composition_if_any
+from ..routing.composition import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
 from ..tasks.encoding import Cuts, Encoder
 from ..tasks.loading import given_tasks
@@ -365,7 +365,8 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
     """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
     name, budget = chosen.name, chosen.settings.token_budget
-    with announcing(model, name, questions.prompts, chosen.examples) as before_pass:
+    prompts, examples = questions.prompts, chosen.examples
+    with routing_for(model, prompts, task=name, examples=examples) as before_pass:
         answers = answers_to(questions, model, budget, name, before_pass)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 

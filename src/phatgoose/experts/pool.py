@@ -27,7 +27,6 @@ MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
 MOST_NAMED = 8  # experts in the repr of a pool
 NO_POOL = "A pool is a folder of experts, hub:OWNER/NAME, a manifest, experts, or a list of these"
-STAND_IN = ", or with stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "measure")
 
@@ -324,8 +323,7 @@ def _missing(without: Sequence[str], kind: str) -> str:
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
         f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
         f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
-        f"compose the pool by a router that needs none, such as arrow"
-        f"{STAND_IN if kind == 'gates' else ''}."
+        f"compose the pool by a router that needs none, such as arrow."
     )
 
 

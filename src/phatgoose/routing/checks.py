@@ -2,7 +2,7 @@
 
 Every stack that becomes a layer is checked against its site, and every file of a routed model
 against the others: kernels get addresses and trust sizes, and a file may come from anywhere.
-Letters as in docs/format.md: E experts of a site, n inputs, v = n + 1, d outputs; each part of a
+Letters as in docs/format.md: E experts of a site, n inputs, d outputs; each part of a
 stack has its own letters besides, such as r for the rank of LoRAs.
 """
 
@@ -26,7 +26,7 @@ OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
 UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
 SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square
-SHARED = "ndvcbhfg"  # letters that stand for one size in all files
+SHARED = "ndcbhfg"  # letters that stand for one size in all files
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Form:
 
 def tensors_of_sites() -> dict[str, Form]:
     """The form of each tensor that a saved model may have at a site, but for its router's."""
-    found = {"experts": Form("E", INDICES), "votes": Form("Ev"), "folded": Form("dn")}
+    found = {"experts": Form("E", INDICES), "folded": Form("dn")}
     for name, held in declared().tensors.items():
         found[name] = Form(held.sizes, held.types)
         if held.dtype == "factor":
@@ -60,7 +60,7 @@ def check_site(
     """
     where = f"Experts at {site.name}"
     held = {"experts": stack.experts, **stack.tensors(), **state}
-    sizes = {"n": site.in_features, "v": site.in_features + 1, "d": site.out_features}
+    sizes = {"n": site.in_features, "d": site.out_features}
     check_tensors(where, held, pool_size, sizes, form)
 
 
@@ -101,7 +101,6 @@ def check_tensors(
         own_sizes = _sizes_of(where, own, forms, known)
         found |= {letter: own_sizes[letter] for letter in "nd" if letter in own_sizes}
     _check_range(where, "experts", held["experts"], pool_size, ascending=True)
-    _check_columns(where, found)
     _check_parts(where, held)
     for name in stacked:
         if name.endswith(SCALE):
@@ -122,7 +121,7 @@ def check_lookup(
     sizes: Mapping[str, int],
     form: Mapping[str, str],
 ) -> dict[str, int]:
-    """As `check_tensors`, of the tensors that a lookup saves (`Router.lookup_form`)."""
+    """As `check_tensors`, of the tensors of a prompt router (`ByPrompt.prompt_form`)."""
     if held.keys() != form.keys():
         raise RoutingError(f"{where}: there are {_named(held)}; wanted {' and '.join(form)}.")
     forms = {name: Form(form[name], INDICES if name == OWNERS else FLOATS) for name in form}
@@ -196,12 +195,6 @@ def _sizes_of(
             )
         found |= got
     return found
-
-
-def _check_columns(where: str, sizes: Mapping[str, int]) -> None:
-    n, v = sizes.get("n"), sizes.get("v")
-    if n is not None and v not in (None, n + 1):
-        raise RoutingError(f"{where}: {v} columns for {n} inputs; wanted one more than inputs.")
 
 
 def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:

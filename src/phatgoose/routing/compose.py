@@ -34,6 +34,7 @@ from .checks import check_folded, check_numbers, check_site
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.automatic import settled
+from .routers.prompt_router import ByPrompt
 from .routers.registry import AUTO
 from .routers.router import (
     RouterSite,
@@ -63,10 +64,10 @@ def compose(
 
     `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
     trained on. `routing` says how experts are chosen, and `settings` are fields of it by name:
-    `compose(pool, router="arrow", k=3)`; None and no settings are PHATGOOSE with k = 2. `keep` and
-    `leave_out` select experts by name. Routers oracle and best-individual need the `scores` of the
-    single experts: expert -> task -> score, or the comparison.json of a comparison. Undo with
-    `detach`.
+    `compose(pool, router="arrow:form=peft", k=3)`; None and no settings are PHATGOOSE with k = 2.
+    `keep` and `leave_out` select experts by name. Routers oracle and best-individual need the
+    `scores` of the single experts: expert -> task -> score, or the comparison.json of a comparison.
+    Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
@@ -110,7 +111,9 @@ def prepare(
     pool = router.narrow(pool, scores)
     found = found or resolve_base(base, pool.base)
     check_base(pool.base, found.reference)
-    lookup = router.lookup_of(pool, scores, found.tokenizer)
+    prompt_router = None
+    if isinstance(router, ByPrompt):
+        prompt_router = router.for_model(router.tables(pool, scores), found.tokenizer)
     sites = find_sites(found.model)
     check_pool_fits(pool, sites)
     parts = Composition(
@@ -119,7 +122,7 @@ def prepare(
         experts=pool.names,
         records=pool.records(),
         routing=router.routing,
-        lookup=lookup,
+        prompt_router=prompt_router,
         marks=found.marks,
     )
     parts.router.read_base(found.model, found.tokenizer, pool)
@@ -188,7 +191,7 @@ def routed_layer(
         return FoldedLinear(original, site, folded, stack.experts, size)
     check_site(stack, site, size, state, router.form)
     check_numbers(stack, site.name, parts.experts)
-    module = router.at(RouterSite(site.name, stack.experts, size, state, parts.lookup))
+    module = router.at(RouterSite(site.name, stack.experts, size, state, parts.context))
     weight = original.weight
     kind = weight.dtype if weight.is_floating_point() else stack.dtype
     module.to(execution_device(original), kind)
@@ -199,8 +202,8 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
     """Put the routed layers of `parts` into `model` and return it."""
     for name, layer in parts.layers.items():
         replace_module(model, name, layer)
-    if parts.lookup is not None:
-        parts.lookup.attach(model)
+    if parts.context is not None:
+        parts.context.attach(model)
     if not parts.marks:  # those of a model that grows are as old as it
         parts.marks.update(marks_of(model))  # in place: twins of a base may share them
         is_here = all(mark.content is not None for mark in parts.marks.values())
@@ -217,8 +220,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """
     parts = composition_of(model)
     check_in_place(parts.layers.values())
-    if parts.lookup is not None:
-        parts.lookup.detach()
+    if parts.context is not None:
+        parts.context.detach()
     for name, layer in parts.layers.items():
         replace_module(model, name, layer.base)
     del model.save_pretrained  # the model's own is its class's

@@ -15,8 +15,10 @@ from ..base.sites import ROUTED
 from ..config import Routing
 from ..errors import RoutingError
 from ..tasks.task import Example
+from .context import RoutingContext
 from .layers import RoutedLayer, RoutedLinear
-from .routers.router import Lookup, Router, router_of
+from .routers.prompt_router import PromptRouter
+from .routers.router import Router, router_of
 
 
 @dataclass
@@ -24,8 +26,9 @@ class Composition:
     """What a routed model is made of; found on it as `model.phatgoose`.
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site; `lookup` what the sites of a looked-up router share, None for other routers;
-    `marks` tell whether the base was changed since it was routed, `differs` whether it was before.
+    layers by site. `prompt_router` chooses for whole prompts and `context` has its choice for the
+    present batch; None where experts are chosen for every token. `marks` tell whether the base was
+    changed since it was routed, `differs` whether it was before.
     """
 
     base: BaseReference
@@ -34,9 +37,14 @@ class Composition:
     records: list[dict[str, Any]]
     routing: Routing
     layers: dict[str, RoutedLayer] = field(default_factory=dict)
-    lookup: Lookup | None = None
+    prompt_router: PromptRouter | None = None
+    context: RoutingContext | None = field(init=False, default=None)
     marks: dict[str, Mark] = field(default_factory=dict)
     differs: bool = False
+
+    def __post_init__(self) -> None:
+        """The context of the `prompt_router`."""
+        self.context = RoutingContext(self.prompt_router) if self.prompt_router else None
 
     def __repr__(self) -> str:
         """The router, the base, and how many experts."""
@@ -64,31 +72,32 @@ def composition_of(model: PreTrainedModel) -> Composition:
 
 
 @contextmanager
-def announcing(
+def routing_for(
     model: PreTrainedModel,
-    task: str,
     prompts: Sequence[Sequence[int]],
+    *,
+    task: str | None = None,
     examples: Sequence[Example] | None = None,
 ) -> Iterator[Callable[[Sequence[int]], None]]:
-    """A function to call before each pass through `model` with the rows' indices in `prompts`.
+    """Passes of `model` in this thread are about `prompts`, given by tokens, one row for each.
 
-    Routers that choose for whole inputs need it: those that read inputs go by `prompts`, given by
-    the tokens that the model reads (retrieval in the paper's form by `examples`), oracle by the
-    name `task`; random ones start anew.
-    Other models, routed or not, run as usual. Raises RoutingError when router oracle has no score
-    of `task`.
+    Yields a function that takes the rows' indices in `prompts`, to call before each pass of others
+    than all of them in order. Only routers that choose for whole prompts go by this; in other
+    models, routed or not, nothing changes. An evaluation names its `task`, by which router oracle
+    chooses and random routers start anew, and the `examples`, which retrieval in the paper's form
+    embeds. Raises what `PromptRouter.choose` does.
     """
     parts = composition_if_any(model)
-    lookup = parts.lookup if parts else None
-    for layer in parts.layers.values() if parts else ():
+    context = parts.context if parts else None
+    for layer in parts.layers.values() if parts and task is not None else ():
         if isinstance(layer, RoutedLinear):
             layer.router.restart()
-    if lookup is None:
+    if context is None:
         yield lambda _: None
         return
-    lookup.begin_task(task)
-    found = lookup.find(prompts, examples)
+    found = context.choose(prompts, examples=examples, task=task)
+    context.use(found)
     try:
-        yield lambda rows: lookup.serve(found.of(rows))
+        yield lambda rows: context.use(found.of(rows))
     finally:
-        lookup.serve(None)
+        context.use(None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.fingerprint import check_base
+from ..base.fingerprint import BaseReference, check_base
 from ..base.offloading import check_in_place
 from ..base.sites import Site, find_sites
 from ..errors import PoolError, RoutingError
@@ -24,8 +24,17 @@ from ..experts.pool import Pool
 from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
+from .routers.prompt_router import ByPrompt
 from .routers.router import Router, warn_of_lowered_k
-from .stacks import SiteStack, appended, joined, joined_stacks, kept_stack, take_rows
+from .stacks import (
+    SitePart,
+    SiteStack,
+    appended,
+    joined_parts,
+    joined_state,
+    kept_part,
+    renumbered,
+)
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -37,15 +46,15 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     """
     parts = composition_of(model)
     pool = Pool.open(pool)
-    check_growth(parts.router, parts.experts, pool)
-    check_unfolded(_has_folded(parts))
+    check_growth(parts.router, parts.experts, pool, parts.base, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
-    check_base(pool.base, parts.base)
     detach(model)
     try:
         sites = find_sites(model)
         check_pool_fits(pool, sites)
-        lookup = parts.lookup and parts.lookup.grown(pool, len(parts.experts))
+        router, prompt_router = parts.router, parts.prompt_router
+        if isinstance(router, ByPrompt) and prompt_router is not None:
+            prompt_router = router.grown(prompt_router, pool)
         added = {name: stack_at(model, name, pool) for name in pool.sites}
         states = {name: parts.router.state_at(pool, name) for name in pool.sites}
         pool.release()
@@ -54,7 +63,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
             experts=(*parts.experts, *pool.names),
             records=[*parts.records, *pool.records()],
             layers={},
-            lookup=lookup,
+            prompt_router=prompt_router,
         )
         for name in dict.fromkeys((*parts.layers, *added)):
             grown.layers[name] = _grown(
@@ -74,17 +83,18 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     would be left. It is as it was then.
     """
     parts = composition_of(model)
-    left = check_removal(parts.router, parts.experts, names)
-    check_unfolded(_has_folded(parts))
+    left = check_removal(parts.router, parts.experts, names, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
-    place = torch.full((len(parts.experts),), -1)
-    place[left] = torch.arange(len(left))  # of each expert among those that stay, or -1
+    place = renumbered(torch.tensor(left), len(parts.experts))
+    router, prompt_router = parts.router, parts.prompt_router
+    if isinstance(router, ByPrompt) and prompt_router is not None:
+        prompt_router = router.shrunk(prompt_router, place)
     smaller = replace(
         parts,
         experts=tuple(parts.experts[z] for z in left),
         records=[parts.records[z] for z in left],
         layers={},
-        lookup=parts.lookup and parts.lookup.shrunk(place),
+        prompt_router=prompt_router,
     )
     for name, layer in parts.layers.items():
         shrunk = _shrunk(layer, smaller, place)
@@ -93,22 +103,31 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     return install(detach(model), smaller)
 
 
-def check_growth(router: Router, names: Iterable[str], pool: Pool) -> None:
-    """Raise unless `pool` can join experts of these `names` under `router`.
+# Who may join and leave, in memory and in a saved model (`saved.segments`).
 
-    Raises RoutingError for a router that is made for the experts it has, PoolError when a name is
-    taken or experts of `pool` lack what the router needs.
+
+def check_growth(
+    router: Router, names: Iterable[str], pool: Pool, base: BaseReference, *, folded: bool
+) -> None:
+    """Raise unless `pool` can join experts of these `names` on `base`.
+
+    Raises RoutingError for a router that is made for the experts it has and for experts that are
+    `folded` into the base's weights, PoolError when a name is taken or experts of `pool` lack what
+    the router needs, WrongBaseError when theirs is another base.
     """
-    _check_router(router)
+    _check_changeable(router, folded)
     taken = sorted(set(names) & set(pool.names))
     if taken:
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
     router.check(pool)
+    check_base(pool.base, base)
 
 
-def check_removal(router: Router, names: tuple[str, ...], leaving: Iterable[str]) -> list[int]:
+def check_removal(
+    router: Router, names: tuple[str, ...], leaving: Iterable[str], *, folded: bool
+) -> list[int]:
     """The indices of the experts that stay of these `names`. Raises as `remove_experts` does."""
-    _check_router(router)
+    _check_changeable(router, folded)
     if isinstance(leaving, str):
         raise PoolError("What is to be removed must be a list of names.")
     gone = set(leaving)
@@ -121,17 +140,13 @@ def check_removal(router: Router, names: tuple[str, ...], leaving: Iterable[str]
     return left
 
 
-def _check_router(router: Router) -> None:
+def _check_changeable(router: Router, folded: bool) -> None:
     if router.grows is not None:
         raise RoutingError(router.grows)
-
-
-def check_unfolded(folded: bool) -> None:
-    """Raise RoutingError when the experts of a model are `folded` into the base's weights."""
     if folded:
         raise RoutingError(
             "The merged experts are folded into the base's weights and can't be separated any "
-            "more; compose the pool anew."
+            "more; compose the pool again."
         )
 
 
@@ -159,28 +174,24 @@ def _grown(
     known, room = layer.router.state(), layer.room
     if added is None:
         return _layer(layer.base, site, layer.stack, known, new, room)
-    if layer.stack.plain_lora and added.plain_lora:
+    if layer.stack.plain_lora and added.plain_lora:  # into spare rows, without a copy of the others
         room = {
             name: appended(rows, added.tensors()[name], room.get(name))
             for name, rows in layer.stack.tensors().items()
         }
         experts = torch.cat([layer.experts, added.experts])
         stack = SiteStack.of({name: rows[: len(experts)] for name, rows in room.items()}, experts)
-    else:
-        stack, room = joined_stacks([layer.stack, added]), {}
-    state = {name: joined([rows, state[name].to(rows)]) for name, rows in known.items()}
-    return _layer(layer.base, site, stack, state, new, room)
+        return _layer(layer.base, site, stack, joined_state([known, state]), new, room)
+    part = joined_parts([SitePart(layer.stack, known), SitePart(added, state)])
+    return _layer(layer.base, site, *part, new, {})
 
 
 def _shrunk(layer: RoutedLayer, new: Composition, place: Tensor) -> RoutedLayer | None:
     """The layer without the experts whose `place` is -1, None if it has no other."""
-    places = place.to(layer.experts.device)[layer.experts]
-    rows = (places >= 0).nonzero().flatten()
-    if not isinstance(layer, RoutedLinear) or not len(rows):
+    if not isinstance(layer, RoutedLinear):
         return None
-    state = {name: take_rows(held, rows) for name, held in layer.router.state().items()}
-    stack = replace(kept_stack(layer.stack, rows), experts=places[rows])
-    return _layer(layer.base, layer.site, stack, state, new, layer.room)
+    part = kept_part(SitePart(layer.stack, layer.router.state()), place)
+    return part and _layer(layer.base, layer.site, *part, new, layer.room)
 
 
 def _layer(

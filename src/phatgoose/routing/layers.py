@@ -31,7 +31,7 @@ from ..errors import RoutingError
 from ..experts.kinds.lora.stack import LoraStack
 from .kernels.choice import Kernel, choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
-from .stacks import SiteStack
+from .stacks import SiteStack, renumbered
 from .watching import watches_over
 
 
@@ -106,8 +106,7 @@ class RoutedLinear(RoutedLayer):
         self.is_plain = stack.plain_lora is not None
         if not self.is_plain:
             for part, rows in stack.rows().items():
-                place = torch.full((len(stack.experts),), -1, device=rows.device)
-                place[rows] = torch.arange(len(rows), device=rows.device)
+                place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
         own_sum = product is None and kernel in ("auto", "native", "triton")
         self.one_call = self.is_plain and own_sum and router.one_call

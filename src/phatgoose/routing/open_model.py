@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_base
-from ..config import Routing
+from ..config import Routing, from_mapping, given_or_default
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
 from ..files.atomic import bring_back
 from ..files.strict import reason, shortened
 from .compose import compose
-from .routers.router import Scores
+from .routers.prompt_router import ByPrompt, PromptRouter
+from .routers.registry import AUTO
+from .routers.router import Scores, check_routing, check_served, router_of
 from .saved.load import load
-from .saved.tensors import ROUTED_INFO
+from .saved.tensors import ROUTED_INFO, SavedModel, read_saved
+from .stacks import SiteStack, stack_of
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ def open_model(
     if keep or leave_out or scores:
         require_pool(place)
     if is_routed(place):
-        embedder = routing.retrieval_embedder if routing else None
-        routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
+        embedder = routing.embedder if routing else None
+        routed = load(place, base, dtype=dtype, embedder=embedder)
     elif is_pool(place):
         routed = compose_pool(
             Pool.open(place).select(keep, leave_out),
@@ -105,6 +113,57 @@ def open_model(
         alone = load_base(place, dtype=dtype)
         return OpenedModel(alone.model, alone.tokenizer)
     return OpenedModel(routed, routed.phatgoose.tokenizer)
+
+
+def open_prompt_router(
+    place: Pool | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    routing: Routing | None = None,
+    **settings: Any,
+) -> PromptRouter:
+    """What chooses the experts of a pool or a saved model for a prompt; no base is loaded.
+
+        chooser = open_prompt_router("experts/", router="retrieval")
+        chooser.choose(["What is 12 + 7?"]).named(chooser.experts)
+
+    `routing` and `settings` are those of `compose`; of a saved model's only the embedder counts.
+    Prompts are as a `PromptRouter` takes them: text without a `tokenizer` for routers that go by
+    embeddings alone; those that go by what the base makes of a prompt are handed `base` in
+    `choose`. Raises ConfigError for a router that doesn't choose by a prompt alone, and what
+    composing or loading raises of the experts.
+    """
+    routing = given_or_default(Routing, routing, "routing")
+    if settings:
+        routing = from_mapping(Routing, {**vars(routing), **settings}, "open_prompt_router")
+    stacks: dict[str, Callable[[torch.dtype], SiteStack]]
+    if not isinstance(place, Pool) and is_routed(place):
+        saved = read_saved(Path(place))
+        routing = replace(saved.routing, embedder=routing.embedder)
+        router, tables = _by_prompt(routing), saved.tables
+        stacks = {site: partial(_stored_stack, saved, site) for site in saved.sites}
+    else:
+        pool, router = Pool.open(place), _by_prompt(routing)
+        check_routing(router, pool)
+        tables = router.tables(pool)
+        stacks = {site: partial(stack_of, pool, site, device=CPU) for site in pool.sites}
+    return router.prompt_router(replace(tables, stacks=stacks), tokenizer)
+
+
+def _by_prompt(routing: Routing) -> ByPrompt:
+    """The router of `routing`. Raises ConfigError for one that doesn't choose by prompts."""
+    router = None if routing.router == AUTO else router_of(routing)
+    if not isinstance(router, ByPrompt):
+        raise ConfigError(
+            f"Router {routing.router} doesn't choose by a prompt alone; use retrieval, centroid, "
+            f"discriminant, joint-discriminant or logo."
+        )
+    check_served(router)
+    return router
+
+
+def _stored_stack(saved: SavedModel, site: str, dtype: torch.dtype) -> SiteStack:
+    return saved.stack(site).to(CPU, dtype)
 
 
 def compose_pool(

@@ -7,7 +7,7 @@ size of one's own, n inputs, d outputs of the site.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -89,6 +89,13 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """These rows [K] (indices, in order) of `tensor`: a view where they are its first ones."""
     are_first = len(rows) == 0 or int(rows[-1]) == len(rows) - 1
     return tensor[: len(rows)] if are_first else tensor.index_select(0, rows)
+
+
+def renumbered(left: Tensor, count: int) -> Tensor:
+    """The place of each of `count` rows among those that are `left` (indices, in order), or -1."""
+    found = torch.full((count,), -1, device=left.device)
+    found[left] = torch.arange(len(left), device=left.device)
+    return found
 
 
 @dataclass(frozen=True)
@@ -237,8 +244,7 @@ def _joined_field(
 
 def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
     """The stack of the experts in these `rows` (in order), no wider than they need."""
-    place = torch.full((len(stack.experts),), -1, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
+    place = renumbered(rows, len(stack.experts))
     tensors: dict[str, Tensor] = {}
     for name, own in stack.rows().items():
         part, places = stack.parts[name], place[own]
@@ -256,6 +262,41 @@ def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
                 kept.pop(held.name, None)
         tensors |= _narrowed(kept)
     return SiteStack.of(tensors, stack.experts[rows])
+
+
+class SitePart(NamedTuple):
+    """Some experts at one site: their stack, and their rows of the router's tensors there.
+
+    Models in memory (`growing`) and in files (`saved.tensors`) grow and shrink by these alone.
+    """
+
+    stack: SiteStack
+    state: Mapping[str, Tensor]
+
+
+def joined_parts(parts: Sequence[SitePart]) -> SitePart:
+    """All experts of the parts, in order; the router's tensors as the first part has them."""
+    state = joined_state([part.state for part in parts])
+    return SitePart(joined_stacks([part.stack for part in parts]), state)
+
+
+def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A router's tensors of several parts, in the type and on the device of the first."""
+    first, *others = states
+    return {
+        name: joined([rows, *(state[name].to(rows) for state in others)])
+        for name, rows in first.items()
+    }
+
+
+def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
+    """The part without experts whose `place` [pool] is -1, numbered anew; None if none is left."""
+    found = place.to(part.stack.experts.device)[part.stack.experts]
+    rows = (found >= 0).nonzero().flatten()
+    if not len(rows):
+        return None
+    stack = replace(kept_stack(part.stack, rows), experts=found[rows])
+    return SitePart(stack, {name: take_rows(held, rows) for name, held in part.state.items()})
 
 
 def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -55,11 +55,12 @@ def read_prompts(
     prompts: Sequence[Sequence[int]],
     reading: PromptReading,
     label: str | None = None,
+    then: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
-    In batches of prompts of like length, through the encoder or all of a causal model but its head.
-    A progress bar shows the `label`, if there is one.
+    In batches of prompts of like length, through the encoder or all of a causal model but its head;
+    `then` is applied to what each batch gave. A progress bar shows the `label`, if there is one.
     """
     stack, device = prompt_stack(model), input_device(model)
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
@@ -81,7 +82,7 @@ def read_prompts(
             reading.begin(mask)
             stack(input_ids=ids.to(device), attention_mask=mask, **options)
             order += rows
-            parts.append(reading.found())
+            parts.append(then(reading.found()) if then else reading.found())
             bar.update(len(rows))
     found = torch.cat(parts)
     return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)

@@ -100,12 +100,12 @@ def test_a_prompt_is_explained(told, analysed, tmp_path):
     assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)
 
 
-@pytest.mark.parametrize("router", ["discriminant", "discriminant-phatgoose"])
+@pytest.mark.parametrize("router", ["discriminant", "discriminant-phatgoose:shortlist=2"])
 def test_what_is_chosen_for_the_whole_prompt_is_shown(told, analysed, tmp_path, router):
     """It is chosen by the prompt alone, whatever answer stands after it."""
     whole = []
     for answer in ("yes", "apples, pears and plums; 1 + 2 = 3"):
-        options = ("--answer", answer, "--router", router, "--input-k", 2, "--dtype", "float32")
+        options = ("--answer", answer, "--router", router, "--k", 2, "--dtype", "float32")
         code, out, err = told("explain", analysed, "Is a heron?", *options, "--json", "told.json")
         assert code == 0, err
         trace = json.loads((tmp_path / "told.json").read_text())["trace"]

@@ -55,15 +55,6 @@ def test_joint_trains_expert_and_gates_in_one_go(untrained, phat):
     assert pooled.code == 0, pooled.err
 
 
-def test_joint_can_stand_in_a_recipe_and_be_taken_back(untrained, phat):
-    (untrained / "r.toml").write_text("[gates]\njoint = true\n")
-    assert phat("train", "reviews.jsonl", "--recipe", "r.toml", *TRAIN).code == 0
-    assert Expert.load(untrained / "new" / "reviews").info.hyperparameters["joint"] is True
-    options = ["--recipe", "r.toml", "--no-joint", *TRAIN]
-    assert phat("train", "counting.jsonl", *options).code == 0
-    assert Expert.load(untrained / "new" / "counting").info.hyperparameters["joint"] is False
-
-
 def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untrained, phat):
     arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
     outcome = phat(*arguments)

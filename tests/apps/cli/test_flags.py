@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
+from fake_packages import install
 from phatgoose.apps.cli import app
 from phatgoose.apps.cli.options import open_pool, split, with_flags
 from phatgoose.config import (
@@ -18,6 +19,9 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.errors import ConfigError
+from phatgoose.routing.routers import registry
+from phatgoose.routing.routers.configs import Discriminant
+from phatgoose.routing.routers.registry import ROUTERS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -99,6 +103,33 @@ def test_every_command_explains_itself(command, phat):
     outcome = phat(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"phatgoose {command}" in outcome.out or f" {command} " in outcome.out
+
+
+def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings(phat, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    help_text = phat("generate", "--help").out
+    assert len(help_text.splitlines()) <= 64
+    listed = phat("routers")
+    assert (listed.code, listed.err) == (0, "")
+    assert all(name in listed.out for name in ROUTERS)
+    told = phat("routers", "discriminant").out
+    assert "needs: readings" in told
+    assert "k: experts for each input (default: 1)" in told
+    for setting in settings_of(Discriminant):
+        assert f"{setting.name}: {setting.help}" in told
+    assert phat("routers", "nothing").code == 2
+
+
+def test_a_router_of_another_package_is_known_to_commands(phat, tmp_path, monkeypatch):
+    spec = "from phatgoose.routing.routers.registry import RouterSpec\n"
+    spec += "SPEC = RouterSpec('theirs', 'Theirs', 'none of ours', 'their_router.Router')\n"
+    points = {registry.ENTRY_POINTS: {"theirs": "their_spec:SPEC", "lost": "their_spec:LOST"}}
+    install(tmp_path, monkeypatch, "their_spec", spec, points)
+    monkeypatch.setattr(registry, "ROUTERS", registry._Registry())
+    told = phat("routers", "theirs")
+    assert told.out == "theirs: none of ours\n"
+    assert told.err.startswith("warning: phatgoose.routers: lost of their-spec can't be loaded")
+    assert "Router lost can't be loaded" in phat("routers", "lost").err
 
 
 def test_names_are_repeated_or_listed():

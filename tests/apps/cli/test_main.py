@@ -36,8 +36,8 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
 
     composed = phat("compose", "lists/pool.json", "--out", "routed", "--k", 1, *BASE)
     assert composed.out == "2 experts at 14 sites, router phatgoose, k = 1 -> routed\n"
-    alone = phat("compose", "experts", "--out", "whole", "--router", "merged", *BASE)
-    assert alone.out == "2 experts at 14 sites, router merged -> whole\n"
+    alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=mttl", *BASE)
+    assert alone.out == "2 experts at 14 sites, router arrow:form=mttl -> whole\n"
 
     shutil.rmtree(here / "experts")  # a routed model needs them no longer
     answered = phat("generate", "routed", "Film 3 is", "--max-new-tokens", 4, *BASE)
@@ -55,10 +55,6 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert f"{row['score']:.3f}" in scored.out
     for outcome in (checked, pooled, composed, answered, scored):
         assert outcome.err == ""
-
-
-def test_the_version_is_the_packages(phat):
-    assert phat("--version") == Outcome(0, f"phatgoose {phatgoose.__version__}\n", "")
 
 
 def test_no_command_at_all_shows_the_commands(phat):

@@ -54,17 +54,14 @@ def test_a_base_or_embedder_is_relative_to_the_recipe_where_such_a_folder_is(tmp
     for name in ("mine", "emb", "other", "smollm2"):
         (tmp_path / "recipes" / name).mkdir(parents=True)
     (tmp_path / "here").mkdir()
-    text = (
-        'base = "{}"\n[gates]\nembedder = "{}"\nmeans = false\n'
-        '[routing]\nretrieval_embedder = "{}"\n'
-    )
+    text = 'base = "{}"\n[gates]\nembedder = "{}"\nmeans = false\n[routing]\nembedder = "{}"\n'
     path = write_recipe(tmp_path / "recipes", text.format("mine", "./emb", "../recipes/other"))
 
     def named(path):
         recipe = read_recipe(path)
         gates, routing = recipe.tables["gates"], recipe.tables["routing"]
         assert gates["means"] is False
-        return recipe.base, gates["embedder"], routing["retrieval_embedder"]
+        return recipe.base, gates["embedder"], routing["embedder"]
 
     found = [str(path.parent / name) for name in ("mine", "emb", "../recipes/other")]
     assert named(path) == tuple(found)

@@ -58,7 +58,7 @@ def test_templates_serve_rows_of_any_fields(here, phat):
 
 
 def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
-    ignored = ["--router", "merged", "--k", 1, "--affinity", "raw", *BASE]
+    ignored = ["--router", "merged", "--k", 1, *BASE]
     for command in (
         ["compose", "experts", "--out", "routed"],
         ["generate", "experts", "Film", "--max-new-tokens", 1],
@@ -66,8 +66,9 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
     ):
         outcome = phat(*command, *ignored)
         assert outcome.code == 0
-        assert outcome.err == "warning: Router merged doesn't use --affinity, --k.\n"
+        assert outcome.err == "warning: Router merged doesn't use --k.\n"
     taken = ["generate", "experts", "Film", "--max-new-tokens", 1, "--k", 1]
+    taken += ["--router", "arrow:temperature=2"]
     assert phat(*taken, *BASE).err == ""
 
 

@@ -159,6 +159,8 @@ def test_a_developer_speaks_as_the_system_and_answers_may_be_sent_back(chat):
         {"keep": ["e1", "e2"]},
         {"leave_out": ["e0"]},
         {"router": "single", "keep": ["e3"]},
+        {"router": "single:expert=e2"},
+        {"router": "arrow:temperature=0.01,form=peft"},
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
 OTHERS += ("retrieval", "centroid", "logo", "discriminant", "joint-discriminant")
-OTHERS += ("phatgoose-input", "phatgoose-evidence", "discriminant-phatgoose")
+OTHERS += ("discriminant-phatgoose",)
 
 
 def test_rows_together_get_what_each_gets_alone(runner_of, kind):
@@ -94,7 +94,7 @@ def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     batch.join(rows[2:])
     finish(batch)
     for seed, row in enumerate(rows):
-        runner.model.phatgoose.lookup and runner.model.phatgoose.lookup.serve(None)
+        runner.model.phatgoose.context and runner.model.phatgoose.context.use(None)
         assert row.generated == by_generate(runner, prompt_of(seed), 12)
 
 

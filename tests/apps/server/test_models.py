@@ -54,10 +54,22 @@ def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
 def test_settings_that_a_model_cannot_have_are_refused(pool):
     with pytest.raises(ConfigError, match="is not a pool"):
         create_app([ServedModel("b", pool.base.id, Routing())])
-    with pytest.raises(ConfigError, match="oracle"):
-        create_app([ServedModel("b", str(serving.folder_of(pool)), Routing("oracle"))])
+    for routing, told in (
+        (Routing("oracle"), "goes by the task's name"),
+        (Routing("retrieval:form=paper"), "form=paper embeds answer choices"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            create_app([ServedModel("b", str(serving.folder_of(pool)), routing)])
     with pytest.raises(PhatgooseError):
         create_app([ServedModel("x", str(serving.folder_of(pool) / "nothing.json"))])
+
+
+def test_a_saved_model_that_goes_by_more_than_prompts_is_refused(pool, tmp_path):
+    scores = {name: {"task": z} for z, name in enumerate(pool.names)}
+    base = load_base(pool.base.id, dtype="float32")
+    save(compose(pool, base, router="oracle", scores=scores), tmp_path / "routed")
+    with pytest.raises(ConfigError, match="goes by the task's name"):
+        create_app(served_models([str(tmp_path / "routed")], dtype="float32"))
 
 
 def test_equal_weights_by_another_name_have_that_one_s_tokenizer(base_folders, tmp_path):
@@ -90,34 +102,29 @@ def test_places_name_models_and_their_routing(tmp_path):
     odd = tmp_path / "a=b?c"
     odd.mkdir()
     models = served_models(
-        ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd), "arrow=experts?router=arrow&k=3"],
-        routing=Routing(eps=1e-3),
+        [
+            "x/experts",
+            "mine=pool.json",
+            "hub:me/x@v1",
+            str(odd),
+            "arrow=e?router=arrow:form=peft&k=3",
+        ],
+        routing=Routing(kernel="gather"),
     )
     assert [(model.name, model.place) for model in models] == [
         ("experts", "x/experts"),
         ("mine", "pool.json"),
         ("me/x@v1", "hub:me/x@v1"),
         ("a=b?c", str(odd)),
-        ("arrow", "experts"),
+        ("a", "e"),
     ]
-    assert [model.routing for model in models[:4]] == [Routing(eps=1e-3)] * 4
-    assert models[4].routing == Routing("arrow", 3, eps=1e-3)
+    assert [model.routing for model in models[:4]] == [Routing(kernel="gather")] * 4
+    assert models[4].routing == Routing("arrow:form=peft", 3, "gather")
 
 
 def test_every_setting_of_a_routing_is_read_as_its_type():
-    written = "spectr_shortlist=2&input_k=3&input_temperature=0.5&stand_in=true&expert=7&eps=1"
-    (model,) = served_models([f"x?{written}"], routing=Routing(k=4))
-    assert model.routing == Routing(
-        k=4,
-        spectr_shortlist=2,
-        input_k=3,
-        input_temperature=0.5,
-        stand_in=True,
-        expert="7",
-        eps=1.0,
-    )
-    (model,) = served_models(["x?stand_in=false"], routing=Routing(stand_in=True))
-    assert model.routing == Routing()
+    (model,) = served_models(["x?k=3&kernel=concat&embedder=7"], routing=Routing("arrow", k=4))
+    assert model.routing == Routing("arrow", 3, "concat", "7")
 
 
 @pytest.mark.parametrize(
@@ -131,8 +138,8 @@ def test_every_setting_of_a_routing_is_read_as_its_type():
         (["x?router"], "router=NAME"),
         (["x?k=two"], "k is 'two'"),
         (["x?rooter=arrow"], "unknown setting 'rooter'"),
-        (["x?input_k="], "input_k is '', but must be a whole number"),
-        (["x?stand_in=1"], "stand_in is '1', but must be true or false"),
+        (["x?k="], "k is '', but must be a whole number"),
+        (["x?stand_in=true"], "stand_in has left phatgoose"),
         (["x?k=2&router=arrow&k=3"], "'k' is given 2 times"),
     ],
     ids=str,

@@ -139,7 +139,7 @@ def test_routing_is_that_of_one_pass(runner_of, kind):
     batch = Batch(runner)
     batch.join([*rows, row_of(runner, prompt_of(5))])
     finish(batch)
-    for text, row in zip(texts, rows, strict=True):
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
         names = [stream.name for stream in row.deliver.routing]
         assert set(names) == ({"encoder", "decoder"} if kind == "t5" else {"decoder"})
         got = [s for s in row.deliver.routing if s.name == "decoder"]
@@ -149,27 +149,14 @@ def test_routing_is_that_of_one_pass(runner_of, kind):
         if kind != "t5":
             assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
             assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
-        fixed = FixedEncoder(encoder, row)
-        wanted = {s.name: s for s in trace(runner.model, fixed, fixed.pair(text, "")).streams}[
-            "decoder"
-        ]
+        pair = replace(encoder.pair("a", "b"), prompt=prompts[number], target=row.generated)
+        streams = trace(runner.model, encoder, pair).streams
+        (wanted,) = [stream for stream in streams if stream.name == "decoder"]
         count = len(wanted.experts)
         assert (experts[:count] == wanted.experts).mean() > 0.98
         assert np.abs(weights[:count].astype(int) - wanted.weights).max() <= 255
         same = experts[:count] == wanted.experts
         assert np.abs(weights[:count].astype(int) - wanted.weights)[same].mean() < 1
-
-
-class FixedEncoder:
-    """An encoder whose pair is a row's prompt and answer."""
-
-    def __init__(self, encoder, row):
-        self.tokenizer, self.is_encoder_decoder = encoder.tokenizer, encoder.is_encoder_decoder
-        self._pair = encoder.pair("a", "b")
-        self._pair = replace(self._pair, prompt=list(row.prompt), target=list(row.generated))
-
-    def pair(self, *_):
-        return self._pair
 
 
 def test_sampling_follows_temperature_and_top_p():

@@ -74,7 +74,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
         ("base", None),
         ("merged", {"router": "merged"}),
         ("phatgoose", {"k": 2}),
-        ("e1", {"router": "single", "expert": "e1"}),
+        ("e1", {"router": "single:expert=e1"}),
     ):
         model = compose(pool, base, **options) if options else base
         for name in ("choose", "count"):
@@ -88,12 +88,12 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
 
 @pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
 def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
-    routing, formatting = Routing(k=1, eps=0.5), Formatting(max_input_tokens=3)
+    routing, formatting = Routing(k=1), Formatting(max_input_tokens=3)
     options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
-    methods = ["uniform-top-k", "phatgoose"]
+    methods = ["uniform-top-k:eps=0.5", "phatgoose:eps=0.5"]
     comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
     for row in methods:
-        model = compose(setting.pool, llama, router=row, k=1, eps=0.5)
+        model = compose(setting.pool, llama, router=row, k=1)
         for name in ("choose", "count"):
             (alone,) = evaluate(
                 model, tasks[name], formatting=formatting, max_new_tokens=2, token_budget=9
@@ -121,8 +121,8 @@ def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_pa
         return read_prompts(model, prompts, reading)
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
-    rows = ["discriminant", "discriminant-phatgoose", "joint-discriminant"]
-    setting.run(tmp_path, rows, routing=Routing(reading_place="end", input_k=2))
+    rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]
+    setting.run(tmp_path, rows, routing=Routing(k=2))
     assert len(read) == len(set(map(tuple, read))) > 0
 
 
@@ -186,7 +186,7 @@ def test_comments_docstrings_and_layout_do_not_count(version_with, package, uned
         ("routing/compose.py", "READ_AT_ONCE = 2**26", "READ_AT_ONCE = 2**25"),
         ("evaluation/intervals.py", "REPLICATES = 2000", "REPLICATES = 1000"),
         ("routing/kernels/plain.py", "import torch\n", "import torch as pytorch\n"),
-        ("routing/routers/vector_router.py", "def standardise(", "def standardize("),
+        ("routing/routers/phatgoose.py", "def standardise(", "def standardize("),
         ("routing/routers/phatgoose.py", "class Phatgoose(", "class PHATGOOSE("),
         ("routing/routers/fixed.py", "class Merged(", "class MergedExperts("),
     ],
@@ -208,7 +208,7 @@ DECISIVE = (
     *("experts.pool", "experts.expert", "experts.kinds.peft", "base.loading", "base.sites"),
     *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
     *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
-    *("routing.routers.vector_router", "routing.routers.fixed", "routing.routers.random"),
+    *("routing.routers.phatgoose", "routing.routers.fixed", "routing.routers.configs"),
     *("routing.routers.oracle", "tasks.embeddings", "config"),
     *("tasks.encoding", "evaluation.likelihood", "tasks.batching"),
     *("evaluation.metrics", "evaluation.intervals", "tasks.task"),

@@ -96,10 +96,9 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     settings = json.loads((done.folder / "comparison.json").read_text())["settings"]
     assert settings["base"]["id"] == str(setting.base)
     assert settings["base"]["fingerprint"] == load_base(setting.base).fingerprint
-    wanted = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0, "k": 2}
-    wanted |= {"max_new_tokens": TOKENS, "token_budget": 4096}
-    assert settings["routing"]["affinity"] == "standardised"
-    assert settings["routing"]["input_k"] is None
+    wanted = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0}
+    wanted |= {"k": None, "max_new_tokens": TOKENS, "token_budget": 4096}
+    assert settings["kernel"] == "auto"
     assert wanted.items() <= settings.items()
     assert settings["code"] == module.code_version()
     assert datetime.now(timezone.utc) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
@@ -245,7 +244,6 @@ def with_another_scale(pool: Pool, _: Pool) -> Pool:
 
 
 READ_GATES = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
-READ_GATES.remove("phatgoose-input")  # leaves each input to an expert who has answered it
 
 
 @pytest.mark.parametrize(
@@ -270,7 +268,7 @@ def test_other_experts_leave_what_does_not_depend_on_them(
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
     setting.run(out, routing=Routing(k=1), suites=setting.suites[1])
-    rows = [name for name, spec in REGISTRY.items() if "k" in spec.settings]
+    rows = [name for name, spec in REGISTRY.items() if spec.k and not spec.per_input]
     assert computed == cells_of(*rows, tasks=SUITES["plain"])
 
 
@@ -361,7 +359,6 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, nothing):
         ({"embeddings": None}, "retrieval", "'e0' has no embeddings"),
         ({"means": {}}, "average-activation", "'e0' has no means"),
         ({"gates": {}}, "phatgoose", "'e0' has no gates"),
-        ({"means": {}}, "phatgoose-input", "'e0' has no means"),
     ],
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
@@ -369,18 +366,29 @@ def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, m
     refused(PoolError, complaint, setting, tmp_path, methods=["base", method], pool=pool)
 
 
-def test_a_method_that_cannot_have_the_settings_is_left_out_of_all_and_refused_by_name(
-    setting, tmp_path
-):
-    options = {"suites": setting.suites[1], "limit": 1, "routing": Routing(affinity="raw")}
-    with pytest.warns(UserWarning, match="was left out: affinity is 'raw'"):
-        comparison = setting.run(tmp_path, **options)
-    left_out = METHODS.keys() - comparison.results.keys()
-    assert left_out == {"uniform-top-k", "glider"}
-    assert len(comparison.notes) == 2
+def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, tmp_path):
+    methods = ["arrow", "arrow:temperature=0.010,form=peft", "base"]
+    comparison = setting.run(tmp_path, methods, suites=setting.suites[1], limit=1)
+    assert comparison.labels == {
+        "base": "Base model",
+        "arrow": "Arrow",
+        "arrow:form=peft,temperature=0.01": "Arrow, form = peft, temperature = 0.01",
+    }
+    with pytest.warns(UserWarning, match="left out"):
+        every = setting.run(
+            tmp_path,
+            ["all", "random:seed=1"],
+            pool=with_first(setting.pool, embeddings=None),
+            suites=setting.suites[1],
+            limit=1,
+        )
+    assert {"random", "random:seed=1", "phatgoose"} <= every.results.keys()
+    assert "retrieval" not in every.results
 
-    options["methods"] = ["base", "glider"]
-    refused(ConfigError, "router glider can only be standardised", setting, tmp_path, **options)
+
+def test_settings_that_a_method_does_not_have_are_refused_by_name(setting, tmp_path):
+    options = {"methods": ["base", "glider:affinity=calibrated"], "suites": setting.suites[1]}
+    refused(ConfigError, "router glider: unknown setting 'affinity'", setting, tmp_path, **options)
 
 
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):

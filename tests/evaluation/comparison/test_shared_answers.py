@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from comparisons import TASKS, TOKENS, by_hand, cells_of
 from phatgoose.config import Routing
@@ -11,13 +10,12 @@ from phatgoose.evaluation.comparison.cells import SharedAnswers
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.router import NOBODY, Mixtures
 from phatgoose.tasks.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 LEAVING = (
     "retrieval",
-    "phatgoose-input",
+    "centroid",
     "discriminant",
     "joint-discriminant",
 )  # each input to one expert
@@ -30,7 +28,7 @@ def test_shared_answers_are_those_of_the_model_itself(setting, tasks, llama, rou
         alone = by_hand(name, setting, llama)
         known[name] = {each: result_of(alone, task, llama) for each, task in tasks.items()}
         detach(alone)
-    model = by_hand(router, setting, llama, input_k=1)
+    model = by_hand(router, setting, llama, k=1)
     served = set()
     for name, task in tasks.items():
         chosen, encoder = of(task, llama)
@@ -43,7 +41,7 @@ def test_shared_answers_are_those_of_the_model_itself(setting, tasks, llama, rou
         for one, other in zip(found.predictions, wanted.predictions, strict=True):
             assert (one.answer, one.marks) == (other.answer, other.marks)
         served |= set(
-            composition_of(model).lookup.find(chosen.questions(encoder).prompts).lone().tolist()
+            composition_of(model).context.choose(chosen.questions(encoder).prompts).lone().tolist()
         )
     assert len(served) > 1
 
@@ -91,12 +89,5 @@ def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path, 
 
 
 def test_several_experts_an_input_are_scored_themselves(setting, tmp_path, computed):
-    setting.run(tmp_path, ["retrieval", "oracle"], routing=Routing(input_k=2))
+    setting.run(tmp_path, ["retrieval", "oracle"], routing=Routing(k=2))
     assert computed == cells_of("e0", "e1", "e2", "retrieval")
-
-
-def test_lone_experts_are_those_of_weight_one():
-    assert Mixtures.alone(torch.tensor([2, 0])).lone().tolist() == [2, 0]
-    assert Mixtures.alone(torch.tensor([2, NOBODY])).lone() is None
-    assert Mixtures(torch.tensor([[2]]), torch.tensor([[0.5]])).lone() is None
-    assert Mixtures(torch.tensor([[2, 1]]), torch.tensor([[1.0, 0.0]])).lone() is None

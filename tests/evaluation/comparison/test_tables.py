@@ -143,7 +143,7 @@ def test_markdown_tells_how_all_was_scored(comparison):
     lines = comparison.to_markdown().splitlines()
     assert "Scored by accuracy (a, b); ROUGE-L + BLEU (c)." in lines
     drawn = "at most 6 examples a dataset, drawn by seed 3"
-    said = "Base tiny in float32; experts: 2; k = 2, affinity = raw; {}; phatgoose 0.1.0+abc."
+    said = "Base tiny in float32; experts: 2; k = 2; kernel = gather; {}; phatgoose 0.1.0+abc."
     assert said.format(drawn) in lines
     everything = replace(comparison, settings={**SETTINGS, "limit": None}).to_markdown()
     assert said.format("all examples") in everything.splitlines()

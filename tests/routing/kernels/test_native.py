@@ -18,7 +18,7 @@ from phatgoose.routing.kernels.choice import KERNELS
 from phatgoose.routing.kernels.native import add_routed, native, top_experts
 from phatgoose.routing.kernels.triton_gpu import triton_gpu
 from phatgoose.routing.routers.arrow import ArrowRouter
-from phatgoose.routing.routers.vector_router import ScoredRouter
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter
 
 native_module = importlib.import_module(
     "phatgoose.routing.kernels.native"
@@ -197,7 +197,7 @@ def test_threads_share_out_columns_without_a_gap(threads, sizes):
 
 
 @needs_native
-@pytest.mark.parametrize("router", [ScoredRouter, ArrowRouter])
+@pytest.mark.parametrize("router", [PhatgooseRouter, ArrowRouter])
 @settings(max_examples=40, derandomize=True)
 @given(
     T=st.integers(0, 9),
@@ -212,7 +212,7 @@ def test_the_native_top_experts_are_those_of_the_formula(router, T, E, n, k, dty
     u = (3 * torch.randn(T, n, generator=generator) + 1).to(dtype)
     vectors = torch.randn(E, n, generator=generator)
     vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
-    plain = router(vectors, k, 1e-5) if router is ScoredRouter else router(vectors, k)
+    plain = router(vectors, k, 1e-5) if router is PhatgooseRouter else router(vectors, k)
     wanted = plain.affinities(u).topk(plain.k, dim=-1)
     experts, weights = top_experts(u, vectors, plain.k, plain.eps)
     got = plain.affinities(u).gather(1, experts)

@@ -30,7 +30,7 @@ from phatgoose.routing.kernels.triton_gpu import (
     triton_gpu,
 )
 from phatgoose.routing.routers.arrow import ArrowRouter
-from phatgoose.routing.routers.vector_router import ScoredRouter
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 module = importlib.import_module("phatgoose.routing.kernels.triton_gpu")
@@ -150,7 +150,7 @@ def test_few_tokens_go_one_by_one_and_many_in_blocks(tokens, wanted, monkeypatch
 
 
 @needs_triton
-@pytest.mark.parametrize("router", [ScoredRouter, ArrowRouter])
+@pytest.mark.parametrize("router", [PhatgooseRouter, ArrowRouter])
 @settings(max_examples=25, derandomize=True)
 @given(
     T=st.integers(0, 20),
@@ -166,7 +166,7 @@ def test_the_top_experts_are_those_of_the_formula(router, T, E, n, k, dtype, off
     u = (3 * torch.randn(T, n, generator=generator) + offset).to(dtype)
     vectors = torch.randn(E, n, generator=generator)
     vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
-    plain = router(vectors, k, 1e-5) if router is ScoredRouter else router(vectors, k)
+    plain = router(vectors, k, 1e-5) if router is PhatgooseRouter else router(vectors, k)
     experts, weights = top_experts(u.to(DEVICE), vectors.to(DEVICE), plain.k, plain.eps)
     wanted = plain.affinities(u).topk(plain.k, dim=-1).values
     got = plain.affinities(u).gather(1, experts.cpu())
@@ -258,7 +258,7 @@ def test_a_routed_model_gives_the_same_logits_through_triton(at_once, llama_pool
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain = compose(llama_pool, make_model("llama"), kernel="reference")
     wanted = logits_of(plain, ids, attention_mask=mask)
-    scoring = "phatgoose.routing.routers.vector_router"
+    scoring = "phatgoose.routing.routers.phatgoose"
     monkeypatch.setattr(f"{scoring}.runs_natively", lambda *_: False)
     monkeypatch.setattr(f"{scoring}.runs_on_triton", lambda *_: True)
     calls = []

@@ -58,11 +58,13 @@ def test_a_model_without_its_tokenizer_gets_none_that_reads_prompts(llama, llama
     detach(model)
 
 
-def test_settings_that_it_has_no_use_for_are_told(llama, embedded):
-    routing = Routing(router="auto", k=5, affinity="raw", input_k=2)
-    with pytest.warns(UserWarning, match="auto is joint-discriminant, which .* use k, affinity"):
-        found = settled(routing, embedded, llama.model, llama.tokenizer)
-    assert found == replace(routing, router="joint-discriminant")
+def test_a_k_that_it_has_no_use_for_is_told(llama, embedded):
+    unlike = [replace(each, modules={}) for each in stripped(embedded, *BARE).experts]
+    with pytest.warns(UserWarning, match="Router auto is merged, which doesn't use k"):
+        found = settled(
+            Routing(router="auto", k=5), Pool(tuple(unlike)), llama.model, llama.tokenizer
+        )
+    assert found == Routing(router="merged", k=5)
 
 
 def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(

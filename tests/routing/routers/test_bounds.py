@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.config import Routing
 from phatgoose.routing.routers import bounds
 from phatgoose.routing.routers.bounds import VARIED, bound_of, bounded_means, bounded_variances
 from phatgoose.routing.routers.discriminant import line_of
@@ -92,7 +91,7 @@ def test_experts_that_share_a_task_leave_the_others_theirs(groups, noise):
         "factor": torch.zeros(len(tasks), 2, d),
         "rest": torch.ones(len(tasks), d),
     }
-    slopes, offsets = line_of(moments, Routing())
+    slopes, offsets = line_of(moments, 0.3, 0.0, "discriminant")
     prompts = centres.repeat_interleave(50, dim=0)
     prompts = prompts + torch.randn(len(prompts), d, generator=draw)
     found = tasks[(prompts @ slopes + offsets).argmax(dim=1)]

@@ -18,19 +18,22 @@ from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.kernels.native import top_experts as by_native
 from phatgoose.routing.kernels.triton_gpu import top_experts as by_triton
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.affinities import CentredRouter, RawRouter
 from phatgoose.routing.routers.arrow import ArrowRouter
+from phatgoose.routing.routers.phatgoose import (
+    CalibratedRouter,
+    PhatgooseRouter,
+    TopKRouter,
+    UniformTopKRouter,
+    standardise,
+)
 from phatgoose.routing.routers.router import highest
-from phatgoose.routing.routers.uniform_top_k import UniformTopKRouter
-from phatgoose.routing.routers.vector_router import ScoredRouter, VectorRouter, standardise
 from routed_models import compose_by
 from tiny import make_ids
 
-MAKERS: dict[str, Callable[[Tensor, int], VectorRouter]] = {
-    "phatgoose": lambda vectors, k: ScoredRouter(vectors, k, 1e-5),
+MAKERS: dict[str, Callable[[Tensor, int], TopKRouter]] = {
+    "phatgoose": lambda vectors, k: PhatgooseRouter(vectors, k, 1e-5),
     "uniform-top-k": lambda vectors, k: UniformTopKRouter(vectors, k, 1e-5),
     "arrow": ArrowRouter,
-    "raw": RawRouter,
 }
 # e_j - e_(j+4) and their opposites: sums of two terms, so that equal vectors score just the same.
 FEW = torch.cat([torch.eye(8)[:4] - torch.eye(8)[4:], torch.eye(8)[4:] - torch.eye(8)[:4]])
@@ -41,8 +44,10 @@ def first_of_equals(row: list[float], k: int) -> list[int]:
     return sorted(range(len(row)), key=lambda z: -row[z])[:k]  # Python's sort is stable
 
 
-def with_zeros(vectors: Tensor) -> Tensor:
-    return torch.cat([vectors, torch.zeros(len(vectors), 1)], dim=1)
+def calibrated(vectors: Tensor, k: int) -> CalibratedRouter:
+    usual = torch.zeros(len(vectors))
+    state = {"vectors": vectors, "usual": usual, "spread": 1 + usual}
+    return CalibratedRouter(state, k, 1e-5)
 
 
 def flat(pool: Pool) -> Pool:
@@ -97,9 +102,7 @@ def test_every_path_takes_the_first_of_equal_experts(make, kinds, k, T, seed):
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("n", [16, 33, 576])
-@pytest.mark.parametrize(
-    "make", [*MAKERS.values(), lambda vectors, k: CentredRouter(with_zeros(vectors), k, 1e-5)]
-)
+@pytest.mark.parametrize("make", [*MAKERS.values(), calibrated])
 def test_experts_with_one_vector_are_ties_in_whatever_place(make, n, tokens):
     generator = torch.Generator().manual_seed(n)
     kinds = torch.randint(0, 3, (17,), generator=generator)

@@ -109,7 +109,8 @@ def test_every_expert_must_be_scored_on_the_same_tasks(best):
 def test_compose_takes_the_scores_and_their_file_alike(llama, llama_pool, comparison, as_text):
     path = str(comparison) if as_text else comparison
     model = compose(llama_pool, llama, router="oracle", scores=path)
-    assert composition_of(model).lookup.experts == {"first": 1, "second": 2}
+    best = composition_of(model).prompt_router.tables.info["experts_by_task"]
+    assert best == {"first": 1, "second": 2}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,14 @@ def test_a_base_by_its_name_is_loaded_in_the_dtype_asked_for(llama, llama_pool, 
 
 
 def test_settings_and_names_are_kept(llama, llama_pool, tmp_path):
-    model = compose(llama_pool, llama, k=3, kernel="gather", keep=["e3", "e1", "e0"], eps=1e-3)
+    model = compose(
+        llama_pool,
+        llama,
+        k=3,
+        kernel="gather",
+        keep=["e3", "e1", "e0"],
+        router="phatgoose:eps=0.001",
+    )
     save(model, tmp_path / "routed")
     saved, parts = composition_of(model), composition_of(load(tmp_path / "routed", dtype="float32"))
     assert parts.routing == saved.routing

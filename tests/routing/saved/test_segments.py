@@ -63,7 +63,7 @@ def test_packing_writes_what_composing_and_saving_does(
     llama, llama_pool, toy_embedder, tmp_path, router
 ):
     pool = with_embeddings(llama_pool)
-    routing = Routing(router=router, expert="e2" if router == "single" else None)
+    routing = Routing(router="single:expert=e2" if router == "single" else router)
     model = compose(pool, copy.deepcopy(llama), scores=SCORES, **asdict(routing))
     save(model, tmp_path / "saved")
     save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing, scores=SCORES)

@@ -1,4 +1,4 @@
-"""Commands of researchers: compare, lm-eval, analyse, explain."""
+"""Commands of researchers: compare, lm-eval, analyse, routers, explain."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from ...config import Formatting, Routing
+from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...files.atomic import require_writable, write_text
 from ...files.strict import half_character, shortened
+from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
 from ..console import say, show
 from . import options
 
@@ -37,7 +39,12 @@ def compare(
     ],
     methods: Annotated[
         list[str],
-        typer.Option("--method", "--methods", help="all, or names; repeatable, or with commas."),
+        typer.Option(
+            "--method",
+            "--methods",
+            help="all, or routers with or without settings (arrow:form=peft); repeatable, or "
+            "with commas.",
+        ),
     ] = ["all"],  # noqa: B006  typer wants a list
     reference: Annotated[
         list[str] | None,
@@ -48,7 +55,7 @@ def compare(
     source: options.SourceOptions,
     base: options.BaseOptions,
     engine: options.EngineOptions,
-    routing: Annotated[Routing, options.Without(("router", "expert"))],
+    routing: Annotated[Routing, options.Without(("router",))],
     formatting: Formatting,
 ) -> None:
     """Score many methods on whole suites, side by side; finished cells in --out are kept."""
@@ -61,7 +68,7 @@ def compare(
         comparison = run(
             opened,
             options.split(suites),
-            options.split(methods),
+            split_routers(methods),
             out=out,
             base=base.load_for(opened),
             references=references,
@@ -136,9 +143,9 @@ def analyse(
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
-        options.warn_of_unused(routing, given)
+        options.check_router(routing)
     require_writable(out / REPORT, EvaluationError)
-    others = options.split(against)
+    others = split_routers(against or [])
     analysis = run(
         subject,
         tasks,
@@ -175,6 +182,42 @@ def _subject(
     raise RoutingError(
         f"{model} is neither a pool nor a routed model; a base alone routes nothing."
     )
+
+
+def routers(
+    name: Annotated[
+        str | None, typer.Argument(help="Describe this router and its settings; default: list all.")
+    ] = None,
+) -> None:
+    """List the routers, or describe one with its settings."""
+    if name is None:
+        show(_routers_table())
+        say("settings of one: phatgoose routers NAME; choose with --router NAME:SETTING=VALUE,…")
+        return
+    spec = spec_of(name)
+    say(f"{spec.name}: {spec.summary}")
+    if _needs(spec):
+        say(f"needs: {_needs(spec)}")
+    if spec.k is not None:
+        say(f"k: experts for each {'input' if spec.per_input else 'token'} (default: {spec.k})")
+    for setting in settings_of(spec.config):
+        default = "none" if setting.default is None else written(setting.default)
+        say(f"{setting.name}: {setting.help} (default: {default})")
+
+
+def _routers_table() -> Table:
+    table = Table(title="Routers")
+    for column in ("router", "experts that act", "needs", "k"):
+        table.add_column(column, no_wrap=column == "router")
+    for spec in ROUTERS.values():
+        table.add_row(spec.name, spec.summary, _needs(spec), str(spec.k or ""))
+    return table
+
+
+def _needs(spec: RouterSpec) -> str:
+    """What a router can't do without, for people."""
+    needs = ["LoRAs" if need == "lora" else need for need in spec.needs]
+    return ", ".join([*needs, *(f"--{name}" for name in spec.given if name == "scores")])
 
 
 def explain(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ from ...analysis.measures import heaviest
 from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, trace
 from ...config import Formatting
-from ...routing.composition import composition_of
-from ...routing.routers.prompt_router import PromptReader
+from ...routing.composition import routing_for
 from ...tasks.encoding import Encoder
 from ..console import coloured, expert_style
 from ..generation import Sampling, check_prompt, check_text, generate
@@ -126,19 +124,5 @@ def explain(
     pair = encoder.pair(prompt, text)
     if given is not None:  # `generate` has reported them already
         encoder.cuts([pair]).report("the prompt")
-    with _read(model, pair.prompt):
+    with routing_for(model, [pair.prompt]):  # not by an answer after it
         return Explanation(trace(model, encoder, pair), text, layer, kind)
-
-
-@contextmanager
-def _read(model: PreTrainedModel, prompt: list[int]) -> Iterator[None]:
-    """Routers that choose for whole inputs go by the `prompt` alone, not by an answer after it."""
-    lookup = composition_of(model).lookup
-    if not isinstance(lookup, PromptReader):
-        yield
-        return
-    lookup.serve(lookup.find([prompt]))
-    try:
-        yield
-    finally:
-        lookup.serve(None)

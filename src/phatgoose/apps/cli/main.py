@@ -56,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": evaluation.compare,
     "lm-eval": evaluation.lm_eval,
     "analyse": evaluation.analyse,
+    "routers": evaluation.routers,
     "explain": evaluation.explain,
     "serve": serving.serve,
 }

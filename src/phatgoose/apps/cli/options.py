@@ -34,7 +34,7 @@ from ...config import (
 from ...errors import ConfigError
 from ...experts.kinds.registry import kinds
 from ...files.strict import read_toml, shortened
-from ...routing.routers.registry import AUTO, ROUTERS
+from ...routing.routers.registry import AUTO, choice_of, known_names
 
 if TYPE_CHECKING:
     from ...base.fingerprint import BaseReference
@@ -72,7 +72,7 @@ RECIPE_TABLES = {
     "serving": Serving,
 }
 FOLDERS = ("data", "templates")
-MODELS = ("embedder", "retrieval_embedder")  # settings that are a folder or a Hub id
+MODELS = ("embedder",)  # settings that are a folder or a Hub id
 EMBEDDED = "smollm2"  # a base that is no folder; base.smollm2 loads torch
 RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands above the tables
 
@@ -294,7 +294,7 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
     kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
     shown = setting.help
-    shown += f" One of {', '.join((AUTO, *ROUTERS))}." if setting.name == "router" else ""
+    shown += f" One of {', '.join((AUTO, *known_names()))}." if setting.name == "router" else ""
     shown += "" if setting.default is None else f" (default: {setting.default})"
     flag = flag_of(setting.name)
     flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
@@ -372,31 +372,24 @@ def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
             raise ConfigError(f"{flag_of(name)} is for {what}, which was not given.")
 
 
-def warn_of_unused(routing: Routing, given: frozenset[str] | None = None) -> None:
-    """Warn of `given` settings, by name, that the router of `routing` doesn't look at.
-
-    None stands for those that aren't the usual ones.
-    """
-    from ...routing.routers.registry import AUTO, spec_of
-
-    if routing.router == AUTO:
-        return
-    given = routing.changed if given is None else given
-    unused = sorted(map(flag_of, spec_of(routing.router).unused(given)))
-    if unused:
-        warnings.warn(f"Router {routing.router} doesn't use {', '.join(unused)}.", stacklevel=3)
+def check_router(routing: Routing) -> None:
+    """Raise ConfigError for an unknown router or setting of one; warn of a k without a use."""
+    if routing.router != AUTO:
+        spec = choice_of(routing.router).spec
+        if routing.k is not None and spec.k is None:
+            warnings.warn(f"Router {spec.name} doesn't use --k.", stacklevel=3)
 
 
 def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> None:
     """Raise ConfigError when `given` settings choose a routing for a `model` that is not a pool.
 
-    Warns as `warn_of_unused` does.
+    Raises and warns as `check_router` does.
     """
     from ...routing.open_model import require_pool
 
     if given & POOL_SETTINGS:
         require_pool(model)
-    warn_of_unused(routing, given)
+    check_router(routing)
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,10 @@ def compose(
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
-    from ...routing.routers.registry import spec_of
+    from ...routing.routers.router import router_of
     from ...routing.saved.segments import save_pool
 
-    options.warn_of_unused(routing, given)
+    options.check_router(routing)
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
     try:
@@ -155,9 +155,9 @@ def compose(
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)
     used = packed.routing
     count = len(packed.names)
-    k = f", k = {min(used.k, count)}" if spec_of(used.router).uses_k else ""
+    k = min(router_of(used).k, count)
     experts = f"{count} expert{'' if count == 1 else 's'} at {len(packed.sites)} sites"
-    say(f"{experts}, router {used.router}{k} -> {out}")
+    say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")
 
 
 def generate(

@@ -56,7 +56,7 @@ def serve(
     )
     for each in models:
         if each.routing is not None:
-            options.warn_of_unused(each.routing)
+            options.check_router(each.routing)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))

@@ -246,7 +246,6 @@ class _Run:
             ray.kill(worker.actor)
 
     def _start_workers(self) -> None:
-        """Start workers while there are jobs for them and room."""
         busy = sum(worker.job is not None for worker in self._workers)
         room = self._engine.workers or _fitting(self._needs)  # machines come and go
         wanted = min(room, busy + len(self._left))

@@ -280,17 +280,15 @@ def _datasets(analysis: Analysis) -> Section:
         caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
         figures.append(PageFigure.of(figure, f"datasets-{index}", caption))
         if len(analysis.datasets) > 1:
-            tables.append(_overlap_table(analysis, label_of(name), analysis.overlaps(name)))
+            rows = [
+                [dataset, *(f"{value:.2f}" for value in row)]
+                for dataset, row in zip(analysis.datasets, analysis.overlaps(name), strict=True)
+            ]
+            caption = (
+                f"{label_of(name)}: overlap of the distributions of two datasets (1: the same)"
+            )
+            tables.append(Table(caption, ["", *analysis.datasets], rows))
     return Section("datasets", "Datasets beside each other", tables=tables, figures=figures)
-
-
-def _overlap_table(analysis: Analysis, label: str, overlaps: Array) -> Table:
-    rows = [
-        [dataset, *(f"{value:.2f}" for value in row)]
-        for dataset, row in zip(analysis.datasets, overlaps, strict=True)
-    ]
-    caption = f"{label}: overlap of the distributions of two datasets (1: the same)"
-    return Table(caption, ["", *analysis.datasets], rows)
 
 
 def _effects(analysis: Analysis) -> Section | None:
@@ -341,7 +339,9 @@ def write_report(
     everyone = len(analysis.experts)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
-        _remove_figures(folder / FIGURES)
+        for name in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
+            for old in (folder / FIGURES).glob(f"{name}.png"):
+                old.unlink()
         for name, router in analysis.routers.items():
             layers = draw.heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
             draw.write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
@@ -357,12 +357,6 @@ def write_report(
     except OSError as error:
         raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
-
-
-def _remove_figures(folder: Path) -> None:
-    for name in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
-        for old in folder.glob(f"{name}.png"):
-            old.unlink()
 
 
 def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:

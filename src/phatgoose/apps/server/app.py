@@ -22,21 +22,10 @@ from starlette.responses import Response
 from ... import __version__
 from ...config import Serving
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
+from . import protocol
 from .guards import AccessControl, MetricsMiddleware, RequestGuard
 from .models import load_models
-from .protocol import (
-    REQUESTABLE_ROUTERS,
-    ApiError,
-    ChatReply,
-    ChatRequest,
-    CompletionReply,
-    CompletionRequest,
-    ErrorReply,
-    Health,
-    ModelCard,
-    ModelList,
-    error_body,
-)
+from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
 from .service import Service
 from .settings import ServedModel
 
@@ -93,9 +82,8 @@ EVENTS = {
 
 
 def responses_of(
-    *statuses: int, model: type[BaseModel] = ErrorReply
+    *statuses: int, model: type[BaseModel] = protocol.ErrorReply
 ) -> dict[int | str, dict[str, Any]]:
-    """The error responses of a route."""
     return {
         status: {
             "description": DESCRIPTIONS[status],
@@ -106,11 +94,11 @@ def responses_of(
     }
 
 
-def answering(wanted: type[BaseModel], reply: type[BaseModel], *guarded: int) -> dict[str, Any]:
+def answering(wanted: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
     """What the schema says of a route that reads its body itself and answers whole or streams."""
     description = "The answer, or with stream a chunk in each event."
     streams = {"description": description, "content": {"text/event-stream": EVENTS}}
-    statuses = (400, 404, 408, 413, 415, 429, 500, 503, 504, *guarded)
+    statuses = (400, 404, 408, 413, 415, 429, 500, 503, 504)
     form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
     body = {"requestBody": {"required": True, "content": {"application/json": form}}}
     return {
@@ -139,8 +127,6 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """FastAPI's schema with our request bodies and without its own validation errors."""
 
     def schema() -> dict[str, Any]:
-        if app.openapi_schema is not None:
-            return app.openapi_schema
         found = FastAPI.openapi(app)
         for path in found["paths"].values():
             for operation in path.values():
@@ -149,12 +135,75 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
         for name in ("HTTPValidationError", "ValidationError"):
             models.pop(name, None)
         _, bodies = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=PLACE
+            [(protocol.CompletionRequest, "validation"), (protocol.ChatRequest, "validation")],
+            ref_template=PLACE,
         )
         models.update(bodies["$defs"])
         return found
 
     return schema
+
+
+open_routes = APIRouter()  # without a key: they say nothing of the models
+guarded_routes = APIRouter()
+
+
+@open_routes.get("/", response_class=HTMLResponse, summary="A page to try the models on")
+async def page() -> HTMLResponse:
+    return HTMLResponse(PAGE, headers=HEADERS)
+
+
+@open_routes.get(
+    "/healthz",
+    summary="Does the server work?",
+    response_model=protocol.Health,
+    responses=responses_of(503, model=protocol.Health),
+)
+async def health(request: Request) -> JSONResponse:
+    health = request.app.state.service.health()
+    return JSONResponse(health.model_dump(), 200 if health.status == "ok" else 503)
+
+
+@guarded_routes.get(
+    "/metrics",
+    summary="Numbers for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(request: Request) -> Response:
+    content = generate_latest(request.app.state.service.metrics.registry)
+    return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@guarded_routes.get("/v1/models", summary="What is served")
+async def models(request: Request) -> protocol.ModelList:
+    return protocol.ModelList(data=request.app.state.service.cards())
+
+
+@guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
+async def model(name: str, request: Request) -> protocol.ModelCard:
+    service: Service = request.app.state.service
+    return service.card(service.find(name))
+
+
+@guarded_routes.post(
+    "/v1/completions",
+    summary="Continue a text",
+    **answering(protocol.CompletionRequest, protocol.CompletionReply),
+)
+async def completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return await service.answer(protocol.CompletionRequest, request)
+
+
+@guarded_routes.post(
+    "/v1/chat/completions",
+    summary="Answer in a conversation",
+    **answering(protocol.ChatRequest, protocol.ChatReply),
+)
+async def chat(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return await service.answer(protocol.ChatRequest, request)
 
 
 def create_app(
@@ -188,11 +237,11 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(_open_routes(service))
+    app.include_router(open_routes)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
     keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
-    refused = (401, 403) if api_keys else (403,)
-    app.include_router(_guarded_routes(service, *refused), dependencies=keyed)
+    refused = responses_of(*((401, 403) if api_keys else (403,)))
+    app.include_router(guarded_routes, dependencies=keyed, responses=refused)
     access = AccessControl(hosts, api_keys)
     app.add_middleware(
         RequestGuard, access=access, most=limits.max_body, seconds=limits.read_timeout
@@ -201,68 +250,3 @@ def create_app(
     app.add_middleware(MetricsMiddleware, metrics=service.metrics, paths=paths)
     install_errors(app)
     return app
-
-
-def _open_routes(service: Service) -> APIRouter:
-    """Routes without a key: the page and the health check, which say nothing of the models."""
-    router = APIRouter()
-
-    @router.get("/", response_class=HTMLResponse, summary="A page to try the models on")
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE, headers=HEADERS)
-
-    @router.get(
-        "/healthz",
-        summary="Does the server work?",
-        response_model=Health,
-        responses=responses_of(503, model=Health),
-    )
-    async def health() -> JSONResponse:
-        health = service.health()
-        return JSONResponse(health.model_dump(), 200 if health.status == "ok" else 503)
-
-    return router
-
-
-def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
-    """Routes that need an API key, if there are any; `guarded` are the guards' statuses."""
-    router = APIRouter()
-    refused = responses_of(*guarded)
-
-    @router.get(
-        "/metrics",
-        summary="Numbers for Prometheus",
-        response_class=Response,
-        responses={**refused, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )
-    async def metrics() -> Response:
-        content = generate_latest(service.metrics.registry)
-        return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    @router.get("/v1/models", summary="What is served", responses=refused)
-    async def models() -> ModelList:
-        return ModelList(data=service.cards())
-
-    @router.get(
-        "/v1/models/{name:path}", summary="One model", responses=responses_of(404, *guarded)
-    )
-    async def model(name: str) -> ModelCard:
-        return service.card(service.find(name))
-
-    @router.post(
-        "/v1/completions",
-        summary="Continue a text",
-        **answering(CompletionRequest, CompletionReply, *guarded),
-    )
-    async def completions(request: Request) -> Response:
-        return await service.answer(CompletionRequest, request)
-
-    @router.post(
-        "/v1/chat/completions",
-        summary="Answer in a conversation",
-        **answering(ChatRequest, ChatReply, *guarded),
-    )
-    async def chat(request: Request) -> Response:
-        return await service.answer(ChatRequest, request)
-
-    return router

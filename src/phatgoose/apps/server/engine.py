@@ -74,7 +74,6 @@ def join(one: Cache, other: Cache) -> None:
 
 
 def drop_columns(cache: Cache, columns: int) -> None:
-    """Drop the first `columns` of every row."""
     for layer in cache.layers:
         layer.keys = layer.keys[..., columns:, :].contiguous()
         layer.values = layer.values[..., columns:, :].contiguous()
@@ -114,14 +113,12 @@ def prefill(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Prefill
 
 
 def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
-    """Some rows of an encoder's output."""
     if encoded is None:
         return None
     return type(encoded)(last_hidden_state=encoded.last_hidden_state[rows])
 
 
 def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:
-    """What keeps a pass's routing, if one of `sequences` reports it."""
     return TraceKeeper() if any(each.decoding.routing for each in sequences) else None
 
 
@@ -220,7 +217,6 @@ class Batch:
 
     @property
     def is_open(self) -> bool:
-        """True if sequences may join now."""
         return not self.sequences or not self.runner.is_encoder_decoder
 
     def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
@@ -244,7 +240,6 @@ class Batch:
         self.drop_finished()
 
     def step(self) -> None:
-        """One more token for every sequence."""
         runner, sequences = self.runner, self.sequences
         ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
         keeper = keeper_for(sequences)
@@ -448,7 +443,6 @@ class GenerationEngine:
         return None
 
     def _held_by(self, client: str, group: Sequence[ActiveSequence]) -> int:
-        """Tokens of the sequences of `client` that are running or in `group`."""
         own = (each for each in (*self._running(), *group) if each.client == client)
         return sum(each.most_tokens for each in own)
 
@@ -459,7 +453,6 @@ class GenerationEngine:
         return others + batch.tokens_with(group)
 
     def _batch_for(self, runner: ModelRunner) -> Batch:
-        """The batch that sequences of `runner` join; a new one if none is open."""
         for batch in self._batches:
             if batch.runner is runner and batch.is_open:
                 return batch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -23,15 +23,15 @@ from ...base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
 from ...base.sites import positions_of
 from ...base.token_masks import cache_argument
 from ...config import Routing
-from ...errors import BaseModelError, ConfigError, RoutingError
+from ...errors import BaseModelError, RoutingError
 from ...experts.pool import Pool
 from ...routing.composition import composition_if_any
+from ...routing.context import Choice
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
-from ...routing.routers.prompt_router import PromptReader
-from ...routing.routers.registry import AUTO, spec_of
-from ...routing.routers.router import Mixtures
+from ...routing.routers.registry import AUTO
+from ...routing.routers.router import check_served, router_of
 from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
 from ...tasks.batching import contiguous_head, position_ids
@@ -65,7 +65,7 @@ class ModelRunner:
         self._takes_keep = "logits_to_keep" in known
         self._cache_name = cache_argument(model)
         parts = composition_if_any(model)
-        self._lookup = parts.lookup if parts else None
+        self._context = parts.context if parts else None
 
     @property
     def device(self) -> torch.device:
@@ -122,22 +122,21 @@ class ModelRunner:
 
     @property
     def looks_prompts_up(self) -> bool:
-        """True for a router that picks experts by prompt, which may take long."""
-        return isinstance(self._lookup, PromptReader)
+        return self._context is not None
 
-    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Mixtures | None]:
+    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Choice | None]:
         """The experts that a router which picks by prompt has for each; None for other routers.
 
         May be slow (it may read each prompt with another model): not for the engine's thread.
         """
-        if not isinstance(self._lookup, PromptReader):
+        if self._context is None:
             return [None] * len(prompts)
-        return [*self._lookup.find([list(each) for each in prompts]).each()]
+        return [*self._context.choose([list(each) for each in prompts]).each()]
 
-    def use_experts(self, experts: Sequence[Mixtures | None]) -> None:
+    def use_experts(self, experts: Sequence[Choice | None]) -> None:
         """Let the next pass use these, one a row, if the router picks experts by prompt."""
-        if isinstance(self._lookup, PromptReader):
-            self._lookup.serve(Mixtures.joined(each for each in experts if each is not None))
+        if self._context is not None:
+            self._context.use(Choice.joined(each for each in experts if each is not None))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
         held = {self._cache_name: cache}
@@ -149,12 +148,7 @@ class ModelRunner:
         return watch(self.model, keeper.add) if keeper is not None else nullcontext()
 
 
-BY_TASK = "Router {} chooses by a task's name, which no request has."
-
-
 class _Bases:
-    """Base models, each loaded once."""
-
     def __init__(self) -> None:
         self._loaded: list[tuple[Base, str]] = []
 
@@ -169,20 +163,16 @@ class _Bases:
                 return base
         for base, of in self._loaded:
             if of == dtype and base.fingerprint == wanted.fingerprint:
-                return _renamed(base, wanted)
+                with suppress(BaseModelError):  # no tokenizer there
+                    tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
+                    return replace(
+                        base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision
+                    )
+                return base
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
         base = replace(base, marks={})  # nothing here changes weights
         self._loaded.append((base, dtype))
         return base
-
-
-def _renamed(base: Base, wanted: BaseReference) -> Base:
-    """`base` by the name `wanted` and with the tokenizer there; itself where there is none."""
-    try:
-        tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
-    except BaseModelError:
-        return base
-    return replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
 
 
 class LoadedModel:
@@ -199,7 +189,7 @@ class LoadedModel:
         named = BaseReference(settings.base) if settings.base else None
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)
-            model = load(place, twin(self.base), retrieval_embedder=self._embedder)
+            model = load(place, twin(self.base), embedder=self._embedder)
         elif is_pool(place):
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
@@ -207,28 +197,31 @@ class LoadedModel:
             self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
         self.parts = composition_if_any(model)
-        self.routing = self.parts.routing if self.parts else Routing()
+        self.routing = Routing()
+        if self.parts is not None:
+            self.routing = _numbered(self.parts.routing, len(self.parts.experts))
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
                 f"such a model and doesn't serve it."
             )
+        if self.parts is not None:
+            check_served(self.parts.router)
         self.runner = ModelRunner(model, self.base.tokenizer)
 
     def _check(self) -> None:
         settings = self.settings
         routing = settings.routing
-        if self._embedder and routing == Routing(retrieval_embedder=self._embedder):
+        if self._embedder and routing == Routing(embedder=self._embedder):
             routing = None  # any model may be given an embedder
         if routing or settings.keep or settings.leave_out or settings.scores:
             require_pool(settings.place)
-        router = settings.routing.router if settings.routing else AUTO
-        if router != AUTO and "task" in spec_of(router).given:
-            raise ConfigError(BY_TASK.format(router))
+        if settings.routing and settings.routing.router != AUTO:
+            check_served(router_of(settings.routing))
 
     @property
     def _embedder(self) -> str | None:
-        return self.settings.routing.retrieval_embedder if self.settings.routing else None
+        return self.settings.routing.embedder if self.settings.routing else None
 
     @cached_property
     def pool(self) -> Pool:
@@ -257,28 +250,32 @@ class LoadedModel:
                 return
 
     def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
-        """`pool` composed over the base, sharing its weights."""
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         """The routing and the experts with `override` applied.
 
-        A k that changes nothing is left out: one above the pool's size, or of a router that uses
-        all experts. Raises RoutingError for a model without experts and for a router that needs
-        more than a request has, PoolError for unknown experts.
+        Raises RoutingError for a model without experts, ConfigError for a router that needs more
+        than a request has, PoolError for unknown experts.
         """
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
-        if override.router and "task" in spec_of(override.router).given:
-            raise RoutingError(BY_TASK.format(override.router))
         pool = self.pool.select(override.keep, override.leave_out)
         routing = self.routing
-        if override.router is not None and override.router != routing.router:
-            routing = replace(routing, router=override.router, expert=None)
-        uses_k = spec_of(routing.router).uses_k
-        k = min(override.k or routing.k, len(pool)) if uses_k else self.routing.k
-        return replace(routing, k=k), pool
+        if override.router not in (None, routing.router):  # whose k needn't suit another router
+            asked = self.settings.routing.k if self.settings.routing else None
+            routing = replace(routing, router=override.router, k=asked)
+        if override.k is not None:
+            routing = replace(routing, k=override.k)
+        check_served(router_of(routing))
+        return _numbered(routing, len(pool)), pool
+
+
+def _numbered(routing: Routing, experts: int) -> Routing:
+    """`routing` with the k that it comes to among so many experts: equal ones become the same."""
+    router = router_of(routing)
+    return replace(router.routing, k=min(router.k, experts) or None)
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ...errors import ConfigError
 from ...files.strict import one_line
-from ...routing.routers.registry import ROUTERS
+from ...routing.routers.registry import ROUTERS, choice_of
 
 MOST_SHOWN = 500  # characters of an error
 
@@ -103,7 +104,19 @@ Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
-Router = Literal[REQUESTABLE_ROUTERS]  # type: ignore[valid-type]
+
+
+def _requestable(router: str) -> str:
+    """`router` as tables write it. Raises ValueError for one that no request can name."""
+    if router.partition(":")[0] not in REQUESTABLE_ROUTERS:
+        raise ValueError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}")
+    try:
+        return choice_of(router).text
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 Finish = Literal["stop", "length"]
 
@@ -167,8 +180,14 @@ class GenerationRequest(Strict):
     ignore_eos: bool | None = Field(
         False, description="Continue after the token that ends an answer (for benchmarks)."
     )
-    router: Router | None = Field(None, description="Instead of the router that it is served with.")
-    k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
+    router: Router | None = Field(
+        None,
+        description="Instead of the router that it is served with: "
+        f"{', '.join(REQUESTABLE_ROUTERS)}; settings follow, as in arrow:form=peft.",
+    )
+    k: int | None = Field(
+        None, ge=1, le=1 << 16, description="Experts per token at each site, or per input."
+    )
     keep: Names | None = Field(None, description="Use only these experts.")
     leave_out: Names | None = Field(None, description="Leave out these experts.")
     routing: bool | RoutingDetail | None = Field(
@@ -257,6 +276,8 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 
 
+AnyRequest = CompletionRequest | ChatRequest
+
 # Responses.
 
 
@@ -310,7 +331,7 @@ class RoutingReport(Reply):
     """
 
     router: str
-    k: int
+    k: int | None
     experts: list[str]
     tokens: list[TokenRouting]
     trace: dict[str, Any] | None = None

@@ -21,9 +21,9 @@ from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_o
 from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError
 from ...files.strict import shortened
-from ...routing.routers.router import Mixtures
+from ...routing.context import Choice
 from .models import ModelRunner
-from .protocol import ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
+from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
 from .sequences import Decoding, seed_of
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
@@ -137,14 +137,14 @@ class PreparedAnswer:
 
     prompt: RequestPrompt
     decoding: Decoding
-    experts: Mixtures | None
+    experts: Choice | None
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
     """A request ready for the engine: its prompts, and its answers by number."""
 
-    request: CompletionRequest | ChatRequest
+    request: AnyRequest
     runner: ModelRunner
     prompts: list[RequestPrompt]
     answers: list[PreparedAnswer]
@@ -165,9 +165,7 @@ class RequestPreparer:
         context = None if runner.is_encoder_decoder else runner.context
         self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
 
-    def prompts(
-        self, request: CompletionRequest | ChatRequest, seconds: float = MOST_SECONDS
-    ) -> list[RequestPrompt]:
+    def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
         """The prompts of `request`; template and tokenizer together get `seconds` at most."""
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         left = TimeLeft(min(seconds, MOST_SECONDS))
@@ -180,9 +178,7 @@ class RequestPreparer:
         except EngineError as error:
             raise ApiError(503, for_clients(error)) from error
 
-    def prepare(
-        self, request: CompletionRequest | ChatRequest, prompts: list[RequestPrompt]
-    ) -> PreparedRequest:
+    def prepare(self, request: AnyRequest, prompts: list[RequestPrompt]) -> PreparedRequest:
         """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
         owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
         decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
@@ -234,9 +230,7 @@ class RequestPreparer:
         (tokens,) = self._tokens([str(text.content)], "messages", left)
         return RequestPrompt(tuple(tokens), str(text.content))
 
-    def decoding(
-        self, request: CompletionRequest | ChatRequest, number: int, prompt: RequestPrompt
-    ) -> Decoding:
+    def decoding(self, request: AnyRequest, number: int, prompt: RequestPrompt) -> Decoding:
         """How answer `number` of `request` is generated, after `prompt`."""
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
         if isinstance(request, ChatRequest):

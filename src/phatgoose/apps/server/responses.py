@@ -52,7 +52,6 @@ class ResponseBuilder:
 
     @property
     def usage(self) -> protocol.Usage:
-        """Tokens until now."""
         given = sum(len(prompt.tokens) for prompt in self.prepared.prompts)
         made = sum(self._generated)
         return protocol.Usage(
@@ -64,16 +63,13 @@ class ResponseBuilder:
         return []
 
     def chunk(self, progress: Progress) -> AnswerReply:
-        """The chunk of a stream that says what is new of one answer."""
         self._generated[progress.choice] = progress.generated
         return self.chunk_model(**self.identity, choices=[self._chunk_choice(progress)])
 
     def closing(self) -> AnswerReply:
-        """The chunk that counts tokens."""
         return self.chunk_model(**self.identity, choices=[], usage=self.usage)
 
     def whole(self, events: Sequence[Sequence[Progress]]) -> AnswerReply:
-        """The whole response, given all progress of each answer."""
         joined = [_joined(each) for each in events]
         self._generated = [each.generated for each in joined]
         choices = [self._choice(each) for each in joined]
@@ -94,7 +90,7 @@ class ResponseBuilder:
         streams = join_streams(progress.routing)
         report = protocol.RoutingReport(
             router=parts.routing.router,
-            k=parts.routing.k,
+            k=parts.router.k or None,
             experts=list(parts.experts),
             tokens=[
                 token
@@ -117,7 +113,6 @@ class ResponseBuilder:
 
 
 def builder_of(prepared: PreparedRequest) -> ResponseBuilder:
-    """The builder for the endpoint of a request."""
     is_chat = isinstance(prepared.request, protocol.ChatRequest)
     return (ChatBuilder if is_chat else CompletionBuilder)(prepared)
 
@@ -199,7 +194,6 @@ class ChatBuilder(ResponseBuilder):
     request: protocol.ChatRequest
 
     def opening(self) -> list[AnswerReply]:
-        """A chunk for each answer that says who speaks."""
         role = protocol.Delta(role="assistant", content="")
         choices = [
             protocol.ChatChunkChoice(index=index, delta=role)

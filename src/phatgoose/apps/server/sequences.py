@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
-from ...routing.routers.router import Mixtures
+from ...routing.context import Choice
 from .models import ModelRunner
 from .protocol import Finish
 
@@ -157,7 +157,6 @@ class Progress:
 
     @property
     def size(self) -> int:
-        """How many tokens it reports on."""
         return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
 
 
@@ -185,7 +184,7 @@ class ActiveSequence:
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
         client: str = "",
-        experts: Mixtures | None = None,
+        experts: Choice | None = None,
         echoed: str = "",
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
@@ -205,7 +204,6 @@ class ActiveSequence:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of prompt and answer together, at most."""
         return len(self.prompt) + self.decoding.max_tokens
 
     @property

@@ -24,22 +24,18 @@ from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files.strict import shortened
 from ...tasks.embeddings import without_downloads
+from . import protocol
 from .engine import GenerationEngine
 from .guards import CLIENT, REQUEST_BODY, Metrics
 from .models import LoadedModel, ModelRunner, share_factors
 from .protocol import (
+    AnyRequest,
     ApiError,
-    ChatRequest,
-    CompletionRequest,
     Deadline,
-    Health,
-    ModelCard,
     RoutingOverride,
-    Sites,
     bad_request,
     busy,
     for_clients,
-    without_paths,
 )
 from .requests import PreparedRequest, RequestPreparer, parsed
 from .responses import EventStream, PendingReply, builder_of
@@ -50,7 +46,7 @@ READERS = 2  # requests for which experts are looked up at once
 STUCK = 30.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
 
-Wanted = TypeVar("Wanted", CompletionRequest, ChatRequest)
+Wanted = TypeVar("Wanted", protocol.CompletionRequest, protocol.ChatRequest)
 Found = TypeVar("Found")
 
 
@@ -83,11 +79,11 @@ class Service:
         self.engine.stop()
         self.routings.stop(self.limits.shutdown_timeout)
 
-    def health(self) -> Health:
+    def health(self) -> protocol.Health:
         readers = [self._lookups, *(each.readers for each in self._texts.values())]
         running = [seconds for each in readers for seconds in each.running()]
         stuck = sum(seconds > STUCK for seconds in running)
-        return Health(
+        return protocol.Health(
             status="ok" if self.engine.is_alive and not stuck else "failing",
             waiting=self.engine.waiting,
             running=self.engine.running,
@@ -97,17 +93,17 @@ class Service:
             readers_ended=sum(each.process.ended for each in self._texts.values()),
         )
 
-    def cards(self) -> list[ModelCard]:
+    def cards(self) -> list[protocol.ModelCard]:
         return [self.card(loaded) for loaded in self.models.values()]
 
-    def card(self, loaded: LoadedModel) -> ModelCard:
+    def card(self, loaded: LoadedModel) -> protocol.ModelCard:
         parts, runner = loaded.parts, loaded.runner
-        return ModelCard(
+        return protocol.ModelCard(
             id=loaded.settings.name,
             created=self.begun,
-            base=without_paths(loaded.base.id),
+            base=protocol.without_paths(loaded.base.id),
             router=parts.routing.router if parts else None,
-            k=parts.routing.k if parts else None,
+            k=(parts.router.k or None) if parts else None,
             experts=list(parts.experts) if parts else [],
             sites=_sites_of(loaded),
             context=runner.context,
@@ -164,7 +160,7 @@ class Service:
 
     async def _prepared(
         self,
-        request: CompletionRequest | ChatRequest,
+        request: AnyRequest,
         runner: ModelRunner,
         client: str,
         deadline: Deadline,
@@ -189,21 +185,21 @@ class _Texts(NamedTuple):
     readers: Readers
 
 
-def _sites_of(loaded: LoadedModel) -> Sites | None:
+def _sites_of(loaded: LoadedModel) -> protocol.Sites | None:
     if loaded.parts is None:
         return None
     layers, kinds = layers_and_kinds(map(site_label, loaded.parts.layers))
-    return Sites(layers=layers, kinds=kinds)
+    return protocol.Sites(layers=layers, kinds=kinds)
 
 
-def _only_override(request: CompletionRequest | ChatRequest) -> str | None:
+def _only_override(request: AnyRequest) -> str | None:
     """The one field with which a request changes the routing, None where there are several."""
     changes = [field.name for field in fields(RoutingOverride)]
     given = [name for name in changes if getattr(request, name) is not None]
     return given[0] if len(given) == 1 else None
 
 
-def _check_routing(request: CompletionRequest | ChatRequest, loaded: LoadedModel) -> None:
+def _check_routing(request: AnyRequest, loaded: LoadedModel) -> None:
     """Raise ApiError for routing that can't be reported: of a base alone, or of unknown sites."""
     if not request.routing:
         return
@@ -272,7 +268,6 @@ class RoutingCache:
 
     @property
     def requests(self) -> int:
-        """How many requests need one or wait for one."""
         return sum(each.requests for each in self._cached.values())
 
     async def acquire(

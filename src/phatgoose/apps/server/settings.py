@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import parse_qsl
 
-from ...config import Routing, from_mapping, settings_of
+from ...config import Routing, from_mapping, read_text, settings_of
 from ...errors import ConfigError
 from ...files.strict import shortened
 
@@ -78,12 +78,11 @@ def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
 
 
 def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | None:
-    """The routing of `options`, changed as `query` says."""
     common: Routing | None = options.get("routing")
     if not query:
         return common
     types = {setting.name: setting.type for setting in settings_of(Routing)}
-    values = {name: _read(value, types.get(name)) for name, value in _pairs(query, written)}
+    values = {name: read_text(value, types.get(name)) for name, value in _pairs(query, written)}
     given = asdict(common) if common is not None else {}
     return from_mapping(Routing, {**given, **values}, written)
 
@@ -100,18 +99,6 @@ def _pairs(query: str, written: str) -> list[tuple[str, str]]:
         if count > 1:
             raise ConfigError(f"{written}: {shortened(name)} is given {count} times; once will do.")
     return pairs
-
-
-def _read(value: str, declared: Any) -> object:
-    """`value` as what a setting `declared` takes, or unchanged, to be refused by the setting."""
-    kinds = get_args(declared) or (declared,)
-    if bool in kinds:
-        return {"true": True, "false": False}.get(value, value)
-    kind = next((kind for kind in (int, float) if kind in kinds), str)
-    try:
-        return kind(value)
-    except ValueError:
-        return value
 
 
 def _name_of(place: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...base.fingerprint import number_format
@@ -29,15 +30,12 @@ from ...experts.kinds.registry import KINDS
 from ...jobs import BaseLocation
 from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
-from ...routing.routers.discriminant import PromptDiscriminant
-from ...routing.routers.prompt_router import PromptReader, RememberedStates
 from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
 from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
 from .methods import Row
 
 PACKAGE = Path(__file__).parents[2]
-HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
 KIND_PLACES = [
     place.partition(":")[0].removeprefix("phatgoose.")
     for kind in KINDS.values()
@@ -47,7 +45,11 @@ KIND_PLACES = [
 SCORING = (  # these, and all that they import; registries import routers and kinds by name
     "evaluation.evaluate",
     "routing.open_model",
-    *(f"routing.routers.{home}" for home in HOMES),
+    *(
+        f"routing.routers{spec.home.rpartition('.')[0]}"
+        for spec in ROUTERS.values()
+        if isinstance(spec.home, str) and spec.home.startswith(".")
+    ),
     *KIND_PLACES,
 )
 RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
@@ -186,11 +188,6 @@ def chip_of(device: torch.device) -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def may_share(settings: Mapping[str, Any]) -> bool:
-    """True for a row whose `settings` say that its router chooses for whole inputs."""
-    return "input_k" in settings
-
-
 @dataclass(frozen=True)
 class SharedAnswers:
     """What single experts answered: by expert and dataset, the results as they are stored.
@@ -209,12 +206,13 @@ class SharedAnswers:
         the model itself is which inputs shared a batch, hence no more than rounding.
         """
         parts = composition_if_any(model)
-        lookup = parts.lookup if parts else None
         # More experts an input are scored by the model, which then reads the inputs itself.
-        if not self.results or not isinstance(lookup, PromptReader) or lookup.k > 1:
+        if parts is None or parts.context is None or parts.context.router.k > 1:
             return None
-        chosen = lookup.find(questions.prompts, dataset.examples).lone()
-        if parts is None or chosen is None:
+        if not self.results or "task" in parts.router.spec.given:
+            return None
+        chosen = parts.context.choose(questions.prompts, examples=dataset.examples).lone()
+        if chosen is None:
             return None
         names = [parts.experts[z] for z in chosen.tolist()]
         held = {name: self.results.get(name, {}).get(dataset.name) for name in set(names)}
@@ -289,7 +287,7 @@ class CellWorkshop:
         EvaluationError if another version of the code is here than the one that began.
         """
         base, rows = self._loaded()
-        remembered = RememberedStates()
+        remembered: dict[tuple[int, ...], Tensor] = {}
         with ExitStack() as composed:
             at: str | None = None
             opened = OpenedModel(base.model, base.tokenizer)
@@ -326,11 +324,11 @@ class CellWorkshop:
         return replace(self, base=base, rows=rows, code=code_version())
 
 
-def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:
+def _remember(opened: OpenedModel, remembered: dict[tuple[int, ...], Tensor]) -> None:
     """Let the routed model `opened` use what is `remembered` of its base, and add to it."""
     parts = composition_if_any(opened.model)
-    if parts is not None and isinstance(parts.lookup, PromptDiscriminant):
-        parts.lookup.remembered = remembered
+    if parts is not None and parts.prompt_router is not None:
+        parts.prompt_router.remember(remembered)
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:

@@ -65,14 +65,16 @@ def compare(
 ) -> Comparison:
     """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
 
-    `methods` are names in `comparison.methods.METHODS`; "all" stands for those whose needs the pool
-    meets, with a note on the others. Oracle and best-individual run every single expert once.
-    `references` adds further models by label: an expert (such as a multitask one), another pool
-    (such as one of jointly trained experts), a routed model, a base by Hub id or path. `suites` are
-    names in `suites.registry.SUITES`, folders of task files, suite files, single task files, Tasks
-    or `Suite`s, whose files are found by `sources`. `limit` draws so many examples of each dataset,
-    the same ones for all methods. `routing` gives k and the other settings of the routers. `engine`
-    scores the cells; None scores them in this process, with the same results.
+    `methods` are names in `comparison.methods.METHODS`, with settings of their routers as in
+    "arrow:form=peft"; "all" stands for those whose needs the pool meets, with a note on the others.
+    Oracle and best-individual run every single expert once. `references` adds further models by
+    label: an expert (such as a multitask one), another pool (such as one of jointly trained
+    experts), a routed model, a base by Hub id or path. `suites` are names in
+    `suites.registry.SUITES`, folders of task files, suite files, single task files, Tasks or
+    `Suite`s, whose files are found by `sources`. `limit` draws so many examples of each dataset,
+    the same ones for all methods. `routing` gives k (for every router, where it is not None),
+    kernel and embedder. `engine` scores the cells; None scores them in this process, with the same
+    results.
 
     Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
     `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
@@ -121,11 +123,7 @@ def _settings(
         "limit": settings.limit,
         "seed": settings.seed,
         "k": routing.k,
-        "routing": {
-            name: value
-            for name, value in asdict(routing).items()
-            if name not in ("router", "k", "expert")
-        },
+        "kernel": routing.kernel,
         "max_new_tokens": settings.max_new_tokens,
         "token_budget": settings.token_budget,
         "code": scoring.code_version(),
@@ -215,7 +213,7 @@ def _run(
     def stored(row: str) -> dict[str, Mapping[str, Any]]:
         return {cell.dataset: store.get(cell.key) or {} for cell in cells[row]}
 
-    sharing = {name for name, row in every.items() if singles and scoring.may_share(row.identity)}
+    sharing = {name for name, row in every.items() if singles and row.per_input}
     first = [cell for cell in missing if cell.row not in sharing]
     last = [cell for cell in missing if cell.row in sharing]
     total = sum(map(len, cells.values()))

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
 from ...experts.hub import local_folder
 from ...experts.pool import REMEDIES, Pool
-from ...files.strict import sha256_of
+from ...files.strict import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
 from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
-from ...routing.routers.affinities import NEED_MEANS
-from ...routing.routers.registry import ROUTERS, spec_of
+from ...routing.routers.earlier import translated
+from ...routing.routers.registry import LEFT, ROUTERS, choice_of, spec_of
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
 from ...routing.saved.tensors import ROUTED_INFO
@@ -43,22 +43,33 @@ NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name s
 
 
 def label_of(router: str) -> str:
-    return METHODS.get(router, router)
+    """A router, with or without settings, in tables: "Arrow, form = peft"."""
+    name, _, settings = router.partition(":")
+    parts = settings.replace("_", " ").replace("=", " = ").split(",") if settings else []
+    return ", ".join([METHODS.get(name, name), *parts])
 
 
 def label_with_settings(identity: Mapping[str, Any]) -> str:
-    """Such as "Discriminant, reading place = end, input k = 3", from a row's `identity`."""
-    return ", ".join([label_of(identity["router"]), *unusual_settings(identity)])
+    """The router of a row's `identity`, with its settings and a k that isn't its own.
+
+    Such as "Discriminant, place = end, k = 3". An identity may be one that was written when
+    settings had no routers.
+    """
+    now = routing_of(identity)
+    spec = ROUTERS.get(now["router"].partition(":")[0])
+    own = spec.k if spec else now.get("k")
+    k = [] if now.get("k") in (None, own) else [f"k = {now['k']}"]
+    kernel = [] if now.get("kernel", "auto") == "auto" else [f"kernel = {now['kernel']}"]
+    return ", ".join([label_of(now["router"]), *k, *kernel])
 
 
-def unusual_settings(routing: Mapping[str, Any]) -> list[str]:
-    """The settings of a routing that differ from the defaults, such as "input k = 3"."""
-    usual = {name: value for name, value in asdict(Routing()).items() if name != "router"}
-    return [
-        f"{name.replace('_', ' ')} = {routing[name]}"
-        for name, value in usual.items()
-        if routing.get(name, value) != value
-    ]
+def routing_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `identity` of a row says of its routing: router, k and kernel."""
+    now = translated({name: value for name, value in identity.items() if name != "pool"})
+    spec = ROUTERS.get(now["router"].partition(":")[0])
+    if spec and now.get("k", spec.k) is None:
+        now["k"] = spec.k
+    return now
 
 
 def runnable_methods(
@@ -69,19 +80,15 @@ def runnable_methods(
     Raises ConfigError for an unknown name or settings that a named one can't have, else PoolError.
     """
     wanted = [methods] if isinstance(methods, str) else list(methods)
-    for name in wanted:
-        if name not in (EVERY, *METHODS):
-            raise ConfigError(
-                f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
-            )
-    lacks_of = lacking(pool, stand_in=routing.stand_in)
+    named = [_canonical(name) for name in wanted if name != EVERY]
+    lacks_of = lacking(pool)
     without = {name: lacks for name, lacks in lacks_of.items() if lacks}
+    for name in named:
+        if name.partition(":")[0] in without:
+            raise PoolError(_refusal(name, without[name.partition(":")[0]]))
+        _check_method(name, pool, routing)
     if EVERY not in wanted:
-        for name in wanted:
-            if name in without:
-                raise PoolError(_refusal(name, without[name]))
-            _check_method(name, pool, routing)
-        return wanted, []
+        return named, []
     left_out = {name: _note(name, lacks) for name, lacks in without.items()}
     for name in METHODS.keys() - left_out.keys():
         try:
@@ -91,12 +98,22 @@ def runnable_methods(
     notes = [left_out[name] for name in METHODS if name in left_out]
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    return [name for name in METHODS if name not in left_out], notes
+    every = [name for name in METHODS if name not in left_out]
+    return list(dict.fromkeys([*every, *named])), notes
+
+
+def _canonical(method: str) -> str:
+    """`method` as tables and stores name it. Raises ConfigError for one that is unknown."""
+    if method != BASE and method.partition(":")[0] not in METHODS and method not in LEFT:
+        raise ConfigError(
+            f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
+        )
+    return method if method == BASE else choice_of(method).text
 
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
-        check_routable(pool, replace(routing, router=name, expert=None))
+        check_routable(pool, replace(routing, router=name))
 
 
 def check_routable(pool: Pool, routing: Routing) -> None:
@@ -109,21 +126,13 @@ def check_routable(pool: Pool, routing: Routing) -> None:
 Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not
 
 
-def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, Lacks]:
-    """For each method that needs more than adapters, what experts lack of its needs, if anything.
-
-    With `stand_in` LoRAs need no gates, if gates are all that is needed.
-    """
-
-    def lacks(expert: Expert, need: str, needs: tuple[str, ...]) -> bool:
-        stand_ins = stand_in and needs == ("gates",)  # made of the factors of LoRAs
-        return not (expert.has(need) or (stand_ins and expert.has("lora")))
-
+def lacking(pool: Pool) -> dict[str, Lacks]:
+    """For each method that needs more than adapters, what experts lack of its needs."""
     found: dict[str, Lacks] = {}
     for name, spec in ROUTERS.items():
         if spec.needs:
             missing = {
-                expert.name: tuple(n for n in spec.needs if lacks(expert, n, spec.needs))
+                expert.name: tuple(need for need in spec.needs if not expert.has(need))
                 for expert in pool.experts
             }
             found[name] = {expert: parts for expert, parts in missing.items() if parts}
@@ -170,6 +179,11 @@ class Row:
     routing: Routing | None = None
     place: str | None = None
     locations: tuple[str, ...] = ()
+
+    @property
+    def per_input(self) -> bool:
+        """True if it leaves whole inputs to experts, who may have answered them alone."""
+        return self.routing is not None and spec_of(self.routing.router).per_input
 
     @property
     def base(self) -> BaseReference | None:
@@ -226,19 +240,18 @@ class Row:
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     """The rows for those of `methods` that are not derived, in the order of METHODS."""
     rows = []
-    for name, label in METHODS.items():
-        if name == BASE and name in methods:
-            rows.append(Row(name, label, {"model": "base"}))
-        elif name in methods and name not in DERIVED:
-            chosen = replace(routing, router=name, expert=None)
-            rows.append(pool_row(name, label, pool, chosen))
+    order = list(METHODS)
+    for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
+        if name == BASE:
+            rows.append(Row(name, METHODS[BASE], {"model": "base"}))
+        elif name not in DERIVED:
+            rows.append(pool_row(name, label_of(name), pool, replace(routing, router=name)))
     return rows
 
 
 def single_rows(pool: Pool) -> list[Row]:
     return [
-        pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
-        for name in pool.names
+        pool_row(name, name, pool.select([name]), Routing(router="single")) for name in pool.names
     ]
 
 
@@ -256,22 +269,19 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     if not is_pool(place):
         return Row(label, label, {"model": load_base(place).fingerprint}, place=str(place))
     pool = Pool.open(place)
-    alone = Routing(router="single", k=1)
-    chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose", expert=None)
+    alone = Routing(router="single")
+    chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose")
     check_routable(pool, chosen)
     return pool_row(label, label, pool, chosen)
 
 
 def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
-    spec = spec_of(routing.router)
-    settings = {key: getattr(routing, key) for key in (*spec.settings, "kernel")}
-    shared = [*spec.needs]
-    if settings.get("affinity") in NEED_MEANS:
-        shared.append("means")
+    router = router_of(routing)
     identity = {
-        "router": routing.router,
-        **settings,
-        "pool": [_expert_digest(expert, shared) for expert in pool.experts],
+        "router": router.routing.router,
+        **({"k": router.k} if router.uses_k else {}),
+        "kernel": routing.kernel,
+        "pool": [_expert_digest(expert, router.spec.needs) for expert in pool.experts],
     }
     return Row(name, label, identity, pool, routing)
 

@@ -14,7 +14,6 @@ from typing import Any
 from ...errors import EvaluationError
 from ...files.atomic import write_text
 from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
-from .methods import unusual_settings
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how formulas of spreadsheets begin
@@ -298,10 +297,11 @@ def _how(settings: Mapping[str, Any]) -> str:
     drawn = "all examples"
     if settings["limit"] is not None:
         drawn = f"at most {settings['limit']} examples a dataset, drawn by seed {settings['seed']}"
-    routed = [f"k = {settings['k']}", *unusual_settings(settings["routing"])]
+    routed = [] if settings["k"] is None else [f"k = {settings['k']}"]
+    routed += [] if settings["kernel"] == "auto" else [f"kernel = {settings['kernel']}"]
     where = [settings[name] for name in ("commit", "date", "machine") if settings.get(name)]
     return (
         f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
-        f"{len(settings['experts'])}; {', '.join(routed)}; {drawn}; "
+        f"{'; '.join([str(len(settings['experts'])), *routed, drawn])}; "
         f"phatgoose {', '.join([settings['code'], *where])}."
     )

@@ -20,11 +20,11 @@ from ...tasks.encoding import Cuts, Encoder
 from ...tasks.neutral import neutral_examples
 from ...tasks.prompt_passes import continued
 from ...tasks.task import Example
-from ..composition import Composition, announcing, composition_of
+from ..composition import Composition, composition_of, routing_for
 from ..layers import FoldedLinear, RoutedLayer
 from ..recording import watch
 from ..routers.fixed import UniformRouter
-from ..routers.prompt_router import LookedUpRouter
+from ..routers.prompt_router import ChosenExperts
 from ..watching import SitePass
 
 ANSWER_TOKENS = 16  # of the greedy answer that the decoder of an encoder-decoder model reads
@@ -61,7 +61,7 @@ def read_texts(
     """The inputs of a pass of each prompt, one row each, for `passing`.
 
     The decoder of an encoder-decoder model reads the greedy answer of `model`, of ANSWER_TOKENS
-    at most. Raises as `announcing` does, and TaskError where the base leaves no room for a prompt.
+    at most. Raises as `routing_for` does, and TaskError where the base leaves no room for a prompt.
     """
     encoder = Encoder.for_model(model, tokenizer, texts.formatting)
     prompts = [encoder.fitted(each.input, each.passage) for each in texts.examples]
@@ -82,10 +82,10 @@ def read_texts(
 def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> Iterator[Inputs]:
     """The `inputs` one by one; routers that choose for whole inputs know whose turn it is.
 
-    Raises as `announcing` does.
+    Raises as `routing_for` does.
     """
     prompts = [each["input_ids"][0].tolist() for each in inputs]
-    with announcing(model, texts.name, prompts, texts.examples) as before_pass:
+    with routing_for(model, prompts, task=texts.name, examples=texts.examples) as before_pass:
         for row, each in enumerate(inputs):
             before_pass([row])
             yield each
@@ -129,10 +129,10 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
         return constant
     if texts is None:
         routers = [getattr(layer, "router", None) for layer in parts.layers.values()]
-        whole = any(isinstance(router, LookedUpRouter) for router in routers)
+        whole = any(isinstance(router, ChosenExperts) for router in routers)
         turn = "input" if whole else "token"
         raise RoutingError(
-            f"Router {parts.routing.router} chooses anew for every {turn}, which no adapter can "
+            f"Router {parts.routing.name} chooses anew for every {turn}, which no adapter can "
             f"hold: fix its mixture with --prompt or --task, or route by merged or single."
         )
     if parts.tokenizer is None:

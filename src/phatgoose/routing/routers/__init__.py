@@ -1,11 +1,13 @@
 """Routers: which experts act, for every token at every site or for a whole prompt.
 
-registry.py       every router as one record
+registry.py       every router as one record, and its settings as text
+configs.py        the settings of each router
+earlier.py        routings as files had them before
 router.py         what a router is: for a model, and at each site
-vector_router.py  one vector for each expert, the top k of a score
-affinities.py     other scores of vectors and activations than the paper's
+phatgoose.py      the paper's rule, and those that vary it
+fixed.py          routers that don't look at their input
 prompt_router.py  routers that choose for a whole prompt, and what they read it by
 bounds.py         no single expert decides what a pool shares
 automatic.py      router auto
-phatgoose.py, average_activation.py, arrow.py, merged and others: one router in each file
+arrow.py, retrieval.py, logo.py and others: one router in each file
 """

@@ -4,7 +4,7 @@ Ostapenko et al. 2024; Muqeeth et al. 2024, section 4.2. The vector is the first
 vector of B A, found without forming the d x n product: with Aᵀ = Q R, B A = (B Rᵀ) Qᵀ, so the SVD
 of the small d x r matrix B Rᵀ gives it; a second QR makes that r x r.
 
-Forms, chosen by the setting `arrow`:
+Forms, chosen by the setting `form`:
     svd   exact vectors, top k, outputs mixed: the paper's form, and the default
     peft  as peft's create_arrow_model: 15 steps of power iteration from a random start, which may
           stop short of the exact vector when two singular values are close
@@ -19,23 +19,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import ARROW_FORMS, Routing, require_one_of
+from ...config import Routing
 from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from ..kernels.plain import mixed_factors
+from .phatgoose import ByVectors, TopKRouter, products
 from .router import RouterSite, SiteRouter
-from .vector_router import ScoredByVectors, VectorRouter, products
 
 POWER_STEPS = 15
 SMALLEST = 1e-8
 
 
-class Arrow(ScoredByVectors):
+class Arrow(ByVectors):
     """Router arrow."""
 
     def __init__(self, routing: Routing) -> None:
         super().__init__(routing)
-        self.mixes = routing.arrow == "mttl"
+        self.mixes = self.config.form == "mttl"
         self.product = mixed_factors if self.mixes else None
 
     @property
@@ -46,15 +46,15 @@ class Arrow(ScoredByVectors):
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
         """The experts' first right singular vectors, float32 [E, n]."""
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
-        return torch.stack([arrow_vector(lora, self.routing.arrow) for lora in factors])
+        return torch.stack([arrow_vector(lora, self.config.form) for lora in factors])
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
         vectors = site.state["vectors"]
-        return ArrowRouter(vectors, len(vectors) if self.mixes else self.routing.k)
+        return ArrowRouter(vectors, len(vectors) if self.mixes else self.k)
 
 
-class ArrowRouter(VectorRouter):
+class ArrowRouter(TopKRouter):
     """The top k of |vᵀu|, softmax of the same numbers over those k.
 
     Only the line of v matters, not its sign. Neither side is standardised and nothing is scaled, as
@@ -71,9 +71,8 @@ class ArrowRouter(VectorRouter):
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero.
 
-    `seed` starts the power iteration of the form "peft". Raises ConfigError for an unknown form.
+    `seed` starts the power iteration of the form "peft".
     """
-    require_one_of(ARROW_FORMS, "arrow", form)
     A, B = lora.A.float(), lora.B.float()
     if form == "peft":
         return _power_iteration(A, B, seed)

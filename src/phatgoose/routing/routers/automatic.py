@@ -32,17 +32,16 @@ def settled(
     The router is the first of the base's kind whose needs every expert of `pool` meets, embeddings
     only where their embedder is at hand without a download, and that reads no prompts where
     `tokenizer` is None; the last, merged, needs nothing. The choice is logged. It is a warning when
-    `routing` sets what the router doesn't look at.
+    `routing` sets k for a router without one.
     """
     if routing.router != AUTO:
         return routing
     order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
     if tokenizer is None:
-        order = tuple(name for name in order if "input_k" not in ROUTERS[name].settings)
+        order = tuple(name for name in order if not ROUTERS[name].per_input)
     name = next(name for name in order if _allows(pool, name))
-    idle = ", ".join(ROUTERS[name].unused(routing.changed))
-    if idle:
-        warnings.warn(f"Router auto is {name}, which doesn't use {idle}.", stacklevel=3)
+    if routing.k is not None and ROUTERS[name].k is None:
+        warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=3)
     passed = [f"{each} ({', '.join(ROUTERS[each].needs)})" for each in order[: order.index(name)]]
     lacks = f"; what these need isn't all there: {', '.join(passed)}" if passed else ""
     logger.info("Router auto is %s%s.", name, lacks)

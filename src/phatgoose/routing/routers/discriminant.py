@@ -10,32 +10,38 @@ one task differ count little, wording among them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...base.blocks import blocks_of
-from ...config import Routing
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.readings import PARTS, PLACES, PromptStates
 from ...files.tensor_file import is_finite
 from ...tasks.prompt_passes import PromptReading
 from .bounds import bound_of, bounded_means, bounded_variances
-from .prompt_router import BaseReader, LookedUp, RememberedStates
-from .router import Lookup, SavedLookup, Scores
+from .prompt_router import BaseRouter, ByPrompt, Prompt, PromptRouter, Tables
+from .router import Scores
 
-PREFIX = "readings."  # before a part's name, among the lookup's tensors
-READINGS = f"lookup.{PREFIX}"  # and in files
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
+MOST_BYTES = 2**30  # of remembered states: some 7,000 prompts of a base of 30 blocks of 576 numbers
 
-Readings = Mapping[str, Tensor]  # by part: [E, ..], the rest as `experts.readings` has it
+Line = tuple[Tensor, Tensor]  # slopes [d, E] and offsets [E] of scores
+States = dict[tuple[int, ...], Tensor]  # of all blocks [2, blocks, d], by a prompt's tokens
 
 
-class Discriminant(LookedUp):
+class Discriminant(ByPrompt):
     """Router discriminant."""
+
+    # b blocks of size h, and f rows of a covariance's factor
+    prompt_form: ClassVar[Mapping[str, str]] = {
+        f"readings.{place}.{part}": letters
+        for place in PLACES
+        for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
+    }
 
     def check(self, pool: Pool) -> None:
         """Raise PoolError when experts lack readings, or theirs are of other sizes."""
@@ -51,62 +57,40 @@ class Discriminant(LookedUp):
                         f"can't be of one base; measure them again."
                     )
 
-    @property
-    def lookup_form(self) -> Mapping[str, str]:
-        """The readings of each expert: b blocks of size h, and f rows of a covariance's factor."""
-        letters = {"mean": "Ebh", "factor": "Ebfh", "rest": "Ebh"}
-        return {f"{PREFIX}{p}.{part}": letters[part] for p in PLACES for part in letters}
-
-    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    def tables(
+        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
+    ) -> Tables:
         """The readings of the experts of `pool`."""
-        return {f"{READINGS}{part}": tensor for part, tensor in readings_in(pool).items()}
+        parts = pool.experts[0].readings
+        stacked = {
+            f"readings.{part}": torch.stack([each.readings[part] for each in pool.experts])
+            for part in parts
+        }
+        return Tables(pool.names, stacked)
 
-    def lookup_of(
-        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Lookup:
-        """The discriminant of the pool. Raises ConfigError without `tokenizer`."""
-        return self._reader(readings_in(pool), tokenizer)
+    def chooser(self, tables: Tables) -> PromptRouter:
+        """The discriminants of blocks and places."""
+        return self.discriminant(tables)
 
-    def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
-        """The same, from a saved model."""
-        return self._reader(self.readings_from(saved), tokenizer)
+    def discriminant(self, tables: Tables) -> PromptDiscriminant:
+        """That of the readings in `tables`."""
+        where = self.config.place, self.config.first, self.config.last
+        return PromptDiscriminant(tables, self.line, *where)
 
-    def readings_from(self, saved: SavedLookup) -> Readings:
-        """The experts' readings in a saved model."""
-        parts = [f"{place}.{part}" for place in PLACES for part in PARTS]
-        return {part: saved.tensors[f"{READINGS}{part}"] for part in parts}
-
-    def _reader(
-        self, readings: Readings, tokenizer: PreTrainedTokenizerBase | None
-    ) -> PromptDiscriminant:
-        asked = self.needed(tokenizer), self.input_k, self.input_temperature
-        return PromptDiscriminant(readings, self.routing, *asked)
+    def line(self, moments: Mapping[str, Tensor]) -> Line:
+        """`line_of` with the settings."""
+        return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
 
 
-def readings_in(pool: Pool) -> Readings:
-    """The readings of all experts of `pool`, which have them, by part: [E, ..]."""
-    parts = pool.experts[0].readings
-    return {part: torch.stack([each.readings[part] for each in pool.experts]) for part in parts}
-
-
-def joined_moments(old: Readings, new: Readings, what: str = "readings") -> Readings:
-    """Those of all experts, old ones first. Raises PoolError when the `new` don't fit."""
-    for part, tensor in old.items():
-        if tensor.shape[1:] != new[part].shape[1:]:
-            raise PoolError(
-                f"The new experts' {what} {part} have shape {tuple(new[part].shape[1:])}, "
-                f"those of the pool {tuple(tensor.shape[1:])}; measure them again."
-            )
-    return {part: torch.cat([tensor, new[part]]) for part, tensor in old.items()}
-
-
-def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Tensor]:
+def line_of(
+    moments: Mapping[str, Tensor], shrinkage: float, task_variance: float, router: str
+) -> Line:
     """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
-    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`. What an expert
-    adds to the means over experts is bounded (`routers.bounds`). Raises RoutingError where the
-    covariance can't be inverted, or what comes of it is not finite.
+    prompts (`experts.readings`). What an expert adds to the means over experts is bounded
+    (`routers.bounds`). Raises RoutingError, naming `router`, where the covariance can't be
+    inverted, or what comes of it is not finite.
     """
     means, factors, rests = (moments[part].double() for part in PARTS)
     deviation = (factors.square().sum(dim=(1, 2)) + rests.sum(dim=1)).quantile(0.5).sqrt()
@@ -116,11 +100,11 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
     diagonal = shared.diagonal()
     least = SMALLEST * diagonal.mean() + torch.finfo(torch.float32).tiny
-    spread = (1 - routing.shrinkage) * shared + torch.diag(routing.shrinkage * diagonal + least)
+    spread = (1 - shrinkage) * shared + torch.diag(shrinkage * diagonal + least)
     centre = means.mean(dim=0)
     away = means - centre  # d_z
     apart = _within(away.square().sum(dim=1))
-    spread += routing.task_variance / len(away) * (away.T * apart) @ away
+    spread += task_variance / len(away) * (away.T * apart) @ away
     root, failed = torch.linalg.cholesky_ex(spread)
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
@@ -129,7 +113,7 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     line = (slopes / scale).float(), (offsets / scale).float()
     if failed or not all(map(is_finite, line)):
         raise RoutingError(
-            f"Router {routing.router} can't invert the covariance of the experts' prompts: they "
+            f"Router {router} can't invert the covariance of the experts' prompts: they "
             f"vary too little beside how far the experts lie apart. Run 'phatgoose measure' on "
             f"each with more examples, set task_variance to 0, or use another router."
         )
@@ -141,7 +125,7 @@ def _within(values: Tensor) -> Tensor:
     return torch.where(values > bound_of(values), bound_of(values) / values, 1.0)
 
 
-class PromptDiscriminant(BaseReader):
+class PromptDiscriminant(BaseRouter):
     """Scores an expert z by the discriminants of the blocks and places that are read, on average.
 
     With x what a block makes of the prompt at a place, m_z the mean of the same over z's training
@@ -159,81 +143,68 @@ class PromptDiscriminant(BaseReader):
     """
 
     name = "discriminant"
-    remembered: RememberedStates | None = None  # None: every prompt is read when it comes
+    remembered: States | None = None  # None: every prompt is read when it comes
 
     def __init__(
-        self,
-        readings: Readings,
-        routing: Routing,
-        tokenizer: PreTrainedTokenizerBase,
-        k: int = 1,
-        temperature: float = 1.0,
+        self, tables: Tables, line: Callable[..., Line], place: str, first: float, last: float
     ) -> None:
-        """`readings` are those of all experts; of `routing` those settings of a discriminant count.
+        """Blocks between the shares `first` and `last` of the depth are read, at `place` or "both".
 
-        Raises ConfigError when no block lies between `reading_from` and `reading_to`.
+        `line` is `line_of` with its settings. Raises ConfigError when no block lies there.
         """
-        super().__init__(tokenizer, k, temperature)
-        self.readings, self.routing = readings, routing
-        self.depth, self.size = readings["end.mean"].shape[1:]
-        self.blocks = _blocks_between(routing.reading_from, routing.reading_to, self.depth)
-        chosen = PLACES if routing.reading_place == "both" else (routing.reading_place,)
+        super().__init__(tables)
+        self.depth, self.size = tables.tensors["readings.end.mean"].shape[1:]
+        self.blocks = _blocks_between(first, last, self.depth)
+        chosen = PLACES if place == "both" else (place,)
         self.places = [PLACES.index(place) for place in chosen]
-        found = [[self._line(place, block) for block in self.blocks] for place in chosen]
-        self.slopes = torch.stack([torch.stack([slopes for slopes, _ in row]) for row in found])
-        self.offsets = torch.stack([torch.stack([offsets for _, offsets in row]) for row in found])
+        lines = [
+            line({p: tables.tensors[f"readings.{place}.{p}"][:, block] for p in PARTS})
+            for place in chosen
+            for block in self.blocks
+        ]
+        slopes, offsets = (torch.stack(parts) for parts in zip(*lines, strict=True))
+        shape = len(chosen), len(self.blocks)
+        self.slopes, self.offsets = slopes.view(*shape, *slopes.shape[1:]), offsets.view(*shape, -1)
 
-    def _line(self, place: str, block: int) -> tuple[Tensor, Tensor]:
-        """The scores' slopes [d, E] and offsets [E] as functions of x at one place and block."""
-        moments = {part: self.readings[f"{place}.{part}"][:, block] for part in PARTS}
-        return line_of(moments, self.routing)
+    def remember(self, states: States) -> None:
+        """Take states from `states`, and add to them: read once for all discriminants of a base."""
+        self.remembered = states
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The readings of all experts."""
-        return {f"{READINGS}{part}": tensor for part, tensor in self.readings.items()}
+    def reading(self, base: PreTrainedModel) -> PromptReading:
+        """The states of the blocks that count. Raises RoutingError for another base."""
+        self._check(base)
+        return PromptStates(base, self.blocks)
 
-    def grown(self, pool: Pool, first: int) -> PromptDiscriminant:
-        """The discriminant of the experts of `pool` too. Raises PoolError when they don't fit."""
-        return self._of(joined_moments(self.readings, readings_in(pool)))
+    def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        """What the blocks make of the prompts, [prompts, 2, blocks, d]."""
+        if self.remembered is None or base is None:
+            return super().features(prompts, base)
+        self._check(base)
+        known = self.remembered
+        asked = [tuple(prompt) for prompt in self.tokens(prompts)]
+        new = [prompt for prompt in dict.fromkeys(asked) if prompt not in known]
+        read = self.read(new, base, PromptStates(base)) if new else ()
+        found = dict(zip(new, read, strict=True))
+        for prompt, states in found.items():
+            if (len(known) + 1) * states.nbytes <= MOST_BYTES:
+                known[prompt] = states.clone()  # not a view, which would keep all
+        rows = [known[each] if each in known else found[each] for each in asked]
+        return torch.stack(rows)[:, :, self.blocks]
 
-    def shrunk(self, place: Tensor) -> PromptDiscriminant:
-        """The discriminant of the experts that stay."""
-        return self._of({part: tensor[place >= 0] for part, tensor in self.readings.items()})
-
-    def _of(self, readings: Readings) -> PromptDiscriminant:
-        return PromptDiscriminant(readings, self.routing, self.tokenizer, self.k, self.temperature)
-
-    def reading(self, model: PreTrainedModel) -> PromptReading:
-        """The discriminant at work. Raises RoutingError when `model` isn't what experts read."""
-        self._check(model)
-        return _Scored(self.blocks, self._score)
-
-    def scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The score of each prompt and expert, float32 [prompts, E]."""
-        if self.remembered is None:
-            return super().scores(prompts)
-        self._check(self._attached)
-        states = self.remembered.of(prompts, self._states_of)
-        return self.scores_of_states(states)
-
-    def _states_of(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """What all blocks make of the prompts, [texts, 2, blocks, d]."""
-        return self._read_alone(prompts, PromptStates(self._attached))
-
-    def scores_of_states(self, states: Tensor) -> Tensor:
-        """The scores [texts, E] of `states` [texts, 2, blocks, d] of all blocks."""
-        return self._score(states[:, :, self.blocks])
-
-    def _score(self, states: Tensor) -> Tensor:
-        """The mean over places and blocks of the scores [texts, E] of `states` of both places."""
-        read = states[:, self.places]  # [texts, places, blocks, d]
-        scores = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
+    def scores(self, features: Tensor) -> Tensor:
+        """The mean over places and blocks of the scores [prompts, E] of states of both places."""
+        read = features[:, self.places]  # [prompts, places, blocks, d]
+        scores: Tensor = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
         return scores.mean(dim=(1, 2))
 
-    def _check(self, model: PreTrainedModel) -> None:
-        """Raise RoutingError when `model` isn't what experts read."""
-        text = model.config.get_text_config()
-        depth, size = len(blocks_of(model)), getattr(text, "hidden_size", self.size)
+    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        if self.remembered is None:
+            return super().score(prompts, base)
+        return self.scores(self.features(prompts, base))
+
+    def _check(self, base: PreTrainedModel) -> None:
+        text = base.config.get_text_config()
+        depth, size = len(blocks_of(base)), getattr(text, "hidden_size", self.size)
         if (depth, size) != (self.depth, self.size):
             raise RoutingError(
                 f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
@@ -241,23 +212,12 @@ class PromptDiscriminant(BaseReader):
             )
 
 
-class _Scored(PromptStates):
-    """The scores of a batch of prompts, by what the `blocks` make of them."""
-
-    def __init__(self, blocks: Sequence[int], score: Callable[[Tensor], Tensor]) -> None:
-        self.blocks, self._score = blocks, score
-
-    def found(self) -> Tensor:
-        """Each prompt's and expert's score, [texts, E]."""
-        return self._score(super().found())
-
-
 def _blocks_between(first: float, last: float, depth: int) -> list[int]:
     """The blocks that lie, as shares of the `depth`, from `first` to `last`."""
     blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
     if not blocks:
         raise ConfigError(
-            f"No block of {depth} lies between reading_from {first:g} and reading_to {last:g}, as "
+            f"No block of {depth} lies between first={first:g} and last={last:g}, as "
             f"shares of the depth; choose them further apart."
         )
     return blocks

@@ -1,9 +1,8 @@
-"""Routers that don't look at their input: merged, single, best-individual.
-
-Merged Experts: the mean of all experts' updates (Muqeeth et al. 2024, section 4.2).
-"""
+"""Routers that don't look at their input: random, merged, single, best-individual."""
 
 from __future__ import annotations
+
+import zlib
 
 import torch
 from torch import Tensor
@@ -18,11 +17,48 @@ from .router import (
     SiteRouter,
     best_expert,
     given_scores,
+    highest,
 )
 
 
+class Random(Router):
+    """Router random: the floor of a comparison."""
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site, with a seed of its own."""
+        seed = self.config.seed + zlib.crc32(site.name.encode())
+        return RandomRouter(len(site.experts), self.k, seed)
+
+
+class RandomRouter(SiteRouter):
+    """k different experts drawn for each token, with equal weights.
+
+    Draws depend on `seed` and how many tokens passed since `restart`.
+    """
+
+    def __init__(self, experts: int, k: int, seed: int) -> None:
+        """`experts` act at the site; `k` is lowered to them; give each site its own `seed`."""
+        super().__init__()
+        self.experts, self.k, self.seed = experts, min(k, experts), seed
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw the same experts again from here on."""
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        lots = torch.rand(len(u), self.experts, generator=self._generator)
+        experts = highest(lots, self.k).to(u.device)
+        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """The chance of each expert to be drawn, 1/E, [T, E]; nothing is drawn."""
+        return torch.full((len(u), self.experts), 1 / self.experts, device=u.device)
+
+
 class Merged(Router):
-    """Router merged."""
+    """Router merged (Muqeeth et al. 2024, section 4.2)."""
 
     folds = True
 
@@ -54,19 +90,14 @@ class UniformRouter(SiteRouter):
         return torch.full((len(u), self.experts), self.weight, device=u.device)
 
 
-# -------------------------------------------------------------------------------------------------
-# Single: one expert, named by the user, for everything.
-# -------------------------------------------------------------------------------------------------
-
-
 class Single(Merged):
-    """Router single: the mean of a pool that is narrowed to one expert."""
+    """Router single: the expert that the user names, as a pool of one."""
 
     folds = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         """The pool of the expert alone. Raises PoolError when it isn't named or isn't there."""
-        name = self.routing.expert
+        name = self.config.expert
         if name is None and len(pool) > 1:
             raise PoolError(
                 f"Router single needs the name of its expert: one of {', '.join(pool.names)}."
@@ -74,15 +105,11 @@ class Single(Merged):
         return pool.select([name or pool.names[0]])
 
 
-# -------------------------------------------------------------------------------------------------
-# Best Individual: the expert with the best mean score over all tasks, for everything.
-#
-# Muqeeth et al. 2024, section 4.2. It knows the tasks' answers beforehand: not zero-shot.
-# -------------------------------------------------------------------------------------------------
-
-
 class BestIndividual(Merged):
-    """Router best-individual: the mean of a pool that is narrowed to one expert."""
+    """Router best-individual (paper section 4.2): the expert with the best mean over all tasks.
+
+    It knows the tasks' answers beforehand: not zero-shot.
+    """
 
     folds = False
 

@@ -12,79 +12,61 @@ Published, the second term compares descriptions of tasks that a language model 
 expert's task and one for each evaluation task; the released code looks the latter up by the task's
 name and sets λ by evaluation suite, from 3 to 1000. That is not zero-shot. Here the prompt itself
 is embedded and held against the centroid of the expert's training inputs (`routers.centroid`),
-with one λ for everything: 3, which the released scripts use for BIG-bench. `router_temperature`
+with one λ for everything: 3, which the released scripts use for BIG-bench. `temperature`
 divides the whole logit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from ...config import Routing
-from ...errors import RoutingError
-from ...experts.pool import Pool
-from .affinities import AffinityRouting
-from .centroid import Centroid, CentroidReader
-from .router import Lookup, Mixtures, RouterSite
-from .vector_router import ScoredRouter
+from ..context import Choice, RoutingContext
+from .centroid import Centroid, NearestCentroids
+from .configs import Glider as GliderConfig
+from .phatgoose import PaperRule, PhatgooseRouter
+from .router import RouterSite
 
 
-class GliderReader(CentroidReader):
-    """The cosines of an input to all centroids, in the place of weights."""
+class AllCentroids(NearestCentroids):
+    """The cosines of a prompt to all centroids, in the place of weights."""
 
     name = "glider"
     chooses = False
 
-    def nearest_to(self, queries: Tensor) -> Mixtures:
-        """All experts for each of `queries` [texts, dims], with their cosines."""
-        cosines = queries @ self.centroids.T
-        return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
+    def choice(self, scores: Tensor) -> Choice:
+        return Choice(torch.arange(scores.shape[1]).expand_as(scores), scores)
 
 
-class GliderRouter(ScoredRouter):
+class GliderRouter(PhatgooseRouter):
     """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
 
     fused = one_call = False
     acting: Tensor
 
-    def __init__(self, site: RouterSite, routing: Routing, lookup: Lookup) -> None:
-        """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
-        super().__init__(site.state["vectors"], routing.k, routing.eps)
-        self.lookup, self.scale = lookup, routing.glider_lambda / routing.router_temperature
+    def __init__(
+        self, site: RouterSite, k: int, config: GliderConfig, context: RoutingContext
+    ) -> None:
+        """`context` has the cosines; the temperature divides λ, as it has divided the gates."""
+        super().__init__(site.state["vectors"], k, config.eps)
+        self.context, self.scale = context, config.weight / config.temperature
         self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
         """The logits of every token of u [T, n] and expert, float32 [T, E].
 
-        Raises as `Lookup.of_each` does.
+        Raises as `RoutingContext.of_each` does.
         """
-        cosines = self.lookup.of_each(u, self.sees_all).weights[:, self.acting]
+        cosines = self.context.of_each(u, self.sees_all).weights[:, self.acting]
         return super().affinities(u) + self.scale * cosines
 
 
-class Glider(AffinityRouting, Centroid):
+class Glider(PaperRule, Centroid):
     """Router glider."""
 
-    vectors = "gates"
-    reader: ClassVar[type[CentroidReader]] = GliderReader
-
-    def check(self, pool: Pool) -> None:
-        """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""
-        self.refuse_other_affinities("router glider")
-        super().check(pool)
-
-    @property
-    def form(self) -> Mapping[str, str]:
-        """The gates [E, n]."""
-        return {"vectors": "En"}
+    nearest = AllCentroids
 
     def at(self, site: RouterSite) -> GliderRouter:
         """The router's module at one site."""
-        if site.lookup is None:
-            raise RoutingError("Router glider has no centroids to hold inputs against.")
-        return GliderRouter(site, self.routing, site.lookup)
+        return GliderRouter(site, self.k, self.config, self.context_of(site))

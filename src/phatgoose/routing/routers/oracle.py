@@ -5,64 +5,55 @@ It knows the tasks' answers beforehand: not zero-shot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...errors import RoutingError
 from ...experts.pool import Pool
 from ...files.strict import one_line
-from ...tasks.task import Example
-from .prompt_router import LookedUp
-from .router import Lookup, Mixtures, SavedLookup, Scores, best_expert_by_task, given_scores
+from ..context import Choice
+from .prompt_router import ByPrompt, Prompt, PromptRouter, Tables
+from .router import Scores, best_expert_by_task, given_scores
 
 
-class Oracle(LookedUp):
+class Oracle(ByPrompt):
     """Router oracle."""
 
-    def lookup_of(
-        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Lookup:
+    unserved = "Router oracle goes by the task's name, which evaluate and compare tell it."
+
+    def tables(
+        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
+    ) -> Tables:
         """The best expert of each task in `scores`. Raises ConfigError without them."""
         best = best_expert_by_task(given_scores(scores, self.routing), pool.names)
-        return TaskTable({task: pool.names.index(expert) for task, expert in best.items()})
+        chosen = {task: pool.names.index(expert) for task, expert in best.items()}
+        return Tables(pool.names, info={"experts_by_task": chosen})
 
-    def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
-        """The same, read from a saved model. Raises RoutingError when it isn't there."""
-        if "experts_by_task" not in saved.info:
+    def chooser(self, tables: Tables) -> PromptRouter:
+        """One expert for each task. Raises RoutingError when a saved model has none."""
+        if "experts_by_task" not in tables.info:
             raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
-        return TaskTable(saved.info["experts_by_task"])
+        return ByTask(tables)
 
 
-class TaskTable(Lookup):
-    """One expert for each task."""
+class ByTask(PromptRouter):
+    """One expert for each task, whatever the prompt."""
 
-    unknown = "Router oracle goes by the task's name, which evaluate and compare tell it."
+    name = "oracle"
 
-    def __init__(self, experts: Mapping[str, int]) -> None:
-        """`experts` maps a task's name to an index in the pool."""
-        super().__init__()
-        self.experts = dict(experts)
-
-    def begin_task(self, name: str) -> None:
-        """Serve the expert of the task `name`. Raises RoutingError when it has none."""
-        if name not in self.experts:
-            known = one_line(", ".join(sorted(self.experts)))
+    def choose(
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+    ) -> Choice:
+        """The expert of the `task`, for each of `prompts`. Raises RoutingError when it has none."""
+        task, best = known.get("task"), dict[str, int](self.tables.info["experts_by_task"])
+        if task is None:
+            raise RoutingError(str(self.unserved))
+        if task not in best:
+            tasks = one_line(", ".join(sorted(best)))
             raise RoutingError(
-                f"Router oracle has no scores for task {name!r}; it has them for {known}."
+                f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
             )
-        self.serve(Mixtures.alone(torch.tensor([self.experts[name]])))
-
-    def info(self) -> dict[str, Any]:
-        """The experts of the tasks."""
-        return {"experts_by_task": self.experts}
-
-    def find(
-        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
-    ) -> Mixtures:
-        """The expert of the present task, for each of `prompts`."""
-        if self.mixtures is None:
-            raise RoutingError(self.unknown)
-        return self.mixtures.shared_out(len(prompts))
+        return Choice.alone(torch.full((len(prompts),), best[task]))

@@ -1,58 +1,266 @@
-"""PHATGOOSE: gates, trained after their experts, become a router (Muqeeth et al. 2024, section 3).
+"""PHATGOOSE's router, the paper's section 3 (Muqeeth et al. 2024), and the rules that vary it.
 
-At every site and for every token, an expert's affinity is the product of its gate and the token's
-activation, both standardised; the k experts with the highest affinities act, weighted by the
-softmax of their affinities over √n. Settings extend that: other affinities (`affinities`), a
-temperature, and stand-ins for missing gates (`stand_in`).
+For a token's activation u [n] at a site, and the gates v_z [n] of the E experts that act there:
+
+    v̄_z = (v_z − mean v_z) / std v_z         once, when the pool is composed        standardise
+    ū   = (u − mean u) / √(var u + ε)                                               affinities
+    α_z = v̄_zᵀ ū                                                                    affinities
+    E_t = the k experts with the highest α                                          forward
+    w_z = softmax of α_z / √n over E_t                                              forward
+    y   = W u + Σ_{z ∈ E_t} w_z B_z A_z u                                           routing.layers
+
+Means and deviations are over the n features. ε = 1e-5 is that of the released code's LayerNorm; the
+paper has none. The code takes the softmax over all experts, then cuts it to k and renormalises:
+the same function. A gate's sigmoid and norm play no part, only its direction.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
+from collections.abc import Mapping
+from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...errors import ConfigError
 from ...experts.pool import Pool
-from .affinities import AffinityRouting
-from .router import check_needs
-from .stand_in import gates_or_stand_ins
+from ...tasks.neutral import over_neutral_text
+from ..kernels import native, triton_gpu
+from .configs import CALIBRATED
+from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
+
+# A vector that differs from a constant by less than this share of its largest entry (or whose
+# largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
+ROUNDING = 1e-6
+SMALLEST = 1e-8
 
 
-class Phatgoose(AffinityRouting):
-    """Router phatgoose: scores activations against gates."""
+def standardise(vectors: Tensor) -> Tensor:
+    """v̄ of each row of `vectors` [E, n]: minus its mean, over its (population) deviation, float32.
 
-    vectors = "gates"
+    A constant row (a gate never trained) becomes zeros, so that it scores 0 everywhere. There is no
+    ε under the root: it would damp weakly trained gates.
+    """
+    exact = vectors.double()
+    variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
+    deviation = variance.sqrt()
+    noise = ROUNDING * vectors.abs().amax(dim=-1, keepdim=True).double().clamp(min=SMALLEST)
+    centred = exact.sub_(mean).div_(deviation.clamp(min=noise))
+    return centred.masked_fill_(deviation <= noise, 0.0).float()
 
-    def check(self, pool: Pool) -> None:
-        """Raise as every router does; warn of experts whose gates are stand-ins."""
-        if not self.stands_in:
-            super().check(pool)
-            return
-        self.refuse_other_affinities("stand-ins for gates")
-        ungated = Pool(tuple(expert for expert in pool.experts if not expert.gates))
-        if ungated.experts:
-            check_needs(ungated, ("lora",), "Stand-ins for gates are made of")
-            warnings.warn(
-                f"Without gates, and routed by their Arrow vectors in the gates' place: "
-                f"{', '.join(ungated.names)}. That is a guess; train gates with 'phatgoose gate' "
-                f"where there are data.",
-                stacklevel=5,
-            )
+
+def products(u: Tensor, vectors: Tensor) -> Tensor:
+    """vᵀu for every token of u [T, n] and each of `vectors` [E, n], float32 [T, E].
+
+    Equal vectors get equal numbers, so that they are ties. How BLAS rounds depends on a vector's
+    place (on a CPU in ways of each processor's own, on a GPU for a single token); so CPUs multiply
+    in float64, whose roundings float32 doesn't show, and GPUs one token as two.
+    """
+    if u.device.type == "cpu":
+        return (u.double() @ vectors.double().T).float()
+    tokens = u.float() if len(u) != 1 else u.float().expand(2, -1)
+    return (tokens @ vectors.float().T)[: len(u)]
+
+
+class TopKRouter(SiteRouter):
+    """The k experts with the highest affinities, weighted by the softmax over those k.
+
+    Of experts with equal affinities the first in the pool's order are taken, on every path.
+
+    `vectors` have the type of the model's weights; products and sums are float32. If `fused`, one
+    native call on CPUs, or Triton's on GPUs, does the same: v̄ᵀū/√n with `eps`, |vᵀu| without.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ("vectors",)
+    fused: ClassVar[bool] = False
+    vectors: Tensor
+    eps: float | None = None
+
+    def __init__(self, vectors: Tensor, k: int) -> None:
+        """`vectors` [E, n], ready to score with; `k` is lowered to E."""
+        super().__init__()
+        self.register_buffer("vectors", vectors.float(), persistent=False)
+        self.k = min(k, vectors.shape[0])
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """What the softmax is taken of, for every token and expert, float32 [T, E]."""
+        raise NotImplementedError
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        if self.fused and native.runs_natively(u, self.vectors):
+            return RoutingDecision(*native.top_experts(u, self.vectors, self.k, self.eps))
+        if self.fused and triton_gpu.runs_on_triton(u, self.vectors):
+            return RoutingDecision(*triton_gpu.top_experts(u, self.vectors, self.k, self.eps))
+        affinities = self.affinities(u)
+        experts = highest(affinities, self.k)  # E_t
+        return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """The softmax of the affinities over all experts, before top-k, [T, E]."""
+        return self.affinities(u).softmax(dim=-1)
+
+
+class PhatgooseRouter(TopKRouter):
+    """The paper's router at one site; `vectors` are standardised."""
+
+    fused = one_call = True
+    eps: float
+
+    def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
+        """`vectors` [E, n] are standardised already; `k` is lowered to E."""
+        super().__init__(vectors, k)
+        self.eps = eps
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """α/√n for every token and expert, float32 [T, E]."""
+        standardised = functional.layer_norm(u.float(), u.shape[-1:], eps=self.eps)  # ū
+        return products(standardised, self.vectors) / math.sqrt(u.shape[-1])
+        # The kernels skip the mean: v̄ sums to 0, so v̄ᵀū = v̄ᵀu / √(var u + ε).
+
+
+class ByVectors(Router):
+    """The frame of routers that score with one vector per expert."""
 
     @property
-    def stands_in(self) -> bool:
-        """True where missing gates are replaced: a setting that routers made of this one lack."""
-        return self.routing.stand_in and "stand_in" in self.spec.settings
+    def form(self) -> Mapping[str, str]:
+        """One vector [E, n] at each site."""
+        return {"vectors": "En"}
+
+    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+        """The vectors of the experts of `pool` that act at `site`, ready to score with."""
+        raise NotImplementedError
+
+    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        """The vectors, divided by the temperature, which divides their products with anything."""
+        vectors, temperature = self.vectors_at(pool, site), getattr(self.config, "temperature", 1.0)
+        return {"vectors": vectors if temperature == 1 else vectors / temperature}
+
+
+class PaperRule(ByVectors):
+    """The paper's rule for vectors of experts that are called `vectors`."""
+
+    vectors: ClassVar[str] = "gates"
+
+    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+        """v̄ of each expert, [E, n]."""
+        return standardise(pool.vectors(self.vectors, site).float())
+
+    def scorer(self, site: RouterSite) -> PhatgooseRouter:
+        """What scores at one site."""
+        return PhatgooseRouter(site.state["vectors"], self.k, self.config.eps)
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        return self.scorer(site)
+
+
+# Not in the paper: affinity calibrated, (α/√n − a_z) / s_z with mean a and deviation s of α/√n over
+# neutral text. No expert is favoured by text as such (SEQR, arXiv 2509.18093, does so with norms).
+
+
+class Phatgoose(PaperRule):
+    """Router phatgoose: the paper's, or with affinity calibrated."""
+
+    calibration: Mapping[str, tuple[Tensor, Tensor]] = {}  # a and s [E] by site, where needed
+
+    @property
+    def calibrates(self) -> bool:
+        """True with affinity calibrated."""
+        return bool(self.config.affinity == CALIBRATED)
+
+    @property
+    def form(self) -> Mapping[str, str]:
+        """Vectors [E, n]; with affinity calibrated also a and s [E]."""
+        calibration = {"usual": "E", "spread": "E"}
+        return {**super().form, **(calibration if self.calibrates else {})}
 
     @property
     def grows(self) -> str | None:
-        """Stand-ins depend on the gates of the whole pool."""
-        if self.stands_in:
-            return "Stand-ins for gates depend on the gates of the whole pool; compose it anew."
+        """Calibration needs the base alone, without the experts that act by then."""
+        if self.calibrates:
+            return "Affinity calibrated is measured with the base alone; compose the pool anew."
         return super().grows
 
-    def vectors_at(self, pool: Pool, site: str) -> Tensor:
-        """Gates, standardised or as the affinity has them, or their stand-ins."""
-        if self.stands_in:
-            return gates_or_stand_ins(pool, site)
-        return super().vectors_at(pool, site)
+    def read_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
+    ) -> None:
+        """Measure a and s of affinity calibrated. Raises ConfigError without a `tokenizer`."""
+        if not self.calibrates:
+            return
+        if tokenizer is None:
+            raise ConfigError(
+                "Affinity calibrated reads neutral text; hand the base over with its tokenizer."
+            )
+        vectors = {name: self.vectors_at(pool, name) for name in pool.sites}
+
+        def affinities(name: str, u: Tensor) -> Tensor:
+            router = PhatgooseRouter(vectors[name], self.k, self.config.eps)
+            return router.to(u.device).affinities(u)
+
+        self.calibration = over_neutral_text(model, tokenizer, vectors, affinities)
+
+    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        """The vectors, and a and s. The temperature divides vectors and a, hence (α − a) / s."""
+        state = super().state_at(pool, site)
+        if self.calibrates:
+            usual, spread = self.calibration[site]
+            spread = spread.masked_fill(spread == 0, 1.0)  # a constant vector scores 0 everywhere
+            state |= {"usual": usual / self.config.temperature, "spread": spread}
+        return state
+
+    def scorer(self, site: RouterSite) -> PhatgooseRouter:
+        """What scores at one site."""
+        if self.calibrates:
+            return CalibratedRouter(site.state, self.k, self.config.eps)
+        return super().scorer(site)
+
+
+class CalibratedRouter(PhatgooseRouter):
+    """The top k of (α/√n − a) / s, softmax of the same over those k."""
+
+    kept = ("vectors", "usual", "spread")
+    fused = one_call = False
+    usual: Tensor
+    spread: Tensor
+
+    def __init__(self, state: Mapping[str, Tensor], k: int, eps: float) -> None:
+        """`state` are the standardised vectors, a as `usual` [E] and s as `spread` [E]."""
+        super().__init__(state["vectors"], k, eps)
+        for name in ("usual", "spread"):
+            self.register_buffer(name, state[name].float(), persistent=False)
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """What the softmax is taken of, for every token and expert, float32 [T, E]."""
+        return (super().affinities(u) - self.usual) / self.spread
+
+
+class AverageActivation(Phatgoose):
+    """Router average-activation (paper section 4.2): mean training activations in the gates' place.
+
+    Means are taken over the tokens of the expert's training inputs (`training.statistics`).
+    """
+
+    vectors = "means"
+
+
+class UniformTopK(PaperRule):
+    """Router uniform-top-k: PHATGOOSE's experts with equal weights, the softmax left out."""
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        return UniformTopKRouter(site.state["vectors"], self.k, self.config.eps)
+
+
+class UniformTopKRouter(PhatgooseRouter):
+    """The same k experts as PHATGOOSE's, each with the weight 1/k."""
+
+    one_call = False
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        decision = super().forward(u)
+        return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))

@@ -1,326 +1,159 @@
-"""Routers that choose for a whole prompt, by its embedding or by what the base makes of it.
+"""Routers that choose for a whole prompt: features of it, scores of them, experts and weights.
 
-The frame of routers that choose experts for a whole input.
+A `PromptRouter` needs no composed model (`open_model.open_prompt_router` makes one of a pool or a
+saved model). In a routed model the sites follow it through a `RoutingContext`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.sites import Site
-from ...base.token_masks import (
-    cache_of,
-    cached_tokens,
-    callable_parts,
-    given_arguments,
-    real_tokens,
-)
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.expert import Expert
 from ...experts.pool import Pool
-from ...tasks.embeddings import PAPER_TEXT, PROMPT, TEXTS, embed_texts, load_embedder, prompt_texts
+from ...tasks.embeddings import (
+    PAPER_TEXT,
+    PROMPT,
+    TEXTS,
+    embed_texts,
+    load_embedder,
+    prompt_texts,
+    usable_embedder,
+)
 from ...tasks.prompt_passes import PromptReading, read_prompts
-from ...tasks.task import Example
-from ..watching import unwatched
-from .router import NOBODY, Lookup, Mixtures, Router, RouterSite, RoutingDecision, SiteRouter
+from ..context import NOBODY, Choice, RoutingContext, base_alone
+from ..stacks import SiteStack
+from .router import Router, RouterSite, RoutingDecision, Scores, SiteRouter, highest
 
-
-class LookedUp(Router):
-    """The frame of routers that choose experts for a whole input."""
-
-    @property
-    def input_k(self) -> int:
-        """How many experts an input gets: the setting, or else the router's own number."""
-        asked = self.routing.input_k
-        return self.spec.input_k if asked is None else asked
-
-    @property
-    def input_temperature(self) -> float:
-        """What divides scores before the softmax: the setting, or else the router's own number."""
-        asked = self.routing.input_temperature
-        return self.spec.input_temperature if asked is None else asked
-
-    def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
-        if site.lookup is None:
-            raise RoutingError(f"Router {self.spec.name} has nothing to look experts up in.")
-        return LookedUpRouter(site.experts, site.pool_size, site.lookup, site.sees_all)
-
-    def needed(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-        """`tokenizer`, which reads prompts. Raises ConfigError when there is none."""
-        if tokenizer is None:
-            raise ConfigError(
-                f"Router {self.spec.name} reads prompts; hand the base over with its tokenizer."
-            )
-        return tokenizer
-
-
-class LookedUpRouter(SiteRouter):
-    """At one site: the experts that the shared `Lookup` holds for each row, as it weighs them."""
-
-    position: Tensor
-
-    def __init__(
-        self, experts: Tensor, pool_size: int, lookup: Lookup, sees_all: bool = True
-    ) -> None:
-        """`experts` [E] are the pool's indices of the experts that act at the site.
-
-        `sees_all` False says that the site sees some of the rows' tokens only.
-        """
-        super().__init__()
-        self.register_buffer("position", rows_at(experts, pool_size), persistent=False)
-        self.lookup, self.sees_all = lookup, sees_all
-        self.experts = len(experts)
-
-    def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n], with the k of the lookup's mixtures.
-
-        The weight is 0 where an expert of the row does not act at this site, and for NOBODY. Raises
-        as `Lookup.of_each` does.
-        """
-        mixtures = self.lookup.of_each(u, self.sees_all)
-        experts = self.position[mixtures.experts]
-        return RoutingDecision(experts.clamp(min=0), mixtures.weights * (experts >= 0))
-
-    def distribution(self, u: Tensor) -> Tensor:
-        """The weights of the row's experts, else 0, [T, E]; 0 for those absent at this site."""
-        decision = self(u)
-        zeros = torch.zeros(len(u), self.experts, device=u.device)
-        return zeros.scatter_add(1, decision.experts, decision.weights)
-
-
-def rows_at(experts: Tensor, pool_size: int) -> Tensor:
-    """The row in a site's stack of each index in the pool, int64 [pool_size + 1].
-
-    `experts` [E] are the indices of those that act at the site; the others have NOBODY, and so has
-    NOBODY itself, which is the last index.
-    """
-    rows = torch.full((pool_size + 1,), NOBODY)
-    rows[experts.cpu()] = torch.arange(len(experts))
-    return rows
-
-
-# -------------------------------------------------------------------------------------------------
-# Lookups that choose by prompts: announced ones, or those that pass through the model.
-#
-# A pass that goes on where an earlier one ended, from its cache or from what its encoder gave, is
-# served by the experts of that one's prompt; where nobody has read it, it is refused.
-#
-# A first pass of assisted decoding holds drafts of the answer after the prompt, and nothing in the
-# pass tells them apart for certain. So `generate` of a causal model notes how long its prompt is.
-# -------------------------------------------------------------------------------------------------
-
-
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """`hook`, which torch.compile leaves alone."""
-    reason = "Routers that read prompts look at tokens; use fullgraph=False."
-    left_alone: Callable[..., None] = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
-    return left_alone
-
-
-class PromptReader(Lookup):
-    """A lookup that chooses by prompts; it reads those that pass where none are announced."""
-
-    name = "this router"
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, k: int = 1, temperature: float = 1.0
-    ) -> None:
-        """`tokenizer` turns the prompts that pass through the model back into text.
-
-        `k` experts serve an input, weighted by the softmax of their scores over `temperature`.
-        """
-        super().__init__()
-        self.tokenizer, self.k, self.temperature = tokenizer, k, temperature
-        self._model: PreTrainedModel | None = None
-        self._handles: list[Any] = []
-        self._of_caches: WeakKeyDictionary[Any, Mixtures] = WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the threads' batches and the caches, which stay with the original."""
-        state = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_of_caches"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Restore what `__getstate__` gave."""
-        super().__setstate__({**state, "_of_caches": WeakKeyDictionary()})
-
-    def serve(self, mixtures: Mixtures | None) -> None:
-        """Use `mixtures` for the rows to come; None goes back to reading prompts."""
-        self._turn.mixtures, self._turn.announced = mixtures, mixtures is not None
-
-    def attach(self, model: PreTrainedModel) -> None:
-        """Look experts up for every new prompt that `model` is given."""
-        self._model = model
-        parts = (model.get_encoder(),) if model.config.is_encoder_decoder else callable_parts(model)
-        for part in parts:
-            self._handles += [
-                part.register_forward_pre_hook(self._begin, with_kwargs=True),
-                part.register_forward_hook(self._end, always_call=True),
-            ]
-        if model.config.is_encoder_decoder:
-            check = model.register_forward_pre_hook(self._check_encoded, with_kwargs=True)
-            self._handles.append(check)
-        elif model.can_generate():
-            model.generate = partial(_generate, self, model)
-
-    def detach(self) -> None:
-        """Stop reading prompts."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._model is not None:
-            vars(self._model).pop("generate", None)  # the model's own is its class's
-        self._model = None
-
-    @_uncompiled
-    def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        turn = self._turn
-        depth = 1 if part is self._model else turn.depth + 1  # whatever broke off before
-        if depth == 1 and not turn.announced:
-            self._read(given_arguments(part, args, kwargs))  # may call the model itself
-        turn.depth = depth
-
-    @_uncompiled
-    def _end(self, part: nn.Module, _: Any, output: Any) -> None:
-        turn = self._turn
-        if turn.depth == 1 and output is not None and turn.mixtures is not None:
-            if part is not self._model:  # the encoder, or else nobody will look at it
-                turn.encoded, turn.checked = output[0], None
-            for cache in filter(_is_cache, _values(output)):
-                self._of_caches[cache] = turn.mixtures
-        turn.depth = max(0, turn.depth - 1)
-
-    @_uncompiled
-    def _check_encoded(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Raise RoutingError for encoder outputs of other prompts than those read last."""
-        turn, given = self._turn, given_arguments(model, args, kwargs).get("encoder_outputs")
-        if given is None or turn.announced or given[0] is turn.checked:
-            return
-        if turn.encoded is None or not _is_same(given[0], turn.encoded):
-            raise RoutingError(
-                f"Router {self.name} chooses by the prompts that the encoder read last, and these "
-                f"encoder_outputs are those of others; pass input_ids in their place."
-            )
-        turn.checked = given[0]
-
-    def _read(self, given: Mapping[str, Any]) -> None:
-        """Find the experts of the prompts in a call's arguments, unless it goes on with others."""
-        ids, turn, cache = given.get("input_ids"), self._turn, cache_of(given)
-        known, cached = _is_cache(cache) and cache in self._of_caches, cached_tokens(given)
-        if known if cached is None else cached > 0:
-            turn.mixtures = self._of_cache(cache)
-            return
-        if given.get("cu_seq_lens_q") is not None:
-            raise RoutingError(
-                f"Router {self.name} reads whole inputs, but several share a row here (continuous "
-                f"batching); use generate with a padded batch."
-            )
-        if ids is None:
-            raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
-        if given.get("use_cache") is not False or not self._grew(ids):
-            end, real = self._prompt_end(given), real_tokens(given)
-            real = torch.ones_like(ids).bool() if real is None else real
-            kept = zip(ids[:, :end], real[:, :end], strict=True)
-            turn.mixtures = self.find([row[keep].tolist() for row, keep in kept])
-            turn.prompt, turn.given = ids.cpu(), None
-        turn.length = ids.shape[1]
-
-    def _prompt_end(self, given: Mapping[str, Any]) -> int:
-        """How many columns of a first pass are its prompt; drafts of assisted decoding follow it.
-
-        Raises RoutingError where the pass doesn't say, or holds a part of the prompt only.
-        """
-        columns, prompt = given["input_ids"].shape[1], self._turn.given
-        kept = given.get("logits_to_keep")  # with drafts, generate keeps one more than there are
-        kept = kept if isinstance(kept, int) and kept else None  # 0 keeps all
-        drafts = columns - prompt if prompt is not None else (kept or 1) - 1
-        if drafts == 0 or (prompt is not None and drafts > 0 and kept in (None, drafts + 1)):
-            return int(columns - drafts)
-        if prompt is None:
-            raise RoutingError(
-                f"Router {self.name} reads whole prompts, and can't say where this one ends: the "
-                f"pass keeps {kept} logits (logits_to_keep), as if drafts of an answer followed. "
-                f"Call the model's own generate, or leave logits_to_keep out."
-            )
-        raise RoutingError(
-            f"Router {self.name} reads whole prompts: generate was given one of {prompt} tokens, "
-            f"and its first pass has {columns}. Leave out what cuts or changes prompts "
-            f"(prefill_chunk_size, token_healing)."
-        )
-
-    def _of_cache(self, cache: Any) -> Mixtures:
-        """The experts of the prompt that `cache` holds."""
-        known = self._of_caches.get(cache)
-        if known is None:
-            raise RoutingError(
-                f"Router {self.name} reads whole prompts, and has not read the one in this cache "
-                f"(a copy is another cache); pass the whole prompt without a cache."
-            )
-        return known
-
-    def _grew(self, ids: Tensor) -> bool:
-        """True for the prompt read last, a token longer: a step of generation without a cache."""
-        prompt = self._turn.prompt
-        if prompt is None or ids.shape != (len(prompt), self._turn.length + 1):
-            return False
-        return torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
-
-
-def _generate(
-    reader: PromptReader, model: PreTrainedModel, inputs: Any = None, *args: Any, **kwargs: Any
-) -> Any:
-    """What the class of `model` generates, while `reader` knows how long the prompt is."""
-    turn, given = reader._turn, kwargs.get("input_ids") if inputs is None else inputs
-    before = turn.given  # of a call around this one: the model may be its own assistant
-    turn.given = given.shape[1] if isinstance(given, Tensor) and given.dim() == 2 else None
-    turn.prompt = None  # what comes first is a new prompt
-    try:
-        return type(model).generate(model, inputs, *args, **kwargs)
-    finally:
-        turn.given = before
-
-
-def _values(output: Any) -> Iterable[Any]:
-    """What a model gave back, one by one."""
-    if isinstance(output, Mapping):
-        return output.values()
-    return output if isinstance(output, tuple) else ()
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
-
-
-def _is_same(given: Tensor, encoded: Tensor) -> bool:
-    """True where `given` is `encoded` [rows, tokens, d], or each of its rows several times.
-
-    One place tells: an encoder's every output depends on the whole prompt.
-    """
-    times, rest = divmod(len(given), len(encoded))
-    first = encoded[:, 0].repeat_interleave(times, dim=0).to(given)
-    return rest == 0 and torch.equal(given[:, 0], first)
-
-
-# -------------------------------------------------------------------------------------------------
-# The frame of lookups that compare a prompt's embedding with those of training inputs.
-# -------------------------------------------------------------------------------------------------
-
+OWNERS = "owners"  # among tables, whose experts the rows of the others are
 MOST_CHARACTERS = 1 << 20  # a model of 100,000 tokens of context is given fewer
 
+Prompt = str | Sequence[int]  # text, or tokens as the model reads them
 
-class PromptEmbedder:
+
+@dataclass(frozen=True)
+class Tables:
+    """What a prompt router knows of its experts, as it is saved with a model (docs/format.md).
+
+    `names` are the pool's in order. `tensors` have a row for each expert, or any number of rows
+    whose experts are `owners` among them; `info` is JSON. `stacks` make the experts' modules at a
+    site, in a type; None in a composed model, whose layers have them.
+    """
+
+    names: tuple[str, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    stacks: Mapping[str, Callable[[torch.dtype], SiteStack]] | None = None
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors by their names in files."""
+        return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}
+
+    def grown(self, new: Tables) -> Tables:
+        """These experts and those of `new`. Raises PoolError when sizes differ."""
+        tensors = {}
+        for name, old in self.tensors.items():
+            more = new.tensors[name]
+            if old.shape[1:] != more.shape[1:]:
+                raise PoolError(
+                    f"The new experts' {name} have shape {tuple(more.shape[1:])}, those of the "
+                    f"pool {tuple(old.shape[1:])}; measure them again."
+                )
+            tensors[name] = torch.cat([old, more + len(self.names) if name == OWNERS else more])
+        return Tables((*self.names, *new.names), tensors, self.info)
+
+    def shrunk(self, place: Tensor) -> Tables:
+        """Those of the experts whose new index `place` [E] gives; -1 for those that leave."""
+        names = tuple(name for name, z in zip(self.names, place.tolist(), strict=True) if z >= 0)
+        owners = place[self.tensors[OWNERS]] if OWNERS in self.tensors else place
+        tensors = {name: rows[owners >= 0] for name, rows in self.tensors.items()}
+        if OWNERS in tensors:
+            tensors[OWNERS] = owners[owners >= 0]
+        return Tables(names, tensors, self.info)
+
+
+class PromptRouter:
+    """Chooses experts for prompts: `features`, `scores` of these, and of the k best the softmax.
+
+    Some features are of a prompt's text, others what the base makes of it; only these need `base`,
+    a model, which may be routed by this router. Prompts are tokens as the model reads them; text is
+    tokenised plainly, or where there is no `tokenizer` embedded as it is.
+    """
+
+    name: str = "this router"
+    chooses = True  # False where its weights are scores of all experts, not a choice among them
+    tokenizer: PreTrainedTokenizerBase | None = None
+    k = 1  # experts act on a prompt
+    temperature = 1.0  # divides scores before the softmax
+    unserved: str | None = None  # as `Router.unserved`
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of the experts whose indices a choice has."""
+        return self.tables.names
+
+    def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Any:
+        """What `scores` goes by: a tensor [prompts, ..], or a pair of them."""
+        raise NotImplementedError
+
+    def scores(self, features: Any) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E]."""
+        raise NotImplementedError
+
+    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E]."""
+        return self.scores(self.features(prompts, base))
+
+    def choice(self, scores: Tensor) -> Choice:
+        """The k best of each row of `scores`; k is lowered to E. Of one the weight is 1 exactly."""
+        experts = highest(scores, min(self.k, scores.shape[-1]))
+        weights = (scores.gather(-1, experts).float() / self.temperature).softmax(dim=-1)
+        return Choice(experts, weights)
+
+    def choose(
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+    ) -> Choice:
+        """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
+
+        Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
+        RoutingError where `base` is needed and missing or another one than the experts read,
+        ConfigError where a `tokenizer` is.
+        """
+        return self.choice(self.score(prompts, base))
+
+    def remember(self, states: dict[tuple[int, ...], Tensor]) -> None:
+        """Share with others what the base makes of prompts, if the router goes by that."""
+
+    def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The prompts' tokens. Raises ConfigError for text without a tokenizer."""
+        return [
+            list(self._needed(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+            for prompt in prompts
+        ]
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The prompts as text without special tokens, which is what was embedded of experts'."""
+        if self.tokenizer is None and all(isinstance(prompt, str) for prompt in prompts):
+            return [str(prompt) for prompt in prompts]
+        return prompt_texts(self._needed(), self.tokens(prompts))
+
+    def _needed(self, text: str | None = None) -> Any:
+        """The tokenizer, or what it makes of a `text`."""
+        if self.tokenizer is None:
+            raise ConfigError(f"Router {self.name} needs the base's tokenizer for these prompts.")
+        return self.tokenizer if text is None else self.tokenizer(text)
+
+
+class Embedder:
     """Embeds prompts as the training inputs of experts were."""
 
     def __init__(self, name: str, columns: int) -> None:
@@ -354,42 +187,195 @@ class PromptEmbedder:
         return found
 
 
-class EmbeddingReader(PromptReader):
-    """A lookup that goes by the embedding of each prompt; subclasses say how, in `nearest_to`."""
+class EmbeddingRouter(PromptRouter):
+    """A prompt router whose features are embeddings of text; `rows` [.., columns] are experts'."""
 
-    def __init__(
-        self,
-        embedder: str,
-        columns: int,
-        tokenizer: PreTrainedTokenizerBase,
-        k: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        """`embedder` made what prompts are compared with, which has so many `columns`.
+    def __init__(self, tables: Tables, rows: Tensor, embedder: str) -> None:
+        super().__init__(tables)
+        self.rows, self.embedder = rows, Embedder(embedder, rows.shape[-1])
 
-        All else is as `PromptReader` takes it. Raises as `PromptEmbedder` does.
-        """
-        super().__init__(tokenizer, k, temperature)
-        self.prompts = PromptEmbedder(embedder, columns)
+    def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        """Unit vectors [prompts, columns]."""
+        return self.embedder.vectors(self.texts(prompts))
 
-    @property
-    def embedder(self) -> str:
-        """The embedder's name."""
-        return self.prompts.name
 
-    def nearest_to(self, queries: Tensor) -> Mixtures:
-        """The experts for inputs with these embeddings, unit vectors [texts, columns]."""
+class BaseRouter(PromptRouter):
+    """A prompt router whose features are what the base alone makes of a prompt.
+
+    In a routed model every prompt passes once with no expert at work, before it passes with its
+    experts.
+    """
+
+    def reading(self, base: PreTrainedModel) -> PromptReading:
+        """What takes the features from passes of `base`."""
         raise NotImplementedError
 
-    def info(self) -> dict[str, Any]:
-        """The embedder's name, and what it embedded."""
-        return {"embedder": self.embedder, "embedding_form": PROMPT}
+    def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        """What `reading` finds in each prompt, [prompts, ..]."""
+        return self.read(self.tokens(prompts), base)
 
-    def find(
-        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
-    ) -> Mixtures:
-        """The experts of each prompt."""
-        return self.nearest_to(self.prompts.vectors(prompt_texts(self.tokenizer, prompts)))
+    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        # Batch by batch: the features of a whole dataset can be gigabytes.
+        return self.read(self.tokens(prompts), base, then=self.scores)
+
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        base: PreTrainedModel | None,
+        reading: PromptReading | None = None,
+        then: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """As `read_prompts`, with the base alone at work. Raises RoutingError without `base`."""
+        if base is None:
+            raise RoutingError(
+                f"Router {self.name} reads prompts with a model; hand over the experts' base."
+            )
+        with base_alone(base):
+            return read_prompts(base, prompts, reading or self.reading(base), then=then)
+
+
+# -------------------------------------------------------------------------------------------------
+# In a routed model
+# -------------------------------------------------------------------------------------------------
+
+
+class ByPrompt(Router):
+    """The frame of routers that choose experts for a whole prompt."""
+
+    # A letter for each size of `Tables.tensors` (see `checks`), by name. The first is E for those
+    # with a row for each expert, M for those with rows that "owners" [M] gives to experts.
+    prompt_form: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def input_k(self) -> int:
+        """How many experts a prompt gets."""
+        return self.k
+
+    @property
+    def input_temperature(self) -> float:
+        """What divides scores before the softmax."""
+        return float(getattr(self.config, "temperature", 1.0))
+
+    def tables(
+        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
+    ) -> Tables:
+        """What there is to know of the experts of `pool`; their embeddings are by `embedder`.
+
+        Raises PoolError when an expert lacks what it needs, ConfigError without `scores` where they
+        are needed.
+        """
+        return Tables(pool.names)
+
+    def chooser(self, tables: Tables) -> PromptRouter:
+        """The prompt router of the experts in `tables`, without tokenizer, k and temperature.
+
+        Raises RoutingError when these aren't whole, ConfigError where an embedder must be named or
+        can't be loaded.
+        """
+        raise NotImplementedError
+
+    def prompt_router(
+        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> PromptRouter:
+        """The prompt router of the experts in `tables`. Raises as `chooser` does."""
+        found = self.chooser(tables)
+        found.tokenizer, found.unserved = tokenizer, self.unserved
+        found.k, found.temperature = self.input_k, self.input_temperature
+        return found
+
+    def for_model(self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None) -> PromptRouter:
+        """The same for a routed model, whose prompts are tokens: ConfigError without tokenizer."""
+        if tokenizer is None and "task" not in self.spec.given:
+            raise ConfigError(
+                f"Router {self.spec.name} reads prompts; hand the base over with its tokenizer."
+            )
+        return self.prompt_router(tables, tokenizer)
+
+    def grown(self, old: PromptRouter, pool: Pool) -> PromptRouter:
+        """`old` with the experts of `pool` too. Raises PoolError when they don't fit."""
+        more = self.tables(pool, embedder=old.tables.info.get("embedder"))
+        return self.prompt_router(old.tables.grown(more), old.tokenizer)
+
+    def shrunk(self, old: PromptRouter, place: Tensor) -> PromptRouter:
+        """`old` with the experts whose new index `place` [E] gives; -1 for those that leave."""
+        return self.prompt_router(old.tables.shrunk(place), old.tokenizer)
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        return ChosenExperts(site.experts, site.pool_size, self.context_of(site), site.sees_all)
+
+    def context_of(self, site: RouterSite) -> RoutingContext:
+        """The model's context. Raises RoutingError where there is none."""
+        if site.context is None:
+            raise RoutingError(f"Router {self.spec.name} has nothing to choose by at {site.name}.")
+        return site.context
+
+    def embedder(self, tables: Tables, form: str = PROMPT) -> str:
+        """The embedder to load for the embeddings in `tables`, which are of the texts of `form`.
+
+        Raises RoutingError when none is recorded or it embedded other texts, ConfigError when it
+        must be named.
+        """
+        if "embedder" not in tables.info:
+            raise RoutingError(f"Router {self.spec.name} needs lookup.embedder in routed.json.")
+        found = tables.info.get("embedding_form", PAPER_TEXT)
+        if found != form:
+            raise RoutingError(
+                f"This model's embeddings are {TEXTS.get(found, found)}, but router "
+                f"{self.spec.name} compares {TEXTS[form]}. Measure its experts' embeddings again "
+                f"(phatgoose measure), then compose and save the pool again."
+            )
+        return usable_embedder(tables.info["embedder"], self.routing.embedder)
+
+
+class ChosenExperts(SiteRouter):
+    """At one site: the experts that the context has for each row, as it weighs them."""
+
+    position: Tensor
+
+    def __init__(
+        self, experts: Tensor, pool_size: int, context: RoutingContext, sees_all: bool = True
+    ) -> None:
+        """`experts` [E] are the pool's indices of the experts that act at the site.
+
+        `sees_all` False says that the site sees some of the rows' tokens only.
+        """
+        super().__init__()
+        self.register_buffer("position", rows_at(experts, pool_size), persistent=False)
+        self.context, self.sees_all = context, sees_all
+        self.experts = len(experts)
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n], with the k of the context's choice.
+
+        The weight is 0 where an expert of the row does not act at this site, and for NOBODY. Raises
+        as `RoutingContext.of_each` does.
+        """
+        choice = self.context.of_each(u, self.sees_all)
+        experts = self.position[choice.experts]
+        return RoutingDecision(experts.clamp(min=0), choice.weights * (experts >= 0))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """The weights of the row's experts, else 0, [T, E]; 0 for those absent at this site."""
+        decision = self(u)
+        zeros = torch.zeros(len(u), self.experts, device=u.device)
+        return zeros.scatter_add(1, decision.experts, decision.weights)
+
+
+def rows_at(experts: Tensor, pool_size: int) -> Tensor:
+    """The row in a site's stack of each index in the pool, int64 [pool_size + 1].
+
+    `experts` [E] are the indices of those that act at the site; the others have NOBODY, and so has
+    NOBODY itself, which is the last index.
+    """
+    rows = torch.full((pool_size + 1,), NOBODY)
+    rows[experts.cpu()] = torch.arange(len(experts))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# Experts' embeddings
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -399,6 +385,10 @@ class Embeddings:
     rows: Tensor
     owners: Tensor
     embedder: str
+
+    def info(self, form: str = PROMPT) -> dict[str, str]:
+        """What tables say of them: the embedder, and what it embedded."""
+        return {"embedder": self.embedder, "embedding_form": form}
 
 
 def embeddings_of(pool: Pool, embedder: str | None = None, form: str = PROMPT) -> Embeddings:
@@ -440,99 +430,3 @@ def _embeddings(expert: Expert, form: str) -> Tensor:
             f"--task ITS-DATA --embeddings --no-means --no-readings{flag}"
         )
     return expert.embeddings
-
-
-# -------------------------------------------------------------------------------------------------
-# The frame of lookups that go by what the base alone makes of a prompt.
-# -------------------------------------------------------------------------------------------------
-
-
-class BaseReader(PromptReader):
-    """A lookup that scores experts by activations of the base.
-
-    Every prompt passes through the model once with no expert at work, before it passes with its
-    experts. Subclasses say in `reading` what is taken from that pass; it gives a score for each
-    expert.
-    """
-
-    def reading(self, model: PreTrainedModel) -> PromptReading:
-        """What reads the passes of one call; it finds scores [texts, pool_size]."""
-        raise NotImplementedError
-
-    def mixed(self, scores: Tensor) -> Mixtures:
-        """The experts for `scores` [texts, pool_size]: as `Mixtures.best` has it."""
-        return Mixtures.best(scores, self.k, self.temperature)
-
-    def find(
-        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
-    ) -> Mixtures:
-        """The experts of each prompt. Raises RoutingError when not attached."""
-        return self.mixed(self.scores(prompts))
-
-    def scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The score of each prompt and expert, float32 [prompts, pool_size]."""
-        return self._read_alone(prompts, self.reading(self._attached))
-
-    @property
-    def _attached(self) -> PreTrainedModel:
-        if self._model is None:
-            raise RoutingError(f"Router {self.name} reads prompts with a model; compose one.")
-        return self._model
-
-    def _read_alone(self, prompts: Sequence[Sequence[int]], reading: PromptReading) -> Tensor:
-        """What `reading` finds in each prompt, read by the base without any expert."""
-        with self._base_alone(), unwatched():
-            return read_prompts(self._attached, prompts, reading)
-
-    @contextmanager
-    def _base_alone(self) -> Iterator[None]:
-        """No expert acts in the passes of this thread while the context is open."""
-        mixtures, announced = self._turn.mixtures, self._turn.announced
-        self.serve(Mixtures.alone(torch.tensor([NOBODY])))
-        try:
-            yield
-        finally:
-            self._turn.mixtures, self._turn.announced = mixtures, announced
-
-
-def routed_sites(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Site]:
-    """The sites of these names of a routed `model`."""
-    layers: Mapping[str, Any] = {name: model.get_submodule(name) for name in names}
-    return {name: layer.site for name, layer in layers.items()}
-
-
-# -------------------------------------------------------------------------------------------------
-# What the base makes of prompts, kept for other routers that read the same of that base.
-# -------------------------------------------------------------------------------------------------
-
-MOST_BYTES = 2**30  # some 7,000 prompts of a base of 30 blocks of 576 numbers
-
-Prompt = tuple[int, ...]  # its tokens
-
-
-class RememberedStates:
-    """States by prompt, as `experts.readings.PromptStates` has them, up to `most_bytes` of them.
-
-    Prompts that came when there was no more room are read again each time.
-    """
-
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._left = most_bytes
-        self._states: dict[Prompt, Tensor] = {}
-
-    def of(
-        self, prompts: Sequence[Sequence[int]], read: Callable[[Sequence[Prompt]], Tensor]
-    ) -> Tensor:
-        """The states [prompts, ..] of prompts given by their tokens.
-
-        `read` finds those of the ones that aren't known, each once.
-        """
-        asked = [tuple(prompt) for prompt in prompts]
-        new = [prompt for prompt in dict.fromkeys(asked) if prompt not in self._states]
-        found = dict(zip(new, read(new), strict=True)) if new else {}
-        for prompt, states in found.items():
-            if states.nbytes <= self._left:
-                self._left -= states.nbytes
-                self._states[prompt] = states.clone()  # not a view, which would keep all
-        known = self._states
-        return torch.stack([known[each] if each in known else found[each] for each in asked])

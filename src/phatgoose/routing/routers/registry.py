@@ -1,33 +1,40 @@
 """The registry: every router as one record, from which help, tables, checks and files are derived.
 
-A router is one file and one record here (docs/extending.md). Reading the records loads no torch.
+A router is one file and one record (docs/extending.md): here, or registered by another package
+under the entry points `phatgoose.routers`. Reading the records loads no torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+import warnings
+from collections import UserDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from importlib import metadata
+from typing import Any, NamedTuple
 
-from ...config import Routing, settings_of
+from ...config import Settings, from_mapping, read_text, settings_of
 from ...errors import ConfigError
+from ...files.entry_points import load_entry_points
 from ...files.strict import shortened
+from . import configs
 
 AUTO = "auto"  # no router: `automatic` puts the name of one in its place
-USED_BY_ALL = ("router", "expert", "kernel", "retrieval_embedder")  # or refused elsewhere
+ENTRY_POINTS = "phatgoose.routers"
 
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """One router: its names, what it needs, and where its code is.
+    """One router: its names, what it needs, its settings, and where its code is.
 
     `needs` are the attributes of every `Expert` that it can't do without (gates, means, readings,
-    embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task),
-    `settings` the fields of `Routing` that its results depend on. A router that `grows` can take
-    experts in, or leave some out, without being composed anew. One that chooses for whole inputs
-    has its own `input_k` and `input_temperature`, for settings of these names that are None. `home`
-    is its `Router`: the class, or "module.Class" in this folder.
+    embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task). `k`
+    is its own number of experts, for each token or, if it is `per_input`, for each input; None if
+    the user can't choose it. `config` is the class of its settings. A router that `grows` can take
+    experts in, or leave some out, without being composed anew. `home` is its `Router`: the class,
+    or "module.Class", in this folder if `home` begins with a dot.
     """
 
     name: str
@@ -36,21 +43,10 @@ class RouterSpec:
     home: str | type[Any]
     needs: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    k: int | None = None
+    config: type[Settings] = configs.NoSettings
+    per_input: bool = False
     grows: bool = True
-    input_k: int = 1
-    input_temperature: float = 1.0
-
-    @property
-    def uses_k(self) -> bool:
-        """True where the user says how many experts a token gets."""
-        return "k" in self.settings
-
-    def unused(self, given: Collection[str]) -> tuple[str, ...]:
-        """The names of those `given` settings of a routing that it doesn't look at, in order."""
-        used = {*self.settings, *USED_BY_ALL}
-        names = (setting.name for setting in settings_of(Routing))
-        return tuple(name for name in names if name in given and name not in used)
 
     @property
     def router(self) -> type[Any]:
@@ -58,157 +54,143 @@ class RouterSpec:
         if isinstance(self.home, type):
             return self.home
         module, _, name = self.home.rpartition(".")
-        found: type[Any] = getattr(importlib.import_module(f"..{module}", __name__), name)
+        found: type[Any] = getattr(importlib.import_module(module, __package__), name)
         return found
 
 
-INPUT = ("input_k", "input_temperature")  # settings of those that choose for whole inputs
-READING = ("reading_place", "reading_from", "reading_to", "shrinkage", "task_variance")
-
-_ALL = (
+_OURS = (
     RouterSpec(
         "random",
         "Random",
         "k experts drawn for every token, with equal weights",
-        "random.Random",
-        settings=("k", "router_seed"),
+        ".fixed.Random",
+        k=2,
+        config=configs.Random,
     ),
     RouterSpec(
         "retrieval",
         "Retrieval",
         "for every input the expert of the nearest training input",
-        "retrieval.Retrieval",
+        ".retrieval.Retrieval",
         needs=("embeddings",),
-        settings=("retrieval_form", *INPUT),
-        input_temperature=0.2,
+        k=1,
+        config=configs.Retrieval,
+        per_input=True,
     ),
     RouterSpec(
         "centroid",
         "Centroid",
         "for every input the experts whose mean training input is nearest",
-        "centroid.Centroid",
+        ".centroid.Centroid",
         needs=("embeddings",),
-        settings=INPUT,
-        input_k=3,
-        input_temperature=0.2,
+        k=3,
+        config=configs.Centroid,
+        per_input=True,
     ),
     RouterSpec(
         "average-activation",
         "Average Activation",
         "the k experts whose mean training activation is most like the token's",
-        "average_activation.AverageActivation",
+        ".phatgoose.AverageActivation",
         needs=("means",),
-        settings=("k", "eps", "affinity", "router_temperature"),
+        k=2,
+        config=configs.Phatgoose,
     ),
     RouterSpec(
         "arrow",
         "Arrow",
         "the k experts that would stretch the token's activation most",
-        "arrow.Arrow",
+        ".arrow.Arrow",
         needs=("lora",),
-        settings=("k", "arrow", "router_temperature"),
+        k=2,
+        config=configs.Arrow,
     ),
     RouterSpec(
         "spectr",
         "SpectR",
         "the k experts whose updates look at most of the token's activation",
-        "spectr.Spectr",
+        ".spectr.Spectr",
         needs=("lora",),
-        settings=("k", "spectr_shortlist"),
+        k=2,
+        config=configs.Spectr,
     ),
     RouterSpec(
         "merged",
         "Merged Experts",
         "the mean of all experts' updates",
-        "fixed.Merged",
+        ".fixed.Merged",
     ),
     RouterSpec(
         "uniform-top-k",
         "Uniform top-k",
         "PHATGOOSE's k experts with equal weights",
-        "uniform_top_k.UniformTopK",
+        ".phatgoose.UniformTopK",
         needs=("gates",),
-        settings=("k", "eps", "stand_in"),
+        k=2,
+        config=configs.UniformTopK,
     ),
     RouterSpec(
         "phatgoose",
         "PHATGOOSE",
         "the k experts whose gates the token's activation fits best",
-        "phatgoose.Phatgoose",
+        ".phatgoose.Phatgoose",
         needs=("gates",),
-        settings=("k", "eps", "stand_in", "affinity", "router_temperature"),
-    ),
-    RouterSpec(
-        "phatgoose-input",
-        "PHATGOOSE per input",
-        "for every input the expert whose gates its tokens fit best on average",
-        "phatgoose_input.PhatgooseInput",
-        needs=("gates", "means"),
-        settings=("eps", *INPUT),
-        grows=False,
+        k=2,
+        config=configs.Phatgoose,
     ),
     RouterSpec(
         "glider",
         "GLIDER",
         "PHATGOOSE's scores, and how near the whole input is to each expert's training inputs",
-        "glider.Glider",
+        ".glider.Glider",
         needs=("gates", "embeddings"),
-        settings=("k", "eps", "router_temperature", "glider_lambda"),
+        k=2,
+        config=configs.Glider,
     ),
     RouterSpec(
         "logo",
         "LoGo",
         "for every input the experts whose updates of one layer are longest at the prompt's end",
-        "logo.Logo",
+        ".logo.Logo",
         needs=("lora",),
-        settings=("input_k", "logo_reads"),
-        input_k=20,
+        k=20,
+        config=configs.Logo,
+        per_input=True,
     ),
     RouterSpec(
         "discriminant",
         "Discriminant",
         "for every input the expert whose training prompts the base reads most like it",
-        "discriminant.Discriminant",
+        ".discriminant.Discriminant",
         needs=("readings",),
-        settings=(*READING, *INPUT),
-        input_temperature=0.1,
+        k=1,
+        config=configs.Discriminant,
+        per_input=True,
     ),
     RouterSpec(
         "joint-discriminant",
         "Joint Discriminant",
         "for every input the experts whose training prompts base and embedder read most like it",
-        "joint_discriminant.JointDiscriminant",
+        ".joint_discriminant.JointDiscriminant",
         needs=("readings", "embeddings"),
-        settings=(*READING, "embedding_share", *INPUT),
-        input_k=3,
-        input_temperature=0.05,
-    ),
-    RouterSpec(
-        "phatgoose-evidence",
-        "PHATGOOSE with evidence",
-        "the k experts whose gates fit best, given how well they fit the whole prompt",
-        "shortlisted.ByEvidence",
-        needs=("gates", "means"),
-        settings=("k", "eps", "affinity", "router_temperature", "prior", *INPUT),
-        grows=False,
-        input_k=8,
-        input_temperature=0.05,
+        k=3,
+        config=configs.JointDiscriminant,
+        per_input=True,
     ),
     RouterSpec(
         "discriminant-phatgoose",
         "Discriminant + PHATGOOSE",
         "the k experts whose gates fit best, of those that discriminant shortlists for the input",
-        "shortlisted.ByDiscriminant",
+        ".shortlisted.ByDiscriminant",
         needs=("gates", "readings"),
-        settings=("k", "eps", "affinity", "router_temperature", "prior", *READING, *INPUT),
-        input_k=5,
-        input_temperature=0.1,
+        k=2,
+        config=configs.DiscriminantPhatgoose,
     ),
     RouterSpec(
         "best-individual",
         "Best Individual",
         "the one expert with the best mean score over all tasks",
-        "fixed.BestIndividual",
+        ".fixed.BestIndividual",
         given=("scores",),
         grows=False,
     ),
@@ -216,25 +198,129 @@ _ALL = (
         "oracle",
         "Oracle",
         "for every task the expert with the best score on it",
-        "oracle.Oracle",
+        ".oracle.Oracle",
         given=("scores", "task"),
         grows=False,
     ),
     RouterSpec(
         "single",
         "Single expert",
-        "the one expert that `expert` names",
-        "fixed.Single",
+        "the one expert that setting expert names",
+        ".fixed.Single",
         given=("expert",),
         grows=False,
+        config=configs.Single,
     ),
 )
-ROUTERS = {spec.name: spec for spec in _ALL}  # in the order of the tables
+# Routers that no table favoured, and what to use in their place.
+LEFT = {"phatgoose-input": "discriminant", "phatgoose-evidence": "discriminant-phatgoose"}
 
 
-def spec_of(name: str) -> RouterSpec:
-    """The record of the router `name`. Raises ConfigError when there is none."""
-    if name not in ROUTERS:
-        known = ", ".join((AUTO, *ROUTERS))
-        raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.")
-    return ROUTERS[name]
+class _Registry(UserDict[str, RouterSpec]):
+    """Our routers in the order of the tables, then those of other packages.
+
+    Their modules import this one, so they are loaded at the first look, not with it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is loaded yet."""
+
+    @cached_property
+    def data(self) -> dict[str, RouterSpec]:  # type: ignore[override]
+        """The records by name."""
+        found = {spec.name: spec for spec in _OURS}
+        for name, spec in load_entry_points(ENTRY_POINTS).items():
+            if not isinstance(spec, RouterSpec) or spec.name != name or name in (AUTO, *found):
+                warnings.warn(
+                    f"{ENTRY_POINTS}: {name} is left out: wanted a RouterSpec of this name, and of "
+                    f"no other router's.",
+                    stacklevel=2,
+                )
+            else:
+                found[name] = spec
+        return found
+
+
+ROUTERS = _Registry()
+
+
+class RouterChoice(NamedTuple):
+    """A router and its settings."""
+
+    spec: RouterSpec
+    config: Settings
+
+    @property
+    def text(self) -> str:
+        """As the user writes it: settings that aren't the usual ones, in the order of the class."""
+        usual = self.spec.config()
+        changed = [
+            f"{setting.name}={written(value)}"
+            for setting in settings_of(self.spec.config)
+            if (value := getattr(self.config, setting.name)) != getattr(usual, setting.name)
+        ]
+        return ":".join([self.spec.name, *([",".join(changed)] if changed else [])])
+
+
+def known_names() -> list[str]:
+    """The names of all routers, without loading those of other packages."""
+    others = {point.name for point in metadata.entry_points(group=ENTRY_POINTS)}
+    return list(dict.fromkeys([*(spec.name for spec in _OURS), *sorted(others)]))
+
+
+def spec_of(router: str) -> RouterSpec:
+    """The record of a router, named with or without settings. Raises ConfigError without one."""
+    name = router.partition(":")[0]
+    if name in ROUTERS:
+        return ROUTERS[name]
+    if name in LEFT:
+        raise ConfigError(f"Router {name} has left phatgoose; use {LEFT[name]} instead.")
+    for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
+        raise ConfigError(
+            f"Router {name} can't be loaded from {point.value}, where "
+            f"{point.dist.name if point.dist else 'another package'} registered it."
+        )
+    known = ", ".join((AUTO, *ROUTERS))
+    raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.")
+
+
+def choice_of(router: str) -> RouterChoice:
+    """The router and the settings that a text such as "arrow:form=peft" says.
+
+    Raises ConfigError, in a line, for unknown routers and settings and for values that can't be.
+    """
+    name, _, rest = router.partition(":")
+    if name == AUTO:
+        raise ConfigError("Router auto has no settings of its own; name the router to set.")
+    spec = spec_of(name)
+    types = {setting.name: setting.type for setting in settings_of(spec.config)}
+    values: dict[str, object] = {}
+    for part in rest.split(",") if rest else ():
+        key, sign, value = part.partition("=")
+        if not sign or key in values:
+            raise ConfigError(
+                f"router is {shortened(router)}, but must be a name, or a name and settings, each "
+                f"once: {name}:SETTING=VALUE,SETTING=VALUE."
+            )
+        values[key] = read_text(value, types.get(key))
+    return RouterChoice(spec, from_mapping(spec.config, values, f"router {name}"))
+
+
+def written(value: object) -> str:
+    """The `value` of a setting as `choice_of` reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def split_routers(texts: Iterable[str]) -> list[str]:
+    """The routers in texts that hold some, with commas between them and between their settings."""
+    found: list[str] = []
+    for text in texts:
+        for part in filter(None, text.split(",")):
+            name, sign, _ = part.partition("=")
+            if sign and name.isidentifier() and found and ":" in found[-1]:
+                found[-1] += f",{part}"
+            else:
+                found.append(part)
+    return found

@@ -3,9 +3,9 @@
 Muqeeth et al. 2024, section 4.2; Jang et al. 2023. Experts share embeddings of up to 1000 of their
 training inputs (`training.statistics`); nearness is the cosine. Inputs are embedded as the
 model reads them. The released code embeds their answer choices too, which no served prompt has:
-`retrieval_form` "paper" does so in comparisons. With `input_k` above 1 the k experts that have the
+the setting form=paper does so in comparisons. With k above 1 the k experts that have the
 nearest training inputs act together, weighted by the softmax of these cosines over
-`input_temperature`: that is ours.
+`temperature`: that is ours.
 
 An expert that stores more than BOUND times as many embeddings as the pool's median is searched by
 so many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
@@ -15,139 +15,91 @@ That is ours too, and acts only where numbers differ so much.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...errors import RoutingError
 from ...experts.pool import Pool
-from ...tasks.embeddings import PROMPT, paper_texts, usable_embedder
-from ...tasks.task import Example
-from ..stacks import joined
-from .prompt_router import EmbeddingReader, LookedUp, embeddings_of
-from .router import Lookup, Mixtures, SavedLookup, Scores
+from ...tasks.embeddings import PROMPT, paper_texts
+from ..context import Choice
+from .prompt_router import (
+    OWNERS,
+    ByPrompt,
+    EmbeddingRouter,
+    Prompt,
+    PromptRouter,
+    Tables,
+    embeddings_of,
+)
+from .router import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
-EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"  # their names in files
 
 
-class Retrieval(LookedUp):
+class Retrieval(ByPrompt):
     """Router retrieval."""
 
+    prompt_form: ClassVar[Mapping[str, str]] = {"embeddings": "Mc", OWNERS: "M"}
+
     @property
-    def lookup_form(self) -> Mapping[str, str]:
-        """Training inputs, and whose they are."""
-        return {"embeddings": "Mc", "owners": "M"}
+    def unserved(self) -> str | None:  # type: ignore[override]
+        """Why the paper's form can't choose by a prompt alone."""
+        if self.config.form == PROMPT:
+            return None
+        return (
+            "Router retrieval:form=paper embeds answer choices, which a prompt alone doesn't have: "
+            "use it in compare, or leave form=paper out."
+        )
 
-    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The embeddings of the experts of `pool`, made by the embedder of those they join."""
-        found = embeddings_of(pool, info.get("embedder"), self.routing.retrieval_form)
-        return {EMBEDDINGS: found.rows, OWNERS: found.owners}
+    def tables(
+        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
+    ) -> Tables:
+        """The embeddings of the experts of `pool`."""
+        form = self.config.form
+        found = embeddings_of(pool, embedder, form)
+        tensors = {"embeddings": found.rows, OWNERS: found.owners}
+        return Tables(pool.names, tensors, found.info(form))
 
-    def lookup_of(
-        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Lookup:
-        """The embeddings of all experts, and the embedder of prompts.
-
-        Raises PoolError when an expert has no embeddings or two were made by different embedders,
-        ConfigError without `tokenizer`, or with an embedder that must be named or can't be loaded.
-        """
-        reads = self.needed(tokenizer)
-        found = embeddings_of(pool, form=self.routing.retrieval_form)
-        embedder = usable_embedder(found.embedder, self.routing.retrieval_embedder)
-        return self._retriever(found.rows, found.owners, embedder, reads)
-
-    def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
-        """The same, read from a saved model. Raises RoutingError where no embedder is recorded."""
-        recorded = saved.embedder_for(self.spec.name, self.routing.retrieval_form)
-        reads, tensors = self.needed(tokenizer), saved.tensors
-        embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
-        return self._retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
-
-    def _retriever(
-        self, rows: Tensor, owners: Tensor, embedder: str, tokenizer: PreTrainedTokenizerBase
-    ) -> Retriever:
-        how = self.input_k, self.input_temperature, self.routing.retrieval_form
-        return Retriever(rows, owners, embedder, tokenizer, *how)
+    def chooser(self, tables: Tables) -> PromptRouter:
+        """The embeddings, and the embedder of prompts."""
+        return Retriever(tables, self.embedder(tables, self.config.form))
 
 
-class Retriever(EmbeddingReader):
-    """The experts that own the nearest stored training inputs, by cosine.
+class Retriever(EmbeddingRouter):
+    """Scores an expert by its nearest stored training input, by cosine.
 
     All of them are kept, so that a pool that grows or shrinks gets new bounds.
     """
 
     name = "retrieval"
 
-    def __init__(
-        self,
-        embeddings: Tensor,
-        owners: Tensor,
-        embedder: str,
-        tokenizer: PreTrainedTokenizerBase,
-        k: int = 1,
-        temperature: float = 1.0,
-        form: str = PROMPT,
-    ) -> None:
-        """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
-
-        `form` says of what texts: prompts, or the paper's. All else is as `EmbeddingReader` has it.
-        """
-        super().__init__(embedder, embeddings.shape[1], tokenizer, k, temperature)
-        self.embeddings, self.owners, self.form = embeddings, owners, form
+    def __init__(self, tables: Tables, embedder: str) -> None:
+        owners = tables.tensors[OWNERS]
         searched = _within_bound(owners)
-        self._rows, self._theirs = embeddings[searched], owners[searched]
+        super().__init__(tables, tables.tensors["embeddings"][searched], embedder)
+        self._theirs = owners[searched]
 
-    def find(
-        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
-    ) -> Mixtures:
-        """The experts of each prompt.
+    def choose(
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+    ) -> Choice:
+        """The experts of each prompt; in the paper's form, of each of the `examples`.
 
-        Raises RoutingError for the paper's form without `examples`, whose choices are embedded.
+        Raises RoutingError for the paper's form without these, whose choices are embedded.
         """
-        if self.form == PROMPT:
-            return super().find(prompts)
-        if examples is None:
-            raise RoutingError(
-                "Router retrieval with retrieval_form 'paper' embeds answer choices, which a "
-                "prompt alone doesn't have: use it in compare, or set retrieval_form to 'prompt'."
-            )
-        return self.nearest_to(self.prompts.vectors(paper_texts(examples)))
+        if not self.unserved:
+            return super().choose(prompts)
+        if known.get("examples") is None:
+            raise RoutingError(self.unserved)
+        return self.choice(self.scores(self.embedder.vectors(paper_texts(known["examples"]))))
 
-    def info(self) -> dict[str, Any]:
-        """The embedder's name, and what it embedded."""
-        return {**super().info(), "embedding_form": self.form}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The embeddings and their owners."""
-        return {EMBEDDINGS: self.embeddings, OWNERS: self.owners}
-
-    def grown(self, pool: Pool, first: int) -> Retriever:
-        """The retriever with the embeddings of the experts of `pool` too."""
-        new = embeddings_of(pool, self.embedder, self.form)
-        owners = joined([self.owners, new.owners + first])
-        return self._with(joined([self.embeddings, new.rows]), owners)
-
-    def shrunk(self, place: Tensor) -> Retriever:
-        """The retriever without the embeddings of experts that leave."""
-        owners = place[self.owners]
-        stay = owners >= 0
-        return self._with(self.embeddings[stay], owners[stay])
-
-    def _with(self, rows: Tensor, owners: Tensor) -> Retriever:
-        how = self.k, self.temperature, self.form
-        return Retriever(rows, owners, self.embedder, self.tokenizer, *how)
-
-    def nearest_to(self, queries: Tensor) -> Mixtures:
-        """The k experts that own the embeddings nearest to each of `queries` [texts, dims]."""
-        cosines = queries @ self._rows.T
-        if self.k == 1:
-            return Mixtures.alone(self._theirs[cosines.argmax(dim=-1)])
-        best = torch.full((len(cosines), int(self.owners.max()) + 1), -torch.inf)
-        best = best.scatter_reduce(1, self._theirs.expand_as(cosines), cosines, "amax")
-        return Mixtures.best(best, self.k, self.temperature)
+    def scores(self, features: Tensor) -> Tensor:
+        """The highest cosine of each expert's embeddings to `features`, [prompts, E]."""
+        cosines = features @ self.rows.T
+        best = torch.full((len(cosines), len(self.experts)), -torch.inf)
+        return best.scatter_reduce(1, self._theirs.expand_as(cosines), cosines, "amax")
 
 
 def _within_bound(owners: Tensor) -> Tensor:

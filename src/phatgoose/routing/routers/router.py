@@ -1,16 +1,12 @@
-"""What a router is: for a whole model, at each site, and what sites share.
-
-What every router answers, experts and weights for each token, and the rule for ties.
-"""
+"""What a router is, for a whole model and at each site: experts and weights for each token."""
 
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
-from ...errors import ConfigError, PoolError, RoutingError
+from ...errors import ConfigError, PoolError
 from ...experts.pool import Pool
 from ...files.strict import read_json_object, reason, shortened
-from ...tasks.embeddings import PAPER_TEXT, PROMPT, TEXTS
-from ...tasks.task import Example
+from ..context import RoutingContext
 from ..kernels.choice import Kernel
-from .registry import RouterSpec, spec_of
+from .registry import choice_of, spec_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class RoutingDecision:
     """The experts chosen for each of T tokens, best first where there is a best.
 
     `experts` [T, k] are rows of the site's stack, `weights` [T, k] float32. They sum to 1, or to
-    less for looked-up and merged experts of which some do not act at the site.
+    less for experts of a whole prompt, and merged ones, of which some do not act at the site.
     """
 
     experts: Tensor
@@ -58,217 +53,6 @@ def highest(scores: Tensor, k: int) -> Tensor:
             left = left.scatter(-1, chosen[-1], -torch.inf)
         chosen.append(left.argmax(dim=-1, keepdim=True))
     return torch.cat(chosen, dim=-1)
-
-
-# -------------------------------------------------------------------------------------------------
-# Mixtures: the experts that act on whole inputs, and with which weights.
-# -------------------------------------------------------------------------------------------------
-
-NOBODY = -1  # stands among experts for none: the base's own output
-
-
-@dataclass(frozen=True)
-class Mixtures:
-    """The experts of some inputs: `experts` [rows, k], the pool's indices, best first.
-
-    `weights` [rows, k], float32, say how much each adds. Most rows have one expert of weight 1.
-    """
-
-    experts: Tensor
-    weights: Tensor
-
-    @classmethod
-    def alone(cls, experts: Tensor) -> Mixtures:
-        """Each of `experts` [rows] alone, with the weight 1; NOBODY is the base."""
-        return cls(experts[:, None], torch.ones(len(experts), 1, device=experts.device))
-
-    @classmethod
-    def best(cls, scores: Tensor, k: int, temperature: float) -> Mixtures:
-        """The k highest of each row of `scores` [rows, E], softmax of score / temperature.
-
-        `k` is lowered to E. With k = 1 the weight is 1 exactly.
-        """
-        experts = highest(scores, min(k, scores.shape[-1]))
-        weights = (scores.gather(-1, experts).float() / temperature).softmax(dim=-1)
-        return cls(experts, weights)
-
-    @classmethod
-    def joined(cls, parts: Iterable[Mixtures]) -> Mixtures:
-        """The rows of all `parts`, which have the same k, in turn."""
-        held = list(parts)
-        experts = torch.cat([part.experts for part in held])
-        return cls(experts, torch.cat([part.weights for part in held]))
-
-    def lone(self) -> Tensor | None:
-        """The expert of each row [rows], where each has one of weight 1; else None."""
-        alone = self.experts.shape[1] == 1 and bool((self.weights == 1).all())
-        return self.experts[:, 0] if alone and bool((self.experts >= 0).all()) else None
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def of(self, rows: Sequence[int]) -> Mixtures:
-        """Those of some rows."""
-        return Mixtures(self.experts[list(rows)], self.weights[list(rows)])
-
-    def each(self) -> list[Mixtures]:
-        """Every row on its own."""
-        return [self.of([row]) for row in range(len(self))]
-
-    def shared_out(self, tokens: int) -> Mixtures:
-        """A row for each of so many tokens: tokens / rows in turn for each row, which fits."""
-        count = tokens // len(self)
-        return Mixtures(
-            self.experts.repeat_interleave(count, dim=0),
-            self.weights.repeat_interleave(count, dim=0),
-        )
-
-
-# -------------------------------------------------------------------------------------------------
-# Lookups: which experts serve each whole input, shared by all sites of a model.
-#
-# A `Lookup` holds the experts of the rows of the present batch, for each thread its own. Code that
-# runs known examples announces them (`composition.announcing`).
-# -------------------------------------------------------------------------------------------------
-
-
-class _Turn(threading.local):
-    """The present batch of one thread."""
-
-    mixtures: Mixtures | None = None  # as `Lookup.mixtures`
-    announced = False  # by somebody, rather than read
-    prompt: Tensor | None = None  # read last
-    length = 0  # of that prompt by now
-    given: int | None = None  # columns of the prompt that `generate` was given, until it is read
-    depth = 0  # of calls inside calls of the model
-    encoded: Tensor | None = None  # what the encoder made of the prompts read last
-    checked: Tensor | None = None  # encoder outputs found to be those
-
-
-class Lookup:
-    """Which experts serve each row of the present batch; all sites of a model share one.
-
-    Every thread has a batch of its own. A copy, in memory or from a file, has none yet.
-    """
-
-    unknown = "Nothing has told the router yet what its inputs are."
-    chooses = True  # False where its mixtures are scores of all experts, not a choice among them
-
-    def __init__(self) -> None:
-        self._turn = _Turn()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the threads' batches."""
-        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Restore what `__getstate__` gave, with no batch."""
-        self.__dict__.update(state, _turn=_Turn())
-
-    @property
-    def mixtures(self) -> Mixtures | None:
-        """The experts of the rows of this thread's batch; None while nothing is known.
-
-        A single row serves batches of any size.
-        """
-        return self._turn.mixtures
-
-    def of_each(self, u: Tensor, sees_all: bool = True) -> Mixtures:
-        """The experts of each token of u [T, n], on its device: T / rows tokens in turn for a row.
-
-        A row's beams and tokens stand together, so this holds for generation too. `sees_all` False
-        says that u holds some of the rows' tokens only, nobody knows whose: all rows must then have
-        the same experts. Raises RoutingError when no expert is known, when T is no multiple of the
-        rows, or such rows differ.
-        """
-        known = self.mixtures
-        if known is None:
-            raise RoutingError(self.unknown)
-        if not sees_all:
-            known = _of_any(known)
-        if len(u) % len(known):
-            raise RoutingError(f"{len(u)} tokens can't be shared out to {len(known)} inputs.")
-        here = Mixtures(known.experts.to(u.device), known.weights.to(u.device))
-        return here.shared_out(len(u))
-
-    def begin_task(self, name: str) -> None:
-        """The examples to come belong to the task called `name`."""
-
-    def find(
-        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
-    ) -> Mixtures:
-        """The experts of each prompt, given by its tokens as the model reads them.
-
-        `examples` are what the prompts were made of; None where only the prompts are known.
-        """
-        raise NotImplementedError
-
-    def serve(self, mixtures: Mixtures | None) -> None:
-        """Use `mixtures` for the rows of the next passes, until the next call."""
-        self._turn.mixtures = mixtures
-
-    def attach(self, model: PreTrainedModel) -> None:
-        """Watch `model` for inputs that are not announced."""
-
-    def detach(self) -> None:
-        """Stop watching."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are saved with a model, by name (docs/format.md)."""
-        return {}
-
-    def info(self) -> dict[str, Any]:
-        """What is saved beside the tensors, as JSON."""
-        return {}
-
-    def grown(self, pool: Pool, first: int) -> Lookup:
-        """The lookup with the experts of `pool` too, which get indices from `first` on."""
-        return self
-
-    def shrunk(self, place: Tensor) -> Lookup:
-        """The lookup of the experts whose new index `place` [E] gives; -1 for those that leave."""
-        return self
-
-
-def _of_any(known: Mixtures) -> Mixtures:
-    """The one row that all rows are. Raises RoutingError where they differ."""
-    if not all((part == part[0]).all() for part in (known.experts, known.weights)):
-        raise RoutingError(
-            "Inputs that choose different experts can't share a batch here: some of the layers are "
-            "inside the base's own experts, which see some of the tokens only. Use a router for "
-            "every token, such as phatgoose, or pass inputs one by one (token_budget=1 in Python)."
-        )
-    return known.of([0])
-
-
-@dataclass(frozen=True)
-class SavedLookup:
-    """What a saved model holds of a lookup.
-
-    `info` is what `Lookup.info` gave, `tensors` all tensors of the model by name; `experts` counts
-    the pool and `inputs` gives n of every site.
-    """
-
-    info: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    experts: int
-    inputs: Mapping[str, int]
-
-    def embedder_for(self, router: str, form: str = PROMPT) -> str:
-        """The embedder that made what is looked up.
-
-        Raises RoutingError when none is named, or when it embedded another text than `form` says.
-        """
-        if "embedder" not in self.info:
-            raise RoutingError(f"Router {router} needs lookup.embedder in routed.json.")
-        found = self.info.get("embedding_form", PAPER_TEXT)
-        if found != form:
-            raise RoutingError(
-                f"This model's embeddings are {TEXTS.get(found, found)}, but router {router} "
-                f"compares {TEXTS[form]}. Measure its experts' embeddings again (phatgoose "
-                f"measure), then compose and save the pool again."
-            )
-        return str(self.info["embedder"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -311,7 +95,7 @@ def given_scores(scores: Scores | None, routing: Routing) -> Scores:
     """
     if scores is None:
         raise ConfigError(
-            f"Router {routing.router} needs the scores of every single expert: those of a finished "
+            f"Router {routing.name} needs the scores of every single expert: those of a finished "
             f"'phatgoose compare' (--scores comparison.json)."
         )
     if not isinstance(scores, Mapping) or not all(isinstance(s, Mapping) for s in scores.values()):
@@ -386,14 +170,14 @@ class RouterSite:
     """What a router is given to make its `SiteRouter` at one site.
 
     `experts` [E] are the pool's indices of those that act there, `state` what `Router.state_at`
-    gave, and `lookup` what `Router.lookup_of` gave for the whole model.
+    gave, and `context` what all sites share where experts are chosen for whole prompts.
     """
 
     name: str
     experts: Tensor
     pool_size: int
     state: Mapping[str, Tensor]
-    lookup: Lookup | None
+    context: RoutingContext | None
 
     @property
     def sees_all(self) -> bool:
@@ -405,20 +189,25 @@ class Router:
     """How a routed model chooses experts, made of its settings; one subclass for each router."""
 
     product: Kernel | None = None  # computes the LoRAs' sum in another way than the kernels
+    unserved: str | None = None  # why it can't choose by a prompt alone, as a sentence
     folds = False  # True: the same weights for all tokens, which can be folded into the base's
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+    config: Any  # its own settings, of the class that its record in the registry names
 
-    @property
-    def spec(self) -> RouterSpec:
-        """Its record in the registry."""
-        return spec_of(self.routing.router)
+    def __init__(self, routing: Routing) -> None:
+        choice = choice_of(routing.router)
+        self.spec, self.config = choice
+        self.routing = replace(routing, router=choice.text, k=routing.k or self.spec.k)
 
     @property
     def uses_k(self) -> bool:
-        """True where the number of experts a token gets is `k`."""
-        return self.spec.uses_k
+        """True if the user can choose the number of experts that a token, or an input, gets."""
+        return self.spec.k is not None
+
+    @property
+    def k(self) -> int:
+        """That number, as set or the router's own; 0 if the user can't choose it."""
+        return (self.routing.k or 0) if self.uses_k else 0
 
     @property
     def grows(self) -> str | None:
@@ -458,39 +247,6 @@ class Router:
         """The tensors that the router needs at `site`, made of the experts of `pool`, by name."""
         return {}
 
-    @property
-    def lookup_form(self) -> Mapping[str, str]:
-        """The same of the lookup's own tensors, by what follows "lookup." in their names.
-
-        The first letter is E for tensors with a row for each expert, M for those with rows that
-        the indices "owners" [M] give to experts. (`phatgoose-input` saves its votes site by site.)
-        """
-        return {}
-
-    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The rows of these tensors for the experts of `pool`, under their whole names.
-
-        `info` is what the lookup that they join saves beside its tensors. Raises PoolError when an
-        expert lacks what it needs.
-        """
-        return {}
-
-    def lookup_of(
-        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Lookup | None:
-        """What all sites share, made of `pool`; None by default.
-
-        Raises PoolError when an expert lacks what it needs, ConfigError without `scores` or a
-        `tokenizer` where these are needed.
-        """
-        return None
-
-    def saved_lookup(
-        self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Lookup | None:
-        """The same, read from a saved model."""
-        return None
-
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
         raise NotImplementedError
@@ -502,32 +258,29 @@ def router_of(routing: Routing) -> Router:
     return found
 
 
+def check_served(router: Router) -> None:
+    """Raise ConfigError for a router that can't choose by a prompt alone."""
+    if router.unserved:
+        raise ConfigError(router.unserved)
+
+
 def check_routing(router: Router, pool: Pool) -> None:
     """Refuse a routing that can't be; warn when `k` exceeds the pool.
 
-    Raises ConfigError for settings that don't go together, PoolError naming the experts that lack
-    what the router needs.
+    Raises PoolError naming the experts that lack what the router needs.
     """
-    routing = router.routing
-    if routing.expert is not None and "expert" not in router.spec.given:
-        raise ConfigError(f"expert is for router single; the router is {routing.router}.")
     router.check(pool)
     warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
 
 
 def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:
-    """Warn when `k` or `input_k`, where the router uses it, exceeds the `size` of the pool.
+    """Warn when `k`, if the router uses it, exceeds the `size` of the pool.
 
-    Not of the default, which nobody may have asked for. `of` begins what is said of the size.
+    Not of the router's own, which nobody may have asked for. `of` begins what is said of the size.
     """
-    uses = {"k": router.uses_k, "input_k": "input_k" in router.spec.settings}
-    experts = "1 expert" if size == 1 else f"{size} experts"
-    for name, used in uses.items():
-        asked = getattr(router.routing, name)
-        if used and asked not in (None, getattr(Routing, name)) and asked > size:
-            warnings.warn(
-                f"{name} is {asked}, but {of} {experts}; {name} is lowered.", stacklevel=stacklevel
-            )
+    if router.uses_k and router.k != router.spec.k and router.k > size:
+        experts = "1 expert" if size == 1 else f"{size} experts"
+        warnings.warn(f"k is {router.k}, but {of} {experts}; k is lowered.", stacklevel=stacklevel)
 
 
 def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:

@@ -1,10 +1,8 @@
 """PHATGOOSE on a shortlist: gates choose for every token, among the experts that fit its prompt.
 
 Not in the paper. A token of a decoder's prompt doesn't know the task yet, its gates can't either;
-the base's reading of the whole prompt does. So a router that chooses for whole inputs shortlists
-`input_k` experts for each, and at every site PHATGOOSE's k experts of them act. Router
-discriminant-phatgoose goes by `routers.discriminant`; router phatgoose-evidence by
-`routers.phatgoose_input`: the gates' own affinities, added up over the prompt's tokens and sites.
+the base's reading of the whole prompt does. So `routers.discriminant` shortlists some experts for
+each prompt, and at every site PHATGOOSE's k experts of them act.
 """
 
 from __future__ import annotations
@@ -12,49 +10,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import RoutingError
+from ..context import RoutingContext
 from .discriminant import Discriminant
-from .phatgoose import Phatgoose
-from .phatgoose_input import PhatgooseInput
+from .phatgoose import Phatgoose, TopKRouter
 from .prompt_router import rows_at
-from .router import Lookup, RouterSite, RoutingDecision, SiteRouter, highest
-from .vector_router import VectorRouter
+from .router import RouterSite, RoutingDecision, SiteRouter, highest
 
 
-class Shortlisted(Phatgoose):
-    """The frame of both routers: a `Lookup` shortlists, gates choose."""
+class ByDiscriminant(Phatgoose, Discriminant):
+    """Router discriminant-phatgoose: the context has a shortlist, gates choose."""
+
+    @property
+    def input_k(self) -> int:
+        """How many experts the discriminant shortlists for a prompt."""
+        return int(self.config.shortlist)
+
+    @property
+    def input_temperature(self) -> float:
+        """What divides their scores before the softmax."""
+        return float(self.config.shortlist_temperature)
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
-        if site.lookup is None:
-            raise RoutingError(f"Router {self.spec.name} has nothing to shortlist experts with.")
-        return ShortlistedRouter(self.scorer(site), site, site.lookup, self.routing.prior)
-
-
-class ByDiscriminant(Shortlisted, Discriminant):
-    """Router discriminant-phatgoose."""
-
-
-class ByEvidence(Shortlisted, PhatgooseInput):
-    """Router phatgoose-evidence."""
+        gates, context = self.scorer(site), self.context_of(site)
+        return ShortlistedRouter(gates, site, context, self.config.prior)
 
 
 class ShortlistedRouter(SiteRouter):
     """At one site: the top k of α/√n + λ log p over the row's shortlist, softmax of the same.
 
-    α/√n is what `gates` score a token and expert with, p the expert's share in the row's mixture,
+    α/√n is what `gates` score a token and expert with, p the expert's share in the row's choice,
     and λ the `prior`: with 0 the gates alone choose within the shortlist.
     """
 
     kept = ("vectors",)
     position: Tensor
 
-    def __init__(self, gates: VectorRouter, site: RouterSite, lookup: Lookup, prior: float) -> None:
-        """`gates` score the experts of `site`, for which `lookup` holds each row's shortlist."""
+    def __init__(
+        self, gates: TopKRouter, site: RouterSite, context: RoutingContext, prior: float
+    ) -> None:
+        """`gates` score the experts of `site`, of which `context` has each row's shortlist."""
         super().__init__()
         position = rows_at(site.experts, site.pool_size)
         self.register_buffer("position", position, persistent=False)
-        self.gates, self.lookup, self.prior = gates, lookup, prior
+        self.gates, self.context, self.prior = gates, context, prior
         self.sees_all = site.sees_all
 
     @property
@@ -69,7 +68,8 @@ class ShortlistedRouter(SiteRouter):
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]: the k best of the shortlist, fewer where it has fewer.
 
-        The weight is 0 for experts that don't act at this site. Raises as `Lookup.of_each` does.
+        The weight is 0 for experts that don't act at this site. Raises as
+        `RoutingContext.of_each` does.
         """
         experts, logits = self._shortlist(u)
         best = highest(logits, min(self.gates.k, logits.shape[-1]))
@@ -87,11 +87,11 @@ class ShortlistedRouter(SiteRouter):
 
         Those that don't act at the site score minus infinity.
         """
-        mixtures = self.lookup.of_each(u, self.sees_all)
-        found = self.position[mixtures.experts]
+        choice = self.context.of_each(u, self.sees_all)
+        found = self.position[choice.experts]
         experts = found.clamp(min=0)
         logits = self.gates.affinities(u).gather(-1, experts)
         if self.prior:
-            least = torch.finfo(mixtures.weights.dtype).tiny  # of 0 there is no logarithm
-            logits = logits + self.prior * mixtures.weights.clamp(min=least).log()
+            least = torch.finfo(choice.weights.dtype).tiny  # of 0 there is no logarithm
+            logits = logits + self.prior * choice.weights.clamp(min=least).log()
         return experts, logits.masked_fill(found < 0, -torch.inf)

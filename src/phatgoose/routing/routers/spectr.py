@@ -11,7 +11,7 @@ value is 0 (here it is left out, so an update of zero scores 0), and mixes the f
 product, (Σ w B*)(Σ w A*) u, so that B* of one expert meets A* of another. Here outputs are mixed,
 Σ w B A u, which for k = 1 is the same.
 
-With `spectr_shortlist` = N the choice is that of LAG (Fleshman and Van Durme, arXiv 2507.05346,
+With `shortlist` = N the choice is that of LAG (Fleshman and Van Durme, arXiv 2507.05346,
 equations 6 and 7): of the N experts with the highest |a₁ᵀu|, a₁ being the first row of A* (Arrow's
 vector), those with the highest |A* u|. LAG takes one of 20 (k = 1) and saves the other products by
 that; here all are computed, for the same result.
@@ -28,8 +28,8 @@ from torch.nn import functional
 from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from .arrow import small_svd
+from .phatgoose import products
 from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
-from .vector_router import products
 
 NOTHING = 1e-6  # singular values below this share of the largest are rounding
 DIRECTIONS = "directions"  # the name of A* in files
@@ -52,7 +52,7 @@ class Spectr(Router):
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
-        return SpectrRouter(site.state[DIRECTIONS], self.routing.k, self.routing.spectr_shortlist)
+        return SpectrRouter(site.state[DIRECTIONS], self.k, self.config.shortlist)
 
 
 class SpectrRouter(SiteRouter):

@@ -17,8 +17,8 @@ from ..checks import check_folded
 from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
-from ..routers.router import SavedLookup
-from ..stacks import SiteStack, declared
+from ..routers.prompt_router import ByPrompt
+from ..routers.router import router_of
 from .tensors import ROUTED_INFO, SavedModel, base_in, read_description, read_saved
 
 
@@ -27,35 +27,36 @@ def load(
     base: Base | PreTrainedModel | str | None = None,
     *,
     dtype: str = "auto",
-    retrieval_embedder: str | None = None,
+    embedder: str | None = None,
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
     A `base` that is a name is loaded in `dtype`, and so is the recorded one that None means; a
-    loaded base stays as it is. `retrieval_embedder` is that of `compose`.
+    loaded base stays as it is. `embedder` is that of `compose`.
     Raises RoutingError when the folder is missing or damaged, WrongBaseError when the base is
-    another one, ConfigError where router retrieval needs an embedder that wasn't named.
+    another one, ConfigError if the router needs an embedder that wasn't named.
     """
     directory = Path(directory)
     saved = read_saved(directory)
-    wanted, routing = saved.base, replace(saved.routing, retrieval_embedder=retrieval_embedder)
+    wanted, routing = saved.base, replace(saved.routing, embedder=embedder)
     found = resolve_base(base, wanted, dtype)
     check_base(wanted, found.reference)
     sites = find_sites(found.model)
     for name in saved.sites:
         if name not in sites:
             raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
+    router, prompt_router = router_of(routing), None
+    if isinstance(router, ByPrompt):
+        prompt_router = router.for_model(saved.tables, found.tokenizer)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
         experts=saved.names,
         records=saved.records,
         routing=routing,
+        prompt_router=prompt_router,
         marks=found.marks,
     )
-    inputs = {name: sites[name].in_features for name in saved.sites}
-    held = SavedLookup(saved.info.get("lookup", {}), saved.tensors, len(saved.names), inputs)
-    parts.lookup = parts.router.saved_lookup(held, found.tokenizer)
     for name in saved.sites:
         parts.layers[name] = _layer(found.model, sites[name], saved, parts)
     return install(found.model, parts)
@@ -81,13 +82,11 @@ def _layer(
         if not router.folds or folded.shape != (site.out_features, site.in_features):
             raise RoutingError(
                 f"Experts at {name} are folded into a weight of shape {list(folded.shape)} for "
-                f"router {parts.routing.router}; wanted [{site.out_features}, {site.in_features}] "
+                f"router {parts.routing.name}; wanted [{site.out_features}, {site.in_features}] "
                 f"for router merged."
             )
         check_folded(folded, name)
         return FoldedLinear(original, site, folded, experts, len(parts.experts))
-    stacked = (kind for kind in declared().tensors if f"{kind}.{name}" in tensors)
-    held = {kind: tensors[f"{kind}.{name}"] for kind in stacked}
     state = {kind: tensors[f"{kind}.{name}"] for kind in router.form}
-    stack = SiteStack.of(held, experts).to(device, dtype)
+    stack = saved.stack(name).to(device, dtype)
     return routed_layer(original, site, stack, state, parts, may_fold=False)

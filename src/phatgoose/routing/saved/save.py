@@ -102,14 +102,14 @@ def described(parts: Composition, folder: Path) -> str:
         "routing": routing_record(parts.routing),
         "experts": parts.records,
         "weights_sha256": sha256_of(folder / ROUTED_WEIGHTS),
-        "lookup": parts.lookup.info() if parts.lookup else {},
+        "lookup": dict(parts.prompt_router.tables.info) if parts.prompt_router else {},
     }
     return json.dumps(info, indent=2) + "\n"
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:
     tensors = {f"experts.{name}": layer.experts for name, layer in parts.layers.items()}
-    tensors |= parts.lookup.tensors() if parts.lookup else {}
+    tensors |= parts.prompt_router.tables.saved() if parts.prompt_router else {}
     for layer in parts.layers.values():
         tensors |= layer_tensors(layer)
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

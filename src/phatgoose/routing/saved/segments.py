@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import check_base
 from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
@@ -34,7 +33,8 @@ from ...files.atomic import (
 from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
-from ..growing import check_growth, check_removal, check_unfolded
+from ..growing import check_growth, check_removal
+from ..routers.prompt_router import ByPrompt
 from ..routers.router import Scores, router_of
 from ..stacks import declared, stack_of
 from .save import described, layer_tensors
@@ -88,7 +88,7 @@ def save_pool(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from _indices(pool)
-        yield from (parts.lookup.tensors() if parts.lookup else {}).items()
+        yield from (parts.prompt_router.tables.saved() if parts.prompt_router else {}).items()
         for layer in routed_layers(prepared):
             yield from _as_stored(layer_tensors(layer), kind)
 
@@ -109,19 +109,20 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors
-        check_growth(router, saved.names, pool)
-        check_unfolded(_has_folded(saved))
-        check_base(pool.base, saved.base)
+        check_growth(router, saved.names, pool, saved.base, folded=_has_folded(saved))
         check_alike(pool.experts, *_sizes_at_sites(saved))
-        lookup_rows = router.lookup_rows(pool, saved.info.get("lookup", {}))
-        _check_rows(lookup_rows, first)
+        rows: dict[str, Tensor] = {}
+        if isinstance(router, ByPrompt):
+            embedder = saved.info.get("lookup", {}).get("embedder")
+            rows = router.tables(pool, embedder=embedder).saved()
+        _check_rows(rows, first)
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from _indices(pool)
-            yield from lookup_rows.items()
+            yield from rows.items()
             for site in pool.sites:
                 held = stack_of(pool, site, computed, torch.device("cpu")).tensors()
                 held = {f"{name}.{site}": tensor for name, tensor in held.items()}
@@ -149,8 +150,8 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     """
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
-        left = check_removal(router_of(saved.routing), saved.names, names)
-        check_unfolded(_has_folded(saved))
+        router, folded = router_of(saved.routing), _has_folded(saved)
+        left = check_removal(router, saved.names, names, folded=folded)
         stay = {saved.left[z] for z in left}
         gone = [z for z in range(len(saved.info["experts"])) if z not in stay]
         return _describe(folder, saved, segments=_segments(saved), removed=gone)
@@ -204,6 +205,7 @@ def _changing(folder: Path) -> Iterator[Path]:
 def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
+    """Write a segment that no description names yet; its entry for one."""
     clear_left_overs(folder / ROUTED_WEIGHTS)
     with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)
@@ -253,6 +255,7 @@ def _as_stored(
 
 
 def _check_rows(rows: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Raise ExpertError unless `rows` are of the sizes of those `held` of a prompt router."""
     for name, tensor in rows.items():
         got, wanted = tuple(tensor.shape[1:]), tuple(held[name].shape[1:])
         if got != wanted:
@@ -282,6 +285,7 @@ def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The type that the factors of a segment are stored in, None where it has none."""
     held = (tensors[name].dtype for name in tensors if _is_factor(name.partition(".")[0]))
     return next(held, None)
 

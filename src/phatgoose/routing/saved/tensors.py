@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,23 @@ from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, OWNERS, SCALE, check_lookup, check_tensors, tensors_of_sites
-from ..routers.phatgoose_input import VOTES
+from ..routers.earlier import translated
+from ..routers.prompt_router import ByPrompt, Tables
+from ..routers.registry import choice_of
 from ..routers.router import Router, router_of
-from ..stacks import SiteStack, declared, joined, joined_stacks, kept_stack, take_rows
+from ..stacks import (
+    SitePart,
+    SiteStack,
+    declared,
+    joined,
+    joined_parts,
+    kept_part,
+    renumbered,
+)
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
-NAMED_ANEW = "retrieval_embedder"  # by the user who loads the model: a file can't have one loaded
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
@@ -93,13 +102,21 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
-    """The settings in a description. Raises TypeError or ConfigError when they are none."""
-    return Routing(**{**info["routing"], NAMED_ANEW: None})
+    """The routing in a description, as it is written now or was before settings had routers.
+
+    An embedder isn't there: the user who loads the model names it, a file can't have one loaded.
+    Raises TypeError or ConfigError when it is none.
+    """
+    if not isinstance(info["routing"], dict):
+        raise TypeError(f"routing is {shortened(info['routing'])}")
+    routing = Routing(**translated(info["routing"]))
+    choice_of(routing.router)
+    return routing
 
 
 def routing_record(routing: Routing) -> dict[str, Any]:
     """What a description says of `routing`: all but the embedder."""
-    return {key: value for key, value in asdict(routing).items() if key != NAMED_ANEW}
+    return {"router": routing.router, "k": routing.k, "kernel": routing.kernel}
 
 
 def _check_experts(info: Mapping[str, Any]) -> None:
@@ -172,31 +189,33 @@ class SavedTensors(Mapping[str, Tensor]):
     """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
+        """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
-        self._place = torch.full((count,), -1)
-        self._place[list(left)] = torch.arange(len(left))
-        self._rows = {}  # by site, where experts that act there were removed
-        gone = set()
+        self._place = renumbered(torch.tensor(left), count)
+        self._are_all = len(left) == count
+        names = dict.fromkeys(name for segment in segments for name in segment.tensors)
+        split = [(kind, site) for kind, _, site in (name.partition(".") for name in names)]
+        gone = {
+            site
+            for kind, site in split
+            if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
+        }
         self._stacked = declared().tensors
         scales = {name + SCALE for name in self._stacked}
-        names = [name for name in self._all_names() if name.partition(".")[0] not in scales]
-        for name in names:
-            kind, _, site = name.partition(".")
-            if kind == "experts" and len(left) < count:
-                stay = (self._place[self._counted(name)] >= 0).nonzero().flatten()
-                self._rows[site] = stay
-                if not len(stay):
-                    gone.add(site)
-        parts = [(kind, site) for kind, _, site in (n.partition(".") for n in names)]
-        parts = [(kind, site) for kind, site in parts if site not in gone]
+        parts = [(k, site) for k, site in split if k not in scales and site not in gone]
+        self._kinds: dict[str, list[str]] = {}  # of tensors at each site
+        for kind, site in parts:
+            self._kinds.setdefault(site, []).append(kind)
         plain = ("A", "B")  # of a stack of plain LoRAs, which has these whichever are left
         mixed = {site for kind, site in parts if kind in self._stacked and kind not in plain}
-        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its stack, by name
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its tensors, by kind
         self._names: dict[str, None] = {}
         for kind, site in parts:
-            # Which tensors a stack of several kinds has depends on the experts that are left.
-            held = self._stack(site) if kind in self._stacked and site in mixed else (kind,)
+            held = [kind]
+            if kind in self._stacked and site in mixed:
+                # Which tensors a stack of several kinds has depends on the experts that are left.
+                held = [name for name in self._site(site) if name in self._stacked]
             self._names |= {f"{name}.{site}": None for name in held}
         self._latest = ("", {})
 
@@ -213,38 +232,32 @@ class SavedTensors(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         kind, _, site = name.partition(".")
-        if kind in self._stacked:
-            return self._stack(site)[kind]
         if name == OWNED or kind == "experts":
             place = self._place[self._counted(name)]
             return place[place >= 0]
-        tensor = self._joined(name)
-        if kind == "lookup" and not name.startswith(VOTES):
-            owners = self._counted(OWNED) if OWNED in self._names else slice(None)
-            return tensor[self._place[owners] >= 0]
-        return take_rows(tensor, self._rows[site]) if site in self._rows else tensor
+        if kind != "lookup":
+            return self._site(site)[kind]
+        tensor = joined([s.tensors[name] for s in self._segments if name in s.tensors])
+        owners = self._counted(OWNED) if OWNED in self._names else slice(None)
+        return tensor[self._place[owners] >= 0]
 
-    def _all_names(self) -> dict[str, None]:
-        return dict.fromkeys(name for segment in self._segments for name in segment.tensors)
-
-    def _stack(self, site: str) -> dict[str, Tensor]:
+    def _site(self, site: str) -> dict[str, Tensor]:
+        """The tensors at `site` but "experts", joined as those of a model in memory are."""
         if self._latest[0] != site:
-            stacks = []
+            parts = []
             for segment in self._segments:
                 file = segment.tensors
-                if f"experts.{site}" not in file:
-                    continue
-                names = (kind for kind in self._stacked if f"{kind}.{site}" in file)
-                held = {kind: dequantised(file, f"{kind}.{site}") for kind in names}
-                stacks.append(SiteStack.of(held, file[f"experts.{site}"]))
-            stack = joined_stacks(stacks)
-            if site in self._rows:
-                stack = kept_stack(stack, self._rows[site])
-            self._latest = (site, stack.tensors())
+                if f"experts.{site}" in file:
+                    kinds = [kind for kind in self._kinds[site] if f"{kind}.{site}" in file]
+                    held = {kind: dequantised(file, f"{kind}.{site}") for kind in kinds}
+                    state = {k: held[k] for k in kinds if k not in (*self._stacked, "experts")}
+                    experts = held["experts"] + segment.first
+                    parts.append(SitePart(SiteStack.of(held, experts), state))
+            part = joined_parts(parts)
+            if not self._are_all:
+                part = kept_part(part, self._place) or part
+            self._latest = (site, {**part.stack.tensors(), **part.state})
         return self._latest[1]
-
-    def _joined(self, name: str) -> Tensor:
-        return joined([s.tensors[name] for s in self._segments if name in s.tensors])
 
     def _counted(self, name: str) -> Tensor:
         """Indices of experts, those of each segment counting on from the segment before."""
@@ -265,27 +278,48 @@ class SavedModel:
 
     @property
     def base(self) -> BaseReference:
+        """The base it was made of."""
         return base_in(self.info)
 
     @property
     def routing(self) -> Routing:
+        """How it chooses experts."""
         return routing_in(self.info)
 
     @property
     def records(self) -> list[dict[str, Any]]:
+        """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
+
+    def stack(self, site: str) -> SiteStack:
+        """The experts' modules at `site`."""
+        held = self.tensors
+        stored = {
+            kind: held[f"{kind}.{site}"] for kind in declared().tensors if f"{kind}.{site}" in held
+        }
+        return SiteStack.of(stored, held[f"experts.{site}"])
+
+    @property
+    def tables(self) -> Tables:
+        """What its prompt router knows of the experts, if it has one."""
+        begin = "lookup."
+        held = {n.removeprefix(begin): self.tensors[n] for n in self.tensors if n.startswith(begin)}
+        return Tables(self.names, held, self.info.get("lookup", {}))
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
+        """Where at least one of them acts."""
         begin = "experts."
         return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
 
     @cached_property
     def tensors(self) -> SavedTensors:
+        """All tensors of the experts that are left."""
         return SavedTensors(self.segments, self.left)
 
 
@@ -324,6 +358,8 @@ def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
 
 
 class _Entry(NamedTuple):
+    """A file of a saved model as its description names it."""
+
     file: str
     sha256: str
     experts: int
@@ -367,16 +403,13 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, router: Router) -> _
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
     known_names = {*tensors_of_sites(), *router.form}
+    prompt_form = router.prompt_form if isinstance(router, ByPrompt) else {}
     lookup = {}
     for name in file:
         kind, _, site = name.partition(".")
-        if kind == "lookup" and site in router.lookup_form:
+        if kind == "lookup" and site in prompt_form:
             lookup[site] = file[name]
             continue
-        if name.startswith(VOTES):
-            kind, site = "votes", name.removeprefix(VOTES)
-        elif kind == "votes":
-            kind = ""
         if kind not in known_names or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
@@ -387,9 +420,9 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, router: Router) -> _
         sites[site] = check_tensors(
             f"{file.path}, {site}", held, experts, sites.get(site, {}), router.form
         )
-    if not router.lookup_form:
+    if not prompt_form:
         return _Sizes(sites, known.lookup)
-    found = check_lookup(str(file.path), lookup, experts, known.lookup, router.lookup_form)
+    found = check_lookup(str(file.path), lookup, experts, known.lookup, prompt_form)
     return _Sizes(sites, found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +12,12 @@ import pytest
 import torch
 
 from mixed_by_hand import adding
-from phatgoose.base.loading import load_base
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
+from phatgoose.routing.routers.prompt_router import Tables
 from phatgoose.routing.routers.retrieval import Retriever
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
@@ -37,9 +35,9 @@ from topic_prompts import (
     batch_of,
     both_streams,
     by_single,
-    experts_of,
     owner,
     passed,
+    read_by,
     retrieving,
 )
 from toy_embedders import toy_embed
@@ -57,28 +55,34 @@ def test_the_prompts_of_these_tests_ask_for_all_experts(llama_pool):
 
 
 @retrieving
-def test_copies_of_all_others_win_no_more_than_two_experts_worth(llama):
+def test_copies_of_all_others_win_no_more_than_two_experts_worth():
     rows = torch.nn.functional.normalize(torch.randn(4, 8, 64, generator=_seeded(0)), dim=-1)
     copied = torch.cat([rows.flatten(0, 1), rows.flatten(0, 1)])  # expert 0 has them all, and first
     owners = torch.cat([torch.zeros(32).long(), torch.arange(1, 5).repeat_interleave(8)])
-    reader = Retriever(copied, owners, DEFAULT_EMBEDDER, llama.tokenizer)
+    reader = retriever_of(copied, owners)
     queries = rows.flatten(0, 1) + 0.01 * torch.randn(32, 64, generator=_seeded(1))
     for k in (1, 2):
         reader.k = k
-        first = reader.nearest_to(queries).experts[:, 0]
+        first = reader.choice(reader.scores(queries)).experts[:, 0]
         assert int((first == 0).sum()) <= 16
         assert torch.equal(first[first > 0], owners[32:][first > 0])
 
 
 @retrieving
-def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike(llama):
+def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike():
     rows = torch.nn.functional.normalize(torch.randn(18, 64, generator=_seeded(0)), dim=-1)
     owners = torch.tensor([0] * 8 + [1] * 4 + [2] * 6)
-    reader = Retriever(rows, owners, DEFAULT_EMBEDDER, llama.tokenizer)
-    assert reader.nearest_to(rows).experts[:, 0].tolist() == owners.tolist()
+    reader = retriever_of(rows, owners)
+    assert reader.scores(rows).argmax(dim=1).tolist() == owners.tolist()
     longer = torch.cat([owners, torch.full((40,), 3)])
-    flooded = Retriever(torch.cat([rows, rows[:1].expand(40, -1)]), longer, "e", llama.tokenizer)
-    assert len(flooded.tensors()["lookup.embeddings"]) == 58  # a pool that grows has new bounds
+    flooded = retriever_of(torch.cat([rows, rows[:1].expand(40, -1)]), longer)
+    assert len(flooded.rows) == 18 + 14
+    assert len(flooded.tables.saved()["lookup.embeddings"]) == 58  # one that grows has new bounds
+
+
+def retriever_of(rows: torch.Tensor, owners: torch.Tensor) -> Retriever:
+    tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners})
+    return Retriever(tables, DEFAULT_EMBEDDER)
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -102,9 +106,7 @@ def test_rows_without_a_mask_and_single_rows_are_read_too(base, pool):
     alone = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
     got = [logits_of(model, row) for row in alone]
     padded = logits_of(model, ids)
-    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
-        int(name[1]) for name in OWNERS
-    ]
+    assert read_by(model) == [int(name[1]) for name in OWNERS]
     assert padded.shape[0] == len(PROMPTS)
     detach(model)
     wanted = by_single(base, pool, OWNERS, lambda model, i: logits_of(model, alone[i]))
@@ -159,7 +161,7 @@ def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
 def test_choices_are_ranked_by_the_expert_of_the_input(
     base, kind, pool, budget, alone, form, owners
 ):
-    model = compose(with_embeddings(pool, form), base, router="retrieval", retrieval_form=form)
+    model = compose(with_embeddings(pool, form), base, router=f"retrieval:form={form}")
     (score,) = evaluate(model, CHOOSING, token_budget=budget).scores
     single = alone(kind, CHOOSING, owners)
     for i, prediction in enumerate(score.predictions):
@@ -225,33 +227,9 @@ def test_an_expert_adds_nothing_where_it_does_not_act(llama, make_expert):
 
 
 @retrieving
-@both_streams
-def test_saved_and_loaded_it_finds_the_same_experts(base, pool, tmp_path):
-    model = compose_by("retrieval", pool, base)
-    scores = evaluate(model, CHOOSING).scores
-    save(model, tmp_path / "routed")
-    loaded = load(tmp_path / "routed", dtype="float32")
-    assert evaluate(loaded, CHOOSING).scores == scores
-    lookup, kept = composition_of(model).lookup, composition_of(loaded).lookup
-    assert kept.embedder == lookup.embedder == DEFAULT_EMBEDDER
-    assert torch.equal(kept.owners, lookup.owners)
-    with pytest.raises(ConfigError, match="tokenizer"):
-        load(tmp_path / "routed", load_base(base.id, dtype="float32").model)
-
-
-def test_experts_without_embeddings_are_named(llama, llama_pool):
-    some = with_embeddings(llama_pool).experts
-    pool = Pool((*some[:2], replace(some[2], embeddings=None), some[3]))
-    with pytest.raises(PoolError, match=r"'e2' has no embeddings: run 'phatgoose measure'"):
-        compose(pool, llama, router="retrieval")
-    with pytest.raises(PoolError, match=r"Experts 'e0', .* have no embeddings"):
-        compose(llama_pool, llama, router="retrieval")
-
-
-@retrieving
 def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool, "paper")
-    model = compose(pool, llama, router="retrieval", retrieval_form="paper")
+    model = compose(pool, llama, router="retrieval:form=paper")
     scores = evaluate(model, CHOOSING).scores
     with pytest.raises(RoutingError, match="embeds answer choices, which a prompt alone doesn't"):
         passed(llama, model, *batch_of(llama, PROMPTS))
@@ -260,70 +238,20 @@ def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool
     assert evaluate(loaded, CHOOSING).scores == scores
 
 
-@pytest.mark.parametrize("router", ["retrieval", "centroid", "glider", "joint-discriminant"])
-def test_embeddings_of_another_form_are_refused_with_the_command_that_mends_it(
-    llama, llama_pool, router
-):
-    pool = with_embeddings(llama_pool, "paper")
-    old = Pool(tuple(replace(e, info=replace(e.info, embedding_form=None)) for e in pool.experts))
-    for each in (pool, old):  # experts made before the form was recorded have the paper's
-        with pytest.raises(PoolError, match=r"'e0' has embeddings of .*paper.*phatgoose measure"):
-            compose(each, llama, router=router)
-    with pytest.raises(PoolError, match=r"'e0' has embeddings of prompts .*--embedding-form paper"):
-        compose(with_embeddings(llama_pool), llama, router="retrieval", retrieval_form="paper")
-
-
-@pytest.mark.parametrize("router", ["retrieval", "centroid", "joint-discriminant"])
-def test_a_saved_model_with_embeddings_of_another_form_is_refused(
-    llama, llama_pool, tmp_path, toy_embedder, router
-):
-    save(compose(with_embeddings(llama_pool), llama, router=router), tmp_path / "routed")
-    detach(llama.model)
-    record = tmp_path / "routed" / "routed.json"
-    content = json.loads(record.read_text())
-    assert content["lookup"].pop("embedding_form") == "prompt"  # as before it was recorded
-    record.write_text(json.dumps(content))
-    with pytest.raises(RoutingError, match=r"embeddings are inputs behind .*phatgoose measure"):
-        load(tmp_path / "routed", llama)
-
-
-def test_embeddings_of_several_embedders_are_refused(llama, llama_pool):
-    some = with_embeddings(llama_pool).experts
-    other = replace(some[1], info=replace(some[1].info, embedder="other/embedder"))
-    with pytest.raises(PoolError, match=r"several embedders.*other/embedder"):
-        compose(Pool((some[0], other)), llama, router="retrieval")
-
-
-def test_embeddings_of_an_unknown_embedder_are_refused(llama, llama_pool):
-    some = with_embeddings(llama_pool).experts
-    unknown = tuple(replace(e, info=replace(e.info, embedder=None)) for e in some)
-    with pytest.raises(PoolError, match="embedder"):
-        compose(Pool(unknown), llama, router="retrieval")
-
-
-def test_embeddings_of_several_sizes_are_refused(llama, llama_pool):
-    some = with_embeddings(llama_pool).experts
-    short = replace(some[1], embeddings=some[1].embeddings[:, :8])
-    with pytest.raises(PoolError, match="embedding"):
-        compose(Pool((some[0], short)), llama, router="retrieval")
-
-
 @retrieving
 def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llama_pool):
     some = with_embeddings(llama_pool).experts
     long = Pool((*some[:2], replace(some[2], embeddings=10 * some[2].embeddings), some[3]))
     model = compose(long, llama, router="retrieval")
     passed(llama, model, *batch_of(llama, PROMPTS))
-    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
-        int(name[1]) for name in OWNERS
-    ]
+    assert read_by(model) == [int(name[1]) for name in OWNERS]
 
 
 @retrieving
 @both_streams
 @pytest.mark.parametrize("pad", [pad_left, pad_right])
 def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base, pool, pad):
-    model = compose_by("retrieval", pool, base, input_k=3, input_temperature=0.3)
+    model = compose_by("retrieval", pool, base, k=3, temperature=0.3)
     rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
     got = passed(base, model, ids, mask)
@@ -342,12 +270,6 @@ def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base,
             alone = torch.tensor([row])
             wanted.append(passed(base, base.model, alone, torch.ones_like(alone)))
     assert_same_logits(got, torch.cat(wanted))
-
-
-def test_more_experts_an_input_than_there_are_is_told(llama, llama_pool, toy_embedder):
-    with pytest.warns(UserWarning, match="input_k is 9, but the pool has 4 experts"):
-        model = compose_by("retrieval", llama_pool, llama, input_k=9)
-    assert experts_of(composition_of(model).lookup, PROMPTS).experts.shape == (5, 4)
 
 
 def has(package: str) -> bool:
@@ -386,6 +308,4 @@ def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama, l
         "e2": "Are apples good for you?",
     }
     passed(llama, model, *batch_of(llama, prompts.values()))
-    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
-        int(name[1]) for name in prompts
-    ]
+    assert read_by(model) == [int(name[1]) for name in prompts]

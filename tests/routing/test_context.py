@@ -1,22 +1,25 @@
-"""Routers that read prompts: when they read, and what they can't read."""
+"""Which experts act on each row: announced or read, kept with caches, refused."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from threading import Thread
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from phatgoose.base.blocks import prompt_stack
 from phatgoose.base.token_masks import cache_argument
 from phatgoose.errors import ConfigError, EvaluationError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import announcing, composition_of
-from phatgoose.routing.routers.prompt_router import PromptReader
+from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.routing.context import NOBODY, Choice, RoutingContext, base_alone
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.routers.router import Mixtures
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
@@ -27,8 +30,156 @@ from topic_prompts import (
     both_streams,
     by_single,
     passed,
+    read_by,
     retrieving,
+    tokens_of,
 )
+
+
+def choice_of(*rows: dict[int, float]) -> Choice:
+    """A choice written out: the experts of each row and their weights."""
+    return Choice(
+        torch.tensor([list(row) for row in rows]), torch.tensor([[*row.values()] for row in rows])
+    )
+
+
+def test_choices_are_taken_apart_joined_and_named():
+    found = choice_of({3: 0.7, 1: 0.3}, {0: 0.6, 3: 0.4})
+    again = Choice.joined(found.each())
+    assert torch.equal(again.experts, found.experts)
+    assert torch.equal(again.weights, found.weights)
+    assert torch.equal(found.of([1, 0]).experts, found.experts[[1, 0]])
+    assert choice_of({3: 0.75, 1: 0.25}).named("abcd") == [{"d": 0.75, "b": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "lone"),
+    [
+        (Choice.alone(torch.tensor([2, 0])), [2, 0]),
+        (Choice.alone(torch.tensor([2, NOBODY])), None),
+        (choice_of({2: 0.5}), None),
+        (choice_of({2: 1.0, 1: 0.0}), None),
+    ],
+)
+def test_lone_experts_are_those_of_weight_one(choice, lone):
+    found = choice.lone()
+    assert (None if found is None else found.tolist()) == lone
+
+
+def site_of(experts: list[int], *rows: dict[int, float]) -> ChosenExperts:
+    """The router of a site where these of four experts act, with the choice of a batch."""
+    context = RoutingContext(PromptRouter(Tables(("e0", "e1", "e2", "e3"))))
+    context.use(choice_of(*rows) if rows else None)
+    return ChosenExperts(torch.tensor(experts), 4, context)
+
+
+def test_tokens_belong_to_the_rows_in_turn():
+    decision = site_of([0, 2, 3], {3: 1.0}, {1: 1.0}, {0: 1.0})(torch.zeros(6, 5))
+    assert decision.experts[:, 0].tolist()[:2] == [2, 2]  # e3 is the third of this site
+    assert decision.experts[:, 0].tolist()[4:] == [0, 0]
+    assert decision.weights[:, 0].tolist() == [1, 1, 0, 0, 1, 1]  # e1 isn't here
+    one = site_of([0, 1], {1: 1.0})(torch.zeros(7, 5))  # one row serves any number of tokens
+    assert one.experts[:, 0].tolist() == [1] * 7
+    assert site_of([0, 1], {1: 1.0})(torch.zeros(0, 5)).experts.shape == (0, 1)
+
+
+def test_several_experts_of_a_row_act_with_its_weights():
+    router = site_of([0, 2, 3], {3: 0.7, 1: 0.3}, {0: 0.6, 3: 0.4})
+    decision = router(torch.zeros(4, 5))
+    assert decision.experts[:, 0].tolist() == [2, 2, 0, 0]
+    absent = torch.tensor([[0.7, 0], [0.7, 0], [0.6, 0.4], [0.6, 0.4]])  # e1 isn't here
+    assert torch.equal(decision.weights, absent)
+    spread = torch.tensor([[0, 0, 0.7], [0, 0, 0.7], [0.6, 0, 0.4], [0.6, 0, 0.4]])
+    assert torch.equal(router.distribution(torch.zeros(4, 5)), spread)
+    # One that is absent takes nothing from the first of the site.
+    few = site_of([0, 2], {0: 0.7, 1: 0.3}).distribution(torch.zeros(1, 5))
+    assert few.tolist() == [[pytest.approx(0.7), 0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{1: 1.0}, {0: 1.0}, {1: 1.0}], "7 tokens can't be shared out to 3 inputs"),
+        ([], "Nothing has told the router"),
+    ],
+)
+def test_tokens_that_belong_to_no_row_are_told(rows, told):
+    with pytest.raises(RoutingError, match=told):
+        site_of([0, 1], *rows)(torch.zeros(7, 5))
+
+
+def test_a_batch_is_that_of_its_thread_and_of_no_copy():
+    context, seen = site_of([0], {1: 1.0}).context, []
+    other = Thread(target=lambda: seen.append(context.choice))
+    other.start()
+    other.join()
+    assert seen == [None]
+    assert context.choice.experts.tolist() == [[1]]
+    assert pickle.loads(pickle.dumps(context)).choice is None
+
+
+@pytest.mark.parametrize("wants_routed", [detach, composition_of, lambda m: record(m).__enter__()])
+def test_a_plain_model_is_not_routed(llama, wants_routed):
+    with routing_for(llama.model, [[1, 2]], task="any") as before_pass:
+        before_pass([0])  # it may be announced to all the same
+    with pytest.raises(RoutingError, match="not routed"):
+        wants_routed(llama.model)
+
+
+def test_random_routing_starts_anew_for_each_task(llama, llama_mixed):
+    pool = llama_mixed.select(["ia32", "bottleneck3", "biased1"])
+    model, ids, got = compose(pool, llama, router="random", k=1), make_ids(), []
+    for _ in range(2):
+        with routing_for(model, [], task="task"):
+            got.append(logits_of(model, ids))
+    assert torch.equal(*got)
+    with routing_for(model, []):  # no task begins
+        assert not torch.equal(logits_of(model, ids), got[0])
+
+
+@retrieving
+@both_streams
+def test_announced_prompts_are_those_of_the_passes(base, pool):
+    model = compose_by("retrieval", pool, base)
+    ids, mask = batch_of(base, PROMPTS)
+    wanted = passed(base, model, ids, mask)
+    with routing_for(model, tokens_of(model, PROMPTS)) as before_pass:
+        cut = mask.clone()
+        assert read_by(model) == [int(name[1]) for name in OWNERS]
+        assert_same_logits(passed(base, model, ids, cut), wanted)
+        before_pass([3])
+        assert read_by(model) == [3]
+        answer = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        other = batch_of(base, PROMPTS[:1])[0]
+        got = model.generate(other, attention_mask=torch.ones_like(other), **answer)
+        assert read_by(model) == [3]  # what passes meanwhile isn't read
+    detach(model)
+    (by_third,) = by_single(
+        base,
+        pool,
+        ("e3",),
+        lambda m, _: m.generate(other, attention_mask=torch.ones_like(other), **answer),
+    )
+    assert torch.equal(got, by_third)
+
+
+@both_streams
+@torch.no_grad()
+def test_the_base_is_alone_while_it_is_read(base, pool):
+    ids, _ = batch_of(base, PROMPTS[:1])
+    hidden = prompt_stack(base.model)(input_ids=ids)[0]
+    model = compose(pool, base, router="discriminant")
+    context = composition_of(model).context
+    context.use(Choice.alone(torch.tensor([3])))
+    with record(model) as recording, base_alone(model):
+        assert torch.equal(prompt_stack(model)(input_ids=ids)[0], hidden)
+    assert not recording.weights  # nobody watches either
+    assert context.choice.experts.tolist() == [[3]]  # as before
+    assert not torch.equal(prompt_stack(model)(input_ids=ids)[0], hidden)
+    context.use(None)
+    detach(model)
+    with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
+        base_alone(compose(pool, base)).__enter__()
 
 
 @retrieving
@@ -38,9 +189,7 @@ def test_the_next_batch_has_its_own_experts(base, pool):
     for texts in (PROMPTS[:2], PROMPTS[2:], PROMPTS[:1]):
         passed(base, model, *batch_of(base, texts))
         owners = OWNERS[PROMPTS.index(texts[0]) :][: len(texts)]
-        assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
-            int(name[1]) for name in owners
-        ]
+        assert read_by(model) == [int(name[1]) for name in owners]
 
 
 @retrieving
@@ -49,12 +198,12 @@ def test_tokens_after_a_cached_prompt_keep_its_experts(base, pool):
     model = compose_by("retrieval", pool, base)
     ids, mask = batch_of(base, PROMPTS)
     whole = logits_of(model, ids, attention_mask=mask)
-    owners = composition_of(model).lookup.mixtures.experts.flatten().tolist()
+    owners = read_by(model)
     longer = torch.cat([mask, torch.ones(len(ids), 3).long()], dim=1)
     cache = {cache_argument(model): DynamicCache(config=model.config)}
     first = logits_of(model, ids, attention_mask=mask, use_cache=True, **cache)
     logits_of(model, make_ids(len(ids), 3), attention_mask=longer, use_cache=True, **cache)
-    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == owners
+    assert read_by(model) == owners
     assert_same_logits(first, whole)
 
 
@@ -65,8 +214,8 @@ def test_after_an_evaluation_prompts_are_read_again(base, pool):
     wanted = passed(base, model, *batch_of(base, PROMPTS))
     evaluate(model, CHOOSING)
     assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
-    with announcing(model, "any", [[1, 2, 3]]) as before_pass:
-        before_pass([0])
+    with routing_for(model, [[1, 2, 3]]):
+        pass
     assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
 
 
@@ -84,9 +233,9 @@ def test_embedded_inputs_can_not_be_read(base, pool):
     embedded = model.get_input_embeddings()(make_ids(rows=2))
     with pytest.raises(RoutingError, match="pass input_ids"):
         model(inputs_embeds=embedded)
-    composition_of(model).lookup.serve(Mixtures.alone(torch.tensor([1, 3])))
+    composition_of(model).context.use(Choice.alone(torch.tensor([1, 3])))
     got = model(inputs_embeds=embedded).logits
-    composition_of(model).lookup.serve(None)
+    composition_of(model).context.use(None)
     detach(model)
     wanted = by_single(
         base, pool, ("e1", "e3"), lambda m, i: m(inputs_embeds=embedded[i : i + 1]).logits
@@ -102,7 +251,15 @@ def test_an_evaluation_that_fails_leaves_the_router_reading(llama, llama_pool):
     with pytest.raises(EvaluationError, match="not numbers"):
         evaluate(model, CHOOSING)
     assert logits_of(model, batch_of(llama, PROMPTS[:1])[0]).shape == wanted.shape
-    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [0]
+    assert read_by(model) == [0]
+
+
+def read_prompts_of(model) -> list:
+    """The prompts that `model` reads from now on, call by call."""
+    router, seen = composition_of(model).prompt_router, []
+    choose = router.choose
+    router.choose = lambda prompts, *a, **k: seen.append(prompts) or choose(prompts, *a, **k)
+    return seen
 
 
 def cache_in(output):
@@ -112,17 +269,17 @@ def cache_in(output):
 @retrieving
 def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
-    lookup = composition_of(model).lookup
+    context = composition_of(model).context
     filled = {}
     for place in (0, 1):
         ids, mask = batch_of(llama, PROMPTS[place : place + 1])
         out = model(ids, attention_mask=mask, use_cache=True)
-        filled[place] = cache_in(out), ids, lookup.mixtures.experts.tolist()
+        filled[place] = cache_in(out), ids, context.choice.experts.tolist()
     assert filled[0][2] != filled[1][2]
     for place in (0, 1):
         cache, ids, owners = filled[place]
         model(ids[:, -1:], **{cache_argument(model): cache}, use_cache=True)
-        assert lookup.mixtures.experts.tolist() == owners
+        assert context.choice.experts.tolist() == owners
 
 
 @retrieving
@@ -132,15 +289,13 @@ def test_a_cache_that_was_not_read_is_refused(llama, llama_pool):
     copied = copy.deepcopy(cache_in(model(ids, use_cache=True)))
     with pytest.raises(RoutingError, match="pass the whole prompt without a cache"):
         model(ids[:, -1:], **{cache_argument(model): copied})
-    assert copy.deepcopy(composition_of(model).lookup).mixtures is None  # copies begin anew
+    assert copy.deepcopy(composition_of(model).context).choice is None  # copies begin anew
 
 
 @retrieving
 def test_a_prompt_one_token_longer_is_read_anew(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
-    lookup, seen = composition_of(model).lookup, []
-    reads = lookup.find
-    lookup.find = lambda prompts: seen.append(prompts) or reads(prompts)
+    seen = read_prompts_of(model)
     ids, _ = batch_of(llama, PROMPTS[:1])
     model(ids[:, :-1])
     model(ids)
@@ -173,14 +328,14 @@ ASSISTED = {
 
 
 def reading(model, ids, **options):
-    """What `model` generates, the mixture it read, and the columns of its first pass."""
+    """What `model` generates, the choice it read, and the columns of its first pass."""
     columns, name = [], "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     look = model.register_forward_pre_hook(
         lambda _, args, given: columns.append(given[name].shape[1]), with_kwargs=True
     )
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
     look.remove()
-    return tokens, composition_of(model).lookup.mixtures, columns[0]
+    return tokens, composition_of(model).context.choice, columns[0]
 
 
 @retrieving
@@ -190,7 +345,7 @@ def reading(model, ids, **options):
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
     alone = copy.deepcopy(base.model)
-    model = compose_by(router, pool, base, input_k=k)
+    model = compose_by(router, pool, base, k=k)
     drafted = []
     for text in REPEATING:
         ids, _ = batch_of(base, [text])
@@ -207,7 +362,7 @@ def prompt_readers(pool, base):
     """The models of all routers that read prompts, by name."""
     for router in ROUTERS:
         model = compose_by(router, pool, base)
-        if isinstance(composition_of(model).lookup, PromptReader):
+        if composition_of(model).context and not composition_of(model).router.unserved:
             yield router, model
         detach(model)
 
@@ -218,14 +373,14 @@ def test_every_router_that_reads_prompts_says_what_it_can_not_read(llama, llama_
     names = []
     for router, model in prompt_readers(llama_pool, llama):
         names.append(router)
-        name = composition_of(model).lookup.name
+        name = composition_of(model).prompt_router.name
         with pytest.raises(RoutingError, match=f"{name} reads whole prompts.*logits_to_keep"):
             model(ids, logits_to_keep=3)
         with pytest.raises(RoutingError, match=f"{name} reads whole prompts.*first pass has 4"):
             model.generate(ids, prefill_chunk_size=4, **GREEDY)
         model(ids, logits_to_keep=1)  # what a plain generation asks for
         model.generate(ids, prefill_chunk_size=400, **GREEDY)
-    assert len(names) >= 9
+    assert len(names) >= 7
 
 
 @retrieving
@@ -234,7 +389,7 @@ def test_a_copy_reads_its_own_prompts(llama, llama_pool, copied):
     model = compose_by("retrieval", llama_pool, llama)
     twin, ids = copied(model), batch_of(llama, REPEATING[:1])[0]
     _, mixture, _ = reading(twin, ids, prompt_lookup_num_tokens=4)
-    assert composition_of(model).lookup.mixtures is None
+    assert composition_of(model).context.choice is None
     assert torch.equal(mixture.experts, reading(model, ids)[1].experts)
 
 
@@ -256,9 +411,7 @@ def test_a_second_turn_in_the_same_cache_may_be_drafted(llama, llama_pool):
 def test_a_generation_without_a_cache_reads_its_own_prompt(llama, llama_pool):
     """Also one that is the last prompt and one token more."""
     model = compose_by("retrieval", llama_pool, llama)
-    lookup, seen = composition_of(model).lookup, []
-    reads = lookup.find
-    lookup.find = lambda prompts: seen.append(prompts) or reads(prompts)
+    seen = read_prompts_of(model)
     ids, _ = batch_of(llama, PROMPTS[:1])
     for given in (ids[:, :-1], ids):
         model.generate(given, use_cache=False, max_new_tokens=1, do_sample=False)
@@ -266,7 +419,7 @@ def test_a_generation_without_a_cache_reads_its_own_prompt(llama, llama_pool):
 
 
 @retrieving
-@pytest.mark.parametrize("router", ["discriminant", "phatgoose-input", "logo", "retrieval"])
+@pytest.mark.parametrize("router", ["discriminant", "logo", "retrieval"])
 def test_a_model_may_draft_for_itself(llama, llama_pool, router):
     model = compose_by(router, llama_pool, llama)
     ids, _ = batch_of(llama, REPEATING[:1])

@@ -1,4 +1,4 @@
-"""PHATGOOSE among the experts that a prompt's discriminant, or its gates together, name."""
+"""PHATGOOSE among the experts that a prompt's discriminant names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.config import AFFINITIES
 from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.router import Mixtures
-from phatgoose.routing.routers.vector_router import standardise
+from phatgoose.routing.context import Choice
+from phatgoose.routing.routers.configs import AFFINITIES
+from phatgoose.routing.routers.phatgoose import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_ids, random
@@ -36,14 +36,13 @@ def by_hand(gates, u, shortlist, shares, k, prior) -> dict[int, float]:
 
 
 @both_streams
-@pytest.mark.parametrize("name", [NAME, "phatgoose-evidence"])
 @pytest.mark.parametrize("prior", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_gates_choose_within_each_rows_shortlist(base, pool, name, k, prior):
-    model = compose(pool, base, router=name, k=k, prior=prior)
+def test_gates_choose_within_each_rows_shortlist(base, pool, k, prior):
+    model = compose(pool, base, router=f"{NAME}:prior={prior}", k=k)
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
     shortlists = torch.tensor([[3, 0, 2], [1, 2, 0]])
-    composition_of(model).lookup.serve(Mixtures(shortlists, shares))
+    composition_of(model).context.use(Choice(shortlists, shares))
     for site, layer in composition_of(model).layers.items():
         u = random(6, layer.in_features)  # three tokens of each row
         decision = layer.router(u)
@@ -57,25 +56,21 @@ def test_gates_choose_within_each_rows_shortlist(base, pool, name, k, prior):
             assert got == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [NAME, "phatgoose-evidence"])
 @both_streams
-def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool, name):
+def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool):
     ids = make_ids(rows=3)
     wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=name, input_k=4, prior=0.0), ids)
+    got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=4,prior=0"), ids)
     assert_same_logits(got, wanted)
 
 
-@pytest.mark.parametrize(
-    ("name", "chooser"), [(NAME, "discriminant"), ("phatgoose-evidence", "phatgoose-input")]
-)
 @both_streams
-def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool, name, chooser):
+def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool):
     ids = make_ids(rows=3)
-    wanted = logits_of(compose(pool, base, router=chooser, input_k=1), ids)
+    wanted = logits_of(compose(pool, base, router="discriminant", k=1), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=name, input_k=1), ids)
+    got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=1"), ids)
     assert_same_logits(got, wanted)
 
 
@@ -90,11 +85,11 @@ def test_experts_absent_at_a_site_get_no_weight(llama, llama_pool):
     pool = Pool((without, *llama_pool.experts[1:]))
     model = compose(pool, llama, router=NAME, k=2)
     layer = composition_of(model).layers[site]
-    composition_of(model).lookup.serve(Mixtures(torch.tensor([[0, 2]]), torch.tensor([[0.9, 0.1]])))
+    composition_of(model).context.use(Choice(torch.tensor([[0, 2]]), torch.tensor([[0.9, 0.1]])))
     decision = layer.router(random(3, layer.in_features))
     assert decision.weights.tolist() == [[1.0, 0.0]] * 3
     assert decision.experts[:, 0].tolist() == [1] * 3  # e2, the second that acts there
-    composition_of(model).lookup.serve(Mixtures.alone(torch.tensor([0])))
+    composition_of(model).context.use(Choice.alone(torch.tensor([0])))
     assert not layer.router(random(3, layer.in_features)).weights.any()
     assert not layer.router.distribution(random(3, layer.in_features)).any()
 
@@ -104,8 +99,8 @@ def test_who_has_next_to_no_share_acts_where_the_first_does_not(llama, llama_poo
     modules = {site: llama_pool.experts[0].modules[site]}
     first = replace(llama_pool.experts[0], modules=modules)
     model = compose(Pool((first, *llama_pool.experts[1:])), llama, router=NAME, k=2)
-    alone = Mixtures(torch.tensor([[0, 2, 3]]), torch.tensor([[1.0, 0.0, 0.0]]))
-    composition_of(model).lookup.serve(alone)
+    alone = Choice(torch.tensor([[0, 2, 3]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    composition_of(model).context.use(alone)
     layer = composition_of(model).layers["model.layers.1.self_attn.q_proj"]
     decision = layer.router(random(3, layer.in_features))
     torch.testing.assert_close(decision.weights.sum(dim=-1), torch.ones(3))
@@ -114,8 +109,7 @@ def test_who_has_next_to_no_share_acts_where_the_first_does_not(llama, llama_poo
 
 def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
     model = compose(llama_pool, llama, router=NAME, k=1)
-    lookup = composition_of(model).lookup
-    lookup.serve(Mixtures(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.4]])))
+    composition_of(model).context.use(Choice(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.4]])))
     layer = next(iter(composition_of(model).layers.values()))
     shares = layer.router.distribution(random(5, layer.in_features))
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(5))
@@ -124,17 +118,16 @@ def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
 
 
 @pytest.mark.parametrize("affinity", AFFINITIES)
-@pytest.mark.parametrize("name", [NAME, "phatgoose-evidence"])
-def test_it_is_saved_with_what_its_affinity_needs(llama, llama_pool, tmp_path, name, affinity):
-    model, ids = compose(llama_pool, llama, router=name, affinity=affinity), make_ids(rows=2)
+def test_it_is_saved_with_what_its_affinity_needs(llama, llama_pool, tmp_path, affinity):
+    model, ids = compose(llama_pool, llama, router=f"{NAME}:affinity={affinity}"), make_ids(rows=2)
     wanted = logits_of(model, ids)
     save(model, tmp_path / "routed")
     detach(model)
     assert_same_logits(logits_of(load(tmp_path / "routed", llama), ids), wanted)
 
 
-@pytest.mark.parametrize(("name", "part"), [(NAME, "readings"), ("phatgoose-evidence", "gates")])
-def test_stand_ins_are_no_setting_of_it(llama, llama_pool, name, part):
+@pytest.mark.parametrize("part", ["readings", "gates"])
+def test_it_needs_both(llama, llama_pool, part):
     bare = Pool((replace(llama_pool.experts[0], **{part: {}}), *llama_pool.experts[1:]))
     with pytest.raises(PoolError, match=f"'e0' has no {part}"):
-        compose(bare, llama, router=name, stand_in=True)
+        compose(bare, llama, router=NAME)

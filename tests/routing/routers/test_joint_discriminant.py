@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from discriminants import gaussian_scores, scores_by_hand
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PLACES
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
-from routed_models import with_embeddings
-from tiny import assert_same_logits, logits_of, make_ids
+from phatgoose.routing.compose import compose
+from routed_models import text_of, with_embeddings
 from topic_prompts import PROMPTS, both_streams, retrieving, scores_of
 from toy_embedders import toy_embed
 
@@ -47,47 +41,13 @@ def embedding_scores(pool: Pool, text: str, **how: float) -> torch.Tensor:
     ],
 )
 def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
-    model = compose(with_embeddings(pool), base, router=NAME, **settings)
-    lookup = composition_of(model).lookup
-    got = scores_of(lookup, PROMPTS)
+    model = compose(with_embeddings(pool), base, router=text_of(NAME, **settings))
+    got = scores_of(model, PROMPTS)
     for row, text in enumerate(PROMPTS):
         read = scores_by_hand(base, pool, text, PLACES, (0, 1), shrinkage, 0.0)
         embedded = embedding_scores(pool, text, shrinkage=shrinkage)
         wanted = (1 - share) * read + share * embedded
         torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)
-
-
-def test_experts_join_and_leave(llama, llama_pool):
-    ids, pool = make_ids(rows=3), with_embeddings(llama_pool)
-    wanted = logits_of(compose(pool, llama, router=NAME, input_k=2), ids)
-    detach(llama.model)
-    model = compose(pool.select(["e0", "e1"]), llama, router=NAME, input_k=2)
-    add_experts(model, pool.select(["e2", "e3"]))
-    assert_same_logits(logits_of(model, ids), wanted)
-    remove_experts(model, ["e0"])
-    left = logits_of(model, ids)
-    detach(model)
-    rest = compose(pool.select(["e1", "e2", "e3"]), llama, router=NAME, input_k=2)
-    assert_same_logits(left, logits_of(rest, ids))
-
-
-def test_a_saved_model_is_the_same(llama, llama_pool, tmp_path):
-    model = compose(with_embeddings(llama_pool), llama, router=NAME, embedding_share=0.7)
-    wanted = scores_of(composition_of(model).lookup, PROMPTS)
-    save(model, tmp_path / "routed")
-    detach(model)
-    again = load(tmp_path / "routed", llama)
-    assert torch.equal(scores_of(composition_of(again).lookup, PROMPTS), wanted)
-
-
-def test_a_folder_that_names_no_embedder_is_refused(llama, llama_pool, tmp_path):
-    save(compose(with_embeddings(llama_pool), llama, router=NAME), tmp_path / "routed")
-    detach(llama.model)
-    record = tmp_path / "routed" / "routed.json"
-    kept = json.loads(record.read_text())
-    record.write_text(json.dumps({**kept, "lookup": {}}))
-    with pytest.raises(RoutingError, match=r"joint-discriminant needs lookup\.embedder"):
-        load(tmp_path / "routed", llama)
 
 
 def test_experts_that_lack_either_are_named(llama, llama_pool):
@@ -102,6 +62,6 @@ def test_experts_that_lack_either_are_named(llama, llama_pool):
 def test_a_strangers_embedder_must_be_named(llama, llama_pool):
     experts = with_embeddings(llama_pool).experts
     other = [replace(e, info=replace(e.info, embedder="them/theirs")) for e in experts]
-    with pytest.raises(ConfigError, match="--retrieval-embedder"):
+    with pytest.raises(ConfigError, match="--embedder"):
         compose(Pool(tuple(other)), llama, router=NAME)
-    compose(Pool(tuple(other)), llama, router=NAME, retrieval_embedder="them/theirs")
+    compose(Pool(tuple(other)), llama, router=NAME, embedder="them/theirs")

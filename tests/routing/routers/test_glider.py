@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 from oracle import EPS
-from phatgoose.config import Routing
-from phatgoose.errors import ConfigError, PoolError, RoutingError
-from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.errors import PoolError, RoutingError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved, save_pool
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
-from tiny import assert_same_logits, logits_of, make_ids, random
-from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, retrieving
+from tiny import assert_same_logits, logits_of, random
+from topic_prompts import PROMPTS, both_streams, experts_of, passed, retrieving
 from toy_embedders import toy_embed
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
@@ -47,8 +41,7 @@ def logits_by_hand(pool, u: Tensor, text: str, scale: float) -> dict[int, float]
 
 
 def serve(model, texts) -> None:
-    lookup = composition_of(model).lookup
-    lookup.serve(experts_of(lookup, texts))
+    composition_of(model).context.use(experts_of(model, texts))
 
 
 @retrieving
@@ -56,9 +49,9 @@ def serve(model, texts) -> None:
     ("options", "k", "scale", "temperature"),
     [
         ({}, 2, 3.0, 1.0),
-        ({"k": 3, "glider_lambda": 0.5}, 3, 0.5, 1.0),
-        ({"router_temperature": 2.0}, 2, 3.0, 2.0),
-        ({"k": 1, "glider_lambda": 100.0}, 1, 100.0, 1.0),
+        ({"k": 3, "weight": 0.5}, 3, 0.5, 1.0),
+        ({"temperature": 2.0}, 2, 3.0, 2.0),
+        ({"k": 1, "weight": 100.0}, 1, 100.0, 1.0),
     ],
 )
 def test_experts_and_weights_follow_the_formula(llama, uneven, options, k, scale, temperature):
@@ -84,16 +77,16 @@ def test_without_a_lambda_it_is_phatgoose(base, pool):
     ids = torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]])
     wanted = logits_of(compose(pool, base), ids)
     detach(base.model)
-    assert_same_logits(logits_of(compose_by("glider", pool, base, glider_lambda=0.0), ids), wanted)
+    assert_same_logits(logits_of(compose_by("glider", pool, base, weight=0.0), ids), wanted)
 
 
 @retrieving
 @both_streams
 def test_with_a_large_lambda_it_is_the_nearest_centroids_expert(base, pool):
     ids = torch.tensor([base.tokenizer(PROMPTS[2])["input_ids"]])
-    wanted = logits_of(compose_by("centroid", pool, base, input_k=1), ids)
+    wanted = logits_of(compose_by("centroid", pool, base, k=1), ids)
     detach(base.model)
-    model = compose_by("glider", pool, base, k=1, glider_lambda=1e4)
+    model = compose_by("glider", pool, base, k=1, weight=1e4)
     assert_same_logits(logits_of(model, ids), wanted)
 
 
@@ -111,50 +104,9 @@ def test_padding_on_either_side_and_company_change_nothing(base, pool):
 
 
 @retrieving
-@both_streams
-def test_beams_are_those_of_each_prompt_alone(base, pool):
-    model = compose_by("glider", pool, base)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
-    pad = pad_right if base.is_encoder_decoder else pad_left
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
-    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
-    got = model.generate(ids, attention_mask=mask, **options)[:, -6:]
-    for row, answer in zip(rows, got, strict=True):
-        alone = torch.tensor([row])
-        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
-        assert torch.equal(answer, wanted[0, -6:])
-
-
-@retrieving
-def test_it_is_saved_grows_and_shrinks(llama, llama_pool, tmp_path):
-    pool, ids = with_embeddings(llama_pool), make_ids(rows=2)
-    whole = compose(pool, llama, router="glider", glider_lambda=2.0)
-    wanted, scores = logits_of(whole, ids), evaluate(whole, CHOOSING).scores
-    detach(whole)
-    model = compose(pool.select(["e0", "e1"]), llama, router="glider", glider_lambda=2.0)
-    add_experts(model, pool.select(["e2", "e3"]))
-    assert torch.equal(logits_of(model, ids), wanted)
-    save(model, tmp_path / "routed")
-    detach(model)
-    loaded = load(tmp_path / "routed", llama)
-    assert torch.equal(logits_of(loaded, ids), wanted)
-    assert evaluate(loaded, CHOOSING).scores == scores
-    remove_experts(loaded, ["e1"])
-    smaller = logits_of(loaded, ids)
-    detach(loaded)
-    folder, routing = tmp_path / "grown", Routing(router="glider", glider_lambda=2.0)
-    save_pool(pool.select(["e0", "e1"]), folder, llama, routing=routing)
-    add_to_saved(folder, pool.select(["e2", "e3"]))
-    remove_from_saved(folder, ["e1"])
-    assert torch.equal(logits_of(load(folder, llama), ids), smaller)
-
-
-@retrieving
-def test_it_needs_gates_embeddings_and_the_papers_affinity(llama, llama_pool):
+def test_it_needs_gates_and_embeddings(llama, llama_pool):
     with pytest.raises(PoolError, match=r"Experts 'e0', .* have no embeddings"):
         compose(llama_pool, llama, router="glider")
-    with pytest.raises(ConfigError, match="router glider can only be standardised"):
-        compose(with_embeddings(llama_pool), llama, router="glider", affinity="raw")
     model = compose_by("glider", llama_pool, llama)
     with pytest.raises(RoutingError, match="Nothing has told the router"):
         composition_of(model).layers[SITE].router(random(2, 32))

@@ -9,16 +9,11 @@ from torch import Tensor
 from mixed_by_hand import adding, logits_by_hand
 from mixed_experts import make_kind
 from phatgoose.errors import ConfigError, PoolError, RoutingError
-from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from phatgoose.tasks.batching import pad_left, pad_right
-from tiny import assert_same_logits, logits_of, make_ids
-from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, scores_of
+from tiny import assert_same_logits, logits_of
+from topic_prompts import PROMPTS, both_streams, experts_of, passed, scores_of
 
 LAST_QUERY = {
     "llama": "model.layers.1.self_attn.q_proj",
@@ -47,7 +42,7 @@ def shares(base, pool: Pool, site: str, text: str, k: int) -> dict[str, float]:
 
 
 def found(model, text: str, names) -> dict[str, float]:
-    mixtures = experts_of(composition_of(model).lookup, [text])
+    mixtures = experts_of(model, [text])
     (experts,), (weights,) = mixtures.experts.tolist(), mixtures.weights.tolist()
     return {names[z]: w for z, w in zip(experts, weights, strict=True)}
 
@@ -56,7 +51,7 @@ def found(model, text: str, names) -> dict[str, float]:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_experts_and_weights_are_those_of_the_released_code(base, kind, pool, k):
     wanted = [shares(base, pool, LAST_QUERY[kind], text, k) for text in PROMPTS]
-    model = compose(pool, base, router="logo", input_k=k)
+    model = compose(pool, base, router="logo", k=k)
     for text, expected in zip(PROMPTS, wanted, strict=True):
         assert found(model, text, pool.names) == pytest.approx(expected, abs=1e-5)
     assert k == 4 or len({tuple(each) for each in wanted}) > 1
@@ -71,8 +66,8 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
     for text in PROMPTS:
         logits_of(llama.model, torch.tensor([llama.tokenizer(text)["input_ids"]]))
     handle.remove()
-    model = compose(llama_pool, llama, router="logo", logo_reads="site")
-    got = scores_of(composition_of(model).lookup, PROMPTS)
+    model = compose(llama_pool, llama, router="logo:reads=site")
+    got = scores_of(model, PROMPTS)
     for u, scores in zip(seen, got, strict=True):
         for expert, score in zip(llama_pool.experts, scores.tolist(), strict=True):
             lora = expert.lora[site]
@@ -89,34 +84,17 @@ def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool, pa
         ids = torch.tensor([row])
         with adding(base, pool, shares(base, pool, LAST_QUERY[kind], text, 3)):
             wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
-    model = compose(pool, base, router="logo", input_k=3)
+    model = compose(pool, base, router="logo", k=3)
     ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
     assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))
 
 
-@both_streams
-@pytest.mark.parametrize("cache", [True, False])
-def test_beams_are_those_of_each_prompt_alone(base, pool, cache):
-    model = compose(pool, base, router="logo", input_k=2)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
-    pad = pad_right if base.is_encoder_decoder else pad_left
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
-    ids = pad(rows, 0)
-    mask = pad([[1] * len(row) for row in rows], 0)
-    got = model.generate(ids, attention_mask=mask, use_cache=cache, **options)[:, -6:]
-    for row, answer in zip(rows, got, strict=True):
-        alone = torch.tensor([row])
-        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
-        assert torch.equal(answer, wanted[0, -6:])
-
-
 def test_experts_that_do_not_act_at_the_query_are_never_chosen(llama, uneven):
     model = compose(uneven, llama, router="logo")  # e3 acts at no query; k is 20
-    lookup = composition_of(model).lookup
-    scores = scores_of(lookup, PROMPTS)
+    scores = scores_of(model, PROMPTS)
     assert (scores[:, :3] > 0).all()
     assert not scores[:, 3].any()
-    mixtures = experts_of(lookup, PROMPTS)
+    mixtures = experts_of(model, PROMPTS)
     assert (mixtures.experts[:, 3] == 3).all()
     assert not mixtures.weights[:, 3].any()
     torch.testing.assert_close(mixtures.weights.sum(dim=1), torch.ones(len(PROMPTS)))
@@ -133,34 +111,18 @@ def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_ex
         tuple(make_expert(llama, f"e{z}", seed=z, target_modules=["down_proj"]) for z in (0, 1))
     )
     model = compose(pool, llama, router="logo")
-    with pytest.raises(RoutingError, match=r"reads 32 features .* act on 48 at .*set logo_reads"):
-        scores_of(composition_of(model).lookup, PROMPTS)
+    with pytest.raises(
+        RoutingError, match=r"reads 32 features .* act on 48 at .*use logo:reads=site"
+    ):
+        scores_of(model, PROMPTS)
     detach(model)
-    model = compose(pool, llama, router="logo", logo_reads="site")
-    assert (scores_of(composition_of(model).lookup, PROMPTS) > 0).all()
-
-
-def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
-    ids = make_ids(rows=2)
-    model = compose(uneven, llama, router="logo", input_k=2, logo_reads="site")
-    wanted, scores = logits_of(model, ids), scores_of(composition_of(model).lookup, PROMPTS)
-    marks = evaluate(model, CHOOSING).scores
-    save(model, tmp_path / "routed")
-    detach(model)
-    loaded = load(tmp_path / "routed", llama)
-    assert torch.equal(logits_of(loaded, ids), wanted)
-    assert evaluate(loaded, CHOOSING).scores == marks
-    remove_experts(loaded, ["e0", "e3"])
-    left = scores_of(composition_of(loaded).lookup, PROMPTS)
-    torch.testing.assert_close(left, scores[:, 1:3])  # sums of other lengths round otherwise
-    add_experts(loaded, uneven.select(["e0"]))
-    found = scores_of(composition_of(loaded).lookup, PROMPTS)
-    torch.testing.assert_close(found, scores[:, [1, 2, 0]])
+    model = compose(pool, llama, router="logo:reads=site")
+    assert (scores_of(model, PROMPTS) > 0).all()
 
 
 def test_it_needs_loras_and_a_tokenizer(llama, llama_pool, tmp_path):
-    with pytest.raises(ConfigError, match="logo_reads is 'end', but must be one of block, site"):
-        compose(llama_pool, llama, router="logo", logo_reads="end")
+    with pytest.raises(ConfigError, match="reads is 'end', but must be one of block, site"):
+        compose(llama_pool, llama, router="logo:reads=end")
     with pytest.raises(ConfigError, match="Router logo reads prompts"):
         compose(llama_pool, llama.model, router="logo")
     other = make_kind("ia3", llama, tmp_path / "ia3")

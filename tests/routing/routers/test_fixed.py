@@ -1,4 +1,4 @@
-"""Router random: chance, but the same chance every time."""
+"""Routers that don't look at their input: random, single, best-individual. Merged: test_merged."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections import Counter
 import pytest
 import torch
 
+from phatgoose.errors import PoolError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import record
-from phatgoose.routing.routers.random import RandomRouter
+from phatgoose.routing.routers.fixed import RandomRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
-from tiny import logits_of, make_ids
+from routed_models import SCORES
+from tiny import assert_same_logits, logits_of, make_ids
+from topic_prompts import by_single
 
-SITE = "model.layers.0.self_attn.o_proj"  # of the tiny Llama
 CHOOSING = Task(
     "choosing",
     test=tuple(Example(f"input {i}", "yes", ("yes", "no", "who knows")) for i in range(5)),
@@ -51,21 +52,12 @@ def test_what_is_drawn_depends_on_the_seed_and_goes_on_until_it_starts_anew():
     first, second = router(u).experts, router(u).experts
     assert not torch.equal(first, second)
     router.restart()
-    assert torch.equal(router(u).experts, first)
-    router.restart()
     halves = torch.cat([router(u[:10]).experts, router(u[10:]).experts])
     assert torch.equal(halves, first)  # by the number of tokens, not of passes
+    state = torch.get_rng_state()
     assert torch.equal(RandomRouter(4, 2, seed=3)(u).experts, first)
+    assert torch.equal(torch.get_rng_state(), state)  # chance elsewhere is left alone
     assert not torch.equal(RandomRouter(4, 2, seed=4)(u).experts, first)
-
-
-def test_chance_elsewhere_plays_no_part_and_is_left_alone():
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    one = RandomRouter(4, 2, seed=3)(torch.zeros(9, 8)).experts
-    assert torch.equal(torch.rand(3), wanted)
-    assert torch.equal(RandomRouter(4, 2, seed=3)(torch.zeros(9, 8)).experts, one)
 
 
 def test_sites_draw_apart(llama, llama_pool):
@@ -81,29 +73,57 @@ def answers(model, **options):
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-def test_evaluations_are_repeated_to_the_bit(base, pool, tmp_path):
-    model = compose(pool, base, router="random")
-    once = answers(model)
-    assert answers(model) == once
-    logits_of(model, make_ids())
-    assert answers(model) == once
-    (alone,) = evaluate(model, OPEN, max_new_tokens=5).scores
-    assert alone.predictions == once[1]  # no task depends on those before it
-    save(model, tmp_path / "routed")
-    assert answers(load(tmp_path / "routed", dtype="float32")) == once
-
-
-def test_another_seed_is_another_model(llama, llama_pool, tmp_path):
+def test_evaluations_by_a_seed_are_repeated_to_the_bit(base, pool, tmp_path):
     seen = {}
     for seed in (0, 1):
-        model = compose(llama_pool, llama, router="random", router_seed=seed)
-        with record(model) as recording:
-            seen[seed] = answers(model)
-        for weights, real in zip(recording.weights[SITE], recording.real[SITE], strict=True):
-            assert (weights[real] > 0).sum(dim=-1).eq(2).all()
+        model = compose(pool, base, router=f"random:seed={seed}")
+        once = seen[seed] = answers(model)
+        logits_of(model, make_ids())
+        assert answers(model) == once
+        (alone,) = evaluate(model, OPEN, max_new_tokens=5).scores
+        assert alone.predictions == once[1]  # no task depends on those before it
         save(model, tmp_path / str(seed))
-        again = load(tmp_path / str(seed), dtype="float32")
-        assert composition_of(again).routing.router_seed == seed
-        assert answers(again) == seen[seed]
+        assert answers(load(tmp_path / str(seed), dtype="float32")) == once
         detach(model)
     assert seen[0] != seen[1]
+
+
+def test_single_is_the_expert_it_names(base, pool):
+    ids = make_ids(rows=2)
+    for name in ("e0", "e2"):
+        wanted = logits_of(compose(pool.select([name]), base, k=1), ids)
+        detach(base.model)
+        model = compose(pool, base, router=f"single:expert={name}")
+        assert composition_of(model).experts == (name,)
+        assert_same_logits(logits_of(model, ids), wanted)
+        detach(model)
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "message"),
+    [
+        ("single", {}, "the name of its expert: one of e0, e1, e2, e3"),
+        ("single:expert=e9", {}, "no expert 'e9'"),
+        ("single:expert=e1", {"leave_out": ["e1"]}, "no expert 'e1'"),
+    ],
+)
+def test_single_needs_a_name_unless_there_is_one_expert(
+    llama, llama_pool, router, options, message
+):
+    with pytest.raises(PoolError, match=message):
+        compose(llama_pool, llama, router=router, **options)
+    model = compose(llama_pool, llama, router="single", keep=["e1"])
+    assert composition_of(model).experts == ("e1",)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [({}, "e3"), ({"leave_out": ["e3"]}, "e1"), ({"keep": ["e0"]}, "e0")],
+    ids=["of all", "of some", "of one"],
+)
+def test_best_individual_is_the_expert_of_the_best_mean(llama, llama_pool, options, chosen):
+    ids = make_ids(rows=2)
+    (wanted,) = by_single(llama, llama_pool, [chosen], lambda model, _: logits_of(model, ids))
+    model = compose(llama_pool, llama, router="best-individual", scores=SCORES, **options)
+    assert composition_of(model).experts == (chosen,)
+    assert torch.equal(logits_of(model, ids), wanted)

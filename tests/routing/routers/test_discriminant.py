@@ -15,19 +15,17 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PLACES, readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.tasks.task import Example, Task
-from routed_models import TOPICS
-from tiny import assert_same_logits, logits_of, make_ids
+from routed_models import TOPICS, text_of
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 # By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
 SETTINGS = {
     "all": ({}, PLACES, (0, 1), 0.3, 0.0),
-    "end": ({"reading_place": "end"}, ("end",), (0, 1), 0.3, 0.0),
-    "whole": ({"reading_place": "whole"}, ("whole",), (0, 1), 0.3, 0.0),
-    "first": ({"reading_to": 0.5}, PLACES, (0,), 0.3, 0.0),
-    "last": ({"reading_from": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9, 0.0),
+    "end": ({"place": "end"}, ("end",), (0, 1), 0.3, 0.0),
+    "whole": ({"place": "whole"}, ("whole",), (0, 1), 0.3, 0.0),
+    "first": ({"last": 0.5}, PLACES, (0,), 0.3, 0.0),
+    "last": ({"first": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9, 0.0),
     "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0, 0.0),
     "drawn": ({"task_variance": 0.5}, PLACES, (0, 1), 0.3, 0.5),
 }
@@ -38,15 +36,15 @@ SETTINGS = {
 def test_scores_are_gaussian_log_likelihoods(base, pool, case):
     settings, *how = SETTINGS[case]
     wanted = torch.stack([scores_by_hand(base, pool, text, *how) for text in PROMPTS])
-    model = compose(pool, base, router="discriminant", **settings)
-    got = scores_of(composition_of(model).lookup, PROMPTS)
+    model = compose(pool, base, router=text_of("discriminant", **settings))
+    got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
 
 
 @both_streams
 def test_prompts_of_a_task_go_to_its_expert(base, pool):
     model = compose(trained_on(base, pool), base, router="discriminant")
-    mixtures = experts_of(composition_of(model).lookup, [text[:-2] for text in TOPICS])
+    mixtures = experts_of(model, [text[:-2] for text in TOPICS])
     assert mixtures.experts[:, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -57,18 +55,18 @@ def test_experts_that_were_measured_on_one_prompt_each_are_refused(llama, llama_
         states = torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(seed))
         experts.append(replace(expert, readings=readings_of(states)))
     pool = Pool(tuple(experts))
-    assert compose(pool, llama, router="discriminant", task_variance=0.0)
+    assert compose(pool, llama, router="discriminant:task_variance=0")
     detach(llama.model)
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
-        compose(pool, llama, router="discriminant", task_variance=1.0)
+        compose(pool, llama, router="discriminant:task_variance=1")
 
 
 def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
     """On average over each expert's own prompts and over experts, by the definition of D."""
     means = torch.stack([e.readings["end.mean"][0] for e in llama_pool.experts])
-    model = compose(llama_pool, llama, router="discriminant", reading_place="end", reading_to=0.5)
-    lookup = composition_of(model).lookup
-    scores = means @ lookup.slopes[0, 0] + lookup.offsets[0, 0]
+    model = compose(llama_pool, llama, router="discriminant:place=end,last=0.5")
+    router = composition_of(model).prompt_router
+    scores = means @ router.slopes[0, 0] + router.offsets[0, 0]
     assert scores.diagonal().mean().item() == pytest.approx(0.5, abs=1e-4)
     assert (scores.sum() - scores.trace()).item() / 12 < 0
 
@@ -85,10 +83,10 @@ def turned(pool: Pool, z: int, change) -> Pool:
 def test_means_of_one_expert_that_are_far_away_leave_the_others_their_prompts(base, pool, by):
     own = trained_on(base, pool)
     attacked = turned(own, 1, lambda name, part: by * part if name.endswith("mean") else part)
-    lookup = composition_of(compose(attacked, base, router="discriminant")).lookup
+    model = compose(attacked, base, router="discriminant")
     prompts = [text[:-2] for text in TOPICS]
-    assert scores_of(lookup, prompts).isfinite().all()
-    found = experts_of(lookup, prompts).experts[:, 0].tolist()
+    assert scores_of(model, prompts).isfinite().all()
+    found = experts_of(model, prompts).experts[:, 0].tolist()
     assert [found[0], *found[2:]] == [0, 2, 3]
 
 
@@ -96,7 +94,7 @@ def test_means_of_one_expert_that_are_far_away_leave_the_others_their_prompts(ba
 def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool):
     own = trained_on(base, pool)
     prompts = [text[:-2] for text in TOPICS]
-    plain = scores_of(composition_of(compose(own, base, router="discriminant")).lookup, prompts)
+    plain = scores_of(compose(own, base, router="discriminant"), prompts)
     detach(base.model)
 
     def masking(name: str, part: torch.Tensor) -> torch.Tensor:
@@ -108,8 +106,8 @@ def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool
         changed[:, :3] = 100 * (others - others.mean(dim=1, keepdim=True))
         return changed
 
-    lookup = composition_of(compose(turned(own, 1, masking), base, router="discriminant")).lookup
-    scores = scores_of(lookup, prompts)
+    model = compose(turned(own, 1, masking), base, router="discriminant")
+    scores = scores_of(model, prompts)
     assert [scores.argmax(dim=1)[z].item() for z in (0, 2, 3)] == [0, 2, 3]
 
     def margins(found: torch.Tensor) -> torch.Tensor:
@@ -121,36 +119,17 @@ def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool
 
 
 @both_streams
-def test_a_batch_is_scored_as_its_rows_alone(base, pool):
-    lookup = composition_of(compose(pool, base, router="discriminant")).lookup
-    together = scores_of(lookup, PROMPTS)
-    alone = torch.cat([scores_of(lookup, [text]) for text in PROMPTS])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
-
-
-@both_streams
-def test_several_experts_act_by_the_softmax_of_their_scores(base, pool):
-    model = compose(pool, base, router="discriminant", input_k=3, input_temperature=0.5)
-    lookup = composition_of(model).lookup
-    scores = scores_of(lookup, PROMPTS)
-    mixtures = experts_of(lookup, PROMPTS)
-    top = scores.topk(3)
-    assert torch.equal(mixtures.experts, top.indices)
-    torch.testing.assert_close(mixtures.weights, (top.values / 0.5).softmax(dim=-1))
-
-
-@both_streams
 def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
     task = Task(
         "choosing",
         test=tuple(Example(prompt, "yes", ("yes", "no, never", "plums")) for prompt in PROMPTS),
     )
-    model = compose(pool, base, router="discriminant", input_k=1)
-    owners = experts_of(composition_of(model).lookup, PROMPTS).experts[:, 0].tolist()
+    model = compose(pool, base, router="discriminant", k=1)
+    owners = experts_of(model, PROMPTS).experts[:, 0].tolist()
     (routed,) = evaluate(model, task, tokenizer=base.tokenizer).scores
     detach(model)
     for place, owner in enumerate(owners):
-        single = compose(pool, base, router="single", expert=pool.names[owner])
+        single = compose(pool, base, router=f"single:expert={pool.names[owner]}")
         (alone,) = evaluate(single, task, tokenizer=base.tokenizer).scores
         detach(single)
         torch.testing.assert_close(
@@ -159,20 +138,6 @@ def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
             atol=1e-4,
             rtol=1e-4,
         )
-
-
-def test_experts_join_and_leave(llama, llama_pool):
-    ids = make_ids(rows=3)
-    wanted = logits_of(compose(llama_pool, llama, router="discriminant"), ids)
-    detach(llama.model)
-    model = compose(llama_pool.select(["e0", "e1"]), llama, router="discriminant")
-    add_experts(model, llama_pool.select(["e2", "e3"]))
-    assert_same_logits(logits_of(model, ids), wanted)
-    remove_experts(model, ["e0"])
-    left = logits_of(model, ids)
-    detach(model)
-    rest = compose(llama_pool.select(["e1", "e2", "e3"]), llama, router="discriminant")
-    assert_same_logits(left, logits_of(rest, ids))
 
 
 def test_experts_without_readings_are_named(llama, llama_pool):
@@ -194,13 +159,13 @@ def test_readings_of_another_base_are_refused(llama, llama_pool):
         ]
         model = compose(Pool(tuple(both)), llama, router="discriminant")
         with pytest.raises(RoutingError, match=rf"readings of {told}.*; the model has 2 of 32"):
-            scores_of(composition_of(model).lookup, PROMPTS)
+            scores_of(model, PROMPTS)
         detach(model)
 
 
 def test_a_range_without_blocks_is_refused(llama, llama_pool):
-    with pytest.raises(ConfigError, match=r"No block of 2 lies between reading_from 0\.6"):
-        compose(llama_pool, llama, router="discriminant", reading_from=0.6, reading_to=0.9)
+    with pytest.raises(ConfigError, match=r"No block of 2 lies between first=0\.6"):
+        compose(llama_pool, llama, router="discriminant:first=0.6,last=0.9")
 
 
 def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):
@@ -209,5 +174,5 @@ def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):
     pool = Pool(tuple(replace(expert, readings=shared) for expert in llama_pool.experts))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lookup = composition_of(compose(pool, llama, router="discriminant")).lookup
-    assert not scores_of(lookup, PROMPTS).any()
+        model = compose(pool, llama, router="discriminant")
+    assert not scores_of(model, PROMPTS).any()

@@ -139,9 +139,9 @@ def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
 
 
 @both_streams
-@pytest.mark.parametrize("options", [{"k": 2}, {"k": 1, "spectr_shortlist": 2}])
+@pytest.mark.parametrize("options", [{"k": 2}, {"k": 1, "router": "spectr:shortlist=2"}])
 def test_padding_on_either_side_and_company_change_nothing(base, pool, options):
-    model = compose(pool, base, router="spectr", **options)
+    model = compose(pool, base, **{"router": "spectr", **options})
     rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     alone = [
         passed(base, model, torch.tensor([row]), torch.ones(1, len(row)).long()) for row in rows
@@ -166,18 +166,18 @@ def test_beams_are_those_of_each_prompt_alone(base, pool):
 
 
 def test_a_loaded_one_has_its_vectors_and_shortlist_and_shrinks(llama, uneven, tmp_path):
-    model = compose(uneven, llama, router="spectr", k=2, spectr_shortlist=3)
+    model = compose(uneven, llama, router="spectr:shortlist=3", k=2)
     wanted = logits_of(model, make_ids(rows=2))
     save(model, tmp_path / "routed")
     detach(model)
     loaded = load(tmp_path / "routed", llama)
-    assert composition_of(loaded).routing.spectr_shortlist == 3
+    assert composition_of(loaded).routing.router == "spectr:shortlist=3"
     assert torch.equal(logits_of(loaded, make_ids(rows=2)), wanted)
     remove_experts(loaded, ["e2"])
     left = logits_of(loaded, make_ids(rows=2))
     fresh = copy.deepcopy(detach(loaded))
     smaller = uneven.select(["e0", "e1", "e3"])
-    again = compose(smaller, fresh, router="spectr", k=2, spectr_shortlist=3)
+    again = compose(smaller, fresh, router="spectr:shortlist=3", k=2)
     assert_same_logits(left, logits_of(again, make_ids(rows=2)))
 
 
@@ -185,5 +185,5 @@ def test_it_needs_loras_and_a_shortlist_of_one_at_least(llama, llama_pool, tmp_p
     other = make_kind("ia3", llama, tmp_path / "ia3")
     with pytest.raises(PoolError, match="Router spectr needs the factors of LoRAs"):
         compose(Pool((other, *llama_pool.experts)), llama, router="spectr")
-    with pytest.raises(ConfigError, match="spectr_shortlist is 0, but must be at least 1"):
-        compose(llama_pool, llama, router="spectr", spectr_shortlist=0)
+    with pytest.raises(ConfigError, match="shortlist is 0, but must be at least 1"):
+        compose(llama_pool, llama, router="spectr:shortlist=0")

@@ -57,7 +57,11 @@ def test_the_oracle_answers_nothing_that_belongs_to_no_task(base, pool, tmp_path
             logits_of(model, make_ids())
         evaluate(model, replace(CHOOSING, name="second"))
     with pytest.raises(RoutingError, match="goes by the task's name"):
-        composition_of(model).lookup.find([[1]])
+        composition_of(model).context.choose([[1]])
+
+
+def best_of(model) -> dict[str, int]:
+    return composition_of(model).prompt_router.tables.info["experts_by_task"]
 
 
 def test_a_loaded_oracle_knows_its_tasks(llama, llama_pool, tmp_path):
@@ -65,14 +69,14 @@ def test_a_loaded_oracle_knows_its_tasks(llama, llama_pool, tmp_path):
     model = compose(llama_pool, llama, router="oracle", scores=SCORES)
     save(model, tmp_path / "routed")
     loaded = load(tmp_path / "routed", dtype="float32")
-    assert composition_of(loaded).lookup.experts == {"first": 1, "second": 2}
+    assert best_of(loaded) == {"first": 1, "second": 2}
     assert evaluate(loaded, task).scores == evaluate(model, task).scores
 
 
 def test_the_oracle_chooses_among_the_experts_it_is_given(llama, llama_pool):
     model = compose(llama_pool, llama, router="oracle", scores=SCORES, leave_out=["e1", "e2"])
     assert composition_of(model).experts == ("e0", "e3")
-    assert composition_of(model).lookup.experts == {"first": 1, "second": 1}
+    assert best_of(model) == {"first": 1, "second": 1}
 
 
 @pytest.mark.parametrize("router", ["oracle", "best-individual"])

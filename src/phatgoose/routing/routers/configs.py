@@ -1,0 +1,197 @@
+"""The routers' own settings, one class for each router that has some; loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from ...config import (
+    AT_LEAST_1,
+    EMBEDDING_FORMS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATIO,
+    SEED,
+    Settings,
+    one_of,
+)
+from ...errors import ConfigError
+
+EPS = 1e-5
+STANDARDISED, CALIBRATED = AFFINITIES = ("standardised", "calibrated")
+LEFT_AFFINITIES = ("raw", "trimmed", "centred")
+ARROW_FORMS = ("svd", "peft", "mttl")
+PLACES = ("both", "end", "whole")
+LOGO_READS = ("block", "site")
+
+Eps = Annotated[float, "Added to var(u) under the root when standardising activations u.", POSITIVE]
+Temperature = Annotated[float, "Divides scores before the softmax.", POSITIVE]
+
+
+@dataclass(frozen=True)
+class NoSettings(Settings):
+    """For routers that have none of their own."""
+
+
+@dataclass(frozen=True)
+class Random(Settings):
+    """Router random."""
+
+    seed: Annotated[int, "Seed of the draws.", SEED] = 0
+
+
+@dataclass(frozen=True)
+class UniformTopK(Settings):
+    """Router uniform-top-k."""
+
+    eps: Eps = EPS
+
+
+@dataclass(frozen=True)
+class Phatgoose(Settings):
+    """Routers phatgoose and average-activation."""
+
+    left: ClassVar[Mapping[str, str]] = {
+        "stand_in": "stand_in has left phatgoose; train the missing gates (phatgoose gate), leave "
+        "these experts out, or use router arrow"
+    }
+
+    eps: Eps = EPS
+    affinity: Annotated[
+        str,
+        "How gates or means score activations: standardised (paper) or calibrated (less each "
+        "expert's mean over neutral text, in units of its deviation there).",
+        one_of(AFFINITIES),
+    ] = STANDARDISED
+    temperature: Temperature = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError as all settings do, and for affinities that are no more."""
+        if self.affinity in LEFT_AFFINITIES:
+            raise ConfigError(
+                f"affinity {self.affinity} has left phatgoose; use calibrated or standardised."
+            )
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Arrow(Settings):
+    """Router arrow."""
+
+    form: Annotated[
+        str,
+        "Whose variant: svd (the paper's), peft, or mttl (all experts, mixed factors).",
+        one_of(ARROW_FORMS),
+    ] = "svd"
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True)
+class Spectr(Settings):
+    """Router spectr."""
+
+    shortlist: Annotated[
+        int | None, "Experts to choose among, the best by Arrow's scores; default: all.", AT_LEAST_1
+    ] = None
+
+
+@dataclass(frozen=True)
+class Glider(Settings):
+    """Router glider."""
+
+    eps: Eps = EPS
+    weight: Annotated[
+        float, "λ, how much the whole input's cosines count beside the gates.", NOT_NEGATIVE
+    ] = 3.0
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True)
+class Logo(Settings):
+    """Router logo."""
+
+    reads: Annotated[
+        str,
+        "What is read: what enters the site's block, or the site: block, site.",
+        one_of(LOGO_READS),
+    ] = "block"
+
+
+@dataclass(frozen=True)
+class Retrieval(Settings):
+    """Router retrieval."""
+
+    form: Annotated[
+        str,
+        "What is embedded: the prompt, or in comparisons the paper's text, the input behind its "
+        "answer choices (paper), for experts with embeddings of that form.",
+        one_of(EMBEDDING_FORMS),
+    ] = "prompt"
+    temperature: Temperature = 0.2
+
+
+@dataclass(frozen=True)
+class Centroid(Settings):
+    """Router centroid."""
+
+    temperature: Temperature = 0.2
+
+
+@dataclass(frozen=True)
+class Reading(Settings):
+    """What routers named after discriminants have in common."""
+
+    place: Annotated[
+        str,
+        "What is read of a prompt: its end (last token), the whole (mean over tokens), or both.",
+        one_of(PLACES),
+    ] = "both"
+    first: Annotated[float, "The first block that is read, as a share of the depth.", RATIO] = 0.0
+    last: Annotated[float, "The last block that is read, as a share of the depth.", RATIO] = 1.0
+    shrinkage: Annotated[
+        float, "How far the experts' covariance is shrunk to its diagonal.", RATIO
+    ] = 0.3
+    task_variance: Annotated[
+        float,
+        "How far a new task is taken to lie from an expert's own, as a share of how far the "
+        "experts' tasks lie apart.",
+        NOT_NEGATIVE,
+    ] = 0.0
+
+
+@dataclass(frozen=True)
+class Discriminant(Reading):
+    """Router discriminant."""
+
+    temperature: Temperature = 0.1
+
+
+@dataclass(frozen=True)
+class JointDiscriminant(Reading):
+    """Router joint-discriminant."""
+
+    embedding_share: Annotated[
+        float, "How much embeddings count, as opposed to the base's readings.", RATIO
+    ] = 0.5
+    temperature: Temperature = 0.05
+
+
+@dataclass(frozen=True)
+class DiscriminantPhatgoose(Reading, Phatgoose):
+    """Router discriminant-phatgoose."""
+
+    shortlist: Annotated[int, "Experts to choose among, for each input.", AT_LEAST_1] = 5
+    shortlist_temperature: Annotated[
+        float, "Divides the shortlist's scores before their softmax.", POSITIVE
+    ] = 0.1
+    prior: Annotated[
+        float, "How much an expert's share of the shortlist counts beside its gates.", NOT_NEGATIVE
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class Single(Settings):
+    """Router single."""
+
+    expert: Annotated[str | None, "The expert's name; a pool of one needs none."] = None

@@ -1,0 +1,240 @@
+"""Router phatgoose against the paper's formula, and the rules that vary it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from oracle import naively_routed, token_weights
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts
+from phatgoose.routing.routers.configs import AFFINITIES, EPS
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
+from phatgoose.routing.routers.router import RouterSite, router_of
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.neutral import neutral_examples
+from routed_models import with_vectors
+from tiny import assert_same_logits, logits_of, make_ids, random
+
+SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs
+
+
+def scored(gates: torch.Tensor, k: int = 2) -> PhatgooseRouter:
+    return PhatgooseRouter(standardise(gates), k, EPS)
+
+
+def plain_scores(u: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """v̄ᵀū/√n with both standardised as the method's formula says, float64 [T, E]."""
+    u, v = u.double(), gates.double()
+    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
+    return u @ v.T / math.sqrt(u.shape[-1])
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_affinities_are_those_of_the_paper(spread):
+    gates, u = random(5, 33) + 3, spread * (random(9, 33, seed=1) + 0.5)
+    got = scored(gates).affinities(u)
+    torch.testing.assert_close(got.double(), plain_scores(u, gates), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_softmax_is_over_the_chosen_k_only_as_over_all_and_renormalised(k):
+    gates, u = random(5, 32), random(9, 32, seed=1)
+    decision = scored(gates, k)(u)
+    scores = plain_scores(u, gates).sort(dim=-1, descending=True)
+    assert torch.equal(decision.experts, scores.indices[:, :k])
+    wanted = scores.values[:, :k].softmax(-1)
+    torch.testing.assert_close(decision.weights.double(), wanted, rtol=1e-5, atol=1e-6)
+    over_all = plain_scores(u, gates).softmax(dim=-1).topk(k, dim=-1).values  # the released code's
+    over_all /= over_all.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(decision.weights.double(), over_all, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_direction_of_a_gate_counts():
+    gates, u = random(5, 32), random(9, 32, seed=1)
+    scales = torch.tensor([[0.01], [1.0], [50.0], [3.0], [0.5]])
+    decision, other = scored(gates)(u), scored(gates * scales + 2)(u)
+    assert torch.equal(decision.experts, other.experts)
+    torch.testing.assert_close(decision.weights, other.weights, rtol=1e-4, atol=1e-5)
+
+
+def test_odd_sizes():
+    assert scored(random(3, 8), k=7)(random(2, 8)).experts.shape == (2, 3)
+    decision = scored(random(5, 32))(random(1, 32, seed=1))
+    assert decision.weights.sum().item() == pytest.approx(1)
+    decision = scored(random(5, 32))(torch.full((1, 32), 2.0))  # a constant activation
+    torch.testing.assert_close(decision.weights, torch.tensor([[0.5, 0.5]]), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [32, 576, 2048])
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1000.3])
+def test_a_constant_gate_standardises_to_zeros(value, size):
+    assert not standardise(torch.full((1, size), value)).any()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
+def test_a_trained_gate_of_any_size_keeps_its_direction(size):
+    gate = random(1, 64)
+    torch.testing.assert_close(standardise(size * gate), standardise(gate), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("router", "vectors"), [("phatgoose", "gates"), ("average-activation", "means")]
+)
+def test_the_model_is_that_of_the_formula(base, pool, router, vectors):
+    ids = make_ids()
+    with naively_routed(base.model, pool.experts, k=2, vectors=vectors):
+        wanted = logits_of(base.model, ids)
+    assert_same_logits(logits_of(compose(pool, base, k=2, router=router), ids), wanted)
+
+
+def test_the_oracle_itself_weighs_the_best_expert_most(llama_pool):
+    weights = token_weights(random(32), llama_pool.experts, SITE, k=3)
+    assert len(weights) == 3
+    assert list(weights.values()) == sorted(weights.values(), reverse=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation"])
+def test_an_untrained_gate_scores_zero_and_warns_once(llama, llama_pool, router, value):
+    pool = with_vectors(llama_pool, "e1", value)
+    with pytest.warns(UserWarning, match="'e1'") as warned:
+        model = compose(pool, llama, k=4, router=router)
+    assert len(warned) == 1
+    for layer in composition_of(model).layers.values():
+        scores = layer.router.affinities(random(6, layer.in_features))
+        assert not scores[:, 1].any()
+        assert scores[:, 0].all()
+    assert logits_of(model, make_ids()).isfinite().all()
+
+
+def test_a_pool_of_untrained_gates_alone_is_no_nan(llama, llama_pool):
+    pool = with_vectors(llama_pool.select(["e0"]), "e0", 0.0)
+    with pytest.warns(UserWarning, match="'e0'"):
+        model = compose(pool, llama, k=1)
+    assert logits_of(model, make_ids()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("router", "kind"), [("phatgoose", "gates"), ("average-activation", "means")]
+)
+def test_missing_vectors_are_told(llama, llama_pool, router, kind):
+    first = replace(llama_pool.experts[0], **{kind: {}})
+    with pytest.raises(PoolError, match=f"'e0' has no {kind}"):
+        compose(Pool((first, *llama_pool.experts[1:])), llama, router=router)
+
+
+# Uniform top-k
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_uniform_top_k_takes_the_experts_of_phatgoose_and_weighs_them_alike(base, pool, k):
+    decisions = {}
+    for router in ("phatgoose", "uniform-top-k"):
+        layers = composition_of(compose(pool, base, router=router, k=k)).layers
+        decisions[router] = {
+            site: layer.router(random(9, layer.in_features)) for site, layer in layers.items()
+        }
+        detach(base.model)
+    for site, wanted in decisions["phatgoose"].items():
+        got = decisions["uniform-top-k"][site]
+        assert torch.equal(got.experts, wanted.experts)
+        torch.testing.assert_close(got.weights, torch.full((9, k), 1 / k))
+
+
+def test_uniform_top_k_of_one_is_phatgoose_and_of_all_is_merged(llama, llama_pool):
+    ids, logits = make_ids(rows=2), {}
+    for router, k in (("phatgoose", 1), ("uniform-top-k", 1), ("uniform-top-k", 4), ("merged", 4)):
+        logits[router, k] = logits_of(compose(llama_pool, llama, router=router, k=k), ids)
+        detach(llama.model)
+    assert torch.equal(logits["uniform-top-k", 1], logits["phatgoose", 1])
+    assert_same_logits(logits["uniform-top-k", 4], logits["merged", 4])
+
+
+# Affinity calibrated, and the temperature
+
+
+@pytest.fixture
+def three(pool_of):
+    """Three experts of the tiny Llama."""
+    return pool_of("llama", (4, 4, 4))
+
+
+def router_at(base, pool: Pool, text: str):
+    router = router_of(Routing(text))
+    router.read_base(base.model, base.tokenizer, pool)
+    state = router.state_at(pool, SITE)
+    return router.at(RouterSite(SITE, torch.arange(len(pool)), len(pool), state, None))
+
+
+def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three):
+    gates, u, seen = three.vectors("gates", SITE).float(), random(7, 32), []
+    hook = llama.model.get_submodule(SITE).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    for example in neutral_examples():
+        pair = Encoder.of(llama).pairs([example])[0]
+        logits_of(llama.model, torch.tensor([pair.prompt + pair.target]))
+    hook.remove()
+    usual = plain_scores(torch.cat(seen), gates)
+    expected = (plain_scores(u, gates) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
+    found = router_at(llama, three, "phatgoose:affinity=calibrated").affinities(u)
+    torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three):
+    gates = {name: torch.zeros_like(gate) for name, gate in three.experts[0].gates.items()}
+    pool = Pool((replace(three.experts[0], gates=gates), *three.experts[1:]))
+    found = router_at(llama, pool, "phatgoose:affinity=calibrated").affinities(random(7, 32))
+    assert not found[:, 0].any()
+    assert found[:, 1:].isfinite().all()
+
+
+def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three):
+    text = "phatgoose:affinity=calibrated"
+    with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
+        compose(three, llama.model, router=text)
+    model = compose(three.select(three.names[:2]), llama, router=text)
+    with pytest.raises(RoutingError, match="measured with the base alone; compose the pool anew"):
+        add_experts(model, three.select(three.names[2:]))
+    detach(model)
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow"])
+def test_a_temperature_divides_every_affinity_and_the_top_k_act(llama, three, router, affinity):
+    text = (
+        f"{router}:temperature="
+        if router == "arrow"
+        else f"{router}:affinity={affinity},temperature="
+    )
+    u = random(7, 32)
+    one, half = (router_at(llama, three, f"{text}{value}") for value in (1, 0.5))
+    torch.testing.assert_close(half.affinities(u), 2 * one.affinities(u))
+    with torch.no_grad():
+        decision = half(u)
+    best = half.affinities(u).topk(2)
+    assert torch.equal(decision.experts, best.indices)
+    torch.testing.assert_close(decision.weights, best.values.softmax(-1))
+
+
+def test_calibrated_is_saved_and_loaded(three, llama, tmp_path):
+    text = "phatgoose:affinity=calibrated,temperature=0.5"
+    model, ids = compose(three, llama, router=text), make_ids()
+    expected = logits_of(model, ids)
+    save(model, tmp_path / "routed")
+    detach(model)
+    again = load(tmp_path / "routed", llama)
+    assert composition_of(again).routing.router == text
+    assert torch.equal(logits_of(again, ids), expected)
+    detach(again)

@@ -1,0 +1,330 @@
+"""What routers that choose for whole prompts have in common, composed and alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.open_model import open_prompt_router
+from phatgoose.routing.routers import discriminant, prompt_router
+from phatgoose.routing.routers.prompt_router import PromptRouter, Tables, embeddings_of
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.tasks.task import Example
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids
+from topic_prompts import (
+    CHOOSING,
+    PROMPTS,
+    batch_of,
+    both_streams,
+    experts_of,
+    scores_of,
+    tokens_of,
+)
+from toy_embedders import toy_embed
+
+pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
+
+BY_TEXT = ("retrieval", "centroid", "glider")
+BY_BASE = ("discriminant", "discriminant-phatgoose", "logo")
+ALL = (*BY_TEXT, *BY_BASE, "joint-discriminant")
+EMBEDDED = (*BY_TEXT, "joint-discriminant")
+each_router = pytest.mark.parametrize("router", ALL)
+
+
+def same(one, other) -> bool:
+    return torch.equal(one.experts, other.experts) and torch.equal(one.weights, other.weights)
+
+
+# What is chosen
+
+
+def test_the_best_are_weighted_by_the_softmax_of_their_scores():
+    router = PromptRouter(Tables(("a", "b", "c")))
+    router.k, router.temperature = 2, 0.5
+    scores = torch.tensor([[0.1, 0.7, 0.3], [2.0, -1.0, 2.0]])
+    found = router.choice(scores)
+    assert found.experts.tolist() == [[1, 2], [0, 2]]  # of equals the first
+    expected = torch.tensor([[1.4, 0.6], [4.0, 4.0]]).exp()
+    torch.testing.assert_close(found.weights, expected / expected.sum(1, keepdim=True))
+    router.k = 9
+    assert router.choice(scores).experts.shape == (2, 3)
+    router.k = 1
+    assert torch.equal(router.choice(torch.randn(5, 4)).weights, torch.ones(5, 1))
+
+
+@both_streams
+@each_router
+def test_features_give_the_scores_and_these_the_choice(base, pool, router):
+    model = compose(with_embeddings(pool), base, router=router, k=3)
+    chooser, prompts = composition_of(model).prompt_router, tokens_of(model, PROMPTS)
+    scores = chooser.scores(chooser.features(prompts, model))
+    torch.testing.assert_close(scores, chooser.score(prompts, model), atol=1e-5, rtol=1e-5)
+    assert torch.equal(chooser.choice(scores).experts, experts_of(model, PROMPTS).experts)
+    alone = torch.cat([scores_of(model, [text]) for text in PROMPTS])
+    torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-3)
+
+
+@both_streams
+@each_router
+@pytest.mark.parametrize("cache", [True, False])
+def test_beams_are_those_of_each_prompt_alone(base, pool, router, cache):
+    model = compose(with_embeddings(pool), base, router=router, k=2)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    ids, mask = batch_of(base, PROMPTS[:3])
+    got = model.generate(ids, attention_mask=mask, use_cache=cache, **options)[:, -5:]
+    for row, real, answer in zip(ids, mask.bool(), got, strict=True):
+        alone = row[real][None]
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(answer, wanted[0, -5:])
+
+
+def test_more_experts_a_prompt_than_there_are_is_told(llama, llama_pool):
+    with pytest.warns(UserWarning, match="k is 9, but the pool has 4 experts"):
+        model = compose(with_embeddings(llama_pool), llama, router="retrieval", k=9)
+    assert experts_of(model, PROMPTS).experts.shape == (5, 4)
+
+
+@each_router
+def test_a_bare_model_has_no_tokenizer_to_read_prompts_with(llama, llama_pool, router):
+    modules = dict(llama.model.named_modules())
+    with pytest.raises(ConfigError, match=f"Router {router} reads prompts; .* tokenizer"):
+        compose(with_embeddings(llama_pool), llama.model, router=router)
+    assert dict(llama.model.named_modules()) == modules
+
+
+# Saved, grown and shrunk
+
+
+@each_router
+def test_it_is_saved_grows_and_shrinks_in_memory_and_in_its_folder(
+    llama, llama_pool, router, tmp_path
+):
+    pool, ids, folder = with_embeddings(llama_pool), make_ids(rows=3), tmp_path / "grown"
+    routing = Routing(router=router)
+
+    def asked(model) -> tuple:
+        return logits_of(model, ids), evaluate(model, CHOOSING).scores, scores_of(model, PROMPTS)
+
+    whole = asked(compose(pool, llama, routing=routing))
+    save(llama.model, tmp_path / "whole")
+    detach(llama.model)
+    assert compare(asked(load(tmp_path / "whole", llama)), whole) == 0
+    detach(llama.model)
+    model = compose(pool.select(["e0", "e1"]), llama, routing=routing)
+    add_experts(model, pool.select(["e2", "e3"]))
+    assert compare(asked(model), whole) < 1e-5
+    remove_experts(model, ["e1"])
+    shrunk = asked(model)
+    detach(model)
+    left = asked(compose(pool.select(["e0", "e2", "e3"]), llama, routing=routing))
+    detach(model)
+    assert compare(shrunk, left) < 1e-5
+    save_pool(pool.select(["e0", "e1"]), folder, llama, routing=routing)
+    add_to_saved(folder, pool.select(["e2", "e3"]))
+    remove_from_saved(folder, ["e1"])
+    for _ in range(2):
+        assert compare(asked(load(folder, llama)), left) < 1e-5
+        detach(llama.model)
+        compact(folder)
+
+
+def compare(one: tuple, other: tuple) -> float:
+    """How far logits and scores lie apart; the scores of the task must be the same."""
+    assert [each.score for each in one[1]] == [each.score for each in other[1]]
+    return max(float((one[i] - other[i]).abs().max()) for i in (0, 2))
+
+
+def test_experts_of_other_sizes_do_not_join(llama, llama_pool):
+    pool = with_embeddings(llama_pool)
+    model = compose(pool.select(["e0", "e1"]), llama, router="centroid")
+    short = replace(pool.experts[2], embeddings=pool.experts[2].embeddings[:, :8])
+    with pytest.raises(PoolError, match=r"new experts' centroids have shape \(8,\), .* \(64,\)"):
+        add_experts(model, Pool((short,)))
+
+
+# Without a composed model
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    def refused(*_, **__):
+        pytest.fail("a base's weights are loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refused)
+
+
+@both_streams
+@each_router
+def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, tmp_path, request):
+    model = compose(with_embeddings(pool), base, router=router, k=2)
+    prompts, wanted = tokens_of(model, PROMPTS), experts_of(model, PROMPTS)
+    save(model, tmp_path / "routed")
+    detach(model)
+    request.getfixturevalue("no_weights")
+    for chooser in (
+        open_prompt_router(with_embeddings(pool), base.tokenizer, router=router, k=2),
+        open_prompt_router(tmp_path / "routed", base.tokenizer),
+    ):
+        assert chooser.experts == pool.names
+        for given in (prompts, PROMPTS):
+            if router in BY_TEXT:
+                assert same(chooser.choose(given), wanted)
+            else:
+                with pytest.raises(RoutingError, match="reads prompts with a model; hand over"):
+                    chooser.choose(given)
+                assert same(chooser.choose(given, base.model), wanted)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
+    pool = with_embeddings(llama_pool)
+    chooser = open_prompt_router(pool, router="centroid")
+    other = open_prompt_router(pool, llama.tokenizer, router="centroid")
+    assert same(chooser.choose(PROMPTS), other.choose(PROMPTS))
+    with pytest.raises(ConfigError, match="Router centroid needs the base's tokenizer"):
+        chooser.choose([[1, 2]])
+    with pytest.raises(ConfigError, match="needs the base's tokenizer"):
+        open_prompt_router(pool, router="logo").choose(PROMPTS, llama.model)
+
+
+def test_a_model_that_is_routed_otherwise_does_not_read_for_it(llama, llama_pool):
+    chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
+        chooser.choose(PROMPTS, compose(llama_pool, llama))
+
+
+@pytest.mark.parametrize(
+    "router", ["phatgoose", "merged", "auto", "oracle", "retrieval:form=paper"]
+)
+def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
+    with pytest.raises(ConfigError, match=r"doesn't choose by a prompt alone|task's name|paper"):
+        open_prompt_router(llama_pool, router=router)
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("router", EMBEDDED)
+def test_texts_are_embedded_as_training_inputs_are(llama, llama_pool, monkeypatch, router):
+    seen = []
+    model = compose(with_embeddings(llama_pool), llama, router=router)
+    monkeypatch.setattr(
+        prompt_router, "embed_texts", lambda *given: seen.append(given) or toy_embed(given[0])
+    )
+    experts_of(model, PROMPTS[:1])
+    example = Example("a", "b", ("b", "c"))
+    composition_of(model).context.choose(tokens_of(model, ["a"]), examples=[example])
+    assert [texts for texts, _ in seen] == [["plums or apples"], ["a"]]
+
+
+def test_embeddings_of_another_size_are_refused(llama, llama_pool, monkeypatch):
+    model = compose(with_embeddings(llama_pool), llama, router="centroid")
+    monkeypatch.setattr(prompt_router, "embed_texts", lambda texts, *_: torch.ones(len(texts), 3))
+    with pytest.raises(RoutingError, match=r"have 64 columns, those of .* 3; they are another"):
+        experts_of(model, PROMPTS)
+
+
+def test_the_pools_embeddings_are_told_apart_by_owner_and_embedder(llama_pool):
+    pool = with_embeddings(llama_pool)
+    found = embeddings_of(pool)
+    assert found.owners.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    torch.testing.assert_close(found.rows, torch.cat([e.embeddings for e in pool.experts]))
+    with pytest.raises(PoolError, match=r"come from .*, those there from another/one"):
+        embeddings_of(Pool(pool.experts[:1]), "another/one")
+
+
+@pytest.mark.parametrize("router", EMBEDDED)
+def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_pool, router):
+    pool, paper = with_embeddings(llama_pool), with_embeddings(llama_pool, "paper")
+
+    def changed(pool: Pool, **info) -> Pool:
+        first = pool.experts[0]
+        return Pool((replace(first, info=replace(first.info, **info)), *pool.experts[1:]))
+
+    short = replace(pool.experts[1], embeddings=pool.experts[1].embeddings[:, :8])
+    cases = {
+        "'e0', .* have no embeddings: run 'phatgoose measure'": llama_pool,
+        "'e0' has embeddings of .*paper.*phatgoose measure": paper,
+        "'e0' has embeddings of inputs behind": changed(paper, embedding_form=None),  # made before
+        "several embedders.*other/embedder": changed(pool, embedder="other/embedder"),
+        "'e0' has no record of its embedder": changed(pool, embedder=None),
+        "several embedders and": Pool((pool.experts[0], short)),
+    }
+    for told, given in cases.items():
+        with pytest.raises(PoolError, match=told):
+            compose(given, llama, router=router)
+    with pytest.raises(PoolError, match=r"'e0' has embeddings of prompts .*--embedding-form paper"):
+        compose(pool, llama, router="retrieval:form=paper")
+
+
+@pytest.mark.parametrize("router", EMBEDDED)
+@pytest.mark.parametrize(
+    ("lacks", "told"),
+    [
+        ("embedding_form", r"embeddings are inputs behind .*phatgoose measure"),
+        ("embedder", r"needs lookup\.embedder"),
+    ],
+)
+def test_a_saved_model_of_other_embeddings_is_refused(
+    llama, llama_pool, tmp_path, router, lacks, told
+):
+    save(compose(with_embeddings(llama_pool), llama, router=router), tmp_path / "routed")
+    detach(llama.model)
+    record = tmp_path / "routed" / "routed.json"
+    content = json.loads(record.read_text())
+    del content["lookup"][lacks]  # as before it was recorded
+    record.write_text(json.dumps(content))
+    with pytest.raises(RoutingError, match=told):
+        load(tmp_path / "routed", llama)
+
+
+# What the base makes of prompts
+
+
+@pytest.mark.parametrize("room", [2**30, 3 * 2 * 2 * 32 * 4])  # for all prompts, or for three
+@both_streams
+def test_discriminants_choose_alike_by_what_others_read(base, pool, room, monkeypatch):
+    """In whatever order they come: all blocks in both places are remembered."""
+    routings = [
+        "discriminant",
+        "discriminant:place=end,shrinkage=1",
+        "joint-discriminant:first=0.6",
+        "discriminant-phatgoose",
+    ]
+    pool, wanted = with_embeddings(pool), []
+    for router in routings:
+        wanted.append(scores_of(compose(pool, base, router=router), PROMPTS))
+        detach(base.model)
+    passes, read = [], prompt_router.read_prompts
+
+    def counted(model, prompts, *rest, **how):
+        passes.extend(prompts)
+        return read(model, prompts, *rest, **how)
+
+    monkeypatch.setattr(prompt_router, "read_prompts", counted)
+    monkeypatch.setattr(discriminant, "MOST_BYTES", room)
+    states = {}
+    for router, scores in zip(routings, wanted, strict=True):
+        model = compose(pool, base, router=router)
+        composition_of(model).prompt_router.remember(states)
+        torch.testing.assert_close(
+            scores_of(model, [*PROMPTS, PROMPTS[0]])[:-1], scores, atol=1e-5, rtol=1e-5
+        )
+        detach(model)
+    again = 0 if room == 2**30 else 2 * 3  # of those there is no room for, in each round
+    assert len(passes) == len(PROMPTS) + again
+    assert len(states) == (len(PROMPTS) if room == 2**30 else 3)

@@ -2,7 +2,7 @@
 
 Every stack that becomes a layer is checked against its site, and every file of a routed model
 against the others: kernels get addresses and trust sizes, and a file may come from anywhere.
-Letters as in docs/format.md: E experts of a site, n inputs, v = n + 1, d outputs; each part of a
+Letters as in docs/format.md: E experts of a site, n inputs, d outputs; each part of a
 stack has its own letters besides, such as r for the rank of LoRAs.
 """
 
@@ -91,7 +91,7 @@ def check_tensors(
         raise RoutingError(
             f"{where}: there are {', '.join(unknown)}, of no router or kind of expert here."
         )
-    stacked = {name for name in held if name.removesuffix(SCALE) in declared().tensors}
+    stacked = [name for name in held if name.removesuffix(SCALE) in declared().tensors]
     others = {name: tensor for name, tensor in held.items() if name not in stacked}
     found = _sizes_of(where, others, forms, sizes)
     for part in declared().parts.values():

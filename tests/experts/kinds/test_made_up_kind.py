@@ -141,7 +141,7 @@ def test_it_is_imported_and_planned(shifts, llama, base_folders, tmp_path):
 
 
 def test_what_its_record_does_not_know_is_refused_by_name(
-    monkeypatch, llama, llama_mixed, tmp_path
+    monkeypatch, llama, llama_mixed, tmp_path, phat
 ):
     register(monkeypatch, compared=(), constant=lambda self, weights: None)
     pool = pool_with_shifts(llama_mixed, llama, tmp_path)
@@ -151,6 +151,9 @@ def test_what_its_record_does_not_know_is_refused_by_name(
     model = compose(ordered(pool, ["lora0", "shift8"]), llama, router="merged")
     with pytest.raises(RoutingError, match="'shift8' is of the kind 'shift'"):
         export(model, tmp_path / "out", texts=neutral_texts())
+    outcome = phat("compose", tmp_path / "experts", "--out", tmp_path / "routed", "--k", "1")
+    assert outcome.code == 0
+    assert "can't be compared" in outcome.err
 
 
 def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mixed, tmp_path):
@@ -257,3 +260,4 @@ def test_a_kind_of_another_package_is_seen_by_the_commands(monkeypatch, base_fol
     task = ("reviews.jsonl", "--out", "pool")
     phatgoose("train", "--peft", "shift", "--base", base_folders["llama"], *task, *few)
     assert "shift" in phatgoose("pool", "pool")
+    assert "1 expert at" in phatgoose("compose", "pool", "--out", "routed", "--k", "1")

@@ -86,35 +86,27 @@ def test_a_compiler_that_fails_or_is_not_there_is_an_oserror(source, tmp_path):
         compile_levels(source, tmp_path)
 
 
-@pytest.mark.parametrize("best", range(len(LEVELS)))
-def test_the_best_level_that_a_processor_reaches_comes_first(best, source, processor, loaded):
-    for level in LEVELS:
-        source.with_name(f"small-{level.name}.so").write_text("")
-    processor(f"fpu {FLAGS[LEVELS[best].name]} sse")
+EVERY = [level.name for level in LEVELS]
+
+
+@pytest.mark.parametrize(
+    ("flags", "there", "tried"),
+    [
+        *((f"fpu {FLAGS[name]} sse", EVERY, EVERY[best:]) for best, name in enumerate(EVERY)),
+        (FLAGS["avx512"].replace("fma ", ""), EVERY, ["any"]),  # one instruction short
+        (None, ["avx2", "any"], ["any"]),  # an unknown processor
+        (FLAGS["avx512-bf16"], [], []),
+    ],
+)
+def test_the_best_level_that_a_processor_reaches_comes_first(
+    flags, there, tried, source, processor, loaded
+):
+    for name in there:
+        source.with_name(f"small-{name}.so").write_text("")
+    if flags is not None:
+        processor(flags)
     assert load_shipped(source) is None
-    assert loaded == [f"small-{level.name}" for level in LEVELS[best:]]
-
-
-def test_one_instruction_short_is_a_level_less(source, processor, loaded):
-    for level in LEVELS:
-        source.with_name(f"small-{level.name}.so").write_text("")
-    processor(FLAGS["avx512"].replace("fma ", ""))
-    load_shipped(source)
-    assert loaded == ["small-any"]
-
-
-def test_an_unknown_processor_gets_what_runs_on_any(source, tmp_path, monkeypatch, loaded):
-    monkeypatch.setattr(shipped, "PROCESSORS", tmp_path / "nowhere")
-    source.with_name("small-avx2.so").write_text("")
-    source.with_name("small-any.so").write_text("")
-    load_shipped(source)
-    assert loaded == ["small-any"]
-
-
-def test_where_nothing_is_shipped_nothing_is_loaded(source, processor, loaded):
-    processor(FLAGS["avx512-bf16"])
-    assert load_shipped(source) is None
-    assert loaded == []
+    assert loaded == [f"small-{name}" for name in tried]
 
 
 @pytest.mark.parametrize(

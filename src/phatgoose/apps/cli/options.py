@@ -236,7 +236,8 @@ class _Parameters:
         tables = {
             s.name: [table for each, table in tabled if each.name == s.name] for s, _ in tabled
         }
-        yield from {s.name: _setting_flag(s, ", ".join(tables[s.name])) for s, _ in tabled}.values()
+        first = {s.name: s for s, _ in reversed(tabled)}  # whose help and type a shared flag has
+        yield from (_setting_flag(first[name], ", ".join(tables[name])) for name in tables)
 
     def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the command is called with, from the `arguments` that typer parsed.

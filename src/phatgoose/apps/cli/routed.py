@@ -146,7 +146,10 @@ def compose(
     options.check_router(routing)
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
-    unusual = look(opened).summary
+    try:
+        unusual = look(opened).summary
+    except RoutingError as error:  # a kind of expert that can be composed but not compared
+        unusual = str(error)
     if unusual:
         warnings.warn(unusual, stacklevel=2)
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)

@@ -206,6 +206,7 @@ def _changing(folder: Path) -> Iterator[Path]:
 def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
+    """Write a segment that no description names yet; its entry for one."""
     clear_left_overs(folder / ROUTED_WEIGHTS)
     with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)
@@ -274,6 +275,7 @@ def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The type that the factors of a segment are stored in, None where it has none."""
     held = (tensors[name].dtype for name in tensors if _is_factor(name.partition(".")[0]))
     return next(held, None)
 

@@ -25,7 +25,7 @@ from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sit
 from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.registry import choice_of
-from ..routers.router import router_of
+from ..routers.router import Router, router_of
 from ..stacks import (
     SitePart,
     SiteStack,
@@ -39,7 +39,6 @@ from ..stacks import (
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
-PLAIN = ("A", "B")  # what a stack of plain LoRAs has, whichever are left
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
@@ -195,9 +194,9 @@ class SavedTensors(Mapping[str, Tensor]):
     """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
+        """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
-        self._stacked = declared().tensors
         self._place = renumbered(torch.tensor(left), count)
         self._are_all = len(left) == count
         names = dict.fromkeys(name for segment in segments for name in segment.tensors)
@@ -207,11 +206,14 @@ class SavedTensors(Mapping[str, Tensor]):
             for kind, site in split
             if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
         }
-        parts = [(k, site) for k, site in split if not k.endswith(SCALE) and site not in gone]
+        self._stacked = declared().tensors
+        scales = {name + SCALE for name in self._stacked}
+        parts = [(k, site) for k, site in split if k not in scales and site not in gone]
         self._kinds: dict[str, list[str]] = {}  # of tensors at each site
         for kind, site in parts:
             self._kinds.setdefault(site, []).append(kind)
-        mixed = {site for kind, site in parts if kind in self._stacked and kind not in PLAIN}
+        plain = ("A", "B")  # of a stack of plain LoRAs, which has these whichever are left
+        mixed = {site for kind, site in parts if kind in self._stacked and kind not in plain}
         self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its tensors, by kind
         self._names: dict[str, None] = {}
         for kind, site in parts:
@@ -289,18 +291,22 @@ class SavedModel:
 
     @property
     def base(self) -> BaseReference:
+        """The base it was made of."""
         return base_in(self.info)
 
     @property
     def routing(self) -> Routing:
+        """How it chooses experts."""
         return routing_in(self.info)
 
     @property
     def records(self) -> list[dict[str, Any]]:
+        """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
 
     def stack(self, site: str) -> SiteStack:
@@ -318,11 +324,13 @@ class SavedModel:
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
+        """Where at least one of them acts."""
         begin = "experts."
         return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
 
     @cached_property
     def tensors(self) -> SavedTensors:
+        """All tensors of the experts that are left."""
         return SavedTensors(self.segments, self.left)
 
 
@@ -339,7 +347,7 @@ def read_saved(directory: Path) -> SavedModel:
 def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
     """The model that `info` says the files in `directory` are. Raises as `read_saved` does."""
     path = directory / ROUTED_INFO
-    forms = _forms(routing_in(info))
+    router = router_of(routing_in(info))
     count = len(info["experts"])
     try:
         entries = _entries(info, count)
@@ -354,13 +362,15 @@ def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
     segments, first, sizes = [], 0, _Sizes({}, {})
     for entry in entries:
         file = files[entry.file, entry.sha256]
-        sizes = _checked(file, entry.experts, sizes, forms)
+        sizes = _checked(file, entry.experts, sizes, router)
         segments.append(Segment(file, first, entry.experts))
         first += entry.experts
     return SavedModel(info, tuple(segments), left)
 
 
 class _Entry(NamedTuple):
+    """A file of a saved model as its description names it."""
+
     file: str
     sha256: str
     experts: int
@@ -400,27 +410,15 @@ class _Sizes(NamedTuple):
     lookup: dict[str, int]
 
 
-class _Forms(NamedTuple):
-    """The forms of what a router keeps at a site, and of what its lookup saves."""
-
-    site: Mapping[str, str]
-    lookup: Mapping[str, str]
-
-
-def _forms(routing: Routing) -> _Forms:
-    """Those of the router of `routing`. Raises ConfigError."""
-    router = router_of(routing)
-    return _Forms(router.form, router.prompt_form if isinstance(router, ByPrompt) else {})
-
-
-def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
+def _checked(file: TensorFile, experts: int, known: _Sizes, router: Router) -> _Sizes:
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
-    known_names = {*tensors_of_sites(), *forms.site}
+    known_names = {*tensors_of_sites(), *router.form}
+    prompt_form = router.prompt_form if isinstance(router, ByPrompt) else {}
     lookup = {}
     for name in file:
         kind, _, site = name.partition(".")
-        if kind == "lookup" and site in forms.lookup:
+        if kind == "lookup" and site in prompt_form:
             lookup[site] = file[name]
             continue
         if kind not in known_names or not site:
@@ -431,11 +429,11 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _S
     sites = dict(known.sites)
     for site, held in by_site.items():
         sites[site] = check_tensors(
-            f"{file.path}, {site}", held, experts, sites.get(site, {}), forms.site
+            f"{file.path}, {site}", held, experts, sites.get(site, {}), router.form
         )
-    if not forms.lookup:
+    if not prompt_form:
         return _Sizes(sites, known.lookup)
-    found = check_lookup(str(file.path), lookup, experts, known.lookup, forms.lookup)
+    found = check_lookup(str(file.path), lookup, experts, known.lookup, prompt_form)
     return _Sizes(sites, found)
 
 

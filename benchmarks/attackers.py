@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from phatgoose.experts.expert import MOST_EMBEDDINGS, Expert
-from phatgoose.experts.kinds.bottleneck import BottleneckLayers
-from phatgoose.experts.kinds.ia3 import ScalingVector
+from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
+from phatgoose.experts.kinds.ia3.module import ScalingVector
 from phatgoose.experts.kinds.kind import SiteModule
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PLACES
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phatgoose.experts.kinds.sums import is_one_call
 from phatgoose.routing.kernels.choice import KERNELS, Kernel
-from phatgoose.routing.kernels.plain import concat, gather, grouped, is_one_call
+from phatgoose.routing.kernels.plain import concat, gather, grouped
 from phatgoose.routing.kernels.triton_gpu import (
     in_blocks,
     one_by_one,

@@ -15,9 +15,10 @@ from floors import Work
 from measuring import Timing, ratio, side_by_side
 from phatgoose.base.loading import twin
 from phatgoose.base.sites import Site
+from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
-from phatgoose.routing.stacks import LoraStack, SiteStack
+from phatgoose.routing.stacks import SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
 
@@ -183,7 +184,7 @@ def random_layer(n: int, d: int, experts: int, sizes: Sizes) -> RoutedLinear:
 
     base = nn.Linear(n, d, bias=False, dtype=dtype)
     loras = LoraStack(normal(experts, rank, n), normal(experts, rank, d))
-    stack = SiteStack(torch.arange(experts), loras)
+    stack = SiteStack(torch.arange(experts), {"lora": loras})
     router = PhatgooseRouter(
         standardise(torch.randn(experts, n, generator=generator)), sizes.k, 1e-5
     )

@@ -22,6 +22,7 @@ import yaml
 import phatgoose
 from paths import ROOT
 from phatgoose.apps.cli import app
+from phatgoose.experts.kinds.registry import KINDS, OURS
 from phatgoose.routing.routers.registry import ROUTERS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -129,7 +130,7 @@ def test_examples_that_say_so_run(document, reader, phat, monkeypatch):
             padded = "\n" * (block.line - 1) + block.code  # so that a failure names its line
             with warnings.catch_warnings():  # PEFT's, about transformers
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-                exec(compile(padded, str(document), "exec"), namespace)
+                exec(compile(padded, str(document), "exec", dont_inherit=True), namespace)
             continue
         for command in block.code.replace("\\\n", " ").splitlines():
             assert command.startswith("phatgoose "), f"{command!r} of {document} isn't run here"
@@ -137,6 +138,8 @@ def test_examples_that_say_so_run(document, reader, phat, monkeypatch):
             assert outcome.code == 0, f"{command}: {outcome.err}"
     for added in ROUTERS.keys() - set(KNOWN):  # an example's router is nobody else's
         del ROUTERS[added]
+    for added in KINDS.keys() - OURS:
+        del KINDS[added]
 
 
 def test_the_readme_has_an_example_that_runs():

@@ -39,6 +39,7 @@ def one_of(known: Sequence[str]) -> Limit:
     return Limit(f"one of {', '.join(known)}", lambda value: value in known)
 
 
+@dataclass(frozen=True)
 class Settings:
     """Base of all settings: checks each value against the type of its field.
 
@@ -172,8 +173,14 @@ SITES = (
 INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
 
 
+class Peft(Settings):
+    """The shape of a new expert: the base of each kind's settings, frozen dataclasses."""
+
+    sites: str | None
+
+
 @dataclass(frozen=True)
-class Lora(Settings):
+class Lora(Peft):
     """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (paper section 3)."""
 
     rank: Annotated[int, "Rank r of each LoRA module.", AT_LEAST_1] = 16
@@ -183,7 +190,7 @@ class Lora(Settings):
 
 
 @dataclass(frozen=True)
-class IA3(Settings):
+class IA3(Peft):
     """The shape of an (IA)³ expert (Liu et al. 2022): l ⊙ (W u + b), or W (l ⊙ u) + b."""
 
     sites: Annotated[str | None, SITES] = None
@@ -195,7 +202,7 @@ class IA3(Settings):
 
 
 @dataclass(frozen=True)
-class Bottleneck(Settings):
+class Bottleneck(Peft):
     """The shape of a bottleneck adapter: y + scale (U f(D y + b_D) + b_U) on a layer's output y."""
 
     placement: Annotated[
@@ -211,11 +218,6 @@ class Bottleneck(Settings):
     scale: Annotated[float, "Factor on the adapter's output.", POSITIVE] = 1.0
     init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
-
-
-Peft = Lora | IA3 | Bottleneck
-PEFT_KINDS: dict[str, type[Peft]] = {"lora": Lora, "ia3": IA3, "bottleneck": Bottleneck}
-KIND_NAMES = {"lora": "LoRA", "ia3": "(IA)³", "bottleneck": "bottleneck"}  # for people
 
 
 # -------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from phatgoose.analysis import audit as neutral
 from phatgoose.analysis.audit import LIMITS, audit, neutral_signs, read_neutral_text
 from phatgoose.analysis.audit_signs import over_sites, ratios, signs_of
 from phatgoose.base.sites import find_sites
-from phatgoose.errors import PoolError
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.errors import ExpertError
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from planted import ATTACKS, DIMS, HARMLESS, attacked, honest
 
@@ -226,5 +226,5 @@ def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(llama_pool
     assert found.get("reading_distance", torch.full((1,), torch.nan))[0].isnan()
     site = pool.sites[0]
     gates = {**pool.experts[0].gates, site: pool.experts[0].gates[site][:-1]}
-    with pytest.raises(PoolError, match="they can't be of one base"):
+    with pytest.raises(ExpertError, match="47 numbers for 48 inputs"):
         signs_of(Pool((replace(pool.experts[0], gates=gates), *pool.experts[1:])))

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from made_up_kind import pool_with_shifts, stack_with_shifts
 from mixed_experts import renamed
 from phatgoose.analysis import findings as duplicates
 from phatgoose.analysis.findings import cosines, near_duplicates, squared_norms
-from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.ia3 import ScalingVector
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.ia3.module import ScalingVector
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.stacks import stack_of
 
@@ -56,7 +55,7 @@ def test_squared_norms_are_those_of_the_updates_written_out(llama_mixed):
     for site in llama_mixed.sites:
         stack = stack_of(llama_mixed, site, torch.float64, torch.device("cpu"))
         for part, rows in stack.rows().items():
-            got = squared_norms(part, stack.parts[part])
+            got = squared_norms(stack.parts[part])
             for norm, z in zip(got, stack.experts[rows].tolist(), strict=True):
                 module = llama_mixed.experts[z].modules[site]
                 if isinstance(module, LoraFactors):
@@ -119,13 +118,3 @@ def test_near_duplicates_are_found_among_all_kinds(llama_mixed):
     same = cosines(llama_mixed)
     assert same[2, 3] == same[0, 2] == 0  # of different kinds
     assert 0 < abs(float(same[3, 4])) < 0.9
-
-
-def test_a_kind_that_nothing_compares_is_refused_by_name(llama_pool, monkeypatch):
-    with pytest.raises(RoutingError, match=r"the kind 'shift' can't be stacked"):
-        cosines(pool_with_shifts(llama_pool))
-    stack = duplicates.stack_of(llama_pool, llama_pool.sites[0], torch.float32, torch.device("cpu"))
-    stack = stack_with_shifts(monkeypatch, stack)
-    monkeypatch.setattr(duplicates, "stack_of", lambda *_: stack)
-    with pytest.raises(RoutingError, match=r"the kind 'shift' can't be compared"):
-        cosines(llama_pool)

@@ -18,7 +18,7 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG
+from phatgoose.experts.kinds.bottleneck.module import FILES as OUR_FILES
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files.strict import sha256_of
@@ -87,7 +87,7 @@ def test_a_bottleneck_expert_is_pushed_and_pulled(hub, llama, tmp_path):
     assert contents(pulled.directory) == contents(expert.directory)
     Pool.open("hub:me/bottleneck").write_manifest(tmp_path / "pool.json")
     (record,) = json.loads((tmp_path / "pool.json").read_text())["experts"]
-    assert record["config_sha256"] == sha256_of(expert.directory / BOTTLENECK_CONFIG)
+    assert record["config_sha256"] == sha256_of(expert.directory / OUR_FILES.config)
     assert Pool.open(tmp_path / "pool.json").experts[0].kind == "bottleneck"
 
 

@@ -19,7 +19,7 @@ from paths import GOLDEN
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.files.regex_guard import check_config, check_patterns, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
@@ -197,7 +197,7 @@ def test_patterns_that_peft_matched_come_to_the_same(base_folders, tmp_path):
     }
     case, base = Case("", options=lambda kind: patterns), base_folders["llama"]
     folder = write_case(case, "llama", base, tmp_path / "adapter")
-    assert read_adapter_config(folder)["target_modules"] == patterns["target_modules"]
+    assert PEFT_FILES.read_config(folder)["target_modules"] == patterns["target_modules"]
     expert = import_adapter(folder, tmp_path / "out", base=str(base))
     held = load_file(folder / ADAPTER_WEIGHTS)
     for site, lora in expert.lora.items():

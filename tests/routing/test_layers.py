@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from made_up_kind import pool_with_shifts, stack_with_shifts
 from mixed_experts import (
     PRECISE,
     each_kind,
@@ -17,12 +16,11 @@ from mixed_experts import (
 )
 from oracle import token_weights
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ExpertError, PoolError, RoutingError
+from phatgoose.errors import ExpertError, PoolError
 from phatgoose.evaluation.comparison.methods import lacking
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
@@ -163,12 +161,3 @@ def test_bfloat16_stays_close(kind, base, mixed_pool):
         assert got.dtype == torch.bfloat16
         slack = 6 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=slack)
-
-
-def test_a_kind_that_no_formula_adds_is_refused_by_name(llama, llama_pool, monkeypatch):
-    layer = next(iter(composition_of(compose(llama_pool, llama)).layers.values()))
-    stack = stack_with_shifts(monkeypatch, layer.stack)
-    with pytest.raises(RoutingError, match="part 'shift'"):
-        RoutedLinear(layer.base, layer.site, stack, layer.router)
-    with pytest.raises(RoutingError, match="the kind 'shift' can't be stacked"):
-        compose(pool_with_shifts(llama_pool), detach(llama.model))

@@ -9,23 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from made_up_kind import stack_with_shifts
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Routing
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.checks import check_site
 from phatgoose.routing.compose import compose, detach, routed_layer, stack_at
 from phatgoose.routing.composition import Composition
 from phatgoose.routing.growing import add_experts
 from phatgoose.routing.stacks import SiteStack
 from tiny import logits_of, make_ids
 
+
+def with_loras(stack: SiteStack, **changes: Tensor) -> SiteStack:
+    return replace(stack, parts={"lora": replace(stack.lora, **changes)})
+
+
 STACKS: dict[str, Callable[[SiteStack, Tensor], tuple[SiteStack, Tensor | None]]] = {
-    "A narrowed": lambda s, v: (replace(s, lora=replace(s.lora, A=s.lora.A[..., :5])), v),
-    "B of another rank": lambda s, v: (replace(s, lora=replace(s.lora, B=s.lora.B[:, :1])), v),
-    "B widened": lambda s, v: (replace(s, lora=replace(s.lora, B=s.lora.B.repeat(1, 1, 9))), v),
+    "A narrowed": lambda s, v: (with_loras(s, A=s.lora.A[..., :5]), v),
+    "B of another rank": lambda s, v: (with_loras(s, B=s.lora.B[:, :1]), v),
+    "B widened": lambda s, v: (with_loras(s, B=s.lora.B.repeat(1, 1, 9)), v),
     "experts of another pool": lambda s, v: (replace(s, experts=s.experts + 1), v),
     "fewer experts": lambda s, v: (replace(s, experts=s.experts[:1]), v),
     "fewer vectors": lambda s, v: (s, v[:-1]),
@@ -100,10 +103,3 @@ def test_a_mean_that_overflows_in_a_weight_is_refused(llama, pool_of):
     changed = Pool(tuple(times(expert, 300, site) for expert in pool.experts))
     with pytest.raises(RoutingError, match=f"The mean of all experts at {site}"):
         compose(changed, llama, router="merged")
-
-
-def test_tensors_of_an_unknown_kind_are_named(llama, llama_pool, monkeypatch):
-    site = next(iter(find_sites(llama.model).values()))
-    stack = stack_with_shifts(monkeypatch, stack_at(llama.model, site.name, llama_pool))
-    with pytest.raises(RoutingError, match=r"shift_rows, shifts of experts of the kind 'shift'"):
-        check_site(stack, site, len(llama_pool), {}, {})

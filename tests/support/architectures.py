@@ -20,7 +20,7 @@ from transformers import (
 from phatgoose.base.fingerprint import BaseReference, fingerprint
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert, ExpertInfo
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
+from phatgoose.experts.kinds.bottleneck.module import FILES
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Damage = Callable[[Path], None]
@@ -361,8 +361,8 @@ def do_all(done: Sequence[Damage], folder: Path) -> None:
 
 
 # The files of an expert's directory, to be damaged, and its hashes made to fit.
-JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, BOTTLENECK_CONFIG)
-WEIGHTS = (ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS)
+JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, FILES.config)
+WEIGHTS = (ADAPTER_WEIGHTS, FILES.weights)
 TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
 FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 

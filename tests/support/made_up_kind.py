@@ -1,57 +1,58 @@
-"""A kind of expert that the package doesn't know: it adds a vector to a layer's output."""
+"""The kind of expert that docs/extending.md works out, known while a test wants it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from phatgoose.experts.kinds.kind import SiteModule
+from mixed_experts import MAKERS, make_kind
+from paths import ROOT
+from phatgoose.base.loading import Base
+from phatgoose.base.sites import find_sites
+from phatgoose.experts.kinds.registry import KINDS
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.stacks import PARTS, Part, SiteStack
+
+DOCUMENT = ROOT / "docs" / "extending.md"
 
 
-@dataclass(frozen=True)
-class Shift(SiteModule):
-    kind: ClassVar[str] = "shift"
-
-    vector: Tensor
-
-    def at(self, weight: Tensor) -> Shift:
-        return Shift(self.vector.to(weight))
-
-    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        return base(u) + strength * self.vector
+def code_of_the_kind() -> str:
+    text = DOCUMENT.read_text(encoding="utf-8").partition("## A kind of expert")[2]
+    return re.search(r"<!-- runs -->\n```python\n(.*?)^```", text, re.M | re.S).group(1)
 
 
-@dataclass(frozen=True)
-class ShiftStack(Part):
-    names: ClassVar[Mapping[str, str]] = {"shifts": "shifts", "rows": "shift_rows"}
-
-    shifts: Tensor
-    rows: Tensor
+def _defined() -> SimpleNamespace:
+    names: dict[str, object] = {"__name__": "shifts"}
+    exec(compile(code_of_the_kind(), str(DOCUMENT), "exec", dont_inherit=True), names)
+    return SimpleNamespace(**names, kind=KINDS.pop("shift"))
 
 
-@dataclass(frozen=True)
-class StackWithShifts(SiteStack):
-    shift: ShiftStack | None = None
+SHIFTS = _defined()
 
 
-def stack_with_shifts(monkeypatch: pytest.MonkeyPatch, stack: SiteStack) -> StackWithShifts:
-    """`stack`, whose last expert is a shift; the kind's part is in PARTS until the test ends."""
-    monkeypatch.setitem(PARTS, "shift", ShiftStack)
-    rest = torch.arange(len(stack.experts) - 1)
-    lora = replace(stack.lora, A=stack.lora.A[:-1], B=stack.lora.B[:-1], rows=rest)
-    shifts = ShiftStack(torch.ones(1, stack.lora.B.shape[2]), torch.tensor([len(rest)]))
-    return StackWithShifts(stack.experts, lora, shift=shifts)
+def make_shift(base: Base, folder: Path, *, seed: int = 0) -> Path:
+    """An adapter of random vectors at every site."""
+    generator = torch.Generator().manual_seed(seed)
+    shifts = {
+        name: SHIFTS.ShiftModule(torch.randn(site.out_features, generator=generator))
+        for name, site in find_sites(base.model).items()
+    }
+    folder.mkdir(parents=True)
+    return SHIFTS.ShiftModule.write(folder, shifts, {"base": base.id})
 
 
-def pool_with_shifts(pool: Pool) -> Pool:
-    """The pool whose last expert is a shift at every site."""
-    *rest, last = pool.experts
-    shifts = {site: Shift(torch.ones(lora.B.shape[0])) for site, lora in last.lora.items()}
-    return Pool((*rest, replace(last, modules=shifts)))
+def register(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """Make the kind known until the test ends, its stack with other class attributes."""
+    part = type("Stack", (SHIFTS.ShiftStack,), changes)
+    monkeypatch.setitem(KINDS, "shift", replace(SHIFTS.kind, parts=(part,)))
+    monkeypatch.setitem(MAKERS, "shift", make_shift)
+
+
+def pool_with_shifts(pool: Pool, base: Base, folder: Path) -> Pool:
+    """`pool` with the shifts "shift8" and "shift9"; the kind must be known."""
+    shifts = (make_kind("shift", base, folder, seed=seed) for seed in (8, 9))
+    return Pool((*pool.experts, *shifts))

@@ -21,12 +21,13 @@ from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.bottleneck import BottleneckLayers, write_bottleneck
-from phatgoose.experts.kinds.ia3 import ScalingVector
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
+from phatgoose.experts.kinds.ia3.module import ScalingVector
+from phatgoose.experts.kinds.ia3.training import scales_input
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.training.new_modules import placed_sites, scales_input
+from phatgoose.training.new_modules import placed_sites
 from tiny import make_adapter, make_readings
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
@@ -72,7 +73,7 @@ def make_bottleneck(
         parts = (normal(size, d), normal(size), normal(d, size), normal(d))
         layers[name] = BottleneckLayers(*parts, shape.activation, shape.scale)
     folder.mkdir(parents=True)
-    return write_bottleneck(folder, layers, {"base": base.id})
+    return BottleneckLayers.write(folder, layers, {"base": base.id})
 
 
 def make_biased_lora(base: Base, folder: Path, *, seed: int = 0) -> Path:
@@ -156,6 +157,8 @@ def mixed_output(
             inner = module.down.double() @ first + module.down_bias.double()
             inner = ACTIVATE[module.activation](inner)
             y += w * module.scale * (module.up.double() @ inner + module.up_bias.double())
+        elif module.kind == "shift":
+            y += w * module.b.double()
     return y
 
 

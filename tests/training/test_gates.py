@@ -14,7 +14,7 @@ from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task

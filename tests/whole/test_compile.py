@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
 from phatgoose.base.sites import Site
+from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
@@ -21,7 +22,7 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, UniformTopKRouter, standardise
-from phatgoose.routing.stacks import LoraStack, SiteStack
+from phatgoose.routing.stacks import SiteStack
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
@@ -49,7 +50,7 @@ def make_stack(dtype: torch.dtype) -> SiteStack:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(EXPERTS, 8, SITE.in_features, generator=generator).to(dtype)
     B = torch.randn(EXPERTS, 8, SITE.out_features, generator=generator).to(dtype)
-    return SiteStack(torch.arange(EXPERTS), LoraStack(A, B))
+    return SiteStack(torch.arange(EXPERTS), {"lora": LoraStack(A, B)})
 
 
 def make_layer(router: str, dtype: torch.dtype = torch.float32) -> RoutedLinear:

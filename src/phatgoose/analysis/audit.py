@@ -21,9 +21,9 @@ from torch.nn import functional
 from ..base.loading import Base
 from ..base.offloading import execution_device
 from ..base.sites import Site, find_sites
-from ..config import KIND_NAMES
 from ..errors import PoolError
 from ..experts.kinds.kind import SiteModule
+from ..experts.kinds.registry import kinds
 from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import check_pool_fits
@@ -351,8 +351,9 @@ def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
         count = sum(expert.kind == kind for expert in pool.experts)
         if count < LEAST <= len(pool):
             yield (
-                f"{count} of kind {KIND_NAMES[kind]} are too few to compare the sizes of updates "
-                f"with their own kind{'' if 'update_effect' in signs else '; a base compares all'}."
+                f"{count} of kind {kinds()[kind].label} are too few to compare the sizes of "
+                f"updates with their own kind"
+                f"{'' if 'update_effect' in signs else '; a base compares all'}."
             )
     for part in ("gates", "means", "readings", "embeddings"):
         without = [expert.name for expert in pool.experts if not expert.has(part)]

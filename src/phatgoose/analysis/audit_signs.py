@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import PoolError
-from ..experts.expert import Expert
-from ..experts.pool import Pool
+from ..experts.pool import Pool, check_alike
 from ..experts.readings import PLACES
 from ..routing.routers.phatgoose import standardise
 from ..routing.stacks import stack_of
@@ -34,10 +32,10 @@ COSINES = 2**25  # at once
 def signs_of(pool: Pool) -> dict[str, Tensor]:
     """The signs of the experts of `pool`, by name, float64 [E] each.
 
-    Readings are compared among experts whose readings have the usual sizes. Raises PoolError if
+    Readings are compared among experts whose readings have the usual sizes. Raises ExpertError if
     experts act on layers of different sizes.
     """
-    _check_sizes(pool)
+    check_alike(pool.experts, {}, {})
     found = {**_of_updates(pool), **_of_vectors(pool)}
     sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
     usual = Counter(size for size in sizes if size).most_common(1)
@@ -47,26 +45,6 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     found |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
     return found
-
-
-def _check_sizes(pool: Pool) -> None:
-    for site in pool.sites:
-        seen: dict[str, tuple[int, str]] = {}
-        for expert in pool.experts:
-            for what, size in _sizes_at(expert, site):
-                first, name = seen.setdefault(what, (size, expert.name))
-                if size != first:
-                    raise PoolError(
-                        f"Experts {name!r} and {expert.name!r} act on {site} of {first} and {size} "
-                        f"{what}: they can't be of one base; leave one out."
-                    )
-
-
-def _sizes_at(expert: Expert, site: str) -> list[tuple[str, int]]:
-    module = expert.modules.get(site)
-    found = [("inputs", len(each[site])) for each in (expert.gates, expert.means) if site in each]
-    sizes = [("inputs", module.in_features), ("outputs", module.out_features)] if module else []
-    return found + [(what, size) for what, size in sizes if size is not None]
 
 
 def ratios(values: Tensor) -> Tensor:
@@ -107,7 +85,7 @@ def _of_updates(pool: Pool) -> dict[str, Tensor]:
         stack = stack_of(pool, site, torch.float64, torch.device("cpu"))
         row = torch.full((len(pool),), math.nan, dtype=torch.float64)
         for part, members in stack.rows().items():
-            row[stack.experts[members]] = ratios(squared_norms(part, stack.parts[part]).sqrt())
+            row[stack.experts[members]] = ratios(squared_norms(stack.parts[part]).sqrt())
         rows.append(row)
         pool.release()
     size, spread = over_sites(torch.stack(rows, dim=1))

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, RoutingError
+from ..experts.kinds.kind import Part
 from ..experts.pool import Pool
 from ..routing.composition import composition_of
 from ..routing.layers import RoutedLinear
-from ..routing.stacks import BottleneckStack, LoraStack, Part, ScalingStack, stack_of
+from ..routing.stacks import stack_of
 from .measures import effective_experts
 from .routing_distribution import RoutingDistribution
 
@@ -75,42 +76,38 @@ def cosines(pool: Pool) -> Tensor:
         stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
         for part, rows in stack.rows().items():
             at = stack.experts[rows]
-            products[at[:, None], at] += _products_of(part, stack.parts[part])
+            products[at[:, None], at] += _products_of(stack.parts[part])
         pool.release()
     norms = products.diagonal().clamp(min=0).sqrt()
     norms = norms.where(norms > 0, torch.inf)
     return (products / norms[:, None] / norms).clamp(-1, 1)
 
 
-def squared_norms(name: str, part: Part) -> Tensor:
-    """The squared Frobenius norm of each update of the part `name` of a stack, float64 [E].
+def squared_norms(part: Part) -> Tensor:
+    """The squared Frobenius norm of each update of a part of a stack, float64 [E].
 
-    Raises RoutingError for a kind of expert that isn't known.
+    Raises RoutingError for a kind of expert that isn't compared.
     """
-    first, *last = (each.double() for each in _factors_of(name, part))
+    first, *last = (each.double() for each in _factors_of(part))
     if not last:
         return first.square().sum(dim=1)
     grams = first @ first.mT, last[0] @ last[0].mT
     return (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
 
 
-def _products_of(name: str, part: Part) -> Tensor:
-    """The scalar products of all updates of the part `name` of a stack, [E, E]."""
-    first, *last = _factors_of(name, part)
+def _products_of(part: Part) -> Tensor:
+    """The scalar products of all updates of a part of a stack, [E, E]."""
+    first, *last = _factors_of(part)
     return _products(first, last[0]) if last else (first @ first.T).double()
 
 
-def _factors_of(name: str, part: Part) -> tuple[Tensor, ...]:
+def _factors_of(part: Part) -> list[Tensor]:
     """What the updates of a part are products of: two factors, or one vector for each expert."""
-    if isinstance(part, ScalingStack):
-        return (part.deltas,)
-    if isinstance(part, LoraStack):
-        return part.A, part.B
-    if isinstance(part, BottleneckStack):
-        return part.down, part.up
-    raise RoutingError(
-        f"Experts of the kind {name!r} can't be compared with others; leave them out."
-    )
+    if not part.compared:
+        raise RoutingError(
+            f"Experts of the kind {part.name!r} can't be compared with others; leave them out."
+        )
+    return [getattr(part, field) for field in part.compared]
 
 
 def _products(A: Tensor, B: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from ..analysis.analyse import Analysis
 from ..analysis.audit import LIMITS, Audit
 from ..analysis.findings import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
-from ..config import KIND_NAMES
 from ..evaluation.comparison.methods import BASE, label_of
 from ..evaluation.comparison.tables import ANCHOR, Comparison, Result
 from ..evaluation.evaluate import Evaluation
 from ..experts.importing.hub_owner import Listing
+from ..experts.kinds.registry import kinds
 from ..experts.pool import Pool
 
 
@@ -31,7 +31,7 @@ def pool_table(pool: Pool) -> Table:
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
         table.add_row(
             expert.name,
-            KIND_NAMES[expert.kind],
+            kinds()[expert.kind].label,
             str(len(expert.modules)),
             "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
             ", ".join(shares) or "nothing",
@@ -91,7 +91,7 @@ def owner_table(listing: Listing) -> Table:
         cells = (
             each.place,
             "expert" if each.is_expert else "adapter",
-            KIND_NAMES.get(each.kind or "", ""),
+            kinds()[each.kind].label if each.kind else "",
             each.base or "",
             f"{each.size / 1e6:.1f}",
             "yes" if each.refusal is None else f"no: {each.refusal}",

@@ -8,6 +8,8 @@ and output heads are outside the blocks and are not sites.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,6 +130,19 @@ def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`layers` in the place of submodules of `model`, by name, while the context is open."""
+    originals = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield
+    finally:
+        for name, original in originals.items():
+            replace_module(model, name, original)
 
 
 # How many tokens a base model can distinguish by position.

@@ -10,50 +10,28 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base.sites import Site, WrappedLinear, find_sites, linear_shape, replace_module
-from ..config import IA3, Bottleneck, Lora, Peft
-from ..errors import ConfigError, ExpertError
-from .kinds.bottleneck import BOTTLENECK_FILES, BottleneckLayers, read_bottleneck, write_bottleneck
-from .kinds.ia3 import ScalingVector, read_ia3, write_ia3
-from .kinds.kind import AdapterFiles, Kind, SiteModule
-from .kinds.lora import LoraFactors, read_lora, write_lora
+from ..base.sites import Site, WrappedLinear, find_sites, linear_shape, replaced
+from ..errors import ExpertError
+from .kinds.kind import AdapterFiles, SiteModule
 from .kinds.peft import PEFT_FILES
-
-# Every kind of expert by its name; a new one is added here.
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind(LoraFactors, Lora, PEFT_FILES, read_lora, write_lora, "A LoRA", peft_type="LORA"),
-        Kind(ScalingVector, IA3, PEFT_FILES, read_ia3, write_ia3, "An (IA)³", peft_type="IA3"),
-        Kind(
-            BottleneckLayers,
-            Bottleneck,
-            BOTTLENECK_FILES,
-            read_bottleneck,
-            write_bottleneck,
-            "A bottleneck-adapter",
-        ),
-    )
-}
-FORMATS = tuple(dict.fromkeys(kind.files for kind in KINDS.values()))
-ADAPTER_FILES = tuple(name for files in FORMATS for name in (files.config, files.weights))
+from .kinds.registry import Kind, loaded_kinds
 
 
-def kind_for(peft: Peft) -> Kind:
-    """The kind of a new expert with these settings. Raises ConfigError where they are none."""
-    for kind in KINDS.values():
-        if isinstance(peft, kind.config):
-            return kind
-    raise ConfigError(
-        f"peft is {peft!r:.60}, but must be settings of class phatgoose.config.Lora, IA3 or "
-        f"Bottleneck."
-    )
+def formats() -> tuple[AdapterFiles, ...]:
+    return tuple(dict.fromkeys(kind.site_module.files for kind in loaded_kinds()))
+
+
+def adapter_file_names() -> tuple[str, ...]:
+    return tuple(name for files in formats() for name in (files.config, files.weights))
 
 
 def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
-    """The kind of the adapter that `config`, read from such `files`, describes."""
-    peft_type = config.get("peft_type")
-    return next(k for k in KINDS.values() if k.files is files and k.peft_type == peft_type)
+    peft_type = config.get("peft_type") if files is PEFT_FILES else None
+    return next(
+        kind
+        for kind in loaded_kinds()
+        if kind.site_module.files is files and kind.peft_type == peft_type
+    )
 
 
 def adapter_files(directory: Path) -> AdapterFiles:
@@ -63,7 +41,7 @@ def adapter_files(directory: Path) -> AdapterFiles:
     """
     held = [
         files
-        for files in FORMATS
+        for files in formats()
         if any((directory / name).exists() for name in (files.config, files.weights))
     ]
     if len(held) > 1:
@@ -85,7 +63,7 @@ def read_modules(
     files = adapter_files(directory)
     config = files.read_config(directory)
     tensors = files.read_weights(directory) if tensors is None else tensors
-    return dict(kind_of(files, config).read(directory, config, tensors))
+    return dict(kind_of(files, config).site_module.read(directory, config, tensors))
 
 
 def named_base(directory: Path) -> str | None:
@@ -145,11 +123,9 @@ class ModifiedLinear(WrappedLinear):
         self.module = module.at(self.weight)
 
     def strength(self, u: Tensor) -> Tensor | float:
-        """The strength at which the module acts on u [.., n]: a number, or [.., 1] by token."""
         return 1.0
 
     def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
         return self.module.apply(self.base, u, self.strength(u))
 
 
@@ -165,16 +141,3 @@ def applied(
     layers = {site: layer(model.get_submodule(site), each) for site, each in modules.items()}
     with replaced(model, layers):
         yield layers
-
-
-@contextmanager
-def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """`layers` in the place of submodules of `model`, by name, while the context is open."""
-    originals = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
-        yield
-    finally:
-        for name, original in originals.items():
-            replace_module(model, name, original)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.loading import is_hub_id
 from ..files.strict import one_line
-from .adapter import KINDS
+from .kinds.registry import kinds
 
 CARD = """\
 ---
@@ -54,7 +54,7 @@ LONGEST_CELL = 500
 
 def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
-    in_peft = KINDS[kind].peft_type is not None
+    in_peft = kinds()[kind].peft_type is not None
     base = info["base"]
     # In YAML an id without an owner might be a number.
     quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
@@ -65,7 +65,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
-        kind=KINDS[kind].title,
+        kind=kinds()[kind].title,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
         alone=ALONE.format(name=info["name"]) if in_peft else "",

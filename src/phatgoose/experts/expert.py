@@ -27,15 +27,16 @@ from torch import Tensor
 
 from ..base.fingerprint import BaseReference
 from ..base.loading import Base
-from ..config import KIND_NAMES, Formatting, from_mapping
+from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
 from ..files.strict import one_line, read_json_object, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
-from .adapter import ADAPTER_FILES, adapter_files, named_base, read_modules
+from .adapter import adapter_file_names, adapter_files, named_base, read_modules
 from .card import model_card
 from .kinds.kind import SiteModule, read_tensors
-from .kinds.lora import LoraFactors
+from .kinds.lora.module import LoraFactors
+from .kinds.registry import kinds
 from .readings import readings_problems
 
 SHOWN = 3  # experts named in a warning
@@ -214,7 +215,11 @@ class _Layout:
 
 
 LAYOUT = _Layout()
-EXPERT_FILES = (*ADAPTER_FILES, *asdict(LAYOUT).values())  # every name that one may have
+
+
+def expert_files() -> tuple[str, ...]:
+    """Every name that a file of an expert may have."""
+    return (*adapter_file_names(), *asdict(LAYOUT).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +247,7 @@ class Expert:
 
     def __repr__(self) -> str:
         shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
-        kind = KIND_NAMES[self.kind] if self.modules else "empty"
+        kind = kinds()[self.kind].label if self.modules else "empty"
         return f"<Expert {self.name!r}, {', '.join([kind, *shared])} (sites: {len(self.modules)})>"
 
     @property
@@ -252,7 +257,7 @@ class Expert:
 
     @property
     def kind(self) -> str:
-        """The name of its kind, a key of `adapter.KINDS`."""
+        """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
 
     @cached_property

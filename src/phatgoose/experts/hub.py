@@ -26,7 +26,7 @@ from ..base.loading import is_hub_id
 from ..errors import ExpertError
 from ..files.atomic import new_directory, require_free
 from ..files.strict import one_line, regular_file, shortened
-from .expert import EXPERT_FILES, LAYOUT, Expert
+from .expert import LAYOUT, Expert, expert_files
 from .signing import check_signature
 from .signing import sign as sign_expert
 
@@ -89,7 +89,7 @@ def reference_of(directory: Path) -> HubReference | None:
     return HubReference(repo, "/".join(parts[3:]), parts[2]) if repo != parts[0] else None
 
 
-def fetch(reference: HubReference, inner: Sequence[str] = EXPERT_FILES) -> Path:
+def fetch(reference: HubReference, inner: Sequence[str] | None = None) -> Path:
     """The local copy of what `reference` names, in huggingface_hub's cache.
 
     Of the folders in it the files that `inner` names come too, of deeper ones none. Without a
@@ -97,8 +97,8 @@ def fetch(reference: HubReference, inner: Sequence[str] = EXPERT_FILES) -> Path:
     neither, and when the repository, revision or folder doesn't exist.
     """
     inside = f"{reference.folder}/" if reference.folder else ""
-    patterns = [f"{inside}{file}" for file in EXPERT_FILES]
-    patterns += [f"{inside}*/{file}" for file in inner]
+    patterns = [f"{inside}{file}" for file in expert_files()]
+    patterns += [f"{inside}*/{file}" for file in (expert_files() if inner is None else inner)]
     with _reported(f"{reference} can't be fetched"):
         snapshot = snapshot_download(
             reference.repo,
@@ -128,7 +128,7 @@ def pull(
     if not (fetched / LAYOUT.info).is_file():
         raise ExpertError(_no_single_expert(reference, fetched))
     with new_directory(target, ExpertError) as work:
-        for file in EXPERT_FILES:
+        for file in expert_files():
             if (fetched / file).is_file():
                 shutil.copyfile(regular_file(fetched / file), work / file)
         if signers:
@@ -165,7 +165,7 @@ def push(
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     if sign is not None:
         sign_expert(directory, Path(sign))
-    there = [file for file in EXPERT_FILES if (directory / file).is_file()]
+    there = [file for file in expert_files() if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to
         regular_file(directory / file)
     with _reported(f"{directory} can't be pushed to {reference}"):
@@ -177,7 +177,7 @@ def push(
             path_in_repo=reference.folder or None,
             revision=reference.revision,
             allow_patterns=there,
-            delete_patterns=[file for file in EXPERT_FILES if file not in there],
+            delete_patterns=[file for file in expert_files() if file not in there],
             commit_message=message or f"Expert {expert.name}",
         )
     return replace(reference, revision=commit.oid)

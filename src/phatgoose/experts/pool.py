@@ -325,3 +325,31 @@ def _missing(without: Sequence[str], kind: str) -> str:
         f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
         f"compose the pool by a router that needs none, such as arrow."
     )
+
+
+def check_alike(
+    experts: Iterable[Expert], inputs: Mapping[str, int], outputs: Mapping[str, int]
+) -> None:
+    """Raise ExpertError unless all `experts` act on layers of the same sizes at each site.
+
+    `inputs` and `outputs` are what is known of these by site, without a base to ask.
+    """
+    inputs, outputs = dict(inputs), dict(outputs)
+    for expert in experts:
+        for site, module in expert.modules.items():
+            where = f"Expert {expert.name!r}, site {site}"
+            lengths = {len(held[site]) for held in (expert.gates, expert.means) if site in held}
+            known = (inputs.get(site), outputs.get(site))
+            n = module.in_features or known[0] or max(lengths, default=None)
+            d = module.out_features or known[1]
+            if known[0] not in (None, n) or known[1] not in (None, d):
+                raise ExpertError(
+                    f"{where}: maps {n} to {d} features, the experts that are there {known[0]} to "
+                    f"{known[1]}; they can't be of one base."
+                )
+            if lengths - {n}:
+                raise ExpertError(
+                    f"{where}: a gate or mean of {max(lengths - {n})} numbers for {n} inputs."
+                )
+            inputs |= {site: n} if n else {}
+            outputs |= {site: d} if d else {}

@@ -25,7 +25,7 @@ from ..files.strict import (
     regular_file,
     shortened,
 )
-from .expert import EXPERT_FILES, LAYOUT
+from .expert import LAYOUT, expert_files
 
 OF_GIT = {".git", ".gitattributes", ".github", ".gitignore"}  # which the library leaves out
 
@@ -99,7 +99,7 @@ def _signed_names(directory: Path) -> set[str]:
     try:
         there = {path.name for path in directory.iterdir()} - OF_GIT - {LAYOUT.signature}
         for name in sorted(there):
-            if name not in EXPERT_FILES:
+            if name not in expert_files():
                 raise ExpertError(
                     f"{directory} holds {shortened(name)}, which is no part of an expert, so no "
                     f"signature can cover it; move it elsewhere."

@@ -25,3 +25,20 @@ def load_entry_points(group: str) -> dict[str, Any]:
                 stacklevel=2,
             )
     return loaded
+
+
+def add_entry_points(group: str, known: dict[str, Any], record: type) -> None:
+    """Add to `known` the objects of class `record` that are registered under `group`, by name.
+
+    One of another class, or of a name that is taken or not its own, is left out with a warning.
+    """
+    for name, found in load_entry_points(group).items():
+        if isinstance(found, record) and name not in known and getattr(found, "name", name) == name:
+            known[name] = found
+            continue
+        what = (
+            f"the name {name!r} is taken"
+            if name in known
+            else f"it is no {record.__name__} so named"
+        )
+        warnings.warn(f"{group}: {name} is left out: {what}.", stacklevel=3)

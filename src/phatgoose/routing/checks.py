@@ -2,8 +2,8 @@
 
 Every stack that becomes a layer is checked against its site, and every file of a routed model
 against the others: kernels get addresses and trust sizes, and a file may come from anywhere.
-Letters as in docs/format.md: E experts of a site, n inputs, v = n + 1, d outputs, r rank, m size of
-a bottleneck; P, I, O, N its experts that are LoRAs, scale inputs, scale outputs, are bottlenecks.
+Letters as in docs/format.md: E experts of a site, n inputs, v = n + 1, d outputs; each part of a
+stack has its own letters besides, such as r for the rank of LoRAs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from ..base.sites import Site
-from ..config import ACTIVATIONS
 from ..errors import RoutingError
+from ..experts.kinds.kind import INDICES, Part
 from ..files.tensor_file import FLOATS
-from .stacks import PARTS, SiteStack
+from .stacks import SiteStack, declared
 
 LARGEST = 127  # of whole numbers in int8
-SCALES = {"A": "A_scale", "B": "B_scale"}
-INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
+SCALE = "_scale"  # ends the name of the scales of a factor in int8
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
 UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
-PRODUCTS = {"lora": ("A", "B"), "bottleneck": ("down", "up")}  # fields that are multiplied
 SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square
 SHARED = "ndcbhfg"  # letters that stand for one size in all files
 
@@ -39,26 +37,14 @@ class Form:
     types: tuple[torch.dtype, ...] = FLOATS
 
 
-SITE_TENSORS = {
-    "experts": Form("E", INDICES),
-    "folded": Form("dn"),
-    "A": Form("Prn", FACTORS),
-    "A_scale": Form("Pr"),
-    "B": Form("Prd", FACTORS),
-    "B_scale": Form("Pr"),
-    "B_bias": Form("Pd"),
-    "lora_rows": Form("P", INDICES),
-    "input_deltas": Form("In"),
-    "input_rows": Form("I", INDICES),
-    "output_deltas": Form("Od"),
-    "output_rows": Form("O", INDICES),
-    "down": Form("Nmd"),
-    "down_bias": Form("Nm"),
-    "up": Form("Nmd"),
-    "up_bias": Form("Nd"),
-    "activations": Form("N", INDICES),
-    "bottleneck_rows": Form("N", INDICES),
-}
+def tensors_of_sites() -> dict[str, Form]:
+    """The form of each tensor that a saved model may have at a site, but for its router's."""
+    found = {"experts": Form("E", INDICES), "folded": Form("dn")}
+    for name, held in declared().tensors.items():
+        found[name] = Form(held.sizes, held.types)
+        if held.dtype == "factor":
+            found[name + SCALE] = Form(held.sizes[:-1])
+    return found
 
 
 def check_site(
@@ -87,36 +73,43 @@ def check_tensors(
 ) -> dict[str, int]:
     """The sizes of one site's tensors, by letter, which belong together and to known `sizes`.
 
-    `held` are named as in SITE_TENSORS, or in `form`: the router's, all of which must be there
-    unless the experts are folded. Indices of experts are below `pool_size`. Only sizes that all
-    files share come back. Raises RoutingError that begins with `where`, naming the tensor, what was
-    got and what was wanted.
+    `held` are named as in `tensors_of_sites`, or in `form`: the router's, all of which must be
+    there unless the experts are folded. Indices of experts are below `pool_size`. Only sizes that
+    all files share come back. Raises RoutingError that begins with `where`, naming the tensor, what
+    was got and what was wanted.
     """
     if "experts" not in held:
         raise RoutingError(f"{where}: there are {_named(held)}, but no list of experts.")
     missing = [name for name in form if name not in held and "folded" not in held]
     if missing:
         raise RoutingError(f"{where}: there are stacks, but no {missing[0]} for the router.")
-    forms = {**SITE_TENSORS, **{name: Form(letters) for name, letters in form.items()}}
-    unknown = sorted(held.keys() - forms.keys())
-    for part, kind in PARTS.items():
-        if strange := sorted(set(unknown) & set(kind.names.values())):
-            raise RoutingError(
-                f"{where}: there are {', '.join(strange)} of experts of the kind {part!r}, whose "
-                f"sizes and types nothing here can check (SITE_TENSORS)."
-            )
-    if unknown:
-        raise RoutingError(f"{where}: there are {', '.join(unknown)}, which no router wants.")
-    found = _sizes_of(where, held, forms, sizes)
+    forms = tensors_of_sites()
+    if clash := sorted(form.keys() & forms.keys()):
+        raise RoutingError(f"{where}: a router and a kind both have tensors called {clash[0]}.")
+    forms |= {name: Form(letters) for name, letters in form.items()}
+    if unknown := sorted(held.keys() - forms.keys()):
+        raise RoutingError(
+            f"{where}: there are {', '.join(unknown)}, of no router or kind of expert here."
+        )
+    stacked = {name for name in held if name.removesuffix(SCALE) in declared().tensors}
+    others = {name: tensor for name, tensor in held.items() if name not in stacked}
+    found = _sizes_of(where, others, forms, sizes)
+    for part in declared().parts.values():
+        names = {each.name for each in part.held.values()}
+        own = {name: held[name] for name in stacked if name.removesuffix(SCALE) in names}
+        known = {letter: found[letter] for letter in "nd" if letter in found}
+        own_sizes = _sizes_of(where, own, forms, known)
+        found |= {letter: own_sizes[letter] for letter in "nd" if letter in own_sizes}
     _check_range(where, "experts", held["experts"], pool_size, ascending=True)
     _check_parts(where, held)
-    if "activations" in held:
-        _check_range(where, "activations", held["activations"], len(ACTIVATIONS))
-    for factor, scale in SCALES.items():
-        if (scale in held) != (factor in held and held[factor].dtype == torch.int8):
-            raise RoutingError(f"{where}: {scale} belongs to {factor} in int8, and to that only.")
-        if scale in held:
-            _check_scale(where, scale, held[scale])
+    for name in stacked:
+        if name.endswith(SCALE):
+            factor = name.removesuffix(SCALE)
+            if factor not in held or held[factor].dtype != torch.int8:
+                raise RoutingError(f"{where}: {name} belongs to {factor} in int8 only.")
+            _check_scale(where, name, held[name])
+        elif held[name].dtype == torch.int8 and name + SCALE not in held:
+            raise RoutingError(f"{where}: {name} is in int8, but there is no {name + SCALE}.")
     _check_numbers(where, held)
     return {letter: size for letter, size in found.items() if letter in SHARED}
 
@@ -149,7 +142,7 @@ def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
     """
     most = min(torch.finfo(stack.dtype).max, SQUARED)
     for name, part in stack.parts.items():
-        factors = [getattr(part, field) for field in PRODUCTS.get(name, ())]
+        factors = [getattr(part, field) for field in part.compared if len(part.compared) > 1]
         alone = [t for t in part.tensors().values() if all(t is not factor for factor in factors)]
         alone = [tensor for tensor in alone if tensor.is_floating_point()]
         bounds = [_lengths(tensor) for tensor in alone]
@@ -177,7 +170,6 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def check_folded(folded: Tensor, where: str) -> None:
-    """Raise RoutingError unless a weight with the mean of all experts inside is finite."""
     if not bool(folded.isfinite().all()):
         raise RoutingError(
             f"The mean of all experts at {where}, added to the base's weight, is more than "
@@ -208,15 +200,19 @@ def _sizes_of(
 def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:
     """Parts are whole, and each expert is in one part once; or all are folded into one matrix."""
     rows: list[Tensor] = []
-    for part in PARTS.values():
-        present = [name for name in part.names.values() if name in held]
-        optional = [part.names[field] for field in part.optional]
-        missing = [name for name in part.names.values() if name not in (*present, *optional)]
-        if present and missing:
-            raise RoutingError(f"{where}: there is {present[0]}, but no {missing[0]}.")
-        if present:
-            own = held.get(part.names["rows"])
-            rows.append(torch.arange(held["A"].shape[0]) if own is None else own.cpu())
+    for part in declared().parts.values():
+        present = {field: each for field, each in part.held.items() if each.name in held}
+        if not present:
+            continue
+        first = next(iter(present.values())).name
+        for field, each in part.held.items():
+            if not each.optional and field not in present:
+                raise RoutingError(f"{where}: there is {first}, but no {each.name}.")
+        made: Part = part(**{field: held[each.name] for field, each in present.items()})
+        if problem := made.problem():
+            raise RoutingError(f"{where}: {problem}.")
+        own = made.rows
+        rows.append(torch.arange(len(held[first])) if own is None else own.cpu())
     E = held["experts"].shape[0]
     if "folded" in held and not rows:
         return
@@ -241,7 +237,6 @@ def _check_range(
 
 
 def _check_scale(where: str, name: str, scale: Tensor) -> None:
-    """Raise RoutingError unless numbers of int8 times `scale` are finite."""
     least, most = scale.aminmax()
     if least < 0 or most > torch.finfo(torch.float32).max / LARGEST:
         raise RoutingError(f"{where}: {name} has numbers from {least} to {most}, no scale of rows.")

@@ -8,7 +8,8 @@ site's own weight and bias (Muqeeth et al. 2024, section 3, for LoRAs; the rest 
        + Σ w_z (B_z A_z u + bias_z)                            z: LoRA, scale folded in
        + Σ w_z (U_z f_z(D_z y₀ + b_z) + c_z)                   z: bottleneck adapter
 
-One softmax weighs all experts of the site, whatever their kind. LoRAs read the input as it came and
+and what other kinds' parts add or multiply by, in the order of the registry of kinds. One softmax
+weighs all experts of the site, whatever their kind. LoRAs read the input as it came and
 adapters the output before anything is added to it, which is what each was trained on; every expert
 adds its own change, weighted, and none reads another's. (Scaling the input is the exception: to
 leave it out for the others would take a second product with W.) With one expert of weight 1 this is
@@ -27,13 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.sites import Site
 from ..errors import RoutingError
+from ..experts.kinds.lora.stack import LoraStack
 from .kernels.choice import Kernel, choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
-from .stacks import LoraStack, SiteStack, renumbered
+from .stacks import SiteStack, renumbered
 from .watching import watches_over
-
-# The parts of a stack that `RoutedLinear` adds; another one would be left out without a word.
-ADDED = frozenset(("lora", "input_scaling", "output_scaling", "bottleneck"))
 
 
 class RoutedLayer(nn.Module):
@@ -59,11 +58,9 @@ class RoutedLayer(nn.Module):
         self.register_buffer("experts", experts, persistent=False)
 
     def extra_repr(self) -> str:
-        """The base's layer."""
         return repr(self.base)
 
     def train(self, mode: bool = True) -> RoutedLayer:
-        """Self, and the base's layer, in training or evaluation mode."""
         self.base.train(mode)
         return super().train(mode)
 
@@ -98,16 +95,13 @@ class RoutedLinear(RoutedLayer):
         kernel: str = "auto",
         product: Kernel | None = None,
     ) -> None:
-        """`product` takes the place of `kernel` where another function than the sum is wanted.
-
-        Raises RoutingError for a part of `stack` that no formula here adds.
-        """
+        """`product` takes the place of `kernel` where another function than the sum is wanted."""
         super().__init__(base, site, stack.experts)
-        for part in stack.parts.keys() - ADDED:
-            raise RoutingError(f"Layers don't know how experts of the part {part!r} act.")
         self.router, self.kernel, self.product = router, kernel, product
-        self.parts = {name: tuple(part.tensors()) for name, part in stack.parts.items()}
+        self.part_types = {name: type(part) for name, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
+            if hasattr(self, name):
+                raise RoutingError(f"A kind names a tensor {name!r}, which layers have already.")
             self.register_buffer(name, tensor, persistent=False)
         self.is_plain = stack.plain_lora is not None
         if not self.is_plain:
@@ -120,9 +114,15 @@ class RoutedLinear(RoutedLayer):
 
     @property
     def stack(self) -> SiteStack:
-        """The experts' modules as they are now."""
-        held = {name: getattr(self, name) for names in self.parts.values() for name in names}
-        return SiteStack.of(held, self.experts)
+        return SiteStack(self.experts, self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            name: part(
+                **{field: getattr(self, held.name, None) for field, held in part.held.items()}
+            )
+            for name, part in self.part_types.items()
+        }
 
     def choose(self, u: Tensor) -> RoutingDecision:
         """The experts of each token of u [.., n] and their weights; calls the watches back."""
@@ -143,7 +143,9 @@ class RoutedLinear(RoutedLayer):
         y: Tensor = self.base(u)
         if self.one_call and self._added_in_one_call(y, u):
             return y
-        delta = self._loras(u, LoraStack(self.A, self.B), self.choose(u))
+        decision = self.choose(u)
+        tokens = u.reshape(-1, u.shape[-1]).to(self.A.dtype)
+        delta = self._product(tokens, decision.experts, decision.weights, self.A, self.B)
         return y + delta.view(y.shape).to(y.dtype)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
@@ -159,37 +161,37 @@ class RoutedLinear(RoutedLayer):
         return True
 
     def _all_parts(self, u: Tensor) -> Tensor:
-        """`forward` where others than plain LoRAs act."""
-        stack, decision = self.stack, self.choose(u)
+        parts, decision = self._parts(), self.choose(u)
+        chosen = {name: self._among(name, decision) for name in parts}
         scaled = u
-        if stack.input_scaling is not None:
-            factor = stack.input_scaling.factor(self._among("input_scaling", decision))
-            scaled = (u * factor.view(u.shape)).to(u.dtype)
+        for name, part in parts.items():
+            factor = part.input_factor(*chosen[name])
+            if factor is not None:
+                scaled = (scaled * factor.view(u.shape)).to(u.dtype)
         first: Tensor = self.base(scaled)
         y0 = first.reshape(-1, first.shape[-1])
         y = y0
-        if stack.output_scaling is not None:
-            chosen = self._among("output_scaling", decision)
-            y = (y0 * stack.output_scaling.factor(chosen)).to(y0.dtype)
-        if stack.lora is not None:
-            y = y + self._loras(u, stack.lora, self._among("lora", decision)).to(y.dtype)
-        if stack.bottleneck is not None:
-            added = stack.bottleneck.added(y0, self._among("bottleneck", decision))
-            y = y + added.to(y.dtype)
+        for name, part in parts.items():
+            factor = part.output_factor(*chosen[name])
+            if factor is not None:
+                y = (y * factor).to(y0.dtype)
+        tokens = u.reshape(-1, u.shape[-1])
+        for name, part in parts.items():
+            added = part.added(tokens, y0, *chosen[name], self._product)
+            if added is not None:
+                y = y + added.to(y.dtype)
         return y.view(first.shape)
 
-    def _among(self, part: str, decision: RoutingDecision) -> RoutingDecision:
-        """The decision among the experts of one part; weights are 0 where it fell on others."""
+    def _among(self, part: str, decision: RoutingDecision) -> tuple[Tensor, Tensor]:
+        """Rows of one part, and their weights: 0 where the decision fell on other parts."""
         place = getattr(self, f"{part}_place")[decision.experts]
-        return RoutingDecision(place.clamp(min=0), decision.weights * (place >= 0))
+        return place.clamp(min=0), decision.weights * (place >= 0)
 
-    def _loras(self, u: Tensor, loras: LoraStack, chosen: RoutingDecision) -> Tensor:
-        """What the LoRAs add for every token of u [.., n], [T, d]."""
-        tokens = u.reshape(-1, u.shape[-1]).to(loras.A.dtype)
-        kernel = self.product or choose_kernel(
-            self.kernel, tokens, chosen.experts, loras.A, loras.B
-        )
-        return loras.added(tokens, chosen, kernel)
+    def _product(
+        self, tokens: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
+    ) -> Tensor:
+        kernel = self.product or choose_kernel(self.kernel, tokens, experts, A, B)
+        return kernel(tokens, experts, weights, A, B)
 
 
 class FoldedLinear(RoutedLayer):

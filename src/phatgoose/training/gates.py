@@ -8,19 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ..experts.adapter import ModifiedLinear
-from ..experts.kinds.kind import SiteModule
+from ..experts.kinds.kind import SiteModule, new_gate, openness
 
 SMALLEST_DEVIATION = 0.01  # of a site's mean deviation, for features that never change
-
-
-def openness(u: Tensor, v: Tensor) -> Tensor:
-    """How far gate v [n] is open for each token, `sigmoid(v . u)`: u [.., n] to [.., 1]."""
-    score = u @ v.to(u.dtype)
-    return torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1)
 
 
 class GatedLinear(ModifiedLinear):
@@ -55,11 +48,6 @@ class GatedLinear(ModifiedLinear):
 
 # Joint gates (paper Appendix A): part of the new module at their site, which acts at the strength
 # sigmoid(v . u), as it does behind a gate trained later.
-
-
-def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
-    """An untrained gate: zeros, [n]."""
-    return nn.Parameter(torch.zeros(in_features, device=device))
 
 
 def take_gates(owners: Mapping[str, nn.Module]) -> dict[str, Tensor]:

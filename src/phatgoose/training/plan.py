@@ -31,13 +31,13 @@ from ..base.loading import choose_dtype, load_base, load_skeleton, load_tokenize
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, TaskError
-from ..experts.adapter import kind_for
 from ..experts.expert import MOST_EMBEDDINGS
+from ..experts.kinds.registry import kind_for
 from ..experts.readings import readings_size
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
-from .new_modules import modules_for, parameters_at, placed_sites
+from .new_modules import parameters_at, placed_sites
 from .train_expert import train_expert
 from .trainer import TrainingCallback
 
@@ -153,7 +153,7 @@ class Planner:
         self._gate = sum(site.in_features for site in self._sites)
         self._learnt = self._expert + (self._gate if self.gates.joint else 0)
         self._computed = choose_dtype(dtype)
-        self._stored = modules_for(self.peft).dtype or self._computed
+        self._stored = kind_for(self.peft).new_modules.dtype or self._computed
         head: Any = self._model.get_output_embeddings()
         self._logits: tuple[int, ...] = (0, 0) if head is None else tuple(head.weight.shape)
 

@@ -22,7 +22,7 @@ from ..base.sites import Site, find_sites
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
 from ..experts.adapter import ModifiedLinear, applied
-from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert, recorded_formatting
+from ..experts.expert import MOST_EMBEDDINGS, Expert, expert_files, recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
 from ..tasks.embeddings import (
@@ -75,7 +75,7 @@ def measure(
         embedder=embedder,
         embedding_form=embedding_form,
     )
-    foreign = {path.name for path in expert.directory.iterdir()} - set(EXPERT_FILES)
+    foreign = {path.name for path in expert.directory.iterdir()} - set(expert_files())
     if foreign:
         raise ExpertError(
             f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "

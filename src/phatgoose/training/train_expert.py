@@ -24,8 +24,9 @@ from ..base.loading import Base, load_base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
 from ..errors import BaseModelError, ConfigError, ExpertError
-from ..experts.adapter import adapter_files, applied, check_fit, kind_for, read_modules
+from ..experts.adapter import adapter_files, applied, check_fit, read_modules
 from ..experts.expert import LAYOUT, Expert, check_name
+from ..experts.kinds.registry import kind_for
 from ..files.atomic import is_there
 from ..files.strict import sha256_of, shortened
 from ..tasks.embeddings import load_embedder

@@ -24,7 +24,7 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, ExpertError, PhatgooseError
-from ..experts.expert import EXPERT_FILES, LAYOUT, Expert, ExpertInfo
+from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files
 from ..files.atomic import WRITING_ERRORS, is_there, write_text
 from ..files.strict import first_line, reason
 from .trainer import is_first, process_count, wait_for_all
@@ -273,7 +273,7 @@ class RemoteFolder:
         self.files.invalidate_cache()
         for entry in self.files.ls(place, detail=True):
             name = entry["name"].rpartition("/")[2]
-            ours = name.partition(UNFINISHED)[0] in EXPERT_FILES and entry["type"] == "file"
+            ours = name.partition(UNFINISHED)[0] in expert_files() and entry["type"] == "file"
             if ours and name not in names:
                 self.files.rm_file(f"{place}/{name}")
 

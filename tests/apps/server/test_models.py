@@ -107,7 +107,7 @@ def test_places_name_models_and_their_routing(tmp_path):
             "mine=pool.json",
             "hub:me/x@v1",
             str(odd),
-            "arrow=e?router=arrow:form=peft&k=3",
+            "a=e?router=arrow:form=peft&k=3",
         ],
         routing=Routing(kernel="gather"),
     )

@@ -1,4 +1,4 @@
-"""Importing adapters: the matrix of options and bases against PEFT's own logits; names; the Hub."""
+"""Imports: what PEFT's adapters become, what it loses, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paths import ROOT
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Training
-from phatgoose.errors import BaseModelError, ExpertError, WrongBaseError
+from phatgoose.errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -25,13 +25,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_gates
-from tiny import (
-    copied_model,
-    logits_of,
-    make_ids,
-    make_model,
-    make_tokenizer,
-)
+from tiny import copied_model, logits_of, make_ids, make_model, make_tokenizer
 
 DOCUMENT = ROOT / "docs" / "imports.md"
 MARKS = ("<!-- matrix -->\n", "<!-- end of matrix -->\n")
@@ -186,6 +180,43 @@ def test_gates_trained_for_an_import_keep_what_it_records(adapter, llama, tmp_pa
     other = load_base(make_tiny("llama", tmp_path / "other"), dtype="float32")
     with pytest.raises(WrongBaseError):
         train_gates(other, imported.directory, task, out=tmp_path / "no", **few)
+
+
+@pytest.mark.parametrize("loss", [0.1, 0.3])
+def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(
+    base_folders, tmp_path, loss
+):
+    case = next(case for case in CASES if case.name.startswith("LoHa with"))
+    adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
+    exact = import_adapter(adapter, tmp_path / "exact", allow_loss=0.0).lora
+    expert = import_adapter(adapter, tmp_path / "lossy", allow_loss=loss)
+    lost = {}
+    for site, lora in expert.lora.items():
+        whole = (exact[site].B @ exact[site].A).double()
+        rest = whole - lora.scale * (lora.B @ lora.A).double()
+        lost[site] = float(rest.square().sum() / whole.square().sum())
+    record = expert.info.hyperparameters
+    assert 0 < max(lost.values()) <= loss
+    assert record["kept_at_worst_site"] == pytest.approx(1 - max(lost.values()), abs=1e-5)
+    assert max(lost.values()) >= 1 - record["kept_of_update"] > 0
+    assert record["converted_from"] == "LOHA"
+    ranks = {site: lora.A.shape[0] for site, lora in expert.lora.items()}
+    assert any(rank < exact[site].A.shape[0] for site, rank in ranks.items())
+
+
+def test_an_allowed_loss_changes_nothing_about_a_lora(adapter, tmp_path):
+    expert = import_adapter(adapter, tmp_path / "mine", allow_loss=0.5)
+    assert (expert.directory / ADAPTER_WEIGHTS).read_bytes() == (
+        adapter / ADAPTER_WEIGHTS
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("loss", [1.0, -0.1, 2])
+def test_a_loss_that_can_not_be_is_refused(base_folders, tmp_path, loss):
+    case = next(case for case in CASES if case.name.startswith("LoHa with"))
+    adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="from 0 to below 1"):
+        import_adapter(adapter, tmp_path / "mine", allow_loss=loss)
 
 
 if __name__ == "__main__":

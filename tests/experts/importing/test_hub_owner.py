@@ -8,7 +8,7 @@ import pytest
 
 from fake_hub import contents
 from phatgoose.errors import PoolError
-from phatgoose.experts.expert import EXPERT_FILES, LAYOUT
+from phatgoose.experts.expert import LAYOUT, expert_files
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing.hub_owner import import_listed, is_owner, list_owner
 from phatgoose.experts.pool import Pool
@@ -69,7 +69,7 @@ def test_a_listing_says_what_can_be_routed_and_why_the_rest_can_t(owned, pair):
     assert (lora.kind, lora.is_expert, len(lora.reference.revision)) == ("lora", False, 40)
     assert (expert.kind, expert.is_expert) == ("lora", True)
     files = owned.repositories["you/lora-a"].commits[lora.reference.revision]
-    assert lora.size == sum(len(data) for name, data in files.items() if name in EXPERT_FILES)
+    assert lora.size == sum(len(data) for name, data in files.items() if name in expert_files())
     fetched = [request for request in owned.requests if "/resolve/" in request]
     assert not [r for r in fetched if r.startswith("GET") and r.endswith((".safetensors", ".bin"))]
 
@@ -116,7 +116,7 @@ def test_what_is_counted_is_what_an_import_fetches(hub, adapter, pair, tmp_path)
         inner = {f"a/{name}": data for name, data in expert.items()}
         hub.add(place, files | inner | {f"b/c/{name}": data for name, data in expert.items()})
     sizes = {each.place: each.size for each in list_owner("hub:you/*").found}
-    own = sum(len(expert[name]) for name in expert if name in EXPERT_FILES)
+    own = sum(len(expert[name]) for name in expert if name in expert_files())
     info = len(expert["phatgoose.json"])
     assert sizes["you/expert"] == own + info
     pull("you/expert", tmp_path / "pulled")

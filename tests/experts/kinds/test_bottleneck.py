@@ -20,11 +20,9 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck import (
-    BOTTLENECK_CONFIG,
-    BOTTLENECK_WEIGHTS,
+from phatgoose.experts.kinds.bottleneck.module import (
+    FILES,
     BottleneckLayers,
-    write_bottleneck,
 )
 
 GOLDEN = GOLDENS / "bottleneck"
@@ -35,15 +33,15 @@ def adapter(tmp_path) -> Path:
     """The golden bottleneck adapter without what makes it an expert, to damage."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for file in (BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS):
+    for file in (FILES.config, FILES.weights):
         shutil.copyfile(GOLDEN / file, folder / file)
     return folder
 
 
 def change(adapter: Path, how: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(adapter / BOTTLENECK_WEIGHTS)
+    tensors = load_file(adapter / FILES.weights)
     how(tensors)
-    save_file(tensors, adapter / BOTTLENECK_WEIGHTS)
+    save_file(tensors, adapter / FILES.weights)
 
 
 def test_the_golden_directory_is_read_as_it_was_written():
@@ -94,13 +92,13 @@ def test_an_expert_is_written_and_read_without_a_change(kind, tmp_path):
     ],
 )
 def test_a_config_that_is_not_as_specified_is_refused(adapter, values, reason):
-    path = adapter / BOTTLENECK_CONFIG
+    path = adapter / FILES.config
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     assert reason in complaint_about(adapter)
 
 
 def test_a_config_that_lacks_a_key_is_refused(adapter):
-    path = adapter / BOTTLENECK_CONFIG
+    path = adapter / FILES.config
     config = json.loads(path.read_text())
     del config["scale"]
     path.write_text(json.dumps(config))
@@ -119,7 +117,7 @@ def test_a_config_that_lacks_a_key_is_refused(adapter):
         (lambda t: t.update({f"{DOWN}.up.weight": torch.zeros(4, 2).long()}), "floating point"),
         (lambda t: t.update({"extra": torch.zeros(1)}), "'extra', which is no part"),
         (lambda t: t[f"{DOWN}.up.weight"].fill_(float("nan")), "not finite"),
-        (lambda t: t.clear(), "holds no bottleneck layers"),
+        (lambda t: t.clear(), "holds no tensors"),
     ],
 )
 def test_tensors_that_do_not_fit_each_other_are_refused(adapter, how, reason):
@@ -141,9 +139,9 @@ def test_layers_of_unlike_settings_are_no_adapter(tmp_path):
         "b": BottleneckLayers(*parts, activation="silu"),
     }
     with pytest.raises(ExpertError, match="share their activation"):
-        write_bottleneck(tmp_path, layers, {"base": "base"})
+        BottleneckLayers.write(tmp_path, layers, {"base": "base"})
     del layers["b"]
-    write_bottleneck(tmp_path, layers, {"base": "base"})
+    BottleneckLayers.write(tmp_path, layers, {"base": "base"})
     assert torch.equal(read_modules(tmp_path)["a"].up, parts[2])
 
 
@@ -151,8 +149,8 @@ def test_a_bare_bottleneck_adapter_is_imported(llama, base_folders, tmp_path):
     bare, base = make_bottleneck(llama, tmp_path / "bare"), str(base_folders["llama"])
     expert = import_adapter(bare, tmp_path / "mine", base=base)
     assert (expert.kind, expert.info.base.id) == ("bottleneck", base)
-    weights = (expert.directory / BOTTLENECK_WEIGHTS).read_bytes()
-    assert weights == (bare / BOTTLENECK_WEIGHTS).read_bytes()
+    weights = (expert.directory / FILES.weights).read_bytes()
+    assert weights == (bare / FILES.weights).read_bytes()
     with pytest.raises(ExpertError, match="which the base model lacks"):
         import_adapter(bare, tmp_path / "other", base=str(base_folders["gpt2"]))
     assert not (tmp_path / "other").exists()

@@ -1,6 +1,8 @@
-"""Kernels on CPUs, against the reference and its gradients."""
+"""Kernels in torch: values, gradients and which one is chosen."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -18,6 +20,13 @@ from kernel_problems import (
     make_problem,
     problems_of,
 )
+from phatgoose.config import KERNELS as NAMES
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError
+from phatgoose.experts.kinds.sums import expert_products, is_one_call
+from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
+from phatgoose.routing.kernels.native import runs_natively
+from phatgoose.routing.kernels.plain import belong_together, misfit
 
 BODIES = [name for name in ON_CPUS if name != "reference"]
 
@@ -79,17 +88,6 @@ def test_an_expert_nobody_chose_adds_nothing_and_gets_no_gradient(name):
     assert grad_A[0].any()
 
 
-@pytest.mark.parametrize("name", ON_CPUS)
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_no_token_and_one_token(name, tokens):
-    assert_equals_reference(make_problem(T=tokens), name)
-
-
-@pytest.mark.parametrize("name", ON_CPUS)
-def test_all_experts_can_be_chosen_at_once(name):
-    assert_equals_reference(make_problem(E=3, k=3), name)
-
-
 @pytest.mark.parametrize("name", BODIES)
 def test_weights_of_zero_leave_nothing(name):
     problem = make_problem()
@@ -103,3 +101,85 @@ def test_the_result_has_the_dtype_of_the_activations(name, dtype):
     problem = make_problem(dtype=dtype)
     assert problem.weights.dtype == torch.float32
     assert problem.solved_by(name)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_run_of_rows_meets_its_own_factor(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 8, generator=generator).to(dtype)
+    factors = torch.randn(3, 8, 16, generator=generator).to(dtype)
+    counts = torch.tensor([4, 0, 3])
+    runs = ((rows[:4], factors[0]), (rows[4:], factors[2]))
+    wanted = torch.cat([run.float() @ factor.float() for run, factor in runs])
+    got = expert_products(rows, factors, counts)
+    torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=0.05)
+
+
+def test_one_call_is_for_bfloat16_in_multiples_of_eight():
+    factor = torch.zeros(2, 8, 16)
+    assert not is_one_call(factor)
+    assert is_one_call(factor.bfloat16()) == hasattr(torch.nn.functional, "grouped_mm")
+    assert not is_one_call(factor.bfloat16(), torch.zeros(2, 8, 12).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "wanted"),
+    [
+        ((3, 2, 5), (3, 2, 7), True),
+        ((3, 2, 4), (3, 2, 7), False),  # of another input
+        ((2, 2, 5), (3, 2, 7), False),  # of other experts
+        ((3, 1, 5), (3, 2, 7), False),  # of another rank
+        ((3, 0, 5), (3, 0, 7), False),
+        ((3, 5), (3, 2, 7), False),
+    ],
+)
+def test_factors_belong_together_by_experts_rank_and_input(A, B, wanted):
+    assert belong_together(5, torch.Size(A), torch.Size(B)) is wanted
+
+
+def test_a_misfit_is_told_with_sizes_types_and_devices():
+    told = str(misfit("native", 3, u=torch.zeros(2, 5), A=torch.zeros(1, 2, 4).bfloat16()))
+    assert "u [2, 5] float32 on cpu, A [1, 2, 4] bfloat16 on cpu, k = 3" in told
+
+
+native_module = importlib.import_module(
+    "phatgoose.routing.kernels.native"
+)  # the name is the kernel's too
+
+
+def chosen_by_auto(problem: Problem) -> str:
+    kernel = choose_kernel("auto", problem.u, problem.experts, problem.A, problem.B)
+    return next(name for name, body in KERNELS.items() if body is kernel)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "name"),
+    [(1, 100, "gather"), (512, 8, "concat"), (32, 100, "concat"), (512, 100, "grouped")],
+)
+def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monkeypatch):
+    problem = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
+    if runs_natively(problem.u, problem.A):
+        assert chosen_by_auto(problem) == "native"
+    monkeypatch.setattr("phatgoose.routing.kernels.choice.runs_natively", lambda *_: False)
+    assert chosen_by_auto(problem) == name
+
+
+def test_auto_takes_a_kernel_with_gradients_where_they_are_wanted():
+    problem = make_problem(E=8)
+    problem.u = problem.u.requires_grad_()
+    assert chosen_by_auto(problem) in DIFFERENTIABLE
+    with torch.no_grad():
+        assert chosen_by_auto(problem) == "native" or not runs_natively(problem.u, problem.A)
+
+
+def test_the_setting_knows_all_kernels():
+    assert ("auto", *KERNELS) == NAMES
+    with pytest.raises(ConfigError, match="fastest"):
+        Routing(kernel="fastest")
+
+
+def test_without_a_compiler_other_kernels_serve(monkeypatch, tmp_path):
+    problem = make_problem(E=8)
+    monkeypatch.setattr(native_module, "_library", lambda: None)
+    assert not runs_natively(problem.u)
+    assert chosen_by_auto(problem) in DIFFERENTIABLE

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base.loading import load_base
+from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -19,7 +20,6 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.stacks import LoraStack
 from tiny import assert_same_logits, logits_of, make_ids, random
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixed_experts import make_kind
 from phatgoose.errors import ConfigError, PoolError
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

@@ -1,12 +1,15 @@
-"""Routed models come back from their folder as they were saved, or are refused."""
+"""Saved routed models: read strictly."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from odd_files import rewrite
@@ -21,7 +24,13 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.tensors import read_saved
+from phatgoose.routing.saved.tensors import (
+    dequantised,
+    quantised,
+    read_description,
+    read_saved,
+    removed_in,
+)
 from routed_models import compose_by, of_task
 from tiny import logits_of, make_ids, make_model
 
@@ -187,3 +196,74 @@ def test_missing_weights_are_told(saved):
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(RoutingError, match="nowhere"):
         load(tmp_path / "nowhere")
+
+
+def edit_info(folder, change):
+    path = folder / "routed.json"
+    info = json.loads(path.read_text())
+    change(info)
+    path.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 1}'])
+def test_a_damaged_description_is_told(saved, content):
+    (saved / "routed.json").write_text(content)
+    with pytest.raises(RoutingError, match=r"routed\.json"):
+        load(saved)
+
+
+@pytest.mark.parametrize("key", ["base", "routing", "experts", "weights_sha256"])
+def test_an_incomplete_description_is_told(saved, key):
+    edit_info(saved, lambda info: info.pop(key))
+    with pytest.raises(RoutingError, match=r"routed\.json"):
+        load(saved)
+
+
+def test_names_are_each_once_among_the_experts_that_are_left(saved):
+    def named_alike(info):
+        info["experts"][1]["name"] = info["experts"][0]["name"]
+
+    path = saved / "routed.json"
+    edit_info(saved, named_alike)
+    with pytest.raises(RoutingError, match="has no name of its own"):
+        read_description(path)
+    edit_info(saved, lambda info: info.update(removed=[0]))
+    assert removed_in(read_description(path)) == {0}
+    edit_info(saved, lambda info: info.update(removed=[1]))
+    assert removed_in(read_description(path)) == {1}
+
+
+@pytest.mark.parametrize("removed", [{}, "", None, [0, 0], [-1], [True], [0.0], [[0]], [99]])
+def test_what_was_removed_is_a_list_of_indices(saved, removed):
+    edit_info(saved, lambda info: info.update(removed=removed))
+    with pytest.raises(RoutingError, match=r"routed\.json is not a valid description"):
+        read_description(saved / "routed.json")
+
+
+def test_an_unknown_format_version_is_refused(saved):
+    edit_info(saved, lambda info: info.update(format_version=99))
+    with pytest.raises(RoutingError, match="99"):
+        load(saved)
+
+
+def test_what_is_in_one_file_is_mapped_and_not_copied(llama, packed):
+    first = read_saved(packed).tensors
+    name = next(name for name in first if name.startswith("A."))
+    assert first[name].untyped_storage().nbytes() == (packed / "routed.safetensors").stat().st_size
+    assert {first[name].untyped_storage().data_ptr() for name in first if name[1] == "."} == {
+        first[name].untyped_storage().data_ptr()
+    }
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32), st.floats(1e-6, 1e6))
+def test_int8_is_off_by_half_a_step_at_most(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(3, 2, 7, generator=generator) * size
+    factor[1, 1] = 0
+    held = dict(quantised("A", "x", factor))
+    assert held["A.x"].dtype == torch.int8
+    error = (dequantised(held, "A.x") - factor).abs()
+    largest = factor.abs().amax(dim=-1, keepdim=True)
+    assert (error <= largest / 254 * (1 + 1e-5)).all()
+    assert not dequantised(held, "A.x")[1, 1].any()

@@ -32,7 +32,7 @@ from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.adapter import check_fit
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.ia3 import ScalingVector
+from phatgoose.experts.kinds.ia3.module import ScalingVector
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -197,7 +197,7 @@ def test_gates_of_another_length_change_nothing(llama, llama_mixed, packed, site
 
 def test_what_does_not_hold_together_is_not_described(uneven, packed, monkeypatch):
     before = {name: (packed / name).read_bytes() for name in files_of(packed)}
-    monkeypatch.setattr("phatgoose.routing.saved.segments._check_sizes", lambda *_: None)
+    monkeypatch.setattr("phatgoose.routing.saved.segments.check_alike", lambda *_: None)
     expert = uneven.experts[2]
     bad = replace(expert, gates={site: gate[:7] for site, gate in expert.gates.items()})
     with pytest.raises(RoutingError, match=r"vectors has shape \[1, 7\]"):

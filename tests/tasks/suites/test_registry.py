@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fake_packages import install
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import load_task
+from phatgoose.tasks.suites import registry
 from phatgoose.tasks.suites.entries import Entry, Sources, Suite
 from phatgoose.tasks.suites.registry import SUITES, local_suite, open_suite
 from phatgoose.tasks.task import Example
@@ -178,3 +180,16 @@ def test_what_is_no_suite_is_refused(folder, tmp_path):
 def test_hidden_files_are_no_tasks(folder):
     (folder / "._a.jsonl").write_bytes(b"\0\5\26\7")  # what macOS puts beside a file
     assert local_suite(folder).names == ("a", "b")
+
+
+def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):
+    code = "from phatgoose.tasks.suites.entries import Suite\n"
+    code += "from phatgoose.tasks.suites.registry import SuiteRecord\n"
+    code += "MINE = SuiteRecord(lambda: Suite('mine', ()), trainable=True)\n"
+    points = {registry.GROUP: {"mine": "their_suites:MINE", "t0ho": "their_suites:MINE"}}
+    install(tmp_path, monkeypatch, "their_suites", code, points)
+    monkeypatch.setattr(registry, "SUITES", dict(registry.SUITES))
+    registry._add_others.cache_clear()
+    with pytest.warns(UserWarning, match="t0ho is left out: the name 't0ho' is taken"):
+        assert open_suite("mine").name == "mine"
+    registry._add_others.cache_clear()

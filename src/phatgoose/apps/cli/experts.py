@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import KIND_NAMES, Formatting, GateTraining, Training
+from ...config import Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
+from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free
 from ..console import say
 from . import options
@@ -236,4 +237,6 @@ def _contents(expert: Expert) -> str:
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)
     cut = f", inputs cut: {share}" if share is not None else ""
-    return f"{expert.name}, {KIND_NAMES[expert.kind]}, {len(expert.modules)} sites, {answers}{cut}"
+    return (
+        f"{expert.name}, {kinds()[expert.kind].label}, {len(expert.modules)} sites, {answers}{cut}"
+    )

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from ...config import (
-    PEFT_KINDS,
     POOL_SETTINGS,
     TASK_FILES,
     Formatting,
@@ -33,6 +32,7 @@ from ...config import (
     settings_of,
 )
 from ...errors import ConfigError
+from ...experts.kinds.registry import kinds
 from ...files.strict import read_toml, shortened
 from ...routing.routers.registry import AUTO, choice_of, known_names
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 class Recipe:
     """A TOML recipe: one table per config class, and the tasks to run it on.
 
-    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and `templates` are the
+    `peft` is the kind of expert to train, a name in `kinds`. `data` and `templates` are the
     folders of `tasks.suites.entries.Sources`.
     """
 
@@ -62,8 +62,9 @@ class Recipe:
     templates: Path | None = None
 
 
+SHAPES = {name: kind.settings for name, kind in kinds().items()}
 RECIPE_TABLES = {
-    **PEFT_KINDS,
+    **SHAPES,
     "training": Training,
     "gates": GateTraining,
     "formatting": Formatting,
@@ -99,7 +100,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
     base = base if base is None else _model(path.parent, base)
     peft = content.get("peft")
-    require_one_of([None, *PEFT_KINDS], f"{path}: peft", peft)
+    require_one_of([None, *SHAPES], f"{path}: peft", peft)
     tasks = tuple(_relative_to(path.parent, task) for task in tasks)
     return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
 
@@ -129,10 +130,10 @@ def _model(folder: Path, name: str) -> str:
 
 def _relative_to(folder: Path, task: str) -> str:
     """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
-    from ...tasks.suites.registry import SUITES  # loads numpy, which reading settings needn't
+    from ...tasks.suites.registry import known_suites  # loads numpy, which reading settings needn't
 
     def in_suite(name: str) -> bool:
-        return name.split("/")[0] in SUITES and not name.endswith(TASK_FILES)
+        return name.split("/")[0] in known_suites() and not name.endswith(TASK_FILES)
 
     path = str(folder / task)
     if in_suite(task) or task.startswith("hub:"):
@@ -166,7 +167,7 @@ class ExpertShapes:
         if kind not in self.by_kind:
             raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}.")
         for name in sorted(self.flags):
-            owners = [k for k, config in PEFT_KINDS.items() if hasattr(config, name)]
+            owners = [k for k, config in SHAPES.items() if hasattr(config, name)]
             if owners and kind not in owners:
                 flag = flag_of(name)
                 raise ConfigError(f"{flag} is for --peft {owners[0]}; the experts are {kind}.")
@@ -215,7 +216,7 @@ class _Parameters:
             hidden = details[0].names if details and isinstance(details[0], Without) else ()
             if kind is ExpertShapes:
                 self.shapes = name
-                self.configs |= PEFT_KINDS
+                self.configs |= SHAPES
             elif kind in TABLE_OF:
                 self.configs[name] = kind
                 self.settings[name] = [s for s in settings_of(kind) if s.name not in hidden]
@@ -261,7 +262,7 @@ class _Parameters:
         for name, group in self.groups.items():
             objects[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
         if self.shapes:
-            shapes = {kind: objects.pop(kind) for kind in PEFT_KINDS}
+            shapes = {kind: objects.pop(kind) for kind in SHAPES}
             objects[self.shapes] = ExpertShapes(shapes, frozenset(flags))
         if self.takes_given:
             objects["given"] = frozenset(given)

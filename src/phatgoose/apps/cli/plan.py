@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from ...config import KIND_NAMES
 from ...errors import ConfigError
+from ...experts.kinds.registry import kinds
 from ...files.atomic import require_writable, write_text
 from ..console import say, show
 from .options import EngineOptions, flag_of, only_with
@@ -126,7 +126,7 @@ def _is_bound(plan: Plan) -> bool:
 def _sums(plan: Plan, totals: Mapping[str, float], engine: EngineOptions) -> tuple[str, str]:
     """What one expert is, and what the workers need, in words."""
     expert = (
-        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {KIND_NAMES[plan.peft]} "
+        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {kinds()[plan.peft].label} "
         f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters."
     )
     count = engine.workers or 1

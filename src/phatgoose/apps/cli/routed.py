@@ -140,15 +140,12 @@ def compose(
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
-    from ...base.sites import find_sites
-    from ...routing.compose import check_pool_fits
     from ...routing.routers.router import router_of
     from ...routing.saved.segments import save_pool
 
     options.check_router(routing)
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
-    check_pool_fits(opened, find_sites(base.model))
     unusual = look(opened).summary
     if unusual:
         warnings.warn(unusual, stacklevel=2)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...config import KIND_NAMES, Formatting, Routing, settings_of
+from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, RoutingError
+from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free
 from ..console import say
 from . import options
@@ -49,7 +50,7 @@ def import_command(
 
 
 def _imported(expert: Expert) -> str:
-    text = f"{expert.name}: {len(expert.modules)} sites, {KIND_NAMES[expert.kind]}"
+    text = f"{expert.name}: {len(expert.modules)} sites, {kinds()[expert.kind].label}"
     sizes = sorted({module.size for module in expert.modules.values() if module.size is not None})
     if sizes:
         text += f" of rank {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")

@@ -104,19 +104,16 @@ class GuardedConnection(H11Protocol):
             if self._framing > FRAMING + self._body // 4 or self._unwanted > UNWANTED:
                 self.cut()
 
-    @property
-    def waits_for(self) -> str:
-        if self.transport.is_closing():
-            return CLOSING
-        if self.cycle is None or self.cycle.response_complete:
-            return HEAD
-        if self.cycle.more_body:
-            return BODY
-        return READER if self.flow.write_paused else SERVER
-
     def check(self, now: float) -> State:
         """The state at the time `now` of the loop."""
-        waits_for = self.waits_for
+        if self.transport.is_closing():
+            waits_for = CLOSING
+        elif self.cycle is None or self.cycle.response_complete:
+            waits_for = HEAD
+        elif self.cycle.more_body:
+            waits_for = BODY
+        else:
+            waits_for = READER if self.flow.write_paused else SERVER
         if waits_for != self.state.waits_for or self.cycle is not self.state.request:
             self.state = State(waits_for, self.cycle, now)
         return self.state

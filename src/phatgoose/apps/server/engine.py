@@ -392,8 +392,7 @@ class GenerationEngine:
     def _wait(self) -> bool:
         """Wait for something to do; False when the engine is to stop."""
         with self._changed:
-            while not (self._queue or self._batches or self._stopping):
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._queue or self._batches or self._stopping)
             return not self._stopping
 
     def _drop_empty(self) -> None:

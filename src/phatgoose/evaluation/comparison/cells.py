@@ -26,6 +26,7 @@ from ...base.fingerprint import number_format
 from ...base.loading import Base
 from ...errors import EvaluationError
 from ...experts.expert import Expert
+from ...experts.kinds.registry import KINDS
 from ...jobs import BaseLocation
 from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
@@ -35,7 +36,13 @@ from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_
 from .methods import Row
 
 PACKAGE = Path(__file__).parents[2]
-SCORING = (  # these, and all that they import; the registry imports routers by name
+KIND_PLACES = [
+    place.partition(":")[0].removeprefix("phatgoose.")
+    for kind in KINDS.values()
+    for place in (kind.module, *kind.parts)
+    if isinstance(place, str)
+]
+SCORING = (  # these, and all that they import; registries import routers and kinds by name
     "evaluation.evaluate",
     "routing.open_model",
     *(
@@ -43,6 +50,7 @@ SCORING = (  # these, and all that they import; the registry imports routers by 
         for spec in ROUTERS.values()
         if isinstance(spec.home, str) and spec.home.startswith(".")
     ),
+    *KIND_PLACES,
 )
 RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
 KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"

@@ -26,21 +26,19 @@ from ...base.sites import find_sites
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
 from ...files.strict import shortened
-from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
+from ..adapter import adapter_files, check_fit, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
-from ..kinds.ia3 import IA3_ENDING, ScalingVector
+from ..kinds.ia3.module import IA3_ENDING, ScalingVector
 from ..kinds.kind import SiteModule
-from ..kinds.lora import LORA_ENDINGS, LoraFactors
+from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
 from ..kinds.peft import (
     ADAPTER_WEIGHTS,
     CONVERTIBLE,
     PEFT_FILES,
     PEFT_PREFIX,
     PICKLED_WEIGHTS,
-    read_adapter_config,
     read_config,
-    read_weights,
     tensor_refusal,
 )
 from .peft_skeleton import Target, resolve
@@ -136,7 +134,7 @@ def resolved_modules(
         sites = find_sites(load_skeleton(base, revision=revision, offline=False))
         check_fit(folder.resolve().name, found, sites)
         return found, True
-    config, tensors = read_adapter_config(folder), read_weights(folder)
+    config, tensors = PEFT_FILES.read_config(folder), PEFT_FILES.read_weights(folder)
     try:
         skeleton = resolve(base, config, revision)
         left = skeleton.rename(tensors)
@@ -163,8 +161,8 @@ def _write_adapter(
     """`folder`, with `modules` written anew; what `config` says of task and base is kept."""
     kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")
     about = {key: config[key] for key in kept if config.get(key) is not None}
-    kind = next((module.kind for module in modules.values()), "lora")
-    return KINDS[kind].write(folder, modules, about)
+    made = next((type(module) for module in modules.values()), LoraFactors)
+    return made.write(folder, modules, about)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -198,7 +196,6 @@ def _find(source: str | Path) -> tuple[Path, HubReference | None]:
 
 
 def _has_pickle(reference: HubReference) -> bool:
-    """True when the Hub has the adapter's weights as a pickle; False if it can't be asked."""
     file = f"{reference.folder}/{PICKLED_WEIGHTS}".lstrip("/")
     try:
         return HfApi().file_exists(reference.repo, file, revision=reference.revision)
@@ -219,7 +216,6 @@ def require_named_base(named: object, *, from_hub: bool) -> str:
 
 
 def _module(site: str, target: Target, left: dict[str, Tensor], folder: Path) -> SiteModule:
-    """The module at `site`, whose tensors are taken out of `left`."""
     parts = [left.pop(f"{PEFT_PREFIX}{site}{ending}", None) for ending in target.shapes]
     got = [None if part is None else tuple(part.shape) for part in parts]
     present = [part for part in parts if part is not None]

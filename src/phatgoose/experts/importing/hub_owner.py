@@ -19,24 +19,27 @@ from huggingface_hub import HfApi, snapshot_download
 
 from ...errors import PhatgooseError, PoolError
 from ...files.strict import MOST_JSON_BYTES, one_line, shortened
-from ..adapter import ADAPTER_FILES, adapter_files, kind_of
-from ..expert import EXPERT_FILES, LAYOUT, check_name, read_info
+from ..adapter import adapter_file_names, adapter_files, formats, kind_of
+from ..expert import LAYOUT, check_name, expert_files, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars
-from ..kinds.bottleneck import BOTTLENECK_CONFIG
-from ..kinds.peft import ADAPTER_CONFIG, PICKLED_WEIGHTS
+from ..kinds.peft import PICKLED_WEIGHTS
 from .adapter import import_adapter, require_named_base
 
 MOST_REPOSITORIES = 1000  # of an owner, those that the Hub names first
 MOST_BYTES = 2 * 2**30  # of an adapter; a larger one is imported by its own name
 OWNER = re.compile(r"hub:(?P<owner>[\w.-]+)/(?P<names>[\w.*?-]*[*?][\w.*?-]*)")
-DESCRIPTIONS = (LAYOUT.info, ADAPTER_CONFIG, BOTTLENECK_CONFIG)
+
+
+def descriptions() -> tuple[str, ...]:
+    """The small files that say what an expert or an adapter is."""
+    return (LAYOUT.info, *(files.config for files in formats()))
 
 
 @dataclass(frozen=True)
 class Found:
     """An expert or adapter on the Hub, pinned to a commit.
 
-    `kind` is a key of KINDS and `base` the id of its base, each None where it isn't known; `size`
+    `kind` is a key of `kinds` and `base` the id of its base, each None where it isn't known; `size`
     counts the bytes of its files. `refusal` says why it can't be routed, None where it can.
     """
 
@@ -49,12 +52,10 @@ class Found:
 
     @property
     def place(self) -> str:
-        """The repository, and the folder in it."""
         return str(replace(self.reference, revision=None)).removeprefix(PREFIX)
 
     @property
     def name(self) -> str:
-        """The name of its folder in a pool."""
         return self.place.partition("/")[2].replace("/", "--")
 
 
@@ -74,7 +75,6 @@ class Listing:
 
     @property
     def routable(self) -> tuple[Found, ...]:
-        """Those that can be routed on the base."""
         return tuple(each for each in self.found if each.refusal is None)
 
 
@@ -139,7 +139,6 @@ def import_listed(listing: Listing, out: str | Path) -> Listing:
 
 
 def _import(found: Found, folder: Path) -> str | None:
-    """Why `found` can't be had in `folder`, None when it is there."""
     target = folder / found.name
     if target.exists():
         return None
@@ -160,7 +159,7 @@ def _in_repository(model: Any) -> Iterator[Found]:
         path = PurePosixPath(sibling.rfilename)
         if len(path.parts) <= 2:
             folders.setdefault(str(path.parent), set()).add(path.name)
-    holding = [name for name in sorted(folders) if folders[name] & set(DESCRIPTIONS)]
+    holding = [name for name in sorted(folders) if folders[name] & set(descriptions())]
     holding = ["."] if "." in holding else holding
     sizes = _sizes(model) if holding else {}
     for name in holding:
@@ -173,7 +172,6 @@ def _in_repository(model: Any) -> Iterator[Found]:
 
 
 def _sizes(model: Any) -> dict[str, int]:
-    """The sizes of a repository's files in bytes; {} when the Hub doesn't say."""
     try:
         told = HfApi().model_info(model.id, revision=model.sha, files_metadata=True)
     except Exception:  # no common base class, see `hub`
@@ -182,14 +180,13 @@ def _sizes(model: Any) -> dict[str, int]:
 
 
 def _examined(reference: HubReference, files: set[str], sizes: Mapping[str, int]) -> Found:
-    """What the descriptions in a folder of a repository say of it."""
     inside = f"{reference.folder}/" if reference.folder else ""
     held = {name: sizes.get(inside + name) for name in files}
-    has_weights = any(n.endswith(".safetensors") and n in files for n in ADAPTER_FILES)
+    has_weights = any(n.endswith(".safetensors") and n in files for n in adapter_file_names())
     found = Found(reference, LAYOUT.info in files, _fetched_bytes(inside, sizes))
-    descriptions = [name for name in DESCRIPTIONS if name in files]
-    unknown = [name for name in EXPERT_FILES if name in files and held[name] is None]
-    large = [name for name in descriptions if (held[name] or 0) > MOST_JSON_BYTES]
+    described = [name for name in descriptions() if name in files]
+    unknown = [name for name in expert_files() if name in files and held[name] is None]
+    large = [name for name in described if (held[name] or 0) > MOST_JSON_BYTES]
     if not has_weights:
         pickled = f"its weights are pickled ({PICKLED_WEIGHTS}), which is never read"
         return replace(found, refusal=pickled if PICKLED_WEIGHTS in files else "it has no weights")
@@ -200,20 +197,19 @@ def _examined(reference: HubReference, files: set[str], sizes: Mapping[str, int]
     if found.size > MOST_BYTES:
         most = MOST_BYTES >> 30
         return replace(found, refusal=f"its files are larger than {most} GiB; import it by name")
-    return _described(found, [inside + name for name in descriptions])
+    return _described(found, [inside + name for name in described])
 
 
 def _fetched_bytes(inside: str, sizes: Mapping[str, int]) -> int:
     """What an import of the folder `inside` fetches: an expert's files, descriptions in folders."""
     paths = (PurePosixPath(path.removeprefix(inside)) for path in sizes if path.startswith(inside))
-    fetched = {1: EXPERT_FILES, 2: (LAYOUT.info,)}  # by depth; see `hub.pull`
+    fetched = {1: expert_files(), 2: (LAYOUT.info,)}  # by depth; see `hub.pull`
     return sum(
         sizes[f"{inside}{path}"] for path in paths if path.name in fetched.get(len(path.parts), ())
     )
 
 
 def _described(found: Found, descriptions: list[str]) -> Found:
-    """`found` with what its `descriptions`, files of the repository, say."""
     reference = found.reference
     try:
         snapshot = snapshot_download(
@@ -245,7 +241,6 @@ def _commonest(found: list[Found]) -> str | None:
 
 
 def _on_base(found: Found, base: str | None) -> Found:
-    """`found`, refused where its base is another."""
     if found.refusal is not None or found.base == base:
         return found
     return replace(found, refusal=f"its base is {shortened(found.base)}")

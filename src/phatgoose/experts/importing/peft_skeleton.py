@@ -31,8 +31,8 @@ from ...base.sites import Site, find_sites
 from ...errors import ExpertError
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
 from ...files.strict import first_line, shortened
-from ..kinds.ia3 import IA3_ENDING
-from ..kinds.lora import LORA_ENDINGS
+from ..kinds.ia3.module import IA3_ENDING
+from ..kinds.lora.module import LORA_ENDINGS
 from ..kinds.peft import ADAPTER, CONFIGS
 
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
@@ -95,7 +95,7 @@ class Skeleton:
 
 
 def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
-    """The base model named `base` under a plain `config` (as `read_adapter_config` gives it).
+    """The base model named `base` under a plain `config` (as `PEFT_FILES` reads it).
 
     Only the base's own config is read or downloaded. Raises BaseModelError when it can't be found,
     ExpertError when the config fits nothing there, or adapts what is no site.
@@ -166,7 +166,6 @@ def _named(listed: list[str], names: list[str]) -> list[str]:
 
 
 def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
-    """The tensors that PEFT's `layer` wants at `site`."""
     n, d = site.in_features, site.out_features
     if isinstance(layer, IA3Layer):
         return Target({IA3_ENDING: (1, n) if layer.is_feedforward else (d, 1)}, None)

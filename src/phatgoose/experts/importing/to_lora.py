@@ -23,8 +23,8 @@ from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.regex_guard import BY_PATTERN, check_config
 from ...files.strict import shortened
-from ..kinds.lora import LoraFactors
-from ..kinds.peft import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
+from ..kinds.lora.module import LoraFactors
+from ..kinds.peft import ADAPTER, ADAPTER_CONFIG, PEFT_FILES, PEFT_PREFIX, read_config
 from .peft_skeleton import peft_errors, spelled_out
 
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
@@ -51,7 +51,7 @@ def convert(
     base's weights are loaded. Raises ExpertError when a tensor is missing or left over or PEFT
     can't convert the adapter.
     """
-    config, tensors = read_config(folder), read_weights(folder)
+    config, tensors = read_config(folder), PEFT_FILES.read_weights(folder)
     kind = config["peft_type"]
     if config.get("modules_to_save") or config.get("bias", "none") != "none":
         raise ExpertError(f"{folder} replaces modules or biases of the base beside its {kind}.")
@@ -111,7 +111,6 @@ def _plain_options(config: Mapping[str, Any], model: torch.nn.Module) -> dict[st
 
 
 def _energies(adapted: torch.nn.Module) -> dict[str, float]:
-    """The squared norm of each layer's update, by site."""
     energies = {}
     with torch.no_grad():
         for name, layer in adapted.named_modules():

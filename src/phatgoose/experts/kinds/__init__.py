@@ -1,8 +1,8 @@
-"""Kinds of experts: what each adds at a site, and how its adapter's files are read and written.
+"""Kinds of experts: each a folder, and a record in the registry (docs/extending.md).
 
-kind.py        what all kinds have: a module at a site, two files, a record
-lora.py        LoRA
-ia3.py         (IA)³
-bottleneck.py  bottleneck adapters, in files of our own
-peft.py        PEFT's files, which these two share, and adapters that can't be routed
+registry.py   the records
+kind.py       what every kind has: modules at sites, files, new modules, stacks
+sums.py       sums over chosen experts
+peft.py       PEFT's files and models, which LoRA and (IA)³ share
+lora/  ia3/  bottleneck/    module.py, training.py, stack.py
 """

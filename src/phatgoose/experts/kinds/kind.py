@@ -1,28 +1,41 @@
-"""What every kind of expert has: modules at its sites, two files, and a record.
+"""What every kind of expert has: modules at its sites, files, new modules, and a stack.
 
 Glossary: u input of a site's linear layer [.., n], y its output [.., d], W and b its weight and
 bias, σ the strength at which a module acts (1, or [.., 1] for each token): at 1 as it was trained,
-at 0 not at all.
+at 0 not at all. E experts of a stack, T tokens, k experts chosen for each token.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ...config import Peft
+from ...base.loading import Base
+from ...base.sites import Site, WrappedLinear, replaced
+from ...errors import ExpertError
+from ...files.strict import read_json_object, shortened
 from ...files.tensor_file import FLOATS, TensorFile
+
+# -------------------------------------------------------------------------------------------------
+# One expert: its module at a site, and its files.
+# -------------------------------------------------------------------------------------------------
 
 
 class SiteModule(ABC):
     """What an expert does at one site. Each kind has a frozen dataclass of this base."""
 
     kind: ClassVar[str]
+    files: ClassVar[AdapterFiles]
 
     def __repr__(self) -> str:
         """Its fields; of tensors the shape."""
@@ -32,12 +45,12 @@ class SiteModule(ABC):
 
     @property
     def in_features(self) -> int | None:
-        """The size n of the site's input, None for a module that never sees it."""
+        """The size n of the site's input, None for a module that doesn't tell."""
         return None
 
     @property
     def out_features(self) -> int | None:
-        """The size d of the site's output, None for a module that never sees it."""
+        """The size d of the site's output, None for a module that doesn't tell."""
         return None
 
     @property
@@ -46,10 +59,9 @@ class SiteModule(ABC):
         return None
 
     @property
-    def settings(self) -> object:
-        """Its fields that are no tensors: one value, or a tuple of several."""
-        held = tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
-        return held if len(held) > 1 else held[0]
+    def settings(self) -> tuple[object, ...]:
+        """Its fields that are no tensors."""
+        return tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
 
     @abstractmethod
     def at(self, weight: Tensor) -> SiteModule:
@@ -59,43 +71,112 @@ class SiteModule(ABC):
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         """The output [.., d] of the layer `base` for u under this module, which came from `at`."""
 
+    @classmethod
+    @abstractmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, SiteModule]:
+        """The modules by site of an adapter whose `files` were read; `directory` is for messages.
+
+        Raises ExpertError when a tensor is missing or left over, or shapes don't fit each other.
+        """
+
+    @classmethod
+    @abstractmethod
+    def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+        """`folder`, with these modules by site in its `files`; `about` goes into the config."""
+
 
 @dataclass(frozen=True)
-class AdapterFiles:
-    """The two files of an adapter: their names, and their readers, which raise ExpertError.
-
-    `base_key` is where the configuration names the base.
-    """
+class AdapterFiles(ABC):
+    """The two files of an adapter by name; the configuration names the base under `base_key`."""
 
     config: str
     weights: str
-    base_key: str
-    read_config: Callable[[Path], dict[str, Any]]
-    read_weights: Callable[[Path], TensorFile]
+    base_key: str = "base"
+
+    @abstractmethod
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        """The configuration in `directory`. Raises ExpertError unless it is as specified."""
+
+    def read_weights(self, directory: Path) -> TensorFile:
+        """Every tensor of the adapter in `directory`. Raises ExpertError."""
+        return read_tensors(directory / self.weights)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of expert.
+@dataclass(frozen=True, kw_only=True)
+class OwnFiles(AdapterFiles):
+    """A format of one's own: a JSON file, and tensors named SITE.PART.
 
-    `config` holds the settings of a new expert. `read` makes modules by site of an adapter's
-    directory (for messages), configuration and tensors, or raises ExpertError; `write` puts modules
-    by site, and further entries of the configuration, into a folder. `title` begins the model card.
-    `peft_type` is PEFT's name for a kind in its files, None for one in files of its own.
+    The configuration has a version, the base's id, and one entry for each of `settings`, which
+    tells whether a value can be right; all modules of an expert share them.
     """
 
-    module: type[SiteModule]
-    config: type[Peft]
-    files: AdapterFiles
-    read: Callable[[Path, Mapping[str, Any], Mapping[str, Tensor]], Mapping[str, SiteModule]]
-    write: Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Path]
-    title: str
-    peft_type: str | None = None
+    parts: tuple[str, ...]
+    settings: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict, hash=False)
+    version_key: str = "version"
+    version: int = 1
 
-    @property
-    def name(self) -> str:
-        """The name in recipes and on the command line, a key of `config.PEFT_KINDS`."""
-        return self.module.kind
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        path = directory / self.config
+        try:
+            config = read_json_object(path)
+        except FileNotFoundError as error:
+            raise ExpertError(f"{directory} holds no {self.config}.") from error
+        if config.get(self.version_key) != self.version:
+            raise ExpertError(
+                f"{path}: version {shortened(config.get(self.version_key))} is unknown; this "
+                f"phatgoose reads version {self.version}."
+            )
+        known: dict[str, Callable[[Any], bool]] = {
+            self.version_key: lambda _: True,
+            self.base_key: lambda value: isinstance(value, str),
+            **self.settings,
+        }
+        for key in sorted(config.keys() ^ known.keys()):
+            raise ExpertError(
+                f"{path}: {shortened(key)} is {'unknown' if key in config else 'missing'}; wanted "
+                f"exactly {', '.join(known)}."
+            )
+        for key, can_be in known.items():
+            if not can_be(config[key]):
+                raise ExpertError(f"{path}: {key} is {shortened(config[key])}, which it can't be.")
+        return config
+
+    def by_site(
+        self, directory: Path, tensors: Mapping[str, Tensor]
+    ) -> dict[str, list[Tensor | None]]:
+        """The tensors of each site, in the order of `parts`, None for one that is missing.
+
+        Raises ExpertError for tensors of any other name, and when there are none.
+        """
+        found: dict[str, list[Tensor | None]] = {}
+        for key in sorted(tensors):
+            part = next((part for part in self.parts if key.endswith(f".{part}")), None)
+            if part is None:
+                raise ExpertError(
+                    f"{directory}: {self.weights} holds {shortened(key, 200)}, which is no part of "
+                    f"an adapter of this kind."
+                )
+            row = found.setdefault(key.removesuffix(f".{part}"), [None] * len(self.parts))
+            row[self.parts.index(part)] = tensors[key]
+        if not found:
+            raise ExpertError(f"{directory}: {self.weights} holds no tensors.")
+        return found
+
+    def write(
+        self, folder: Path, by_site: Mapping[str, Iterable[Tensor]], config: Mapping[str, Any]
+    ) -> Path:
+        """`folder`, with the tensors of each site, in the order of `parts`, and `config`."""
+        tensors = {
+            f"{site}.{part}": tensor.detach().cpu().contiguous()
+            for site, held in by_site.items()
+            for part, tensor in zip(self.parts, held, strict=True)
+        }
+        save_file(tensors, folder / self.weights)
+        text = json.dumps({self.version_key: self.version, **config}, indent=2) + "\n"
+        (folder / self.config).write_text(text, encoding="utf-8")
+        return folder
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -112,3 +193,236 @@ def read_tensors(path: Path) -> TensorFile:
 def are_floats(*tensors: Tensor) -> bool:
     """True when all are of a floating-point type that experts may be stored in."""
     return all(tensor.dtype in FLOATS for tensor in tensors)
+
+
+# -------------------------------------------------------------------------------------------------
+# A new expert, about to be trained: a base with new modules at its sites.
+#
+# All start as the identity. Only parameters of the expert (and of its gates, in joint training)
+# have gradients. They are float32 master copies, cast in the forward pass, so that nothing of the
+# base path is upcast.
+# -------------------------------------------------------------------------------------------------
+
+
+def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
+    """An untrained gate: zeros, [n]."""
+    return nn.Parameter(torch.zeros(in_features, device=device))
+
+
+def openness(u: Tensor, v: Tensor) -> Tensor:
+    """How far gate v [n] is open for each token, `sigmoid(v . u)`: u [.., n] to [.., 1]."""
+    score = u @ v.to(u.dtype)
+    return torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class FreshExpert:
+    """An expert in training: `model` is trained, then `save` writes its files to a folder.
+
+    `parts` are the modules by site that hold joint gates, which have to be taken before saving.
+    """
+
+    model: nn.Module
+    parts: Mapping[str, nn.Module]
+    save: Callable[[Path], None]
+
+
+class NewModules(ABC):
+    """How new modules of one kind are made. `dtype` is what they are stored in, None the base's."""
+
+    dtype: ClassVar[torch.dtype | None] = None
+
+    def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:
+        """The pattern of sites for settings that name none; None for all sites."""
+        return None
+
+    @abstractmethod
+    def count(self, model: PreTrainedModel, settings: Any, sites: Iterable[Site]) -> int:
+        """The number of trained parameters at `sites`, without gates."""
+
+    @abstractmethod
+    def create(
+        self, base: Base, settings: Any, sites: dict[str, Site], *, joint: bool
+    ) -> AbstractContextManager[FreshExpert]:
+        """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
+
+
+class NewLayers(NewModules):
+    """New modules as layers of our own, made of named parameters."""
+
+    @abstractmethod
+    def initial(self, settings: Any, site: Site) -> dict[str, Tensor]:
+        """The parameters at the start, float32, drawn on the CPU: the same on every device."""
+
+    @abstractmethod
+    def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule:
+        """The module that these parameters make."""
+
+    def strength(self, settings: Any) -> float:
+        """What `apply` multiplies by in training, for a kind whose `at` folds a scale in."""
+        return 1.0
+
+    def count(self, model: PreTrainedModel, settings: Any, sites: Iterable[Site]) -> int:
+        with torch.device("meta"):
+            held = [t for site in sites for t in self.initial(settings, site).values()]
+        return sum(tensor.numel() for tensor in held)
+
+    @contextmanager
+    def create(
+        self, base: Base, settings: Any, sites: dict[str, Site], *, joint: bool
+    ) -> Iterator[FreshExpert]:
+        base.model.requires_grad_(False)
+        layers = {
+            name: _NewLayer(base.model.get_submodule(name), site, self, settings, joint=joint)
+            for name, site in sites.items()
+        }
+
+        def save(folder: Path) -> None:
+            dtype = self.dtype or base.model.dtype
+            trained = {site: layer.module(dtype) for site, layer in layers.items()}
+            made = type(next(iter(trained.values())))
+            made.write(folder, trained, {made.files.base_key: base.id})
+
+        with replaced(base.model, layers):
+            yield FreshExpert(base.model, layers, save)
+
+
+class _NewLayer(WrappedLinear):
+    """A linear layer with a module in training, behind a joint gate if `joint`."""
+
+    def __init__(
+        self, base: nn.Module, site: Site, new: NewLayers, settings: Any, *, joint: bool
+    ) -> None:
+        super().__init__(base, site.in_features, site.out_features)
+        self.new, self.settings = new, settings
+        device = self.weight.device
+        self.trained = nn.ParameterDict()  # by item: it would sort a dictionary
+        for name, tensor in new.initial(settings, site).items():
+            self.trained[name] = nn.Parameter(tensor.to(device))
+        self.gate = new_gate(site.in_features, device) if joint else None
+
+    def module(self, dtype: torch.dtype) -> SiteModule:
+        """The module as it is now, in `dtype`."""
+        now = {name: parameter.to(dtype) for name, parameter in self.trained.items()}
+        return self.new.module(self.settings, now)
+
+    def forward(self, u: Tensor) -> Tensor:
+        strength = self.new.strength(self.settings)
+        gated = strength if self.gate is None else strength * openness(u, self.gate)
+        return self.module(u.dtype).apply(self.base, u, gated)
+
+
+# -------------------------------------------------------------------------------------------------
+# Many experts at one site, stacked: one row an expert.
+# -------------------------------------------------------------------------------------------------
+
+INDICES = (torch.int64,)
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of a part, as saved models hold it.
+
+    `name` is its own among all kinds'. `sizes` has a letter for each dimension: first the experts
+    of the part, n for the site's inputs, d for its outputs; zeros fill up a second size of another
+    letter where experts differ. `dtype` is "model" (that of the model), "factor" (the same, or int8
+    in a file), "float32" or "index" (int64). An `optional` one may be None, which means zeros, or,
+    for rows, that all rows of the stack are the part's.
+    """
+
+    name: str
+    sizes: str
+    dtype: str = "model"
+    optional: bool = False
+
+    @property
+    def types(self) -> tuple[torch.dtype, ...]:
+        more = {"index": INDICES, "factor": (*FLOATS, torch.int8)}
+        return more.get(self.dtype, FLOATS)
+
+    @property
+    def in_models_type(self) -> bool:
+        return self.dtype in ("model", "factor")
+
+    @property
+    def is_filled_up(self) -> bool:
+        return self.sizes[1:2] not in ("", "n", "d")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What experts come to at constant weights; what they don't have is None.
+
+    W u + b becomes `output_factor` ⊙ (W (u ⊙ `input_factor`) + b) + B A u + `bias`.
+    """
+
+    A: Tensor | None = None  # [r, n]
+    B: Tensor | None = None  # [d, r]
+    bias: Tensor | None = None  # [d]
+    input_factor: Tensor | None = None  # [n]
+    output_factor: Tensor | None = None  # [d]
+
+
+class Part(ABC):
+    """Some experts' modules at one site, stacked: a frozen dataclass of tensors, one row an expert.
+
+    `held` describes its fields, one of which is `rows`: the experts' rows in the whole stack.
+    `compared` names the fields that an expert's update is made of, one vector or two factors that
+    are multiplied: by these, updates are measured and compared. A kind without them is refused
+    where that is asked for, and so is one without `constant` where it is exported.
+    """
+
+    name: ClassVar[str]
+    held: ClassVar[Mapping[str, Held]]
+    compared: ClassVar[tuple[str, ...]] = ()
+    rows: Tensor | None
+
+    @classmethod
+    def stacks(cls, module: Any) -> bool:
+        """True for a module of the kind that belongs into this part."""
+        return True
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls, modules: Mapping[int, Any], dtype: torch.dtype, device: torch.device, total: int
+    ) -> Part:
+        """The stack of `modules` by their rows in the whole stack, which has `total` rows."""
+
+    def problem(self) -> str | None:
+        """What is wrong with its numbers, of sizes and types that are right; None for nothing."""
+        return None
+
+    # How it acts: `experts` [T, k] are rows of this part, `weights` [T, k] theirs, 0 for others'.
+
+    def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
+        """What multiplies the inputs, float32 [T, n]; None for nothing."""
+        return None
+
+    def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
+        """What multiplies the outputs of the base's layer, float32 [T, d]; None for nothing."""
+        return None
+
+    def added(
+        self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
+    ) -> Tensor | None:
+        """What is added for inputs u [T, n] and the base's outputs y [T, d], [T, d]; or None.
+
+        `product` is the sum over z of w_z B_z A_z u, of (u, experts, weights, A, B).
+        """
+        return None
+
+    def constant(self, weights: Tensor) -> Constant | None:
+        """What it comes to at constant weights [E]; None if it can't be said so."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by their names in saved models."""
+        found = {each.name: getattr(self, field) for field, each in self.held.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
+    """Rows as a tensor, int64."""
+    return torch.tensor(list(rows), device=device)

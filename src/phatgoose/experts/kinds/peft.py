@@ -1,25 +1,28 @@
-"""PEFT's files: those that can be routed, and those that are refused, with the reason.
-
-PEFT adapters that can't be routed: types, options and tensors, each with the reason.
-"""
+"""PEFT's files and models, which LoRA and (IA)³ share; what is refused of PEFT's, and why."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
+from ...base.loading import Base
+from ...base.sites import Site
 from ...errors import ExpertError
 from ...files.regex_guard import check_config
 from ...files.strict import one_line, read_json_object, reason, shortened
 from ...files.tensor_file import TensorFile
-from .kind import AdapterFiles, read_tensors
+from .kind import AdapterFiles
 
 # PEFT's types that are routed as they are.
 CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
@@ -180,41 +183,36 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a plain LoRA or (IA)³.
+class PeftFiles(AdapterFiles):
+    """The files of a plain LoRA or (IA)³. Others, and pickled ones, are refused with the reason."""
 
-    Raises ExpertError, with the reason, when it is missing, broken or something else.
-    """
-    config = read_config(directory)
-    refuse_kind(config, directory)
-    refuse_options(config, directory)
-    wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]
-    for key in PATTERNS:
-        value = config.get(key) or {}
-        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-            wrong.append(key)
-    check_config(config, str(directory / ADAPTER_CONFIG))
-    for key in wrong:
-        raise ExpertError(
-            f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT can't "
-            f"have written."
-        )
-    return config
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        config = read_config(directory)
+        refuse_kind(config, directory)
+        refuse_options(config, directory)
+        wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]
+        for key in PATTERNS:
+            value = config.get(key) or {}
+            if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+                wrong.append(key)
+        check_config(config, str(directory / ADAPTER_CONFIG))
+        for key in wrong:
+            raise ExpertError(
+                f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT "
+                f"can't have written."
+            )
+        return config
 
-
-def read_weights(directory: Path) -> TensorFile:
-    """Every tensor of the adapter in `directory`. Raises ExpertError; pickled ones are refused."""
-    if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / PICKLED_WEIGHTS).is_file():
-        raise ExpertError(
-            f"{directory} holds pickled weights ({PICKLED_WEIGHTS}), which are never read: they "
-            f"could run code. Save the adapter again as safetensors."
-        )
-    return read_tensors(directory / ADAPTER_WEIGHTS)
+    def read_weights(self, directory: Path) -> TensorFile:
+        if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / PICKLED_WEIGHTS).is_file():
+            raise ExpertError(
+                f"{directory} holds pickled weights ({PICKLED_WEIGHTS}), which are never read: "
+                f"they could run code. Save the adapter again as safetensors."
+            )
+        return super().read_weights(directory)
 
 
-PEFT_FILES = AdapterFiles(
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path", read_adapter_config, read_weights
-)
+PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
 
 
 def site_of(key: str, endings: tuple[str, ...], directory: Path) -> str:
@@ -239,3 +237,41 @@ def write_adapter(
 def _is_number(value: object) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------
+# A base under PEFT, in training.
+# -------------------------------------------------------------------------------------------------
+
+
+def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
+    """What the configurations of all of PEFT's adapters say of the base and these sites of it."""
+    first = base.model.get_submodule(next(iter(sites)))
+    return {
+        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "target_modules": list(sites),
+        "fan_in_fan_out": isinstance(first, Conv1D),
+        "revision": base.revision,
+    }
+
+
+@contextmanager
+def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
+    """The base as PEFT's model with a fresh adapter of this `config`, while the context is open."""
+    with warnings.catch_warnings():
+        # PEFT reads a property that transformers has renamed; a user can't act on it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        model = get_peft_model(base.model, config)
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def save_peft(model: PeftModel, base: Base, folder: Path, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    model.peft_config[ADAPTER].base_model_name_or_path = base.id
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ...base.loading import quiet_loading
+from ...base.sites import replaced
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
-from ...experts.adapter import replaced
-from ...experts.kinds.lora import LoraFactors, write_lora
+from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from ...files.atomic import new_directory, require_free
 from ..compose import install, prepare, routed_layers
@@ -69,7 +69,6 @@ def fidelity(
 
 
 def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """float32 [tokens, vocabulary]."""
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0].float()
 
@@ -140,7 +139,6 @@ class Export:
 
     @property
     def rank(self) -> int:
-        """The adapter's rank, 0 for a merged model."""
         return max((loss.rank for loss in self.losses.values()), default=0)
 
     @property
@@ -215,7 +213,7 @@ def export(
         if merged:
             _write_model(model, layers, parts, work)
         else:
-            write_lora(work, _factors(updates), _about(model, parts))
+            LoraFactors.write(work, _factors(updates), _about(model, parts))
         text = json.dumps(result.record(parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
@@ -257,7 +255,6 @@ def _factors(updates: Mapping[str, Update]) -> dict[str, LoraFactors]:
 
 
 def _about(model: PreTrainedModel, parts: Composition) -> dict[str, Any]:
-    """What the adapter's configuration says of base and task."""
     conv = any(isinstance(layer.base, Conv1D) for layer in parts.layers.values())
     about = {
         "base_model_name_or_path": parts.base.id,

@@ -108,7 +108,6 @@ class Shares:
     chosen_for: str | None = None
 
     def whole(self) -> dict[str, float]:
-        """The mean over all sites, by expert."""
         mean = torch.stack(list(self.by_site.values())).mean(dim=0)
         return dict(zip(self.experts, mean.tolist(), strict=True))
 
@@ -182,7 +181,6 @@ def shares_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def _nothing(parts: Composition) -> dict[str, Tensor]:
-    """Zeros for every expert, by site."""
     return {site: torch.zeros(len(parts.experts), dtype=torch.float64) for site in parts.layers}
 
 

@@ -20,11 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...base.sites import WrappedLinear, linear_shape
 from ...errors import RoutingError
+from ...experts.kinds.kind import Constant
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
-from ..stacks import ScalingStack
-
-EXPORTED = ("lora", "input_scaling", "output_scaling")  # parts of a stack that an Update holds
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,14 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The rank R of the factors."""
         return len(self.A)
 
     @property
     def is_lora(self) -> bool:
-        """True where a LoRA, with or without a bias, is all there is."""
         return self.input_factor is None and self.output_factor is None
 
     @property
     def is_nothing(self) -> bool:
-        """True where nothing changes."""
         return self.rank == 0 and self.bias is None and self.is_lora
 
 
@@ -70,8 +65,7 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
     """What the experts of `layer` do at these `shares` [E of the pool].
 
     Factors of weight 1 keep their type, weighted ones are float32. Raises RoutingError for a
-    bottleneck adapter, whose part depends on the input in no linear way, and for any other kind of
-    expert that isn't in EXPORTED.
+    kind of expert that can't be said so (`Part.constant`), such as a bottleneck adapter.
     """
     if isinstance(layer, FoldedLinear):
         return _unfolded(layer)
@@ -79,60 +73,50 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
         raise RoutingError(f"{layer.site.name} is no layer of a routed model that can leave it.")
     stack = layer.stack
     weights = shares.to(layer.experts.device)[layer.experts]
-    own = {part: weights[rows] for part, rows in stack.rows().items()}
-    for part, weight in own.items():
-        if part not in EXPORTED and bool(weight.any()):
-            row = int(stack.rows()[part][weight.nonzero()[0, 0]])
-            kind = "a bottleneck adapter" if part == "bottleneck" else f"of the kind {part!r}"
+    n, d = layer.in_features, layer.out_features
+    found = Update(weights.new_zeros(0, n).float(), weights.new_zeros(d, 0).float())
+    for name, rows in stack.rows().items():
+        own = weights[rows]
+        constant = stack.parts[name].constant(own)
+        if constant is not None:
+            found = _with(found, constant)
+        elif bool(own.any()):
+            row = int(rows[own.nonzero()[0, 0]])
+            kind = "a bottleneck adapter" if name == "bottleneck" else f"of the kind {name!r}"
             raise RoutingError(
                 f"Expert {parts.experts[int(layer.experts[row])]!r} is {kind}, which neither a "
                 f"LoRA nor a weight can hold; leave it out (--leave-out)."
             )
-    found = _no_lora(layer)
-    if stack.lora is not None:
-        w = own["lora"]
-        used = w != 0
-        A, B, w = stack.lora.A[used], stack.lora.B[used], w[used].float()
-        if bool((w != 1).any()):
-            A, B = A.float(), B.float() * w[:, None, None]
-        found = _without_zeros(A.flatten(0, 1), B.flatten(0, 1).T)
-        if stack.lora.bias is not None:
-            bias = (w[:, None] * stack.lora.bias[used].float()).sum(dim=0)
-            found = replace(found, bias=bias if bool(bias.any()) else None)
-    return replace(
-        found,
-        input_factor=_factor(stack.input_scaling, own.get("input_scaling")),
-        output_factor=_factor(stack.output_scaling, own.get("output_scaling")),
+    return found
+
+
+def _with(update: Update, more: Constant) -> Update:
+    A, B, bias = update.A, update.B, update.bias
+    if more.A is not None and more.B is not None:
+        A = torch.cat([A, more.A]) if update.rank else more.A
+        B = torch.cat([B, more.B], dim=1) if update.rank else more.B
+    if more.bias is not None and bool(more.bias.any()):
+        bias = more.bias if bias is None else bias + more.bias
+    return Update(
+        A,
+        B,
+        bias,
+        _product(update.input_factor, more.input_factor),
+        _product(update.output_factor, more.output_factor),
     )
 
 
-def _factor(part: ScalingStack | None, weights: Tensor | None) -> Tensor | None:
-    """1 + Σ w_z (l_z - 1) of a part, None where that is 1."""
-    if part is None or weights is None:
-        return None
-    change = (weights.float()[:, None] * part.deltas).sum(dim=0)
-    return 1 + change if bool(change.any()) else None
-
-
-def _no_lora(layer: RoutedLayer) -> Update:
-    device = layer.experts.device
-    n, d = layer.in_features, layer.out_features
-    return Update(torch.zeros(0, n, device=device), torch.zeros(d, 0, device=device))
-
-
-def _without_zeros(A: Tensor, B: Tensor) -> Update:
-    """The factors without ranks that add nothing, such as those that fill a stack up."""
-    used = A.any(dim=1) & B.any(dim=0)
-    return Update(A[used], B[:, used])
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one * other if one is not None and other is not None else other if one is None else one
 
 
 def _unfolded(layer: FoldedLinear) -> Update:
-    """The mean that is folded into a layer's weight, as factors of full rank."""
     delta = layer.folded.float() - matrix_of(layer.base).float()
     n, d = layer.in_features, layer.out_features
     eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
     A, B = (delta, eye) if d <= n else (eye, delta)
-    return _without_zeros(A, B)
+    used = A.any(dim=1) & B.any(dim=0)
+    return Update(A[used], B[:, used])
 
 
 @torch.no_grad()
@@ -175,7 +159,6 @@ class AddedUpdate(WrappedLinear):
         self.update = update
 
     def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
         y: Tensor = self.base(u)
         update = self.update
         inner = functional.linear(u.to(update.A.dtype), update.A)
@@ -225,7 +208,6 @@ def _merged_weight(layer: RoutedLayer, update: Update) -> Tensor:
 
 
 def _with_parameters(base: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a linear layer with these parameters, in the types of its own."""
     own = base._parameters
     made = copy.copy(base)
     made._parameters = dict(own)

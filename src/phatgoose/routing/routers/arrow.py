@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...config import Routing
-from ...experts.kinds.lora import LoraFactors
+from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from ..kernels.plain import mixed_factors
 from .phatgoose import ByVectors, TopKRouter, products

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from ...base.loading import Base
 from ...config import Routing
-from ...errors import ConfigError, ExpertError, RoutingError
-from ...experts.pool import Pool
+from ...errors import ConfigError, RoutingError
+from ...experts.pool import Pool, check_alike
 from ...files.atomic import (
     clear_left_overs,
     new_directory,
@@ -34,12 +34,11 @@ from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal
-from ..routers.prompt_router import ByPrompt, check_alike
+from ..routers.prompt_router import ByPrompt, check_tables
 from ..routers.router import Scores, router_of
-from ..stacks import stack_of
+from ..stacks import declared, stack_of
 from .save import described, layer_tensors
 from .tensors import (
-    FACTORS,
     ROUTED_INFO,
     ROUTED_WEIGHTS,
     SEGMENT_FILE,
@@ -58,11 +57,6 @@ STORED: dict[str, torch.dtype] = {
 }
 HEADER_OF_A_TENSOR = 200  # bytes beside its name, at most
 TENSORS_OF_A_SITE = 20
-# The side of a site's layer whose size each tensor's last dimension tells.
-SIDES = {
-    **{"A": "inputs", "vectors": "inputs", "input_deltas": "inputs"},
-    **{"B": "outputs", "output_deltas": "outputs", "down": "outputs"},
-}
 LOCK = ".lock"
 
 
@@ -117,12 +111,12 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors
         check_growth(router, saved.names, pool, saved.base, folded=_has_folded(saved))
-        _check_sizes(saved, pool)
+        check_alike(pool.experts, *_sizes_at_sites(saved))
         rows: dict[str, Tensor] = {}
         if isinstance(router, ByPrompt):
             embedder = saved.info.get("lookup", {}).get("embedder")
             rows = router.tables(pool, embedder=embedder).saved()
-        check_alike(lookup_in(first), lookup_in(rows))
+        check_tables(lookup_in(first), lookup_in(rows))
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
@@ -212,7 +206,6 @@ def _changing(folder: Path) -> Iterator[Path]:
 def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
-    """Write a segment that no description names yet; its entry for one."""
     clear_left_overs(folder / ROUTED_WEIGHTS)
     with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)
@@ -253,7 +246,7 @@ def _as_stored(
     """`tensors` with factors in the type `kind`; None leaves them as they are."""
     for name, tensor in tensors.items():
         part, _, site = name.partition(".")
-        if part not in FACTORS or kind is None:
+        if kind is None or not _is_factor(part):
             yield name, tensor
         elif kind == torch.int8:
             yield from quantised(part, site, tensor)
@@ -265,44 +258,29 @@ def _has_folded(saved: SavedModel) -> bool:
     return any(name.startswith("folded.") for name in saved.segments[0].tensors)
 
 
-def _check_sizes(saved: SavedModel, pool: Pool) -> None:
-    """Raise ExpertError unless the experts of `pool` map what the others of a site map."""
-    inputs, outputs = _sizes_at_sites(saved)
-    for expert in pool.experts:
-        for site, module in expert.modules.items():
-            where = f"Expert {expert.name!r}, site {site}"
-            lengths = {len(held[site]) for held in (expert.gates, expert.means) if site in held}
-            known = (inputs.get(site), outputs.get(site))
-            n = module.in_features or known[0] or max(lengths, default=None)
-            d = module.out_features or known[1]
-            if known[0] not in (None, n) or known[1] not in (None, d):
-                raise ExpertError(
-                    f"{where}: maps {n} to {d} features, the experts that are there {known[0]} to "
-                    f"{known[1]}."
-                )
-            if lengths - {n}:
-                raise ExpertError(
-                    f"{where}: a gate or mean of {max(lengths - {n})} numbers for {n} inputs."
-                )
-            inputs |= {site: n} if n else {}
-            outputs |= {site: d} if d else {}
-
-
 def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
     """How many inputs and outputs the layers have where experts act, as far as these tell."""
-    sizes: dict[str, dict[str, int]] = {"inputs": {}, "outputs": {}}
+    inputs, outputs = {}, {}
+    sizes = {name: held.sizes for name, held in declared().tensors.items()} | {"vectors": "En"}
     for segment in saved.segments:
         for name, tensor in segment.tensors.items():
             part, _, site = name.partition(".")
-            if part in SIDES:
-                sizes[SIDES[part]][site] = tensor.shape[-1]
-    return sizes["inputs"], sizes["outputs"]
+            last = sizes.get(part, " ")[-1]
+            if last == "n":
+                inputs[site] = tensor.shape[-1]
+            elif last == "d":
+                outputs[site] = tensor.shape[-1]
+    return inputs, outputs
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type that the factors of a segment are stored in, None where it has none."""
-    held = (tensors[name].dtype for name in tensors if name.partition(".")[0] in FACTORS)
+    held = (tensors[name].dtype for name in tensors if _is_factor(name.partition(".")[0]))
     return next(held, None)
+
+
+def _is_factor(name: str) -> bool:
+    held = declared().tensors.get(name)
+    return held is not None and held.dtype == "factor"
 
 
 def _stored(name: str | None) -> torch.dtype | None:

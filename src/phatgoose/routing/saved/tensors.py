@@ -21,15 +21,15 @@ from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
-from ..checks import LARGEST, SCALES, SITE_TENSORS, check_lookup, check_tensors
+from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sites
 from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.registry import choice_of
 from ..routers.router import router_of
 from ..stacks import (
-    TENSORS,
     SitePart,
     SiteStack,
+    declared,
     joined,
     joined_parts,
     kept_part,
@@ -39,6 +39,7 @@ from ..stacks import (
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
+PLAIN = ("A", "B")  # what a stack of plain LoRAs has, whichever are left
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
@@ -174,7 +175,6 @@ def _check_lookup(lookup: Any, experts: int) -> None:
 
 LOOKUP = "lookup."  # begins the names of what a prompt router knows
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
-FACTORS = ("A", "B")
 
 
 def lookup_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,9 +195,9 @@ class SavedTensors(Mapping[str, Tensor]):
     """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
-        """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
+        self._stacked = declared().tensors
         self._place = renumbered(torch.tensor(left), count)
         self._are_all = len(left) == count
         names = dict.fromkeys(name for segment in segments for name in segment.tensors)
@@ -207,18 +207,18 @@ class SavedTensors(Mapping[str, Tensor]):
             for kind, site in split
             if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
         }
-        parts = [(k, site) for k, site in split if k not in SCALES.values() and site not in gone]
+        parts = [(k, site) for k, site in split if not k.endswith(SCALE) and site not in gone]
         self._kinds: dict[str, list[str]] = {}  # of tensors at each site
         for kind, site in parts:
             self._kinds.setdefault(site, []).append(kind)
-        mixed = {site for kind, site in parts if kind in TENSORS and kind not in FACTORS}
+        mixed = {site for kind, site in parts if kind in self._stacked and kind not in PLAIN}
         self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its tensors, by kind
         self._names: dict[str, None] = {}
         for kind, site in parts:
             held = [kind]
-            if kind in TENSORS and site in mixed:
+            if kind in self._stacked and site in mixed:
                 # Which tensors a stack of several kinds has depends on the experts that are left.
-                held = [name for name in self._site(site) if name in TENSORS]
+                held = [name for name in self._site(site) if name in self._stacked]
             self._names |= {f"{name}.{site}": None for name in held}
         self._latest = ("", {})
 
@@ -261,7 +261,7 @@ class SavedTensors(Mapping[str, Tensor]):
                 if f"experts.{site}" in file:
                     kinds = [kind for kind in self._kinds[site] if f"{kind}.{site}" in file]
                     held = {kind: dequantised(file, f"{kind}.{site}") for kind in kinds}
-                    state = {k: held[k] for k in kinds if k not in (*TENSORS, "experts")}
+                    state = {k: held[k] for k in kinds if k not in (*self._stacked, "experts")}
                     experts = held["experts"] + segment.first
                     parts.append(SitePart(SiteStack.of(held, experts), state))
             part = joined_parts(parts)
@@ -289,28 +289,26 @@ class SavedModel:
 
     @property
     def base(self) -> BaseReference:
-        """The base it was made of."""
         return base_in(self.info)
 
     @property
     def routing(self) -> Routing:
-        """How it chooses experts."""
         return routing_in(self.info)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
 
     def stack(self, site: str) -> SiteStack:
         """The experts' modules at `site`."""
         held = self.tensors
-        stored = {kind: held[f"{kind}.{site}"] for kind in TENSORS if f"{kind}.{site}" in held}
+        stored = {
+            kind: held[f"{kind}.{site}"] for kind in declared().tensors if f"{kind}.{site}" in held
+        }
         return SiteStack.of(stored, held[f"experts.{site}"])
 
     @property
@@ -320,13 +318,11 @@ class SavedModel:
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
-        """Where at least one of them acts."""
         begin = "experts."
         return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
 
     @cached_property
     def tensors(self) -> SavedTensors:
-        """All tensors of the experts that are left."""
         return SavedTensors(self.segments, self.left)
 
 
@@ -365,8 +361,6 @@ def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
 
 
 class _Entry(NamedTuple):
-    """A file of a saved model as its description names it."""
-
     file: str
     sha256: str
     experts: int
@@ -422,13 +416,14 @@ def _forms(routing: Routing) -> _Forms:
 def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
+    known_names = {*tensors_of_sites(), *forms.site}
     lookup = {}
     for name in file:
         kind, _, site = name.partition(".")
         if kind == "lookup" and site in forms.lookup:
             lookup[site] = file[name]
             continue
-        if kind not in (*SITE_TENSORS, *forms.site) or not site:
+        if kind not in known_names or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
             )
@@ -450,7 +445,7 @@ def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tenso
     scale = numbers.abs().amax(dim=-1) / LARGEST
     whole = (numbers / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
     yield f"{kind}.{site}", whole.clamp(-LARGEST, LARGEST).to(torch.int8)
-    yield f"{kind}_scale.{site}", scale
+    yield f"{kind}{SCALE}.{site}", scale
 
 
 def dequantised(file: Mapping[str, Tensor], name: str) -> Tensor:
@@ -459,4 +454,4 @@ def dequantised(file: Mapping[str, Tensor], name: str) -> Tensor:
     if tensor.dtype != torch.int8:
         return tensor
     kind, _, site = name.partition(".")
-    return tensor.float() * file[f"{kind}_scale.{site}"][..., None]
+    return tensor.float() * file[f"{kind}{SCALE}.{site}"][..., None]

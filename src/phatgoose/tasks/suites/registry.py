@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ...config import TASK_FILES, Training
 from ...errors import TaskError
+from ...files.entry_points import add_entry_points
 from ...files.strict import read_toml, shortened
 from ..loading import SPLITS, check_task_name, default_name, load_task
 from ..task import Task
@@ -143,6 +144,8 @@ class SuiteRecord:
     trainable: bool = False
 
 
+GROUP = "phatgoose.suites"  # of entry points, each of which is a SuiteRecord
+
 SUITES: dict[str, SuiteRecord] = {
     "t0hi": SuiteRecord(t0.t0_held_in, trainable=True),
     "t0ho": SuiteRecord(t0.t0_held_out),
@@ -154,21 +157,33 @@ SUITES: dict[str, SuiteRecord] = {
 }
 
 
+def known_suites() -> Mapping[str, SuiteRecord]:
+    """The suites that are known by name: SUITES, and those of other packages' entry points."""
+    _add_others()
+    return SUITES
+
+
+@cache
+def _add_others() -> None:
+    add_entry_points(GROUP, SUITES, SuiteRecord)
+
+
 def open_suite(name_or_path: str | Path) -> Suite:
-    """The suite of this name in SUITES, or the one in a folder of task files or a file.
+    """The suite of this name in `known_suites`, or the one in a folder of task files or a file.
 
     A known name takes precedence over a folder of that name; write "./NAME" for the folder. Raises
     TaskError for anything else, and as `local_suite` does.
     """
-    if isinstance(name_or_path, str) and name_or_path in SUITES:
-        return SUITES[name_or_path].open()
+    if isinstance(name_or_path, str) and name_or_path in known_suites():
+        return known_suites()[name_or_path].open()
     if isinstance(name_or_path, str | Path):
         path = Path(name_or_path)
         if path.is_dir() or path.suffix in (".toml", *TASK_FILES):
             return local_suite(path)
+    known = ", ".join(known_suites())
     raise TaskError(
-        f"Suite {shortened(name_or_path)} is neither a known name ({', '.join(SUITES)}) nor a "
-        f"folder of task files nor a .toml, .jsonl or .csv file."
+        f"Suite {shortened(name_or_path)} is neither a known name ({known}) nor a folder of task "
+        f"files nor a .toml, .jsonl or .csv file."
     )
 
 
@@ -259,20 +274,20 @@ def _single(name: str, sources: Sources, template: str | None, choices: str | No
 
 def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
     whole, _, dataset = name.rpartition("/")
-    if whole in SUITES or whole.endswith(".toml"):
+    if whole in known_suites() or whole.endswith(".toml"):
         suite = whole
         entries: tuple[Entry, ...] = (_trainable(suite).entry(dataset),)
     else:
         suite = name.rstrip("/")
         entries = _trainable(name).entries
     hub: Origin = "hub" if sources.data is None else "copy"
-    origin: Origin = hub if suite in SUITES else "file"
+    origin: Origin = hub if suite in known_suites() else "file"
     return [TrainingTask(entry, f"{suite}/{entry.name}", origin, sources) for entry in entries]
 
 
 def _trainable(name: str) -> Suite:
     """The suite `name`. Raises TaskError where it is unknown or only to evaluate on."""
-    trainable = [known for known, record in SUITES.items() if record.trainable]
+    trainable = [known for known, record in known_suites().items() if record.trainable]
     if name in SUITES and name not in trainable:
         raise TaskError(
             f"Suite {name} is only for evaluation; suites to train on are {', '.join(trainable)}."

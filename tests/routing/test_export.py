@@ -1,4 +1,4 @@
-"""Exports: what PEFT and transformers load gives the routed model's logits."""
+"""Export: what leaves, how near it is, and which shares it mixes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,41 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mixed_experts import ordered
 from phatgoose.base.loading import load_base
+from phatgoose.base.sites import replaced
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.export.export import EXPORT_INFO, export, open_routed
-from phatgoose.routing.export.shares import prompt_texts
+from phatgoose.routing.export.export import EXPORT_INFO, export, fidelity, open_routed
+from phatgoose.routing.export.shares import (
+    ANSWER_TOKENS,
+    constant_shares,
+    neutral_texts,
+    passing,
+    prompt_texts,
+    read_texts,
+    shares_for,
+    shares_of,
+)
+from phatgoose.routing.export.updates import (
+    AddedUpdate,
+    Update,
+    cut,
+    fixed_update,
+    merged_layer,
+    widened_to,
+)
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
+from phatgoose.routing.recording import record
+from phatgoose.routing.saved.save import save
 from routed_models import SCORES, compose_by
-from tiny import assert_same_logits, logits_of, make_ids, peft_model
+from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 
 PROMPTS = prompt_texts(["Is a heron a bird?", "1 + 2 ="])
 each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
@@ -208,3 +229,180 @@ def test_one_expert_alone_is_constant_under_any_router(llama, llama_pool, tmp_pa
     told_to_be_near(result)
     assert result.shares.whole() == {"e0": 1.0}
     assert result.fidelity.texts == "neutral text"
+
+
+def test_differences_are_means_over_all_tokens_and_the_vocabulary(llama, llama_pool):
+    model = compose(llama_pool, llama, k=2)
+    base = {site: layer.base for site, layer in composition_of(model).layers.items()}
+    texts = prompt_texts(["to be", "or not to be"])
+    told = fidelity(model, llama.tokenizer, base, texts)
+    wanted, got = [], []
+    for text in texts.examples:
+        ids = torch.tensor([llama.tokenizer(text.input)["input_ids"]])
+        wanted.append(logits_of(model, ids)[0])
+        with replaced(model, base):
+            got.append(logits_of(model, ids)[0])
+    one, other = torch.cat(wanted), torch.cat(got)
+    assert told.texts == "the prompt"
+    assert told.tokens == len(one)
+    assert told.difference == pytest.approx(float((one - other).abs().mean()), rel=1e-5)
+    assert told.agreement == pytest.approx(
+        float((one.argmax(-1) == other.argmax(-1)).float().mean())
+    )
+    layers = composition_of(model).layers
+    same = fidelity(model, llama.tokenizer, layers, texts)
+    assert (same.difference, same.agreement) == (0, 1)
+
+
+def test_a_pool_is_opened_with_every_factor_and_a_saved_model_as_it_is(llama, pool_of, tmp_path):
+    pool = pool_of("llama", (24, 9, 20))
+    place = pool.experts[0].directory.parent
+    options = {"dtype": "float32", "routing": Routing("merged")}
+    model = open_routed(place, llama.id, keep=["e0", "e1"], **options)
+    assert composition_of(model).experts == ("e0", "e1")
+    assert {type(layer) for layer in composition_of(model).layers.values()} == {RoutedLinear}
+    save(model, tmp_path / "routed")
+    again = open_routed(tmp_path / "routed", dtype="float32")
+    assert composition_of(again).experts == ("e0", "e1")
+    with pytest.raises(RoutingError, match="neither a routed model nor a pool"):
+        open_routed(llama.id)
+
+
+def test_experts_are_chosen_of_pools_alone(llama, llama_pool, tmp_path):
+    save(compose(llama_pool, llama, router="merged"), tmp_path / "routed")
+    for chosen in ({"keep": ["e0"]}, {"leave_out": ["e0"]}, {"scores": {"e0": {"t": 1.0}}}):
+        with pytest.raises(ConfigError, match="is not a pool"):
+            open_routed(tmp_path / "routed", **chosen)
+
+
+def test_constant_routing_is_told_from_other_routing(llama, llama_pool):
+    def shares(**options):
+        return constant_shares(composition_of(compose(llama_pool, llama, **options)))
+
+    merged = shares(router="merged")
+    assert merged.whole() == dict.fromkeys(llama_pool.names, 0.25)
+    assert merged.chosen_for is None
+
+
+def test_shares_are_means_over_tokens_then_prompts(llama, llama_pool):
+    model = compose(llama_pool, llama, k=2)
+    assert constant_shares(composition_of(model)) is None
+    texts = prompt_texts(["a", "many more tokens than one"])
+    found = shares_for(model, llama.tokenizer, texts)
+    assert found.chosen_for == "the prompt"
+    passes = []
+    for text in texts.examples:
+        ids = torch.tensor([llama.tokenizer(text.input)["input_ids"]])
+        with record(model) as recording, torch.no_grad():
+            model(input_ids=ids)
+        passes.append(recording.usage())
+    for site, shares in found.by_site.items():
+        wanted = torch.stack([usage[site] for usage in passes]).double().mean(dim=0)
+        torch.testing.assert_close(shares, wanted, rtol=1e-5, atol=1e-6)
+        assert found.at(site).keys() <= set(llama_pool.names)
+    with pytest.raises(RoutingError, match="for every token"):
+        shares_of(model)
+    model.phatgoose.tokenizer = None
+    with pytest.raises(ConfigError, match="tokenizer"):
+        shares_of(model, texts)
+
+
+def test_one_expert_alone_is_constant(llama, llama_pool):
+    alone = compose(Pool(llama_pool.experts[:1]), llama, k=1)
+    assert shares_of(alone).whole() == {"e0": 1.0}
+
+
+def test_a_router_by_input_is_asked_for_its_texts(llama, llama_pool):
+    model = compose_by("oracle", llama_pool, llama)
+    with pytest.raises(RoutingError, match="for every input"):
+        shares_of(model)
+    with pytest.raises(RoutingError, match="no scores for task 'the prompt'"):
+        shares_of(model, prompt_texts(["x"]))
+
+
+@pytest.mark.parametrize("router", ["discriminant-phatgoose", "phatgoose-evidence"])
+def test_a_shortlist_is_routed_anew_for_every_token(llama, llama_pool, router):
+    with pytest.raises(RoutingError, match="for every token"):
+        shares_of(compose(llama_pool, llama, router=router))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_a_decoder_reads_the_models_own_answer(base, kind, pool):
+    model = compose(pool, base, k=2)
+    texts = prompt_texts(["to be", "or not to be"])
+    inputs = read_texts(model, base.tokenizer, texts)
+    for each, text in zip(inputs, texts.examples, strict=True):
+        assert each["input_ids"][0].tolist() == base.tokenizer(text.input)["input_ids"]
+        assert ("decoder_input_ids" in each) is (kind == "t5")
+    if kind == "t5":
+        start = model.config.decoder_start_token_id
+        for each in inputs:
+            answer = each["decoder_input_ids"][0]
+            assert answer[0] == start
+            assert 1 <= len(answer) <= ANSWER_TOKENS
+    assert list(passing(model, texts, inputs)) == inputs
+
+
+def test_an_empty_prompt_is_refused_and_neutral_text_is_there():
+    with pytest.raises(TaskError, match="empty"):
+        prompt_texts(["a", ""])
+    assert all(each.input for each in neutral_texts().examples)
+
+
+UPDATE = Update(random(6, 9, seed=1), random(7, 6, seed=2))
+
+
+@pytest.mark.parametrize("rank", [None, 1, 4, 6, 8])
+def test_a_cut_is_the_nearest_update_of_its_rank(rank):
+    found, loss = cut(UPDATE, rank)
+    exact = UPDATE.B.double() @ UPDATE.A.double()
+    kept = min(rank or 6, 6)
+    lost = float(torch.linalg.svdvals(exact)[kept:].norm())
+    assert (loss.rank, loss.of, found.rank) == (kept, 6, kept)
+    assert loss.lost == pytest.approx(lost, abs=1e-9)
+    assert loss.norm == pytest.approx(float(exact.norm()))
+    assert float((exact - found.B.double() @ found.A.double()).norm()) == pytest.approx(
+        lost, abs=1e-5
+    )
+    assert found is UPDATE or kept < 6
+
+
+def test_more_ranks_than_the_layer_has_are_brought_down():
+    update = Update(random(12, 5, seed=1), random(7, 12, seed=2))
+    found, loss = cut(update)
+    assert (loss.rank, loss.of) == (5, 12)
+    assert loss.lost < 1e-10 * loss.norm
+    torch.testing.assert_close(found.B @ found.A, update.B @ update.A, rtol=1e-4, atol=1e-4)
+    wide = widened_to(found, 8)
+    assert (wide.A.shape, wide.B.shape) == ((8, 5), (7, 8))
+    torch.testing.assert_close(wide.B @ wide.A, found.B @ found.A)
+
+
+def test_no_update_has_no_rank():
+    nothing = Update(torch.zeros(0, 5), torch.zeros(7, 0))
+    assert nothing.is_nothing
+    assert cut(nothing)[1].norm == 0
+
+
+def test_layers_hold_an_update_beside_or_inside_their_weight(llama, llama_pool):
+    parts = composition_of(compose(llama_pool, llama, k=2))
+    layer = next(iter(parts.layers.values()))
+    u, site = random(3, layer.in_features), layer.site.name
+    shares = torch.tensor([0.5, 0.0, 1.5, 0.0], dtype=torch.float64)
+    update = fixed_update(layer, shares, parts)
+    assert update.rank == 8
+    wanted = layer.base(u)
+    for share, expert in zip(shares.tolist(), llama_pool.experts, strict=True):
+        lora = expert.lora[site]
+        wanted = wanted + share * lora.scale * u @ lora.A.T @ lora.B.T
+    before = layer.base.weight.clone()
+    torch.testing.assert_close(AddedUpdate(layer.base, update)(u), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged_layer(layer, update)(u), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.base.weight, before)
+    assert type(merged_layer(layer, update)) is nn.Linear
+    alone = fixed_update(layer, torch.tensor([0.0, 1.0, 0.0, 0.0]), parts)
+    assert torch.equal(alone.A, llama_pool.experts[1].lora[site].A)
+    assert fixed_update(layer, torch.zeros(4), parts).is_nothing
+    layer.base.weight = nn.Parameter(before.to("meta"), requires_grad=False)
+    with pytest.raises(RoutingError, match="quantised or kept elsewhere"):
+        merged_layer(layer, update)

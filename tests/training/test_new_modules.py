@@ -13,22 +13,19 @@ from torch import Tensor, nn
 from changed_adapters import adapter_of
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
-from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, GateTraining, Peft
-from phatgoose.experts.adapter import KINDS, ModifiedLinear, applied
+from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
+from phatgoose.errors import ConfigError
+from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck import BottleneckLayers
-from phatgoose.experts.kinds.ia3 import ScalingVector
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
+from phatgoose.experts.kinds.ia3.module import ScalingVector
+from phatgoose.experts.kinds.ia3.training import scales_input
+from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.tasks.task import Task
 from phatgoose.training import trainer
 from phatgoose.training.gates import GatedLinear
-from phatgoose.training.new_modules import (
-    NEW_MODULES,
-    fresh_expert,
-    parameters_at,
-    placed_sites,
-    scales_input,
-)
+from phatgoose.training.new_modules import fresh_expert, parameters_at, placed_sites
 from phatgoose.training.train_expert import train_gates
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
@@ -43,6 +40,7 @@ from training_runs import (
     target_nll,
     trained,
     without_dropout,
+    words,
 )
 from training_runs import train as train_default
 
@@ -170,9 +168,6 @@ def test_precision_under_a_base_in_bfloat16(base_folders, shape, tmp_path):
     assert dtype == (torch.float32 if shape == "ia3" else torch.bfloat16)
 
 
-# --- gates ---
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -264,9 +259,37 @@ def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
     torch.testing.assert_close(inner, wanted, rtol=1e-5, atol=1e-5)
 
 
-# --- the command line ---
+def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):
+    queries = IA3(sites="q_proj", feedforward="layers.1")
+    sites = placed_sites(llama.model, queries)
+    assert set(sites) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert scales_input(llama.model, queries, sites) == {"model.layers.1.self_attn.q_proj"}
+    gates = Bottleneck(sites="gate_proj", size=2)
+    assert {site.rpartition(".")[2] for site in placed_sites(llama.model, gates)} == {"gate_proj"}
+    with pytest.raises(ConfigError, match="feedforward is"):
+        scales_input(llama.model, IA3(feedforward="("), sites)
+    llama.model.config.model_type = "new"
+    with pytest.raises(ConfigError, match="of type new isn't known to PEFT"):
+        placed_sites(llama.model, IA3())
+    llama.model.model.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    with pytest.raises(ConfigError, match="isn't known; name the layers with sites"):
+        placed_sites(llama.model, Bottleneck())
 
 
-def test_every_kind_of_expert_stands_in_every_registry():
-    assert {name: kind.config for name, kind in KINDS.items()} == PEFT_KINDS
-    assert KINDS.keys() == NEW_MODULES.keys() == KIND_NAMES.keys()
+def test_lora_starts_as_the_method_says(llama):
+    with fresh_expert(llama, Lora(rank=16, alpha=4), joint=False) as fresh:
+        held = {n: p for n, p in fresh.model.named_parameters() if p.requires_grad}
+    A, B = (torch.cat([p.flatten() for n, p in held.items() if f"lora_{s}" in n]) for s in "AB")
+    assert A.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not B.any()
+    assert len(held) == 2 * len(find_sites(llama.model))
+
+
+def test_a_base_is_as_it_was_after_training(base, tmp_path):
+    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+    modules, attributes = dict(base.model.named_modules()), set(vars(base.model))
+    train_default(base, tmp_path / "first", Task("other", words("x", "y", "z")))
+    assert dict(base.model.named_modules()) == modules
+    assert set(vars(base.model)) - attributes <= {"_is_accelerate_prepared"}  # accelerate's mark
+    assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
+    assert not base.model.training

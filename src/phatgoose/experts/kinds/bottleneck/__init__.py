@@ -1,0 +1,1 @@
+"""Bottleneck adapters (Houlsby et al. 2019)."""

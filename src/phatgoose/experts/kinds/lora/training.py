@@ -1,0 +1,105 @@
+"""New LoRAs, as PEFT makes them, at every site (paper section 3).
+
+They are saved in the base's dtype: exactly the numbers that were validated. (PEFT's default casts
+every activation up; docs/design.md has the speeds.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ....base.loading import Base
+from ....base.sites import Site
+from ....config import Lora
+from ..kind import FreshExpert, NewModules, new_gate, openness
+from ..peft import ADAPTER, peft_options, save_peft, under_peft
+from .module import plus_product
+
+
+class NewLoras(NewModules):
+    def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
+        return sum(settings.rank * (site.in_features + site.out_features) for site in sites)
+
+    @contextmanager
+    def create(
+        self, base: Base, settings: Lora, sites: dict[str, Site], *, joint: bool
+    ) -> Iterator[FreshExpert]:
+        alpha = settings.alpha
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+            **peft_options(base, sites),
+        )
+        with under_peft(base, config) as model:
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    _use_master_copies(layer, settings.init_std, joint=joint)
+            parts = {site: base.model.get_submodule(site).lora_A[ADAPTER] for site in sites}
+            yield FreshExpert(
+                model, parts, lambda folder: save_peft(model, base, folder, base.model.dtype)
+            )
+
+
+class _MasterLinear(nn.Linear):
+    """A linear layer whose float32 weight is cast to the dtype of its input."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return functional.linear(u, self.weight.to(u.dtype))
+
+
+class _JointlyGatedLinear(_MasterLinear):
+    """A LoRA's A whose output passes the module's joint gate.
+
+    PEFT then computes `W u + scale * B A u * sigmoid(v . u)`, since the sigmoid is one number a
+    token: B (A u * sigmoid) is B A u * sigmoid.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.gate = new_gate(in_features, device)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return openness(u, self.gate) * super().forward(u)
+
+
+class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's LoRA, whose update is scaled where it is small and added by the product itself.
+
+    PEFT's own sum goes three more times over the output, and as often again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """`result` [.., d] of the base plus scale * B A x, for x [.., n]."""
+        h = module.scaling[active_adapter] * module.lora_A[active_adapter](x)
+        return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
+
+
+def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
+    """Float32 A ~ N(0, init_std^2) and B = 0 that are cast in the forward pass, not the input."""
+    layer.cast_input_dtype_enabled = False
+    layer.lora_variant[ADAPTER] = _AddedInOneCall
+    for factors in (layer.lora_A, layer.lora_B):
+        plain = factors[ADAPTER]
+        shape, device = (plain.in_features, plain.out_features), plain.weight.device
+        master = (
+            _JointlyGatedLinear(*shape, device)
+            if joint and factors is layer.lora_A
+            else _MasterLinear(*shape, bias=False, device="meta")
+        )
+        master.weight = nn.Parameter(plain.weight.detach().float())
+        factors[ADAPTER] = master
+    nn.init.normal_(layer.lora_A[ADAPTER].weight, std=init_std)
+    nn.init.zeros_(layer.lora_B[ADAPTER].weight)

@@ -1,0 +1,135 @@
+"""The registry: every kind of expert as one record, which says where its code is.
+
+Reading the records loads no torch.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ...config import IA3, Bottleneck, Lora, Peft
+from ...errors import ConfigError
+from ...files.entry_points import add_entry_points
+
+if TYPE_CHECKING:
+    from .kind import NewModules, Part, SiteModule
+
+GROUP = "phatgoose.kinds"  # of entry points, each of which is a Kind
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of expert (docs/extending.md).
+
+    `name` stands in recipes, files and on the command line; `label` is for people, and `title`
+    begins the model card. `settings` are those of a new expert. `module` is its `SiteModule`,
+    `training` its `NewModules` and `parts` its `Part`s, most often one: classes, or "module:Class",
+    which is imported when it is used. `peft_type` is PEFT's name for a kind in PEFT's files.
+    """
+
+    name: str
+    label: str
+    title: str
+    settings: type[Peft]
+    module: str | type[Any]
+    training: str | type[Any]
+    parts: tuple[str | type[Any], ...]
+    peft_type: str | None = None
+
+    @property
+    def site_module(self) -> type[SiteModule]:
+        return _class(self.module)
+
+    @property
+    def new_modules(self) -> NewModules:
+        made: NewModules = _class(self.training)()
+        return made
+
+    @property
+    def stacked(self) -> tuple[type[Part], ...]:
+        return tuple(map(_class, self.parts))
+
+
+def _class(place: str | type[Any]) -> type[Any]:
+    found: type[Any] = pkgutil.resolve_name(place) if isinstance(place, str) else place
+    return found
+
+
+HERE = "phatgoose.experts.kinds"
+
+KINDS: dict[str, Kind] = {
+    "lora": Kind(
+        "lora",
+        "LoRA",
+        "A LoRA",
+        Lora,
+        f"{HERE}.lora.module:LoraFactors",
+        f"{HERE}.lora.training:NewLoras",
+        (f"{HERE}.lora.stack:LoraStack",),
+        peft_type="LORA",
+    ),
+    "ia3": Kind(
+        "ia3",
+        "(IA)³",
+        "An (IA)³",
+        IA3,
+        f"{HERE}.ia3.module:ScalingVector",
+        f"{HERE}.ia3.training:NewScalings",
+        (f"{HERE}.ia3.stack:InputScalingStack", f"{HERE}.ia3.stack:OutputScalingStack"),
+        peft_type="IA3",
+    ),
+    "bottleneck": Kind(
+        "bottleneck",
+        "bottleneck",
+        "A bottleneck-adapter",
+        Bottleneck,
+        f"{HERE}.bottleneck.module:BottleneckLayers",
+        f"{HERE}.bottleneck.training:NewBottlenecks",
+        (f"{HERE}.bottleneck.stack:BottleneckStack",),
+    ),
+}
+
+
+OURS = frozenset(KINDS)
+
+
+def kinds() -> Mapping[str, Kind]:
+    """Every kind by name: ours, those put into KINDS, those of other packages' entry points."""
+    _add_others()
+    return KINDS
+
+
+@cache
+def _add_others() -> None:
+    add_entry_points(GROUP, KINDS, Kind)
+
+
+def loaded_kinds() -> tuple[Kind, ...]:
+    """The kinds whose code can be imported; another package's that can't is warned of once."""
+    return tuple(kind for kind in kinds().values() if kind.name in OURS or _is_loaded(kind))
+
+
+@cache
+def _is_loaded(kind: Kind) -> bool:
+    try:
+        _ = kind.site_module, kind.stacked
+    except Exception as error:  # whatever another package's import may raise
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(f"The kind {kind.name!r} can't be loaded: {why}", stacklevel=2)
+        return False
+    return True
+
+
+def kind_for(settings: Peft) -> Kind:
+    """The kind of a new expert with these settings. Raises ConfigError where they are none."""
+    for kind in kinds().values():
+        if isinstance(settings, kind.settings):
+            return kind
+    classes = (kind.settings for kind in kinds().values())
+    known = ", ".join(f"{each.__module__}.{each.__name__}" for each in classes)
+    raise ConfigError(f"peft is {settings!r:.60}, but must be settings of class {known}.")

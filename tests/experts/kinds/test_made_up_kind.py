@@ -1,0 +1,259 @@
+"""The kind of docs/extending.md, in every place that depends on kinds, without an edit of ours."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from command_line import review, write_rows
+from fake_packages import install
+from growth_cases import assert_same_models, composed
+from made_up_kind import SHIFTS, code_of_the_kind, make_shift, pool_with_shifts, register
+from mixed_experts import make_kind, mixed_output, ordered, renamed
+from oracle import token_weights
+from phatgoose.analysis.audit_signs import signs_of
+from phatgoose.analysis.findings import cosines, near_duplicates
+from phatgoose.base.sites import find_sites
+from phatgoose.config import GateTraining, Lora
+from phatgoose.errors import ConfigError, ExpertError, RoutingError
+from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts.expert import Expert, check_expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds import registry
+from phatgoose.experts.kinds.registry import KINDS, kind_for, kinds, loaded_kinds
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.checks import check_site
+from phatgoose.routing.compose import compose, stack_at
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.export.export import export
+from phatgoose.routing.export.shares import neutral_texts
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.training.new_modules import parameters_at
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
+from training_runs import TASK, gated_loss, target_nll, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def shifts(monkeypatch):
+    register(monkeypatch)
+
+
+@pytest.fixture
+def pool(shifts, llama, llama_mixed, tmp_path) -> Pool:
+    """Eight experts of our kinds, and two of the made-up one."""
+    return pool_with_shifts(llama_mixed, llama, tmp_path)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_it_is_trained(shifts, llama, joint, tmp_path):
+    settings = SHIFTS.Shift(sites="(o|down)_proj")
+    gates = GateTraining(joint=joint, gate_steps=2)
+    expert = train(llama, tmp_path / "echo", peft=settings, gate_training=gates)
+    assert check_expert(expert.directory) == []
+    assert expert.info.hyperparameters["peft"] == expert.kind == "shift"
+    assert {site.rpartition(".")[2] for site in expert.modules} == {"o_proj", "down_proj"}
+    assert all(module.b.any() for module in expert.modules.values())
+    assert all(gate.any() for gate in expert.gates.values())
+    if joint:
+        loss = gated_loss(llama, expert, TASK.validation)
+    else:
+        with applied(llama.model, expert.modules, ModifiedLinear):
+            loss = target_nll(llama.model, llama, TASK.validation).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
+    again = Expert.load(expert.directory)
+    for site, module in expert.modules.items():
+        assert torch.equal(again.modules[site].b, module.b)
+    card = (expert.directory / "README.md").read_text()
+    assert "A shift" in card
+
+
+def test_it_is_mixed_with_other_kinds(pool, llama):
+    layers = composition_of(compose(pool, llama, k=4)).layers
+    for site, layer in layers.items():
+        u = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        weights = (token_weights(t, pool.experts, site, 4) for t in u)
+        wanted = [
+            mixed_output(layer.base, t, pool.experts, w, site)
+            for t, w in zip(u, weights, strict=True)
+        ]
+        torch.testing.assert_close(layer(u), torch.stack(wanted).float(), rtol=1e-5, atol=1e-5)
+    assert any(
+        {"lora", "bottleneck", "shift"} <= layer.stack.parts.keys() for layer in layers.values()
+    )
+
+
+def test_it_is_saved_grown_shrunk_and_compacted(pool, llama, tmp_path):
+    first, more = ["lora0", "shift8", "ia32"], ["bottleneck3", "shift9"]
+    wanted = composed("phatgoose", ordered(pool, first + more), llama)
+    grown = composed("phatgoose", ordered(pool, first), llama)
+    assert_same_models(add_experts(grown, ordered(pool, more)), wanted)
+    folder = tmp_path / "routed"
+    save_pool(ordered(pool, first), folder, copy.deepcopy(llama))
+    add_to_saved(folder, ordered(pool, more))
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+    left = ["lora0", "bottleneck3", "shift9"]
+    wanted = composed("phatgoose", ordered(pool, left), llama)
+    remove_experts(grown, ["shift8", "ia32"])
+    assert_same_models(grown, wanted)
+    remove_from_saved(folder, ["shift8", "ia32"])
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+    compact(folder)
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+
+
+def test_it_is_exported(pool, llama, tmp_path):
+    model = compose(
+        ordered(pool, ["lora0", "shift8", "shift9"]), copy.deepcopy(llama), router="merged"
+    )
+    ids = make_ids()
+    assert export(model, tmp_path / "mean").fidelity.agreement == 1
+    got = logits_of(peft_model(llama, tmp_path / "mean"), ids)
+    assert_same_logits(got, logits_of(model, ids))
+
+
+def test_it_is_audited_and_compared(pool, llama, tmp_path):
+    twin = renamed(pool["shift9"], "twin")
+    twin = replace(twin, info=replace(twin.info, adapter_sha256="another"))
+    larger = Pool((*pool.experts, twin))
+    (found,) = near_duplicates(larger)
+    assert {found.one, found.other} == {"shift9", "twin"}
+    assert cosines(larger)[0, 8] == 0  # of different kinds
+    assert signs_of(larger)["gate_size"].isfinite().all()
+
+
+def test_it_is_imported_and_planned(shifts, llama, base_folders, tmp_path):
+    base = str(base_folders["llama"])
+    expert = import_adapter(make_shift(llama, tmp_path / "bare"), tmp_path / "mine", base=base)
+    assert (expert.kind, expert.info.base.id) == ("shift", base)
+    outputs = sum(module.out_features for module in expert.modules.values())
+    assert parameters_at(llama.model, SHIFTS.Shift()) == outputs
+
+
+def test_what_its_record_does_not_know_is_refused_by_name(
+    monkeypatch, llama, llama_mixed, tmp_path
+):
+    register(monkeypatch, compared=(), constant=lambda self, weights: None)
+    pool = pool_with_shifts(llama_mixed, llama, tmp_path)
+    for look in (cosines, signs_of):
+        with pytest.raises(RoutingError, match="kind 'shift' can't be compared"):
+            look(pool)
+    model = compose(ordered(pool, ["lora0", "shift8"]), llama, router="merged")
+    with pytest.raises(RoutingError, match="'shift8' is of the kind 'shift'"):
+        export(model, tmp_path / "out", texts=neutral_texts())
+
+
+def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mixed, tmp_path):
+    with monkeypatch.context() as known:
+        register(known)
+        pool = pool_with_shifts(llama_mixed, llama, tmp_path)
+        stack = stack_at(llama.model, pool.sites[0], pool)
+        save_pool(pool, tmp_path / "routed", copy.deepcopy(llama))
+    for look in (cosines, lambda pool: compose(pool, llama)):
+        with pytest.raises(RoutingError, match="kind 'shift' can't be stacked"):
+            look(pool)
+    with pytest.raises(RoutingError, match="shift_rows, shifts, of no router or kind"):
+        check_site(stack, find_sites(llama.model)[pool.sites[0]], len(pool), {}, {})
+    with pytest.raises(RoutingError, match=r"holds 'shift\w*\."):
+        load(tmp_path / "routed", llama)
+    with pytest.raises(ExpertError):
+        Expert.load(pool["shift8"].directory)
+    with pytest.raises(ConfigError, match="must be settings of class phatgoose"):
+        kind_for(SHIFTS.Shift())
+
+
+@pytest.mark.parametrize(
+    ("held", "complaint"),
+    [
+        ({"b": "A", "rows": "shift_rows"}, "kind 'shift' names a part or a tensor as another"),
+        ({"b": "vectors", "rows": "shift_rows"}, "router and a kind both have tensors called vec"),
+        ({"b": "weight", "rows": "shift_rows"}, "tensor 'weight', which layers have already"),
+    ],
+)
+def test_names_that_are_taken_are_refused(monkeypatch, llama, tmp_path, held, complaint):
+    renamed = {
+        field: replace(SHIFTS.ShiftStack.held[field], name=name) for field, name in held.items()
+    }
+    register(monkeypatch)
+    expert = make_kind("shift", llama, tmp_path, seed=1)
+    register(monkeypatch, held=renamed)
+    with pytest.raises(RoutingError, match=complaint):
+        compose(Pool((expert,)), llama, k=1)
+
+
+# --- kinds of other packages ---
+
+RECORD = '\nKIND = KINDS.pop("shift")\n'
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Entry points are read again, and what they add is gone after the test."""
+    monkeypatch.setattr(registry, "KINDS", dict(KINDS))
+    registry._add_others.cache_clear()
+    yield
+    registry._add_others.cache_clear()
+
+
+def test_broken_kinds_of_other_packages_are_named_and_break_nothing(unread, monkeypatch, tmp_path):
+    code = """
+from phatgoose.config import Lora
+from phatgoose.experts.kinds.registry import Kind
+TAKEN = Kind("lora", "", "", Lora, "", "", ())
+LATE = Kind("late", "late", "", Lora, "no_such_module:X", "", ())
+"""
+    points = {
+        "lora": "theirs:TAKEN",
+        "late": "theirs:LATE",
+        "odd": "theirs:code",
+        "none": "theirs:Kind",
+    }
+    install(tmp_path, monkeypatch, "theirs", code, {registry.GROUP: points})
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert kinds().keys() == {*KINDS, "late"}
+        assert {kind.name for kind in loaded_kinds()} == set(KINDS)
+    told = sorted(str(warning.message) for warning in warned)
+    parts = (
+        "kind 'late' can't be",
+        "lora is left out",
+        "none is left out",
+        "odd of theirs can't be",
+    )
+    assert all(part in text for part, text in zip(parts, told, strict=True)), told
+    assert kind_for(Lora()).name == "lora"
+
+
+def test_a_kind_of_another_package_is_seen_by_the_commands(monkeypatch, base_folders, tmp_path):
+    points = {registry.GROUP: {"shift": "shifts:KIND"}}
+    install(tmp_path, monkeypatch, "shifts", code_of_the_kind() + RECORD, points)
+    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
+    paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+
+    def phatgoose(*words: object) -> str:
+        command = [sys.executable, "-m", "phatgoose", *map(str, words)]
+        found = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    few = ("--steps", 2, "--batch-size", 2, "--gate-steps", 1, "--sites", "o_proj")
+    task = ("reviews.jsonl", "--out", "pool")
+    phatgoose("train", "--peft", "shift", "--base", base_folders["llama"], *task, *few)
+    assert "shift" in phatgoose("pool", "pool")

@@ -1,0 +1,170 @@
+"""Stacks: experts of several kinds, ranks and sizes side by side, and the sums over chosen ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from growth_cases import assert_same_models, composed
+from kernel_problems import bottleneck_arguments
+from mixed_experts import ACTIVATE, CPU, PRECISE, mixed_output
+from phatgoose.base.sites import Site
+from phatgoose.config import ACTIVATIONS
+from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
+from phatgoose.experts.kinds.bottleneck.stack import BottleneckStack
+from phatgoose.experts.kinds.ia3.module import ScalingVector
+from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.kinds.sums import weighted_rows
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.routers.fixed import UniformRouter
+from phatgoose.routing.stacks import GROWTH, stack_modules, stack_of
+
+QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 5))
+@settings(max_examples=25)
+def test_any_stack_of_modules_is_their_sum(seed, tokens):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def whole(most: int, least: int = 1) -> int:
+        return int(torch.randint(least, most + 1, (1,), generator=generator))
+
+    n, d = whole(6), whole(6)
+
+    def any_module() -> LoraFactors | ScalingVector | BottleneckLayers:
+        kind, m = whole(5), whole(4)
+        if kind <= 2:
+            bias = normal(d) if kind == 2 else None
+            return LoraFactors(normal(m, n), normal(d, m), float(normal(1)), bias)
+        if kind <= 4:
+            return ScalingVector(normal(n if kind == 3 else d), on_input=kind == 3)
+        activation = ACTIVATIONS[whole(2, 0)]
+        return BottleneckLayers(normal(m, d), normal(m), normal(d, m), normal(d), activation, 0.5)
+
+    modules = [any_module() for _ in range(whole(6))]
+    base, u = nn.Linear(n, d), normal(tokens, n)
+    stack = stack_modules(range(len(modules)), modules, torch.float32, CPU)
+    rows = [row for rows in stack.rows().values() for row in rows.tolist()]
+    assert sorted(rows) == list(range(len(modules)))
+    router = UniformRouter(len(modules), len(modules) + 1)
+    layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router, "auto")
+    weights = dict.fromkeys(range(len(modules)), 1 / (len(modules) + 1))
+    experts = [SimpleNamespace(modules={"site": module}) for module in modules]
+    wanted = torch.stack([mixed_output(base, t, experts, weights, "site") for t in u])
+    torch.testing.assert_close(layer(u), wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_and_sites_that_differ(write, tmp_path):
+    write("two", "two")
+    write("four", "four")
+    write("six", "six")
+    pool = Pool.open(tmp_path / "pool")  # in alphabetical order
+    at_down, at_query = (stack_of(pool, site, torch.float32, CPU) for site in (DOWN, QUERY))
+    assert (at_down.experts.tolist(), at_query.experts.tolist()) == ([0, 1], [0, 1, 2])
+    assert pool.vectors("gates", DOWN).tolist() == [
+        e.gates[DOWN].tolist() for e in pool.experts[:2]
+    ]
+    stack = at_down.lora
+    assert (stack.A.shape, stack.B.shape) == ((2, 6, 48), (2, 6, 32))
+    assert not stack.A[0, 4:].any()
+    assert not stack.B[0, 4:].any()
+    for row, expert in enumerate(pool.experts[:2]):
+        lora = expert.lora[DOWN]
+        update = lora.scale * lora.B @ lora.A
+        assert torch.allclose(stack.B[row].T @ stack.A[row], update, atol=1e-6)
+    assert stack_of(pool, QUERY, torch.bfloat16, CPU).dtype == torch.bfloat16
+
+
+def test_bottlenecks_of_several_sizes_are_filled_up_with_zeros():
+    def layers(m: int) -> BottleneckLayers:
+        parts = (torch.randn(m, 6), torch.randn(m), torch.randn(6, m), torch.randn(6))
+        return BottleneckLayers(*parts, "silu", 2.0)
+
+    small, large = layers(2), layers(9)
+    stack = stack_modules([0, 1], [small, large], torch.float32, CPU).parts["bottleneck"]
+    assert stack.down.shape == stack.up.shape == (2, 9, 6)
+    assert not stack.down[0, 2:].any()
+    assert torch.equal(stack.up[0, :2], (2.0 * small.up).T)
+    y = torch.randn(4, 6)
+    wanted = small.at(y).apply(nn.Identity(), y) - y
+    got = stack.grouped(y, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
+    torch.testing.assert_close(got, wanted, **PRECISE)
+
+
+def test_growth_is_copied_now_and_then_only(llama, make_expert):
+    experts = [make_expert(llama, f"x{z}", seed=z) for z in range(8)]
+    model = composed("phatgoose", Pool(tuple(experts[:4])), llama)
+    places = []
+    for expert in experts[4:]:
+        add_experts(model, Pool((expert,)))
+        layer = next(iter(composition_of(model).layers.values()))
+        places.append(layer.A.data_ptr())
+        assert len(layer.room["A"]) <= GROWTH * 8
+    assert places[0] == places[1] == places[2]  # room for 7 was made when the fifth came
+    assert places[3] != places[2]
+    assert_same_models(model, composed("phatgoose", Pool(tuple(experts)), llama))
+
+
+def bottleneck_loop(y, experts, weights, stack: BottleneckStack) -> Tensor:
+    total = torch.zeros_like(y)
+    for z, activation in enumerate(stack.activations):
+        w_z = (weights * (experts == z)).sum(dim=-1, keepdim=True)
+        inner = ACTIVATE[ACTIVATIONS[activation]](y @ stack.down[z].T + stack.down_bias[z])
+        total = total + w_z * (inner @ stack.up[z] + stack.up_bias[z])
+    return total
+
+
+def rows_loop(experts, weights, rows) -> Tensor:
+    chosen = ((weights * (experts == z)).sum(dim=-1, keepdim=True) for z in range(len(rows)))
+    return sum(w_z * row for w_z, row in zip(chosen, rows, strict=True))
+
+
+@given(
+    seed=st.integers(0, 99),
+    tokens=st.integers(1, 9),
+    experts=st.integers(1, 7),
+    m=st.integers(1, 5),
+    d=st.integers(1, 9),
+    data=st.data(),
+)
+@settings(max_examples=30)
+def test_sums_have_the_values_and_gradients_of_a_loop(seed, tokens, experts, m, d, data):
+    k = data.draw(st.integers(1, experts))
+    arguments = bottleneck_arguments(seed, tokens, experts, k, m, d)
+    y, chosen, weights, *parts = arguments
+    stack = BottleneckStack(*parts, rows=torch.arange(experts))
+    learnt = [each for each in arguments if each.requires_grad]
+    cotangent = torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed))
+
+    def with_slopes(total: Tensor, of: list[Tensor]) -> tuple[Tensor, ...]:
+        return total, *torch.autograd.grad((total * cotangent).sum(), of)
+
+    wanted = with_slopes(bottleneck_loop(y, chosen, weights, stack), learnt)
+    for body in (stack.side_by_side, stack.grouped):
+        got = with_slopes(body(y, chosen, weights), learnt)
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    rows = [weights, stack.up_bias]
+    got = with_slopes(weighted_rows(chosen, *rows), rows)
+    wanted = with_slopes(rows_loop(chosen, *rows), rows)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("experts", "body"), [(4, "side_by_side"), (5, "grouped")])
+def test_few_bottlenecks_are_computed_side_by_side(experts, body, monkeypatch):
+    y, chosen, weights, *parts = bottleneck_arguments(0, 3, experts, 2, 2, 4)
+    stack, called = BottleneckStack(*parts, rows=torch.arange(experts)), []
+    monkeypatch.setattr(BottleneckStack, body, lambda *_: called.append(body))
+    stack.added(y, y, chosen, weights, None)
+    assert called == [body]

@@ -60,7 +60,7 @@ class Tables:
         rows: dict[str, list[Tensor]] = {name: [old] for name, old in self.tensors.items()}
         names = self.names
         for more in new:
-            check_joinable(self.tensors, more.tensors)
+            check_tables(self.tensors, more.tensors)
             for name, held in rows.items():
                 added = more.tensors[name]
                 held.append(added + len(names) if name == OWNERS else added)
@@ -77,7 +77,7 @@ class Tables:
         return Tables(names, tensors, self.info)
 
 
-def check_joinable(held: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+def check_tables(held: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Raise PoolError unless the tables `new` can join those that are `held`."""
     for name, old in held.items():
         if old.shape[1:] != new[name].shape[1:]:

@@ -34,7 +34,7 @@ from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal
-from ..routers.prompt_router import ByPrompt, check_joinable
+from ..routers.prompt_router import ByPrompt, check_tables
 from ..routers.router import Scores, router_of
 from ..stacks import declared, stack_of
 from .save import described, layer_tensors
@@ -116,7 +116,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         if isinstance(router, ByPrompt):
             embedder = saved.info.get("lookup", {}).get("embedder")
             rows = router.tables(pool, embedder=embedder).saved()
-        check_joinable(lookup_in(first), lookup_in(rows))
+        check_tables(lookup_in(first), lookup_in(rows))
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
@@ -206,7 +206,6 @@ def _changing(folder: Path) -> Iterator[Path]:
 def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
-    """Write a segment that no description names yet; its entry for one."""
     clear_left_overs(folder / ROUTED_WEIGHTS)
     with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)
@@ -275,7 +274,6 @@ def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type that the factors of a segment are stored in, None where it has none."""
     held = (tensors[name].dtype for name in tensors if _is_factor(name.partition(".")[0]))
     return next(held, None)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import WrongBaseError
-from .offloading import parameters_of
+from .sites import parameters_of
 
 # Enough to distinguish two trainings of one architecture, few enough to hash in a second.
 SAMPLES = 64

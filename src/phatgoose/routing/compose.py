@@ -23,8 +23,7 @@ from ..base.fingerprint import (
     surely_differs,
 )
 from ..base.loading import Base, check_heeds_masks, load_base
-from ..base.offloading import check_in_place, execution_device
-from ..base.sites import ROUTED, Site, find_sites, replace_module
+from ..base.sites import ROUTED, Site, check_in_place, execution_device, find_sites, replace_module
 from ..config import Routing, from_mapping, given_or_default
 from ..errors import BaseModelError, RoutingError
 from ..experts.adapter import check_fit

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.fingerprint import BaseReference, check_base
-from ..base.offloading import check_in_place
-from ..base.sites import Site, find_sites
+from ..base.sites import Site, check_in_place, find_sites
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
 from .compose import check_pool_fits, detach, install, routed_layer, stack_at

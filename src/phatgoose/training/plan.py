@@ -37,7 +37,7 @@ from ..experts.readings import readings_size
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
-from .new_modules import parameters_at, placed_sites
+from .modules import parameters_at, placed_sites
 from .train_expert import train_expert
 from .trainer import TrainingCallback
 

@@ -35,8 +35,7 @@ from ..tasks.loading import given_task
 from ..tasks.neutral import moments
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
-from .gates import GatedLinear, take_gates
-from .new_modules import fresh_expert, parameters_at
+from .modules import GatedLinear, fresh_expert, parameters_at, take_gates
 from .statistics import statistics_of
 from .trainer import TrainingCallback, fit, is_first, join_processes, wait_for_all
 from .workdir import discard_work, open_work, work_of

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...base.loading import Base
@@ -426,3 +427,37 @@ class Part(ABC):
 def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
     """Rows as a tensor, int64."""
     return torch.tensor(list(rows), device=device)
+
+
+# Sums over the experts that each token chose, which kernels and stacks share.
+
+
+def dense_weights(experts: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The weights [T, k] of the chosen `experts` [T, k] as weights of all, [T, count]."""
+    return weights.new_zeros(len(experts), count).scatter_add(1, experts, weights)
+
+
+def weighted_rows(experts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Sum over the chosen z of w_z rows_z for every token, float32 [T, d].
+
+    `experts` [T, k] are indices into `rows` [E, d]. It is one operation, which keeps no token's
+    rows.
+    """
+    return functional.embedding_bag(
+        experts, rows.float(), per_sample_weights=weights.float(), mode="sum"
+    )
+
+
+def is_one_call(*factors: Tensor) -> bool:
+    """True where torch has the products for factors [E, n, m]: bfloat16, n and m multiples of 8."""
+    return hasattr(functional, "grouped_mm") and all(
+        f.dtype is torch.bfloat16 and not any(size % 8 for size in f.shape[1:]) for f in factors
+    )
+
+
+def expert_products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
+    """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next times the next."""
+    if is_one_call(factors):
+        return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))
+    parts = torch.split(rows, counts.tolist())
+    return torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)])

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.blocks import headless
-from ...base.offloading import input_device
+from ...base.sites import headless, input_device
 from ...config import Formatting
 from ...errors import ConfigError, RoutingError, TaskError
 from ...tasks.encoding import Cuts, Encoder

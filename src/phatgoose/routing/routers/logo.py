@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.blocks import blocks_of
-from ...base.sites import ROUTED, Site, find_sites
+from ...base.sites import ROUTED, Site, blocks_of, find_sites
 from ...errors import RoutingError
 from ...tasks.prompt_passes import PromptReading, last_token
 from ..context import Choice

@@ -22,9 +22,8 @@ from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sites
-from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
-from ..routers.registry import choice_of
+from ..routers.registry import choice_of, translated
 from ..routers.router import Router, router_of
 from ..stacks import (
     SitePart,

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ....config import ACTIVATIONS
-from ..kind import Held, Part, Product, row_tensor
-from ..sums import dense_weights, expert_products, weighted_rows
+from ..kind import Held, Part, Product, dense_weights, expert_products, row_tensor, weighted_rows
 from .module import ACTIVATION, BottleneckLayers
 
 

@@ -9,8 +9,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..kind import Constant, Held, Part, row_tensor
-from ..sums import weighted_rows
+from ..kind import Constant, Held, Part, row_tensor, weighted_rows
 from .module import ScalingVector
 
 Stack = TypeVar("Stack", bound="ScalingStack")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kind import Constant, Held, Part, Product, row_tensor
-from ..sums import weighted_rows
+from ..kind import Constant, Held, Part, Product, row_tensor, weighted_rows
 from .module import LoraFactors
 
 

@@ -35,7 +35,6 @@ SEED = Limit(f"from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
 
 
 def one_of(known: Sequence[str]) -> Limit:
-    """The limit of a setting that must be one of the `known` names."""
     return Limit(f"one of {', '.join(known)}", lambda value: value in known)
 
 
@@ -50,7 +49,6 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value of the wrong type, not finite, or beyond its limit."""
         for setting in settings_of(type(self)):
             value = _typed(setting, getattr(self, setting.name))
             limit = setting.limit
@@ -71,7 +69,6 @@ class Setting:
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
-    """The settings of a config class, in field order."""
     return _read_off(config)
 
 
@@ -117,7 +114,6 @@ def read_text(value: str, declared: Any) -> object:
 
 
 def given_or_default(kind: type[Config], given: Config | None, name: str) -> Config:
-    """The settings `given`, or the default ones. Raises ConfigError where they are no `kind`."""
     if given is None:
         return kind()
     if not isinstance(given, kind):
@@ -129,14 +125,12 @@ def given_or_default(kind: type[Config], given: Config | None, name: str) -> Con
 
 
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
-    """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
         names = ", ".join(name for name in known if name is not None)
         raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")
 
 
 def _typed(setting: Setting, value: Any) -> Any:
-    """`value` as one of the types of `setting`. Raises ConfigError where none fits."""
     kinds = get_args(setting.type) or (setting.type,)
     if isinstance(value, bool | NoneType) and type(value) in kinds:
         return value
@@ -301,7 +295,6 @@ class GateTraining(Settings):
     ] = "prompt"
 
     def __post_init__(self) -> None:
-        """Raise ConfigError as all settings do, and for what joint gates can't have."""
         super().__post_init__()
         if self.joint and self.gate_learning_rate is not None:
             raise ConfigError(
@@ -375,7 +368,6 @@ class Routing(Settings):
 
     @property
     def name(self) -> str:
-        """The router's name, without its settings."""
         return self.router.partition(":")[0]
 
 

@@ -149,11 +149,7 @@ def twin(base: Base) -> Base:
 def load_skeleton(
     name: str | PreTrainedConfig, *, revision: str | None = None, offline: bool = True
 ) -> PreTrainedModel:
-    """The base model `name`, or the one of a config, without weights (on torch's meta device).
-
-    Downloads nothing, or with `offline` False only the config. Raises BaseModelError when the
-    config can't be found.
-    """
+    """The base `name`, or that of a config, without weights; `offline` downloads no config."""
     with _loading(name if isinstance(name, str) else type(name).__name__) as place:
         config: Any = name
         if isinstance(name, str):
@@ -165,11 +161,7 @@ def load_skeleton(
 def load_tokenizer(
     name: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model `name`.
-
-    Where it has no padding token, the one that ends texts stands in, if there is one. Raises
-    BaseModelError when there is no tokenizer, or with `offline` none on this machine.
-    """
+    """The tokenizer of the base `name`; without a padding token its end of text stands in."""
     with _loading(name) as place:
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, local_files_only=offline, **NO_CODE
@@ -182,10 +174,7 @@ def load_tokenizer(
 
 
 def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.dtype:
-    """The torch dtype that `dtype` names; "auto" picks bfloat16 where it is fast.
-
-    Raises BaseModelError for an unknown name.
-    """
+    """The dtype of that name; "auto" is bfloat16 where the device is fast at it, else float32."""
     if dtype == "auto":
         target = torch.device(device) if device is not None else _default_device()
         fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
@@ -200,7 +189,6 @@ def _default_device() -> torch.device:
 
 
 def _cpu_is_fast_at_bf16() -> bool:
-    """True where the processor has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm BF16)."""
     wanted = ("avx512_bf16", "amx_bf16", "bf16")
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
@@ -277,7 +265,6 @@ def _class_for(config: PreTrainedConfig) -> Any:
 
 
 def _config_of(place: str, **how: Any) -> PreTrainedConfig:
-    """The config of `place`. Raises BaseModelError for layers that would take minutes to build."""
     said, _ = PreTrainedConfig.get_config_dict(place, **how, **NO_CODE)
     for part in (said, *said.values()):
         for name in sorted(LAYER_COUNTS) if isinstance(part, dict) else ():
@@ -302,7 +289,6 @@ def _refuse_missing_weights(name: str | Path, missing: Iterable[str]) -> None:
 
 
 def _refuse_odd_ends(config: GenerationConfig) -> None:
-    """Raise ValueError unless the tokens that begin and end answers are ids, lists or None."""
     for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
         named = getattr(config, name)
         listed = named if isinstance(named, list) else [] if named is None else [named]
@@ -311,7 +297,6 @@ def _refuse_odd_ends(config: GenerationConfig) -> None:
 
 
 def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
-    """Raise BaseModelError when the weights at `place` are, or name, pickled files."""
     named = [str(getattr(config, "transformers_weights", None) or INDEX)]
     for name in dict.fromkeys((INDEX, *named)):
         if not name.endswith(INDEX_ENDING):
@@ -337,10 +322,6 @@ def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) 
 
 
 def _check_in_reach(place: str, revision: str | None) -> None:
-    """Raise OSError when `place` is on the Hub only and the Hub can't be reached.
-
-    transformers would try for half a minute.
-    """
     cached = partial(try_to_load_from_cache, place, CONFIG, revision=revision)
     if os.path.isdir(place) or is_offline_mode() or isinstance(cached(), str):
         return
@@ -358,10 +339,7 @@ def _check_in_reach(place: str, revision: str | None) -> None:
 
 
 def smollm2_folder() -> Path:
-    """The model as a safetensors folder in the user's cache, converted on first use.
-
-    Raises BaseModelError when a package is missing.
-    """
+    """The model as a safetensors folder in the user's cache, converted on first use."""
     folder = user_cache() / "bases" / "smollm2-135m-instruct"
     if folder.is_dir():
         return folder
@@ -391,10 +369,6 @@ def _package_folder() -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    """Write the GGUF model in `source` to `target` as an ordinary bfloat16 Llama.
-
-    The weights are copied into a fresh model because one loaded from GGUF refuses to be saved.
-    """
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
     settings = loaded.config.to_dict()
@@ -419,25 +393,17 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple
 
 
 def shown_as(tokenizer: PreTrainedTokenizerBase, token: int, piece: str) -> str:
-    """`piece`, the text of `token` within another; where it has none its name if it is special.
-
-    A character whose bytes are spread over several tokens is shown at the last of them; the others
-    show U+FFFD.
-    """
+    """`piece`, or where it is empty the token's own name if special, else U+FFFD."""
     alone = piece or text_of(tokenizer, token)
     return alone if piece or UNFINISHED not in alone else UNFINISHED
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What one token says by itself, special ones too."""
     return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 class Detokeniser:
-    """Turns tokens into text, one piece for each token; special tokens have none.
-
-    A character whose bytes are spread over several tokens comes with the last of them.
-    """
+    """Turns tokens into text; a character of several tokens comes with the last of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         """`before` are the tokens that the text follows; their own text is left out."""

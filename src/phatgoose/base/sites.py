@@ -97,11 +97,7 @@ def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
 
 
 class WrappedLinear(nn.Module):
-    """A layer that replaces a linear one, `base`, and looks like it to the model.
-
-    `weight`, `bias`, `in_features`, `out_features` and the keys in the model's state dict are those
-    of `base`.
-    """
+    """A layer in place of a linear one, `base`, with its attributes and state-dict keys."""
 
     def __init__(self, base: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -154,20 +150,13 @@ def prompt_stack(model: PreTrainedModel) -> nn.Module:
 
 
 def headless(model: PreTrainedModel) -> nn.Module:
-    """`model` for passes whose logits nobody wants: a causal model without its head.
-
-    The logits of a whole vocabulary for each token are most of the work of a small model.
-    """
+    """`model` without its head: logits would be most of a small model's work."""
     whole: nn.Module = model if model.config.is_encoder_decoder else model.base_model
     return whole
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks of the stack that reads prompts: a causal model's layers, or an encoder's.
-
-    Of several lists of modules in the stack, that with most modules inside. Raises RoutingError
-    when there is none.
-    """
+    """The blocks that prompts pass: a causal model's, or an encoder's. RoutingError without any."""
     lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
     if not lists:
         raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
@@ -196,10 +185,7 @@ class Positions:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of `model`, routed or not, with weights or without.
-
-    Relative positions (T5) and ALiBi have no limit, rotary ones only that of their training.
-    """
+    """Relative positions (T5) and ALiBi have no limit, rotary ones only that of their training."""
     if model.config.is_encoder_decoder:
         encoder, decoder = model.get_encoder(), model.get_decoder()
         return Positions(_places(encoder), _places(decoder))
@@ -235,10 +221,7 @@ NOWHERE = (
 
 
 def execution_device(layer: Any) -> torch.device:
-    """The device on which `layer` computes: that of its weight, or the one its hook loads it to.
-
-    Raises BaseModelError for a layer whose weight has no values.
-    """
+    """Where `layer` computes, offloaded or not. BaseModelError if its weight has no values."""
     if has_offloaded_params(layer):
         return torch.device(layer._hf_hook.execution_device)
     device: torch.device = layer.weight.device
@@ -253,10 +236,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def parameters_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `model` by name, each once; offloaded ones are loaded one by one.
-
-    Raises BaseModelError for one without values.
-    """
+    """Each parameter once, by name; offloaded ones are loaded one by one."""
     tied = model.all_tied_weights_keys
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:

@@ -36,7 +36,6 @@ Reply = dict[str, Any]
 
 
 def main() -> None:
-    """Set up as the first line of the input says, then answer each line until the input ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent stops this process when it stops
         signal.signal(number, signal.SIG_IGN)
     source, replies = sys.stdin.buffer, sys.stdout.buffer
@@ -90,7 +89,6 @@ def _tokenizer(setup: Reply) -> Tokenizer | None:
 
 
 def _limit_memory(more: int) -> None:
-    """Limit the process's memory to `more` bytes above what it has now."""
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -101,7 +99,6 @@ def _limit_memory(more: int) -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """Let the system end the process after `seconds` more of processor time, whatever it is at."""
     if sys.platform == "linux":
         used = resource.getrusage(resource.RUSAGE_SELF)
         most = int(used.ru_utime + used.ru_stime) + 1 + seconds

@@ -74,7 +74,6 @@ class UntrustedText:
         self.ended = 0  # processes that exceeded a limit
 
     def start(self) -> None:
-        """Start the process now rather than with the first question, also after `close`."""
         with self._turn:
             self._is_closed = False
             self._running()
@@ -111,7 +110,6 @@ class UntrustedText:
         return self._ask({"texts": list(texts), "most": most}, left, "tokenizer")
 
     def texts(self, tokens: Sequence[Sequence[int]], left: TimeLeft | None = None) -> list[str]:
-        """Each row of tokens as text without special tokens."""
         if self._own is not None:
             return [str(self._own.decode(list(each), skip_special_tokens=True)) for each in tokens]
         question = {"tokens": [list(each) for each in tokens], "most": MOST_CHARACTERS}
@@ -137,7 +135,6 @@ class UntrustedText:
         return [Counted(*each) for each in reply["found"]]
 
     def _running(self) -> _Process:
-        """The process, started if there is none."""
         if self._is_closed:
             raise EngineError(STOPPED)
         if self._process is None or self._process.has_ended:
@@ -159,7 +156,6 @@ class UntrustedText:
         return self._process
 
     def _end(self) -> None:
-        """End the process, if there is one. For the thread whose turn it is."""
         if self._finalizer is not None:
             self._finalizer()  # once: the finalizer is dead then, and holds the process no more
         self._process = self._finalizer = None
@@ -210,8 +206,6 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 class _Process:
-    """One process, and how it ended."""
-
     def __init__(self) -> None:
         command = [sys.executable, "-I", "-c", START.format(module=MODULE), *map(str, sys.path)]
         self._child = subprocess.Popen(
@@ -271,12 +265,10 @@ class _Process:
         return "it took too much memory, or ended by itself"
 
     def kill(self) -> None:
-        """Stop the process at once. Does nothing in a forked copy of this one."""
         if os.getpid() == self._pid:
             self._child.kill()
 
     def end(self) -> None:
-        """Stop the process and free what it held. No thread may be asking it."""
         self.is_over = True
         self.kill()
         if os.getpid() == self._pid:

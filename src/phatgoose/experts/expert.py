@@ -44,10 +44,7 @@ UNRECORDED = {"truncation": "right"}  # of experts made before it was recorded
 
 
 def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Formatting | None:
-    """The formatting among an expert's hyperparameters, None when none is recorded.
-
-    Raises ConfigError, naming `where` it was found, for values that no formatting can have.
-    """
+    """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
     names = {field.name for field in fields(Formatting)}
     known = {name: value for name, value in hyperparameters.items() if name in names}
     return from_mapping(Formatting, {**UNRECORDED, **known}, where) if known else None
@@ -56,7 +53,6 @@ def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Forma
 def format_record(
     hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What a pool's records say of it; None for an expert that records no formatting."""
     try:
         formatting = recorded_formatting(hyperparameters, "hyperparameters")
     except ConfigError:
@@ -68,10 +64,7 @@ def format_record(
 
 
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
-    """Warn of the experts in `records` whose training inputs were formatted otherwise than `given`.
-
-    Truncation is not compared for experts none of whose inputs were cut.
-    """
+    """Warn of experts whose training inputs were formatted otherwise than `given`."""
     others: dict[str, list[str]] = defaultdict(list)
     for record in records:
         found = record.get("formatting")
@@ -146,7 +139,6 @@ class ExpertInfo:
 
 
 def check_name(name: str) -> None:
-    """Raise ExpertError unless `name` can be a new expert's (docs/format.md)."""
     if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         raise ExpertError(
             f"{shortened(name)} can't name an expert: use letters, digits, '.', '_' and '-' only, "
@@ -155,10 +147,7 @@ def check_name(name: str) -> None:
 
 
 def read_info(path: Path) -> ExpertInfo:
-    """What the `phatgoose.json` at `path` says.
-
-    Raises ExpertError when it is missing, damaged, of another version, or a field has a wrong type.
-    """
+    """What the `phatgoose.json` at `path` says. Raises ExpertError when it isn't as specified."""
     try:
         content = read_json_object(path)
         if content.get("format_version") != FORMAT_VERSION:
@@ -257,17 +246,15 @@ class Expert:
 
     @property
     def kind(self) -> str:
-        """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
 
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
-        """The LoRA factors by site; empty for an expert of another kind."""
+        """Empty for an expert of another kind."""
         held = self.modules.items()
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def has(self, part: str) -> bool:
-        """True where it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
         held = getattr(self, part)
         return held is not None and len(held) > 0
 
@@ -388,17 +375,13 @@ def check_expert(directory: str | Path) -> list[str]:
 
 
 def base_named_in(directory: Path) -> BaseReference | None:
-    """The base, with its revision, that the expert or plain adapter in `directory` names, if any.
-
-    Raises ExpertError when it is neither, or when what stands for a revision is none.
-    """
+    """The base that an expert or plain adapter names, if any; ExpertError when it is neither."""
     if (directory / LAYOUT.info).is_file():
         return read_info(directory / LAYOUT.info).base
     return _adapter_base(directory)
 
 
 def named_revision(config: Mapping[str, Any]) -> str | None:
-    """The revision of its base that an adapter's `config` names. Raises ExpertError for none."""
     named = config.get("revision")
     if named is not None and not (isinstance(named, str) and named.isprintable()):
         raise ExpertError(
@@ -416,12 +399,10 @@ def _adapter_base(directory: Path) -> BaseReference | None:
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors as they are stored: float32, on the CPU, detached."""
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
 def _read(directory: Path) -> Expert:
-    """The files of an expert directory, parsed but not yet compared with each other."""
     bring_back(directory)
     info = read_info(directory / LAYOUT.info)
     files = {}
@@ -472,7 +453,6 @@ def _problems(expert: Expert) -> Iterator[str]:
 
 
 def _vector_problems(expert: Expert) -> Iterator[str]:
-    """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
     rows = expert.embeddings
     if rows is not None and not (
         rows.dtype == torch.float32
@@ -502,7 +482,6 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
 
 
 def _not_finite(expert: Expert) -> Iterator[str]:
-    """Vectors with a NaN or an infinity; those in files are checked when they are read."""
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
         for site, vector in vectors.items():
             if not is_finite(vector):

@@ -129,16 +129,11 @@ def prepare(
 
 
 def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
-    """Raise ExpertError unless every expert of `pool` fits the base, which has `sites`."""
     for each in pool.experts:
         check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
 
 
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
-    """The layers that take the places of the base's, site by site.
-
-    What was read of the experts' files is released on the way, so that memory goes to the stacks.
-    """
     pool, model, router = prepared.pool, prepared.model, prepared.parts.router
     constant, read = {}, 0
     stacks = prefetch(lambda name: stack_at(model, name, pool), pool.sites)
@@ -157,13 +152,11 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
 
 
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
-    """The stack of the experts of `pool` at a `site` of `model`, in its type and on its device."""
     layer = model.get_submodule(site)
     return stack_of(pool, site, dtype_at(layer, model), execution_device(layer))
 
 
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
-    """The type that experts have at `layer` of `model`: its own, or the model's if quantised."""
     weight: Tensor = layer.weight
     return weight.dtype if weight.is_floating_point() else model.dtype
 
@@ -177,10 +170,10 @@ def routed_layer(
     *,
     may_fold: bool = True,
 ) -> RoutedLayer:
-    """The layer of a model of these `parts` that takes the place of `original` at `site`.
+    """The layer that takes the place of `original` at `site` in a model of these `parts`.
 
-    `state` are the router's tensors there (`Router.state_at`). With `may_fold` the mean of all
-    experts is folded into the weight where that is cheaper. Raises as `checks` does.
+    `state` are the router's tensors there; `may_fold` folds the mean of all experts into the weight
+    where that is cheaper. Raises as `checks` does.
     """
     router, plain, size = parts.router, stack.plain_lora, len(parts.experts)
     if plain and may_fold and router.folds and is_cheaper_folded(original, plain):
@@ -243,7 +236,6 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
 
-    A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
     """
     if base is None:

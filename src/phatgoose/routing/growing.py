@@ -110,9 +110,8 @@ def check_growth(
 ) -> None:
     """Raise unless `pool` can join experts of these `names` on `base`.
 
-    Raises RoutingError for a router that is made for the experts it has and for experts that are
-    `folded` into the base's weights, PoolError when a name is taken or experts of `pool` lack what
-    the router needs, WrongBaseError when theirs is another base.
+    RoutingError for a router that can't grow and for `folded` experts, PoolError for a name that is
+    taken or vectors that are missing, WrongBaseError for another base.
     """
     _check_changeable(router, folded)
     taken = sorted(set(names) & set(pool.names))
@@ -161,10 +160,6 @@ def _grown(
     added: SiteStack | None,
     state: Mapping[str, Tensor],
 ) -> RoutedLayer:
-    """The layer at `site` with what is `added` there, whose experts count on from the old ones.
-
-    `state` are the router's tensors of the experts that are added.
-    """
     layer = old.layers.get(site.name)
     if added is not None:
         added = replace(added, experts=added.experts + len(old.experts))
@@ -186,7 +181,6 @@ def _grown(
 
 
 def _shrunk(layer: RoutedLayer, new: Composition, place: Tensor) -> RoutedLayer | None:
-    """The layer without the experts whose `place` is -1, None if it has no other."""
     if not isinstance(layer, RoutedLinear):
         return None
     part = kept_part(SitePart(layer.stack, layer.router.state()), place)

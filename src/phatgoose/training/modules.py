@@ -43,18 +43,12 @@ def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
 
 
 def parameters_at(model: PreTrainedModel, peft: Peft) -> int:
-    """The number of trained parameters of a new expert on `model`, without gates.
-
-    Raises ConfigError as `placed_sites` does.
-    """
+    """The number of trained parameters of a new expert, without gates. Raises as `placed_sites`."""
     return kind_for(peft).new_modules.count(model, peft, placed_sites(model, peft).values())
 
 
 def fresh_expert(base: Base, peft: Peft, *, joint: bool) -> AbstractContextManager[FreshExpert]:
-    """`base` with a new expert on it while the context is open.
-
-    `joint` puts a gate before each module. Raises ConfigError as `placed_sites` does.
-    """
+    """`base` with a new expert on it while the context is open; `joint`: behind gates."""
     return kind_for(peft).new_modules.create(
         base, peft, placed_sites(base.model, peft), joint=joint
     )

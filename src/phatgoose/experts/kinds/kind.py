@@ -39,7 +39,6 @@ class SiteModule(ABC):
     files: ClassVar[AdapterFiles]
 
     def __repr__(self) -> str:
-        """Its fields; of tensors the shape."""
         held = ((name, value) for name, value in vars(self).items() if value is not None)
         shown = (f"{n}={list(v.shape) if isinstance(v, Tensor) else repr(v)}" for n, v in held)
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -61,7 +60,6 @@ class SiteModule(ABC):
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """Its fields that are no tensors."""
         return tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
 
     @abstractmethod
@@ -97,11 +95,9 @@ class AdapterFiles(ABC):
     base_key: str = "base"
 
     @abstractmethod
-    def read_config(self, directory: Path) -> dict[str, Any]:
-        """The configuration in `directory`. Raises ExpertError unless it is as specified."""
+    def read_config(self, directory: Path) -> dict[str, Any]: ...
 
     def read_weights(self, directory: Path) -> TensorFile:
-        """Every tensor of the adapter in `directory`. Raises ExpertError."""
         return read_tensors(directory / self.weights)
 
 
@@ -147,10 +143,7 @@ class OwnFiles(AdapterFiles):
     def by_site(
         self, directory: Path, tensors: Mapping[str, Tensor]
     ) -> dict[str, list[Tensor | None]]:
-        """The tensors of each site, in the order of `parts`, None for one that is missing.
-
-        Raises ExpertError for tensors of any other name, and when there are none.
-        """
+        """The tensors of each site in the order of `parts`, None if missing; else ExpertError."""
         found: dict[str, list[Tensor | None]] = {}
         for key in sorted(tensors):
             part = next((part for part in self.parts if key.endswith(f".{part}")), None)
@@ -168,7 +161,6 @@ class OwnFiles(AdapterFiles):
     def write(
         self, folder: Path, by_site: Mapping[str, Iterable[Tensor]], config: Mapping[str, Any]
     ) -> Path:
-        """`folder`, with the tensors of each site, in the order of `parts`, and `config`."""
         tensors = {
             f"{site}.{part}": tensor.detach().cpu().contiguous()
             for site, held in by_site.items()
@@ -181,18 +173,13 @@ class OwnFiles(AdapterFiles):
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """Every tensor of a safetensors file, all finite, as views of the mapped file.
-
-    Raises ExpertError when the file is missing, no regular file of its folder, truncated, or holds
-    a NaN or an infinity.
-    """
+    """Every tensor of a safetensors file, mapped, all finite; else ExpertError."""
     tensors = TensorFile(path)
     tensors.check_finite()
     return tensors
 
 
 def are_floats(*tensors: Tensor) -> bool:
-    """True when all are of a floating-point type that experts may be stored in."""
     return all(tensor.dtype in FLOATS for tensor in tensors)
 
 
@@ -206,7 +193,6 @@ def are_floats(*tensors: Tensor) -> bool:
 
 
 def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
-    """An untrained gate: zeros, [n]."""
     return nn.Parameter(torch.zeros(in_features, device=device))
 
 
@@ -256,8 +242,7 @@ class NewLayers(NewModules):
         """The parameters at the start, float32, drawn on the CPU: the same on every device."""
 
     @abstractmethod
-    def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule:
-        """The module that these parameters make."""
+    def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule: ...
 
     def strength(self, settings: Any) -> float:
         """What `apply` multiplies by in training, for a kind whose `at` folds a scale in."""
@@ -303,7 +288,6 @@ class _NewLayer(WrappedLinear):
         self.gate = new_gate(site.in_features, device) if joint else None
 
     def module(self, dtype: torch.dtype) -> SiteModule:
-        """The module as it is now, in `dtype`."""
         now = {name: parameter.to(dtype) for name, parameter in self.trained.items()}
         return self.new.module(self.settings, now)
 
@@ -419,13 +403,11 @@ class Part(ABC):
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by their names in saved models."""
         found = {each.name: getattr(self, field) for field, each in self.held.items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
-    """Rows as a tensor, int64."""
     return torch.tensor(list(rows), device=device)
 
 
@@ -438,11 +420,7 @@ def dense_weights(experts: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def weighted_rows(experts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """Sum over the chosen z of w_z rows_z for every token, float32 [T, d].
-
-    `experts` [T, k] are indices into `rows` [E, d]. It is one operation, which keeps no token's
-    rows.
-    """
+    """Sum over the chosen z [T, k] of w_z rows_z, float32 [T, d], for `rows` [E, d]."""
     return functional.embedding_bag(
         experts, rows.float(), per_sample_weights=weights.float(), mode="sum"
     )

@@ -144,7 +144,6 @@ def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
 
 
 def widened_to(update: Update, rank: int) -> Update:
-    """`update` with factors of this `rank`, filled up with zeros."""
     more = rank - update.rank
     A = torch.cat([update.A, update.A.new_zeros(more, update.A.shape[1])])
     B = torch.cat([update.B, update.B.new_zeros(update.B.shape[0], more)], dim=1)
@@ -193,7 +192,6 @@ def merged_layer(layer: RoutedLayer, update: Update) -> nn.Module:
 
 
 def _merged_weight(layer: RoutedLayer, update: Update) -> Tensor:
-    """The weight with `update` inside, in the base's layout."""
     if isinstance(layer, FoldedLinear):
         found = layer.folded
     else:

@@ -50,8 +50,7 @@ CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 def load_built(source: Path) -> ctypes.CDLL:
     """The library of the C++ file `source`, from the user's cache, or built now and kept there.
 
-    Raises OSError or SubprocessError, whose text is one line, when there is no compiler or it fails
-    and when nothing built can be loaded.
+    Raises OSError or SubprocessError, in one line, when it can't be built or loaded.
     """
     command = os.environ.get("CXX") or "c++"
     compiler = shutil.which(command)
@@ -77,25 +76,18 @@ def load_built(source: Path) -> ctypes.CDLL:
 
 
 def _named_openmp(macros: bytes) -> tuple[str, ...]:
-    """What makes a library name the OpenMP of the compiler that has these `macros`.
-
-    Nothing where GNU's or one like it is loaded for all already, which is torch's (`shipped`).
-    """
     is_there = hasattr(ctypes.pythonapi, "GOMP_parallel")
     return () if is_there and b"__clang__" not in macros else ("-fopenmp",)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The user's private folder of libraries at `place`, open as `folder`."""
-
     place: Path
     folder: int
 
 
 @contextmanager
 def _cache() -> Iterator[Cache | None]:
-    """The cache while the context is open; None, and one line, where there can't be one."""
     folder = None
     try:
         place = user_cache() / "native"
@@ -110,7 +102,6 @@ def _cache() -> Iterator[Cache | None]:
 
 
 def _own_folder(place: Path) -> int:
-    """The folder `place`, made if need be, open. Raises OSError unless it is the user's alone."""
     if not place.is_absolute():
         raise OSError(f"{place}, where it would be kept, is no absolute path")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +118,6 @@ def _own_folder(place: Path) -> int:
 
 
 def _from(cache: Cache, begin: str) -> ctypes.CDLL | None:
-    """The library in the cache whose name begins so, None if there is none; damaged ones go."""
     for name in os.listdir(cache.folder):
         if name.startswith(f"{begin}-"):
             with suppress(OSError):
@@ -138,7 +128,6 @@ def _from(cache: Cache, begin: str) -> ctypes.CDLL | None:
 
 
 def _keep(content: bytes, cache: Cache, begin: str) -> str:
-    """The name in the cache of a library of this `content`, which is there then, complete."""
     name = f"{begin}-{hashlib.sha256(content).hexdigest()}.so"
     unfinished, folder = f".{secrets.token_hex(8)}", cache.folder
     new = os.open(
@@ -156,10 +145,6 @@ def _keep(content: bytes, cache: Cache, begin: str) -> str:
 
 
 def _loaded(name: str, cache: Cache | None = None) -> ctypes.CDLL:
-    """The library `name`: in the cache, of the content that its name tells, or one just built.
-
-    Raises OSError when it isn't what it should be, or can't be loaded.
-    """
     file = os.open(name, os.O_RDONLY | CAREFULLY, dir_fd=cache.folder if cache else None)
     try:
         info = os.fstat(file)
@@ -180,15 +165,10 @@ def _loaded(name: str, cache: Cache | None = None) -> ctypes.CDLL:
 
 
 def _is_own(info: os.stat_result) -> bool:
-    """True for what belongs to this process's user; systems without such owners have no others."""
     return not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
 
 
 def _run_compiler(*command: str, folder: str | None = None) -> bytes:
-    """What `command` writes; its own temporary files go to `folder`, and no file is others' to see.
-
-    Raises OSError, with the first line of its complaint, or SubprocessError.
-    """
     environment = os.environ if folder is None else {**os.environ, "TMPDIR": folder}
     mask = 0o077 if hasattr(os, "geteuid") else -1
     try:
@@ -225,10 +205,7 @@ SIGNATURES = {
 
 
 def runs_natively(*tensors: Tensor) -> bool:
-    """True when the library is there and can take `tensors`: of one type, on the CPU, no gradients.
-
-    False while torch.compile traces, which sees through the other kernels but not through this.
-    """
+    """True when the library is there and can take `tensors`: one type, CPU, no gradients."""
     return (
         _are_of_one_type(tensors)
         and not torch.compiler.is_compiling()
@@ -238,10 +215,8 @@ def runs_natively(*tensors: Tensor) -> bool:
 
 
 def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product of `kernels.choice`, expert by expert, [T, d].
+    """The routed product of `kernels.choice`, expert by expert, [T, d], without gradients.
 
-    Tokens that chose the same expert are multiplied together; weights of zero cost
-    nothing; sums are float32. Not differentiable: "auto" takes another kernel where that is wanted.
     Raises ConfigError unless `runs_natively(u, A, B)`, RoutingError when shapes don't belong
     together or an index names no expert.
     """
@@ -298,10 +273,9 @@ def add_routed(
     k: int,
     eps: float | None,
 ) -> None:
-    """Add to y [.., d] in place what `top_experts` and `native` come to for u [.., n], in one call.
+    """Add to y [.., d] in place what `top_experts` and `native` come to, in one call.
 
-    All tensors are contiguous and of one type. Decoding spends its time on calls: this is one where
-    there were six. Raises RoutingError as `top_experts` and `native` do.
+    All tensors are contiguous and of one type. Raises RoutingError as `top_experts` and `native`.
     """
     sizes, outer = A.shape, B.shape
     E, n, d = sizes[0], sizes[-1], outer[-1]
@@ -329,7 +303,6 @@ def add_routed(
 
 
 def _are_of_one_type(tensors: Iterable[Tensor]) -> bool:
-    """True for tensors of one of TYPES on the CPU."""
     kind = None
     for tensor in tensors:
         kind = kind or tensor.dtype
@@ -348,10 +321,6 @@ def _function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignor
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled library, None where it is turned off or, as one line says, can't be built.
-
-    That of the wheel comes first, unless it is to be compiled here, as flags of one's own want too.
-    """
     told = os.environ.get("PHATGOOSE_NATIVE")
     if told == "0":
         return None

@@ -15,7 +15,6 @@ from ...experts.kinds.kind import dense_weights, expert_products
 
 
 def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
-    """True for the sizes of factors [E, r, n] and [E, r, d], none of them 0."""
     if not len(A) == len(B) == 3:
         return False
     (E, r, inputs), (same_E, same_r, d) = A, B  # slices of a torch.Size take five times as long
@@ -23,7 +22,6 @@ def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
 
 
 def is_choice(u: Tensor, experts: Tensor, weights: Tensor) -> bool:
-    """True where `experts` and `weights` [T, k] are for the tokens of u [T, n], on its device."""
     return (
         u.dim() == experts.dim() == 2
         and experts.dtype is torch.int64
@@ -34,7 +32,6 @@ def is_choice(u: Tensor, experts: Tensor, weights: Tensor) -> bool:
 
 
 def misfit(kernel: str, k: int | None = None, **tensors: Tensor) -> RoutingError:
-    """The error for `tensors`, by the letters they are known by, that `kernel` can't take."""
     told = ", ".join(
         f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         for name, tensor in tensors.items()
@@ -67,11 +64,7 @@ def reference(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor)
 
 
 def concat(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product through the concatenated rank space: two large products.
-
-    A u is computed for all E experts at once ([T, E r]), scaled by each token's weights (zero for
-    experts not chosen) and multiplied with all B at once. Static shapes; best for many tokens.
-    """
+    """The routed product through the concatenated rank space, [T, E r]: two large products."""
     E, r, n = A.shape
     tokens = u.shape[0]
     dense = dense_weights(experts, weights, E)
@@ -81,10 +74,7 @@ def concat(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
 
 
 def gather(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product through each token's own factors, fetched: for short inputs.
-
-    The k chosen experts of a token are stacked to one LoRA of rank k r. Static shapes.
-    """
+    """The routed product through each token's own factors, stacked to one LoRA of rank k r."""
     tokens, k = experts.shape
     _, r, n = A.shape
     chosen_A = A[experts].view(tokens, k * r, n)
@@ -95,11 +85,9 @@ def gather(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
 
 
 def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """(sum over z of w_z B_z)(sum over z of w_z A_z) u for every token, [T, d].
+    """(sum over z of w_z B_z)(sum over z of w_z A_z) u for every token, [T, d], as mttl has it.
 
-    Shapes as those of kernels, but this is another function: the products B_z A_y of
-    different experts take part, so that the result depends on the basis of each expert's rank
-    space. It exists to compare with mttl (`arrow="mttl"`).
+    Another function than the kernels': products B_z A_y of different experts take part.
     """
     E, r, n = A.shape
     tokens = u.shape[0]
@@ -116,11 +104,9 @@ def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Ten
 
 
 def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product of `kernels.choice` over tokens sorted by expert, [T, d].
+    """The routed product over tokens sorted by expert, [T, d]: what was chosen, nothing else.
 
-    Multiplies what was chosen and nothing else. On GPUs all experts' products are one call of
-    `torch.nn.functional.grouped_mm`, and nothing waits for the device; where torch has none for the
-    type or the sizes at hand, they are one call each, and counts are read back.
+    Where torch has no `grouped_mm` for type and sizes, counts are read back, which waits for a GPU.
     """
     tokens, k = experts.shape
     chosen = experts.reshape(-1)  # [T k]

@@ -17,11 +17,6 @@ def _affinities(
     u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Affinities of a block of tokens to a block of experts: v̄ᵀū/√n, or |vᵀu|.
-
-    The variance is summed around each token's first feature, which keeps it exact where activations
-    are far from zero. Rounding leaves v̄ a small mean; it is taken out with the mean of u.
-    """
     products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if STANDARDISED:
         first = tl.load(u + token * n, mask=token < tokens, other=0.0).to(tl.float32)
@@ -65,10 +60,6 @@ def _choose(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Store the k highest `scores` of some tokens, the first of equals first, and their softmax.
-
-    NaN counts as the lowest number, so that every choice is one of the E experts.
-    """
     expert = tl.arange(0, BLOCK_E)
     left = tl.where(scores > -3.4e38, scores, -3.4e38)
     left = tl.where((expert < E)[None, :], left, float("-inf"))
@@ -126,7 +117,6 @@ def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_
 
 @triton.jit
 def _choice(scores, pair, E, k, BLOCK_E: tl.constexpr):
-    """One pair's expert and weight by its token's scores, as `_choose` has them."""
     expert = tl.arange(0, BLOCK_E)
     left = tl.load(scores + pair // k * E + expert, mask=expert < E, other=0.0)
     left = tl.where(left > -3.4e38, left, -3.4e38)
@@ -148,10 +138,6 @@ def shrink_pair(
     u, scores, experts, weights, A, inner, E, k, r, n, CHOOSES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Some of the r numbers w A u of one pair.
-
-    Where it CHOOSES, each program of a token chooses by `scores` for itself, which saves a launch.
-    """
     pair = tl.program_id(0).to(tl.int64)
     if CHOOSES:
         expert, weight = _choice(scores, pair, E, k, BLOCK_E)
@@ -188,7 +174,6 @@ def expand_token(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Some of the d numbers of one token's delta, summed over its choices; or ADDED to it."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -210,10 +195,6 @@ def expand_token(
 
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs(experts, weights, counts, places, pairs, BLOCK: tl.constexpr):
-    """Each expert's number of pairs in `counts` [E], and each pair's place among them.
-
-    Which pair comes first is chance, but no result depends on it. Weights of zero don't count.
-    """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)
@@ -242,10 +223,6 @@ def place_pairs(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The pairs of each block in `rows` [blocks, BLOCK_T], its expert in `owners` [blocks].
-
-    Both count from 1; 0 marks an empty place.
-    """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)

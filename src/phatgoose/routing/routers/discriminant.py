@@ -43,7 +43,6 @@ class Discriminant(ByPrompt):
     }
 
     def check(self, pool: Pool) -> None:
-        """Raise PoolError when experts lack readings, or theirs are of other sizes."""
         super().check(pool)
         first = pool.experts[0]
         wanted = {part: tensor.shape for part, tensor in first.readings.items()}
@@ -59,7 +58,6 @@ class Discriminant(ByPrompt):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        """The readings of the experts of `pool`."""
         parts = pool.experts[0].readings
         stacked = {
             f"readings.{part}": torch.stack([each.readings[part] for each in pool.experts])
@@ -68,16 +66,13 @@ class Discriminant(ByPrompt):
         return Tables(pool.names, stacked)
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """The discriminants of blocks and places."""
         return self.discriminant(tables)
 
     def discriminant(self, tables: Tables) -> PromptDiscriminant:
-        """That of the readings in `tables`."""
         where = self.config.place, self.config.first, self.config.last
         return PromptDiscriminant(tables, self.line, *where)
 
     def line(self, moments: Mapping[str, Tensor]) -> Line:
-        """`line_of` with the settings."""
         return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
 
 
@@ -120,7 +115,6 @@ def line_of(
 
 
 def _within(values: Tensor) -> Tensor:
-    """The shares, at most 1, of `values` [E] that are within their bound."""
     return torch.where(values > bound_of(values), bound_of(values) / values, 1.0)
 
 
@@ -166,16 +160,13 @@ class PromptDiscriminant(BaseRouter):
         self.slopes, self.offsets = slopes.view(*shape, *slopes.shape[1:]), offsets.view(*shape, -1)
 
     def remember(self, states: States) -> None:
-        """Take states from `states`, and add to them: read once for all discriminants of a base."""
         self.remembered = states
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
-        """The states of the blocks that count. Raises RoutingError for another base."""
         self._check(base)
         return PromptStates(base, self.blocks)
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        """What the blocks make of the prompts, [prompts, 2, blocks, d]."""
         if self.remembered is None or base is None:
             return super().features(prompts, base)
         self._check(base)
@@ -191,7 +182,6 @@ class PromptDiscriminant(BaseRouter):
         return torch.stack(rows)[:, :, self.blocks]
 
     def scores(self, features: Tensor) -> Tensor:
-        """The mean over places and blocks of the scores [prompts, E] of states of both places."""
         read = features[:, self.places]  # [prompts, places, blocks, d]
         scores: Tensor = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
         return scores.mean(dim=(1, 2))
@@ -212,7 +202,6 @@ class PromptDiscriminant(BaseRouter):
 
 
 def _blocks_between(first: float, last: float, depth: int) -> list[int]:
-    """The blocks that lie, as shares of the `depth`, from `first` to `last`."""
     blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
     if not blocks:
         raise ConfigError(
@@ -244,11 +233,7 @@ def bound_of(values: Tensor) -> Tensor:
 
 
 def bounded_means(means: Tensor, least: float = 0.0) -> Tensor:
-    """`means` [E, n], each moved towards the median until its distance is within its bound.
-
-    No bound is below `least`: where most experts share a task their distances are next to nothing,
-    and another task's mean must not be moved onto theirs.
-    """
+    """`means` [E, n], each moved towards the median until its distance is within its bound."""
     exact = means.double()
     middle = exact.quantile(0.5, dim=0)
     away = exact - middle
@@ -259,11 +244,7 @@ def bounded_means(means: Tensor, least: float = 0.0) -> Tensor:
 
 
 def bounded_variances(means: Tensor, factor: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """`factor` [E, f, d] and `rest` [E, d], float64, of covariances that are within their bounds.
-
-    A row of `factor` is bounded by the variances of the pool's experts along that row, an entry of
-    `rest` by their variances in that coordinate. `means` [E, d] are the experts', bounded.
-    """
+    """`factor` [E, f, d] and `rest` [E, d], float64, within bounds along each row and axis."""
     least = LEAST_BOUND * (means - means.mean(dim=0)).square().mean()
     own = factor.square().sum(dim=2)  # [E, f]
     unit = torch.nn.functional.normalize(factor, dim=2)

@@ -32,7 +32,6 @@ class Random(Router):
     """Router random: the floor of a comparison."""
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site, with a seed of its own."""
         seed = self.config.seed + zlib.crc32(site.name.encode())
         return RandomRouter(len(site.experts), self.k, seed)
 
@@ -44,23 +43,19 @@ class RandomRouter(SiteRouter):
     """
 
     def __init__(self, experts: int, k: int, seed: int) -> None:
-        """`experts` act at the site; `k` is lowered to them; give each site its own `seed`."""
         super().__init__()
         self.experts, self.k, self.seed = experts, min(k, experts), seed
         self.restart()
 
     def restart(self) -> None:
-        """Draw the same experts again from here on."""
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
         lots = torch.rand(len(u), self.experts, generator=self._generator)
         experts = highest(lots, self.k).to(u.device)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The chance of each expert to be drawn, 1/E, [T, E]; nothing is drawn."""
         return torch.full((len(u), self.experts), 1 / self.experts, device=u.device)
 
 
@@ -70,30 +65,25 @@ class Merged(Router):
     folds = True
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         return UniformRouter(len(site.experts), site.pool_size)
 
 
 class UniformRouter(SiteRouter):
     """All experts of the site with the weight 1 / pool size each, for every token.
 
-    This is the exact mean of all updates B A, not the mean of A times the mean of B. An expert that
-    does not act at the site counts with an update of zero, so that weights sum to less than 1
-    there. A pool of one is that expert alone.
+    The exact mean of all updates B A. An expert that does not act at the site counts with zero, so
+    that weights sum to less than 1 there. A pool of one is that expert alone.
     """
 
     def __init__(self, experts: int, pool_size: int) -> None:
-        """`experts` of a pool act at the site."""
         super().__init__()
         self.experts, self.weight = experts, 1 / pool_size
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]; k is E."""
         experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
         return RoutingDecision(experts, torch.full(experts.shape, self.weight, device=u.device))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The weights themselves, [T, E]."""
         return torch.full((len(u), self.experts), self.weight, device=u.device)
 
 
@@ -103,7 +93,6 @@ class Single(Merged):
     folds = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        """The pool of the expert alone. Raises PoolError when it isn't named or isn't there."""
         name = self.config.expert
         if name is None and len(pool) > 1:
             raise PoolError(
@@ -121,7 +110,6 @@ class BestIndividual(Merged):
     folds = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        """The pool of the best expert alone. Raises ConfigError without `scores`."""
         return pool.select([best_expert(given_scores(scores, self.routing), pool.names)])
 
 
@@ -136,27 +124,22 @@ class Oracle(ByPrompt):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        """The best expert of each task in `scores`. Raises ConfigError without them."""
         best = best_expert_by_task(given_scores(scores, self.routing), pool.names)
         chosen = {task: pool.names.index(expert) for task, expert in best.items()}
         return Tables(pool.names, info={"experts_by_task": chosen})
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """One expert for each task. Raises RoutingError when a saved model has none."""
         if "experts_by_task" not in tables.info:
             raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
         return ByTask(tables)
 
 
 class ByTask(PromptRouter):
-    """One expert for each task, whatever the prompt."""
-
     name = "oracle"
 
     def choose(
         self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
     ) -> Choice:
-        """The expert of the `task`, for each of `prompts`. Raises RoutingError when it has none."""
         task, best = known.get("task"), dict[str, int](self.tables.info["experts_by_task"])
         if task is None:
             raise RoutingError(str(self.unserved))

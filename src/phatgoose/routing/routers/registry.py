@@ -50,7 +50,6 @@ class RouterSpec:
 
     @property
     def router(self) -> type[Any]:
-        """The class of the router, a `router.Router`."""
         if isinstance(self.home, type):
             return self.home
         module, _, name = self.home.rpartition(".")
@@ -217,17 +216,12 @@ LEFT = {"phatgoose-input": "discriminant", "phatgoose-evidence": "discriminant-p
 
 
 class _Registry(UserDict[str, RouterSpec]):
-    """Our routers in the order of the tables, then those of other packages.
+    """Our routers in the order of the tables, then those of other packages."""
 
-    Their modules import this one, so they are loaded at the first look, not with it.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is loaded yet."""
+    def __init__(self) -> None: ...
 
     @cached_property
     def data(self) -> dict[str, RouterSpec]:  # type: ignore[override]
-        """The records by name."""
         found = {spec.name: spec for spec in _OURS}
         for name, spec in load_entry_points(ENTRY_POINTS).items():
             if not isinstance(spec, RouterSpec) or spec.name != name or name in (AUTO, *found):
@@ -245,8 +239,6 @@ ROUTERS = _Registry()
 
 
 class RouterChoice(NamedTuple):
-    """A router and its settings."""
-
     spec: RouterSpec
     config: Settings
 
@@ -263,7 +255,6 @@ class RouterChoice(NamedTuple):
 
 
 def known_names() -> list[str]:
-    """The names of all routers, without loading those of other packages."""
     others = {point.name for point in metadata.entry_points(group=ENTRY_POINTS)}
     return list(dict.fromkeys([*(spec.name for spec in _OURS), *sorted(others)]))
 
@@ -307,7 +298,6 @@ def choice_of(router: str) -> RouterChoice:
 
 
 def written(value: object) -> str:
-    """The `value` of a setting as `choice_of` reads it."""
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
@@ -386,10 +376,7 @@ NOW = {"router", "k", "kernel"}
 
 
 def translated(routing: Mapping[str, Any]) -> dict[str, Any]:
-    """`router`, `k` and `kernel` of a `routing` as it was written, now or then.
-
-    Raises ConfigError for fields that were none of a routing.
-    """
+    """`router`, `k` and `kernel` of a `routing`, now or then; ConfigError for other fields."""
     routing = {name: routing[name] for name in routing if name not in EMBEDDERS}
     if routing.keys() <= NOW:
         return routing

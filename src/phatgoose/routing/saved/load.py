@@ -62,10 +62,6 @@ def load(
 
 
 def base_of(directory: str | Path) -> BaseReference:
-    """The base of the routed model in `directory`.
-
-    Raises RoutingError when the folder is missing or damaged.
-    """
     return base_in(read_description(Path(directory) / ROUTED_INFO))
 
 

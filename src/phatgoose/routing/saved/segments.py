@@ -191,7 +191,6 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[Path]:
-    """`folder`, locked against other processes; RoutingError where it can't be written."""
     if not (folder / ROUTED_INFO).is_file():
         raise RoutingError(f"{folder} holds no routed model: {ROUTED_INFO} can't be read.")
     try:
@@ -206,7 +205,6 @@ def _changing(folder: Path) -> Iterator[Path]:
 def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
-    """Write a segment that no description names yet; its entry for one."""
     clear_left_overs(folder / ROUTED_WEIGHTS)
     with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)
@@ -217,10 +215,6 @@ def _write_segment(
 
 
 def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
-    """The saved model as it is now, described; what doesn't hold together is not.
-
-    Raises RoutingError as `read_saved` does, and where the description can't be written.
-    """
     info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
     content = {**info, "format_version": 2, **changes}
     found = described_by(content, folder)
@@ -244,7 +238,6 @@ def _indices(pool: Pool) -> Iterator[tuple[str, Tensor]]:
 def _as_stored(
     tensors: Mapping[str, Tensor], kind: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` with factors in the type `kind`; None leaves them as they are."""
     for name, tensor in tensors.items():
         part, _, site = name.partition(".")
         if kind is None or not _is_factor(part):
@@ -260,7 +253,6 @@ def _has_folded(saved: SavedModel) -> bool:
 
 
 def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
-    """How many inputs and outputs the layers have where experts act, as far as these tell."""
     inputs, outputs = {}, {}
     sizes = {name: held.sizes for name, held in declared().tensors.items()} | {"vectors": "En"}
     for segment in saved.segments:
@@ -275,7 +267,6 @@ def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type that the factors of a segment are stored in, None where it has none."""
     held = (tensors[name].dtype for name in tensors if _is_factor(name.partition(".")[0]))
     return next(held, None)
 

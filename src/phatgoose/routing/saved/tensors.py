@@ -42,11 +42,7 @@ HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expe
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The description in the file `path`, of which every value is what docs/format.md says.
-
-    What it says of files is left to who reads them. Raises RoutingError when it is missing or
-    anything is wrong.
-    """
+    """The description in the file `path`, as docs/format.md has it; else RoutingError."""
     try:
         info = read_json_object(path, RoutingError)
     except FileNotFoundError as error:
@@ -76,7 +72,6 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def base_in(info: Mapping[str, Any]) -> BaseReference:
-    """The base that a description names. Raises TypeError or ValueError when it names none."""
     base = BaseReference(**info["base"])
     for key, value in vars(base).items():
         absent = value is None and key != "id"
@@ -86,10 +81,6 @@ def base_in(info: Mapping[str, Any]) -> BaseReference:
 
 
 def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
-    """The indices of the experts that a description leaves out.
-
-    Raises TypeError or ValueError when they are none, or no expert is left.
-    """
     removed, count = info.get("removed", []), len(info["experts"])
     gone = frozenset(removed)
     are_indices = all(type(z) is int and 0 <= z < count for z in gone)
@@ -101,11 +92,6 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
-    """The routing in a description, as it is written now or was before settings had routers.
-
-    An embedder isn't there: the user who loads the model names it, a file can't have one loaded.
-    Raises TypeError or ConfigError when it is none.
-    """
     if not isinstance(info["routing"], dict):
         raise TypeError(f"routing is {shortened(info['routing'])}")
     routing = Routing(**translated(info["routing"]))
@@ -114,16 +100,10 @@ def routing_in(info: Mapping[str, Any]) -> Routing:
 
 
 def routing_record(routing: Routing) -> dict[str, Any]:
-    """What a description says of `routing`: all but the embedder."""
     return {"router": routing.router, "k": routing.k, "kernel": routing.kernel}
 
 
 def _check_experts(info: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or ExpertError unless `info` has records of experts.
-
-    Names of those that are left differ; one that was removed leaves its name to another. Paths may
-    be anything that a file system allows.
-    """
     records = info["experts"]
     if not isinstance(records, list) or not records:
         raise ValueError(f"experts is {shortened(records)}, not a list of some")
@@ -142,7 +122,6 @@ def _check_experts(info: Mapping[str, Any]) -> None:
 
 
 def _check_lookup(lookup: Any, experts: int) -> None:
-    """Raise ValueError unless `lookup` is what a looked-up router keeps beside its tensors."""
     if not isinstance(lookup, dict):
         raise ValueError(f"lookup is {shortened(lookup)}")
     for name in ("embedder", "embedding_form"):
@@ -176,7 +155,6 @@ SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
 
 
 def lookup_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a prompt router's tables, by what follows LOOKUP in their names."""
     return {n.removeprefix(LOOKUP): tensors[n] for n in tensors if n.startswith(LOOKUP)}
 
 
@@ -193,7 +171,6 @@ class SavedTensors(Mapping[str, Tensor]):
     """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
-        """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
         self._place = renumbered(torch.tensor(left), count)
@@ -245,7 +222,6 @@ class SavedTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _tables(self) -> Tables:
-        """What a prompt router knows of the experts, joined as for a model in memory."""
         parts = [
             Tables(("",) * segment.experts, lookup_in(segment.tensors))
             for segment in self._segments
@@ -254,7 +230,6 @@ class SavedTensors(Mapping[str, Tensor]):
         return tables if self._are_all else tables.shrunk(self._place)
 
     def _site(self, site: str) -> dict[str, Tensor]:
-        """The tensors at `site` but "experts", joined as those of a model in memory are."""
         if self._latest[0] != site:
             parts = []
             for segment in self._segments:
@@ -272,7 +247,6 @@ class SavedTensors(Mapping[str, Tensor]):
         return self._latest[1]
 
     def _counted(self, name: str) -> Tensor:
-        """Indices of experts, those of each segment counting on from the segment before."""
         held = (s for s in self._segments if name in s.tensors)
         return joined([segment.tensors[name] + segment.first for segment in held])
 
@@ -290,26 +264,21 @@ class SavedModel:
 
     @property
     def base(self) -> BaseReference:
-        """The base it was made of."""
         return base_in(self.info)
 
     @property
     def routing(self) -> Routing:
-        """How it chooses experts."""
         return routing_in(self.info)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
 
     def stack(self, site: str) -> SiteStack:
-        """The experts' modules at `site`."""
         held = self.tensors
         stored = {
             kind: held[f"{kind}.{site}"] for kind in declared().tensors if f"{kind}.{site}" in held
@@ -318,7 +287,6 @@ class SavedModel:
 
     @property
     def tables(self) -> Tables:
-        """What its prompt router knows of the experts, if it has one."""
         return Tables(self.names, lookup_in(self.tensors), self.info.get("lookup", {}))
 
     @cached_property

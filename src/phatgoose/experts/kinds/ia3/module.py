@@ -41,7 +41,6 @@ class ScalingVector(SiteModule):
         return None if self.on_input else len(self.vector)
 
     def at(self, weight: Tensor) -> ScalingVector:
-        """The same on the device of `weight`, in float32: a bfloat16 is far too coarse around 1."""
         return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
@@ -56,7 +55,6 @@ class ScalingVector(SiteModule):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, ScalingVector]:
-        """As SiteModule's. PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n]."""
         vectors = {}
         for key, tensor in sorted(tensors.items()):
             site = site_of(key, (IA3_ENDING,), directory)

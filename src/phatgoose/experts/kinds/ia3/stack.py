@@ -46,8 +46,6 @@ class ScalingStack(Part):
 
 @dataclass(frozen=True)
 class InputScalingStack(ScalingStack):
-    """Vectors that scale the input of the site's linear layer."""
-
     name: ClassVar[str] = "input_scaling"
     held: ClassVar[Mapping[str, Held]] = {
         "deltas": Held("input_deltas", "In", "float32"),
@@ -67,8 +65,6 @@ class InputScalingStack(ScalingStack):
 
 @dataclass(frozen=True)
 class OutputScalingStack(ScalingStack):
-    """Vectors that scale its output."""
-
     name: ClassVar[str] = "output_scaling"
     held: ClassVar[Mapping[str, Held]] = {
         "deltas": Held("output_deltas", "Od", "float32"),

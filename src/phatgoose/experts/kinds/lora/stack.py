@@ -62,15 +62,10 @@ class LoraStack(Part):
     def added(
         self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
     ) -> Tensor:
-        """Σ w_z (B_z A_z u + bias_z), computed in the type of A."""
         delta = product(u.to(self.A.dtype), experts, weights, self.A, self.B)
         return delta if self.bias is None else delta + weighted_rows(experts, weights, self.bias)
 
     def constant(self, weights: Tensor) -> Constant:
-        """One LoRA: A = [A_1; A_2; …], B = [w_1 B_1, w_2 B_2, …], without ranks that add nothing.
-
-        Factors of weight 1 keep their type, weighted ones are float32.
-        """
         used = weights != 0
         A, B, w = self.A[used], self.B[used], weights[used].float()
         if bool((w != 1).any()):

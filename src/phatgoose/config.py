@@ -151,9 +151,7 @@ def _typed(setting: Setting, value: Any) -> Any:
     raise ConfigError(f"{setting.name} is {value!r}, but must be {wanted}.")
 
 
-# -------------------------------------------------------------------------------------------------
 # The shapes of experts, one class for each kind.
-# -------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("houlsby", "pfeiffer")
@@ -214,9 +212,7 @@ class Bottleneck(Peft):
     sites: Annotated[str | None, SITES] = None
 
 
-# -------------------------------------------------------------------------------------------------
 # How experts and gates are trained, and how examples become tokens.
-# -------------------------------------------------------------------------------------------------
 
 TASK_FILES = (".csv", ".jsonl")
 TRUNCATIONS = ("middle", "left", "right")
@@ -330,9 +326,7 @@ class Formatting(Settings):
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
 
 
-# -------------------------------------------------------------------------------------------------
 # How a routed model chooses experts.
-# -------------------------------------------------------------------------------------------------
 
 KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
 
@@ -376,9 +370,7 @@ ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
 POOL_SETTINGS = ROUTING_SETTINGS - {"embedder"}
 
 
-# -------------------------------------------------------------------------------------------------
 # The limits of a server.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class BaseReference:
 
 
 def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the experts") -> None:
-    """Raise WrongBaseError unless `found` is `wanted`, the base of `owner`; warn if not recorded."""
+    """Raise WrongBaseError unless `found` is `wanted`, the base of `owner`; warn if unrecorded."""
     if wanted.fingerprint is None:
         warnings.warn(
             f"No fingerprint is recorded of the base of {owner}; taking {found.id!r} on trust.",
@@ -62,6 +62,7 @@ def same_base(one: BaseReference, other: BaseReference) -> bool:
 
 def surely_differs(model: PreTrainedModel, known: BaseReference) -> bool:
     """True when `model` hasn't the recorded weights; False where that is unknown."""
+    # float16 rounds otherwise than the fingerprint's bfloat16.
     if not known.fingerprint or model.dtype == torch.float16 or quantisation(model):
         return False
     return fingerprint(model) != known.fingerprint
@@ -71,10 +72,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
     The same for every name, parameter naming (transformers changes it) and loading in float32 or
-    bfloat16. A quantised model has another than its original. Raises BaseModelError without weights.
+    bfloat16; quantised models have others. Raises BaseModelError for a model without weights.
     """
     fields = {key: getattr(model.config, key, None) for key in CONFIG_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    # Sorted: names and order of parameters change between transformers' releases.
     for sample in sorted(_sample(parameter) for _, parameter in parameters_of(model)):
         digest.update(sample)
     return f"sha256:{digest.hexdigest()}"
@@ -86,6 +88,7 @@ def _sample(parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
     count = min(SAMPLES, flat.numel())
     index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    # Rounded first, so that loading in float32 and in bfloat16 give the same bytes.
     chosen: Tensor = flat[index].to("cpu", torch.bfloat16)
     content = chosen.contiguous().view(torch.int16).numpy().tobytes()
     return hashlib.sha256(repr(tuple(parameter.shape)).encode() + content).digest()
@@ -120,14 +123,17 @@ class Mark:
             return None in (self.rounded, now.rounded) or self.rounded == now.rounded
         if self.dtype != torch.float32 or self.rounded is None:
             return False
+        # A float32 tensor of narrower numbers has been converted and brought back.
         if _are_all(tensor, torch.bfloat16):
             return self.rounded == now.rounded
         return _are_all(tensor, torch.float16)
 
 
 def marks_of(model: PreTrainedModel) -> dict[str, Mark]:
-    """The marks of the parameters and saved buffers of `model`, by name; offloaded: without sums."""
+    """The marks of all parameters and saved buffers by name; offloaded ones have no sums."""
     with torch.no_grad():
+        # Every number is read, 1 GB a second. torch's counters of writes won't do: fused
+        # optimisers, which Trainer uses, leave them as they were.
         tensors = chain(model.named_parameters(), _saved_buffers(model))
         return {name: Mark.of(tensor) for name, tensor in tensors}
 
@@ -161,6 +167,7 @@ def _content(tensor: Tensor) -> int:
         parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return hash(tuple(_content(getattr(tensor, part)) for part in parts))
     flat = tensor.detach().reshape(-1)
+    # A view as int64 must begin at a multiple of 8 bytes.
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
     raw = flat.view(torch.uint8)
@@ -173,6 +180,8 @@ def _content(tensor: Tensor) -> int:
 def _mixed(words: Tensor) -> Tensor:
     """A sum over each row of `words` [rows, WORDS], in which every word has its place."""
     odd = 2 * torch.arange(words.shape[1], device=words.device) + 1
+    # A sum of 64 bits loses an even number of highest bits, which are signs: mix them into lower
+    # ones. Overflow wraps around, on every device alike.
     return (words >> 29).bitwise_xor_(words).mul_(odd).sum(dim=1)
 
 

@@ -117,6 +117,7 @@ def load_base(
         read = partial(_class_for(config).from_pretrained, place, **how)
         rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
+        # transformers only warns of weights that are missing, and makes them up.
         model, report = read(dtype=torch_dtype, output_loading_info=True)
         _refuse_missing_weights(name, report["missing_keys"])
         _refuse_odd_ends(model.generation_config)
@@ -142,6 +143,7 @@ def recorded_id(name: str | Path) -> str:
 def twin(base: Base) -> Base:
     """`base` with new modules over the same tensors: routing it leaves `base` unchanged."""
     tensors = (*base.model.parameters(), *base.model.buffers())
+    # deepcopy takes what its memo has for a tensor's id: modules are copied, weights aren't.
     shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     return replace(base, model=copy.deepcopy(base.model, shared))
 
@@ -192,6 +194,7 @@ def _cpu_is_fast_at_bf16() -> bool:
     wanted = ("avx512_bf16", "amx_bf16", "bf16")
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
+        # Without such instructions bfloat16 is emulated, several times as slow as float32.
         return any(capabilities.get(name) for name in wanted)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
@@ -265,6 +268,7 @@ def _class_for(config: PreTrainedConfig) -> Any:
 
 
 def _config_of(place: str, **how: Any) -> PreTrainedConfig:
+    # Layers are counted before anything is built: a config of a million would take minutes.
     said, _ = PreTrainedConfig.get_config_dict(place, **how, **NO_CODE)
     for part in (said, *said.values()):
         for name in sorted(LAYER_COUNTS) if isinstance(part, dict) else ():
@@ -322,6 +326,7 @@ def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) 
 
 
 def _check_in_reach(place: str, revision: str | None) -> None:
+    # Asked for here because transformers tries for half a minute when the Hub can't be reached.
     cached = partial(try_to_load_from_cache, place, CONFIG, revision=revision)
     if os.path.isdir(place) or is_offline_mode() or isinstance(cached(), str):
         return
@@ -374,6 +379,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
         settings.pop(key, None)
+    # Into a fresh model: one that was loaded from GGUF refuses to be saved.
     fresh = LlamaForCausalLM(LlamaConfig(**settings))
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()

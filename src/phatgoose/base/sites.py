@@ -103,6 +103,7 @@ class WrappedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = in_features, out_features
+        # Keys lose "base." on the way out and get it back on the way in, so that checkpoints fit.
         self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
 
@@ -160,6 +161,7 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
     if not lists:
         raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
+    # A stack may have other lists too, of norms or of a mixture's experts.
     largest = max(lists, key=lambda each: len(list(each.modules())))
     return list(largest)
 
@@ -203,6 +205,7 @@ def _places(stack: nn.Module) -> int | None:
             table: Any = getattr(module, name, None)
             if isinstance(table, nn.Embedding):
                 padding = table.padding_idx
+                # OPT's and BART's tables begin with rows that no position uses.
                 unused = getattr(table, "offset", None) or (0 if padding is None else padding + 1)
                 return int(table.num_embeddings) - int(unused)
             if isinstance(table, Tensor):  # precomputed sines and cosines

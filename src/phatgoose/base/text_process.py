@@ -41,6 +41,7 @@ def main() -> None:
     source, replies = sys.stdin.buffer, sys.stdout.buffer
     setup = json.loads(source.readline())
     tokenizer = _tokenizer(setup)
+    # After the tokenizer is loaded: the limit is for what questions need beyond that.
     _limit_memory(setup["memory"])
     reply: Reply = {"ready": True}
     while True:
@@ -90,6 +91,7 @@ def _tokenizer(setup: Reply) -> Tokenizer | None:
 
 def _limit_memory(more: int) -> None:
     if sys.platform == "linux":
+        # SIGXCPU would leave a core file, with the user's prompts in it.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + more
@@ -101,6 +103,7 @@ def _limit_memory(more: int) -> None:
 def _limit_time(seconds: int) -> None:
     if sys.platform == "linux":
         used = resource.getrusage(resource.RUSAGE_SELF)
+        # The limit counts from the process's start, so each question moves it on.
         most = int(used.ru_utime + used.ru_stime) + 1 + seconds
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -104,7 +104,7 @@ class TokenMasks:
         return any(masks is self for masks in _OPEN.get())
 
     def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
-        """The shape of the tokens of u [.., n], mostly (rows, columns), even where a model flattens.
+        """The shape of the tokens of u [.., n], mostly (rows, columns), also of flattened ones.
 
         Raises RoutingError where a model pads or transposes its tokens inside.
         """
@@ -127,6 +127,7 @@ class TokenMasks:
         return None if tokens is None else tokens.real(self.grid(u, stream))
 
     def _of(self, stream: Stream) -> _Tokens | None:
+        # The outermost call has the caller's own mask; those inside it may get one made of it.
         return self._calls[0].get(stream) if self._calls else None
 
     def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
@@ -151,6 +152,7 @@ def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
     handles = []
     for module, names in callable_parts(model).items():
         handles.append(module.register_forward_pre_hook(masks._begin(names), with_kwargs=True))
+        # always_call: a pass that raises must not leave its masks on top.
         handles.append(module.register_forward_hook(masks._end, always_call=True))
     before = _OPEN.set((*_OPEN.get(), masks))
     try:
@@ -211,6 +213,8 @@ def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
 def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
     """The modules that a caller may call for a pass, with the argument names of their streams."""
     if not model.config.is_encoder_decoder:
+        # OPT's whole model, for one, calls its decoder past its base model: the outermost that is
+        # called counts.
         parts = (model, model.base_model, model.get_decoder())
         return {part: _STACK for part in parts if isinstance(part, nn.Module)}
     return {
@@ -253,6 +257,7 @@ def _by(shape: Sequence[int] | None) -> str:
 
 
 def _unless_all_real(mask: Tensor | None) -> Tensor | None:
+    # Elsewhere the look would wait for the device.
     if mask is None or mask.device.type != "cpu":
         return mask
     return None if mask.all() else mask

@@ -83,6 +83,7 @@ class UntrustedText:
         self._is_closed = True
         process = self._process
         if process is not None:
+            # Without the lock, which the thread that waits for an answer holds.
             process.kill()  # whoever waits for its answer then gives up the turn
         with self._turn:
             self._end()
@@ -143,6 +144,7 @@ class UntrustedText:
                 process = self._process = _Process()
             except OSError as error:  # no memory or processes left
                 raise EngineError(NO_START.format(one_line(error))) from error
+            # The finalizer holds the process, not this object, which could then never be collected.
             self._finalizer = weakref.finalize(self, process.end)
             setup = {
                 "tokenizer": self._described,
@@ -207,6 +209,7 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 class _Process:
     def __init__(self) -> None:
+        # -I: neither the environment nor the working directory can put modules in its way.
         command = [sys.executable, "-I", "-c", START.format(module=MODULE), *map(str, sys.path)]
         self._child = subprocess.Popen(
             command,
@@ -223,6 +226,7 @@ class _Process:
     def ask(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """The reply to `question`; an empty one when the process is over, also after `seconds`."""
         self._is_answered = False
+        # readline can't time out on every system, but it ends when the process does.
         timer = threading.Timer(max(seconds, 0.0), self._expire)
         timer.daemon = True
         timer.start()
@@ -265,6 +269,7 @@ class _Process:
         return "it took too much memory, or ended by itself"
 
     def kill(self) -> None:
+        # A forked copy of this program has the pipes too, but the process isn't its child.
         if os.getpid() == self._pid:
             self._child.kill()
 

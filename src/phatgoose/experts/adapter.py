@@ -102,9 +102,7 @@ def check_fit(
                 )
 
 
-# -------------------------------------------------------------------------------------------------
 # One expert alone on its base: a layer with its module at each of its sites.
-# -------------------------------------------------------------------------------------------------
 
 Layer = TypeVar("Layer", bound="ModifiedLinear")
 

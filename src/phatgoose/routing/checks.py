@@ -145,6 +145,8 @@ def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
         alone = [tensor for tensor in alone if tensor.is_floating_point()]
         bounds = [_lengths(tensor) for tensor in alone]
         if factors:
+            # No number of B A is above |A| |B|: products are only computed where this bound is too
+            # high.
             bounds.append(_lengths(factors[0]) * _lengths(factors[1]))
         doubtful = ~(torch.stack(bounds) <= most).all(dim=0)  # so is NaN
         for row in doubtful.nonzero().flatten().tolist():

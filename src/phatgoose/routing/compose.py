@@ -103,6 +103,7 @@ def prepare(
     """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
     pool = Pool.open(pool).select(keep, leave_out)
     routing = routing or Routing()
+    # Only auto must know the base before the router; others are refused before it is loaded.
     found = resolve_base(base, pool.base) if routing.router == AUTO else None
     router = router_of(settled(routing, pool, found.model, found.tokenizer) if found else routing)
     check_routing(router, pool)
@@ -124,6 +125,7 @@ def prepare(
         prompt_router=prompt_router,
         marks=found.marks,
     )
+    # Before any layer is replaced: it is the base alone that is read.
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
 
@@ -136,6 +138,7 @@ def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
     pool, model, router = prepared.pool, prepared.model, prepared.parts.router
     constant, read = {}, 0
+    # Sites ahead are read from the disk while this one is checked.
     stacks = prefetch(lambda name: stack_at(model, name, pool), pool.sites)
     states = prefetch(lambda name: router.state_at(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):
@@ -144,6 +147,7 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
         original, site = model.get_submodule(name), prepared.sites[name]
         yield routed_layer(original, site, stack, state, prepared.parts)
         read += sum(tensor.nbytes for tensor in stack.tensors().values())
+        # Pages of the experts' files are given back on the way, so that memory goes to the stacks.
         if read > READ_AT_ONCE:
             pool.release()
             read = 0
@@ -185,6 +189,7 @@ def routed_layer(
     check_numbers(stack, site.name, parts.experts)
     module = router.at(RouterSite(site.name, stack.experts, size, state, parts.context))
     weight = original.weight
+    # Of a quantised layer the type is of integers.
     kind = weight.dtype if weight.is_floating_point() else stack.dtype
     module.to(execution_device(original), kind)
     return RoutedLinear(original, site, stack, module, parts.routing.kernel, router.product)

@@ -125,6 +125,7 @@ class RoutingContext:
 
     def _begin_anew(self) -> None:
         self._present = _Present()
+        # Weak: a cache that its owner drops takes its choice along.
         self._of_caches: WeakKeyDictionary[Any, Choice] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,16 +174,19 @@ class RoutingContext:
         self._model = model
         if self.router.unserved:
             return
+        # Generation calls the encoder by itself, and a decoder never sees the prompt.
         parts = (model.get_encoder(),) if model.config.is_encoder_decoder else callable_parts(model)
         for part in parts:
             self._handles += [
                 part.register_forward_pre_hook(self._begin, with_kwargs=True),
+                # Also after a pass that raised, so that depth is right again.
                 part.register_forward_hook(self._end, always_call=True),
             ]
         if model.config.is_encoder_decoder:
             check = model.register_forward_pre_hook(self._check_encoded, with_kwargs=True)
             self._handles.append(check)
         elif model.can_generate():
+            # On the instance, over the class's own; detach takes it away again.
             model.generate = partial(_generate, self, model)
 
     def detach(self) -> None:
@@ -196,6 +200,7 @@ class RoutingContext:
     @_uncompiled
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         present = self._present
+        # Parts call each other: only the outermost call's arguments are the caller's.
         depth = 1 if part is self._model else present.depth + 1  # whatever broke off before
         if depth == 1 and not present.announced:
             self._read(given_arguments(part, args, kwargs))  # may call the model itself
@@ -228,6 +233,8 @@ class RoutingContext:
     def _read(self, given: Mapping[str, Any]) -> None:
         ids, present, cache = given.get("input_ids"), self._present, cache_of(given)
         known, cached = _is_cache(cache) and cache in self._of_caches, cached_tokens(given)
+        # It goes on with prompts that were read before. Caches of states alone don't tell their
+        # length; then any that is known counts.
         if known if cached is None else cached > 0:
             present.choice = self._of_cache(cache)
             return
@@ -243,6 +250,7 @@ class RoutingContext:
             end, real = self._prompt_end(given), real_tokens(given)
             real = torch.ones_like(ids).bool() if real is None else real
             kept = zip(ids[:, :end], real[:, :end], strict=True)
+            # Padding is left out, so a prompt's choice doesn't depend on its batch.
             present.choice = self.choose([row[keep].tolist() for row, keep in kept])
             present.prompt, present.given = ids.cpu(), None
         present.length = ids.shape[1]
@@ -317,6 +325,7 @@ def _is_cache(value: Any) -> bool:
 
 def _is_same(given: Tensor, encoded: Tensor) -> bool:
     times, rest = divmod(len(given), len(encoded))
+    # One place tells: each output of an encoder depends on the whole prompt. Beams repeat rows.
     first = encoded[:, 0].repeat_interleave(times, dim=0).to(given)
     return rest == 0 and torch.equal(given[:, 0], first)
 
@@ -341,6 +350,7 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
     before = present.choice, present.announced
     context.use(Choice.alone(torch.tensor([NOBODY])))
     try:
+        # A pass that is watched may read a prompt first; that reading is no part of it.
         with unwatched():
             yield
     finally:

@@ -47,6 +47,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     pool = Pool.open(pool)
     check_growth(parts.router, parts.experts, pool, parts.base, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
+    # Sites are those of the plain base; whatever fails below puts the old layers back.
     detach(model)
     try:
         sites = find_sites(model)
@@ -168,6 +169,8 @@ def _grown(
     known, room = layer.router.state(), layer.room
     if added is None:
         return _layer(layer.base, site, layer.stack, known, new, room)
+    # Spare rows may be written although the old layer is a view of the same memory: it ends before
+    # them.
     if layer.stack.plain_lora and added.plain_lora:  # into spare rows, without a copy of the others
         room = {
             name: appended(rows, added.tensors()[name], room.get(name))

@@ -49,7 +49,9 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, base: nn.Module, site: Site, experts: Tensor) -> None:
         super().__init__()
+        # Past nn.Module, which would make it a submodule and change every name in state dicts.
         self.__dict__["base"] = base
+        # The very dictionary, so that whoever replaces a parameter replaces the base's too.
         self._parameters = base._parameters
         for name, child in base.named_children():
             self.add_module(name, child)
@@ -154,6 +156,7 @@ class RoutedLinear(RoutedLayer):
         if not y.is_contiguous():
             return False
         add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
+        # One call leaves no decision to show, so a watched layer goes the longer way.
         if add_routed is None or watches_over(self, self.site):
             return False
         add_routed(y, u, vectors, A, B, k, router.eps)
@@ -183,6 +186,7 @@ class RoutedLinear(RoutedLayer):
 
     def _among(self, part: str, decision: RoutingDecision) -> tuple[Tensor, Tensor]:
         place = getattr(self, f"{part}_place")[decision.experts]
+        # An expert of another part gets row 0 with weight 0: shapes stay static.
         return place.clamp(min=0), decision.weights * (place >= 0)
 
     def _product(
@@ -226,12 +230,14 @@ def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
 
 def has_plain_weight(base: nn.Module) -> bool:
     weight: Tensor = base.weight  # type: ignore[assignment]
+    # Exactly these: subclasses, quantised ones for instance, may do more than multiply.
     is_linear = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
     return is_linear and not weight.is_meta
 
 
 def matrix_of(base: nn.Module) -> Tensor:
     weight: Tensor = base.weight  # type: ignore[assignment]
+    # GPT-2's Conv1D keeps its weight as [n, d].
     return weight.T if isinstance(base, Conv1D) else weight
 
 

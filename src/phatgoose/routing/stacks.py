@@ -69,8 +69,11 @@ def appended(old: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
         room is not None
         and len(room) >= total
         and room.shape[1] == rank
+        # By its address: only then are the old rows in it already, and only the new ones are
+        # copied.
         and (room.data_ptr(), room.dtype) == (old.data_ptr(), old.dtype)
     ):
+        # With room to spare: experts that come one by one are each copied a few times at most.
         room = old.new_empty(int(GROWTH * total), rank, *old.shape[2:])
         room[: len(old)] = widened(old, rank)
     room[len(old) : total] = widened(new, rank)
@@ -79,6 +82,7 @@ def appended(old: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """These rows [K] (indices, in order) of `tensor`: a view where they are its first ones."""
+    # Rows are in order, so the last one tells.
     are_first = len(rows) == 0 or int(rows[-1]) == len(rows) - 1
     return tensor[: len(rows)] if are_first else tensor.index_select(0, rows)
 
@@ -287,6 +291,7 @@ def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     sized = {name: tensor for name, tensor in tensors.items() if held[name].is_filled_up}
     if not sized:
         return tensors
+    # Ranks that only experts that left had are zeros by now: composing anew would not have them.
     width = next(iter(sized.values())).shape[1]
     while width > 1 and not any(tensor[:, width - 1].any() for tensor in sized.values()):
         width -= 1

@@ -78,6 +78,7 @@ class _Uncompiled:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
+                # The stance is the process's, hence the count: the last one out restores it.
                 self._stance = torch.compiler.set_stance("force_eager")
             self._inside += 1
 
@@ -94,6 +95,7 @@ _WATCHES: ContextVar[tuple[Watch, ...]] = ContextVar("watches", default=())
 
 def watches_over(layer: nn.Module, site: Site) -> list[Watch]:
     """The open watches over `layer` at `site`, outermost first; none during compilation."""
+    # While a watch is open, models run uncompiled.
     if torch.compiler.is_compiling():
         return []
     return [watch for watch in _WATCHES.get() if watch.layers.get(site.name) is layer]

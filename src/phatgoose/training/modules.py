@@ -80,6 +80,7 @@ class GatedLinear(ModifiedLinear):
 
     def vector(self) -> Tensor:
         """The gate v, on the CPU: what vᵀu adds to the sigmoid's argument, but for a constant."""
+        # vᵀ(u - mean) / deviation is (v / deviation)ᵀ u and a constant, which no choice depends on.
         gate = self.gate.detach() if self._usual is None else self.gate.detach() / self._usual[1]
         return gate.cpu()
 

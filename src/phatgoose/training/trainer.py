@@ -153,6 +153,8 @@ def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int
     order: list[int] = []
     for start in range(0, batch * steps, batch):
         chunk = shuffled[start : start + batch]
+        # Within an optimiser batch the order changes no gradient, and like lengths need less
+        # padding.
         order += sorted(chunk, key=lambda index: pairs[index].length)
     return order
 
@@ -194,6 +196,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over processes, hence the factor.
         loss = total * process_count() / count
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -218,6 +221,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return metrics
 
     def check_trained(self) -> None:
+        # After the last step no loss is computed any more.
         for _, parameter in self._trained():
             total = float(parameter.detach().abs().max())
             self._check_finite("largest trained number", total, self.state.global_step)
@@ -230,6 +234,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             )
 
     def _share_of(self, pairs: Sequence[TokenPair]) -> DataLoader[TokenPair]:
+        # accelerate's sampler would repeat examples to fill up the last batch.
         share: Any = pairs[process_rank() :: process_count()]
         size = self.args.per_device_eval_batch_size
         return DataLoader(share, batch_size=size, collate_fn=self.data_collator)
@@ -282,6 +287,7 @@ def newest_checkpoint(work: Path) -> str | None:
     for folder in work.glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():
             complete[int(folder.name.split("-")[1])] = folder
+        # One without its marker was cut short.
         elif is_first():
             shutil.rmtree(folder)
     return str(complete[max(complete)]) if complete else None

@@ -90,6 +90,7 @@ def wait_for_work(out: Path, seconds: float) -> None:
     """Return when no process is at work on `out`, or after so many `seconds`."""
     lock = work_of(out) / LOCK
     if seconds > 0 and lock.exists():
+        # A process on another machine may need a moment to notice that its connection is lost.
         with suppress(Timeout), FileLock(lock).acquire(timeout=seconds):
             pass
 
@@ -105,6 +106,7 @@ def _refuse_links(work: Path) -> None:
 
 
 def _empty(work: Path) -> None:
+    # First of all: what a kill leaves behind is then nobody's.
     (work / IDENTITY).unlink(missing_ok=True)
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -243,9 +245,11 @@ class RemoteFolder:
         for name in sorted(names - {LAYOUT.info}):
             _put_whole(self.files, directory / name, f"{place}/{name}")
         self._remove_left_overs(place, names)
+        # The description last: an expert is there when its description is.
         _put_whole(self.files, directory / LAYOUT.info, f"{place}/{LAYOUT.info}")
 
     def _remove_left_overs(self, place: str, names: set[str]) -> None:
+        # fsspec remembers listings, but other machines write here too.
         self.files.invalidate_cache()
         for entry in self.files.ls(place, detail=True):
             name = entry["name"].rpartition("/")[2]
@@ -338,6 +342,7 @@ class KeptWork:
                 self.own[file] = stamp
         sizes = {file: stamp.size for file, stamp in stamps.items()}
         (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
+        # The list after what it lists, and before what it no longer lists goes.
         _put_whole(self.files, work.parent / SNAPSHOT, f"{self.above}/{SNAPSHOT}")
         for file in there.keys() - sizes.keys():
             self.files.rm_file(f"{self.above}/{file}")
@@ -345,6 +350,7 @@ class KeptWork:
     def remove(self) -> None:
         self.own.clear()
         self.files.invalidate_cache()
+        # The list first: without it the rest counts for nothing.
         for place in (f"{self.above}/{SNAPSHOT}", self.above):
             if self.files.exists(place):
                 self.files.rm(place, recursive=True)

@@ -244,9 +244,11 @@ def _with_biases(
         if plain not in original or original[plain].shape != bias.shape:
             continue
         added, lora = bias.float() - original[plain], modules.get(site)
+        # Divided by the scale, which multiplies a LoRA's bias too.
         if isinstance(lora, LoraFactors) and lora.scale and BASE_LAYER in name:
             own = 0 if lora.bias is None else lora.bias
             found[site] = replace(lora, bias=own + added / lora.scale)
+        # A bias that was trained where nothing is routed stays in `left`, which is refused.
         elif added.any():
             continue
         del left[name]

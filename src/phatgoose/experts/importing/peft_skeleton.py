@@ -107,6 +107,7 @@ def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skelet
     sites = find_sites(model)
     plain = spelled_out(json.loads(options), model)
     with peft_errors(f"PEFT can't apply its config to {base!r}"):
+        # On the meta device: PEFT says where and how, and no number is made.
         adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
     fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
     if fused:
@@ -140,6 +141,7 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
             found = {name: value_at(value, name) for name in names}
             plain[key] = ByName({name: each for name, each in found.items() if each is not None})
         elif key in NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+            # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
             plain[key] = matching(value, names)
             if key == "target_modules" and not plain[key]:
                 raise ExpertError(f"Its target_modules {shortened(value)} matches no layer.")
@@ -173,6 +175,8 @@ def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
 def peft_errors(what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
+            # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are
+            # compared.
             warnings.simplefilter("ignore")
             yield
     except PEFT_ERRORS as error:

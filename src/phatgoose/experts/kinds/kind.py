@@ -27,9 +27,7 @@ from ...errors import ExpertError
 from ...files.strict import read_json_object, shortened
 from ...files.tensor_file import FLOATS, TensorFile
 
-# -------------------------------------------------------------------------------------------------
 # One expert: its module at a site, and its files.
-# -------------------------------------------------------------------------------------------------
 
 
 class SiteModule(ABC):
@@ -183,13 +181,11 @@ def are_floats(*tensors: Tensor) -> bool:
     return all(tensor.dtype in FLOATS for tensor in tensors)
 
 
-# -------------------------------------------------------------------------------------------------
 # A new expert, about to be trained: a base with new modules at its sites.
 #
 # All start as the identity. Only parameters of the expert (and of its gates, in joint training)
 # have gradients. They are float32 master copies, cast in the forward pass, so that nothing of the
 # base path is upcast.
-# -------------------------------------------------------------------------------------------------
 
 
 def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
@@ -297,9 +293,7 @@ class _NewLayer(WrappedLinear):
         return self.module(u.dtype).apply(self.base, u, gated)
 
 
-# -------------------------------------------------------------------------------------------------
 # Many experts at one site, stacked: one row an expert.
-# -------------------------------------------------------------------------------------------------
 
 INDICES = (torch.int64,)
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -421,6 +415,7 @@ def dense_weights(experts: Tensor, weights: Tensor, count: int) -> Tensor:
 
 def weighted_rows(experts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """Sum over the chosen z [T, k] of w_z rows_z, float32 [T, d], for `rows` [E, d]."""
+    # One operation, which keeps no [T, k, d] of each token's rows.
     return functional.embedding_bag(
         experts, rows.float(), per_sample_weights=weights.float(), mode="sum"
     )
@@ -437,5 +432,6 @@ def expert_products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
     """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next times the next."""
     if is_one_call(factors):
         return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))
+    # Counts are read back, which waits for a GPU.
     parts = torch.split(rows, counts.tolist())
     return torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)])

@@ -154,9 +154,7 @@ def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
     )
 
 
-# -------------------------------------------------------------------------------------------------
 # PEFT's two files, which LoRA and (IA)³ share: read and written without building a model.
-# -------------------------------------------------------------------------------------------------
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -232,9 +230,7 @@ def _is_number(value: object) -> bool:
     return number and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
 
 
-# -------------------------------------------------------------------------------------------------
 # A base under PEFT, in training.
-# -------------------------------------------------------------------------------------------------
 
 
 def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:

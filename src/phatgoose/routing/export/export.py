@@ -73,9 +73,7 @@ def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     return logits[0].float()
 
 
-# -------------------------------------------------------------------------------------------------
 # Opening a model to export it: as it always is, but with every expert's factors.
-# -------------------------------------------------------------------------------------------------
 
 
 def open_routed(
@@ -113,12 +111,10 @@ def open_routed(
     return install(prepared.model, prepared.parts)
 
 
-# -------------------------------------------------------------------------------------------------
 # Export: a routed model with constant routing as a PEFT LoRA adapter, or as a plain model.
 #
 # An adapter is exact where all experts are LoRAs: a sum of LoRAs is a LoRA of the sum of their
 # ranks. A merged model is exact for (IA)³ too. Nothing of ours is needed to load either.
-# -------------------------------------------------------------------------------------------------
 
 EXPORT_INFO = "phatgoose_export.json"
 

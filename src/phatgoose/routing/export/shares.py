@@ -85,9 +85,7 @@ def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> I
             yield each
 
 
-# -------------------------------------------------------------------------------------------------
 # The constant share of each expert at each site: the routing's own, or that for some prompts.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""Kernels in plain torch, and sums that all kernels share.
+"""Kernels in plain torch, mttl's mixed factors, and whether tensors belong together.
 
-Whether tensors belong together: asked where a kernel hands their addresses on.
-
-Letters as in `kernels.choice`. Nothing here reads a number of a tensor or waits for a device.
+Arguments, shapes and letters as in `kernels.choice`.
 """
 
 from __future__ import annotations
@@ -43,13 +41,6 @@ def misfit(kernel: str, k: int | None = None, **tensors: Tensor) -> RoutingError
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# The routed product in plain torch, and mttl's product of mixed factors.
-#
-# Arguments and shapes as `kernels.choice` has them.
-# -------------------------------------------------------------------------------------------------
-
-
 def reference(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Sum over z in E_t of w_z B_z A_z u_t for every token t, [T, d] (paper, section 3).
 
@@ -69,6 +60,7 @@ def concat(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     tokens = u.shape[0]
     dense = dense_weights(experts, weights, E)
     inner = (u @ A.reshape(E * r, n).T).view(tokens, E, r)
+    # Weights go where it is smallest: E r numbers a token, not d.
     inner = inner * dense.to(u.dtype).unsqueeze(-1)
     return inner.view(tokens, E * r) @ B.reshape(E * r, -1)
 
@@ -98,11 +90,6 @@ def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Ten
     return outer.view(tokens, E * r) @ B.reshape(E * r, -1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Tokens sorted by expert, then one product per expert: for many tokens and many experts.
-# -------------------------------------------------------------------------------------------------
-
-
 def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The routed product over tokens sorted by expert, [T, d]: what was chosen, nothing else.
 
@@ -110,10 +97,13 @@ def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -
     """
     tokens, k = experts.shape
     chosen = experts.reshape(-1)  # [T k]
+    # Stable, so that sums don't depend on how equal keys happen to be ordered.
     order = chosen.argsort(stable=True)
     counts = torch.zeros(len(A), dtype=torch.int64, device=u.device)
+    # Not bincount: that reads the largest index back, which waits for a GPU.
     counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))
     inner = expert_products(u[order // k], A.transpose(1, 2), counts)  # [T k, r]
     inner = inner * weights.reshape(-1, 1)[order].to(u.dtype)
     outer = expert_products(inner, B, counts)  # [T k, d]
+    # The inverse of the order, and not index_add, whose sums on GPUs have no fixed order.
     return outer[order.argsort()].view(tokens, k, B.shape[2]).sum(dim=1)

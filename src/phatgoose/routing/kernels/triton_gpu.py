@@ -38,6 +38,7 @@ MOST_SEARCHED = 4096  # scores that each program of a pair looks through itself,
 
 def runs_on_triton(*tensors: Tensor) -> bool:
     """True when Triton can take `tensors`: of one type, on one GPU that it knows, no gradients."""
+    # torch.compile sees through the other kernels, but not through these.
     return tensors[0].is_cuda and not torch.compiler.is_compiling() and _takes(*tensors)
 
 
@@ -140,6 +141,7 @@ def add_routed(
     tokens, sums = u.reshape(-1, n), y.view(-1, d)
     if u.numel() == 0:
         return
+    # With few pairs every program searches its token's scores itself, which saves a launch.
     if len(tokens) * k > _most_apart(E) or k * E > MOST_SEARCHED:
         _product(tokens, *top_experts(tokens, vectors, k, eps), A, B, sums)
         return
@@ -208,6 +210,7 @@ def in_blocks(
     size = _block(pairs // E, 16, 64)  # pairs multiplied together
     owners, rows = _arrange(experts, weights, E, size)
     inner = u.new_empty(pairs, r, dtype=torch.float32)
+    # A row for each pair, summed by token later: no sum depends on the order of atomics.
     parts = u.new_empty(pairs, d)
     delta = u.new_empty(tokens, d) if y is None else y
     ranks, wide = _block(r, 16, 64), _is_interpreted()
@@ -235,7 +238,10 @@ def in_blocks(
 
 def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tensor, Tensor]:
     pairs = experts.numel()
+    # As many blocks as there could ever be (an expert leaves part of one empty at most): the true
+    # number would have to be read back.
     most = (pairs + min(E, pairs) * (size - 1)) // size
+    # One fill for all three, since launches are what it costs.
     zeros = torch.zeros(E + most * (1 + size), dtype=torch.int32, device=experts.device)
     counts, owners, rows = torch.split(zeros, [E, most, most * size])
     firsts = torch.empty_like(counts)
@@ -251,6 +257,9 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
 
 
 def loaded_features(itemsize: int, n: int) -> int:
+    # The most with which no program spills registers
+    # (tests/routing/kernels/test_triton_programs.py). Rows that don't begin at multiples of 16
+    # bytes are loaded number by number, into more registers.
     return (512 // itemsize if n % 16 == 0 else 64) // itemsize
 
 
@@ -290,6 +299,7 @@ def _runs(device: torch.device) -> bool:
     counts = torch.ones(1, dtype=torch.int32, device=device)
     try:
         with _programs_for(counts) as programs:
+            # Tried out, since Triton may lack a C compiler, for one.
             programs.arrange_experts[(1,)](counts, counts, 1, BLOCK_T=16, BLOCK_E=16)
     except Exception as error:  # Triton's own are of many kinds
         logger.info("Triton can't be used on %s, other kernels serve: %s", device, error)
@@ -304,6 +314,7 @@ def _is_interpreted() -> bool:
 
 @contextmanager
 def _programs_for(tensor: Tensor) -> Iterator[Any]:
+    # Triton starts programs on the current device, whichever the tensor's is.
     with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
         yield _programs()
 

@@ -19,6 +19,8 @@ def _affinities(
 ):  # fmt: skip
     products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if STANDARDISED:
+        # The variance is summed around each token's first feature, which keeps it exact where
+        # activations are far from zero.
         first = tl.load(u + token * n, mask=token < tokens, other=0.0).to(tl.float32)
         sums = tl.zeros((BLOCK_T,), tl.float32)
         squares = tl.zeros((BLOCK_T,), tl.float32)
@@ -40,6 +42,7 @@ def _affinities(
     if STANDARDISED:
         mean = sums / n
         variance = tl.maximum(squares / n - mean * mean, 0.0)
+        # Rounding leaves v̄ a small mean; it goes with the mean of u.
         products -= (mean + first)[:, None] * vector_sums[None, :]
         products *= (1.0 / tl.sqrt((variance + eps) * n))[:, None]
     else:
@@ -61,11 +64,13 @@ def _choose(
     BLOCK_K: tl.constexpr,
 ):
     expert = tl.arange(0, BLOCK_E)
+    # NaN compares as false and becomes the lowest number, so every choice is one of the E experts.
     left = tl.where(scores > -3.4e38, scores, -3.4e38)
     left = tl.where((expert < E)[None, :], left, float("-inf"))
     choice = tl.arange(0, BLOCK_K)
     chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
     for j in range(k):
+        # Of equals the first, as on every path (`router.highest`).
         best = tl.argmax(left, 1)
         tl.store(experts + token * k + j, best.to(tl.int64), mask=token < tokens)
         chosen = tl.where(choice[None, :] == j, tl.max(left, 1)[:, None], chosen)
@@ -141,6 +146,7 @@ def shrink_pair(
     pair = tl.program_id(0).to(tl.int64)
     if CHOOSES:
         expert, weight = _choice(scores, pair, E, k, BLOCK_E)
+        # Each program of the pair has chosen the same; one of them writes it.
         if tl.program_id(1) == 0:
             tl.store(experts + pair, expert)
             tl.store(weights + pair, weight)
@@ -198,6 +204,7 @@ def count_pairs(experts, weights, counts, places, pairs, BLOCK: tl.constexpr):
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)
+    # Which pair comes first is chance, but no result depends on it.
     place = tl.atomic_add(counts + expert, 1, mask=wanted)
     tl.store(places + pair, place, mask=wanted)
 
@@ -229,6 +236,7 @@ def place_pairs(
     place = tl.load(places + pair, mask=wanted, other=0)
     block = tl.load(firsts + expert, mask=wanted, other=0) + place // BLOCK_T
     row = place % BLOCK_T
+    # Counted from 1: the 0 of a fresh tensor marks an empty place.
     tl.store(rows + block * BLOCK_T + row, pair + 1, mask=wanted)
     tl.store(owners + block, expert.to(tl.int32) + 1, mask=wanted & (row == 0))
 
@@ -252,6 +260,7 @@ def shrink_block(
     """Some of the r numbers w A u of each pair in one block."""
     block = tl.program_id(0)
     expert = tl.load(owners + block).to(tl.int64) - 1
+    # A block more than were needed.
     if expert < 0:
         return
     pair = tl.load(rows + block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64) - 1
@@ -303,6 +312,7 @@ def expand_block(
         known = (rank < r)[:, None] & (feature < d)[None, :]
         b_rows = B + (expert * r + rank)[:, None] * d
         b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
+        # Tensor cores want both sides of one type.
         h = h.to(b.dtype)
         if WIDE:
             h, b = h.to(tl.float32), b.to(tl.float32)

@@ -86,7 +86,10 @@ def line_of(
     (`bounded_means`). Raises RoutingError, naming `router`, where the covariance can't be
     inverted, or what comes of it is not finite.
     """
+    # Some activations are a thousand times the others, and their squares are inverted.
     means, factors, rests = (moments[part].double() for part in PARTS)
+    # No bound below the prompts' own spread: where most experts share a task their means hardly
+    # differ, and another task's must not be moved onto theirs.
     deviation = (factors.square().sum(dim=(1, 2)) + rests.sum(dim=1)).quantile(0.5).sqrt()
     means = bounded_means(means, least=len(means) * float(deviation))
     factors, rests = bounded_variances(means, factors, rests)
@@ -99,10 +102,12 @@ def line_of(
     away = means - centre  # d_z
     apart = _within(away.square().sum(dim=1))
     spread += task_variance / len(away) * (away.T * apart) @ away
+    # _ex doesn't raise: what failed is reported below, in the router's words.
     root, failed = torch.linalg.cholesky_ex(spread)
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
     scale = (_within(distances) * distances).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # The m of x - m is in here, so that scores are one product with x.
     offsets = -0.5 * distances - centre @ slopes
     line = (slopes / scale).float(), (offsets / scale).float()
     if failed or not all(map(is_finite, line)):

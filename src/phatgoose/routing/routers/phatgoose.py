@@ -43,15 +43,19 @@ def standardise(vectors: Tensor) -> Tensor:
     exact = vectors.double()
     variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
     deviation = variance.sqrt()
+    # A clamp and no ε under the root, which would damp gates that were trained little.
     noise = ROUNDING * vectors.abs().amax(dim=-1, keepdim=True).double().clamp(min=SMALLEST)
     centred = exact.sub_(mean).div_(deviation.clamp(min=noise))
     return centred.masked_fill_(deviation <= noise, 0.0).float()
 
 
 def products(u: Tensor, vectors: Tensor) -> Tensor:
-    """vᵀu for each token of u [T, n] and each of `vectors` [E, n], float32 [T, E]; ties stay ties."""
+    """vᵀu for each token of u [T, n] and each of `vectors` [E, n], float32 [T, E]; ties stay so."""
     if u.device.type == "cpu":
+        # Equal vectors must score equally, but how BLAS rounds in float32 depends on a vector's
+        # place. Float64's roundings don't show in float32.
         return (u.double() @ vectors.double().T).float()
+    # On a GPU only single tokens are rounded by place (gemv): so one goes as two.
     tokens = u.float() if len(u) != 1 else u.float().expand(2, -1)
     return (tokens @ vectors.float().T)[: len(u)]
 

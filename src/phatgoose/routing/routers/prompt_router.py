@@ -62,6 +62,7 @@ class Tables:
             check_joinable(self.tensors, more.tensors)
             for name, held in rows.items():
                 added = more.tensors[name]
+                # Owners are indices, which go on from the experts before.
                 held.append(added + len(names) if name == OWNERS else added)
             names += more.names
         return Tables(names, {name: joined(held) for name, held in rows.items()}, self.info)
@@ -224,11 +225,6 @@ class BaseRouter(PromptRouter):
             return read_prompts(base, prompts, reading or self.reading(base), then=then)
 
 
-# -------------------------------------------------------------------------------------------------
-# In a routed model
-# -------------------------------------------------------------------------------------------------
-
-
 class ByPrompt(Router):
     """The frame of routers that choose experts for a whole prompt."""
 
@@ -323,6 +319,7 @@ class ChosenExperts(SiteRouter):
     def forward(self, u: Tensor) -> RoutingDecision:
         choice = self.context.of_each(u, self.sees_all)
         experts = self.position[choice.experts]
+        # Absent here, or NOBODY (the base): row 0 with weight 0.
         return RoutingDecision(experts.clamp(min=0), choice.weights * (experts >= 0))
 
     def distribution(self, u: Tensor) -> Tensor:
@@ -336,11 +333,6 @@ def rows_at(experts: Tensor, pool_size: int) -> Tensor:
     rows = torch.full((pool_size + 1,), NOBODY)
     rows[experts.cpu()] = torch.arange(len(experts))
     return rows
-
-
-# -------------------------------------------------------------------------------------------------
-# Experts' embeddings
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,7 @@ def highest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
-# -------------------------------------------------------------------------------------------------
 # Scores of every single expert on every task, which Oracle and Best Individual choose by.
-# -------------------------------------------------------------------------------------------------
 
 Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
 EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
@@ -111,9 +109,7 @@ def _common_tasks(scores: Scores, names: Sequence[str]) -> list[str]:
     return list(scores[names[0]])
 
 
-# -------------------------------------------------------------------------------------------------
 # What a router is: `Router` for a whole model, `SiteRouter` at each of its sites.
-# -------------------------------------------------------------------------------------------------
 
 OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
 

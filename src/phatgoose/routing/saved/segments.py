@@ -119,6 +119,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         check_joinable(lookup_in(first), lookup_in(rows))
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
+        # int8 is made of float32, so that numbers are rounded once.
         computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -210,6 +211,8 @@ def _write_segment(
         write_tensors(unfinished, tensors, header)
         sha256 = TensorFile(unfinished).sha256()
         file = f"routed-{sha256[:12]}.safetensors"
+        # Named by its content: no description names it yet, so a kill here leaves a file of no
+        # model.
         os.replace(unfinished, folder / file)
     return {"file": file, "sha256": sha256, "experts": experts}
 
@@ -217,6 +220,7 @@ def _write_segment(
 def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
     info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
     content = {**info, "format_version": 2, **changes}
+    # Read back as a stranger's first: what doesn't hold together is never described.
     found = described_by(content, folder)
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
     return found

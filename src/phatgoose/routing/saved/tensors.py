@@ -1,7 +1,4 @@
-"""What a saved routed model holds: its description and its tensors.
-
-routed.json: the description of a saved routed model, read strictly, as from a stranger.
-"""
+"""What a saved routed model holds, read strictly: its description, routed.json, and its tensors."""
 
 from __future__ import annotations
 
@@ -139,7 +136,6 @@ def _check_lookup(lookup: Any, experts: int) -> None:
             )
 
 
-# -------------------------------------------------------------------------------------------------
 # A saved routed model's tensors: one file, or several that hold experts added later.
 #
 # A segment is a file of stacks and router tensors, by site, of some of the experts; together the
@@ -148,7 +144,6 @@ def _check_lookup(lookup: Any, experts: int) -> None:
 #
 # Factors may be stored in int8: each row of A and B as whole numbers from -127 to 127 times the
 # row's largest magnitude / 127, so that every number is off by at most 1/254 of it.
-# -------------------------------------------------------------------------------------------------
 
 LOOKUP = "lookup."  # begins the names of what a prompt router knows
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
@@ -243,6 +238,8 @@ class SavedTensors(Mapping[str, Tensor]):
             part = joined_parts(parts)
             if not self._are_all:
                 part = kept_part(part, self._place) or part
+            # One site is kept: its tensors are asked for one after the other, and all sites may not
+            # fit into memory.
             self._latest = (site, {**part.stack.tensors(), **part.state})
         return self._latest[1]
 
@@ -362,6 +359,7 @@ def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
 def _read_weights(path: Path, sha256: str) -> TensorFile:
     try:
         tensors = TensorFile(path)
+        # Both looks at once, while the file's pages are in memory.
         _, found = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
     except ExpertError as error:
         raise RoutingError(str(error)) from error
@@ -408,6 +406,7 @@ def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tenso
     """A stack of factors [E, r, ..] in int8, and the scales of its rows [E, r], as named."""
     numbers = factor.float()
     scale = numbers.abs().amax(dim=-1) / LARGEST
+    # A row of zeros has the scale 0.
     whole = (numbers / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
     yield f"{kind}.{site}", whole.clamp(-LARGEST, LARGEST).to(torch.int8)
     yield f"{kind}{SCALE}.{site}", scale

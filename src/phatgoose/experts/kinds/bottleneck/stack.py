@@ -99,6 +99,7 @@ class BottleneckStack(Part):
         return inner.view(-1, E * m) @ self.up.reshape(E * m, d) + dense @ self.up_bias
 
     def grouped(self, y: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        # Weights of zero (experts of other parts) cost nothing.
         pairs = weights.flatten().nonzero().squeeze(1)
         chosen = experts.flatten()[pairs]
         order = chosen.argsort(stable=True)
@@ -120,5 +121,6 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 def _activated(inner: Tensor, activations: Tensor) -> Tensor:
     result = torch.zeros_like(inner)
     for index, name in enumerate(ACTIVATIONS):
+        # Every function for all, since choosing by rows would read indices back.
         result = torch.where(activations == index, ACTIVATION[name](inner), result)
     return result

@@ -41,6 +41,7 @@ class ScalingVector(SiteModule):
         return None if self.on_input else len(self.vector)
 
     def at(self, weight: Tensor) -> ScalingVector:
+        # Not the weight's type: around 1 bfloat16 has steps of 1/128, about as far as vectors move.
         return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
@@ -63,6 +64,7 @@ class ScalingVector(SiteModule):
                     f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in "
                     f"floating point, got {tuple(tensor.shape)} of {tensor.dtype}."
                 )
+            # PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n].
             vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
         if not vectors:
             raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")

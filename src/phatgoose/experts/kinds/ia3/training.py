@@ -49,6 +49,7 @@ class NewScalings(NewModules):
         with under_peft(base, config) as model:
             layers = {site: base.model.get_submodule(site) for site in sites}
             for site, layer in layers.items() if joint else ():
+                # The class alone changes: PEFT's state, hooks and names stay.
                 layer.__class__ = _JointlyGatedScaling
                 layer.gate = new_gate(sites[site].in_features, layer.weight.device)
             # PEFT shortens long lists of targets, but then misses the feed-forward's among them;
@@ -95,4 +96,5 @@ def _known(mapping: dict[str, list[str]], model: PreTrainedModel) -> list[str]:
 
 
 def _endings(names: list[str]) -> str:
+    # (?!) matches nothing.
     return rf"(^|\.)({'|'.join(map(re.escape, names))})$" if names else r"(?!)"

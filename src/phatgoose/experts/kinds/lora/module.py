@@ -49,6 +49,7 @@ class LoraFactors(SiteModule):
         return self.A.shape[0]
 
     def at(self, weight: Tensor) -> LoraFactors:
+        # Scaled in float32 and rounded once.
         B = (self.scale * self.B.float()).to(weight)
         bias = None if self.bias is None else (self.scale * self.bias.float()).to(weight)
         return LoraFactors(self.A.to(weight), B, 1.0, bias)
@@ -103,6 +104,7 @@ class LoraFactors(SiteModule):
         }
         tensors = {}
         for site, lora in modules.items():
+            # PEFT's lora_bias is for all sites or none.
             bias = lora.B.new_zeros(lora.B.shape[0]) if lora.bias is None else lora.bias
             parts = (lora.A, lora.B, bias) if has_biases else (lora.A, lora.B)
             for ending, part in zip(LORA_ENDINGS, parts, strict=False):
@@ -131,6 +133,7 @@ def _scale_rule(config: Mapping[str, Any]) -> Callable[[str, int], float]:
     default = float(config.get("lora_alpha", 8))
 
     def scale(site: str, rank: int) -> float:
+        # Of several patterns the first that matches counts, as in PEFT.
         alpha = value_at(alphas, site)
         alpha = default if alpha is None else float(alpha)
         return alpha / (math.sqrt(rank) if root else rank)

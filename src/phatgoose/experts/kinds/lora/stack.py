@@ -43,6 +43,7 @@ class LoraStack(Part):
         loras = list(modules.values())
         rank = max(lora.A.shape[0] for lora in loras)
         A = torch.cat([widened(lora.A[None], rank) for lora in loras])
+        # Transposed: A and B then unfold to [E r, ..] without a copy.
         B = torch.cat([widened(lora.B.T[None], rank) for lora in loras])
         bias = None
         if any(lora.bias is not None for lora in loras):
@@ -68,10 +69,12 @@ class LoraStack(Part):
     def constant(self, weights: Tensor) -> Constant:
         used = weights != 0
         A, B, w = self.A[used], self.B[used], weights[used].float()
+        # Factors of weight 1 keep their type, and so their very numbers.
         if bool((w != 1).any()):
             A, B = A.float(), B.float() * w[:, None, None]
         bias = None if self.bias is None else (w[:, None] * self.bias[used].float()).sum(dim=0)
         A, B = A.flatten(0, 1), B.flatten(0, 1).T
+        # Ranks that were filled up with zeros go.
         adds = A.any(dim=1) & B.any(dim=0)
         return Constant(A[adds], B[:, adds], bias)
 

@@ -80,7 +80,9 @@ class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
 
 
 def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
+    # PEFT would cast activations up to the factors' float32; here factors are cast down.
     layer.cast_input_dtype_enabled = False
+    # PEFT's own sum goes three more times over the output, and again in the backward pass.
     layer.lora_variant[ADAPTER] = _AddedInOneCall
     for factors in (layer.lora_A, layer.lora_B):
         plain = factors[ADAPTER]

@@ -114,6 +114,7 @@ def read_text(value: str, declared: Any) -> object:
 
 
 def given_or_default(kind: type[Config], given: Config | None, name: str) -> Config:
+    """The settings `given`, or the default ones. Raises ConfigError where they are no `kind`."""
     if given is None:
         return kind()
     if not isinstance(given, kind):
@@ -125,6 +126,7 @@ def given_or_default(kind: type[Config], given: Config | None, name: str) -> Con
 
 
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
+    """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
         names = ", ".join(name for name in known if name is not None)
         raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")

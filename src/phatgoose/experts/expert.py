@@ -53,6 +53,7 @@ def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Forma
 def format_record(
     hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> dict[str, Any] | None:
+    """What a pool's records say of it; None for an expert that records no formatting."""
     try:
         formatting = recorded_formatting(hyperparameters, "hyperparameters")
     except ConfigError:
@@ -139,6 +140,7 @@ class ExpertInfo:
 
 
 def check_name(name: str) -> None:
+    """Raise ExpertError unless `name` can be a new expert's (docs/format.md)."""
     if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         raise ExpertError(
             f"{shortened(name)} can't name an expert: use letters, digits, '.', '_' and '-' only, "
@@ -246,15 +248,17 @@ class Expert:
 
     @property
     def kind(self) -> str:
+        """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
 
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
-        """Empty for an expert of another kind."""
+        """The LoRA factors by site; empty for an expert of another kind."""
         held = self.modules.items()
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def has(self, part: str) -> bool:
+        """True where it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
         held = getattr(self, part)
         return held is not None and len(held) > 0
 

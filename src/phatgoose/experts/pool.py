@@ -108,6 +108,7 @@ class Pool(Mapping[str, Expert]):
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
+        """Every site at which at least one expert acts."""
         return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
 
     def __getitem__(self, name: object) -> Expert:
@@ -172,6 +173,7 @@ class Pool(Mapping[str, Expert]):
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
     def check_vectors(self, kind: str) -> None:
+        """Raise PoolError, naming them, when experts lack a `kind` of REMEDIES."""
         without = [expert.name for expert in self.experts if not expert.has(kind)]
         if without:
             raise PoolError(_missing(without, kind))

@@ -161,6 +161,7 @@ def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
 
 
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
+    """The type that experts have at `layer`: its own, or the model's if that is quantised."""
     weight: Tensor = layer.weight
     return weight.dtype if weight.is_floating_point() else model.dtype
 

@@ -49,6 +49,7 @@ class Choice:
 
     @classmethod
     def joined(cls, parts: Iterable[Choice]) -> Choice:
+        """The rows of all `parts`, which have the same k, in turn."""
         held = list(parts)
         experts = torch.cat([part.experts for part in held])
         return cls(experts, torch.cat([part.weights for part in held]))

@@ -43,6 +43,7 @@ def is_routed(place: str | Path) -> bool:
 
 
 def is_pool(place: str | Path) -> bool:
+    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
     if HubReference.is_one(place):
         return True
     path = Path(place)
@@ -169,6 +170,7 @@ def compose_pool(
 
 
 def loaded_base(pool: Pool, base: Base | str | None = None, dtype: str = "auto") -> Base:
+    """`base`, or the one that `pool` names; loaded in `dtype` unless it is loaded already."""
     if isinstance(base, Base):
         return base
     revision = None if base else pool.base.revision

@@ -163,6 +163,7 @@ class LocalFolder:
     def training(
         self, name: str, patience: float, *, restart: bool = False
     ) -> Iterator[Destination]:
+        """The directory itself; a lost worker's lock is waited for up to `patience` seconds."""
         wait_for_work(self.path / name, patience)
         yield Destination(self.path / name, lambda: None)
 
@@ -330,6 +331,7 @@ class KeptWork:
         trial.unlink()
 
     def keep(self, work: Path) -> None:
+        """Copy up what is new in `work`, then the list of its files; then remove what it lost."""
         stamps = {
             path.relative_to(work).as_posix(): Stamp.of(path)
             for path in sorted(work.rglob("*"))

@@ -58,6 +58,7 @@ class SiteModule(ABC):
 
     @property
     def settings(self) -> tuple[object, ...]:
+        """Its fields that are no tensors."""
         return tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
 
     @abstractmethod
@@ -238,7 +239,8 @@ class NewLayers(NewModules):
         """The parameters at the start, float32, drawn on the CPU: the same on every device."""
 
     @abstractmethod
-    def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule: ...
+    def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule:
+        """The module that these parameters make."""
 
     def strength(self, settings: Any) -> float:
         """What `apply` multiplies by in training, for a kind whose `at` folds a scale in."""
@@ -397,6 +399,7 @@ class Part(ABC):
         return None
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by their names in saved models."""
         found = {each.name: getattr(self, field) for field, each in self.held.items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 

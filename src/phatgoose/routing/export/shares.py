@@ -42,6 +42,7 @@ class Texts:
 
 
 def prompt_texts(prompts: Sequence[str], formatting: Formatting | None = None) -> Texts:
+    """These prompts as Texts. Raises TaskError when one is empty."""
     if not all(prompts):
         raise TaskError("The prompt is empty.")
     return Texts("the prompt", [Example(prompt, "") for prompt in prompts], formatting)

@@ -13,6 +13,7 @@ from ...experts.kinds.kind import dense_weights, expert_products
 
 
 def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
+    """True for the sizes of factors [E, r, n] and [E, r, d], none of them 0."""
     if not len(A) == len(B) == 3:
         return False
     (E, r, inputs), (same_E, same_r, d) = A, B  # slices of a torch.Size take five times as long
@@ -20,6 +21,7 @@ def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
 
 
 def is_choice(u: Tensor, experts: Tensor, weights: Tensor) -> bool:
+    """True where `experts` and `weights` [T, k] are for the tokens of u [T, n], on its device."""
     return (
         u.dim() == experts.dim() == 2
         and experts.dtype is torch.int64

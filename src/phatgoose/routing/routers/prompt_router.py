@@ -106,6 +106,7 @@ class PromptRouter:
 
     @property
     def experts(self) -> tuple[str, ...]:
+        """The names of the experts whose indices a choice has."""
         return self.tables.names
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Any:
@@ -117,6 +118,7 @@ class PromptRouter:
         raise NotImplementedError
 
     def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E]."""
         return self.scores(self.features(prompts, base))
 
     def choice(self, scores: Tensor) -> Choice:
@@ -140,12 +142,14 @@ class PromptRouter:
         """Share with others what the base makes of prompts, if the router goes by that."""
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The prompts' tokens. Raises ConfigError for text without a tokenizer."""
         return [
             list(self._needed(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
             for prompt in prompts
         ]
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The prompts as text without special tokens, which is what was embedded of experts'."""
         if self.tokenizer is None and all(isinstance(prompt, str) for prompt in prompts):
             return [str(prompt) for prompt in prompts]
         return prompt_texts(self._needed(), self.tokens(prompts))
@@ -291,6 +295,7 @@ class ByPrompt(Router):
         return site.context
 
     def embedder(self, tables: Tables, form: str = PROMPT) -> str:
+        """The embedder to load. Raises RoutingError for other texts than `form`, ConfigError."""
         if "embedder" not in tables.info:
             raise RoutingError(f"Router {self.spec.name} needs lookup.embedder in routed.json.")
         found = tables.info.get("embedding_form", PAPER_TEXT)

@@ -50,6 +50,7 @@ class RouterSpec:
 
     @property
     def router(self) -> type[Any]:
+        """The class of the router, a `router.Router`."""
         if isinstance(self.home, type):
             return self.home
         module, _, name = self.home.rpartition(".")
@@ -255,6 +256,7 @@ class RouterChoice(NamedTuple):
 
 
 def known_names() -> list[str]:
+    """The names of all routers, without loading those of other packages."""
     others = {point.name for point in metadata.entry_points(group=ENTRY_POINTS)}
     return list(dict.fromkeys([*(spec.name for spec in _OURS), *sorted(others)]))
 
@@ -298,6 +300,7 @@ def choice_of(router: str) -> RouterChoice:
 
 
 def written(value: object) -> str:
+    """The `value` of a setting as `choice_of` reads it."""
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

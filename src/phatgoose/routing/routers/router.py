@@ -138,6 +138,7 @@ class SiteRouter(nn.Module):
         """Reset the random state for a new dataset."""
 
     def state(self) -> dict[str, Tensor]:
+        """The buffers in `kept`, by name."""
         return {name: getattr(self, name) for name in self.kept}
 
 
@@ -255,6 +256,7 @@ def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> No
 
 
 def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:
+    """Raise PoolError, naming them, when experts of `pool` lack one of `needs`."""
     for need in needs:
         if need == "lora":
             without = [f"{e.name!r} ({e.kind})" for e in pool.experts if not e.lora]

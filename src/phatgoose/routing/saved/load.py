@@ -62,6 +62,7 @@ def load(
 
 
 def base_of(directory: str | Path) -> BaseReference:
+    """The base of the routed model in `directory`. Raises RoutingError when that is damaged."""
     return base_in(read_description(Path(directory) / ROUTED_INFO))
 
 

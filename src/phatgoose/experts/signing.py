@@ -86,6 +86,7 @@ def _check_covered(signature: Path, names: set[str]) -> None:
     bundle = json.loads(signature.read_bytes(), object_pairs_hook=distinct_keys)
     payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
     signed = {resource["name"] for resource in payload["predicate"]["resources"]}
+    # The library leaves out what the signer told it to leave out.
     if signed != names:
         raise ValueError(f"it covers {shortened(sorted(signed))}, not {sorted(names)}")
 
@@ -107,6 +108,7 @@ def _signed_names(directory: Path) -> set[str]:
 
 def _check_key(key: Path) -> None:
     try:
+        # The library's own words for a key that can't be read name no file.
         key.read_bytes()
     except OSError as error:
         raise ExpertError(f"Key {key} can't be read: {reason(error)}.") from error

@@ -87,6 +87,8 @@ def convert(
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
+    # means a whole matrix.
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for key, value in config.items() if config["peft_type"] != "LOKR" else ():
         by_pattern = key.endswith(BY_PATTERN) and isinstance(value, Mapping)

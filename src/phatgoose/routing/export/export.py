@@ -225,6 +225,7 @@ def _loras(
     if not updates:
         raise RoutingError("The experts change nothing at these shares; there is no adapter.")
     cuts = {site: cut(update, rank) for site, update in updates.items()}
+    # PEFT may have a rank for each site, but many programs know one for all.
     widest = max(max(update.rank for update, _ in cuts.values()), 1)
     return (
         {site: widened_to(update, widest) for site, (update, _) in cuts.items()},
@@ -235,7 +236,11 @@ def _loras(
 def _factors(updates: Mapping[str, Update]) -> dict[str, LoraFactors]:
     return {
         site: LoraFactors(
-            each.A.cpu(), each.B.cpu(), 1, None if each.bias is None else each.bias.cpu()
+            # A scale of 1, as an integer: Ollama wants one.
+            each.A.cpu(),
+            each.B.cpu(),
+            1,
+            None if each.bias is None else each.bias.cpu(),
         )
         for site, each in updates.items()
     }

@@ -128,12 +128,14 @@ def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
     """
     A, B = update.A.cpu().double(), update.B.cpu().double()  # not every device has float64
     right, left = torch.linalg.qr(A.T), torch.linalg.qr(B)
+    # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: its SVD is that of the small matrix, and d x n is never formed.
     U, S, V = torch.linalg.svd(left.R @ right.R.T)
     norm = float(S.square().sum().sqrt())
     most = min(rank or update.rank, A.shape[1], B.shape[0])
     if update.rank <= most:
         return update, CutLoss(update.rank, update.rank, norm, 0.0)
     lost = float(S[most:].square().sum().sqrt())
+    # Half of each singular value on either side, so that neither is far from the other's size.
     root = S[:most].sqrt()
     found = replace(
         update,

@@ -20,20 +20,12 @@ from ..base.fingerprint import BaseReference, check_base
 from ..base.sites import Site, check_in_place, find_sites
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
+from . import stacks
 from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.prompt_router import ByPrompt
 from .routers.router import Router, warn_of_lowered_k
-from .stacks import (
-    SitePart,
-    SiteStack,
-    appended,
-    joined_parts,
-    joined_state,
-    kept_part,
-    renumbered,
-)
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -85,7 +77,7 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     parts = composition_of(model)
     left = check_removal(parts.router, parts.experts, names, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
-    place = renumbered(torch.tensor(left), len(parts.experts))
+    place = stacks.renumbered(torch.tensor(left), len(parts.experts))
     router, prompt_router = parts.router, parts.prompt_router
     if isinstance(router, ByPrompt) and prompt_router is not None:
         prompt_router = router.shrunk(prompt_router, place)
@@ -158,7 +150,7 @@ def _grown(
     site: Site,
     old: Composition,
     new: Composition,
-    added: SiteStack | None,
+    added: stacks.SiteStack | None,
     state: Mapping[str, Tensor],
 ) -> RoutedLayer:
     layer = old.layers.get(site.name)
@@ -173,27 +165,29 @@ def _grown(
     # them.
     if layer.stack.plain_lora and added.plain_lora:  # into spare rows, without a copy of the others
         room = {
-            name: appended(rows, added.tensors()[name], room.get(name))
+            name: stacks.appended(rows, added.tensors()[name], room.get(name))
             for name, rows in layer.stack.tensors().items()
         }
         experts = torch.cat([layer.experts, added.experts])
-        stack = SiteStack.of({name: rows[: len(experts)] for name, rows in room.items()}, experts)
-        return _layer(layer.base, site, stack, joined_state([known, state]), new, room)
-    part = joined_parts([SitePart(layer.stack, known), SitePart(added, state)])
+        stack = stacks.SiteStack.of(
+            {name: rows[: len(experts)] for name, rows in room.items()}, experts
+        )
+        return _layer(layer.base, site, stack, stacks.joined_state([known, state]), new, room)
+    part = stacks.joined_parts([stacks.SitePart(layer.stack, known), stacks.SitePart(added, state)])
     return _layer(layer.base, site, *part, new, {})
 
 
 def _shrunk(layer: RoutedLayer, new: Composition, place: Tensor) -> RoutedLayer | None:
     if not isinstance(layer, RoutedLinear):
         return None
-    part = kept_part(SitePart(layer.stack, layer.router.state()), place)
+    part = stacks.kept_part(stacks.SitePart(layer.stack, layer.router.state()), place)
     return part and _layer(layer.base, layer.site, *part, new, layer.room)
 
 
 def _layer(
     base: Any,
     site: Site,
-    stack: SiteStack | None,
+    stack: stacks.SiteStack | None,
     state: Mapping[str, Tensor],
     parts: Composition,
     room: Mapping[str, Tensor] | None = None,

@@ -18,19 +18,11 @@ from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
+from .. import stacks
 from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sites
 from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.registry import choice_of, translated
 from ..routers.router import Router, router_of
-from ..stacks import (
-    SitePart,
-    SiteStack,
-    declared,
-    joined,
-    joined_parts,
-    kept_part,
-    renumbered,
-)
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -168,7 +160,7 @@ class SavedTensors(Mapping[str, Tensor]):
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
         self._segments = segments
         count = sum(segment.experts for segment in segments)
-        self._place = renumbered(torch.tensor(left), count)
+        self._place = stacks.renumbered(torch.tensor(left), count)
         self._are_all = len(left) == count
         names = dict.fromkeys(name for segment in segments for name in segment.tensors)
         split = [(kind, site) for kind, _, site in (name.partition(".") for name in names)]
@@ -177,7 +169,7 @@ class SavedTensors(Mapping[str, Tensor]):
             for kind, site in split
             if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
         }
-        self._stacked = declared().tensors
+        self._stacked = stacks.declared().tensors
         scales = {name + SCALE for name in self._stacked}
         parts = [(k, site) for k, site in split if k not in scales and site not in gone]
         self._kinds: dict[str, list[str]] = {}  # of tensors at each site
@@ -234,10 +226,10 @@ class SavedTensors(Mapping[str, Tensor]):
                     held = {kind: dequantised(file, f"{kind}.{site}") for kind in kinds}
                     state = {k: held[k] for k in kinds if k not in (*self._stacked, "experts")}
                     experts = held["experts"] + segment.first
-                    parts.append(SitePart(SiteStack.of(held, experts), state))
-            part = joined_parts(parts)
+                    parts.append(stacks.SitePart(stacks.SiteStack.of(held, experts), state))
+            part = stacks.joined_parts(parts)
             if not self._are_all:
-                part = kept_part(part, self._place) or part
+                part = stacks.kept_part(part, self._place) or part
             # One site is kept: its tensors are asked for one after the other, and all sites may not
             # fit into memory.
             self._latest = (site, {**part.stack.tensors(), **part.state})
@@ -245,7 +237,7 @@ class SavedTensors(Mapping[str, Tensor]):
 
     def _counted(self, name: str) -> Tensor:
         held = (s for s in self._segments if name in s.tensors)
-        return joined([segment.tensors[name] + segment.first for segment in held])
+        return stacks.joined([segment.tensors[name] + segment.first for segment in held])
 
 
 @dataclass(frozen=True)
@@ -275,12 +267,14 @@ class SavedModel:
     def names(self) -> tuple[str, ...]:
         return tuple(record["name"] for record in self.records)
 
-    def stack(self, site: str) -> SiteStack:
+    def stack(self, site: str) -> stacks.SiteStack:
         held = self.tensors
         stored = {
-            kind: held[f"{kind}.{site}"] for kind in declared().tensors if f"{kind}.{site}" in held
+            kind: held[f"{kind}.{site}"]
+            for kind in stacks.declared().tensors
+            if f"{kind}.{site}" in held
         }
-        return SiteStack.of(stored, held[f"experts.{site}"])
+        return stacks.SiteStack.of(stored, held[f"experts.{site}"])
 
     @property
     def tables(self) -> Tables:

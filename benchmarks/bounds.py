@@ -4,7 +4,8 @@
 
 Fresh prompts of each honest expert's own task (`honest_experts.py`), and of the same task in other
 words (a later expert's), are routed by discriminant and joint-discriminant with bounds
-(`routing/routers/bounds.py`) and without. A line for each: the share that goes to the right expert,
+(`routing/routers/discriminant.py`) and without. A line for each: the share that goes to the right
+expert,
 the share whose expert the bounds change, and what the attacker wins of the others' prompts.
 """
 

@@ -12,8 +12,8 @@ import phatgoose as pg
 from bench import VOCABULARY, Bench, words
 from findings import Finding, row
 from measuring import ratio, side_by_side
-from phatgoose.base.blocks import blocks_of
 from phatgoose.base.loading import twin
+from phatgoose.base.sites import blocks_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.composition import composition_of

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from phatgoose.experts.kinds.sums import is_one_call
+from phatgoose.experts.kinds.kind import is_one_call
 from phatgoose.routing.kernels.choice import KERNELS, Kernel
 from phatgoose.routing.kernels.plain import concat, gather, grouped
 from phatgoose.routing.kernels.triton_gpu import (

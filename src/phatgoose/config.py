@@ -35,7 +35,6 @@ SEED = Limit(f"from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
 
 
 def one_of(known: Sequence[str]) -> Limit:
-    """The limit of a setting that must be one of the `known` names."""
     return Limit(f"one of {', '.join(known)}", lambda value: value in known)
 
 
@@ -50,7 +49,6 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value of the wrong type, not finite, or beyond its limit."""
         for setting in settings_of(type(self)):
             value = _typed(setting, getattr(self, setting.name))
             limit = setting.limit
@@ -71,7 +69,6 @@ class Setting:
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
-    """The settings of a config class, in field order."""
     return _read_off(config)
 
 
@@ -136,7 +133,6 @@ def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
 
 
 def _typed(setting: Setting, value: Any) -> Any:
-    """`value` as one of the types of `setting`. Raises ConfigError where none fits."""
     kinds = get_args(setting.type) or (setting.type,)
     if isinstance(value, bool | NoneType) and type(value) in kinds:
         return value
@@ -157,9 +153,7 @@ def _typed(setting: Setting, value: Any) -> Any:
     raise ConfigError(f"{setting.name} is {value!r}, but must be {wanted}.")
 
 
-# -------------------------------------------------------------------------------------------------
 # The shapes of experts, one class for each kind.
-# -------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("houlsby", "pfeiffer")
@@ -220,9 +214,7 @@ class Bottleneck(Peft):
     sites: Annotated[str | None, SITES] = None
 
 
-# -------------------------------------------------------------------------------------------------
 # How experts and gates are trained, and how examples become tokens.
-# -------------------------------------------------------------------------------------------------
 
 TASK_FILES = (".csv", ".jsonl")
 TRUNCATIONS = ("middle", "left", "right")
@@ -301,7 +293,6 @@ class GateTraining(Settings):
     ] = "prompt"
 
     def __post_init__(self) -> None:
-        """Raise ConfigError as all settings do, and for what joint gates can't have."""
         super().__post_init__()
         if self.joint and self.gate_learning_rate is not None:
             raise ConfigError(
@@ -337,9 +328,7 @@ class Formatting(Settings):
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
 
 
-# -------------------------------------------------------------------------------------------------
 # How a routed model chooses experts.
-# -------------------------------------------------------------------------------------------------
 
 KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
 
@@ -375,7 +364,6 @@ class Routing(Settings):
 
     @property
     def name(self) -> str:
-        """The router's name, without its settings."""
         return self.router.partition(":")[0]
 
 
@@ -384,9 +372,7 @@ ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
 POOL_SETTINGS = ROUTING_SETTINGS - {"embedder"}
 
 
-# -------------------------------------------------------------------------------------------------
 # The limits of a server.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

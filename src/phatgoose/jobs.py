@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from .base.fingerprint import BaseReference, check_base, dtype_name
-from .base.loading import Base, load_base, recorded_id
-from .base.smollm2 import SMOLLM2
+from .base.loading import SMOLLM2, Base, load_base, recorded_id
 from .experts.hub import HubReference
 from .files.strict import one_line
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from other_encoders import make_other
-from phatgoose.base.blocks import blocks_of, prompt_stack, watch_blocks
+from phatgoose.base.sites import blocks_of, prompt_stack
+from phatgoose.base.token_masks import watch_blocks
 from phatgoose.errors import RoutingError
 from tiny import make_ids
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from phatgoose.base.smollm2 import SMOLLM2
+from phatgoose.base.loading import SMOLLM2
 from phatgoose.base.text_process import answer
 from phatgoose.base.untrusted_text import chat_of
 from phatgoose.errors import PhatgooseError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from phatgoose.base.blocks import prompt_stack
+from phatgoose.base.sites import prompt_stack
 from phatgoose.base.token_masks import cache_argument
 from phatgoose.errors import ConfigError, EvaluationError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate

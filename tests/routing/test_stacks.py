@@ -18,8 +18,8 @@ from phatgoose.config import ACTIVATIONS
 from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
 from phatgoose.experts.kinds.bottleneck.stack import BottleneckStack
 from phatgoose.experts.kinds.ia3.module import ScalingVector
+from phatgoose.experts.kinds.kind import weighted_rows
 from phatgoose.experts.kinds.lora.module import LoraFactors
-from phatgoose.experts.kinds.sums import weighted_rows
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts

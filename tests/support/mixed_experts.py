@@ -27,7 +27,7 @@ from phatgoose.experts.kinds.ia3.training import scales_input
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.training.new_modules import placed_sites
+from phatgoose.training.modules import placed_sites
 from tiny import make_adapter, make_readings
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}

@@ -16,7 +16,7 @@ from phatgoose.experts.adapter import applied
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as training_module
-from phatgoose.training.gates import GatedLinear
+from phatgoose.training.modules import GatedLinear
 from phatgoose.training.train_expert import train_expert
 from phatgoose.training.trainer import fit
 from tiny import logits_of

@@ -18,7 +18,7 @@ from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.gates import GatedLinear
+from phatgoose.training.modules import GatedLinear
 from phatgoose.training.statistics import mean_activations
 from phatgoose.training.train_expert import train_gates
 from tiny import logits_of, make_adapter, make_ids, pairs_of

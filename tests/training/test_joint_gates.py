@@ -17,7 +17,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
-from phatgoose.training.new_modules import fresh_expert
+from phatgoose.training.modules import fresh_expert
 from phatgoose.training.train_expert import train_gates
 from phatgoose.training.trainer import fit
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model

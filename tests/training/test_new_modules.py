@@ -24,8 +24,7 @@ from phatgoose.experts.kinds.ia3.training import scales_input
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.tasks.task import Task
 from phatgoose.training import trainer
-from phatgoose.training.gates import GatedLinear
-from phatgoose.training.new_modules import fresh_expert, parameters_at, placed_sites
+from phatgoose.training.modules import GatedLinear, fresh_expert, parameters_at, placed_sites
 from phatgoose.training.train_expert import train_gates
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (

@@ -21,7 +21,7 @@ from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training import plan as planning
-from phatgoose.training.new_modules import placed_sites
+from phatgoose.training.modules import placed_sites
 from phatgoose.training.plan import Planner, Speed
 from phatgoose.training.train_expert import train_expert
 from training_jobs import SETTINGS

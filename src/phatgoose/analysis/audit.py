@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base.loading import Base
-from ..base.offloading import execution_device
-from ..base.sites import Site, find_sites
+from ..base.sites import Site, execution_device, find_sites
 from ..errors import PoolError
 from ..experts.kinds.kind import SiteModule
 from ..experts.kinds.registry import kinds

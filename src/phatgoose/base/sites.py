@@ -1,4 +1,4 @@
-"""Sites, the linear layers where experts act, and the positions that a base has.
+"""Parts of a base: sites, where experts act, blocks, positions, and where weights are.
 
 A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
 as `model.layers.0.self_attn.q_proj` (paper section 3: LoRA modifies every linear layer). Embeddings
@@ -8,16 +8,18 @@ and output heads are outside the blocks and are not sites.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, RoutingError
+from ..errors import BaseModelError, ConfigError, RoutingError
 
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
 Stream = Literal["encoder", "decoder"]
@@ -95,16 +97,13 @@ def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
 
 
 class WrappedLinear(nn.Module):
-    """A layer that replaces a linear one, `base`, and looks like it to the model.
-
-    `weight`, `bias`, `in_features`, `out_features` and the keys in the model's state dict are those
-    of `base`.
-    """
+    """A layer in place of a linear one, `base`, with its attributes and state-dict keys."""
 
     def __init__(self, base: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = in_features, out_features
+        # Keys lose "base." on the way out and get it back on the way in, so that checkpoints fit.
         self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
 
@@ -145,6 +144,28 @@ def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterato
             replace_module(model, name, original)
 
 
+def prompt_stack(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` that reads prompts: an encoder, or a causal model without its head."""
+    stack: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    return stack
+
+
+def headless(model: PreTrainedModel) -> nn.Module:
+    """`model` without its head: logits would be most of a small model's work."""
+    whole: nn.Module = model if model.config.is_encoder_decoder else model.base_model
+    return whole
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that prompts pass: a causal model's, or an encoder's. RoutingError without any."""
+    lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
+    if not lists:
+        raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
+    # A stack may have other lists too, of norms or of a mixture's experts.
+    largest = max(lists, key=lambda each: len(list(each.modules())))
+    return list(largest)
+
+
 # How many tokens a base model can distinguish by position.
 
 # What architectures call their table of positions, learned or precomputed.
@@ -166,10 +187,7 @@ class Positions:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of `model`, routed or not, with weights or without.
-
-    Relative positions (T5) and ALiBi have no limit, rotary ones only that of their training.
-    """
+    """Relative positions (T5) and ALiBi have no limit, rotary ones only that of their training."""
     if model.config.is_encoder_decoder:
         encoder, decoder = model.get_encoder(), model.get_decoder()
         return Positions(_places(encoder), _places(decoder))
@@ -187,8 +205,60 @@ def _places(stack: nn.Module) -> int | None:
             table: Any = getattr(module, name, None)
             if isinstance(table, nn.Embedding):
                 padding = table.padding_idx
+                # OPT's and BART's tables begin with rows that no position uses.
                 unused = getattr(table, "offset", None) or (0 if padding is None else padding + 1)
                 return int(table.num_embeddings) - int(unused)
             if isinstance(table, Tensor):  # precomputed sines and cosines
                 return len(table)
     return None
+
+
+# Weights that accelerate's hooks keep elsewhere between forward passes: under a `device_map`,
+# `cpu_offload` or `disk_offload` a layer's parameters are on torch's meta device, without values,
+# except during its own forward pass.
+
+NOWHERE = (
+    "The base model has no weights: they are on torch's meta device, and no hook of accelerate "
+    "loads them layer by layer. Load it with weights."
+)
+
+
+def execution_device(layer: Any) -> torch.device:
+    """Where `layer` computes, offloaded or not. BaseModelError if its weight has no values."""
+    if has_offloaded_params(layer):
+        return torch.device(layer._hf_hook.execution_device)
+    device: torch.device = layer.weight.device
+    if device.type == "meta":
+        raise BaseModelError(NOWHERE)
+    return device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    device = model.device
+    return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
+
+
+def parameters_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter once, by name; offloaded ones are loaded one by one."""
+    tied = model.all_tied_weights_keys
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            yield name, parameter
+        elif name not in tied:  # a tied one comes under its other name
+            place, _, own = name.rpartition(".")
+            module: Any = model.get_submodule(place)
+            if not has_offloaded_params(module):  # a routed layer's hook is on its base layer
+                module = getattr(module, "base", module)
+            if not has_offloaded_params(module):
+                raise BaseModelError(NOWHERE)
+            with align_module_device(module):
+                yield name, getattr(module, own)
+
+
+def check_in_place(layers: Iterable[nn.Module]) -> None:
+    """Raise RoutingError if any of the routed `layers` has hooks of accelerate."""
+    if any(has_offloaded_params(layer) for layer in layers):
+        raise RoutingError(
+            "The routed model was offloaded by accelerate, so its experts can't be changed or "
+            "removed; remove the hooks first (accelerate.hooks.remove_hook_from_submodules)."
+        )

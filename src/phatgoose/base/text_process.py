@@ -36,12 +36,12 @@ Reply = dict[str, Any]
 
 
 def main() -> None:
-    """Set up as the first line of the input says, then answer each line until the input ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent stops this process when it stops
         signal.signal(number, signal.SIG_IGN)
     source, replies = sys.stdin.buffer, sys.stdout.buffer
     setup = json.loads(source.readline())
     tokenizer = _tokenizer(setup)
+    # After the tokenizer is loaded: the limit is for what questions need beyond that.
     _limit_memory(setup["memory"])
     reply: Reply = {"ready": True}
     while True:
@@ -90,8 +90,8 @@ def _tokenizer(setup: Reply) -> Tokenizer | None:
 
 
 def _limit_memory(more: int) -> None:
-    """Limit the process's memory to `more` bytes above what it has now."""
     if sys.platform == "linux":
+        # SIGXCPU would leave a core file, with the user's prompts in it.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + more
@@ -101,9 +101,9 @@ def _limit_memory(more: int) -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """Let the system end the process after `seconds` more of processor time, whatever it is at."""
     if sys.platform == "linux":
         used = resource.getrusage(resource.RUSAGE_SELF)
+        # The limit counts from the process's start, so each question moves it on.
         most = int(used.ru_utime + used.ru_stime) + 1 + seconds
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RoutingError
-from .sites import Site, Stream
+from .sites import Site, Stream, blocks_of
 
 
 class _Names(NamedTuple):
@@ -44,10 +44,7 @@ _WHOLE: Mapping[Stream, _Names] = {
 
 @dataclass
 class _Tokens:
-    """A stream's tokens in one call: its mask, and `shape` (rows, columns) if known.
-
-    `past` is the number of tokens in the cache, None without one.
-    """
+    """A stream's tokens in one call: mask, (rows, columns) if known, tokens in the cache."""
 
     mask: Any
     shape: Sequence[int] | None
@@ -55,7 +52,6 @@ class _Tokens:
     found: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
 
     def grid(self, u: Tensor) -> tuple[int, ...]:
-        """The shape of the tokens of `u` [.., n]: (rows, columns) also where `u` is flattened."""
         if u.dim() == 2 and self.shape is not None and len(u) == self.shape[0] * self.shape[1]:
             return tuple(self.shape)
         return tuple(u.shape[:-1])
@@ -67,7 +63,6 @@ class _Tokens:
         return grid[0] == shape[0] or grid[::-1] == shape
 
     def real(self, grid: tuple[int, ...]) -> Tensor | None:
-        """The mask of the real tokens of `grid`, None when all are real or it is unknown."""
         if grid not in self.found:
             self.found[grid] = _unless_all_real(self._real(grid))
         return self.found[grid]
@@ -106,14 +101,12 @@ class TokenMasks:
 
     @property
     def are_ours(self) -> bool:
-        """True in the context that opened these masks."""
         return any(masks is self for masks in _OPEN.get())
 
     def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
-        """The shape of the tokens of `u` [.., n], mostly (rows, columns).
+        """The shape of the tokens of u [.., n], mostly (rows, columns), also of flattened ones.
 
-        Some models flatten their rows; this undoes it where the call tells how. Raises RoutingError
-        where a model pads or transposes its tokens inside.
+        Raises RoutingError where a model pads or transposes its tokens inside.
         """
         tokens = self._of(stream)
         if tokens is None:
@@ -134,11 +127,10 @@ class TokenMasks:
         return None if tokens is None else tokens.real(self.grid(u, stream))
 
     def _of(self, stream: Stream) -> _Tokens | None:
+        # The outermost call has the caller's own mask; those inside it may get one made of it.
         return self._calls[0].get(stream) if self._calls else None
 
     def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
-        """A hook for modules whose streams have these argument names."""
-
         def begin(module: nn.Module, args: tuple[Any, ...], given: Any = None) -> None:
             # Another thread's pass may run the hook before torch registers that it takes kwargs.
             if self.are_ours:
@@ -156,11 +148,11 @@ _OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
 
 @contextmanager
 def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
-    """The masks of the calls of `model` or of its stacks in this context, until it closes."""
     masks = TokenMasks(type(model).__name__)
     handles = []
     for module, names in callable_parts(model).items():
         handles.append(module.register_forward_pre_hook(masks._begin(names), with_kwargs=True))
+        # always_call: a pass that raises must not leave its masks on top.
         handles.append(module.register_forward_hook(masks._end, always_call=True))
     before = _OPEN.set((*_OPEN.get(), masks))
     try:
@@ -219,12 +211,10 @@ def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
 
 
 def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
-    """The modules that a caller may call for a pass, with the argument names of their streams.
-
-    OPT's whole model, for one, calls its decoder and not its `base_model`: the first module that is
-    called counts.
-    """
+    """The modules that a caller may call for a pass, with the argument names of their streams."""
     if not model.config.is_encoder_decoder:
+        # OPT's whole model, for one, calls its decoder past its base model: the outermost that is
+        # called counts.
         parts = (model, model.base_model, model.get_decoder())
         return {part: _STACK for part in parts if isinstance(part, nn.Module)}
     return {
@@ -267,7 +257,50 @@ def _by(shape: Sequence[int] | None) -> str:
 
 
 def _unless_all_real(mask: Tensor | None) -> Tensor | None:
-    """`mask`, or None when it hides nothing. Only checked on a CPU: elsewhere it would sync."""
+    # Elsewhere the look would wait for the device.
     if mask is None or mask.device.type != "cpu":
         return mask
     return None if mask.all() else mask
+
+
+@contextmanager
+def watch_blocks(
+    model: PreTrainedModel, indices: Sequence[int], see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(index, hidden)` for each pass through each of these blocks in this context.
+
+    `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
+    the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
+    Raises RoutingError when there is no block of an index, and as `TokenMasks.grid` does.
+    """
+    blocks = blocks_of(model) if indices else []
+    stream: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
+    for index in indices:
+        if not -1 <= index < len(blocks):
+            raise RoutingError(f"There is no block {index}; there are 0 to {len(blocks) - 1}.")
+    with token_masks(model) as masks:
+
+        def watcher(index: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                if masks.are_ours:
+                    hidden = output if isinstance(output, Tensor) else output[0]
+                    masks.grid(hidden, stream)  # refuses a model that pads inside
+                    see(index, hidden)
+
+            return hook
+
+        def enter(_: nn.Module, args: tuple[Tensor, ...], given: Mapping[str, Tensor]) -> None:
+            if masks.are_ours:
+                see(-1, args[0] if args else given["hidden_states"])
+
+        handles = [
+            blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+            if index == -1
+            else blocks[index].register_forward_hook(watcher(index))
+            for index in indices
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -74,7 +74,6 @@ class UntrustedText:
         self.ended = 0  # processes that exceeded a limit
 
     def start(self) -> None:
-        """Start the process now rather than with the first question, also after `close`."""
         with self._turn:
             self._is_closed = False
             self._running()
@@ -84,6 +83,7 @@ class UntrustedText:
         self._is_closed = True
         process = self._process
         if process is not None:
+            # Without the lock, which the thread that waits for an answer holds.
             process.kill()  # whoever waits for its answer then gives up the turn
         with self._turn:
             self._end()
@@ -111,7 +111,6 @@ class UntrustedText:
         return self._ask({"texts": list(texts), "most": most}, left, "tokenizer")
 
     def texts(self, tokens: Sequence[Sequence[int]], left: TimeLeft | None = None) -> list[str]:
-        """Each row of tokens as text without special tokens."""
         if self._own is not None:
             return [str(self._own.decode(list(each), skip_special_tokens=True)) for each in tokens]
         question = {"tokens": [list(each) for each in tokens], "most": MOST_CHARACTERS}
@@ -137,7 +136,6 @@ class UntrustedText:
         return [Counted(*each) for each in reply["found"]]
 
     def _running(self) -> _Process:
-        """The process, started if there is none."""
         if self._is_closed:
             raise EngineError(STOPPED)
         if self._process is None or self._process.has_ended:
@@ -146,6 +144,7 @@ class UntrustedText:
                 process = self._process = _Process()
             except OSError as error:  # no memory or processes left
                 raise EngineError(NO_START.format(one_line(error))) from error
+            # The finalizer holds the process, not this object, which could then never be collected.
             self._finalizer = weakref.finalize(self, process.end)
             setup = {
                 "tokenizer": self._described,
@@ -159,7 +158,6 @@ class UntrustedText:
         return self._process
 
     def _end(self) -> None:
-        """End the process, if there is one. For the thread whose turn it is."""
         if self._finalizer is not None:
             self._finalizer()  # once: the finalizer is dead then, and holds the process no more
         self._process = self._finalizer = None
@@ -210,9 +208,8 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 class _Process:
-    """One process, and how it ended."""
-
     def __init__(self) -> None:
+        # -I: neither the environment nor the working directory can put modules in its way.
         command = [sys.executable, "-I", "-c", START.format(module=MODULE), *map(str, sys.path)]
         self._child = subprocess.Popen(
             command,
@@ -229,6 +226,7 @@ class _Process:
     def ask(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """The reply to `question`; an empty one when the process is over, also after `seconds`."""
         self._is_answered = False
+        # readline can't time out on every system, but it ends when the process does.
         timer = threading.Timer(max(seconds, 0.0), self._expire)
         timer.daemon = True
         timer.start()
@@ -271,12 +269,11 @@ class _Process:
         return "it took too much memory, or ended by itself"
 
     def kill(self) -> None:
-        """Stop the process at once. Does nothing in a forked copy of this one."""
+        # A forked copy of this program has the pipes too, but the process isn't its child.
         if os.getpid() == self._pid:
             self._child.kill()
 
     def end(self) -> None:
-        """Stop the process and free what it held. No thread may be asking it."""
         self.is_over = True
         self.kill()
         if os.getpid() == self._pid:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_tokenizer
-from ..base.offloading import input_device
+from ..base.sites import input_device
 from ..config import Formatting, given_or_default
 from ..errors import ConfigError, EvaluationError
 from ..experts.expert import warn_of_other_formatting

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..base.offloading import input_device
+from ..base.sites import input_device
 from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
 from ..tasks import batching

@@ -35,10 +35,7 @@ def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
 
 
 def adapter_files(directory: Path) -> AdapterFiles:
-    """The files of the adapter in `directory`; PEFT's when it has none of any kind.
-
-    Raises ExpertError when there are files of several kinds.
-    """
+    """The files of the adapter in `directory`, by default PEFT's; ExpertError for several kinds."""
     held = [
         files
         for files in formats()
@@ -67,10 +64,7 @@ def read_modules(
 
 
 def named_base(directory: Path) -> str | None:
-    """The base that the adapter in `directory` names, None when it names none.
-
-    Raises ExpertError when there is no adapter that could be routed.
-    """
+    """The base that the adapter names, None without. Raises ExpertError without an adapter."""
     files = adapter_files(directory)
     named = files.read_config(directory).get(files.base_key)
     return named if isinstance(named, str) and named else None
@@ -108,16 +102,12 @@ def check_fit(
                 )
 
 
-# -------------------------------------------------------------------------------------------------
 # One expert alone on its base: a layer with its module at each of its sites.
-# -------------------------------------------------------------------------------------------------
 
 Layer = TypeVar("Layer", bound="ModifiedLinear")
 
 
 class ModifiedLinear(WrappedLinear):
-    """A linear layer under one expert's module (`kinds`), at full strength."""
-
     def __init__(self, base: nn.Module, module: SiteModule) -> None:
         super().__init__(base, *linear_shape(base))
         self.module = module.at(self.weight)
@@ -133,10 +123,7 @@ class ModifiedLinear(WrappedLinear):
 def applied(
     model: PreTrainedModel, modules: Mapping[str, SiteModule], layer: type[Layer]
 ) -> Iterator[dict[str, Layer]]:
-    """`layer`s with an expert's modules, by site, inside `model` while the context is open.
-
-    Raises ExpertError when a site or its shape doesn't fit the model.
-    """
+    """`layer`s with an expert's modules, by site, in `model`; ExpertError if one doesn't fit."""
     check_fit("adapter", modules, find_sites(model))
     layers = {site: layer(model.get_submodule(site), each) for site, each in modules.items()}
     with replaced(model, layers):

@@ -6,6 +6,7 @@ written under another name and renamed, so that one that exists is complete.
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -26,14 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.fingerprint import BaseReference
-from ..base.loading import Base
+from ..base.loading import Base, is_hub_id
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
 from ..files.strict import one_line, read_json_object, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
 from .adapter import adapter_file_names, adapter_files, named_base, read_modules
-from .card import model_card
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora.module import LoraFactors
 from .kinds.registry import kinds
@@ -44,10 +44,7 @@ UNRECORDED = {"truncation": "right"}  # of experts made before it was recorded
 
 
 def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Formatting | None:
-    """The formatting among an expert's hyperparameters, None when none is recorded.
-
-    Raises ConfigError, naming `where` it was found, for values that no formatting can have.
-    """
+    """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
     names = {field.name for field in fields(Formatting)}
     known = {name: value for name, value in hyperparameters.items() if name in names}
     return from_mapping(Formatting, {**UNRECORDED, **known}, where) if known else None
@@ -68,10 +65,7 @@ def format_record(
 
 
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
-    """Warn of the experts in `records` whose training inputs were formatted otherwise than `given`.
-
-    Truncation is not compared for experts none of whose inputs were cut.
-    """
+    """Warn of experts whose training inputs were formatted otherwise than `given`."""
     others: dict[str, list[str]] = defaultdict(list)
     for record in records:
         found = record.get("formatting")
@@ -155,10 +149,7 @@ def check_name(name: str) -> None:
 
 
 def read_info(path: Path) -> ExpertInfo:
-    """What the `phatgoose.json` at `path` says.
-
-    Raises ExpertError when it is missing, damaged, of another version, or a field has a wrong type.
-    """
+    """What the `phatgoose.json` at `path` says. Raises ExpertError when it isn't as specified."""
     try:
         content = read_json_object(path)
         if content.get("format_version") != FORMAT_VERSION:
@@ -342,6 +333,7 @@ class Expert:
         expert = _read(directory)
         for problem in _problems(expert):
             raise ExpertError(problem)
+        # Every byte was read for its hash; most aren't needed for long.
         expert.release()
         return expert
 
@@ -388,17 +380,13 @@ def check_expert(directory: str | Path) -> list[str]:
 
 
 def base_named_in(directory: Path) -> BaseReference | None:
-    """The base, with its revision, that the expert or plain adapter in `directory` names, if any.
-
-    Raises ExpertError when it is neither, or when what stands for a revision is none.
-    """
+    """The base that an expert or plain adapter names, if any; ExpertError when it is neither."""
     if (directory / LAYOUT.info).is_file():
         return read_info(directory / LAYOUT.info).base
     return _adapter_base(directory)
 
 
 def named_revision(config: Mapping[str, Any]) -> str | None:
-    """The revision of its base that an adapter's `config` names. Raises ExpertError for none."""
     named = config.get("revision")
     if named is not None and not (isinstance(named, str) and named.isprintable()):
         raise ExpertError(
@@ -416,12 +404,11 @@ def _adapter_base(directory: Path) -> BaseReference | None:
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors as they are stored: float32, on the CPU, detached."""
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
 def _read(directory: Path) -> Expert:
-    """The files of an expert directory, parsed but not yet compared with each other."""
+    # A process that was killed while it replaced the directory left it under another name.
     bring_back(directory)
     info = read_info(directory / LAYOUT.info)
     files = {}
@@ -472,7 +459,6 @@ def _problems(expert: Expert) -> Iterator[str]:
 
 
 def _vector_problems(expert: Expert) -> Iterator[str]:
-    """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
     rows = expert.embeddings
     if rows is not None and not (
         rows.dtype == torch.float32
@@ -502,7 +488,6 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
 
 
 def _not_finite(expert: Expert) -> Iterator[str]:
-    """Vectors with a NaN or an infinity; those in files are checked when they are read."""
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
         for site, vector in vectors.items():
             if not is_finite(vector):
@@ -510,3 +495,84 @@ def _not_finite(expert: Expert) -> Iterator[str]:
     for part, tensor in expert.readings.items():
         if not is_finite(tensor):
             yield f"Expert {expert.name!r}, readings: {part} is not finite."
+
+
+# The model card, which the expert's Hub page shows.
+
+CARD = """\
+---
+{front}library_name: {library}
+tags:
+- phatgoose
+- {tag}
+---
+
+# {name}
+
+{kind} expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
+lets a pool of such experts choose, for every token and at every module, who acts.
+
+- Base model: `{base_id}`{revision}
+- Base fingerprint: `{fingerprint}`
+- Adapted modules: {sites}
+{task}{hyperparameters}{metrics}
+## Use
+{alone}
+Routed together with others:
+
+```python
+import phatgoose as pg
+model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
+```
+"""
+
+
+ALONE = """
+As an ordinary adapter:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/{name}")
+```
+"""
+
+LONGEST_CELL = 500
+
+
+def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
+    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
+    in_peft = kinds()[kind].peft_type is not None
+    base = info["base"]
+    # In YAML an id without an owner might be a number.
+    quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
+    return CARD.format(
+        name=info["name"],
+        front=f"base_model: {quoted}\n" if is_hub_id(base["id"]) else "",
+        base_id=_code(base["id"]),
+        revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
+        fingerprint=_code(base["fingerprint"] or "not recorded"),
+        sites=sites,
+        kind=kinds()[kind].title,
+        tag=kind if in_peft else "adapter",
+        library="peft" if in_peft else "phatgoose",
+        alone=ALONE.format(name=info["name"]) if in_peft else "",
+        task=_section("Task", info["task"]),
+        hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
+        metrics=_section("Metrics", info["metrics"]),
+    )
+
+
+def _cell(value: object) -> str:
+    text = html.escape(one_line(value, LONGEST_CELL), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    return one_line(text).replace("`", "'")
+
+
+def _section(title: str, values: Mapping[str, Any]) -> str:
+    if not values:
+        return ""
+    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items())
+    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"

@@ -39,10 +39,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubReference:
-    """The location of an expert or a folder of them on the Hub; `revision` None: default branch.
-
-    `folder` is inside the repository, "" for its root.
-    """
+    """Where an expert, or a folder of them, is on the Hub; `folder` "" is the repository's root."""
 
     repo: str
     folder: str = ""
@@ -61,7 +58,6 @@ class HubReference:
 
     @staticmethod
     def is_one(place: str | Path) -> bool:
-        """True when `place` begins with `hub:`, so that it is meant as a reference."""
         return str(place).startswith(PREFIX)
 
     def __str__(self) -> str:
@@ -75,10 +71,7 @@ def local_folder(place: str | Path) -> Path:
 
 
 def reference_of(directory: Path) -> HubReference | None:
-    """The pinned reference to a folder in huggingface_hub's cache, None for other folders.
-
-    A folder elsewhere that only looks like the cache has no reference.
-    """
+    """The pinned reference to a folder in huggingface_hub's cache, None for other folders."""
     cache, place = Path(constants.HF_HUB_CACHE).resolve(), directory.resolve()
     if not place.is_relative_to(cache):
         return None
@@ -90,11 +83,9 @@ def reference_of(directory: Path) -> HubReference | None:
 
 
 def fetch(reference: HubReference, inner: Sequence[str] | None = None) -> Path:
-    """The local copy of what `reference` names, in huggingface_hub's cache.
+    """The local copy of what `reference` names, also without a connection if it was fetched before.
 
-    Of the folders in it the files that `inner` names come too, of deeper ones none. Without a
-    connection the copy that was fetched before is used. Raises ExpertError when there is
-    neither, and when the repository, revision or folder doesn't exist.
+    `inner` are the files wanted of folders in it. Raises ExpertError when there is nothing.
     """
     inside = f"{reference.folder}/" if reference.folder else ""
     patterns = [f"{inside}{file}" for file in expert_files()]
@@ -196,7 +187,6 @@ def _no_single_expert(reference: HubReference, fetched: Path) -> str:
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into an ExpertError that begins with `what`."""
     try:
         with without_progress_bars():
             yield
@@ -208,7 +198,6 @@ def _reported(what: str) -> Iterator[None]:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """huggingface_hub shows no bar, of which it has one for every small file."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -101,7 +101,6 @@ class Pool(Mapping[str, Expert]):
 
     @property
     def _anchor(self) -> Expert:
-        """The expert with whose base the others' are compared: the first that has a fingerprint."""
         if not self.experts:
             raise PoolError("The pool has no experts.")
         known = (expert for expert in self.experts if expert.info.base.fingerprint)
@@ -154,7 +153,6 @@ class Pool(Mapping[str, Expert]):
         return Pool(tuple(chosen))
 
     def _unknown(self, name: object) -> str:
-        """The message for a `name` that no expert has; it may be a directory's."""
         held = [expert.name for expert in self.experts if expert.directory.name == name]
         hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""
         named = [
@@ -171,10 +169,7 @@ class Pool(Mapping[str, Expert]):
             expert.release()
 
     def vectors(self, kind: str, site: str) -> Tensor:
-        """The gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
-
-        Rows are the experts that act at `site`, in order; all of them must have the vector.
-        """
+        """The "gates" or "means" (`kind`) at `site`, [E, n], of the experts that act there."""
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
     def check_vectors(self, kind: str) -> None:
@@ -224,16 +219,11 @@ class Pool(Mapping[str, Expert]):
 
 
 def check_manifest_name(path: Path) -> None:
-    """Raise PoolError unless `path` ends in .json, by which `open` knows a manifest.
-
-    Into a pipe or a device one may be written too.
-    """
     if path.suffix != MANIFEST and not is_stream(path):
         raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
 
 
 def _experts_at(place: object) -> Iterable[Expert | Path]:
-    """An expert that is loaded, or the directories of those at a place."""
     if isinstance(place, Expert):
         return [place]
     if not isinstance(place, str | Path):
@@ -242,7 +232,6 @@ def _experts_at(place: object) -> Iterable[Expert | Path]:
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:
-    """`place` if it is an expert, else the experts directly in it, sorted by name."""
     if place.suffix == MANIFEST and place.is_file():
         raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
     bring_back(place)
@@ -295,12 +284,10 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _steers(path: str) -> bool:
-    """True for a path that errors couldn't name on one line."""
     return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in path)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
-    """Raise ExpertError unless `expert`, whose own hashes are checked, has those of `record`."""
     files = adapter_files(expert.directory)
     config_sha256 = sha256_of(expert.directory / files.config)
     for file, key, found in (
@@ -330,10 +317,7 @@ def _missing(without: Sequence[str], kind: str) -> str:
 def check_alike(
     experts: Iterable[Expert], inputs: Mapping[str, int], outputs: Mapping[str, int]
 ) -> None:
-    """Raise ExpertError unless all `experts` act on layers of the same sizes at each site.
-
-    `inputs` and `outputs` are what is known of these by site, without a base to ask.
-    """
+    """Raise ExpertError unless `experts` act on layers of the same sizes at each site."""
     inputs, outputs = dict(inputs), dict(outputs)
     for expert in experts:
         for site, module in expert.modules.items():

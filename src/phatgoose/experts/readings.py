@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..base.blocks import blocks_of
+from ..base.sites import blocks_of
 from ..tasks.prompt_passes import PromptReading, last_token, mean_token
 
 PLACES = ("end", "whole")
@@ -68,13 +68,11 @@ def moments_of(
 
 
 def readings_size(config: PreTrainedConfig) -> int:
-    """How many numbers the readings of a base with this `config` are."""
     text = config.get_text_config()
     return len(PLACES) * int(text.num_hidden_layers) * int(text.hidden_size) * (2 + RANK)
 
 
 def readings_problems(readings: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with `readings` as such, as ends of a sentence; empty when nothing is."""
     wanted = {f"{place}.{part}": many for place in PLACES for part, many in PARTS.items()}
     if set(readings) != set(wanted):
         return [f"they are {', '.join(sorted(readings))}; wanted {', '.join(wanted)}"]
@@ -100,10 +98,6 @@ def readings_problems(readings: Mapping[str, Tensor]) -> list[str]:
 
 
 def _strongest(centred: Tensor, rank: int) -> Tensor:
-    """The `rank` strongest directions of `centred` [prompts, d] times their deviation, [rank, d].
-
-    Rows of zeros stand for directions that there are not.
-    """
     count, size = centred.shape
     gram = centred @ centred.T if count < size else centred.T @ centred
     values, vectors = torch.linalg.eigh(gram)  # ascending

@@ -83,19 +83,15 @@ def check_signature(directory: Path, signers: Sequence[Path], label: object = No
 
 
 def _check_covered(signature: Path, names: set[str]) -> None:
-    """Raise ValueError unless a valid `signature` is of exactly the files of these `names`.
-
-    The library leaves out what the signer told it to leave out.
-    """
     bundle = json.loads(signature.read_bytes(), object_pairs_hook=distinct_keys)
     payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
     signed = {resource["name"] for resource in payload["predicate"]["resources"]}
+    # The library leaves out what the signer told it to leave out.
     if signed != names:
         raise ValueError(f"it covers {shortened(sorted(signed))}, not {sorted(names)}")
 
 
 def _signed_names(directory: Path) -> set[str]:
-    """The files that a signature covers. Raises ExpertError for what is no file of an expert."""
     try:
         there = {path.name for path in directory.iterdir()} - OF_GIT - {LAYOUT.signature}
         for name in sorted(there):
@@ -111,15 +107,14 @@ def _signed_names(directory: Path) -> set[str]:
 
 
 def _check_key(key: Path) -> None:
-    """Raise ExpertError unless the file `key` can be read: the library's words name no file."""
     try:
+        # The library's own words for a key that can't be read name no file.
         key.read_bytes()
     except OSError as error:
         raise ExpertError(f"Key {key} can't be read: {reason(error)}.") from error
 
 
 def _library() -> Any:
-    """The library model-signing, an optional extra."""
     try:
         import model_signing
     except ImportError as error:
@@ -130,14 +125,12 @@ def _library() -> Any:
 
 
 def _hashing(library: Any) -> Any:
-    """SHA-256 of every file, in one thread, but for the signature itself."""
     config = library.hashing.Config().use_file_serialization(max_workers=1)
     return config.set_ignored_paths(paths=[LAYOUT.signature])
 
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    """Turns whatever the library and those below it raise into an ExpertError of one line."""
     try:
         yield
     except Exception as error:  # InvalidSignature is one of its own, and a ParseError another

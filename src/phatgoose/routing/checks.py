@@ -136,9 +136,7 @@ def check_lookup(
 def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
     """Raise RoutingError for an expert whose update at the site `where` can't be computed with.
 
-    Every number of it, and of the product of its factors, must be one of the stack's type, scales
-    included, and one that float32 can square: a norm squares it in the next layer. `names` are
-    those of the pool's experts.
+    Its numbers, the product of its factors and their squares must be finite. `names`: the pool's.
     """
     most = min(torch.finfo(stack.dtype).max, SQUARED)
     for name, part in stack.parts.items():
@@ -147,6 +145,8 @@ def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
         alone = [tensor for tensor in alone if tensor.is_floating_point()]
         bounds = [_lengths(tensor) for tensor in alone]
         if factors:
+            # No number of B A is above |A| |B|: products are only computed where this bound is too
+            # high.
             bounds.append(_lengths(factors[0]) * _lengths(factors[1]))
         doubtful = ~(torch.stack(bounds) <= most).all(dim=0)  # so is NaN
         for row in doubtful.nonzero().flatten().tolist():
@@ -180,7 +180,6 @@ def check_folded(folded: Tensor, where: str) -> None:
 def _sizes_of(
     where: str, held: Mapping[str, Tensor], forms: Mapping[str, Form], sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    """The size of each letter, which is the same in all tensors and never 0."""
     found = dict(sizes)
     for name, tensor in held.items():
         form = forms[name]
@@ -198,7 +197,6 @@ def _sizes_of(
 
 
 def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:
-    """Parts are whole, and each expert is in one part once; or all are folded into one matrix."""
     rows: list[Tensor] = []
     for part in declared().parts.values():
         present = {field: each for field, each in part.held.items() if each.name in held}
@@ -226,7 +224,6 @@ def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:
 def _check_range(
     where: str, name: str, indices: Tensor, count: int, *, ascending: bool = False
 ) -> None:
-    """Raise RoutingError unless all `indices` are from 0 to below `count`, each above the last."""
     least, most = (int(end) for end in indices.aminmax())
     if least < 0 or most >= count:
         raise RoutingError(
@@ -243,7 +240,6 @@ def _check_scale(where: str, name: str, scale: Tensor) -> None:
 
 
 def _check_numbers(where: str, held: Mapping[str, Tensor]) -> None:
-    """Raise RoutingError where a variance is below 0, a deviation 0, or a unit vector longer."""
     for name, tensor in held.items():
         if name.endswith(".rest") and bool((tensor < 0).any()):
             raise RoutingError(f"{where}: {name} has variances below 0.")

@@ -23,8 +23,7 @@ from ..base.fingerprint import (
     surely_differs,
 )
 from ..base.loading import Base, check_heeds_masks, load_base
-from ..base.offloading import check_in_place, execution_device
-from ..base.sites import ROUTED, Site, find_sites, replace_module
+from ..base.sites import ROUTED, Site, check_in_place, execution_device, find_sites, replace_module
 from ..config import Routing, from_mapping, given_or_default
 from ..errors import BaseModelError, RoutingError
 from ..experts.adapter import check_fit
@@ -104,6 +103,7 @@ def prepare(
     """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
     pool = Pool.open(pool).select(keep, leave_out)
     routing = routing or Routing()
+    # Only auto must know the base before the router; others are refused before it is loaded.
     found = resolve_base(base, pool.base) if routing.router == AUTO else None
     router = router_of(settled(routing, pool, found.model, found.tokenizer) if found else routing)
     check_routing(router, pool)
@@ -125,23 +125,20 @@ def prepare(
         prompt_router=prompt_router,
         marks=found.marks,
     )
+    # Before any layer is replaced: it is the base alone that is read.
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
 
 
 def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
-    """Raise ExpertError unless every expert of `pool` fits the base, which has `sites`."""
     for each in pool.experts:
         check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
 
 
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
-    """The layers that take the places of the base's, site by site.
-
-    What was read of the experts' files is released on the way, so that memory goes to the stacks.
-    """
     pool, model, router = prepared.pool, prepared.model, prepared.parts.router
     constant, read = {}, 0
+    # Sites ahead are read from the disk while this one is checked.
     stacks = prefetch(lambda name: stack_at(model, name, pool), pool.sites)
     states = prefetch(lambda name: router.state_at(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):
@@ -150,6 +147,7 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
         original, site = model.get_submodule(name), prepared.sites[name]
         yield routed_layer(original, site, stack, state, prepared.parts)
         read += sum(tensor.nbytes for tensor in stack.tensors().values())
+        # Pages of the experts' files are given back on the way, so that memory goes to the stacks.
         if read > READ_AT_ONCE:
             pool.release()
             read = 0
@@ -158,13 +156,12 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
 
 
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
-    """The stack of the experts of `pool` at a `site` of `model`, in its type and on its device."""
     layer = model.get_submodule(site)
     return stack_of(pool, site, dtype_at(layer, model), execution_device(layer))
 
 
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
-    """The type that experts have at `layer` of `model`: its own, or the model's if quantised."""
+    """The type that experts have at `layer`: its own, or the model's if that is quantised."""
     weight: Tensor = layer.weight
     return weight.dtype if weight.is_floating_point() else model.dtype
 
@@ -178,10 +175,10 @@ def routed_layer(
     *,
     may_fold: bool = True,
 ) -> RoutedLayer:
-    """The layer of a model of these `parts` that takes the place of `original` at `site`.
+    """The layer that takes the place of `original` at `site` in a model of these `parts`.
 
-    `state` are the router's tensors there (`Router.state_at`). With `may_fold` the mean of all
-    experts is folded into the weight where that is cheaper. Raises as `checks` does.
+    `state` are the router's tensors there; `may_fold` folds the mean of all experts into the weight
+    where that is cheaper. Raises as `checks` does.
     """
     router, plain, size = parts.router, stack.plain_lora, len(parts.experts)
     if plain and may_fold and router.folds and is_cheaper_folded(original, plain):
@@ -193,6 +190,7 @@ def routed_layer(
     check_numbers(stack, site.name, parts.experts)
     module = router.at(RouterSite(site.name, stack.experts, size, state, parts.context))
     weight = original.weight
+    # Of a quantised layer the type is of integers.
     kind = weight.dtype if weight.is_floating_point() else stack.dtype
     module.to(execution_device(original), kind)
     return RoutedLinear(original, site, stack, module, parts.routing.kernel, router.product)
@@ -244,7 +242,6 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
 
-    A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
     """
     if base is None:

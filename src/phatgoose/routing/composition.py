@@ -43,22 +43,18 @@ class Composition:
     differs: bool = False
 
     def __post_init__(self) -> None:
-        """The context of the `prompt_router`."""
         self.context = RoutingContext(self.prompt_router) if self.prompt_router else None
 
     def __repr__(self) -> str:
-        """The router, the base, and how many experts."""
         what = f"{self.routing.router} on {self.base.id!r}"
         return f"<Composition by {what} (experts: {len(self.experts)})>"
 
     @cached_property
     def router(self) -> Router:
-        """The router that `routing` asks for."""
         return router_of(self.routing)
 
 
 def composition_if_any(model: PreTrainedModel) -> Composition | None:
-    """What `model` was composed of, None when it is not routed."""
     parts = getattr(model, ROUTED, None)
     return parts if isinstance(parts, Composition) else None
 

@@ -71,11 +71,9 @@ class Choice:
         return len(self.experts)
 
     def of(self, rows: Sequence[int]) -> Choice:
-        """That of some rows."""
         return Choice(self.experts[list(rows)], self.weights[list(rows)])
 
     def each(self) -> list[Choice]:
-        """Every row on its own."""
         return [self.of([row]) for row in range(len(self))]
 
 
@@ -95,8 +93,6 @@ class Chooser(Protocol):
 
 
 class _Present(threading.local):
-    """The present batch of one thread."""
-
     choice: Choice | None = None  # as `RoutingContext.choice`
     announced = False  # by somebody, rather than read
     prompt: Tensor | None = None  # read last
@@ -108,7 +104,6 @@ class _Present(threading.local):
 
 
 def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """`hook`, which torch.compile leaves alone."""
     reason = "Routers that read prompts look at tokens; use fullgraph=False."
     left_alone: Callable[..., None] = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
     return left_alone
@@ -131,24 +126,20 @@ class RoutingContext:
 
     def _begin_anew(self) -> None:
         self._present = _Present()
+        # Weak: a cache that its owner drops takes its choice along.
         self._of_caches: WeakKeyDictionary[Any, Choice] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the threads' batches and the caches, which stay with the original."""
         own = ("_present", "_of_caches")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Restore what `__getstate__` gave, with no batch."""
         self.__dict__.update(state)
         self._begin_anew()
 
     @property
     def choice(self) -> Choice | None:
-        """The experts of the rows of this thread's batch; None while nothing is known.
-
-        A single row serves batches of any size.
-        """
+        """The experts of this thread's rows, or of all as one row; None if unknown."""
         return self._present.choice
 
     def use(self, choice: Choice | None) -> None:
@@ -156,16 +147,13 @@ class RoutingContext:
         self._present.choice, self._present.announced = choice, choice is not None
 
     def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
-        """The experts of each prompt, given by its tokens; as `PromptRouter.choose` has it."""
         return self.router.choose(prompts, self._model, **known)
 
     def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
-        """The experts of each token of u [T, n], on its device: T / rows tokens in turn for a row.
+        """The experts of each token of u [T, n], on its device: T / rows tokens in turn.
 
-        A row's beams and tokens stand together, so this holds for generation too. `sees_all` False
-        says that u holds some of the rows' tokens only, nobody knows whose: all rows must then have
-        the same experts. Raises RoutingError when no expert is known, when T is no multiple of the
-        rows, or such rows differ.
+        `sees_all` False: u holds some rows' tokens only, so all rows must have the same experts.
+        Raises RoutingError when no expert is known, T is no multiple of the rows, or rows differ.
         """
         known = self.choice
         if known is None:
@@ -187,20 +175,22 @@ class RoutingContext:
         self._model = model
         if self.router.unserved:
             return
+        # Generation calls the encoder by itself, and a decoder never sees the prompt.
         parts = (model.get_encoder(),) if model.config.is_encoder_decoder else callable_parts(model)
         for part in parts:
             self._handles += [
                 part.register_forward_pre_hook(self._begin, with_kwargs=True),
+                # Also after a pass that raised, so that depth is right again.
                 part.register_forward_hook(self._end, always_call=True),
             ]
         if model.config.is_encoder_decoder:
             check = model.register_forward_pre_hook(self._check_encoded, with_kwargs=True)
             self._handles.append(check)
         elif model.can_generate():
+            # On the instance, over the class's own; detach takes it away again.
             model.generate = partial(_generate, self, model)
 
     def detach(self) -> None:
-        """Stop reading prompts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -211,6 +201,7 @@ class RoutingContext:
     @_uncompiled
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         present = self._present
+        # Parts call each other: only the outermost call's arguments are the caller's.
         depth = 1 if part is self._model else present.depth + 1  # whatever broke off before
         if depth == 1 and not present.announced:
             self._read(given_arguments(part, args, kwargs))  # may call the model itself
@@ -230,7 +221,6 @@ class RoutingContext:
     def _check_encoded(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Raise RoutingError for encoder outputs of other prompts than those read last."""
         present, given = self._present, given_arguments(model, args, kwargs).get("encoder_outputs")
         if given is None or present.announced or given[0] is present.checked:
             return
@@ -242,9 +232,10 @@ class RoutingContext:
         present.checked = given[0]
 
     def _read(self, given: Mapping[str, Any]) -> None:
-        """Find the experts of the prompts in a call's arguments, unless it goes on with others."""
         ids, present, cache = given.get("input_ids"), self._present, cache_of(given)
         known, cached = _is_cache(cache) and cache in self._of_caches, cached_tokens(given)
+        # It goes on with prompts that were read before. Caches of states alone don't tell their
+        # length; then any that is known counts.
         if known if cached is None else cached > 0:
             present.choice = self._of_cache(cache)
             return
@@ -260,15 +251,12 @@ class RoutingContext:
             end, real = self._prompt_end(given), real_tokens(given)
             real = torch.ones_like(ids).bool() if real is None else real
             kept = zip(ids[:, :end], real[:, :end], strict=True)
+            # Padding is left out, so a prompt's choice doesn't depend on its batch.
             present.choice = self.choose([row[keep].tolist() for row, keep in kept])
             present.prompt, present.given = ids.cpu(), None
         present.length = ids.shape[1]
 
     def _prompt_end(self, given: Mapping[str, Any]) -> int:
-        """How many columns of a first pass are its prompt; drafts of assisted decoding follow it.
-
-        Raises RoutingError where the pass doesn't say, or holds a part of the prompt only.
-        """
         columns, prompt = given["input_ids"].shape[1], self._present.given
         kept = given.get("logits_to_keep")  # with drafts, generate keeps one more than there are
         kept = kept if isinstance(kept, int) and kept else None  # 0 keeps all
@@ -288,7 +276,6 @@ class RoutingContext:
         )
 
     def _of_cache(self, cache: Any) -> Choice:
-        """The experts of the prompt that `cache` holds."""
         known = self._of_caches.get(cache)
         if known is None:
             raise RoutingError(
@@ -298,7 +285,6 @@ class RoutingContext:
         return known
 
     def _grew(self, ids: Tensor) -> bool:
-        """True for the prompt read last, a token longer: a step of generation without a cache."""
         prompt = self._present.prompt
         if prompt is None or ids.shape != (len(prompt), self._present.length + 1):
             return False
@@ -308,7 +294,6 @@ class RoutingContext:
 def _generate(
     context: RoutingContext, model: PreTrainedModel, inputs: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """What the class of `model` generates, while `context` knows how long the prompt is."""
     present, given = context._present, kwargs.get("input_ids") if inputs is None else inputs
     before = present.given  # of a call around this one: the model may be its own assistant
     present.given = given.shape[1] if isinstance(given, Tensor) and given.dim() == 2 else None
@@ -320,7 +305,6 @@ def _generate(
 
 
 def _of_any(known: Choice) -> Choice:
-    """The one row that all rows are. Raises RoutingError where they differ."""
     if not all((part == part[0]).all() for part in (known.experts, known.weights)):
         raise RoutingError(
             "Inputs that choose different experts can't share a batch here: some of the layers are "
@@ -331,7 +315,6 @@ def _of_any(known: Choice) -> Choice:
 
 
 def _values(output: Any) -> Iterable[Any]:
-    """What a model gave back, one by one."""
     if isinstance(output, Mapping):
         return output.values()
     return output if isinstance(output, tuple) else ()
@@ -342,11 +325,8 @@ def _is_cache(value: Any) -> bool:
 
 
 def _is_same(given: Tensor, encoded: Tensor) -> bool:
-    """True where `given` is `encoded` [rows, tokens, d], or each of its rows several times.
-
-    One place tells: an encoder's every output depends on the whole prompt.
-    """
     times, rest = divmod(len(given), len(encoded))
+    # One place tells: each output of an encoder depends on the whole prompt. Beams repeat rows.
     first = encoded[:, 0].repeat_interleave(times, dim=0).to(given)
     return rest == 0 and torch.equal(given[:, 0], first)
 
@@ -371,6 +351,7 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
     before = present.choice, present.announced
     context.use(Choice.alone(torch.tensor([NOBODY])))
     try:
+        # A pass that is watched may read a prompt first; that reading is no part of it.
         with unwatched():
             yield
     finally:

@@ -17,24 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.fingerprint import BaseReference, check_base
-from ..base.offloading import check_in_place
-from ..base.sites import Site, find_sites
+from ..base.sites import Site, check_in_place, find_sites
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
+from . import stacks
 from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.prompt_router import ByPrompt
 from .routers.router import Router, warn_of_lowered_k
-from .stacks import (
-    SitePart,
-    SiteStack,
-    appended,
-    joined_parts,
-    joined_state,
-    kept_part,
-    renumbered,
-)
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -48,6 +39,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     pool = Pool.open(pool)
     check_growth(parts.router, parts.experts, pool, parts.base, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
+    # Sites are those of the plain base; whatever fails below puts the old layers back.
     detach(model)
     try:
         sites = find_sites(model)
@@ -85,7 +77,7 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     parts = composition_of(model)
     left = check_removal(parts.router, parts.experts, names, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
-    place = renumbered(torch.tensor(left), len(parts.experts))
+    place = stacks.renumbered(torch.tensor(left), len(parts.experts))
     router, prompt_router = parts.router, parts.prompt_router
     if isinstance(router, ByPrompt) and prompt_router is not None:
         prompt_router = router.shrunk(prompt_router, place)
@@ -111,9 +103,8 @@ def check_growth(
 ) -> None:
     """Raise unless `pool` can join experts of these `names` on `base`.
 
-    Raises RoutingError for a router that is made for the experts it has and for experts that are
-    `folded` into the base's weights, PoolError when a name is taken or experts of `pool` lack what
-    the router needs, WrongBaseError when theirs is another base.
+    RoutingError for a router that can't grow and for `folded` experts, PoolError for a name that is
+    taken or vectors that are missing, WrongBaseError for another base.
     """
     _check_changeable(router, folded)
     taken = sorted(set(names) & set(pool.names))
@@ -159,13 +150,9 @@ def _grown(
     site: Site,
     old: Composition,
     new: Composition,
-    added: SiteStack | None,
+    added: stacks.SiteStack | None,
     state: Mapping[str, Tensor],
 ) -> RoutedLayer:
-    """The layer at `site` with what is `added` there, whose experts count on from the old ones.
-
-    `state` are the router's tensors of the experts that are added.
-    """
     layer = old.layers.get(site.name)
     if added is not None:
         added = replace(added, experts=added.experts + len(old.experts))
@@ -174,30 +161,33 @@ def _grown(
     known, room = layer.router.state(), layer.room
     if added is None:
         return _layer(layer.base, site, layer.stack, known, new, room)
+    # Spare rows may be written although the old layer is a view of the same memory: it ends before
+    # them.
     if layer.stack.plain_lora and added.plain_lora:  # into spare rows, without a copy of the others
         room = {
-            name: appended(rows, added.tensors()[name], room.get(name))
+            name: stacks.appended(rows, added.tensors()[name], room.get(name))
             for name, rows in layer.stack.tensors().items()
         }
         experts = torch.cat([layer.experts, added.experts])
-        stack = SiteStack.of({name: rows[: len(experts)] for name, rows in room.items()}, experts)
-        return _layer(layer.base, site, stack, joined_state([known, state]), new, room)
-    part = joined_parts([SitePart(layer.stack, known), SitePart(added, state)])
+        stack = stacks.SiteStack.of(
+            {name: rows[: len(experts)] for name, rows in room.items()}, experts
+        )
+        return _layer(layer.base, site, stack, stacks.joined_state([known, state]), new, room)
+    part = stacks.joined_parts([stacks.SitePart(layer.stack, known), stacks.SitePart(added, state)])
     return _layer(layer.base, site, *part, new, {})
 
 
 def _shrunk(layer: RoutedLayer, new: Composition, place: Tensor) -> RoutedLayer | None:
-    """The layer without the experts whose `place` is -1, None if it has no other."""
     if not isinstance(layer, RoutedLinear):
         return None
-    part = kept_part(SitePart(layer.stack, layer.router.state()), place)
+    part = stacks.kept_part(stacks.SitePart(layer.stack, layer.router.state()), place)
     return part and _layer(layer.base, layer.site, *part, new, layer.room)
 
 
 def _layer(
     base: Any,
     site: Site,
-    stack: SiteStack | None,
+    stack: stacks.SiteStack | None,
     state: Mapping[str, Tensor],
     parts: Composition,
     room: Mapping[str, Tensor] | None = None,

@@ -49,7 +49,9 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, base: nn.Module, site: Site, experts: Tensor) -> None:
         super().__init__()
+        # Past nn.Module, which would make it a submodule and change every name in state dicts.
         self.__dict__["base"] = base
+        # The very dictionary, so that whoever replaces a parameter replaces the base's too.
         self._parameters = base._parameters
         for name, child in base.named_children():
             self.add_module(name, child)
@@ -149,12 +151,12 @@ class RoutedLinear(RoutedLayer):
         return y + delta.view(y.shape).to(y.dtype)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
-        """True where choosing and adding to y could be left to the kernel as one."""
         router, A, B = self.router, self.A, self.B
         vectors, k = router.vectors, router.k
         if not y.is_contiguous():
             return False
         add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
+        # One call leaves no decision to show, so a watched layer goes the longer way.
         if add_routed is None or watches_over(self, self.site):
             return False
         add_routed(y, u, vectors, A, B, k, router.eps)
@@ -183,8 +185,8 @@ class RoutedLinear(RoutedLayer):
         return y.view(first.shape)
 
     def _among(self, part: str, decision: RoutingDecision) -> tuple[Tensor, Tensor]:
-        """Rows of one part, and their weights: 0 where the decision fell on other parts."""
         place = getattr(self, f"{part}_place")[decision.experts]
+        # An expert of another part gets row 0 with weight 0: shapes stay static.
         return place.clamp(min=0), decision.weights * (place >= 0)
 
     def _product(
@@ -195,18 +197,14 @@ class RoutedLinear(RoutedLayer):
 
 
 class FoldedLinear(RoutedLayer):
-    """A linear layer with the mean of its experts' updates inside its weight.
-
-    `detach` brings the base layer back. In bfloat16 the sum of weight and update is rounded once; a
-    factored update would be rounded on its own.
-    """
+    """A linear layer with the mean of its experts' updates inside its weight, rounded once."""
 
     folded: Tensor
 
     def __init__(
         self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor, pool_size: int
     ) -> None:
-        """`folded` [d, n] comes from `folded_weight`. Raises RoutingError for an offloaded bias."""
+        """Raises RoutingError for an offloaded bias."""
         super().__init__(base, site, experts)
         if self.base.bias is not None and self.base.bias.is_meta:
             raise RoutingError(
@@ -217,7 +215,6 @@ class FoldedLinear(RoutedLayer):
         self.register_buffer("folded", folded, persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
         if watches := watches_over(self, self.site):
             experts = self.experts.expand(u[..., 0].numel(), -1)
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
@@ -227,34 +224,26 @@ class FoldedLinear(RoutedLayer):
 
 
 def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
-    """True where E r (n + d) factors outnumber n d weights, and those are all there is to it."""
     weight: Tensor = base.weight  # type: ignore[assignment]
     return has_plain_weight(base) and stack.A.numel() + stack.B.numel() > weight.numel()
 
 
 def has_plain_weight(base: nn.Module) -> bool:
-    """True for a linear layer that multiplies by a weight which is here, and does nothing else.
-
-    Subclasses of a linear layer (quantised ones, for instance) may do more; weights that accelerate
-    keeps elsewhere aren't there to be added to.
-    """
     weight: Tensor = base.weight  # type: ignore[assignment]
+    # Exactly these: subclasses, quantised ones for instance, may do more than multiply.
     is_linear = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
     return is_linear and not weight.is_meta
 
 
 def matrix_of(base: nn.Module) -> Tensor:
-    """The weight of a linear layer as [d, n]."""
     weight: Tensor = base.weight  # type: ignore[assignment]
+    # GPT-2's Conv1D keeps its weight as [n, d].
     return weight.T if isinstance(base, Conv1D) else weight
 
 
 @torch.no_grad()
 def folded_weight(base: nn.Module, stack: LoraStack, pool_size: int) -> Tensor:
-    """W plus the mean of all B A, [d, n], in the dtype of W; summed in float32.
-
-    Those of the pool's experts that are not in `stack` count as zero.
-    """
+    """W plus the mean of all B A, [d, n], in the dtype of W, summed in float32."""
     weight = matrix_of(base)
     A, B = stack.A.float().flatten(0, 1), stack.B.float().flatten(0, 1)  # [E r, n], [E r, d]
     return (weight.float() + B.T @ A / pool_size).to(weight.dtype)

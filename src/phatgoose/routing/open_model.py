@@ -32,24 +32,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready to use, with its tokenizer."""
-
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 def is_routed(place: str | Path) -> bool:
-    """True for the folder of a routed model. Raises ConfigError where `place` can be no path."""
     with _looking_at(place):
         bring_back(Path(place))
         return (Path(place) / ROUTED_INFO).is_file()
 
 
 def is_pool(place: str | Path) -> bool:
-    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub.
-
-    Raises ConfigError where `place` can be none of them and no path.
-    """
+    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
     if HubReference.is_one(place):
         return True
     path = Path(place)
@@ -60,7 +54,6 @@ def is_pool(place: str | Path) -> bool:
 
 @contextmanager
 def _looking_at(place: str | Path) -> Iterator[None]:
-    """Turns what the system says of `place`, such as a prompt in a model's place, into an error."""
     try:
         yield
     except OSError as error:
@@ -71,7 +64,6 @@ def _looking_at(place: str | Path) -> Iterator[None]:
 
 
 def require_pool(place: str | Path) -> None:
-    """Raise ConfigError when `place`, whose experts or router are to be chosen, is not a pool."""
     if not is_pool(place):
         raise ConfigError(
             f"{place} is not a pool: a routed model has its own router and experts, and a base "
@@ -151,7 +143,6 @@ def open_prompt_router(
 
 
 def _by_prompt(routing: Routing) -> ByPrompt:
-    """The router of `routing`. Raises ConfigError for one that doesn't choose by prompts."""
     router = None if routing.router == AUTO else router_of(routing)
     if not isinstance(router, ByPrompt):
         raise ConfigError(
@@ -174,7 +165,6 @@ def compose_pool(
     routing: Routing | None = None,
     scores: Scores | str | Path | None = None,
 ) -> PreTrainedModel:
-    """`pool` composed by `routing` with `base`, or with the base that it names, in `dtype`."""
     base = loaded_base(pool, base, dtype)
     return compose(pool, base, scores=scores, routing=routing)
 

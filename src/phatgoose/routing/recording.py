@@ -31,10 +31,7 @@ def record(model: PreTrainedModel) -> Iterator[Recording]:
 
 @contextmanager
 def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
-    """Call `callback` for every routing decision of `model` in this thread.
-
-    A compiled model runs uncompiled meanwhile. Raises RoutingError when `model` is not routed.
-    """
+    """Call `callback` for each routing decision of `model` in this thread, uncompiled meanwhile."""
     with watching(model, composition_of(model).layers, callback):
         yield
 
@@ -53,13 +50,11 @@ class Recording:
     streams: dict[str, Stream] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """How many passes, sites and experts."""
         passes = max(map(len, self.weights.values()), default=0)
         sizes = f"passes: {passes}, sites: {len(self.weights)}, experts: {len(self.experts)}"
         return f"<Recording ({sizes})>"
 
     def add(self, passed: SitePass) -> None:
-        """Add one pass through one site."""
         site, dense = passed.site, passed.dense_weights(len(self.experts))
         self.streams[site.name] = site.stream
         self.weights.setdefault(site.name, []).append(dense.view(*passed.grid, -1))
@@ -76,9 +71,7 @@ class Recording:
     def by_token(self, row: int = 0) -> Tensor:
         """Mean weight of each expert over all sites, [tokens, E], for one row of the batch.
 
-        In an encoder-decoder model these are the decoder's tokens and sites, or the encoder's where
-        no expert acts in the decoder. Sites that see some of the tokens only, inside a mixture of
-        experts of the base's own, are left out.
+        Of an encoder-decoder model the decoder's tokens and sites, if experts act there.
         """
         stream = "decoder" if "decoder" in self.streams.values() else "encoder"
         rows = [

@@ -53,10 +53,7 @@ def _declared(kinds: tuple[Kind, ...]) -> Declared:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all `parts`, in order; the one part itself where there is only one.
-
-    Zeros fill up ranks that differ, the second of three dimensions.
-    """
+    """The rows of all `parts`, in order, with zeros where ranks differ; a lone part itself."""
     if len(parts) == 1:
         return parts[0]
     if parts[0].dim() == 3:
@@ -66,19 +63,17 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def appended(old: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
-    """A tensor with room to spare, whose first rows are those of `old` and `new`.
-
-    It is `room` itself if `old` begins it and it is large enough: then only `new` is copied. Else
-    it is made GROWTH times as large as what it holds, so that adding experts one by one copies each
-    of them a few times at most.
-    """
+    """A tensor with room to spare, whose first rows are those of `old` and `new`."""
     total, rank = len(old) + len(new), max(old.shape[1], new.shape[1])
     if not (
         room is not None
         and len(room) >= total
         and room.shape[1] == rank
+        # By its address: only then are the old rows in it already, and only the new ones are
+        # copied.
         and (room.data_ptr(), room.dtype) == (old.data_ptr(), old.dtype)
     ):
+        # With room to spare: experts that come one by one are each copied a few times at most.
         room = old.new_empty(int(GROWTH * total), rank, *old.shape[2:])
         room[: len(old)] = widened(old, rank)
     room[len(old) : total] = widened(new, rank)
@@ -87,6 +82,7 @@ def appended(old: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """These rows [K] (indices, in order) of `tensor`: a view where they are its first ones."""
+    # Rows are in order, so the last one tells.
     are_first = len(rows) == 0 or int(rows[-1]) == len(rows) - 1
     return tensor[: len(rows)] if are_first else tensor.index_select(0, rows)
 
@@ -115,7 +111,6 @@ class SiteStack:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], experts: Tensor) -> SiteStack:
-        """The stack that `tensors` gave these names."""
         parts = {}
         for name, part in declared().parts.items():
             held: dict[str, Any] = {
@@ -144,7 +139,6 @@ class SiteStack:
         return next(in_it, torch.empty(0)).dtype
 
     def rows(self) -> dict[str, Tensor]:
-        """The rows of each part that is there."""
         every = torch.arange(len(self.experts), device=self.experts.device)
         return {
             name: every if part.rows is None else part.rows for name, part in self.parts.items()
@@ -168,10 +162,7 @@ def stack_modules(
     dtype: torch.dtype,
     device: torch.device,
 ) -> SiteStack:
-    """The stack of one site's `modules`, which are those of the pool's `experts` (indices).
-
-    Raises RoutingError for a module of a kind that isn't registered, or that no part stacks.
-    """
+    """The stack of one site's `modules`, of these `experts`; RoutingError for unknown kinds."""
     members: dict[str, dict[int, SiteModule]] = {}
     by_kind = {kind.name: kind for kind in loaded_kinds()}
     for row, module in enumerate(modules):
@@ -192,14 +183,12 @@ def stack_modules(
 
 
 def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
-    """The modules of the experts of `pool` that act at `site`, in `dtype` on `device`."""
     present = [z for z, expert in enumerate(pool.experts) if site in expert.modules]
     modules = [pool.experts[z].modules[site] for z in present]
     return stack_modules(present, modules, dtype, device)
 
 
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
-    """The stack of all experts of several stacks of one site, in order; the one stack itself."""
     if len(stacks) == 1:
         return stacks[0]
     experts = torch.cat([stack.experts for stack in stacks])
@@ -225,7 +214,6 @@ def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
 def _joined_field(
     parts: Sequence[Part], counts: Sequence[int], name: str, held: Held
 ) -> dict[str, Tensor]:
-    """One field of several parts of a kind, with zeros where it is missing; {} if none has it."""
     found = [getattr(part, name) for part in parts]
     known = [tensor for tensor in found if tensor is not None]
     if not known:
@@ -281,7 +269,6 @@ def joined_parts(parts: Sequence[SitePart]) -> SitePart:
 
 
 def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A router's tensors of several parts, in the type and on the device of the first."""
     first, *others = states
     return {
         name: joined([rows, *(state[name].to(rows) for state in others)])
@@ -300,11 +287,11 @@ def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
 
 
 def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a part without the ranks that only experts that left had."""
     held = declared().tensors
     sized = {name: tensor for name, tensor in tensors.items() if held[name].is_filled_up}
     if not sized:
         return tensors
+    # Ranks that only experts that left had are zeros by now: composing anew would not have them.
     width = next(iter(sized.values())).shape[1]
     while width > 1 and not any(tensor[:, width - 1].any() for tensor in sized.values()):
         width -= 1

@@ -39,7 +39,6 @@ class SitePass:
         return none.scatter_add_(1, self.experts.cpu(), self.weights.detach().float().cpu())
 
     def is_real(self) -> Tensor:
-        """The mask of real tokens, bool, in the shape of `grid`."""
         if self.real is None:
             return torch.ones(tuple(self.grid), dtype=torch.bool)
         return self.real.cpu().bool()
@@ -73,14 +72,13 @@ class Watch:
 
 
 class _Uncompiled:
-    """A context in which compiled models run uncompiled; several threads may be inside."""
-
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
+                # The stance is the process's, hence the count: the last one out restores it.
                 self._stance = torch.compiler.set_stance("force_eager")
             self._inside += 1
 
@@ -96,10 +94,8 @@ _WATCHES: ContextVar[tuple[Watch, ...]] = ContextVar("watches", default=())
 
 
 def watches_over(layer: nn.Module, site: Site) -> list[Watch]:
-    """The watches over `layer` at `site` that are open in this context, outermost first.
-
-    None during compilation: while a watch is open, models run uncompiled.
-    """
+    """The open watches over `layer` at `site`, outermost first; none during compilation."""
+    # While a watch is open, models run uncompiled.
     if torch.compiler.is_compiling():
         return []
     return [watch for watch in _WATCHES.get() if watch.layers.get(site.name) is layer]
@@ -109,10 +105,7 @@ def watches_over(layer: nn.Module, site: Site) -> list[Watch]:
 def watching(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], callback: OnSitePass
 ) -> Iterator[None]:
-    """Call `callback` for every decision of the `layers` of `model` (by site) in this context.
-
-    Passes of other threads are not seen. Compiled models run uncompiled meanwhile.
-    """
+    """Call `callback` for every decision of the `layers` of `model` (by site) in this context."""
     with token_masks(model) as masks, _UNCOMPILED:
         before = _WATCHES.set((*_WATCHES.get(), Watch(layers, callback, masks)))
         try:

@@ -10,10 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.blocks import headless, prompt_stack, watch_blocks
-from ..base.offloading import input_device
-from ..base.sites import Site
-from ..base.token_masks import watch_inputs
+from ..base.sites import Site, headless, input_device, prompt_stack
+from ..base.token_masks import watch_blocks, watch_inputs
 from ..files.strict import one_line
 from .batching import Collator, batches_of_tokens, contiguous_head, decoder_start, pad_right
 from .encoding import TokenPair
@@ -25,7 +23,7 @@ PAIR_TOKENS = 4096  # the same with targets
 class PromptReading:
     """What is taken from a model's passes of prompts: one subclass for each use.
 
-    `sites` are those whose inputs it sees (of the stack that reads prompts, see `base.blocks`),
+    `sites` are those whose inputs it sees (of the stack that reads prompts, see `base.sites`),
     `blocks` the indices of those whose outputs it sees; -1 is what enters the first.
     """
 

@@ -37,7 +37,7 @@ from ..experts.readings import readings_size
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
-from .new_modules import parameters_at, placed_sites
+from .modules import parameters_at, placed_sites
 from .train_expert import train_expert
 from .trainer import TrainingCallback
 
@@ -101,13 +101,12 @@ class Plan:
     notes: tuple[str, ...]
 
     def totals(self) -> dict[str, float]:
-        """Sums over all experts, which train one after the other; steps include the gates'."""
+        """Sums over all experts; steps include the gates'."""
         names = ("steps", "tokens", "seconds", "disk_bytes")
         sums = {name: sum(getattr(task, name) for task in self.tasks) for name in names}
         return sums | {"steps": sums["steps"] + sum(task.gate_steps for task in self.tasks)}
 
     def seconds_on(self, workers: int) -> float:
-        """The time on so many workers, each of which takes the next expert when it is free."""
         free = [0.0] * workers
         for task in self.tasks:
             heapq.heapreplace(free, free[0] + task.seconds)
@@ -198,7 +197,6 @@ class Planner:
         )
 
     def _lengths(self, data: Task | None, encoder: Encoder | None) -> _Lengths:
-        """The tokens of a sample, else the most there can be."""
         if data is None or encoder is None:
             limits = self.formatting
             return _Lengths([limits.max_input_tokens], [limits.max_target_tokens], is_bound=True)
@@ -232,7 +230,6 @@ class Planner:
         )
 
     def _seconds(self, prompt: float, target: float) -> float:
-        """The time of a trained sequence of so many tokens."""
         if self.speed is not None:
             return (prompt + target) / self.speed.tokens_per_second
         passed = {"encoder": 0, "decoder": 0}
@@ -244,12 +241,7 @@ class Planner:
         return OPERATIONS * operations / (1e12 * (self.tflops or TFLOPS))
 
     def _memory(self, batches: Sequence[tuple[_Lengths, int]], most_rows: int | None = None) -> int:
-        """The memory of a process whose micro-batches have at most so many rows.
-
-        Base, trained parameters with gradients and moments, and what the backward pass needs of the
-        longest sequences of a sample: every site's input and output, as much again for what lies
-        between, and the logits. Attention's probabilities are left out.
-        """
+        """The memory of a process, without attention's probabilities."""
         features = sum(site.in_features + site.out_features for site in self._sites)
         activations = [0]
         for lengths, rows in batches:
@@ -262,7 +254,6 @@ class Planner:
         return RUNTIME_BYTES + held + max(activations)
 
     def _memory_notes(self, batches: Sequence[tuple[_Lengths, int]]) -> list[str]:
-        """That memory is counted, and a remedy where this machine has less."""
         notes = ["Memory is counted for the longest sequences of a sample; --measure finds it."]
         here, most = memory_here(), max((rows for _, rows in batches), default=1)
         needs = {rows: self._memory(batches, rows) for rows in range(most, 0, -1)}
@@ -276,7 +267,6 @@ class Planner:
         return [*notes, f"This machine has {tqdm.format_sizeof(here or 0)}B of memory: {remedy}."]
 
     def _notes(self, planned: Sequence[PlannedTask]) -> list[str]:
-        """How tokens and time are known."""
         notes = []
         if bound := sum(task.is_bound for task in planned):
             notes.append(
@@ -293,10 +283,9 @@ class Planner:
         return [*notes, f"Time is at {speed}."]
 
     def measure(self, tasks: Sequence[TrainingTask]) -> Speed:
-        """The speed and peak memory of a few steps here, on the data of `tasks`.
+        """The speed and peak memory of two micro-batches: one drawn, the longest of a sample.
 
-        A step has two micro-batches: one drawn, and the longest of a sample of all tasks. Raises
-        TaskError when no task has its data on this machine, and what training raises.
+        Raises TaskError when no task has its data on this machine, and what training raises.
         """
         here = [task for task in tasks if task.origin != "hub"]
         if not here:
@@ -338,7 +327,6 @@ class _Lengths(NamedTuple):
 
 
 def _skeleton(base: str) -> PreTrainedModel:
-    """The base without its weights."""
     try:
         return load_skeleton(base)
     except BaseModelError as error:
@@ -353,17 +341,13 @@ def _rows(training: Training) -> int:
 
 
 def _pairs(encoder: Encoder, examples: Sequence[Example]) -> Sequence[TokenPair]:
-    """Their tokens, without a warning of targets that are cut: training will warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return encoder.pairs(examples)
 
 
 def _trial(task: Task, rows: int, encoder: Encoder) -> tuple[Task, int]:
-    """Of a sample of `task` its longest micro-batch, which counts tokens, after as many drawn.
-
-    A batch is sorted by length, so the longest come together. Twice as many are validated at once.
-    """
+    """The longest micro-batch of a sample of `task`, after as many examples drawn."""
     sample = draw(task.train, SAMPLE, seed=0)
     lengths = [pair.length for pair in _pairs(encoder, sample)]
     order = sorted(range(len(sample)), key=lambda row: -lengths[row])
@@ -373,7 +357,7 @@ def _trial(task: Task, rows: int, encoder: Encoder) -> tuple[Task, int]:
 
 
 def most_memory() -> int | None:
-    """The peak of this process in bytes, of its GPU if there is one; None if unknown."""
+    """The peak memory of this process, or of its GPU, in bytes; None if unknown."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
     try:  # rather than getrusage, which tells a new process what its parent held
@@ -389,7 +373,7 @@ def most_memory() -> int | None:
 
 
 def memory_here() -> int | None:
-    """The bytes of memory of this machine, of its GPU if there is one; None if unknown."""
+    """The memory of this machine, or of its GPU, in bytes; None if unknown."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else None

@@ -42,12 +42,10 @@ class ExpertJob:
 
     @property
     def size(self) -> int:
-        """Optimiser steps, gates included."""
         gates = self.gate_training
         return self.training.steps + (0 if gates.joint else gates.gate_steps)
 
     def again(self) -> ExpertJob:
-        """The same expert, resumed from its last checkpoint."""
         return replace(self, resume=True, restart=False)
 
 
@@ -63,10 +61,8 @@ def train_experts(
 ) -> Iterator[TrainedExpert]:
     """The finished experts of `jobs` in the folder or fsspec URL `out`, each as soon as it is done.
 
-    Those that are in `out` already come first, with a warning where they have other settings.
-    `engine` trains the others; None trains them in this process, one after the other. Every engine
-    makes the same experts. `dtype` is for a base given by name. Raises what `train_expert` raises
-    as soon as one expert can't be trained.
+    Those in `out` already come first, with a warning where their settings differ. `engine` None
+    trains one after the other here. `dtype` is for a base given by name. Raises as `train_expert`.
     """
     engine, peft, formatting = engine or LocalEngine(), peft or Lora(), formatting or Formatting()
     folder = expert_folder(out)
@@ -93,8 +89,6 @@ def train_experts(
 
 @dataclass(frozen=True)
 class _ExpertWorkshop:
-    """Trains experts on one base, into one folder, with settings that all of them share."""
-
     base: Base | BaseLocation | str
     dtype: str
     folder: ExpertFolder
@@ -104,7 +98,6 @@ class _ExpertWorkshop:
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[TrainJob]:
-        """A function that trains experts; the base is loaded once."""
         base = self.base
         join_processes()  # each loads it onto its own GPU
         if isinstance(base, BaseLocation):

@@ -156,7 +156,6 @@ def statistics_of(
 
 
 def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
-    """The expert with what was `found` by `settings`, and what it had where nothing was."""
     measured = replace(
         expert,
         means=expert.means if found.means is None else found.means,
@@ -186,9 +185,8 @@ def mean_activations(
 ) -> dict[str, Tensor]:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
-    Prompt and right target are passed in one go, and padding is left out (paper section 4.2,
-    Average Activation). The released code keeps only the decoder's last step. Zero at a site that
-    no token reached, inside one of the base's own experts.
+    Prompt and right target pass in one go (paper section 4.2, Average Activation; the released code
+    keeps the decoder's last step only). Zero at a site that no token reached.
     """
     totals = {
         name: torch.zeros(site.in_features, dtype=torch.float64) for name, site in sites.items()

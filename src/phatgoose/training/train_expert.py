@@ -35,8 +35,7 @@ from ..tasks.loading import given_task
 from ..tasks.neutral import moments
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
-from .gates import GatedLinear, take_gates
-from .new_modules import fresh_expert, parameters_at
+from .modules import GatedLinear, fresh_expert, parameters_at, take_gates
 from .statistics import statistics_of
 from .trainer import TrainingCallback, fit, is_first, join_processes, wait_for_all
 from .workdir import discard_work, open_work, work_of
@@ -189,13 +188,7 @@ class TrainingRun:
         name: str | None,
         callback: TrainingCallback | None = None,
     ) -> TrainingRun:
-        """The run with these settings; a base given by name is loaded.
-
-        What is made last, after hours perhaps, is refused here: raises ConfigError if embeddings
-        are wanted and their embedder can't be loaded, RoutingError if means are and the base pads
-        inside. Raises ExpertError for a name that can't be an expert's, TaskError when the task
-        can't be used.
-        """
+        """The run with these settings; what would fail after hours is refused now."""
         check_name(name or out.name)
         task = given_task(task)
         if gate_training.embeddings:
@@ -226,11 +219,9 @@ class TrainingRun:
 
     @property
     def work(self) -> Path:
-        """The folder of its unfinished work."""
         return work_of(self.out)
 
     def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
-        """What unfinished work must share to be resumed by this run, for `open_work`."""
         settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
         return {
             "base": self.base.fingerprint,
@@ -245,10 +236,6 @@ class TrainingRun:
 
 
 def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
-    """The folder of the trained adapter, made unless an earlier run finished it.
-
-    Joint gates are left in the work folder beside the report.
-    """
     task, training, work, joint = run.task, run.training, run.work, run.gate_training.joint
     finished = work / "adapter"
     if finished.is_dir():
@@ -308,7 +295,6 @@ class Record:
 
 
 def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) -> Expert:
-    """The finished expert at `run.out`; of several processes the first measures and writes."""
     modules, settings, task = read_modules(adapter), run.gate_training, run.task
     metrics, gates = dict(record.metrics), record.gates
     if gates is None:
@@ -389,7 +375,6 @@ def _trained_gates(
 
 
 def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
-    """The settings to be recorded; those of an adapter that was found stay what they are."""
     training, gates = asdict(run.training), asdict(run.gate_training)
     if record.found:
         training, gates = {}, _gate_settings(run.training, run.gate_training)
@@ -400,10 +385,6 @@ def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
 
 
 def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]:
-    """What is recorded of gates' training for an adapter that was there already.
-
-    The seed is the statistics' too, which `measure` draws again.
-    """
     shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
     rate = _gate_learning_rate(training, gates)
     return {"seed": training.seed, **asdict(gates), **shared, "gate_learning_rate": rate}
@@ -414,10 +395,9 @@ def _gate_learning_rate(training: Training, gates: GateTraining) -> float:
 
 
 def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> Expert | None:
-    """The expert that an earlier run finished at `out`, None where nothing is.
+    """The expert that an earlier run finished at `out`, if any; warns of other settings.
 
-    Warns where it records other `settings` than these. Raises ExpertError when something is there
-    and not to be resumed.
+    Raises ExpertError when something is there and not to be resumed.
     """
     if not is_there(out):
         return None
@@ -432,7 +412,6 @@ def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> 
 def settings_of_training(
     peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
 ) -> dict[str, Any]:
-    """What an expert of these settings records of them, for `warn_of_other_settings`."""
     shape = {"peft": kind_for(peft).name, **asdict(peft)}
     return {**shape, **asdict(training), **asdict(gates), **asdict(formatting)}
 
@@ -440,10 +419,7 @@ def settings_of_training(
 def warn_of_other_settings(
     place: str, recorded: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Warn that the finished expert at `place` is kept, where what it records isn't `settings`.
-
-    Those of statistics, which can be measured later, are left out, and whatever it doesn't record.
-    """
+    """Warn that the finished expert at `place` is kept, if it has other `settings`."""
 
     def value(name: str, held: Mapping[str, Any]) -> Any:
         follows_expert = name == "gate_learning_rate" and held[name] is None

@@ -52,18 +52,15 @@ def process_rank() -> int:
 
 
 def is_first() -> bool:
-    """True in the process that writes; one that was started alone is the first of one."""
     return process_rank() == 0
 
 
 def join_processes() -> None:
-    """Connect to the others, and make this process's GPU the current one; may be called again."""
     if process_count() > 1:
         _state()
 
 
 def wait_for_all() -> None:
-    """Return when all processes have called this."""
     if process_count() > 1:
         _state().wait_for_everyone()
 
@@ -148,11 +145,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
 
 def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> list[int]:
-    """Every index of `pairs` that a run will visit, so that a resumed run visits the same ones.
-
-    The data is shuffled anew for each pass. Inside an optimiser batch examples are sorted by
-    length, which changes no gradient but saves padding in the micro-batches.
-    """
+    """Every index of `pairs` that a run visits, known beforehand for runs that resume."""
     generator = torch.Generator().manual_seed(seed)
     shuffled: list[int] = []
     while len(shuffled) < batch * steps:
@@ -160,6 +153,8 @@ def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int
     order: list[int] = []
     for start in range(0, batch * steps, batch):
         chunk = shuffled[start : start + batch]
+        # Within an optimiser batch the order changes no gradient, and like lengths need less
+        # padding.
         order += sorted(chunk, key=lambda index: pairs[index].length)
     return order
 
@@ -195,22 +190,19 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The summed negative log-likelihood over the number of target tokens in the batch.
-
-        The batch is that of all processes. Gradients are averaged over processes, hence the factor.
-        """
+        """The summed loss over the number of target tokens of all processes' batch."""
         logits, labels = target_logits(model, inputs), inputs["labels"]
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over processes, hence the factor.
         loss = total * process_count() / count
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss over all target tokens, independent of the batches."""
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
@@ -229,7 +221,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return metrics
 
     def check_trained(self) -> None:
-        """Raise ExpertError where a trained number is not finite, for which no loss came after."""
+        # After the last step no loss is computed any more.
         for _, parameter in self._trained():
             total = float(parameter.detach().abs().max())
             self._check_finite("largest trained number", total, self.state.global_step)
@@ -242,7 +234,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             )
 
     def _share_of(self, pairs: Sequence[TokenPair]) -> DataLoader[TokenPair]:
-        """Batches of this process's share of `pairs`, none of them twice."""
+        # accelerate's sampler would repeat examples to fill up the last batch.
         share: Any = pairs[process_rank() :: process_count()]
         size = self.args.per_device_eval_batch_size
         return DataLoader(share, batch_size=size, collate_fn=self.data_collator)
@@ -291,11 +283,11 @@ class ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers i
 
 
 def newest_checkpoint(work: Path) -> str | None:
-    """The newest complete checkpoint in `work`, None without one; incomplete ones are removed."""
     complete = {}
     for folder in work.glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():
             complete[int(folder.name.split("-")[1])] = folder
+        # One without its marker was cut short.
         elif is_first():
             shutil.rmtree(folder)
     return str(complete[max(complete)]) if complete else None
@@ -384,7 +376,6 @@ def _arguments(
     *,
     select: bool,
 ) -> TrainingArguments:
-    """The Trainer's own settings; `select` validates at every checkpoint and ends on the best."""
     micro = _micro_batch(training)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -417,7 +408,6 @@ def _arguments(
 
 
 def _micro_batch(training: Training) -> int:
-    """The largest micro-batch up to the wanted one that divides a process's share evenly."""
     share, rest = divmod(training.batch_size, process_count())
     if rest:
         raise ConfigError(

@@ -83,17 +83,14 @@ def open_work(
 
 
 def discard_work(out: Path) -> None:
-    """Remove the work beside a finished `out`, or what of it can be removed."""
     shutil.rmtree(work_of(out), ignore_errors=True)
 
 
 def wait_for_work(out: Path, seconds: float) -> None:
-    """Return when no process is at work on `out`, or after so many `seconds`.
-
-    A process on another machine needs a moment to notice that its connection is lost.
-    """
+    """Return when no process is at work on `out`, or after so many `seconds`."""
     lock = work_of(out) / LOCK
     if seconds > 0 and lock.exists():
+        # A process on another machine may need a moment to notice that its connection is lost.
         with suppress(Timeout), FileLock(lock).acquire(timeout=seconds):
             pass
 
@@ -103,17 +100,13 @@ def work_of(out: Path) -> Path:
 
 
 def _refuse_links(work: Path) -> None:
-    """Raise ExpertError when `work` is or holds a symbolic link, which no run makes."""
     for path in (work, *(work.rglob("*") if not work.is_symlink() else ())):
         if path.is_symlink():
             raise ExpertError(f"{path} is a symbolic link, which no unfinished work is; remove it.")
 
 
 def _empty(work: Path) -> None:
-    """Remove everything in `work` but its lock; first what says whose work it is.
-
-    What a kill leaves is then nobody's.
-    """
+    # First of all: what a kill leaves behind is then nobody's.
     (work / IDENTITY).unlink(missing_ok=True)
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -162,7 +155,6 @@ class LocalFolder:
         return is_there(self.path / name)
 
     def finished(self, name: str) -> TrainedExpert:
-        """The expert `name`; unfinished work left beside it is removed."""
         expert = Expert.load(self.path / name)
         discard_work(self.path / name)
         return TrainedExpert.of(expert.info, self.place(name))
@@ -171,15 +163,11 @@ class LocalFolder:
     def training(
         self, name: str, patience: float, *, restart: bool = False
     ) -> Iterator[Destination]:
-        """The directory itself, where complete parts stay; a run that restarts empties its work.
-
-        A lost worker's lock is waited for, up to `patience` seconds.
-        """
+        """The directory itself; a lost worker's lock is waited for up to `patience` seconds."""
         wait_for_work(self.path / name, patience)
         yield Destination(self.path / name, lambda: None)
 
     def portable(self) -> LocalFolder:
-        """The same by its absolute path, for a process with another working directory."""
         return LocalFolder(self.path.absolute())
 
 
@@ -195,12 +183,10 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def has(self, name: str) -> bool:
-        """True when the whole expert is there: its description is copied last."""
         with self._reported(name, "read"):
             return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
 
     def finished(self, name: str) -> TrainedExpert:
-        """The expert `name`, from its description alone; unfinished work beside it is removed."""
         place = f"{self.root}/{name}/{LAYOUT.info}"
         with self._reported(name, "read"):
             info = json.loads(self.files.cat_file(place))
@@ -214,11 +200,7 @@ class RemoteFolder:
     def training(
         self, name: str, patience: float, *, restart: bool = False
     ) -> Iterator[Destination]:
-        """A temporary directory with what was copied up of the expert's unfinished training.
-
-        With `restart` that is removed first, so that no later run can take it up again. Raises
-        ConfigError for several processes, which can't share the directory.
-        """
+        """A temporary directory with what was copied up of unfinished training."""
         if process_count() > 1:
             raise ConfigError(
                 f"{self.url} is for one process; {process_count()} processes that train one "
@@ -245,7 +227,6 @@ class RemoteFolder:
 
     @contextmanager
     def _reported(self, name: str, done: str) -> Iterator[None]:
-        """What goes wrong meanwhile, which each store calls by names of its own, as ExpertError."""
         try:
             yield
         except PhatgooseError:
@@ -261,15 +242,15 @@ class RemoteFolder:
         return KeptWork(self.files, f"{self.root}/.{name}.work")
 
     def _send(self, directory: Path, place: str) -> None:
-        """Copy an expert up, its description last, after what an earlier copy left is removed."""
         names = {path.name for path in directory.iterdir()}
         for name in sorted(names - {LAYOUT.info}):
             _put_whole(self.files, directory / name, f"{place}/{name}")
         self._remove_left_overs(place, names)
+        # The description last: an expert is there when its description is.
         _put_whole(self.files, directory / LAYOUT.info, f"{place}/{LAYOUT.info}")
 
     def _remove_left_overs(self, place: str, names: set[str]) -> None:
-        """Remove an expert's files at `place` but `names`; what no expert has is not ours."""
+        # fsspec remembers listings, but other machines write here too.
         self.files.invalidate_cache()
         for entry in self.files.ls(place, detail=True):
             name = entry["name"].rpartition("/")[2]
@@ -282,7 +263,7 @@ ExpertFolder = LocalFolder | RemoteFolder
 
 
 def expert_folder(out: str | Path) -> ExpertFolder:
-    """The folder at `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
+    """The folder at a path or URL. Raises ConfigError for a URL that can't be used."""
     if "://" not in str(out):
         return LocalFolder(Path(out))
     try:
@@ -329,7 +310,6 @@ class KeptWork:
             self.remove()
 
     def _is_fetched(self, listed: object, work: Path) -> bool:
-        """Copy the `listed` files down; False as soon as one isn't what the list says."""
         if not isinstance(listed, dict) or not all(map(_is_inside, listed)):
             return False
         for file, size in listed.items():
@@ -344,7 +324,6 @@ class KeptWork:
         return True
 
     def try_out(self, scratch: Path) -> None:
-        """Write a file and remove it. Raises what the file system does where that can't be."""
         trial = scratch / TRIAL
         trial.touch()
         _put(self.files, trial, f"{self.above}.{TRIAL}")
@@ -365,20 +344,20 @@ class KeptWork:
                 self.own[file] = stamp
         sizes = {file: stamp.size for file, stamp in stamps.items()}
         (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
+        # The list after what it lists, and before what it no longer lists goes.
         _put_whole(self.files, work.parent / SNAPSHOT, f"{self.above}/{SNAPSHOT}")
         for file in there.keys() - sizes.keys():
             self.files.rm_file(f"{self.above}/{file}")
 
     def remove(self) -> None:
-        """Remove it all, its list first: without it the rest counts for nothing."""
         self.own.clear()
         self.files.invalidate_cache()
+        # The list first: without it the rest counts for nothing.
         for place in (f"{self.above}/{SNAPSHOT}", self.above):
             if self.files.exists(place):
                 self.files.rm(place, recursive=True)
 
     def _sizes(self) -> dict[str, int]:
-        """Sizes of the files that are there, by their path in the work."""
         self.files.invalidate_cache()
         if not self.files.exists(self.above):
             return {}
@@ -388,7 +367,6 @@ class KeptWork:
 
 
 def _put_whole(files: Any, path: Path, place: str) -> None:
-    """Copy a file up under a random name, then rename it."""
     unfinished = f"{place}{UNFINISHED}{secrets.token_hex(8)}"
     _put(files, path, unfinished)
     files.mv(unfinished, place)
@@ -400,6 +378,5 @@ def _put(files: Any, path: Path, place: str) -> None:
 
 
 def _is_inside(file: str) -> bool:
-    """True for a relative path that stays inside its folder."""
     path = PurePosixPath(file)
     return not path.is_absolute() and ".." not in path.parts

@@ -209,7 +209,7 @@ DECISIVE = (
     *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
     *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
     *("routing.routers.phatgoose", "routing.routers.fixed", "routing.routers.configs"),
-    *("routing.routers.oracle", "tasks.embeddings", "config"),
+    *("routing.routers.fixed", "tasks.embeddings", "config"),
     *("tasks.encoding", "evaluation.likelihood", "tasks.batching"),
     *("evaluation.metrics", "evaluation.intervals", "tasks.task"),
 )

@@ -37,7 +37,7 @@ from phatgoose.routing.export.shares import neutral_texts
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
-from phatgoose.training.new_modules import parameters_at
+from phatgoose.training.modules import parameters_at
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import TASK, gated_loss, target_nll, train
 

@@ -23,7 +23,7 @@ from kernel_problems import (
 from phatgoose.config import KERNELS as NAMES
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
-from phatgoose.experts.kinds.sums import expert_products, is_one_call
+from phatgoose.experts.kinds.kind import expert_products, is_one_call
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.kernels.plain import belong_together, misfit

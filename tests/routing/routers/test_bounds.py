@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.routing.routers import bounds
-from phatgoose.routing.routers.bounds import VARIED, bound_of, bounded_means, bounded_variances
-from phatgoose.routing.routers.discriminant import line_of
+from phatgoose.routing.routers import discriminant
+from phatgoose.routing.routers.discriminant import (
+    VARIED,
+    bound_of,
+    bounded_means,
+    bounded_variances,
+    line_of,
+)
 from tiny import random
 
 
@@ -69,7 +74,7 @@ def test_two_experts_have_no_bounds():
 
 
 def test_a_large_pool_is_compared_with_some_of_its_experts(monkeypatch):
-    monkeypatch.setattr(bounds, "COMPARED", 3)
+    monkeypatch.setattr(discriminant, "COMPARED", 3)
     factor = torch.eye(4).double()[None].repeat(9, 1, 1)
     rest = torch.zeros(9, 4).double()
     factor[4] *= 1000  # in the middle of the sample

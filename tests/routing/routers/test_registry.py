@@ -11,8 +11,14 @@ from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
-from phatgoose.routing.routers.earlier import SETTINGS, translated
-from phatgoose.routing.routers.registry import ROUTERS, choice_of, spec_of, split_routers
+from phatgoose.routing.routers.registry import (
+    ROUTERS,
+    SETTINGS,
+    choice_of,
+    spec_of,
+    split_routers,
+    translated,
+)
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by
 from tiny import logits_of, make_ids, random

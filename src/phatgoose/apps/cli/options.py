@@ -73,7 +73,7 @@ RECIPE_TABLES = {
 }
 FOLDERS = ("data", "templates")
 MODELS = ("embedder",)  # settings that are a folder or a Hub id
-EMBEDDED = "smollm2"  # a base that is no folder; base.smollm2 loads torch
+EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
 RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands above the tables
 
 
@@ -351,8 +351,7 @@ class BaseOptions:
 
     def load(self, default: BaseReference | None) -> Base:
         """The base, by `default` this one, and where that is None the embedded one."""
-        from ...base.loading import load_base
-        from ...base.smollm2 import SMOLLM2
+        from ...base.loading import SMOLLM2, load_base
 
         if self.base or default is None:
             return load_base(self.base or SMOLLM2, dtype=self.dtype)

@@ -24,8 +24,7 @@ from ...files.strict import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
 from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
-from ...routing.routers.earlier import translated
-from ...routing.routers.registry import LEFT, ROUTERS, choice_of, spec_of
+from ...routing.routers.registry import LEFT, ROUTERS, choice_of, spec_of, translated
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
 from ...routing.saved.tensors import ROUTED_INFO

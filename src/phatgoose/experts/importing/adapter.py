@@ -158,7 +158,6 @@ def resolved_modules(
 def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
-    """`folder`, with `modules` written anew; what `config` says of task and base is kept."""
     kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")
     about = {key: config[key] for key in kept if config.get(key) is not None}
     made = next((type(module) for module in modules.values()), LoraFactors)
@@ -166,14 +165,12 @@ def _write_adapter(
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration; one that isn't PEFT's as PEFT would name the base."""
     if adapter_files(folder) is not PEFT_FILES:
         return {PEFT_FILES.base_key: named_base(folder)}
     return read_config(folder)
 
 
 def _find(source: str | Path) -> tuple[Path, HubReference | None]:
-    """The adapter's folder, and the pinned reference where it came from the Hub."""
     if isinstance(source, Path) or Path(source).exists():
         if not Path(source).is_dir():
             raise ExpertError(f"{source} is no folder; wanted the folder of an adapter.")
@@ -204,7 +201,6 @@ def _has_pickle(reference: HubReference) -> bool:
 
 
 def require_named_base(named: object, *, from_hub: bool) -> str:
-    """What an adapter has as its base. Raises ExpertError unless it is a name, no private path."""
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
     if from_hub and not is_hub_id(named):
@@ -235,11 +231,7 @@ def _with_biases(
     base: str,
     revision: str | None,
 ) -> dict[str, SiteModule]:
-    """`modules`, with what the adapter added to the base's biases as biases of their own.
-
-    Those biases are taken out of `left`. Biases trained where there is no LoRA stay in it, since
-    nothing is routed there.
-    """
+    """`modules` with what the adapter added to the base's biases, taken out of `left`."""
     trained = {name: left[name] for name in left if name.endswith(".bias")}
     if not trained:
         return dict(modules)
@@ -252,9 +244,11 @@ def _with_biases(
         if plain not in original or original[plain].shape != bias.shape:
             continue
         added, lora = bias.float() - original[plain], modules.get(site)
+        # Divided by the scale, which multiplies a LoRA's bias too.
         if isinstance(lora, LoraFactors) and lora.scale and BASE_LAYER in name:
             own = 0 if lora.bias is None else lora.bias
             found[site] = replace(lora, bias=own + added / lora.scale)
+        # A bias that was trained where nothing is routed stays in `left`, which is refused.
         elif added.any():
             continue
         del left[name]
@@ -262,7 +256,6 @@ def _with_biases(
 
 
 def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> bool:
-    """True for modules of the same sites and numbers; scales may differ in rounding."""
     return one.keys() == other.keys() and all(
         type(module) is type(other[site])
         and all(_alike(value, getattr(other[site], name)) for name, value in vars(module).items())

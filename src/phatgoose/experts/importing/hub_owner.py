@@ -31,7 +31,6 @@ OWNER = re.compile(r"hub:(?P<owner>[\w.-]+)/(?P<names>[\w.*?-]*[*?][\w.*?-]*)")
 
 
 def descriptions() -> tuple[str, ...]:
-    """The small files that say what an expert or an adapter is."""
     return (LAYOUT.info, *(files.config for files in formats()))
 
 
@@ -79,15 +78,13 @@ class Listing:
 
 
 def is_owner(place: str | Path) -> bool:
-    """True for `hub:OWNER/*`, and for other patterns of repositories' names in the place of `*`."""
     return OWNER.fullmatch(str(place)) is not None
 
 
 def list_owner(pattern: str, base: str | None = None) -> Listing:
-    """What the repositories that `pattern` (`is_owner`) names hold, and what of it can be routed.
+    """What the repositories that `pattern` (`hub:OWNER/*`) names hold, and what can be routed.
 
-    `base` is the base to route on; None takes the one that most have. Raises PoolError when the
-    Hub can't be asked.
+    `base` None takes the base that most have. Raises PoolError when the Hub can't be asked.
     """
     asked = OWNER.fullmatch(pattern)
     if asked is None:
@@ -114,10 +111,9 @@ def list_owner(pattern: str, base: str | None = None) -> Listing:
 
 
 def import_listed(listing: Listing, out: str | Path) -> Listing:
-    """`listing`, whose routable experts and adapters have been fetched to folders in `out`.
+    """`listing` with its routable experts fetched to `out`, or with the reason where that failed.
 
-    Those that turn out not to be routable have the reason. What is in `out` already under a name
-    stays. Raises PoolError when nothing could be fetched.
+    What is in `out` under a name stays. Raises PoolError when nothing could be fetched.
     """
     folder = Path(out)
     fetched = tuple(
@@ -153,7 +149,6 @@ def _import(found: Found, folder: Path) -> str | None:
 
 
 def _in_repository(model: Any) -> Iterator[Found]:
-    """The experts and adapters of a repository: in its root, or else in its folders."""
     folders: dict[str, set[str]] = {}
     for sibling in model.siblings or ():
         path = PurePosixPath(sibling.rfilename)
@@ -201,7 +196,6 @@ def _examined(reference: HubReference, files: set[str], sizes: Mapping[str, int]
 
 
 def _fetched_bytes(inside: str, sizes: Mapping[str, int]) -> int:
-    """What an import of the folder `inside` fetches: an expert's files, descriptions in folders."""
     paths = (PurePosixPath(path.removeprefix(inside)) for path in sizes if path.startswith(inside))
     fetched = {1: expert_files(), 2: (LAYOUT.info,)}  # by depth; see `hub.pull`
     return sum(
@@ -235,7 +229,6 @@ def _described(found: Found, descriptions: list[str]) -> Found:
 
 
 def _commonest(found: list[Found]) -> str | None:
-    """The base that most of those have that can be routed, the first by name among equals."""
     counts = Counter(each.base for each in found if each.refusal is None and each.base)
     return min(counts, key=lambda base: (-counts[base], base), default=None)
 

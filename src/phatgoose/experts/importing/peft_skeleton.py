@@ -79,10 +79,7 @@ class Skeleton:
     targets: Mapping[str, Target]
 
     def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` under the names that this transformers gives the layers, as PEFT loads them.
-
-        Raises ExpertError when PEFT can't convert them.
-        """
+        """`tensors` under this transformers' names of the layers; ExpertError if PEFT can't."""
         with peft_errors("Its tensors can't be converted to this transformers"):
             return dict(
                 convert_peft_adapter_state_dict_for_transformers(
@@ -95,10 +92,9 @@ class Skeleton:
 
 
 def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
-    """The base model named `base` under a plain `config` (as `PEFT_FILES` reads it).
+    """The base `base` under a plain `config` (as `PEFT_FILES` reads it), without weights.
 
-    Only the base's own config is read or downloaded. Raises BaseModelError when it can't be found,
-    ExpertError when the config fits nothing there, or adapts what is no site.
+    Raises BaseModelError without the base's config, ExpertError when `config` doesn't fit it.
     """
     kind = config["peft_type"]
     options = {key: config[key] for key in OPTIONS[kind] if config.get(key) is not None}
@@ -111,6 +107,7 @@ def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skelet
     sites = find_sites(model)
     plain = spelled_out(json.loads(options), model)
     with peft_errors(f"PEFT can't apply its config to {base!r}"):
+        # On the meta device: PEFT says where and how, and no number is made.
         adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
     fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
     if fused:
@@ -133,10 +130,9 @@ def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skelet
 
 
 def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """`options` of a PEFT config with the names of layers of `model` in the place of patterns.
+    """`options` of a PEFT config, checked already, with layers' names in place of patterns.
 
-    They must have passed `check_config`. Raises ExpertError when a pattern matches nothing, or PEFT
-    would ignore an option beside it.
+    Raises ExpertError when a pattern matches nothing, or PEFT would ignore an option beside it.
     """
     names = [name for name, _ in model.named_modules()]
     plain = dict(options)
@@ -145,6 +141,7 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
             found = {name: value_at(value, name) for name in names}
             plain[key] = ByName({name: each for name, each in found.items() if each is not None})
         elif key in NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+            # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
             plain[key] = matching(value, names)
             if key == "target_modules" and not plain[key]:
                 raise ExpertError(f"Its target_modules {shortened(value)} matches no layer.")
@@ -160,7 +157,6 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _named(listed: list[str], names: list[str]) -> list[str]:
-    """Those of `names` that equal an entry of PEFT's list, or end in a dot and an entry."""
     endings = tuple(f".{each}" for each in listed)
     return [name for name in names if f".{name}".endswith(endings)]
 
@@ -177,12 +173,10 @@ def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
 
 @contextmanager
 def peft_errors(what: str) -> Iterator[None]:
-    """Turns what PEFT raises into an ExpertError that begins with `what`; silences its warnings.
-
-    What PEFT warns about (fan_in_fan_out, tied layers) is checked by comparing tensors.
-    """
     try:
         with warnings.catch_warnings():
+            # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are
+            # compared.
             warnings.simplefilter("ignore")
             yield
     except PEFT_ERRORS as error:

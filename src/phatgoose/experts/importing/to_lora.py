@@ -87,11 +87,8 @@ def convert(
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise ExpertError where `config` wants more rows or columns than any of `tensors` has.
-
-    PEFT would allocate them before it checks. A LoKr may name a greater rank, which then means a
-    whole matrix.
-    """
+    # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
+    # means a whole matrix.
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for key, value in config.items() if config["peft_type"] != "LOKR" else ():
         by_pattern = key.endswith(BY_PATTERN) and isinstance(value, Mapping)
@@ -104,7 +101,6 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fold
 
 
 def _plain_options(config: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
-    """What PEFT's class for the kind of `config` takes of it, with names in place of patterns."""
     fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])
     known = {field.name for field in fields if field.init} - {"peft_type", "auto_mapping"}
     return spelled_out({key: config[key] for key in config if key in known}, model)

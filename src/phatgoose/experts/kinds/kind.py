@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...base.loading import Base
@@ -26,9 +27,7 @@ from ...errors import ExpertError
 from ...files.strict import read_json_object, shortened
 from ...files.tensor_file import FLOATS, TensorFile
 
-# -------------------------------------------------------------------------------------------------
 # One expert: its module at a site, and its files.
-# -------------------------------------------------------------------------------------------------
 
 
 class SiteModule(ABC):
@@ -38,7 +37,6 @@ class SiteModule(ABC):
     files: ClassVar[AdapterFiles]
 
     def __repr__(self) -> str:
-        """Its fields; of tensors the shape."""
         held = ((name, value) for name, value in vars(self).items() if value is not None)
         shown = (f"{n}={list(v.shape) if isinstance(v, Tensor) else repr(v)}" for n, v in held)
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -96,11 +94,9 @@ class AdapterFiles(ABC):
     base_key: str = "base"
 
     @abstractmethod
-    def read_config(self, directory: Path) -> dict[str, Any]:
-        """The configuration in `directory`. Raises ExpertError unless it is as specified."""
+    def read_config(self, directory: Path) -> dict[str, Any]: ...
 
     def read_weights(self, directory: Path) -> TensorFile:
-        """Every tensor of the adapter in `directory`. Raises ExpertError."""
         return read_tensors(directory / self.weights)
 
 
@@ -146,10 +142,7 @@ class OwnFiles(AdapterFiles):
     def by_site(
         self, directory: Path, tensors: Mapping[str, Tensor]
     ) -> dict[str, list[Tensor | None]]:
-        """The tensors of each site, in the order of `parts`, None for one that is missing.
-
-        Raises ExpertError for tensors of any other name, and when there are none.
-        """
+        """The tensors of each site in the order of `parts`, None if missing; else ExpertError."""
         found: dict[str, list[Tensor | None]] = {}
         for key in sorted(tensors):
             part = next((part for part in self.parts if key.endswith(f".{part}")), None)
@@ -167,7 +160,6 @@ class OwnFiles(AdapterFiles):
     def write(
         self, folder: Path, by_site: Mapping[str, Iterable[Tensor]], config: Mapping[str, Any]
     ) -> Path:
-        """`folder`, with the tensors of each site, in the order of `parts`, and `config`."""
         tensors = {
             f"{site}.{part}": tensor.detach().cpu().contiguous()
             for site, held in by_site.items()
@@ -180,32 +172,24 @@ class OwnFiles(AdapterFiles):
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """Every tensor of a safetensors file, all finite, as views of the mapped file.
-
-    Raises ExpertError when the file is missing, no regular file of its folder, truncated, or holds
-    a NaN or an infinity.
-    """
+    """Every tensor of a safetensors file, mapped, all finite; else ExpertError."""
     tensors = TensorFile(path)
     tensors.check_finite()
     return tensors
 
 
 def are_floats(*tensors: Tensor) -> bool:
-    """True when all are of a floating-point type that experts may be stored in."""
     return all(tensor.dtype in FLOATS for tensor in tensors)
 
 
-# -------------------------------------------------------------------------------------------------
 # A new expert, about to be trained: a base with new modules at its sites.
 #
 # All start as the identity. Only parameters of the expert (and of its gates, in joint training)
 # have gradients. They are float32 master copies, cast in the forward pass, so that nothing of the
 # base path is upcast.
-# -------------------------------------------------------------------------------------------------
 
 
 def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
-    """An untrained gate: zeros, [n]."""
     return nn.Parameter(torch.zeros(in_features, device=device))
 
 
@@ -302,7 +286,6 @@ class _NewLayer(WrappedLinear):
         self.gate = new_gate(site.in_features, device) if joint else None
 
     def module(self, dtype: torch.dtype) -> SiteModule:
-        """The module as it is now, in `dtype`."""
         now = {name: parameter.to(dtype) for name, parameter in self.trained.items()}
         return self.new.module(self.settings, now)
 
@@ -312,9 +295,7 @@ class _NewLayer(WrappedLinear):
         return self.module(u.dtype).apply(self.base, u, gated)
 
 
-# -------------------------------------------------------------------------------------------------
 # Many experts at one site, stacked: one row an expert.
-# -------------------------------------------------------------------------------------------------
 
 INDICES = (torch.int64,)
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -424,5 +405,36 @@ class Part(ABC):
 
 
 def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
-    """Rows as a tensor, int64."""
     return torch.tensor(list(rows), device=device)
+
+
+# Sums over the experts that each token chose, which kernels and stacks share.
+
+
+def dense_weights(experts: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The weights [T, k] of the chosen `experts` [T, k] as weights of all, [T, count]."""
+    return weights.new_zeros(len(experts), count).scatter_add(1, experts, weights)
+
+
+def weighted_rows(experts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Sum over the chosen z [T, k] of w_z rows_z, float32 [T, d], for `rows` [E, d]."""
+    # One operation, which keeps no [T, k, d] of each token's rows.
+    return functional.embedding_bag(
+        experts, rows.float(), per_sample_weights=weights.float(), mode="sum"
+    )
+
+
+def is_one_call(*factors: Tensor) -> bool:
+    """True where torch has the products for factors [E, n, m]: bfloat16, n and m multiples of 8."""
+    return hasattr(functional, "grouped_mm") and all(
+        f.dtype is torch.bfloat16 and not any(size % 8 for size in f.shape[1:]) for f in factors
+    )
+
+
+def expert_products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
+    """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next times the next."""
+    if is_one_call(factors):
+        return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))
+    # Counts are read back, which waits for a GPU.
+    parts = torch.split(rows, counts.tolist())
+    return torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)])

@@ -144,7 +144,6 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
-    """The error for tensor `name` of `file`, which no plain adapter has."""
     reason = next((reason for part, reason in TENSORS.items() if part in name), None)
     owner = name.rpartition(".")[0].rpartition(".")[2]
     if reason is None and owner in EMBEDDINGS:
@@ -155,9 +154,7 @@ def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
     )
 
 
-# -------------------------------------------------------------------------------------------------
 # PEFT's two files, which LoRA and (IA)³ share: read and written without building a model.
-# -------------------------------------------------------------------------------------------------
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -170,10 +167,6 @@ LARGEST_ALPHA = 1e9
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a PEFT adapter of any type.
-
-    Raises ExpertError when it is missing or broken.
-    """
     path = directory / ADAPTER_CONFIG
     try:
         return read_json_object(path)
@@ -216,7 +209,6 @@ PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path
 
 
 def site_of(key: str, endings: tuple[str, ...], directory: Path) -> str:
-    """The site whose tensor `key` is, by one of these `endings`. Raises ExpertError for others."""
     for ending in endings:
         if key.startswith(PEFT_PREFIX) and key.endswith(ending):
             return key[len(PEFT_PREFIX) : -len(ending)]
@@ -226,7 +218,6 @@ def site_of(key: str, endings: tuple[str, ...], directory: Path) -> str:
 def write_adapter(
     folder: Path, config: Mapping[str, Any], sites: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> Path:
-    """`folder`, with an adapter's `config` and `tensors` (by site and ending) in PEFT's files."""
     named = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / ADAPTER_WEIGHTS)
     content = {**config, "inference_mode": True, "target_modules": sorted(sites)}
@@ -239,13 +230,10 @@ def _is_number(value: object) -> bool:
     return number and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
 
 
-# -------------------------------------------------------------------------------------------------
 # A base under PEFT, in training.
-# -------------------------------------------------------------------------------------------------
 
 
 def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
-    """What the configurations of all of PEFT's adapters say of the base and these sites of it."""
     first = base.model.get_submodule(next(iter(sites)))
     return {
         "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
@@ -257,7 +245,6 @@ def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
 
 @contextmanager
 def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
-    """The base as PEFT's model with a fresh adapter of this `config`, while the context is open."""
     with warnings.catch_warnings():
         # PEFT reads a property that transformers has renamed; a user can't act on it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

@@ -73,9 +73,7 @@ def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     return logits[0].float()
 
 
-# -------------------------------------------------------------------------------------------------
 # Opening a model to export it: as it always is, but with every expert's factors.
-# -------------------------------------------------------------------------------------------------
 
 
 def open_routed(
@@ -113,12 +111,10 @@ def open_routed(
     return install(prepared.model, prepared.parts)
 
 
-# -------------------------------------------------------------------------------------------------
 # Export: a routed model with constant routing as a PEFT LoRA adapter, or as a plain model.
 #
 # An adapter is exact where all experts are LoRAs: a sum of LoRAs is a LoRA of the sum of their
 # ranks. A merged model is exact for (IA)³ too. Nothing of ours is needed to load either.
-# -------------------------------------------------------------------------------------------------
 
 EXPORT_INFO = "phatgoose_export.json"
 
@@ -143,7 +139,6 @@ class Export:
 
     @property
     def lost(self) -> float:
-        """The Frobenius norm of all that cuts took off, as a share of that of all updates."""
         lost, norm = (
             math.hypot(*(getattr(loss, name) for loss in self.losses.values()))
             for name in ("lost", "norm")
@@ -151,7 +146,6 @@ class Export:
         return lost / norm if norm else 0.0
 
     def record(self, parts: Composition) -> dict[str, Any]:
-        """The content of EXPORT_INFO; numbers by site where there are any."""
         sites = {
             site: {"shares": self.shares.at(site)}
             | (asdict(self.losses[site]) if site in self.losses else {})
@@ -222,12 +216,6 @@ def export(
 def _loras(
     updates: Mapping[str, Update], rank: int | None
 ) -> tuple[dict[str, Update], dict[str, CutLoss]]:
-    """(updates of one rank, what cuts lost), each by site.
-
-    One rank at all sites with a scale of 1 means the same to PEFT, which has a rank and a scale for
-    each site, and to programs that know one alpha or one rank for all. Raises RoutingError where
-    there is more than LoRAs, or nothing.
-    """
     for site, update in updates.items():
         if not update.is_lora:
             raise RoutingError(
@@ -237,6 +225,7 @@ def _loras(
     if not updates:
         raise RoutingError("The experts change nothing at these shares; there is no adapter.")
     cuts = {site: cut(update, rank) for site, update in updates.items()}
+    # PEFT may have a rank for each site, but many programs know one for all.
     widest = max(max(update.rank for update, _ in cuts.values()), 1)
     return (
         {site: widened_to(update, widest) for site, (update, _) in cuts.items()},
@@ -245,10 +234,13 @@ def _loras(
 
 
 def _factors(updates: Mapping[str, Update]) -> dict[str, LoraFactors]:
-    """The updates as LoRAs on the CPU; their scale is the integer 1, since Ollama wants one."""
     return {
         site: LoraFactors(
-            each.A.cpu(), each.B.cpu(), 1, None if each.bias is None else each.bias.cpu()
+            # A scale of 1, as an integer: Ollama wants one.
+            each.A.cpu(),
+            each.B.cpu(),
+            1,
+            None if each.bias is None else each.bias.cpu(),
         )
         for site, each in updates.items()
     }
@@ -267,7 +259,6 @@ def _about(model: PreTrainedModel, parts: Composition) -> dict[str, Any]:
 def _write_model(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], parts: Composition, folder: Path
 ) -> None:
-    """The model with `layers` in the place of the routed ones, as transformers writes it."""
     with replaced(model, layers), torch.no_grad(), quiet_loading():
         type(model).save_pretrained(model, folder)  # the model's own is that of routed models
     if parts.tokenizer is not None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.blocks import headless
-from ...base.offloading import input_device
+from ...base.sites import headless, input_device
 from ...config import Formatting
 from ...errors import ConfigError, RoutingError, TaskError
 from ...tasks.encoding import Cuts, Encoder
@@ -43,7 +42,7 @@ class Texts:
 
 
 def prompt_texts(prompts: Sequence[str], formatting: Formatting | None = None) -> Texts:
-    """These prompts. Raises TaskError when one is empty."""
+    """These prompts as Texts. Raises TaskError when one is empty."""
     if not all(prompts):
         raise TaskError("The prompt is empty.")
     return Texts("the prompt", [Example(prompt, "") for prompt in prompts], formatting)
@@ -58,10 +57,9 @@ def neutral_texts() -> Texts:
 def read_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts
 ) -> list[Inputs]:
-    """The inputs of a pass of each prompt, one row each, for `passing`.
+    """The inputs of a pass of each prompt, one row each; a decoder's are `model`'s greedy answer.
 
-    The decoder of an encoder-decoder model reads the greedy answer of `model`, of ANSWER_TOKENS
-    at most. Raises as `routing_for` does, and TaskError where the base leaves no room for a prompt.
+    Raises as `routing_for` does, and TaskError where the base leaves no room for a prompt.
     """
     encoder = Encoder.for_model(model, tokenizer, texts.formatting)
     prompts = [encoder.fitted(each.input, each.passage) for each in texts.examples]
@@ -80,10 +78,7 @@ def read_texts(
 
 
 def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> Iterator[Inputs]:
-    """The `inputs` one by one; routers that choose for whole inputs know whose turn it is.
-
-    Raises as `routing_for` does.
-    """
+    """The `inputs` one by one, each announced to routers of whole prompts (`routing_for`)."""
     prompts = [each["input_ids"][0].tolist() for each in inputs]
     with routing_for(model, prompts, task=texts.name, examples=texts.examples) as before_pass:
         for row, each in enumerate(inputs):
@@ -91,9 +86,7 @@ def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> I
             yield each
 
 
-# -------------------------------------------------------------------------------------------------
 # The constant share of each expert at each site: the routing's own, or that for some prompts.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,10 +134,7 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
 
 
 def constant_shares(parts: Composition) -> Shares | None:
-    """The shares where routing depends on no input, None where it does.
-
-    It is constant for routers merged, single and best-individual, and for any with one expert.
-    """
+    """The shares where routing depends on no input, or there is one expert; else None."""
     alone = len(parts.experts) == 1
     weights = {}
     for site, layer in parts.layers.items():
@@ -157,7 +147,6 @@ def constant_shares(parts: Composition) -> Shares | None:
 
 
 def _weight_of_each(layer: RoutedLayer) -> float | None:
-    """The weight of every expert of a layer, None where it depends on the input."""
     if isinstance(layer, FoldedLinear):
         return layer.weight_of_each
     router = getattr(layer, "router", None)
@@ -165,11 +154,7 @@ def _weight_of_each(layer: RoutedLayer) -> float | None:
 
 
 def shares_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Shares:
-    """The mean weight of each expert over the tokens of each prompt, then over the prompts.
-
-    Every site has its own. For a router that chooses for whole inputs this is the mean of its
-    mixtures. A site that no token passes has 0. Raises as `read_texts` does.
-    """
+    """The mean weight of each expert at each site over a prompt's tokens, then over the prompts."""
     parts = composition_of(model)
     inputs = read_texts(model, tokenizer, texts)
     totals = _nothing(parts)
@@ -186,7 +171,6 @@ def _nothing(parts: Composition) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _mean_weights(model: PreTrainedModel, parts: Composition, inputs: Inputs) -> dict[str, Tensor]:
-    """The mean weight of each expert over the tokens of one pass, float64 [E] by site."""
     sums, tokens = _nothing(parts), dict.fromkeys(parts.layers, 0)
 
     def add(passed: SitePass) -> None:

@@ -128,12 +128,14 @@ def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
     """
     A, B = update.A.cpu().double(), update.B.cpu().double()  # not every device has float64
     right, left = torch.linalg.qr(A.T), torch.linalg.qr(B)
+    # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: its SVD is that of the small matrix, and d x n is never formed.
     U, S, V = torch.linalg.svd(left.R @ right.R.T)
     norm = float(S.square().sum().sqrt())
     most = min(rank or update.rank, A.shape[1], B.shape[0])
     if update.rank <= most:
         return update, CutLoss(update.rank, update.rank, norm, 0.0)
     lost = float(S[most:].square().sum().sqrt())
+    # Half of each singular value on either side, so that neither is far from the other's size.
     root = S[:most].sqrt()
     found = replace(
         update,
@@ -144,7 +146,6 @@ def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
 
 
 def widened_to(update: Update, rank: int) -> Update:
-    """`update` with factors of this `rank`, filled up with zeros."""
     more = rank - update.rank
     A = torch.cat([update.A, update.A.new_zeros(more, update.A.shape[1])])
     B = torch.cat([update.B, update.B.new_zeros(update.B.shape[0], more)], dim=1)
@@ -193,7 +194,6 @@ def merged_layer(layer: RoutedLayer, update: Update) -> nn.Module:
 
 
 def _merged_weight(layer: RoutedLayer, update: Update) -> Tensor:
-    """The weight with `update` inside, in the base's layout."""
     if isinstance(layer, FoldedLinear):
         found = layer.folded
     else:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...experts.kinds.sums import is_one_call
+from ...experts.kinds.kind import is_one_call
 from .native import add_routed, native, runs_natively
 from .plain import concat, gather, grouped, reference
 from .triton_gpu import add_routed as add_routed_on_gpu
@@ -75,11 +75,7 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
 def one_call(
     name: str, y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int
 ) -> AddRouted | None:
-    """What adds the routed product to y and chooses experts in one call; None where nothing can.
-
-    `name` is a kernel's or "auto", which takes `native` on CPUs wherever it runs and `triton` on
-    GPUs where `choose_kernel` would.
-    """
+    """What chooses experts and adds their product to y in one call; None where nothing can."""
     tensors = (y, u, vectors, A, B)
     if name in (AUTO, "native") and u.is_contiguous() and runs_natively(*tensors):
         return add_routed

@@ -1,6 +1,4 @@
-"""The native kernel: compiled here or shipped, and called from torch.
-
-Compiling a C++ library on this machine, and caching it where only its user can write.
+"""The native kernel, `native.cpp`: shipped, or compiled and cached here, and called from torch.
 
 A loaded library has all rights of its user. So one is taken from the cache only if it is in a
 folder of the user's that others can't enter, is a file of the user's that others can't write to,
@@ -50,14 +48,14 @@ CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 def load_built(source: Path) -> ctypes.CDLL:
     """The library of the C++ file `source`, from the user's cache, or built now and kept there.
 
-    Raises OSError or SubprocessError, whose text is one line, when there is no compiler or it fails
-    and when nothing built can be loaded.
+    Raises OSError or SubprocessError, in one line, when it can't be built or loaded.
     """
     command = os.environ.get("CXX") or "c++"
     compiler = shutil.which(command)
     if compiler is None:
         raise FileNotFoundError(f"there is no C++ compiler, {command!r}")
     more = shlex.split(os.environ.get(MORE_FLAGS, ""))
+    # The compiler's macros name its version and this processor: both belong to the cache's key.
     macros = _run_compiler(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     compiling, linking = (*FLAGS, *more, "-c"), (*LINKED, *_named_openmp(macros), *more)
     content = source.read_bytes() + macros + " ".join((compiler, *compiling, *linking)).encode()
@@ -77,25 +75,19 @@ def load_built(source: Path) -> ctypes.CDLL:
 
 
 def _named_openmp(macros: bytes) -> tuple[str, ...]:
-    """What makes a library name the OpenMP of the compiler that has these `macros`.
-
-    Nothing where GNU's or one like it is loaded for all already, which is torch's (`shipped`).
-    """
+    # Loaded for all by torch already: naming it would bring in a second runtime (`shipped`).
     is_there = hasattr(ctypes.pythonapi, "GOMP_parallel")
     return () if is_there and b"__clang__" not in macros else ("-fopenmp",)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The user's private folder of libraries at `place`, open as `folder`."""
-
     place: Path
     folder: int
 
 
 @contextmanager
 def _cache() -> Iterator[Cache | None]:
-    """The cache while the context is open; None, and one line, where there can't be one."""
     folder = None
     try:
         place = user_cache() / "native"
@@ -110,12 +102,13 @@ def _cache() -> Iterator[Cache | None]:
 
 
 def _own_folder(place: Path) -> int:
-    """The folder `place`, made if need be, open. Raises OSError unless it is the user's alone."""
     if not place.is_absolute():
         raise OSError(f"{place}, where it would be kept, is no absolute path")
     place.parent.mkdir(parents=True, exist_ok=True)
+    # mkdir with its mode at once, not chmod after it: nobody can enter in between.
     with suppress(FileExistsError):
         place.mkdir(mode=0o700)
+    # From here on the open folder is used, not its path, which could lead elsewhere by then.
     folder = os.open(place, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | CAREFULLY)
     info = os.fstat(folder)
     if not _is_own(info) or info.st_mode & OF_OTHERS:
@@ -127,7 +120,6 @@ def _own_folder(place: Path) -> int:
 
 
 def _from(cache: Cache, begin: str) -> ctypes.CDLL | None:
-    """The library in the cache whose name begins so, None if there is none; damaged ones go."""
     for name in os.listdir(cache.folder):
         if name.startswith(f"{begin}-"):
             with suppress(OSError):
@@ -138,7 +130,6 @@ def _from(cache: Cache, begin: str) -> ctypes.CDLL | None:
 
 
 def _keep(content: bytes, cache: Cache, begin: str) -> str:
-    """The name in the cache of a library of this `content`, which is there then, complete."""
     name = f"{begin}-{hashlib.sha256(content).hexdigest()}.so"
     unfinished, folder = f".{secrets.token_hex(8)}", cache.folder
     new = os.open(
@@ -147,6 +138,7 @@ def _keep(content: bytes, cache: Cache, begin: str) -> str:
     try:
         with open(new, "wb") as file:
             file.write(content)
+        # Complete before it has the name that others look for.
         os.rename(unfinished, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
         with suppress(OSError):
@@ -156,10 +148,6 @@ def _keep(content: bytes, cache: Cache, begin: str) -> str:
 
 
 def _loaded(name: str, cache: Cache | None = None) -> ctypes.CDLL:
-    """The library `name`: in the cache, of the content that its name tells, or one just built.
-
-    Raises OSError when it isn't what it should be, or can't be loaded.
-    """
     file = os.open(name, os.O_RDONLY | CAREFULLY, dir_fd=cache.folder if cache else None)
     try:
         info = os.fstat(file)
@@ -169,6 +157,7 @@ def _loaded(name: str, cache: Cache | None = None) -> ctypes.CDLL:
             found = hashlib.sha256(opened.read()).hexdigest()
         if cache and not name.endswith(f"-{found}.so"):
             raise OSError(f"{name} is damaged")
+        # Through /proc the loader gets the very file that was hashed, whatever its name means now.
         place = OPEN_FILES / str(file)
         if not place.exists():
             place = cache.place / name if cache else Path(name)
@@ -180,15 +169,10 @@ def _loaded(name: str, cache: Cache | None = None) -> ctypes.CDLL:
 
 
 def _is_own(info: os.stat_result) -> bool:
-    """True for what belongs to this process's user; systems without such owners have no others."""
     return not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
 
 
 def _run_compiler(*command: str, folder: str | None = None) -> bytes:
-    """What `command` writes; its own temporary files go to `folder`, and no file is others' to see.
-
-    Raises OSError, with the first line of its complaint, or SubprocessError.
-    """
     environment = os.environ if folder is None else {**os.environ, "TMPDIR": folder}
     mask = 0o077 if hasattr(os, "geteuid") else -1
     try:
@@ -200,9 +184,6 @@ def _run_compiler(*command: str, folder: str | None = None) -> bytes:
         raise OSError(f"{command[0]} failed: {complaint or error.returncode}") from error
 
 
-# -------------------------------------------------------------------------------------------------
-# The routed product and the top-k of scored routers in C++, for CPUs: `native.cpp` beside this.
-#
 # Wheels of a platform carry it compiled (`shipped`). Elsewhere, or with `PHATGOOSE_NATIVE=compile`
 # in the environment, the machine's C++ compiler (`$CXX`, else c++) builds it once, in about two
 # seconds, into the user's cache. Without a compiler the other kernels serve, more
@@ -211,7 +192,6 @@ def _run_compiler(*command: str, folder: str | None = None) -> bytes:
 # The library takes addresses of contiguous CPU tensors through ctypes and trusts their sizes. So
 # each call first checks the tensors' types, devices and shapes here, and indices in C++. It runs
 # on torch's own OpenMP threads.
-# -------------------------------------------------------------------------------------------------
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -225,10 +205,7 @@ SIGNATURES = {
 
 
 def runs_natively(*tensors: Tensor) -> bool:
-    """True when the library is there and can take `tensors`: of one type, on the CPU, no gradients.
-
-    False while torch.compile traces, which sees through the other kernels but not through this.
-    """
+    """True when the library is there and can take `tensors`: one type, CPU, no gradients."""
     return (
         _are_of_one_type(tensors)
         and not torch.compiler.is_compiling()
@@ -238,10 +215,8 @@ def runs_natively(*tensors: Tensor) -> bool:
 
 
 def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product of `kernels.choice`, expert by expert, [T, d].
+    """The routed product of `kernels.choice`, expert by expert, [T, d], without gradients.
 
-    Tokens that chose the same expert are multiplied together; weights of zero cost
-    nothing; sums are float32. Not differentiable: "auto" takes another kernel where that is wanted.
     Raises ConfigError unless `runs_natively(u, A, B)`, RoutingError when shapes don't belong
     together or an index names no expert.
     """
@@ -253,6 +228,7 @@ def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     if not (is_choice(u, experts, weights) and belong_together(u.shape[1], A.shape, B.shape)):
         raise misfit("native", u=u, experts=experts, weights=weights, A=A, B=B)
     (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
+    # Addresses are of rows without gaps; these names also keep copies alive during the call.
     u, experts, A, B = u.contiguous(), experts.contiguous(), A.contiguous(), B.contiguous()
     weights = weights.float().contiguous()
     delta = torch.zeros(tokens, d, dtype=u.dtype)
@@ -260,6 +236,7 @@ def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
         *(t.data_ptr() for t in (delta, u, experts, weights, A, B)),
         *(tokens, k, E, r, n, d, torch.get_num_threads()),
     )
+    # C++ found an index out of range, and wrote nothing.
     if failed:
         first, last = experts.min(), experts.max()
         raise RoutingError(f"Experts {first} to {last} were chosen; there are {E}, from 0 on.")
@@ -270,7 +247,7 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     """The k experts of the highest affinity for each token of u [T, n], and their weights.
 
     `vectors` [E, n] are those of the experts, in the type of `u`. With `eps` the affinity is
-    v̄ᵀu / (sqrt(var(u) + eps) √n) as in `ScoredRouter`, with None |vᵀu| as in `ArrowRouter`. Returns
+    v̄ᵀu / (sqrt(var(u) + eps) √n) (`PhatgooseRouter`), with None |vᵀu| (`ArrowRouter`). Returns
     experts [T, k] int64, best first, of equals the first, and weights [T, k] float32: the softmax.
     Raises RoutingError when shapes or types don't belong together, or k is not from 1 to E.
     """
@@ -284,6 +261,8 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     weights = torch.empty(tokens, k)
     _function("route", u.dtype)(
         *(u.data_ptr(), vectors.data_ptr(), tokens, n, E, k),
+        # Without eps nothing is standardised; the flag says so, since ctypes has no None of a
+        # float.
         *(eps or 0.0, eps is not None, experts.data_ptr(), weights.data_ptr()),
     )
     return experts, weights
@@ -298,11 +277,11 @@ def add_routed(
     k: int,
     eps: float | None,
 ) -> None:
-    """Add to y [.., d] in place what `top_experts` and `native` come to for u [.., n], in one call.
+    """Add to y [.., d] in place what `top_experts` and `native` come to, in one call.
 
-    All tensors are contiguous and of one type. Decoding spends its time on calls: this is one where
-    there were six. Raises RoutingError as `top_experts` and `native` do.
+    All tensors are contiguous and of one type. Raises RoutingError as `top_experts` and `native`.
     """
+    # Shapes are asked for once: decoding calls this at every layer for every token.
     sizes, outer = A.shape, B.shape
     E, n, d = sizes[0], sizes[-1], outer[-1]
     numbers = u.numel()
@@ -329,7 +308,6 @@ def add_routed(
 
 
 def _are_of_one_type(tensors: Iterable[Tensor]) -> bool:
-    """True for tensors of one of TYPES on the CPU."""
     kind = None
     for tensor in tensors:
         kind = kind or tensor.dtype
@@ -348,10 +326,6 @@ def _function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignor
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled library, None where it is turned off or, as one line says, can't be built.
-
-    That of the wheel comes first, unless it is to be compiled here, as flags of one's own want too.
-    """
     told = os.environ.get("PHATGOOSE_NATIVE")
     if told == "0":
         return None

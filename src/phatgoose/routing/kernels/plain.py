@@ -1,8 +1,6 @@
-"""Kernels in plain torch, and sums that all kernels share.
+"""Kernels in plain torch, mttl's mixed factors, and whether tensors belong together.
 
-Whether tensors belong together: asked where a kernel hands their addresses on.
-
-Letters as in `kernels.choice`. Nothing here reads a number of a tensor or waits for a device.
+Arguments, shapes and letters as in `kernels.choice`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RoutingError
-from ...experts.kinds.sums import dense_weights, expert_products
+from ...experts.kinds.kind import dense_weights, expert_products
 
 
 def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
@@ -34,7 +32,6 @@ def is_choice(u: Tensor, experts: Tensor, weights: Tensor) -> bool:
 
 
 def misfit(kernel: str, k: int | None = None, **tensors: Tensor) -> RoutingError:
-    """The error for `tensors`, by the letters they are known by, that `kernel` can't take."""
     told = ", ".join(
         f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         for name, tensor in tensors.items()
@@ -44,13 +41,6 @@ def misfit(kernel: str, k: int | None = None, **tensors: Tensor) -> RoutingError
         f"wanted u [.., n], A [E, r, n], B [E, r, d], vectors [E, n], experts and weights [T, k], "
         f"all contiguous and of one type, indices in int64, and k from 1 to E."
     )
-
-
-# -------------------------------------------------------------------------------------------------
-# The routed product in plain torch, and mttl's product of mixed factors.
-#
-# Arguments and shapes as `kernels.choice` has them.
-# -------------------------------------------------------------------------------------------------
 
 
 def reference(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -67,24 +57,18 @@ def reference(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor)
 
 
 def concat(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product through the concatenated rank space: two large products.
-
-    A u is computed for all E experts at once ([T, E r]), scaled by each token's weights (zero for
-    experts not chosen) and multiplied with all B at once. Static shapes; best for many tokens.
-    """
+    """The routed product through the concatenated rank space, [T, E r]: two large products."""
     E, r, n = A.shape
     tokens = u.shape[0]
     dense = dense_weights(experts, weights, E)
     inner = (u @ A.reshape(E * r, n).T).view(tokens, E, r)
+    # Weights go where it is smallest: E r numbers a token, not d.
     inner = inner * dense.to(u.dtype).unsqueeze(-1)
     return inner.view(tokens, E * r) @ B.reshape(E * r, -1)
 
 
 def gather(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product through each token's own factors, fetched: for short inputs.
-
-    The k chosen experts of a token are stacked to one LoRA of rank k r. Static shapes.
-    """
+    """The routed product through each token's own factors, stacked to one LoRA of rank k r."""
     tokens, k = experts.shape
     _, r, n = A.shape
     chosen_A = A[experts].view(tokens, k * r, n)
@@ -95,11 +79,9 @@ def gather(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
 
 
 def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """(sum over z of w_z B_z)(sum over z of w_z A_z) u for every token, [T, d].
+    """(sum over z of w_z B_z)(sum over z of w_z A_z) u for every token, [T, d], as mttl has it.
 
-    Shapes as those of kernels, but this is another function: the products B_z A_y of
-    different experts take part, so that the result depends on the basis of each expert's rank
-    space. It exists to compare with mttl (`arrow="mttl"`).
+    Another function than the kernels': products B_z A_y of different experts take part.
     """
     E, r, n = A.shape
     tokens = u.shape[0]
@@ -110,24 +92,20 @@ def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Ten
     return outer.view(tokens, E * r) @ B.reshape(E * r, -1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Tokens sorted by expert, then one product per expert: for many tokens and many experts.
-# -------------------------------------------------------------------------------------------------
-
-
 def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product of `kernels.choice` over tokens sorted by expert, [T, d].
+    """The routed product over tokens sorted by expert, [T, d]: what was chosen, nothing else.
 
-    Multiplies what was chosen and nothing else. On GPUs all experts' products are one call of
-    `torch.nn.functional.grouped_mm`, and nothing waits for the device; where torch has none for the
-    type or the sizes at hand, they are one call each, and counts are read back.
+    Where torch has no `grouped_mm` for type and sizes, counts are read back, which waits for a GPU.
     """
     tokens, k = experts.shape
     chosen = experts.reshape(-1)  # [T k]
+    # Stable, so that sums don't depend on how equal keys happen to be ordered.
     order = chosen.argsort(stable=True)
     counts = torch.zeros(len(A), dtype=torch.int64, device=u.device)
+    # Not bincount: that reads the largest index back, which waits for a GPU.
     counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))
     inner = expert_products(u[order // k], A.transpose(1, 2), counts)  # [T k, r]
     inner = inner * weights.reshape(-1, 1)[order].to(u.dtype)
     outer = expert_products(inner, B, counts)  # [T k, d]
+    # The inverse of the order, and not index_add, whose sums on GPUs have no fixed order.
     return outer[order.argsort()].view(tokens, k, B.shape[2]).sum(dim=1)

@@ -58,10 +58,7 @@ LEVELS = (  # of x86-64, best first
 
 
 def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Path]:
-    """The libraries of the C++ file `source`, made in `folder`, for processors of this kind.
-
-    Raises OSError when there is no such compiler, and with its complaint when it fails.
-    """
+    """The libraries of the C++ file `source` for processors of this kind, or OSError."""
     levels = LEVELS if platform.machine().lower() in X86 else (ANY,)
     made = []
     with tempfile.TemporaryDirectory() as work:
@@ -76,10 +73,7 @@ def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Pa
 
 
 def load_shipped(source: Path) -> ctypes.CDLL | None:
-    """The best library for this processor that lies beside `source`, None where none does.
-
-    None too where none of them can be loaded: a torch without OpenMP, say.
-    """
+    """The best library for this processor beside `source`, None where none is or can be loaded."""
     for level in _levels_here():
         place = source.with_name(_name(source, level))
         if place.is_file():
@@ -93,7 +87,6 @@ def _name(source: Path, level: Level) -> str:
 
 
 def _levels_here() -> Iterator[Level]:
-    """The levels that this processor reaches, best first."""
     can: set[str] = set()
     with suppress(OSError):
         for line in PROCESSORS.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -37,19 +37,16 @@ MOST_SEARCHED = 4096  # scores that each program of a pair looks through itself,
 
 
 def runs_on_triton(*tensors: Tensor) -> bool:
-    """True when Triton can take `tensors`: of one type, on one GPU that it knows, no gradients.
-
-    False while torch.compile traces, and on CPUs, interpreted or not.
-    """
+    """True when Triton can take `tensors`: of one type, on one GPU that it knows, no gradients."""
+    # torch.compile sees through the other kernels, but not through these.
     return tensors[0].is_cuda and not torch.compiler.is_compiling() and _takes(*tensors)
 
 
 def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The routed product of `kernels.choice`, one by one or in blocks, [T, d].
 
-    Weights of zero (padding) cost nothing; sums are float32. Raises ConfigError where
-    Triton can't take the tensors, RoutingError when their shapes don't belong together. Indices are
-    believed: looking at them would wait for the device.
+    Raises ConfigError where Triton can't take the tensors, RoutingError when shapes don't belong
+    together. Indices are believed: looking at them would wait for the device.
     """
     if not _takes(u, A, B):
         raise ConfigError(
@@ -64,10 +61,7 @@ def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
 
 
 def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
-    """The k experts of the highest affinity for each token of u [T, n], and their weights.
-
-    As `native.top_experts`, on the device of `u`: call it where `runs_on_triton(u, vectors)`.
-    """
+    """As `native.top_experts`, on the device of `u`: call it where `runs_on_triton(u, vectors)`."""
     if not (
         u.dim() == vectors.dim() == 2
         and u.shape[1] == vectors.shape[1] > 0
@@ -102,7 +96,6 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
 
 
 def _scores(u: Tensor, vectors: Tensor, eps: float | None) -> Tensor:
-    """The affinities of every token to every expert, float32 [T, E]."""
     tokens, (E, n) = len(u), vectors.shape
     scores = u.new_empty(tokens, E, dtype=torch.float32)
     block_t = _tokens_at_once(tokens)
@@ -115,12 +108,10 @@ def _scores(u: Tensor, vectors: Tensor, eps: float | None) -> Tensor:
 
 
 def _tokens_at_once(tokens: int) -> int:
-    """The tokens that one program scores."""
     return 16 if tokens <= 16 else 32
 
 
 def _scoring(u: Tensor, eps: float | None) -> dict[str, Any]:
-    """What both programs that score are made for."""
     return {
         "STANDARDISED": eps is not None,
         "WIDE": _is_interpreted(),
@@ -132,11 +123,10 @@ def _scoring(u: Tensor, eps: float | None) -> dict[str, Any]:
 def add_routed(
     y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int, eps: float | None
 ) -> None:
-    """Add to y [.., d] in place what `top_experts` and `triton_gpu` come to for u [.., n].
+    """Add to y [.., d] in place, rounded once, what `top_experts` and `triton_gpu` come to.
 
-    The sum is rounded once. It takes fewer launches and moves fewer bytes than the two and a sum
-    of torch's: call it where `runs_on_triton(y, u, vectors, A, B)`. Raises RoutingError where
-    shapes don't belong together or y is not contiguous.
+    Call it where `runs_on_triton(y, u, vectors, A, B)`. Raises RoutingError where shapes don't
+    belong together or y is not contiguous.
     """
     n, d, E = u.shape[-1], y.shape[-1], len(A)
     if not (
@@ -151,6 +141,7 @@ def add_routed(
     tokens, sums = u.reshape(-1, n), y.view(-1, d)
     if u.numel() == 0:
         return
+    # With few pairs every program searches its token's scores itself, which saves a launch.
     if len(tokens) * k > _most_apart(E) or k * E > MOST_SEARCHED:
         _product(tokens, *top_experts(tokens, vectors, k, eps), A, B, sums)
         return
@@ -168,17 +159,13 @@ def _product(
 
 
 def _most_apart(E: int) -> int:
-    """The most pairs that are multiplied one by one."""
     return max(LEAST_PAIRS, 2 * E)
 
 
 def one_by_one(
     u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor, y: Tensor | None = None
 ) -> Tensor:
-    """The product of `triton_gpu` with each pair's own factors: for few tokens.
-
-    Where y [T, d] is given, the product is added to it, and it comes back.
-    """
+    """The product of `triton_gpu` with each pair's own factors; added to y if given."""
     u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
     return _apart(u, None, experts, weights, A, B, y)
 
@@ -192,7 +179,6 @@ def _apart(
     B: Tensor,
     y: Tensor | None,
 ) -> Tensor:
-    """`one_by_one` for contiguous tensors; with `scores` experts and weights are chosen first."""
     (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
     inner = u.new_empty(tokens * k, r, dtype=torch.float32)
     delta = u.new_empty(tokens, d) if y is None else y
@@ -217,16 +203,14 @@ def _apart(
 def in_blocks(
     u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor, y: Tensor | None = None
 ) -> Tensor:
-    """The product of `triton_gpu` with the pairs of an expert multiplied together: for many.
-
-    Where y [T, d] is given, the product is added to it, and it comes back.
-    """
+    """The product of `triton_gpu` with an expert's pairs together; added to y if given."""
     u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
     (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
     pairs = tokens * k
     size = _block(pairs // E, 16, 64)  # pairs multiplied together
     owners, rows = _arrange(experts, weights, E, size)
     inner = u.new_empty(pairs, r, dtype=torch.float32)
+    # A row for each pair, summed by token later: no sum depends on the order of atomics.
     parts = u.new_empty(pairs, d)
     delta = u.new_empty(tokens, d) if y is None else y
     ranks, wide = _block(r, 16, 64), _is_interpreted()
@@ -253,13 +237,11 @@ def in_blocks(
 
 
 def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tensor, Tensor]:
-    """Blocks of up to `size` pairs of one expert: their `owners` [blocks], `rows` [blocks, size].
-
-    Both as `triton_programs.place_pairs` leaves them. There are as many blocks as there could ever
-    be: an expert leaves part of a block empty at most.
-    """
     pairs = experts.numel()
+    # As many blocks as there could ever be (an expert leaves part of one empty at most): the true
+    # number would have to be read back.
     most = (pairs + min(E, pairs) * (size - 1)) // size
+    # One fill for all three, since launches are what it costs.
     zeros = torch.zeros(E + most * (1 + size), dtype=torch.int32, device=experts.device)
     counts, owners, rows = torch.split(zeros, [E, most, most * size])
     firsts = torch.empty_like(counts)
@@ -275,16 +257,13 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
 
 
 def loaded_features(itemsize: int, n: int) -> int:
-    """The features of each token and factor that products of blocks load at a time, of n.
-
-    Chosen so that no program spills registers (tests/routing/kernels/test_triton_programs.py). Rows
-    that don't begin at multiples of 16 bytes are loaded number by number, into more registers.
-    """
+    # The most with which no program spills registers
+    # (tests/routing/kernels/test_triton_programs.py). Rows that don't begin at multiples of 16
+    # bytes are loaded number by number, into more registers.
     return (512 // itemsize if n % 16 == 0 else 64) // itemsize
 
 
 def computed_features(itemsize: int, d: int) -> int:
-    """The features of d that one program computes; chosen in the same way."""
     return (256 if d % 16 == 0 else 128) // itemsize
 
 
@@ -293,7 +272,6 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _block(size: int, least: int = 1, most: int | None = None) -> int:
-    """The power of two from `size` upwards, within bounds: blocks have no other sizes."""
     wanted = max(1 << (size - 1).bit_length() if size > 0 else 1, least)
     return wanted if most is None else min(wanted, most)
 
@@ -310,7 +288,6 @@ def _takes(*tensors: Tensor) -> bool:
 
 @cache
 def _serves(device: torch.device) -> bool:
-    """True where Triton is there, knows the device and could run a program on it."""
     if device.type == "cuda":
         known = torch.cuda.get_device_capability(device) >= OLDEST
     else:
@@ -319,10 +296,10 @@ def _serves(device: torch.device) -> bool:
 
 
 def _runs(device: torch.device) -> bool:
-    """Whether a small program runs; Triton may lack a C compiler, for one."""
     counts = torch.ones(1, dtype=torch.int32, device=device)
     try:
         with _programs_for(counts) as programs:
+            # Tried out, since Triton may lack a C compiler, for one.
             programs.arrange_experts[(1,)](counts, counts, 1, BLOCK_T=16, BLOCK_E=16)
     except Exception as error:  # Triton's own are of many kinds
         logger.info("Triton can't be used on %s, other kernels serve: %s", device, error)
@@ -337,14 +314,13 @@ def _is_interpreted() -> bool:
 
 @contextmanager
 def _programs_for(tensor: Tensor) -> Iterator[Any]:
-    """`triton_programs`, which start on the device of `tensor` while the context is open."""
+    # Triton starts programs on the current device, whichever the tensor's is.
     with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
         yield _programs()
 
 
 @cache
 def _programs() -> ModuleType | None:
-    """`triton_programs`, None where Triton is not installed."""
     try:
         from . import triton_programs  # an optional extra
     except ImportError as error:

@@ -17,13 +17,10 @@ def _affinities(
     u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Affinities of a block of tokens to a block of experts: v̄ᵀū/√n, or |vᵀu|.
-
-    The variance is summed around each token's first feature, which keeps it exact where activations
-    are far from zero. Rounding leaves v̄ a small mean; it is taken out with the mean of u.
-    """
     products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if STANDARDISED:
+        # The variance is summed around each token's first feature, which keeps it exact where
+        # activations are far from zero.
         first = tl.load(u + token * n, mask=token < tokens, other=0.0).to(tl.float32)
         sums = tl.zeros((BLOCK_T,), tl.float32)
         squares = tl.zeros((BLOCK_T,), tl.float32)
@@ -45,6 +42,7 @@ def _affinities(
     if STANDARDISED:
         mean = sums / n
         variance = tl.maximum(squares / n - mean * mean, 0.0)
+        # Rounding leaves v̄ a small mean; it goes with the mean of u.
         products -= (mean + first)[:, None] * vector_sums[None, :]
         products *= (1.0 / tl.sqrt((variance + eps) * n))[:, None]
     else:
@@ -65,16 +63,14 @@ def _choose(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Store the k highest `scores` of some tokens, the first of equals first, and their softmax.
-
-    NaN counts as the lowest number, so that every choice is one of the E experts.
-    """
     expert = tl.arange(0, BLOCK_E)
+    # NaN compares as false and becomes the lowest number, so every choice is one of the E experts.
     left = tl.where(scores > -3.4e38, scores, -3.4e38)
     left = tl.where((expert < E)[None, :], left, float("-inf"))
     choice = tl.arange(0, BLOCK_K)
     chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
     for j in range(k):
+        # Of equals the first, as on every path (`router.highest`).
         best = tl.argmax(left, 1)
         tl.store(experts + token * k + j, best.to(tl.int64), mask=token < tokens)
         chosen = tl.where(choice[None, :] == j, tl.max(left, 1)[:, None], chosen)
@@ -126,7 +122,6 @@ def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_
 
 @triton.jit
 def _choice(scores, pair, E, k, BLOCK_E: tl.constexpr):
-    """One pair's expert and weight by its token's scores, as `_choose` has them."""
     expert = tl.arange(0, BLOCK_E)
     left = tl.load(scores + pair // k * E + expert, mask=expert < E, other=0.0)
     left = tl.where(left > -3.4e38, left, -3.4e38)
@@ -148,13 +143,10 @@ def shrink_pair(
     u, scores, experts, weights, A, inner, E, k, r, n, CHOOSES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Some of the r numbers w A u of one pair.
-
-    Where it CHOOSES, each program of a token chooses by `scores` for itself, which saves a launch.
-    """
     pair = tl.program_id(0).to(tl.int64)
     if CHOOSES:
         expert, weight = _choice(scores, pair, E, k, BLOCK_E)
+        # Each program of the pair has chosen the same; one of them writes it.
         if tl.program_id(1) == 0:
             tl.store(experts + pair, expert)
             tl.store(weights + pair, weight)
@@ -188,7 +180,6 @@ def expand_token(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Some of the d numbers of one token's delta, summed over its choices; or ADDED to it."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -210,13 +201,10 @@ def expand_token(
 
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs(experts, weights, counts, places, pairs, BLOCK: tl.constexpr):
-    """Each expert's number of pairs in `counts` [E], and each pair's place among them.
-
-    Which pair comes first is chance, but no result depends on it. Weights of zero don't count.
-    """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)
+    # Which pair comes first is chance, but no result depends on it.
     place = tl.atomic_add(counts + expert, 1, mask=wanted)
     tl.store(places + pair, place, mask=wanted)
 
@@ -242,16 +230,13 @@ def place_pairs(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The pairs of each block in `rows` [blocks, BLOCK_T], its expert in `owners` [blocks].
-
-    Both count from 1; 0 marks an empty place.
-    """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)
     place = tl.load(places + pair, mask=wanted, other=0)
     block = tl.load(firsts + expert, mask=wanted, other=0) + place // BLOCK_T
     row = place % BLOCK_T
+    # Counted from 1: the 0 of a fresh tensor marks an empty place.
     tl.store(rows + block * BLOCK_T + row, pair + 1, mask=wanted)
     tl.store(owners + block, expert.to(tl.int32) + 1, mask=wanted & (row == 0))
 
@@ -275,6 +260,7 @@ def shrink_block(
     """Some of the r numbers w A u of each pair in one block."""
     block = tl.program_id(0)
     expert = tl.load(owners + block).to(tl.int64) - 1
+    # A block more than were needed.
     if expert < 0:
         return
     pair = tl.load(rows + block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64) - 1
@@ -326,6 +312,7 @@ def expand_block(
         known = (rank < r)[:, None] & (feature < d)[None, :]
         b_rows = B + (expert * r + rank)[:, None] * d
         b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
+        # Tensor cores want both sides of one type.
         h = h.to(b.dtype)
         if WIDE:
             h, b = h.to(tl.float32), b.to(tl.float32)

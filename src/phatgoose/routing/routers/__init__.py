@@ -1,13 +1,11 @@
 """Routers: which experts act, for every token at every site or for a whole prompt.
 
-registry.py       every router as one record, and its settings as text
+registry.py       every router as one record, and its settings as text, old and new
 configs.py        the settings of each router
-earlier.py        routings as files had them before
 router.py         what a router is: for a model, and at each site
 phatgoose.py      the paper's rule, and those that vary it
-fixed.py          routers that don't look at their input
+fixed.py          routers that don't look at their input; oracle
 prompt_router.py  routers that choose for a whole prompt, and what they read it by
-bounds.py         no single expert decides what a pool shares
 automatic.py      router auto
 arrow.py, retrieval.py, logo.py and others: one router in each file
 """

@@ -31,8 +31,6 @@ SMALLEST = 1e-8
 
 
 class Arrow(ByVectors):
-    """Router arrow."""
-
     def __init__(self, routing: Routing) -> None:
         super().__init__(routing)
         self.mixes = self.config.form == "mttl"
@@ -40,39 +38,28 @@ class Arrow(ByVectors):
 
     @property
     def uses_k(self) -> bool:
-        """False in mttl's form, in which all experts take part."""
         return not self.mixes
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
-        """The experts' first right singular vectors, float32 [E, n]."""
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
         return torch.stack([arrow_vector(lora, self.config.form) for lora in factors])
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         vectors = site.state["vectors"]
         return ArrowRouter(vectors, len(vectors) if self.mixes else self.k)
 
 
 class ArrowRouter(TopKRouter):
-    """The top k of |vᵀu|, softmax of the same numbers over those k.
-
-    Only the line of v matters, not its sign. Neither side is standardised and nothing is scaled, as
-    in Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
-    """
+    """The top k of |vᵀu|, softmax of the same numbers over those k."""
 
     fused = one_call = unsigned = True
 
     def affinities(self, u: Tensor) -> Tensor:
-        """|vᵀu| for every token and expert, float32 [T, E]."""
         return products(u, self.vectors).abs()
 
 
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
-    """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero.
-
-    `seed` starts the power iteration of the form "peft".
-    """
+    """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero."""
     A, B = lora.A.float(), lora.B.float()
     if form == "peft":
         return _power_iteration(A, B, seed)
@@ -94,7 +81,6 @@ class SmallSVD(NamedTuple):
 
 
 def small_svd(A: Tensor, B: Tensor) -> SmallSVD:
-    """Of B A, for A [r, n] and B [d, r], by two QR decompositions and an SVD of r x r."""
     Q, R = torch.linalg.qr(A.double().T)  # [n, r], [r, r]
     small = torch.linalg.qr(B.double(), mode="r").R @ R.T  # [r, r]
     _, values, V = torch.linalg.svd(small)
@@ -102,7 +88,6 @@ def small_svd(A: Tensor, B: Tensor) -> SmallSVD:
 
 
 def _power_iteration(A: Tensor, B: Tensor, seed: int) -> Tensor:
-    """The same by 15 multiplications with A^T B^T B A, as peft's ArrowLoraLinearLayer does it."""
     generator = torch.Generator().manual_seed(seed)
     vector: Tensor = torch.randn(A.shape[1], generator=generator)
     vector = vector / (vector.norm() + SMALLEST)

@@ -27,13 +27,7 @@ def settled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Routing:
-    """`routing` with the name of a router in the place of auto; any other as it is.
-
-    The router is the first of the base's kind whose needs every expert of `pool` meets, embeddings
-    only where their embedder is at hand without a download, and that reads no prompts where
-    `tokenizer` is None; the last, merged, needs nothing. The choice is logged. It is a warning when
-    `routing` sets k for a router without one.
-    """
+    """`routing` with the first router that the experts of `pool` allow in the place of auto."""
     if routing.router != AUTO:
         return routing
     order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
@@ -56,6 +50,5 @@ def _allows(pool: Pool, router: str) -> bool:
 
 
 def _embeds_here(pool: Pool) -> bool:
-    """True where all experts' embeddings are of prompts, by the embedder that needs no download."""
     made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
     return can_embed() and made == {(DEFAULT_EMBEDDER, PROMPT)}

@@ -45,20 +45,15 @@ class Centroid(ByPrompt):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        """The centroids of the experts of `pool`."""
         found = centroids_of(pool, embedder)
         return Tables(pool.names, {"centroids": found.rows}, found.info())
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """The centroids, and the embedder of prompts."""
         return self.nearest(tables, tables.tensors["centroids"], self.embedder(tables))
 
 
 def centroids_of(pool: Pool, embedder: str | None = None) -> Embeddings:
-    """The experts' centroids: of each the mean of its embeddings, as a unit vector, [E, dims].
-
-    Raises as `embeddings_of` does.
-    """
+    """Each expert's mean embedding as a unit vector, [E, dims]; raises as `embeddings_of`."""
     found = embeddings_of(pool, embedder)
     sums = torch.zeros(len(pool), found.rows.shape[1]).index_add(0, found.owners, found.rows)
     rows = functional.normalize(sums, dim=-1)

@@ -67,7 +67,6 @@ class Phatgoose(Settings):
     temperature: Temperature = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError as all settings do, and for affinities that are no more."""
         if self.affinity in LEFT_AFFINITIES:
             raise ConfigError(
                 f"affinity {self.affinity} has left phatgoose; use calibrated or standardised."

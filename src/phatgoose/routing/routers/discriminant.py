@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.blocks import blocks_of
+from ...base.sites import blocks_of
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.readings import PARTS, PLACES, PromptStates
 from ...files.tensor_file import is_finite
 from ...tasks.prompt_passes import PromptReading
-from .bounds import bound_of, bounded_means, bounded_variances
 from .prompt_router import BaseRouter, ByPrompt, Prompt, PromptRouter, Tables
 from .router import Scores
 
@@ -44,7 +43,6 @@ class Discriminant(ByPrompt):
     }
 
     def check(self, pool: Pool) -> None:
-        """Raise PoolError when experts lack readings, or theirs are of other sizes."""
         super().check(pool)
         first = pool.experts[0]
         wanted = {part: tensor.shape for part, tensor in first.readings.items()}
@@ -60,7 +58,6 @@ class Discriminant(ByPrompt):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        """The readings of the experts of `pool`."""
         parts = pool.experts[0].readings
         stacked = {
             f"readings.{part}": torch.stack([each.readings[part] for each in pool.experts])
@@ -69,16 +66,13 @@ class Discriminant(ByPrompt):
         return Tables(pool.names, stacked)
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """The discriminants of blocks and places."""
         return self.discriminant(tables)
 
     def discriminant(self, tables: Tables) -> PromptDiscriminant:
-        """That of the readings in `tables`."""
         where = self.config.place, self.config.first, self.config.last
         return PromptDiscriminant(tables, self.line, *where)
 
     def line(self, moments: Mapping[str, Tensor]) -> Line:
-        """`line_of` with the settings."""
         return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
 
 
@@ -89,10 +83,13 @@ def line_of(
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
     prompts (`experts.readings`). What an expert adds to the means over experts is bounded
-    (`routers.bounds`). Raises RoutingError, naming `router`, where the covariance can't be
+    (`bounded_means`). Raises RoutingError, naming `router`, where the covariance can't be
     inverted, or what comes of it is not finite.
     """
+    # Some activations are a thousand times the others, and their squares are inverted.
     means, factors, rests = (moments[part].double() for part in PARTS)
+    # No bound below the prompts' own spread: where most experts share a task their means hardly
+    # differ, and another task's must not be moved onto theirs.
     deviation = (factors.square().sum(dim=(1, 2)) + rests.sum(dim=1)).quantile(0.5).sqrt()
     means = bounded_means(means, least=len(means) * float(deviation))
     factors, rests = bounded_variances(means, factors, rests)
@@ -105,10 +102,12 @@ def line_of(
     away = means - centre  # d_z
     apart = _within(away.square().sum(dim=1))
     spread += task_variance / len(away) * (away.T * apart) @ away
+    # _ex doesn't raise: what failed is reported below, in the router's words.
     root, failed = torch.linalg.cholesky_ex(spread)
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
     scale = (_within(distances) * distances).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # The m of x - m is in here, so that scores are one product with x.
     offsets = -0.5 * distances - centre @ slopes
     line = (slopes / scale).float(), (offsets / scale).float()
     if failed or not all(map(is_finite, line)):
@@ -121,7 +120,6 @@ def line_of(
 
 
 def _within(values: Tensor) -> Tensor:
-    """The shares, at most 1, of `values` [E] that are within their bound."""
     return torch.where(values > bound_of(values), bound_of(values) / values, 1.0)
 
 
@@ -139,7 +137,7 @@ class PromptDiscriminant(BaseRouter):
     pools alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
     mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
     that what tells the experts' own tasks apart most can't outweigh everything else. What one
-    expert adds to m, S, B and D is bounded by the pool's median (`routers.bounds`).
+    expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`).
     """
 
     name = "discriminant"
@@ -167,16 +165,13 @@ class PromptDiscriminant(BaseRouter):
         self.slopes, self.offsets = slopes.view(*shape, *slopes.shape[1:]), offsets.view(*shape, -1)
 
     def remember(self, states: States) -> None:
-        """Take states from `states`, and add to them: read once for all discriminants of a base."""
         self.remembered = states
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
-        """The states of the blocks that count. Raises RoutingError for another base."""
         self._check(base)
         return PromptStates(base, self.blocks)
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        """What the blocks make of the prompts, [prompts, 2, blocks, d]."""
         if self.remembered is None or base is None:
             return super().features(prompts, base)
         self._check(base)
@@ -192,7 +187,6 @@ class PromptDiscriminant(BaseRouter):
         return torch.stack(rows)[:, :, self.blocks]
 
     def scores(self, features: Tensor) -> Tensor:
-        """The mean over places and blocks of the scores [prompts, E] of states of both places."""
         read = features[:, self.places]  # [prompts, places, blocks, d]
         scores: Tensor = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
         return scores.mean(dim=(1, 2))
@@ -213,7 +207,6 @@ class PromptDiscriminant(BaseRouter):
 
 
 def _blocks_between(first: float, last: float, depth: int) -> list[int]:
-    """The blocks that lie, as shares of the `depth`, from `first` to `last`."""
     blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
     if not blocks:
         raise ConfigError(
@@ -221,3 +214,56 @@ def _blocks_between(first: float, last: float, depth: int) -> list[int]:
             f"shares of the depth; choose them further apart."
         )
     return blocks
+
+
+# Bounds on what one expert adds to the statistics that a pool shares.
+#
+# Anybody may contribute an expert, and its statistics may be anything. A mean over E experts is
+# moved as far as one likes by one of them, so each contribution counts for at most E times the
+# pool's median: then one alone adds no more to the mean than the median expert is worth. Variances
+# along a direction may be VARIED times that, because honest experts' differ so much: where most
+# prompts end in one word, one expert's that don't vary a thousand times as much there. (Of 1, 3,
+# 10, 30 and 100, 30 was the least that left honest pools' choices as they were, by
+# benchmarks/bounds.py.) What lies within its bound is not changed by a bit. Pools of one or two
+# experts have no bounds.
+
+VARIED = 30
+COMPARED = 32  # experts at most whose median a direction's bound is made of
+LEAST_BOUND = 1e-6  # of the means' own spread: no bound is nearer to 0
+
+
+def bound_of(values: Tensor) -> Tensor:
+    """The most that any of `values` [E, ..] may count for, float64 [..]: E times their median."""
+    return len(values) * values.double().quantile(0.5, dim=0)
+
+
+def bounded_means(means: Tensor, least: float = 0.0) -> Tensor:
+    """`means` [E, n], each moved towards the median until its distance is within its bound."""
+    exact = means.double()
+    middle = exact.quantile(0.5, dim=0)
+    away = exact - middle
+    distance = away.norm(dim=1, keepdim=True)
+    bound = bound_of(distance).clamp(min=least)
+    nearer = middle + away * (bound / distance.clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.where(distance > bound, nearer.to(means.dtype), means)
+
+
+def bounded_variances(means: Tensor, factor: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """`factor` [E, f, d] and `rest` [E, d], float64, within bounds along each row and axis."""
+    least = LEAST_BOUND * (means - means.mean(dim=0)).square().mean()
+    own = factor.square().sum(dim=2)  # [E, f]
+    unit = torch.nn.functional.normalize(factor, dim=2)
+    some = torch.linspace(0, len(factor) - 1, min(len(factor), COMPARED)).round().long()
+    bounds = [_along(rows, factor[some], rest[some]) for rows in unit]
+    bound = VARIED * len(factor) * torch.stack(bounds) + least
+    variances = factor.square().sum(dim=1) + rest
+    within = torch.minimum(rest, VARIED * bound_of(variances) + least)
+    over = own > bound
+    shrunk = factor * (bound / own.where(over, bound)).sqrt()[:, :, None]
+    return torch.where(over[:, :, None], shrunk, factor), within
+
+
+def _along(rows: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
+    """The median over experts [E, ..] of their variance along each of `rows` [f, d]."""
+    along = (factor @ rows.T).square().sum(dim=1) + rest @ rows.T.square()  # [E, f]
+    return along.quantile(0.5, dim=0)

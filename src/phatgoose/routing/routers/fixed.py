@@ -1,14 +1,20 @@
-"""Routers that don't look at their input: random, merged, single, best-individual."""
+"""Routers that don't look at their input: random, merged, single, best-individual, oracle."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ...errors import PoolError
+from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
+from ...files.strict import one_line
+from ..context import Choice
+from .prompt_router import ByPrompt, Prompt, PromptRouter, Tables
 from .router import (
     Router,
     RouterSite,
@@ -16,6 +22,7 @@ from .router import (
     Scores,
     SiteRouter,
     best_expert,
+    best_expert_by_task,
     given_scores,
     highest,
 )
@@ -25,7 +32,6 @@ class Random(Router):
     """Router random: the floor of a comparison."""
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site, with a seed of its own."""
         seed = self.config.seed + zlib.crc32(site.name.encode())
         return RandomRouter(len(site.experts), self.k, seed)
 
@@ -37,23 +43,19 @@ class RandomRouter(SiteRouter):
     """
 
     def __init__(self, experts: int, k: int, seed: int) -> None:
-        """`experts` act at the site; `k` is lowered to them; give each site its own `seed`."""
         super().__init__()
         self.experts, self.k, self.seed = experts, min(k, experts), seed
         self.restart()
 
     def restart(self) -> None:
-        """Draw the same experts again from here on."""
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
         lots = torch.rand(len(u), self.experts, generator=self._generator)
         experts = highest(lots, self.k).to(u.device)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The chance of each expert to be drawn, 1/E, [T, E]; nothing is drawn."""
         return torch.full((len(u), self.experts), 1 / self.experts, device=u.device)
 
 
@@ -63,30 +65,25 @@ class Merged(Router):
     folds = True
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         return UniformRouter(len(site.experts), site.pool_size)
 
 
 class UniformRouter(SiteRouter):
     """All experts of the site with the weight 1 / pool size each, for every token.
 
-    This is the exact mean of all updates B A, not the mean of A times the mean of B. An expert that
-    does not act at the site counts with an update of zero, so that weights sum to less than 1
-    there. A pool of one is that expert alone.
+    The exact mean of all updates B A. An expert that does not act at the site counts with zero, so
+    that weights sum to less than 1 there. A pool of one is that expert alone.
     """
 
     def __init__(self, experts: int, pool_size: int) -> None:
-        """`experts` of a pool act at the site."""
         super().__init__()
         self.experts, self.weight = experts, 1 / pool_size
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]; k is E."""
         experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
         return RoutingDecision(experts, torch.full(experts.shape, self.weight, device=u.device))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The weights themselves, [T, E]."""
         return torch.full((len(u), self.experts), self.weight, device=u.device)
 
 
@@ -96,7 +93,6 @@ class Single(Merged):
     folds = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        """The pool of the expert alone. Raises PoolError when it isn't named or isn't there."""
         name = self.config.expert
         if name is None and len(pool) > 1:
             raise PoolError(
@@ -114,5 +110,42 @@ class BestIndividual(Merged):
     folds = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        """The pool of the best expert alone. Raises ConfigError without `scores`."""
         return pool.select([best_expert(given_scores(scores, self.routing), pool.names)])
+
+
+class Oracle(ByPrompt):
+    """Router oracle (paper section 4.2): for every task the expert with the best score on it.
+
+    It knows the tasks' answers beforehand: not zero-shot.
+    """
+
+    unserved = "Router oracle goes by the task's name, which evaluate and compare tell it."
+
+    def tables(
+        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
+    ) -> Tables:
+        best = best_expert_by_task(given_scores(scores, self.routing), pool.names)
+        chosen = {task: pool.names.index(expert) for task, expert in best.items()}
+        return Tables(pool.names, info={"experts_by_task": chosen})
+
+    def chooser(self, tables: Tables) -> PromptRouter:
+        if "experts_by_task" not in tables.info:
+            raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
+        return ByTask(tables)
+
+
+class ByTask(PromptRouter):
+    name = "oracle"
+
+    def choose(
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+    ) -> Choice:
+        task, best = known.get("task"), dict[str, int](self.tables.info["experts_by_task"])
+        if task is None:
+            raise RoutingError(str(self.unserved))
+        if task not in best:
+            tasks = one_line(", ".join(sorted(best)))
+            raise RoutingError(
+                f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
+            )
+        return Choice.alone(torch.full((len(prompts),), best[task]))

@@ -47,26 +47,18 @@ class GliderRouter(PhatgooseRouter):
     def __init__(
         self, site: RouterSite, k: int, config: GliderConfig, context: RoutingContext
     ) -> None:
-        """`context` has the cosines; the temperature divides λ, as it has divided the gates."""
         super().__init__(site.state["vectors"], k, config.eps)
         self.context, self.scale = context, config.weight / config.temperature
         self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
-        """The logits of every token of u [T, n] and expert, float32 [T, E].
-
-        Raises as `RoutingContext.of_each` does.
-        """
         cosines = self.context.of_each(u, self.sees_all).weights[:, self.acting]
         return super().affinities(u) + self.scale * cosines
 
 
 class Glider(PaperRule, Centroid):
-    """Router glider."""
-
     nearest = AllCentroids
 
     def at(self, site: RouterSite) -> GliderRouter:
-        """The router's module at one site."""
         return GliderRouter(site, self.k, self.config, self.context_of(site))

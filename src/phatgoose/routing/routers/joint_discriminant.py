@@ -36,7 +36,6 @@ class JointDiscriminant(Discriminant):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        """Readings, and mean and covariance of embeddings, of the experts of `pool`."""
         found = embeddings_of(pool, embedder)
         rows = (found.rows[found.owners == z] for z in range(len(pool)))
         own = [moments_of(each[:, None], dtype=torch.float32) for each in rows]  # of one block
@@ -45,7 +44,6 @@ class JointDiscriminant(Discriminant):
         return Tables(pool.names, {**readings, **moments}, found.info())
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """Both discriminants, and the embedder of prompts."""
         moments = {part: tables.tensors[f"embedded.{part}"] for part in PARTS}
         embedder = Embedder(self.embedder(tables), moments["mean"].shape[1])
         by_base, line = self.discriminant(tables), self.line(moments)
@@ -53,17 +51,13 @@ class JointDiscriminant(Discriminant):
 
 
 class JointRouter(PromptRouter):
-    """Scores an expert by (1 - w) s_z of the base's readings + w s_z of embeddings.
-
-    s_z is that of `PromptDiscriminant`. Features are pairs: the states, and unit vectors.
-    """
+    """Scores an expert by (1 - w) s_z of the base's readings + w s_z of embeddings."""
 
     name = "joint-discriminant"
 
     def __init__(
         self, by_base: PromptDiscriminant, embedder: Embedder, line: Line, share: float
     ) -> None:
-        """`line` is that of the embeddings' s_z, `share` is w."""
         super().__init__(by_base.tables)
         self.by_base, self.embedder, self.line, self.share = by_base, embedder, line, share
 

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.blocks import blocks_of
-from ...base.sites import ROUTED, Site, find_sites
+from ...base.sites import ROUTED, Site, blocks_of, find_sites
 from ...errors import RoutingError
 from ...tasks.prompt_passes import PromptReading, last_token
 from ..context import Choice
@@ -43,32 +42,25 @@ class Logo(ByPrompt):
     """Router logo."""
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """The lengths of updates; what it scores with are the experts themselves."""
         return LogoRouter(tables, at_site=self.config.reads == "site")
 
 
 class LogoRouter(BaseRouter):
-    """The k experts with the longest updates at one site, weighted by their lengths.
-
-    Features are these lengths, and so are scores.
-    """
+    """The k experts with the longest updates at one site, weighted by their lengths."""
 
     name = "logo"
 
     def __init__(self, tables: Tables, *, at_site: bool) -> None:
-        """`at_site` reads what the site is given, rather than what enters its block."""
         super().__init__(tables)
         self.at_site = at_site
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
-        """The lengths of all updates."""
         return _Lengths(_probe(base, self.tables), len(self.experts), at_site=self.at_site)
 
     def scores(self, features: Tensor) -> Tensor:
         return features
 
     def choice(self, scores: Tensor) -> Choice:
-        """The k highest of `scores` [prompts, E], each weighted by its share of their sum."""
         experts = highest(scores, min(self.k, scores.shape[1]))
         chosen = scores.gather(1, experts)
         return Choice(experts, chosen / chosen.sum(dim=1, keepdim=True).clamp(min=SMALLEST))
@@ -84,7 +76,6 @@ class _Probe:
 
 
 def _probe(base: PreTrainedModel, tables: Tables) -> _Probe:
-    """The query projection of the last block where LoRAs act, or the first such site of it."""
     names, blocks = {module: name for name, module in base.named_modules()}, blocks_of(base)
     sites = {} if hasattr(base, ROUTED) else find_sites(base)
 
@@ -117,15 +108,12 @@ class _Lengths(PromptReading):
             self.blocks = (probe.block - 1,)  # what comes out of one block enters the next
 
     def begin(self, mask: Tensor) -> None:
-        """A batch comes."""
         self._mask, self._found = mask, torch.zeros(len(mask), self._pool_size)
 
     def see_site(self, site: Site, u: Tensor) -> None:
-        """What the site is given."""
         self._read(u)
 
     def see_block(self, index: int, hidden: Tensor) -> None:
-        """What enters its block. Raises RoutingError where the site takes another size."""
         if hidden.shape[-1] != self._site.in_features:
             raise RoutingError(
                 f"Router logo reads {hidden.shape[-1]} features before the block, but LoRAs act on "
@@ -134,7 +122,6 @@ class _Lengths(PromptReading):
         self._read(hidden)
 
     def found(self) -> Tensor:
-        """The lengths [texts, pool_size]."""
         return self._found
 
     def _read(self, activations: Tensor) -> None:

@@ -39,36 +39,29 @@ SMALLEST = 1e-8
 
 
 def standardise(vectors: Tensor) -> Tensor:
-    """v̄ of each row of `vectors` [E, n]: minus its mean, over its (population) deviation, float32.
-
-    A constant row (a gate never trained) becomes zeros, so that it scores 0 everywhere. There is no
-    ε under the root: it would damp weakly trained gates.
-    """
+    """v̄ of each row of `vectors` [E, n], float32; zeros for a constant row, an untrained gate."""
     exact = vectors.double()
     variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
     deviation = variance.sqrt()
+    # A clamp and no ε under the root, which would damp gates that were trained little.
     noise = ROUNDING * vectors.abs().amax(dim=-1, keepdim=True).double().clamp(min=SMALLEST)
     centred = exact.sub_(mean).div_(deviation.clamp(min=noise))
     return centred.masked_fill_(deviation <= noise, 0.0).float()
 
 
 def products(u: Tensor, vectors: Tensor) -> Tensor:
-    """vᵀu for every token of u [T, n] and each of `vectors` [E, n], float32 [T, E].
-
-    Equal vectors get equal numbers, so that they are ties. How BLAS rounds depends on a vector's
-    place (on a CPU in ways of each processor's own, on a GPU for a single token); so CPUs multiply
-    in float64, whose roundings float32 doesn't show, and GPUs one token as two.
-    """
+    """vᵀu for each token of u [T, n] and each of `vectors` [E, n], float32 [T, E]; ties stay so."""
     if u.device.type == "cpu":
+        # Equal vectors must score equally, but how BLAS rounds in float32 depends on a vector's
+        # place. Float64's roundings don't show in float32.
         return (u.double() @ vectors.double().T).float()
+    # On a GPU only single tokens are rounded by place (gemv): so one goes as two.
     tokens = u.float() if len(u) != 1 else u.float().expand(2, -1)
     return (tokens @ vectors.float().T)[: len(u)]
 
 
 class TopKRouter(SiteRouter):
-    """The k experts with the highest affinities, weighted by the softmax over those k.
-
-    Of experts with equal affinities the first in the pool's order are taken, on every path.
+    """The k experts with the highest affinities, of equals the first, by softmax over those k.
 
     `vectors` have the type of the model's weights; products and sums are float32. If `fused`, one
     native call on CPUs, or Triton's on GPUs, does the same: v̄ᵀū/√n with `eps`, |vᵀu| without.
@@ -90,7 +83,6 @@ class TopKRouter(SiteRouter):
         raise NotImplementedError
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
         if self.fused and native.runs_natively(u, self.vectors):
             return RoutingDecision(*native.top_experts(u, self.vectors, self.k, self.eps))
         if self.fused and triton_gpu.runs_on_triton(u, self.vectors):
@@ -100,7 +92,6 @@ class TopKRouter(SiteRouter):
         return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The softmax of the affinities over all experts, before top-k, [T, E]."""
         return self.affinities(u).softmax(dim=-1)
 
 
@@ -111,12 +102,10 @@ class PhatgooseRouter(TopKRouter):
     eps: float
 
     def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
-        """`vectors` [E, n] are standardised already; `k` is lowered to E."""
         super().__init__(vectors, k)
         self.eps = eps
 
     def affinities(self, u: Tensor) -> Tensor:
-        """α/√n for every token and expert, float32 [T, E]."""
         standardised = functional.layer_norm(u.float(), u.shape[-1:], eps=self.eps)  # ū
         return products(standardised, self.vectors) / math.sqrt(u.shape[-1])
         # The kernels skip the mean: v̄ sums to 0, so v̄ᵀū = v̄ᵀu / √(var u + ε).
@@ -127,7 +116,6 @@ class ByVectors(Router):
 
     @property
     def form(self) -> Mapping[str, str]:
-        """One vector [E, n] at each site."""
         return {"vectors": "En"}
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
@@ -135,7 +123,6 @@ class ByVectors(Router):
         raise NotImplementedError
 
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        """The vectors, divided by the temperature, which divides their products with anything."""
         vectors, temperature = self.vectors_at(pool, site), getattr(self.config, "temperature", 1.0)
         return {"vectors": vectors if temperature == 1 else vectors / temperature}
 
@@ -146,15 +133,12 @@ class PaperRule(ByVectors):
     vectors: ClassVar[str] = "gates"
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
-        """v̄ of each expert, [E, n]."""
         return standardise(pool.vectors(self.vectors, site).float())
 
     def scorer(self, site: RouterSite) -> PhatgooseRouter:
-        """What scores at one site."""
         return PhatgooseRouter(site.state["vectors"], self.k, self.config.eps)
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         return self.scorer(site)
 
 
@@ -169,18 +153,15 @@ class Phatgoose(PaperRule):
 
     @property
     def calibrates(self) -> bool:
-        """True with affinity calibrated."""
         return bool(self.config.affinity == CALIBRATED)
 
     @property
     def form(self) -> Mapping[str, str]:
-        """Vectors [E, n]; with affinity calibrated also a and s [E]."""
         calibration = {"usual": "E", "spread": "E"}
         return {**super().form, **(calibration if self.calibrates else {})}
 
     @property
     def grows(self) -> str | None:
-        """Calibration needs the base alone, without the experts that act by then."""
         if self.calibrates:
             return "Affinity calibrated is measured with the base alone; compose the pool anew."
         return super().grows
@@ -188,7 +169,6 @@ class Phatgoose(PaperRule):
     def read_base(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
     ) -> None:
-        """Measure a and s of affinity calibrated. Raises ConfigError without a `tokenizer`."""
         if not self.calibrates:
             return
         if tokenizer is None:
@@ -204,7 +184,6 @@ class Phatgoose(PaperRule):
         self.calibration = over_neutral_text(model, tokenizer, vectors, affinities)
 
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        """The vectors, and a and s. The temperature divides vectors and a, hence (α − a) / s."""
         state = super().state_at(pool, site)
         if self.calibrates:
             usual, spread = self.calibration[site]
@@ -213,7 +192,6 @@ class Phatgoose(PaperRule):
         return state
 
     def scorer(self, site: RouterSite) -> PhatgooseRouter:
-        """What scores at one site."""
         if self.calibrates:
             return CalibratedRouter(site.state, self.k, self.config.eps)
         return super().scorer(site)
@@ -228,13 +206,11 @@ class CalibratedRouter(PhatgooseRouter):
     spread: Tensor
 
     def __init__(self, state: Mapping[str, Tensor], k: int, eps: float) -> None:
-        """`state` are the standardised vectors, a as `usual` [E] and s as `spread` [E]."""
         super().__init__(state["vectors"], k, eps)
         for name in ("usual", "spread"):
             self.register_buffer(name, state[name].float(), persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
-        """What the softmax is taken of, for every token and expert, float32 [T, E]."""
         return (super().affinities(u) - self.usual) / self.spread
 
 
@@ -251,7 +227,6 @@ class UniformTopK(PaperRule):
     """Router uniform-top-k: PHATGOOSE's experts with equal weights, the softmax left out."""
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         return UniformTopKRouter(site.state["vectors"], self.k, self.config.eps)
 
 
@@ -261,6 +236,5 @@ class UniformTopKRouter(PhatgooseRouter):
     one_call = False
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
         decision = super().forward(u)
         return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))

@@ -52,7 +52,6 @@ class Tables:
     stacks: Mapping[str, Callable[[torch.dtype], SiteStack]] | None = None
 
     def saved(self) -> dict[str, Tensor]:
-        """The tensors by their names in files."""
         return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}
 
     def grown(self, *new: Tables) -> Tables:
@@ -63,6 +62,7 @@ class Tables:
             check_tables(self.tensors, more.tensors)
             for name, held in rows.items():
                 added = more.tensors[name]
+                # Owners are indices, which go on from the experts before.
                 held.append(added + len(names) if name == OWNERS else added)
             names += more.names
         return Tables(names, {name: joined(held) for name, held in rows.items()}, self.info)
@@ -156,7 +156,6 @@ class PromptRouter:
         return prompt_texts(self._needed(), self.tokens(prompts))
 
     def _needed(self, text: str | None = None) -> Any:
-        """The tokenizer, or what it makes of a `text`."""
         if self.tokenizer is None:
             raise ConfigError(f"Router {self.name} needs the base's tokenizer for these prompts.")
         return self.tokenizer if text is None else self.tokenizer(text)
@@ -166,21 +165,12 @@ class Embedder:
     """Embeds prompts as the training inputs of experts were."""
 
     def __init__(self, name: str, columns: int) -> None:
-        """The embedder's `name`, and how many `columns` the experts' embeddings have.
-
-        Loads it, so that composing a model waits for that, and not the first prompt. Raises
-        ConfigError.
-        """
+        """Loads the embedder at once, not with the first prompt. Raises ConfigError."""
         load_embedder(name)
         self.name, self.columns = name, columns
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors [texts, columns].
-
-        Raises RoutingError for a text of more than MOST_CHARACTERS, which only a tokenizer that
-        means harm makes of a prompt's tokens, where vectors have another number of columns, and as
-        `embed_texts` does.
-        """
+        """Unit vectors [texts, columns]; RoutingError for too long texts, other columns."""
         longest = max(map(len, texts), default=0)
         if longest > MOST_CHARACTERS:
             raise RoutingError(
@@ -204,7 +194,6 @@ class EmbeddingRouter(PromptRouter):
         self.rows, self.embedder = rows, Embedder(embedder, rows.shape[-1])
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        """Unit vectors [prompts, columns]."""
         return self.embedder.vectors(self.texts(prompts))
 
 
@@ -220,7 +209,6 @@ class BaseRouter(PromptRouter):
         raise NotImplementedError
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        """What `reading` finds in each prompt, [prompts, ..]."""
         return self.read(self.tokens(prompts), base)
 
     def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
@@ -234,18 +222,12 @@ class BaseRouter(PromptRouter):
         reading: PromptReading | None = None,
         then: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """As `read_prompts`, with the base alone at work. Raises RoutingError without `base`."""
         if base is None:
             raise RoutingError(
                 f"Router {self.name} reads prompts with a model; hand over the experts' base."
             )
         with base_alone(base):
             return read_prompts(base, prompts, reading or self.reading(base), then=then)
-
-
-# -------------------------------------------------------------------------------------------------
-# In a routed model
-# -------------------------------------------------------------------------------------------------
 
 
 class ByPrompt(Router):
@@ -257,12 +239,10 @@ class ByPrompt(Router):
 
     @property
     def input_k(self) -> int:
-        """How many experts a prompt gets."""
         return self.k
 
     @property
     def input_temperature(self) -> float:
-        """What divides scores before the softmax."""
         return float(getattr(self.config, "temperature", 1.0))
 
     def tables(
@@ -301,30 +281,22 @@ class ByPrompt(Router):
         return self.prompt_router(tables, tokenizer)
 
     def grown(self, old: PromptRouter, pool: Pool) -> PromptRouter:
-        """`old` with the experts of `pool` too. Raises PoolError when they don't fit."""
         more = self.tables(pool, embedder=old.tables.info.get("embedder"))
         return self.prompt_router(old.tables.grown(more), old.tokenizer)
 
     def shrunk(self, old: PromptRouter, place: Tensor) -> PromptRouter:
-        """`old` with the experts whose new index `place` [E] gives; -1 for those that leave."""
         return self.prompt_router(old.tables.shrunk(place), old.tokenizer)
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         return ChosenExperts(site.experts, site.pool_size, self.context_of(site), site.sees_all)
 
     def context_of(self, site: RouterSite) -> RoutingContext:
-        """The model's context. Raises RoutingError where there is none."""
         if site.context is None:
             raise RoutingError(f"Router {self.spec.name} has nothing to choose by at {site.name}.")
         return site.context
 
     def embedder(self, tables: Tables, form: str = PROMPT) -> str:
-        """The embedder to load for the embeddings in `tables`, which are of the texts of `form`.
-
-        Raises RoutingError when none is recorded or it embedded other texts, ConfigError when it
-        must be named.
-        """
+        """The embedder to load. Raises RoutingError for other texts than `form`, ConfigError."""
         if "embedder" not in tables.info:
             raise RoutingError(f"Router {self.spec.name} needs lookup.embedder in routed.json.")
         found = tables.info.get("embedding_form", PAPER_TEXT)
@@ -345,46 +317,28 @@ class ChosenExperts(SiteRouter):
     def __init__(
         self, experts: Tensor, pool_size: int, context: RoutingContext, sees_all: bool = True
     ) -> None:
-        """`experts` [E] are the pool's indices of the experts that act at the site.
-
-        `sees_all` False says that the site sees some of the rows' tokens only.
-        """
         super().__init__()
         self.register_buffer("position", rows_at(experts, pool_size), persistent=False)
         self.context, self.sees_all = context, sees_all
         self.experts = len(experts)
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n], with the k of the context's choice.
-
-        The weight is 0 where an expert of the row does not act at this site, and for NOBODY. Raises
-        as `RoutingContext.of_each` does.
-        """
         choice = self.context.of_each(u, self.sees_all)
         experts = self.position[choice.experts]
+        # Absent here, or NOBODY (the base): row 0 with weight 0.
         return RoutingDecision(experts.clamp(min=0), choice.weights * (experts >= 0))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The weights of the row's experts, else 0, [T, E]; 0 for those absent at this site."""
         decision = self(u)
         zeros = torch.zeros(len(u), self.experts, device=u.device)
         return zeros.scatter_add(1, decision.experts, decision.weights)
 
 
 def rows_at(experts: Tensor, pool_size: int) -> Tensor:
-    """The row in a site's stack of each index in the pool, int64 [pool_size + 1].
-
-    `experts` [E] are the indices of those that act at the site; the others have NOBODY, and so has
-    NOBODY itself, which is the last index.
-    """
+    """The row in a site's stack of each index in the pool, NOBODY if absent, [pool_size + 1]."""
     rows = torch.full((pool_size + 1,), NOBODY)
     rows[experts.cpu()] = torch.arange(len(experts))
     return rows
-
-
-# -------------------------------------------------------------------------------------------------
-# Experts' embeddings
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -396,16 +350,11 @@ class Embeddings:
     embedder: str
 
     def info(self, form: str = PROMPT) -> dict[str, str]:
-        """What tables say of them: the embedder, and what it embedded."""
         return {"embedder": self.embedder, "embedding_form": form}
 
 
 def embeddings_of(pool: Pool, embedder: str | None = None, form: str = PROMPT) -> Embeddings:
-    """Those of all experts of `pool`; `owners` are indices in it.
-
-    Raises PoolError when an expert has none or has those of other texts than `form` says, or when
-    they come from several embedders, or from another than `embedder`.
-    """
+    """The embeddings of all experts of `pool`: one embedder's, one `form`'s; else PoolError."""
     rows = [_embeddings(expert, form) for expert in pool.experts]
     kinds = {
         (str(expert.info.embedder), row.shape[1])

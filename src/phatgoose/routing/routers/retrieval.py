@@ -46,7 +46,6 @@ class Retrieval(ByPrompt):
 
     @property
     def unserved(self) -> str | None:  # type: ignore[override]
-        """Why the paper's form can't choose by a prompt alone."""
         if self.config.form == PROMPT:
             return None
         return (
@@ -57,22 +56,17 @@ class Retrieval(ByPrompt):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        """The embeddings of the experts of `pool`."""
         form = self.config.form
         found = embeddings_of(pool, embedder, form)
         tensors = {"embeddings": found.rows, OWNERS: found.owners}
         return Tables(pool.names, tensors, found.info(form))
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        """The embeddings, and the embedder of prompts."""
         return Retriever(tables, self.embedder(tables, self.config.form))
 
 
 class Retriever(EmbeddingRouter):
-    """Scores an expert by its nearest stored training input, by cosine.
-
-    All of them are kept, so that a pool that grows or shrinks gets new bounds.
-    """
+    """Scores an expert by its nearest stored training input, by cosine."""
 
     name = "retrieval"
 
@@ -85,10 +79,7 @@ class Retriever(EmbeddingRouter):
     def choose(
         self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
     ) -> Choice:
-        """The experts of each prompt; in the paper's form, of each of the `examples`.
-
-        Raises RoutingError for the paper's form without these, whose choices are embedded.
-        """
+        """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
             return super().choose(prompts)
         if known.get("examples") is None:
@@ -96,14 +87,12 @@ class Retriever(EmbeddingRouter):
         return self.choice(self.scores(self.embedder.vectors(paper_texts(known["examples"]))))
 
     def scores(self, features: Tensor) -> Tensor:
-        """The highest cosine of each expert's embeddings to `features`, [prompts, E]."""
         cosines = features @ self.rows.T
         best = torch.full((len(cosines), len(self.experts)), -torch.inf)
         return best.scatter_reduce(1, self._theirs.expand_as(cosines), cosines, "amax")
 
 
 def _within_bound(owners: Tensor) -> Tensor:
-    """The rows to search [R], in order: of each of the `owners` [M] no more than its bound."""
     counts = owners.bincount()
     held = counts[counts > 0].double()
     most = max(1, int(BOUND * held.quantile(0.5)))

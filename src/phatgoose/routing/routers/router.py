@@ -36,12 +36,7 @@ class RoutingDecision:
 
 
 def highest(scores: Tensor, k: int) -> Tensor:
-    """Where the k highest of each row of `scores` [T, E] are, highest first: int64 [T, k].
-
-    Of equals the first wins, which `torch.topk` doesn't promise; the kernels in C++ and Triton keep
-    the same rule. The maximum, twice, of a thousand scores costs what topk does; sorting them costs
-    thirty times as much, and pays only for many of few.
-    """
+    """Where the k highest of each row of `scores` [T, E] are, [T, k]; of equals the first."""
     if k * k > 4 * scores.shape[-1]:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     left = scores.detach()
@@ -55,19 +50,13 @@ def highest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
-# -------------------------------------------------------------------------------------------------
 # Scores of every single expert on every task, which Oracle and Best Individual choose by.
-# -------------------------------------------------------------------------------------------------
 
 Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
 EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
 
 
 def read_scores(path: str | Path) -> Scores:
-    """The single experts' scores in the JSON file that `phatgoose compare` wrote.
-
-    Raises PoolError when the file can't be read or holds none.
-    """
     path = Path(path)
     try:
         scores = read_json_object(path, PoolError)[EXPERTS]
@@ -89,10 +78,6 @@ def read_scores(path: str | Path) -> Scores:
 
 
 def given_scores(scores: Scores | None, routing: Routing) -> Scores:
-    """`scores`, which the router can't do without.
-
-    Raises ConfigError when there are none, PoolError when they are none by expert and task.
-    """
     if scores is None:
         raise ConfigError(
             f"Router {routing.name} needs the scores of every single expert: those of a finished "
@@ -104,19 +89,13 @@ def given_scores(scores: Scores | None, routing: Routing) -> Scores:
 
 
 def best_expert(scores: Scores, names: Sequence[str]) -> str:
-    """The one of `names` with the best mean over all tasks; the first of equals.
-
-    Raises PoolError when an expert was not scored, or not on the same tasks as the others.
-    """
+    """The one of `names` with the best mean over all tasks; PoolError where scores are missing."""
     tasks = _common_tasks(scores, names)
     return max(names, key=lambda name: sum(scores[name][task] for task in tasks))
 
 
 def best_expert_by_task(scores: Scores, names: Sequence[str]) -> dict[str, str]:
-    """For each task the one of `names` with the best score; the first of equals.
-
-    Raises PoolError when an expert was not scored, or not on the same tasks as the others.
-    """
+    """For each task the best one of `names`; PoolError where scores are missing."""
     tasks = _common_tasks(scores, names)
     return {task: max(names, key=lambda name: scores[name][task]) for task in tasks}
 
@@ -130,9 +109,7 @@ def _common_tasks(scores: Scores, names: Sequence[str]) -> list[str]:
     return list(scores[names[0]])
 
 
-# -------------------------------------------------------------------------------------------------
 # What a router is: `Router` for a whole model, `SiteRouter` at each of its sites.
-# -------------------------------------------------------------------------------------------------
 
 OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
 
@@ -158,7 +135,7 @@ class SiteRouter(nn.Module):
         raise NotImplementedError
 
     def restart(self) -> None:
-        """New examples begin; a router that draws lots begins its sequence again."""
+        """Reset the random state for a new dataset."""
 
     def state(self) -> dict[str, Tensor]:
         """The buffers in `kept`, by name."""
@@ -259,7 +236,6 @@ def router_of(routing: Routing) -> Router:
 
 
 def check_served(router: Router) -> None:
-    """Raise ConfigError for a router that can't choose by a prompt alone."""
     if router.unserved:
         raise ConfigError(router.unserved)
 
@@ -274,20 +250,13 @@ def check_routing(router: Router, pool: Pool) -> None:
 
 
 def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:
-    """Warn when `k`, if the router uses it, exceeds the `size` of the pool.
-
-    Not of the router's own, which nobody may have asked for. `of` begins what is said of the size.
-    """
     if router.uses_k and router.k != router.spec.k and router.k > size:
         experts = "1 expert" if size == 1 else f"{size} experts"
         warnings.warn(f"k is {router.k}, but {of} {experts}; k is lowered.", stacklevel=stacklevel)
 
 
 def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:
-    """Raise PoolError, naming them, when experts of `pool` lack one of `needs`.
-
-    `what` begins the sentence about factors of LoRAs, which only LoRAs have.
-    """
+    """Raise PoolError, naming them, when experts of `pool` lack one of `needs`."""
     for need in needs:
         if need == "lora":
             without = [f"{e.name!r} ({e.kind})" for e in pool.experts if not e.lora]
@@ -301,7 +270,6 @@ def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:
 
 
 def warn_of_constant_vectors(pool: Pool, router: Router, constant: Mapping[str, Tensor]) -> None:
-    """Warn once of each expert whose vectors have no direction: where `constant`, by site [E]."""
     found = Counter[str]()
     for site, rows in constant.items():
         if rows.any():

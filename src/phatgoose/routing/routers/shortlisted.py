@@ -22,16 +22,13 @@ class ByDiscriminant(Phatgoose, Discriminant):
 
     @property
     def input_k(self) -> int:
-        """How many experts the discriminant shortlists for a prompt."""
         return int(self.config.shortlist)
 
     @property
     def input_temperature(self) -> float:
-        """What divides their scores before the softmax."""
         return float(self.config.shortlist_temperature)
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         gates, context = self.scorer(site), self.context_of(site)
         return ShortlistedRouter(gates, site, context, self.config.prior)
 
@@ -49,7 +46,6 @@ class ShortlistedRouter(SiteRouter):
     def __init__(
         self, gates: TopKRouter, site: RouterSite, context: RoutingContext, prior: float
     ) -> None:
-        """`gates` score the experts of `site`, of which `context` has each row's shortlist."""
         super().__init__()
         position = rows_at(site.experts, site.pool_size)
         self.register_buffer("position", position, persistent=False)
@@ -58,35 +54,23 @@ class ShortlistedRouter(SiteRouter):
 
     @property
     def vectors(self) -> Tensor:
-        """The gates [E, n], as they are scored with."""
         return self.gates.vectors
 
     def state(self) -> dict[str, Tensor]:
-        """What the gates keep."""
         return self.gates.state()
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]: the k best of the shortlist, fewer where it has fewer.
-
-        The weight is 0 for experts that don't act at this site. Raises as
-        `RoutingContext.of_each` does.
-        """
         experts, logits = self._shortlist(u)
         best = highest(logits, min(self.gates.k, logits.shape[-1]))
         weights = logits.gather(-1, best).softmax(dim=-1).nan_to_num(0.0)  # nobody acts here: 0
         return RoutingDecision(experts.gather(-1, best), weights)
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The softmax over the whole shortlist, before top-k, 0 elsewhere, [T, E]."""
         experts, logits = self._shortlist(u)
         zeros = torch.zeros(len(u), len(self.vectors), device=u.device)
         return zeros.scatter_add(1, experts, logits.softmax(dim=-1).nan_to_num(0.0))
 
     def _shortlist(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The shortlisted experts of each token, rows of the stack, and what they score, [T, m].
-
-        Those that don't act at the site score minus infinity.
-        """
         choice = self.context.of_each(u, self.sees_all)
         found = self.position[choice.experts]
         experts = found.clamp(min=0)

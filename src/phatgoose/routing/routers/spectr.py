@@ -36,22 +36,17 @@ DIRECTIONS = "directions"  # the name of A* in files
 
 
 class Spectr(Router):
-    """Router spectr."""
-
     @property
     def form(self) -> Mapping[str, str]:
-        """The rows of A* of each expert [E, q, n], q being the highest rank; zeros fill up."""
         return {DIRECTIONS: "Eqn"}
 
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        """The rows of A* of the experts of `pool` that act at `site`, float32."""
         held = [right_singular_vectors(e.lora[site]) for e in pool.experts if site in e.lora]
         rank = max(len(rows) for rows in held)
         filled = [functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in held]
         return {DIRECTIONS: torch.stack(filled)}
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
         return SpectrRouter(site.state[DIRECTIONS], self.k, self.config.shortlist)
 
 
@@ -62,17 +57,13 @@ class SpectrRouter(SiteRouter):
     directions: Tensor
 
     def __init__(self, directions: Tensor, k: int, shortlist: int | None = None) -> None:
-        """`directions` [E, q, n] are the rows of A*, or zeros; `k` is lowered to E.
-
-        `shortlist` is how many experts are left by their first rows; never fewer than k.
-        """
+        """`directions` [E, q, n] are the rows of A*; by the first `shortlist` are left."""
         super().__init__()
         self.register_buffer(DIRECTIONS, directions.float(), persistent=False)
         self.k = min(k, len(directions))
         self.shortlist = None if shortlist is None else max(self.k, shortlist)
 
     def scores(self, u: Tensor) -> Tensor:
-        """|A* u| for every token of u [T, n] and expert, float32 [T, E]; -inf off the shortlist."""
         E, q, n = self.directions.shape
         along = products(u, self.directions.reshape(E * q, n)).view(len(u), E, q)
         scores: Tensor = along.norm(dim=-1)
@@ -83,20 +74,15 @@ class SpectrRouter(SiteRouter):
         return off.scatter(1, listed, scores.gather(1, listed))
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
         experts = highest(self.scores(u), self.k)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """The softmax of the scores over all experts, 0 off the shortlist, [T, E]."""
         return self.scores(u).softmax(dim=-1)
 
 
 def right_singular_vectors(lora: LoraFactors) -> Tensor:
-    """A* = Vᵀ of B A = U S Vᵀ, the largest singular value first, float32 [r, n].
-
-    Rows whose singular value is 0 are zeros.
-    """
+    """A* = Vᵀ of B A = U S Vᵀ, float32 [r, n], the largest S first; zeros where S is 0."""
     small = small_svd(lora.A, lora.B)
     left_out = small.values <= NOTHING * small.values[0]
     rows = small.V[: len(small.values)] @ small.Q.T

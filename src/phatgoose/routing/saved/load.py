@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ...base.fingerprint import BaseReference, check_base
 from ...base.loading import Base
-from ...base.offloading import execution_device
-from ...base.sites import Site, find_sites
+from ...base.sites import Site, execution_device, find_sites
 from ...errors import RoutingError, WrongBaseError
 from ..checks import check_folded
 from ..compose import dtype_at, install, resolve_base, routed_layer
@@ -63,10 +62,7 @@ def load(
 
 
 def base_of(directory: str | Path) -> BaseReference:
-    """The base of the routed model in `directory`.
-
-    Raises RoutingError when the folder is missing or damaged.
-    """
+    """The base of the routed model in `directory`. Raises RoutingError when that is damaged."""
     return base_in(read_description(Path(directory) / ROUTED_INFO))
 
 

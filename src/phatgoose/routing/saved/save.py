@@ -81,7 +81,6 @@ def save_pretrained(
 
 
 def _check_base(model: PreTrainedModel, parts: Composition) -> None:
-    """Raise RoutingError when weights of the base have changed since it was loaded."""
     changed, differs = changed_since(model, parts.marks), parts.differs
     if any(mark.content is None for mark in parts.marks.values()):  # offloaded when it was routed
         differs = surely_differs(model, parts.base)
@@ -95,7 +94,6 @@ def _check_base(model: PreTrainedModel, parts: Composition) -> None:
 
 
 def described(parts: Composition, folder: Path) -> str:
-    """The content of routed.json beside the weights in `folder`."""
     info = {
         "format_version": FORMAT_VERSION,
         "base": asdict(parts.base),
@@ -116,7 +114,6 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
 
 
 def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
-    """What is kept of a layer beside the indices of its experts, by name."""
     held: dict[str, Tensor] = {}
     if isinstance(layer, FoldedLinear):
         held = {"folded": layer.folded}

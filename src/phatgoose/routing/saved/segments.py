@@ -119,6 +119,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         check_tables(lookup_in(first), lookup_in(rows))
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
+        # int8 is made of float32, so that numbers are rounded once.
         computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -191,7 +192,6 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[Path]:
-    """`folder`, locked against other processes; RoutingError where it can't be written."""
     if not (folder / ROUTED_INFO).is_file():
         raise RoutingError(f"{folder} holds no routed model: {ROUTED_INFO} can't be read.")
     try:
@@ -211,17 +211,16 @@ def _write_segment(
         write_tensors(unfinished, tensors, header)
         sha256 = TensorFile(unfinished).sha256()
         file = f"routed-{sha256[:12]}.safetensors"
+        # Named by its content: no description names it yet, so a kill here leaves a file of no
+        # model.
         os.replace(unfinished, folder / file)
     return {"file": file, "sha256": sha256, "experts": experts}
 
 
 def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
-    """The saved model as it is now, described; what doesn't hold together is not.
-
-    Raises RoutingError as `read_saved` does, and where the description can't be written.
-    """
     info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
     content = {**info, "format_version": 2, **changes}
+    # Read back as a stranger's first: what doesn't hold together is never described.
     found = described_by(content, folder)
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
     return found
@@ -243,7 +242,6 @@ def _indices(pool: Pool) -> Iterator[tuple[str, Tensor]]:
 def _as_stored(
     tensors: Mapping[str, Tensor], kind: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` with factors in the type `kind`; None leaves them as they are."""
     for name, tensor in tensors.items():
         part, _, site = name.partition(".")
         if kind is None or not _is_factor(part):
@@ -259,7 +257,6 @@ def _has_folded(saved: SavedModel) -> bool:
 
 
 def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
-    """How many inputs and outputs the layers have where experts act, as far as these tell."""
     inputs, outputs = {}, {}
     sizes = {name: held.sizes for name, held in declared().tensors.items()} | {"vectors": "En"}
     for segment in saved.segments:

@@ -1,7 +1,4 @@
-"""What a saved routed model holds: its description and its tensors.
-
-routed.json: the description of a saved routed model, read strictly, as from a stranger.
-"""
+"""What a saved routed model holds, read strictly: its description, routed.json, and its tensors."""
 
 from __future__ import annotations
 
@@ -21,20 +18,11 @@ from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
+from .. import stacks
 from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sites
-from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
-from ..routers.registry import choice_of
+from ..routers.registry import choice_of, translated
 from ..routers.router import Router, router_of
-from ..stacks import (
-    SitePart,
-    SiteStack,
-    declared,
-    joined,
-    joined_parts,
-    kept_part,
-    renumbered,
-)
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -43,11 +31,7 @@ HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expe
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The description in the file `path`, of which every value is what docs/format.md says.
-
-    What it says of files is left to who reads them. Raises RoutingError when it is missing or
-    anything is wrong.
-    """
+    """The description in the file `path`, as docs/format.md has it; else RoutingError."""
     try:
         info = read_json_object(path, RoutingError)
     except FileNotFoundError as error:
@@ -77,7 +61,6 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def base_in(info: Mapping[str, Any]) -> BaseReference:
-    """The base that a description names. Raises TypeError or ValueError when it names none."""
     base = BaseReference(**info["base"])
     for key, value in vars(base).items():
         absent = value is None and key != "id"
@@ -87,10 +70,6 @@ def base_in(info: Mapping[str, Any]) -> BaseReference:
 
 
 def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
-    """The indices of the experts that a description leaves out.
-
-    Raises TypeError or ValueError when they are none, or no expert is left.
-    """
     removed, count = info.get("removed", []), len(info["experts"])
     gone = frozenset(removed)
     are_indices = all(type(z) is int and 0 <= z < count for z in gone)
@@ -102,11 +81,6 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
-    """The routing in a description, as it is written now or was before settings had routers.
-
-    An embedder isn't there: the user who loads the model names it, a file can't have one loaded.
-    Raises TypeError or ConfigError when it is none.
-    """
     if not isinstance(info["routing"], dict):
         raise TypeError(f"routing is {shortened(info['routing'])}")
     routing = Routing(**translated(info["routing"]))
@@ -115,16 +89,10 @@ def routing_in(info: Mapping[str, Any]) -> Routing:
 
 
 def routing_record(routing: Routing) -> dict[str, Any]:
-    """What a description says of `routing`: all but the embedder."""
     return {"router": routing.router, "k": routing.k, "kernel": routing.kernel}
 
 
 def _check_experts(info: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or ExpertError unless `info` has records of experts.
-
-    Names of those that are left differ; one that was removed leaves its name to another. Paths may
-    be anything that a file system allows.
-    """
     records = info["experts"]
     if not isinstance(records, list) or not records:
         raise ValueError(f"experts is {shortened(records)}, not a list of some")
@@ -143,7 +111,6 @@ def _check_experts(info: Mapping[str, Any]) -> None:
 
 
 def _check_lookup(lookup: Any, experts: int) -> None:
-    """Raise ValueError unless `lookup` is what a looked-up router keeps beside its tensors."""
     if not isinstance(lookup, dict):
         raise ValueError(f"lookup is {shortened(lookup)}")
     for name in ("embedder", "embedding_form"):
@@ -161,7 +128,6 @@ def _check_lookup(lookup: Any, experts: int) -> None:
             )
 
 
-# -------------------------------------------------------------------------------------------------
 # A saved routed model's tensors: one file, or several that hold experts added later.
 #
 # A segment is a file of stacks and router tensors, by site, of some of the experts; together the
@@ -170,14 +136,12 @@ def _check_lookup(lookup: Any, experts: int) -> None:
 #
 # Factors may be stored in int8: each row of A and B as whole numbers from -127 to 127 times the
 # row's largest magnitude / 127, so that every number is off by at most 1/254 of it.
-# -------------------------------------------------------------------------------------------------
 
 LOOKUP = "lookup."  # begins the names of what a prompt router knows
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
 
 
 def lookup_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a prompt router's tables, by what follows LOOKUP in their names."""
     return {n.removeprefix(LOOKUP): tensors[n] for n in tensors if n.startswith(LOOKUP)}
 
 
@@ -194,10 +158,9 @@ class SavedTensors(Mapping[str, Tensor]):
     """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
-        """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
-        self._place = renumbered(torch.tensor(left), count)
+        self._place = stacks.renumbered(torch.tensor(left), count)
         self._are_all = len(left) == count
         names = dict.fromkeys(name for segment in segments for name in segment.tensors)
         split = [(kind, site) for kind, _, site in (name.partition(".") for name in names)]
@@ -206,7 +169,7 @@ class SavedTensors(Mapping[str, Tensor]):
             for kind, site in split
             if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
         }
-        self._stacked = declared().tensors
+        self._stacked = stacks.declared().tensors
         scales = {name + SCALE for name in self._stacked}
         parts = [(k, site) for k, site in split if k not in scales and site not in gone]
         self._kinds: dict[str, list[str]] = {}  # of tensors at each site
@@ -246,7 +209,6 @@ class SavedTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _tables(self) -> Tables:
-        """What a prompt router knows of the experts, joined as for a model in memory."""
         parts = [
             Tables(("",) * segment.experts, lookup_in(segment.tensors))
             for segment in self._segments
@@ -255,7 +217,6 @@ class SavedTensors(Mapping[str, Tensor]):
         return tables if self._are_all else tables.shrunk(self._place)
 
     def _site(self, site: str) -> dict[str, Tensor]:
-        """The tensors at `site` but "experts", joined as those of a model in memory are."""
         if self._latest[0] != site:
             parts = []
             for segment in self._segments:
@@ -265,17 +226,18 @@ class SavedTensors(Mapping[str, Tensor]):
                     held = {kind: dequantised(file, f"{kind}.{site}") for kind in kinds}
                     state = {k: held[k] for k in kinds if k not in (*self._stacked, "experts")}
                     experts = held["experts"] + segment.first
-                    parts.append(SitePart(SiteStack.of(held, experts), state))
-            part = joined_parts(parts)
+                    parts.append(stacks.SitePart(stacks.SiteStack.of(held, experts), state))
+            part = stacks.joined_parts(parts)
             if not self._are_all:
-                part = kept_part(part, self._place) or part
+                part = stacks.kept_part(part, self._place) or part
+            # One site is kept: its tensors are asked for one after the other, and all sites may not
+            # fit into memory.
             self._latest = (site, {**part.stack.tensors(), **part.state})
         return self._latest[1]
 
     def _counted(self, name: str) -> Tensor:
-        """Indices of experts, those of each segment counting on from the segment before."""
         held = (s for s in self._segments if name in s.tensors)
-        return joined([segment.tensors[name] + segment.first for segment in held])
+        return stacks.joined([segment.tensors[name] + segment.first for segment in held])
 
 
 @dataclass(frozen=True)
@@ -291,35 +253,31 @@ class SavedModel:
 
     @property
     def base(self) -> BaseReference:
-        """The base it was made of."""
         return base_in(self.info)
 
     @property
     def routing(self) -> Routing:
-        """How it chooses experts."""
         return routing_in(self.info)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
 
-    def stack(self, site: str) -> SiteStack:
-        """The experts' modules at `site`."""
+    def stack(self, site: str) -> stacks.SiteStack:
         held = self.tensors
         stored = {
-            kind: held[f"{kind}.{site}"] for kind in declared().tensors if f"{kind}.{site}" in held
+            kind: held[f"{kind}.{site}"]
+            for kind in stacks.declared().tensors
+            if f"{kind}.{site}" in held
         }
-        return SiteStack.of(stored, held[f"experts.{site}"])
+        return stacks.SiteStack.of(stored, held[f"experts.{site}"])
 
     @property
     def tables(self) -> Tables:
-        """What its prompt router knows of the experts, if it has one."""
         return Tables(self.names, lookup_in(self.tensors), self.info.get("lookup", {}))
 
     @cached_property
@@ -395,6 +353,7 @@ def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
 def _read_weights(path: Path, sha256: str) -> TensorFile:
     try:
         tensors = TensorFile(path)
+        # Both looks at once, while the file's pages are in memory.
         _, found = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
     except ExpertError as error:
         raise RoutingError(str(error)) from error
@@ -441,6 +400,7 @@ def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tenso
     """A stack of factors [E, r, ..] in int8, and the scales of its rows [E, r], as named."""
     numbers = factor.float()
     scale = numbers.abs().amax(dim=-1) / LARGEST
+    # A row of zeros has the scale 0.
     whole = (numbers / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
     yield f"{kind}.{site}", whole.clamp(-LARGEST, LARGEST).to(torch.int8)
     yield f"{kind}{SCALE}.{site}", scale

@@ -58,7 +58,6 @@ class BottleneckLayers(SiteModule):
         return self.down.shape[0]
 
     def at(self, weight: Tensor) -> BottleneckLayers:
-        """The same in the dtype and on the device of `weight`, with the scale folded in."""
         up, up_bias = ((self.scale * t.float()).to(weight) for t in (self.up, self.up_bias))
         down, down_bias = self.down.to(weight), self.down_bias.to(weight)
         return replace(self, down=down, down_bias=down_bias, up=up, up_bias=up_bias, scale=1.0)
@@ -90,7 +89,7 @@ class BottleneckLayers(SiteModule):
     def write(
         cls, folder: Path, modules: Mapping[str, BottleneckLayers], about: Mapping[str, Any]
     ) -> Path:
-        """As SiteModule's; ExpertError unless the layers share one activation and scale."""
+        """ExpertError unless the layers share one activation and scale."""
         if len({layer.settings for layer in modules.values()}) != 1:
             raise ExpertError(
                 "The layers of one bottleneck adapter share their activation and scale."

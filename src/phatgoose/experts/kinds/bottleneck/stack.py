@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ....config import ACTIVATIONS
-from ..kind import Held, Part, Product, row_tensor
-from ..sums import dense_weights, expert_products, weighted_rows
+from ..kind import Held, Part, Product, dense_weights, expert_products, row_tensor, weighted_rows
 from .module import ACTIVATION, BottleneckLayers
 
 
@@ -93,7 +92,6 @@ class BottleneckStack(Part):
     # zero where a token chose something else; [T, d] in the dtype of y comes back.
 
     def side_by_side(self, y: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The sum with every expert's bottleneck computed for every token, [T, E m] in between."""
         E, m, d = self.down.shape
         dense = dense_weights(experts, weights, E).to(y.dtype)
         inner = (y @ self.down.reshape(E * m, d).T).view(-1, E, m) + self.down_bias
@@ -101,7 +99,7 @@ class BottleneckStack(Part):
         return inner.view(-1, E * m) @ self.up.reshape(E * m, d) + dense @ self.up_bias
 
     def grouped(self, y: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The sum with one product per expert; weights of zero cost nothing and get no gradient."""
+        # Weights of zero (experts of other parts) cost nothing.
         pairs = weights.flatten().nonzero().squeeze(1)
         chosen = experts.flatten()[pairs]
         order = chosen.argsort(stable=True)
@@ -121,8 +119,8 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 
 
 def _activated(inner: Tensor, activations: Tensor) -> Tensor:
-    """The activations f of `inner`, each expert's own; `activations` broadcasts over it."""
     result = torch.zeros_like(inner)
     for index, name in enumerate(ACTIVATIONS):
+        # Every function for all, since choosing by rows would read indices back.
         result = torch.where(activations == index, ACTIVATION[name](inner), result)
     return result

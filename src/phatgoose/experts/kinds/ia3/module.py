@@ -41,7 +41,7 @@ class ScalingVector(SiteModule):
         return None if self.on_input else len(self.vector)
 
     def at(self, weight: Tensor) -> ScalingVector:
-        """The same on the device of `weight`, in float32: a bfloat16 is far too coarse around 1."""
+        # Not the weight's type: around 1 bfloat16 has steps of 1/128, about as far as vectors move.
         return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
@@ -56,7 +56,6 @@ class ScalingVector(SiteModule):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, ScalingVector]:
-        """As SiteModule's. PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n]."""
         vectors = {}
         for key, tensor in sorted(tensors.items()):
             site = site_of(key, (IA3_ENDING,), directory)
@@ -65,6 +64,7 @@ class ScalingVector(SiteModule):
                     f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in "
                     f"floating point, got {tuple(tensor.shape)} of {tensor.dtype}."
                 )
+            # PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n].
             vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
         if not vectors:
             raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")

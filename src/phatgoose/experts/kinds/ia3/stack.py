@@ -9,8 +9,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..kind import Constant, Held, Part, row_tensor
-from ..sums import weighted_rows
+from ..kind import Constant, Held, Part, row_tensor, weighted_rows
 from .module import ScalingVector
 
 Stack = TypeVar("Stack", bound="ScalingStack")
@@ -47,8 +46,6 @@ class ScalingStack(Part):
 
 @dataclass(frozen=True)
 class InputScalingStack(ScalingStack):
-    """Vectors that scale the input of the site's linear layer."""
-
     name: ClassVar[str] = "input_scaling"
     held: ClassVar[Mapping[str, Held]] = {
         "deltas": Held("input_deltas", "In", "float32"),
@@ -68,8 +65,6 @@ class InputScalingStack(ScalingStack):
 
 @dataclass(frozen=True)
 class OutputScalingStack(ScalingStack):
-    """Vectors that scale its output."""
-
     name: ClassVar[str] = "output_scaling"
     held: ClassVar[Mapping[str, Held]] = {
         "deltas": Held("output_deltas", "Od", "float32"),

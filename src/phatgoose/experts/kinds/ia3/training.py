@@ -49,6 +49,7 @@ class NewScalings(NewModules):
         with under_peft(base, config) as model:
             layers = {site: base.model.get_submodule(site) for site in sites}
             for site, layer in layers.items() if joint else ():
+                # The class alone changes: PEFT's state, hooks and names stay.
                 layer.__class__ = _JointlyGatedScaling
                 layer.gate = new_gate(sites[site].in_features, layer.weight.device)
             # PEFT shortens long lists of targets, but then misses the feed-forward's among them;
@@ -61,11 +62,7 @@ class NewScalings(NewModules):
 
 
 def scales_input(model: PreTrainedModel, ia3: IA3, sites: Iterable[str]) -> set[str]:
-    """Those of `sites` whose input is scaled; the others' output is.
-
-    Raises ConfigError when `ia3.feedforward` is no regular expression, or None and PEFT doesn't
-    know the model's type.
-    """
+    """Those of `sites` whose input is scaled; ConfigError where settings and PEFT don't tell."""
     pattern = ia3.feedforward
     if pattern is None:
         pattern = _endings(_known(IA3_FEEDFORWARD, model))
@@ -89,7 +86,6 @@ class _JointlyGatedScaling(PeftScaling):  # type: ignore[misc]  # peft is untype
 
 
 def _known(mapping: dict[str, list[str]], model: PreTrainedModel) -> list[str]:
-    """PEFT's names of layers for models of this type. Raises ConfigError when it has none."""
     kind = model.config.model_type
     if kind not in mapping:
         raise ConfigError(
@@ -100,5 +96,5 @@ def _known(mapping: dict[str, list[str]], model: PreTrainedModel) -> list[str]:
 
 
 def _endings(names: list[str]) -> str:
-    """A pattern for sites that end in one of `names`; for no site when there are none."""
+    # (?!) matches nothing.
     return rf"(^|\.)({'|'.join(map(re.escape, names))})$" if names else r"(?!)"

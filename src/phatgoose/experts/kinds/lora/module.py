@@ -49,7 +49,7 @@ class LoraFactors(SiteModule):
         return self.A.shape[0]
 
     def at(self, weight: Tensor) -> LoraFactors:
-        """The same in the dtype and on the device of `weight`, with the scale folded in."""
+        # Scaled in float32 and rounded once.
         B = (self.scale * self.B.float()).to(weight)
         bias = None if self.bias is None else (self.scale * self.bias.float()).to(weight)
         return LoraFactors(self.A.to(weight), B, 1.0, bias)
@@ -64,7 +64,6 @@ class LoraFactors(SiteModule):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, LoraFactors]:
-        """As SiteModule's; rank_pattern, alpha_pattern and rsLoRA are followed, site by site."""
         scale_of, has_biases = _scale_rule(config), bool(config.get("lora_bias"))
         factors = {}
         for site in sorted({site_of(key, LORA_ENDINGS, directory) for key in tensors}):
@@ -89,10 +88,6 @@ class LoraFactors(SiteModule):
     def write(
         cls, folder: Path, modules: Mapping[str, LoraFactors], about: Mapping[str, Any]
     ) -> Path:
-        """As SiteModule's, with each site's rank and scale spelled out.
-
-        Where one site has a bias all get one, as PEFT wants it.
-        """
         ranks = {site: lora.A.shape[0] for site, lora in modules.items()}
         alphas = {site: lora.scale * ranks[site] for site, lora in modules.items()}
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -109,6 +104,7 @@ class LoraFactors(SiteModule):
         }
         tensors = {}
         for site, lora in modules.items():
+            # PEFT's lora_bias is for all sites or none.
             bias = lora.B.new_zeros(lora.B.shape[0]) if lora.bias is None else lora.bias
             parts = (lora.A, lora.B, bias) if has_biases else (lora.A, lora.B)
             for ending, part in zip(LORA_ENDINGS, parts, strict=False):
@@ -123,7 +119,6 @@ def plus_product(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
 
 
 def _are_factors(A: Tensor, B: Tensor) -> bool:
-    """True when B A can be computed: matrices of one rank, of floating point numbers."""
     matrices = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] > 0
     return matrices and are_floats(A, B)
 
@@ -133,15 +128,12 @@ def _is_bias(bias: Tensor, B: Tensor) -> bool:
 
 
 def _scale_rule(config: Mapping[str, Any]) -> Callable[[str, int], float]:
-    """How PEFT scales the update at a site of a given rank: alpha / r, or alpha / sqrt(r).
-
-    Of several patterns the first that matches counts (peft.utils.other.get_pattern_key).
-    """
     alphas = config.get("alpha_pattern") or {}
     root = bool(config.get("use_rslora"))
     default = float(config.get("lora_alpha", 8))
 
     def scale(site: str, rank: int) -> float:
+        # Of several patterns the first that matches counts, as in PEFT.
         alpha = value_at(alphas, site)
         alpha = default if alpha is None else float(alpha)
         return alpha / (math.sqrt(rank) if root else rank)

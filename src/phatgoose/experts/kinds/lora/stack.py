@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kind import Constant, Held, Part, Product, row_tensor
-from ..sums import weighted_rows
+from ..kind import Constant, Held, Part, Product, row_tensor, weighted_rows
 from .module import LoraFactors
 
 
@@ -44,6 +43,7 @@ class LoraStack(Part):
         loras = list(modules.values())
         rank = max(lora.A.shape[0] for lora in loras)
         A = torch.cat([widened(lora.A[None], rank) for lora in loras])
+        # Transposed: A and B then unfold to [E r, ..] without a copy.
         B = torch.cat([widened(lora.B.T[None], rank) for lora in loras])
         bias = None
         if any(lora.bias is not None for lora in loras):
@@ -63,21 +63,18 @@ class LoraStack(Part):
     def added(
         self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
     ) -> Tensor:
-        """Σ w_z (B_z A_z u + bias_z), computed in the type of A."""
         delta = product(u.to(self.A.dtype), experts, weights, self.A, self.B)
         return delta if self.bias is None else delta + weighted_rows(experts, weights, self.bias)
 
     def constant(self, weights: Tensor) -> Constant:
-        """One LoRA: A = [A_1; A_2; …], B = [w_1 B_1, w_2 B_2, …], without ranks that add nothing.
-
-        Factors of weight 1 keep their type, weighted ones are float32.
-        """
         used = weights != 0
         A, B, w = self.A[used], self.B[used], weights[used].float()
+        # Factors of weight 1 keep their type, and so their very numbers.
         if bool((w != 1).any()):
             A, B = A.float(), B.float() * w[:, None, None]
         bias = None if self.bias is None else (w[:, None] * self.bias[used].float()).sum(dim=0)
         A, B = A.flatten(0, 1), B.flatten(0, 1).T
+        # Ranks that were filled up with zeros go.
         adds = A.any(dim=1) & B.any(dim=0)
         return Constant(A[adds], B[:, adds], bias)
 

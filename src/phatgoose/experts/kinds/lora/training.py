@@ -58,11 +58,7 @@ class _MasterLinear(nn.Linear):
 
 
 class _JointlyGatedLinear(_MasterLinear):
-    """A LoRA's A whose output passes the module's joint gate.
-
-    PEFT then computes `W u + scale * B A u * sigmoid(v . u)`, since the sigmoid is one number a
-    token: B (A u * sigmoid) is B A u * sigmoid.
-    """
+    """A LoRA's A whose output passes the joint gate: PEFT then has B (σ A u), which is σ B A u."""
 
     def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
@@ -73,23 +69,20 @@ class _JointlyGatedLinear(_MasterLinear):
 
 
 class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
-    """PEFT's LoRA, whose update is scaled where it is small and added by the product itself.
-
-    PEFT's own sum goes three more times over the output, and as often again in the backward pass.
-    """
+    """PEFT's LoRA, whose update is scaled where it is small and added by the product itself."""
 
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        """`result` [.., d] of the base plus scale * B A x, for x [.., n]."""
         h = module.scaling[active_adapter] * module.lora_A[active_adapter](x)
         return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
 
 
 def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
-    """Float32 A ~ N(0, init_std^2) and B = 0 that are cast in the forward pass, not the input."""
+    # PEFT would cast activations up to the factors' float32; here factors are cast down.
     layer.cast_input_dtype_enabled = False
+    # PEFT's own sum goes three more times over the output, and again in the backward pass.
     layer.lora_variant[ADAPTER] = _AddedInOneCall
     for factors in (layer.lora_A, layer.lora_B):
         plain = factors[ADAPTER]

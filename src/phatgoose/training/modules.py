@@ -1,4 +1,4 @@
-"""Gates: one vector per module, for an expert that exists or trained with it (`train_expert`).
+"""What is trained on a base: an expert's new modules, and gates, one vector per module.
 
 Glossary: u input activation of a site [.., n], v the gate [n]. The gate sees u whatever kind of
 module the expert has at the site, so that all gates of a site can be compared.
@@ -7,13 +7,51 @@ module the expert has at the site, so that all gates of a site can be compared.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..base.loading import Base
+from ..base.sites import Site, find_sites
+from ..config import Peft
+from ..errors import ConfigError
 from ..experts.adapter import ModifiedLinear
-from ..experts.kinds.kind import SiteModule, new_gate, openness
+from ..experts.kinds.kind import FreshExpert, SiteModule, new_gate, openness
+from ..experts.kinds.registry import kind_for
 
 SMALLEST_DEVIATION = 0.01  # of a site's mean deviation, for features that never change
+
+
+def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
+    """The sites of `model` at which a new expert with these settings acts, by name.
+
+    Raises ConfigError when there are none, or none are known for such a model and `sites` is None.
+    """
+    pattern = peft.sites
+    if pattern is not None:
+        return find_sites(model, pattern)
+    pattern = kind_for(peft).new_modules.default_sites(model, peft)
+    try:
+        return find_sites(model, pattern)
+    except ConfigError as error:
+        if pattern is None:
+            raise
+        raise ConfigError(
+            f"Where to place it in {type(model).__name__} isn't known; name the layers with sites."
+        ) from error
+
+
+def parameters_at(model: PreTrainedModel, peft: Peft) -> int:
+    """The number of trained parameters of a new expert, without gates. Raises as `placed_sites`."""
+    return kind_for(peft).new_modules.count(model, peft, placed_sites(model, peft).values())
+
+
+def fresh_expert(base: Base, peft: Peft, *, joint: bool) -> AbstractContextManager[FreshExpert]:
+    """`base` with a new expert on it while the context is open; `joint`: behind gates."""
+    return kind_for(peft).new_modules.create(
+        base, peft, placed_sites(base.model, peft), joint=joint
+    )
 
 
 class GatedLinear(ModifiedLinear):
@@ -42,6 +80,7 @@ class GatedLinear(ModifiedLinear):
 
     def vector(self) -> Tensor:
         """The gate v, on the CPU: what vᵀu adds to the sigmoid's argument, but for a constant."""
+        # vᵀ(u - mean) / deviation is (v / deviation)ᵀ u and a constant, which no choice depends on.
         gate = self.gate.detach() if self._usual is None else self.gate.detach() / self._usual[1]
         return gate.cpu()
 

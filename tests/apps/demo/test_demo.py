@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from made_comparison import made_comparison
-from phatgoose.apps.demo import demo
-from phatgoose.apps.demo.demo import (
+from phatgoose.apps import demo
+from phatgoose.apps.demo import (
     SKILLS,
     TASKS,
     gains_of,

@@ -23,8 +23,7 @@ from phatgoose.evaluation.comparison.cells import circumstances, code_version
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers import prompt_router as base_reader
-from phatgoose.tasks.suites.entries import Entry, Suite
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Entry, Example, Suite, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 

@@ -12,9 +12,8 @@ from fake_packages import install
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites import registry
-from phatgoose.tasks.suites.entries import Entry, Sources, Suite
 from phatgoose.tasks.suites.registry import SUITES, local_suite, open_suite
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Entry, Example, Sources, Suite
 from suite_files import FULL, write
 
 
@@ -183,7 +182,7 @@ def test_hidden_files_are_no_tasks(folder):
 
 
 def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):
-    code = "from phatgoose.tasks.suites.entries import Suite\n"
+    code = "from phatgoose.tasks.task import Suite\n"
     code += "from phatgoose.tasks.suites.registry import SuiteRecord\n"
     code += "MINE = SuiteRecord(lambda: Suite('mine', ()), trainable=True)\n"
     points = {registry.GROUP: {"mine": "their_suites:MINE", "t0ho": "their_suites:MINE"}}

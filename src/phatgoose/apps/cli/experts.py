@@ -55,8 +55,7 @@ def train(
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
-    from ...tasks.multitask import mixture
-    from ...tasks.suites.registry import open_tasks
+    from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import is_first
     from ...training.workdir import expert_folder

@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...routing.open_model import OpenedModel
-    from ...tasks.suites.entries import Sources
-    from ...tasks.task import Task
+    from ...tasks.task import Sources, Task
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Recipe:
     """A TOML recipe: one table per config class, and the tasks to run it on.
 
     `peft` is the kind of expert to train, a name in `kinds`. `data` and `templates` are the
-    folders of `tasks.suites.entries.Sources`.
+    folders of `tasks.task.Sources`.
     """
 
     base: str | None = None
@@ -436,7 +435,7 @@ class SourceOptions:
 
     @property
     def sources(self) -> Sources:
-        from ...tasks.suites.entries import Sources
+        from ...tasks.task import Sources
 
         return Sources(**vars(self))
 
@@ -504,7 +503,7 @@ class EngineOptions(RayOptions):
         """
         self.check()
         if self.engine == "ray":
-            from ..ray import RayEngine, connected
+            from ..ray_engine import RayEngine, connected
 
             with connected(self.address):
                 yield RayEngine(self.workers, self.gpus_per_worker, self.cpus_per_worker)

@@ -230,7 +230,7 @@ def demo(
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
     """Train five small experts, route them, score them on unseen tasks."""
-    from ..demo.demo import run_demo
+    from ..demo import run_demo
 
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)
 

@@ -27,9 +27,8 @@ from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
-from ...tasks.suites.entries import Entry, Sources, Suite
 from ...tasks.suites.registry import open_suite
-from ...tasks.task import Task
+from ...tasks.task import Entry, Sources, Suite, Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
 from . import cells as scoring

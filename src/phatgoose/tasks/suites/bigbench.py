@@ -15,8 +15,7 @@ from typing import Any
 
 from ...errors import TaskError
 from ...files.strict import read_toml
-from ..task import Example, Task
-from .entries import Entry, Sources, Suite
+from ..task import Entry, Example, Sources, Suite, Task
 from .hub import read_rows
 
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples

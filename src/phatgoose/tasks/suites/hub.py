@@ -17,7 +17,7 @@ from typing import Any, cast
 from ...errors import TaskError
 from ...files.strict import first_line
 from ..loading import datasets_library
-from .entries import Sources
+from ..task import Sources
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 NEEDS_A_SCRIPT = re.compile(r"\bscripts?\b|trust_remote_code")  # in errors of `datasets`

@@ -31,8 +31,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from ...errors import TaskError
 from ...files.strict import require_regular
 from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field
-from ..task import Example
-from .entries import Sources
+from ..task import Example, Sources
 from .hub import read_rows
 
 FILE_NAME = "templates.yaml"

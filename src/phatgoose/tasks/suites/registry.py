@@ -14,9 +14,8 @@ from ...errors import TaskError
 from ...files.entry_points import add_entry_points
 from ...files.strict import read_toml, shortened
 from ..loading import SPLITS, check_task_name, default_name, load_task
-from ..task import Task
+from ..task import Entry, Sources, Suite, Task, mix
 from . import bigbench, flan, t0
-from .entries import Entry, Sources, Suite
 
 SUITE_KEYS = ("name", "suffix", "tasks")
 TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
@@ -232,6 +231,34 @@ class TrainingTask:
             return replace(self, entry=replace(self.entry, read=lambda _: task))
         places = (self.sources.data, self.sources.templates)
         return replace(self, sources=Sources(*(each and each.absolute() for each in places)))
+
+
+def mixture(
+    tasks: Sequence[TrainingTask], name: str, *, most: int | None = None, seed: int = 0
+) -> TrainingTask:
+    """`mix` of tasks that are not loaded yet. Loading it holds all of them in memory at once."""
+    counts = [task.entry.train_examples for task in tasks]
+    known = [count if most is None else min(count, most) for count in counts if count is not None]
+    origins = {task.origin for task in tasks}
+    entry = Entry(
+        name,
+        lambda _: mix([task.load() for task in tasks], name, most=most, seed=seed),
+        train_examples=sum(known) if len(known) == len(tasks) else None,
+        source=f"mixture of {len(tasks)} tasks",
+    )
+    origin: Origin = "hub" if "hub" in origins else "copy" if "copy" in origins else "file"
+    return _Mixture(entry, name, origin, Sources(), tuple(tasks), most, seed)
+
+
+@dataclass(frozen=True)
+class _Mixture(TrainingTask):
+    tasks: tuple[TrainingTask, ...]
+    most: int | None
+    seed: int
+
+    def portable(self) -> TrainingTask:
+        tasks = [task.portable() for task in self.tasks]
+        return mixture(tasks, self.name, most=self.most, seed=self.seed)
 
 
 def open_tasks(

@@ -19,8 +19,7 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files.strict import read_toml
-from ..task import Task
-from .entries import Entry, Sources, Suite
+from ..task import Entry, Sources, Suite, Task
 from .p3 import P3Dataset, Picker, PromptTemplate, Row, without
 
 SEED = 42

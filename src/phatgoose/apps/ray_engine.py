@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import ConfigError, EngineError, PhatgooseError
-from ...files.strict import first_line, one_line
-from ...jobs import AnyJob, AnyResult, Job, Workshop
-from ..processor import bound_spinning, keep_to
+from ..errors import ConfigError, EngineError, PhatgooseError
+from ..files.strict import first_line, one_line
+from ..jobs import AnyJob, AnyResult, Job, Workshop
+from .processor import bound_spinning, keep_to
 
 bound_spinning()  # workers get it, with the environment of this process or by `connected`
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 try:
-    import ray as ray  # for replicas.py too: Ray reads the variables above when it is imported
+    import ray as ray  # for ray_replicas.py too: Ray reads the variables above when it is imported
 except ImportError as error:
     raise ConfigError("The engine ray needs Ray: pip install 'phatgoose[ray]'.") from error
 

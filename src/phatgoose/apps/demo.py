@@ -4,7 +4,7 @@ It trains five experts with their gates, composes them, and compares the result 
 each single expert on five tasks that no expert was trained on. Each of those asks for the skill of
 one training task in another domain and other words, so its score says whether routing carries a
 skill over. How an answer is called is a convention of ours that no base can know. All texts in
-`tasks/` were written for this demo.
+`demo_tasks/` were written for this demo.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ import torch
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from ...analysis.analyse import analyse
-from ...base.loading import Base, load_base
-from ...config import GateTraining, Lora, Routing, Training
-from ...errors import EvaluationError
-from ...evaluation.comparison.compare import compare
-from ...evaluation.comparison.methods import BASE, METHODS, label_of
-from ...evaluation.comparison.tables import Comparison
-from ...evaluation.evaluate import evaluate
-from ...evaluation.intervals import Interval, dataset_replicates, interval_of
-from ...experts.pool import Pool
-from ...files.atomic import write_text
-from ...routing.compose import compose
-from ...routing.routers.automatic import settled
-from ...routing.routers.registry import AUTO
-from ...routing.saved.save import save
-from ...tasks.embeddings import can_embed
-from ...tasks.loading import load_task
-from ...tasks.suites.entries import Entry, Suite
-from ...tasks.task import Task
-from ...training.train_expert import train_expert
-from ...training.trainer import TrainingCallback
-from ..console import show
-from ..generation import Sampling, generate, recorded_tokens
-from ..report.page import write_report
-from ..tables import datasets_table, routers_table
+from ..analysis.analyse import analyse
+from ..base.loading import Base, load_base
+from ..config import GateTraining, Lora, Routing, Training
+from ..errors import EvaluationError
+from ..evaluation.comparison.compare import compare
+from ..evaluation.comparison.methods import BASE, METHODS, label_of
+from ..evaluation.comparison.tables import Comparison
+from ..evaluation.evaluate import evaluate
+from ..evaluation.intervals import Interval, dataset_replicates, interval_of
+from ..experts.pool import Pool
+from ..files.atomic import write_text
+from ..routing.compose import compose
+from ..routing.routers.automatic import settled
+from ..routing.routers.registry import AUTO
+from ..routing.saved.save import save
+from ..tasks.embeddings import can_embed
+from ..tasks.loading import load_task
+from ..tasks.task import Entry, Suite, Task
+from ..training.train_expert import train_expert
+from ..training.trainer import TrainingCallback
+from .console import show
+from .generation import Sampling, generate, recorded_tokens
+from .report.page import write_report
+from .tables import datasets_table, routers_table
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "demo_tasks"
 SKILLS = {  # the training task, which names the expert: the unseen task
     "sentiment": "hotel_feedback",
     "archive": "evening_classes",

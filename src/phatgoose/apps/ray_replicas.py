@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from ...config import Serving
-from ...errors import ConfigError, EngineError
-from ...files.strict import first_line
-from ...jobs import absolute
-from ..processor import keep_to
-from ..server import ServedModel, create_app
-from ..server.connections import handling_signals
-from .engine import ray
+from ..config import Serving
+from ..errors import ConfigError, EngineError
+from ..files.strict import first_line
+from ..jobs import absolute
+from .processor import keep_to
+from .ray_engine import ray
+from .server import ServedModel, create_app
+from .server.connections import handling_signals
 
 try:
     from ray import serve

@@ -1,10 +1,10 @@
 """The demo: the whole story on small tasks of our own, on a laptop, in minutes.
 
-It trains five experts with their gates, composes them, and compares the result with the base and
-each single expert on five tasks that no expert was trained on. Each of those asks for the skill of
-one training task in another domain and other words, so its score says whether routing carries a
-skill over. How an answer is called is a convention of ours that no base can know. All texts in
-`demo_tasks/` were written for this demo.
+It trains five experts, composes them, and compares the result with the base and each single expert
+on five tasks that no expert was trained on. Each asks for the skill of one training task in another
+domain and other words, so its score says whether routing carries a skill over. How an answer is
+called is a convention of ours that no base can know. All texts in `demo_tasks/` were written for
+this demo.
 """
 
 from __future__ import annotations
@@ -60,13 +60,11 @@ def trained_task(name: str) -> Task:
 
 
 def unseen_tasks(most: int) -> list[Task]:
-    """The unseen tasks in the order of SKILLS, with at most so many examples each."""
     tasks = (load_task(TASKS / f"{name}.csv") for name in SKILLS.values())
     return [replace(task, test=task.test[:most]) for task in tasks]
 
 
 def without_choices(tasks: list[Task]) -> list[Task]:
-    """The `tasks` as a served model gets them: without choices, to be answered in writing."""
     return [
         replace(task, test=tuple(replace(row, choices=()) for row in task.test)) for task in tasks
     ]
@@ -94,10 +92,7 @@ class Gain:
 
 
 def gains_of(comparison: Comparison, row: str) -> list[Gain]:
-    """The gains of `row` over the base and over each single expert, the smallest first.
-
-    Intervals resample the datasets and, within them, examples, for both models alike.
-    """
+    """The gains of `row` over the base and over each single expert, the smallest first."""
     models = {BASE: comparison.results[BASE], **comparison.experts}
     found = {**models, row: comparison.results[row]}
     tasks = comparison.datasets
@@ -149,9 +144,7 @@ PROMPT = (
 def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = False) -> None:
     """Train, compare and route; write experts, tables, report and routed model to `out`.
 
-    `seed` is that of the experts' training. The table has the base, each single expert, and a few
-    routers, or with `all_methods` every one. Experts and scores that `out` already has are kept, so
-    an interrupted demo continues where it stopped.
+    What `out` already has is kept, so an interrupted demo continues where it stopped.
     """
     begun = time.monotonic()
     torch.set_num_threads(THREADS)

@@ -58,7 +58,6 @@ AUDITED = {  # the signs of an audit that its table shows; --json has all
 
 
 def audit_table(report: Audit) -> Table:
-    """A row per expert with its signs, and the medians; what is beyond a limit is marked."""
     table = Table(title=f"Audit of {len(report.experts)} experts; * is beyond the limit")
     limits = {name: limit.of(len(report.experts)) for name, limit in LIMITS.items()}
     shown = {name: title for name, title in AUDITED.items() if name in report.signs}
@@ -111,7 +110,6 @@ def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
 
 
 def scores_table(evaluation: Evaluation, title: str) -> Table:
-    """A row per task: its metric, its score with the interval, n and ties; and the mean."""
     table = Table(title=title)
     for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
         table.add_column(column, overflow="fold")
@@ -125,7 +123,6 @@ def scores_table(evaluation: Evaluation, title: str) -> Table:
 
 
 def means_table(comparison: Comparison) -> Table:
-    """A row per method, a column per suite: the mean over its datasets in per cent, interval."""
     columns = [f"{column} ({len(tasks)})" for column, tasks in comparison.columns.items()]
     table = _table("mean score in %, [95 % interval]; * not zero-shot", "method", columns)
     for row, summaries in comparison.summaries.items():
@@ -134,7 +131,6 @@ def means_table(comparison: Comparison) -> Table:
 
 
 def differences_table(comparison: Comparison) -> Table | None:
-    """The same rows and columns less PHATGOOSE, in points; None where there is nothing to show."""
     others = [row for row in comparison.results if row != ANCHOR]
     if ANCHOR not in comparison.results or not others:
         return None
@@ -148,10 +144,7 @@ def differences_table(comparison: Comparison) -> Table | None:
 
 
 def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
-    """A row per model, a column per dataset: per cent ± half the interval.
-
-    The base comes first, then each single expert, then the other methods; row `bold` is bold.
-    """
+    """A row per model, a column per dataset: per cent ± half the interval; row `bold` is bold."""
     tasks = comparison.datasets
     columns = [*(task.replace("_", " ") for task in tasks), "mean"]
     table = _table(
@@ -185,7 +178,6 @@ def _add(
 
 
 def routers_table(analysis: Analysis) -> Table:
-    """A row per router and dataset: score, effective number of experts, who they are, KL."""
     table = Table(title=f"Routing of {len(analysis.experts)} experts")
     for column in ("router", "dataset", "score", "effective", "most used"):
         table.add_column(column, overflow="fold")

@@ -1,9 +1,8 @@
 """Log-likelihoods of answer choices; each prompt is computed once if that can be.
 
 A causal model reads a prompt and all its choices in one row, and no choice sees another
-(`tasks.batching`). If the attention mask can't express that, the prompt's keys and values are kept
-and expanded over the choices; a sequence-to-sequence model keeps the encoder's output. A model that
-keeps more state than that reads the prompt with every choice.
+(`tasks.batching`). If its attention can't do that, the prompt's keys and values are kept and
+expanded over the choices; a sequence-to-sequence model keeps the encoder's output.
 """
 
 from __future__ import annotations
@@ -37,11 +36,9 @@ def choice_log_likelihoods(
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
-    most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
-    before each pass with indices in `rows`: one for each row of the batch, or one for each token
-    where rows are packed. A choice that a row has twice is computed once, so that it ties with
-    itself. Raises EvaluationError for a causal model's prompt without tokens, and BaseModelError as
-    `decoder_start` does.
+    most `budget` tokens, padding included. `before_pass` gets indices in `rows` before each pass:
+    one for each row of the batch, or for each token where rows are packed. Raises EvaluationError
+    for a causal model's prompt without tokens.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
@@ -60,7 +57,6 @@ def _packed(
     budget: int,
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
-    """One pass for each batch; the last token of a choice is predicted, not read."""
     texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
     for batch in batching.packed_batches([text.length for text in texts], budget):
         packed = batching.pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
@@ -79,10 +75,7 @@ def _packed(
 def _means(
     logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]
 ) -> Iterator[tuple[int, list[float]]]:
-    """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
-
-    The first place of a text predicts the first token of all its choices, the next ones the rest.
-    """
+    """(index, means) from the logits [places, vocabulary] of texts, one text after the other."""
     places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
     for each in choices:
         at = begin + 1
@@ -109,7 +102,6 @@ def _padded(
     budget: int,
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Prompts in one pass, choices in another, both in padded rows."""
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
     if model._is_stateful:
         score = _score_whole

@@ -25,8 +25,8 @@ PAIR_TOKENS = 4096  # the same with targets
 class PromptReading:
     """What is taken from a model's passes of prompts: one subclass for each use.
 
-    `sites` are those whose inputs it sees (of the stack that reads prompts, see `base.blocks`),
-    `blocks` the indices of those whose outputs it sees; -1 is what enters the first.
+    It sees inputs of `sites` (of the stack that reads prompts, see `base.blocks`) and outputs of
+    `blocks`, by index; -1 is what enters the first.
     """
 
     sites: Mapping[str, Site] = {}
@@ -36,10 +36,7 @@ class PromptReading:
         """A batch comes whose tokens are where `mask` [texts, columns] is 1; padding is right."""
 
     def see_site(self, site: Site, u: Tensor) -> None:
-        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void.
-
-        Sites that see some of the tokens only, inside one of the base's own experts, don't come.
-        """
+        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void."""
 
     def see_block(self, index: int, hidden: Tensor) -> None:
         """The output [texts, columns, n] of a block."""
@@ -59,8 +56,7 @@ def read_prompts(
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
-    In batches of prompts of like length, through the encoder or all of a causal model but its head;
-    `then` is applied to what each batch gave. A progress bar shows the `label`, if there is one.
+    `then` is applied to what each batch gave. With a `label` there is a progress bar.
     """
     stack, device = prompt_stack(model), input_device(model)
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
@@ -99,8 +95,7 @@ def read_pairs(
 ) -> None:
     """Call `see(site, u)` with the inputs u [tokens, n] of `sites` for all real tokens of `pairs`.
 
-    Prompt and target pass in one go (teacher forcing), batch by batch; padding is left out. A
-    progress bar shows the `label`, if there is one.
+    Prompt and target pass in one go (teacher forcing). With a `label` there is a progress bar.
     """
     collator, device = Collator(model, pad_token_id), input_device(model)
     inner = headless(model)
@@ -144,9 +139,8 @@ def continued(
 ) -> Tensor:
     """What `model.generate` returns for the prompts `ids` [rows, columns]; `mask` is 0 at padding.
 
-    With `temperature` None each token is the likeliest one, else it is drawn from all tokens by
-    their probabilities at that temperature. Of the model's generation_config only the tokens that
-    begin and end answers count. Raises BaseModelError as `decoder_start` does.
+    `temperature` None is greedy, else tokens are drawn from the whole distribution. Of the model's
+    generation_config only the tokens that begin and end answers count.
     """
     own = model.generation_config
     config = _WholeConfig(

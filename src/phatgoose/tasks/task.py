@@ -41,7 +41,6 @@ class Example:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What digests are made of, as plain data: all fields, `row` only where it is known."""
         fields = asdict(self)
         return fields if self.row is not None else {k: v for k, v in fields.items() if k != "row"}
 
@@ -114,7 +113,6 @@ class Task:
 
 
 def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
-    """At most `most` of the examples (None: all), the same for a given seed, in file order."""
     if most is None or most >= len(examples):
         return examples
     chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
@@ -131,13 +129,12 @@ def named_apart(tasks: Iterable[Task]) -> list[Task]:
 
 
 def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:
-    """One task with the training examples of all `tasks`, and no test split.
+    """One task with the training examples of all `tasks`, at most `most` of each, and no test
+    split.
 
-    Each task counts in proportion to its size. A task with more than `most` examples gives `most`,
-    drawn once by `seed` (as T0 caps large datasets). Validation examples are each task's own, or
-    those that `with_validation(seed)` sets apart, up to VALIDATION_MOST of each, so that the few
-    that training draws are not all of the largest task. Raises TaskError when there are no tasks,
-    one can't be trained on, or `most` is below 1.
+    Validation examples are each task's own or set apart by `seed`, up to VALIDATION_MOST of each,
+    so that the few that training draws are not all of the largest task. Raises TaskError when there
+    are no tasks, one can't be trained on, or `most` is below 1.
     """
     if not tasks:
         raise TaskError(f"The mixture {name!r} has no tasks.")

@@ -115,9 +115,9 @@ def test_what_examples_were_made_of_is_kept_with_their_marks(setting, tmp_path):
 def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_path, monkeypatch):
     read, read_prompts = [], base_reader.read_prompts
 
-    def counted(model, prompts, reading):
+    def counted(model, prompts, reading, **options):
         read.extend(prompts)
-        return read_prompts(model, prompts, reading)
+        return read_prompts(model, prompts, reading, **options)
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
     rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]

@@ -89,7 +89,6 @@ def train(
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
-    """Raise unless each task can have its expert under its own name in `folder`."""
     from ...experts.expert import check_name
 
     named: dict[str, str] = {}

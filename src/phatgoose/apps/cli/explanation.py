@@ -31,11 +31,7 @@ class Explanation:
     kind: str | None = None
 
     def coloured(self) -> Iterator[Text]:
-        """For each stack that has such sites: its tokens in the colours of their first experts.
-
-        Bold tokens are the answer. A legend has the share of each expert in all tokens. What was
-        chosen, or shortlisted, for the whole prompt comes first.
-        """
+        """For each stack that has such sites: its tokens in the colours of their first experts."""
         if self.trace.whole:
             told = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
             yield Text(f"for the whole prompt: {told}\n")
@@ -50,7 +46,6 @@ class Explanation:
             yield coloured(zip(stream.tokens, top.tolist(), bold, strict=True), labels)
 
     def table(self, most: int = 3) -> Iterator[Table]:
-        """For each such stack: a row per token with its `most` experts of greatest weight."""
         for stream, shares in self._views():
             table = Table(title=f"tokens of the {stream.name}" if self._has_several else None)
             for column in ("token", "part", *map(str, range(1, most + 1)), "others"):
@@ -111,9 +106,8 @@ def explain(
 ) -> Explanation:
     """How the routed `model` serves `prompt` and the answer after it, seen at a layer and a kind.
 
-    The answer is the one `given`, or what the model generates greedily. Raises TaskError for a
-    prompt or answer that `check_prompt` or `check_text` refuses, RoutingError when the model is not
-    routed; a layer or kind that doesn't exist is refused when the explanation is shown.
+    The answer is the one `given`, or what the model generates greedily. A layer or kind that
+    doesn't exist is refused when the explanation is shown.
     """
     check_prompt(prompt)
     check_text(given or "", "The answer")

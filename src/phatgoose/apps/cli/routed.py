@@ -71,7 +71,6 @@ def pool(
 
 
 def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
-    """What an owner has, shown; the folder that it was fetched to, [] without one."""
     from ...experts.importing.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
     from ..tables import owner_table
 

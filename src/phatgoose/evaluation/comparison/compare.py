@@ -1,7 +1,7 @@
 """Methods side by side on whole suites, as in the paper's Table 1.
 
-Every finished cell (one row on one dataset) is kept in a result store. A comparison can be stopped,
-continued, and extended by methods, experts or suites, and no cell is computed twice.
+Every finished cell (one row on one dataset) is kept, so a comparison can be stopped, continued, and
+extended by methods, experts or suites.
 """
 
 from __future__ import annotations
@@ -131,7 +131,6 @@ def _settings(
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
-    """Refuse what can't be compared, before hours of computing."""
     if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if not rows and not singles:
@@ -193,10 +192,7 @@ def _run(
     store: ResultStore,
     engine: Engine,
 ) -> dict[str, dict[str, Result]]:
-    """Every row's result on every dataset, computed by `engine` if the store has none.
-
-    Rows that may leave inputs to single experts come last: these have answered by then.
-    """
+    """Every row's result on every dataset, computed by `engine` if the store has none."""
     every = {row.name: row for row in (*rows, *singles)}
     cells = {
         name: [scoring.cell_of(row, dataset, base) for dataset in datasets.values()]
@@ -239,7 +235,6 @@ def _result(stored: Mapping[str, Any]) -> Result:
 
 
 def _with_derived(comparison: Comparison, wanted: Sequence[str], pool: Pool) -> Comparison:
-    """The comparison with Best Individual and Oracle, chosen by the single experts' scores."""
     experts: Scores = {
         name: {task: result.score for task, result in by_task.items()}
         for name, by_task in comparison.experts.items()

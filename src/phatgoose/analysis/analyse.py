@@ -336,6 +336,7 @@ def _check_router(
         warnings.simplefilter("ignore")  # composing warns
         check_routing(router, pool)
         narrowed = router.narrow(pool, scores)
+        # Others are made of vectors and readings alone, which have been checked.
         by_more = router.spec.given or "embeddings" in router.spec.needs
         if isinstance(router, ByPrompt) and by_more:
             router.for_model(router.tables(narrowed, scores), tokenizer)

@@ -186,6 +186,7 @@ def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
 
 
 def _sample(counts: Tensor) -> Tensor:
+    # Evenly spaced rows of each: everyone's neighbours among 36,000 would take a minute.
     most = max(ASKED // len(counts), 2)
     ends = counts.cumsum(dim=0).tolist()
     spaced = [
@@ -202,6 +203,7 @@ def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Te
     for first in range(0, len(asked), step):
         some = asked[first : first + step]
         cosines = rows[some] @ rows.T
+        # No row is its own neighbour.
         cosines[torch.arange(len(some)), some] = -2.0
         best = torch.full((len(some), int(owners[-1]) + 1), -2.0)
         best = best.scatter_reduce(1, owners.expand_as(cosines), cosines, "amax")
@@ -214,6 +216,7 @@ def _copies(equals: Tensor, own: Tensor) -> Tensor:
     """How many rows of each expert are also others', [E]."""
     shares = own.T @ equals.double() > 0  # [E, E]
     partners = shares.sum(dim=1)
+    # Blamed is who shares rows with more experts, or both if these are equally many.
     blamed = partners[:, None] >= partners  # [expert, other]
     return own.T @ (equals & blamed[own.argmax(dim=1)]).any(dim=1).double()
 

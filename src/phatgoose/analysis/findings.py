@@ -100,6 +100,7 @@ def _products(A: Tensor, B: Tensor) -> Tensor:
     products = torch.empty(E, E, dtype=torch.float64)
     step = max(1, BLOCK // r)
     for first in range(0, E, step):
+        # Products are symmetric: those below the diagonal are copied.
         block, rest = slice(first, first + step), slice(first, E)
         inner = A[block].flatten(0, 1) @ A[rest].flatten(0, 1).T  # [b r, E' r]
         inner *= B[block].flatten(0, 1) @ B[rest].flatten(0, 1).T

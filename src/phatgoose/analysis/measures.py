@@ -104,6 +104,7 @@ class DecisionFiles(Observer):
         self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].float().contiguous()
 
     def end_pass(self) -> None:
+        # To a file, since the decisions of a whole task would fill the memory.
         save_file(self._tensors, self.folder / f"{self.passes:06}.safetensors")
         self.passes += 1
 

@@ -128,6 +128,7 @@ def _inputs(
         del inputs["labels"]
         prompts, targets = inputs["input_ids"], inputs["decoder_input_ids"]
         return inputs, {"encoder": torch.zeros_like(prompts), "decoder": torch.ones_like(targets)}
+    # The target's last token, the end of the sequence, is never read, as in scoring.
     rows = [pair.prompt + pair.target[:-1] for pair in pairs]
     parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
     mask = pad_right([[1] * len(row) for row in rows], 0)
@@ -265,6 +266,7 @@ class RoutingTally(Observer):
             "entropies": torch.special.entr(probabilities).sum(dim=1, keepdim=True),
         }
         for name, row in rows.items():
+            # In float64: float32 sums over millions of tokens lose what single ones add.
             self._sums[name][site] = self._sums[name].get(site, 0) + groups @ row.double()
 
     def _groups(self, passed: SitePass) -> Tensor:

@@ -128,6 +128,7 @@ def write_gains(
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
 BESIDE = (BASE, "merged", "retrieval", "phatgoose", "oracle")
 COMMAND = "phatgoose"
+# Sums are rounded differently by other numbers of threads.
 THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(steps=24, batch_size=8, learning_rate=3e-3, eval_every=24, eval_examples=16)

@@ -9,6 +9,9 @@ import math
 import os
 from pathlib import Path
 
+# Threads of GNU's OpenMP spin for long by default: beside another busy process a product waits for
+# a thread that isn't running. Sleeping at once costs a quarter of the speed alone
+# (docs/performance.md).
 SPINS = "20000"  # some tens of microseconds
 CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_1 = (
@@ -20,6 +23,7 @@ CGROUP_1 = (
 def set_threads() -> None:
     """Set how long OpenMP's threads spin and, under a quota, their number, unless the user has."""
     bound_spinning()
+    # torch starts a thread for every core of the machine, whatever a container may use.
     cores = quota()
     if cores is not None and cores < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))

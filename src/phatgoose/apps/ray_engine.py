@@ -257,6 +257,7 @@ class _Run:
     def _receive(self, worker: _WorkerHandle) -> Generator[tuple[Any, Any], None, None]:
         try:
             answer = ray.get(worker.answer)
+        # The job itself raised; any other error of Ray's means that the worker is lost.
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except ray.exceptions.RayError as error:
@@ -278,6 +279,7 @@ class _Run:
         what = STARTING if worker.job is None else worker.job.name
         if worker.job is not None:
             self._left.insert(0, worker.job.again())
+        # A loss after progress doesn't count, nor does one with its whole machine.
         if worker.shown > self._furthest[what]:
             self._furthest[what], self._losses[what] = worker.shown, 0
         elif worker.machine is None or worker.machine in {m["NodeID"] for m in _machines()}:

@@ -13,7 +13,7 @@ from ..analysis.audit import LIMITS, Audit
 from ..analysis.findings import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.comparison.methods import BASE, label_of
-from ..evaluation.comparison.tables import ANCHOR, Comparison, Result
+from ..evaluation.comparison.tables import ANCHOR, Comparison
 from ..evaluation.evaluate import Evaluation
 from ..experts.importing.hub_owner import Listing
 from ..experts.kinds.registry import kinds
@@ -152,14 +152,11 @@ def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
     )
     first = {name: results for name, results in comparison.results.items() if name == BASE}
     for row, results in {**first, **comparison.experts, **comparison.results}.items():
-        mean = 100 * sum(results[task].score for task in tasks) / len(tasks)
-        cells = [*(_cell(results[task]) for task in tasks), f"{mean:.1f}"]
-        _add(table, comparison, row, cells, bold)
+        scored = [results[task] for task in tasks]
+        mean = 100 * sum(r.score for r in scored) / len(scored)
+        cells = [f"{100 * r.score:.0f} ±{50 * (r.high - r.low):.0f}" for r in scored]
+        _add(table, comparison, row, [*cells, f"{mean:.1f}"], bold)
     return table
-
-
-def _cell(result: Result) -> str:
-    return f"{100 * result.score:.0f} ±{50 * (result.high - result.low):.0f}"
 
 
 def _table(title: str, first: str, columns: Iterable[str]) -> Table:

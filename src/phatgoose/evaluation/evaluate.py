@@ -203,6 +203,7 @@ class EvaluationSet:
             self.metrics,
             None if self.is_ranked else self.max_new_tokens,
             asdict(self.settings.formatting),
+            # It decides what is batched together, and so how sums are rounded.
             self.settings.token_budget,
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -403,6 +404,7 @@ def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
         predictions.append(Prediction(answer.text, correct, answer.scores, marks, example.row))
     sample = _sample(chosen.metrics, predictions)
     first = sample.statistics[0]
+    # Zeros and ones of one metric are a share of right answers.
     if len(sample.metrics) == first.shape[1] == 1 and ((first == 0) | (first == 1)).all():
         interval = wilson_interval(sample.score * sample.independent, sample.independent)
     else:

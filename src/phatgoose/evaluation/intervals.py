@@ -89,6 +89,7 @@ class Sample:
     def draws(self, generator: np.random.Generator, replicates: int) -> Array:
         """How often each draw with replacement has each example (or row), [replicates, n]."""
         count = self.n if self.rows is None else int(self.rows.max()) + 1
+        # A row brings all its examples, so if rows differ in size, draws differ in number.
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=replicates)
         return np.asarray(drawn if self.rows is None else drawn[:, self.rows], float)
 
@@ -124,6 +125,7 @@ def dataset_replicates(
         slots = drawn == dataset
         if not slots.any():
             continue
+        # All models get the same weights: their differences are intervals in pairs.
         weights = next(iter(samples.values()))[dataset].draws(generator, int(slots.sum()))
         for model, rows in samples.items():
             values[model][slots] = rows[dataset].replicates(weights)
@@ -141,4 +143,5 @@ def wilson_interval(right: float, n: float) -> Interval:
     share, narrowed = right / n, 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / narrowed
     half = Z / narrowed * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # Exact at the ends, where rounding could leave the range.
     return Interval(0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half)

@@ -101,6 +101,7 @@ def _squad_words(text: str) -> list[str]:
     """The words that SQuAD compares: `normalize_answer` of evaluate-v1.1.py (Rajpurkar et al.
     2016).
     """
+    # Punctuation goes before articles, so "the-end" is the one word "theend".
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
@@ -128,6 +129,7 @@ def _rouge_l(prediction: str, reference: str) -> float:
 @cache
 def _rouge_scorer() -> Any:
     scorers = _imported("rouge-l", ROUGE, "rouge_scorer")  # with nltk, pandas and sklearn: seconds
+    # As `evaluate.load("rouge")` has it, which the released code calls.
     return scorers.RougeScorer(["rougeL"], use_stemmer=False)
 
 

@@ -73,6 +73,7 @@ def new_file(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             whole = Path(scratch) / target.name
             yield whole
+            # Appended, since others may have written to the same redirected file.
             with whole.open("rb") as content, target.open("ab") as stream:
                 shutil.copyfileobj(content, stream)
         return
@@ -85,6 +86,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 def is_stream(target: Path) -> bool:
     """True for pipes, devices, open files by name (/dev/stdout), and links to these."""
+    # Link by link: resolved at once, /dev/stdout is the file that the shell redirected it to.
     place = str(target)
     for _ in range(MOST_LINKS):
         if OPEN_FILES.fullmatch(os.path.dirname(os.path.abspath(place))):
@@ -223,6 +225,7 @@ def open_to_readers(folder: Path) -> None:
 
 
 def _give_default_mode(path: Path) -> None:
+    # The mask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -99,6 +99,8 @@ class ByName(dict[str, Any]):
     """Values by full layer names, in the place of values by pattern in a PEFT config."""
 
     def keys(self) -> Any:
+        # PEFT tries each key as a pattern and then looks up the layer's own name: without keys it
+        # finds the value at once.
         return {}.keys()
 
 
@@ -108,6 +110,7 @@ def _ends(name: str, pattern: str) -> bool:
     begin = len(name) - len(pattern)
     if begin < 0 or (begin and name[begin - 1] != "."):
         return False
+    # To PEFT a plain name is a pattern, too, whose dots match any character.
     return name.endswith(pattern) or _plain(pattern).fullmatch(name, begin) is not None
 
 
@@ -123,6 +126,7 @@ def _plain(pattern: str) -> re.Pattern[str]:
 
 def _reason(error: Exception) -> str:
     message = error.args[0] if error.args else error
+    # RE2's messages are bytes, and quote the pattern.
     if isinstance(message, bytes):
         message = message.decode("utf-8", "backslashreplace")
     return one_line(message, 80)

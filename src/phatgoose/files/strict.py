@@ -171,6 +171,7 @@ def _parse_json(text: str) -> Any:
 
 def _nested(content: Any) -> int:
     """How many levels of lists and objects `content` has, counted up to MOST_NESTED + 1."""
+    # By level, since recursion is what too deep a file would exhaust.
     level, depth = [content], 0
     while depth <= MOST_NESTED:
         level = [each for each in level if isinstance(each, dict | list)]

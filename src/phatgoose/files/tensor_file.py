@@ -35,6 +35,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     """
     threads = torch.get_num_threads()
     if threads == 1:
+        # Handing a small result over takes longer than computing it.
         yield from map(function, items)
         return
     waiting: deque[Future[Result]] = deque()
@@ -152,6 +153,8 @@ class TensorFile(Mapping[str, Tensor]):
         if _madvise is not None:
             begin -= begin % mmap.PAGESIZE  # a mapping begins at a page
             size = min(end, len(self._bytes)) - begin
+            # Pages of a private mapping are read from the file again, without what was written to
+            # them.
             _madvise(self._bytes.data_ptr() + begin, size, mmap.MADV_DONTNEED)
 
     def _view(
@@ -159,6 +162,7 @@ class TensorFile(Mapping[str, Tensor]):
     ) -> Tensor:
         place = self._data + begin
         if place % dtype.itemsize:
+            # Other writers need not align tensors to their type, and torch can't view such bytes.
             size = math.prod(shape) * dtype.itemsize
             return self._bytes[place : place + size].clone().view(dtype).view(shape)
         return self._typed[dtype].as_strided(shape, strides, place // dtype.itemsize)
@@ -222,6 +226,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def is_finite(tensor: Tensor) -> bool:
     return all(
+        # A finite sum, which is far cheaper, already shows it; a sum may also overflow.
         math.isfinite(part.sum()) or bool(torch.isfinite(part).all())
         for part in torch.split(tensor.flatten(), FEW)
     )
@@ -231,6 +236,7 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         begin = file.read(LENGTH.size)
         length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
+        # The library would parse a huge header for seconds and take gigabytes.
         if MOST_JSON_BYTES < length <= LONGEST_HEADER:  # the library refuses longer ones
             used = len(file.read(length).rstrip())  # padding costs nothing
             if used > MOST_JSON_BYTES:

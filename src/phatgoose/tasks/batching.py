@@ -51,6 +51,7 @@ class Collator:
         return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
 
     def _packed(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        # A target's last token predicts nothing, so it is only a label.
         texts = [BranchedText((pair.prompt + pair.target)[:-1]) for pair in pairs]
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
         packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
@@ -172,6 +173,8 @@ class PackedBatch:
 
 def can_pack(model: PreTrainedModel) -> bool:
     """True for a causal model that takes positions and any attention mask in all its layers."""
+    # Transformers passes a mask of four dimensions on unchanged only through its own attention
+    # interface. Layers with a window or a state would see beyond their text.
     config = model.config.get_text_config()
     return bool(
         not model.config.is_encoder_decoder
@@ -189,6 +192,8 @@ def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[in
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
         totals = list(itertools.accumulate(lengths[i] for i in order[: budget + 1]))
+        # A nearly full batch may leave its last texts to the next one: all of them could take long
+        # rows.
         ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
         found = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
         _, rows = min(found, key=lambda each: each[0])
@@ -209,6 +214,7 @@ def _rows(
         columns = max(sum(lengths[i] for i in row) for row in shared)
         tokens = len(shared) * columns
         cost = tokens / total * (1 + columns / COSTLY_ROW)
+        # One row has no padding and so always fits, but its attention is seldom cheap.
         if cost < best and (tokens <= budget or count == 1):
             best, rows = cost, shared
     return best, rows
@@ -257,6 +263,7 @@ def _visible(owners: Tensor, branches: Tensor) -> Tensor:
     in_stem = (branches == 0).unsqueeze(1)
     padding = owners.eq(-1).unsqueeze(2)
     first = torch.arange(columns) == 0
+    # Padding sees its row's first token and not itself: `token_masks` recognises it by that.
     return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
 
 
@@ -278,6 +285,7 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             return _logits(model, inputs)
     if "decoder_input_ids" in batch:
         return _logits(model, inputs)
+    # The position before the first label predicts it; the last position predicts nothing here.
     kept = batch["labels"].shape[1] + 1
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = kept
@@ -301,6 +309,8 @@ def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
 def contiguous_head(model: nn.Module) -> AbstractContextManager[None]:
     """Hand the output layer of `model` contiguous rows while the context is open."""
+    # Logits of the last positions reach it as a strided view, for which torch copies the whole
+    # output matrix once per row: a quarter of a training step.
     return _head_input(model, lambda hidden: hidden.clone(memory_format=torch.contiguous_format))
 
 
@@ -312,6 +322,8 @@ def head_at(model: nn.Module, places: Tensor) -> AbstractContextManager[None]:
 @contextmanager
 def quick_backward(model: PreTrainedModel, columns: int) -> Iterator[None]:
     """Use the attention with the faster backward pass for rows of `columns` tokens."""
+    # On a CPU plain products take half the time of torch's fused kernel, but keep every
+    # probability.
     usual = model.config.get_text_config()._attn_implementation
     if model.device.type != "cpu" or columns > SHORT_ROW or usual == "eager":
         yield

@@ -77,6 +77,7 @@ def _fitted(text: str, model: SentenceTransformer) -> str:
     places = encoded["offset_mapping"]
     if len(places) <= room:
         return text
+    # The embedder would cut the end, which mostly is the question. Words stay whole.
     left = cut_tokens(range(len(places)), room, "middle")
     head = sum(i == at for i, at in enumerate(left))
     end, start = places[head - 1][1] if head else 0, places[left[head]][0]
@@ -143,6 +144,7 @@ def embedding_library() -> Any:
 def load_embedder(embedder: str) -> SentenceTransformer:
     """The sentence embedder, loaded once per process, without running or unpickling its files."""
     library = embedding_library()
+    # No file of ours could record such a name, one with a no-break space for instance.
     if not embedder.isprintable():
         raise ConfigError(
             f"Embedder {shortened(embedder)} has a character in its name that can't be printed; "

@@ -203,6 +203,7 @@ class Encoder:
         """The prompt around `tokens`, which are all of `text` unless that is None."""
         if not self.formatting.chat:
             return [*self._before, *tokens, *self._after]
+        # The template takes text, so tokens that were cut become text again.
         return self._tokens(self._chat(self.tokenizer.decode(tokens) if text is None else text))
 
     @cached_property
@@ -224,10 +225,13 @@ class Encoder:
         """(the prompt's text, the white space between it and an answer)."""
         if self.is_encoder_decoder or self.formatting.chat:
             return text, ""
+        # Where tokens begin with a space, the prompt's trailing ones are part of the answer's
+        # first.
         prompt = text if self._keeps_spaces else text.rstrip(" ") or text
         return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
 
     def _following(self, prompt: str, text: str) -> list[int]:
+        # Only the prompt's last words are tokenised again: they decide the answer's tokens.
         end = self._end_of_chat if self.formatting.chat else _end_of(prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:
@@ -258,6 +262,7 @@ def added_tokens(
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     starts = range(len(whole) - len(plain) + 1)
     start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    # A causal model continues the prompt, so an end after it is left out.
     return whole[:start], whole[start + len(plain) :] if is_encoder_decoder else []
 
 

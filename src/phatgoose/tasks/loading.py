@@ -210,6 +210,7 @@ def _read_jsonl(path: Path) -> Rows:
 
 def _read_csv(path: Path) -> Rows:
     try:
+        # The library's own limit is 131,072 characters; long documents have more.
         csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)

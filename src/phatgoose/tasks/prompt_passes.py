@@ -64,6 +64,7 @@ def read_prompts(
     parts: list[Tensor] = []
 
     def see_site(site: Site, u: Tensor, _: Tensor | None) -> None:
+        # Sites inside one of the base's own experts see some of the tokens, without rows.
         if u.dim() > 2:
             reading.see_site(site, u)
 
@@ -81,6 +82,7 @@ def read_prompts(
             parts.append(then(reading.found()) if then else reading.found())
             bar.update(len(rows))
     found = torch.cat(parts)
+    # Batches came by length; rows go back to the order of the prompts.
     return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
 
 
@@ -107,6 +109,7 @@ def read_pairs(
     with _bar(len(pairs), label, "means") as bar, watch_inputs(model, sites, see_real):
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             inputs = collator([pairs[row] for row in rows])
+            # With labels the model would compute a loss.
             inputs.pop("labels")
             inner(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
             bar.update(len(rows))
@@ -151,6 +154,7 @@ def continued(
         pad_token_id=tokenizer.pad_token_id,
     )
     if temperature is not None:
+        # transformers would draw from the 50 likeliest tokens.
         config.temperature, config.top_k = temperature, 0
     if model.config.is_encoder_decoder:
         config.decoder_start_token_id = decoder_start(model)

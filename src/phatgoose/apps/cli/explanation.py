@@ -47,7 +47,9 @@ class Explanation:
 
     def table(self, most: int = 3) -> Iterator[Table]:
         for stream, shares in self._views():
-            table = Table(title=f"tokens of the {stream.name}" if self._has_several else None)
+            table = Table(
+                title=f"tokens of the {stream.name}" if len(self.trace.streams) > 1 else None
+            )
             for column in ("token", "part", *map(str, range(1, most + 1)), "others"):
                 table.add_column(column, no_wrap=True)
             for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True):
@@ -81,10 +83,6 @@ class Explanation:
             ],
             "trace": self.trace.to_dict(),
         }
-
-    @property
-    def _has_several(self) -> bool:
-        return len(self.trace.streams) > 1
 
     def _views(self) -> Iterator[tuple[TraceStream, Any]]:
         """(stream, weights [T, E]) of those streams that have sites of the layer and kind."""

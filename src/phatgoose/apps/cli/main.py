@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
+    # Python flushes its output at exit, and would complain again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return READER_GONE
 

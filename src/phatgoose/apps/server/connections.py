@@ -156,6 +156,7 @@ class ConnectionGuard:
 
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         now, limits = loop.time(), dict(self._limits)
+        # Other answers wait for the place of a client that reads nothing.
         if self._is_in_demand():
             limits[READER] = HURRIED
         for connection in list(self.open):
@@ -193,11 +194,14 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     )
     config = uvicorn.Config(
         app,
+        # h11 whatever else is installed: it bounds the headers.
         http=cast("Any", partial(GuardedConnection, guard)),
         ws="none",
         timeout_graceful_shutdown=limits.shutdown_timeout,
         backlog=BACKLOG,
+        # Only proxies that the operator names may say what a client's address is.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        # What clients send would fill the disk.
         log_level="error",
         server_header=False,
     )

@@ -73,6 +73,7 @@ def join(one: Cache, other: Cache) -> None:
 
 def drop_columns(cache: Cache, columns: int) -> None:
     for layer in cache.layers:
+        # A view would keep the dropped columns in memory.
         layer.keys = layer.keys[..., columns:, :].contiguous()
         layer.values = layer.values[..., columns:, :].contiguous()
 
@@ -170,6 +171,7 @@ class _DistinctPrompts:
 
     def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
         for name, stream in keeper.streams().items() if keeper is not None else ():
+            # The decoder has read the token that begins an answer instead of the prompt's.
             is_start = self._runner.is_encoder_decoder and name == "decoder"
             for row, group in enumerate(self._owners):
                 if is_start:
@@ -204,6 +206,7 @@ class Batch:
 
     @property
     def is_open(self) -> bool:
+        # Some encoder-decoder models count positions by the batch, so their rows begin together.
         return not self.sequences or not self.runner.is_encoder_decoder
 
     def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
@@ -348,6 +351,7 @@ class GenerationEngine:
             return len(self._queue)
 
     def _running(self) -> list[ActiveSequence]:
+        # A copy of the list, which the engine's thread may change meanwhile.
         return [each for batch in list(self._batches) for each in batch.sequences]
 
     def _run(self) -> None:
@@ -394,6 +398,8 @@ class GenerationEngine:
         return group
 
     def _next(self, group: Sequence[ActiveSequence], most_read: int) -> ActiveSequence | None:
+        # While a sequence doesn't fit, clients with running ones get no more: it would be passed
+        # over for ever.
         is_short = False
         for head in self._queue.heads():
             together = [*group, head]

@@ -245,6 +245,7 @@ class RequestGuard:
         except ApiError as refusal:
             body.release()
             with suppress(asyncio.TimeoutError):
+                # A client that is still sending would miss the answer.
                 await asyncio.wait_for(body.drain(), DRAINING)
             headers = {**(refusal.headers or {}), "Connection": "close"}
             await JSONResponse(refusal.body, refusal.status_code, headers)(scope, receive, send)
@@ -258,6 +259,7 @@ class RequestGuard:
     async def _read(self, scope: Scope, body: RequestBody) -> None:
         headers = Headers(scope=scope)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        # A page can't make a browser send this type to another server without asking that first.
         if not re.fullmatch(r"application/([\w.-]+\+)?json", kind, re.ASCII):
             raise ApiError(415, "The body must be JSON with 'Content-Type: application/json'.")
         length = headers.get("content-length", "").lstrip("0")[:20]  # 20 digits are too many anyway

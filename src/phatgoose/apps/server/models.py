@@ -150,6 +150,7 @@ class _Bases:
             if of == dtype and (base.id, base.revision) == (wanted.id, wanted.revision):
                 return base
         for base, of in self._loaded:
+            # The same weights under another name may have another tokenizer.
             if of == dtype and base.fingerprint == wanted.fingerprint:
                 with suppress(BaseModelError):  # no tokenizer there
                     tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)

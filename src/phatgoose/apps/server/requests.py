@@ -53,6 +53,7 @@ def _check_size(body: bytes) -> None:
         return containers <= MOST_CONTAINERS and text.count(b":") <= MOST_FIELDS
 
     if not is_small(body):
+        # Brackets in strings count only where that decides: counting without them takes longer.
         without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
         if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # outside of strings
             raise _invalid(
@@ -74,6 +75,8 @@ def _first_of(error: ValidationError, body: Any) -> ApiError:
         (_place_of(each, body), each)
         for each in error.errors(include_url=False, include_context=False, include_input=False)
     ]
+    # A field of several forms has an error for each. Told is that of the form which the value has
+    # the most of: it lies deepest, and isn't about the type.
     at = len(found[0][0])
     same = [each for each in found if each[0][:at] == found[0][0] and len(each[1]["loc"]) > at]
     place, first = max(same or found[:1], key=_how_far)

@@ -225,6 +225,7 @@ def _chat_token(token: ScoredToken) -> protocol.ChatToken:
 
 
 def _bytes_of(text: str) -> list[int] | None:
+    # A part of a character has none; they come with its last token.
     return None if UNFINISHED in text else list(text.encode())
 
 
@@ -247,6 +248,7 @@ class PendingReply:
         self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
 
         def deliver(event: Progress | Failure) -> None:
+            # Called in the engine's thread.
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._sequences = [

@@ -208,6 +208,7 @@ class ActiveSequence:
             piece = detokeniser.add(token)
             text = shown_as(self.runner.tokenizer, token, piece)
             yield text, min(end, len(self._echoed))
+            # Special tokens have no piece, but an echoed prompt may spell them.
             is_special = not piece and self._echoed.startswith(text, end)
             end += len(text) if is_special else len(piece)
 
@@ -264,6 +265,7 @@ class ActiveSequence:
         text = self._text[self._sent : safe] if ready or self.finish else ""
         self._sent += len(text)
         if self.finish and self.routing and self.shown:
+            # Each token passes the model one step after it was chosen, so the last one never does.
             self.routing.append(self.routing[-1].without_experts(self.shown[-1], ANSWER))
         routing, self.routing = tuple(self.routing), []
         if text or ready or routing or self.finish:

@@ -282,6 +282,7 @@ class RoutingCache:
         cached = self._cached[key] = self._cached.pop(key)  # now the last
         cached.requests += 1
         try:
+            # Shielded, since other requests may wait for the same routing.
             runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
         except BaseException as error:
             cached.release()
@@ -308,6 +309,7 @@ class RoutingCache:
             del self._cached[oldest]
         thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
         self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        # One that failed may be tried again.
         runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key))
         self._cached[key] = CachedRouting(client, runner)
 
@@ -352,6 +354,7 @@ class Readers:
             raise
         self._begun[result] = asyncio.get_running_loop().time()
         result.add_done_callback(self._finished)
+        # A thread can't be ended: past the deadline the work keeps its place until it returns.
         await asyncio.wait([result], timeout=deadline.left)
         if not result.done():
             raise deadline.missed()
@@ -404,6 +407,7 @@ def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Futu
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(end)
 
+    # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
     thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
     thread.start()
     return thread, result

@@ -88,6 +88,7 @@ def _imported_by(modules: tuple[str, ...]) -> set[str]:
             package = package[:-1]
         for level, source, names in _contents(module)[0]:
             origin = ".".join([*package[: len(package) - level + 1], *([source] if source else [])])
+            # `from . import x` may name a module, or something inside one.
             possible = (origin, *(f"{origin}.{name}".lstrip(".") for name in names))
             waiting += [name for name in possible if name and _file(name).is_file()]
     return found
@@ -285,6 +286,7 @@ class CellWorkshop:
                     composed.close()
                     opened = composed.enter_context(rows[cell.row].model(base))
                     at = cell.row
+                    # Rows of one base that go by its readings of prompts share them.
                     if opened.model is base.model:
                         _remember(opened, remembered)
                 return _score(opened, self.datasets[cell.dataset], self.shared)

@@ -208,6 +208,7 @@ def _run(
     def stored(row: str) -> dict[str, Mapping[str, Any]]:
         return {cell.dataset: store.get(cell.key) or {} for cell in cells[row]}
 
+    # Rows that may leave inputs to single experts come last: these have answered by then.
     sharing = {name for name, row in every.items() if singles and row.per_input}
     first = [cell for cell in missing if cell.row not in sharing]
     last = [cell for cell in missing if cell.row in sharing]
@@ -217,6 +218,7 @@ def _run(
         for part in filter(None, (first, last)):
             known = {row.name: stored(row.name) for row in singles if part is last}
             workshop = CellWorkshop(base, every, datasets, SharedAnswers(known))
+            # An error in this loop ends the engine's workers at once.
             with closing(engine.run(workshop, part, bar)) as results:
                 for cell, result in results:
                     store.add(cell.key, result)

@@ -67,6 +67,7 @@ class ResultStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+                # Reading changed nothing: a last line that was cut off goes only now.
                 if self._cut_off_at is not None:
                     file.truncate(self._cut_off_at)
                     self._cut_off_at = None

@@ -172,6 +172,7 @@ class Comparison:
                 for task in tasks:
                     r = results[task]
                     texts = (name, suite, task, r.metric)
+                    # Against formulas, as OWASP advises: datasets are named after untrusted files.
                     names = [f"'{each}" if each.startswith(FORMULAS) else each for each in texts]
                     numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
                     writer.writerow([*names, *numbers, r.n, r.ties, r.seconds])

@@ -202,6 +202,7 @@ def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str
         ) from error
 
 
+# `modified` is a part of the cache's key only.
 @lru_cache(maxsize=8)  # with hundreds of configurations it takes seconds
 def _header_configs(readme: Path, modified: int) -> Mapping[str, Mapping[str, Any]]:
     from huggingface_hub import metadata_load  # slow to import, and needed only here

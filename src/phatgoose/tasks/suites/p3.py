@@ -74,6 +74,7 @@ class PromptTemplate:
         """
         if "answer_choices" in row:
             raise TaskError(f"Template {self.name!r}: a row has a field answer_choices of its own.")
+        # A separator in a row must not split the text that it is rendered to.
         values: dict[str, Any] = {key: _protect(value) for key, value in row.items()}
         values[DRAWS] = _Draws(self.name, row)
         choices: list[str] | None = None

@@ -37,7 +37,7 @@ from ..routing.routers.registry import AUTO
 from ..routing.saved.save import save
 from ..tasks.embeddings import can_embed
 from ..tasks.loading import load_task
-from ..tasks.task import Entry, Suite, Task
+from ..tasks.task import Suite, Task
 from ..training.train_expert import train_expert
 from ..training.trainer import TrainingCallback
 from .console import show
@@ -68,13 +68,6 @@ def without_choices(tasks: list[Task]) -> list[Task]:
     return [
         replace(task, test=tuple(replace(row, choices=()) for row in task.test)) for task in tasks
     ]
-
-
-def unseen_suite(tasks: list[Task]) -> Suite:
-    def entry(task: Task) -> Entry:
-        return Entry(task.name, lambda _: task)
-
-    return Suite("unseen", tuple(map(entry, tasks)))
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(_step("3. On tasks that none of them has seen", f", {EVALUATED} examples each"))
     comparison = compare(
         pool,
-        [unseen_suite(unseen)],
+        [Suite.of("unseen", unseen)],
         "all" if all_methods else _shown(routing.router),
         base=base,
         out=out,

@@ -195,6 +195,15 @@ class Suite:
     name: str
     entries: tuple[Entry, ...]
 
+    @classmethod
+    def of(cls, name: str, tasks: Iterable[Task]) -> Suite:
+        """The suite of these tasks, which are loaded already."""
+
+        def entry(task: Task) -> Entry:
+            return Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
+
+        return cls(name, tuple(map(entry, tasks)))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self.entries)

@@ -188,7 +188,7 @@ def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):
     points = {registry.GROUP: {"mine": "their_suites:MINE", "t0ho": "their_suites:MINE"}}
     install(tmp_path, monkeypatch, "their_suites", code, points)
     monkeypatch.setattr(registry, "SUITES", dict(registry.SUITES))
-    registry._add_others.cache_clear()
+    registry.known_suites.cache_clear()
     with pytest.warns(UserWarning, match="t0ho is left out: the name 't0ho' is taken"):
         assert open_suite("mine").name == "mine"
-    registry._add_others.cache_clear()
+    registry.known_suites.cache_clear()

@@ -28,7 +28,7 @@ from ...routing.open_model import loaded_base
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
 from ...tasks.suites.registry import open_suite
-from ...tasks.task import Entry, Sources, Suite, Task
+from ...tasks.task import Sources, Suite, Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
 from . import cells as scoring
@@ -152,7 +152,7 @@ def _load(
     datasets: dict[str, EvaluationSet] = {}
     for suite in [suites] if isinstance(suites, str | Path | Suite | Task) else suites:
         if isinstance(suite, Task):
-            opened = _suite_of(suite)
+            opened = Suite.of(suite.name, [suite])
         else:
             opened = suite if isinstance(suite, Suite) else open_suite(suite)
         if opened.name in columns:
@@ -165,11 +165,6 @@ def _load(
     if not datasets:
         raise TaskError("No suite was given to compare on.")
     return columns, datasets
-
-
-def _suite_of(task: Task) -> Suite:
-    entry = Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
-    return Suite(task.name, (entry,))
 
 
 def _report_inputs(

@@ -152,14 +152,10 @@ SUITES: dict[str, SuiteRecord] = {
 }
 
 
+@cache  # looking for entry points takes a while, and adds them to SUITES once
 def known_suites() -> Mapping[str, SuiteRecord]:
-    _add_others()
-    return SUITES
-
-
-@cache
-def _add_others() -> None:
     add_entry_points(GROUP, SUITES, SuiteRecord)
+    return SUITES
 
 
 def open_suite(name_or_path: str | Path) -> Suite:

@@ -216,7 +216,7 @@ def _copies(equals: Tensor, own: Tensor) -> Tensor:
     """How many rows of each expert are also others', [E]."""
     shares = own.T @ equals.double() > 0  # [E, E]
     partners = shares.sum(dim=1)
-    # Blamed is who shares rows with more experts, or both if these are equally many.
+    # The expert that shares rows with more others is blamed, or both if these are as many.
     blamed = partners[:, None] >= partners  # [expert, other]
     return own.T @ (equals & blamed[own.argmax(dim=1)]).any(dim=1).double()
 

@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 
 def as_distribution(values: ArrayLike) -> Array:
-    """`values` [.., E] over their sum. Raises EvaluationError if no shares: negative, infinite, all
+    """`values` [.., E] over their sum. Raises EvaluationError if they are negative, infinite or all
     0.
     """
     shares = np.asarray(values, float)
@@ -78,8 +78,8 @@ def heaviest(weights: Array, most: int) -> list[int]:
 class Agreement:
     """How far two routers agree over `decisions` (tokens x sites where both act).
 
-    `first` is the share with the same first choice, which equals share. `overlap` is the mean of
-    the sum over z of min(w_z, w'_z).
+    `first` is the share of decisions with the same first choice, `overlap` the mean of the sum over
+    z of min(w_z, w'_z).
     """
 
     first: float

@@ -75,8 +75,8 @@ def _first_of(error: ValidationError, body: Any) -> ApiError:
         (_place_of(each, body), each)
         for each in error.errors(include_url=False, include_context=False, include_input=False)
     ]
-    # A field of several forms has an error for each. Told is that of the form which the value has
-    # the most of: it lies deepest, and isn't about the type.
+    # A field of several forms has an error for each. The one to report is of the form that the
+    # value fits best: it lies deepest, and isn't about the type.
     at = len(found[0][0])
     same = [each for each in found if each[0][:at] == found[0][0] and len(each[1]["loc"]) > at]
     place, first = max(same or found[:1], key=_how_far)

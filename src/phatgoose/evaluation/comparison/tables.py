@@ -64,7 +64,7 @@ class Result:
 class Summary:
     """One model's mean over a suite's datasets, unweighted, with its interval.
 
-    `difference` is this model's mean less PHATGOOSE's, in pairs; None if that is missing or this.
+    `difference` is this mean less PHATGOOSE's, in pairs; None for PHATGOOSE itself, or without it.
     """
 
     mean: float

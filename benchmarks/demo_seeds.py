@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from phatgoose.apps.demo.demo import SKILLS, run_demo
+from phatgoose.apps.demo import SKILLS, run_demo
 from phatgoose.evaluation.comparison.methods import BASE, label_of
 from phatgoose.evaluation.comparison.tables import markdown_table
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from phatgoose.apps.console import COLOURS
-from phatgoose.apps.demo.demo import SKILLS
+from phatgoose.apps.demo import SKILLS
 
 OUT = Path(__file__).parent / "figures" / "demo.png"
 TRACE = re.compile(r'<script type="application/json" class="trace">(.*?)</script>', re.S)

@@ -14,8 +14,8 @@ from phatgoose.config import from_mapping
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.files.strict import read_toml
-from phatgoose.tasks.suites.entries import Suite
 from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
+from phatgoose.tasks.task import Suite
 from phatgoose.training import statistics as statistics_module
 from toy_embedders import embed
 

@@ -28,8 +28,8 @@ from phatgoose.routing.routers.configs import Discriminant
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, readings_in
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Sources
 
 THIRDS = {"first third": (0.0, 0.34), "second third": (0.34, 0.67), "last third": (0.67, 1.0)}
 SETTINGS = {

@@ -28,8 +28,8 @@ from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import split_routers
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Sources
 
 
 def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None:

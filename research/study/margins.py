@@ -32,8 +32,8 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.prompt_router import BaseReader
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Sources
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 Array = NDArray[np.float64]

@@ -18,8 +18,8 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Sources
 
 
 def main(suite: str, limit: str, routers: str, *pools: str) -> None:

@@ -46,9 +46,8 @@ from phatgoose.evaluation.comparison.methods import DERIVED, METHODS, label_with
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.comparison.tables import Summary
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Sources
 
 Model = str
 Pool = tuple[str, ...]

@@ -40,8 +40,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.router import RoutingDecision, SiteRouter
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Sources
 
 SHARES = {"quarter": 4, "half": 2}  # one of so many sites
 Where = Callable[

@@ -1,7 +1,6 @@
 """Every error that phatgoose raises on purpose, as one tree.
 
-Each message is one or two sentences in the user's terms: what was found, what was wanted, what to
-do. The command line prints it on one line and exits with status 2.
+A message says what was found, what was wanted and what to do, in a line or two.
 """
 
 

@@ -1,8 +1,7 @@
 """Jobs and the engines that run them: one after the other here, or several at once elsewhere.
 
-A comparison's cells and a pool's experts are jobs. A `Workshop` knows how to do them and holds what
-they share, such as a base; an `Engine` only decides where and when. A base travels by name and
-location, so that another process can load the same.
+Runs of a comparison and experts of a pool are jobs. A `Workshop` does them and holds what they
+share, such as a base; an `Engine` only decides where and when.
 """
 
 from __future__ import annotations
@@ -46,9 +45,8 @@ class Workshop(Protocol[AnyJob, AnyResult]):
     """Does jobs, with what many of them share."""
 
     def open(self, tell: Callable[[int], None]) -> AbstractContextManager[Work[AnyJob, AnyResult]]:
-        """A function that does one job at a time while the context is open.
-
-        It may call `tell` with the units of a job's size done since the last call.
+        """A function that does one job at a time; it may call `tell` with the units done since the
+        last call.
         """
 
     def portable(self) -> Workshop[AnyJob, AnyResult]:
@@ -76,7 +74,6 @@ class LocalEngine:
     def run(
         self, workshop: Workshop[AnyJob, AnyResult], jobs: Sequence[AnyJob], bar: Any
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
-        """(job, result) of each of `jobs`, in order. Without jobs the workshop isn't opened."""
         if not jobs:
             return
         with workshop.open(lambda units: None) as work:

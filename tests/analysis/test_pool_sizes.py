@@ -10,7 +10,7 @@ import phatgoose as pg
 from phatgoose.analysis.pool_sizes import pool_size_curves
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.comparison.result_store import ResultStore
-from phatgoose.tasks.suites.entries import Entry, Suite
+from phatgoose.tasks.task import Entry, Suite
 
 
 def cell(store, pool, task, marks, *, router="phatgoose", examples="x", code="1", **settings):

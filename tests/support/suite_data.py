@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.task import Sources
 
 TEMPLATE = """templates:
   1: !Template

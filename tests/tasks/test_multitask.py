@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.multitask import mix
-from phatgoose.tasks.task import Example, Task, draw
+from phatgoose.tasks.task import Example, Task, draw, mix
 
 
 def rows(name: str, count: int) -> tuple[Example, ...]:

@@ -45,8 +45,7 @@ from .traces import Trace, trace
 class RouterAnalysis:
     """One router's distribution on each dataset, its scores (empty if not scored) and findings.
 
-    `traces` are texts of the datasets, token by token; `similarity` [E, E] is that of
-    `findings.vector_similarity`.
+    `traces` are texts token by token; `similarity` [E, E] is `findings.vector_similarity`.
     """
 
     distributions: Mapping[str, RoutingDistribution]
@@ -69,9 +68,8 @@ class Analysis:
     """What `analyse` returns.
 
     `oracle` is the best single expert of each dataset, empty without scores of single experts.
-    `agreements` are by pairs of routers. `effects` are those of leaving each expert out under the
-    first router, empty unless asked for. KL divergences are of whole-model distributions before
-    top-k, smoothed by `smoothing`.
+    `agreements` are by pairs of routers, `effects` those of leaving experts out, if asked for. KL
+    divergences are of whole-model distributions before top-k, smoothed by `smoothing`.
     """
 
     experts: tuple[str, ...]
@@ -102,9 +100,8 @@ class Analysis:
         return Divergence(to, back)
 
     def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
-        """That of KL(router‖other) with the router's score over datasets (paper section 4.4).
-
-        None when the router was not scored, or no Oracle is known.
+        """That of KL(router‖other) with the router's score over datasets (paper section 4.4), or
+        None.
         """
         scores = self.routers[router].scores
         if not scores or (other == ORACLE and not self.oracle):
@@ -148,7 +145,6 @@ class Analysis:
         }
 
     def write_json(self, path: str | Path) -> None:
-        """Write `to_dict` to `path`, all or nothing. Raises EvaluationError if that fails."""
         content = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
         write_text(Path(path), content, EvaluationError)
 
@@ -273,11 +269,6 @@ def analyse(
 
 @dataclass(frozen=True)
 class ReadingSettings:
-    """How every router is read: as `scoring` draws and encodes tasks, scored too if `score`.
-
-    `traced` examples of each task are traced token by token.
-    """
-
     scoring: ScoringSettings
     score: bool
     traced: int
@@ -340,15 +331,13 @@ def _subject(
 def _check_router(
     routing: Routing, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise what composing `pool` by `routing` would, before other routers have been read.
-
-    Prompt routers that need nothing but vectors and readings are not made: these are checked.
-    """
+    """Raise what composing `pool` by `routing` would, before other routers have been read."""
     router = router_of(routing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         check_routing(router, pool)
         narrowed = router.narrow(pool, scores)
+        # Others are made of vectors and readings alone, which have been checked.
         by_more = router.spec.given or "embeddings" in router.spec.needs
         if isinstance(router, ByPrompt) and by_more:
             router.for_model(router.tables(narrowed, scores), tokenizer)

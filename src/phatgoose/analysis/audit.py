@@ -42,10 +42,8 @@ EVERY = 12  # of the tokens of neutral text one is kept at each site
 
 @dataclass(frozen=True)
 class NeutralText:
-    """What a base makes of neutral text: the same for all pools of that base.
-
-    `inputs` [tokens, n] of the sites by name, and the passages' embeddings `vectors` [passages,
-    dims], None without an embedder here.
+    """What a base makes of neutral text: `inputs` [tokens, n] by site, embeddings `vectors` or
+    None.
     """
 
     inputs: Mapping[str, Tensor]
@@ -54,10 +52,6 @@ class NeutralText:
 
 @torch.no_grad()
 def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -> NeutralText:
-    """What `base` makes of neutral text at the sites of these `names`.
-
-    With `embed` it is embedded too, where the default embedder is on this machine.
-    """
     every, kept = find_sites(base.model), dict[str, list[Tensor]]()
 
     def see(site: Site, u: Tensor) -> None:
@@ -116,7 +110,6 @@ def _change(layer: torch.nn.Module, u: Tensor, module: SiteModule) -> float:
 
 
 def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
-    """The share of tokens and sites at which each expert's gate fits best, where it has one."""
     first, seen = (torch.zeros(len(pool), dtype=torch.float64) for _ in range(2))
     for name, u in text.inputs.items():
         gated = [z for z, expert in enumerate(pool.experts) if name in expert.gates]
@@ -130,7 +123,6 @@ def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
 
 
 def _shares(scores: Tensor) -> Tensor:
-    """The share of rows of `scores` [rows, E] that each expert wins, float64 [E]."""
     return functional.one_hot(scores.argmax(dim=1), scores.shape[1]).double().mean(dim=0)
 
 
@@ -147,9 +139,8 @@ MANY = 8  # experts whose median hardly wanders
 class Limit:
     """The largest value of a sign that isn't reported, and the `message` about a larger one.
 
-    `message` has {value} and {median}. In pools of fewer than MANY experts the limit is `few`, if
-    that is given: medians of few wander. `small` signs have a meaning in pools of any size; others
-    need LEAST experts.
+    `few` is the limit in pools of fewer than MANY experts, whose medians wander. `small` signs have
+    a meaning in pools of any size; others need LEAST experts.
     """
 
     most: float
@@ -248,11 +239,7 @@ LIMITS: dict[str, Limit] = {
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found: `signs` by name, a number for each of the `experts` or None.
-
-    `findings` have the sign's name as their kind and one expert each. `notes` say what could not be
-    compared.
-    """
+    """What an audit found: `signs` by name, a number for each of the `experts` or None."""
 
     experts: tuple[str, ...]
     signs: Mapping[str, tuple[float | None, ...]]
@@ -266,7 +253,6 @@ class Audit:
 
     @property
     def summary(self) -> str:
-        """The findings on one line; empty without any."""
         if not self.findings:
             return ""
         return (
@@ -276,12 +262,10 @@ class Audit:
         )
 
     def median(self, name: str) -> float | None:
-        """The median of a sign over the experts that have it; None where none has."""
         known = [value for value in self.signs[name] if value is not None]
         return median(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with the limits; numbers that JSON lacks are null."""
         return {
             "experts": list(self.experts),
             "signs": {name: list(values) for name, values in self.signs.items()},
@@ -291,16 +275,14 @@ class Audit:
         }
 
     def write_json(self, path: str | Path) -> None:
-        """Write `to_dict` to `path`. Raises PoolError where that can't be written."""
         write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n", PoolError)
 
 
 def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
     """The audit of `pool`: every expert against the pool's median.
 
-    With the `base` neutral text is read too: a pass over forty passages and, with embeddings, the
-    default embedder if it is on this machine. Without it only files are read. Raises as `Pool.open`
-    does, ExpertError if an expert doesn't fit the base.
+    With the `base` neutral text is read too: a pass over forty passages. Without it only files are.
+    Raises as `Pool.open` does, ExpertError if an expert doesn't fit the base.
     """
     opened = Pool.open(pool)
     if base is not None:
@@ -314,7 +296,6 @@ def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
 
 
 def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
-    """The audit of `pool` by its `signs`, as `signs_of` and `neutral_signs` have them."""
     findings = [
         finding for name in LIMITS if name in signs for finding in _beyond(pool, name, signs)
     ]

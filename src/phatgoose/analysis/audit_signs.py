@@ -30,11 +30,7 @@ COSINES = 2**25  # at once
 
 
 def signs_of(pool: Pool) -> dict[str, Tensor]:
-    """The signs of the experts of `pool`, by name, float64 [E] each.
-
-    Readings are compared among experts whose readings have the usual sizes. Raises ExpertError if
-    experts act on layers of different sizes.
-    """
+    """The signs of the experts of `pool`, by name, float64 [E] each."""
     check_alike(pool.experts, {}, {})
     found = {**_of_updates(pool), **_of_vectors(pool)}
     sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
@@ -68,7 +64,6 @@ def over_sites(relative: Tensor) -> tuple[Tensor, Tensor]:
 def _spread_out(
     sign: Callable[[Pool], dict[str, Tensor]], pool: Pool, members: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The signs of the `members` of `pool` alone, NaN for the others; {} with fewer than two."""
     if len(members) < 2:
         return {}
     found = sign(Pool(tuple(pool.experts[z] for z in members)))
@@ -105,7 +100,6 @@ def _of_vectors(pool: Pool) -> dict[str, Tensor]:
 
 
 def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
-    """The signs of one site's gates and means, [E] each."""
     nothing = torch.full((len(pool),), math.nan, dtype=torch.float64)
     names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "mean_distance")
     found = {name: nothing.clone() for name in names}
@@ -133,20 +127,14 @@ def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
 
 
 def _wins(scores: Tensor, own: Tensor) -> Tensor:
-    """The share of others' rows of `scores` [rows, E] that each expert wins; `own` marks its own.
-
-    NaN for an expert without others' rows.
-    """
+    """The share of others' rows of `scores` [rows, E] that each expert wins; `own` marks own."""
     first = functional.one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
     others = (~own).sum(dim=0).double()
     return (first & ~own).sum(dim=0) / others.masked_fill(others == 0, math.nan)
 
 
 def _of_readings(pool: Pool) -> dict[str, Tensor]:
-    """Readings: how far from the others', how much they vary, and how much along the others' means.
-
-    All are medians over places and blocks.
-    """
+    """Readings: how far from others', how much they vary, and how much along the others' means."""
     distances, traces, masks = [], [], []
     for place in PLACES:
         parts = ("mean", "factor", "rest")
@@ -198,10 +186,7 @@ def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
 
 
 def _sample(counts: Tensor) -> Tensor:
-    """The rows that are asked for their neighbours: of each expert's `counts` some, spaced evenly.
-
-    Everyone's neighbours among 36,000 rows would take a minute.
-    """
+    # Evenly spaced rows of each: everyone's neighbours among 36,000 would take a minute.
     most = max(ASKED // len(counts), 2)
     ends = counts.cumsum(dim=0).tolist()
     spaced = [
@@ -212,15 +197,13 @@ def _sample(counts: Tensor) -> Tensor:
 
 
 def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the rows that are `asked`: who else has an equal one, bool [asked, E], whose is nearest.
-
-    The latter are indices of experts [asked]; no row is its own neighbour.
-    """
+    """Of the rows `asked`: who else has an equal one, bool [asked, E], and whose is nearest."""
     equals, nearest = [], []
     step = max(1, COSINES // len(rows))
     for first in range(0, len(asked), step):
         some = asked[first : first + step]
         cosines = rows[some] @ rows.T
+        # No row is its own neighbour.
         cosines[torch.arange(len(some)), some] = -2.0
         best = torch.full((len(some), int(owners[-1]) + 1), -2.0)
         best = best.scatter_reduce(1, owners.expand_as(cosines), cosines, "amax")
@@ -230,21 +213,16 @@ def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Te
 
 
 def _copies(equals: Tensor, own: Tensor) -> Tensor:
-    """How many rows of each expert are also others', [E].
-
-    They are put down to the one that shares rows with more experts, to both where these are equal.
-    """
+    """How many rows of each expert are also others', [E]."""
     shares = own.T @ equals.double() > 0  # [E, E]
     partners = shares.sum(dim=1)
+    # The expert that shares rows with more others is blamed, or both if these are as many.
     blamed = partners[:, None] >= partners  # [expert, other]
     return own.T @ (equals & blamed[own.argmax(dim=1)]).any(dim=1).double()
 
 
 def _taken(winners: Tensor, own: Tensor) -> Tensor:
-    """How much of the others' rows each expert wins, on average over them, [E].
-
-    `winners` [rows] are the experts that win rows, `own` [rows, E] says whose they are.
-    """
+    """How much of the others' rows each expert wins, on average over them, [E]."""
     E = own.shape[1]
     shares = own.T @ functional.one_hot(winners, E).double() / own.sum(dim=0)[:, None]
     return (shares.sum(dim=0) - shares.diagonal()) / (E - 1)

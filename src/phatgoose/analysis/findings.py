@@ -30,11 +30,6 @@ BLOCK = 2048  # rows of factors at once
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Two experts by name, the cosine of their updates, and whether their weights' files are equal.
-
-    Identical files have the cosine 1, whatever is in them.
-    """
-
     one: str
     other: str
     cosine: float
@@ -42,10 +37,7 @@ class Duplicate:
 
 
 def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
-    """Pairs of experts whose updates have a cosine of at least `threshold`, the nearest first.
-
-    Raises ConfigError for a threshold that is not above 0 and at most 1.
-    """
+    """Pairs of experts whose updates have a cosine of at least `threshold`, the nearest first."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"duplicates is {threshold}, but must be above 0 and at most 1.")
     hashes = [expert.info.adapter_sha256 for expert in pool.experts]
@@ -63,13 +55,10 @@ def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
 def cosines(pool: Pool) -> Tensor:
     """The cosine of every two experts' whole updates, float64 [E, E]; 0 for an update that is zero.
 
-    All B A of all sites are one long vector, scales included. No B A is ever formed:
-
-        <B A, B' A'> = sum of (Bᵀ B') ⊙ (A A'ᵀ)
-
-    For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1 does. Experts of different
-    kinds have the cosine 0. Sums are float32 within a site, float64 over sites. Raises RoutingError
-    for a kind of expert whose products are not known.
+    All B A of all sites are one long vector, scales included. No B A is ever formed: <B A, B' A'> =
+    sum of (Bᵀ B') ⊙ (A A'ᵀ). For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1.
+    Experts of different kinds have the cosine 0. Raises RoutingError for a kind that can't be
+    compared.
     """
     products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
     for site in pool.sites:
@@ -84,10 +73,7 @@ def cosines(pool: Pool) -> Tensor:
 
 
 def squared_norms(part: Part) -> Tensor:
-    """The squared Frobenius norm of each update of a part of a stack, float64 [E].
-
-    Raises RoutingError for a kind of expert that isn't compared.
-    """
+    """The squared Frobenius norm of each update of a part of a stack, float64 [E]."""
     first, *last = (each.double() for each in _factors_of(part))
     if not last:
         return first.square().sum(dim=1)
@@ -96,13 +82,11 @@ def squared_norms(part: Part) -> Tensor:
 
 
 def _products_of(part: Part) -> Tensor:
-    """The scalar products of all updates of a part of a stack, [E, E]."""
     first, *last = _factors_of(part)
     return _products(first, last[0]) if last else (first @ first.T).double()
 
 
 def _factors_of(part: Part) -> list[Tensor]:
-    """What the updates of a part are products of: two factors, or one vector for each expert."""
     if not part.compared:
         raise RoutingError(
             f"Experts of the kind {part.name!r} can't be compared with others; leave them out."
@@ -116,6 +100,7 @@ def _products(A: Tensor, B: Tensor) -> Tensor:
     products = torch.empty(E, E, dtype=torch.float64)
     step = max(1, BLOCK // r)
     for first in range(0, E, step):
+        # Products are symmetric: those below the diagonal are copied.
         block, rest = slice(first, first + step), slice(first, E)
         inner = A[block].flatten(0, 1) @ A[rest].flatten(0, 1).T  # [b r, E' r]
         inner *= B[block].flatten(0, 1) @ B[rest].flatten(0, 1).T
@@ -132,10 +117,7 @@ UNDECIDED = 0.98  # a token's distribution of more than this share of the greate
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that looks wrong: `kind` for programs, `message` for people, whom it is about.
-
-    `kind` is "never-wins", "takes-everything", "near-duplicates" or "undecided".
-    """
+    """One thing that looks wrong: `kind` for programs, `message` for people, whom it is about."""
 
     kind: str
     message: str
@@ -145,10 +127,7 @@ class Finding:
 def findings_of(
     distributions: Mapping[str, RoutingDistribution], similarity: NDArray[Any] | None = None
 ) -> list[Finding]:
-    """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first.
-
-    `similarity` is that of `vector_similarity`; without it nothing is found.
-    """
+    """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first."""
     if not distributions or similarity is None or len(similarity) < 2:
         return []
     together = functools.reduce(operator.add, distributions.values())
@@ -217,8 +196,8 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Fi
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    As the router scores with them: standardised (paper section 3), or arrow's up to their sign. 0
-    if two never meet or one is constant. None for routers without vectors.
+    As the router scores with them: standardised (paper section 3), or arrow's up to their sign.
+    None for routers without vectors.
     """
     parts = composition_of(model)
     size = len(parts.experts)

@@ -29,9 +29,8 @@ Array = NDArray[np.float64]
 
 
 def as_distribution(values: ArrayLike) -> Array:
-    """`values` [.., E] over their sum.
-
-    Raises EvaluationError where they are negative, not finite, or all zero.
+    """`values` [.., E] over their sum. Raises EvaluationError if they are negative, infinite or all
+    0.
     """
     shares = np.asarray(values, float)
     total = shares.sum(axis=-1, keepdims=True)
@@ -61,10 +60,7 @@ def load(p: ArrayLike) -> Array:
 
 
 def concentration(p: ArrayLike) -> float:
-    """Sum of p² (Herfindahl's index), from 1/E (all alike) to 1 (one expert).
-
-    It is the chance that two tokens drawn at random go to the same expert.
-    """
+    """Sum of p² (Herfindahl): the chance that two tokens drawn at random go to the same expert."""
     return float((as_distribution(p) ** 2).sum())
 
 
@@ -74,7 +70,6 @@ def overlap(p: ArrayLike, q: ArrayLike) -> float:
 
 
 def heaviest(weights: Array, most: int) -> list[int]:
-    """The experts of greatest weight [E], at most so many and none of weight 0, best first."""
     ranked = np.argsort(-weights, kind="stable")[:most]
     return [int(z) for z in ranked if weights[z] > 0]
 
@@ -83,8 +78,8 @@ def heaviest(weights: Array, most: int) -> list[int]:
 class Agreement:
     """How far two routers agree over `decisions` (tokens x sites where both act).
 
-    `first` is the share of decisions with the same first choice, which experts of equal weight
-    share. `overlap` is the mean of the sum over z of min(w_z, w'_z), which is 1 for equal weights.
+    `first` is the share of decisions with the same first choice, `overlap` the mean of the sum over
+    z of min(w_z, w'_z).
     """
 
     first: float
@@ -93,10 +88,7 @@ class Agreement:
 
 
 class DecisionFiles(Observer):
-    """Writes the decisions of each pass to a file of its own in `folder`: memory would not do."""
-
     def __init__(self, folder: Path, pool_index: Tensor) -> None:
-        """`pool_index[z]` is the index, among all routers' experts, of the model's expert z."""
         self.folder, self.passes = folder, 0
         self._pool_index = pool_index
         self._tensors: dict[str, Tensor] = {}
@@ -112,15 +104,13 @@ class DecisionFiles(Observer):
         self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].float().contiguous()
 
     def end_pass(self) -> None:
+        # To a file, since the decisions of a whole task would fill the memory.
         save_file(self._tensors, self.folder / f"{self.passes:06}.safetensors")
         self.passes += 1
 
 
 def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
-    """The agreement of two routers that read the same batches, None if they share no site.
-
-    `first` and `second` are folders of `DecisionFiles`.
-    """
+    """The agreement of two routers by their `DecisionFiles`, None if they share no site."""
     same, common, decisions = 0.0, 0.0, 0
     for one, other in _pairs(first, second, pool_size):
         same += float(torch.minimum(_first(one), _first(other)).sum())
@@ -130,8 +120,6 @@ def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
 
 
 def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both routers' weights over the pool [T, E], for each pass and site where both act."""
-
     def dense(tensors: Mapping[str, Tensor], site: str) -> Tensor:
         experts, weights = tensors[f"experts.{site}"], tensors[f"weights.{site}"]
         return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())
@@ -148,7 +136,6 @@ def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, 
 
 
 def _first(weights: Tensor) -> Tensor:
-    """Each row's first choice, 1 at the expert of greatest weight, shared equally among equals."""
     best = (weights == weights.amax(dim=1, keepdim=True)).float()
     return best / best.sum(dim=1, keepdim=True)
 
@@ -164,10 +151,6 @@ SMOOTHING = 0.01  # the share of the uniform distribution that is mixed in befor
 def oracle_experts(
     scores: Scores | None, experts: Sequence[str], datasets: Sequence[str]
 ) -> dict[str, str]:
-    """The best single expert of each dataset; empty without `scores`.
-
-    Raises ConfigError for a dataset that has no scores.
-    """
     if scores is None:
         return {}
     best = best_expert_by_task(scores, experts)
@@ -258,8 +241,7 @@ def _fisher_interval(coefficient: float, variance: float, n: int) -> Interval | 
 class Effect:
     """What an expert adds: the mean score with all experts less the mean score without this one.
 
-    `by_task` has the difference on each task. The interval of the mean resamples tasks and, within
-    them, examples, the same ones for both models.
+    The interval resamples tasks and, within them, examples, the same ones for both models.
     """
 
     expert: str
@@ -271,9 +253,8 @@ class Effect:
 def leave_one_out(
     everyone: Evaluation, experts: Iterable[str], without: Callable[[str], Evaluation]
 ) -> list[Effect]:
-    """The effect of each of `experts`, greatest first.
-
-    `without(expert)` evaluates the model without it on the tasks and examples of `everyone`.
+    """The effect of each of `experts`, greatest first; `without(expert)` evaluates the reduced
+    model.
     """
     effects = []
     for expert in experts:

@@ -1,7 +1,4 @@
-"""Scores against the size of the pool, from the finished cells of comparisons (paper section 4.3).
-
-Comparisons of smaller and larger pools with one `--out` leave all their cells in one file.
-"""
+"""Scores against the size of the pool, from cells of comparisons (paper section 4.3)."""
 
 from __future__ import annotations
 
@@ -28,10 +25,7 @@ Pools = dict[tuple[str, ...], dict[Dataset, float]]  # scores by the pool's memb
 
 @dataclass(frozen=True)
 class PoolSizeCurve:
-    """A router's mean score over `datasets` in pools of growing size.
-
-    `scores` maps a size to the mean scores of the pools of that size.
-    """
+    """A router's mean scores over `datasets`, one for each pool, by the pools' size."""
 
     label: str
     datasets: tuple[str, ...]
@@ -41,9 +35,8 @@ class PoolSizeCurve:
 def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
     """A curve for each router that the results at `path` have with at least two sizes of pool.
 
-    A curve is over the datasets on which all its pools were scored, with the same examples. If
-    several versions of the code computed a cell, the last one counts. Raises EvaluationError when
-    the file is missing, damaged or not a comparison's, or holds no two sizes.
+    It is over the datasets on which all its pools were scored, with the same examples. Raises
+    EvaluationError when the file is missing, damaged or not a comparison's, or holds no two sizes.
     """
     if not Path(path).is_file():
         raise EvaluationError(f"Results {path} don't exist; wanted a results.jsonl of compare.")
@@ -68,10 +61,6 @@ def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
 
 
 def _add(key: Any, result: Any, lines: dict[str, Pools]) -> None:
-    """Add a stored result to `lines`, by all of its key but pool and dataset, if it is a router's.
-
-    Raises one of FOREIGN or EvaluationError if it is no result of a comparison.
-    """
     method = dict(key["method"])
     members = tuple(sorted(map(str, method.get("pool", ()))))
     if not members or method.get("router") in (None, "single"):

@@ -29,11 +29,9 @@ STACKS = ("encoder", "decoder")
 
 @dataclass(frozen=True)
 class SiteLabel:
-    """Where a site is.
+    """Where a site is: its `stack` ("" in a model of one), `layer` from 0 (-1: none) and `kind`.
 
-    `stack` is "encoder" or "decoder" by the module that holds the site, "" in a model of one stack.
-    `layer` counts the blocks of the stack from 0; -1 if the name has no number. `kind` is what the
-    site is called in every block, such as "self_attn.q_proj".
+    A kind is what a site is called in every block, such as "self_attn.q_proj".
     """
 
     stack: str
@@ -46,7 +44,6 @@ class SiteLabel:
 
 
 def site_label(site: str) -> SiteLabel:
-    """The label of a site's module path, such as `model.layers.7.self_attn.q_proj`."""
     parts = site.split(".")
     stack = next((part for part in parts if part in STACKS), "")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
@@ -57,7 +54,6 @@ def site_label(site: str) -> SiteLabel:
 
 
 def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
-    """(names of the layers, kinds) that occur in `labels`, each once and in order."""
     found = list(labels)
     layers = dict.fromkeys(label.layer_name for label in found)
     return list(layers), list(dict.fromkeys(label.kind for label in found))
@@ -87,10 +83,7 @@ def read_examples(
     """Pass every example's prompt and right answer through the routed `model`, once each.
 
     So all routers read the same tokens, and their decisions can be compared token by token. (The
-    released code's distributions take the answer that the model chose.) A batch holds at most
-    `budget` tokens, padding included. The target's last token (the end of the sequence) is never
-    read, as in scoring. Raises RoutingError when the model is not routed, or has router oracle and
-    no score of `task`.
+    released code's distributions take the answer that the model chose.)
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     prompts = [pair.prompt for pair in pairs]
@@ -109,7 +102,6 @@ def pass_through(
     pairs: Sequence[TokenPair],
     observers: Sequence[Observer],
 ) -> None:
-    """One pass of `pairs` through the routed `model`, in rows padded on the right."""
     inputs, parts = _inputs(model, encoder, pairs)
     for observer in observers:
         observer.begin_pass(parts)
@@ -128,13 +120,13 @@ def pass_through(
 def _inputs(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair]
 ) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
-    """(inputs, parts by stream): prompt and target in one row, or in encoder and decoder."""
     pad = encoder.tokenizer.pad_token_id
     if encoder.is_encoder_decoder:
         inputs = Collator(model, pad)(pairs)
         del inputs["labels"]
         prompts, targets = inputs["input_ids"], inputs["decoder_input_ids"]
         return inputs, {"encoder": torch.zeros_like(prompts), "decoder": torch.ones_like(targets)}
+    # The target's last token, the end of the sequence, is never read, as in scoring.
     rows = [pair.prompt + pair.target[:-1] for pair in pairs]
     parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
     mask = pad_right([[1] * len(row) for row in rows], 0)
@@ -154,11 +146,10 @@ Array = NDArray[np.float64]
 class RoutingDistribution:
     """How one router spread the tokens of a dataset over the experts: sums over real tokens.
 
-    `tokens[site]` [2] counts the tokens of prompts and answers that passed. `sums[measure][site]`
-    is [2, E]: "probability" adds up the distribution over all experts before top-k, "weight" the
-    weights in use (0 for experts not chosen), "chosen" counts how often an expert was among the k,
-    "first" how often it had the greatest weight (shared equally among equals). `entropies[site]`
-    [2] adds up the entropy of every token's distribution.
+    `tokens[site]` [2] counts the tokens of prompts and answers. `sums[measure][site]` is [2, E]:
+    "probability" adds up the distribution before top-k, "weight" the weights in use, "chosen"
+    counts how often an expert was among the k, "first" how often it had the greatest weight (shared
+    among equals). `entropies[site]` [2] adds up the entropy of each token's distribution.
     """
 
     experts: tuple[str, ...]
@@ -171,10 +162,7 @@ class RoutingDistribution:
         return {site: site_label(site) for site in self.tokens}
 
     def by_site(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
-        """Mean of `measure` over the tokens of `part` (None: all), [E] by site.
-
-        Sites that no such token passed are left out.
-        """
+        """Mean of `measure` over the tokens of `part` (None: all), [E] by site that any passed."""
         rows = {}
         for site, sums in self.sums[measure].items():
             count, total = _of(self.tokens[site], part), _of(sums, part)
@@ -249,7 +237,6 @@ class RoutingTally(Observer):
     """Adds up routing decisions: a few numbers per site and expert, however many tokens pass."""
 
     def __init__(self, experts: Sequence[str], present: Mapping[str, Tensor]) -> None:
-        """`experts` are the pool's names; `present[site]` those that act there (indices) [E]."""
         self.experts = tuple(experts)
         self._present = {site: indices.cpu() for site, indices in present.items()}
         self._parts: Mapping[Stream, Tensor] = {}
@@ -277,10 +264,10 @@ class RoutingTally(Observer):
             "entropies": torch.special.entr(probabilities).sum(dim=1, keepdim=True),
         }
         for name, row in rows.items():
+            # In float64: float32 sums over millions of tokens lose what single ones add.
             self._sums[name][site] = self._sums[name].get(site, 0) + groups @ row.double()
 
     def _groups(self, passed: SitePass) -> Tensor:
-        """Which of T tokens are real ones of the prompt and of the answer, [2, T]."""
         part, counted = self._parts.get(passed.site.stream), passed.is_real()
         if part is None or part.shape != counted.shape:
             part = torch.zeros(counted.shape, dtype=torch.long)

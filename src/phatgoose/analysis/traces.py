@@ -43,10 +43,9 @@ FULL = 255  # the whole weight of a token, in a byte
 class TraceStream:
     """The tokens that pass one stack of a model, or all tokens of a model with one.
 
-    `tokens` are pieces of text, `parts` 0 for those of the prompt and 1 for those of the answer.
-    `experts` [T, S, k] are indices of the experts of greatest weight at each of the `sites`, best
-    first, and `weights` [T, S, k] their weights in 255ths. What the weights lack of 255 belongs to
-    experts that were cut off (`is_cut`), or to none.
+    `parts` are 0 for tokens of the prompt and 1 for the answer's. `experts` [T, S, k] are indices
+    of the heaviest experts at each of the `sites`, best first, `weights` [T, S, k] their weights in
+    255ths. What these lack of 255 belongs to experts that were cut off (`is_cut`), or to none.
     """
 
     name: str
@@ -61,7 +60,7 @@ class TraceStream:
         """Mean weight of each expert over the sites of a layer and a kind, [T, E]; None means all.
 
         A kind may be given by its last words ("q_proj"). Raises RoutingError when there is no such
-        site; ask `has` first.
+        site.
         """
         sites = self._sites(layer, kind)
         if not sites:
@@ -87,7 +86,6 @@ class TraceStream:
         ]
 
     def some(self, chosen: slice, tokens: Sequence[str], parts: Sequence[int]) -> TraceStream:
-        """The `chosen` tokens alone, with these texts and parts."""
         return replace(
             self,
             tokens=tuple(tokens),
@@ -97,7 +95,6 @@ class TraceStream:
         )
 
     def without_experts(self, token: str, part: int) -> TraceStream:
-        """One token of this stream that no expert served."""
         shape = (1, *self.experts.shape[1:])
         no_expert = {"experts": np.zeros(shape, np.uint16), "weights": np.zeros(shape, np.uint8)}
         return replace(self, tokens=(token,), parts=(part,), **no_expert)  # type: ignore[arg-type]
@@ -132,8 +129,8 @@ class TraceStream:
 class Trace:
     """Which experts served the tokens of one text.
 
-    `whole` are the experts that were chosen, or shortlisted, for the whole text, and their weights,
-    best first; empty for routers that choose for tokens alone.
+    `whole` are those chosen or shortlisted for the whole text with their weights, if any, best
+    first.
     """
 
     experts: tuple[str, ...]
@@ -170,10 +167,7 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
 
 
 def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
-    """The trace of a prompt and the answer after it through the routed `model`, in one pass.
-
-    Raises RoutingError when the model is not routed.
-    """
+    """The trace of a prompt and the answer after it through the routed `model`, in one pass."""
     parts = composition_of(model)
     keeper = TraceKeeper()
     pass_through(model, encoder, [pair], [keeper])
@@ -223,10 +217,7 @@ class TraceKeeper(Observer):
         self._seen.setdefault(site.stream, []).append((site.name, best, shares, is_cut))
 
     def streams(self) -> dict[str, TraceStream]:
-        """The streams that were passed: every token of every row, in turn.
-
-        Tokens have no texts and parts yet; `TraceStream.some` adds them.
-        """
+        """The streams that were passed; `TraceStream.some` adds texts and parts."""
         return {name: self._stream(name) for name in self._seen}
 
     def _stream(self, name: str) -> TraceStream:
@@ -244,9 +235,7 @@ class TraceKeeper(Observer):
 
 
 def _in_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
-    """Shares [.., k] in 255ths whose sum is the rounded sum of the shares.
-
-    Running sums are rounded, so that no share is off by more than one.
-    """
+    """Shares [.., k] in 255ths whose sum is the rounded sum of the shares."""
+    # Running sums are rounded, so that no share is off by more than one.
     sums = np.rint(np.cumsum(shares, axis=-1).clip(0, 1) * FULL).astype(int)
     return np.asarray(np.diff(sums, axis=-1, prepend=0), np.uint8)

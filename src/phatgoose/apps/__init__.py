@@ -5,9 +5,9 @@ console.py     what a person reads in a terminal
 tables.py      results as tables
 processor.py   threads, cores and how they wait
 cli/           the command
-demo/          the whole story in minutes
+demo.py        the whole story in minutes
 report/        an analysis as one HTML page
 server/        models over HTTP
-ray/           experts, cells and replicas on a cluster
+ray_engine.py  experts and cells on a cluster; ray_replicas.py: copies of the server
 harness.py     lm-evaluation-harness
 """

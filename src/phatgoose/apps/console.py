@@ -1,8 +1,7 @@
-"""What the commands print: the one place where strangers' text reaches the user's terminal.
+"""What the commands print: the one place where untrusted text reaches the user's terminal.
 
-Names of experts, tasks and folders, and tokens, may come from strangers. Their control characters
-are escaped (they could rewrite the screen, or the line above), and none of their text is taken for
-rich's markup.
+Control characters of names and tokens, which could rewrite the screen, are escaped, and none of
+their text is taken for rich's markup.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ def _steers(character: str) -> bool:
 
 
 def plain(text: object) -> str:
-    """`text` on one line, harmless."""
     return harmless(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -44,7 +42,6 @@ def say(text: object, *, err: bool = False) -> None:
 
 
 def complain(kind: str, message: object, style: str) -> None:
-    """Print "kind: message" on one line of the standard error, `kind` in rich's `style`."""
     line = Text.assemble((f"{kind}:", style), f" {harmless(' '.join(str(message).split()))}")
     Console(stderr=True, soft_wrap=True, highlight=False).print(line)
 
@@ -52,8 +49,7 @@ def complain(kind: str, message: object, style: str) -> None:
 def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -> None:
     """Print texts, tables and other renderables of rich, one below the other, without markup.
 
-    `wrap` False leaves long lines to the terminal. `width` is the number of columns where output
-    goes to a file; a terminal has its own.
+    `wrap` False leaves long lines to the terminal; `width` is for output that goes to a file.
     """
     console = Console(markup=False, emoji=False, highlight=False)
     if width is not None and not console.is_terminal:
@@ -64,8 +60,6 @@ def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -
 
 @dataclass(frozen=True)
 class _Harmless:
-    """A renderable of rich's, all of whose text is harmless."""
-
     thing: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -86,7 +80,6 @@ COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#B
 
 
 def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int, str]) -> Text:
-    """Tokens (text, expert or None, bold) in their experts' colours, with a legend of `labels`."""
     text = Text()
     for token, expert, is_bold in tokens:
         style = "" if expert is None else expert_style(expert)
@@ -99,5 +92,4 @@ def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int
 
 
 def expert_style(expert: int) -> str:
-    """The colour of an expert; after seven they start again, underlined."""
     return COLOURS[expert % len(COLOURS)] + (" underline" if expert >= len(COLOURS) else "")

@@ -27,8 +27,6 @@ from .console import coloured
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate; `temperature` None is greedy."""
-
     max_new_tokens: int = 64
     temperature: float | None = None
     seed: int = 0
@@ -60,7 +58,7 @@ def generate(
     """The text that `model` generates after `prompt`.
 
     Raises RoutingError to `record` a model that is not routed, ConfigError for a router that can't
-    choose by a prompt alone, TaskError as `check_prompt` does.
+    choose by a prompt alone, TaskError for a prompt without text.
     """
     check_prompt(prompt)
     parts = composition_if_any(model)
@@ -90,14 +88,12 @@ def generate(
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise TaskError for a prompt that is empty or that no tokenizer reads."""
     if not prompt:
         raise TaskError("The prompt is empty.")
     check_text(prompt, "The prompt")
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise TaskError where `text`, which `what` names, is nothing that a tokenizer reads."""
     half = half_character(text)
     if half is not None:
         raise TaskError(
@@ -109,9 +105,7 @@ def check_text(text: str, what: str) -> None:
 def recorded_tokens(result: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The tokens of a recorded generation, each in the colour of its top expert, with a legend.
 
-    An expert's share in a token is its weight averaged over all sites of the decoder. The last
-    generated token was never routed, because nothing follows it, and stays uncoloured, as all do
-    where no expert acts in the decoder.
+    An expert's share in a token is its weight averaged over all sites of the decoder.
     """
     if result.recording is None:
         return Text(result.text)

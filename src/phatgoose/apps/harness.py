@@ -76,11 +76,7 @@ class ModelArguments(Routing):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ModelArguments:
-        """The arguments in `values`, as lm_eval parsed them.
-
-        Raises ConfigError for an unknown argument, a wrong type, a missing pool, and what a saved
-        routed model was made with.
-        """
+        """The arguments in `values`, as lm_eval parsed them, or ConfigError."""
         digits = {key: str(values[key]) for key in NAMES if type(values.get(key)) is int}
         router = {"router": str(values["router"]).replace("+", ",")} if "router" in values else {}
         arguments = from_mapping(cls, {**values, **digits, **router}, WHERE)
@@ -102,11 +98,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
 
     Context and continuation are tokenised and cut as in `phatgoose.evaluate`. Without
     `max_input_tokens` contexts are cut to the model's positions only, because few-shot contexts are
-    long. Log-likelihoods are computed in float32. With `add_eos` they are those of
-    `phatgoose.evaluate`, summed.
-
-    Raises ConfigError for unusable arguments and for routers that look whole inputs up, and what
-    opening the model raises.
+    long. Log-likelihoods are float32; with `add_eos` those of `phatgoose.evaluate`, summed.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -135,7 +127,6 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> PhatgooseLM:
-        """The model for parsed `--model_args`, which win over lm_eval's flags of the same name."""
         flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
         return cls(**{**flags, **arg_dict})
 
@@ -143,20 +134,14 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> PhatgooseLM:
-        """The model for `--model_args` as written; see `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes into its results, with base, routing, experts and their hashes."""
         parts = composition_of(self.model)
         ours = {"base": asdict(parts.base), "routing": asdict(parts.routing)}
         return {**super().get_model_info(), MODEL: {**ours, "experts": parts.records}}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of a context and of its continuation.
-
-        A target that a decoder reads alone starts without the task's delimiter.
-        """
         if self.backend == "seq2seq":
             target = self._encoder.continuation(context, continuation.removeprefix(DELIMITER))
             return self._context(context, self.max_length), target
@@ -165,7 +150,6 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         return self._context(self._encoder.prompt_text(context), room), target
 
     def _context(self, text: str, room: int) -> list[int]:
-        """The tokens of a context, at most `room` and `max_input_tokens`; special ones are kept."""
         tokens: list[int] = self.tok_encode(text)
         before = self._before if tokens[: len(self._before)] == self._before else []
         end = len(tokens) - len(self._after)
@@ -188,14 +172,12 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens, mask) of contexts to generate after, cut as in `_context`."""
         room = left_truncate_len or self.max_length
         rows = [self._context(self._encoder.prompt_text(text), room) for text in strings]
         pad = pad_left if padding_side == "left" else pad_right
         return pad(rows, self.tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> Any:
-        """(log-likelihood, is greedy) of each request; pieces of a running text get no end."""
         if self.arguments.add_eos:
             eos = self.eot_token_id
             requests = [
@@ -206,10 +188,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run lm_eval's own command, with `--model phatgoose` known to it.
-
-    `arguments` are the command line's words after the command's name; None takes the process's.
-    """
+    """Run lm_eval's own command, with `--model phatgoose` known to it."""
     before = sys.argv
     sys.argv = ["lm_eval", *(before[1:] if arguments is None else arguments)]
     try:

@@ -1,10 +1,6 @@
 """Threads: they soon sleep while they wait, and there are no more than the process may use.
 
-Both are read when torch is loaded, so the command sets them before. Threads of GNU's OpenMP spin
-for long by default: beside another busy process a product then waits for a thread that isn't
-running, and takes many times as long. Sleeping at once would cost a quarter of the speed alone
-(docs/performance.md). torch doesn't know a container's quota and starts a thread for every core of
-the machine.
+Both are read when torch is loaded, so the command sets them before.
 """
 
 from __future__ import annotations
@@ -13,6 +9,9 @@ import math
 import os
 from pathlib import Path
 
+# Threads of GNU's OpenMP spin for long by default: beside another busy process a product waits for
+# a thread that isn't running. Sleeping at once costs a quarter of the speed alone
+# (docs/performance.md).
 SPINS = "20000"  # some tens of microseconds
 CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_1 = (
@@ -24,22 +23,19 @@ CGROUP_1 = (
 def set_threads() -> None:
     """Set how long OpenMP's threads spin and, under a quota, their number, unless the user has."""
     bound_spinning()
+    # torch starts a thread for every core of the machine, whatever a container may use.
     cores = quota()
     if cores is not None and cores < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def bound_spinning() -> None:
-    """Set how long OpenMP's threads spin, here and in processes to come, unless the user has."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def advice() -> str | None:
-    """What to set where other processes keep the cores busy; None if the user has set something.
-
-    Loads torch.
-    """
+    """What to set where other processes keep the cores busy; None if the user has set something."""
     import torch  # the command line must not load it
 
     threads = torch.get_num_threads()
@@ -52,11 +48,7 @@ def advice() -> str | None:
 
 
 def keep_to(cores: float) -> int:
-    """Have torch use no more threads than `cores`, which are a worker's, and return how many.
-
-    No more either than torch had (a worker inherits what the command has set for itself), nor than
-    the process may use; at least one. Loads torch.
-    """
+    """Have torch use no more threads than a worker's `cores`, nor than it had; returns how many."""
     import torch  # the command line must not load it
 
     threads = max(1, min(int(cores), torch.get_num_threads(), usable_cores()))
@@ -72,7 +64,6 @@ def usable_cores() -> int:
 
 
 def quota() -> int | None:
-    """The cores that the process's control group may use, rounded up; None without a limit."""
     try:
         if CGROUP_2.is_file():
             most, period = CGROUP_2.read_text(encoding="ascii").split()

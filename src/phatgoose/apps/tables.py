@@ -13,7 +13,7 @@ from ..analysis.audit import LIMITS, Audit
 from ..analysis.findings import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.comparison.methods import BASE, label_of
-from ..evaluation.comparison.tables import ANCHOR, Comparison, Result
+from ..evaluation.comparison.tables import ANCHOR, Comparison
 from ..evaluation.evaluate import Evaluation
 from ..experts.importing.hub_owner import Listing
 from ..experts.kinds.registry import kinds
@@ -58,7 +58,6 @@ AUDITED = {  # the signs of an audit that its table shows; --json has all
 
 
 def audit_table(report: Audit) -> Table:
-    """A row per expert with its signs, and the medians; what is beyond a limit is marked."""
     table = Table(title=f"Audit of {len(report.experts)} experts; * is beyond the limit")
     limits = {name: limit.of(len(report.experts)) for name, limit in LIMITS.items()}
     shown = {name: title for name, title in AUDITED.items() if name in report.signs}
@@ -111,7 +110,6 @@ def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
 
 
 def scores_table(evaluation: Evaluation, title: str) -> Table:
-    """A row per task: its metric, its score with the interval, n and ties; and the mean."""
     table = Table(title=title)
     for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
         table.add_column(column, overflow="fold")
@@ -125,7 +123,6 @@ def scores_table(evaluation: Evaluation, title: str) -> Table:
 
 
 def means_table(comparison: Comparison) -> Table:
-    """A row per method, a column per suite: the mean over its datasets in per cent, interval."""
     columns = [f"{column} ({len(tasks)})" for column, tasks in comparison.columns.items()]
     table = _table("mean score in %, [95 % interval]; * not zero-shot", "method", columns)
     for row, summaries in comparison.summaries.items():
@@ -134,7 +131,6 @@ def means_table(comparison: Comparison) -> Table:
 
 
 def differences_table(comparison: Comparison) -> Table | None:
-    """The same rows and columns less PHATGOOSE, in points; None where there is nothing to show."""
     others = [row for row in comparison.results if row != ANCHOR]
     if ANCHOR not in comparison.results or not others:
         return None
@@ -148,10 +144,7 @@ def differences_table(comparison: Comparison) -> Table | None:
 
 
 def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
-    """A row per model, a column per dataset: per cent ± half the interval.
-
-    The base comes first, then each single expert, then the other methods; row `bold` is bold.
-    """
+    """A row per model, a column per dataset: per cent ± half the interval; row `bold` is bold."""
     tasks = comparison.datasets
     columns = [*(task.replace("_", " ") for task in tasks), "mean"]
     table = _table(
@@ -159,14 +152,11 @@ def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
     )
     first = {name: results for name, results in comparison.results.items() if name == BASE}
     for row, results in {**first, **comparison.experts, **comparison.results}.items():
-        mean = 100 * sum(results[task].score for task in tasks) / len(tasks)
-        cells = [*(_cell(results[task]) for task in tasks), f"{mean:.1f}"]
-        _add(table, comparison, row, cells, bold)
+        scored = [results[task] for task in tasks]
+        mean = 100 * sum(r.score for r in scored) / len(scored)
+        cells = [f"{100 * r.score:.0f} ±{50 * (r.high - r.low):.0f}" for r in scored]
+        _add(table, comparison, row, [*cells, f"{mean:.1f}"], bold)
     return table
-
-
-def _cell(result: Result) -> str:
-    return f"{100 * result.score:.0f} ±{50 * (result.high - result.low):.0f}"
 
 
 def _table(title: str, first: str, columns: Iterable[str]) -> Table:
@@ -185,7 +175,6 @@ def _add(
 
 
 def routers_table(analysis: Analysis) -> Table:
-    """A row per router and dataset: score, effective number of experts, who they are, KL."""
     table = Table(title=f"Routing of {len(analysis.experts)} experts")
     for column in ("router", "dataset", "score", "effective", "most used"):
         table.add_column(column, overflow="fold")

@@ -39,10 +39,8 @@ from .metrics import METRICS, metric
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to one example.
-
-    `scores` holds the mean log-likelihood per target token of each choice, in order; empty for
-    generated answers.
+    """A model's answer to one example, with the mean log-likelihood per token of each choice, if
+    any.
     """
 
     text: str
@@ -53,8 +51,7 @@ class Answer:
 class Questions:
     """The tokens of `examples` for one base: each prompt with its answer choices.
 
-    `max_new_tokens` bounds each generated answer; None if choices are ranked instead. `cuts` counts
-    what prompts and choices lost.
+    `max_new_tokens` bounds each generated answer; None if choices are ranked instead.
     """
 
     examples: Sequence[Example]
@@ -67,10 +64,6 @@ class Questions:
     def of(
         cls, encoder: Encoder, examples: Sequence[Example], max_new_tokens: int | None
     ) -> Questions:
-        """The examples with their choices, or with room for `max_new_tokens` generated tokens.
-
-        Raises EvaluationError if the base has too few positions for the latter.
-        """
         places, most = encoder.positions.answer, max_new_tokens or 0
         if places is not None and most + (not encoder.is_encoder_decoder) > places:
             raise EvaluationError(
@@ -108,8 +101,7 @@ def answers_to(
     """The model's answer to each question, in order; `label` names the task in messages.
 
     The choice of the highest mean log-likelihood per target token, the first of equals, or greedily
-    generated text without white space around it. A batch has at most `budget` tokens. Raises
-    EvaluationError for a log-likelihood that is not a number.
+    generated text. Raises EvaluationError for a log-likelihood that is not a number.
     """
     find = _ranked if questions.max_new_tokens is None else _generated
     answers: dict[int, Answer] = {}
@@ -165,12 +157,7 @@ WRITTEN = "exact-match"  # the metric of generated answers where a task names no
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How tasks are scored.
-
-    `limit` draws that many examples of each task, the same ones for one `seed`; None keeps all.
-    `max_new_tokens` bounds generated answers if a task sets no bound. `token_budget` bounds a
-    batch, padding included.
-    """
+    """How tasks are scored; see `evaluate`."""
 
     formatting: Formatting = field(default_factory=Formatting)
     limit: int | None = None
@@ -200,7 +187,6 @@ class EvaluationSet:
 
     @classmethod
     def of(cls, task: Task, settings: ScoringSettings) -> EvaluationSet:
-        """What `settings` draw of `task`. Raises what `metrics_of` does."""
         examples = task.evaluation_examples(settings.limit, settings.seed)
         longest = task.max_new_tokens or settings.max_new_tokens
         return cls(task.name, examples, metrics_of(task, examples), longest, settings)
@@ -217,6 +203,7 @@ class EvaluationSet:
             self.metrics,
             None if self.is_ranked else self.max_new_tokens,
             asdict(self.settings.formatting),
+            # It decides what is batched together, and so how sums are rounded.
             self.settings.token_budget,
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -230,9 +217,8 @@ class EvaluationSet:
 class Prediction:
     """What the model answered to one example.
 
-    `correct` is True if the answer equals an accepted one, whatever the metrics. `scores` are those
-    of `Answer`. `marks` are the answer's statistics in each of the task's metrics. `row` is the
-    example's.
+    `correct` is True if the answer equals an accepted one, whatever the metrics. `marks` are its
+    statistics in each of the task's metrics.
     """
 
     answer: str
@@ -251,8 +237,7 @@ class TaskScore:
     """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
     The interval is Wilson's if the score is a share of right answers, else a bootstrap over
-    examples; both account for examples made of one row. `ties` counts the examples whose best
-    choices scored equally; the first of them was taken.
+    examples. `ties` counts the examples whose best choices scored equally; the first was taken.
     """
 
     task: str
@@ -271,7 +256,6 @@ class TaskScore:
         return _sample(tuple(self.by_metric), self.predictions)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
-        """Plain data for JSON."""
         record = asdict(self if predictions else replace(self, predictions=()))
         if not predictions:
             del record["predictions"]
@@ -290,12 +274,10 @@ class Evaluation:
         return sum(score.score for score in self.scores) / len(self.scores)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
-        """Plain data for JSON: the mean and one record per task."""
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
         return {"mean": self.mean, "confidence": CONFIDENCE, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
-        """Write `to_dict` to `path`, all or nothing. Raises EvaluationError if that fails."""
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
         write_text(Path(path), content + "\n", EvaluationError)
 
@@ -362,7 +344,6 @@ def score_tasks(
 
 
 def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
-    """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
     name, budget = chosen.name, chosen.settings.token_budget
     prompts, examples = questions.prompts, chosen.examples
@@ -374,8 +355,7 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
-    Raises EvaluationError for an unknown one or one whose package isn't installed, and for metrics
-    that these examples can't be scored by.
+    Raises EvaluationError for one that is unknown, not installed, or can't score these examples.
     """
     with_choices = {bool(example.choices) for example in examples}
     if not task.metrics and len(with_choices) > 1:
@@ -412,7 +392,6 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
-    """The score of these `answers` to the examples of an evaluation set."""
     predictions = []
     for example, answer in zip(chosen.examples, answers, strict=True):
         accepted = example.answers
@@ -425,6 +404,7 @@ def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
         predictions.append(Prediction(answer.text, correct, answer.scores, marks, example.row))
     sample = _sample(chosen.metrics, predictions)
     first = sample.statistics[0]
+    # Zeros and ones of one metric are a share of right answers.
     if len(sample.metrics) == first.shape[1] == 1 and ((first == 0) | (first == 1)).all():
         interval = wilson_interval(sample.score * sample.independent, sample.independent)
     else:

@@ -1,10 +1,9 @@
 """Intervals: how far a score moves with other examples or other datasets.
 
-Shares of right answers have Wilson's interval, everything else one by resampling. A resample
-reweights per-example statistics (`evaluation.metrics`). Models scored on the same examples share
-their resamples, so their differences are compared in pairs. Examples made of one row of a dataset,
-in several templates, are not independent. So rows are drawn instead of examples, and Wilson's
-interval counts the effective number of independent examples.
+Shares of right answers have Wilson's interval, everything else one by resampling per-example
+statistics (`evaluation.metrics`). Models scored on the same examples share their resamples, so
+their differences are compared in pairs. Examples made of one row of a dataset, in several
+templates, are not independent: rows are drawn, and Wilson's interval counts the effective number.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """A range that contains a score with confidence CONFIDENCE."""
-
     low: float
     high: float
 
@@ -39,8 +36,8 @@ class Interval:
 class Sample:
     """One model's answers to one dataset, as statistics per metric and example.
 
-    `statistics[m]` is [n, s_m] for the metric named `metrics[m]`. `rows` [n] numbers the rows that
-    the examples were made of, from 0; None if each example has its own.
+    `statistics[m]` is [n, s_m] for `metrics[m]`. `rows` [n] numbers the rows that the examples were
+    made of, from 0; None if each has its own.
     """
 
     metrics: tuple[str, ...]
@@ -76,10 +73,7 @@ class Sample:
         return float(self.replicates(np.ones((1, self.n)))[0])
 
     def replicates(self, weights: Array) -> Array:
-        """The score with each example counted `weights` [B, n] times, [B].
-
-        Weights are whole numbers, as BLEU needs them; rows may sum to other numbers than n.
-        """
+        """The score with examples counted `weights` [B, n] times, whole numbers for BLEU: [B]."""
         return np.asarray(np.mean(self._scores(weights), axis=0))
 
     def _scores(self, weights: Array) -> list[Array]:
@@ -90,16 +84,12 @@ class Sample:
         ]
 
     def interval(self, seed: int = 0) -> Interval:
-        """The percentile interval over examples (or rows) drawn with replacement."""
         return interval_of(self.replicates(self.draws(np.random.default_rng(seed), REPLICATES)))
 
     def draws(self, generator: np.random.Generator, replicates: int) -> Array:
-        """How often each draw with replacement has each example, [replicates, n].
-
-        A draw has as many examples as there are, or as many rows with all of their examples. If
-        rows differ in size, the number of examples differs between draws.
-        """
+        """How often each draw with replacement has each example (or row), [replicates, n]."""
         count = self.n if self.rows is None else int(self.rows.max()) + 1
+        # A row brings all its examples, so if rows differ in size, draws differ in number.
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=replicates)
         return np.asarray(drawn if self.rows is None else drawn[:, self.rows], float)
 
@@ -125,8 +115,7 @@ def dataset_replicates(
 ) -> dict[str, Array]:
     """Each model's mean over datasets in each resample, [replicates] by model.
 
-    All models have the same datasets and examples, and share the draws: datasets with replacement,
-    and for every dataset drawn its examples (or rows).
+    All models have the same datasets and examples, and share the draws.
     """
     generator = np.random.default_rng(seed)
     count = len(next(iter(samples.values())))
@@ -136,6 +125,7 @@ def dataset_replicates(
         slots = drawn == dataset
         if not slots.any():
             continue
+        # All models get the same weights: their differences are intervals in pairs.
         weights = next(iter(samples.values()))[dataset].draws(generator, int(slots.sum()))
         for model, rows in samples.items():
             values[model][slots] = rows[dataset].replicates(weights)
@@ -143,7 +133,6 @@ def dataset_replicates(
 
 
 def interval_of(values: Array) -> Interval:
-    """The percentile interval of resampled `values` [replicates]."""
     outside = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(values, [outside, 100 - outside])
     return Interval(float(low), float(high))
@@ -154,4 +143,5 @@ def wilson_interval(right: float, n: float) -> Interval:
     share, narrowed = right / n, 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / narrowed
     half = Z / narrowed * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # Exact at the ends, where rounding could leave the range.
     return Interval(0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half)

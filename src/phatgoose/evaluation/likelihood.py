@@ -1,9 +1,8 @@
 """Log-likelihoods of answer choices; each prompt is computed once if that can be.
 
 A causal model reads a prompt and all its choices in one row, and no choice sees another
-(`tasks.batching`). If the attention mask can't express that, the prompt's keys and values are kept
-and expanded over the choices; a sequence-to-sequence model keeps the encoder's output. A model that
-keeps more state than that reads the prompt with every choice.
+(`tasks.batching`). If its attention can't do that, the prompt's keys and values are kept and
+expanded over the choices; a sequence-to-sequence model keeps the encoder's output.
 """
 
 from __future__ import annotations
@@ -37,15 +36,14 @@ def choice_log_likelihoods(
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
-    most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
-    before each pass with indices in `rows`: one for each row of the batch, or one for each token
-    where rows are packed. A choice that a row has twice is computed once, so that it ties with
-    itself. Raises EvaluationError for a causal model's prompt without tokens, and BaseModelError as
-    `decoder_start` does.
+    most `budget` tokens, padding included. `before_pass` gets indices in `rows` before each pass:
+    one for each row of the batch, or for each token where rows are packed. Raises EvaluationError
+    for a causal model's prompt without tokens.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
     score = _packed if batching.can_pack(model) else _padded
+    # A choice that a row has twice is computed once, so that it ties with itself.
     distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
@@ -60,7 +58,7 @@ def _packed(
     budget: int,
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
-    """One pass for each batch; the last token of a choice is predicted, not read."""
+    # The last token of a choice is predicted, not read.
     texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
     for batch in batching.packed_batches([text.length for text in texts], budget):
         packed = batching.pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
@@ -79,10 +77,8 @@ def _packed(
 def _means(
     logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]
 ) -> Iterator[tuple[int, list[float]]]:
-    """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
-
-    The first place of a text predicts the first token of all its choices, the next ones the rest.
-    """
+    """(index, means) from the logits [places, vocabulary] of texts, one text after the other."""
+    # The first place of a text predicts the first token of all its choices, the next ones the rest.
     places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
     for each in choices:
         at = begin + 1
@@ -93,6 +89,7 @@ def _means(
             at += len(choice) - 1
         begin = at
     totals = torch.cat(
+        # In pieces: float32 copies of all logits at once could take more memory than the model.
         [some.float().logsumexp(dim=-1) for some in torch.split(logits, LOGITS_AT_ONCE)]
     )
     where = torch.tensor(places, device=logits.device)
@@ -109,7 +106,6 @@ def _padded(
     budget: int,
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Prompts in one pass, choices in another, both in padded rows."""
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
     if model._is_stateful:
         score = _score_whole
@@ -159,6 +155,7 @@ def _score_whole(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
     device = input_device(model)
+    # More state than keys and values can't be expanded over choices: each is read with its prompt.
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
     real = pad_left([[1] * len(text) for text in texts], 0).to(device)
@@ -183,6 +180,7 @@ def _score_seq2seq(
     start = batching.decoder_start(model)
     choices = [choice for _, each in rows for choice in each]
     means = torch.empty(len(choices), device=device)
+    # In groups, since padding of a decoder's rows costs as much as tokens.
     for group in _of_similar_length([len(choice) for choice in choices]):
         chosen, from_row = [choices[i] for i in group], owner[group]
         inputs = [[start, *choice[:-1]] for choice in chosen]

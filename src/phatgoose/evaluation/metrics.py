@@ -44,11 +44,10 @@ ROUGE, SACREBLEU = "rouge_score", "sacrebleu"  # of the extra 'metrics'
 class Metric:
     """One way to score answers: `name` is its key in METRICS, `label` its name in tables.
 
-    `measure` takes a prediction and the accepted answers and returns the example's s statistics. It
-    raises EvaluationError if no answer is accepted or they are one bare text. `combine` takes
-    summed statistics [..., s] and the number of examples in each sum ([...] or one for all, at
-    least 1, repeated examples counted) and returns scores [...] in [0, 1]. `module` is the package
-    of the extra 'metrics' that `measure` needs, None for none; `combine` never needs one.
+    `measure` returns the s statistics of a prediction against the accepted answers. `combine` takes
+    summed statistics [..., s] and the number of examples in each sum, and returns scores [...] in
+    [0, 1]. `module` is the package of the extra 'metrics' that `measure` needs; `combine` needs
+    none.
     """
 
     name: str
@@ -58,13 +57,11 @@ class Metric:
     module: str | None = None
 
     def check_installed(self) -> None:
-        """Raise EvaluationError if `measure` lacks its package: before hours of answering."""
         if self.module is not None and find_spec(self.module) is None:
             raise _missing(self.name, self.module)
 
 
 def metric(name: str) -> Metric:
-    """The metric called `name`. Raises EvaluationError, which lists the known ones, if none is."""
     if name not in METRICS:
         raise EvaluationError(f"Metric {name!r} is unknown; known are {', '.join(METRICS)}.")
     return METRICS[name]
@@ -103,9 +100,8 @@ def _identical_stripped(prediction: str, reference: str) -> float:
 def _squad_words(text: str) -> list[str]:
     """The words that SQuAD compares: `normalize_answer` of evaluate-v1.1.py (Rajpurkar et al.
     2016).
-
-    Punctuation is deleted before articles are, so "the-end" is the one word "theend".
     """
+    # Punctuation goes before articles, so "the-end" is the one word "theend".
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
@@ -124,8 +120,7 @@ def _squad_f1(prediction: str, reference: str) -> float:
 def _rouge_l(prediction: str, reference: str) -> float:
     """The F-measure of the longest common subsequence of words (rouge-score).
 
-    Not stemmed: `evaluate.load("rouge")`, which the released code calls, doesn't by default.
-    rouge-score sees lower-cased words of a-z and 0-9 alone: answers in other scripts score 0.
+    It sees lower-cased words of a-z and 0-9 alone: answers in other scripts score 0.
     """
     score: float = _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
     return score
@@ -134,6 +129,7 @@ def _rouge_l(prediction: str, reference: str) -> float:
 @cache
 def _rouge_scorer() -> Any:
     scorers = _imported("rouge-l", ROUGE, "rouge_scorer")  # with nltk, pandas and sklearn: seconds
+    # As `evaluate.load("rouge")` has it, which the released code calls.
     return scorers.RougeScorer(["rougeL"], use_stemmer=False)
 
 
@@ -156,10 +152,7 @@ def _missing(name: str, package: str) -> EvaluationError:
 
 
 def _bleu_counts(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
-    """Matches and totals of n-grams, 1 to 4, then the answer's length and the closest reference's.
-
-    Tokens are those of sacrebleu's default, 13a.
-    """
+    """Matches and totals of n-grams, 1 to 4, then the lengths of answer and closest reference."""
     score = _bleu().sentence_score(prediction, _checked(references))
     return (*score.counts, *score.totals, score.sys_len, score.ref_len)
 

@@ -19,11 +19,7 @@ from .strict import reason
 
 
 def user_cache() -> Path:
-    """`phatgoose` in XDG_CACHE_HOME, or in ~/.cache; it need not be there yet.
-
-    As XDG has it a relative XDG_CACHE_HOME counts for nothing. Raises RuntimeError when nobody
-    knows where ~ is.
-    """
+    """`phatgoose` in XDG_CACHE_HOME (if absolute) or in ~/.cache. RuntimeError if ~ is unknown."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
     return home / "phatgoose"
@@ -40,9 +36,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
-    With `overwrite` an existing `target` is replaced, and kept if that fails. Raises `error` when
-    `target` exists without `overwrite`, even if another process has just made it, and when
-    something can't be written.
+    With `overwrite` an existing `target` is replaced, and kept if that fails. Raises `error` if
+    `target` exists without it (even since a moment ago), or can't be written.
     """
     told = target
     # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
@@ -72,13 +67,13 @@ def new_directory(
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
 
-    A link at `target` is replaced, never written through. Only what no file can replace, a pipe or
-    a device such as /dev/stdout, is written into.
+    A link at `target` is replaced, never written through; a pipe or a device is written into.
     """
     if is_stream(target):
         with tempfile.TemporaryDirectory() as scratch:
             whole = Path(scratch) / target.name
             yield whole
+            # Appended, since others may have written to the same redirected file.
             with whole.open("rb") as content, target.open("ab") as stream:
                 shutil.copyfileobj(content, stream)
         return
@@ -91,6 +86,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 def is_stream(target: Path) -> bool:
     """True for pipes, devices, open files by name (/dev/stdout), and links to these."""
+    # Link by link: resolved at once, /dev/stdout is the file that the shell redirected it to.
     place = str(target)
     for _ in range(MOST_LINKS):
         if OPEN_FILES.fullmatch(os.path.dirname(os.path.abspath(place))):
@@ -104,7 +100,6 @@ def is_stream(target: Path) -> bool:
 def require_free(
     target: Path, error: type[PhatgooseError], instead: str = "choose another place"
 ) -> None:
-    """Raise `error`, saying what to do `instead`, when something is at `target` already."""
     if is_there(target):
         raise error(f"{target} exists already; {instead}.")
 
@@ -125,7 +120,6 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
 
 
 def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
-    """Write `content` to `path` through `new_file`. Raises `error` when it can't be written."""
     try:
         with new_file(path) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
@@ -149,8 +143,7 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor wai
 def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
     """A new folder beside `target` for this process alone, removed when the context ends.
 
-    With kind REPLACED the caller moves the old `target` into it. If the context ends with nothing
-    at `target`, the old one is moved back; if that fails, the next run does it.
+    With kind REPLACED it holds the old `target`, which goes back if nothing took its place.
     """
     folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
     with _held(folder):
@@ -179,10 +172,7 @@ def temporary_file(target: Path) -> Iterator[Path]:
 
 
 def clear_left_overs(target: Path) -> None:
-    """Remove the temporary files and folders of `target` whose processes are gone.
-
-    A folder that was being replaced is moved back when it has no successor.
-    """
+    """Remove what dead processes left beside `target`; bring back a folder without a successor."""
     bring_back(target)
     prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
     for path in sorted(target.parent.iterdir()):
@@ -230,19 +220,18 @@ def being_replaced(folder: Path) -> list[Path]:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give a temporary folder and all in it the default modes of new ones."""
     for path in (folder, *folder.rglob("*")):
         _give_default_mode(path)
 
 
 def _give_default_mode(path: Path) -> None:
+    # The mask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _remove(path: Path, target: Path) -> None:
-    """Remove a temporary file or folder; move a replaced result without successor back."""
     if _is_kept(path, target):
         os.rename(path / target.name, target)
     if path.is_dir():

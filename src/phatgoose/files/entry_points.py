@@ -8,10 +8,9 @@ from typing import Any
 
 
 def load_entry_points(group: str) -> dict[str, Any]:
-    """The objects registered under `group`, by entry point's name, in the order of the names.
+    """The objects registered under `group`, by name and sorted; the first of several with one name.
 
-    One that can't be loaded is left out with a warning that names its package. Of several with one
-    name the first wins.
+    One that can't be loaded is left out with a warning that names its package.
     """
     loaded: dict[str, Any] = {}
     for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
@@ -30,7 +29,7 @@ def load_entry_points(group: str) -> dict[str, Any]:
 def add_entry_points(group: str, known: dict[str, Any], record: type) -> None:
     """Add to `known` the objects of class `record` that are registered under `group`, by name.
 
-    One of another class, or of a name that is taken or not its own, is left out with a warning.
+    One of another class, or whose name is taken or not its own, is left out with a warning.
     """
     for name, found in load_entry_points(group).items():
         if isinstance(found, record) and name not in known and getattr(found, "name", name) == name:

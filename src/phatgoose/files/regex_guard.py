@@ -1,9 +1,8 @@
-"""Strangers' regular expressions, matched in linear time.
+"""Untrusted regular expressions, matched in linear time.
 
-PEFT matches patterns from an adapter's config against the names of a model's layers with Python's
-matcher. That one backtracks: a few consecutive or nested repetitions can take it forever. So no
-stranger's pattern reaches it. Google's RE2, an automaton, matches instead. Patterns that RE2 can't
-match (look-around, back-references) or reads differently from Python are refused.
+PEFT matches patterns from an adapter's config with Python's backtracking matcher, which a few
+nested repetitions can keep busy for ever. Google's RE2 matches here instead. Patterns that RE2
+can't match, or reads differently from Python, are refused.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ OPTIONS.never_capture = True
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Raise ExpertError unless all patterns and names in a PEFT `config` can be matched here.
-
-    `where` names the config in messages.
+    """Raise ExpertError, naming `where`, unless all patterns and names of a PEFT `config` are
+    matchable.
     """
     for key, value in config.items():
         place = f"{where}: {key}"
@@ -55,7 +53,6 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_patterns(patterns: Iterable[str], where: str) -> None:
-    """Raise ExpertError unless each of `patterns` is short and RE2 can match it."""
     listed = list(patterns)
     if len(listed) > MOST_PATTERNS or sum(map(len, listed)) > MOST_TOGETHER:
         raise ExpertError(
@@ -93,20 +90,17 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 def value_at(patterns: Mapping[str, Any], name: str) -> Any:
     """The value of the first of `patterns` that matches `name` or its end after a dot, else None.
 
-    PEFT reads rank_pattern and alpha_pattern so (`get_pattern_key`). The patterns must have passed
-    `check_patterns`.
+    As PEFT reads rank_pattern and alpha_pattern (`get_pattern_key`).
     """
     return next((value for pattern, value in patterns.items() if _ends(name, pattern)), None)
 
 
 class ByName(dict[str, Any]):
-    """Values by full layer names, standing in for values by pattern in a PEFT config.
-
-    PEFT tries each of `keys()` as a pattern and then looks up the layer's own name, so without keys
-    it finds the value at once.
-    """
+    """Values by full layer names, in the place of values by pattern in a PEFT config."""
 
     def keys(self) -> Any:
+        # PEFT tries each key as a pattern and then looks up the layer's own name: without keys it
+        # finds the value at once.
         return {}.keys()
 
 
@@ -116,6 +110,7 @@ def _ends(name: str, pattern: str) -> bool:
     begin = len(name) - len(pattern)
     if begin < 0 or (begin and name[begin - 1] != "."):
         return False
+    # To PEFT a plain name is a pattern, too, whose dots match any character.
     return name.endswith(pattern) or _plain(pattern).fullmatch(name, begin) is not None
 
 
@@ -130,8 +125,8 @@ def _plain(pattern: str) -> re.Pattern[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What RE2 says, which quotes the pattern; its messages are bytes."""
     message = error.args[0] if error.args else error
+    # RE2's messages are bytes, and quote the pattern.
     if isinstance(message, bytes):
         message = message.decode("utf-8", "backslashreplace")
     return one_line(message, 80)

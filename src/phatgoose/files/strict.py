@@ -16,33 +16,26 @@ from ..errors import ExpertError, PhatgooseError
 
 
 def one_line(text: object, most: int = 300) -> str:
-    """`text` as one printable line of at most `most` characters.
-
-    Errors of other libraries, for instance, may hold names from the files that they failed to read.
-    """
+    """`text` as one printable line of at most `most` characters: untrusted names may be in it."""
     line = "".join(c if c.isprintable() else " " for c in str(text))
     return line if len(line) <= most else f"{line[:most]}…"
 
 
 def shortened(value: object, most: int = 80) -> str:
-    """The `repr` of `value`, as one line of at most `most` characters."""
     return one_line(repr(value), most)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, or its type where it says nothing."""
     return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def reason(problem: Exception) -> str:
-    """Why a file can't be read or written, in the system's words."""
     return str(getattr(problem, "strerror", None) or problem)
 
 
 def half_character(text: str) -> str | None:
-    """The first character of `text` that UTF-8 can't encode, None where it can encode all.
-
-    JSON may hold one where an emoji was cut; Python makes one of a byte that is not UTF-8.
+    """The first character of `text` that UTF-8 can't encode, such as half an emoji in JSON, or
+    None.
     """
     try:
         text.encode()
@@ -58,9 +51,8 @@ HASHED_AT_ONCE = 2**20
 
 
 def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
-    """`path`, checked to be a regular file that lies in its own folder.
-
-    Raises as `require_regular` does, and `error` for a symbolic link that leads out of the folder.
+    """`path`, checked to be a regular file that lies in its own folder; raises as
+    `require_regular`.
     """
     require_regular(path, error)
     place, folder = path.resolve(), path.parent.resolve()
@@ -72,8 +64,7 @@ def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
 def require_regular(path: Path, error: type[PhatgooseError], label: str | None = None) -> int:
     """The size of the file at `path`, which messages call `label`.
 
-    Raises FileNotFoundError when there is none, `error` when it is something else: a folder, or a
-    pipe or a device, which may never end.
+    Raises FileNotFoundError when there is none, `error` for a folder, a pipe or a device.
     """
     label = label or str(path)
     try:
@@ -95,7 +86,6 @@ def refuse_pipes(place: str | Path, error: type[PhatgooseError]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
     digest = hashlib.sha256()
     try:
         with regular_file(path).open("rb") as file:
@@ -119,11 +109,9 @@ MOST_NESTED = 100  # lists and objects inside each other; copying and writing re
 
 
 def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+    """The JSON object in the file `path`: UTF-8, no duplicate keys, no NaN or infinity, bounded.
 
-    Strict: UTF-8, no duplicate keys, no NaN or infinity, at most MOST_JSON_BYTES and MOST_NESTED
-    levels. Raises FileNotFoundError when there is no such file, `error` for anything else that is
-    wrong.
+    Raises FileNotFoundError when there is no such file, `error` for anything else that is wrong.
     """
     regular_file(path, error)
     content = parse_file(path, str(path), "JSON", MOST_JSON_BYTES, _parse_json, error)
@@ -142,8 +130,8 @@ def parse_file(
 ) -> Any:
     """What `parse` makes of the text in `path`, of at most `most` bytes and MOST_NESTED levels.
 
-    `label` and `kind` are what messages call the file and its format. Raises FileNotFoundError when
-    there is no such file, `error` for anything else that is wrong.
+    Messages call the file `label` and its format `kind`. Raises FileNotFoundError without a file,
+    `error` for anything else that is wrong.
     """
     try:
         size = require_regular(path, error, label)
@@ -183,6 +171,7 @@ def _parse_json(text: str) -> Any:
 
 def _nested(content: Any) -> int:
     """How many levels of lists and objects `content` has, counted up to MOST_NESTED + 1."""
+    # By level, since recursion is what too deep a file would exhaust.
     level, depth = [content], 0
     while depth <= MOST_NESTED:
         level = [each for each in level if isinstance(each, dict | list)]
@@ -216,9 +205,8 @@ MOST_DOTS = 1000  # in a line: the parser's time grows with the square of a dott
 
 
 def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
-    """The table in the TOML file `path`, which messages call a `what`, such as "Recipe".
-
-    Raises `error` as `parse_file` does, and when there is no such file.
+    """The table in a TOML file, which messages call a `what`, such as "Recipe". Raises only
+    `error`.
     """
     label = f"{what} {path}"
     try:

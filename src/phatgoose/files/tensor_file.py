@@ -30,12 +30,12 @@ Result = TypeVar("Result")
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`function` of every item, in order, computed in as many threads as torch has.
 
-    At most that many results wait to be taken, which bounds the memory. With one thread each is
-    computed when it is taken: handing it over takes longer than a small one. The first error, in
-    the order of items, is raised in its place; no further item is started.
+    At most that many results wait to be taken. The first error is raised in its item's place; no
+    further item is started.
     """
     threads = torch.get_num_threads()
     if threads == 1:
+        # Handing a small result over takes longer than computing it.
         yield from map(function, items)
         return
     waiting: deque[Future[Result]] = deque()
@@ -71,8 +71,6 @@ FEW = 2**15 - 64  # numbers that torch sums in one thread: other threads may be 
 
 
 class TensorRecord(NamedTuple):
-    """A tensor's type and shape, and the bytes that it takes in the file's data."""
-
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -81,19 +79,14 @@ class TensorRecord(NamedTuple):
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Every tensor of a safetensors file by name, as views of the mapped file.
+    """Every tensor of a safetensors file by name, as read-only views of the mapped file.
 
     Opening reads the header only. A file that is replaced (renamed over) keeps its old content
-    here. Read-only: `release` would lose what is written.
+    here. Raises ExpertError for a file that is missing, unreadable or damaged, a huge header, and
+    tensors with impossible names, shapes or types.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`.
-
-        Raises ExpertError when it is missing, can't be read, is not a regular file of its
-        folder, is damaged or truncated, has a header of more than MOST_JSON_BYTES, or holds a
-        tensor with an impossible name or shape or of a type that is not in TYPES.
-        """
         self.path = path
         try:
             _check_header(regular_file(path))
@@ -151,7 +144,6 @@ class TensorFile(Mapping[str, Tensor]):
                 self._release(self._data + begin, self._data + begin + size)
 
     def release(self) -> None:
-        """Free the memory of the bytes read so far; they are read again when used."""
         self._release(0, len(self._bytes))
 
     def _content(self, begin: int, end: int) -> memoryview:
@@ -161,14 +153,16 @@ class TensorFile(Mapping[str, Tensor]):
         if _madvise is not None:
             begin -= begin % mmap.PAGESIZE  # a mapping begins at a page
             size = min(end, len(self._bytes)) - begin
+            # Pages of a private mapping are read from the file again, without what was written to
+            # them.
             _madvise(self._bytes.data_ptr() + begin, size, mmap.MADV_DONTNEED)
 
     def _view(
         self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], begin: int
     ) -> Tensor:
-        """The tensor at byte `begin` of the data; a copy where it isn't aligned to its type."""
         place = self._data + begin
         if place % dtype.itemsize:
+            # Other writers need not align tensors to their type, and torch can't view such bytes.
             size = math.prod(shape) * dtype.itemsize
             return self._bytes[place : place + size].clone().view(dtype).view(shape)
         return self._typed[dtype].as_strided(shape, strides, place // dtype.itemsize)
@@ -183,8 +177,6 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 class Group(Mapping[str, Tensor]):
-    """The tensors whose names begin with a prefix and a dot, by the rest of the name."""
-
     def __init__(self, file: Mapping[str, Tensor], prefix: str) -> None:
         self._file = file
         begin = f"{prefix}."
@@ -206,8 +198,7 @@ class Group(Mapping[str, Tensor]):
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], header: int) -> None:
     """Write named `tensors` to a safetensors file, one after the other as they come.
 
-    `header` bytes are reserved for the header, which is known only at the end. Raises ValueError
-    when that was too little, OSError when the file can't be written.
+    `header` bytes are reserved for the header; ValueError when that was too little.
     """
     table: dict[str, Any] = {}
     begin = -(-(LENGTH.size + header) // ALIGNMENT) * ALIGNMENT
@@ -234,18 +225,18 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True when every value is finite. A finite sum, which is far cheaper, already shows it."""
     return all(
+        # A finite sum, which is far cheaper, already shows it; a sum may also overflow.
         math.isfinite(part.sum()) or bool(torch.isfinite(part).all())
         for part in torch.split(tensor.flatten(), FEW)
     )
 
 
 def _check_header(path: Path) -> None:
-    """Raise ValueError for a header that would take seconds and gigabytes to parse."""
     with path.open("rb") as file:
         begin = file.read(LENGTH.size)
         length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
+        # The library would parse a huge header for seconds and take gigabytes.
         if MOST_JSON_BYTES < length <= LONGEST_HEADER:  # the library refuses longer ones
             used = len(file.read(length).rstrip())  # padding costs nothing
             if used > MOST_JSON_BYTES:
@@ -254,7 +245,6 @@ def _check_header(path: Path) -> None:
 
 @lru_cache(maxsize=16)  # the experts of a pool mostly share one header
 def _records(header: bytes) -> dict[str, TensorRecord]:
-    """The tensors of a header, by name. Raises ValueError, KeyError or TypeError for a bad one."""
     table: dict[str, Any] = json.loads(header, object_pairs_hook=distinct_keys)
     table.pop("__metadata__", None)
     for name in table:

@@ -30,11 +30,9 @@ class Collator:
     """Collates token pairs into inputs for one kind of model.
 
     Causal models get prompt and target in one left-padded row, so that all targets end in the last
-    columns; sequence-to-sequence models get them separately. `labels` is [rows, longest target],
-    aligned right or left accordingly, IGNORED without a target token. With `packs`, pairs share
-    rows if the model can be packed: `labels` [1, tokens] then holds all target tokens and `places`
-    [tokens] the positions that predict them, in any order of the pairs. Raises BaseModelError as
-    `decoder_start` does.
+    columns. Sequence-to-sequence models get them separately. `labels` is [rows, longest target],
+    IGNORED at padding. With `packs`, pairs share rows if the model can be packed: `labels` [1,
+    tokens] has all target tokens, `places` [tokens] the positions that predict them.
     """
 
     def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
@@ -53,7 +51,7 @@ class Collator:
         return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
 
     def _packed(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
-        """A target's last token predicts nothing, so it is only a label."""
+        # A target's last token predicts nothing, so it is only a label.
         texts = [BranchedText((pair.prompt + pair.target)[:-1]) for pair in pairs]
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
         packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
@@ -89,10 +87,7 @@ class Collator:
 
 
 def decoder_start(model: PreTrainedModel) -> int:
-    """The id of the token that the answers of a sequence-to-sequence `model` begin with.
-
-    Raises BaseModelError if its config names none: a guess could train or score other answers.
-    """
+    """The token that answers of a sequence-to-sequence `model` begin with, or BaseModelError."""
     start: int | None = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         raise BaseModelError(
@@ -104,13 +99,11 @@ def decoder_start(model: PreTrainedModel) -> int:
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """The rows as one [rows, longest] tensor, padded with `value` on the left."""
     longest = max((len(row) for row in rows), default=0)
     return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """The rows as one [rows, longest] tensor, padded with `value` on the right."""
     longest = max((len(row) for row in rows), default=0)
     return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
 
@@ -123,8 +116,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Batches of indices of rows of similar length, each at most `budget` tokens when padded.
 
-    Every row comes once, a row longer than the budget alone. The longest come first, so that memory
-    runs out early or never.
+    A row longer than the budget comes alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     batch: list[int] = []
@@ -180,11 +172,9 @@ class PackedBatch:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """True for a causal model that takes positions and any attention mask in all its layers.
-
-    Transformers passes a mask of four dimensions on unchanged where attention goes through its own
-    interface. Layers with a window or a state would see beyond their text.
-    """
+    """True for a causal model that takes positions and any attention mask in all its layers."""
+    # Transformers passes a mask of four dimensions on unchanged only through its own attention
+    # interface. Layers with a window or a state would see beyond their text.
     config = model.config.get_text_config()
     return bool(
         not model.config.is_encoder_decoder
@@ -198,14 +188,12 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 
 def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[int]]]:
-    """Batches of rows of text indices: every text once, at most `budget` tokens with padding.
-
-    As `batches_of_tokens`, but a nearly full batch may leave its last texts to the next one, if
-    fitting them all would take long rows.
-    """
+    """Batches of rows of text indices: every text once, at most `budget` tokens with padding."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
         totals = list(itertools.accumulate(lengths[i] for i in order[: budget + 1]))
+        # A nearly full batch may leave its last texts to the next one: all of them could take long
+        # rows.
         ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
         found = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
         _, rows = min(found, key=lambda each: each[0])
@@ -216,10 +204,7 @@ def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[in
 def _rows(
     order: Sequence[int], lengths: Sequence[int], budget: int
 ) -> tuple[float, list[list[int]]]:
-    """The cost of a token, and the indices in `order`, longest first, in the cheapest rows.
-
-    One row for all, without padding, always fits the budget but is seldom cheap.
-    """
+    """The cost of a token, and the indices in `order`, longest first, in the cheapest rows."""
     total = sum(lengths[i] for i in order)
     best, rows = math.inf, list[list[int]]()
     for count in range(-(-total // lengths[order[0]]), 0, -1):
@@ -229,13 +214,13 @@ def _rows(
         columns = max(sum(lengths[i] for i in row) for row in shared)
         tokens = len(shared) * columns
         cost = tokens / total * (1 + columns / COSTLY_ROW)
+        # One row has no padding and so always fits, but its attention is seldom cheap.
         if cost < best and (tokens <= budget or count == 1):
             best, rows = cost, shared
     return best, rows
 
 
 def _distributed(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """`count` rows of indices, each index put into the shortest row so far."""
     rows = [(0, row, list[int]()) for row in range(count)]
     for index in order:
         filled, row, indices = rows[0]
@@ -247,11 +232,7 @@ def _distributed(order: Sequence[int], lengths: Sequence[int], count: int) -> li
 def pack_rows(
     rows: Sequence[Sequence[BranchedText]], pad_token_id: int, dtype: torch.dtype
 ) -> PackedBatch:
-    """The texts of each row as one batch, numbered row by row; `dtype` is that of the model.
-
-    Padding sees the first token of its row and not itself, which is how `token_masks` recognises
-    it.
-    """
+    """The texts of each row as one batch, numbered row by row; `dtype` is that of the model."""
     columns = max(sum(text.length for text in row) for row in rows)
     shape = (len(rows), columns)
     tokens, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
@@ -282,6 +263,7 @@ def _visible(owners: Tensor, branches: Tensor) -> Tensor:
     in_stem = (branches == 0).unsqueeze(1)
     padding = owners.eq(-1).unsqueeze(2)
     first = torch.arange(columns) == 0
+    # Padding sees its row's first token and not itself: `token_masks` recognises it by that.
     return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
 
 
@@ -291,11 +273,7 @@ SHORT_ROW = 256
 
 
 def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The logits that predict `batch["labels"]`: its shape and the vocabulary's.
-
-    `batch` comes from `Collator`. Causal models that can be packed compute no others, and those
-    with `logits_to_keep` few.
-    """
+    """The logits that predict `batch["labels"]` of a `Collator`: its shape and the vocabulary's."""
     inputs: dict[str, Any] = {
         key: value for key, value in batch.items() if key not in ("labels", "places")
     }
@@ -307,6 +285,7 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             return _logits(model, inputs)
     if "decoder_input_ids" in batch:
         return _logits(model, inputs)
+    # The position before the first label predicts it; the last position predicts nothing here.
     kept = batch["labels"].shape[1] + 1
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs["logits_to_keep"] = kept
@@ -329,29 +308,22 @@ def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
 
 def contiguous_head(model: nn.Module) -> AbstractContextManager[None]:
-    """Hand the output layer of `model` contiguous rows while the context is open.
-
-    Logits of the last positions reach it as a strided view, for which torch copies the whole output
-    matrix once per row: a quarter of a training step, half of reading one prompt of 24.
-    """
+    """Hand the output layer of `model` contiguous rows while the context is open."""
+    # Logits of the last positions reach it as a strided view, for which torch copies the whole
+    # output matrix once per row: a quarter of a training step.
     return _head_input(model, lambda hidden: hidden.clone(memory_format=torch.contiguous_format))
 
 
 def head_at(model: nn.Module, places: Tensor) -> AbstractContextManager[None]:
-    """Compute logits at `places` only, [1, places, vocabulary], while the context is open.
-
-    `places` count the tokens of a batch, row by row.
-    """
+    """Compute logits at `places` only, which count a batch's tokens: [1, places, vocabulary]."""
     return _head_input(model, lambda hidden: hidden.flatten(0, 1)[places].unsqueeze(0))
 
 
 @contextmanager
 def quick_backward(model: PreTrainedModel, columns: int) -> Iterator[None]:
-    """Use the attention with the faster backward pass while the context is open.
-
-    On a CPU plain products take half the time of torch's fused kernel, but they keep every
-    probability, so only if rows of `columns` tokens are short. `model` can be packed.
-    """
+    """Use the attention with the faster backward pass for rows of `columns` tokens."""
+    # On a CPU plain products take half the time of torch's fused kernel, but keep every
+    # probability.
     usual = model.config.get_text_config()._attn_implementation
     if model.device.type != "cpu" or columns > SHORT_ROW or usual == "eager":
         yield

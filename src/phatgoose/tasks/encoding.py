@@ -1,9 +1,8 @@
 """From examples to tokens: prompts and targets.
 
-A prompt has the same tokens whatever answer follows it, and an answer has the tokens that it has
-when tokenised together with its prompt. A causal model reads prompt and target in one row; a
-sequence-to-sequence model reads the prompt in its encoder and the target in its decoder. Targets
-end with the end-of-sequence token. All cutting to length happens here (`Formatting.truncation`).
+A prompt has the same tokens whatever answer follows; an answer has those that it has when tokenised
+together with its prompt. A causal model reads both in one row, a sequence-to-sequence model the
+prompt in its encoder. All cutting to length happens here (`Formatting.truncation`).
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 
 def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
-    """At most `room` of the tokens; `truncation` says which part goes (middle, left or right)."""
     if len(tokens) <= room:
         return list(tokens)
     head = {"left": 0, "right": room}.get(truncation, room // HEAD_SHARE)
@@ -46,8 +44,6 @@ def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
 
 @dataclass(frozen=True)
 class Cut:
-    """One input or target cut to `most` tokens, which removed `lost` tokens."""
-
     most: int
     lost: int
 
@@ -62,10 +58,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A tokenised prompt and target without padding.
-
-    `cut` is None if the prompt is whole, `target_cut` if the target is.
-    """
+    """A tokenised prompt and target without padding; a cut is None if the part is whole."""
 
     prompt: list[int]
     target: list[int]
@@ -120,7 +113,6 @@ class Encoder:
         )
 
     def pair(self, input_text: str, target: str, passage: Span | None = None) -> TokenPair:
-        """Prompt and target of one example; see `fitted` and `target`."""
         answer = self.target(input_text, target)
         prompt = self.fitted(input_text, passage, followed_by=len(answer.tokens))
         return TokenPair(prompt.tokens, answer.tokens, prompt.cut, answer.cut)
@@ -129,18 +121,15 @@ class Encoder:
         return [self.pair(each.input, each.target, each.passage) for each in examples]
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens of an input without a known passage; see `fitted`."""
         return self.fitted(text).tokens
 
     def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Fitted:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
 
-        In a causal model, `followed_by` positions stay free for what follows the input. Tokens that
-        the tokenizer adds stay (BOS, T5's final </s>), except an end before a causal model's
-        answer. So do the words of a chat template, which count against positions only. Trailing
-        spaces belong to the answer if the tokenizer makes one token of a space and a word. With
-        truncation "middle", the middle of `passage` goes if that is enough, else that of the whole
-        text. Raises TaskError when no position is left for the input.
+        In a causal model, `followed_by` positions stay free for what follows. Special tokens and
+        the words of a chat template are never cut; a template counts against positions only.
+        Truncation "middle" takes the middle of `passage` if that is enough, else that of the whole
+        text. Raises TaskError when no position is left.
         """
         text = self.prompt_text(text)
         tokens = self._tokens(text)
@@ -152,12 +141,10 @@ class Encoder:
         return Fitted(self._wrapped(left), Cut(most, len(tokens) - len(left)))
 
     def target(self, input_text: str, text: str) -> Fitted:
-        """The tokens of a target that follows `input_text`, cut on the right.
+        """The tokens of a target that follows `input_text`, cut on the right to what fits.
 
-        At most `max_target_tokens` are kept, and no more than the base has positions for. A space
-        separates a causal model's target from the prompt, unless the prompt ends in white space or
-        is wrapped in a chat template. The tokens are those of the target in prompt and target
-        together. Warns if that would change the prompt's tokens.
+        A space separates it from a causal model's prompt, unless that ends in white space or is
+        wrapped in a chat template. Warns if prompt and target together have other tokens.
         """
         prompt, space = self._apart(input_text)
         apart = self.is_encoder_decoder
@@ -173,7 +160,6 @@ class Encoder:
         return Fitted([*tokens[: most - 1], tokens[-1]], Cut(most, len(tokens) - most))
 
     def prompt_text(self, context: str) -> str:
-        """The prompt's part of `context`: trailing spaces may belong to the answer (`fitted`)."""
         return self._apart(context)[0]
 
     def continuation(self, context: str, text: str) -> list[int]:
@@ -184,14 +170,12 @@ class Encoder:
         return self._following(prompt, context[len(prompt) :] + text)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
-        """How prompts and targets of `pairs` were cut, and how many exceed the trained length."""
         lengths = [pair.length for pair in pairs]
         targets = [pair.target_cut for pair in pairs]
         cuts = [pair.cut for pair in pairs]
         return Cuts.of(cuts, lengths, self.positions.trained, targets=targets)
 
     def _most(self, followed_by: int) -> int:
-        """The maximum tokens of a prompt, or of its text in a chat template."""
         most, places = self.formatting.max_input_tokens, self.positions.prompt
         if places is None:
             return most
@@ -219,16 +203,15 @@ class Encoder:
         """The prompt around `tokens`, which are all of `text` unless that is None."""
         if not self.formatting.chat:
             return [*self._before, *tokens, *self._after]
+        # The template takes text, so tokens that were cut become text again.
         return self._tokens(self._chat(self.tokenizer.decode(tokens) if text is None else text))
 
     @cached_property
     def _keeps_spaces(self) -> bool:
-        """True when a space is always a token of its own, so that a prompt may end in one."""
         return not any(len(t) > 1 and t[0] in SPACES for t in self.tokenizer.get_vocab())
 
     @cached_property
     def _around(self) -> int:
-        """The number of tokens that a prompt adds to its input."""
         return len(self._wrapped([]))
 
     @cached_property
@@ -242,10 +225,13 @@ class Encoder:
         """(the prompt's text, the white space between it and an answer)."""
         if self.is_encoder_decoder or self.formatting.chat:
             return text, ""
+        # Where tokens begin with a space, the prompt's trailing ones are part of the answer's
+        # first.
         prompt = text if self._keeps_spaces else text.rstrip(" ") or text
         return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
 
     def _following(self, prompt: str, text: str) -> list[int]:
+        # Only the prompt's last words are tokenised again: they decide the answer's tokens.
         end = self._end_of_chat if self.formatting.chat else _end_of(prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:
@@ -263,22 +249,18 @@ class Encoder:
         return list(self._encoded(text)["input_ids"])
 
     def _encoded(self, text: str | list[str], **options: Any) -> Any:
-        """The tokenizer's output for `text` alone; its warnings about length don't apply."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
 def added_tokens(
     tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool
 ) -> tuple[list[int], list[int]]:
-    """(tokens, tokens) that the tokenizer adds before and after a prompt.
-
-    A causal model continues the prompt, so those after it, such as an end of sequence, are left
-    out.
-    """
+    """(tokens, tokens) that the tokenizer adds before and after a prompt; none after a causal one."""
     whole = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     starts = range(len(whole) - len(plain) + 1)
     start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    # A causal model continues the prompt, so an end after it is left out.
     return whole[:start], whole[start + len(plain) :] if is_encoder_decoder else []
 
 
@@ -294,9 +276,9 @@ def _end_of(text: str) -> str:
 class Cuts:
     """How many of a task's `inputs` were `cut`, to `most` tokens, losing `median` in the median.
 
-    `beyond` counts the inputs that are longer, with their answers, than the `trained` length of a
-    base with rotary positions. Such a base accepts them, with unknown quality. `targets` counts the
-    same of the inputs' targets; None if they were not counted.
+    `beyond` counts those longer, with their answers, than the `trained` length of a base with
+    rotary positions, which accepts them with unknown quality. `targets` are counted apart, if at
+    all.
     """
 
     inputs: int = 0
@@ -316,7 +298,6 @@ class Cuts:
         *,
         targets: Sequence[Cut | None] = (),
     ) -> Cuts:
-        """The summary of `cuts`, None for a whole input; `lengths` are compared with `trained`."""
         found = [cut for cut in cuts if cut is not None]
         return cls(
             inputs=len(cuts),
@@ -340,9 +321,8 @@ class Cuts:
         )
 
     def report(self, task: str) -> None:
-        """Log the cuts of `task` in one line, or warn from a tenth of its inputs on.
-
-        Always warns of cut targets, and of inputs beyond the trained length of the base.
+        """Log the cuts of `task`; warn from WARN_FROM on, of cut targets, and beyond the trained
+        length.
         """
         if self.cut and self.share < WARN_FROM:
             logger.info("%s: %s", one_line(task), self.text())
@@ -359,7 +339,6 @@ class Cuts:
             )
 
     def record(self) -> dict[str, int]:
-        """The counts that an expert records among its metrics, by the names in CUTS."""
         values = (self.inputs, self.cut, self.most, self.median)
         return dict(zip(CUTS, values if self.cut else values[:2], strict=False))
 

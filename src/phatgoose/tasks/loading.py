@@ -29,8 +29,6 @@ TEMPLATE_FAILURES = (
 
 
 class RowTemplate:
-    """Renders `input`, `target` and `choices` from the fields of a row; each may be left out."""
-
     def __init__(self, template: str | None, choices: str | None) -> None:
         environment = SandboxedEnvironment(undefined=StrictUndefined)
         for name, text in (("template", template), ("choices", choices)):
@@ -48,7 +46,6 @@ class RowTemplate:
             raise TaskError(f"template is not valid jinja2: {error}.") from error
 
     def render(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The row with the rendered fields added or replaced. Raises TaskError naming `where`."""
         rendered = dict(row)
         try:
             if self._choices:
@@ -65,7 +62,7 @@ class RowTemplate:
 def longest_field(
     row: Mapping[str, Any], text: str, shown: Callable[[str], str] = str
 ) -> Span | None:
-    """Where `text` holds the longest of the values of `row` that occur in it exactly once, or None.
+    """Where `text` holds the longest value of `row` that occurs in it exactly once, or None.
 
     Values inside lists and dicts count individually. `shown` maps a value to its printed form.
     """
@@ -139,10 +136,7 @@ def load_task(
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
-    """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`.
-
-    Raises TaskError for anything else, and as `load_task` does.
-    """
+    """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`."""
     alone = isinstance(given, Task | str | Path)
     if not alone and (_is_frame(given) or isinstance(given, Mapping)):
         raise TaskError(f"{NO_TASK}, not a {type(given).__name__}; load_task makes a Task of that.")
@@ -166,7 +160,6 @@ def _named(task: object) -> Task:
 
 
 def check_task_name(name: str) -> None:
-    """Raise TaskError if results can't be written under `name`: a file's that is no UTF-8."""
     if half_character(name) is not None:
         raise TaskError(
             f"{shortened(name)} can't be a name in results, for it is not UTF-8; rename that file "
@@ -175,7 +168,6 @@ def check_task_name(name: str) -> None:
 
 
 def default_name(source: str | Path) -> str:
-    """The name of the task in a file or in `hub:DATASET`, unless another one is given."""
     if isinstance(source, str) and source.startswith("hub:"):
         return source[4:].split("@")[0].replace("/", "--").replace(":", "--")
     return Path(source).stem
@@ -218,6 +210,7 @@ def _read_jsonl(path: Path) -> Rows:
 
 def _read_csv(path: Path) -> Rows:
     try:
+        # The library's own limit is 131,072 characters; long documents have more.
         csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -261,7 +254,6 @@ def _read_hub(source: str) -> Rows:
 
 
 def datasets_library(needed_for: object) -> Any:
-    """The library `datasets`, an optional extra. Raises TaskError where it isn't installed."""
     try:
         import datasets
     except ImportError as error:
@@ -320,7 +312,6 @@ def _rows_of_columns(columns: Mapping[str, Any], label: str) -> Iterator[dict[st
 
 
 def _are_columns(rows: Mapping[Any, Any]) -> bool:
-    """True for a dict of columns: no name is a split's, and no cell is a row."""
     if any(name in SPLITS or _is_frame(held) for name, held in rows.items()):
         return False
     cells = (next(iter(held), None) for held in rows.values() if hasattr(held, "__iter__"))
@@ -369,7 +360,6 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as Python has it: a list for an array, None for an empty cell of pandas or numpy."""
     if isinstance(value, PLAIN):
         return value
     if hasattr(value, "tolist"):

@@ -1,8 +1,7 @@
 """Neutral text: forty passages of many kinds, the same for everybody, to measure gates against.
 
-What a site sees of any text at all tells no task from another. Contributors and aggregators who
-measure it on the same passages subtract the same. Not in the paper. Gates trained with these
-passages depend on them, so they never change.
+What a site sees of any text at all tells no task from another, so it is subtracted. Not in the
+paper. The passages never change: gates trained with them depend on them.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ def over_neutral_text(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
 
-    The sites are those of these `names`. `numbers(name, u)` gives the numbers, [tokens, m], for the
-    inputs u [tokens, n] of a site. The deviation's denominator is the number of tokens. A site that
-    no token reaches, inside one of the base's own experts, has 0 and 1.
+    `numbers(name, u)` [tokens, m] are those for the inputs u [tokens, n] of a site. A site that no
+    token reaches, inside one of the base's own experts, has 0 and 1.
     """
     every = find_sites(model)
     sites = {name: every[name] for name in names}
@@ -71,5 +69,4 @@ def over_neutral_text(
 def moments(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation of each site's input over the passages' tokens, float32 [n] each."""
     return over_neutral_text(model, tokenizer, names, lambda _, u: u)

@@ -23,8 +23,8 @@ PAIR_TOKENS = 4096  # the same with targets
 class PromptReading:
     """What is taken from a model's passes of prompts: one subclass for each use.
 
-    `sites` are those whose inputs it sees (of the stack that reads prompts, see `base.sites`),
-    `blocks` the indices of those whose outputs it sees; -1 is what enters the first.
+    It sees inputs of `sites` (of the stack that reads prompts, see `base.sites`) and outputs of
+    `blocks`, by index; -1 is what enters the first.
     """
 
     sites: Mapping[str, Site] = {}
@@ -34,10 +34,7 @@ class PromptReading:
         """A batch comes whose tokens are where `mask` [texts, columns] is 1; padding is right."""
 
     def see_site(self, site: Site, u: Tensor) -> None:
-        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void.
-
-        Sites that see some of the tokens only, inside one of the base's own experts, don't come.
-        """
+        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void."""
 
     def see_block(self, index: int, hidden: Tensor) -> None:
         """The output [texts, columns, n] of a block."""
@@ -57,8 +54,7 @@ def read_prompts(
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
-    In batches of prompts of like length, through the encoder or all of a causal model but its head;
-    `then` is applied to what each batch gave. A progress bar shows the `label`, if there is one.
+    `then` is applied to what each batch gave. With a `label` there is a progress bar.
     """
     stack, device = prompt_stack(model), input_device(model)
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
@@ -66,6 +62,7 @@ def read_prompts(
     parts: list[Tensor] = []
 
     def see_site(site: Site, u: Tensor, _: Tensor | None) -> None:
+        # Sites inside one of the base's own experts see some of the tokens, without rows.
         if u.dim() > 2:
             reading.see_site(site, u)
 
@@ -83,6 +80,7 @@ def read_prompts(
             parts.append(then(reading.found()) if then else reading.found())
             bar.update(len(rows))
     found = torch.cat(parts)
+    # Batches came by length; rows go back to the order of the prompts.
     return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
 
 
@@ -97,8 +95,7 @@ def read_pairs(
 ) -> None:
     """Call `see(site, u)` with the inputs u [tokens, n] of `sites` for all real tokens of `pairs`.
 
-    Prompt and target pass in one go (teacher forcing), batch by batch; padding is left out. A
-    progress bar shows the `label`, if there is one.
+    Prompt and target pass in one go (teacher forcing). With a `label` there is a progress bar.
     """
     collator, device = Collator(model, pad_token_id), input_device(model)
     inner = headless(model)
@@ -110,6 +107,7 @@ def read_pairs(
     with _bar(len(pairs), label, "means") as bar, watch_inputs(model, sites, see_real):
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             inputs = collator([pairs[row] for row in rows])
+            # With labels the model would compute a loss.
             inputs.pop("labels")
             inner(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
             bar.update(len(rows))
@@ -142,9 +140,8 @@ def continued(
 ) -> Tensor:
     """What `model.generate` returns for the prompts `ids` [rows, columns]; `mask` is 0 at padding.
 
-    With `temperature` None each token is the likeliest one, else it is drawn from all tokens by
-    their probabilities at that temperature. Of the model's generation_config only the tokens that
-    begin and end answers count. Raises BaseModelError as `decoder_start` does.
+    `temperature` None is greedy, else tokens are drawn from the whole distribution. Of the model's
+    generation_config only the tokens that begin and end answers count.
     """
     own = model.generation_config
     config = _WholeConfig(
@@ -155,6 +152,7 @@ def continued(
         pad_token_id=tokenizer.pad_token_id,
     )
     if temperature is not None:
+        # transformers would draw from the 50 likeliest tokens.
         config.temperature, config.top_k = temperature, 0
     if model.config.is_encoder_decoder:
         config.decoder_start_token_id = decoder_start(model)

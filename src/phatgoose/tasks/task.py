@@ -1,12 +1,13 @@
-"""A task: examples with an input, a target and, where there are any, answer choices."""
+"""Tasks: examples with an input, a target and perhaps answer choices; mixtures; suites of tasks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import TaskError
@@ -40,7 +41,6 @@ class Example:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What digests are made of, as plain data: all fields, `row` only where it is known."""
         fields = asdict(self)
         return fields if self.row is not None else {k: v for k, v in fields.items() if k != "row"}
 
@@ -113,7 +113,6 @@ class Task:
 
 
 def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
-    """At most `most` of the examples (None: all), the same for a given seed, in file order."""
     if most is None or most >= len(examples):
         return examples
     chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
@@ -127,3 +126,95 @@ def named_apart(tasks: Iterable[Task]) -> list[Task]:
         if names.count(name) > 1:
             raise TaskError(f"Two tasks are called {name!r}; give them different names.")
     return found
+
+
+def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:
+    """One task with the training examples of all `tasks`, at most `most` of each, and no test
+    split.
+
+    Validation examples are each task's own or set apart by `seed`, up to VALIDATION_MOST of each,
+    so that the few that training draws are not all of the largest task. Raises TaskError when there
+    are no tasks, one can't be trained on, or `most` is below 1.
+    """
+    if not tasks:
+        raise TaskError(f"The mixture {name!r} has no tasks.")
+    if most is not None and most < 1:
+        raise TaskError(f"most is {most}, but must be at least 1.")
+    for task in tasks:
+        if not task.train:
+            raise TaskError(f"Task {task.name!r} has no training examples to mix.")
+    divided = [task.with_validation(seed) for task in tasks]
+    parts = [draw(task.train, most, seed) for task in divided]
+    sizes = (f"{task.source} ({len(part)})" for task, part in zip(tasks, parts, strict=True))
+    validation = [draw(task.validation, VALIDATION_MOST, seed) for task in divided]
+    return Task(
+        name,
+        train=tuple(row for part in parts for row in part),
+        validation=tuple(row for part in validation for row in part),
+        source=f"mixture of {', '.join(sizes)}",
+        validation_origin=f"each task's own, or set apart from it by seed {seed}; at most "
+        f"{VALIDATION_MOST} of each",
+    )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a suite's files are.
+
+    `data` is a folder with copies of Hub datasets, each in the layout of its repository, at
+    `data/OWNER/NAME` or `data/NAME`; None reads from the Hub (or its cache). `templates` is a
+    folder of promptsource templates (`DATASET/CONFIG/templates.yaml`); None uses those of the
+    installed package promptsource.
+    """
+
+    data: Path | None = None
+    templates: Path | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset of a suite.
+
+    `read` loads it. `metrics` and `max_new_tokens` are those of the task that `read` returns.
+    `micro_batch_size` is the paper's code's for training on this dataset, `train_examples` the
+    number of training examples if known without loading; None means unknown. `source` says in
+    words where the data come from.
+    """
+
+    name: str
+    read: Callable[[Sources], Task]
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    micro_batch_size: int | None = None
+    train_examples: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, name: str, tasks: Iterable[Task]) -> Suite:
+        """The suite of these tasks, which are loaded already."""
+
+        def entry(task: Task) -> Entry:
+            return Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
+
+        return cls(name, tuple(map(entry, tasks)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.entries)
+
+    def entry(self, name: str) -> Entry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise TaskError(
+            f"Suite {self.name} has no dataset {name!r}; it has {', '.join(self.names)}."
+        )
+
+    def load(self, sources: Sources | None = None) -> tuple[Task, ...]:
+        return tuple(entry.read(sources or Sources()) for entry in self.entries)

@@ -11,14 +11,13 @@ from dataclasses import replace
 import pytest
 
 from made_comparison import made_comparison
-from phatgoose.apps.demo import demo
-from phatgoose.apps.demo.demo import (
+from phatgoose.apps import demo
+from phatgoose.apps.demo import (
     SKILLS,
     TASKS,
     gains_of,
     lifts_of,
     trained_task,
-    unseen_suite,
     unseen_tasks,
     write_gains,
 )
@@ -27,7 +26,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.load import load
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Suite
 
 EXPERTS = tuple(SKILLS)
 UNSEEN = tuple(SKILLS.values())
@@ -94,8 +93,8 @@ def rows_of(names: tuple[str, ...], split: str) -> dict[str, tuple[Example, ...]
 def test_the_unseen_tasks_are_a_suite_in_the_order_of_the_skills():
     tasks = unseen_tasks(7)
     assert [len(task.test) for task in tasks] == [7] * len(SKILLS)
-    assert unseen_suite(tasks).names == UNSEEN
-    assert unseen_suite(tasks).load() == tuple(tasks)
+    assert Suite.of("unseen", tasks).names == UNSEEN
+    assert Suite.of("unseen", tasks).load() == tuple(tasks)
     assert [trained_task(name).name for name in SKILLS] == list(EXPERTS)
 
 

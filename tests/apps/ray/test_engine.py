@@ -36,8 +36,7 @@ ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 
 from ray.cluster_utils import Cluster  # noqa: E402  there is none without ray
 
-from phatgoose.apps.ray import RayEngine, connected  # noqa: E402
-from phatgoose.apps.ray.engine import Worker  # noqa: E402
+from phatgoose.apps.ray_engine import RayEngine, Worker, connected  # noqa: E402
 
 pytestmark = [
     pytest.mark.heavy,
@@ -150,7 +149,7 @@ def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(
 def test_a_worker_keeps_to_its_cores(tmp_path, monkeypatch):
     told = []
     monkeypatch.chdir(tmp_path)
-    module = "phatgoose.apps.ray.engine"
+    module = "phatgoose.apps.ray_engine"
     monkeypatch.setattr(f"{module}.keep_to", told.append)
     monkeypatch.setattr(f"{module}.ray", MagicMock(**{"get.side_effect": lambda held: held}))
     Worker([Naps()], str(tmp_path), 2.0).open()

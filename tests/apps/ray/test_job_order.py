@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("ray")
-from phatgoose.apps.ray.engine import job_for
+from phatgoose.apps.ray_engine import job_for
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
 
-from phatgoose.apps.ray import connected
+from phatgoose.apps.ray_engine import connected
 from phatgoose.config import Serving
 from serving import ServedModel, folder_of, generated
 from tiny import make_tokenizer
 
-replicas = pytest.importorskip("phatgoose.apps.ray.replicas", reason="needs ray[serve]")
+replicas = pytest.importorskip("phatgoose.apps.ray_replicas", reason="needs ray[serve]")
 
 pytestmark = [
     pytest.mark.heavy,

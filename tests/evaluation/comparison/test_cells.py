@@ -23,8 +23,7 @@ from phatgoose.evaluation.comparison.cells import circumstances, code_version
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers import prompt_router as base_reader
-from phatgoose.tasks.suites.entries import Entry, Suite
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Entry, Example, Suite, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -171,8 +170,8 @@ def test_comments_docstrings_and_layout_do_not_count(version_with, package, uned
         ("TOKEN_BUDGET = 4096\n", "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"),
         ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
         ('"""What the model answered', '"""The words that the model answered'),  # a class's
-        ('"""The unweighted mean', '"""The plain mean'),  # a method's
-        ('    """The score of these `answers` to the examples of an evaluation set."""\n', ""),
+        ('"""The scores of one model', '"""Scores of a model'),
+        ('        """The unweighted mean over tasks."""\n', ""),
     ):
         assert old in edited
         edited = edited.replace(old, new, 1)

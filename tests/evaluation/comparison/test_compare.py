@@ -41,7 +41,7 @@ from phatgoose.evaluation.evaluate import evaluate, score
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
-from phatgoose.tasks.suites.entries import Entry, Suite
+from phatgoose.tasks.task import Entry, Suite
 from tiny import logits_of, make_ids
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")

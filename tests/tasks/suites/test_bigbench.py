@@ -7,8 +7,7 @@ import pytest
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.tasks.suites.bigbench import bbh, bbl
-from phatgoose.tasks.suites.entries import Sources
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Sources
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("private_cache")

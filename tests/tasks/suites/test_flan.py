@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.flan import flan
 from phatgoose.tasks.suites.t0 import t0_held_in
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Sources
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.hub import PARQUET_REVISION, read_rows
+from phatgoose.tasks.task import Sources
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates, templates_folder
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Sources
 
 FILE = """
 dataset: fruit

@@ -12,9 +12,8 @@ from fake_packages import install
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites import registry
-from phatgoose.tasks.suites.entries import Entry, Sources, Suite
 from phatgoose.tasks.suites.registry import SUITES, local_suite, open_suite
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Entry, Example, Sources, Suite
 from suite_files import FULL, write
 
 
@@ -183,13 +182,13 @@ def test_hidden_files_are_no_tasks(folder):
 
 
 def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):
-    code = "from phatgoose.tasks.suites.entries import Suite\n"
+    code = "from phatgoose.tasks.task import Suite\n"
     code += "from phatgoose.tasks.suites.registry import SuiteRecord\n"
     code += "MINE = SuiteRecord(lambda: Suite('mine', ()), trainable=True)\n"
     points = {registry.GROUP: {"mine": "their_suites:MINE", "t0ho": "their_suites:MINE"}}
     install(tmp_path, monkeypatch, "their_suites", code, points)
     monkeypatch.setattr(registry, "SUITES", dict(registry.SUITES))
-    registry._add_others.cache_clear()
+    registry.known_suites.cache_clear()
     with pytest.warns(UserWarning, match="t0ho is left out: the name 't0ho' is taken"):
         assert open_suite("mine").name == "mine"
-    registry._add_others.cache_clear()
+    registry.known_suites.cache_clear()

@@ -17,10 +17,9 @@ from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.files.strict import read_toml
 from phatgoose.tasks.suites import p3, t0
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.p3 import P3Dataset
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Sources
 
 TABLES = read_toml(Path(t0.__file__).with_suffix(".toml"), "Suite", TaskError)
 

@@ -13,9 +13,8 @@ from command_line import FLAGS, open_row, refused, review, snapshot, write_rows
 from phatgoose.config import Training
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
-from phatgoose.tasks.multitask import mixture
 from phatgoose.tasks.suites import p3
-from phatgoose.tasks.suites.registry import open_tasks
+from phatgoose.tasks.suites.registry import mixture, open_tasks
 from phatgoose.training import pool_jobs as training_module
 
 datasets = pytest.importorskip("datasets")

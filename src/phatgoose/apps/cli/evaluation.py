@@ -170,7 +170,6 @@ def analyse(
 def _subject(
     model: str, opening: options.ModelOptions, routing: Routing, given: frozenset[str]
 ) -> tuple[PreTrainedModel | Pool, Base | None]:
-    """What is analysed: a routed model, or a pool and the base of its experts."""
     from ...experts.pool import Pool
     from ...routing.open_model import is_pool, is_routed
 
@@ -215,7 +214,6 @@ def _routers_table() -> Table:
 
 
 def _needs(spec: RouterSpec) -> str:
-    """What a router can't do without, for people."""
     needs = ["LoRAs" if need == "lora" else need for need in spec.needs]
     return ", ".join([*needs, *(f"--{name}" for name in spec.given if name == "scores")])
 

@@ -55,8 +55,7 @@ def train(
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
-    from ...tasks.multitask import mixture
-    from ...tasks.suites.registry import open_tasks
+    from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import is_first
     from ...training.workdir import expert_folder
@@ -90,7 +89,6 @@ def train(
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
-    """Raise unless each task can have its expert under its own name in `folder`."""
     from ...experts.expert import check_name
 
     named: dict[str, str] = {}

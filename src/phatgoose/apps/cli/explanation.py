@@ -31,11 +31,7 @@ class Explanation:
     kind: str | None = None
 
     def coloured(self) -> Iterator[Text]:
-        """For each stack that has such sites: its tokens in the colours of their first experts.
-
-        Bold tokens are the answer. A legend has the share of each expert in all tokens. What was
-        chosen, or shortlisted, for the whole prompt comes first.
-        """
+        """For each stack that has such sites: its tokens in the colours of their first experts."""
         if self.trace.whole:
             told = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
             yield Text(f"for the whole prompt: {told}\n")
@@ -50,9 +46,10 @@ class Explanation:
             yield coloured(zip(stream.tokens, top.tolist(), bold, strict=True), labels)
 
     def table(self, most: int = 3) -> Iterator[Table]:
-        """For each such stack: a row per token with its `most` experts of greatest weight."""
         for stream, shares in self._views():
-            table = Table(title=f"tokens of the {stream.name}" if self._has_several else None)
+            table = Table(
+                title=f"tokens of the {stream.name}" if len(self.trace.streams) > 1 else None
+            )
             for column in ("token", "part", *map(str, range(1, most + 1)), "others"):
                 table.add_column(column, no_wrap=True)
             for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True):
@@ -87,10 +84,6 @@ class Explanation:
             "trace": self.trace.to_dict(),
         }
 
-    @property
-    def _has_several(self) -> bool:
-        return len(self.trace.streams) > 1
-
     def _views(self) -> Iterator[tuple[TraceStream, Any]]:
         """(stream, weights [T, E]) of those streams that have sites of the layer and kind."""
         streams = [s for s in self.trace.streams if s.has(self.layer, self.kind)]
@@ -111,9 +104,8 @@ def explain(
 ) -> Explanation:
     """How the routed `model` serves `prompt` and the answer after it, seen at a layer and a kind.
 
-    The answer is the one `given`, or what the model generates greedily. Raises TaskError for a
-    prompt or answer that `check_prompt` or `check_text` refuses, RoutingError when the model is not
-    routed; a layer or kind that doesn't exist is refused when the explanation is shown.
+    The answer is the one `given`, or what the model generates greedily. A layer or kind that
+    doesn't exist is refused when the explanation is shown.
     """
     check_prompt(prompt)
     check_text(given or "", "The answer")

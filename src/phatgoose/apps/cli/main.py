@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """Print nothing more when no one reads our output, as with `| head`."""
+    # Python flushes its output at exit, and would complain again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return READER_GONE
 
@@ -123,10 +123,6 @@ def _failed(message: str) -> int:
 
 
 def _quieten() -> None:
-    """Show each warning on one line, our own log lines, and no advice of other libraries.
-
-    File names that are no UTF-8 are printed with escapes.
-    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,7 +1,4 @@
-"""Options of commands: recipes, flags made of dataclasses, and what commands share.
-
-Recipes: settings and tasks in a TOML file, one table for each class of settings.
-"""
+"""Options of commands: recipes, flags made of dataclasses, and what commands share."""
 
 from __future__ import annotations
 
@@ -42,17 +39,12 @@ if TYPE_CHECKING:
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...routing.open_model import OpenedModel
-    from ...tasks.suites.entries import Sources
-    from ...tasks.task import Task
+    from ...tasks.task import Sources, Task
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A TOML recipe: one table per config class, and the tasks to run it on.
-
-    `peft` is the kind of expert to train, a name in `kinds`. `data` and `templates` are the
-    folders of `tasks.suites.entries.Sources`.
-    """
+    """A TOML recipe: one table per config class, and the tasks to run it on."""
 
     base: str | None = None
     tasks: tuple[str, ...] = ()
@@ -81,8 +73,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """The recipe in the TOML file `path`; paths in it are relative to the file.
 
     A task that begins with the name of a known suite is no path ("./NAME" is the folder). A base or
-    an embedder is a path where there is such a folder, and else a name as on the command line.
-    Raises ConfigError when the file is missing, isn't TOML or has unknown keys.
+    an embedder is a path where there is such a folder. Raises ConfigError for unknown keys.
     """
     path = Path(path)
     content = read_toml(path, "Recipe", ConfigError)
@@ -122,14 +113,12 @@ def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
 
 
 def _model(folder: Path, name: str) -> str:
-    """The model `name` in `folder`, or `name` as it is where no such folder is there."""
     found = folder / name
     elsewhere = found != Path(name) and name not in ("", EMBEDDED)
     return str(found) if elsewhere and os.path.isdir(found) else name
 
 
 def _relative_to(folder: Path, task: str) -> str:
-    """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
     from ...tasks.suites.registry import known_suites  # loads numpy, which reading settings needn't
 
     def in_suite(name: str) -> bool:
@@ -157,13 +146,10 @@ IDLE = {"joint": ("gate_learning_rate", "gate_inputs")}
 
 @dataclass(frozen=True)
 class ExpertShapes:
-    """The shape that an expert of each kind would have, and the flags that were given."""
-
     by_kind: Mapping[str, Peft]
     flags: frozenset[str]
 
     def of(self, kind: str) -> Peft:
-        """The shape of this kind. Raises ConfigError for flags that are another kind's."""
         if kind not in self.by_kind:
             raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}.")
         for name in sorted(self.flags):
@@ -176,8 +162,6 @@ class ExpertShapes:
 
 @dataclass(frozen=True)
 class Without:
-    """Annotates a class of settings some of whose settings get no flag."""
-
     names: tuple[str, ...]
 
 
@@ -186,8 +170,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     Classes of settings are parameters named as in `RECIPE_TABLES`; `ExpertShapes` stands for those
     of all kinds of expert. A command with settings has --recipe, which also gives the options in
-    `RECIPE_OPTIONS` their default. A setting that several classes share is one flag and goes to all
-    of them. A parameter `given` receives the names of the settings in recipe and command line.
+    `RECIPE_OPTIONS` their default. A setting that several classes share is one flag. A parameter
+    `given` receives the names of the settings in recipe and command line.
     """
     parts = _Parameters(inspect.signature(command, eval_str=True))
 
@@ -240,10 +224,6 @@ class _Parameters:
         yield from (_setting_flag(first[name], ", ".join(tables[name])) for name in tables)
 
     def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What the command is called with, from the `arguments` that typer parsed.
-
-        A flag that leaves another setting without a use (IDLE) takes no notice of the recipe's.
-        """
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else Recipe()
         names = {setting.name for each in self.settings.values() for setting in each}
@@ -340,7 +320,6 @@ def open_pool(places: list[Path]) -> Pool:
 
 
 def split(values: list[str] | None) -> list[str]:
-    """The names in the values of an option that may be repeated or hold commas."""
     return [name for value in values or [] for name in value.split(",") if name]
 
 
@@ -350,7 +329,6 @@ class BaseOptions:
     dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
 
     def load(self, default: BaseReference | None) -> Base:
-        """The base, by `default` this one, and where that is None the embedded one."""
         from ...base.loading import SMOLLM2, load_base
 
         if self.base or default is None:
@@ -358,21 +336,18 @@ class BaseOptions:
         return load_base(default.id, dtype=self.dtype, revision=default.revision)
 
     def load_for(self, pool: Pool) -> Base:
-        """The base, by default the one that `pool` names."""
         from ...routing.open_model import loaded_base
 
         return loaded_base(pool, self.base, self.dtype)
 
 
 def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
-    """Raise ConfigError where an option of `given`, by name, has a value without `what`."""
     for name, value in given.items():
         if value is not None and not there:
             raise ConfigError(f"{flag_of(name)} is for {what}, which was not given.")
 
 
 def check_router(routing: Routing) -> None:
-    """Raise ConfigError for an unknown router or setting of one; warn of a k without a use."""
     if routing.router != AUTO:
         spec = choice_of(routing.router).spec
         if routing.k is not None and spec.k is None:
@@ -380,10 +355,7 @@ def check_router(routing: Routing) -> None:
 
 
 def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> None:
-    """Raise ConfigError when `given` settings choose a routing for a `model` that is not a pool.
-
-    Raises and warns as `check_router` does.
-    """
+    """Raise ConfigError when `given` settings choose a routing for a `model` that is not a pool."""
     from ...routing.open_model import require_pool
 
     if given & POOL_SETTINGS:
@@ -393,8 +365,6 @@ def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> 
 
 @dataclass(frozen=True)
 class ModelOptions(BaseOptions):
-    """How a model is opened: its base, and which experts of a pool take part."""
-
     keep: Annotated[list[str] | None, "Use this expert only (repeatable)."] = None
     leave_out: Annotated[list[str] | None, "Do without this expert (repeatable)."] = None
     scores: Annotated[
@@ -402,11 +372,6 @@ class ModelOptions(BaseOptions):
     ] = None
 
     def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
-        """The routed model, the pool routed by `routing`, or the base at `model`.
-
-        Raises ConfigError when `given`, the names of the settings that the user gave, has some of
-        a routing and `model` is not a pool.
-        """
         from ...routing.open_model import open_model
 
         check_routing_flags(model, routing, given)
@@ -435,15 +400,13 @@ class SourceOptions:
 
     @property
     def sources(self) -> Sources:
-        from ...tasks.suites.entries import Sources
+        from ...tasks.task import Sources
 
         return Sources(**vars(self))
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """Which examples are scored, and how long answers may be; named as `evaluate` names them."""
-
     limit: Annotated[int | None, "Use so many examples of a task, drawn by --seed.", {"min": 1}] = (
         None
     )
@@ -482,7 +445,6 @@ class RayOptions:
     ] = None
 
     def check(self) -> None:
-        """Raise ConfigError for an unknown engine, or an option of Ray's without Ray."""
         if self.engine not in ("local", "ray"):
             raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
         others = {name: value for name, value in vars(self).items() if name != "engine"}
@@ -497,13 +459,9 @@ class EngineOptions(RayOptions):
 
     @contextmanager
     def open(self) -> Iterator[Engine]:
-        """The engine, connected while the context is open.
-
-        Raises what `check` does, and EngineError when the engine can't be reached.
-        """
         self.check()
         if self.engine == "ray":
-            from ..ray import RayEngine, connected
+            from ..ray_engine import RayEngine, connected
 
             with connected(self.address):
                 yield RayEngine(self.workers, self.gpus_per_worker, self.cpus_per_worker)

@@ -47,7 +47,6 @@ class PlanOptions:
     json: Annotated[Path | None, "With --plan: write it here too."] = None
 
     def check(self) -> None:
-        """Raise ConfigError for an option of --plan without it, and for two answers about speed."""
         given = {name: value for name, value in vars(self).items() if value is not False}
         only_with("--plan", self.plan, given)  # 0 was given, too
         for name in ("tflops", "tokens_per_second") if self.measure else ():
@@ -64,10 +63,7 @@ def plan_experts(
     finished: int,
     settings: Mapping[str, Any],
 ) -> None:
-    """Print what training on `tasks` with `settings` takes; `finished` experts are left out.
-
-    It is written to `options.json` too, if given.
-    """
+    """Print what training on `tasks` with `settings` takes; `finished` experts are left out."""
     if options.json is not None:
         require_writable(options.json, ConfigError)
     from ...training.plan import Planner, Speed
@@ -113,7 +109,6 @@ def _table(plan: Plan, totals: Mapping[str, float]) -> Table:
 
 
 def _costs(numbers: Mapping[str, float], *, is_bound: bool) -> tuple[str, str, str]:
-    """Tokens, time and disk; "≤" stands before upper bounds."""
     bound = "≤ " if is_bound else ""
     tokens, disk = format_sizeof(numbers["tokens"]), format_sizeof(numbers["disk_bytes"])
     return bound + tokens, bound + _duration(numbers["seconds"]), f"{disk}B"
@@ -124,7 +119,6 @@ def _is_bound(plan: Plan) -> bool:
 
 
 def _sums(plan: Plan, totals: Mapping[str, float], engine: EngineOptions) -> tuple[str, str]:
-    """What one expert is, and what the workers need, in words."""
     expert = (
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {kinds()[plan.peft].label} "
         f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters."

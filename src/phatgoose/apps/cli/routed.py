@@ -71,7 +71,6 @@ def pool(
 
 
 def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
-    """What an owner has, shown; the folder that it was fetched to, [] without one."""
     from ...experts.importing.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
     from ..tables import owner_table
 
@@ -230,7 +229,7 @@ def demo(
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
     """Train five small experts, route them, score them on unseen tasks."""
-    from ..demo.demo import run_demo
+    from ..demo import run_demo
 
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)
 

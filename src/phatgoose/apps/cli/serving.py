@@ -72,8 +72,8 @@ def serve(
             say(advised, err=True)
         run(app, host, port, serving)
         return
-    from ..ray import connected
-    from ..ray.replicas import run_replicas
+    from ..ray_engine import connected
+    from ..ray_replicas import run_replicas
 
     cpus = replicas.cpus_per_worker
     with connected(replicas.address):

@@ -1,8 +1,7 @@
 """Figures of an analysis: which experts served which tokens, and how that goes with the scores.
 
 Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's and a wine red for
-routers, which differ in their markers too. Every function returns a figure that `write_png` and
-`svg_of` draw.
+routers, which differ in their markers too.
 """
 
 from __future__ import annotations
@@ -77,10 +76,9 @@ def heat_maps(
 ) -> Figure:
     """The paper's Figure 3: experts down, layers across, a row of panels for each dataset.
 
-    Encoder and decoder stand beside each other, and beside them Oracle's expert, where `oracle`
-    has it (by dataset). A cell is the mean of `measure` over the layer's tokens and sites. Of more
-    than `most` experts those with the highest cells are shown; the axis says how much of the whole
-    the others have.
+    Encoder and decoder stand beside each other, and Oracle's expert where `oracle` has it. A cell
+    is the mean of `measure` over the layer's tokens and sites. Of more than `most` experts those
+    with the highest cells are shown.
     """
     oracle = oracle or {}
     grids = {name: _grids(found, measure) for name, found in distributions.items()}
@@ -118,10 +116,7 @@ def heat_maps(
 def usage_bars(
     shares: Mapping[str, Array], experts: Sequence[str], *, most: int = MOST_EXPERTS
 ) -> Figure:
-    """Each expert's share of the weight by router, one panel a router, experts in one order.
-
-    The dashed line is an even share. The most used under the first router stand first.
-    """
+    """Each expert's share of the weight, a panel per router; the dashed line is an even share."""
     first = next(iter(shares.values()))
     shown = _shown(experts, first, most, set(), ordered=True)
     count = len(shown.labels)
@@ -219,7 +214,6 @@ def divergence_scatter(
 
 @styled
 def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
-    """Mean score against the number of experts, a line per router; a point is a pool."""
     figure = Figure(figsize=(7.6, 3.8), layout="constrained")
     panel = figure.subplots()
     counts = {len(curve.datasets) for curve in curves}
@@ -251,7 +245,7 @@ def write_png(figure: Figure, path: str | Path) -> None:
 def svg_of(figure: Figure, name: str, label: str) -> str:
     """`figure` as an `<svg>` element for a page: transparent, in the page's text colour and font.
 
-    `name` begins its ids, which no other figure of the page may use; `label` is for screen readers.
+    `name` begins its ids, which no other figure may use; `label` is for screen readers.
     """
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", dpi=150, transparent=True, metadata={"Date": None})
@@ -282,7 +276,6 @@ class _Shown:
         return np.asarray(values[self.rows])
 
     def said(self, shares: Array) -> str:
-        """How many experts are left out, and their part of `shares` [E]."""
         count = len(shares) - len(self.rows)
         left = 1 - shares[self.rows].sum() / shares.sum()
         return f"not shown: {count} experts with {left:.0%} of the weight" if count else ""
@@ -291,10 +284,7 @@ class _Shown:
 def _shown(
     experts: Sequence[str], peaks: Array, most: int, wanted: set[str], *, ordered: bool = False
 ) -> _Shown:
-    """The `wanted` experts, and up to `most` in all those of the highest `peaks`, in pool order.
-
-    With `ordered` they are in the order of their peaks.
-    """
+    """The `wanted` experts, and up to `most` in all those of the highest `peaks`."""
     most = max(most, sum(name in wanted for name in experts))
     ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in wanted, -peaks[z]))
     rows = sorted(ranked[:most], key=lambda z: -peaks[z] if ordered else z)
@@ -302,7 +292,6 @@ def _shown(
 
 
 def _grids(distribution: RoutingDistribution, measure: Measure) -> dict[str, Array]:
-    """Mean of `measure` by stack, [experts, layers]."""
     layers: dict[str, dict[int, Array]] = {}
     labels = {label.layer_name: label for label in distribution.labels.values()}
     for name, mean in distribution.by_layer(measure).items():

@@ -42,7 +42,6 @@ def inline_json(content: Any) -> str:
 
 
 def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
-    """The template of that name in `folder`, filled; texts are escaped for HTML."""
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -72,8 +71,6 @@ class PageFigure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One section of the page; `groups` are figures by name that fold away together."""
-
     id: str
     name: str
     texts: Sequence[str] = ()
@@ -329,9 +326,8 @@ def write_report(
 ) -> Path:
     """The page that was written to `folder`, with analysis.json and figures/*.png beside it.
 
-    The page holds texts of the data where `analyse` traced some; the other files hold none.
-    Figures show all experts, the page's the most used ones; those of an earlier report are removed.
-    Raises EvaluationError when a file can't be written.
+    Only the page holds texts of the data, where `analyse` traced some. Figures show all experts,
+    the page's the most used ones. Raises EvaluationError when a file can't be written.
     """
     folder = Path(folder)
     analysis.write_json(folder / NUMBERS)

@@ -33,7 +33,6 @@ FOLDER = Path(__file__).parent
 
 
 def _allowed(content: str) -> str:
-    """The source in a Content-Security-Policy that allows this text alone."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
@@ -95,7 +94,6 @@ def responses_of(
 
 
 def answering(wanted: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
-    """What the schema says of a route that reads its body itself and answers whole or streams."""
     description = "The answer, or with stream a chunk in each event."
     streams = {"description": description, "content": {"text/event-stream": EVENTS}}
     statuses = (400, 404, 408, 413, 415, 429, 500, 503, 504)
@@ -109,7 +107,6 @@ def answering(wanted: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]
 
 
 def install_errors(app: FastAPI) -> None:
-    """Answer every error of `app` in OpenAI's form, and describe that in its schema."""
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _refused)
     app.openapi = _schema_of(app)  # type: ignore[method-assign]
@@ -124,8 +121,6 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 
 def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """FastAPI's schema with our request bodies and without its own validation errors."""
-
     def schema() -> dict[str, Any]:
         found = FastAPI.openapi(app)
         for path in found["paths"].values():
@@ -214,8 +209,8 @@ def create_app(
 ) -> FastAPI:
     """The application that serves `models`. They are opened now; the engine runs while it does.
 
-    Without `api_keys` everybody may use it who asks for one of `hosts` or a loopback name of this
-    machine (`AccessControl`). Raises what opening a model does.
+    Without `api_keys` every client may use it that asks for one of `hosts` or a loopback name
+    (`AccessControl`). Raises what opening a model does.
     """
     limits = serving or Serving()
     service = Service(load_models(models), limits)

@@ -45,18 +45,13 @@ EVICTED = (HEAD, BODY)  # connections that make room for new ones, in this order
 
 @dataclass(frozen=True)
 class State:
-    """What a connection waits for, and since when."""
-
     waits_for: str  # HEAD, BODY, READER (the client reads too slowly), SERVER or CLOSING
     request: object  # None before the first
     since: float
 
 
 class GuardedConnection(H11Protocol):
-    """A connection that `ConnectionGuard` checks.
-
-    Always h11's protocol, whatever else is installed: it bounds the headers.
-    """
+    """A connection that `ConnectionGuard` checks."""
 
     def __init__(self, guard: ConnectionGuard, **options: Any) -> None:
         super().__init__(**options)
@@ -105,7 +100,6 @@ class GuardedConnection(H11Protocol):
                 self.cut()
 
     def check(self, now: float) -> State:
-        """The state at the time `now` of the loop."""
         if self.transport.is_closing():
             waits_for = CLOSING
         elif self.cycle is None or self.cycle.response_complete:
@@ -119,16 +113,14 @@ class GuardedConnection(H11Protocol):
         return self.state
 
     def cut(self) -> None:
-        """Close at once; what the client has not read is lost."""
         self.transport.abort()
 
 
 class ConnectionGuard:
     """All connections of a server: at most `most`, with `seconds` for each part of a request.
 
-    When there are too many, the connection is closed that has kept the server waiting for its
-    request longest; if there is none, the new one. While `is_in_demand()`, because other answers
-    wait, a client that reads nothing is cut off sooner.
+    When there are too many, the one that has kept the server waiting for its request longest is
+    closed; if there is none, the new one.
     """
 
     def __init__(
@@ -164,6 +156,7 @@ class ConnectionGuard:
 
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         now, limits = loop.time(), dict(self._limits)
+        # Other answers wait for the place of a client that reads nothing.
         if self._is_in_demand():
             limits[READER] = HURRIED
         for connection in list(self.open):
@@ -189,16 +182,10 @@ def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise ConfigError when nothing can listen at the address, before models are loaded."""
     _listening(host, port).close()
 
 
 def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
-    """`app` under uvicorn, with limits on its connections.
-
-    Only proxies in FORWARDED_ALLOW_IPS may name a client's address. Only the server's own errors
-    are logged: what strangers send would fill the disk.
-    """
     service = getattr(getattr(app, "state", None), "service", None)
     guard = ConnectionGuard(
         _connections(limits.max_connections),
@@ -207,11 +194,14 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     )
     config = uvicorn.Config(
         app,
+        # h11 whatever else is installed: it bounds the headers.
         http=cast("Any", partial(GuardedConnection, guard)),
         ws="none",
         timeout_graceful_shutdown=limits.shutdown_timeout,
         backlog=BACKLOG,
+        # Only proxies that the operator names may say what a client's address is.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        # What clients send would fill the disk.
         log_level="error",
         server_header=False,
     )
@@ -242,7 +232,6 @@ def _listening(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def handling_signals(handle: Callable[..., None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `handle` while the context is open."""
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield

@@ -39,7 +39,6 @@ class FairQueue:
         return len(self._by_client.get(client, ()))
 
     def heads(self) -> list[ActiveSequence]:
-        """Each client's next sequence, in the order of their turns."""
         return [own[0] for own in self._by_client.values()]
 
     def add(self, sequences: Sequence[ActiveSequence]) -> None:
@@ -47,7 +46,6 @@ class FairQueue:
             self._by_client.setdefault(each.client, []).append(each)
 
     def take(self, head: ActiveSequence) -> None:
-        """Remove `head`, one of `heads`; its client goes to the end of the line."""
         own = self._by_client.pop(head.client)
         if own[1:]:
             self._by_client[head.client] = own[1:]
@@ -75,6 +73,7 @@ def join(one: Cache, other: Cache) -> None:
 
 def drop_columns(cache: Cache, columns: int) -> None:
     for layer in cache.layers:
+        # A view would keep the dropped columns in memory.
         layer.keys = layer.keys[..., columns:, :].contiguous()
         layer.values = layer.values[..., columns:, :].contiguous()
 
@@ -87,8 +86,7 @@ MOST_LOGITS = 1 << 26
 class Prefilled:
     """What reading the prompts of some sequences gave, in their order.
 
-    `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token,
-    `encoded` is an encoder-decoder model's.
+    `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token.
     """
 
     cache: Cache
@@ -134,7 +132,6 @@ class _DistinctPrompts:
         self._padding = [self._ids.shape[1] - len(each) for each in prompts]
 
     def read(self) -> Prefilled:
-        """Read with a causal model, in one pass, or in several where prompts are scored."""
         runner, (rows, columns) = self._runner, self._ids.shape
         cache = runner.new_cache()
         is_scored = any(each.decoding.scores_prompt for each in self._everyone)
@@ -155,7 +152,6 @@ class _DistinctPrompts:
         return Prefilled(cache, self._mask, logits[:, -1].float())
 
     def _scores(self, row: int, logits: Tensor, begin: int, end: int) -> list[TokenScores]:
-        """Scores of the tokens that follow the columns `begin` to `end`, given their `logits`."""
         wanting = [each for each in self._owners[row] if each.decoding.scores_prompt]
         if not wanting:
             return []
@@ -165,7 +161,6 @@ class _DistinctPrompts:
         return token_scores(logits[max(0, pad - begin) :][: len(targets)], targets, most)
 
     def read_and_encode(self) -> Prefilled:
-        """Read with an encoder-decoder model: the encoder's pass and the decoder's first token."""
         runner = self._runner
         cache, keeper = runner.new_cache(), keeper_for(self._everyone)
         encoded = runner.encode(self._ids, self._mask, keeper)
@@ -175,11 +170,8 @@ class _DistinctPrompts:
         return Prefilled(cache, self._mask, logits[:, -1].float(), encoded)
 
     def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
-        """Give each sequence the routing of its prompt's tokens in the columns `begin` to `end`.
-
-        An encoder-decoder model's decoder has read the token that begins an answer instead.
-        """
         for name, stream in keeper.streams().items() if keeper is not None else ():
+            # The decoder has read the token that begins an answer instead of the prompt's.
             is_start = self._runner.is_encoder_decoder and name == "decoder"
             for row, group in enumerate(self._owners):
                 if is_start:
@@ -192,7 +184,6 @@ class _DistinctPrompts:
                         each.routing.append(part)
 
     def _part(self, stream: TraceStream, row: int, begin: int, end: int) -> TraceStream:
-        """What `stream`, of the columns `begin` to `end`, has of the prompt in `row`."""
         pad, width, sequence = self._padding[row], end - begin, self._owners[row][0]
         first = max(begin, pad)
         pieces = texts_of(self._runner.tokenizer, sequence.prompt)[first - pad : max(0, end - pad)]
@@ -203,9 +194,7 @@ class _DistinctPrompts:
 class Batch:
     """Sequences of one model, a row each, with their keys and values; all get a token per step.
 
-    Sequences join between two steps, once their prompts have been read, and leave when they are
-    finished. An encoder-decoder model's begin together and none joins later, since some such models
-    count positions by the batch.
+    Sequences join between two steps, once their prompts have been read, and leave when finished.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
@@ -217,6 +206,7 @@ class Batch:
 
     @property
     def is_open(self) -> bool:
+        # Some encoder-decoder models count positions by the batch, so their rows begin together.
         return not self.sequences or not self.runner.is_encoder_decoder
 
     def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
@@ -225,7 +215,6 @@ class Batch:
         return len(together) * max((each.most_tokens for each in together), default=0)
 
     def join(self, newcomers: Sequence[ActiveSequence]) -> None:
-        """Read the prompts of `newcomers`, take them in and choose the first token of each."""
         read = prefill(self.runner, newcomers)
         if self.sequences:
             join(self._cache, read.cache)
@@ -256,7 +245,6 @@ class Batch:
         self.drop_finished()
 
     def drop_finished(self) -> None:
-        """Remove sequences that are over, and columns that none of the others needs."""
         kept = [row for row, each in enumerate(self.sequences) if not each.is_over]
         if len(kept) == len(self.sequences):
             return
@@ -273,7 +261,6 @@ class Batch:
             self._mask = self._mask[:, unused:]
 
     def _report_routing(self, keeper: TraceKeeper) -> None:
-        """Give each sequence the routing of the token that it chose last."""
         for stream in keeper.streams().values():
             for row, sequence in enumerate(self.sequences):
                 if sequence.decoding.routing:
@@ -292,10 +279,9 @@ log = logging.getLogger(__name__)
 class GenerationEngine:
     """Computes sequences in batches, each of one model and routing.
 
-    Sequences wait in one queue for all models, and clients take turns. A sequence is admitted while
-    the tokens that all batches will hold stay within the limit; a client who has some running
-    already gets more only while enough is left for others. `count` is told the rows of each pass.
-    All public methods may be called from any thread.
+    Sequences wait in one queue for all models, and clients take turns. One is admitted while the
+    tokens that all batches will hold stay within the limit. `count` is told the rows of each pass.
+    Public methods may be called from any thread.
     """
 
     def __init__(self, limits: Serving, count: Callable[[int], object] = lambda rows: None) -> None:
@@ -324,11 +310,7 @@ class GenerationEngine:
         return self._thread is not None and self._thread.is_alive()
 
     def submit(self, sequences: Sequence[ActiveSequence]) -> None:
-        """Queue the `sequences` of one request, all or none.
-
-        Raises ApiError when the queue is full, the client has enough in it, or it can never take so
-        many sequences or such long ones.
-        """
+        """Queue the `sequences` of one request, all or none, or raise ApiError."""
         limits, new = self._limits, len(sequences)
         longest = max(each.most_tokens for each in sequences)
         if longest > limits.max_batch_tokens:
@@ -353,7 +335,6 @@ class GenerationEngine:
             self._changed.notify()
 
     def cancel(self, sequences: Sequence[ActiveSequence]) -> None:
-        """Stop computing `sequences`; their places are free from the next step on."""
         with self._changed:
             for each in sequences:
                 each.is_cancelled = True
@@ -370,6 +351,7 @@ class GenerationEngine:
             return len(self._queue)
 
     def _running(self) -> list[ActiveSequence]:
+        # A copy of the list, which the engine's thread may change meanwhile.
         return [each for batch in list(self._batches) for each in batch.sequences]
 
     def _run(self) -> None:
@@ -390,7 +372,6 @@ class GenerationEngine:
             _fail(left, STOPPED)
 
     def _wait(self) -> bool:
-        """Wait for something to do; False when the engine is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._batches or self._stopping)
             return not self._stopping
@@ -399,7 +380,6 @@ class GenerationEngine:
         self._batches = [batch for batch in self._batches if batch.sequences]
 
     def _admit(self) -> None:
-        """Drop cancelled sequences and admit others from the queue."""
         for batch in self._batches:
             batch.drop_finished()
         self._drop_empty()
@@ -410,7 +390,6 @@ class GenerationEngine:
             self._guarded(batch, partial(batch.join, group), group)
 
     def _next_group(self, most_read: int) -> list[ActiveSequence]:
-        """Sequences of one model from the queue, as many as may be admitted together."""
         group: list[ActiveSequence] = []
         with self._changed:
             while (head := self._next(group, most_read)) is not None:
@@ -419,11 +398,8 @@ class GenerationEngine:
         return group
 
     def _next(self, group: Sequence[ActiveSequence], most_read: int) -> ActiveSequence | None:
-        """The sequence that joins `group` next, None if none may.
-
-        While one doesn't fit, clients with running sequences get no more, so that it isn't passed
-        over for ever.
-        """
+        # While a sequence doesn't fit, clients with running ones get no more: it would be passed
+        # over for ever.
         is_short = False
         for head in self._queue.heads():
             together = [*group, head]
@@ -446,7 +422,6 @@ class GenerationEngine:
         return sum(each.most_tokens for each in own)
 
     def _tokens_with(self, group: Sequence[ActiveSequence]) -> int:
-        """Tokens that all batches hold if `group` joins."""
         batch = self._batch_for(group[0].runner)
         others = sum(each.tokens_with() for each in self._batches if each is not batch)
         return others + batch.tokens_with(group)
@@ -460,7 +435,6 @@ class GenerationEngine:
     def _guarded(
         self, batch: Batch, work: Callable[[], None], joining: Sequence[ActiveSequence] = ()
     ) -> None:
-        """Do `work` for `batch`; if it fails, so do the batch's sequences and no others."""
         if batch not in self._batches:
             self._batches.append(batch)
         size = len(batch.sequences) + len(joining)

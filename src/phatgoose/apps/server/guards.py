@@ -89,9 +89,8 @@ NETWORK = 64  # bits of an IPv6 address that name its network
 class AccessControl:
     """Decides which requests are allowed.
 
-    `hosts` are names, besides the loopback's, by which clients may call the server. An address of
-    all interfaces stands for the machine's name and any IP address, "*" for any name. Without
-    `keys` every client that knows a name is allowed.
+    `hosts` are names, besides the loopback's, by which clients may call the server; an address of
+    all interfaces stands for the machine's name and any IP address, "*" for any name.
     """
 
     def __init__(self, hosts: Sequence[str] = (), keys: Sequence[str] = ()) -> None:
@@ -134,7 +133,6 @@ class AccessControl:
             raise ApiError(403, message, code="foreign_origin")
 
     def _known(self, key: str | None) -> str:
-        """A name for the client who has `key`."""
         # All keys are compared, by digest and in constant time, so that timing reveals nothing.
         given = hashlib.sha256((key or "").encode(errors="replace")).digest()
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
@@ -167,7 +165,6 @@ def _is_address(name: str) -> bool:
 
 
 def _network_of(client: Sequence[Any] | None) -> str:
-    """The address of a client; an IPv6 one's network, all of which is its own."""
     name = str(client[0]) if client else "unknown"
     if not _is_address(name) or ipaddress.ip_address(name).version == 4:
         return name
@@ -199,7 +196,6 @@ class RequestBody:
             self.add(await self._piece())
 
     def add(self, piece: bytes) -> None:
-        """Hold `piece`. Raises ApiError when there is no room for it."""
         self._size += len(piece)
         self._guard.held += len(piece)
         self._pieces.append(piece)
@@ -209,7 +205,6 @@ class RequestBody:
             raise busy("Too many requests are being read; try again in a while.")
 
     async def drain(self) -> None:
-        """Read on without holding it: a client that is still sending would miss the answer."""
         left = DRAINED * self._guard.most
         while left > 0 and not self._is_over:
             left -= len(await self._piece())
@@ -229,9 +224,8 @@ class RequestBody:
 class RequestGuard:
     """Passes a request to `app` once it is allowed and its body is complete.
 
-    A body has at most `most` bytes and arrives within `seconds`. A POST must declare a JSON content
-    type, which a page can't make a browser send to another server without asking it. The request's
-    scope has its client and its body.
+    A body has at most `most` bytes and arrives within `seconds`. The request's scope has its client
+    and its body.
     """
 
     def __init__(self, app: ASGIApp, access: AccessControl, most: int, seconds: float) -> None:
@@ -251,6 +245,7 @@ class RequestGuard:
         except ApiError as refusal:
             body.release()
             with suppress(asyncio.TimeoutError):
+                # A client that is still sending would miss the answer.
                 await asyncio.wait_for(body.drain(), DRAINING)
             headers = {**(refusal.headers or {}), "Connection": "close"}
             await JSONResponse(refusal.body, refusal.status_code, headers)(scope, receive, send)
@@ -264,6 +259,7 @@ class RequestGuard:
     async def _read(self, scope: Scope, body: RequestBody) -> None:
         headers = Headers(scope=scope)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        # A page can't make a browser send this type to another server without asking that first.
         if not re.fullmatch(r"application/([\w.-]+\+)?json", kind, re.ASCII):
             raise ApiError(415, "The body must be JSON with 'Content-Type: application/json'.")
         length = headers.get("content-length", "").lstrip("0")[:20]  # 20 digits are too many anyway

@@ -44,11 +44,10 @@ Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has 
 
 
 class ModelRunner:
-    """A model with its tokenizer; each pass adds to a cache of keys and values.
+    """A model with its tokenizer; each pass adds to a cache and shows its routing to any `keeper`.
 
-    `ends` are the tokens that end an answer. `context` is how many tokens the model can hold (None:
-    any number), an encoder-decoder model's encoder. `added` are the tokens before and after the
-    text of a prompt. A pass shows its routing to `keeper`, if there is one.
+    `ends` are the tokens that end an answer, `context` how many tokens the model (or its encoder)
+    can hold, None for any, `added` those before and after the text of a prompt.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -105,17 +104,13 @@ class ModelRunner:
         cache: Cache,
         keeper: TraceKeeper | None = None,
     ) -> Tensor:
-        """An encoder-decoder model's logits of the decoder's tokens `ids` [rows, 1].
-
-        `encoded` comes from `encode`; `mask` [rows, columns] is 0 at the encoder's padding.
-        """
+        """An encoder-decoder model's logits of the decoder's tokens `ids` [rows, 1]."""
         inputs = {"decoder_input_ids": ids, "attention_mask": mask, "encoder_outputs": encoded}
         return self._pass(inputs, cache, keeper)
 
     def encode(
         self, ids: Tensor, mask: Tensor, keeper: TraceKeeper | None = None
     ) -> BaseModelOutput:
-        """The encoder's output for the prompts `ids` [rows, columns]."""
         with self._watched(keeper):
             found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         return found
@@ -125,16 +120,12 @@ class ModelRunner:
         return self._context is not None
 
     def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Choice | None]:
-        """The experts that a router which picks by prompt has for each; None for other routers.
-
-        May be slow (it may read each prompt with another model): not for the engine's thread.
-        """
+        """The experts that a router which picks by prompt has for each; None for other routers."""
         if self._context is None:
             return [None] * len(prompts)
         return [*self._context.choose([list(each) for each in prompts]).each()]
 
     def use_experts(self, experts: Sequence[Choice | None]) -> None:
-        """Let the next pass use these, one a row, if the router picks experts by prompt."""
         if self._context is not None:
             self._context.use(Choice.joined(each for each in experts if each is not None))
 
@@ -153,15 +144,13 @@ class _Bases:
         self._loaded: list[tuple[Base, str]] = []
 
     def get(self, wanted: BaseReference, dtype: str) -> Base:
-        """The base `wanted` in `dtype`; weights of the same name or fingerprint are loaded once.
-
-        Under another name they have that one's tokenizer, where it is to be found.
-        """
+        """The base `wanted` in `dtype`; weights of the same name or fingerprint are loaded once."""
         dtype = dtype_name(choose_dtype(dtype))
         for base, of in self._loaded:
             if of == dtype and (base.id, base.revision) == (wanted.id, wanted.revision):
                 return base
         for base, of in self._loaded:
+            # The same weights under another name may have another tokenizer.
             if of == dtype and base.fingerprint == wanted.fingerprint:
                 with suppress(BaseModelError):  # no tokenizer there
                     tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
@@ -176,13 +165,9 @@ class _Bases:
 
 
 class LoadedModel:
-    """An opened model, and what it takes to compose it with another routing.
-
-    `parts` is None for a base alone.
-    """
+    """An opened model, and what it takes to compose it anew; `parts` is None for a base alone."""
 
     def __init__(self, settings: ServedModel, bases: _Bases) -> None:
-        """Raises what opening a model does, and ConfigError for settings that it can't have."""
         self.settings = settings
         self._check()
         place = settings.place
@@ -225,7 +210,6 @@ class LoadedModel:
 
     @cached_property
     def pool(self) -> Pool:
-        """The model's experts. Raises RoutingError for a saved model if they weren't found."""
         if is_routed(self.settings.place):
             raise RoutingError(
                 f"{self.settings.name!r} is a saved model; its routing can be changed only while a "
@@ -254,11 +238,7 @@ class LoadedModel:
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
-        """The routing and the experts with `override` applied.
-
-        Raises RoutingError for a model without experts, ConfigError for a router that needs more
-        than a request has, PoolError for unknown experts.
-        """
+        """The routing and the experts with `override` applied, or what makes that impossible."""
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
         pool = self.pool.select(override.keep, override.leave_out)
@@ -279,12 +259,10 @@ def _numbered(routing: Routing, experts: int) -> Routing:
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
-    """What records of the same expert have in common, wherever its files are."""
     return tuple(record.get(key) for key in ("name", *HASHES))
 
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
-    """All models by name, opened. Raises what opening a model does."""
     bases = _Bases()
     models: dict[str, LoadedModel] = {}
     for settings in served:

@@ -1,9 +1,7 @@
 """OpenAI's protocol: errors, and the bodies of requests and responses, with our fields for routing.
 
-Unknown fields are refused by name rather than ignored. Fields of OpenAI's that aren't supported are
-accepted with the value that asks for nothing. A list is validated up to its first error: collecting
-all errors of a long one would take longer than any answer. Docstrings of bodies are part of
-/openapi.json.
+Unknown fields are refused by name. Fields of OpenAI's that aren't supported are accepted with the
+value that asks for nothing. Docstrings of bodies are part of /openapi.json.
 """
 
 from __future__ import annotations
@@ -49,14 +47,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def busy(message: str, seconds: int = 1) -> ApiError:
-    """The error of a request that may be repeated after some `seconds`."""
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
 def error_body(
     status: int, message: str, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's JSON body of an error."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -67,7 +63,6 @@ def for_clients(error: object) -> str:
 
 
 def without_paths(message: str) -> str:
-    """`message` with each absolute path cut to its last part."""
     return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)
 
 
@@ -80,7 +75,6 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """The deadline `seconds` from now. Must be called in the event loop's thread."""
         return cls(seconds, asyncio.get_running_loop().time() + seconds)
 
     @property
@@ -107,7 +101,6 @@ Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail
 
 
 def _requestable(router: str) -> str:
-    """`router` as tables write it. Raises ValueError for one that no request can name."""
     if router.partition(":")[0] not in REQUESTABLE_ROUTERS:
         raise ValueError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}")
     try:

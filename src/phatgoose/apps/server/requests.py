@@ -34,11 +34,7 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 
 
 def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
-    """The request in `body`. Raises ApiError, which repeats only names of fields.
-
-    JSON is strict: no half surrogate pairs, no NaN or infinity, no nesting deeper than 200, no key
-    twice in one object.
-    """
+    """The request in `body`. Raises ApiError, which repeats only names of fields."""
     _check_size(body)
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -52,13 +48,12 @@ def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
 
 
 def _check_size(body: bytes) -> None:
-    """Raise ApiError for more containers or fields than a sensible request has."""
-
     def is_small(text: bytes) -> bool:
         containers = text.count(b"[") + text.count(b"{")
         return containers <= MOST_CONTAINERS and text.count(b":") <= MOST_FIELDS
 
     if not is_small(body):
+        # Brackets in strings count only where that decides: counting without them takes longer.
         without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
         if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # outside of strings
             raise _invalid(
@@ -68,7 +63,6 @@ def _check_size(body: bytes) -> None:
 
 
 def _check_keys(pairs: list[tuple[str, Any]]) -> None:
-    """Raise ApiError for a key that one object has twice: other programs would take the first."""
     if len({key for key, _ in pairs}) < len(pairs):
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         shown = shortened(key, SHOWN)[1:-1]
@@ -76,15 +70,13 @@ def _check_keys(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _first_of(error: ValidationError, body: Any) -> ApiError:
-    """The first error of a request, `body`.
-
-    Where a field may have several forms there is one error for each of them. That of the form is
-    told which the value has the most of: its error lies deepest, and isn't about its type.
-    """
+    """The first error of a request, `body`."""
     found = [
         (_place_of(each, body), each)
         for each in error.errors(include_url=False, include_context=False, include_input=False)
     ]
+    # A field of several forms has an error for each. The one to report is of the form that the
+    # value fits best: it lies deepest, and isn't about the type.
     at = len(found[0][0])
     same = [each for each in found if each[0][:at] == found[0][0] and len(each[1]["loc"]) > at]
     place, first = max(same or found[:1], key=_how_far)
@@ -151,10 +143,9 @@ class PreparedRequest:
 
 
 class RequestPreparer:
-    """Prepares requests to one model, within the server's limits.
+    """Prepares requests to one model within the server's limits; refusals are ApiErrors.
 
-    `texts` runs the base's chat template and tokenizer. All methods raise ApiError for what the
-    model or the server can't do.
+    `texts` runs the base's chat template and tokenizer.
     """
 
     def __init__(
@@ -166,7 +157,6 @@ class RequestPreparer:
         self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
-        """The prompts of `request`; template and tokenizer together get `seconds` at most."""
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         left = TimeLeft(min(seconds, MOST_SECONDS))
         try:
@@ -212,7 +202,6 @@ class RequestPreparer:
         return list(map(RequestPrompt, map(tuple, rows), self._texts.texts(rows, left)))
 
     def _chat_prompt(self, request: ChatRequest, left: TimeLeft) -> RequestPrompt:
-        """A conversation as the base's chat template writes it."""
         tokenizer = self._runner.tokenizer
         if not tokenizer.chat_template:
             message = "The base model has no chat template; use /v1/completions."
@@ -231,7 +220,6 @@ class RequestPreparer:
         return RequestPrompt(tuple(tokens), str(text.content))
 
     def decoding(self, request: AnyRequest, number: int, prompt: RequestPrompt) -> Decoding:
-        """How answer `number` of `request` is generated, after `prompt`."""
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
         if isinstance(request, ChatRequest):
             asked = request.max_completion_tokens or request.max_tokens
@@ -270,7 +258,6 @@ class RequestPreparer:
             raise bad_request(message, "n")
 
     def _check_length(self, given: str | Sequence[int], field: str) -> None:
-        """Refuse what can't fit before time is spent on turning it into tokens."""
         kind, each = ("characters", CHARACTERS) if isinstance(given, str) else ("tokens", 1)
         self._check_count(len(given), kind, each, field)
 
@@ -280,7 +267,6 @@ class RequestPreparer:
             raise bad_request(f"{message} tokens.", field, TOO_LONG)
 
     def _length(self, asked: int | None, prompt: RequestPrompt) -> int:
-        """The tokens to generate: those asked for, or as many as there is room for."""
         limit = self._limits.max_tokens
         if asked is not None and asked > limit:
             message = f"max_tokens is {asked}; this server generates {limit} at most."
@@ -300,7 +286,6 @@ class RequestPreparer:
         return min(room, limit) if asked is None else asked
 
     def _check_positions(self, asked: int, prompt: RequestPrompt) -> None:
-        """Refuse more tokens than an encoder's or a decoder's positions, which are separate."""
         if not self._runner.is_encoder_decoder:
             return
         given, positions = len(prompt.tokens), self._runner.positions
@@ -313,6 +298,5 @@ class RequestPreparer:
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that an empty prompt begins with."""
     bos = tokenizer.bos_token_id
     return int(tokenizer.eos_token_id if bos is None else bos)

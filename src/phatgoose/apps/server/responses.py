@@ -31,10 +31,7 @@ LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
 class ResponseBuilder:
-    """Builds the response to one request, whole or as chunks.
-
-    Its subclasses say what differs between the two endpoints: the models of replies and choices.
-    """
+    """Builds the response to one request, whole or as chunks; a subclass for each endpoint."""
 
     prefix: str
     whole_model: type[AnswerReply]
@@ -59,7 +56,6 @@ class ResponseBuilder:
         )
 
     def opening(self) -> list[AnswerReply]:
-        """The chunks that a stream begins with."""
         return []
 
     def chunk(self, progress: Progress) -> AnswerReply:
@@ -82,7 +78,6 @@ class ResponseBuilder:
         raise NotImplementedError
 
     def _routing(self, progress: Progress) -> protocol.RoutingReport | None:
-        """The routing in `progress`: a whole trace the first time, then what follows it."""
         if not progress.routing:
             return None
         detail = self.request.routing_detail
@@ -145,8 +140,6 @@ def _token_routings(
 
 
 class CompletionBuilder(ResponseBuilder):
-    """Responses of /v1/completions."""
-
     prefix = "cmpl-"
     whole_model = chunk_model = protocol.CompletionReply
     request: protocol.CompletionRequest
@@ -187,8 +180,6 @@ def _by_text(token: ScoredToken) -> dict[str, float] | None:
 
 
 class ChatBuilder(ResponseBuilder):
-    """Responses of /v1/chat/completions."""
-
     prefix = "chatcmpl-"
     whole_model, chunk_model = protocol.ChatReply, protocol.ChatChunk
     request: protocol.ChatRequest
@@ -234,12 +225,15 @@ def _chat_token(token: ScoredToken) -> protocol.ChatToken:
 
 
 def _bytes_of(text: str) -> list[int] | None:
-    """The bytes of a token's text, None where it is part of a character, shown at its last one."""
+    # A part of a character has none; they come with its last token.
     return None if UNFINISHED in text else list(text.encode())
 
 
 class PendingReply:
-    """The answers to one request, while they are computed."""
+    """The answers to one request, due by `deadline`; `done` is called once, when it is closed.
+
+    Must be made in the event loop's thread. Raises ApiError when the queue has no room.
+    """
 
     def __init__(
         self,
@@ -249,15 +243,12 @@ class PendingReply:
         deadline: Deadline,
         done: Callable[[], None],
     ) -> None:
-        """Queue all answers, due by `deadline`; `done` is called once, when the reply is closed.
-
-        Must be made in the event loop's thread. Raises ApiError when the queue has no room.
-        """
         self.builder, self._engine, self._done = builder, engine, done
         self._deadline, loop = deadline, asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
 
         def deliver(event: Progress | Failure) -> None:
+            # Called in the engine's thread.
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._sequences = [
@@ -276,9 +267,8 @@ class PendingReply:
         engine.submit(self._sequences)
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """What is new, until all answers are finished.
-
-        Raises ApiError when the time is over or the engine failed.
+        """What is new, until all answers are finished; ApiError when time is over or the engine
+        failed.
         """
         left = len(self._sequences)
         while left:
@@ -320,7 +310,6 @@ class PendingReply:
         return await _written(size, lambda: self.builder.whole(events).model_dump_json())
 
     async def events(self) -> AsyncIterator[str]:
-        """All answers as they come, as server-sent events."""
         builder, options = self.builder, self.builder.request.stream_options
         try:
             for chunk in builder.opening():
@@ -341,7 +330,6 @@ async def _gone(request: Request) -> None:
 
 
 async def _written(size: int, write: Callable[[], str]) -> str:
-    """The JSON that `write` returns, in a thread if it is large: the event loop serves others."""
     return await run_in_threadpool(write) if size > LARGE else write()
 
 

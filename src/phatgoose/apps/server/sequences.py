@@ -19,7 +19,6 @@ from .protocol import Finish
 
 
 def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:
-    """Where the first of `stops` in `text` begins, searched from `begin` on; None if nowhere."""
     found = [index for stop in stops if (index := text.find(stop, max(0, begin))) >= 0]
     return min(found, default=None)
 
@@ -43,8 +42,7 @@ class Decoding:
     """How an answer is generated.
 
     `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
-    the number of alternatives reported with each token (None: no log-probabilities at all); with
-    `echo` the prompt's tokens are reported too. `routing` reports each token's experts.
+    the number of alternatives to each token (None: no log-probabilities at all).
     """
 
     max_tokens: int
@@ -59,7 +57,6 @@ class Decoding:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the log-probabilities of the prompt's tokens are wanted."""
         return self.echo and self.logprobs is not None
 
 
@@ -92,7 +89,6 @@ class Sampler:
             self._warpers.append(TopPLogitsWarper(decoding.top_p))
 
     def __call__(self, logits: Tensor) -> int:
-        """The token chosen by `logits` [V], float32."""
         if self._generator is None:
             return int(logits.argmax())
         scores = self._warpers(None, logits[None])
@@ -100,10 +96,7 @@ class Sampler:
 
 
 def token_scores(logits: Tensor, tokens: list[int], most: int) -> list[TokenScores]:
-    """The scores of each of the T `tokens` that followed `logits` [T, V], with `most` alternatives.
-
-    Log-probabilities are computed in float32.
-    """
+    """Float32 scores of the T `tokens` that followed `logits` [T, V], with `most` alternatives."""
     scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp(min=LEAST)
     own = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
     best = scores.topk(most, dim=-1)
@@ -115,7 +108,6 @@ def token_scores(logits: Tensor, tokens: list[int], most: int) -> list[TokenScor
 
 
 def seed_of(seed: int | None, number: int) -> int:
-    """The seed of answer `number` of a request that asked for `seed`; None draws one."""
     if seed is None:
         return secrets.randbelow(SEEDS)
     return (seed + number) % SEEDS
@@ -128,9 +120,8 @@ PROMPT, ANSWER = 0, 1  # parts of a trace
 class ScoredToken:
     """A token as text with its log-probability (None: not asked for, or the prompt's first token).
 
-    `place` is where that text begins in what is told, an echoed prompt included. Tokens that make
-    one character together stand at its place, and special ones, which have no text, between others.
-    `top` are the best alternatives, best first, each with its text.
+    `place` is where that text begins in what is told, an echoed prompt included. `top` are the best
+    alternatives, best first, each with its text.
     """
 
     text: str
@@ -143,9 +134,8 @@ class ScoredToken:
 class Progress:
     """What is new of answer number `choice`.
 
-    `tokens` are those of `text`. `routing` has the tokens that passed the model since the last
-    event: each passes one step after it was chosen, and the last one never. `finish` is None while
-    more is to come. `generated` counts all tokens of the answer so far.
+    `routing` has the tokens that passed the model since the last event. `finish` is None while more
+    is to come. `generated` counts all tokens so far.
     """
 
     choice: int
@@ -162,18 +152,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Failure:
-    """The server could not compute the answer; `message` is for people."""
-
     message: str
 
 
 class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
-    `deliver` is called from the engine's thread, and no more once `is_cancelled` is set. `choice`
-    is the answer's number in its request, `client` who sent that, and `experts` those that a
-    router which picks experts by prompt has found. `echoed` is the text of the prompt that is
-    told before the answer.
+    `deliver` is called from the engine's thread. `choice` is the answer's number in its request,
+    `client` who sent that, `experts` those that a router found for the prompt, `echoed` the
+    prompt's text if it is told before the answer.
     """
 
     def __init__(
@@ -211,23 +198,21 @@ class ActiveSequence:
         return self.is_cancelled or self.finish is not None
 
     def emit_prompt(self, scores: Sequence[TokenScores]) -> None:
-        """Deliver the prompt's tokens; `scores` has all but the first."""
         first, *others = self._placed_pieces(self.prompt)
         scored = [self._scored(*each, own) for each, own in zip(others, scores, strict=True)]
         self._deliver(Progress(self.choice, "", (ScoredToken(*first), *scored)))
 
     def _placed_pieces(self, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
-        """Each of `tokens` as text, and where that begins, within the echoed prompt."""
         detokeniser, end = Detokeniser(self.runner.tokenizer), 0
         for token in tokens:
             piece = detokeniser.add(token)
             text = shown_as(self.runner.tokenizer, token, piece)
             yield text, min(end, len(self._echoed))
+            # Special tokens have no piece, but an echoed prompt may spell them.
             is_special = not piece and self._echoed.startswith(text, end)
             end += len(text) if is_special else len(piece)
 
     def advance(self, logits: Tensor) -> None:
-        """Choose the next token by `logits` [V] and deliver what is new."""
         if self.decoding.max_tokens == 0:
             self.finish = "length"
             self._emit()
@@ -261,7 +246,6 @@ class ActiveSequence:
         return ScoredToken(text, place, scores.own.logprob, top)
 
     def _cut_at_stop(self, new: int) -> None:
-        """End the text before a stop text that its last `new` characters complete."""
         stops = self.decoding.stop
         longest = max((len(stop) for stop in stops), default=0)
         cut = earliest(self._text, stops, max(self._sent, len(self._text) - new - longest))
@@ -272,7 +256,6 @@ class ActiveSequence:
             self._unsent = [unsent for begin, unsent in pairs if begin < cut]
 
     def _emit(self) -> None:
-        """Deliver the text that can't become part of a stop text any more, with its tokens."""
         held = 0 if self.finish else held_back(self._text, self.decoding.stop)
         safe = len(self._text) - held
         ready = [each for each in self._unsent if self.finish or each[0] <= safe]
@@ -282,6 +265,7 @@ class ActiveSequence:
         text = self._text[self._sent : safe] if ready or self.finish else ""
         self._sent += len(text)
         if self.finish and self.routing and self.shown:
+            # Each token passes the model one step after it was chosen, so the last one never does.
             self.routing.append(self.routing[-1].without_experts(self.shown[-1], ANSWER))
         routing, self.routing = tuple(self.routing), []
         if text or ready or routing or self.finish:

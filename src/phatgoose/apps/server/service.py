@@ -51,8 +51,6 @@ Found = TypeVar("Found")
 
 
 class Service:
-    """The models, the engine that computes their answers, and the limits for both."""
-
     def __init__(self, models: Mapping[str, LoadedModel], limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
@@ -73,7 +71,6 @@ class Service:
             each.process.start()
 
     def stop(self) -> None:
-        """Stop reading and computing, and wait a while for routings being composed."""
         for each in self._texts.values():
             each.process.close()
         self.engine.stop()
@@ -111,7 +108,6 @@ class Service:
         )
 
     def find(self, name: str) -> LoadedModel:
-        """The model called `name`. Raises ApiError when there is none."""
         loaded = self.models.get(name)
         if loaded is None:
             known = ", ".join(self.models)
@@ -165,7 +161,6 @@ class Service:
         client: str,
         deadline: Deadline,
     ) -> PreparedRequest:
-        """The request as tokens, with its experts; both are found in threads if that takes long."""
         texts = self._texts[id(runner.tokenizer)]
         preparer = RequestPreparer(runner, self.limits, texts.process)
         prompts = await texts.readers.run(
@@ -200,7 +195,6 @@ def _only_override(request: AnyRequest) -> str | None:
 
 
 def _check_routing(request: AnyRequest, loaded: LoadedModel) -> None:
-    """Raise ApiError for routing that can't be reported: of a base alone, or of unknown sites."""
     if not request.routing:
         return
     sites, detail = _sites_of(loaded), request.routing_detail
@@ -245,11 +239,10 @@ class CachedRouting:
 
 
 class RoutingCache:
-    """At most `most` routings of `models`, composed off the engine's thread, oldest use first.
+    """At most `most` routings of `models`, composed off the engine's thread.
 
-    A request waits for its own routing, at most until its deadline, while others are served. The
-    least recently used routing that no request needs makes room for a new one. All methods run in
-    the event loop's thread, but for `_compose`.
+    A request waits for its own routing while others are served. The least recently used one that no
+    request needs makes room. Methods but `_compose` run in the event loop's thread.
     """
 
     def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
@@ -289,6 +282,7 @@ class RoutingCache:
         cached = self._cached[key] = self._cached.pop(key)  # now the last
         cached.requests += 1
         try:
+            # Shielded, since other requests may wait for the same routing.
             runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
         except BaseException as error:
             cached.release()
@@ -300,13 +294,11 @@ class RoutingCache:
         return Acquired(runner, cached.release)
 
     def stop(self, seconds: float) -> None:
-        """Wait for what is being composed, `seconds` at most."""
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
     def _begin(self, key: Key, loaded: LoadedModel, pool: Pool, client: str) -> None:
-        """Start to compose a routing. Raises ApiError when there is no room for it."""
         clients = [each.client for each in self._cached.values() if not each.is_ready]
         if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
             raise busy("Too many routings are being composed; try again in a while.", 5)
@@ -317,6 +309,7 @@ class RoutingCache:
             del self._cached[oldest]
         thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
         self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        # One that failed may be tried again.
         runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key))
         self._cached[key] = CachedRouting(client, runner)
 
@@ -329,10 +322,7 @@ class RoutingCache:
 
 
 class Readers:
-    """Up to `most` works at once, in threads; the client served longest ago is next.
-
-    All methods are for the event loop's thread.
-    """
+    """Up to `most` works at once, in threads; the client served longest ago is next."""
 
     def __init__(self, most: int) -> None:
         self._free = most
@@ -344,15 +334,12 @@ class Readers:
         return sum(not place.done() for line in self._waiting.values() for place in line)
 
     def running(self) -> list[float]:
-        """For how many seconds each running work has run."""
         now = asyncio.get_running_loop().time()
         return [now - begun for begun in self._begun.values()]
 
     async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
-        """What `work` returns; it is told how many seconds are left, and runs in a thread.
-
-        Raises what it does, and ApiError at the deadline: the work then goes on, in its place,
-        until it returns.
+        """What `work(seconds left)` returns; ApiError at the deadline, while the work keeps its
+        place.
         """
         try:
             await self._turn(client, deadline)
@@ -367,6 +354,7 @@ class Readers:
             raise
         self._begun[result] = asyncio.get_running_loop().time()
         result.add_done_callback(self._finished)
+        # A thread can't be ended: past the deadline the work keeps its place until it returns.
         await asyncio.wait([result], timeout=deadline.left)
         if not result.done():
             raise deadline.missed()
@@ -391,7 +379,6 @@ class Readers:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Give a thread's place to the next in turn."""
         while self._waiting:
             client = next(iter(self._waiting))
             line = self._waiting.pop(client)
@@ -405,10 +392,7 @@ class Readers:
 
 
 def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Future[Found]]:
-    """A daemon thread that does `work`, and what comes of it. For the event loop's thread.
-
-    Threads of asyncio and anyio are waited for when the process ends, even one that is stuck.
-    """
+    """A daemon thread that does `work`, and what comes of it. For the event loop's thread."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
     result.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be unseen
@@ -423,6 +407,7 @@ def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Futu
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(end)
 
+    # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
     thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
     thread.start()
     return thread, result

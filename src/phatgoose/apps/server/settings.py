@@ -20,8 +20,7 @@ API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 class ServedModel:
     """A model to serve as `name`: a routed model's folder, a pool composed by `routing`, a base.
 
-    `keep`, `leave_out` and `scores` are those of `compose`. `base` None means the one that the pool
-    or the routed model names. `routing` None means the default; a saved routed model has its own.
+    `keep`, `leave_out` and `scores` are those of `compose`; None means the model's own or default.
     """
 
     name: str
@@ -39,8 +38,7 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
 
     A routing is written like the query of an address: "arrow=experts?router=arrow&k=3". It changes
     the routing in `options`, which hold for all models. Without NAME the model has its folder's or
-    file's name, or what follows "hub:". Raises ConfigError when there is no model, two have one
-    name, a name is empty or can't be printed, or a routing can't be read or sets something twice.
+    file's name, or what follows "hub:".
     """
     models = [_served(place, options) for place in places]
     names = [model.name for model in models]
@@ -58,10 +56,7 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
 
 
 def keys_of(listed: str | None, given: Sequence[str] = ()) -> tuple[str, ...]:
-    """The API keys `given` one by one, and those in a list separated by commas; None has none.
-
-    White space around a key is no part of it. Raises ConfigError where a given one is empty.
-    """
+    """The API keys `given` one by one, and those in a list separated by commas."""
     if not all(key.strip() for key in given):
         raise ConfigError("An API key is empty; leave it out, or write --api-key KEY.")
     return tuple(key.strip() for key in (*given, *(listed or "").split(",")) if key.strip())
@@ -88,7 +83,6 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
 
 
 def _pairs(query: str, written: str) -> list[tuple[str, str]]:
-    """Names and values in `query`. Raises ConfigError where there are none, or a name twice."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError as error:

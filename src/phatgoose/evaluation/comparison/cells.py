@@ -61,9 +61,9 @@ Import = tuple[int, str | None, tuple[str, ...]]  # level, module, names
 def code_version() -> str:
     """The release and a hash of all definitions that decide what a score is, wherever they are.
 
-    They are the top-level statements of the scoring modules and of every module that these import,
-    without comments, docstrings, imports of our own and `__all__`, each once and in no order, and
-    the source of the native kernel. So results stay valid when files are moved, split or joined.
+    Hashed are the native kernel and the top-level statements of the scoring modules and of all that
+    these import, without comments, docstrings and imports of our own, each once and in no order. So
+    results stay valid when files are moved, split or joined.
     """
     definitions = {text for module in _imported_by(SCORING) for text in _contents(module)[1]}
     digest = hashlib.sha256()
@@ -88,13 +88,13 @@ def _imported_by(modules: tuple[str, ...]) -> set[str]:
             package = package[:-1]
         for level, source, names in _contents(module)[0]:
             origin = ".".join([*package[: len(package) - level + 1], *([source] if source else [])])
+            # `from . import x` may name a module, or something inside one.
             possible = (origin, *(f"{origin}.{name}".lstrip(".") for name in names))
             waiting += [name for name in possible if name and _file(name).is_file()]
     return found
 
 
 def _contents(module: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
-    """A module's imports of our own, and its definitions as text that no move changes."""
     return _contents_of(_file(module).read_text(encoding="utf-8"))
 
 
@@ -110,8 +110,6 @@ def _contents_of(text: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
 
 
 class _Essence(ast.NodeTransformer):
-    """Removes what doesn't decide a score."""
-
     def generic_visit(self, node: ast.AST) -> ast.AST:
         documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
@@ -140,12 +138,7 @@ DIGITS = 9  # of a commit
 
 
 def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
-    """`date` of the last finished cell (UTC), `commit` of this package and `machine` of a
-    comparison.
-
-    The commit is None if the package is installed. The machine is the GPU or processor of `device`
-    and the number of cores; workers elsewhere may have other ones.
-    """
+    """`date` of the last finished cell (UTC), this package's `commit`, and the `machine`."""
     finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
     return {
         "date": finished.isoformat(timespec="seconds"),
@@ -155,7 +148,9 @@ def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of the checkout of `folder`, with "+changes" if its files differ, None without."""
+    """The commit of the checkout of `folder`, with "+changes" if its files differ; None if
+    installed.
+    """
     if not _git(folder, "ls-files", "."):  # no checkout, or one of somebody else's
         return None
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
@@ -190,10 +185,7 @@ def chip_of(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class SharedAnswers:
-    """What single experts answered: by expert and dataset, the results as they are stored.
-
-    If one expert alone serves an input, it has answered already.
-    """
+    """What single experts answered: by expert and dataset, the results as they are stored."""
 
     results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -243,16 +235,13 @@ class Cell:
 
     @property
     def group(self) -> str:
-        """Cells of one row share its composed model."""
         return self.row
 
     def again(self) -> Cell:
-        """The same cell: nothing is left of an attempt that failed."""
         return self
 
 
 def cell_of(row: Row, dataset: EvaluationSet, base: Base) -> Cell:
-    """The cell of `row` on `dataset`, with the key that its result is kept under."""
     key = {
         "base": base.fingerprint,
         "dtype": number_format(base.model),
@@ -268,8 +257,7 @@ def cell_of(row: Row, dataset: EvaluationSet, base: Base) -> Cell:
 class CellWorkshop:
     """Scores cells with a base, from rows and datasets by name.
 
-    One for another process has the locations of base and experts, which it loads itself, each once,
-    and the version of the `code` that it was made by.
+    One for another process has locations of base and experts, and the version of its `code`.
     """
 
     base: Base | BaseLocation
@@ -282,9 +270,8 @@ class CellWorkshop:
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
         """A function that scores a cell and returns its result as it is stored.
 
-        A row stays composed until a cell of another row comes, and rows that go by the same
-        readings of the base share them. Closing the context restores the base. Raises
-        EvaluationError if another version of the code is here than the one that began.
+        Closing the context restores the base. Raises EvaluationError for another version of the
+        code.
         """
         base, rows = self._loaded()
         remembered: dict[tuple[int, ...], Tensor] = {}
@@ -299,6 +286,7 @@ class CellWorkshop:
                     composed.close()
                     opened = composed.enter_context(rows[cell.row].model(base))
                     at = cell.row
+                    # Rows of one base that go by its readings of prompts share them.
                     if opened.model is base.model:
                         _remember(opened, remembered)
                 return _score(opened, self.datasets[cell.dataset], self.shared)
@@ -325,17 +313,13 @@ class CellWorkshop:
 
 
 def _remember(opened: OpenedModel, remembered: dict[tuple[int, ...], Tensor]) -> None:
-    """Let the routed model `opened` use what is `remembered` of its base, and add to it."""
     parts = composition_if_any(opened.model)
     if parts is not None and parts.prompt_router is not None:
         parts.prompt_router.remember(remembered)
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:
-    """The result of one cell, as it is stored: `tied` are examples with several best choices.
-
-    `rows`, if several examples were made of one row, tells which they were made of.
-    """
+    """The result of one cell, as it is stored: `tied` are examples with several best choices."""
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
     questions = dataset.questions(encoder)

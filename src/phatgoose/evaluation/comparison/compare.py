@@ -1,7 +1,7 @@
 """Methods side by side on whole suites, as in the paper's Table 1.
 
-Every finished cell (one row on one dataset) is kept in a result store. A comparison can be stopped,
-continued, and extended by methods, experts or suites, and no cell is computed twice.
+Every finished cell (one row on one dataset) is kept, so a comparison can be stopped, continued, and
+extended by methods, experts or suites.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
-from ...tasks.suites.entries import Entry, Sources, Suite
 from ...tasks.suites.registry import open_suite
-from ...tasks.task import Task
+from ...tasks.task import Sources, Suite, Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
 from . import cells as scoring
@@ -132,7 +131,6 @@ def _settings(
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
-    """Refuse what can't be compared, before hours of computing."""
     if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if not rows and not singles:
@@ -154,7 +152,7 @@ def _load(
     datasets: dict[str, EvaluationSet] = {}
     for suite in [suites] if isinstance(suites, str | Path | Suite | Task) else suites:
         if isinstance(suite, Task):
-            opened = _suite_of(suite)
+            opened = Suite.of(suite.name, [suite])
         else:
             opened = suite if isinstance(suite, Suite) else open_suite(suite)
         if opened.name in columns:
@@ -167,11 +165,6 @@ def _load(
     if not datasets:
         raise TaskError("No suite was given to compare on.")
     return columns, datasets
-
-
-def _suite_of(task: Task) -> Suite:
-    entry = Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
-    return Suite(task.name, (entry,))
 
 
 def _report_inputs(
@@ -194,10 +187,7 @@ def _run(
     store: ResultStore,
     engine: Engine,
 ) -> dict[str, dict[str, Result]]:
-    """Every row's result on every dataset, computed by `engine` if the store has none.
-
-    Rows that may leave inputs to single experts come last: these have answered by then.
-    """
+    """Every row's result on every dataset, computed by `engine` if the store has none."""
     every = {row.name: row for row in (*rows, *singles)}
     cells = {
         name: [scoring.cell_of(row, dataset, base) for dataset in datasets.values()]
@@ -213,6 +203,7 @@ def _run(
     def stored(row: str) -> dict[str, Mapping[str, Any]]:
         return {cell.dataset: store.get(cell.key) or {} for cell in cells[row]}
 
+    # Rows that may leave inputs to single experts come last: these have answered by then.
     sharing = {name for name, row in every.items() if singles and row.per_input}
     first = [cell for cell in missing if cell.row not in sharing]
     last = [cell for cell in missing if cell.row in sharing]
@@ -222,6 +213,7 @@ def _run(
         for part in filter(None, (first, last)):
             known = {row.name: stored(row.name) for row in singles if part is last}
             workshop = CellWorkshop(base, every, datasets, SharedAnswers(known))
+            # An error in this loop ends the engine's workers at once.
             with closing(engine.run(workshop, part, bar)) as results:
                 for cell, result in results:
                     store.add(cell.key, result)
@@ -240,7 +232,6 @@ def _result(stored: Mapping[str, Any]) -> Result:
 
 
 def _with_derived(comparison: Comparison, wanted: Sequence[str], pool: Pool) -> Comparison:
-    """The comparison with Best Individual and Oracle, chosen by the single experts' scores."""
     experts: Scores = {
         name: {task: result.score for task, result in by_task.items()}
         for name, by_task in comparison.experts.items()

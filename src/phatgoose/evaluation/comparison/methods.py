@@ -49,10 +49,8 @@ def label_of(router: str) -> str:
 
 
 def label_with_settings(identity: Mapping[str, Any]) -> str:
-    """The router of a row's `identity`, with its settings and a k that isn't its own.
-
-    Such as "Discriminant, place = end, k = 3". An identity may be one that was written when
-    settings had no routers.
+    """The router of a row's `identity` with its settings, such as "Discriminant, place = end, k =
+    3".
     """
     now = routing_of(identity)
     spec = ROUTERS.get(now["router"].partition(":")[0])
@@ -63,7 +61,7 @@ def label_with_settings(identity: Mapping[str, Any]) -> str:
 
 
 def routing_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `identity` of a row says of its routing: router, k and kernel."""
+    """What a row's `identity`, perhaps of an earlier version, says of router, k and kernel."""
     now = translated({name: value for name, value in identity.items() if name != "pool"})
     spec = ROUTERS.get(now["router"].partition(":")[0])
     if spec and now.get("k", spec.k) is None:
@@ -102,7 +100,6 @@ def runnable_methods(
 
 
 def _canonical(method: str) -> str:
-    """`method` as tables and stores name it. Raises ConfigError for one that is unknown."""
     if method != BASE and method.partition(":")[0] not in METHODS and method not in LEFT:
         raise ConfigError(
             f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
@@ -116,7 +113,6 @@ def _check_method(name: str, pool: Pool, routing: Routing) -> None:
 
 
 def check_routable(pool: Pool, routing: Routing) -> None:
-    """Raise what composing `pool` by `routing` would for its settings and experts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         router_of(routing).check(pool)
@@ -139,7 +135,6 @@ def lacking(pool: Pool) -> dict[str, Lacks]:
 
 
 def _refusal(method: str, lacks: Lacks) -> str:
-    """Why `method`, asked for by name, can't be run: what the first expert of `lacks` hasn't."""
     expert, missing = next(iter(lacks.items()))
     needs, command = _named(missing)
     remedy = f"run 'phatgoose {command}' on it or " if command else ""
@@ -147,7 +142,6 @@ def _refusal(method: str, lacks: Lacks) -> str:
 
 
 def _note(method: str, lacks: Lacks) -> str:
-    """Why `method`, one of all, was left out."""
     every = {need for missing in lacks.values() for need in missing}
     needs, command = _named(tuple(need for need in ROUTERS[method].needs if need in every))
     remedy = f" (run 'phatgoose {command}' first)" if command else ""
@@ -165,10 +159,10 @@ def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One model of a comparison.
+    """One model of a comparison; `identity` differs from that of any other model.
 
-    `identity` differs from that of any other model. `pool` None means the model at `place`, or the
-    base alone if that is None too. In another process `locations` of experts stand for the pool.
+    `pool` None means the model at `place`, or the base alone if that is None too. In another
+    process `locations` of experts stand for the pool.
     """
 
     name: str
@@ -186,13 +180,11 @@ class Row:
 
     @property
     def base(self) -> BaseReference | None:
-        """The base that its experts are for; None for a base alone."""
         if self.pool is not None:
             return self.pool.base
         return base_of(self.place) if self.place is not None and is_routed(self.place) else None
 
     def portable(self) -> Row:
-        """The row for another process, which `loaded` turns into this one."""
         place = None if self.place is None else absolute(self.place)
         records = () if self.pool is None else self.pool.records()
         locations = tuple(record["path"] for record in records)
@@ -219,7 +211,6 @@ class Row:
 
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
-        """The row's model while the context is open; `base` is as it was afterwards."""
         if self.pool is None and self.place is not None:
             dtype = dtype_name(base.model.dtype)
             given = base if is_routed(self.place) else None
@@ -237,7 +228,6 @@ class Row:
 
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
-    """The rows for those of `methods` that are not derived, in the order of METHODS."""
     rows = []
     order = list(METHODS)
     for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
@@ -255,11 +245,7 @@ def single_rows(pool: Pool) -> list[Row]:
 
 
 def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
-    """A row for any other model: a routed model's folder, a pool, an expert, a base by id or path.
-
-    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for the label of a
-    method.
-    """
+    """A row for any other model: a routed model's folder, a pool, an expert, or a base."""
     if label in METHODS:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
     if is_routed(place):

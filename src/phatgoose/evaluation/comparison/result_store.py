@@ -20,13 +20,10 @@ LOCK = ".lock"
 
 
 class ResultStore:
-    """Results by key (any JSON object) in the JSON Lines file `path`, which the first result
-    creates.
+    """Results by key (any JSON object) in the JSON Lines file `path`, made by the first result.
 
-    Every result is on the disk when `add` returns, so an interruption loses only the one in
-    progress. Reading changes nothing: a last line that was cut off goes when the next result is
-    added. Raises EvaluationError when the file can't be read or written, is a symbolic link, or has
-    a line that is no result.
+    Every result is on the disk when `add` returns. Raises EvaluationError when the file can't be
+    read or written, is a symbolic link, or has a line that is no result.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,10 +42,7 @@ class ResultStore:
     @classmethod
     @contextmanager
     def alone(cls, path: str | Path) -> Iterator[ResultStore]:
-        """The store at `path`, locked against other processes while the context is open.
-
-        Raises EvaluationError when another process has locked it, and as opening the store does.
-        """
+        """The store at `path`, locked against other processes, or EvaluationError if one has it."""
         folder = Path(path).parent
         lock = FileLock(folder / LOCK)
         try:
@@ -69,11 +63,11 @@ class ResultStore:
         return self._records.get(_digest(key), (key, None))[1]
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Keep `result` under `key`, in memory and on the disk."""
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+                # Reading changed nothing: a last line that was cut off goes only now.
                 if self._cut_off_at is not None:
                     file.truncate(self._cut_off_at)
                     self._cut_off_at = None
@@ -85,7 +79,6 @@ class ResultStore:
         self._records[_digest(key)] = key, result
 
     def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-        """(key, result) of all results, in the order in which they were first added."""
         return iter(self._records.values())
 
     def __len__(self) -> int:

@@ -22,14 +22,11 @@ HEAD = ("method", "suite", "dataset", "metric", "score", "low", "high", "n", "ti
 
 
 def in_per_cent(score: float, low: float, high: float, form: str = ".1f") -> str:
-    """A score from 0 to 1 and its interval as tables show them, such as "47.0 [38, 57]"."""
     return f"{100 * score:{form}} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model's result on one dataset. `seconds` is what scoring took, loading left out."""
-
     task: str
     metric: str
     low: float
@@ -67,8 +64,7 @@ class Result:
 class Summary:
     """One model's mean over a suite's datasets, unweighted, with its interval.
 
-    `difference` is this model's mean less PHATGOOSE's, its interval from the same resamples; both
-    are None for PHATGOOSE itself and if it was not run.
+    `difference` is this mean less PHATGOOSE's, in pairs; None for PHATGOOSE itself, or without it.
     """
 
     mean: float
@@ -92,10 +88,10 @@ class Summary:
 class Comparison:
     """What `compare` returns.
 
-    `suites` maps a suite to its datasets, `results` a row's name to its results by dataset, and
-    `labels` to its name in tables. `experts` are the single experts' results. `choices` maps Oracle
-    and Best Individual to the expert they took for each dataset. `notes` says which methods were
-    left out and why, `settings` how everything was scored.
+    `suites` maps a suite to its datasets, `results` a row's name to its results by dataset,
+    `labels` to its name in tables. `experts` are the single experts' results. `choices` are the
+    experts that Oracle and Best Individual took by dataset. `notes` says what was left out,
+    `settings` how everything was scored.
     """
 
     suites: Mapping[str, tuple[str, ...]]
@@ -117,11 +113,9 @@ class Comparison:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """The datasets of all suites, each once."""
         return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
 
     def title(self, row: str) -> str:
-        """The first cell of a row: its label, with a star if it is not zero-shot."""
         return self.labels.get(row, row) + (" *" if row in self.choices else "")
 
     @cached_property
@@ -146,7 +140,6 @@ class Comparison:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: settings, summaries, every score, and the single experts' scores."""
         return {
             "settings": dict(self.settings),
             "notes": list(self.notes),
@@ -170,11 +163,7 @@ class Comparison:
         }
 
     def to_csv(self) -> str:
-        """One line per row and dataset, the single experts' included.
-
-        A name that a spreadsheet would take for a formula begins with an apostrophe, as OWASP
-        advises against CSV injection: datasets are named after untrusted files.
-        """
+        """One line per row and dataset, the single experts' included."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(HEAD)
@@ -183,13 +172,13 @@ class Comparison:
                 for task in tasks:
                     r = results[task]
                     texts = (name, suite, task, r.metric)
+                    # Against formulas, as OWASP advises: datasets are named after untrusted files.
                     names = [f"'{each}" if each.startswith(FORMULAS) else each for each in texts]
                     numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
                     writer.writerow([*names, *numbers, r.n, r.ties, r.seconds])
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """The tables of means, of differences, per dataset, and of what it took."""
         parts = (self._means(), self._differences(), self._datasets(), self._costs())
         return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
 
@@ -271,10 +260,6 @@ class Comparison:
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
-    """Write comparison.md, .csv and .json to `folder`, each all or nothing.
-
-    Raises EvaluationError when that fails.
-    """
     content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
     write_text(folder / "comparison.md", comparison.to_markdown(), EvaluationError)
     write_text(folder / "comparison.csv", comparison.to_csv(), EvaluationError)
@@ -282,8 +267,6 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table in Markdown."""
-
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -293,7 +276,6 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterat
 
 
 def _how(settings: Mapping[str, Any]) -> str:
-    """How all was scored, in a sentence."""
     drawn = "all examples"
     if settings["limit"] is not None:
         drawn = f"at most {settings['limit']} examples a dataset, drawn by seed {settings['seed']}"

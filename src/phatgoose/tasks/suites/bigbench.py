@@ -15,8 +15,7 @@ from typing import Any
 
 from ...errors import TaskError
 from ...files.strict import read_toml
-from ..task import Example, Task
-from .entries import Entry, Sources, Suite
+from ..task import Entry, Example, Sources, Suite, Task
 from .hub import read_rows
 
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
@@ -36,7 +35,7 @@ def bbh(*, complete: bool = False) -> Suite:
 def bbl(*, complete: bool = False) -> Suite:
     """The suite "bbl": the 17 tasks of BIG-bench Lite that the paper's released code evaluates.
 
-    `complete` adds the 7 others of the paper's 24 and names the suite "bbl-24"; see `bbh`.
+    `complete` adds the 7 others of the paper's 24 ("bbl-24"); see `bbh`.
     """
     return _suite("bbl", "bbl-24", complete)
 
@@ -111,9 +110,8 @@ def _with_choices(row: Mapping[str, Any], where: str) -> Example:
 
 
 def _nearest(target: str, choices: tuple[str, ...]) -> str:
-    """The choice with the most characters equal to the target's at the same position.
-
-    Ties go to the shorter, then to the later one. The released code compares tokens so.
+    """The choice most like the target, position by position; ties go to the shorter, then the
+    later.
     """
     equal = [sum(a == b for a, b in zip(target, choice, strict=False)) for choice in choices]
     ranked = [(equal[i], -len(choice), i) for i, choice in enumerate(choices)]

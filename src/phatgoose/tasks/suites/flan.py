@@ -17,8 +17,7 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files.strict import read_toml
-from ..task import Example, Task
-from .entries import Entry, Sources, Suite
+from ..task import Entry, Example, Sources, Suite, Task
 from .hub import read_rows
 from .t0 import held_in_entry, t0_held_in
 
@@ -34,9 +33,8 @@ TRAIN_MOST = 500_000
 def flan() -> Suite:
     """The suite "flan": 166 tasks with a train and a validation split, in the paper's code's order.
 
-    The 36 + 7 of P3 are as in `t0_held_in`. The others use the zero-shot rows that have an input
-    and a target. A tenth of them (10 000 at most), drawn with a fixed seed, is validation, the rest
-    (500 000 at most) training: the same rows as in the released code.
+    The 36 + 7 of P3 are as in `t0_held_in`. Of the others' zero-shot rows a tenth (10 000 at most)
+    is validation, the rest (500 000 at most) training: the same rows as in the released code.
     """
     table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     entries = [*t0_held_in().entries]

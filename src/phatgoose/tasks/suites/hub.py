@@ -17,7 +17,7 @@ from typing import Any, cast
 from ...errors import TaskError
 from ...files.strict import first_line
 from ..loading import datasets_library
-from .entries import Sources
+from ..task import Sources
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 NEEDS_A_SCRIPT = re.compile(r"\bscripts?\b|trust_remote_code")  # in errors of `datasets`
@@ -43,14 +43,13 @@ def read_rows(
 ) -> Sequence[Mapping[str, Any]]:
     """The rows of one split of the Hub dataset `dataset` ("OWNER/NAME" or "NAME").
 
-    With `sources.data` they come from `data/OWNER/NAME` or `data/NAME`: parquet, arrow, JSON Lines
-    or CSV files that the README's `configs` declare or that are in folders and files named after
-    configuration and split, or what `Dataset.save_to_disk` wrote. Without it they come from the
-    Hub, those of datasets that need a script from the Hub's parquet export. `config` is a
-    configuration's name, or a folder inside the repository; None is the default one.
+    With `sources.data` they come from its copy there: files that the README's `configs` declare or
+    that are named after configuration and split, or what `Dataset.save_to_disk` wrote. Otherwise
+    from the Hub, those of datasets that need a script from its parquet export. `config` is a
+    configuration's name, or a folder of the repository.
 
     Rows are read on access (`rows[i]`, or iterate); class labels stay numbers. Raises TaskError for
-    a missing library, dataset, configuration or split, and for a file that can't be read.
+    a missing library, dataset, configuration or split, and an unreadable file.
     """
     request = _Request(dataset, config, split)
     if sources.data is not None:
@@ -73,8 +72,6 @@ def read_rows(
 
 @dataclass(frozen=True)
 class _Request:
-    """The requested split; `str` is its name in messages."""
-
     dataset: str
     config: str | None
     split: str
@@ -107,7 +104,6 @@ def _local_copy(data: Path, request: _Request) -> Path:
 
 
 def _download(request: _Request, revision: str, patterns: list[str]) -> Path:
-    """A folder with the files of the dataset's repository that match `patterns`."""
     from huggingface_hub import snapshot_download  # slow to import, and needed only here
 
     try:
@@ -128,7 +124,6 @@ def _download(request: _Request, revision: str, patterns: list[str]) -> Path:
 
 
 def _read_folder(root: Path, request: _Request) -> Sequence[Mapping[str, Any]]:
-    """The rows in a folder with the layout of a Hub repository or of `save_to_disk`."""
     library = datasets_library(request)
     saved = _saved_dataset(root / (request.config or ""), request)
     if saved is not None:
@@ -165,7 +160,6 @@ def _read_files(
 
 
 def _saved_dataset(folder: Path, request: _Request) -> Path | None:
-    """The folder that `save_to_disk` wrote for the split; None if it did not write `folder`."""
     if (folder / "dataset_dict.json").is_file():
         parts = {path.parent.name: path.parent for path in folder.glob("*/state.json")}
     elif (folder / "state.json").is_file():  # one Dataset without splits
@@ -208,6 +202,7 @@ def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str
         ) from error
 
 
+# `modified` is a part of the cache's key only.
 @lru_cache(maxsize=8)  # with hundreds of configurations it takes seconds
 def _header_configs(readme: Path, modified: int) -> Mapping[str, Mapping[str, Any]]:
     from huggingface_hub import metadata_load  # slow to import, and needed only here
@@ -217,7 +212,6 @@ def _header_configs(readme: Path, modified: int) -> Mapping[str, Mapping[str, An
 
 
 def _default_of(declared: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The default configuration; None when that isn't clear."""
     marked = [name for name, config in declared.items() if config.get("default")]
     if marked or "default" in declared:
         return [*marked, "default"][0]
@@ -252,7 +246,6 @@ def _declared_files(root: Path, config: Mapping[str, Any], request: _Request) ->
 
 
 def _named_files(folder: Path, request: _Request) -> list[Path]:
-    """The files in `folder` that hold the split by their own or their folders' names."""
     endings = {ending for kind in FORMATS.values() for ending in kind}
     files = [
         path

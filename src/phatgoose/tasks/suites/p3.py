@@ -31,8 +31,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from ...errors import TaskError
 from ...files.strict import require_regular
 from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field
-from ..task import Example
-from .entries import Sources
+from ..task import Example, Sources
 from .hub import read_rows
 
 FILE_NAME = "templates.yaml"
@@ -50,9 +49,8 @@ HOW_TO_GET = (
 class PromptTemplate:
     """A prompt template of promptsource.
 
-    `jinja` renders to `input ||| target`, or `input ||| target ||| target...` where several are
-    right. `answer_choices` renders to `choice ||| choice...`; None is an open-ended template.
-    `original_task` says that the prompt poses the dataset's original task.
+    `jinja` renders to `input ||| target` with one or more targets, `answer_choices` to `choice |||
+    choice...` (None: open-ended). `original_task`: it poses the dataset's own task.
     """
 
     name: str
@@ -70,13 +68,13 @@ class PromptTemplate:
     def render(self, row: Mapping[str, Any]) -> Example | None:
         """The row's example; None if the template gives no input or no target, on purpose or not.
 
-        The target is the first of the right answers; the references are all of them if there are
-        several. The paper's code trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its
-        p3.py, lines 133 to 143). The same row always gives the same text. Raises TaskError if an
-        expression fails on the row.
+        The paper's code trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py,
+        lines 133 to 143). The same row always gives the same text. Raises TaskError if an
+        expression fails.
         """
         if "answer_choices" in row:
             raise TaskError(f"Template {self.name!r}: a row has a field answer_choices of its own.")
+        # A separator in a row must not split the text that it is rendered to.
         values: dict[str, Any] = {key: _protect(value) for key, value in row.items()}
         values[DRAWS] = _Draws(self.name, row)
         choices: list[str] | None = None
@@ -99,8 +97,7 @@ class PromptTemplate:
 def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     """The templates of `dataset` ("NAME" or "NAME/CONFIG"), sorted by name as promptsource does.
 
-    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, if it is
-    missing or not as promptsource writes it.
+    Raises TaskError if their file is missing or not as promptsource writes it.
     """
     file = folder / dataset / FILE_NAME
     try:
@@ -120,10 +117,7 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
 
 
 def templates_folder(sources: Sources) -> Path:
-    """The folder of promptsource's templates: `sources.templates`, or the installed package's.
-
-    The package is found, not imported. Raises TaskError, saying what to do, when there is neither.
-    """
+    """`sources.templates`, or the folder in the installed promptsource, which isn't imported."""
     if sources.templates is not None:
         if not sources.templates.is_dir():
             raise TaskError(f"Template folder {sources.templates} does not exist; {HOW_TO_GET}")
@@ -153,12 +147,10 @@ class _Draws:
 
 @pass_context
 def _choice(context: Context, items: Sequence[Any]) -> Any:
-    """One of `items`; promptsource draws it from the global random state."""
     return context[DRAWS](items)
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    """The most frequent of `items`, in order; None when there are none."""
     counts = Counter(items)
     if not counts:
         return None
@@ -187,7 +179,6 @@ def _split(text: str) -> list[str]:
 
 
 def _protect(value: Any) -> Any:
-    """A copy of a row's value in which no text contains a separator."""
     if isinstance(value, str):
         return value.replace(SEPARATOR, PROTECTED)
     if isinstance(value, Mapping):
@@ -261,7 +252,6 @@ class P3Dataset:
 
     @property
     def templates(self) -> str:
-        """The folder of its templates in promptsource: DATASET or DATASET/CONFIG."""
         return "/".join(filter(None, (self.hub.split("/")[-1], self.config)))
 
     def prompt_templates(self, sources: Sources) -> list[PromptTemplate]:
@@ -274,7 +264,6 @@ class P3Dataset:
     def rows(
         self, split: str, templates: Iterable[PromptTemplate], sources: Sources
     ) -> Sequence[Row]:
-        """The split's rows. Raises TaskError without a field that the templates mention."""
         rows = read_rows(sources, self.hub, self.config, split)
         if not len(rows):
             raise TaskError(f"Split {split} of {self.hub} has no rows.")
@@ -293,7 +282,6 @@ class P3Dataset:
 def without(
     templates: Iterable[PromptTemplate], ignored: Sequence[str], dataset: P3Dataset
 ) -> list[PromptTemplate]:
-    """The templates without those that `ignored` names. Raises TaskError for an unknown name."""
     templates = list(templates)
     missing = [name for name in ignored if name not in {each.name for each in templates}]
     if missing:
@@ -319,8 +307,7 @@ class Picker:
     """Makes examples of one dataset's pairs of a row and a template, and counts those left out.
 
     These are pairs without an input or a target and, if answers are ranked, whose target is no
-    choice. The paper's code uses "<NO INPUT>" and "<NO LABEL>", and the choice closest to the
-    target.
+    choice; the paper's code takes the choice closest to the target there.
     """
 
     def __init__(
@@ -332,11 +319,9 @@ class Picker:
         self._failure = ""
 
     def training(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
-        """Examples to train on; their choices are those that the prompt offers, if any."""
         return self._some("training", (self._example(row, template) for row, template in pairs))
 
     def graded(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
-        """Examples to score: with choices to rank, or without where text is generated."""
         return self._some("evaluation", (self._graded(row, template) for row, template in pairs))
 
     def graded_in_all(
@@ -394,7 +379,6 @@ class Picker:
         return None
 
     def _accepted(self, row: Row, path: str) -> tuple[str, ...]:
-        """The answers at `path` in a row, without empty ones."""
         value: Any = row
         for name in path.split("."):
             if not isinstance(value, Mapping) or name not in value:

@@ -14,9 +14,8 @@ from ...errors import TaskError
 from ...files.entry_points import add_entry_points
 from ...files.strict import read_toml, shortened
 from ..loading import SPLITS, check_task_name, default_name, load_task
-from ..task import Task
+from ..task import Entry, Sources, Suite, Task, mix
 from . import bigbench, flan, t0
-from .entries import Entry, Sources, Suite
 
 SUITE_KEYS = ("name", "suffix", "tasks")
 TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
@@ -25,13 +24,12 @@ TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
 def local_suite(path: str | Path) -> Suite:
     """The suite in `path`: a folder of task files, one such file, or a TOML file.
 
-    A folder's .jsonl and .csv files, hidden ones aside, are its tasks, in alphabetical order, and
-    its name is the suite's. A TOML file has the keys `name` (default: the file's stem), `suffix`
-    (text appended to every input) and, for each task, a table `[[tasks]]` with `file` (relative to
-    the TOML file) and optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
+    A folder's visible .jsonl and .csv files are its tasks, in alphabetical order. A TOML file has
+    the keys `name` (default: the file's stem), `suffix` (appended to every input) and, for each
+    task, a table `[[tasks]]` with `file` (relative to the TOML file) and optionally `name`,
+    `metrics`, `max_new_tokens` and a `suffix` of its own.
 
-    An entry reads its task file when it is read itself. Raises TaskError, naming file and key, for
-    anything else. Evaluation checks that the metrics exist.
+    Entries read their files later. Raises TaskError, naming file and key, for anything else.
     """
     path = Path(path)
     if path.suffix in TASK_FILES and not path.is_dir():
@@ -135,10 +133,7 @@ def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = 
 
 @dataclass(frozen=True)
 class SuiteRecord:
-    """How a known suite is opened, and whether experts may train on it.
-
-    The suites to evaluate on are what experts must not have seen.
-    """
+    """How a known suite is opened, and whether experts may train on it."""
 
     open: Callable[[], Suite]
     trainable: bool = False
@@ -157,22 +152,16 @@ SUITES: dict[str, SuiteRecord] = {
 }
 
 
+@cache  # looking for entry points takes a while, and adds them to SUITES once
 def known_suites() -> Mapping[str, SuiteRecord]:
-    """The suites that are known by name: SUITES, and those of other packages' entry points."""
-    _add_others()
-    return SUITES
-
-
-@cache
-def _add_others() -> None:
     add_entry_points(GROUP, SUITES, SuiteRecord)
+    return SUITES
 
 
 def open_suite(name_or_path: str | Path) -> Suite:
     """The suite of this name in `known_suites`, or the one in a folder of task files or a file.
 
-    A known name takes precedence over a folder of that name; write "./NAME" for the folder. Raises
-    TaskError for anything else, and as `local_suite` does.
+    A known name wins over a folder ("./NAME"). Raises TaskError for anything else.
     """
     if isinstance(name_or_path, str) and name_or_path in known_suites():
         return known_suites()[name_or_path].open()
@@ -210,28 +199,50 @@ class TrainingTask:
         return self.entry.name
 
     def settings(self, training: Training) -> Training:
-        """`training` for this task: with the micro-batch that its suite names for it, if any."""
         most = self.entry.micro_batch_size
         return training if most is None else replace(training, micro_batch_size=most)
 
     def without_micro_batch(self) -> TrainingTask:
-        """The same task without a micro-batch of its own, so that `settings` changes nothing."""
         return replace(self, entry=replace(self.entry, micro_batch_size=None))
 
     def load(self) -> Task:
-        """The task, loaded anew at each call. Raises TaskError when it can't be."""
         return self.entry.read(self.sources)
 
     def portable(self) -> TrainingTask:
-        """The same task for another machine, which reads copies and Hub datasets itself.
-
-        A file of the user's own is read here, and its content travels.
-        """
+        """The same task for another machine; the content of a user's own file travels with it."""
         if self.origin == "file":
             task = self.load()
             return replace(self, entry=replace(self.entry, read=lambda _: task))
         places = (self.sources.data, self.sources.templates)
         return replace(self, sources=Sources(*(each and each.absolute() for each in places)))
+
+
+def mixture(
+    tasks: Sequence[TrainingTask], name: str, *, most: int | None = None, seed: int = 0
+) -> TrainingTask:
+    """`mix` of tasks that are not loaded yet: the paper's Multitask reference (section 4.2)."""
+    counts = [task.entry.train_examples for task in tasks]
+    known = [count if most is None else min(count, most) for count in counts if count is not None]
+    origins = {task.origin for task in tasks}
+    entry = Entry(
+        name,
+        lambda _: mix([task.load() for task in tasks], name, most=most, seed=seed),
+        train_examples=sum(known) if len(known) == len(tasks) else None,
+        source=f"mixture of {len(tasks)} tasks",
+    )
+    origin: Origin = "hub" if "hub" in origins else "copy" if "copy" in origins else "file"
+    return _Mixture(entry, name, origin, Sources(), tuple(tasks), most, seed)
+
+
+@dataclass(frozen=True)
+class _Mixture(TrainingTask):
+    tasks: tuple[TrainingTask, ...]
+    most: int | None
+    seed: int
+
+    def portable(self) -> TrainingTask:
+        tasks = [task.portable() for task in self.tasks]
+        return mixture(tasks, self.name, most=self.most, seed=self.seed)
 
 
 def open_tasks(
@@ -286,7 +297,6 @@ def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
 
 
 def _trainable(name: str) -> Suite:
-    """The suite `name`. Raises TaskError where it is unknown or only to evaluate on."""
     trainable = [known for known, record in known_suites().items() if record.trainable]
     if name in SUITES and name not in trainable:
         raise TaskError(

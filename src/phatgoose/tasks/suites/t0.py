@@ -19,8 +19,7 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files.strict import read_toml
-from ..task import Task
-from .entries import Entry, Sources, Suite
+from ..task import Entry, Sources, Suite, Task
 from .p3 import P3Dataset, Picker, PromptTemplate, Row, without
 
 SEED = 42
@@ -32,17 +31,14 @@ ACCURACY = ("accuracy",)
 def t0_held_in() -> Suite:
     """The suite t0hi: 36 tasks with a train and a validation split, in the paper's code's order.
 
-    Training examples are all pairs of a row and a template, or 500 000 random ones where there are
-    more: up to a few GB in memory for datasets with long texts (wiki_hop, multi_news). The
-    validation split, on which that code selects, has one example per row, with original-task
-    templates in turn. It is the test split of six datasets, and a part of some large ones, as the
-    task's `validation_origin` says.
+    Training examples are all pairs of a row and a template, or 500 000 random ones: up to a few GB
+    in memory. The validation split, on which that code selects, has one example per row, with
+    original-task templates in turn; `validation_origin` says where it is from.
     """
     return Suite("t0hi", tuple(held_in_entry(table) for table in _tables()["held_in"]))
 
 
 def held_in_entry(table: Mapping[str, Any]) -> Entry:
-    """The entry of a dataset to train on, described as in t0.toml's table held_in."""
     dataset = _HeldIn(**_tupled(table))
     pairs = (dataset.train_rows - dataset.set_apart) * dataset.train_templates
     return Entry(
@@ -93,8 +89,6 @@ class _HeldIn(P3Dataset):
 
 @dataclass(frozen=True, kw_only=True)
 class _HeldOut(P3Dataset):
-    """A dataset to evaluate on. `manual` says how to get it where the Hub doesn't have it."""
-
     split: str = "validation"
     manual: str = ""
 
@@ -165,7 +159,6 @@ def _held_out_task(dataset: _HeldOut, sources: Sources) -> Task:
 def _train_pairs(
     rows: Sequence[Row], row_numbers: Sequence[int], templates: Sequence[PromptTemplate]
 ) -> Iterator[tuple[Row, PromptTemplate]]:
-    """Those rows in all templates, or 500 000 random ones of these pairs, in order."""
     pairs: Sequence[int] = range(len(row_numbers) * len(templates))
     if len(pairs) > MOST_TRAIN_PAIRS:
         pairs = sorted(random.Random(SEED).sample(pairs, MOST_TRAIN_PAIRS))

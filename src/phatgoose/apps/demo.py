@@ -1,10 +1,10 @@
 """The demo: the whole story on small tasks of our own, on a laptop, in minutes.
 
-It trains five experts with their gates, composes them, and compares the result with the base and
-each single expert on five tasks that no expert was trained on. Each of those asks for the skill of
-one training task in another domain and other words, so its score says whether routing carries a
-skill over. How an answer is called is a convention of ours that no base can know. All texts in
-`tasks/` were written for this demo.
+It trains five experts, composes them, and compares the result with the base and each single expert
+on five tasks that no expert was trained on. Each asks for the skill of one training task in another
+domain and other words, so its score says whether routing carries a skill over. How an answer is
+called is a convention of ours that no base can know. All texts in `demo_tasks/` were written for
+this demo.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ import torch
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from ...analysis.analyse import analyse
-from ...base.loading import Base, load_base
-from ...config import GateTraining, Lora, Routing, Training
-from ...errors import EvaluationError
-from ...evaluation.comparison.compare import compare
-from ...evaluation.comparison.methods import BASE, METHODS, label_of
-from ...evaluation.comparison.tables import Comparison
-from ...evaluation.evaluate import evaluate
-from ...evaluation.intervals import Interval, dataset_replicates, interval_of
-from ...experts.pool import Pool
-from ...files.atomic import write_text
-from ...routing.compose import compose
-from ...routing.routers.automatic import settled
-from ...routing.routers.registry import AUTO
-from ...routing.saved.save import save
-from ...tasks.embeddings import can_embed
-from ...tasks.loading import load_task
-from ...tasks.suites.entries import Entry, Suite
-from ...tasks.task import Task
-from ...training.train_expert import train_expert
-from ...training.trainer import TrainingCallback
-from ..console import show
-from ..generation import Sampling, generate, recorded_tokens
-from ..report.page import write_report
-from ..tables import datasets_table, routers_table
+from ..analysis.analyse import analyse
+from ..base.loading import Base, load_base
+from ..config import GateTraining, Lora, Routing, Training
+from ..errors import EvaluationError
+from ..evaluation.comparison.compare import compare
+from ..evaluation.comparison.methods import BASE, METHODS, label_of
+from ..evaluation.comparison.tables import Comparison
+from ..evaluation.evaluate import evaluate
+from ..evaluation.intervals import Interval, dataset_replicates, interval_of
+from ..experts.pool import Pool
+from ..files.atomic import write_text
+from ..routing.compose import compose
+from ..routing.routers.automatic import settled
+from ..routing.routers.registry import AUTO
+from ..routing.saved.save import save
+from ..tasks.embeddings import can_embed
+from ..tasks.loading import load_task
+from ..tasks.task import Suite, Task
+from ..training.train_expert import train_expert
+from ..training.trainer import TrainingCallback
+from .console import show
+from .generation import Sampling, generate, recorded_tokens
+from .report.page import write_report
+from .tables import datasets_table, routers_table
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "demo_tasks"
 SKILLS = {  # the training task, which names the expert: the unseen task
     "sentiment": "hotel_feedback",
     "archive": "evening_classes",
@@ -61,23 +60,14 @@ def trained_task(name: str) -> Task:
 
 
 def unseen_tasks(most: int) -> list[Task]:
-    """The unseen tasks in the order of SKILLS, with at most so many examples each."""
     tasks = (load_task(TASKS / f"{name}.csv") for name in SKILLS.values())
     return [replace(task, test=task.test[:most]) for task in tasks]
 
 
 def without_choices(tasks: list[Task]) -> list[Task]:
-    """The `tasks` as a served model gets them: without choices, to be answered in writing."""
     return [
         replace(task, test=tuple(replace(row, choices=()) for row in task.test)) for task in tasks
     ]
-
-
-def unseen_suite(tasks: list[Task]) -> Suite:
-    def entry(task: Task) -> Entry:
-        return Entry(task.name, lambda _: task)
-
-    return Suite("unseen", tuple(map(entry, tasks)))
 
 
 @dataclass(frozen=True)
@@ -95,10 +85,7 @@ class Gain:
 
 
 def gains_of(comparison: Comparison, row: str) -> list[Gain]:
-    """The gains of `row` over the base and over each single expert, the smallest first.
-
-    Intervals resample the datasets and, within them, examples, for both models alike.
-    """
+    """The gains of `row` over the base and over each single expert, the smallest first."""
     models = {BASE: comparison.results[BASE], **comparison.experts}
     found = {**models, row: comparison.results[row]}
     tasks = comparison.datasets
@@ -134,6 +121,7 @@ def write_gains(
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
 BESIDE = (BASE, "merged", "retrieval", "phatgoose", "oracle")
 COMMAND = "phatgoose"
+# Sums are rounded differently by other numbers of threads.
 THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(steps=24, batch_size=8, learning_rate=3e-3, eval_every=24, eval_examples=16)
@@ -150,9 +138,7 @@ PROMPT = (
 def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = False) -> None:
     """Train, compare and route; write experts, tables, report and routed model to `out`.
 
-    `seed` is that of the experts' training. The table has the base, each single expert, and a few
-    routers, or with `all_methods` every one. Experts and scores that `out` already has are kept, so
-    an interrupted demo continues where it stopped.
+    What `out` already has is kept, so an interrupted demo continues where it stopped.
     """
     begun = time.monotonic()
     torch.set_num_threads(THREADS)
@@ -165,7 +151,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(_step("3. On tasks that none of them has seen", f", {EVALUATED} examples each"))
     comparison = compare(
         pool,
-        [unseen_suite(unseen)],
+        [Suite.of("unseen", unseen)],
         "all" if all_methods else _shown(routing.router),
         base=base,
         out=out,

@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from ...config import Serving
-from ...errors import ConfigError, EngineError
-from ...files.strict import first_line
-from ...jobs import absolute
-from ..processor import keep_to
-from ..server import ServedModel, create_app
-from ..server.connections import handling_signals
-from .engine import ray
+from ..config import Serving
+from ..errors import ConfigError, EngineError
+from ..files.strict import first_line
+from ..jobs import absolute
+from .processor import keep_to
+from .ray_engine import ray
+from .server import ServedModel, create_app
+from .server.connections import handling_signals
 
 try:
     from ray import serve
@@ -73,7 +73,6 @@ def replicated(
 
 
 def run_replicas(*arguments: Any, **options: Any) -> None:
-    """Run `replicated` until SIGTERM or SIGINT. Must be called in the main thread."""
     stopped = threading.Event()
     with replicated(*arguments, **options), handling_signals(lambda *_: stopped.set()):
         while not stopped.is_set():  # a long wait isn't ended by a signal on every platform
@@ -82,7 +81,6 @@ def run_replicas(*arguments: Any, **options: Any) -> None:
 
 
 def _portable(model: ServedModel) -> ServedModel:
-    """The model with paths that are valid in any working directory."""
     base = None if model.base is None else absolute(model.base)
     scores = None if model.scores is None else absolute(model.scores)
     return replace(model, place=absolute(model.place), base=base, scores=scores)

@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import ConfigError, EngineError, PhatgooseError
-from ...files.strict import first_line, one_line
-from ...jobs import AnyJob, AnyResult, Job, Workshop
-from ..processor import bound_spinning, keep_to
+from ..errors import ConfigError, EngineError, PhatgooseError
+from ..files.strict import first_line, one_line
+from ..jobs import AnyJob, AnyResult, Job, Workshop
+from .processor import bound_spinning, keep_to
 
 bound_spinning()  # workers get it, with the environment of this process or by `connected`
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 try:
-    import ray as ray  # for replicas.py too: Ray reads the variables above when it is imported
+    import ray as ray  # for ray_replicas.py too: Ray reads the variables above when it is imported
 except ImportError as error:
     raise ConfigError("The engine ray needs Ray: pip install 'phatgoose[ray]'.") from error
 
@@ -80,10 +80,7 @@ PROGRESS = "progress"  # the thread that answers `units` while a job runs
 
 
 class Worker:
-    """The Ray actor: it opens a workshop once and does one job after another with it.
-
-    torch has as many threads in it as it has `cpus`.
-    """
+    """The Ray actor: it opens a workshop once and does one job after another with it."""
 
     def __init__(self, workshop: list[Any], folder: str, cpus: float) -> None:
         self._workshop, self._units, self._cpus = workshop, 0, cpus
@@ -91,7 +88,6 @@ class Worker:
             os.chdir(folder)
 
     def open(self) -> str:
-        """Open the workshop; returns Ray's id of the machine."""
         keep_to(self._cpus)
         # Fetched here: when Ray fetches it, it takes any error for a lost worker.
         workshop: Workshop[Any, Any] = ray.get(self._workshop[0])
@@ -122,12 +118,11 @@ WAITING = 30.0  # seconds without any worker after which the log says so
 class RayEngine:
     """Runs jobs on the cluster that this process is connected to (see `connected`).
 
-    When a worker is lost (its process was killed, its machine went away), its job's `again` is
-    assigned to another one, which needs only the job's own folder. If this process dies, its
-    workers end; the next run of the same jobs finds what they have finished.
+    A lost worker's job goes `again` to another one, which needs only the job's own folder. If this
+    process dies, its workers end; the next run of the same jobs finds what they have finished.
 
-    `workers` None means as many as fit. `gpus_per_worker` may be a fraction; None means one if the
-    cluster has any. `cpus_per_worker` (None: 1) is also the number of a worker's threads.
+    `workers` None means as many as fit, `gpus_per_worker` None one if the cluster has any.
+    `cpus_per_worker` (None: 1) is also the number of a worker's threads.
     """
 
     workers: int | None = None
@@ -140,8 +135,8 @@ class RayEngine:
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
         """(job, result) of each of `jobs` as soon as it is done, in any order.
 
-        Raises what a job raises, and EngineError when no machine has room for a worker or a job
-        loses one worker after another.
+        Raises what a job raises, and EngineError without room for a worker or after repeated
+        losses.
         """
         if not jobs:
             return
@@ -153,7 +148,6 @@ class RayEngine:
             run.stop()
 
     def needs(self) -> dict[str, float]:
-        """The resources that one worker needs, as Ray counts them."""
         gpus = self.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if any("GPU" in node["Resources"] for node in _machines()) else 0.0
@@ -161,7 +155,6 @@ class RayEngine:
         return {"CPU": cpus, "GPU": gpus}
 
     def room(self) -> int:
-        """The number of workers. Raises EngineError when no machine is large enough."""
         needs = self.needs()
         fit = _fitting(needs)
         if not fit:
@@ -173,8 +166,7 @@ class RayEngine:
 def job_for(group: str | None, taken: Iterable[str | None], left: Sequence[Any]) -> Any:
     """The job of `left`, which isn't empty, for a worker of `group`, while others are at `taken`.
 
-    The first of its own group, else of the group with the most jobs, not counting one for each
-    worker that is at that group.
+    The first of its own group, else of the group with the most jobs that no worker will take.
     """
     sizes = Counter(job.group for job in left)
     for other in taken:
@@ -185,7 +177,6 @@ def job_for(group: str | None, taken: Iterable[str | None], left: Sequence[Any])
 
 
 def _fitting(needs: Mapping[str, float]) -> int:
-    """How many workers with these needs fit on the machines that are there now."""
     wanted = {name: amount for name, amount in needs.items() if amount}
     return sum(
         min(
@@ -202,8 +193,6 @@ def _machines() -> list[dict[str, Any]]:
 
 @dataclass(eq=False)
 class _WorkerHandle:
-    """One worker as this process sees it."""
-
     actor: Any
     answer: Any  # reference to the answer that is waited for, None while the worker is idle
     job: Any = None
@@ -214,8 +203,6 @@ class _WorkerHandle:
 
 
 class _Run:
-    """The workers of one run and the jobs that are left."""
-
     def __init__(self, engine: RayEngine, workshop: Any, jobs: list[Any], bar: Any) -> None:
         self._engine, self._workshop, self._bar = engine, workshop, bar
         self._left = jobs
@@ -268,9 +255,9 @@ class _Run:
             worker.answer = worker.actor.do.remote(worker.job)
 
     def _receive(self, worker: _WorkerHandle) -> Generator[tuple[Any, Any], None, None]:
-        """Take the answer of `worker`, or replace it if it was lost."""
         try:
             answer = ray.get(worker.answer)
+        # The job itself raised; any other error of Ray's means that the worker is lost.
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except ray.exceptions.RayError as error:
@@ -286,13 +273,13 @@ class _Run:
         yield job, answer
 
     def _drop(self, worker: _WorkerHandle, error: Exception) -> None:
-        """Remove a lost worker; its job goes back to the others."""
         ray.kill(worker.actor)
         self._workers.remove(worker)
         self._bar.update(-worker.shown)
         what = STARTING if worker.job is None else worker.job.name
         if worker.job is not None:
             self._left.insert(0, worker.job.again())
+        # A loss after progress doesn't count, nor does one with its whole machine.
         if worker.shown > self._furthest[what]:
             self._furthest[what], self._losses[what] = worker.shown, 0
         elif worker.machine is None or worker.machine in {m["NodeID"] for m in _machines()}:
@@ -335,7 +322,6 @@ class _Run:
 
 
 def _ready(references: list[Any]) -> list[Any]:
-    """Those of the `references` whose answers come within a moment."""
     if not references:
         return []
     ready, _ = ray.wait(references, num_returns=len(references), timeout=POLLING)
@@ -343,7 +329,6 @@ def _ready(references: list[Any]) -> list[Any]:
 
 
 def _cause(error: Any) -> Exception:
-    """The error that a job raised in its worker, to raise it here."""
     cause = error.cause
     if isinstance(cause, PhatgooseError):
         return cause

@@ -1,1 +1,0 @@
-"""The demo: trains five experts on tasks of our own text, routes them, and scores them."""

@@ -138,7 +138,8 @@ LONG = "x" * 100_000
 def test_what_can_not_be_is_refused_in_a_line(text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         choice_of(text)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_settings_of_compose_are_refused_by_what_to_do_now(llama, llama_pool):

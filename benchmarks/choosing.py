@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from phatgoose.base.sites import blocks_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.prompt_router import PromptReader
+from phatgoose.routing.context import Choice
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 
@@ -41,17 +42,11 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     batch = {"input_ids": torch.tensor(prompts), "attention_mask": torch.ones(rows, columns).long()}
     pool = _with_statistics(bench, count)
     routers = [name for name in ROUTERS if name not in EMBEDDING or can_embed()]
-    lookups = {}
-    for name in routers:
-        lookup = composition_of(pg.compose(pool, twin(bench.base), router=name)).lookup
-        if isinstance(lookup, PromptReader):
-            lookups[name] = lookup
-    contenders = {
-        name: (lambda reader=lookup: reader.find(prompts)) for name, lookup in lookups.items()
-    }
+    models = {name: pg.compose(pool, twin(bench.base), router=name) for name in routers}
+    contenders = {name: _choosing(model, prompts) for name, model in models.items()}
     timings = side_by_side({"base": prefill(bench.base.model, batch), **contenders}, sizes.rounds)
     base = timings["base"].median * 1e3 / rows
-    for name in lookups:
+    for name in contenders:
         own = timings[name].median * 1e3 / rows
         yield Finding.of(
             f"{sizes.base}, {rows} × {columns} tokens, E = {count}: choice by {name}",
@@ -59,6 +54,12 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
             note=f"{own:.1f} ms a prompt, the base's prefill {base:.1f}",
             details={"milliseconds a prompt": {"base": base, name: own}},
         )
+
+
+def _choosing(model: Any, prompts: list[list[int]]) -> Callable[[], Choice]:
+    router = composition_of(model).prompt_router
+    assert router is not None
+    return lambda: router.choose(prompts, model)
 
 
 def _with_statistics(bench: Bench, count: int) -> Pool:

@@ -128,7 +128,7 @@ def _sources(kept: Sequence[Mapping[str, Any]]) -> str:
                 f"[{each['title']}]({each['page']})",
                 ", ".join(suites),
                 str(s["experts"]),
-                str(s["k"]),
+                "each router's own" if s["k"] is None else str(s["k"]),
                 ", ".join(str(its["examples"]) for its in suites.values()),
                 s["date"][:10],
                 s["commit"] or "installed",

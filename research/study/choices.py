@@ -24,8 +24,10 @@ from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates
+from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.configs import Discriminant
-from phatgoose.routing.routers.discriminant import PromptDiscriminant, readings_in
+from phatgoose.routing.routers.discriminant import PromptDiscriminant
+from phatgoose.routing.routers.registry import ROUTERS, RouterChoice
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
 from phatgoose.tasks.suites.registry import open_suite
@@ -55,7 +57,7 @@ def main(pool_at: str, suite_at: str, limit: str, results: str, out: str) -> Non
     datasets = [EvaluationSet.of(task, settings) for task in tasks]
     samples: dict[str, list[Sample]] = {name: [] for name in (*SETTINGS, "Oracle")}
     states = [states_of(base, dataset) for dataset in datasets]
-    chosen = choices(pool, base, torch.cat(states))
+    chosen = choices(pool, torch.cat(states))
     first = 0
     with ResultStore.alone(Path(results)) as store:
         for dataset, seen in zip(datasets, states, strict=True):
@@ -88,14 +90,14 @@ def states_of(base: Base, dataset: EvaluationSet) -> torch.Tensor:
     return read_prompts(base.model.eval(), prompts, PromptStates(base.model))
 
 
-def choices(pool: Pool, base: Base, states: torch.Tensor) -> dict[str, list[int]]:
+def choices(pool: Pool, states: torch.Tensor) -> dict[str, list[int]]:
     """The expert of each prompt, by setting."""
     found = {}
     for name, config in SETTINGS.items():
-        reader = PromptDiscriminant(readings_in(pool), config, base.tokenizer)
-        seen = states[:, reader.places][:, :, reader.blocks]
-        scores = torch.einsum("tpbd,pbde->tpbe", seen, reader.slopes) + reader.offsets
-        found[name] = scores.mean(dim=(1, 2)).argmax(dim=1).tolist()
+        router = RouterChoice(ROUTERS["discriminant"], config).text
+        reader = open_prompt_router(pool, router=router)
+        assert isinstance(reader, PromptDiscriminant)
+        found[name] = reader.scores(states[:, :, reader.blocks]).argmax(dim=1).tolist()
     return found
 
 

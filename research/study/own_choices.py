@@ -33,12 +33,15 @@ def main(suite: str, limit: str, routers: str, *pools: str) -> None:
     shares: dict[str, dict[str, float]] = {}
     for router in named:
         model = compose(pool, base, routing=routing_of(router))
-        lookup = composition_of(model).lookup
-        if lookup is None:
+        chooser = composition_of(model).prompt_router
+        if chooser is None or not chooser.chooses:
             raise SystemExit(f"Router {router} doesn't choose for whole inputs.")
+        chosen = {
+            task: chooser.choose(asked, model).experts[:, 0] for task, asked in prompts.items()
+        }
         shares[router] = {
-            task: (lookup.find(asked).experts[:, 0] == pool.names.index(task)).float().mean().item()
-            for task, asked in prompts.items()
+            task: (experts == pool.names.index(task)).float().mean().item()
+            for task, experts in chosen.items()
         }
         detach(model)
     print("| task | " + " | ".join(named) + " |\n|---|" + "---|" * len(named))

@@ -53,7 +53,7 @@ class Settings:
             value = _typed(setting, getattr(self, setting.name))
             limit = setting.limit
             if limit is not None and value is not None and not limit.holds(value):
-                raise ConfigError(f"{setting.name} is {value!r}, but must be {limit.words}.")
+                raise ConfigError(f"{setting.name} is {value!r:.80}, but must be {limit.words}.")
             object.__setattr__(self, setting.name, value)
 
 
@@ -94,7 +94,7 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
             raise ConfigError(f"{where}: {left[key]}.")
         if key not in known:
             named = ", ".join(known) or "none"
-            raise ConfigError(f"{where}: unknown setting {key!r}; known are {named}.")
+            raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.")
     try:
         return config(**values)
     except ConfigError as error:
@@ -129,7 +129,7 @@ def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
     """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
         names = ", ".join(name for name in known if name is not None)
-        raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")
+        raise ConfigError(f"{name} is {got!r:.80}, but must be one of {names}.")
 
 
 def _typed(setting: Setting, value: Any) -> Any:
@@ -150,7 +150,7 @@ def _typed(setting: Setting, value: Any) -> Any:
         if str in kinds and isinstance(value, str):
             return value
     wanted = " or ".join(TYPE_NAMES[kind] for kind in kinds if kind in TYPE_NAMES)
-    raise ConfigError(f"{setting.name} is {value!r}, but must be {wanted}.")
+    raise ConfigError(f"{setting.name} is {value!r:.80}, but must be {wanted}.")
 
 
 # The shapes of experts, one class for each kind.
@@ -330,6 +330,10 @@ class Formatting(Settings):
 
 # How a routed model chooses experts.
 
+STAND_IN_LEFT = {
+    "stand_in": "stand_in has left phatgoose; train the missing gates (phatgoose gate), leave "
+    "these experts out, or use router arrow"
+}
 KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
 
 
@@ -342,8 +346,7 @@ class Routing(Settings):
     """
 
     left: ClassVar[Mapping[str, str]] = {
-        "stand_in": "stand_in has left phatgoose; train the missing gates (phatgoose gate), leave "
-        "these experts out, or use router arrow",
+        **STAND_IN_LEFT,
         "input_k": "input_k is k now, for routers that choose for whole inputs too",
         "retrieval_embedder": "retrieval_embedder is embedder now",
     }

@@ -1,7 +1,7 @@
 // The server's page: asks the API for answers with their routing and shows them as they come.
 "use strict";
 
-// page.py writes ROUTERS before this: what a request may name, "" for the model's own router.
+// app.py writes ROUTERS before this: what a request may name, "" for the model's own router.
 const at = (id) => document.getElementById(id);
 
 class Api {

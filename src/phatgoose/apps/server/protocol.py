@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from ...errors import ConfigError
 from ...files.strict import one_line
-from ...routing.routers.registry import ROUTERS, choice_of
+from ...routing.routers.registry import LEFT, ROUTERS, choice_of
 
 MOST_SHOWN = 500  # characters of an error
 
@@ -101,12 +102,13 @@ Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail
 
 
 def _requestable(router: str) -> str:
-    if router.partition(":")[0] not in REQUESTABLE_ROUTERS:
-        raise ValueError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}")
+    name = router.partition(":")[0]
     try:
+        if name not in (*REQUESTABLE_ROUTERS, *LEFT):
+            raise ConfigError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}")
         return choice_of(router).text
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
+    except ConfigError as error:  # of a ValueError pydantic would say "Value error, ..."
+        raise PydanticCustomError("router", "{why}", {"why": str(error)}) from error
 
 
 Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]

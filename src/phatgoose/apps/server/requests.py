@@ -34,7 +34,7 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 
 
 def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
-    """The request in `body`. Raises ApiError, which repeats only names of fields."""
+    """The request in `body`. Raises ApiError: names of fields, and a router's refusal cut short."""
     _check_size(body)
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="keys")

@@ -100,7 +100,7 @@ def runnable_methods(
 
 
 def _canonical(method: str) -> str:
-    if method != BASE and method.partition(":")[0] not in METHODS and method not in LEFT:
+    if method != BASE and method.partition(":")[0] not in (*METHODS, *LEFT):
         raise ConfigError(
             f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
         )

@@ -13,6 +13,7 @@ from ...config import (
     POSITIVE,
     RATIO,
     SEED,
+    STAND_IN_LEFT,
     Settings,
     one_of,
 )
@@ -45,6 +46,8 @@ class Random(Settings):
 class UniformTopK(Settings):
     """Router uniform-top-k."""
 
+    left: ClassVar[Mapping[str, str]] = STAND_IN_LEFT
+
     eps: Eps = EPS
 
 
@@ -52,10 +55,7 @@ class UniformTopK(Settings):
 class Phatgoose(Settings):
     """Routers phatgoose and average-activation."""
 
-    left: ClassVar[Mapping[str, str]] = {
-        "stand_in": "stand_in has left phatgoose; train the missing gates (phatgoose gate), leave "
-        "these experts out, or use router arrow"
-    }
+    left: ClassVar[Mapping[str, str]] = STAND_IN_LEFT
 
     eps: Eps = EPS
     affinity: Annotated[

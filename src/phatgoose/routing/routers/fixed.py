@@ -96,7 +96,8 @@ class Single(Merged):
         name = self.config.expert
         if name is None and len(pool) > 1:
             raise PoolError(
-                f"Router single needs the name of its expert: one of {', '.join(pool.names)}."
+                f"Router single needs the name of its expert (single:expert=NAME): one of "
+                f"{', '.join(pool.names)}."
             )
         return pool.select([name or pool.names[0]])
 

@@ -52,7 +52,7 @@ def load(
         tokenizer=found.tokenizer,
         experts=saved.names,
         records=saved.records,
-        routing=routing,
+        routing=router.routing,
         prompt_router=prompt_router,
         marks=found.marks,
     )

@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 from attackers import ATTACKS, attacked
 from honest_experts import MAKERS, POOL, SKILLS, fresh_prompts, honest_pools, small_base
 from phatgoose.base.loading import load_base
+from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates, moments_of
 from phatgoose.routing.routers import discriminant
-from phatgoose.routing.routers.configs import Reading
-from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of, readings_in
+from phatgoose.routing.routers.router import router_of
 from phatgoose.tasks.embeddings import embed_texts, prompt_texts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
@@ -90,12 +90,13 @@ def compared(pool: Pool, asked: list[tuple[Tensor, Tensor]], attacker: int) -> d
 
 def chosen(pool: Pool, asked: list[tuple[Tensor, Tensor]], attacker: int) -> dict[str, Tensor]:
     """The expert of each prompt, by router."""
-    reader = PromptDiscriminant(readings_in(pool), Reading(), None)  # type: ignore[arg-type]
+    router = router_of(Routing("discriminant"))
+    reader = router.discriminant(router.tables(pool))
     own = [moments_of(e.embeddings[:, None], dtype=torch.float32) for e in pool.experts]
     moments = {part: torch.cat([each[part] for each in own]) for part in own[0]}
-    slopes, offsets = line_of(moments, Reading())
+    slopes, offsets = router.line(moments)
     kept = [each for z, each in enumerate(asked) if z != attacker]
-    read = torch.cat([reader.scores_of_states(states) for states, _ in kept])
+    read = torch.cat([reader.scores(states[:, :, reader.blocks]) for states, _ in kept])
     embedded = torch.cat([vectors for _, vectors in kept]) @ slopes + offsets
     both = (read + embedded) / 2
     return {"discriminant": read.argmax(dim=1), "joint-discriminant": both.argmax(dim=1)}
@@ -105,7 +106,7 @@ def chosen(pool: Pool, asked: list[tuple[Tensor, Tensor]], attacker: int) -> dic
 def without_bounds() -> Iterator[None]:
     """The discriminant as it was before there were bounds."""
     with (
-        patch.object(discriminant, "bounded_means", lambda means: means),
+        patch.object(discriminant, "bounded_means", lambda means, least: means),
         patch.object(discriminant, "bounded_variances", lambda _, factor, rest: (factor, rest)),
         patch.object(discriminant, "bound_of", lambda values: torch.tensor(torch.inf)),
     ):

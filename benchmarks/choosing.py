@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -17,7 +18,6 @@ from phatgoose.base.loading import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.prompt_router import PromptReader
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 
@@ -41,17 +41,13 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     batch = {"input_ids": torch.tensor(prompts), "attention_mask": torch.ones(rows, columns).long()}
     pool = _with_statistics(bench, count)
     routers = [name for name in ROUTERS if name not in EMBEDDING or can_embed()]
-    lookups = {}
+    contenders = {}
     for name in routers:
-        lookup = composition_of(pg.compose(pool, twin(bench.base), router=name)).lookup
-        if isinstance(lookup, PromptReader):
-            lookups[name] = lookup
-    contenders = {
-        name: (lambda reader=lookup: reader.find(prompts)) for name, lookup in lookups.items()
-    }
+        model = pg.compose(pool, twin(bench.base), router=name)
+        contenders[name] = partial(composition_of(model).prompt_router.choose, prompts, model)
     timings = side_by_side({"base": prefill(bench.base.model, batch), **contenders}, sizes.rounds)
     base = timings["base"].median * 1e3 / rows
-    for name in lookups:
+    for name in contenders:
         own = timings[name].median * 1e3 / rows
         yield Finding.of(
             f"{sizes.base}, {rows} × {columns} tokens, E = {count}: choice by {name}",

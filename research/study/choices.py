@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from phatgoose.base.loading import Base, load_base
+from phatgoose.config import Routing
 from phatgoose.evaluation.comparison.cells import cell_of
 from phatgoose.evaluation.comparison.methods import single_rows
 from phatgoose.evaluation.comparison.result_store import ResultStore
@@ -24,8 +25,7 @@ from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates
-from phatgoose.routing.routers.configs import Discriminant
-from phatgoose.routing.routers.discriminant import PromptDiscriminant, readings_in
+from phatgoose.routing.routers.router import router_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
 from phatgoose.tasks.suites.entries import Sources
@@ -33,12 +33,9 @@ from phatgoose.tasks.suites.registry import open_suite
 
 THIRDS = {"first third": (0.0, 0.34), "second third": (0.34, 0.67), "last third": (0.67, 1.0)}
 SETTINGS = {
-    f"{place}, {where}, shrinkage {shrinkage:g}, task variance {variance:g}": Discriminant(
-        place=place,
-        first=first,
-        last=last,
-        shrinkage=shrinkage,
-        task_variance=variance,
+    f"{place}, {where}, shrinkage {shrinkage:g}, task variance {variance:g}": Routing(
+        f"discriminant:place={place},first={first},last={last},"
+        f"shrinkage={shrinkage},task_variance={variance}"
     )
     for place in ("both", "whole", "end")
     for where, (first, last) in {"all blocks": (0.0, 1.0), **THIRDS}.items()
@@ -55,7 +52,7 @@ def main(pool_at: str, suite_at: str, limit: str, results: str, out: str) -> Non
     datasets = [EvaluationSet.of(task, settings) for task in tasks]
     samples: dict[str, list[Sample]] = {name: [] for name in (*SETTINGS, "Oracle")}
     states = [states_of(base, dataset) for dataset in datasets]
-    chosen = choices(pool, base, torch.cat(states))
+    chosen = choices(pool, torch.cat(states))
     first = 0
     with ResultStore.alone(Path(results)) as store:
         for dataset, seen in zip(datasets, states, strict=True):
@@ -88,14 +85,13 @@ def states_of(base: Base, dataset: EvaluationSet) -> torch.Tensor:
     return read_prompts(base.model.eval(), prompts, PromptStates(base.model))
 
 
-def choices(pool: Pool, base: Base, states: torch.Tensor) -> dict[str, list[int]]:
+def choices(pool: Pool, states: torch.Tensor) -> dict[str, list[int]]:
     """The expert of each prompt, by setting."""
     found = {}
-    for name, config in SETTINGS.items():
-        reader = PromptDiscriminant(readings_in(pool), config, base.tokenizer)
-        seen = states[:, reader.places][:, :, reader.blocks]
-        scores = torch.einsum("tpbd,pbde->tpbe", seen, reader.slopes) + reader.offsets
-        found[name] = scores.mean(dim=(1, 2)).argmax(dim=1).tolist()
+    for name, routing in SETTINGS.items():
+        router = router_of(routing)
+        chooser = router.discriminant(router.tables(pool))
+        found[name] = chooser.scores(states[:, :, chooser.blocks]).argmax(dim=1).tolist()
     return found
 
 

@@ -29,7 +29,8 @@ from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.prompt_router import BaseReader
+from phatgoose.routing.routers.discriminant import PromptDiscriminant
+from phatgoose.routing.routers.joint_discriminant import JointRouter
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.entries import Sources
@@ -44,8 +45,9 @@ Cells = dict[str, Cell]  # by dataset
 def main(suites: str, router: str, other: str, results: str, *pools: str) -> None:
     """Tell the margins of every dataset, and what thresholds are worth."""
     pool, base = Pool.open(pools), load_base("smollm2")
-    lookup = composition_of(compose(pool, base, router=router)).lookup
-    if not isinstance(lookup, BaseReader):
+    model = compose(pool, base, router=router)
+    chooser = composition_of(model).prompt_router
+    if not isinstance(chooser, PromptDiscriminant | JointRouter):
         sys.exit(f"Router {router} doesn't score whole inputs by what the base reads.")
     margins, encoder = dict[str, Array](), Encoder.of(base)
     print("| dataset | first score | margin | above 0.2 |\n|---|---|---|---|")
@@ -57,7 +59,7 @@ def main(suites: str, router: str, other: str, results: str, *pools: str) -> Non
         for entry in own or opened.entries:
             drawn = entry.read(Sources(None, None)).evaluation_examples(int(limit), 0)
             prompts = [pair.prompt for pair in encoder.pairs(drawn)]
-            first, second = lookup.scores(prompts).topk(2).values.T
+            first, second = chooser.score(prompts, model).topk(2).values.T
             margin = margins[entry.name] = (first - second).double().numpy()
             told.append((float(first.mean()), margin.mean(), np.mean(margin > 0.2)))
             print(f"| {entry.name} | {line_of(told[-1])} |", flush=True)

@@ -3,7 +3,7 @@
     python research/study/own_choices.py SUITE LIMIT ROUTERS POOL…
 
 Of each task of the suite that an expert was trained on, the share of LIMIT evaluation prompts whose
-first expert is the task's own; ROUTERS as for study_held_in.py. A table and means are told.
+first expert is the task's own; ROUTERS as for held_in.py. A table and means are told.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def main(suite: str, limit: str, routers: str, *pools: str) -> None:
     shares: dict[str, dict[str, float]] = {}
     for router in named:
         model = compose(pool, base, routing=routing_of(router))
-        lookup = composition_of(model).lookup
-        if lookup is None:
+        chooser = composition_of(model).prompt_router
+        if chooser is None:
             raise SystemExit(f"Router {router} doesn't choose for whole inputs.")
-        shares[router] = {
-            task: (lookup.find(asked).experts[:, 0] == pool.names.index(task)).float().mean().item()
-            for task, asked in prompts.items()
-        }
+        for task, asked in prompts.items():
+            first = chooser.choose(asked, model).experts[:, 0]
+            own = (first == pool.names.index(task)).float().mean().item()
+            shares.setdefault(router, {})[task] = own
         detach(model)
     print("| task | " + " | ".join(named) + " |\n|---|" + "---|" * len(named))
     for task in prompts:

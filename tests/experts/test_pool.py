@@ -66,18 +66,6 @@ def test_an_expert_that_a_pool_lacks_is_a_key_error_with_the_names(write, name, 
         Pool.open(write("a"))[name]
 
 
-def test_a_pool_and_its_experts_are_shown_in_a_line(llama_pool):
-    more = Pool(tuple(dataclasses.replace(e) for _ in range(3) for e in llama_pool.experts))
-    base = llama_pool.base.id
-    assert repr(llama_pool) == f"<Pool on {base!r} (experts: 4): e0, e1, e2, e3>"
-    assert repr(more).endswith("(experts: 12): e0, e1, e2, e3, e0, e1, e2, e3, …>")
-    assert repr(Pool(())) == "<Pool (experts: 0): >"
-    first = llama_pool["e0"]
-    assert repr(first) == "<Expert 'e0', LoRA, gates, means, readings (sites: 14)>"
-    site = "model.layers.0.self_attn.q_proj"
-    assert repr(first.modules[site]) == "LoraFactors(A=[4, 32], B=[32, 4], scale=2.0)"
-
-
 def test_experts_that_are_loaded_are_a_pool(llama_pool):
     one, two, *_ = llama_pool.experts
     assert Pool.open(llama_pool) is llama_pool
@@ -226,11 +214,6 @@ def test_experts_without_vectors_are_all_named_with_the_remedies(
     write("bald", gates={}, base=llama.reference)
     with pytest.raises(PoolError, match=r"Experts 'bald', 'bare' have .* leave them out.*arrow"):
         compose(Pool.open(places), llama, router=router, k=1)
-
-
-def test_the_merged_router_needs_no_vectors(write, llama, tmp_path):
-    write("bare", gates={}, base=llama.reference)
-    compose(Pool.open(tmp_path / "pool"), llama, router="merged", k=1)
 
 
 def test_a_manifest_opens_the_same_pool(write, tmp_path):

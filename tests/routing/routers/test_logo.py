@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from mixed_by_hand import adding, logits_by_hand
-from mixed_experts import make_kind
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.batching import pad_left, pad_right
@@ -120,11 +119,8 @@ def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_ex
     assert (scores_of(model, PROMPTS) > 0).all()
 
 
-def test_it_needs_loras_and_a_tokenizer(llama, llama_pool, tmp_path):
+def test_its_settings_are_checked_and_a_bare_model_refused(llama, llama_pool):
     with pytest.raises(ConfigError, match="reads is 'end', but must be one of block, site"):
         compose(llama_pool, llama, router="logo:reads=end")
     with pytest.raises(ConfigError, match="Router logo reads prompts"):
         compose(llama_pool, llama.model, router="logo")
-    other = make_kind("ia3", llama, tmp_path / "ia3")
-    with pytest.raises(PoolError, match="Router logo needs the factors of LoRAs"):
-        compose(Pool((other, *llama_pool.experts)), llama, router="logo")

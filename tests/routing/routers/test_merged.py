@@ -59,17 +59,6 @@ def test_it_is_the_exact_mean_of_all_products(base, kind, pool_of, ranks):
     assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, pool), ids))
 
 
-@pytest.mark.parametrize("folds", [True, False], ids=["folded", "factored"])
-def test_every_layer_adds_the_mean_in_either_form(base, large, monkeypatch, folds):
-    monkeypatch.setattr("phatgoose.routing.compose.is_cheaper_folded", lambda *_: folds)
-    model = compose(large, base, router="merged")
-    assert layers_of(model, FoldedLinear if folds else RoutedLinear) == set(large.sites)
-    for site, layer in composition_of(model).layers.items():
-        u = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
-        wanted = layer.base(u).double() + u.double() @ mean_update(large, site).T
-        torch.testing.assert_close(layer(u), wanted.float(), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("rank", [2, 30])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
 def test_an_expert_that_does_not_act_at_a_site_counts_as_zero_there(base, kind, make_expert, rank):
@@ -127,11 +116,6 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, u: Tensor) -> Tensor:
         return self.plain(u)
-
-
-@pytest.mark.parametrize("make", [Quantised, QuantisedLinear])
-def test_a_weight_that_is_no_plain_numbers_stays_as_it_is(make):
-    assert not is_cheaper_folded(make(nn.Linear(16, 48, bias=False)), stack_of(9, 4, 16, 48))
 
 
 @pytest.mark.parametrize("make", [Quantised, QuantisedLinear])
@@ -265,14 +249,6 @@ def test_saved_and_loaded_the_mean_is_still_over_the_whole_pool(llama, make_expe
     (one, usage), (other, again) = recordings
     assert torch.equal(one, other)
     assert all(torch.equal(usage[site], again[site]) for site in pool.sites)
-
-
-def test_merged_is_not_the_mean_of_the_factors(llama, llama_pool):
-    u = random(1, 32)
-    loras = [expert.lora[SITE] for expert in llama_pool.experts]
-    A, B = (torch.stack([getattr(lora, side) for lora in loras]).mean(0) for side in "AB")
-    layer = composition_of(compose(llama_pool, llama, router="merged")).layers[SITE]
-    assert not torch.allclose(layer(u) - layer.base(u), loras[0].scale * u @ A.T @ B.T, atol=1e-3)
 
 
 def test_merged_needs_no_vectors(llama, llama_pool):

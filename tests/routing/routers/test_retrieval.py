@@ -35,23 +35,11 @@ from topic_prompts import (
     batch_of,
     both_streams,
     by_single,
-    owner,
     passed,
     read_by,
     retrieving,
 )
 from toy_embedders import toy_embed
-
-
-def test_the_prompts_of_these_tests_ask_for_all_experts(llama_pool):
-    assert tuple(owner(llama_pool, text) for text in PROMPTS) == OWNERS
-    asked = [owner(llama_pool, example.input) for example in CHOOSING.test]
-    texts = [
-        f"Answer Choices: {', '.join(example.choices)}, Instance: {example.input}"
-        for example in CHOOSING.test
-    ]
-    assert tuple(asked) == ASKED_OWNERS
-    assert tuple(owner(llama_pool, text, "paper") for text in texts) == CHOSEN_OWNERS
 
 
 @retrieving

@@ -16,14 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from changed_adapters import set_config
-from changed_experts import (
-    SITE,
-    change_vectors,
-    make,
-    problem_of,
-    set_info,
-    vectors_for,
-)
+from changed_experts import SITE, change_vectors, make, problem_of, set_info, vectors_for
 from paths import GOLDEN
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.config import Formatting

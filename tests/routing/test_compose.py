@@ -240,8 +240,7 @@ def test_a_routed_model_looks_like_its_base(base, pool, kind):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "left"),
-    [({"keep": ["e3", "e0"]}, (0, 3)), ({"leave_out": ["e0"]}, (1, 2, 3))],
+    ("chosen", "left"), [({"keep": ["e3", "e0"]}, (0, 3)), ({"leave_out": ["e0"]}, (1, 2, 3))]
 )
 def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
     ids = make_ids()

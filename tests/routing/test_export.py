@@ -27,10 +27,7 @@ from phatgoose.routing.export.shares import (
     shares_for,
     shares_of,
 )
-from phatgoose.routing.export.updates import (
-    fixed_update,
-    merged_layer,
-)
+from phatgoose.routing.export.updates import fixed_update, merged_layer
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.saved.save import save

@@ -7,13 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixed_experts import (
-    PRECISE,
-    each_kind,
-    mixed_output,
-    naively_mixed,
-    renamed,
-)
+from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed, renamed
 from oracle import token_weights
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError

@@ -174,8 +174,7 @@ def change(folder: Path, base: Base, more: Pool) -> None:
 
 
 @settings(
-    max_examples=EXAMPLES,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(
     done=DAMAGES,

@@ -20,10 +20,7 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck.module import (
-    FILES,
-    BottleneckLayers,
-)
+from phatgoose.experts.kinds.bottleneck.module import FILES, BottleneckLayers
 
 GOLDEN = GOLDENS / "bottleneck"
 

@@ -12,12 +12,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from routed_models import SCORES
 from tiny import logits_of, make_ids
-from topic_prompts import (
-    CHOOSING,
-    OPEN,
-    both_streams,
-    by_single,
-)
+from topic_prompts import CHOOSING, OPEN, both_streams, by_single
 
 
 @both_streams

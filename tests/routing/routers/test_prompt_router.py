@@ -21,14 +21,7 @@ from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
-from topic_prompts import (
-    PROMPTS,
-    batch_of,
-    both_streams,
-    experts_of,
-    scores_of,
-    tokens_of,
-)
+from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, scores_of, tokens_of
 from toy_embedders import toy_embed
 
 pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]

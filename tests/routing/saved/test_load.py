@@ -20,11 +20,7 @@ from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.tensors import (
-    dequantised,
-    quantised,
-    read_saved,
-)
+from phatgoose.routing.saved.tensors import dequantised, quantised, read_saved
 from routed_models import compose_by, of_task
 from tiny import logits_of, make_ids, make_model
 

@@ -17,14 +17,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from growth_cases import (
-    EMBEDDED,
-    NAMES,
-    ROUTERS,
-    assert_same_models,
-    composed,
-    write_small_experts,
-)
+from growth_cases import EMBEDDED, NAMES, ROUTERS, assert_same_models, composed, write_small_experts
 from mixed_experts import ordered, renamed
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing

@@ -272,12 +272,6 @@ def test_an_expert_may_overwrite_itself(directory):
     assert contents(directory) == before
 
 
-def test_a_target_below_a_file_is_refused_with_the_reason(original, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ExpertError, match="can't be written"):
-        original.save(tmp_path / "file" / "expert")
-
-
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError, OSError(28, "No space")])
 def test_an_interrupted_save_leaves_nothing(original, tmp_path, monkeypatch, interruption):
     def stop(tensors, path):

@@ -18,9 +18,8 @@ from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.new_modules import fresh_expert
-from phatgoose.training.train_expert import train_gates
 from phatgoose.training.trainer import fit
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
     LORA,
@@ -217,12 +216,6 @@ def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
 def test_joint_gates_have_no_settings_of_their_own(settings, match):
     with pytest.raises(ConfigError, match=match):
         GateTraining(joint=True, **settings)
-
-
-def test_gates_alone_cannot_be_trained_jointly(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="joint is on"):
-        train_gates(llama, adapter, TASK, out=tmp_path / "e", gate_training=JOINT)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
-from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
+from phatgoose.errors import ConfigError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
@@ -166,14 +166,6 @@ def refused(error: type[Exception], match: str, expert: Expert, *arguments, **op
     with pytest.raises(error, match=match):
         measure(expert, *arguments, **options)
     assert files_of(expert.directory) == before
-
-
-def test_nothing_to_measure_is_an_error(llama, tmp_path):
-    expert = trained(llama, tmp_path / "count", train)
-    nothing = dict.fromkeys(("means", "readings", "embeddings"), False)
-    refused(ConfigError, "nothing to measure", expert, llama, TASK, **nothing)
-    refused(ConfigError, "statistics_examples is 0", expert, llama, TASK, examples=0)
-    refused(TaskError, "has 0 training examples", expert, llama, Task("empty"))
 
 
 def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_folders, tmp_path):

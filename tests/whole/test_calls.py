@@ -25,7 +25,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
-from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
@@ -81,21 +80,6 @@ def in_thread(work) -> None:
 
 READERS = {"retrieval", "centroid", "glider", "logo", "discriminant"}  # by hooks
 READERS |= {"joint-discriminant", "discriminant-phatgoose"}
-
-
-@pytest.mark.parametrize("router", sorted({*ROUTERS} - READERS))
-def test_a_routed_model_has_no_hooks(router):
-    scores = {f"e{z}": {"task": z} for z in range(3)}
-    given = {"oracle": {"scores": scores}}
-    given["best-individual"] = given["oracle"]
-    options = {
-        "router": "single:expert=e0" if router == "single" else router,
-        **given.get(router, {}),
-    }
-    model = compose(tiny_of("llama").pool, base_of("llama"), **options)
-    for module in model.modules():
-        assert not module._forward_pre_hooks
-        assert not module._forward_hooks
 
 
 @each_model

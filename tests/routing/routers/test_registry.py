@@ -152,6 +152,8 @@ def test_a_model_keeps_the_canonical_text(llama, llama_pool):
         ("arrow:peft", "arrow:SETTING=VALUE"),
         ("arrow:form=peft,form=svd", "each once"),
         ("random:seed=one", "seed is 'one', but must be a whole number"),
+        ("spectr:shortlist=0", "shortlist is 0, but must be at least 1"),
+        ("logo:reads=end", "reads is 'end', but must be one of block, site"),
         ("phatgoose:eps=0", "eps is 0.0, but must be above 0"),
         ("auto:form=peft", "Router auto has no settings"),
         ("phatgoose-input", "has left phatgoose; use discriminant instead"),

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phatgoose.errors import ConfigError
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -129,8 +128,3 @@ def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
 
 
 # Whole models
-
-
-def test_a_shortlist_is_of_one_at_least(llama, llama_pool):
-    with pytest.raises(ConfigError, match="shortlist is 0, but must be at least 1"):
-        compose(llama_pool, llama, router="spectr:shortlist=0")

@@ -101,16 +101,6 @@ def test_a_revision_that_is_none_is_refused_unless_the_base_is_given(adapter, ll
     assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
 
 
-def test_an_expert_directory_holds_pefts_own_files_and_what_the_format_names(adapter, original):
-    files = contents(original.directory)
-    assert set(files) == {
-        *(ADAPTER_CONFIG, ADAPTER_WEIGHTS),
-        *(LAYOUT.vectors, LAYOUT.info, LAYOUT.card),
-    }
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        assert files[file] == (adapter / file).read_bytes()
-
-
 def test_an_expert_directory_can_be_read_by_others(original, tmp_path):
     before = os.umask(0o022)
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,11 +103,6 @@ def test_each_run_of_rows_meets_its_own_factor(dtype):
     torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=0.05)
 
 
-native_module = importlib.import_module(
-    "phatgoose.routing.kernels.native"
-)  # the name is the kernel's too
-
-
 def chosen_by_auto(problem: Problem) -> str:
     kernel = choose_kernel("auto", problem.u, problem.experts, problem.A, problem.B)
     return next(name for name, body in KERNELS.items() if body is kernel)
@@ -139,10 +132,3 @@ def test_the_setting_knows_all_kernels():
     assert ("auto", *KERNELS) == NAMES
     with pytest.raises(ConfigError, match="fastest"):
         Routing(kernel="fastest")
-
-
-def test_without_a_compiler_other_kernels_serve(monkeypatch, tmp_path):
-    problem = make_problem(E=8)
-    monkeypatch.setattr(native_module, "_library", lambda: None)
-    assert not runs_natively(problem.u)
-    assert chosen_by_auto(problem) in DIFFERENTIABLE

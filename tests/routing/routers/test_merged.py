@@ -17,10 +17,9 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from tiny import assert_same_logits, logits_of, make_ids, random
+from tiny import assert_same_logits, logits_of, make_ids
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
 SITE = "model.layers.0.self_attn.q_proj"
@@ -254,9 +253,3 @@ def test_saved_and_loaded_the_mean_is_still_over_the_whole_pool(llama, make_expe
 def test_merged_needs_no_vectors(llama, llama_pool):
     bare = Pool(tuple(replace(expert, gates={}, means={}) for expert in llama_pool.experts))
     compose(bare, llama, router="merged")
-
-
-def test_a_uniform_router_gives_all_experts_the_same_weight():
-    decision = UniformRouter(2, 2)(random(3, 8))
-    assert torch.equal(decision.experts, torch.tensor([[0, 1]] * 3))
-    assert torch.equal(decision.weights, torch.tensor([[0.5, 0.5]] * 3))

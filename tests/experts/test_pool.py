@@ -15,9 +15,7 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.sites import find_sites
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import MANIFEST_VERSION, Pool
-from phatgoose.routing.compose import compose
 from tiny import TINY_BASE
 
 
@@ -66,18 +64,6 @@ def test_an_expert_that_a_pool_lacks_is_a_key_error_with_the_names(write, name, 
         Pool.open(write("a"))[name]
 
 
-def test_a_pool_and_its_experts_are_shown_in_a_line(llama_pool):
-    more = Pool(tuple(dataclasses.replace(e) for _ in range(3) for e in llama_pool.experts))
-    base = llama_pool.base.id
-    assert repr(llama_pool) == f"<Pool on {base!r} (experts: 4): e0, e1, e2, e3>"
-    assert repr(more).endswith("(experts: 12): e0, e1, e2, e3, e0, e1, e2, e3, …>")
-    assert repr(Pool(())) == "<Pool (experts: 0): >"
-    first = llama_pool["e0"]
-    assert repr(first) == "<Expert 'e0', LoRA, gates, means, readings (sites: 14)>"
-    site = "model.layers.0.self_attn.q_proj"
-    assert repr(first.modules[site]) == "LoraFactors(A=[4, 32], B=[32, 4], scale=2.0)"
-
-
 def test_experts_that_are_loaded_are_a_pool(llama_pool):
     one, two, *_ = llama_pool.experts
     assert Pool.open(llama_pool) is llama_pool
@@ -123,22 +109,6 @@ def test_a_pool_knows_every_site_of_any_expert(write, llama, tmp_path):
     pool = Pool.open(tmp_path / "pool")
     assert set(pool.sites) == set(find_sites(llama.model))
     assert len(pool.sites) == len(set(pool.sites))
-
-
-def test_a_damaged_expert_spoils_the_pool_by_name(write):
-    write("good")
-    bad = write("bad")
-    weights = bad / ADAPTER_WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-3])
-    assert str(bad) in complaint_about(bad.parent, ExpertError)
-
-
-def test_two_experts_of_one_name_are_refused_with_both_places(write):
-    one, other = write("twin"), write("twin", place="elsewhere")
-    message = complaint_about([one, other])
-    for part in ("Two experts are named 'twin'", str(one), str(other)):
-        assert part in message
-    assert "twin is named twice" in complaint_about([one, one.parent])
 
 
 UNKNOWN, OTHER = BaseReference("tiny"), BaseReference("tiny", None, "sha256:cd")
@@ -208,29 +178,6 @@ def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path
     )
     with pytest.raises(PoolError, match=r"no expert 'x'; it has two\.$"):
         Pool.open(tmp_path / "other").select(leave_out=["x"])
-
-
-@pytest.mark.parametrize(
-    ("router", "lacking", "command"),
-    [("phatgoose", "gates", "gate"), ("average-activation", "means", "measure")],
-)
-def test_experts_without_vectors_are_all_named_with_the_remedies(
-    write, llama, tmp_path, router, lacking, command
-):
-    write("bare", gates={}, base=llama.reference)
-    places = [tmp_path / "pool"]
-    with pytest.raises(PoolError) as caught:
-        compose(Pool.open(places), llama, router=router, k=1)
-    for part in ("Expert 'bare' has", f"no {lacking}", f"'phatgoose {command}'", "leave it out"):
-        assert part in str(caught.value)
-    write("bald", gates={}, base=llama.reference)
-    with pytest.raises(PoolError, match=r"Experts 'bald', 'bare' have .* leave them out.*arrow"):
-        compose(Pool.open(places), llama, router=router, k=1)
-
-
-def test_the_merged_router_needs_no_vectors(write, llama, tmp_path):
-    write("bare", gates={}, base=llama.reference)
-    compose(Pool.open(tmp_path / "pool"), llama, router="merged", k=1)
 
 
 def test_a_manifest_opens_the_same_pool(write, tmp_path):
@@ -316,14 +263,6 @@ def test_a_manifest_that_is_no_json_is_refused(tmp_path):
     assert caught.value.code == 2
 
 
-def test_a_manifest_that_can_not_be_written_is_refused_and_leaves_nothing(write, tmp_path):
-    pool = Pool.open(write("a"))
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(PoolError, match="can't be written"):
-        pool.write_manifest(tmp_path / "file" / "pool.json")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "pool"}
-
-
 def test_a_manifest_is_read_and_written_where_links_to_it_stand(write, tmp_path):
     """Paths in it are relative to the file: where a link leads, and where one was replaced."""
     write("a")
@@ -337,10 +276,7 @@ def test_a_manifest_is_read_and_written_where_links_to_it_stand(write, tmp_path)
     assert Pool.open(link).names == Pool.open(tmp_path / "lists" / "real.json").names == ("a",)
 
 
-def test_a_manifest_s_name_tells_that_it_is_one(write, tmp_path):
-    write("a")
-    with pytest.raises(PoolError, match=r"end in \.json"):
-        Pool.open(tmp_path / "pool").write_manifest(tmp_path / "pool.txt")
+def test_other_json_is_no_manifest(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert complaint_about(tmp_path / "config.json").endswith(
         "is no pool manifest: it lacks 'manifest_version'."

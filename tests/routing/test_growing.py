@@ -31,8 +31,14 @@ def test_a_grown_model_is_the_composed_one(llama, uneven, toy_embedder, router):
     assert_same_models(model, composed(router, uneven, llama))
 
 
-@pytest.mark.parametrize("left", [["e0"], ["e1", "e3"], ["e0", "e1"], ["e3"], ["e0", "e2", "e3"]])
-@pytest.mark.parametrize("router", ["phatgoose", "retrieval", "merged"])
+@pytest.mark.parametrize(
+    ("router", "left"),
+    [
+        *((router, ["e0", "e2", "e3"]) for router in ROUTERS),
+        *(("phatgoose", left) for left in (["e0"], ["e1", "e3"], ["e0", "e1"], ["e3"])),
+        *((router, ["e3"]) for router in ("retrieval", "merged")),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:k is 2")
 def test_a_smaller_model_is_the_composed_one(llama, uneven, toy_embedder, router, left):
     model = composed(router, uneven, llama)

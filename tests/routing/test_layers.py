@@ -7,17 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixed_experts import (
-    PRECISE,
-    each_kind,
-    mixed_output,
-    naively_mixed,
-    renamed,
-)
+from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed, renamed
 from oracle import token_weights
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ExpertError, PoolError
-from phatgoose.evaluation.comparison.methods import lacking
+from phatgoose.errors import ExpertError
+from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -26,7 +20,7 @@ from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from routed_models import compose_by, of_task
-from tiny import assert_same_logits, logits_of, make_ids
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
 KINDS = ("llama", "t5", "gpt2")
 
@@ -91,20 +85,6 @@ def test_every_router_that_needs_no_loras_routes_a_mixed_pool(llama, llama_mixed
     assert_same_logits(logits_of(loaded, ids), got)
 
 
-def test_a_loaded_mixed_model_has_the_same_tensors(llama, llama_mixed, tmp_path):
-    model = compose(llama_mixed, llama)
-    layers = {s: each.stack.tensors() for s, each in composition_of(model).layers.items()}
-    save(model, tmp_path / "routed")
-    detach(model)
-    loaded = composition_of(load(tmp_path / "routed", llama)).layers
-    assert loaded.keys() == layers.keys()
-    for site, tensors in layers.items():
-        got = loaded[site].stack.tensors()
-        assert got.keys() == tensors.keys()
-        assert all(torch.equal(got[name], tensors[name]) for name in tensors)
-        assert all(got[name].dtype == tensors[name].dtype for name in tensors)
-
-
 def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
     layers = composition_of(compose(llama_mixed, llama)).layers
     assert not any(layer.is_plain for layer in layers.values())  # a LoRA with biases everywhere
@@ -112,16 +92,6 @@ def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
     layers = composition_of(compose(llama_mixed, llama, leave_out=["biased1"])).layers
     plain = {site for site, layer in layers.items() if layer.is_plain}
     assert {site.rpartition(".")[2] for site in plain} == {"q_proj", "up_proj", "gate_proj"}
-
-
-def test_arrow_names_the_experts_that_have_no_factors(llama, llama_mixed):
-    with pytest.raises(PoolError, match=r"'ia32' \(ia3\), 'bottleneck3' \(bottleneck\)"):
-        compose(llama_mixed, llama, router="arrow")
-    loras = llama_mixed.select(["lora0", "biased1", "lora7"])
-    assert not hasattr(llama.model, "phatgoose")
-    compose(loras, llama, router="arrow")
-    without = [expert.name for expert in llama_mixed.experts if not expert.lora]
-    assert list(lacking(llama_mixed)["arrow"]) == without
 
 
 def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama, llama_mixed):
@@ -161,3 +131,21 @@ def test_bfloat16_stays_close(kind, base, mixed_pool):
         assert got.dtype == torch.bfloat16
         slack = 6 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=slack)
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["lora0", "biased1", "ia32", "bottleneck4"])
+def test_a_pool_forced_to_one_expert_is_that_expert_alone(base, mixed_pool, name):
+    ids = make_ids(rows=2)
+    plain = logits_of(base.model, ids)
+    expert = next(expert for expert in mixed_pool.experts if expert.name == name)
+    if expert.kind == "bottleneck":
+        with applied(base.model, expert.modules, ModifiedLinear):
+            wanted = logits_of(base.model, ids)
+    else:
+        wanted = logits_of(peft_model(base, expert.directory), ids)
+    assert not torch.allclose(wanted, plain, atol=0.1)
+    for options in ({"keep": [name], "k": 1}, {"router": f"single:expert={name}"}):
+        assert_same_logits(logits_of(compose(mixed_pool, base, **options), ids), wanted)
+        detach(base.model)
+    assert torch.equal(logits_of(base.model, ids), plain)

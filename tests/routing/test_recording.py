@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -126,7 +128,17 @@ def test_experts_absent_from_a_site_have_no_weight_there(llama, make_expert):
     assert usage["model.layers.0.self_attn.q_proj"].all()
 
 
-def test_merged_experts_share_every_token_equally(llama, llama_pool):
-    recording = recorded(compose(llama_pool, llama, router="merged"), make_ids())
-    for usage in recording.usage().values():
-        assert usage.tolist() == pytest.approx([0.25] * 4)
+def test_recording_changes_no_bit(base, pool):
+    model, ids = compose(pool, base), make_ids()
+    wanted = logits_of(model, ids)
+    with record(model):
+        assert torch.equal(logits_of(model, ids), wanted)
+
+
+def test_recording_ends_with_its_context_even_after_an_error(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    with suppress(LookupError), record(model) as recording:
+        logits_of(model, make_ids())
+        raise LookupError
+    logits_of(model, make_ids())
+    assert all(len(passes) == 1 for passes in recording.weights.values())

@@ -35,6 +35,8 @@ ROUTERS = (
     "glider",
     "logo",
     "joint-discriminant",
+    "discriminant",
+    "discriminant-phatgoose",
     "merged",
     "random",
 )

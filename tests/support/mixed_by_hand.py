@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from oracle import update
 from phatgoose.base.loading import Base
 from phatgoose.experts.pool import Pool
-from tiny import logits_of
+from phatgoose.tasks.batching import pad_left, pad_right
+from tiny import assert_same_logits, logits_of
+from topic_prompts import PROMPTS, passed
+
+Shares = Mapping[str, float]
 
 
 @contextmanager
-def adding(base: Base, pool: Pool, weights: Mapping[str, float]) -> Iterator[None]:
+def adding(base: Base, pool: Pool, weights: Shares) -> Iterator[None]:
     """The base with the experts of these names, each times its weight, meanwhile."""
 
     def hook_of(site: str):
@@ -41,7 +46,22 @@ def adding(base: Base, pool: Pool, weights: Mapping[str, float]) -> Iterator[Non
             handle.remove()
 
 
-def logits_by_hand(base: Base, pool: Pool, ids: Tensor, weights: Mapping[str, float]) -> Tensor:
+def logits_by_hand(base: Base, pool: Pool, ids: Tensor, weights: Shares) -> Tensor:
     """The logits of `ids` [1, tokens] with these weights."""
     with adding(base, pool, weights):
         return logits_of(base.model, ids)
+
+
+def assert_rows_are_mixed(
+    base: Base, pool: Pool, compose: Callable[[], PreTrainedModel], shares: Sequence[Shares]
+) -> None:
+    """PROMPTS padded on either side, through the composed model, are mixtures of these shares."""
+    rows, wanted = [base.tokenizer(text)["input_ids"] for text in PROMPTS], []
+    for row, weights in zip(rows, shares, strict=True):
+        ids = torch.tensor([row])
+        with adding(base, pool, weights):
+            wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
+    model = compose()
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+        assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))

@@ -12,11 +12,8 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.context import Choice
 from phatgoose.tasks.batching import pad_left, pad_right, position_ids
-from phatgoose.tasks.embeddings import PROMPT
 from phatgoose.tasks.task import Example, Task
-from routed_models import with_embeddings
 from tiny import logits_of
-from toy_embedders import toy_embed
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 
@@ -47,17 +44,6 @@ both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 
 
 retrieving = pytest.mark.usefixtures("toy_embedder")
-
-
-def owner(pool: Pool, text: str, form: str = PROMPT) -> str:
-    """The expert with the nearest embedding, one cosine at a time."""
-    (query,) = toy_embed([text]).double()
-    cosines = {
-        (expert.name, i): float(query @ row.double())
-        for expert in with_embeddings(pool, form).experts
-        for i, row in enumerate(expert.embeddings)
-    }
-    return max(cosines, key=lambda key: cosines[key])[0]
 
 
 def batch_of(base, texts) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,8 @@ from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.modules import fresh_expert
-from phatgoose.training.train_expert import train_gates
 from phatgoose.training.trainer import fit
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
     LORA,
@@ -121,17 +120,6 @@ def test_the_gates_start_at_zeros_and_everything_else_as_without_them(llama):
         assert parts["v"].shape == parts["A"].shape[1:]
 
 
-def test_gates_of_zeros_are_half_of_the_lora(base):
-    ids, logits = make_ids(), []
-    for joint, alpha in ((True, 4), (False, 2)):
-        torch.manual_seed(0)
-        with fresh_expert(base, replace(LORA, alpha=alpha), joint=joint) as fresh:
-            fill(factors_in(fresh.model), "B")
-            logits.append(logits_of(fresh.model.eval(), ids))
-    assert_same_logits(*logits)
-    assert not torch.allclose(logits[0], logits_of(base.model, ids), atol=1e-2)
-
-
 def test_loss_and_gradients_are_those_of_the_method(base):
     with fresh_expert(base, LORA, joint=True) as fresh:
         model = fresh.model
@@ -218,15 +206,6 @@ def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["echo"]
 
 
-def test_a_base_is_as_it_was_after_training(base, tmp_path):
-    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
-    modules = dict(base.model.named_modules())
-    train(base, tmp_path / "echo")
-    assert dict(base.model.named_modules()) == modules
-    assert base.model.state_dict().keys() == weights.keys()
-    assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
-
-
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -237,12 +216,6 @@ def test_a_base_is_as_it_was_after_training(base, tmp_path):
 def test_joint_gates_have_no_settings_of_their_own(settings, match):
     with pytest.raises(ConfigError, match=match):
         GateTraining(joint=True, **settings)
-
-
-def test_gates_alone_cannot_be_trained_jointly(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="joint is on"):
-        train_gates(llama, adapter, TASK, out=tmp_path / "e", gate_training=JOINT)
 
 
 @pytest.fixture(scope="module")
@@ -271,13 +244,6 @@ def test_a_resumed_run_ends_in_the_same_bits(llama, tmp_path, monkeypatch, whole
     assert_same_expert(resumed, whole)
     assert all(torch.equal(resumed.means[site], whole.means[site]) for site in whole.means)
     assert not (tmp_path / ".cut.work").exists()
-
-
-def test_a_resumed_run_trains_nothing_twice(llama, tmp_path, monkeypatch, whole):
-    cut = ("phatgoose.training.train_expert.statistics_of", 1)
-    interrupted(monkeypatch, llama, tmp_path / "cut", *cut, gate_training=JOINT)
-    monkeypatch.setattr(*on_call(PASS, 1, interrupt))
-    assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -26,7 +26,7 @@ from phatgoose.tasks.task import Task
 from phatgoose.training import trainer
 from phatgoose.training.modules import GatedLinear, fresh_expert, parameters_at, placed_sites
 from phatgoose.training.train_expert import train_gates
-from tiny import assert_same_logits, logits_of, make_ids, peft_model
+from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 from training_runs import (
     GATES,
     PASS,
@@ -167,17 +167,13 @@ def test_precision_under_a_base_in_bfloat16(base_folders, shape, tmp_path):
     assert dtype == (torch.float32 if shape == "ia3" else torch.bfloat16)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 MODULES = {
-    "lora": LoraFactors(normal(3, 8), normal(5, 3, seed=1), 1.5),
-    "biased": LoraFactors(normal(3, 8), normal(5, 3, seed=1), 1.5, normal(5, seed=2)),
-    "output": ScalingVector(normal(5, seed=3), on_input=False),
-    "input": ScalingVector(normal(8, seed=4), on_input=True),
+    "lora": LoraFactors(random(3, 8), random(5, 3, seed=1), 1.5),
+    "biased": LoraFactors(random(3, 8), random(5, 3, seed=1), 1.5, random(5, seed=2)),
+    "output": ScalingVector(random(5, seed=3), on_input=False),
+    "input": ScalingVector(random(8, seed=4), on_input=True),
     "bottleneck": BottleneckLayers(
-        normal(2, 5), normal(2, seed=5), normal(5, 2, seed=6), normal(5, seed=7), "silu", 0.5
+        random(2, 5), random(2, seed=5), random(5, 2, seed=6), random(5, seed=7), "silu", 0.5
     ),
 }
 
@@ -202,8 +198,8 @@ def test_a_gate_scales_the_whole_change_and_alone_has_a_gradient(name):
     base = nn.Linear(8, 5).requires_grad_(False)
     layer = GatedLinear(base, MODULES[name])
     assert [key for key, p in layer.named_parameters() if p.requires_grad] == ["gate"]
-    layer.gate.data.copy_(0.3 * normal(8, seed=8))
-    u, cotangent = normal(4, 8, seed=9), normal(4, 5, seed=10).double()
+    layer.gate.data.copy_(0.3 * random(8, seed=8))
+    u, cotangent = random(4, 8, seed=9), random(4, 5, seed=10).double()
     v = layer.gate.detach().double().requires_grad_()
     wanted = torch.stack(
         [by_hand(base, MODULES[name], t.double(), torch.sigmoid(v @ t.double())) for t in u]
@@ -284,10 +280,13 @@ def test_lora_starts_as_the_method_says(llama):
     assert len(held) == 2 * len(find_sites(llama.model))
 
 
-def test_a_base_is_as_it_was_after_training(base, tmp_path):
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_base_is_as_it_was_after_training(base, tmp_path, joint):
     weights = {key: value.clone() for key, value in base.model.state_dict().items()}
     modules, attributes = dict(base.model.named_modules()), set(vars(base.model))
-    train_default(base, tmp_path / "first", Task("other", words("x", "y", "z")))
+    gates = GateTraining(joint=True) if joint else GATES
+    task = Task("other", words("x", "y", "z"))
+    train_default(base, tmp_path / "first", task, gate_training=gates)
     assert dict(base.model.named_modules()) == modules
     assert set(vars(base.model)) - attributes <= {"_is_accelerate_prepared"}  # accelerate's mark
     assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)

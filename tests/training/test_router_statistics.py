@@ -11,13 +11,13 @@ import torch
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
-from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
+from phatgoose.errors import ConfigError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import statistics as statistics_module
 from phatgoose.training.statistics import measure
-from phatgoose.training.train_expert import train_expert, train_gates
+from phatgoose.training.train_expert import train_expert
 from tiny import make_adapter
 from toy_embedders import embed
 from training_runs import trained
@@ -128,19 +128,6 @@ def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path)
     assert not same(longer.means, first.means)
 
 
-def test_an_expert_that_records_no_truncation_is_measured_as_it_was_cut(llama, tmp_path):
-    formatting = Formatting(max_input_tokens=6, truncation="right")
-    with pytest.warns(UserWarning, match="cut to 6 tokens"):
-        first = train(llama, tmp_path / "count", formatting=formatting, statistics_examples=5)
-    recorded = dict(first.info.hyperparameters)
-    assert recorded.pop("truncation") == "right"
-    old = replace(first, info=replace(first.info, hyperparameters=recorded))
-    old = old.save(first.directory, overwrite=True)
-    with pytest.warns(UserWarning, match="cut to 6 tokens"):
-        measured = measure(old, llama, TASK, examples=5, embeddings=False)
-    assert same(measured.means, first.means)
-
-
 def test_a_record_that_is_no_formatting_is_refused(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
     odd = {"max_input_tokens": "many"}
@@ -174,35 +161,11 @@ def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
         assert len(set(map(len, seen)) - set(map(len, whole))) > 0
 
 
-def test_means_measured_with_gates_trained_are_those_without_them(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "adapter")
-    training = replace(TRAINING, learning_rate=0.5)
-    expert = train_gates(
-        llama,
-        adapter,
-        TASK,
-        out=tmp_path / "count",
-        training=training,
-        gate_training=GateTraining(gate_steps=3),
-    )
-    bare = Expert.from_peft(adapter, {}, name="bare", base=llama).save(tmp_path / "bare")
-    got = measure(bare, llama, TASK, embeddings=False, seed=training.seed)
-    assert same(got.means, expert.means)
-
-
 def refused(error: type[Exception], match: str, expert: Expert, *arguments, **options) -> None:
     before = files_of(expert.directory)
     with pytest.raises(error, match=match):
         measure(expert, *arguments, **options)
     assert files_of(expert.directory) == before
-
-
-def test_nothing_to_measure_is_an_error(llama, tmp_path):
-    expert = trained(llama, tmp_path / "count", train)
-    nothing = dict.fromkeys(("means", "readings", "embeddings"), False)
-    refused(ConfigError, "nothing to measure", expert, llama, TASK, **nothing)
-    refused(ConfigError, "statistics_examples is 0", expert, llama, TASK, examples=0)
-    refused(TaskError, "has 0 training examples", expert, llama, Task("empty"))
 
 
 def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_folders, tmp_path):

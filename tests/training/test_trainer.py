@@ -30,12 +30,10 @@ from phatgoose.training.trainer import (
     PartialTrainer,
     _micro_batch,
     is_first,
-    join_processes,
     newest_checkpoint,
     process_count,
     process_rank,
     visiting_order,
-    wait_for_all,
 )
 from tiny import peft_model
 from training_runs import (
@@ -252,9 +250,3 @@ def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, jo
         for name, tensor in wanted.items():
             largest = float(tensor.abs().max())
             torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-3 * largest)
-
-
-def test_one_process_is_the_first_of_one_and_waits_for_nobody():
-    assert (process_count(), process_rank(), is_first()) == (1, 0, True)
-    join_processes()
-    wait_for_all()

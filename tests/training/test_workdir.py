@@ -228,6 +228,16 @@ def alone_with_seven(originals, tmp_path_factory) -> tuple[Any, Path]:
     return finished, folder / "numbers"
 
 
+def assert_same(trained: Any, url: str, wanted: tuple[Any, Path], into: Path) -> None:
+    """What was trained and is at the URL is what `wanted` tells, to the bit."""
+    told, folder = wanted
+    assert trained.metrics["expert_best_step"] == told.metrics["expert_best_step"]
+    tensors = load_file(folder / ADAPTER_WEIGHTS) | load_file(folder / LAYOUT.vectors)
+    got = tensors_of(url, "numbers", into)
+    assert tensors.keys() == got.keys()
+    assert all(got[name].equal(tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("copies", [2, 5])  # in the middle of the expert, then of its gates
 def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     url, job, llama, tmp_path, monkeypatch, copies, alone
@@ -238,13 +248,8 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
         train_to(llama, job, url)
     (trained,) = train_to(llama, job.again(), url)
     assert trained.place == f"{url}/numbers"
-    assert trained.metrics["expert_best_step"] == alone[0].metrics["expert_best_step"]
     assert names_in(url) == {"numbers"}
-    wanted = load_file(alone[1] / ADAPTER_WEIGHTS)
-    wanted |= load_file(alone[1] / LAYOUT.vectors)
-    got = tensors_of(url, "numbers", tmp_path / "fetched")
-    assert wanted.keys() == got.keys()
-    assert all(got[name].equal(tensor) for name, tensor in wanted.items())
+    assert_same(trained, url, alone, tmp_path / "fetched")
     (again,) = train_to(llama, job.again(), url)
     assert again == trained
 
@@ -259,12 +264,7 @@ def test_a_restarted_training_keeps_nothing_of_the_old_one(
     with pytest.raises(ConfigError, match="had other settings"):
         train_to(llama, job.again(), url)
     (trained,) = train_to(llama, seven.again(), url)
-    told, folder = alone_with_seven
-    assert trained.metrics["expert_best_step"] == told.metrics["expert_best_step"]
-    wanted = load_file(folder / ADAPTER_WEIGHTS) | load_file(folder / LAYOUT.vectors)
-    got = tensors_of(url, "numbers", tmp_path / "got")
-    assert wanted.keys() == got.keys()
-    assert all(got[name].equal(tensor) for name, tensor in wanted.items())
+    assert_same(trained, url, alone_with_seven, tmp_path / "got")
 
 
 def test_a_restart_that_is_lost_at_once_leaves_nothing_to_take_up(url, job, llama, monkeypatch):
@@ -344,21 +344,18 @@ def test_a_snapshot_that_is_not_whole_counts_for_nothing_and_goes(tmp_path):
     (work / "gates" / "next").write_text("12345")
     kept.keep(work)
     assert {p.name for p in above.rglob("*")} == {"run.json", SNAPSHOT, "gates", "next"}
-    (above / "gates" / "next").write_text("12")
-    kept.fetch(tmp_path / "short")
-    assert not (tmp_path / "short").exists()
-    assert not above.exists()
-    kept.keep(work)
-    assert (above / "gates" / "next").read_text() == "12345"
-    (above / "gates" / "next").unlink()
-    kept.fetch(tmp_path / "lost")
-    assert not (tmp_path / "lost").exists()
-    assert not above.exists()
-    kept.keep(work)
-    (above / SNAPSHOT).write_text('{"run.json":')
-    kept.fetch(tmp_path / "cut")
-    assert not (tmp_path / "cut").exists()
-    assert not above.exists()
+    damages = {
+        "short": lambda: (above / "gates" / "next").write_text("12"),
+        "lost": lambda: (above / "gates" / "next").unlink(),
+        "cut": lambda: (above / SNAPSHOT).write_text('{"run.json":'),
+    }
+    for name, damage in damages.items():
+        damage()
+        kept.fetch(tmp_path / name)
+        assert not (tmp_path / name).exists()
+        assert not above.exists()
+        kept.keep(work)
+        assert (above / "gates" / "next").read_text() == "12345"
 
 
 def test_several_processes_are_told_at_once_that_a_url_is_for_one(tmp_path, monkeypatch):

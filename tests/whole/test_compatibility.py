@@ -242,9 +242,7 @@ REFUSED = {  # what bases can't do by themselves, in their words
 }
 CELLS = [
     pytest.param(
-        architecture,
-        name,
-        marks=pytest.mark.heavy if architecture not in operation.quickly else (),
+        architecture, name, marks=pytest.mark.heavy if architecture not in operation.quickly else ()
     )
     for architecture in ARCHITECTURES
     for name, operation in OPERATIONS.items()

@@ -174,8 +174,7 @@ def change(folder: Path, base: Base, more: Pool) -> None:
 
 
 @settings(
-    max_examples=EXAMPLES,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(
     done=DAMAGES,
@@ -262,7 +261,7 @@ TAMPERED: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "A deeper": ("A.", lambda t: t[None], SHAPE),
     "A without ranks": ("A.", lambda t: t[:, :0], SHAPE),
     "A of whole numbers": ("A.", lambda t: t.long(), "type torch.int64; wanted"),
-    "A of bytes without scale": ("A.", lambda t: t.to(torch.int8), "A_scale belongs to A in int8"),
+    "A of bytes without scale": ("A.", lambda t: t.to(torch.int8), "no A_scale"),
     "B widened": ("B.", lambda t: t.repeat(1, 1, 128), SHAPE),
     "B of one expert": ("B.", lambda t: t[:1], SHAPE),
     "B of another rank": ("B.", lambda t: t[:, :1], SHAPE),
@@ -334,6 +333,11 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
     "narrow directions": ("spectr", "directions.", lambda t: t[..., :4], SHAPE),
     "a folded weight turned": ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "folded into"),
     "calibrated of fewer": ("calibrated", "usual.", lambda t: t[:1], SHAPE),
+    "no spread": ("calibrated", "spread.", torch.zeros_like, "spread has numbers of 0 or less"),
+    "long embeddings": ("retrieval", "lookup.embeddings", lambda t: 2 * t, "longer than 1"),
+    "long centroids": ("glider", "lookup.centroids", lambda t: 2 * t, "longer than 1"),
+    "negative rests": ("joint", "lookup.readings.end.rest", lambda t: -t - 1, "has variances"),
+    "rests below 0": ("joint", "lookup.embedded.rest", lambda t: -t - 1, "has variances below"),
 }
 
 
@@ -442,6 +446,13 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "removed twice": lambda info: info.update(removed=[3, 3]),
     "removed true": lambda info: info.update(removed=[True]),
     "removed nobody": lambda info: info.update(removed=[-1]),
+    "removed everybody": lambda info: info.update(removed=[0, 1, 2, 3]),
+    "removed a fraction": lambda info: info.update(removed=[0.0]),
+    "removed who isn't there": lambda info: info.update(removed=[99]),
+    "a segment left out": lambda info: info["segments"].pop(),
+    "a segment without its hash": lambda info: info["segments"][1].pop("sha256"),
+    **{f"no {key}": lambda info, key=key: info.pop(key) for key in ("base", "routing", "experts")},
+    "version 99": lambda info: info.update(format_version=99),
     "version true": lambda info: info.update(format_version=True),
     "version 1 without weights": lambda info: info.update(format_version=1),
 }

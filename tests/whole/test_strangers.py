@@ -60,8 +60,7 @@ DAMAGES = damages(JSON_FILES, TENSOR_FILES, (LAYOUT.card,))
 
 
 @settings(
-    max_examples=EXAMPLES,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(DAMAGES, st.booleans(), st.sampled_from(KINDS))
 def test_a_damaged_directory_is_an_expert_or_one_line(done, rehash, kind):
@@ -269,8 +268,7 @@ def run(pool: Pool, base: Base, place: Path) -> None:
 
 
 @settings(
-    max_examples=USED,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    max_examples=USED, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(DAMAGES, st.booleans(), st.sampled_from(MADE))
 def test_a_damaged_directory_is_used_or_refused_in_one_line(world, done, rehash, kind):

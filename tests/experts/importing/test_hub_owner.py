@@ -8,7 +8,7 @@ import pytest
 
 from fake_hub import contents
 from phatgoose.errors import PoolError
-from phatgoose.experts.expert import LAYOUT, expert_files
+from phatgoose.experts.expert import expert_files
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing.hub_owner import import_listed, is_owner, list_owner
 from phatgoose.experts.pool import Pool
@@ -146,15 +146,3 @@ def test_what_turns_out_to_be_damaged_has_the_reason(owned, adapter, tmp_path):
     with pytest.raises(PoolError, match="Nothing of hub:you/lora-a\\* was imported"):
         import_listed(list_owner("hub:you/lora-a*"), tmp_path / "other")
     assert not (tmp_path / "other" / "lora-a").exists()
-
-
-def test_an_expert_whose_base_is_a_path_needs_that_path_here(hub, pair, base_folders):
-    """Such were published by earlier versions."""
-    files = contents(pair[0])
-    info = json.loads(files[LAYOUT.info])
-    for name, base in (("gone", "/home/you/base"), ("here", str(base_folders["llama"]))):
-        info["base"]["id"] = base
-        hub.add(f"me/{name}", {**files, LAYOUT.info: json.dumps(info).encode()})
-    listing = list_owner("hub:me/*")
-    assert [each.place for each in listing.routable] == ["me/here"]
-    assert "path of its author's machine" in refusals(listing)["me/gone"]

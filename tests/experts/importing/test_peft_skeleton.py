@@ -16,13 +16,7 @@ from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from tiny import (
-    assert_same_logits,
-    logits_of,
-    make_adapter,
-    make_ids,
-    peft_model,
-)
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 
 OLD_NAMES = {
     "model.layers": "transformer.h",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from changed_adapters import change_tensors, complaint_about, set_config
 from golden_sites import DOWN, QUERY
 from paths import GOLDENS
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.kind import read_tensors
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES, UNSUPPORTED
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNSUPPORTED
 from tiny import make_adapter
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -73,37 +73,10 @@ def test_factors_and_scales_are_pefts_own_for_other_bases(base, module, tmp_path
         assert factors[site].scale == pytest.approx(layer.scaling["default"]), site
 
 
-def test_the_patterns_above_do_change_ranks_and_scales(llama, tmp_path):
-    adapter = make_adapter(
-        llama, tmp_path / "a", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 5}
-    )
-    factors = read_modules(adapter)
-    ranks = {lora.A.shape[0] for lora in factors.values()}
-    scales = {lora.scale for lora in factors.values()}
-    assert ranks == {2, 4}
-    assert scales == {2.0, 4.0, 1.25}
-
-
 def test_biases_of_a_base_without_any_are_no_obstacle(llama, tmp_path):
     plain = read_modules(make_adapter(llama, tmp_path / "plain"))
     biased = read_modules(make_adapter(llama, tmp_path / "biased", bias="all"))
     assert all(torch.equal(biased[site].B, lora.B) for site, lora in plain.items())
-
-
-@pytest.mark.parametrize("side", "AB")
-def test_a_factor_without_its_partner_is_refused_with_the_site(adapter, side):
-    change_tensors(adapter, lambda tensors: tensors.pop(f"{SITE}.lora_{side}.weight"))
-    message = complaint_about(adapter)
-    assert "site model.layers.0.self_attn.q_proj" in message
-    assert "None" in message
-
-
-@pytest.mark.parametrize("shape", [(5, 32), (4,), (4, 32, 1)])
-def test_factors_that_do_not_fit_each_other_are_refused_with_both_shapes(adapter, shape):
-    name = f"{SITE}.lora_A.weight"
-    change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(shape)}))
-    message = complaint_about(adapter)
-    assert f"got {shape} and (32, 4)" in message
 
 
 def test_the_golden_ia3_is_read_as_it_was_written():
@@ -127,29 +100,6 @@ def test_an_ia3_tensor_of_another_shape_is_refused(tmp_path, shape):
     assert "'base_model.model.x.lora_A.weight'" in complaint_about(folder)
 
 
-def test_a_folder_without_a_config_is_no_adapter(tmp_path):
-    message = complaint_about(tmp_path)
-    assert "no PEFT adapter" in message
-    assert ADAPTER_CONFIG in message
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "null", '"LORA"'])
-def test_a_broken_config_is_refused(adapter, text):
-    (adapter / ADAPTER_CONFIG).write_text(text)
-    complaint_about(adapter)
-
-
-def test_pickled_weights_are_refused_unread(adapter):
-    (adapter / ADAPTER_WEIGHTS).unlink()
-    (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    assert "never read" in complaint_about(adapter)
-
-
-def test_missing_weights_are_refused(adapter):
-    (adapter / ADAPTER_WEIGHTS).unlink()
-    assert "does not exist" in complaint_about(adapter)
-
-
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
@@ -169,44 +119,51 @@ def test_a_tensor_that_is_left_over_is_refused_by_name(adapter, extra, reason):
     assert reason in message
 
 
-def test_an_adapterhub_folder_is_told_apart(adapter):
-    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"model_class": "X", "config": {"r": 8}}))
-    assert "AdapterHub" in complaint_about(adapter)
+def config_of(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / ADAPTER_CONFIG).write_text(text)
 
 
-def test_a_tensor_with_a_foreign_prefix_is_refused(adapter):
-    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(4, 32)}))
-    assert repr(name) in complaint_about(adapter)
+def tensors_with(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: change_tensors(folder, change)
 
 
-def test_weights_without_any_factor_are_refused(adapter):
-    change_tensors(adapter, lambda tensors: tensors.clear())
-    assert "no LoRA factors" in complaint_about(adapter)
+def only_pickled(folder: Path) -> None:
+    (folder / ADAPTER_WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
 
 
-def test_reading_changes_no_file(adapter):
-    before = {path: path.read_bytes() for path in adapter.iterdir()}
-    PEFT_FILES.read_config(adapter)
-    read_tensors(adapter / ADAPTER_WEIGHTS)
-    read_modules(adapter)
-    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+A, B = f"{SITE}.lora_A.weight", f"{SITE}.lora_B.weight"
+FOREIGN = "model.layers.0.self_attn.q_proj.lora_A.weight"
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / ADAPTER_CONFIG).unlink(), "no PEFT adapter"),
+    *((config_of(text), "") for text in ("{", "[]", "null", '"LORA"')),
+    (config_of('{"model_class": "X", "config": {"r": 8}}'), "AdapterHub"),
+    (lambda folder: (folder / ADAPTER_WEIGHTS).unlink(), "does not exist"),
+    (only_pickled, "never read"),
+    (tensors_with(lambda t: t.clear()), "no LoRA factors"),
+    (tensors_with(lambda t: t.update({FOREIGN: torch.zeros(4, 32)})), repr(FOREIGN)),
+    *(
+        (tensors_with(lambda t, key=key: t.pop(key)), "site model.layers.0.self_attn.q_proj: ")
+        for key in (A, B)
+    ),
+    *(
+        (tensors_with(lambda t, shape=shape: t.update({A: torch.zeros(shape)})), f"got {shape} and")
+        for shape in ((5, 32), (4,), (4, 32, 1))
+    ),
+    *(
+        (
+            tensors_with(lambda t, odd=odd: t[B].view(-1)[7].fill_(odd)),
+            f"{B} holds a value that is not",
+        )
+        for odd in (float("nan"), float("inf"), float("-inf"))
+    ),
+]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_is_refused_with_the_tensor(adapter, value):
-    name = f"{SITE}.lora_B.weight"
-    change_tensors(adapter, lambda tensors: tensors[name].view(-1)[7].fill_(value))
-    message = complaint_about(adapter)
-    assert name in message
-    assert "not finite" in message
-
-
-@pytest.mark.parametrize("length", [0, 5, 500, -1])
-def test_truncated_weights_are_refused(adapter, length):
-    weights = adapter / ADAPTER_WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:length])
-    assert "damaged or truncated" in complaint_about(adapter)
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES)
+def test_a_damaged_adapter_is_refused_with_the_reason(adapter, damage, reason):
+    damage(adapter)
+    assert reason in complaint_about(adapter)
 
 
 REFUSED = [
@@ -241,11 +198,6 @@ REFUSED = [
 def test_what_is_no_plain_lora_is_refused_with_the_reason(adapter, key, value, reason):
     set_config(adapter, **{key: value})
     assert reason in complaint_about(adapter)
-
-
-def test_a_real_dora_adapter_is_refused(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "dora", use_dora=True)
-    assert "use_dora" in complaint_about(adapter)
 
 
 def test_every_lora_variant_that_peft_knows_is_refused_or_known_to_be_plain():

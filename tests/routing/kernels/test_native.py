@@ -253,18 +253,6 @@ def test_a_compiler_that_fails_is_no_error_and_one_line(monkeypatch, tmp_path, c
     assert "there is no C++ compiler, 'no-such-compiler'" in caplog.messages[1]
 
 
-def test_the_library_is_built_once_into_the_users_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("PHATGOOSE_NATIVE", "compile")
-    if load_library() is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert load_library() is not None
-    (built,) = (tmp_path / "phatgoose" / "native").iterdir()
-    made = built.stat().st_mtime_ns
-    assert load_library() is not None
-    assert built.stat().st_mtime_ns == made
-
-
 @needs_native
 def test_the_library_leaves_the_processor_as_it_was():
     """Linked with -ffast-math it would turn subnormal numbers off for the whole process."""
@@ -282,9 +270,3 @@ def test_the_native_kernel_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(native_module, "_library", lambda: None)
     with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
         problem.value_by("native")
-
-
-def test_the_native_kernel_can_be_turned_off(monkeypatch, caplog):
-    monkeypatch.setenv("PHATGOOSE_NATIVE", "0")
-    assert load_library() is None
-    assert caplog.messages == []

@@ -25,8 +25,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype"),
-    [*itertools.product((80, 90, 100), ("bf16", "fp32")), (90, "fp16")],
+    ("target", "dtype"), [*itertools.product((80, 90, 100), ("bf16", "fp32")), (90, "fp16")]
 )
 def test_no_program_spills_and_products_are_the_tensor_cores(target, dtype):
     source = os.path.dirname(os.path.dirname(phatgoose.__file__))

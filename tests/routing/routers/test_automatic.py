@@ -90,11 +90,6 @@ def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can
         assert not any(ROUTERS[name].given for name in names)
 
 
-def test_any_other_router_stays(llama, llama_pool):
-    routing = Routing(router="arrow")
-    assert settled(routing, llama_pool, llama.model, llama.tokenizer) is routing
-
-
 def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog):
     caplog.set_level(logging.INFO, "phatgoose")
     model = compose(stripped(llama_pool, "readings"), llama, router="auto")

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from mixed_by_hand import adding
-from phatgoose.errors import RoutingError
+from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict import sha256_of
-from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.centroid import centroids_of
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
-from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
-from tiny import assert_same_logits
-from topic_prompts import PROMPTS, both_streams, experts_of, passed, retrieving
+from topic_prompts import PROMPTS, both_streams, experts_of, retrieving
 from toy_embedders import toy_embed
 
 
@@ -72,38 +63,6 @@ def test_the_length_of_an_embedding_does_not_count(llama_pool):
 
 @retrieving
 @both_streams
-@pytest.mark.parametrize("pad", [pad_left, pad_right])
-def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, pool, pad):
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
-    wanted = []
-    for text, row in zip(PROMPTS, rows, strict=True):
-        ids = torch.tensor([row])
-        with adding(base, pool, shares(pool, text)):
-            wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
-    model = compose_by("centroid", pool, base)
-    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
-    assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))
-
-
-@retrieving
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (lambda rows: rows[:-1], "centroids has shape"),
-        (lambda rows: rows[:, None], "centroids has shape"),
-        (lambda rows: None, "wanted centroids"),
-    ],
-)
-def test_a_folder_without_its_centroids_is_refused(llama, llama_pool, tmp_path, damage, complaint):
-    folder = tmp_path / "routed"
-    save(compose_by("centroid", llama_pool, llama), folder)
-    detach(llama.model)
-    tensors = load_file(folder / "routed.safetensors")
-    rows = damage(tensors.pop("lookup.centroids"))
-    tensors |= {} if rows is None else {"lookup.centroids": rows.contiguous()}
-    save_file(tensors, folder / "routed.safetensors")
-    info = json.loads((folder / "routed.json").read_text())
-    info["weights_sha256"] = sha256_of(folder / "routed.safetensors")
-    (folder / "routed.json").write_text(json.dumps(info))
-    with pytest.raises(RoutingError, match=complaint):
-        load(folder, llama)
+def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, pool):
+    wanted = [shares(pool, text) for text in PROMPTS]
+    assert_rows_are_mixed(base, pool, lambda: compose_by("centroid", pool, base), wanted)

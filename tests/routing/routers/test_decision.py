@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.kernels.native import top_experts as by_native
-from phatgoose.routing.kernels.triton_gpu import top_experts as by_triton
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.phatgoose import (
@@ -149,15 +147,6 @@ def test_a_token_alone_chooses_as_in_a_batch(make, kinds, n, T, k, dtype, seed):
                 assert (
                     of_kind == [z for z, other in enumerate(kinds) if other == kind][: len(of_kind)]
                 )
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_programs_take_the_first_of_equal_experts_too():
-    generator = torch.Generator().manual_seed(0)
-    vectors, u = FEW.repeat(3, 1), torch.randn(4, 8, generator=generator)
-    router = ArrowRouter(vectors, 6)
-    wanted = [first_of_equals(row, 6) for row in router.affinities(u).tolist()]
-    assert by_triton(u, vectors, 6, None)[0].tolist() == wanted
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "average-activation", "uniform-top-k"])

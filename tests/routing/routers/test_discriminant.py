@@ -140,13 +140,6 @@ def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
         )
 
 
-def test_experts_without_readings_are_named(llama, llama_pool):
-    bare = replace(llama_pool.experts[1], readings={})
-    pool = Pool((llama_pool.experts[0], bare))
-    with pytest.raises(PoolError, match="'e1' has no readings: run 'phatgoose measure'"):
-        compose(pool, llama, router="discriminant")
-
-
 def test_readings_of_another_base_are_refused(llama, llama_pool):
     first, second = llama_pool.experts[:2]
     deep = {part: tensor[:1] for part, tensor in second.readings.items()}

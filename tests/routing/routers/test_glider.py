@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from oracle import EPS
-from phatgoose.errors import PoolError, RoutingError
+from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, random
-from topic_prompts import PROMPTS, both_streams, experts_of, passed, retrieving
+from topic_prompts import PROMPTS, both_streams, experts_of, retrieving
 from toy_embedders import toy_embed
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
@@ -91,22 +90,7 @@ def test_with_a_large_lambda_it_is_the_nearest_centroids_expert(base, pool):
 
 
 @retrieving
-@both_streams
-def test_padding_on_either_side_and_company_change_nothing(base, pool):
-    model = compose_by("glider", pool, base)
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
-    alone = [
-        passed(base, model, torch.tensor([row]), torch.ones(1, len(row)).long()) for row in rows
-    ]
-    for pad in (pad_left, pad_right):
-        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
-        assert_same_logits(passed(base, model, ids, mask), torch.cat(alone))
-
-
-@retrieving
-def test_it_needs_gates_and_embeddings(llama, llama_pool):
-    with pytest.raises(PoolError, match=r"Experts 'e0', .* have no embeddings"):
-        compose(llama_pool, llama, router="glider")
+def test_it_needs_a_batch_to_choose_for(llama, llama_pool):
     model = compose_by("glider", llama_pool, llama)
     with pytest.raises(RoutingError, match="Nothing has told the router"):
         composition_of(model).layers[SITE].router(random(2, 32))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from discriminants import gaussian_scores, scores_by_hand
-from phatgoose.errors import ConfigError, PoolError
+from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PLACES
 from phatgoose.routing.compose import compose
@@ -48,15 +48,6 @@ def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shri
         embedded = embedding_scores(pool, text, shrinkage=shrinkage)
         wanted = (1 - share) * read + share * embedded
         torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)
-
-
-def test_experts_that_lack_either_are_named(llama, llama_pool):
-    with pytest.raises(PoolError, match=r"Experts 'e0', .* have no embeddings"):
-        compose(llama_pool, llama, router=NAME)
-    pool = with_embeddings(llama_pool)
-    bare = Pool((*pool.experts[:3], replace(pool.experts[3], readings={})))
-    with pytest.raises(PoolError, match="'e3' has no readings"):
-        compose(bare, llama, router=NAME)
 
 
 def test_a_strangers_embedder_must_be_named(llama, llama_pool):

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixed_by_hand import adding, logits_by_hand
-from mixed_experts import make_kind
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from mixed_by_hand import assert_rows_are_mixed, logits_by_hand
+from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.tasks.batching import pad_left, pad_right
 from tiny import assert_same_logits, logits_of
-from topic_prompts import PROMPTS, both_streams, experts_of, passed, scores_of
+from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 LAST_QUERY = {
     "llama": "model.layers.1.self_attn.q_proj",
@@ -76,17 +74,9 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
 
 
 @both_streams
-@pytest.mark.parametrize("pad", [pad_left, pad_right])
-def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool, pad):
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
-    wanted = []
-    for text, row in zip(PROMPTS, rows, strict=True):
-        ids = torch.tensor([row])
-        with adding(base, pool, shares(base, pool, LAST_QUERY[kind], text, 3)):
-            wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
-    model = compose(pool, base, router="logo", k=3)
-    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
-    assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))
+def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool):
+    wanted = [shares(base, pool, LAST_QUERY[kind], text, 3) for text in PROMPTS]
+    assert_rows_are_mixed(base, pool, lambda: compose(pool, base, router="logo", k=3), wanted)
 
 
 def test_experts_that_do_not_act_at_the_query_are_never_chosen(llama, uneven):
@@ -118,13 +108,3 @@ def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_ex
     detach(model)
     model = compose(pool, llama, router="logo:reads=site")
     assert (scores_of(model, PROMPTS) > 0).all()
-
-
-def test_it_needs_loras_and_a_tokenizer(llama, llama_pool, tmp_path):
-    with pytest.raises(ConfigError, match="reads is 'end', but must be one of block, site"):
-        compose(llama_pool, llama, router="logo:reads=end")
-    with pytest.raises(ConfigError, match="Router logo reads prompts"):
-        compose(llama_pool, llama.model, router="logo")
-    other = make_kind("ia3", llama, tmp_path / "ia3")
-    with pytest.raises(PoolError, match="Router logo needs the factors of LoRAs"):
-        compose(Pool((other, *llama_pool.experts)), llama, router="logo")

@@ -10,16 +10,9 @@ from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from routed_models import SCORES
 from tiny import logits_of, make_ids
-from topic_prompts import (
-    CHOOSING,
-    OPEN,
-    both_streams,
-    by_single,
-)
+from topic_prompts import CHOOSING, OPEN, both_streams, by_single
 
 
 @both_streams
@@ -62,15 +55,6 @@ def test_the_oracle_answers_nothing_that_belongs_to_no_task(base, pool, tmp_path
 
 def best_of(model) -> dict[str, int]:
     return composition_of(model).prompt_router.tables.info["experts_by_task"]
-
-
-def test_a_loaded_oracle_knows_its_tasks(llama, llama_pool, tmp_path):
-    task = replace(CHOOSING, name="first")
-    model = compose(llama_pool, llama, router="oracle", scores=SCORES)
-    save(model, tmp_path / "routed")
-    loaded = load(tmp_path / "routed", dtype="float32")
-    assert best_of(loaded) == {"first": 1, "second": 2}
-    assert evaluate(loaded, task).scores == evaluate(model, task).scores
 
 
 def test_the_oracle_chooses_among_the_experts_it_is_given(llama, llama_pool):

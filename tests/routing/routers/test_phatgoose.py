@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oracle import naively_routed, token_weights
+from oracle import naively_routed
 from phatgoose.config import Routing
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -60,14 +60,6 @@ def test_softmax_is_over_the_chosen_k_only_as_over_all_and_renormalised(k):
     torch.testing.assert_close(decision.weights.double(), over_all, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_direction_of_a_gate_counts():
-    gates, u = random(5, 32), random(9, 32, seed=1)
-    scales = torch.tensor([[0.01], [1.0], [50.0], [3.0], [0.5]])
-    decision, other = scored(gates)(u), scored(gates * scales + 2)(u)
-    assert torch.equal(decision.experts, other.experts)
-    torch.testing.assert_close(decision.weights, other.weights, rtol=1e-4, atol=1e-5)
-
-
 def test_odd_sizes():
     assert scored(random(3, 8), k=7)(random(2, 8)).experts.shape == (2, 3)
     decision = scored(random(5, 32))(random(1, 32, seed=1))
@@ -98,12 +90,6 @@ def test_the_model_is_that_of_the_formula(base, pool, router, vectors):
     assert_same_logits(logits_of(compose(pool, base, k=2, router=router), ids), wanted)
 
 
-def test_the_oracle_itself_weighs_the_best_expert_most(llama_pool):
-    weights = token_weights(random(32), llama_pool.experts, SITE, k=3)
-    assert len(weights) == 3
-    assert list(weights.values()) == sorted(weights.values(), reverse=True)
-
-
 @pytest.mark.parametrize("value", [0.0, 0.1])
 @pytest.mark.parametrize("router", ["phatgoose", "average-activation"])
 def test_an_untrained_gate_scores_zero_and_warns_once(llama, llama_pool, router, value):
@@ -125,15 +111,6 @@ def test_a_pool_of_untrained_gates_alone_is_no_nan(llama, llama_pool):
     assert logits_of(model, make_ids()).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("router", "kind"), [("phatgoose", "gates"), ("average-activation", "means")]
-)
-def test_missing_vectors_are_told(llama, llama_pool, router, kind):
-    first = replace(llama_pool.experts[0], **{kind: {}})
-    with pytest.raises(PoolError, match=f"'e0' has no {kind}"):
-        compose(Pool((first, *llama_pool.experts[1:])), llama, router=router)
-
-
 # Uniform top-k
 
 
@@ -150,15 +127,6 @@ def test_uniform_top_k_takes_the_experts_of_phatgoose_and_weighs_them_alike(base
         got = decisions["uniform-top-k"][site]
         assert torch.equal(got.experts, wanted.experts)
         torch.testing.assert_close(got.weights, torch.full((9, k), 1 / k))
-
-
-def test_uniform_top_k_of_one_is_phatgoose_and_of_all_is_merged(llama, llama_pool):
-    ids, logits = make_ids(rows=2), {}
-    for router, k in (("phatgoose", 1), ("uniform-top-k", 1), ("uniform-top-k", 4), ("merged", 4)):
-        logits[router, k] = logits_of(compose(llama_pool, llama, router=router, k=k), ids)
-        detach(llama.model)
-    assert torch.equal(logits["uniform-top-k", 1], logits["phatgoose", 1])
-    assert_same_logits(logits["uniform-top-k", 4], logits["merged", 4])
 
 
 # Affinity calibrated, and the temperature

@@ -9,31 +9,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
-from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.growing import add_experts
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers import discriminant, prompt_router
 from phatgoose.routing.routers.prompt_router import PromptRouter, Tables, embeddings_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
-from tiny import logits_of, make_ids
-from topic_prompts import (
-    CHOOSING,
-    PROMPTS,
-    batch_of,
-    both_streams,
-    experts_of,
-    scores_of,
-    tokens_of,
-)
+from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, scores_of, tokens_of
 from toy_embedders import toy_embed
 
 pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
@@ -92,12 +80,6 @@ def test_beams_are_those_of_each_prompt_alone(base, pool, router, cache):
         assert torch.equal(answer, wanted[0, -5:])
 
 
-def test_more_experts_a_prompt_than_there_are_is_told(llama, llama_pool):
-    with pytest.warns(UserWarning, match="k is 9, but the pool has 4 experts"):
-        model = compose(with_embeddings(llama_pool), llama, router="retrieval", k=9)
-    assert experts_of(model, PROMPTS).experts.shape == (5, 4)
-
-
 @each_router
 def test_a_bare_model_has_no_tokenizer_to_read_prompts_with(llama, llama_pool, router):
     modules = dict(llama.model.named_modules())
@@ -107,45 +89,6 @@ def test_a_bare_model_has_no_tokenizer_to_read_prompts_with(llama, llama_pool, r
 
 
 # Saved, grown and shrunk
-
-
-@each_router
-def test_it_is_saved_grows_and_shrinks_in_memory_and_in_its_folder(
-    llama, llama_pool, router, tmp_path
-):
-    pool, ids, folder = with_embeddings(llama_pool), make_ids(rows=3), tmp_path / "grown"
-    routing = Routing(router=router)
-
-    def asked(model) -> tuple:
-        return logits_of(model, ids), evaluate(model, CHOOSING).scores, scores_of(model, PROMPTS)
-
-    whole = asked(compose(pool, llama, routing=routing))
-    save(llama.model, tmp_path / "whole")
-    detach(llama.model)
-    assert compare(asked(load(tmp_path / "whole", llama)), whole) == 0
-    detach(llama.model)
-    model = compose(pool.select(["e0", "e1"]), llama, routing=routing)
-    add_experts(model, pool.select(["e2", "e3"]))
-    assert compare(asked(model), whole) < 1e-5
-    remove_experts(model, ["e1"])
-    shrunk = asked(model)
-    detach(model)
-    left = asked(compose(pool.select(["e0", "e2", "e3"]), llama, routing=routing))
-    detach(model)
-    assert compare(shrunk, left) < 1e-5
-    save_pool(pool.select(["e0", "e1"]), folder, llama, routing=routing)
-    add_to_saved(folder, pool.select(["e2", "e3"]))
-    remove_from_saved(folder, ["e1"])
-    for _ in range(2):
-        assert compare(asked(load(folder, llama)), left) < 1e-5
-        detach(llama.model)
-        compact(folder)
-
-
-def compare(one: tuple, other: tuple) -> float:
-    """How far logits and scores lie apart; the scores of the task must be the same."""
-    assert [each.score for each in one[1]] == [each.score for each in other[1]]
-    return max(float((one[i] - other[i]).abs().max()) for i in (0, 2))
 
 
 def test_experts_of_other_sizes_do_not_join(llama, llama_pool):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fake_packages import install
 from phatgoose.config import settings_of
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, PoolError
+from phatgoose.evaluation.comparison.methods import lacking
+from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
@@ -20,7 +24,7 @@ from phatgoose.routing.routers.registry import (
     translated,
 )
 from phatgoose.tasks.batching import pad_left, pad_right
-from routed_models import compose_by
+from routed_models import compose_by, with_embeddings
 from tiny import logits_of, make_ids, random
 from topic_prompts import experts_of
 
@@ -68,7 +72,7 @@ def test_every_router_generates_a_padded_batch_as_its_rows_alone(base, pool, toy
         assert torch.equal(row[-5:], wanted[0, -5:])
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow", "random"])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "random", "discriminant"])
 def test_a_k_above_the_pool_is_told_where_k_matters(llama, llama_pool, router):
     with pytest.warns(UserWarning, match="k is 5, but the pool has 4 experts"):
         compose(llama_pool, llama, router=router, k=5)
@@ -84,6 +88,36 @@ def test_the_routers_own_k_is_lowered_without_a_word(llama, llama_pool):
     compose(llama_pool, llama, keep=["e0"])
     with pytest.warns(UserWarning, match="k is 3, but the pool has 1 expert;"):
         compose(llama_pool, detach(llama.model), keep=["e0"], k=3)
+
+
+NEEDED = [  # by router: a part that e0 lacks, and what is said then
+    ("phatgoose", "gates", "'e0' has no gates"),
+    ("average-activation", "means", "'e0' has no means"),
+    ("discriminant", "readings", "'e0' has no readings: run 'phatgoose measure'"),
+    ("discriminant-phatgoose", "readings", "'e0' has no readings"),
+    ("discriminant-phatgoose", "gates", "'e0' has no gates"),
+    ("joint-discriminant", "readings", "'e0' has no readings"),
+    ("joint-discriminant", "embeddings", "'e0' has no embeddings"),
+    ("glider", "gates", "'e0' has no gates"),
+    ("glider", "embeddings", "'e0' has no embeddings"),
+]
+
+
+@pytest.mark.parametrize(("router", "part", "message"), NEEDED)
+def test_experts_that_lack_what_a_router_needs_are_named(llama, llama_pool, router, part, message):
+    first, *rest = with_embeddings(llama_pool).experts
+    bare = replace(first, **{part: None if part == "embeddings" else {}})
+    with pytest.raises(PoolError, match=message):
+        compose(Pool((bare, *rest)), llama, router=router)
+
+
+@pytest.mark.parametrize("router", ["arrow", "spectr", "logo"])
+def test_routers_that_read_factors_name_the_experts_without_any(llama, llama_mixed, router):
+    with pytest.raises(PoolError, match=r"'ia32' \(ia3\), 'bottleneck3' \(bottleneck\)"):
+        compose(llama_mixed, llama, router=router)
+    assert not hasattr(llama.model, "phatgoose")
+    without = [expert.name for expert in llama_mixed.experts if not expert.lora]
+    assert list(lacking(llama_mixed)[router]) == without
 
 
 # A router and its settings as text
@@ -127,6 +161,8 @@ LONG = "x" * 100_000
         ("arrow:peft", "arrow:SETTING=VALUE"),
         ("arrow:form=peft,form=svd", "each once"),
         ("random:seed=one", "seed is 'one', but must be a whole number"),
+        ("spectr:shortlist=0", "shortlist is 0, but must be at least 1"),
+        ("logo:reads=end", "reads is 'end', but must be one of block, site"),
         ("phatgoose:eps=0", "eps is 0.0, but must be above 0"),
         ("auto:form=peft", "Router auto has no settings"),
         ("phatgoose-input", "has left phatgoose; use discriminant instead"),

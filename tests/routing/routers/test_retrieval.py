@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from mixed_by_hand import adding
+from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
@@ -21,7 +21,6 @@ from phatgoose.routing.routers.prompt_router import Tables
 from phatgoose.routing.routers.retrieval import Retriever
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.tasks.batching import pad_left, pad_right
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of
@@ -35,23 +34,11 @@ from topic_prompts import (
     batch_of,
     both_streams,
     by_single,
-    owner,
     passed,
     read_by,
     retrieving,
 )
 from toy_embedders import toy_embed
-
-
-def test_the_prompts_of_these_tests_ask_for_all_experts(llama_pool):
-    assert tuple(owner(llama_pool, text) for text in PROMPTS) == OWNERS
-    asked = [owner(llama_pool, example.input) for example in CHOOSING.test]
-    texts = [
-        f"Answer Choices: {', '.join(example.choices)}, Instance: {example.input}"
-        for example in CHOOSING.test
-    ]
-    assert tuple(asked) == ASKED_OWNERS
-    assert tuple(owner(llama_pool, text, "paper") for text in texts) == CHOSEN_OWNERS
 
 
 @retrieving
@@ -249,15 +236,9 @@ def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llam
 
 @retrieving
 @both_streams
-@pytest.mark.parametrize("pad", [pad_left, pad_right])
-def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base, pool, pad):
-    model = compose_by("retrieval", pool, base, k=3, temperature=0.3)
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
-    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
-    got = passed(base, model, ids, mask)
-    detach(model)
-    wanted = []
-    for text, row in zip(PROMPTS, rows, strict=True):
+def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base, pool):
+    shares = []
+    for text in PROMPTS:
         (query,) = toy_embed([text]).double()
         nearest = {
             expert.name: float((expert.embeddings.double() @ query).max())
@@ -265,11 +246,11 @@ def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base,
         }
         chosen = sorted(nearest, key=lambda name: -nearest[name])[:3]
         powers = {name: math.exp(nearest[name] / 0.3) for name in chosen}
-        total = sum(powers.values())
-        with adding(base, pool, {name: power / total for name, power in powers.items()}):
-            alone = torch.tensor([row])
-            wanted.append(passed(base, base.model, alone, torch.ones_like(alone)))
-    assert_same_logits(got, torch.cat(wanted))
+        shares.append({name: power / sum(powers.values()) for name, power in powers.items()})
+    options = {"k": 3, "temperature": 0.3}
+    assert_rows_are_mixed(
+        base, pool, lambda: compose_by("retrieval", pool, base, **options), shares
+    )
 
 
 def has(package: str) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -124,10 +123,3 @@ def test_it_is_saved_with_what_its_affinity_needs(llama, llama_pool, tmp_path, a
     save(model, tmp_path / "routed")
     detach(model)
     assert_same_logits(logits_of(load(tmp_path / "routed", llama), ids), wanted)
-
-
-@pytest.mark.parametrize("part", ["readings", "gates"])
-def test_it_needs_both(llama, llama_pool, part):
-    bare = Pool((replace(llama_pool.experts[0], **{part: {}}), *llama_pool.experts[1:]))
-    with pytest.raises(PoolError, match=f"'e0' has no {part}"):
-        compose(bare, llama, router=NAME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -11,19 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixed_experts import make_kind
-from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import remove_experts
 from phatgoose.routing.routers.spectr import SpectrRouter, right_singular_vectors
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
-from phatgoose.tasks.batching import pad_left, pad_right
-from tiny import assert_same_logits, logits_of, make_ids, random
-from topic_prompts import PROMPTS, both_streams, passed
+from tiny import random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
 
@@ -136,54 +128,3 @@ def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
 
 
 # Whole models
-
-
-@both_streams
-@pytest.mark.parametrize("options", [{"k": 2}, {"k": 1, "router": "spectr:shortlist=2"}])
-def test_padding_on_either_side_and_company_change_nothing(base, pool, options):
-    model = compose(pool, base, **{"router": "spectr", **options})
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
-    alone = [
-        passed(base, model, torch.tensor([row]), torch.ones(1, len(row)).long()) for row in rows
-    ]
-    for pad in (pad_left, pad_right):
-        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
-        assert_same_logits(passed(base, model, ids, mask), torch.cat(alone))
-
-
-@both_streams
-def test_beams_are_those_of_each_prompt_alone(base, pool):
-    model = compose(pool, base, router="spectr")
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
-    pad = pad_right if base.is_encoder_decoder else pad_left
-    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
-    ids = pad(rows, 0)
-    got = model.generate(ids, attention_mask=ids.ne(0).long(), **options)[:, -6:]
-    for row, answer in zip(rows, got, strict=True):
-        alone = torch.tensor([row])
-        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
-        assert torch.equal(answer, wanted[0, -6:])
-
-
-def test_a_loaded_one_has_its_vectors_and_shortlist_and_shrinks(llama, uneven, tmp_path):
-    model = compose(uneven, llama, router="spectr:shortlist=3", k=2)
-    wanted = logits_of(model, make_ids(rows=2))
-    save(model, tmp_path / "routed")
-    detach(model)
-    loaded = load(tmp_path / "routed", llama)
-    assert composition_of(loaded).routing.router == "spectr:shortlist=3"
-    assert torch.equal(logits_of(loaded, make_ids(rows=2)), wanted)
-    remove_experts(loaded, ["e2"])
-    left = logits_of(loaded, make_ids(rows=2))
-    fresh = copy.deepcopy(detach(loaded))
-    smaller = uneven.select(["e0", "e1", "e3"])
-    again = compose(smaller, fresh, router="spectr:shortlist=3", k=2)
-    assert_same_logits(left, logits_of(again, make_ids(rows=2)))
-
-
-def test_it_needs_loras_and_a_shortlist_of_one_at_least(llama, llama_pool, tmp_path):
-    other = make_kind("ia3", llama, tmp_path / "ia3")
-    with pytest.raises(PoolError, match="Router spectr needs the factors of LoRAs"):
-        compose(Pool((other, *llama_pool.experts)), llama, router="spectr")
-    with pytest.raises(ConfigError, match="shortlist is 0, but must be at least 1"):
-        compose(llama_pool, llama, router="spectr:shortlist=0")

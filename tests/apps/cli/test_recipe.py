@@ -1,7 +1,5 @@
 """Recipes: what they may hold, and what is relative to them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,6 @@ def write_recipe(folder: Path, text: str) -> Path:
     path = folder / "recipe.toml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_a_recipe_gives_base_tasks_and_tables(tmp_path):
-    text = 'base = "b"\ntasks = ["t.jsonl"]\n[lora]\nrank = 3\n[routing]\nk=1'
-    recipe = read_recipe(write_recipe(tmp_path, text))
-    assert recipe.base == "b"
-    assert recipe.tables == {"lora": {"rank": 3}, "routing": {"k": 1}}
-    recipe = read_recipe(write_recipe(tmp_path, ""))
-    assert (recipe.base, recipe.tasks, recipe.tables) == (None, (), {})
 
 
 def test_paths_in_a_recipe_are_relative_to_it(tmp_path):

@@ -1,7 +1,5 @@
 """Curves over pool sizes, from the cells that comparisons left."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Cells of a comparison, and the version of the code and the machine that scored them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -22,7 +20,6 @@ from phatgoose.evaluation.comparison import cells as module
 from phatgoose.evaluation.comparison.cells import circumstances, code_version
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers import prompt_router as base_reader
 from phatgoose.tasks.suites.entries import Entry, Suite
 from phatgoose.tasks.task import Example, Task
 
@@ -45,16 +42,6 @@ def test_a_cell_is_what_evaluate_says_of_the_model_composed_by_hand(
         answers = [prediction.answer for prediction in score.predictions]
         records = [line["result"] for line in stored if line["key"]["task"] == name]
         assert answers in [record["answers"] for record in records]
-
-
-def test_the_models_of_the_test_differ(done):
-    means = [row["all datasets"].mean for row in done.comparison.summaries.values()]
-    assert len(set(means)) >= len(means) - 3
-    assert all(any(row[task].score for row in done.comparison.results.values()) for task in TASKS)
-    results = done.comparison.results["phatgoose"]
-    assert results["say"].metric == "ROUGE-L + BLEU"
-    assert results["count"].metric == "exact match"
-    assert results["choose"].metric == results["pick"].metric == "rank classification accuracy"
 
 
 def test_no_cell_is_computed_twice(done):
@@ -111,19 +98,6 @@ def test_what_examples_were_made_of_is_kept_with_their_marks(setting, tmp_path):
         (result,) = setting.run(tmp_path, ["base"], suites=[suite]).results["base"].values()
         assert result.sample.rows is not None
         assert result.sample.rows.tolist() == [0, 0, 1, 1, 2, 2]
-
-
-def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_path, monkeypatch):
-    read, read_prompts = [], base_reader.read_prompts
-
-    def counted(model, prompts, reading):
-        read.extend(prompts)
-        return read_prompts(model, prompts, reading)
-
-    monkeypatch.setattr(base_reader, "read_prompts", counted)
-    rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]
-    setting.run(tmp_path, rows, routing=Routing(k=2))
-    assert len(read) == len(set(map(tuple, read))) > 0
 
 
 @pytest.fixture(scope="module")
@@ -203,25 +177,6 @@ def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, fi
     assert version_with(file, "import", "import this\nimport") == unedited
 
 
-DECISIVE = (
-    *("evaluation.evaluate", "routing.open_model", "routing.compose", "routing.saved.load"),
-    *("experts.pool", "experts.expert", "experts.kinds.peft", "base.loading", "base.sites"),
-    *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
-    *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
-    *("routing.routers.phatgoose", "routing.routers.fixed", "routing.routers.configs"),
-    *("routing.routers.oracle", "tasks.embeddings", "config"),
-    *("tasks.encoding", "evaluation.likelihood", "tasks.batching"),
-    *("evaluation.metrics", "evaluation.intervals", "tasks.task"),
-)
-OTHER = ("apps", "tasks.suites", "training", "evaluation.comparison", "analysis", "jobs")
-
-
-def test_what_decides_a_score_is_found_by_its_imports():
-    found = module._imported_by(module.SCORING)
-    assert found >= set(DECISIVE)
-    assert not {module for module in found if module.startswith(OTHER)}
-
-
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 
 
@@ -275,18 +230,6 @@ def test_without_git_or_a_checkout_there_is_no_commit(checkout, monkeypatch):
     assert found()["commit"] is None
     monkeypatch.setenv("PATH", "")
     assert found()["commit"] is None
-
-
-def test_the_machine_is_its_processor_and_the_number_of_cores(tmp_path, monkeypatch):
-    processors = tmp_path / "cpuinfo"
-    processors.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: A Processor\n" * 2)
-    monkeypatch.setattr(module, "PROCESSORS", processors)
-    assert found()["machine"] == f"A Processor, {os.cpu_count()} cores"
-    processors.unlink()
-    machine = found()["machine"]
-    assert machine is not None
-    assert machine.endswith(" cores")
-    assert not machine.startswith(",")
 
 
 def test_the_date_is_that_of_the_last_finished_cell_in_utc(tmp_path):

@@ -1,7 +1,5 @@
 """Small disks, short trainings on them, what they leave, and the one line that tells of failure."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable
 from pathlib import Path

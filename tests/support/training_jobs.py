@@ -1,7 +1,5 @@
 """Settings of very short trainings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

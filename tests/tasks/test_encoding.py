@@ -1,7 +1,5 @@
 """Prompts and targets as tokens, cut if asked, and what is said of cuts."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 

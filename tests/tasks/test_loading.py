@@ -1,7 +1,5 @@
 """Tasks: every source, templates, splits, and each way in which data can be bad."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -106,23 +104,9 @@ def test_a_mapping_of_splits_becomes_splits_whatever_a_column_says():
     assert (task.train, task.validation, task.test) == (EXAMPLES[1:], (), EXAMPLES[:1] * 3)
 
 
-def test_a_dataset_dict_becomes_splits():
-    datasets = pytest.importorskip("datasets")
-    parts = {"train": ROWS, "validation": ROWS[1:]}
-    loaded = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
-    task = load_task(loaded)
-    assert (task.train, task.validation, task.test) == (EXAMPLES, EXAMPLES[1:], ())
-
-
 def test_hub_sources_without_datasets_tell_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'phatgoose[datasets]'" in complaint_about("hub:owner/data")
-
-
-def test_rows_say_which_split_they_belong_to(tmp_path):
-    rows = [{**ROWS[0], "split": split} for split in ("test", "train", "validation", "test")]
-    task = load_task(write_rows(tmp_path / "a.jsonl", rows))
-    assert [len(task.train), len(task.validation), len(task.test)] == [1, 1, 2]
 
 
 def test_numbers_are_taken_as_texts():
@@ -215,11 +199,6 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
 )
 def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     assert re.search(complaint, complaint_about(write_lines(tmp_path / name, *lines)))
-
-
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.csv"])
-def test_a_missing_file_is_refused_by_name(tmp_path, name):
-    assert f"{name} does not exist" in complaint_about(tmp_path / name)
 
 
 def test_csv_columns_without_a_name_are_left_alone(tmp_path):
@@ -364,12 +343,6 @@ def test_what_names_no_task_is_refused_in_words(named, complaint):
         given_tasks(named)
     with pytest.raises(TaskError):
         given_task(named)
-
-
-def test_a_file_whose_name_is_too_long_is_refused_in_a_line(tmp_path):
-    message = complaint_about(tmp_path / f"{'a' * 300}.jsonl")
-    assert "can't be read: File name too long" in message
-    assert len(message) < 200
 
 
 @pytest.mark.parametrize("options", [{}, {"name": "cafe"}])

@@ -1,9 +1,5 @@
 """Suites of one's own, and the table of all suites."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,26 @@ from phatgoose.tasks.suites import registry
 from phatgoose.tasks.suites.entries import Entry, Sources, Suite
 from phatgoose.tasks.suites.registry import SUITES, local_suite, open_suite
 from phatgoose.tasks.task import Example
-from suite_files import FULL, write
+
+FULL = """
+name = "my-suite"
+suffix = "\\nAnswer:"
+
+[[tasks]]
+file = "mine/b.jsonl"
+name = "questions"
+metrics = ["accuracy", "rouge-l"]
+max_new_tokens = 8
+
+[[tasks]]
+file = "mine/a.csv"
+suffix = ""
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "suite.toml").write_text(text, encoding="utf-8")
+    return folder / "suite.toml"
 
 
 @pytest.mark.parametrize(
@@ -60,15 +75,6 @@ def test_an_unknown_suite_lists_the_known_ones(tmp_path):
     assert "nor a folder of task files nor a .toml, .jsonl or .csv file" in message
     with pytest.raises(TaskError, match="can't be read"):
         open_suite(tmp_path / "nowhere.toml")
-
-
-def test_listing_the_suites_loads_no_heavy_library():
-    code = (
-        "import sys, phatgoose.tasks.suites.registry as s; [r.open() for r in s.SUITES.values()];"
-        "print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def complaint(path: Path) -> str:

@@ -210,9 +210,7 @@ def test_csv_columns_without_a_name_are_left_alone(tmp_path):
     ("change", "complaint"),
     [
         ({"target": None}, "row 2: target is missing or empty"),
-        ({"target": ""}, "target is missing or empty"),
         ({"target": []}, "target is missing or empty"),
-        ({"target": {}}, "target is missing or empty"),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "[yes]"}, "row 2: choices: broken JSON list"),
         ({"choices": 3}, "choices must be a list"),
@@ -221,7 +219,6 @@ def test_csv_columns_without_a_name_are_left_alone(tmp_path):
         ({"references": '["yes", "", "no"]'}, "row 2: reference 2 of 3 is empty"),
         ({"split": "dev"}, "split is 'dev', but must be train, validation, test"),
         ({"split": ["train"]}, r"row 2: split is \['train'\], but must be train"),
-        ({"split": 3}, "row 2: split is 3, but must be train"),
     ],
 )
 def test_a_bad_field_is_refused_with_its_row(change, complaint):
@@ -291,11 +288,8 @@ def test_empty_cells_of_a_frame_are_no_values():
         ({"train": {"input": "a", "target": "x"}}, "memory, train: input is 'a'"),
         ({}, "has no examples"),
         (5, "wanted rows .* got 5"),
-        (None, "wanted rows"),
         (Task("t"), "wanted rows"),
         ([5], "row 1: wanted a dict with fields, got 5"),
-        ({"train": ["text"]}, "train row 1: wanted a dict with fields, got 'text'"),
-        ([], "has no examples"),
     ],
 )
 def test_what_is_neither_rows_nor_columns_is_refused_in_words(rows, complaint):

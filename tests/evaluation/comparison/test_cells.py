@@ -140,16 +140,9 @@ def test_the_version_names_the_release_and_is_the_same_every_time():
 
 def test_comments_docstrings_and_layout_do_not_count(version_with, package, unedited):
     text = (package / "evaluation/evaluate.py").read_text(encoding="utf-8")
-    edited = text
-    for old, new in (
-        ("TOKEN_BUDGET = 4096\n", "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"),
-        ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
-        ('"""What the model answered', '"""The words that the model answered'),  # a class's
-        ('"""The unweighted mean', '"""The plain mean'),  # a method's
-        ('    """The score of these `answers` to the examples of an evaluation set."""\n', ""),
-    ):
-        assert old in edited
-        edited = edited.replace(old, new, 1)
+    edited = re.sub(r'""".*?"""', '"""Other words."""', text, flags=re.DOTALL)
+    budget = "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"
+    edited = edited.replace("TOKEN_BUDGET = 4096\n", budget)
     assert version_with("evaluation/evaluate.py", text, edited) == unedited
 
 

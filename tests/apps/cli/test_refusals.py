@@ -153,7 +153,7 @@ analyse experts --task unseen.jsonl --data copies => --data is for --suite, whic
 analyse experts --suite t0ho --choices a => --choices is for --task
 analyse experts --task unseen.jsonl --results none.jsonl => none.jsonl don't exist
 analyse experts --keep reviews --task unseen.jsonl BASE --leave-one-out => needs a pool of several
-analyse experts --task unseen.jsonl BASE --expert reviews => expert is for router single; here it is
+analyse experts --task unseen.jsonl BASE --router arrow:expert=reviews => unknown setting 'expert'
 analyse experts --task unseen.jsonl BASE --against oracle => Router oracle needs the scores
 analyse experts --task unseen.jsonl BASE --scores unseen.jsonl => unseen.jsonl holds no scores
 analyse experts --task unseen.jsonl BASE --out file => file/report.html can't be written

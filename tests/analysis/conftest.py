@@ -1,7 +1,5 @@
 """Fixtures of the analysis's tests."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,10 +1,7 @@
 """The analysis as a whole: routers over a pool, Oracle, agreement, effects, findings, JSON."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,16 +12,12 @@ from analysed import TASKS, task
 from phatgoose.analysis.measures import ORACLE, DecisionFiles, agreement, kl_divergence
 from phatgoose.base.sites import Site
 from phatgoose.config import Routing
-from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
+from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
-from phatgoose.routing.saved.save import save
 from phatgoose.routing.watching import SitePass
 from phatgoose.tasks.encoding import Encoder
 from routed_models import SCORES
-from routing_samples import make_analysis
-
-SINGLE = Routing(router="single:expert=e0")
 
 
 def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_pool):
@@ -63,29 +56,15 @@ def test_oracle_needs_not_be_run_to_be_compared_with(llama, llama_pool):
     assert plain.correlation("phatgoose") is None
 
 
-def test_a_pool_by_its_path_and_a_routed_folder(llama, llama_pool, tmp_path):
-    model = compose(llama_pool, llama, k=1)
-    save(model, tmp_path / "routed")
-    pg.detach(model)
-    folder = llama_pool.experts[0].directory.parent
-    from_pool = pg.analyse(folder, TASKS, routing=Routing(k=1), score=False)
-    from_routed = pg.analyse(tmp_path / "routed", TASKS, score=False)
-    assert from_pool.settings["routing"] == from_routed.settings["routing"]
-    for name in ("first", "second"):
-        one, other = (a.routers["phatgoose"].distributions[name] for a in (from_pool, from_routed))
-        np.testing.assert_allclose(one.whole(), other.whole(), atol=5e-3)
+SINGLE = Routing(router="single:expert=e0")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
-    [
-        ({"tasks": []}, TaskError, "No task"),
+    [  # beside those that the command line's tests have
         ({"tasks": [TASKS[0], TASKS[0]]}, TaskError, "Two tasks are called 'first'"),
-        ({"smoothing": 0}, EvaluationError, "smoothing"),
-        ({"without_each": True, "score": False}, ConfigError, "needs a pool of several"),
         ({"without_each": True, "routing": SINGLE}, ConfigError, "without its expert"),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
-        ({"routers": ["nothing"]}, ConfigError, "router is 'nothing'"),
     ],
 )
 def test_what_cannot_be_analysed_is_refused(llama, llama_pool, options, error, message):
@@ -144,13 +123,6 @@ def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
     assert "NaN" not in content
 
 
-def test_made_up_analyses_have_all_the_numbers_too():
-    analysis = make_analysis(8)
-    assert analysis.correlation("phatgoose").n == 4
-    assert json.dumps(analysis.to_dict(), allow_nan=False)
-    assert replace(analysis, oracle={}).correlation("phatgoose") is None
-
-
 def test_effects_are_differences_of_scores(found, llama, llama_pool):
     assert {effect.expert for effect in found.effects} == set(llama_pool.names)
     means = [effect.mean for effect in found.effects]
@@ -185,19 +157,6 @@ def test_agreement_is_that_of_recordings(found, llama, llama_pool):
     assert common.overlap == pytest.approx(shared, abs=0.01)
 
 
-def test_routers_without_a_choice_in_common_have_no_agreement(tmp_path):
-    site = Site("a", 2, 2, "decoder")
-    for name, weights in (("one", torch.tensor([[0.0]])), ("other", torch.tensor([[1.0]]))):
-        files = DecisionFiles(tmp_path / name, torch.tensor([1]))
-        files.begin_pass({})
-        experts = torch.tensor([[0]])
-        files.add(SitePass(site, experts, weights, None, (1, 1), lambda w=weights: w))
-        files.end_pass()
-    assert agreement(tmp_path / "one", tmp_path / "other", 2) is None
-    same = agreement(tmp_path / "other", tmp_path / "other", 2)
-    assert (same.first, same.overlap, same.decisions) == (1, 1, 1)
-
-
 def decided(folder, weights, experts=(0, 1, 2)):
     """The file of one pass of tokens with these `weights` [T, k] of these experts, in `folder`."""
     site, weights = Site("a", 2, 2, "decoder"), torch.tensor(weights)
@@ -207,6 +166,13 @@ def decided(folder, weights, experts=(0, 1, 2)):
     files.add(SitePass(site, chosen, weights, None, (1, len(weights)), lambda: weights))
     files.end_pass()
     return folder
+
+
+def test_routers_without_a_choice_in_common_have_no_agreement(tmp_path):
+    one, other = decided(tmp_path / "one", [[0.0]]), decided(tmp_path / "other", [[1.0]])
+    assert agreement(one, other, 2) is None
+    same = agreement(other, other, 2)
+    assert (same.first, same.overlap, same.decisions) == (1, 1, 1)
 
 
 def test_equals_share_the_first_choice(tmp_path):

@@ -1,7 +1,5 @@
 """The audit: signs mean what they say, attackers are found, honest experts are not accused."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -46,13 +44,6 @@ def test_an_attacker_is_found_and_no_one_else(pool, name, strength):
         for finding in report.findings:
             assert finding.kind in LIMITS
             assert f"--leave-out {pool.names[z]}" in finding.message
-
-
-def test_a_longer_gate_is_said_to_be_harmless_to_phatgoose(pool):
-    report = audit(attacked(pool, 1, HARMLESS["scaled gate"], 0, 1))
-    (finding,) = report.findings
-    assert "harmless with router phatgoose" in finding.message
-    assert "1e+03 times" in finding.message or "times as long" in finding.message
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -1,7 +1,5 @@
 """What looks wrong with a pool, by its profiles and vectors."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -37,48 +35,28 @@ def profile_with(first, probability=None, tokens=1000):
     )
 
 
-def kinds(profile, similarity=None):
-    size = len(profile.experts)
-    return [
-        f.kind
-        for f in findings_of({"a": profile}, np.eye(size) if similarity is None else similarity)
-    ]
+ONE = profile_with([0.6, 0.4, 0.0], [0.5, 0.4, 0.1])
+OTHER = profile_with([0.0, 0.4, 0.6], [0.1, 0.4, 0.5])
+ALIKE = np.array([[1, 0.97, 0], [0.97, 1, 0.3], [0, 0.3, 1]])
 
 
-def test_a_sound_pool_has_no_findings():
-    assert kinds(profile_with([0.5, 0.3, 0.2])) == []
-
-
-def test_one_expert_taking_everything_is_found():
-    found = findings_of({"a": profile_with([0.85, 0.1, 0.05])}, np.eye(3))
-    assert [f.kind for f in found] == ["takes-everything"]
-    assert found[0].experts == ("e0",)
-    assert "85%" in found[0].message
-    assert kinds(profile_with([0.75, 0.2, 0.05])) == []
-
-
-def test_a_gate_that_never_wins_is_found():
-    found = findings_of({"a": profile_with([0.6, 0.4, 0.0], [0.5, 0.4, 0.1])}, np.eye(3))
-    assert [(f.kind, f.experts) for f in found] == [("never-wins", ("e2",))]
-    assert "never chosen at all" in found[0].message
-
-
-def test_a_gate_that_wins_on_one_of_several_datasets_is_sound():
-    profiles = {
-        "a": profile_with([0.6, 0.4, 0.0], [0.5, 0.4, 0.1]),
-        "b": profile_with([0.0, 0.4, 0.6], [0.1, 0.4, 0.5]),
-    }
-    assert findings_of(profiles, np.eye(3)) == []
-
-
-def test_a_router_that_cannot_tell_experts_apart_is_found():
-    assert kinds(profile_with([0.4, 0.3, 0.3], [0.34, 0.33, 0.33])) == ["undecided"]
-
-
-def test_near_duplicates_are_found_once():
-    similarity = np.array([[1, 0.97, 0], [0.97, 1, 0.3], [0, 0.3, 1]])
-    found = findings_of({"a": profile_with([0.5, 0.3, 0.2])}, similarity)
-    assert [(f.kind, f.experts) for f in found] == [("near-duplicates", ("e0", "e1"))]
+@pytest.mark.parametrize(
+    ("profiles", "similarity", "wanted"),
+    [
+        ([profile_with([0.5, 0.3, 0.2])], None, []),
+        ([profile_with([0.85, 0.1, 0.05])], None, [("takes-everything", ("e0",))]),
+        ([profile_with([0.75, 0.2, 0.05])], None, []),
+        ([ONE], None, [("never-wins", ("e2",))]),
+        ([ONE, OTHER], None, []),  # it wins on one of several datasets
+        ([profile_with([0.4, 0.3, 0.3], [0.34, 0.33, 0.33])], None, [("undecided", None)]),
+        ([profile_with([0.5, 0.3, 0.2])], ALIKE, [("near-duplicates", ("e0", "e1"))]),
+    ],
+)
+def test_what_looks_wrong_is_found_once_and_nothing_else(profiles, similarity, wanted):
+    similarity = np.eye(3) if similarity is None else similarity
+    found = findings_of({f"d{i}": each for i, each in enumerate(profiles)}, similarity)
+    assert [finding.kind for finding in found] == [kind for kind, _ in wanted]
+    assert all(experts in (None, f.experts) for f, (_, experts) in zip(found, wanted, strict=True))
 
 
 def test_routers_that_compare_nothing_are_not_judged(llama, llama_pool):

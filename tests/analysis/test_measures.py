@@ -1,7 +1,5 @@
 """Measures of routing distributions, and correlations, compared to scipy's."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

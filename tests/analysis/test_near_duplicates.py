@@ -1,7 +1,5 @@
 """Near-duplicates: the cosine of updates that are never formed."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Curves over pool sizes, from the cells that comparisons left."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -77,16 +75,12 @@ RESULT = {"metrics": ["accuracy"], "marks": [[[1.0]]]}
     ("key", "result"),
     [
         ({}, RESULT),
-        (3, RESULT),
         ({"method": METHOD}, RESULT),
         (KEY | {"method": 3}, RESULT),
         (KEY | {"method": METHOD | {"pool": 3}}, RESULT),
-        (KEY | {"method": METHOD | {"router": []}}, RESULT),
         (KEY | {"method": METHOD}, {}),
-        (KEY | {"method": METHOD}, 3),
         (KEY | {"method": METHOD}, {"metrics": [], "marks": [[[1.0]]]}),
         (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": []}),
-        (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": [[]]}),
         (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": [[["?"]]]}),
         (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": [[[float("nan")]]]}),
         (KEY | {"method": METHOD}, {"metrics": ["nothing"], "marks": [[[1.0]]]}),

@@ -1,7 +1,5 @@
 """Routing summed up as it passes, compared to recordings that keep every token."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.watching import watches_over
 from phatgoose.tasks.task import Example
 from routed_models import compose_by
 from tiny import make_ids
@@ -171,14 +168,6 @@ def test_profiles_add_up_and_spread_over_larger_pools(llama, llama_pool):
     assert wide.whole()[0] == 0
     np.testing.assert_array_equal(wide.whole()[1:][::-1], both.whole())
     assert wide.token_entropy() == both.token_entropy()
-
-
-def test_reading_stops_watching(llama, llama_pool):
-    model = compose(llama_pool, llama)
-    tallied(model, llama)
-    assert all(
-        not watches_over(layer, layer.site) for layer in composition_of(model).layers.values()
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Traces: a text's tokens and the weights of their experts."""
 
-from __future__ import annotations
-
 import base64
 import json
 
@@ -10,10 +8,10 @@ import pytest
 import torch
 
 from phatgoose.analysis.routing_distribution import PARTS, site_label
-from phatgoose.analysis.traces import _in_bytes, trace
+from phatgoose.analysis.traces import trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
 from routed_models import with_embeddings
@@ -83,32 +81,6 @@ def test_a_trace_in_json_can_be_read_back(llama, llama_pool):
     layer, kind = stream["sites"][-1]
     assert (stream["layers"][layer], stream["kinds"][kind]) == ("1", "mlp.down_proj")
     assert data["parts"] == list(PARTS)
-
-
-def test_weights_in_bytes_sum_to_the_whole():
-    draw = np.random.default_rng(0)
-    shares = draw.dirichlet(np.ones(5), size=1000)
-    packed = _in_bytes(shares)
-    assert (packed.sum(axis=1) == 255).all()
-    assert np.abs(packed / 255 - shares).max() <= 1 / 255
-    assert (_in_bytes(np.zeros((2, 3))) == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["llama"], indirect=True)
-def test_what_was_chosen_for_the_whole_text_is_told(base, pool):
-    def whole(router, **options):
-        model, _, found = traced(base, pool, router=router, **options)
-        detach(model)
-        return found.whole
-
-    ((expert, weight),) = whole("discriminant")
-    assert expert in pool.names
-    assert weight == 1
-    shares = [share for _, share in whole("discriminant-phatgoose:shortlist=3")]
-    assert len(shares) == 3
-    assert sum(shares) == pytest.approx(1)
-    assert shares == sorted(shares, reverse=True)
-    assert whole("phatgoose") == ()
 
 
 @pytest.mark.usefixtures("toy_embedder")

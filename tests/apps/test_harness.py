@@ -1,7 +1,5 @@
 """lm_eval's own command and functions on tiny routed models, without a network."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from dataclasses import replace
@@ -105,14 +103,6 @@ def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
     assert got["results"]["my_task"]["acc,none"] == wanted["results"]["my_task"]["acc,none"]
     for mine, theirs in zip(scores_of(got), scores_of(wanted), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)
-
-
-@KINDS_HERE
-def test_padding_changes_no_number(pool, write_task):
-    tasks = write_task()
-    alone, together = (run(folder_of(pool), tasks, batch_size=size) for size in (1, 16))
-    for one, many in zip(scores_of(alone), scores_of(together), strict=True):
-        assert one == pytest.approx(many, abs=1e-4)
 
 
 @KINDS_HERE

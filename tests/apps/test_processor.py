@@ -1,7 +1,5 @@
 """Threads of the command: they soon sleep while they wait, and keep to a container's quota."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

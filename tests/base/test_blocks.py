@@ -1,7 +1,5 @@
 """The blocks that a prompt passes, and what comes out of them."""
 
-from __future__ import annotations
-
 from threading import Thread
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokens become text again, one piece for each."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers

@@ -1,7 +1,5 @@
 """A base is recognised by its weights and config, whatever its name and dtype."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

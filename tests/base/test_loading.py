@@ -1,7 +1,5 @@
 """Base models: loaded frozen, refused with a reason, and recognised again by fingerprint."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -45,12 +43,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_sequence(tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
-
-
-def test_an_unknown_dtype_is_refused_with_the_known_ones(base_folders):
-    message = complaint_about(base_folders["llama"], dtype="int3")
-    assert "'int3'" in message
-    assert "bfloat16" in message
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to a folder, and said

@@ -1,7 +1,5 @@
 """Models whose weights accelerate keeps elsewhere: routed before or after that, with one result."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The positions of architectures, and that no input runs over them."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

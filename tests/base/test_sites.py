@@ -1,7 +1,5 @@
 """Sites: the linear layers that experts act at."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -10,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from other_encoders import make_other
-from phatgoose.base.sites import CROSS_ATTENTION, find_sites, replace_module
+from phatgoose.base.sites import CROSS_ATTENTION, find_sites
 from phatgoose.errors import ConfigError
 
 SITES_PER_BLOCK = {"llama": 7, "qwen2": 7, "gpt2": 4, "t5": 7 + 11}  # both of T5's kinds of block
@@ -86,9 +84,3 @@ def test_what_reads_the_encoders_tokens_is_found_in_other_architectures(
 )
 def test_keys_and_values_of_cross_attention_are_known_by_their_names(name, reads):
     assert bool(CROSS_ATTENTION.search(name)) is reads
-
-
-def test_a_module_can_be_replaced_by_name(llama):
-    layer = nn.Linear(32, 32)
-    replace_module(llama.model, "model.layers.1.self_attn.q_proj", layer)
-    assert llama.model.model.layers[1].self_attn.q_proj is layer

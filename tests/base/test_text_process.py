@@ -1,7 +1,5 @@
 """What a base's chat template writes, compared with transformers' own rendering."""
 
-from __future__ import annotations
-
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -71,10 +69,7 @@ CHATS = {
         {"role": "assistant", "content": "yes  "},
         {"role": "user", "content": "😀 {{ 1 }}", "name": "Ann"},
     ],
-    "system": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": ""},
-    ],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ""}],
 }
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 

@@ -1,7 +1,5 @@
 """Who looks at what passes knows which tokens are padding, whatever is called and however."""
 
-from __future__ import annotations
-
 import re
 import threading
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from transformers import StaticCache
 
 from other_encoders import make_other
 from phatgoose.base.sites import find_sites
-from phatgoose.base.token_masks import _Tokens, real_tokens, token_masks, watch_inputs
+from phatgoose.base.token_masks import real_tokens, token_masks, watch_inputs
 from phatgoose.errors import RoutingError
 from tiny import logits_of, make_ids
 
@@ -162,12 +160,3 @@ def test_models_with_experts_of_their_own_are_watched(architecture):
         ((u, real),) = seen[site.name]
         assert u.shape[:2] == ids.shape
         assert (real is None) == (site.stream == "decoder")
-
-
-def test_tokens_that_a_model_transposes_are_noticed():
-    tokens = _Tokens(None, (2, 5), None)
-    assert tokens.has_moved((5, 2))
-    assert tokens.has_moved((2, 8))
-    assert not tokens.has_moved((2, 5))
-    assert not tokens.has_moved((10,))  # rows that a model has flattened, or an expert's tokens
-    assert not _Tokens(None, None, None).has_moved((2, 8))

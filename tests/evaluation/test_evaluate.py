@@ -1,7 +1,5 @@
 """Evaluation: examples drawn, scored and written down."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -18,7 +16,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
-from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, open_task, with_targets
+from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, with_targets
 from tiny import make_model
 
 
@@ -30,28 +28,6 @@ def test_any_reference_is_a_right_answer(llama):
         replace(e, references=(e.target, p.answer)) for e, p in zip(wrong.test, first, strict=True)
     )
     assert evaluate(llama, replace(wrong, test=references)).scores[0].score == 1
-
-
-def test_exact_match_takes_any_reference_and_no_part_of_one(llama):
-    (example, *_) = open_task(llama, tokens=5).test
-    assert len(example.target) > 1
-    variants = (
-        replace(example, target="no", references=("no", f" {example.target}\n")),
-        replace(example, target=example.target[:-1]),
-        replace(example, target=example.target + "s"),
-    )
-    score = evaluate(llama, Task("open", test=variants), max_new_tokens=5).scores[0]
-    assert [prediction.correct for prediction in score.predictions] == [True, False, False]
-
-
-def test_a_task_may_be_named_by_its_file(llama, tmp_path):
-    file = tmp_path / "choice task.jsonl"
-    rows = [{"input": e.input, "target": e.target, "choices": e.choices} for e in CHOICE_TASK.test]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wanted = evaluate(llama, CHOICE_TASK).scores[0]
-    for named in (file, str(file), [file]):
-        (score,) = evaluate(llama, named).scores
-        assert (score.task, score.score, score.n) == ("choice task", wanted.score, wanted.n)
 
 
 @pytest.mark.parametrize("given", ["tiny-base", None, 5])
@@ -104,37 +80,11 @@ def test_the_mean_over_tasks_is_unweighted(llama):
     assert evaluate(llama, tasks).mean == 0.5
 
 
-def test_results_are_written_as_json(llama, tmp_path):
-    result = evaluate(llama, [CHOICE_TASK])
-    result.write_json(tmp_path / "new" / "scores.json")
-    content = json.loads((tmp_path / "new" / "scores.json").read_text())
-    (task,) = content["tasks"]
-    assert content["mean"] == result.mean
-    assert content["confidence"] == 0.95
-    assert (task["task"], task["n"], task["score"]) == ("choose", 5, result.scores[0].score)
-    assert "predictions" not in task
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.json"]
-
-
-def test_results_that_cannot_be_written_are_told(llama, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(EvaluationError, match="can't be written"):
-        evaluate(llama, CHOICE_TASK).write_json(tmp_path / "file" / "scores.json")
-
-
 def test_tasks_are_looked_at_before_the_first_is_scored(llama, monkeypatch):
     mixed = Task("mixed", test=(*CHOICE_TASK.test, Example("open", "end")))
     monkeypatch.setattr("phatgoose.evaluation.evaluate.score", lambda *_: pytest.fail("scored"))
     with pytest.raises(EvaluationError, match="'mixed'"):
         evaluate(llama, [CHOICE_TASK, mixed])
-
-
-def test_references_that_are_no_choices_are_refused_where_one_is_chosen():
-    example = Example("Which?", "a", ("a", "b"), ("c",))
-    odd = Task("odd", test=(*CHOICE_TASK.test, example))
-    with pytest.raises(EvaluationError, match=r"'odd' accepts \('c',\), none of which is among"):
-        metrics_of(odd, odd.test)
-    assert metrics_of(replace(odd, metrics=("rouge-l",)), odd.test) == ("rouge-l",)
 
 
 def test_an_empty_task_and_no_task_are_refused(llama):
@@ -229,39 +179,39 @@ def test_choices_play_no_part_where_a_metric_of_written_answers_is_asked_for(lla
         assert prediction.answer == greedy_text(llama.model, llama, example.input, 3)
 
 
+CHOOSE, OPEN = CHOICE_TASK.test, (Example("open", "end"),)
+ODD = (Example("Which?", "a", ("a", "b"), ("c",)),)
+
+
 @pytest.mark.parametrize(
-    ("metrics", "match"),
+    ("examples", "metrics", "match"),
     [
-        (("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
-        (("rouge-l", "nothing"), "Metric 'nothing' is unknown"),
-        (("accuracy", "bleu"), "accuracy and bleu, but an answer is either chosen"),
-        (("squad-f1", "accuracy"), "squad-f1 and accuracy, but an answer is either chosen"),
+        (CHOOSE, ("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
+        (CHOOSE, ("rouge-l", "nothing"), "Metric 'nothing' is unknown"),
+        (CHOOSE, ("accuracy", "bleu"), "accuracy and bleu, but an answer is either chosen"),
+        (CHOOSE, ("squad-f1", "accuracy"), "squad-f1 and accuracy, but an answer is either"),
+        (OPEN, ("accuracy",), "'odd': accuracy needs choices in every example"),
+        ((*CHOOSE, *OPEN), ("accuracy",), "'odd': accuracy needs choices in every example"),
+        ((*CHOOSE, *OPEN), (), "'odd' has examples with and without choices"),
+        ((*CHOOSE, *ODD), (), r"'odd' accepts \('c',\), none of which is among"),
     ],
 )
-def test_metrics_that_no_answer_can_serve_are_refused(llama, metrics, match):
-    task = replace(CHOICE_TASK, metrics=metrics)
+def test_metrics_that_no_answer_can_serve_are_refused(llama, examples, metrics, match):
     with pytest.raises(EvaluationError, match=match):
-        metrics_of(task, task.test)
-    with pytest.raises(EvaluationError, match=match):
-        evaluate(llama, task)
+        evaluate(llama, Task("odd", test=examples, metrics=metrics))
 
 
-def test_accuracy_needs_choices_in_every_example():
-    open_examples = (Example("open", "end"),)
-    for examples in (open_examples, (*CHOICE_TASK.test, *open_examples)):
-        task = Task("odd", test=examples, metrics=("accuracy",))
-        with pytest.raises(EvaluationError, match="'odd': accuracy needs choices in every example"):
-            metrics_of(task, examples)
-
-
-def test_written_answers_may_have_choices_in_some_examples():
-    examples = (*CHOICE_TASK.test, Example("open", "end"))
-    mixed = Task("mixed", test=examples, metrics=("rouge-l", "bleu"))
-    assert metrics_of(mixed, examples) == ("rouge-l", "bleu")
-    with pytest.raises(EvaluationError, match="'mixed' has examples with and without choices"):
-        metrics_of(replace(mixed, metrics=()), examples)
-    assert metrics_of(CHOICE_TASK, CHOICE_TASK.test) == ("accuracy",)
-    assert metrics_of(Task("open"), (Example("open", "end"),)) == ("exact-match",)
+@pytest.mark.parametrize(
+    ("examples", "metrics", "wanted"),
+    [
+        (CHOOSE, (), ("accuracy",)),
+        (OPEN, (), ("exact-match",)),
+        ((*CHOOSE, *OPEN), ("rouge-l", "bleu"), ("rouge-l", "bleu")),
+        ((*CHOOSE, *ODD), ("rouge-l",), ("rouge-l",)),
+    ],
+)
+def test_metrics_are_those_named_or_the_usual_ones(examples, metrics, wanted):
+    assert metrics_of(Task("t", metrics=metrics), examples) == wanted
 
 
 @pytest.mark.parametrize(

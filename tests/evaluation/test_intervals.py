@@ -1,7 +1,5 @@
 """Intervals by resampling beside sums written out, known cases, and what all models must share."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Files and folders written whole or not at all, and what killed runs leave behind."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from links import KEPT, hidden
-from phatgoose.errors import ExpertError, PhatgooseError, PoolError, RoutingError
+from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import atomic
@@ -23,9 +21,6 @@ from phatgoose.files.atomic import (
     user_cache,
     write_text,
 )
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from phatgoose.training.train_expert import finished_expert
 from small_disks import everything, told
 
@@ -64,20 +59,6 @@ def test_folders_in_a_new_directory_can_be_entered_by_others(tmp_path):
     modes = [path.stat().st_mode & 0o777 for path in (target, target / "inner")]
     assert modes[0] == modes[1] == 0o777 & ~mask
     assert (target / "inner" / "file").stat().st_mode & 0o777 == 0o666 & ~mask
-
-
-def test_of_two_that_save_one_routed_model_the_first_stays(llama_pool, llama, tmp_path):
-    model, target = compose(llama_pool, llama), tmp_path / "routed"
-    with pytest.raises(RoutingError, match="exists already"), new_directory(target, RoutingError):
-        save(model, target)
-    assert {path.name for path in tmp_path.iterdir()} == {"routed"}
-    load(target, detach(model))
-
-
-def test_a_manifest_is_written_whole(llama_pool, tmp_path):
-    (tmp_path / "pool.json").mkdir()
-    with pytest.raises(PoolError, match="can't be written"):
-        llama_pool.write_manifest(tmp_path / "pool.json")
 
 
 @pytest.mark.parametrize("way", ["../moods", ".", "../moods/../moods"])

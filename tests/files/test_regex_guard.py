@@ -1,7 +1,5 @@
 """Regular expressions of strangers: matched as PEFT would, at once, or refused by name."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,8 +1,5 @@
 """Strangers' files: regular ones only, read strictly or refused in one line; what is quoted."""
 
-from __future__ import annotations
-
-import errno
 import json
 import os
 from hashlib import sha256
@@ -19,12 +16,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files.atomic import bring_back
 from phatgoose.files.strict import (
     MOST_TOML_BYTES,
-    first_line,
     half_character,
     one_line,
     read_json_object,
     read_toml,
-    reason,
     refuse_pipes,
     regular_file,
     require_regular,
@@ -154,13 +149,3 @@ def test_a_text_of_others_is_one_printable_line_of_bounded_length():
     assert one_line("a\nb\x1b[31mc") == "a b [31mc"
     assert one_line("x" * 400) == "x" * 300 + "…"
     assert shortened("y" * 100) == "'" + "y" * 79 + "…"
-
-
-def test_an_error_is_told_by_its_first_line_or_its_type():
-    assert first_line(ValueError("  first\nsecond")) == "first"
-    assert first_line(ValueError()) == "ValueError"
-
-
-def test_the_reason_is_the_systems_where_there_is_one():
-    assert reason(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
-    assert reason(ValueError("odd")) == "odd"

@@ -1,11 +1,8 @@
 """Mapped safetensors files: the library's own numbers, read strictly, given back on request."""
 
-from __future__ import annotations
-
 import json
 import os
 import struct
-import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import ExpertError
 from phatgoose.files import tensor_file as mapped
 from phatgoose.files.strict import MOST_JSON_BYTES
-from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, Group, TensorFile, prefetch
+from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, TensorFile, prefetch
 
 STATUS = Path("/proc/self/status")
 
@@ -138,18 +135,6 @@ def test_a_file_that_is_replaced_stays_what_it_was(tmp_path):
     assert torch.equal(found["a"], torch.ones(3))
 
 
-def test_a_group_is_what_begins_with_its_name(tmp_path):
-    save_file(
-        {"a.x": torch.ones(1), "a.y.z": torch.zeros(1), "ab.x": torch.ones(2)}, tmp_path / "a"
-    )
-    group = Group(TensorFile(tmp_path / "a"), "a")
-    assert sorted(group) == ["x", "y.z"]
-    assert len(group) == 2
-    assert torch.equal(group["y.z"], torch.zeros(1))
-    assert group.get("b") is None
-    assert not Group({}, "a")
-
-
 def test_a_header_of_many_megabytes_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     entry = '"{}":{{"dtype":"F32","shape":[1],"data_offsets":[{},{}]}}'
@@ -197,11 +182,6 @@ def test_results_come_in_the_order_of_their_items_and_few_wait(threads):
     assert next(results) == 0
     assert len(started) <= threads + 1
     assert list(results) == [number * number for number in range(1, 20)]
-
-
-def test_one_thread_is_the_one_that_takes_the_results(threads):
-    used = set(prefetch(lambda _: threading.get_ident(), range(20)))
-    assert (used == {threading.get_ident()}) == (threads == 1)
 
 
 @pytest.mark.usefixtures("threads")

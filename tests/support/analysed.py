@@ -1,7 +1,5 @@
 """Small tasks to analyse, and examples whose routing is summed up."""
 
-from __future__ import annotations
-
 import phatgoose as pg
 from phatgoose.analysis.routing_distribution import RoutingTally, read_examples
 from phatgoose.routing.composition import composition_of

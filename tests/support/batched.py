@@ -1,7 +1,5 @@
 """Sequences and batches of tiny models, for tests of the server's engine."""
 
-from __future__ import annotations
-
 import threading
 
 import torch

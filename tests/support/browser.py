@@ -1,7 +1,5 @@
 """Headless Chromium for tests of pages: the system's, driven by Playwright, without a network."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

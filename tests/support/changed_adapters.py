@@ -1,8 +1,5 @@
 """Adapters on disk, changed, and why they are refused."""
 
-from __future__ import annotations
-
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from odd_files import rewrite
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -38,5 +36,4 @@ def complaint_about(adapter: Path) -> str:
 
 
 def set_config(adapter: Path, **values: object) -> None:
-    path = adapter / ADAPTER_CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    rewrite(adapter / ADAPTER_CONFIG, **values)

@@ -1,7 +1,5 @@
 """Experts on disk, changed, and the one problem that is found."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from odd_files import rewrite
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
@@ -36,8 +35,7 @@ def make(adapter: Path, **options: Any) -> Expert:
 
 
 def set_info(directory: Path, **values: object) -> None:
-    path = directory / LAYOUT.info
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    rewrite(directory / LAYOUT.info, **values)
 
 
 def change_tensors(

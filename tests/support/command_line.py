@@ -1,7 +1,5 @@
 """Commands run in this process, the files they read, and what they print."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Small comparisons: experts, suites and references, and their cells by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@ blocks: registers and bytes of stack a thread, bytes of shared memory, and how m
 tensor cores there are. TRITON_INTERPRET must not be 1.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

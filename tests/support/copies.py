@@ -1,7 +1,5 @@
 """Copies of small models, several times as fast as `copy.deepcopy` makes them."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

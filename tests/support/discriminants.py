@@ -1,7 +1,5 @@
 """What discriminants score, by log-likelihoods of Gaussians, one prompt and expert at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

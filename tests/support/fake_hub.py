@@ -3,8 +3,6 @@
 Repositories are histories of commits, each a folder of files in memory. It can be told to fail.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

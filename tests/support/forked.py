@@ -1,7 +1,5 @@
 """Actions in a process of their own, forked from this one, which has loaded what they need."""
 
-from __future__ import annotations
-
 import os
 import signal
 import traceback

@@ -1,7 +1,5 @@
 """Pools of ranks and sites that differ, and models compared in everything that decides."""
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings

@@ -1,7 +1,5 @@
 """A task of lm_eval's in a folder, and its results without a network."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

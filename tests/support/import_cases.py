@@ -1,7 +1,5 @@
 """Adapters for the import matrix: each option of PEFT on each kind of base, saved by PEFT."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -155,10 +153,7 @@ CASES = (
         },
     ),
     Case("target_modules=all-linear", options=lambda kind: {"target_modules": "all-linear"}),
-    Case(
-        "exclude_modules",
-        options=lambda kind: {"exclude_modules": rf".*{BLOCKS[kind]}\.0\..*"},
-    ),
+    Case("exclude_modules", options=lambda kind: {"exclude_modules": rf".*{BLOCKS[kind]}\.0\..*"}),
     Case(
         "layers_to_transform",
         options=lambda kind: {"layers_to_transform": [1], "layers_pattern": BLOCKS[kind]},

@@ -1,7 +1,5 @@
 """What must survive beside our own files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 KEPT = "what somebody else has written"

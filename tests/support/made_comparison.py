@@ -1,7 +1,5 @@
 """A comparison written down by hand."""
 
-from __future__ import annotations
-
 from phatgoose.evaluation.comparison.tables import Comparison, Result
 from phatgoose.evaluation.intervals import Sample
 
@@ -74,11 +72,5 @@ def made_comparison() -> Comparison:
         "oracle": "Oracle",
     }
     return Comparison(
-        SUITES,
-        labels,
-        rows,
-        experts,
-        choices,
-        ("Retrieval was left out.",),
-        SETTINGS,
+        SUITES, labels, rows, experts, choices, ("Retrieval was left out.",), SETTINGS
     )

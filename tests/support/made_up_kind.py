@@ -1,7 +1,5 @@
 """The kind of expert that docs/extending.md works out, known while a test wants it."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several experts at once by hand: hooks that add their weighted updates to the base's outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Random experts of every kind for the tiny bases, and their mixture written out naively."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

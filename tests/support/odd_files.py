@@ -1,7 +1,5 @@
 """Files that are valid and yet odd, and the one line that refuses them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

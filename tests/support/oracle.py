@@ -3,8 +3,6 @@
 `formula` is the same for all tokens at once, with gradients, where whole models are compared.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Tiny encoder-decoder models that are built unlike T5 and BART."""
 
-from __future__ import annotations
-
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 

@@ -1,7 +1,5 @@
 """P3's templates where they are at hand, and a made-up record for each dataset."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

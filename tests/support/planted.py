@@ -1,7 +1,5 @@
 """A pool of honest experts made of random numbers, and the attackers of benchmarks/attackers.py."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 

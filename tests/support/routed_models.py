@@ -1,13 +1,9 @@
 """Tiny pools composed by every router, with all that the router needs."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from phatgoose.base.loading import Base
 from phatgoose.config import settings_of

@@ -1,7 +1,5 @@
 """Analyses of no model at all: made-up routing, for figures, pages and measures of any size."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

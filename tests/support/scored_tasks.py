@@ -1,7 +1,5 @@
 """Tasks to be scored, and their scores and answers one example at a time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

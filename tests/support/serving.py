@@ -1,7 +1,5 @@
 """Tiny models behind the server's application, for tests."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import socket

@@ -1,7 +1,5 @@
 """Tiny bases, tokenizers and experts, made from configs: no network, no downloads."""
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Tiny bases that hold few positions."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

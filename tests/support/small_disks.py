@@ -1,7 +1,5 @@
 """Small disks, short trainings on them, what they leave, and the one line that tells of failure."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +7,17 @@ from pathlib import Path
 import pytest
 
 from phatgoose.base.loading import Base
-from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.config import Training
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
+from training_jobs import GATES, LORA
 
 TASK = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(8)))
 
 
-FEW = {
-    "training": Training(batch_size=4, steps=3, eval_every=1),
-    "gate_training": GateTraining(gate_steps=2, statistics_examples=4),
-}
+FEW = {"training": Training(batch_size=4, steps=3, eval_every=1), "gate_training": GATES}
 
 
 def mount(folder: Path, *options: str) -> None:
@@ -42,4 +38,4 @@ def told(action: Callable[[], object]) -> str:
 
 
 def train(base: Base, out: Path, **options: bool) -> Expert:
-    return train_expert(base, TASK, out=out, peft=Lora(rank=2), **FEW, **options)
+    return train_expert(base, TASK, out=out, peft=LORA, **FEW, **options)

@@ -1,7 +1,5 @@
 """Rows and templates of a few datasets of the suites, made up, as copies on disk have them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tiny bases, tokenizers, experts and their logits: random weights, no network."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import dataclass

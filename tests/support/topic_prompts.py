@@ -1,7 +1,5 @@
 """Prompts that belong to one expert each, and what that expert alone makes of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

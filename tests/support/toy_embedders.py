@@ -1,7 +1,5 @@
 """Functions in place of a sentence embedder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

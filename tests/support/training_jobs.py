@@ -1,7 +1,5 @@
 """Settings of very short trainings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -15,7 +13,7 @@ GATES = GateTraining(gate_steps=2, statistics_examples=4)
 
 
 SETTINGS = {
-    "peft": Lora(rank=2),
+    "peft": LORA,
     "training": Training(steps=20, batch_size=4, micro_batch_size=2, eval_every=10),
     "gate_training": GateTraining(gate_steps=5, statistics_examples=6),
 }

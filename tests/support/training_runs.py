@@ -1,7 +1,5 @@
 """Short trainings of tiny experts, interrupted anywhere, and their losses computed one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module

@@ -1,9 +1,5 @@
 """Batches: within their budget, padded or packed, and the logits of targets only."""
 
-from __future__ import annotations
-
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,14 +15,12 @@ from phatgoose.tasks.batching import (
     Collator,
     batches_of_tokens,
     can_pack,
-    contiguous_head,
     decoder_start,
     head_at,
     pack_rows,
     packed_batches,
     pad_left,
     pad_right,
-    quick_backward,
     target_logits,
 )
 from phatgoose.tasks.encoding import TokenPair
@@ -88,13 +82,6 @@ def test_every_text_is_in_one_batch_and_none_exceeds_the_budget(lengths, budget)
     for count, columns, rows in as_rows(lengths, batches):
         assert all(rows)
         assert count * columns <= budget or len(rows) == len(rows[0]) == 1
-
-
-def test_hardly_anything_is_padding():
-    generator = random.Random(0)
-    lengths = [min(max(round(69 * generator.lognormvariate(0, 0.75)), 8), 400) for _ in range(200)]
-    batches = as_rows(lengths, packed_batches(lengths, 4096))
-    assert sum(count * columns for count, columns, _ in batches) < 1.05 * sum(lengths)
 
 
 def test_a_batch_is_not_filled_at_the_price_of_long_rows():
@@ -183,28 +170,3 @@ def test_the_head_sees_the_asked_for_places_only():
         some = model(ids).logits
     torch.testing.assert_close(some[0], whole.flatten(0, 1)[[5, 0, 0]], atol=1e-5, rtol=1e-5)
     assert model(ids).logits.shape == whole.shape
-
-
-@pytest.mark.parametrize(("columns", "inside"), [(256, "eager"), (257, "sdpa")])
-def test_attention_is_plain_in_short_rows_and_as_before_afterwards(columns, inside):
-    model = make_model("llama")
-    with quick_backward(model, columns):
-        assert model.config._attn_implementation == inside
-    assert model.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_last_position_reaches_the_head_as_rows_of_its_own(rows):
-    """torch copies the whole output matrix for a view, even for a view of one row."""
-    model, ids = make_model("llama"), torch.arange(3, 3 + 5 * rows).reshape(rows, 5)
-    seen: list[tuple[int, ...]] = []
-    head = model.get_output_embeddings()
-    wanted = model(ids, logits_to_keep=1).logits
-    head.register_forward_hook(lambda _, args, __: seen.append(args[0].stride()))
-    model(ids, logits_to_keep=1)
-    with contiguous_head(model):
-        got = model(ids, logits_to_keep=1).logits
-    model(ids, logits_to_keep=1)
-    size = head.in_features
-    assert seen == [(5 * size, size, 1), (size, size, 1), (5 * size, size, 1)]
-    torch.testing.assert_close(got, wanted)

@@ -1,7 +1,5 @@
 """Embedders: which one is loaded because of an expert's record, and that none runs code."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Prompts and targets as tokens, cut if asked, and what is said of cuts."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 
@@ -77,17 +75,14 @@ def test_a_prompt_has_the_same_tokens_whatever_answer_follows(encoder, text):
     assert prompts == [encoder.prompt(text)] * 4
 
 
-def test_a_target_ends_with_the_end_of_sequence_and_has_it_once(encoder):
-    target = encoder.target("Is it so?", "yes").tokens
-    assert target[-1] == EOS
-    assert target.count(EOS) == 1
-
-
-def test_t5_reads_its_prompt_with_a_final_end_of_sequence_and_its_target_without_a_space():
-    encoder = make_encoder(T5)
+@pytest.mark.parametrize(
+    ("kind", "prompt", "target"), [(CAUSAL, "Answer:", " yes</s>"), (T5, "Answer:</s>", "yes</s>")]
+)
+def test_prompts_and_targets_end_as_their_kind_of_model_wants(kind, prompt, target):
+    encoder = make_encoder(kind)
     pair = encoder.pair("Answer:", "yes")
-    assert text_of(encoder, pair.prompt) == "Answer:</s>"
-    assert text_of(encoder, pair.target) == "yes</s>"
+    assert (text_of(encoder, pair.prompt), text_of(encoder, pair.target)) == (prompt, target)
+    assert pair.target.count(EOS) == 1
 
 
 KEPT = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
@@ -156,16 +151,12 @@ def test_cut_targets_of_pairs_are_counted_and_not_told_one_by_one():
     assert cuts.targets == Cuts(inputs=4, cut=2, most=4, median=2)
 
 
-def test_a_chat_template_wraps_the_input_when_asked_for():
-    encoder = make_encoder(template=CHAT, chat=True)
-    pair = encoder.pair("hello", "hi")
-    assert text_of(encoder, pair.prompt) == "<u>hello</u><a>"
-    assert text_of(encoder, pair.target) == "hi</s>"
-
-
-def test_cutting_a_chat_input_cuts_the_text_and_not_the_template():
-    encoder = make_encoder(template=CHAT, chat=True, max_input_tokens=4)
-    assert text_of(encoder, encoder.prompt("hello")) == "<u>hllo</u><a>"
+def test_a_chat_template_wraps_the_input_and_is_never_cut():
+    pair = make_encoder(template=CHAT, chat=True).pair("hello", "hi")
+    short = make_encoder(template=CHAT, chat=True, max_input_tokens=4)
+    wrapped = ("<u>hello</u><a>", "hi</s>", "<u>hllo</u><a>")
+    found = [pair.prompt, pair.target, short.prompt("hello")]
+    assert tuple(text_of(short, tokens) for tokens in found) == wrapped
 
 
 @pytest.mark.parametrize("make", [sentencepiece, byte_pairs])

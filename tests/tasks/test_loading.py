@@ -1,7 +1,5 @@
 """Tasks: every source, templates, splits, and each way in which data can be bad."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -106,23 +104,9 @@ def test_a_mapping_of_splits_becomes_splits_whatever_a_column_says():
     assert (task.train, task.validation, task.test) == (EXAMPLES[1:], (), EXAMPLES[:1] * 3)
 
 
-def test_a_dataset_dict_becomes_splits():
-    datasets = pytest.importorskip("datasets")
-    parts = {"train": ROWS, "validation": ROWS[1:]}
-    loaded = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
-    task = load_task(loaded)
-    assert (task.train, task.validation, task.test) == (EXAMPLES, EXAMPLES[1:], ())
-
-
 def test_hub_sources_without_datasets_tell_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'phatgoose[datasets]'" in complaint_about("hub:owner/data")
-
-
-def test_rows_say_which_split_they_belong_to(tmp_path):
-    rows = [{**ROWS[0], "split": split} for split in ("test", "train", "validation", "test")]
-    task = load_task(write_rows(tmp_path / "a.jsonl", rows))
-    assert [len(task.train), len(task.validation), len(task.test)] == [1, 1, 2]
 
 
 def test_numbers_are_taken_as_texts():
@@ -217,11 +201,6 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     assert re.search(complaint, complaint_about(write_lines(tmp_path / name, *lines)))
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.csv"])
-def test_a_missing_file_is_refused_by_name(tmp_path, name):
-    assert f"{name} does not exist" in complaint_about(tmp_path / name)
-
-
 def test_csv_columns_without_a_name_are_left_alone(tmp_path):
     unnamed = write_lines(tmp_path / "b.csv", "input,target,,", "a,b,,")  # as spreadsheets save it
     assert load_task(unnamed).train == (Example("a", "b"),)
@@ -231,9 +210,7 @@ def test_csv_columns_without_a_name_are_left_alone(tmp_path):
     ("change", "complaint"),
     [
         ({"target": None}, "row 2: target is missing or empty"),
-        ({"target": ""}, "target is missing or empty"),
         ({"target": []}, "target is missing or empty"),
-        ({"target": {}}, "target is missing or empty"),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "[yes]"}, "row 2: choices: broken JSON list"),
         ({"choices": 3}, "choices must be a list"),
@@ -242,7 +219,6 @@ def test_csv_columns_without_a_name_are_left_alone(tmp_path):
         ({"references": '["yes", "", "no"]'}, "row 2: reference 2 of 3 is empty"),
         ({"split": "dev"}, "split is 'dev', but must be train, validation, test"),
         ({"split": ["train"]}, r"row 2: split is \['train'\], but must be train"),
-        ({"split": 3}, "row 2: split is 3, but must be train"),
     ],
 )
 def test_a_bad_field_is_refused_with_its_row(change, complaint):
@@ -312,11 +288,8 @@ def test_empty_cells_of_a_frame_are_no_values():
         ({"train": {"input": "a", "target": "x"}}, "memory, train: input is 'a'"),
         ({}, "has no examples"),
         (5, "wanted rows .* got 5"),
-        (None, "wanted rows"),
         (Task("t"), "wanted rows"),
         ([5], "row 1: wanted a dict with fields, got 5"),
-        ({"train": ["text"]}, "train row 1: wanted a dict with fields, got 'text'"),
-        ([], "has no examples"),
     ],
 )
 def test_what_is_neither_rows_nor_columns_is_refused_in_words(rows, complaint):
@@ -364,12 +337,6 @@ def test_what_names_no_task_is_refused_in_words(named, complaint):
         given_tasks(named)
     with pytest.raises(TaskError):
         given_task(named)
-
-
-def test_a_file_whose_name_is_too_long_is_refused_in_a_line(tmp_path):
-    message = complaint_about(tmp_path / f"{'a' * 300}.jsonl")
-    assert "can't be read: File name too long" in message
-    assert len(message) < 200
 
 
 @pytest.mark.parametrize("options", [{}, {"name": "cafe"}])

@@ -1,7 +1,5 @@
 """Mixtures: one task out of several, for the Multitask model."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
@@ -35,15 +33,6 @@ def test_a_mixture_holds_all_training_examples_of_all_tasks():
     assert mixed.name == "both"
     assert mixed.train == rows("a", 3) + rows("b", 5)
     assert mixed.test == ()
-
-
-def test_a_cap_draws_that_many_of_large_tasks_and_leaves_small_ones_whole():
-    tasks = [make_task("a", 3, 1), make_task("b", 50, 1), make_task("c", 5, 1)]
-    mixed = mix(tasks, "all", most=5)
-    assert origins(mixed.train) == {"a": 3, "b": 5, "c": 5}
-    assert set(mixed.train) <= {row for task in tasks for row in task.train}
-    assert len(set(mixed.train)) == 13
-    assert mixed.source == "mixture of a.jsonl (3), b.jsonl (5), c.jsonl (5)"
 
 
 def test_a_draw_depends_on_the_seed_alone():

@@ -1,7 +1,5 @@
 """Neutral text: the same passages for everybody, and what a base makes of them."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Passes of prompts against passes of each alone, and answers against an argmax loop."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import GenerationConfig

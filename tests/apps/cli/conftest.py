@@ -1,7 +1,5 @@
 """Fixtures of the command line's tests; a module may have another `here`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """`phatgoose analyse` and `explain`, on a tiny pool."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -55,29 +53,6 @@ def test_a_routed_models_folder_is_analysed_and_explained(
     code, out, err = told("explain", "routed", "Is it?", "--dtype", "float32")
     assert code == 0, err
     assert "Is it?" in out
-
-
-def test_what_looks_wrong_is_a_warning(told, analysed):
-    options = "--no-score --k 1 --keep e0 --keep e1 --router average-activation"
-    code, _, err = told("analyse", analysed, *TASKS, *options.split())
-    assert code == 0, err
-    for line in err.splitlines():
-        if "warning" in line:
-            assert re.search(r"warning: average-activation: e\d", line)
-
-
-def test_a_setting_that_the_router_ignores_is_told(told, analysed):
-    reading = ("--router", "merged", "--k", "1", "--no-score", "--examples", "0")
-    code, _, err = told("analyse", analysed, *TASKS, *reading)
-    assert code == 0, err
-    assert "warning: Router merged doesn't use --k." in err.splitlines()
-
-
-def test_a_prompt_that_is_cut_is_told(told, analysed):
-    options = ("--answer", "yes", "--dtype", "float32", "--max-input-tokens", 4)
-    code, _, err = told("explain", analysed, "Is a heron a bird?", *options)
-    assert code == 0
-    assert "the prompt: 1 of 1 input (100 %) cut to 4 tokens, by 14 in the median." in err
 
 
 def test_a_prompt_is_explained(told, analysed, tmp_path):

@@ -1,7 +1,5 @@
 """The command line of compare: tables on the screen and on the disk, and one line for errors."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -12,8 +10,6 @@ import pytest
 
 from command_line import open_row, review, write_rows
 from phatgoose.base.loading import load_base
-from phatgoose.config import Formatting, Routing
-from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -80,50 +76,6 @@ def test_compare_prints_a_table_and_writes_three_more(here, phat):
     assert {row["n"] for row in rows} == {"3"}
 
 
-def test_tables_show_the_means_differences_and_intervals_of_the_files(here, phat):
-    outcome = phat("compare", "experts", *BOTH, "--out", "x")
-    rows = json.loads(Path("x/comparison.json").read_text())["rows"]
-    means, differences = outcome.out.split("difference to PHATGOOSE in points")
-    (own,) = (line for line in means.splitlines() if line.startswith("│ PHATGOOSE"))
-    (base,) = (line for line in differences.splitlines() if line.startswith("│ Base model"))
-    for column in ("a[bold]", "b", "all datasets"):
-        assert f"{column} (" in means
-        assert column in differences
-        summary = rows["phatgoose"]["summary"][column]
-        low, high = summary["interval"].values()
-        assert f"{100 * summary['mean']:.1f} [{100 * low:.0f}, {100 * high:.0f}]" in own
-        summary = rows["base"]["summary"][column]
-        low, high = summary["difference_interval"].values()
-        assert f"{100 * summary['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in base
-    alone = [*SUITES, "--dtype", "float32", "--max-new-tokens", "2", *LIMIT, "--out", "x"]
-    for method in ("base", "phatgoose"):
-        outcome = phat("compare", "experts", *alone, "--methods", method)
-        assert (outcome.code, "difference" in outcome.out) == (0, False)
-
-
-def test_the_command_is_the_function(here, phat):
-    settings = ["--seed", "5", "--k", "1"]
-    phat("compare", "experts", *BOTH, *LIMIT, *settings, "--out", "x")
-    compare(
-        "experts",
-        ["a.toml", "b"],
-        ["base", "phatgoose"],
-        out="y",
-        base=load_base("tiny-base", dtype="float32"),
-        limit=3,
-        seed=5,
-        routing=Routing(k=1),
-        formatting=Formatting(),
-        max_new_tokens=2,
-    )
-    assert scores_in(Path("x")) == scores_in(Path("y"))
-    one, other = (
-        [json.loads(line)["key"] for line in Path(out, "results.jsonl").read_bytes().splitlines()]
-        for out in "xy"
-    )
-    assert one == other
-
-
 def test_every_method_is_run_and_what_cannot_be_is_told_once(here, phat):
     arguments = [*SUITES, "--dtype", "float32", "--max-new-tokens", "2", *LIMIT, "--out", "x"]
     outcome = phat("compare", "experts", *arguments)
@@ -164,15 +116,6 @@ def test_a_recipe_is_followed_and_flags_win(here, phat):
 
     assert settings() == (1, 4)
     assert settings("--k", "3", "--max-input-tokens", "9") == (3, 9)
-
-
-def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
-    outcome = phat("compare", "--help")
-    assert outcome.code == 0
-    shown = set(re.findall(r"--[a-z-]+", re.sub(r"\x1b\[[0-9;]*m", "", outcome.out)))
-    wanted = "suites methods reference out limit seed max-new-tokens data templates base recipe"
-    assert {f"--{flag}" for flag in [*wanted.split(), "k", "kernel", "embedder", "chat"]} <= shown
-    assert not {"--router", "--scores", "--steps"} & shown
 
 
 def test_its_scores_serve_oracle_and_best_individual(here, phat):

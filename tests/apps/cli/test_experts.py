@@ -1,7 +1,5 @@
 """`phatgoose train`, `gate` and `measure`: jointly, on several tasks, every kind of expert."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path
@@ -69,15 +67,6 @@ def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untr
     refused(phat(*arguments), "new/all exists already")
     assert phat(*arguments, "--resume").code == 0
     assert snapshot(untrained / "new") == before
-
-
-def test_a_mixture_can_be_capped_and_trained_jointly(untrained, phat):
-    modes = ["--multitask", "all", "--mixture-most", 5, "--joint"]
-    outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, *modes)
-    assert outcome.code == 0, outcome.err
-    expert = Expert.load(untrained / "new" / "all")
-    assert expert.info.task["source"] == "mixture of reviews.jsonl (5), counting.jsonl (5)"
-    assert all(gate.any() for gate in expert.gates.values())
 
 
 def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
@@ -180,17 +169,6 @@ def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
     got = expert.info.hyperparameters
     wanted = {"rank": 3, "alpha": 6.0, "steps": 2, "batch_size": 2, "gate_steps": 1}
     assert {key: got[key] for key in wanted} == wanted
-
-
-def test_a_base_beside_its_recipe_is_found_from_anywhere(here, phat, monkeypatch):
-    (here / "r.toml").write_text('base = "tiny-base"\ntasks = ["reviews.jsonl"]\n')
-    (here / "elsewhere").mkdir()
-    monkeypatch.chdir(here / "elsewhere")
-    outcome = phat("train", "--recipe", "../r.toml", "--out", "new", *FLAGS)
-    assert outcome.code == 0, outcome.err
-    base = Expert.load(here / "elsewhere" / "new" / "reviews").info.base
-    assert base.id == str(here / "tiny-base")
-    assert base.fingerprint == load_base(here / "tiny-base").fingerprint
 
 
 def test_switches_on_the_command_line_win_over_a_recipe(here, phat):

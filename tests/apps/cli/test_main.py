@@ -1,27 +1,17 @@
 """The command line: the whole story on a tiny base, and one line for whatever can be wrong."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 import phatgoose
-from command_line import (
-    BASE,
-    Outcome,
-)
-from phatgoose.apps.cli import app
-
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+from command_line import BASE, Outcome
 
 
 def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, phat):
@@ -55,12 +45,6 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert f"{row['score']:.3f}" in scored.out
     for outcome in (checked, pooled, composed, answered, scored):
         assert outcome.err == ""
-
-
-def test_no_command_at_all_shows_the_commands(phat):
-    outcome = phat()
-    assert "Traceback" not in outcome.err
-    assert all(name in outcome.out + outcome.err for name in COMMANDS)
 
 
 def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
@@ -128,17 +112,6 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(code):
     outcome = process(sys.executable, "-c", lines)
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines()[-1] == "loaded: []"
-
-
-def test_help_takes_well_under_a_second_and_a_half_of_work():
-    """Of the processor's time: what the clock says depends on who else is at work."""
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert process(sys.executable, "-m", "phatgoose", "--help").code == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 1.5
 
 
 def test_a_reader_that_goes_away_ends_the_command_without_a_word(here):

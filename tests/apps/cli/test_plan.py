@@ -1,14 +1,11 @@
 """`phatgoose train --plan`: what it prints and writes, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import re
 
 import pytest
 
 from command_line import refused, snapshot
-from phatgoose.apps.cli.plan import _duration
 
 pytestmark = pytest.mark.usefixtures("_offline")
 
@@ -79,9 +76,3 @@ def test_finished_experts_are_left_out_when_resumed(planned_here, phat):
     outcome = phat(*arguments, "--resume")
     assert "1 experts to train" in outcome.out
     assert "1 experts are finished" in outcome.out
-
-
-def test_times_are_in_fitting_units():
-    seconds = [0, 89, 90, 5400, 359_999, 864_000]
-    told = ["0 s", "89 s", "1.5 min", "1.5 h", "100.0 h", "10.0 days"]
-    assert [_duration(value) for value in seconds] == told

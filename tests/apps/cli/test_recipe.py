@@ -1,7 +1,5 @@
 """Recipes: what they may hold, and what is relative to them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,6 @@ def write_recipe(folder: Path, text: str) -> Path:
     path = folder / "recipe.toml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_a_recipe_gives_base_tasks_and_tables(tmp_path):
-    text = 'base = "b"\ntasks = ["t.jsonl"]\n[lora]\nrank = 3\n[routing]\nk=1'
-    recipe = read_recipe(write_recipe(tmp_path, text))
-    assert recipe.base == "b"
-    assert recipe.tables == {"lora": {"rank": 3}, "routing": {"k": 1}}
-    recipe = read_recipe(write_recipe(tmp_path, ""))
-    assert (recipe.base, recipe.tasks, recipe.tables) == (None, (), {})
 
 
 def test_paths_in_a_recipe_are_relative_to_it(tmp_path):
@@ -79,16 +68,11 @@ def test_a_base_or_embedder_is_relative_to_the_recipe_where_such_a_folder_is(tmp
         ("base = ", "not valid TOML"),
         ("bass = 'x'", "unknown key 'bass'"),
         ("[training]\nstep = 3", r"\[training\]: unknown setting 'step'"),
-        ("[training]\nsteps = 'three'", "steps is 'three'"),
         ("[lora]\nrank = 0", "rank is 0"),
         ("lora = 3", "lora must be a table"),
-        ("base = 3", "base is 3"),
-        ("tasks = 'a.jsonl'", "tasks must be a list"),
         ("tasks = [1]", "tasks must be a list"),
         ("data = 3", "data is 3"),
-        ("templates = []", "templates is"),
         ("peft = 'dora'", "peft is 'dora', but must be one of lora, ia3, bottleneck"),
-        ("peft = []", "peft is"),
         ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
         ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),
     ],

@@ -1,7 +1,5 @@
 """`phatgoose pool`, `compose`, `generate` and `evaluate`."""
 
-from __future__ import annotations
-
 import json
 import re
 

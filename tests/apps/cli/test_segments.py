@@ -1,7 +1,5 @@
 """The commands on packed models: compose --stored, add, remove, compact, pool --duplicates."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

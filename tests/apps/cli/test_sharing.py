@@ -1,7 +1,5 @@
 """`phatgoose import`, `push`, `pull`, `export`, and pools of an owner on the Hub."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What commands print: nothing of others steers the terminal or is taken for markup."""
 
-from __future__ import annotations
-
 import ast
 import json
 import logging
@@ -16,15 +14,7 @@ from rich.text import Text
 import phatgoose.apps
 from paths import GOLDEN
 from phatgoose.apps.cli import main
-from phatgoose.apps.console import (
-    COLOURS,
-    PlainFormatter,
-    coloured,
-    complain,
-    expert_style,
-    say,
-    show,
-)
+from phatgoose.apps.console import COLOURS, PlainFormatter, coloured, complain, say, show
 
 APPS = Path(phatgoose.apps.__file__).parent
 STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\u202e", "\u2028", "\ud800"]
@@ -117,7 +107,3 @@ def test_tokens_have_their_experts_colours_above_a_legend():
         "c": f"{COLOURS[1]} underline bold",
         " eighth ": f"reverse {COLOURS[1]} underline",
     }
-
-
-def test_every_expert_of_two_rounds_has_a_style_of_its_own():
-    assert len({expert_style(expert) for expert in range(2 * len(COLOURS))}) == 2 * len(COLOURS)

@@ -1,15 +1,12 @@
 """The tables that commands print."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 
 from rich.console import Console
 
-from made_comparison import EXPERTS, RIGHT, made_comparison
+from made_comparison import made_comparison
 from phatgoose.apps.tables import (
-    datasets_table,
     differences_table,
     means_table,
     pool_table,
@@ -79,23 +76,3 @@ def test_differences_are_to_phatgoose_and_absent_without_it_or_others():
     results = comparison.results
     for left in ({"base": results["base"]}, {"phatgoose": results["phatgoose"]}):
         assert differences_table(replace(comparison, results=left)) is None
-
-
-def test_datasets_have_a_row_for_the_base_then_each_expert_then_each_method():
-    comparison = made_comparison()
-    head, *rows = printed(datasets_table(comparison))
-    assert head == ["model", "a", "b", "c", "mean"]
-    assert len(rows) == len(EXPERTS) + len(RIGHT) + 2
-    assert rows[0][0] == comparison.labels["base"]
-    assert rows[1][:2] == ["e0", "25 ±50"]
-
-
-def test_the_datasets_table_has_one_bold_row_phatgoose_or_the_one_asked_for():
-    comparison = made_comparison()
-    for asked, name in (((), "phatgoose"), (("base",), "base")):
-        table = datasets_table(comparison, *asked)
-        bold = [row.style == "bold" for row in table.rows]
-        titles = list(table.columns[0].cells)
-        assert [str(title) for title, is_bold in zip(titles, bold, strict=True) if is_bold] == [
-            comparison.title(name)
-        ]

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -36,7 +35,7 @@ ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 
 from ray.cluster_utils import Cluster  # noqa: E402  there is none without ray
 
-from phatgoose.apps.ray_engine import RayEngine, Worker, connected  # noqa: E402
+from phatgoose.apps.ray_engine import RayEngine, connected  # noqa: E402
 
 pytestmark = [
     pytest.mark.heavy,
@@ -144,16 +143,6 @@ def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(
     always = Nap("deadly", deadly=True, tries=5)
     with pytest.raises(EngineError, match=r"3 workers were lost at deadly"):
         list(RayEngine(1, gpus_per_worker=0).run(Naps(), [always], Bar()))
-
-
-def test_a_worker_keeps_to_its_cores(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.chdir(tmp_path)
-    module = "phatgoose.apps.ray_engine"
-    monkeypatch.setattr(f"{module}.keep_to", told.append)
-    monkeypatch.setattr(f"{module}.ray", MagicMock(**{"get.side_effect": lambda held: held}))
-    Worker([Naps()], str(tmp_path), 2.0).open()
-    assert told == [2.0]
 
 
 def write_tasks(folder: Path) -> list[str]:

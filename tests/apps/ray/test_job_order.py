@@ -1,7 +1,5 @@
 """Which job a worker of the Ray engine gets next."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -28,11 +26,6 @@ def test_there_is_always_a_job_and_the_workers_own_group_comes_first(group, take
     assert job in left
     if group in groups:
         assert job == left[groups.index(group)]
-
-
-def test_another_worker_at_a_group_that_has_run_out_changes_nothing():
-    left = [Job("b", "1")]
-    assert job_for("a", ["a"], left) == left[0]
 
 
 def test_a_group_that_another_worker_is_at_counts_one_job_less():

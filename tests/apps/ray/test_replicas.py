@@ -1,7 +1,5 @@
 """The server's application on Ray Serve: several replicas answer as one process does."""
 
-from __future__ import annotations
-
 import json
 import socket
 import urllib.request

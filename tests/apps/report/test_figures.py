@@ -1,7 +1,5 @@
 """Figures: what is drawn, where, and what is left out of large pools."""
 
-from __future__ import annotations
-
 import re
 from itertools import combinations
 
@@ -84,13 +82,6 @@ def test_layers_without_a_site_are_left_blank():
     assert not np.isnan(np.ma.filled(image[:, [0, 1, 3]], np.nan)).any()
 
 
-def test_bars_are_ordered_by_the_first_router():
-    shares = {"one": np.array([0.2, 0.5, 0.3]), "other": np.array([0.6, 0.1, 0.3])}
-    figure = usage_bars(shares, ["a", "b", "c"])
-    assert labels_of(figure.axes[0]) == ["b", "c", "a"]
-    assert [bar.get_width() for bar in figure.axes[1].patches] == [0.1, 0.3, 0.6]
-
-
 def test_the_matrix_rings_oracles_expert_and_tells_numbers():
     shares = {"x": np.array([0.25, 0.75]), "y": np.array([0.5, 0.5])}
     panel = dataset_matrix(shares, ["a", "b"], oracle={"x": "b"}).axes[0]
@@ -126,25 +117,6 @@ def test_pool_size_curves_go_through_the_means_and_their_ticks_are_the_sizes():
     assert panel.get_ylabel() == "mean score over 1 datasets, in %"
 
 
-def test_long_labels_leave_room_for_the_curves():
-    label = (
-        "Discriminant, reading place = end, shrinkage = 1.0, input k = 3, input temperature = 0.2"
-    )
-    curves = [
-        PoolSizeCurve(name, tuple("abc"[:count]), {2: (0.4,), 8: (0.6,)})
-        for count, name in ((3, label), (2, "PHATGOOSE"))
-    ]
-    figure = pool_size_figure(curves)
-    figure.draw_without_rendering()  # warns where nothing is left for the curves
-    (legend,), panel = figure.legends, figure.axes[0]
-    assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [
-        f"{label} (3)",
-        "PHATGOOSE (2)",
-    ]
-    assert panel.get_ylabel() == "mean score over (so many) datasets, in %"
-    assert panel.get_window_extent().x1 <= legend.get_window_extent().x0
-
-
 def test_names_with_dollars_are_no_formulas(tmp_path):
     """Two dollars made matplotlib read what lies between them, and refuse it."""
     name = r"a $\nothing$ b"
@@ -156,11 +128,6 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
     for figure in figures:
         write_png(figure, tmp_path / "figure.png")
         assert name in svg_of(figure, "a", name)
-
-
-def test_a_png_is_written_on_white(tmp_path):
-    write_png(usage_bars({"one": np.array([0.2, 0.8])}, ["a", "b"]), tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_svg_takes_the_pages_colour_and_keeps_its_ids_apart():

@@ -1,7 +1,5 @@
 """Fixtures of the server's tests; a module may have others of these names."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

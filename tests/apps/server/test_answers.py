@@ -1,7 +1,5 @@
 """Answers: completions, chats, streams, log-probabilities and routing, of models of each kind."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from contextlib import closing

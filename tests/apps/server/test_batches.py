@@ -1,17 +1,15 @@
 """Sequences that join, leave and share a batch get what they would get alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
 from phatgoose.apps.server import engine
-from phatgoose.apps.server.engine import Batch, drop_columns, join
+from phatgoose.apps.server.engine import Batch
 from phatgoose.apps.server.models import ModelRunner
 from phatgoose.apps.server.sequences import Decoding
 from tiny import VOCABULARY
@@ -75,14 +73,6 @@ def test_sliding_windows_slide_in_batches_too():
         assert row.generated == by_generate(runner, prompt_of(seed, 20 - 7 * seed), 12)
 
 
-def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):
-    runner = runner_of("t5")
-    batch = Batch(runner)
-    assert batch.is_open
-    batch.join([row_of(runner, prompt_of(0))])
-    assert not batch.is_open
-
-
 @pytest.mark.parametrize("router", OTHERS)
 def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     runner = runner_of("llama", router)
@@ -96,16 +86,6 @@ def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     for seed, row in enumerate(rows):
         runner.model.phatgoose.context and runner.model.phatgoose.context.use(None)
         assert row.generated == by_generate(runner, prompt_of(seed), 12)
-
-
-def test_columns_that_nobody_needs_are_dropped(runner_of):
-    batch = Batch(runner_of())
-    short = row_of(runner_of(), prompt_of(0, 40), replace(GREEDY, max_tokens=2))
-    batch.join([short, row_of(runner_of(), prompt_of(1, 4))])
-    assert batch._mask.shape == (2, 40)
-    batch.step()
-    assert batch._mask.shape == (1, 5)
-    assert batch._cache.get_seq_length() == 5
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
@@ -159,28 +139,3 @@ def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
         experts = [np.concatenate([s.experts for s in each.routing]) for each in (one, other)]
         assert (experts[0] == experts[1]).mean() > 0.98
-
-
-def cache(rows: int, tokens: int, value: float) -> DynamicCache:
-    """One layer of two heads whose states are all `value`."""
-    states = torch.full((rows, 2, tokens, 4), value)
-    made = DynamicCache()
-    made.update(states, states + 10, 0)
-    return made
-
-
-def test_rows_are_padded_on_the_left_to_the_longer_ones_columns():
-    one = cache(1, 2, 1.0)
-    join(one, cache(2, 3, 2.0))
-    keys, values = one.layers[0].keys, one.layers[0].values
-    assert keys.shape == values.shape == (3, 2, 3, 4)
-    assert keys[:, 0, :, 0].tolist() == [[0, 1, 1], [2, 2, 2], [2, 2, 2]]
-    assert values[:, 0, :, 0].tolist() == [[0, 11, 11], [12, 12, 12], [12, 12, 12]]
-
-
-def test_the_first_columns_are_dropped():
-    one = cache(1, 2, 1.0)
-    join(one, cache(1, 3, 2.0))
-    drop_columns(one, 1)
-    assert one.get_seq_length() == 2
-    assert one.layers[0].keys[:, 1, :, 3].tolist() == [[1, 1], [2, 2]]

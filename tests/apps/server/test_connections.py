@@ -1,7 +1,5 @@
 """The server as a process, and its connections: half requests, crowds, unread answers."""
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import json
@@ -14,6 +12,7 @@ import urllib.error
 import urllib.request
 import warnings
 from contextlib import ExitStack, contextmanager
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import pytest
@@ -178,89 +177,19 @@ async def nobody(scope, receive, send):
     await asyncio.sleep(1000)
 
 
-class FakeTransport:
-    """A connection whose other side does nothing."""
-
-    def __init__(self):
-        self.aborted = self.closed = False
-        self.written = b""
-
-    def get_extra_info(self, name, default=None):
-        return default
-
-    def is_closing(self):
-        return self.closed
-
-    def write(self, data):
-        self.written += data
-
-    def close(self):
-        self.closed = True
-
-    def abort(self):
-        self.closed = self.aborted = True
-
-    def set_write_buffer_limits(self, high=None, low=None):
-        pass
-
-    pause_reading = resume_reading = set_write_buffer_limits
-
-
-@pytest.fixture
-def connect():
-    """Within a loop: `connect(guard, transport)` is a new connection to an application."""
-    server = serving.server_of(nobody, Serving())
-
-    def connected(guard, transport):
-        options = {"config": server.config, "server_state": server.server_state, "app_state": {}}
-        connection = GuardedConnection(guard, **options)
-        connection.connection_made(transport)
-        return connection
-
-    connected.tasks = server.server_state.tasks
-    return connected
-
-
-def test_small_answers_leave_at_once(connect):
+def test_small_answers_leave_at_once():
     """TCP_NODELAY, which asyncio doesn't set for sockets as `socket.create_server` makes them."""
+    server = serving.server_of(nobody, Serving())
+    options = {"config": server.config, "server_state": server.server_state, "app_state": {}}
 
     async def leave(sock):
-        transport = FakeTransport()
-        transport.get_extra_info = {"socket": sock}.get
-        connect(ConnectionGuard(3, 1000), transport).connection_lost(None)
+        connection = GuardedConnection(ConnectionGuard(3, 1000), **options)
+        connection.connection_made(MagicMock(get_extra_info={"socket": sock}.get))
+        connection.connection_lost(None)
 
     with socket.socket() as sock:
         asyncio.run(leave(sock))
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-def test_who_reads_nothing_is_cut_off_and_who_is_answered_is_not(monkeypatch, connect):
-    monkeypatch.setattr(connections, "WRITING", 0.0)
-
-    async def look():
-        guard = ConnectionGuard(3, 1000)
-        transports = [FakeTransport() for _ in range(4)]
-        each = [connect(guard, transport) for transport in transports[:3]]
-        for connection in each:
-            connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        each.append(connect(guard, transports[3]))  # while all others are being answered
-        assert transports[3].written.startswith(b"HTTP/1.1 503 ")
-        assert [transport.closed for transport in transports] == [False, False, False, True]
-        each[0].pause_writing()
-        transports[1].close()
-        for _ in range(2):
-            guard._check(asyncio.get_running_loop())
-            await asyncio.sleep(0.01)
-        assert [transport.aborted for transport in transports] == [True, True, False, True]
-        for connection in each:
-            connection.connection_lost(None)
-        assert guard.open == set()
-        tasks = list(connect.tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    asyncio.run(look())
 
 
 @contextmanager
@@ -298,6 +227,16 @@ def test_a_stream_that_nobody_reads_is_cut_off_and_frees_its_place(pool, monkeyp
         assert b"[DONE]" not in said(sock)
 
 
+def test_who_comes_while_all_connections_are_being_answered_is_told(pool):
+    limits = Serving(max_connections=2, max_tokens=1000)
+    app = serving.app_of(pool, limits)
+    engine = app.state.service.engine
+    with serving.running(app, limits) as address, serving.held(), unread(address, 2):
+        serving.until(lambda: engine.running + engine.waiting == 2)
+        with opened(address) as sock:
+            assert said(sock).startswith(b"HTTP/1.1 503 ")
+
+
 def test_streams_that_nobody_reads_make_room_for_who_waits(pool, monkeypatch):
     """Beside 20 of them from one address a short answer waits for no other to end."""
     steps, step = [], Batch.step
@@ -320,18 +259,6 @@ def test_streams_that_nobody_reads_make_room_for_who_waits(pool, monkeypatch):
 
 
 # The process.
-
-
-def test_no_more_connections_are_wanted_than_files_may_be_opened(monkeypatch):
-    limits = [(1024, 1024)]
-    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
-    monkeypatch.setattr("resource.setrlimit", lambda _, value: limits.append(value))
-    assert 300 < connections._connections(1000) < 1000
-    limits.append((1024, 4096))
-    assert connections._connections(1000) == 1000
-    assert 1000 < limits[-1][0] < 4096
-    limits.append((-1, -1))
-    assert connections._connections(1000) == 1000
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The engine: who is computed when, and what happens when it fails."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Served models: how an operator names them, what they share, whose experts they may have."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -102,13 +100,7 @@ def test_places_name_models_and_their_routing(tmp_path):
     odd = tmp_path / "a=b?c"
     odd.mkdir()
     models = served_models(
-        [
-            "x/experts",
-            "mine=pool.json",
-            "hub:me/x@v1",
-            str(odd),
-            "a=e?router=arrow:form=peft&k=3",
-        ],
+        ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd), "a=e?router=arrow:form=peft&k=3"],
         routing=Routing(kernel="gather"),
     )
     assert [(model.name, model.place) for model in models] == [

@@ -1,7 +1,5 @@
 """The server's page in a browser: answers that stream, tokens in colours, two routings compared."""
 
-from __future__ import annotations
-
 import re
 from contextlib import contextmanager
 
@@ -200,10 +198,7 @@ def test_what_goes_wrong_is_told(chromium, address):
 def test_a_key_is_asked_for_where_there_is_one(chromium, pool_of):
     options = {"template": serving.CHAT_TEMPLATE, "endless": True, "api_keys": ["secret"]}
     app = serving.app_of(pool_of("llama"), LIMITS, **options)
-    with (
-        serving.running(app) as address,
-        visit(chromium, address, expected=["401"]) as page,
-    ):
+    with serving.running(app) as address, visit(chromium, address, expected=["401"]) as page:
         page.locator("#key").wait_for()
         page.fill("#secret", "wrong")
         page.click("#unlock")

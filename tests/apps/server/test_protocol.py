@@ -1,16 +1,12 @@
 """Errors in OpenAI's form, the schema that describes them, and deadlines."""
 
-from __future__ import annotations
-
-import asyncio
-
 import pytest
 from fastapi import FastAPI, HTTPException
 from starlette.testclient import TestClient
 
 import serving  # noqa: F401  skips without the extra
 from phatgoose.apps.server.app import answering, install_errors, responses_of
-from phatgoose.apps.server.protocol import ChatReply, ChatRequest, Deadline, without_paths
+from phatgoose.apps.server.protocol import ChatReply, ChatRequest, without_paths
 
 
 @pytest.fixture
@@ -67,13 +63,3 @@ def test_the_schema_has_the_bodies_and_errors_of_routes_and_none_of_fastapis_own
 )
 def test_paths_in_messages_are_cut(message, told):
     assert without_paths(message) == (message if told is None else told)
-
-
-def test_what_is_left_of_a_deadline_runs_out_and_no_further():
-    async def look():
-        loop = asyncio.get_running_loop()
-        return Deadline.after(60).left, Deadline(60, loop.time() - 1).left
-
-    left, over = asyncio.run(look())
-    assert left == pytest.approx(60, abs=1)
-    assert over == 0

@@ -1,7 +1,5 @@
 """Requests: refused in few words at bounded cost, and prepared within what the model can hold."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -31,21 +29,15 @@ ALL = ["e0", "e1", "e2", "e3"]
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"frequency_penalty": 1}, "frequency_penalty", "less than or equal to 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "at most 0 items"),
-        ({"best_of": 4}, "best_of", "less than or equal to 1"),
-        ({"suffix": "x"}, "suffix", "at most 0 characters"),
         ({"tools": []}, "tools", "Extra inputs are not permitted"),
         ({"n": 100}, "n", "one request may have 64"),
         # Of several forms of a field the fault of the one that the value has is told.
         ({"prompt": []}, "prompt", "prompt: List should have at least 1 item"),
-        ({"prompt": ["a", 3]}, "prompt", "prompt.1: Input should be a valid string"),
         ({"prompt": [[1, 2], []]}, "prompt", "prompt.1: List should have at least 1 item"),
-        ({"prompt": 5}, "prompt", "prompt: Input should be a valid string"),
         ({"prompt": [5000]}, "prompt", "Token 5000 is unknown"),
-        ({"stop": ""}, "stop", "stop: String should have at least 1 character"),
         ({"stop": ["a", ""]}, "stop", "stop.1: String should have at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items"),
         ({"str": 1}, "str", "str: Extra inputs are not permitted"),
-        ({"keep": "a"}, "keep", "keep: Input should be a valid list"),
         ({"prompt": "x" * 3000}, "max_tokens", "the model can hold 2048 together"),
         # Routings.
         ({"routing": {"layr": "1"}}, "routing", "routing.layr: Extra inputs are not permitted"),
@@ -58,7 +50,6 @@ ALL = ["e0", "e1", "e2", "e3"]
         ({"router": "arrow:form={%s}"}, "router", "router: router arrow: form is '{%s}', but"),
         ({"router": "best-individual"}, "router", "comparison"),
         ({"router": "retrieval"}, "router", "embeddings"),
-        ({"router": "retrieval", "keep": ["nobody"]}, None, "no expert 'nobody'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -109,16 +100,11 @@ def body_of(field: str) -> bytes:
         b'{"prompt": "\xff"}',
         b"null",
         b'{"model": "goose", "prompt": "\\ud800"}',
-        b'{"model": "goose", "prompt": ["a", "\\udfff b"]}',
         b'{"model": "goose", "messages": [{"role": "user", "content": "\\ud800"}]}',
         body_of('"stop": "\\ud800"'),
-        body_of('"user": "\\ud800"'),
         body_of('"temperature": NaN'),
-        body_of('"temperature": Infinity'),
         body_of('"temperature": 1e999'),
-        body_of('"top_p": -1e999'),
         body_of('"seed": ' + "9" * 5000),
-        body_of('"seed": 1e400'),
         body_of('"n": 1' + "0" * 400),
         b'{"model": "goose", "prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
     ],
@@ -147,11 +133,6 @@ def test_a_key_that_appears_twice_is_refused_by_name(client, fields, key):
     error = reply.json()["error"]
     assert error["message"] == f"The key {key} appears twice in one object."
     assert (reply.status_code, error["param"], error["code"]) == (400, key, "invalid_request")
-
-
-def test_the_same_key_in_two_objects_is_no_fault():
-    messages = '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]'
-    assert parsed(ChatRequest, f'{{"model": "goose", "messages": {messages}}}'.encode())
 
 
 def test_names_in_errors_are_cut_and_printable(client):
@@ -333,26 +314,6 @@ def test_a_request_that_a_template_outlasts_is_a_504(pool):
         assert late["message"] == "The answer took longer than 1 seconds."
         until(lambda: not client.get("/healthz").json()["reading"])
         assert client.post(PATH, json=GREEDY).status_code == 200
-
-
-def test_template_and_tokenizer_share_the_time_of_a_request(llama, monkeypatch):
-    """Of the ten seconds the tokenizer gets what the template has left."""
-    llama.tokenizer.chat_template = "{{ messages[0].content }}"
-    texts = untrusted_text.UntrustedText(llama.tokenizer)
-    texts.start()
-    given, ask = [], untrusted_text._Process.ask
-
-    def slow(process, question, seconds):
-        given.append(seconds)
-        time.sleep(0.2)
-        return ask(process, question, seconds)
-
-    monkeypatch.setattr(untrusted_text._Process, "ask", slow)
-    preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving(), texts)
-    preparer.prompts(ChatRequest(**CHAT))
-    texts.close()
-    assert given[0] == untrusted_text.MOST_SECONDS
-    assert given[1] <= given[0] - 0.2
 
 
 @pytest.mark.parametrize("problem", ["no processes", "no python"])

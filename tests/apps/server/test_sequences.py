@@ -1,7 +1,5 @@
 """What an answer reports while it is generated, and where it ends."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -67,17 +65,6 @@ def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
     assert len(row.deliver.tokens) == len(row.generated)
 
 
-def test_a_stop_cuts_the_text_and_nothing_of_it_is_told_before(runner_of):
-    runner = runner_of()
-    whole = alone(runner, prompt_of(4), replace(GREEDY, max_tokens=30)).deliver.text
-    assert len(whole) > 8
-    stop = whole[5:8]
-    row = alone(runner, prompt_of(4), replace(GREEDY, max_tokens=30, stop=(stop, "zzz")))
-    assert row.finish == "stop"
-    assert row.deliver.text == whole[: whole.index(stop)]
-    assert len(row.deliver.tokens) < len(row.generated)
-
-
 def test_a_stop_in_bytes_that_are_no_character_cuts_too(runner_of):
     row = row_of(runner_of(), prompt_of(1), Decoding(5, 0.0, stop=("\ufffd",)))
     for token in row.runner.tokenizer.convert_tokens_to_ids(["a", *4 * "ÿ"]):  # 0xff four times
@@ -113,20 +100,6 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
         assert token.text in (shown[token.place], "\ufffd")
     assert answer.startswith(row.deliver.text)
     assert row.finish == "stop" or row.deliver.text == answer
-
-
-def test_an_end_token_is_placed_after_the_text(runner_of):
-    row = row_of(runner_of(), prompt_of(1), Decoding(2, 0.0, logprobs=0), echoed="abc")
-    for token in (40, 1):
-        advance(row, token)
-    assert [(each.text, each.place) for each in row.deliver.tokens][1] == ("</s>", 4)
-
-
-def test_an_answer_of_no_tokens_ends_at_once(runner_of):
-    row = alone(runner_of(), prompt_of(1), Decoding(0, logprobs=1, echo=True))
-    assert row.finish == "length"
-    assert row.generated == []
-    assert len(row.deliver.tokens) == len(prompt_of(1))
 
 
 def test_routing_is_that_of_one_pass(runner_of, kind):

@@ -1,7 +1,5 @@
 """What the routes call: requests read and routings composed beside others, in turns, in time."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import threading
@@ -15,7 +13,6 @@ from phatgoose.apps.server.protocol import ApiError, Deadline, RoutingOverride
 from phatgoose.apps.server.service import Readers, RoutingCache
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
-from phatgoose.routing import compose
 from serving import GREEDY, PATH, ask, error_of
 
 NEVER = Deadline(math.inf, math.inf)
@@ -141,20 +138,6 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     layers = [runner.model.phatgoose.layers for runner in routings.composed]
     for name, layer in goose.parts.layers.items():
         assert all(each[name].A is layer.A for each in layers)  # in memory once
-
-
-def test_the_weights_of_a_base_are_marked_once(pool, monkeypatch):
-    """Which reads all of them: seconds for a large base."""
-    marked, marks_of = [], compose.marks_of
-    monkeypatch.setattr(compose, "marks_of", lambda model: marked.append(1) or marks_of(model))
-    app = serving.app_of(pool)
-    with serving.client_of(app) as client:
-        ask(client, **GREEDY, k=1)
-        ask(client, **GREEDY, router="arrow")
-    assert len(marked) == 1
-    (one, other) = (each.parts.marks for each in app.state.service.models.values())
-    assert one is other
-    assert one == marks_of(app.state.service.models["goose"].base.model)
 
 
 def test_clients_take_turns():

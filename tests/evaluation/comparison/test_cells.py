@@ -1,7 +1,5 @@
 """Cells of a comparison, and the version of the code and the machine that scored them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -44,16 +42,6 @@ def test_a_cell_is_what_evaluate_says_of_the_model_composed_by_hand(
         answers = [prediction.answer for prediction in score.predictions]
         records = [line["result"] for line in stored if line["key"]["task"] == name]
         assert answers in [record["answers"] for record in records]
-
-
-def test_the_models_of_the_test_differ(done):
-    means = [row["all datasets"].mean for row in done.comparison.summaries.values()]
-    assert len(set(means)) >= len(means) - 3
-    assert all(any(row[task].score for row in done.comparison.results.values()) for task in TASKS)
-    results = done.comparison.results["phatgoose"]
-    assert results["say"].metric == "ROUGE-L + BLEU"
-    assert results["count"].metric == "exact match"
-    assert results["choose"].metric == results["pick"].metric == "rank classification accuracy"
 
 
 def test_no_cell_is_computed_twice(done):
@@ -165,16 +153,9 @@ def test_the_version_names_the_release_and_is_the_same_every_time():
 
 def test_comments_docstrings_and_layout_do_not_count(version_with, package, unedited):
     text = (package / "evaluation/evaluate.py").read_text(encoding="utf-8")
-    edited = text
-    for old, new in (
-        ("TOKEN_BUDGET = 4096\n", "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"),
-        ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
-        ('"""What the model answered', '"""The words that the model answered'),  # a class's
-        ('"""The scores of one model', '"""Scores of a model'),
-        ('        """The unweighted mean over tasks."""\n', ""),
-    ):
-        assert old in edited
-        edited = edited.replace(old, new, 1)
+    edited = re.sub(r'""".*?"""', '"""Other words."""', text, flags=re.DOTALL)
+    budget = "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"
+    edited = edited.replace("TOKEN_BUDGET = 4096\n", budget)
     assert version_with("evaluation/evaluate.py", text, edited) == unedited
 
 
@@ -274,18 +255,6 @@ def test_without_git_or_a_checkout_there_is_no_commit(checkout, monkeypatch):
     assert found()["commit"] is None
     monkeypatch.setenv("PATH", "")
     assert found()["commit"] is None
-
-
-def test_the_machine_is_its_processor_and_the_number_of_cores(tmp_path, monkeypatch):
-    processors = tmp_path / "cpuinfo"
-    processors.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: A Processor\n" * 2)
-    monkeypatch.setattr(module, "PROCESSORS", processors)
-    assert found()["machine"] == f"A Processor, {os.cpu_count()} cores"
-    processors.unlink()
-    machine = found()["machine"]
-    assert machine is not None
-    assert machine.endswith(" cores")
-    assert not machine.startswith(",")
 
 
 def test_the_date_is_that_of_the_last_finished_cell_in_utc(tmp_path):

@@ -1,9 +1,6 @@
 """`compare`: every cell, what follows from them, and what is used again when it goes on."""
 
-from __future__ import annotations
-
 import json
-import logging
 import os
 import signal
 from dataclasses import replace
@@ -14,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from comparisons import (
     CHOOSE,
@@ -32,17 +28,15 @@ from comparisons import (
 from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
+from phatgoose.errors import ConfigError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation.comparison import cells as module
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
-from phatgoose.evaluation.evaluate import evaluate, score
-from phatgoose.experts.pool import Pool
+from phatgoose.evaluation.evaluate import score
 from phatgoose.routing.compose import compose
 from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
 from phatgoose.tasks.task import Entry, Suite
-from tiny import logits_of, make_ids
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -79,16 +73,6 @@ def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_a
     assert len(set(choices["oracle"].values())) > 1
 
 
-@pytest.mark.parametrize("router", ["oracle", "best-individual"])
-def test_the_written_scores_make_the_model_of_the_row(done, setting, tasks, llama, router):
-    model = compose(setting.pool, llama, router=router, scores=done.folder / "comparison.json")
-    scores = evaluate(model, tasks.values(), max_new_tokens=TOKENS).scores
-    wanted = done.comparison.results[router]
-    assert {score.task: score.score for score in scores} == {
-        task: result.score for task, result in wanted.items()
-    }
-
-
 def test_the_tables_are_written_with_all_that_was_set(done, setting):
     names = [".lock", "comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
     assert sorted(path.name for path in done.folder.iterdir()) == names
@@ -104,15 +88,6 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     assert datetime.now(timezone.utc) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
     assert settings["machine"].endswith(f", {os.cpu_count()} cores")
     assert settings.keys() >= {"commit"}
-
-
-def test_the_base_is_the_same_bit_by_bit_afterwards(setting, llama, tmp_path):
-    ids = make_ids(3)
-    before = logits_of(llama.model, ids)
-    options = {"references": setting.references, "suites": setting.suites[1], "limit": 1}
-    setting.run(tmp_path, "all", base=llama, **options)
-    assert not hasattr(llama.model, "phatgoose")
-    assert torch.equal(logits_of(llama.model, ids), before)
 
 
 def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
@@ -230,42 +205,6 @@ def test_more_suites_are_added(setting, out, tmp_path, computed):
     assert comparison.columns["all datasets"] == (*TASKS, "new")
 
 
-def with_another_expert(pool: Pool, more: Pool) -> Pool:
-    return Pool((*pool.experts, more.experts[-1]))
-
-
-def with_other_gates(pool: Pool, _: Pool) -> Pool:
-    return with_first(pool, gates={site: -gate for site, gate in pool.experts[0].gates.items()})
-
-
-def with_another_scale(pool: Pool, _: Pool) -> Pool:
-    lora = pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
-    return with_first(pool, modules={site: replace(each, scale=9.0) for site, each in lora})
-
-
-READ_GATES = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
-
-
-@pytest.mark.parametrize(
-    ("change", "methods", "computed_rows"),
-    [
-        (
-            with_another_expert,
-            ["base", "merged", "phatgoose", "oracle"],
-            ["merged", "phatgoose", "e3"],
-        ),
-        (with_other_gates, "all", READ_GATES),
-        (with_another_scale, ["base", "merged", "oracle"], ["merged", "e0"]),
-    ],
-)
-def test_other_experts_leave_what_does_not_depend_on_them(
-    setting, out, computed, pool_of, change, methods, computed_rows
-):
-    pool = change(setting.pool, pool_of("llama"))
-    setting.run(out, methods, pool=pool, suites=setting.suites[1])
-    assert computed == cells_of(*computed_rows, tasks=SUITES["plain"])
-
-
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
     setting.run(out, routing=Routing(k=1), suites=setting.suites[1])
     rows = [name for name, spec in REGISTRY.items() if spec.k and not spec.per_input]
@@ -336,36 +275,6 @@ def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypat
     assert any(drawn[0] != drawn[-1] for drawn in seen.values())
 
 
-@pytest.mark.parametrize(("part", "nothing"), [("embeddings", None), ("means", {}), ("gates", {})])
-def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, nothing):
-    left_out = [name for name, spec in REGISTRY.items() if part in spec.needs]
-    pool = with_first(setting.pool, **{part: nothing})
-    with pytest.warns(UserWarning, match="was left out: e0 can't be routed by it") as caught:
-        comparison = setting.run(tmp_path, pool=pool, suites=setting.suites[1], limit=1)
-    assert list(comparison.results) == [name for name in METHODS if name not in left_out]
-    assert len(comparison.notes) == len(left_out) == len(caught)
-    for note, warning in zip(comparison.notes, caught, strict=True):
-        assert str(warning.message) == note
-        assert f"Note: {note}" in (tmp_path / "comparison.md").read_text().splitlines()
-    for name in left_out:
-        assert any(
-            note.startswith(f"{METHODS[name]} was left out: e0 can't") for note in comparison.notes
-        )
-
-
-@pytest.mark.parametrize(
-    ("part", "method", "complaint"),
-    [
-        ({"embeddings": None}, "retrieval", "'e0' has no embeddings"),
-        ({"means": {}}, "average-activation", "'e0' has no means"),
-        ({"gates": {}}, "phatgoose", "'e0' has no gates"),
-    ],
-)
-def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
-    pool = with_first(setting.pool, **part)
-    refused(PoolError, complaint, setting, tmp_path, methods=["base", method], pool=pool)
-
-
 def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, tmp_path):
     methods = ["arrow", "arrow:temperature=0.010,form=peft", "base"]
     comparison = setting.run(tmp_path, methods, suites=setting.suites[1], limit=1)
@@ -400,43 +309,11 @@ def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_
         assert comparison.columns == {"plain": ("choose", "count")}
 
 
-def test_each_finished_cell_is_told(setting, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "phatgoose.evaluation.comparison.compare")
-    options = {"suites": setting.suites[1], "limit": 2}
-    setting.run(tmp_path, ["base"], **options)
-    caplog.clear()
-    comparison = setting.run(tmp_path, ["base", "merged"], **options)
-    merged = comparison.results["merged"]
-    assert caplog.messages == [
-        f"[3/4] merged on choose: {merged['choose'].score:.3f}",
-        f"[4/4] merged on count: {merged['count'].score:.3f}",
-    ]
-
-
 def refused(error: type[Exception], complaint: str, setting: Any, folder: Path, **options) -> None:
     """The comparison is refused before anything is computed or written."""
     with pytest.raises(error, match=complaint):
         setting.run(folder / "refused", **{"methods": ["base", "merged"], **options})
     assert not (folder / "refused").exists()
-
-
-@pytest.mark.parametrize(
-    ("error", "complaint", "arguments"),
-    [
-        (ConfigError, "Method 'best' is unknown; known are all, base, ", {"methods": ["best"]}),
-        (ConfigError, "No method was given", {"methods": []}),
-        (ConfigError, "can't be called 'arrow'", {"references": {"arrow": "an expert"}}),
-        (ConfigError, "both called 'e1'", {"references": {"e1": "an expert"}}),
-        (TaskError, "No suite was given", {"suites": []}),
-        (TaskError, "neither a known name", {"suites": ["nowhere"]}),
-        (TaskError, "limit is 0", {"limit": 0}),
-    ],
-)
-def test_what_cannot_be_compared_is_told(setting, tmp_path, error, complaint, arguments):
-    places = arguments.get("references", {})
-    references = {label: setting.references[place] for label, place in places.items()}
-    options = {"methods": ["oracle"], **arguments, "references": references}
-    refused(error, complaint, setting, tmp_path, **options)
 
 
 def test_different_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting, tmp_path):

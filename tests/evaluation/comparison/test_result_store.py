@@ -1,7 +1,5 @@
 """The store of finished results."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

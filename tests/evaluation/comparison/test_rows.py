@@ -1,7 +1,5 @@
 """The rows of a comparison: their labels, what each composes, what tells their results apart."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +22,6 @@ from phatgoose.evaluation.comparison.methods import (
 )
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.save import save
 from routed_models import with_embeddings
@@ -79,37 +76,6 @@ def changed(pool: Pool, index: int, **parts: object) -> Pool:
     experts = list(pool.experts)
     experts[index] = replace(experts[index], **parts)
     return Pool(tuple(experts))
-
-
-def test_rows_stand_in_the_order_of_the_table_without_those_derived(three):
-    rows = rows_of(three, ["oracle", "phatgoose", "merged", "base"], ROUTING)
-    assert [(row.name, row.label) for row in rows] == [
-        ("base", "Base model"),
-        ("merged", "Merged Experts"),
-        ("phatgoose", "PHATGOOSE"),
-    ]
-    everything = rows_of(three, list(METHODS), ROUTING)
-    assert [row.name for row in everything if row.name in KNOWN] == ["base", *COMPOSED]
-
-
-@pytest.mark.parametrize("name", COMPOSED)
-def test_a_method_composes_the_pool_by_its_router(three, llama, name):
-    routing = Routing("oracle", 1, "reference")
-    (row,) = rows_of(three, [name], routing)
-    with row.model(llama) as opened:
-        parts = composition_of(opened.model)
-        assert parts.routing == replace(routing, router=name)
-        assert parts.experts == three.names
-        assert opened.tokenizer is llama.tokenizer
-    assert not hasattr(llama.model, "phatgoose")
-
-
-def test_single_rows_are_the_experts_alone(three, llama):
-    rows = single_rows(three)
-    assert [row.name for row in rows] == ["e0", "e1", "e2"]
-    for row in rows:
-        with row.model(llama) as opened:
-            assert composition_of(opened.model).experts == (row.name,)
 
 
 def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, llama):
@@ -193,37 +159,6 @@ def test_an_expert_alone_is_the_same_whatever_pool_it_is_in(three):
 
 
 # References
-
-
-def test_an_expert_directory_stands_alone(three, llama):
-    row = reference_row("mine", three.experts[1].directory, ROUTING)
-    assert (row.name, row.label) == ("mine", "mine")
-    assert row.identity == single_rows(three)[1].identity
-    with row.model(llama) as opened:
-        parts = composition_of(opened.model)
-        assert (parts.experts, parts.routing.router) == (("e1",), "single")
-
-
-def test_a_pool_is_routed_as_phatgoose_with_the_same_settings(three, llama, tmp_path):
-    three.write_manifest(tmp_path / "pool.json")
-    for place in (three.experts[0].directory.parent, tmp_path / "pool.json"):
-        row = reference_row("joint", place, replace(ROUTING, router="arrow", k=1))
-        assert row.identity == row_of("phatgoose", three, k=1).identity
-        with row.model(llama) as opened:
-            parts = composition_of(opened.model)
-            assert (parts.routing.router, parts.routing.k) == ("phatgoose", 1)
-            assert parts.experts == three.names
-
-
-def test_a_routed_folder_is_opened_with_the_settings_it_was_saved_with(three, llama, tmp_path):
-    save(compose(three, llama, router="arrow", k=1), tmp_path / "routed")
-    detach(llama.model)
-    row = reference_row("saved", str(tmp_path / "routed"), ROUTING)
-    with row.model(llama) as opened:
-        assert opened.model is llama.model
-        routing = composition_of(opened.model).routing
-        assert (routing.router, routing.k) == ("arrow", 1)
-    assert not hasattr(llama.model, "phatgoose")
 
 
 @pytest.mark.parametrize(

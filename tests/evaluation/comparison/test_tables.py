@@ -1,7 +1,5 @@
 """A comparison's numbers and its tables, from results written down by hand."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 
 from made_comparison import EXPERTS, RIGHT, SETTINGS, SUITES, made_comparison
-from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.comparison.tables import ALL, Comparison, write_tables
 from phatgoose.evaluation.intervals import Interval
 from phatgoose.routing.routers.router import read_scores
@@ -52,19 +49,6 @@ def test_differences_are_to_phatgoose_which_has_none(comparison):
             assert other.difference == other.mean - own.mean
             assert other.difference_interval.low <= other.difference
             assert other.difference <= other.difference_interval.high
-
-
-def test_without_phatgoose_there_are_no_differences(comparison):
-    rows = {name: row for name, row in comparison.results.items() if name != "phatgoose"}
-    without = replace(comparison, results=rows)
-    for summaries in without.summaries.values():
-        assert all(summary.difference is None for summary in summaries.values())
-        assert all(summary.difference_interval is None for summary in summaries.values())
-    assert "Difference" not in without.to_markdown()
-    assert without.summaries["base"] == {
-        column: replace(summary, difference=None, difference_interval=None)
-        for column, summary in comparison.summaries["base"].items()
-    }
 
 
 def test_equal_rows_differ_by_nothing_in_any_resample(comparison):
@@ -139,27 +123,6 @@ def test_markdown_tells_notes_choices_and_what_the_star_means(comparison):
     assert not any(line.startswith("* ") for line in lines)  # that would be a list
 
 
-def test_markdown_tells_how_all_was_scored(comparison):
-    lines = comparison.to_markdown().splitlines()
-    assert "Scored by accuracy (a, b); ROUGE-L + BLEU (c)." in lines
-    drawn = "at most 6 examples a dataset, drawn by seed 3"
-    said = "Base tiny in float32; experts: 2; k = 2; kernel = gather; {}; phatgoose 0.1.0+abc."
-    assert said.format(drawn) in lines
-    everything = replace(comparison, settings={**SETTINGS, "limit": None}).to_markdown()
-    assert said.format("all examples") in everything.splitlines()
-    assert "phatgoose 0.1.0" not in replace(comparison, settings={}).to_markdown()
-    where = {"date": "2026-11-26T10:00:00+00:00", "commit": None, "machine": "A Chip, 2 cores"}
-    made = replace(comparison, settings={**SETTINGS, **where}).to_markdown()
-    assert f"{said.format(drawn)[:-1]}, {where['date']}, A Chip, 2 cores." in made.splitlines()
-
-
-def test_markdown_tells_what_each_model_took_once(comparison):
-    *_, costs = tables(comparison.to_markdown())
-    assert costs[0] == ["model", "cells", "seconds"]
-    names = ["Base model", "**PHATGOOSE**", "twin", "my|own", "e0", "e1"]
-    assert costs[1:] == [[name, "3", "4"] for name in names]  # 4.5, to even
-
-
 def test_csv_has_a_line_for_every_row_and_dataset_of_every_suite(comparison):
     rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
     everyone = {**comparison.results, **comparison.experts}
@@ -226,9 +189,3 @@ def test_the_files_are_written_and_the_experts_scores_can_be_read_back(compariso
     assert scores.keys() == EXPERTS.keys()
     for expert, by_task in scores.items():
         assert by_task == pytest.approx({task: score(expert, task) for task in "abc"})
-
-
-def test_files_that_cannot_be_written_are_told(comparison, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(EvaluationError, match=r"comparison\.md can't be written"):
-        write_tables(comparison, tmp_path / "file")

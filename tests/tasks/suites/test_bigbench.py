@@ -1,7 +1,5 @@
 """The BIG-bench suites: their lists, prompts, right answers and metrics."""
 
-from __future__ import annotations
-
 import pytest
 
 from phatgoose.errors import TaskError

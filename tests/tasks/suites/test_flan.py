@@ -1,7 +1,5 @@
 """The FLAN suite: its list, and the division of prompted rows into training and validation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Rows of Hub datasets: local copies in every layout, the Hub with a stand-in, and all refusals."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

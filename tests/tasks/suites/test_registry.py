@@ -1,9 +1,5 @@
 """Suites of one's own, and the table of all suites."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,26 @@ from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites import registry
 from phatgoose.tasks.suites.registry import SUITES, local_suite, open_suite
 from phatgoose.tasks.task import Entry, Example, Sources, Suite
-from suite_files import FULL, write
+
+FULL = """
+name = "my-suite"
+suffix = "\\nAnswer:"
+
+[[tasks]]
+file = "mine/b.jsonl"
+name = "questions"
+metrics = ["accuracy", "rouge-l"]
+max_new_tokens = 8
+
+[[tasks]]
+file = "mine/a.csv"
+suffix = ""
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "suite.toml").write_text(text, encoding="utf-8")
+    return folder / "suite.toml"
 
 
 @pytest.mark.parametrize(
@@ -59,15 +74,6 @@ def test_an_unknown_suite_lists_the_known_ones(tmp_path):
     assert "nor a folder of task files nor a .toml, .jsonl or .csv file" in message
     with pytest.raises(TaskError, match="can't be read"):
         open_suite(tmp_path / "nowhere.toml")
-
-
-def test_listing_the_suites_loads_no_heavy_library():
-    code = (
-        "import sys, phatgoose.tasks.suites.registry as s; [r.open() for r in s.SUITES.values()];"
-        "print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def complaint(path: Path) -> str:
@@ -143,22 +149,17 @@ TASK = '[[tasks]]\nfile = "b.jsonl"\n'
             "suite.toml, task 1: unknown key 'metric'; known are file",
         ),
         ("name = 3\n" + TASK, "suite.toml: name is 3, but must be a text."),
-        ("suffix = 3\n" + TASK, "suite.toml: suffix is 3, but must be a text."),
         ("tasks = ['b.jsonl']", "tasks must be tables, each headed [[tasks]]."),
-        ("[tasks]\nfile = 'b.jsonl'", "tasks must be tables, each headed [[tasks]]."),
         ("name = 'x'", "suite.toml has no tasks"),
         ("[[tasks]]\nname = 'x'", "suite.toml, task 1: file is missing."),
         ("[[tasks]]\nfile = 'notes.txt'", "notes.txt, but must be a .jsonl or .csv file."),
         ("[[tasks]]\nfile = 'none.jsonl'", "none.jsonl does not exist."),
-        (TASK + "name = 3", "task 1: name is 3, but must be a text."),
         (TASK + "name = ''", "task 1: name is empty; give one, or leave the key out for 'b'."),
         ("name = ''\n" + TASK, "suite.toml: name is empty; give one, or leave the key out for"),
         (TASK + "suffix = 3", "task 1: suffix is 3, but must be a text."),
         (TASK + "metrics = 'accuracy'", "metrics is 'accuracy', but must be a list such as"),
-        (TASK + "metrics = [1]", "metrics is [1], but must be a list such as"),
         (TASK + "max_new_tokens = 0", "max_new_tokens is 0, but must be a whole number above 0."),
         (TASK + "max_new_tokens = true", "max_new_tokens is True, but must be"),
-        (TASK + "max_new_tokens = 1.5", "max_new_tokens is 1.5, but must be"),
         (TASK + TASK, "2 tasks are called 'b'; give them different names."),
     ],
 )

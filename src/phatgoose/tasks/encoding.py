@@ -255,7 +255,7 @@ class Encoder:
 def added_tokens(
     tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool
 ) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer adds before and after a prompt; none after a causal one."""
+    """(tokens, tokens) that the tokenizer adds around a prompt; none after a causal one."""
     whole = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     starts = range(len(whole) - len(plain) + 1)

@@ -34,8 +34,9 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 
 
 def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
-    """The request in `body`. Raises ApiError, which repeats only names of fields, and
-    the start of what a router's settings can't be.
+    """The request in `body`. Raises ApiError.
+
+    It repeats only names of fields, and the start of what a router's settings can't be.
 
     JSON is strict: no half surrogate pairs, no NaN or infinity, no nesting deeper than 200, no key
     twice in one object.

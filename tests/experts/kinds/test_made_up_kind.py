@@ -261,3 +261,13 @@ def test_a_kind_of_another_package_is_seen_by_the_commands(monkeypatch, base_fol
     phatgoose("train", "--peft", "shift", "--base", base_folders["llama"], *task, *few)
     assert "shift" in phatgoose("pool", "pool")
     assert "1 expert at" in phatgoose("compose", "pool", "--out", "routed", "--k", "1")
+
+
+def test_settings_may_extend_those_of_another_kind(monkeypatch):
+    class Wide(Lora):
+        pass
+
+    wide = replace(KINDS["lora"], name="wide", settings=Wide)
+    monkeypatch.setitem(KINDS, "wide", wide)
+    monkeypatch.setitem(KINDS, "again", replace(wide, name="again", settings=Lora))
+    assert [kind_for(each()).name for each in (Wide, Lora)] == ["wide", "lora"]

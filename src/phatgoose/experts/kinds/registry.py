@@ -127,9 +127,10 @@ def _is_loaded(kind: Kind) -> bool:
 
 def kind_for(settings: Peft) -> Kind:
     """The kind of a new expert with these settings. Raises ConfigError where they are none."""
-    for kind in kinds().values():
-        if isinstance(settings, kind.settings):
-            return kind
+    by_class = {kind.settings: kind for kind in reversed(list(kinds().values()))}
+    for each in type(settings).__mro__:  # settings may extend those of another kind
+        if each in by_class:
+            return by_class[each]
     classes = (kind.settings for kind in kinds().values())
     known = ", ".join(f"{each.__module__}.{each.__name__}" for each in classes)
     raise ConfigError(f"peft is {settings!r:.60}, but must be settings of class {known}.")

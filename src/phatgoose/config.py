@@ -396,7 +396,7 @@ class Serving(Settings):
         AT_LEAST_1,
     ] = 16384
     max_routings: Annotated[
-        int, "Requested routings to keep in memory, beside the served models.", AT_LEAST_1
+        int, "Requested routings to keep in memory, in addition to the served models.", AT_LEAST_1
     ] = 8
     max_body: Annotated[int, "Maximum bytes of a request.", AT_LEAST_1] = 1 << 20
     max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000

@@ -229,7 +229,7 @@ def explain(
     json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
     opening: options.ModelOptions,
     max_new_tokens: Annotated[
-        int | None, "Tokens of the model's own answer at most; default: 16.", {"min": 1}
+        int | None, "Maximum tokens of the model's own answer; default: 16.", {"min": 1}
     ] = None,
     routing: Routing,
     formatting: Formatting,

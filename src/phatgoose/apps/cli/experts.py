@@ -32,10 +32,10 @@ def train(
         ),
     ] = None,
     out: Annotated[str, "Folder that receives the experts, or an fsspec URL of one."] = "experts",
-    peft: Annotated[str | None, "Kind of expert: lora (default), ia3 or bottleneck."] = None,
+    peft: Annotated[str | None, f"Kind of expert: {options.KINDS} (default: lora)."] = None,
     multitask: Annotated[str | None, "Train one expert of this name on all tasks at once."] = None,
     mixture_most: Annotated[
-        int | None, "With --multitask: draw at most so many training examples of each task."
+        int | None, "With --multitask: maximum training examples drawn from each task."
     ] = None,
     base: options.BaseOptions,
     template: options.TemplateOptions,

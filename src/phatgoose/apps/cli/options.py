@@ -55,6 +55,7 @@ class Recipe:
 
 
 SHAPES = {name: kind.settings for name, kind in kinds().items()}
+KINDS = ", ".join(SHAPES)
 RECIPE_TABLES = {
     **SHAPES,
     "training": Training,
@@ -366,7 +367,7 @@ def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> 
 @dataclass(frozen=True)
 class ModelOptions(BaseOptions):
     keep: Annotated[list[str] | None, "Use this expert only (repeatable)."] = None
-    leave_out: Annotated[list[str] | None, "Do without this expert (repeatable)."] = None
+    leave_out: Annotated[list[str] | None, "Exclude this expert (repeatable)."] = None
     scores: Annotated[
         Path | None, "comparison.json of a compare: for oracle and best-individual."
     ] = None
@@ -407,19 +408,15 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    limit: Annotated[int | None, "Use so many examples of a task, drawn by --seed.", {"min": 1}] = (
-        None
-    )
+    limit: Annotated[int | None, "Maximum examples per task, drawn by --seed.", {"min": 1}] = None
     seed: Annotated[int, "Seed of the draw."] = 0
-    max_new_tokens: Annotated[
-        int, "Tokens of a generated answer at most, where a task says nothing.", {"min": 1}
-    ] = 64
+    max_new_tokens: Annotated[int, "Maximum new tokens if the task sets none.", {"min": 1}] = 64
 
 
 @dataclass(frozen=True)
 class RestartOptions:
     resume: Annotated[bool, "Continue unfinished work."] = False
-    restart: Annotated[bool, "Throw unfinished work away."] = False
+    restart: Annotated[bool, "Discard unfinished work."] = False
 
     def __post_init__(self) -> None:
         if self.resume and self.restart:
@@ -454,7 +451,7 @@ class RayOptions:
 @dataclass(frozen=True)
 class EngineOptions(RayOptions):
     workers: Annotated[
-        int | None, "With --engine ray: so many workers; default: all that fit.", {"min": 1}
+        int | None, "With --engine ray: number of workers; default: all that fit.", {"min": 1}
     ] = None
 
     @contextmanager
@@ -474,5 +471,5 @@ class EngineOptions(RayOptions):
 @dataclass(frozen=True)
 class ReplicaOptions(RayOptions):
     replicas: Annotated[
-        int | None, "With --engine ray: so many copies of the server (default: 1).", {"min": 1}
+        int | None, "With --engine ray: copies of the server (default: 1).", {"min": 1}
     ] = None

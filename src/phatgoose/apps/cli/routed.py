@@ -164,7 +164,7 @@ def generate(
     model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
     opening: options.ModelOptions,
-    max_new_tokens: Annotated[int, "Tokens to generate at most.", {"min": 1}] = 64,
+    max_new_tokens: Annotated[int, "Maximum new tokens.", {"min": 1}] = 64,
     sample: Annotated[bool, "Sample instead of greedy."] = False,
     temperature: Annotated[
         float | None, "Temperature when sampling; default: 1.", {"min": 1e-3}
@@ -257,7 +257,7 @@ def remove(
 
 
 def compact(model: FolderArgument, stored: options.StoredOption = None) -> None:
-    """Write a routed model's folder anew, without what was removed."""
+    """Rewrite a routed model's folder without removed experts."""
     from ...routing.saved.segments import compact as rewrite
 
     _tell(rewrite(model, stored=stored), model)

@@ -117,7 +117,7 @@ def export(
         str | None, "Fix the mean of the mixtures for the inputs of a file or hub:DATASET."
     ] = None,
     limit: Annotated[
-        int | None, "Use so many inputs of --task, drawn by --seed; default: 100.", {"min": 1}
+        int | None, "Maximum inputs of --task, drawn by --seed; default: 100.", {"min": 1}
     ] = None,
     seed: Annotated[int | None, "Seed of the draw; default: 0."] = None,
     template: options.TemplateOptions,

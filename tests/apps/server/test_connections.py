@@ -341,3 +341,15 @@ def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[serve\]'"):
         import phatgoose.apps.server  # noqa: F401
+
+
+def test_no_more_connections_are_wanted_than_files_may_be_opened(monkeypatch):
+    limits = [(1024, 1024)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, value: limits.append(value))
+    assert 300 < connections._connections(1000) < 1000
+    limits.append((1024, 4096))
+    assert connections._connections(1000) == 1000
+    assert 1000 < limits[-1][0] < 4096
+    limits.append((-1, -1))
+    assert connections._connections(1000) == 1000

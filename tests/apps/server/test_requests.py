@@ -343,3 +343,23 @@ def two_bases(pool_of, template):
     app = create_app([ServedModel(*each, dtype="float32") for each in places.items()])
     app.state.service.models["goose"].runner.tokenizer.chat_template = template
     return app
+
+
+def test_template_and_tokenizer_share_the_time_of_a_request(llama, monkeypatch):
+    """Of the ten seconds the tokenizer gets what the template has left."""
+    llama.tokenizer.chat_template = "{{ messages[0].content }}"
+    texts = untrusted_text.UntrustedText(llama.tokenizer)
+    texts.start()
+    given, ask = [], untrusted_text._Process.ask
+
+    def slow(process, question, seconds):
+        given.append(seconds)
+        time.sleep(0.2)
+        return ask(process, question, seconds)
+
+    monkeypatch.setattr(untrusted_text._Process, "ask", slow)
+    preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving(), texts)
+    preparer.prompts(ChatRequest(**CHAT))
+    texts.close()
+    assert given[0] == untrusted_text.MOST_SECONDS
+    assert given[1] <= given[0] - 0.2

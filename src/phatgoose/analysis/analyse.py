@@ -243,7 +243,7 @@ def analyse(
     subject = _subject(source, routers, routing, base, tokenizer, scores)
     if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
         raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if without_each and subject.routers[0] == "single":
+    if without_each and subject.routers[0].partition(":")[0] == "single":
         raise ConfigError("Router single can't do without its expert; name another one first.")
     datasets = tuple(task.name for task in tasks)
     oracle = measures.oracle_experts(scores, subject.experts, datasets)

@@ -225,18 +225,18 @@ def test_every_router_is_in_the_page_of_routers():
 
 
 def test_the_drawing_of_imports_is_up_to_date():
-    program = ROOT / "docs" / "import_graph.py"
+    program = ROOT / "docs" / "site" / "import_graph.py"
     drawn = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    assert drawn.stdout in page, "run: python docs/import_graph.py --write"
+    assert drawn.stdout in page, "run: python docs/site/import_graph.py --write"
 
 
 def test_the_pages_that_follow_from_the_code_are_up_to_date():
     folder = ROOT / "docs" / "reference"
-    program = ROOT / "docs" / "reference_pages.py"
+    program = ROOT / "docs" / "site" / "reference_pages.py"
     written = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
     pages = [(folder / name).read_text(encoding="utf-8") for name in ("commands.md", "settings.md")]
-    assert written.stdout == "".join(pages), "run: python docs/reference_pages.py --write"
+    assert written.stdout == "".join(pages), "run: python docs/site/reference_pages.py --write"
 
 
 def test_the_reference_has_every_name_of_the_package():

@@ -1,7 +1,7 @@
 """Write the pages of docs/reference that follow from the code: commands.md and settings.md.
 
-    python docs/reference_pages.py           prints them
-    python docs/reference_pages.py --write   writes them; a test compares
+    python docs/site/reference_pages.py           prints them
+    python docs/site/reference_pages.py --write   writes them; a test compares
 
 Commands and flags are those that typer has, settings those of the classes in phatgoose.config and
 of the routers' records.
@@ -31,9 +31,9 @@ from phatgoose.config import (
 )
 from phatgoose.routing.routers.registry import ROUTERS
 
-FOLDER = Path(__file__).with_name("reference")
+FOLDER = Path(__file__).parents[1] / "reference"
 CLASSES = (Training, GateTraining, Formatting, Lora, IA3, Bottleneck, Routing, Serving)
-WRITTEN = "\n<!-- written by docs/reference_pages.py -->\n\n"
+WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 
 COMMANDS = """# Commands
 

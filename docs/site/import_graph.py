@@ -1,7 +1,7 @@
 """Draw which entries of the package import which, as mermaid, between two marks in design.md.
 
-    python docs/import_graph.py           prints the graph
-    python docs/import_graph.py --write   puts it into docs/design.md, where a test compares it
+    python docs/site/import_graph.py           prints the graph
+    python docs/site/import_graph.py --write   puts it into docs/design.md, where a test compares it
 
 Imports inside functions count. Arrows that follow from others are left out.
 """
@@ -12,8 +12,8 @@ import ast
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "phatgoose"
-PAGE = Path(__file__).with_name("design.md")
+SOURCE = Path(__file__).parents[2] / "src" / "phatgoose"
+PAGE = Path(__file__).parents[1] / "design.md"
 BEGIN, END = "<!-- import graph: begin -->\n", "<!-- import graph: end -->\n"
 
 

@@ -1,6 +1,6 @@
 """docs/figures/demo.png: the demo's scores, and whom its routed model asked about five texts.
 
-    python docs/demo_picture.py demo     # the folder that `make demo` leaves behind
+    python research/demo_picture.py demo     # the folder that `make demo` leaves behind
 
 Scores are those of comparison.json, texts those of the report's token explorer.
 """
@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from phatgoose.apps.console import COLOURS
 from phatgoose.apps.demo import SKILLS
 
-OUT = Path(__file__).parent / "figures" / "demo.png"
+OUT = Path(__file__).parents[1] / "docs" / "figures" / "demo.png"
 TRACE = re.compile(r'<script type="application/json" class="trace">(.*?)</script>', re.S)
 SHADES = colormaps["Blues"]
 WIDTH = 58  # characters of a line of text

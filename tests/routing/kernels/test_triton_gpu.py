@@ -253,9 +253,9 @@ def test_a_routed_model_gives_the_same_logits_through_triton(at_once, llama_pool
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain = compose(llama_pool, make_model("llama"), kernel="reference")
     wanted = logits_of(plain, ids, attention_mask=mask)
-    scoring = "phatgoose.routing.routers.phatgoose"
-    monkeypatch.setattr(f"{scoring}.runs_natively", lambda *_: False)
-    monkeypatch.setattr(f"{scoring}.runs_on_triton", lambda *_: True)
+    kernels = "phatgoose.routing.kernels"
+    monkeypatch.setattr(f"{kernels}.native.runs_natively", lambda *_: False)
+    monkeypatch.setattr(f"{kernels}.triton_gpu.runs_on_triton", lambda *_: True)
     calls = []
     if at_once:
         on_a_gpu(monkeypatch)

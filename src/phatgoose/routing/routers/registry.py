@@ -7,7 +7,6 @@ under the entry points `phatgoose.routers`. Reading the records loads no torch.
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections import UserDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ...config import Settings, from_mapping, read_text, settings_of
 from ...errors import ConfigError
-from ...files.entry_points import load_entry_points
+from ...files.entry_points import add_entry_points
 from ...files.strict import shortened
 from . import configs
 
@@ -223,16 +222,9 @@ class _Registry(UserDict[str, RouterSpec]):
 
     @cached_property
     def data(self) -> dict[str, RouterSpec]:  # type: ignore[override]
-        found = {spec.name: spec for spec in _OURS}
-        for name, spec in load_entry_points(ENTRY_POINTS).items():
-            if not isinstance(spec, RouterSpec) or spec.name != name or name in (AUTO, *found):
-                warnings.warn(
-                    f"{ENTRY_POINTS}: {name} is left out: wanted a RouterSpec of this name, and of "
-                    f"no other router's.",
-                    stacklevel=2,
-                )
-            else:
-                found[name] = spec
+        found: dict[str, Any] = {AUTO: None, **{spec.name: spec for spec in _OURS}}
+        add_entry_points(ENTRY_POINTS, found, RouterSpec)
+        del found[AUTO]  # a name that none may take
         return found
 
 

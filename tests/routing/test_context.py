@@ -20,6 +20,7 @@ from phatgoose.routing.context import NOBODY, Choice, RoutingContext, base_alone
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.router import RouterSite
 from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
@@ -70,7 +71,8 @@ def site_of(experts: list[int], *rows: dict[int, float]) -> ChosenExperts:
     """The router of a site where these of four experts act, with the choice of a batch."""
     context = RoutingContext(PromptRouter(Tables(("e0", "e1", "e2", "e3"))))
     context.use(choice_of(*rows) if rows else None)
-    return ChosenExperts(torch.tensor(experts), 4, context)
+    site = RouterSite("blocks.1.linear", torch.tensor(experts), 4, {}, context)
+    return ChosenExperts(site, context)
 
 
 def test_tokens_belong_to_the_rows_in_turn():
@@ -81,6 +83,17 @@ def test_tokens_belong_to_the_rows_in_turn():
     one = site_of([0, 1], {1: 1.0})(torch.zeros(7, 5))  # one row serves any number of tokens
     assert one.experts[:, 0].tolist() == [1] * 7
     assert site_of([0, 1], {1: 1.0})(torch.zeros(0, 5)).experts.shape == (0, 1)
+
+
+def test_blocks_may_have_choices_of_their_own():
+    router = site_of([0, 1, 2, 3], {0: 1.0})  # in block 1
+    experts = torch.tensor([[[3], [1]], [[2], [2]]])
+    router.context.use(choice := Choice(experts, torch.ones(2, 2, 1)))
+    assert router(torch.zeros(4, 5)).experts[:, 0].tolist() == [1, 1, 2, 2]
+    assert choice.at(7).experts[:, 0].tolist() == [1, 2]  # a model with more blocks: the last
+    assert choice.named("abcd") == [{"b": 0.5, "d": 0.5}, {"c": 1.0, "a": 0.0}]
+    assert choice.lone() is None
+    assert Choice.joined(choice.each()).experts.equal(experts)
 
 
 def test_several_experts_of_a_row_act_with_its_weights():

@@ -37,6 +37,7 @@ class Choice:
     """The experts of some prompts: `experts` [rows, k], the pool's indices, best first.
 
     `weights` [rows, k], float32, say how much each adds. Most rows have one expert of weight 1.
+    Both are [rows, blocks, k] if each block of the model has a choice of its own.
     """
 
     experts: Tensor
@@ -56,12 +57,13 @@ class Choice:
 
     def lone(self) -> Tensor | None:
         """The expert of each row [rows], where each has one of weight 1; else None."""
-        alone = self.experts.shape[1] == 1 and bool((self.weights == 1).all())
+        alone = self.experts.shape[1:] == (1,) and bool((self.weights == 1).all())
         return self.experts[:, 0] if alone and bool((self.experts >= 0).all()) else None
 
     def named(self, names: Sequence[str]) -> list[dict[str, float]]:
         """For each row its experts' weights by name, best first; `names` are the pool's."""
-        rows = zip(self.experts.tolist(), self.weights.tolist(), strict=True)
+        whole = self.over_blocks()
+        rows = zip(whole.experts.tolist(), whole.weights.tolist(), strict=True)
         return [
             {names[z]: weight for z, weight in zip(experts, weights, strict=True)}
             for experts, weights in rows
@@ -69,6 +71,24 @@ class Choice:
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    def at(self, block: int) -> Choice:
+        """The choice of one block; of a model with fewer, of the last."""
+        if self.experts.dim() == 2:
+            return self
+        block = min(block, self.experts.shape[1] - 1)
+        return Choice(self.experts[:, block], self.weights[:, block])
+
+    def over_blocks(self) -> Choice:
+        """One choice [rows, k] for all blocks: the experts of any, by their mean weights."""
+        if self.experts.dim() == 2:
+            return self
+        blocks, chosen = self.experts.shape[1], int(self.experts.max()) + 1
+        shares = self.weights.new_zeros(len(self), chosen)
+        shares.scatter_add_(1, self.experts.flatten(1), self.weights.flatten(1) / blocks)
+        acting = int((shares > 0).sum(dim=1).max())
+        best = shares.sort(dim=1, descending=True, stable=True)
+        return Choice(best.indices[:, :acting], best.values[:, :acting])
 
     def of(self, rows: Sequence[int]) -> Choice:
         return Choice(self.experts[list(rows)], self.weights[list(rows)])
@@ -149,8 +169,8 @@ class RoutingContext:
     def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
         return self.router.choose(prompts, self._model, **known)
 
-    def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
-        """The experts of each token of u [T, n], on its device: T / rows tokens in turn.
+    def of_each(self, u: Tensor, sees_all: bool = True, block: int = 0) -> Choice:
+        """The experts of each token of u [T, n] in a block, [T, k]: T / rows tokens in turn.
 
         `sees_all` False: u holds some rows' tokens only, so all rows must have the same experts.
         Raises RoutingError when no expert is known, T is no multiple of the rows, or rows differ.
@@ -160,6 +180,7 @@ class RoutingContext:
             raise RoutingError(
                 self.router.unserved or "Nothing has told the router yet what its inputs are."
             )
+        known = known.at(block)
         if not sees_all:
             known = _of_any(known)
         if len(u) % len(known):

@@ -15,6 +15,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PLACES, readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.recording import record
 from phatgoose.tasks.task import Example, Task
 from routed_models import TOPICS, text_of
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
@@ -39,6 +40,37 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, case):
     model = compose(pool, base, router=text_of("discriminant", **settings))
     got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
+
+
+@both_streams
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_each_block_chooses_by_its_own_reading(base, pool, share):
+    by_hand = [
+        torch.stack(
+            [scores_by_hand(base, pool, text, PLACES, blocks, 0.3, 0.0) for text in PROMPTS]
+        )
+        for blocks in ((0,), (1,), (0, 1))
+    ]
+    wanted = share * torch.stack(by_hand[:2], dim=1) + (1 - share) * by_hand[2][:, None]
+    model = compose(pool, base, router=text_of("discriminant", per_block=share))
+    got = scores_of(model, PROMPTS)
+    torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
+    chosen = experts_of(model, PROMPTS).experts[..., 0]
+    assert torch.equal(chosen, wanted.argmax(dim=-1))
+    assert (chosen[:, 0] != chosen[:, 1]).any() or share < 1  # blocks differ somewhere
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_sites_follow_the_choice_of_their_block(llama, llama_pool, k):
+    model = compose(llama_pool, llama, k=k, router="discriminant:per_block=1")
+    prompt = llama.tokenizer(PROMPTS[0])["input_ids"]
+    with record(model) as recording, torch.no_grad():
+        model(torch.tensor([prompt]))
+    choice = composition_of(model).prompt_router.choose([prompt], model)
+    for site, (weights,) in recording.weights.items():
+        here = choice.at(int(site.split(".")[2]))
+        wanted = torch.zeros(4).scatter(0, here.experts[0], here.weights[0])
+        torch.testing.assert_close(weights[0], wanted.expand(len(prompt), -1))
 
 
 @both_streams

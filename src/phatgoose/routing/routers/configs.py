@@ -157,6 +157,12 @@ class Reading(Settings):
         "experts' tasks lie apart.",
         NOT_NEGATIVE,
     ] = 0.0
+    per_block: Annotated[
+        float,
+        "How much a block's own reading decides which experts act in it: 0 has one choice for the "
+        "whole model, by the mean over blocks; 1 lets each block choose alone.",
+        RATIO,
+    ] = 0.0
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,9 @@ class Discriminant(ByPrompt):
         return self.discriminant(tables)
 
     def discriminant(self, tables: Tables) -> PromptDiscriminant:
-        where = self.config.place, self.config.first, self.config.last
-        return PromptDiscriminant(tables, self.line, *where)
+        own = self.config
+        read = own.place, own.first, own.last, own.per_block
+        return PromptDiscriminant(tables, self.line, *read)
 
     def line(self, moments: Mapping[str, Tensor]) -> Line:
         return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
@@ -138,19 +139,29 @@ class PromptDiscriminant(BaseRouter):
     mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
     that what tells the experts' own tasks apart most can't outweigh everything else. What one
     expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`).
+
+    With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for the mean s_zb
+    over places of its discriminants; a block that isn't read has those of the nearest that is.
     """
 
     name = "discriminant"
     remembered: States | None = None  # None: every prompt is read when it comes
 
     def __init__(
-        self, tables: Tables, line: Callable[..., Line], place: str, first: float, last: float
+        self,
+        tables: Tables,
+        line: Callable[..., Line],
+        place: str,
+        first: float,
+        last: float,
+        per_block: float = 0.0,
     ) -> None:
         """Blocks between the shares `first` and `last` of the depth are read, at `place` or "both".
 
         `line` is `line_of` with its settings. Raises ConfigError when no block lies there.
         """
         super().__init__(tables)
+        self.per_block = per_block
         self.depth, self.size = tables.tensors["readings.end.mean"].shape[1:]
         self.blocks = _blocks_between(first, last, self.depth)
         chosen = PLACES if place == "both" else (place,)
@@ -188,8 +199,13 @@ class PromptDiscriminant(BaseRouter):
 
     def scores(self, features: Tensor) -> Tensor:
         read = features[:, self.places]  # [prompts, places, blocks, d]
-        scores: Tensor = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
-        return scores.mean(dim=(1, 2))
+        found: Tensor = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
+        scores = found.mean(dim=(1, 2))
+        if not self.per_block:
+            return scores
+        nearest = [min(max(b, self.blocks[0]), self.blocks[-1]) for b in range(self.depth)]
+        own = found.mean(dim=1)[:, [b - self.blocks[0] for b in nearest]]
+        return torch.lerp(scores[:, None], own, self.per_block)
 
     def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
         if self.remembered is None:

@@ -81,4 +81,6 @@ class JointRouter(PromptRouter):
 
     def _joined(self, read: Tensor, vectors: Tensor) -> Tensor:
         slopes, offsets = self.line
-        return torch.lerp(read, vectors @ slopes + offsets, self.share)
+        embedded = vectors @ slopes + offsets
+        # With per_block the base's scores are [prompts, blocks, E].
+        return torch.lerp(read, embedded if read.dim() == 2 else embedded[:, None], self.share)

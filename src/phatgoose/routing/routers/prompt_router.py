@@ -115,7 +115,7 @@ class PromptRouter:
         raise NotImplementedError
 
     def scores(self, features: Any) -> Tensor:
-        """The score of each prompt and expert, float32 [prompts, E]."""
+        """The score of each prompt and expert, float32 [prompts, E], or [prompts, blocks, E]."""
         raise NotImplementedError
 
     def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class PromptRouter:
         return self.scores(self.features(prompts, base))
 
     def choice(self, scores: Tensor) -> Choice:
-        """The k best of each row of `scores`; k is lowered to E. Of one the weight is 1 exactly."""
+        """The k best of each of `scores` [.., E]; k is lowered to E. One has weight 1 exactly."""
         experts = highest(scores, min(self.k, scores.shape[-1]))
         weights = (scores.gather(-1, experts).float() / self.temperature).softmax(dim=-1)
         return Choice(experts, weights)
@@ -288,7 +288,7 @@ class ByPrompt(Router):
         return self.prompt_router(old.tables.shrunk(place), old.tokenizer)
 
     def at(self, site: RouterSite) -> SiteRouter:
-        return ChosenExperts(site.experts, site.pool_size, self.context_of(site), site.sees_all)
+        return ChosenExperts(site, self.context_of(site))
 
     def context_of(self, site: RouterSite) -> RoutingContext:
         if site.context is None:
@@ -314,16 +314,15 @@ class ChosenExperts(SiteRouter):
 
     position: Tensor
 
-    def __init__(
-        self, experts: Tensor, pool_size: int, context: RoutingContext, sees_all: bool = True
-    ) -> None:
+    def __init__(self, site: RouterSite, context: RoutingContext) -> None:
         super().__init__()
-        self.register_buffer("position", rows_at(experts, pool_size), persistent=False)
-        self.context, self.sees_all = context, sees_all
-        self.experts = len(experts)
+        position = rows_at(site.experts, site.pool_size)
+        self.register_buffer("position", position, persistent=False)
+        self.context, self.sees_all, self.block = context, site.sees_all, site.block
+        self.experts = len(site.experts)
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        choice = self.context.of_each(u, self.sees_all)
+        choice = self.context.of_each(u, self.sees_all, self.block)
         experts = self.position[choice.experts]
         # Absent here, or NOBODY (the base): row 0 with weight 0.
         return RoutingDecision(experts.clamp(min=0), choice.weights * (experts >= 0))

@@ -161,6 +161,11 @@ class RouterSite:
         """False inside one of the base's own experts, which sees some of a batch's tokens only."""
         return OWN_EXPERTS not in self.name.split(".")
 
+    @property
+    def block(self) -> int:
+        """The index of the block that holds the site: the first number in its name."""
+        return int(next(part for part in self.name.split(".") if part.isdigit()))
+
 
 class Router:
     """How a routed model chooses experts, made of its settings; one subclass for each router."""

@@ -50,7 +50,7 @@ class ShortlistedRouter(SiteRouter):
         position = rows_at(site.experts, site.pool_size)
         self.register_buffer("position", position, persistent=False)
         self.gates, self.context, self.prior = gates, context, prior
-        self.sees_all = site.sees_all
+        self.sees_all, self.block = site.sees_all, site.block
 
     @property
     def vectors(self) -> Tensor:
@@ -71,7 +71,7 @@ class ShortlistedRouter(SiteRouter):
         return zeros.scatter_add(1, experts, logits.softmax(dim=-1).nan_to_num(0.0))
 
     def _shortlist(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        choice = self.context.of_each(u, self.sees_all)
+        choice = self.context.of_each(u, self.sees_all, self.block)
         found = self.position[choice.experts]
         experts = found.clamp(min=0)
         logits = self.gates.affinities(u).gather(-1, experts)

@@ -1,6 +1,6 @@
 """Whose gate wins depends on who reads the prompt: the table of readers.
 
-    python research/readers.py POOL ROWS OUT.json [--limit 10]
+    python research/readers.py POOL ROWS OUT.json [--limit 10] [--figure OUT.png]
 
 ROWS is a folder with a task file for each expert of the pool, such as runs/research/data/own-new.
 Each row's prompt and right answer pass through the base, through the task's own expert, and through
@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=int, default=10)
+    parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     pool, base = Pool.open([given.pool]), load_base("smollm2")
     readers = Readers(pool, base)
@@ -58,6 +60,8 @@ def main() -> None:
         found[name] = readers.shares(pool.names.index(name), pairs)
         given.out.write_text(json.dumps(found, indent=1))
     tell(found, len(pool))
+    if given.figure:
+        draw(found, len(pool)).savefig(given.figure)
 
 
 class Readers:
@@ -131,20 +135,49 @@ class Readers:
             yield f"discriminant of the block, {line}", scores.argmax(dim=-1).T
 
 
+def summary(found: Mapping[str, Mapping[str, list[float]]], line: str) -> tuple[Tensor, Tensor]:
+    """The own and the reader's share in per cent [2], means over tasks, and intervals [2, 2]."""
+    draws = torch.randint(len(found), (2000, len(found)), generator=torch.manual_seed(0))
+    values = torch.tensor([shares[line] for shares in found.values()]).mul(100)
+    ends = values[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]), dim=0)
+    return values.mean(dim=0), ends.T
+
+
 def tell(found: Mapping[str, Mapping[str, list[float]]], experts: int) -> None:
     """Print the means over tasks, with intervals."""
     print(f"{len(found)} tasks, {experts} experts: chance {100 / experts:.0f} %")
     print("| read by | vectors, where | the task's own | the reader's |\n|---|---|---|---|")
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(found), (2000, len(found)), generator=generator)
     for line in next(iter(found.values())):
-        values = torch.tensor([shares[line] for shares in found.values()]).mul(100)
-        low, high = values[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]), dim=0)
-        cells = [
-            f"{m:.0f} [{a:.0f}, {b:.0f}]" for m, a, b in zip(values.mean(0), low, high, strict=True)
-        ]
+        means, ends = summary(found, line)
+        cells = [f"{m:.0f} [{a:.0f}, {b:.0f}]" for m, (a, b) in zip(means, ends, strict=True)]
         reader, _, what = line.partition(", ")
         print(f"| {reader} | {what} | {cells[0]} | {cells[1] if reader != 'base' else ''} |")
+
+
+def draw(found: Mapping[str, Mapping[str, list[float]]], experts: int) -> Figure:
+    """Whose trained gate is highest at the prompt's tokens, by who reads; beside, discriminants."""
+    figure = Figure(figsize=(7.5, 3), dpi=150)
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"gates, prompt": "trained gates", "means, prompt": "mean activations"}
+    for panel, (what, title) in zip(panels, titles.items(), strict=True):
+        for place, reader in enumerate(("base", "own", "other")):
+            means, ends = summary(found, f"{reader}, {what}")
+            bars = [("the task's own", 0, "tab:blue")]
+            bars += [("the reader's", 1, "tab:orange")] if reader == "other" else []
+            for side, (label, which, colour) in enumerate(bars):
+                at = place + 0.38 * side - 0.19 * (len(bars) - 1)
+                error = (means[which] - ends[which][:, None].T).abs().T
+                panel.bar(at, means[which], 0.36, color=colour, label=label, yerr=error, capsize=3)
+        panel.axhline(100 / experts, color="0.5", linestyle=":", label="chance")
+        panel.set_title(title, fontsize=10)
+        panel.set_xticks(range(3), ["the base", "the task's\nexpert", "another\nexpert"])
+        panel.set_xlabel("the prompt is read by")
+    panels[0].set_ylabel("highest at … % of tokens\nand modules")
+    handles, labels = panels[0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    panels[1].legend(known.values(), known, fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The routing of real experts, as in docs/analysis.md: every single expert is scored for Oracle, then
-# three routers are analysed on five unseen tasks. Finished scores are kept: run it again after an
+# The routing of real experts, as in research/earlier/analysis.md: every single expert is scored for
+# Oracle, then three routers are analysed on five unseen tasks. Finished scores are kept: run it again after an
 # interruption, or with more experts. The report holds texts of ../shared/data: don't publish it.
 #   examples/analysis.sh EXPERTS [OUT]
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Eight experts on real tasks, every method, ten unseen tasks: the numbers of docs/comparison.md.
+# Eight experts on real tasks, every method, ten unseen tasks: the numbers of research/earlier/eight-experts.md.
 # Usage: examples/eight-experts.sh [FOLDER]. Needs ../shared/data beside the project and the extra
 # 'retrieval'. Can be interrupted at any moment and started again: what is finished is kept.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Four experts on real tasks, one routed model, five unseen tasks: the numbers of docs/first-results.md.
+# Four experts on real tasks, one routed model, five unseen tasks: the numbers of research/earlier/four-experts.md.
 # Usage: examples/four-experts.sh [FOLDER]. Needs ../shared/data beside the project. Can be interrupted
 # and started again: finished experts and scores are kept.
 set -euo pipefail

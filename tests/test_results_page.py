@@ -1,4 +1,4 @@
-"""docs/results.md: what research/results/page.py makes of the comparisons that are kept."""
+"""The full table of results: what research/results/page.py makes of the comparisons kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(page: str) -> list[list[str]]:
 
 
 def test_the_page_is_what_the_program_writes():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (ROOT / "research" / "results" / "README.md").read_text(encoding="utf-8")
     assert page == PROGRAM["page"](), "run: python research/results/page.py --write"
 
 
@@ -46,7 +46,7 @@ def test_bases_are_parts_pools_and_suites_columns(tmp_path):
     ]
     float32 = page.partition("## tiny, float32")[2]
     head, *body = rows(float32)
-    link = "[{}](study.md)".format
+    link = "[{}](../../docs/study.md)".format
     columns = [f"{suite} (2), {link(pool)}" for pool in ("first", "second") for suite in SUITES]
     assert head == ["router", *columns]
     summaries = made_comparison().summaries
@@ -65,7 +65,7 @@ def test_every_comparison_tells_where_it_comes_from(tmp_path):
     keep(tmp_path, "first")
     line = rows(PROGRAM["page"](tmp_path))[-1]
     assert line == [
-        *("[first](study.md)", "one, two", "2", "2", "10, 8", "2026-11-26", "abcdef123"),
+        *("[first](../../docs/study.md)", "one, two", "2", "2", "10, 8", "2026-11-26", "abcdef123"),
         *("0.1.0+abc", "A Chip, 2 cores"),
     ]
 

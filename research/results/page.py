@@ -1,4 +1,4 @@
-"""Write docs/results.md, router × suite × base, from the comparisons kept in research/results.
+"""Write research/results/README.md, router × suite × base, from the comparisons kept beside it.
 
     python research/results/page.py           prints the page
     python research/results/page.py --write   writes it; a test compares
@@ -9,12 +9,15 @@ TITLE names the pool, PAGE is where docs report it. Commit, date and machine are
 older files need `--commit C --date D --machine M`. So pool A's are added by
 
     python research/results/page.py --add pool-a-cross "pool A" study.md OUT/comparison.json
+
+Rows of routers by embeddings are left out: see WITHDRAWN.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import posixpath
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,26 +28,27 @@ from phatgoose.evaluation.comparison.tables import ANCHOR, Summary, markdown_tab
 from phatgoose.evaluation.intervals import Interval
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent.parent / "docs" / "results.md"
+PAGE = FOLDER / "README.md"
+# These chose with the answer choices in the embedded text, which no served prompt has. They come
+# back when they are scored by the prompt alone (research/protocol.md).
+WITHDRAWN = ("retrieval", "centroid", "glider", "joint-discriminant", "joint-discriminant-one")
 SETTINGS = ("base", "dtype", "experts", "limit", "seed", "k", "code", "commit", "date", "machine")
-HEAD = """# Results at a glance
+HEAD = """# Every published comparison
 
 <!-- Written by research/results/page.py from the JSON files beside it; edit those. -->
 
-**Rows that embed prompts are out of date** (Retrieval, Centroid, GLIDER, Joint Discriminant). \
-Here they chose with the answer choices embedded, which no served prompt has. Since then prompts \
-are embedded as the model reads them, everywhere. On [the demo](demo.md), seed 0, that costs \
-Joint Discriminant 13 points and Retrieval 11. These rows are being measured again, by the \
-prompt alone, under a new protocol (`research/protocol.md`); all other rows stand.
+[docs/results.md](../../docs/results.md) is the summary. Here routers are rows, and suites and \
+pools are columns, with a part for each base. Numbers are means over a suite's datasets in per \
+cent, with 95 % intervals over datasets and examples. The linked pages say how the experts were \
+trained. Routers have today's default settings. Intervals aren't corrected for multiple \
+comparisons. Don't compare columns of different pools or wordings.
 
-Published comparisons: routers down, suites and pools across, a part for each base. Means over a \
-suite's datasets in per cent, with 95 % intervals over datasets and examples; the pages linked \
-below say how the experts were trained and what may be concluded. Rows are of what are routers' \
-defaults today (`joint-discriminant` takes three experts, which was a setting at its commit). \
-Intervals stand one at a time: of a hundred true zeros some five would leave 0 out. Columns of \
-different pools or wordings don't compare with each other. \
-[The first study](../research/first-study/README.md) and [an earlier comparison](comparison.md) \
-are not among them: many of their experts had lost their question, or had hardly been trained.
+Rows of routers by embeddings (Retrieval, Centroid, GLIDER, Joint Discriminant) were withdrawn \
+until they are scored by the prompt alone, under a new protocol (`research/protocol.md`).
+
+[The first study](../first-study/README.md) and \
+[an earlier comparison](../earlier/eight-experts.md) are not included: many of their experts had \
+lost their question, or had hardly been trained.
 """
 CHOSEN = "\n\\* chosen by the results themselves, so not zero-shot.\n"
 
@@ -59,7 +63,7 @@ class Column(NamedTuple):
     def title(self) -> str:
         """The suite and the pool, and where more is said of them."""
         datasets = self.of["suites"][self.suite]["datasets"]
-        return f"{self.suite} ({datasets}), [{self.of['title']}]({self.of['page']})"
+        return f"{self.suite} ({datasets}), {_link(self.of)}"
 
     def summary(self, row: str) -> Summary | None:
         """A row's mean and difference, None where it was not run."""
@@ -88,7 +92,12 @@ def page(folder: Path = FOLDER) -> str:
 
 def _of_base(name: str, kept: Sequence[Mapping[str, Any]]) -> str:
     columns = [Column(each, suite) for each in kept for suite in each["suites"]]
-    rows = {row: its["label"] for each in kept for row, its in each["rows"].items()}
+    rows = {
+        row: its["label"]
+        for each in kept
+        for row, its in each["rows"].items()
+        if row not in WITHDRAWN
+    }
     chosen = {row for each in kept for row in each["chosen"]}
     order = {method: place for place, method in enumerate(METHODS)}
     ordered = sorted(rows, key=lambda row: (row in chosen, order.get(row, len(order))))
@@ -109,6 +118,12 @@ def _of_base(name: str, kept: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def _link(kept: Mapping[str, Any]) -> str:
+    """Its title, linked to its page, whose place the file gives from docs."""
+    place = posixpath.relpath(posixpath.join("docs", kept["page"]), "research/results")
+    return f"[{kept['title']}]({place})"
+
+
 def _across(columns: Sequence[Column], row: str) -> list[Summary | None]:
     return [column.summary(row) for column in columns]
 
@@ -125,7 +140,7 @@ def _sources(kept: Sequence[Mapping[str, Any]]) -> str:
         s, suites = each["settings"], each["suites"]
         rows.append(
             [
-                f"[{each['title']}]({each['page']})",
+                _link(each),
                 ", ".join(suites),
                 str(s["experts"]),
                 "each router's own" if s["k"] is None else str(s["k"]),

@@ -2,8 +2,8 @@
 
     python research/results/picture.py
 
-A panel for each suite and pool of docs/results.md, but for the one in wordings that experts have
-seen; a line for each router that most of these have, with its 95 % interval.
+A panel for each suite and pool of README.md beside it, but for the one in wordings that experts
+have seen; a line for each router that most of these have, with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import textwrap
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from page import FOLDER, Column
+from page import FOLDER, WITHDRAWN, Column
 
 from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
 from phatgoose.evaluation.comparison.tables import ANCHOR
@@ -29,7 +29,7 @@ def main() -> None:
     files = sorted(FOLDER.glob("*.json"), key=lambda path: path.stem)
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     columns = [Column(each, suite) for each in kept for suite in each["suites"] if suite != SEEN]
-    rows = [name for name in METHODS if name != ANCHOR and in_most(columns, name)]
+    rows = [name for name in METHODS if name not in {ANCHOR, *WITHDRAWN} and in_most(columns, name)]
     figure = Figure(figsize=(1.4 * len(columns) + 2, 0.3 * len(rows) + 1.5), dpi=150)
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):

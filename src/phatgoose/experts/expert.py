@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..base.active_tokens import ActsOn
 from ..base.fingerprint import BaseReference
 from ..base.loading import Base, is_hub_id
 from ..config import Formatting, from_mapping
@@ -33,7 +34,7 @@ from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
 from ..files.strict import one_line, read_json_object, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
-from .adapter import adapter_file_names, adapter_files, named_base, read_modules
+from .adapter import adapter_file_names, adapter_files, invocation_of, named_base, read_modules
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora.module import LoraFactors
 from .kinds.registry import kinds
@@ -112,6 +113,7 @@ TYPES: dict[str, Any] = {  # of every field but the version
     "embeddings_sha256": OPTIONAL,
     "embedder": OPTIONAL,
     "embedding_form": OPTIONAL,
+    "acts_on": (dict, NoneType),
     "task": dict,
     "hyperparameters": dict,
     "metrics": dict,
@@ -123,7 +125,8 @@ class ExpertInfo:
     """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
 
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
-    before it was recorded: theirs is the paper's.
+    before it was recorded: theirs is the paper's. `acts_on` is the record of an `ActsOn`, None for
+    experts that act on all tokens.
     """
 
     name: str
@@ -137,6 +140,7 @@ class ExpertInfo:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     embedder: str | None = None
     embedding_form: str | None = None
+    acts_on: Mapping[str, Any] | None = None
 
 
 def check_name(name: str) -> None:
@@ -172,14 +176,19 @@ def read_info(path: Path) -> ExpertInfo:
         value = attrgetter(key)(info)
         if not isinstance(value, wanted) or (isinstance(value, str) and not value.isprintable()):
             raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
+    try:
+        ActsOn.of(info.acts_on)
+    except ExpertError as error:
+        raise ExpertError(f"{path}: {error}") from error
     return info
 
 
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = _without_nan(asdict(info))
-    if info.embedding_form is None:
-        del content["embedding_form"]
+    for name in ("embedding_form", "acts_on"):  # later than the format
+        if content[name] is None:
+            del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -251,6 +260,11 @@ class Expert:
         """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
 
+    @property
+    def acts_on(self) -> ActsOn | None:
+        """The end of prompts that it acts on, None for all tokens."""
+        return ActsOn.of(self.info.acts_on)
+
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
         """The LoRA factors by site; empty for an expert of another kind."""
@@ -283,11 +297,13 @@ class Expert:
         task: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        acts_on: ActsOn | None = None,
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
-        and without a fingerprint, `name` to the name of the adapter's folder. Raises ExpertError
+        and without a fingerprint, `name` to the name of the adapter's folder, `acts_on` to the
+        invocation tokens that an adapter of PEFT's aLoRA names. Raises ExpertError
         when the adapter can't be used or names no base where none is given, when a vector doesn't
         fit its site, and when embeddings aren't what the format wants.
         """
@@ -300,6 +316,7 @@ class Expert:
         check_name(name)
         if isinstance(base, Base):
             base = base.reference
+        acts_on = acts_on or invocation_of(directory)
         info = ExpertInfo(
             name=name,
             base=base,
@@ -309,6 +326,7 @@ class Expert:
             metrics=metrics or {},
             embedder=embedder,
             embedding_form=embedding_form,
+            acts_on=acts_on.record() if acts_on else None,
         )
         expert = cls(
             info,
@@ -319,7 +337,9 @@ class Expert:
             embeddings,
             _plain(readings or {}),
         )
-        for problem in chain(_vector_problems(expert), _not_finite(expert)):
+        for problem in chain(
+            _invocation_problems(expert), _vector_problems(expert), _not_finite(expert)
+        ):
             raise ExpertError(problem)
         return expert
 
@@ -455,7 +475,22 @@ def _problems(expert: Expert) -> Iterator[str]:
                 f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
                 f"is {got[:12]}…, wanted {wanted[:12]}…."
             )
+    yield from _invocation_problems(expert)
     yield from _vector_problems(expert)
+
+
+def _invocation_problems(expert: Expert) -> Iterator[str]:
+    # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
+    named = invocation_of(expert.directory)
+    recorded = expert.acts_on
+    in_peft = kinds()[expert.kind].peft_type == "LORA"
+    if named is None and (recorded is None or not recorded.invocation or not in_peft):
+        return
+    if named != recorded:
+        yield (
+            f"Expert {expert.name!r} acts on {recorded or 'all tokens'}, but its adapter's "
+            f"alora_invocation_tokens say {named or 'all tokens'}."
+        )
 
 
 def _vector_problems(expert: Expert) -> Iterator[str]:
@@ -515,7 +550,7 @@ lets a pool of such experts choose, for every token and at every module, who act
 - Base model: `{base_id}`{revision}
 - Base fingerprint: `{fingerprint}`
 - Adapted modules: {sites}
-{task}{hyperparameters}{metrics}
+{acts_on}{task}{hyperparameters}{metrics}
 ## Use
 {alone}
 Routed together with others:
@@ -552,6 +587,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
+        acts_on=_acts_on(info["acts_on"], kind),
         kind=kinds()[kind].title,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
@@ -560,6 +596,15 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
         metrics=_section("Metrics", info["metrics"]),
     )
+
+
+def _acts_on(record: Mapping[str, Any] | None, kind: str) -> str:
+    acts_on = ActsOn.of(record)
+    if acts_on is None:
+        return ""
+    alone = kinds()[kind].peft_type is not None and not acts_on.invocation
+    warning = " PEFT alone doesn't know this and lets it act on all tokens." if alone else ""
+    return f"- Acts on: {_code(str(acts_on))}; before that the base is itself.{warning}\n"
 
 
 def _cell(value: object) -> str:

@@ -35,6 +35,7 @@ from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
 from ..kinds.peft import (
     ADAPTER_WEIGHTS,
     CONVERTIBLE,
+    INVOCATION,
     PEFT_FILES,
     PEFT_PREFIX,
     PICKLED_WEIGHTS,
@@ -158,7 +159,7 @@ def resolved_modules(
 def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
-    kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")
+    kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)
     about = {key: config[key] for key in kept if config.get(key) is not None}
     made = next((type(module) for module in modules.values()), LoraFactors)
     return made.write(folder, modules, about)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ...base.active_tokens import active_share
 from ...base.loading import Base
 from ...base.sites import Site, WrappedLinear, replaced
 from ...errors import ExpertError
@@ -292,6 +293,8 @@ class _NewLayer(WrappedLinear):
     def forward(self, u: Tensor) -> Tensor:
         strength = self.new.strength(self.settings)
         gated = strength if self.gate is None else strength * openness(u, self.gate)
+        active = active_share(u)
+        gated = gated if active is None else gated * active
         return self.module(u.dtype).apply(self.base, u, gated)
 
 

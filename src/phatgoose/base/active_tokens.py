@@ -59,8 +59,7 @@ class ActsOn:
         tail, tokens = held.get("tail"), held.get("invocation_tokens")
         if type(tail) is int and 0 < tail <= LONGEST:
             return cls(tail=tail)
-        are_tokens = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
-        if are_tokens and 0 < len(tokens) <= LONGEST and max(tokens) < LONGEST:
+        if isinstance(tokens, list) and 0 < len(tokens) <= LONGEST and all(map(_is_token, tokens)):
             return cls(invocation=tuple(tokens))
         raise ExpertError(
             f"acts_on is {shortened(record)}; wanted a tail of at least 1 or invocation_tokens."
@@ -70,6 +69,10 @@ class ActsOn:
         if self.invocation:
             return f"from the tokens {shortened(list(self.invocation))} on"
         return f"the prompt's last {self.tail} token{'s' * (self.tail > 1)} and the answer"
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < LONGEST
 
 
 def beginnings(acting: Sequence[ActsOn], prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -6,7 +6,6 @@ written under another name and renamed, so that one that exists is complete.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -28,13 +27,14 @@ from torch import Tensor
 
 from ..base.active_tokens import ActsOn
 from ..base.fingerprint import BaseReference
-from ..base.loading import Base, is_hub_id
+from ..base.loading import Base
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
 from ..files.strict import one_line, read_json_object, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
 from .adapter import adapter_file_names, adapter_files, invocation_of, named_base, read_modules
+from .card import model_card
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora.module import LoraFactors
 from .kinds.registry import kinds
@@ -530,94 +530,3 @@ def _not_finite(expert: Expert) -> Iterator[str]:
     for part, tensor in expert.readings.items():
         if not is_finite(tensor):
             yield f"Expert {expert.name!r}, readings: {part} is not finite."
-
-
-# The model card, which the expert's Hub page shows.
-
-CARD = """\
----
-{front}library_name: {library}
-tags:
-- phatgoose
-- {tag}
----
-
-# {name}
-
-{kind} expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
-lets a pool of such experts choose, for every token and at every module, who acts.
-
-- Base model: `{base_id}`{revision}
-- Base fingerprint: `{fingerprint}`
-- Adapted modules: {sites}
-{acts_on}{task}{hyperparameters}{metrics}
-## Use
-{alone}
-Routed together with others:
-
-```python
-import phatgoose as pg
-model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
-```
-"""
-
-
-ALONE = """
-As an ordinary adapter:
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/{name}")
-```
-"""
-
-LONGEST_CELL = 500
-
-
-def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
-    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
-    in_peft = kinds()[kind].peft_type is not None
-    base = info["base"]
-    # In YAML an id without an owner might be a number.
-    quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
-    return CARD.format(
-        name=info["name"],
-        front=f"base_model: {quoted}\n" if is_hub_id(base["id"]) else "",
-        base_id=_code(base["id"]),
-        revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
-        fingerprint=_code(base["fingerprint"] or "not recorded"),
-        sites=sites,
-        acts_on=_acts_on(info["acts_on"], kind),
-        kind=kinds()[kind].title,
-        tag=kind if in_peft else "adapter",
-        library="peft" if in_peft else "phatgoose",
-        alone=ALONE.format(name=info["name"]) if in_peft else "",
-        task=_section("Task", info["task"]),
-        hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
-        metrics=_section("Metrics", info["metrics"]),
-    )
-
-
-def _acts_on(record: Mapping[str, Any] | None, kind: str) -> str:
-    acts_on = ActsOn.of(record)
-    if acts_on is None:
-        return ""
-    alone = kinds()[kind].peft_type is not None and not acts_on.invocation
-    warning = " PEFT alone doesn't know this and lets it act on all tokens." if alone else ""
-    return f"- Acts on: {_code(str(acts_on))}; before that the base is itself.{warning}\n"
-
-
-def _cell(value: object) -> str:
-    text = html.escape(one_line(value, LONGEST_CELL), quote=False)
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
-
-
-def _code(text: str) -> str:
-    return one_line(text).replace("`", "'")
-
-
-def _section(title: str, values: Mapping[str, Any]) -> str:
-    if not values:
-        return ""
-    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items())
-    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"

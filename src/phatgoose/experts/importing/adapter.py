@@ -109,6 +109,7 @@ def import_adapter(
             }
             adapter = _write_adapter(Path(work), conversion.factors, config)
         else:
+            _check_invocation(config, folder, base, revision)
             modules, untouched = resolved_modules(folder, base, revision)
             adapter = folder if untouched else _write_adapter(Path(work), modules, config)
         found = BaseReference(recorded_id(base), revision)
@@ -154,6 +155,18 @@ def resolved_modules(
         return modules, _same(read_modules(folder), modules)
     except ExpertError:  # its tensors have older names, which only PEFT can read
         return modules, False
+
+
+def _check_invocation(
+    config: Mapping[str, Any], folder: Path, base: str, revision: str | None
+) -> None:
+    if not config.get(INVOCATION):
+        return
+    if load_skeleton(base, revision=revision, offline=False).config.is_encoder_decoder:
+        raise ExpertError(
+            f"{folder} uses {INVOCATION}, which is not supported on an encoder-decoder: prompts "
+            f"have a stack of their own there, and PEFT adds nothing in it."
+        )
 
 
 def _write_adapter(

@@ -100,6 +100,11 @@ def train_expert(
         return finished
     run = TrainingRun.of(base, task, out, training, gates, formatting, name, callback)
     run = replace(run, acting=acting_for(run.base, run.encoder, training.acts_on))
+    if run.acting is not None and not kind_for(peft).new_modules.acts_from_ends:
+        raise ConfigError(
+            f"Experts of the kind {kind_for(peft).name} can't be trained to act from a prompt's "
+            f"end on; leave acts_on out."
+        )
     parameters_at(run.base.model, peft)  # refuses bad settings before anything is written
     with open_work(out, run.identity(peft), resume=resume, restart=restart) as work:
         adapter = _trained_adapter(run, peft)

@@ -28,6 +28,8 @@ from .module import plus_product
 
 
 class NewLoras(NewModules):
+    acts_from_ends = True
+
     def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
         return sum(settings.rank * (site.in_features + site.out_features) for site in sites)
 

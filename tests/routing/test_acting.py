@@ -7,6 +7,7 @@ text after the other, without padding or cache, of the experts that act at each 
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from dataclasses import replace
 
@@ -20,14 +21,22 @@ from oracle import naively_routed
 from phatgoose.base.active_tokens import NEVER, ActsOn, beginnings
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import cache_argument
+from phatgoose.config import Routing, Training
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.routing.export.export import export
+from phatgoose.routing.export.shares import Texts
 from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.routing.saved.tensors import read_saved
 from phatgoose.tasks import batching
-from tiny import make_tokenizer
+from phatgoose.tasks.task import Example
+from tiny import logits_of, make_tokenizer, peft_model
 
 CALL = (7, 8)  # an invocation sequence
 PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])  # none in the 2nd
@@ -386,10 +395,106 @@ def test_a_tokens_experts_are_of_the_active_ones(router):
 
 
 def test_no_setting_but_those_named():
-    from phatgoose.config import Training
-
     for good in ("all", "answer", "generation-prompt", "12"):
         assert Training(acts_on=good).acts_on == good
     for bad in ("0", "-3", "twelve", ""):
         with pytest.raises(ConfigError, match="acts_on"):
             Training(acts_on=bad)
+
+
+# Saving, and leaving for other programs.
+
+
+def with_acting(pool: Pool, acting: tuple[ActsOn | None, ...]) -> Pool:
+    """The experts of `pool`, which has files, with these ends of prompts to act on."""
+    experts = zip(pool.experts, acting, strict=True)
+    return Pool(
+        tuple(
+            replace(each, info=replace(each.info, acts_on=acts_on and acts_on.record()))
+            for each, acts_on in experts
+        )
+    )
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged", "arrow"])
+def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, router):
+    pool, ids = with_acting(llama_pool, MIXED), torch.tensor([PROMPTS[0]])
+    wanted = logits_of(compose(pool, copy.deepcopy(llama), router=router), ids)
+    plain = logits_of(compose(llama_pool, copy.deepcopy(llama), router=router), ids)
+    assert (wanted - plain).abs().max() > 1e-3
+    save(compose(pool, copy.deepcopy(llama), router=router), tmp_path / "saved")
+    first, rest = pool.select(["e0", "e1"]), pool.select(["e2", "e3"])
+    routing = Routing(router=router)
+    save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)
+    save_pool(first, tmp_path / "grown", copy.deepcopy(llama), routing=routing)
+    add_to_saved(tmp_path / "grown", rest)
+    for name in ("saved", "packed", "grown"):
+        folder = tmp_path / name
+        assert json.loads((folder / "routed.json").read_text())["format_version"] == 3
+        assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
+        again = compact(folder) if name == "grown" else read_saved(folder)
+        assert [ActsOn.of(record.get("acts_on")) for record in again.records] == [*MIXED]
+        assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
+    remove_from_saved(tmp_path / "grown", ["e1", "e2", "e3"])
+    compact(tmp_path / "grown")
+    assert json.loads((tmp_path / "grown" / "routed.json").read_text())["format_version"] < 3
+    description = tmp_path / "saved" / "routed.json"
+    content = json.loads(description.read_text())
+    content["experts"][1]["acts_on"] = {"tail": -1}
+    description.write_text(json.dumps(content))
+    with pytest.raises(RoutingError, match="wanted a tail of at least 1"):
+        load(tmp_path / "saved", copy.deepcopy(llama))
+
+
+@pytest.mark.parametrize("router", ["merged", "single:expert=e2"])
+def test_experts_of_one_invocation_leave_as_pefts_alora(llama, llama_pool, tmp_path, router):
+    pool = with_acting(llama_pool, (ActsOn(invocation=CALL),) * 4)
+    model = compose(pool, copy.deepcopy(llama), router=router)
+    found = export(model, tmp_path / "adapter")
+    assert found.fidelity.difference < 1e-5
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == [*CALL]
+    batch = padded([*PROMPTS])
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        got = peft_model(llama, tmp_path / "adapter")(**batch).logits
+    assert_close(got[batch["attention_mask"].bool()], wanted[batch["attention_mask"].bool()])
+    prompt = torch.tensor(PROMPTS[:1])
+    texts = Texts("calls", [Example("x", "")])
+    with pytest.raises(RoutingError, match="weights act on all tokens; export an adapter"):
+        export(model, tmp_path / "merged", merged=True)
+    by_token = compose(pool, copy.deepcopy(llama), router="phatgoose")
+    with pytest.raises(RoutingError, match="e0, e1, e2, e3, whose mixture can't be fixed"):
+        export(by_token, tmp_path / "fixed", texts=texts)
+    assert fidelity_on(model, tmp_path / "adapter", prompt, llama) < 1e-5
+
+
+def fidelity_on(model, adapter, prompt, base) -> float:
+    peft = peft_model(base, adapter)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    one = model.generate(prompt, **options)
+    assert torch.equal(one, peft.generate(input_ids=prompt, **options))
+    return float((logits_of(model, one) - logits_of(peft, one)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("acting", "named"),
+    [
+        ((ActsOn(invocation=CALL), None, None, None), "act e0"),
+        ((ActsOn(invocation=CALL), *[ActsOn(invocation=(7,))] * 3), "act e0, e1, e2, e3"),
+        ((ActsOn(tail=2),) * 4, "act e0, e1, e2, e3"),
+    ],
+)
+def test_experts_of_other_ends_are_not_exported(llama, llama_pool, tmp_path, acting, named):
+    model = compose(with_acting(llama_pool, acting), llama, router="merged")
+    with pytest.raises(RoutingError, match=f"{named}. PEFT has adapters for that, aLoRA"):
+        export(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_lm_eval_is_refused_by_name(llama_pool, tmp_path):
+    harness = pytest.importorskip("phatgoose.apps.harness", reason="needs phatgoose[lm-eval]")
+    pool = with_acting(llama_pool, MIXED)
+    save_pool(pool, tmp_path / "packed", routing=Routing())
+    with pytest.raises(ConfigError, match="lm_eval doesn't hand over where that is"):
+        harness.PhatgooseLM(pool=str(tmp_path / "packed"), dtype="float32")

@@ -229,7 +229,7 @@ def _acting(parts: Composition, shares: Shares, *, merged: bool) -> ActsOn | Non
     found = {
         name: acts_on
         for name, acts_on, is_used in zip(parts.experts, parts.acting, used, strict=True)
-        if is_used
+        if is_used or shares.chosen_for is not None
     }
     named = ", ".join(name for name, acts_on in found.items() if acts_on is not None)
     if not named:

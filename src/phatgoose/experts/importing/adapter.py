@@ -162,6 +162,11 @@ def _check_invocation(
 ) -> None:
     if not config.get(INVOCATION):
         return
+    if config.get("bias", "none") != "none":
+        raise ExpertError(
+            f"{folder} uses {INVOCATION} and trained biases of the base, which act on all tokens; "
+            f"an expert acts either on all of them or from there on."
+        )
     if load_skeleton(base, revision=revision, offline=False).config.is_encoder_decoder:
         raise ExpertError(
             f"{folder} uses {INVOCATION}, which is not supported on an encoder-decoder: prompts "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 import warnings
 from dataclasses import replace
 
@@ -18,11 +19,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from architectures import make_tiny, random_expert
 from oracle import naively_routed
+from phatgoose.apps.generation import Sampling, generate
 from phatgoose.base.active_tokens import NEVER, ActsOn, beginnings
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import cache_argument
 from phatgoose.config import Routing, Training
 from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
@@ -35,7 +38,7 @@ from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.routing.saved.tensors import read_saved
 from phatgoose.tasks import batching
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Task
 from tiny import logits_of, make_tokenizer, peft_model
 
 CALL = (7, 8)  # an invocation sequence
@@ -333,6 +336,46 @@ def test_copies_and_pools_that_change(case):
     assert (composition_of(grown).context is None) == (first.acts_on is None)
     plain = detach(grown)
     assert "generate" not in vars(plain)
+
+
+def test_each_thread_has_its_own_prompts(case):
+    found: dict[str, list[Tensor]] = {}
+
+    def work(side: str) -> None:
+        with torch.no_grad():
+            found[side] = [case.routed(**padded([*PROMPTS], side)).logits for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(side,)) for side in ("left", "right")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for side, passes in found.items():
+        real = padded([*PROMPTS], side)["attention_mask"].bool()
+        wanted = torch.cat([case.wanted(prompt, prompt) for prompt in PROMPTS])
+        for logits in passes:
+            assert_close(logits[real], wanted)
+
+
+def test_compiling_leaves_the_look_at_prompts_alone(case):
+    torch._dynamo.reset()
+    graph, ids = torch.compile(case.routed, backend="eager"), torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        assert_close(graph(ids).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
+    torch._dynamo.reset()
+    whole = torch.compile(case.routed, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="use fullgraph=False"), torch.no_grad():
+        whole(ids)
+    torch._dynamo.reset()
+
+
+def test_evaluation_generates_what_generate_does(llama, llama_pool):
+    model = compose(with_acting(llama_pool, MIXED), copy.deepcopy(llama))
+    rows = tuple(Example(text, "x") for text in ("count:", "a longer prompt, count:", "one two"))
+    found = evaluate(model, Task("open", test=rows), max_new_tokens=5, tokenizer=llama.tokenizer)
+    for example, prediction in zip(rows, found.scores[0].predictions, strict=True):
+        answer = generate(model, llama.tokenizer, example.input, sampling=Sampling(5))
+        assert prediction.answer == answer.text
 
 
 def test_encoder_decoders_are_refused():

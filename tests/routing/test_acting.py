@@ -25,6 +25,7 @@ from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import cache_argument
 from phatgoose.config import Routing, Training
 from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.evaluation.comparison.methods import pool_row
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
@@ -487,6 +488,12 @@ def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, 
     description.write_text(json.dumps(content))
     with pytest.raises(RoutingError, match="wanted a tail of at least 1"):
         load(tmp_path / "saved", copy.deepcopy(llama))
+
+
+def test_results_are_those_of_experts_that_act_alike(llama_pool):
+    pools = [llama_pool, *(with_acting(llama_pool, (end,) * 4) for end in MIXED)]
+    identities = [str(pool_row("a", "a", pool, Routing()).identity) for pool in pools]
+    assert len(set(identities)) == len({None, *MIXED})
 
 
 @pytest.mark.parametrize("router", ["merged", "single:expert=e2"])

@@ -224,7 +224,10 @@ def activity_columns(parts: Composition, site: Site, experts: Tensor) -> list[in
 
     Raises RoutingError where an expert that acts from a prompt's end on can't.
     """
-    acting, known = parts.acting, parts.context.acting if parts.context else ()
+    known = parts.context.acting if parts.context else ()
+    if not known:
+        return []
+    acting = parts.acting
     found = [acting[z] for z in experts.tolist()]
     if any(found) and OWN_EXPERTS in site.name.split("."):
         name = next(parts.experts[z] for z in experts.tolist() if acting[z])

@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Pre
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis.traces import TraceKeeper
+from ...base.active_tokens import ActsOn
 from ...base.fingerprint import BaseReference, dtype_name
 from ...base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
 from ...base.sites import positions_of
@@ -264,7 +265,7 @@ def _numbered(routing: Routing, experts: int) -> Routing:
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
-    return tuple(record.get(key) for key in ("name", *HASHES))
+    return (*(record.get(key) for key in ("name", *HASHES)), ActsOn.of(record.get("acts_on")))
 
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:

@@ -220,6 +220,11 @@ TASK_FILES = (".csv", ".jsonl")
 TRUNCATIONS = ("middle", "left", "right")
 GATE_INPUTS = ("raw", "standardised")
 EMBEDDING_FORMS = ("prompt", "paper")
+ACTS_ON = ("all", "answer", "generation-prompt")
+
+
+def is_acts_on(value: str) -> bool:
+    return value in ACTS_ON or (value.isascii() and value.isdigit() and 0 < int(value) <= 1 << 24)
 
 
 @dataclass(frozen=True)
@@ -244,6 +249,13 @@ class Training(Settings):
         int, "Maximum validation examples to use, drawn by the seed.", AT_LEAST_1
     ] = 500
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
+    acts_on: Annotated[
+        str,
+        "What the expert acts on: all tokens, answer (from the prompt's last token on), "
+        "generation-prompt (from the chat template's on), or from the prompt's last so many tokens "
+        "on. Before that it adds nothing (decoder-only bases).",
+        Limit(f"{', '.join(ACTS_ON)} or a number of tokens", is_acts_on),
+    ] = "all"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tiny import copied_model, make_tokenizer
+from tiny import copied_model, make_ids, make_tokenizer
 
 KINDS = ("t5", "llama", "gpt2", "qwen2")
 TARGETS = {  # attention and feed-forward layers that each kind has, by their short names
@@ -28,6 +28,7 @@ FEEDFORWARD = {"t5": "wo", "llama": "down_proj", "gpt2": "c_proj", "qwen2": "dow
 BLOCKS = {"t5": "block", "llama": "layers", "gpt2": "h", "qwen2": "layers"}
 EMBEDDING = {"t5": "shared", "llama": "embed_tokens", "gpt2": "wte", "qwen2": "embed_tokens"}
 NORM = {"t5": "final_layer_norm", "llama": "norm", "gpt2": "ln_f", "qwen2": "norm"}
+INVOCATION = make_ids(2)[0, 3:5].tolist()  # one of two rows of the tests' tokens has it
 OptionsOf = Callable[[str], Mapping[str, Any]]
 
 
@@ -164,7 +165,7 @@ CASES = (
     Case("bias=lora_only", options=lambda kind: {"bias": "lora_only"}),
     Case("lora_bias", options=lambda kind: {"lora_bias": True}),
     Case("DoRA", options=lambda kind: {"use_dora": True}),
-    Case("aLoRA", options=lambda kind: {"alora_invocation_tokens": [5, 6]}),
+    Case("aLoRA", options=lambda kind: {"alora_invocation_tokens": INVOCATION}),
     Case("PiSSA", options=lambda kind: {"init_lora_weights": "pissa"}),
     Case("OLoRA", options=lambda kind: {"init_lora_weights": "olora"}),
     Case("CorDA", spoil={"init_lora_weights": "corda"}),

@@ -52,9 +52,17 @@ def mixture(
 
 
 def formula(
-    experts: Sequence[Expert], site: str, k: int, vectors: str = "gates"
+    experts: Sequence[Expert],
+    site: str,
+    k: int,
+    vectors: str = "gates",
+    active: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """What `mixture` is at `site`, from tokens u [.., n] to float64 [.., d]."""
+    """What `mixture` is at `site`, from tokens u [.., n] to float64 [.., d].
+
+    Only experts that are `active` [.., E] at a token, by position in `experts`, are chosen there.
+    """
+    here = [z for z, expert in enumerate(experts) if site in expert.modules]
     acting = [expert for expert in experts if site in expert.modules]
     v = torch.stack([getattr(expert, vectors)[site].double() for expert in acting])
     v_bar = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
@@ -67,8 +75,10 @@ def formula(
         exact = u.double()
         variance, mean = torch.var_mean(exact, -1, correction=0, keepdim=True)
         affinities = (exact - mean) / (variance + EPS).sqrt() @ v_bar.T
+        if active is not None:
+            affinities = affinities.masked_fill(~active[..., here], -math.inf)
         chosen = affinities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        powers = (affinities.gather(-1, chosen) / math.sqrt(u.shape[-1])).softmax(-1)
+        powers = (affinities.gather(-1, chosen) / math.sqrt(u.shape[-1])).softmax(-1).nan_to_num(0)
         weights = torch.zeros_like(affinities).scatter(-1, chosen, powers)
         return torch.einsum("...z,zdn,...n->...d", weights, matrices, exact)
 
@@ -77,12 +87,16 @@ def formula(
 
 @contextmanager
 def naively_routed(
-    model: PreTrainedModel, experts: Sequence[Expert], k: int, vectors: str = "gates"
+    model: PreTrainedModel,
+    experts: Sequence[Expert],
+    k: int,
+    vectors: str = "gates",
+    active: Tensor | None = None,
 ) -> Iterator[None]:
     """Add the naive mixture at every site of the plain `model` while the context is open."""
 
     def add_mixture(site: str):
-        added = formula(experts, site, k, vectors)
+        added = formula(experts, site, k, vectors, active)
         return lambda _, args, output: output + added(args[0]).to(output.dtype)
 
     sites = {site for expert in experts for site in expert.modules}

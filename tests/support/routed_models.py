@@ -62,7 +62,7 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
 def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
     context = composition_of(model).context
-    if context is not None and context.router.name == "oracle":
+    if context is not None and context.router is not None and context.router.name == "oracle":
         context.use(context.choose([[]], task=task))
     return model
 

@@ -192,11 +192,11 @@ def test_two_measurements_at_one_time_both_count(llama, tmp_path, monkeypatch):
     expert = trained(llama, tmp_path / "count", train, means=False, readings=False)
     statistics_of = statistics_module.statistics_of
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         with monkeypatch.context() as patch:
             patch.setattr(statistics_module, "statistics_of", statistics_of)
             measure(expert.directory, llama, TASK, means=False, readings=False)
-        return statistics_of(*arguments)
+        return statistics_of(*arguments, **options)
 
     monkeypatch.setattr(statistics_module, "statistics_of", slow)
     measured = measure(expert.directory, llama, TASK, embeddings=False)
@@ -209,9 +209,9 @@ def test_an_expert_that_was_replaced_meanwhile_is_left_alone(llama, tmp_path, mo
     other = train_expert(llama, TASK, out=tmp_path / "other", training=TRAINING, peft=Lora(rank=3))
     statistics_of = statistics_module.statistics_of
 
-    def replaced_meanwhile(*arguments):
+    def replaced_meanwhile(*arguments, **options):
         other.save(expert.directory, overwrite=True)
-        return statistics_of(*arguments)
+        return statistics_of(*arguments, **options)
 
     monkeypatch.setattr(statistics_module, "statistics_of", replaced_meanwhile)
     with pytest.raises(ExpertError, match="has become another expert"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from phatgoose.errors import BaseModelError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import routing_for
 from phatgoose.routing.recording import record
 from scored_tasks import CHOICE_TASK, naive_scores
 from tiny import make_ids, make_tokenizer
@@ -65,6 +67,24 @@ def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
         chosen = torch.cat(passes, dim=1).argmax(dim=-1)  # [rows, tokens]
         assert (chosen == chosen[:, :1]).all()
     assert torch.equal(tokens, generated(model))  # another call, another cache
+
+
+def test_experts_act_from_a_prompts_end_on(mamba):
+    """Each step of a generation has the logits of one pass over prompt and answer, announced."""
+    tails = ({"tail": 3}, None, {"tail": 1})
+    experts = [random_expert(mamba.model, seed) for seed in range(3)]
+    pool = [
+        replace(each, info=replace(each.info, acts_on=tail))
+        for each, tail in zip(experts, tails, strict=True)
+    ]
+    model, ids = compose(Pool(tuple(pool)), mamba, k=2), make_ids(rows=2)
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    for options in ({}, {"use_cache": False}):
+        found = generated(model, **settings, **options)
+        with routing_for(model, ids.tolist()), torch.no_grad():
+            wanted = model(found.sequences[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :]
+        got = torch.stack(found.logits, dim=1)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_tokens_are_recorded_as_they_come(mamba):

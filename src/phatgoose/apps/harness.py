@@ -105,6 +105,11 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         self.arguments = ModelArguments.of(arguments)
         model = _open_routed(self.arguments)
         parts = composition_of(model)
+        if any(parts.acting):
+            raise ConfigError(
+                "Some experts act from a prompt's end on, and lm_eval doesn't hand over where that "
+                "is; score the model with 'phatgoose evaluate', or leave such experts out."
+            )
         if parts.context is not None:
             raise ConfigError(
                 f"Router {parts.routing.name} needs whole examples, which lm_eval hands over in "

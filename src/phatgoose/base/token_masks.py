@@ -210,6 +210,33 @@ def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
     return None if tokens.shape is None else tokens.real(tuple(tokens.shape))
 
 
+def token_positions(given: Mapping[str, Any]) -> Tensor | None:
+    """The position of each token of a causal model's call in its text, [rows, columns].
+
+    `given` are the call's arguments. Padding isn't counted; its own positions mean nothing. None
+    for a call without tokens.
+    """
+    tokens = _streams(_STACK, given)["decoder"]
+    if tokens.shape is None:
+        return None
+    (rows, columns), past, mask = tokens.shape, tokens.past or 0, tokens.mask
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        keys = mask.shape[1]
+        first = past if past + columns <= keys else keys - columns
+        counted = mask.long().cumsum(dim=-1) - 1
+        return counted[:, first : first + columns].clamp(min=0).expand(rows, -1)
+    given_positions = given.get("position_ids")
+    if isinstance(given_positions, Tensor) and given_positions.dim() == 2:
+        return given_positions.expand(rows, -1)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == columns:
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        return (seen.sum(dim=-1) - 1).clamp(min=0).expand(rows, -1)
+    ids = next(given[name] for name in _OWN.tokens if given.get(name) is not None)
+    return torch.arange(past, past + columns, device=ids.device).expand(rows, -1)
+
+
 def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
     """The modules that a caller may call for a pass, with the argument names of their streams."""
     if not model.config.is_encoder_decoder:

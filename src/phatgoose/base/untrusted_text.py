@@ -163,12 +163,18 @@ class UntrustedText:
         self._process = self._finalizer = None
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    begins_answer: bool = True,
+) -> str:
     """`messages` as the tokenizer's chat template writes them, followed by the answer's beginning.
 
-    Raises BaseModelError when the template can't or doesn't within its limits.
+    That beginning, the generation prompt, is left out unless `begins_answer`. Raises
+    BaseModelError when the template can't or doesn't within its limits.
     """
-    rendered = _shared(os.getpid()).chat(*chat_of(tokenizer, messages))
+    rendered = _shared(os.getpid()).chat(*chat_of(tokenizer, messages, begins_answer))
     if rendered.length > MOST_CHARACTERS:
         raise BaseModelError(
             f"The base's chat template writes {rendered.length} characters; at most "
@@ -178,7 +184,9 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 
 
 def chat_of(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    begins_answer: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """(the tokenizer's chat template, its variables for `messages`). Raises BaseModelError."""
     try:
@@ -186,7 +194,7 @@ def chat_of(
     except ValueError as error:  # several templates and none of them the default
         raise BaseModelError(one_line(error)) from error
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    given = {"messages": [dict(each) for each in messages], "add_generation_prompt": True}
+    given = {"messages": [dict(each) for each in messages], "add_generation_prompt": begins_answer}
     return str(template), {**special, **given, "tools": None, "documents": None}
 
 

@@ -2,7 +2,8 @@
 
 kinds/       what an expert of each kind adds at a site: LoRA, (IA)³, bottleneck adapter
 adapter.py   the registry of kinds; which one a directory holds, and whether it fits a base
-expert.py    the expert directory, and its model card
+expert.py    the expert directory
+card.py      its model card, which the Hub shows
 readings.py  what it shares of how the base reads its prompts
 signing.py   signatures of its files
 hub.py       experts on the Hugging Face Hub

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..base.active_tokens import ActsOn, active_share
 from ..base.sites import Site, WrappedLinear, find_sites, linear_shape, replaced
 from ..errors import ExpertError
 from .kinds.kind import AdapterFiles, SiteModule
-from .kinds.peft import PEFT_FILES
+from .kinds.peft import INVOCATION, PEFT_FILES
 from .kinds.registry import Kind, loaded_kinds
 
 
@@ -70,6 +71,15 @@ def named_base(directory: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
+def invocation_of(directory: Path) -> ActsOn | None:
+    """What an adapter of PEFT's aLoRA acts on; None for others, which act on all tokens."""
+    files = adapter_files(directory)
+    if files is not PEFT_FILES:
+        return None
+    tokens = files.read_config(directory).get(INVOCATION)
+    return ActsOn.of({"invocation_tokens": tokens}) if tokens else None
+
+
 def check_fit(
     name: str,
     modules: Mapping[str, SiteModule],
@@ -116,7 +126,8 @@ class ModifiedLinear(WrappedLinear):
         return 1.0
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.module.apply(self.base, u, self.strength(u))
+        strength, active = self.strength(u), active_share(u)
+        return self.module.apply(self.base, u, strength if active is None else strength * active)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ written under another name and renamed, so that one that exists is complete.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -26,14 +25,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..base.active_tokens import ActsOn
 from ..base.fingerprint import BaseReference
-from ..base.loading import Base, is_hub_id
+from ..base.loading import Base
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
 from ..files.strict import one_line, read_json_object, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
-from .adapter import adapter_file_names, adapter_files, named_base, read_modules
+from .adapter import adapter_file_names, adapter_files, invocation_of, named_base, read_modules
+from .card import model_card
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora.module import LoraFactors
 from .kinds.registry import kinds
@@ -112,6 +113,7 @@ TYPES: dict[str, Any] = {  # of every field but the version
     "embeddings_sha256": OPTIONAL,
     "embedder": OPTIONAL,
     "embedding_form": OPTIONAL,
+    "acts_on": (dict, NoneType),
     "task": dict,
     "hyperparameters": dict,
     "metrics": dict,
@@ -123,7 +125,8 @@ class ExpertInfo:
     """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
 
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
-    before it was recorded: theirs is the paper's.
+    before it was recorded: theirs is the paper's. `acts_on` is the record of an `ActsOn`, None for
+    experts that act on all tokens.
     """
 
     name: str
@@ -137,6 +140,7 @@ class ExpertInfo:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     embedder: str | None = None
     embedding_form: str | None = None
+    acts_on: Mapping[str, Any] | None = None
 
 
 def check_name(name: str) -> None:
@@ -172,14 +176,19 @@ def read_info(path: Path) -> ExpertInfo:
         value = attrgetter(key)(info)
         if not isinstance(value, wanted) or (isinstance(value, str) and not value.isprintable()):
             raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
+    try:
+        ActsOn.of(info.acts_on)
+    except ExpertError as error:
+        raise ExpertError(f"{path}: {error}") from error
     return info
 
 
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = _without_nan(asdict(info))
-    if info.embedding_form is None:
-        del content["embedding_form"]
+    for name in ("embedding_form", "acts_on"):  # later than the format
+        if content[name] is None:
+            del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -251,6 +260,11 @@ class Expert:
         """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
 
+    @property
+    def acts_on(self) -> ActsOn | None:
+        """The end of prompts that it acts on, None for all tokens."""
+        return ActsOn.of(self.info.acts_on)
+
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
         """The LoRA factors by site; empty for an expert of another kind."""
@@ -283,11 +297,13 @@ class Expert:
         task: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        acts_on: ActsOn | None = None,
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
-        and without a fingerprint, `name` to the name of the adapter's folder. Raises ExpertError
+        and without a fingerprint, `name` to the name of the adapter's folder, `acts_on` to the
+        invocation tokens that an adapter of PEFT's aLoRA names. Raises ExpertError
         when the adapter can't be used or names no base where none is given, when a vector doesn't
         fit its site, and when embeddings aren't what the format wants.
         """
@@ -300,6 +316,7 @@ class Expert:
         check_name(name)
         if isinstance(base, Base):
             base = base.reference
+        acts_on = acts_on or invocation_of(directory)
         info = ExpertInfo(
             name=name,
             base=base,
@@ -309,6 +326,7 @@ class Expert:
             metrics=metrics or {},
             embedder=embedder,
             embedding_form=embedding_form,
+            acts_on=acts_on.record() if acts_on else None,
         )
         expert = cls(
             info,
@@ -319,7 +337,9 @@ class Expert:
             embeddings,
             _plain(readings or {}),
         )
-        for problem in chain(_vector_problems(expert), _not_finite(expert)):
+        for problem in chain(
+            _invocation_problems(expert), _vector_problems(expert), _not_finite(expert)
+        ):
             raise ExpertError(problem)
         return expert
 
@@ -455,7 +475,22 @@ def _problems(expert: Expert) -> Iterator[str]:
                 f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
                 f"is {got[:12]}…, wanted {wanted[:12]}…."
             )
+    yield from _invocation_problems(expert)
     yield from _vector_problems(expert)
+
+
+def _invocation_problems(expert: Expert) -> Iterator[str]:
+    # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
+    named = invocation_of(expert.directory)
+    recorded = expert.acts_on
+    in_peft = kinds()[expert.kind].peft_type == "LORA"
+    if named is None and (recorded is None or not recorded.invocation or not in_peft):
+        return
+    if named != recorded:
+        yield (
+            f"Expert {expert.name!r} acts on {recorded or 'all tokens'}, but its adapter's "
+            f"alora_invocation_tokens say {named or 'all tokens'}."
+        )
 
 
 def _vector_problems(expert: Expert) -> Iterator[str]:
@@ -495,84 +530,3 @@ def _not_finite(expert: Expert) -> Iterator[str]:
     for part, tensor in expert.readings.items():
         if not is_finite(tensor):
             yield f"Expert {expert.name!r}, readings: {part} is not finite."
-
-
-# The model card, which the expert's Hub page shows.
-
-CARD = """\
----
-{front}library_name: {library}
-tags:
-- phatgoose
-- {tag}
----
-
-# {name}
-
-{kind} expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
-lets a pool of such experts choose, for every token and at every module, who acts.
-
-- Base model: `{base_id}`{revision}
-- Base fingerprint: `{fingerprint}`
-- Adapted modules: {sites}
-{task}{hyperparameters}{metrics}
-## Use
-{alone}
-Routed together with others:
-
-```python
-import phatgoose as pg
-model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
-```
-"""
-
-
-ALONE = """
-As an ordinary adapter:
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/{name}")
-```
-"""
-
-LONGEST_CELL = 500
-
-
-def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
-    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
-    in_peft = kinds()[kind].peft_type is not None
-    base = info["base"]
-    # In YAML an id without an owner might be a number.
-    quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
-    return CARD.format(
-        name=info["name"],
-        front=f"base_model: {quoted}\n" if is_hub_id(base["id"]) else "",
-        base_id=_code(base["id"]),
-        revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
-        fingerprint=_code(base["fingerprint"] or "not recorded"),
-        sites=sites,
-        kind=kinds()[kind].title,
-        tag=kind if in_peft else "adapter",
-        library="peft" if in_peft else "phatgoose",
-        alone=ALONE.format(name=info["name"]) if in_peft else "",
-        task=_section("Task", info["task"]),
-        hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
-        metrics=_section("Metrics", info["metrics"]),
-    )
-
-
-def _cell(value: object) -> str:
-    text = html.escape(one_line(value, LONGEST_CELL), quote=False)
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
-
-
-def _code(text: str) -> str:
-    return one_line(text).replace("`", "'")
-
-
-def _section(title: str, values: Mapping[str, Any]) -> str:
-    if not values:
-        return ""
-    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items())
-    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"

@@ -36,6 +36,7 @@ from .routers.automatic import settled
 from .routers.prompt_router import ByPrompt
 from .routers.registry import AUTO
 from .routers.router import (
+    OWN_EXPERTS,
     RouterSite,
     Scores,
     check_routing,
@@ -116,6 +117,7 @@ def prepare(
         prompt_router = router.for_model(router.tables(pool, scores), found.tokenizer)
     sites = find_sites(found.model)
     check_pool_fits(pool, sites)
+    check_acting(found.model, pool)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -133,6 +135,16 @@ def prepare(
 def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
     for each in pool.experts:
         check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
+
+
+def check_acting(model: PreTrainedModel, pool: Pool) -> None:
+    """Raise RoutingError for experts that act from a prompt's end on in an encoder-decoder."""
+    names = [repr(expert.name) for expert in pool.experts if expert.acts_on is not None]
+    if names and model.config.is_encoder_decoder:
+        raise RoutingError(
+            f"{', '.join(names)} act from a prompt's end on, but in an encoder-decoder prompts "
+            f"have a stack of their own; leave them out, or use a decoder-only base."
+        )
 
 
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
@@ -181,6 +193,8 @@ def routed_layer(
     where that is cheaper. Raises as `checks` does.
     """
     router, plain, size = parts.router, stack.plain_lora, len(parts.experts)
+    columns = activity_columns(parts, site, stack.experts)
+    may_fold = may_fold and not any(columns)
     if plain and may_fold and router.folds and is_cheaper_folded(original, plain):
         check_numbers(stack, site.name, parts.experts)
         folded = folded_weight(original, plain, size)
@@ -193,7 +207,35 @@ def routed_layer(
     # Of a quantised layer the type is of integers.
     kind = weight.dtype if weight.is_floating_point() else stack.dtype
     module.to(execution_device(original), kind)
-    return RoutedLinear(original, site, stack, module, parts.routing.kernel, router.product)
+    return RoutedLinear(
+        original,
+        site,
+        stack,
+        module,
+        parts.routing.kernel,
+        router.product,
+        parts.context,
+        columns,
+    )
+
+
+def activity_columns(parts: Composition, site: Site, experts: Tensor) -> list[int]:
+    """The columns of the `experts` [E] at `site` in an Activity of the context: 0 acts always.
+
+    Raises RoutingError where an expert that acts from a prompt's end on can't.
+    """
+    known = parts.context.acting if parts.context else ()
+    if not known:
+        return []
+    acting = parts.acting
+    found = [acting[z] for z in experts.tolist()]
+    if any(found) and OWN_EXPERTS in site.name.split("."):
+        name = next(parts.experts[z] for z in experts.tolist() if acting[z])
+        raise RoutingError(
+            f"Expert {name!r} acts from a prompt's end on, but {site.name} is inside one of the "
+            f"base's own experts, which see some tokens only; leave it out."
+        )
+    return [known.index(each) + 1 if each else 0 for each in found]
 
 
 def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base.active_tokens import ActsOn
 from ..base.fingerprint import BaseReference, Mark
 from ..base.sites import ROUTED
 from ..config import Routing
@@ -26,9 +27,10 @@ class Composition:
     """What a routed model is made of; found on it as `model.phatgoose`.
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site. `prompt_router` chooses for whole prompts and `context` has its choice for the
-    present batch; None where experts are chosen for every token. `marks` tell whether the base was
-    changed since it was routed, `differs` whether it was before.
+    layers by site. `prompt_router` chooses for whole prompts, None where experts are chosen for
+    every token. `context` has its choice for the present batch, and where in it those experts act
+    that act from a prompt's end on; None without either. `marks` tell whether the base was changed
+    since it was routed, `differs` whether it was before.
     """
 
     base: BaseReference
@@ -43,11 +45,17 @@ class Composition:
     differs: bool = False
 
     def __post_init__(self) -> None:
-        self.context = RoutingContext(self.prompt_router) if self.prompt_router else None
+        if self.prompt_router is not None or any(self.acting):
+            self.context = RoutingContext(self.prompt_router, self.acting)
 
     def __repr__(self) -> str:
         what = f"{self.routing.router} on {self.base.id!r}"
         return f"<Composition by {what} (experts: {len(self.experts)})>"
+
+    @property
+    def acting(self) -> tuple[ActsOn | None, ...]:
+        """The end of prompts that each expert acts on, None for those that act on all tokens."""
+        return tuple(ActsOn.of(record.get("acts_on")) for record in self.records)
 
     @cached_property
     def router(self) -> Router:
@@ -78,10 +86,10 @@ def routing_for(
     """Passes of `model` in this thread are about `prompts`, given by tokens, one row for each.
 
     Yields a function that takes the rows' indices in `prompts`, to call before each pass of others
-    than all of them in order. Only routers that choose for whole prompts go by this; in other
-    models, routed or not, nothing changes. An evaluation names its `task`, by which router oracle
-    chooses and random routers start anew, and the `examples`, which retrieval in the paper's form
-    embeds. Raises what `PromptRouter.choose` does.
+    than all of them in order. Only routers that choose for whole prompts and experts that act from
+    a prompt's end on go by this; in other models, routed or not, nothing changes. An evaluation
+    names its `task`, by which router oracle chooses and random routers start anew, and the
+    `examples`, which retrieval in the paper's form embeds. Raises what `PromptRouter.choose` does.
     """
     parts = composition_if_any(model)
     context = parts.context if parts else None
@@ -91,9 +99,14 @@ def routing_for(
     if context is None:
         yield lambda _: None
         return
-    found = context.choose(prompts, examples=examples, task=task)
-    context.use(found)
+    found = context.turn(prompts, examples=examples, task=task)
+    context.use(found.choice, found.beginnings)
+
+    def use(rows: Sequence[int]) -> None:
+        some = found.of(rows)
+        context.use(some.choice, some.beginnings)
+
     try:
-        yield lambda rows: context.use(found.of(rows))
+        yield use
     finally:
         context.use(None)

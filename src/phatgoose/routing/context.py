@@ -1,7 +1,8 @@
-"""The routing context of a model: which experts act on each row of the present batch.
+"""The routing context of a model: which experts act on each row of the present batch, and where.
 
-All sites of a model whose router chooses for whole prompts share one. `composition.routing_for`
-announces prompts to it; it reads those that pass unannounced by itself, in hooks of the model.
+All sites of a model share one if its router chooses for whole prompts, or if some of its experts
+act from a prompt's end on. `composition.routing_for` announces prompts to it; it reads those that
+pass unannounced by itself, in hooks of the model.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..base.active_tokens import IN_ANSWER, NEVER, ActsOn, beginnings
 from ..base.sites import ROUTED
 from ..base.token_masks import (
     cache_of,
@@ -25,10 +27,12 @@ from ..base.token_masks import (
     callable_parts,
     given_arguments,
     real_tokens,
+    token_positions,
 )
 from ..errors import RoutingError
 from .watching import unwatched
 
+Result = TypeVar("Result")
 NOBODY = -1  # stands among experts for none: the base's own output
 
 
@@ -112,9 +116,97 @@ class Chooser(Protocol):
     ) -> Choice: ...
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What is known of some prompts: their experts, and where those of `acting` begin in them.
+
+    `choice` is None for routers that choose for every token, `beginnings` [rows, acting] where all
+    experts act on all tokens.
+    """
+
+    choice: Choice | None = None
+    beginnings: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Iterable[Turn]) -> Turn:
+        held = list(parts)
+        choices = [part.choice for part in held if part.choice is not None]
+        begin = [part.beginnings for part in held if part.beginnings is not None]
+        return cls(Choice.joined(choices) if choices else None, torch.cat(begin) if begin else None)
+
+    def of(self, rows: Sequence[int]) -> Turn:
+        choice, begin = self.choice, self.beginnings
+        return Turn(choice and choice.of(rows), None if begin is None else begin[list(rows)])
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Where in a pass the experts of `acting` act: `mask` [tokens, 1 + acting].
+
+    Column 0 is that of experts that always act. `whole` and `partly` tell for each column whether
+    it is all True, and whether any of it is.
+    """
+
+    mask: Tensor
+    whole: tuple[bool, ...]
+    partly: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, positions: Tensor, begin: Tensor) -> Activity:
+        """Of tokens at `positions` [rows, columns], `begin` [rows or tokens, acting]."""
+        rows, columns = positions.shape
+        if len(begin) != rows * columns:
+            times, rest = divmod(rows, len(begin))  # beams repeat rows
+            if rest or not times:
+                raise RoutingError(
+                    f"{rows} rows can't be shared out to {len(begin)} prompts, at whose end some "
+                    f"experts begin to act."
+                )
+            begin = begin.repeat_interleave(times * columns, dim=0)
+        acts = positions.reshape(-1, 1) >= begin.to(positions.device)
+        mask = torch.cat([torch.ones_like(acts[:, :1]), acts], dim=1)
+        whole, partly = torch.stack([mask.all(dim=0), mask.any(dim=0)]).tolist()
+        return cls(mask, tuple(whole), tuple(partly))
+
+
+class _Asked:
+    """A call of `generate`: the prompt's `ids` or embeddings, its mask, and what was made of it."""
+
+    def __init__(self, inputs: Any, given: Mapping[str, Any]) -> None:
+        embeds = given.get("inputs_embeds")
+        self.ids = inputs if isinstance(inputs, Tensor) and inputs.dim() == 2 else None
+        known = embeds if self.ids is None and isinstance(embeds, Tensor) else self.ids
+        self.shape = None if known is None else tuple(known.shape[:2])
+        mask = given.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.beginnings: Tensor | None = None
+        config = given.get("generation_config")
+        heals = given.get("token_healing", getattr(config, "token_healing", False))
+        self.changes_prompts = bool(heals)
+
+    def mask_in(self, given: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens of the prompt are real, as the first pass, `given`, shows it; or None."""
+        rows, columns = self.shape or (0, 0)
+        mask = given.get("attention_mask") if self.mask is None else self.mask
+        if mask is None:
+            return torch.ones(rows, columns, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real: Tensor | None = mask.bool()
+        else:
+            positions, real = token_positions(given), real_tokens(given)  # None: all are
+            if real is None and positions is not None:
+                real = torch.ones_like(positions).bool()
+        if real is None or real.shape[1] < columns or len(real) % rows:
+            return None
+        return real[:: len(real) // rows, :columns]
+
+
 class _Present(threading.local):
     choice: Choice | None = None  # as `RoutingContext.choice`
+    beginnings: Tensor | None = None  # of the rows' prompts, as `Turn.beginnings`
+    activity: Activity | None = None  # of the pass under way
     announced = False  # by somebody, rather than read
+    asked: _Asked | None = None  # the call of `generate` under way
     prompt: Tensor | None = None  # read last
     length = 0  # of that prompt by now
     given: int | None = None  # columns of the prompt that `generate` was given, until it is read
@@ -123,14 +215,17 @@ class _Present(threading.local):
     checked: Tensor | None = None  # encoder outputs found to be those
 
 
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+def uncompiled(hook: Callable[..., Result]) -> Callable[..., Result]:
     reason = "Routers that read prompts look at tokens; use fullgraph=False."
-    left_alone: Callable[..., None] = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
+    left_alone: Callable[..., Result] = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
     return left_alone
 
 
 class RoutingContext:
     """Which experts act on each row of the present batch; every thread has a batch of its own.
+
+    `router` None leaves the choice to routers for every token. `acting` are the ends of prompts
+    that some experts act on; then each pass has an `activity`, by the tokens' positions.
 
     A pass that goes on where an earlier one ended, from its cache or from what its encoder gave, is
     served by the experts of that one's prompt; where nobody has read it, it is refused. A first
@@ -138,8 +233,9 @@ class RoutingContext:
     tells them apart for certain: so `generate` of a causal model notes how long its prompt is.
     """
 
-    def __init__(self, router: Chooser) -> None:
+    def __init__(self, router: Chooser | None, acting: Sequence[ActsOn | None] = ()) -> None:
         self.router = router
+        self.acting = tuple(dict.fromkeys(each for each in acting if each is not None))
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
         self._begin_anew()
@@ -147,7 +243,7 @@ class RoutingContext:
     def _begin_anew(self) -> None:
         self._present = _Present()
         # Weak: a cache that its owner drops takes its choice along.
-        self._of_caches: WeakKeyDictionary[Any, Choice] = WeakKeyDictionary()
+        self._of_caches: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_present", "_of_caches")
@@ -162,12 +258,50 @@ class RoutingContext:
         """The experts of this thread's rows, or of all as one row; None if unknown."""
         return self._present.choice
 
-    def use(self, choice: Choice | None) -> None:
-        """Use `choice` for the rows of the passes to come; None goes back to reading prompts."""
-        self._present.choice, self._present.announced = choice, choice is not None
+    def use(self, choice: Choice | None, beginnings: Tensor | None = None) -> None:
+        """Use these for the rows of the passes to come; None goes back to reading prompts."""
+        present = self._present
+        present.choice, present.beginnings = choice, beginnings
+        present.announced = choice is not None or beginnings is not None
 
     def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
+        if self.router is None:
+            raise RoutingError("This model's router chooses for every token, for no whole prompt.")
         return self.router.choose(prompts, self._model, **known)
+
+    def turn(self, prompts: Sequence[Sequence[int]], **known: Any) -> Turn:
+        """What there is to use for `prompts`; raises what the router's `choose` does."""
+        return Turn(
+            self.choose(prompts, **known) if self.router else None,
+            beginnings(self.acting, prompts) if self.acting else None,
+        )
+
+    def active(self, columns: Tensor, tokens: int) -> Tensor | None:
+        """Which experts of a site are active at each of the pass's `tokens`, [tokens, E].
+
+        `columns` [E] are those of `Activity`. None where all are. Raises RoutingError outside of a
+        pass of the model, and where the site sees other tokens than the pass has.
+        """
+        found = self._present.activity
+        if found is None:
+            raise RoutingError(
+                "Some experts act from a prompt's end on, and nothing tells where that is: a layer "
+                "was called outside of a pass of its model, as gradient checkpointing does. Turn "
+                "that off, or call the model."
+            )
+        if all(found.whole):
+            return None
+        if len(found.mask) != tokens:
+            raise RoutingError(
+                f"Some experts act from a prompt's end on, but a layer sees {tokens} of a pass's "
+                f"{len(found.mask)} tokens, as inside one of the base's own experts."
+            )
+        return found.mask.to(columns.device)[:, columns]
+
+    def acts(self, columns: Sequence[int]) -> bool:
+        """False where no expert of these columns of `Activity` acts in the present pass."""
+        found = self._present.activity
+        return found is None or any(found.partly[column] for column in columns)
 
     def of_each(self, u: Tensor, sees_all: bool = True, block: int = 0) -> Choice:
         """The experts of each token of u [T, n] in a block, [T, k]: T / rows tokens in turn.
@@ -177,9 +311,8 @@ class RoutingContext:
         """
         known = self.choice
         if known is None:
-            raise RoutingError(
-                self.router.unserved or "Nothing has told the router yet what its inputs are."
-            )
+            unserved = self.router.unserved if self.router else None
+            raise RoutingError(unserved or "Nothing has told the router yet what its inputs are.")
         known = known.at(block)
         if not sees_all:
             known = _of_any(known)
@@ -194,7 +327,7 @@ class RoutingContext:
     def attach(self, model: PreTrainedModel) -> None:
         """Read every new prompt that `model` is given, if the router can go by prompts alone."""
         self._model = model
-        if self.router.unserved:
+        if self.router is not None and self.router.unserved and not self.acting:
             return
         # Generation calls the encoder by itself, and a decoder never sees the prompt.
         parts = (model.get_encoder(),) if model.config.is_encoder_decoder else callable_parts(model)
@@ -219,26 +352,35 @@ class RoutingContext:
             vars(self._model).pop("generate", None)  # the model's own is its class's
         self._model = None
 
-    @_uncompiled
+    @uncompiled
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         present = self._present
         # Parts call each other: only the outermost call's arguments are the caller's.
         depth = 1 if part is self._model else present.depth + 1  # whatever broke off before
-        if depth == 1 and not present.announced:
-            self._read(given_arguments(part, args, kwargs))  # may call the model itself
+        if depth == 1:
+            present.activity = None  # of a pass that broke off
+            given = given_arguments(part, args, kwargs)
+            if not present.announced:
+                self._read(given)  # may call the model itself
+            if self.acting:
+                present.activity = self._activity(given)
         present.depth = depth
 
-    @_uncompiled
+    @uncompiled
     def _end(self, part: nn.Module, _: Any, output: Any) -> None:
         present = self._present
-        if present.depth == 1 and output is not None and present.choice is not None:
+        turn = Turn(present.choice, present.beginnings)
+        is_known = turn.choice is not None or turn.beginnings is not None
+        if present.depth == 1 and output is not None and is_known:
             if part is not self._model:  # the encoder, or else nobody will look at it
                 present.encoded, present.checked = output[0], None
             for cache in filter(_is_cache, _values(output)):
-                self._of_caches[cache] = present.choice
+                self._of_caches[cache] = turn
         present.depth = max(0, present.depth - 1)
+        if present.depth == 0:
+            present.activity = None
 
-    @_uncompiled
+    @uncompiled
     def _check_encoded(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -247,35 +389,105 @@ class RoutingContext:
             return
         if present.encoded is None or not _is_same(given[0], present.encoded):
             raise RoutingError(
-                f"Router {self.router.name} chooses by the prompts that the encoder read last, and "
+                f"Router {self._name} chooses by the prompts that the encoder read last, and "
                 f"these encoder_outputs are those of others; pass input_ids in their place."
             )
         present.checked = given[0]
 
+    @property
+    def _name(self) -> str:
+        return self.router.name if self.router else ""
+
+    @property
+    def _who(self) -> str:
+        if self.router is None:
+            return "This model has experts that act from a prompt's end on"
+        return f"Router {self._name} reads whole {{}}"
+
     def _read(self, given: Mapping[str, Any]) -> None:
-        ids, present, cache = given.get("input_ids"), self._present, cache_of(given)
+        present, cache = self._present, cache_of(given)
         known, cached = _is_cache(cache) and cache in self._of_caches, cached_tokens(given)
         # It goes on with prompts that were read before. Caches of states alone don't tell their
         # length; then any that is known counts.
-        if known if cached is None else cached > 0:
-            present.choice = self._of_cache(cache)
-            return
-        name = self.router.name
-        if given.get("cu_seq_lens_q") is not None:
+        goes_on = known if cached is None else cached > 0
+        if given.get("cu_seq_lens_q") is not None and not goes_on:
             raise RoutingError(
-                f"Router {name} reads whole inputs, but several share a row here (continuous "
+                f"{self._who.format('inputs')}, but several share a row here (continuous "
                 f"batching); use generate with a padded batch."
             )
+        asked = present.asked if self.acting else None
+        if self.router is None and asked is not None and asked.shape is not None:
+            present.beginnings = self._asked_for(asked, given)
+        elif goes_on:
+            turn = self._of_cache(cache)
+            present.choice, present.beginnings = turn.choice, turn.beginnings
+        else:
+            self._read_prompts(given)
+
+    def _read_prompts(self, given: Mapping[str, Any]) -> None:
+        ids, present = given.get("input_ids"), self._present
         if ids is None:
-            raise RoutingError(f"Router {name} reads the input's tokens; pass input_ids.")
+            if self.router is None:
+                self._read_embedded(given)
+                return
+            raise RoutingError(f"Router {self._name} reads the input's tokens; pass input_ids.")
         if given.get("use_cache") is not False or not self._grew(ids):
             end, real = self._prompt_end(given), real_tokens(given)
             real = torch.ones_like(ids).bool() if real is None else real
             kept = zip(ids[:, :end], real[:, :end], strict=True)
             # Padding is left out, so a prompt's choice doesn't depend on its batch.
-            present.choice = self.choose([row[keep].tolist() for row, keep in kept])
+            turn = self.turn([row[keep].tolist() for row, keep in kept])
+            present.choice, present.beginnings = turn.choice, turn.beginnings
             present.prompt, present.given = ids.cpu(), None
         present.length = ids.shape[1]
+
+    def _read_embedded(self, given: Mapping[str, Any]) -> None:
+        embeds = given.get("inputs_embeds")
+        if embeds is None:
+            raise RoutingError("The model was given neither input_ids nor inputs_embeds.")
+        self._prompt_end({**given, "input_ids": embeds[..., 0]})
+        real = real_tokens({**given, "input_ids": embeds[..., 0]})
+        rows, columns = embeds.shape[:2]
+        lengths = [columns] * rows if real is None else real.sum(dim=1).tolist()
+        self._present.beginnings = self._by_lengths(lengths)
+
+    def _asked_for(self, asked: _Asked, given: Mapping[str, Any]) -> Tensor:
+        """Where experts begin in the prompts that `generate` was given, whatever a pass has."""
+        if asked.beginnings is None:
+            real = None if asked.changes_prompts else asked.mask_in(given)
+            if real is None:
+                raise RoutingError(
+                    "This model has experts that act from a prompt's end on, and the passes of "
+                    "generate don't show where that is. Pass generate an attention_mask of two "
+                    "dimensions, and leave token_healing out."
+                )
+            if asked.ids is None:
+                asked.beginnings = self._by_lengths(real.sum(dim=1).tolist())
+            else:
+                rows = zip(asked.ids, real.to(asked.ids.device), strict=True)
+                prompts = [row[keep].tolist() for row, keep in rows]
+                asked.beginnings = beginnings(self.acting, prompts)
+        return asked.beginnings
+
+    def _by_lengths(self, lengths: Sequence[int]) -> Tensor:
+        if any(each.invocation for each in self.acting):
+            raise RoutingError(
+                "This model has experts that act from an invocation sequence of tokens on; pass "
+                "input_ids, in which it can be found."
+            )
+        return beginnings(self.acting, [range(length) for length in lengths])
+
+    def _activity(self, given: Mapping[str, Any]) -> Activity | None:
+        begin, cache = self._present.beginnings, cache_of(given)
+        if begin is None:
+            return None
+        positions = token_positions(given)
+        if positions is None:
+            raise RoutingError("The model was given neither input_ids nor inputs_embeds.")
+        # A cache of states alone doesn't tell its length, but its prompt has been read whole.
+        if cache is not None and cached_tokens(given) is None and cache in self._of_caches:
+            positions = torch.full_like(positions, IN_ANSWER)
+        return Activity.of(positions, begin)
 
     def _prompt_end(self, given: Mapping[str, Any]) -> int:
         columns, prompt = given["input_ids"].shape[1], self._present.given
@@ -286,21 +498,21 @@ class RoutingContext:
             return int(columns - drafts)
         if prompt is None:
             raise RoutingError(
-                f"Router {self.router.name} reads whole prompts, and can't say where this one "
+                f"{self._who.format('prompts')}, and can't say where this one "
                 f"ends: the pass keeps {kept} logits (logits_to_keep), as if drafts of an answer "
                 f"followed. Call the model's own generate, or leave logits_to_keep out."
             )
         raise RoutingError(
-            f"Router {self.router.name} reads whole prompts: generate was given one of {prompt} "
+            f"{self._who.format('prompts')}: generate was given one of {prompt} "
             f"tokens, and its first pass has {columns}. Leave out what cuts or changes prompts "
             f"(prefill_chunk_size, token_healing)."
         )
 
-    def _of_cache(self, cache: Any) -> Choice:
+    def _of_cache(self, cache: Any) -> Turn:
         known = self._of_caches.get(cache)
         if known is None:
             raise RoutingError(
-                f"Router {self.router.name} reads whole prompts, and has not read the one in this "
+                f"{self._who.format('prompts')}, and has not read the one in this "
                 f"cache (a copy is another cache); pass the whole prompt without a cache."
             )
         return known
@@ -317,12 +529,13 @@ def _generate(
 ) -> Any:
     present, given = context._present, kwargs.get("input_ids") if inputs is None else inputs
     before = present.given  # of a call around this one: the model may be its own assistant
+    outer, present.asked = present.asked, _Asked(given, kwargs)
     present.given = given.shape[1] if isinstance(given, Tensor) and given.dim() == 2 else None
     present.prompt = None  # what comes first is a new prompt
     try:
         return type(model).generate(model, inputs, *args, **kwargs)
     finally:
-        present.given = before
+        present.given, present.asked = before, outer
 
 
 def _of_any(known: Choice) -> Choice:
@@ -363,17 +576,18 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     context: RoutingContext | None = parts.context
-    if context is None:
+    if context is None or context.router is None:
         raise RoutingError(
             "Prompts are read by the base alone, and this model's experts act on every token; hand "
             "over the base, or detach the experts."
         )
     present = context._present
-    before = present.choice, present.announced
-    context.use(Choice.alone(torch.tensor([NOBODY])))
+    before = present.choice, present.beginnings, present.announced
+    nowhere = torch.full((1, len(context.acting)), NEVER) if context.acting else None
+    context.use(Choice.alone(torch.tensor([NOBODY])), nowhere)
     try:
         # A pass that is watched may read a prompt first; that reading is no part of it.
         with unwatched():
             yield
     finally:
-        present.choice, present.announced = before
+        present.choice, present.beginnings, present.announced = before

@@ -21,7 +21,7 @@ from ..base.sites import Site, check_in_place, find_sites
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
 from . import stacks
-from .compose import check_pool_fits, detach, install, routed_layer, stack_at
+from .compose import check_acting, check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.prompt_router import ByPrompt
@@ -44,6 +44,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     try:
         sites = find_sites(model)
         check_pool_fits(pool, sites)
+        check_acting(model, pool)
         router, prompt_router = parts.router, parts.prompt_router
         if isinstance(router, ByPrompt) and prompt_router is not None:
             prompt_router = router.grown(prompt_router, pool)

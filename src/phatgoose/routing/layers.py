@@ -18,7 +18,7 @@ that expert alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base.sites import Site
 from ..errors import RoutingError
 from ..experts.kinds.lora.stack import LoraStack
+from .context import RoutingContext, uncompiled
 from .kernels.choice import Kernel, choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
 from .stacks import SiteStack, renumbered
@@ -87,6 +88,7 @@ class RoutedLinear(RoutedLayer):
     router: Any  # a SiteRouter
     A: Tensor
     B: Tensor
+    activity_columns: Tensor
 
     def __init__(
         self,
@@ -96,9 +98,20 @@ class RoutedLinear(RoutedLayer):
         router: SiteRouter,
         kernel: str = "auto",
         product: Kernel | None = None,
+        context: RoutingContext | None = None,
+        columns: Sequence[int] = (),
     ) -> None:
-        """`product` takes the place of `kernel` where another function than the sum is wanted."""
+        """`product` takes the place of `kernel` where another function than the sum is wanted.
+
+        Where some of the experts act from a prompt's end on, `columns` are those of all experts
+        here in the `context`'s Activity.
+        """
         super().__init__(base, site, stack.experts)
+        self.context = context if any(columns) else None
+        self.columns = tuple(columns)
+        if self.context is not None:
+            held = torch.tensor(self.columns, device=stack.experts.device)
+            self.register_buffer("activity_columns", held, persistent=False)
         self.router, self.kernel, self.product = router, kernel, product
         self.part_types = {name: type(part) for name, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
@@ -129,7 +142,10 @@ class RoutedLinear(RoutedLayer):
     def choose(self, u: Tensor) -> RoutingDecision:
         """The experts of each token of u [.., n] and their weights; calls the watches back."""
         tokens = u.reshape(-1, u.shape[-1])
-        decision: RoutingDecision = self.router(tokens)
+        active = self._active(len(tokens)) if self.context is not None else None
+        decision: RoutingDecision = (
+            self.router(tokens) if active is None else self.router.among(tokens, active)
+        )
         if watches := watches_over(self, self.site):
             chosen, router = self.experts[decision.experts], self.router
             for watch in watches:
@@ -138,11 +154,25 @@ class RoutedLinear(RoutedLayer):
                 )
         return decision
 
+    @uncompiled
+    def _active(self, tokens: int) -> Tensor | None:
+        return self.context.active(self.activity_columns, tokens) if self.context else None
+
+    @uncompiled
+    def _rests(self) -> bool:
+        """True where no expert acts in this pass and nobody watches the layer."""
+        if self.context is None or self.context.acts(self.columns):
+            return False
+        return not watches_over(self, self.site)
+
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]; the formula above."""
+        if self.context is not None and self._rests():
+            y: Tensor = self.base(u)
+            return y
         if not self.is_plain:
             return self._all_parts(u)
-        y: Tensor = self.base(u)
+        y = self.base(u)
         if self.one_call and self._added_in_one_call(y, u):
             return y
         decision = self.choose(u)
@@ -154,6 +184,8 @@ class RoutedLinear(RoutedLayer):
         router, A, B = self.router, self.A, self.B
         vectors, k = router.vectors, router.k
         if not y.is_contiguous():
+            return False
+        if self.context is not None and self._active(u[..., 0].numel()) is not None:
             return False
         add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
         # One call leaves no decision to show, so a watched layer goes the longer way.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from ..base.active_tokens import ActsOn, acting_at, beginnings
 from ..errors import BaseModelError
 from ..files.strict import shortened
 from .encoding import TokenPair
@@ -32,10 +33,19 @@ class Collator:
     Causal models get prompt and target in one left-padded row, so that all targets end in the last
     columns. Sequence-to-sequence models get them separately. `labels` is [rows, longest target],
     IGNORED at padding. With `packs`, pairs share rows if the model can be packed: `labels` [1,
-    tokens] has all target tokens, `places` [tokens] the positions that predict them.
+    tokens] has all target tokens, `places` [tokens] the positions that predict them. `active` are
+    the tokens that an expert which is `acting` on prompts' ends acts on, as `input_ids`.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pad_token_id: int,
+        *,
+        packs: bool = False,
+        acting: ActsOn | None = None,
+    ) -> None:
+        self._acting = acting
         self._pad, self._dtype = pad_token_id, model.dtype
         # On several GPUs Trainer splits batches by rows, but places count all rows.
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
@@ -61,7 +71,12 @@ class Collator:
             first = max(len(pairs[index].prompt), 1)  # a text's first token can't be predicted
             places += range(start + first - 1, start + texts[index].length)
             labels += (pairs[index].prompt + pairs[index].target)[first:]
-        return {**packed.inputs, "labels": torch.tensor([labels]), "places": torch.tensor(places)}
+        batch = {**packed.inputs, "labels": torch.tensor([labels]), "places": torch.tensor(places)}
+        if self._acting is not None:
+            begin = beginnings([self._acting], [pairs[index].prompt for index in order])[:, 0]
+            acts = packed.inputs["position_ids"] >= begin[packed.owners]
+            batch["active"] = acts & (packed.owners >= 0)
+        return batch
 
     def _causal(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         rows = [pair.prompt + pair.target for pair in pairs]
@@ -72,6 +87,10 @@ class Collator:
         }
         if self._wants_positions:
             batch["position_ids"] = position_ids(batch["attention_mask"])
+        if self._acting is not None:
+            first = beginnings([self._acting], [pair.prompt for pair in pairs])
+            real = batch["attention_mask"].bool()
+            batch["active"] = real & (position_ids(batch["attention_mask"]) >= first)
         return batch
 
     def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
@@ -275,8 +294,13 @@ SHORT_ROW = 256
 def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The logits that predict `batch["labels"]` of a `Collator`: its shape and the vocabulary's."""
     inputs: dict[str, Any] = {
-        key: value for key, value in batch.items() if key not in ("labels", "places")
+        key: value for key, value in batch.items() if key not in ("labels", "places", "active")
     }
+    with acting_at(batch.get("active")):
+        return _target_logits(model, batch, inputs)
+
+
+def _target_logits(model: nn.Module, batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     if "places" in batch:

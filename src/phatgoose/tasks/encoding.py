@@ -123,6 +123,24 @@ class Encoder:
     def prompt(self, text: str) -> list[int]:
         return self.fitted(text).tokens
 
+    def generation_prompt(self) -> list[int]:
+        """The tokens that the chat template ends every prompt with, so that an answer begins.
+
+        Raises TaskError when the formatting has no chat, or the template adds nothing of its own.
+        """
+        if not self.formatting.chat:
+            raise TaskError("The generation prompt is the chat template's; turn chat on.")
+        message = [{"role": "user", "content": "text"}]
+        before = self._tokens(render_chat(self.tokenizer, message, begins_answer=False))
+        whole = self._tokens(self._chat("text"))
+        found = whole[len(before) :]
+        if not found or whole[: len(before)] != before:
+            raise TaskError(
+                "The base's chat template adds no generation prompt whose tokens are its own; name "
+                "a number of tokens for acts_on."
+            )
+        return found
+
     def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Fitted:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
 

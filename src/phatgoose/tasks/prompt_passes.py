@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base.active_tokens import ActsOn, acting_at
 from ..base.sites import Site, headless, input_device, prompt_stack
 from ..base.token_masks import watch_blocks, watch_inputs
 from ..files.strict import one_line
@@ -92,16 +93,20 @@ def read_pairs(
     pad_token_id: int,
     see: Callable[[Site, Tensor], None],
     label: str | None = None,
+    acting: ActsOn | None = None,
 ) -> None:
     """Call `see(site, u)` with the inputs u [tokens, n] of `sites` for all real tokens of `pairs`.
 
-    Prompt and target pass in one go (teacher forcing). With a `label` there is a progress bar.
+    Prompt and target pass in one go (teacher forcing). With a `label` there is a progress bar. Of
+    an expert that is `acting` on prompts' ends, only the tokens are seen that it acts on.
     """
-    collator, device = Collator(model, pad_token_id), input_device(model)
+    collator, device = Collator(model, pad_token_id, acting=acting), input_device(model)
     inner = headless(model)
     model.eval()
+    active: Tensor | None = None
 
     def see_real(site: Site, u: Tensor, real: Tensor | None) -> None:
+        real = real if active is None else active  # which are real
         see(site, u.flatten(0, -2) if real is None else u[real])
 
     with _bar(len(pairs), label, "means") as bar, watch_inputs(model, sites, see_real):
@@ -109,7 +114,10 @@ def read_pairs(
             inputs = collator([pairs[row] for row in rows])
             # With labels the model would compute a loss.
             inputs.pop("labels")
-            inner(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            active = inputs.pop("active", None)
+            with acting_at(active):
+                inner(**inputs, use_cache=False)
             bar.update(len(rows))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..base.active_tokens import ActsOn
 from ..base.fingerprint import check_base
 from ..base.loading import Base, load_base
 from ..base.sites import Site, find_sites
@@ -89,7 +90,15 @@ def measure(
     if formatting is None:
         formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
     encoder = Encoder.of(base, formatting)
-    found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
+    found = statistics_of(
+        base,
+        expert.modules,
+        task.with_validation(seed),
+        encoder,
+        settings,
+        seed,
+        acting=expert.acts_on,
+    )
     found.cuts.report(task.name)
     place = expert.directory.resolve()  # where a link leads, rather than in its place
     now = Expert.load(place)  # another process may have measured something else meanwhile
@@ -121,11 +130,13 @@ def statistics_of(
     seed: int,
     *,
     shows_bars: bool = True,
+    acting: ActsOn | None = None,
 ) -> Statistics:
     """The statistics that `settings` asks for, of the expert `modules` on a sample of `task.train`.
 
     Means are measured with the expert at full strength, as it acts when it is routed to, readings
-    without it. `shows_bars` False shows no progress. Raises ExpertError when the expert doesn't fit
+    without it. Of an expert that is `acting` on prompts' ends, means are those of the tokens that
+    it acts on. `shows_bars` False shows no progress. Raises ExpertError when the expert doesn't fit
     the base, ConfigError when embedding isn't possible.
     """
     means, readings, embeddings, cuts = None, None, None, Cuts()
@@ -151,7 +162,7 @@ def statistics_of(
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         padding = base.tokenizer.pad_token_id
         with applied(base.model, modules, ModifiedLinear):
-            means = mean_activations(base.model, sites, pairs, padding, label)
+            means = mean_activations(base.model, sites, pairs, padding, label, acting)
     return Statistics(means, readings, embeddings, cuts)
 
 
@@ -182,6 +193,7 @@ def mean_activations(
     pairs: Sequence[TokenPair],
     pad_token_id: int,
     label: str | None = None,
+    acting: ActsOn | None = None,
 ) -> dict[str, Tensor]:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
@@ -197,5 +209,5 @@ def mean_activations(
         totals[site.name] += u.double().sum(dim=0).cpu()
         counts[site.name] += len(u)
 
-    read_pairs(model, sites, pairs, pad_token_id, add, label)
+    read_pairs(model, sites, pairs, pad_token_id, add, label, acting)
     return {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..base.active_tokens import ActsOn
 from ..base.fingerprint import check_base, dtype_name
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
 from ..errors import BaseModelError, ConfigError, ExpertError
-from ..experts.adapter import adapter_files, applied, check_fit, read_modules
+from ..experts.adapter import adapter_files, applied, check_fit, invocation_of, read_modules
 from ..experts.expert import LAYOUT, Expert, check_name
+from ..experts.kinds.peft import record_invocation
 from ..experts.kinds.registry import kind_for
 from ..files.atomic import is_there
 from ..files.strict import sha256_of, shortened
@@ -81,6 +83,8 @@ def train_expert(
     `restart` throws its work away; with neither, existing work is an error.
     If `accelerate launch` started several processes, all of them call this, share each batch, and
     the first one writes.
+    With `training.acts_on` the expert acts from its prompts' end on; so do its gates, and its means
+    are measured there.
     Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
     ConfigError when resumed work had other settings, RoutingError when means are wanted and the
     base pads inside, TaskError when the task can't be used.
@@ -95,6 +99,12 @@ def train_expert(
     if finished is not None:
         return finished
     run = TrainingRun.of(base, task, out, training, gates, formatting, name, callback)
+    run = replace(run, acting=acting_for(run.base, run.encoder, training.acts_on))
+    if run.acting is not None and not kind_for(peft).new_modules.acts_from_ends:
+        raise ConfigError(
+            f"Experts of the kind {kind_for(peft).name} can't be trained to act from a prompt's "
+            f"end on; leave acts_on out."
+        )
     parameters_at(run.base.model, peft)  # refuses bad settings before anything is written
     with open_work(out, run.identity(peft), resume=resume, restart=restart) as work:
         adapter = _trained_adapter(run, peft)
@@ -123,7 +133,8 @@ def train_gates(
     """The expert made of an existing adapter and gates trained for it on `task`.
 
     Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
-    the rest `training` (paper section 3). The expert is written to `out`, named `name` or after it.
+    the rest `training` (paper section 3). Which tokens it acts on follows the adapter, not
+    `training`. The expert is written to `out`, named `name` or after it.
     `adapter` is a PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
     imported one), whose records are kept: the settings of `training` are not recorded as its own,
     but as the gates' (docs/format.md). `resume` continues an interrupted run (and loads a finished
@@ -148,11 +159,14 @@ def train_gates(
         return finished
     modules = read_modules(adapter)
     run = TrainingRun.of(base, task, out, training, gates, formatting, name)
-    record = Record(found=True)
+    record, acting = Record(found=True), invocation_of(adapter)
     if (adapter / LAYOUT.info).is_file():
         earlier = Expert.load(adapter)
         check_base(earlier.info.base, run.base.reference, f"expert {earlier.name!r}")
         record = Record(earlier.info.hyperparameters, earlier.info.metrics, found=True)
+        acting = earlier.acts_on
+    check_acting(run.base, acting)
+    run = replace(run, acting=acting)
     check_fit(adapter.name, modules, find_sites(run.base.model))
     identity = run.identity(adapter=sha256_of(adapter / adapter_files(adapter).weights))
     with open_work(out, identity, resume=resume, restart=restart):
@@ -163,7 +177,8 @@ def train_gates(
 class TrainingRun:
     """The training of the expert `name`, to be written to `out`.
 
-    `task` has a validation split; `digest` is that of the task as it was given.
+    `task` has a validation split; `digest` is that of the task as it was given. `acting` is the end
+    of prompts that the expert acts on, None for all tokens.
     """
 
     base: Base
@@ -175,6 +190,7 @@ class TrainingRun:
     out: Path
     name: str
     callback: TrainingCallback
+    acting: ActsOn | None = None
 
     @classmethod
     def of(
@@ -235,6 +251,27 @@ class TrainingRun:
         }
 
 
+def check_acting(base: Base, acting: ActsOn | None) -> None:
+    """Raise ConfigError where no expert on `base` can act from a prompt's end on."""
+    if acting is not None and base.is_encoder_decoder:
+        raise ConfigError(
+            f"{base.id!r} is an encoder-decoder, whose prompts have a stack of their own; experts "
+            f"that act from a prompt's end on need a decoder-only base."
+        )
+
+
+def acting_for(base: Base, encoder: Encoder, acts_on: str) -> ActsOn | None:
+    """What the setting `acts_on` means on `base`; None for all tokens. Raises ConfigError."""
+    if acts_on == "all":
+        return None
+    if acts_on == "generation-prompt":
+        found = ActsOn(invocation=tuple(encoder.generation_prompt()))
+    else:
+        found = ActsOn(tail=1 if acts_on == "answer" else int(acts_on))
+    check_acting(base, found)
+    return found
+
+
 def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
     task, training, work, joint = run.task, run.training, run.work, run.gate_training.joint
     finished = work / "adapter"
@@ -260,6 +297,7 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
             work=work / "expert",
             label=f"{task.name}: expert",
             callback=run.callback,
+            acting=run.acting,
         )
         gates = take_gates(fresh.parts) if joint else None
         if is_first():
@@ -269,6 +307,8 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             fresh.save(unfinished)
+            if run.acting is not None and run.acting.invocation and kind_for(peft).name == "lora":
+                record_invocation(unfinished, run.acting.invocation)
             metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
             (work / REPORT).write_text(json.dumps(metrics | cuts.record()), encoding="utf-8")
             os.rename(unfinished, finished)
@@ -311,6 +351,7 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
         settings,
         run.training.seed,
         shows_bars=run.callback.shows_bar,
+        acting=run.acting,
     )
     expert = Expert.from_peft(
         adapter,
@@ -331,6 +372,7 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
         },
         hyperparameters=_hyperparameters(run, record),
         metrics=metrics,
+        acts_on=run.acting,
     )
     saved = expert.save(run.out)
     wait_for_all()
@@ -368,6 +410,7 @@ def _trained_gates(
             work=run.work / "gates",
             label=f"{run.task.name}: gates",
             callback=run.callback,
+            acting=run.acting,
         )
         gates = {site: layer.vector() for site, layer in layers.items()}
     known = {f"gate_{key}": value for key, value in asdict(report).items() if value is not None}

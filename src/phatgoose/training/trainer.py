@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..base.active_tokens import ActsOn
 from ..base.loading import Base
 from ..config import Training
 from ..errors import ConfigError, ExpertError
@@ -323,11 +324,13 @@ def fit(
     work: Path,
     label: str,
     callback: TrainingCallback,
+    acting: ActsOn | None = None,
 ) -> FitReport:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
     `steps` and `learning_rate` take the place of those of `training`. Training continues from the
-    newest complete checkpoint in `work`, to the same result. With an empty `validation` the last
+    newest complete checkpoint in `work`, to the same result. `acting` is the end of prompts that
+    the expert acts on. With an empty `validation` the last
     state stays. Raises ExpertError as soon as a loss is not finite, or what was trained isn't in
     the end.
     """
@@ -341,7 +344,7 @@ def fit(
         ),
         train_dataset=train,
         eval_dataset=validation or None,
-        data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True),
+        data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True, acting=acting),
         callbacks=[bar, ValidateLastStep()] if validation else [bar],
         label=label,
         order=order,

@@ -12,6 +12,10 @@ from phatgoose.apps.server import engine
 from phatgoose.apps.server.engine import Batch
 from phatgoose.apps.server.models import ModelRunner
 from phatgoose.apps.server.sequences import Decoding
+from phatgoose.base.active_tokens import ActsOn
+from phatgoose.base.loading import load_base
+from phatgoose.experts.pool import Pool
+from routed_models import compose_by
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -139,3 +143,33 @@ def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
         experts = [np.concatenate([s.experts for s in each.routing]) for each in (one, other)]
         assert (experts[0] == experts[1]).mean() > 0.98
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "centroid"])
+def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder, monkeypatch):
+    """Prompts are read in parts, and rows join and leave, as in a model that generates."""
+    pool, ends = pool_of("llama"), (ActsOn(tail=3), None, ActsOn(invocation=(7, 8)), ActsOn(tail=1))
+    pool = Pool(
+        tuple(
+            replace(each, info=replace(each.info, acts_on=end and end.record()))
+            for each, end in zip(pool.experts, ends, strict=True)
+        )
+    )
+    base = load_base(pool.base.id, dtype="float32")
+    runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
+    runner.ends = frozenset()
+    prompts = [prompt_of(0), [*prompt_of(1), 7, 8, 9], prompt_of(2), [7, 8, *prompt_of(1)]]
+    monkeypatch.setattr(engine, "MOST_LOGITS", 8 * VOCABULARY)
+    wanted = [by_generate(runner, prompt, 12) for prompt in prompts]  # before it is announced to
+    rows = [
+        row_of(runner, prompt, replace(GREEDY, max_tokens=n, logprobs=0, echo=n == 6), 0, "", turn)
+        for prompt, n, turn in zip(prompts, (9, 2, 6, 4), runner.turns_of(prompts), strict=True)
+    ]
+    batch = Batch(runner)
+    batch.join(rows[:2])
+    batch.step()
+    batch.step()
+    batch.join(rows[2:])
+    finish(batch)
+    for row, answer in zip(rows, wanted, strict=True):
+        assert row.generated == answer[: row.decoding.max_tokens]

@@ -170,6 +170,12 @@ def test_a_config_that_fits_nothing_is_refused_in_one_line(adapter, tmp_path, op
     assert not (tmp_path / "mine").exists()
 
 
+def test_biases_that_act_on_all_tokens_are_refused_beside_an_invocation(adapter, tmp_path):
+    set_config(adapter, bias="lora_only", alora_invocation_tokens=[5, 6])
+    with pytest.raises(ExpertError, match="trained biases of the base, which act on all tokens"):
+        import_adapter(adapter, tmp_path / "mine")
+
+
 def test_gates_trained_for_an_import_keep_what_it_records(adapter, llama, tmp_path):
     imported = import_adapter(adapter, tmp_path / "imported", fingerprint=True)
     task = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(4)))

@@ -21,7 +21,7 @@ from golden_sites import DOWN, QUERY
 from paths import GOLDENS
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNSUPPORTED
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INVOCATION, UNSUPPORTED
 from tiny import make_adapter
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -202,8 +202,9 @@ def test_what_is_no_plain_lora_is_refused_with_the_reason(adapter, key, value, r
 
 def test_every_lora_variant_that_peft_knows_is_refused_or_known_to_be_plain():
     plain_at_inference = {"velora_config", "monteclora_config"}  # they change the training only
+    known = {*UNSUPPORTED, *plain_at_inference, INVOCATION}
     for field in dataclasses.fields(LoraConfig):
         if field.metadata.get("is_lora_variant"):
-            assert field.name in {*UNSUPPORTED, *plain_at_inference}, (
+            assert field.name in known, (
                 f"PEFT's {field.name} selects another forward pass; name it in UNSUPPORTED"
             )

@@ -135,7 +135,9 @@ def gate(
     template: options.TemplateOptions,
     name: options.ExpertName = None,
     unfinished: options.RestartOptions,
-    training: Annotated[Training, options.Without(("steps", "eval_every", "eval_examples"))],
+    training: Annotated[
+        Training, options.Without(("steps", "eval_every", "eval_examples", "acts_on"))
+    ],
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:
@@ -234,6 +236,7 @@ def _contents(expert: Expert) -> str:
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)
+    answers += f", acts on {expert.acts_on}" if expert.acts_on else ""
     cut = f", inputs cut: {share}" if share is not None else ""
     return (
         f"{expert.name}, {kinds()[expert.kind].label}, {len(expert.modules)} sites, {answers}{cut}"

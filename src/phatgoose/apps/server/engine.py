@@ -101,7 +101,7 @@ def prefill(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Prefill
     for each in sequences:
         sharing.setdefault(each.prompt, []).append(each)
     distinct = _DistinctPrompts(runner, list(sharing.values()))
-    runner.use_experts([group[0].experts for group in sharing.values()])
+    runner.use([group[0].turn for group in sharing.values()])
     found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
     row_of = {prompt: row for row, prompt in enumerate(sharing)}
     rows = torch.tensor([row_of[each.prompt] for each in sequences], device=runner.device)
@@ -232,7 +232,7 @@ class Batch:
         runner, sequences = self.runner, self.sequences
         ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
         keeper = keeper_for(sequences)
-        runner.use_experts([each.experts for each in sequences])
+        runner.use([each.turn for each in sequences])
         if self._encoded is not None:
             logits = runner.answer(ids, self._mask, self._encoded, self._cache, keeper)
         else:

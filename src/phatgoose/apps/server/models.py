@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Pre
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis.traces import TraceKeeper
+from ...base.active_tokens import ActsOn
 from ...base.fingerprint import BaseReference, dtype_name
 from ...base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
 from ...base.sites import positions_of
@@ -26,7 +27,7 @@ from ...config import Routing
 from ...errors import BaseModelError, RoutingError
 from ...experts.pool import Pool
 from ...routing.composition import composition_if_any
-from ...routing.context import Choice
+from ...routing.context import Turn
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
@@ -117,17 +118,22 @@ class ModelRunner:
 
     @property
     def looks_prompts_up(self) -> bool:
-        return self._context is not None
+        return self._context is not None and self._context.router is not None
 
-    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Choice | None]:
-        """The experts that a router which picks by prompt has for each; None for other routers."""
+    def turns_of(self, prompts: Sequence[Sequence[int]]) -> list[Turn | None]:
+        """What the model's context finds for each prompt: experts, and where they begin to act.
+
+        None for a model without a context.
+        """
         if self._context is None:
             return [None] * len(prompts)
-        return [*self._context.choose([list(each) for each in prompts]).each()]
+        found = self._context.turn([list(each) for each in prompts])
+        return [found.of([row]) for row in range(len(prompts))]
 
-    def use_experts(self, experts: Sequence[Choice | None]) -> None:
+    def use(self, turns: Sequence[Turn | None]) -> None:
         if self._context is not None:
-            self._context.use(Choice.joined(each for each in experts if each is not None))
+            found = Turn.joined(turn for turn in turns if turn is not None)
+            self._context.use(found.choice, found.beginnings)
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
         held = {self._cache_name: cache}
@@ -259,7 +265,7 @@ def _numbered(routing: Routing, experts: int) -> Routing:
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
-    return tuple(record.get(key) for key in ("name", *HASHES))
+    return (*(record.get(key) for key in ("name", *HASHES)), ActsOn.of(record.get("acts_on")))
 
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:

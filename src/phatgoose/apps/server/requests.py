@@ -21,7 +21,7 @@ from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_o
 from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError
 from ...files.strict import shortened
-from ...routing.context import Choice
+from ...routing.context import Turn
 from .models import ModelRunner
 from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
 from .sequences import Decoding, seed_of
@@ -125,11 +125,11 @@ class RequestPrompt:
 
 @dataclass(frozen=True)
 class PreparedAnswer:
-    """One answer to generate; `experts` are set by a router that picks experts by prompt."""
+    """One answer to generate; `turn` is what the model's context found for its prompt, if any."""
 
     prompt: RequestPrompt
     decoding: Decoding
-    experts: Choice | None
+    turn: Turn | None
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,11 @@ class RequestPreparer:
         owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
         decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
         try:
-            found = self._runner.experts_of([prompt.tokens for prompt in prompts])
+            found = self._runner.turns_of([prompt.tokens for prompt in prompts])
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
-        experts = [each for each in found for _ in range(request.n or 1)]
-        answers = list(map(PreparedAnswer, owners, decodings, experts))
+        turns = [each for each in found for _ in range(request.n or 1)]
+        answers = list(map(PreparedAnswer, owners, decodings, turns))
         return PreparedRequest(request, self._runner, prompts, answers)
 
     def _completion_prompts(

@@ -101,7 +101,8 @@ class ResponseBuilder:
             ]
         elif detail.trace:
             self._streams[progress.choice] = tuple(stream.name for stream in streams)
-            whole = chosen_for_whole(parts, self.prepared.answers[progress.choice].experts)
+            turn = self.prepared.answers[progress.choice].turn
+            whole = chosen_for_whole(parts, turn.choice if turn else None)
             trace = Trace(parts.experts, parts.routing.router, tuple(streams), whole)
             report.trace = trace.to_dict()
         return report
@@ -259,7 +260,7 @@ class PendingReply:
                 deliver,
                 choice,
                 client,
-                each.experts,
+                each.turn,
                 echoed=each.prompt.text if each.decoding.echo else "",
             )
             for choice, each in enumerate(builder.prepared.answers)

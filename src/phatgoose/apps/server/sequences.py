@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
-from ...routing.context import Choice
+from ...routing.context import Turn
 from .models import ModelRunner
 from .protocol import Finish
 
@@ -159,7 +159,7 @@ class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
     `deliver` is called from the engine's thread. `choice` is the answer's number in its request,
-    `client` who sent that, `experts` those that a router found for the prompt, `echoed` the
+    `client` who sent that, `turn` what the model's context found for the prompt, `echoed` the
     prompt's text if it is told before the answer.
     """
 
@@ -171,11 +171,11 @@ class ActiveSequence:
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
         client: str = "",
-        experts: Choice | None = None,
+        turn: Turn | None = None,
         echoed: str = "",
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
-        self.deliver, self.choice, self.client, self.experts = deliver, choice, client, experts
+        self.deliver, self.choice, self.client, self.turn = deliver, choice, client, turn
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []

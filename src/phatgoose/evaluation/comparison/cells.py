@@ -199,11 +199,12 @@ class SharedAnswers:
         """
         parts = composition_if_any(model)
         # More experts an input are scored by the model, which then reads the inputs itself.
-        if parts is None or parts.context is None or parts.context.router.k > 1:
+        context = parts.context if parts is not None else None
+        if parts is None or context is None or context.router is None or context.router.k > 1:
             return None
         if not self.results or "task" in parts.router.spec.given:
             return None
-        chosen = parts.context.choose(questions.prompts, examples=dataset.examples).lone()
+        chosen = context.choose(questions.prompts, examples=dataset.examples).lone()
         if chosen is None:
             return None
         names = [parts.experts[z] for z in chosen.tolist()]

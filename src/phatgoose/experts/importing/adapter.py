@@ -35,6 +35,7 @@ from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
 from ..kinds.peft import (
     ADAPTER_WEIGHTS,
     CONVERTIBLE,
+    INVOCATION,
     PEFT_FILES,
     PEFT_PREFIX,
     PICKLED_WEIGHTS,
@@ -108,6 +109,7 @@ def import_adapter(
             }
             adapter = _write_adapter(Path(work), conversion.factors, config)
         else:
+            _check_invocation(config, folder, base, revision)
             modules, untouched = resolved_modules(folder, base, revision)
             adapter = folder if untouched else _write_adapter(Path(work), modules, config)
         found = BaseReference(recorded_id(base), revision)
@@ -155,10 +157,27 @@ def resolved_modules(
         return modules, False
 
 
+def _check_invocation(
+    config: Mapping[str, Any], folder: Path, base: str, revision: str | None
+) -> None:
+    if not config.get(INVOCATION):
+        return
+    if config.get("bias", "none") != "none":
+        raise ExpertError(
+            f"{folder} uses {INVOCATION} and trained biases of the base, which act on all tokens; "
+            f"an expert acts either on all of them or from there on."
+        )
+    if load_skeleton(base, revision=revision, offline=False).config.is_encoder_decoder:
+        raise ExpertError(
+            f"{folder} uses {INVOCATION}, which is not supported on an encoder-decoder: prompts "
+            f"have a stack of their own there, and PEFT adds nothing in it."
+        )
+
+
 def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
-    kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")
+    kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)
     about = {key: config[key] for key in kept if config.get(key) is not None}
     made = next((type(module) for module in modules.values()), LoraFactors)
     return made.write(folder, modules, about)

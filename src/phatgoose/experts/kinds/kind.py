@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ...base.active_tokens import active_share
 from ...base.loading import Base
 from ...base.sites import Site, WrappedLinear, replaced
 from ...errors import ExpertError
@@ -212,9 +213,14 @@ class FreshExpert:
 
 
 class NewModules(ABC):
-    """How new modules of one kind are made. `dtype` is what they are stored in, None the base's."""
+    """How new modules of one kind are made. `dtype` is what they are stored in, None the base's.
+
+    `acts_from_ends` says that in training they are multiplied by `active_share`, so that an expert
+    can act from its prompts' end on.
+    """
 
     dtype: ClassVar[torch.dtype | None] = None
+    acts_from_ends: ClassVar[bool] = False
 
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:
         """The pattern of sites for settings that name none; None for all sites."""
@@ -233,6 +239,8 @@ class NewModules(ABC):
 
 class NewLayers(NewModules):
     """New modules as layers of our own, made of named parameters."""
+
+    acts_from_ends = True
 
     @abstractmethod
     def initial(self, settings: Any, site: Site) -> dict[str, Tensor]:
@@ -292,6 +300,8 @@ class _NewLayer(WrappedLinear):
     def forward(self, u: Tensor) -> Tensor:
         strength = self.new.strength(self.settings)
         gated = strength if self.gate is None else strength * openness(u, self.gate)
+        active = active_share(u)
+        gated = gated if active is None else gated * active
         return self.module(u.dtype).apply(self.base, u, gated)
 
 

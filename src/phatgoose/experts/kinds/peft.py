@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from ...base.active_tokens import ActsOn
 from ...base.loading import Base
 from ...base.sites import Site
 from ...errors import ExpertError
@@ -34,13 +35,14 @@ UNSUPPORTED: dict[str, str] = {
     "trainable_token_indices": "it changes token embeddings",
     "layer_replication": "it changes the base's layers",
     "target_parameters": "it adapts parameters that are no linear layers",
-    "alora_invocation_tokens": "aLoRA acts on a part of the sequence only",
     "arrow_config": "it is itself a router",
     "use_qalora": "QALoRA pools its inputs",
     "kasa_config": "KaSA adds a term of its own",
     "use_bdlora": "its factors are block-diagonal",
     "megatron_config": "it is for Megatron's layers, and PEFT would import a module that it names",
 }
+
+INVOCATION = "alora_invocation_tokens"  # of LoRAs; an empty list is none
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
@@ -184,6 +186,8 @@ class PeftFiles(AdapterFiles):
         refuse_kind(config, directory)
         refuse_options(config, directory)
         wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]
+        if config.get(INVOCATION):
+            ActsOn.of({"invocation_tokens": config[INVOCATION]})  # refuses what is none
         for key in PATTERNS:
             value = config.get(key) or {}
             if not isinstance(value, dict) or not all(map(_is_number, value.values())):
@@ -253,6 +257,13 @@ def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
         yield model
     finally:
         model.unload()
+
+
+def record_invocation(folder: Path, tokens: Iterable[int]) -> None:
+    """Make the LoRA in `folder` one of PEFT's aLoRA, that acts from these tokens on."""
+    config = read_json_object(folder / ADAPTER_CONFIG)
+    text = json.dumps({**config, INVOCATION: list(tokens)}, indent=2) + "\n"
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def save_peft(model: PeftModel, base: Base, folder: Path, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from ...base.active_tokens import ActsOn
 from ...base.loading import quiet_loading
 from ...base.sites import replaced
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
 from ...experts.kinds.lora.module import LoraFactors
+from ...experts.kinds.peft import INVOCATION
 from ...experts.pool import Pool
 from ...files.atomic import new_directory, require_free
 from ..compose import install, prepare, routed_layers
@@ -187,6 +189,7 @@ def export(
     target, parts = Path(out), composition_of(model)
     require_free(target, RoutingError)
     shares = shares_of(model, texts)
+    acting = _acting(parts, shares, merged=merged)
     updates = {
         site: fixed_update(layer, shares.by_site[site], parts)
         for site, layer in parts.layers.items()
@@ -198,7 +201,8 @@ def export(
         layers |= {site: merged_layer(parts.layers[site], each) for site, each in updates.items()}
     else:
         updates, losses = _loras(updates, rank)
-        layers |= {site: AddedUpdate(layers[site], each) for site, each in updates.items()}
+        active = _activity_of(parts, acting)
+        layers |= {site: AddedUpdate(layers[site], each, active) for site, each in updates.items()}
     near = None
     if parts.tokenizer is not None:
         near = fidelity(model, parts.tokenizer, layers, texts or neutral_texts())
@@ -207,10 +211,50 @@ def export(
         if merged:
             _write_model(model, layers, parts, work)
         else:
-            LoraFactors.write(work, _factors(updates), _about(model, parts))
+            about = _about(model, parts)
+            if acting is not None:
+                about[INVOCATION] = list(acting.invocation)
+            LoraFactors.write(work, _factors(updates), about)
         text = json.dumps(result.record(parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
+
+
+def _acting(parts: Composition, shares: Shares, *, merged: bool) -> ActsOn | None:
+    """The invocation that all exported experts act from on, None where all act on all tokens.
+
+    Raises RoutingError, naming them, for experts that no one adapter or weight can stand for.
+    """
+    used = torch.stack(list(shares.by_site.values())).any(dim=0).tolist()
+    found = {
+        name: acts_on
+        for name, acts_on, is_used in zip(parts.experts, parts.acting, used, strict=True)
+        if is_used or shares.chosen_for is not None
+    }
+    named = ", ".join(name for name, acts_on in found.items() if acts_on is not None)
+    if not named:
+        return None
+    where = f"From a prompt's end on act {named}"
+    if merged:
+        raise RoutingError(f"{where}, but weights act on all tokens; export an adapter.")
+    if shares.chosen_for is not None:
+        raise RoutingError(f"{where}, whose mixture can't be fixed for texts; route by merged.")
+    ends = set(found.values())
+    one = ends.pop()
+    if ends or one is None or not one.invocation:
+        raise RoutingError(
+            f"{where}. PEFT has adapters for that, aLoRA, if all experts have the same invocation "
+            f"tokens; export those, or leave these out (--leave-out)."
+        )
+    return one
+
+
+def _activity_of(parts: Composition, acting: ActsOn | None) -> Callable[[int], Tensor | None]:
+    context = parts.context
+    if acting is None or context is None:
+        return lambda tokens: None
+    column = torch.tensor([context.acting.index(acting) + 1])
+    return lambda tokens: context.active(column, tokens)
 
 
 def _loras(

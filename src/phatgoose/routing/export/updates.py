@@ -10,7 +10,7 @@ The LoRAs' part is one LoRA of rank R: A = [A_1; A_2; …], B = [w_1 B_1, w_2 B_
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,18 +153,25 @@ def widened_to(update: Update, rank: int) -> Update:
 
 
 class AddedUpdate(WrappedLinear):
-    """A linear layer with a LoRA beside it, as PEFT computes it."""
+    """A linear layer with a LoRA beside it, as PEFT computes it.
 
-    def __init__(self, base: nn.Module, update: Update) -> None:
+    `active` tells which of so many tokens of a pass it acts on, [tokens, 1] or None for all.
+    """
+
+    def __init__(
+        self, base: nn.Module, update: Update, active: Callable[[int], Tensor | None]
+    ) -> None:
         super().__init__(base, *linear_shape(base))
-        self.update = update
+        self.update, self.active = update, active
 
     def forward(self, u: Tensor) -> Tensor:
         y: Tensor = self.base(u)
         update = self.update
         inner = functional.linear(u.to(update.A.dtype), update.A)
         more = functional.linear(inner.to(update.B.dtype), update.B)
-        return y + (more if update.bias is None else more + update.bias).to(y.dtype)
+        added = (more if update.bias is None else more + update.bias).to(y.dtype)
+        active = self.active(added[..., 0].numel())
+        return y + (added if active is None else added * active.view(*added.shape[:-1], 1))
 
 
 @torch.no_grad()

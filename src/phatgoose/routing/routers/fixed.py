@@ -23,8 +23,10 @@ from .router import (
     SiteRouter,
     best_expert,
     best_expert_by_task,
+    equal_shares,
     given_scores,
     highest,
+    highest_active,
 )
 
 
@@ -54,6 +56,11 @@ class RandomRouter(SiteRouter):
         lots = torch.rand(len(u), self.experts, generator=self._generator)
         experts = highest(lots, self.k).to(u.device)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
+
+    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
+        lots = torch.rand(len(u), self.experts, generator=self._generator).to(u.device)
+        experts, acts = highest_active(lots, self.k, active)
+        return RoutingDecision(experts, equal_shares(acts))
 
     def distribution(self, u: Tensor) -> Tensor:
         return torch.full((len(u), self.experts), 1 / self.experts, device=u.device)

@@ -30,7 +30,15 @@ from ...experts.pool import Pool
 from ...tasks.neutral import over_neutral_text
 from ..kernels import native, triton_gpu
 from .configs import CALIBRATED
-from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
+from .router import (
+    Router,
+    RouterSite,
+    RoutingDecision,
+    SiteRouter,
+    equal_shares,
+    highest,
+    highest_active,
+)
 
 # A vector that differs from a constant by less than this share of its largest entry (or whose
 # largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
@@ -90,6 +98,12 @@ class TopKRouter(SiteRouter):
         affinities = self.affinities(u)
         experts = highest(affinities, self.k)  # E_t
         return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
+
+    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
+        affinities = self.affinities(u)
+        experts, acts = highest_active(affinities, self.k, active)
+        chosen = affinities.gather(-1, experts).masked_fill(~acts, -torch.inf)
+        return RoutingDecision(experts, chosen.softmax(dim=-1).nan_to_num(0.0))  # nobody acts: 0
 
     def distribution(self, u: Tensor) -> Tensor:
         return self.affinities(u).softmax(dim=-1)
@@ -238,3 +252,7 @@ class UniformTopKRouter(PhatgooseRouter):
     def forward(self, u: Tensor) -> RoutingDecision:
         decision = super().forward(u)
         return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))
+
+    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
+        experts, acts = highest_active(self.affinities(u), self.k, active)
+        return RoutingDecision(experts, equal_shares(acts))

@@ -50,6 +50,17 @@ def highest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
+def highest_active(scores: Tensor, k: int, active: Tensor) -> tuple[Tensor, Tensor]:
+    """As `highest`, of the experts that are `active` [T, E], and which of the k are, [T, k]."""
+    experts = highest(scores.masked_fill(~active, -torch.inf), k)
+    return experts, active.gather(1, experts)
+
+
+def equal_shares(active: Tensor) -> Tensor:
+    """The weights [T, k], float32, that are equal for all active experts; 0 for the others."""
+    return active.float() / active.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
 # Scores of every single expert on every task, which Oracle and Best Individual choose by.
 
 Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
@@ -129,6 +140,17 @@ class SiteRouter(nn.Module):
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for activations u [T, n]."""
         raise NotImplementedError
+
+    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
+        """The decision where only the experts that are `active` [T, E] may act on each token.
+
+        By default that of `forward`, in which the others weigh 0; routers that score each token
+        choose among the active ones.
+        """
+        decision: RoutingDecision = self(u)
+        return RoutingDecision(
+            decision.experts, decision.weights * active.gather(1, decision.experts)
+        )
 
     def distribution(self, u: Tensor) -> Tensor:
         """The probabilities of all experts of the site before the choice of k, [T, E]."""

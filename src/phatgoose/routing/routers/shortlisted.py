@@ -60,7 +60,13 @@ class ShortlistedRouter(SiteRouter):
         return self.gates.state()
 
     def forward(self, u: Tensor) -> RoutingDecision:
+        return self._best(*self._shortlist(u))
+
+    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
         experts, logits = self._shortlist(u)
+        return self._best(experts, logits.masked_fill(~active.gather(1, experts), -torch.inf))
+
+    def _best(self, experts: Tensor, logits: Tensor) -> RoutingDecision:
         best = highest(logits, min(self.gates.k, logits.shape[-1]))
         weights = logits.gather(-1, best).softmax(dim=-1).nan_to_num(0.0)  # nobody acts here: 0
         return RoutingDecision(experts.gather(-1, best), weights)

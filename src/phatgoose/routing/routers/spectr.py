@@ -29,7 +29,15 @@ from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from .arrow import small_svd
 from .phatgoose import products
-from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
+from .router import (
+    Router,
+    RouterSite,
+    RoutingDecision,
+    SiteRouter,
+    equal_shares,
+    highest,
+    highest_active,
+)
 
 NOTHING = 1e-6  # singular values below this share of the largest are rounding
 DIRECTIONS = "directions"  # the name of A* in files
@@ -76,6 +84,11 @@ class SpectrRouter(SiteRouter):
     def forward(self, u: Tensor) -> RoutingDecision:
         experts = highest(self.scores(u), self.k)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
+
+    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
+        scores = self.scores(u)
+        experts, acts = highest_active(scores, self.k, active & (scores > -torch.inf))
+        return RoutingDecision(experts, equal_shares(acts))
 
     def distribution(self, u: Tensor) -> Tensor:
         return self.scores(u).softmax(dim=-1)

@@ -21,7 +21,7 @@ from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
 from ...files.strict import reason, sha256_of
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .tensors import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
+from .tensors import ROUTED_INFO, ROUTED_WEIGHTS, routing_record, version_of
 
 FORMAT_VERSION = 1
 OTHERS = ("config.json", "adapter_config.json")  # of models that from_pretrained would find
@@ -95,7 +95,7 @@ def _check_base(model: PreTrainedModel, parts: Composition) -> None:
 
 def described(parts: Composition, folder: Path) -> str:
     info = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(parts.records, FORMAT_VERSION),
         "base": asdict(parts.base),
         "routing": routing_record(parts.routing),
         "experts": parts.records,

@@ -44,9 +44,11 @@ from .tensors import (
     SEGMENT_FILE,
     SavedModel,
     described_by,
+    in_segments,
     lookup_in,
     quantised,
     read_saved,
+    version_of,
 )
 
 STORED: dict[str, torch.dtype] = {
@@ -219,7 +221,8 @@ def _write_segment(
 
 def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
     info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
-    content = {**info, "format_version": 2, **changes}
+    content = {**info, **changes}
+    content["format_version"] = version_of(content["experts"], 2)
     # Read back as a stranger's first: what doesn't hold together is never described.
     found = described_by(content, folder)
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
@@ -227,7 +230,7 @@ def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
 
 
 def _segments(saved: SavedModel) -> list[dict[str, Any]]:
-    if saved.info["format_version"] > 1:
+    if in_segments(saved.info):
         return list(saved.info["segments"])
     count, sha256 = len(saved.info["experts"]), saved.info["weights_sha256"]
     return [{"file": ROUTED_WEIGHTS, "sha256": sha256, "experts": count}]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...base.active_tokens import ActsOn
 from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
@@ -26,8 +27,18 @@ from ..routers.router import Router, router_of
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
-VERSIONS = (1, 2)  # 2 has segments
+VERSIONS = (1, 2, 3)  # 2 has segments; 3 has experts that act from a prompt's end on
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
+
+
+def version_of(records: Sequence[Mapping[str, Any]], otherwise: int) -> int:
+    """The format version of a model of these experts: one that reads them as they are meant."""
+    return 3 if any(record.get("acts_on") is not None for record in records) else otherwise
+
+
+def in_segments(info: Mapping[str, Any]) -> bool:
+    version = info["format_version"]
+    return bool(version == 2 or (version == 3 and "segments" in info))
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -45,7 +56,7 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{' or '.join(map(str, VERSIONS))}."
         )
     missing = {"base", "routing", "experts"} - info.keys()
-    missing |= {"weights_sha256" if version == 1 else "segments"} - info.keys()
+    missing |= {"segments" if in_segments(info) else "weights_sha256"} - info.keys()
     if missing:
         raise RoutingError(f"{path} lacks {', '.join(sorted(missing))}.")
     try:
@@ -105,6 +116,7 @@ def _check_experts(info: Mapping[str, Any]) -> None:
         check_name(name)
         if stays:
             names.add(name)
+        ActsOn.of(record.get("acts_on"))
         for key in ("path", *HASHES):
             if not isinstance(record.get(key), str | None):
                 raise ValueError(f"{key} of expert {name} is {shortened(record[key])}")
@@ -336,7 +348,7 @@ class _Entry(NamedTuple):
 
 def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
     """The files of a model of `count` experts. Raises ValueError, KeyError or TypeError."""
-    if info["format_version"] == 1:
+    if not in_segments(info):
         entries = [_Entry(ROUTED_WEIGHTS, info["weights_sha256"], count)]
     else:
         entries = [_Entry(e["file"], e["sha256"], e["experts"]) for e in info["segments"]]

@@ -17,9 +17,10 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ....base.active_tokens import active_share
 from ....base.loading import Base
 from ....base.sites import Site
 from ....config import IA3
@@ -31,6 +32,7 @@ from .module import ScalingVector
 
 class NewScalings(NewModules):
     dtype = torch.float32
+    acts_from_ends = True
 
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
         return _endings(_known(IA3_MODULES, model))
@@ -48,10 +50,11 @@ class NewScalings(NewModules):
         config = IA3Config(feedforward_modules=inputs, **peft_options(base, sites))
         with under_peft(base, config) as model:
             layers = {site: base.model.get_submodule(site) for site in sites}
-            for site, layer in layers.items() if joint else ():
+            for site, layer in layers.items():
                 # The class alone changes: PEFT's state, hooks and names stay.
-                layer.__class__ = _JointlyGatedScaling
-                layer.gate = new_gate(sites[site].in_features, layer.weight.device)
+                layer.__class__ = _Scaling
+                if joint:
+                    layer.gate = new_gate(sites[site].in_features, layer.weight.device)
             # PEFT shortens long lists of targets, but then misses the feed-forward's among them;
             # and it writes sets in any order.
             model.peft_config[ADAPTER].target_modules = sorted(sites)
@@ -75,14 +78,20 @@ def scales_input(model: PreTrainedModel, ia3: IA3, sites: Iterable[str]) -> set[
     return {site for site in sites if matches(site)}
 
 
-class _JointlyGatedScaling(PeftScaling):  # type: ignore[misc]  # peft is untyped
-    """PEFT's (IA)³ layer whose distance from 1 passes the module's joint gate."""
+class _Scaling(PeftScaling):  # type: ignore[misc]  # peft is untyped
+    """PEFT's (IA)³ layer whose distance from 1 passes the module's joint gate, if it has one.
 
-    gate: nn.Parameter
+    It is 1 at tokens that the expert doesn't act on.
+    """
 
     def forward(self, u: Tensor) -> Tensor:
+        gate, active = self._parameters.get("gate"), active_share(u)
+        if gate is None and active is None:
+            plain: Tensor = super().forward(u)
+            return plain
+        strength: Tensor | float = 1.0 if gate is None else openness(u, gate)
         module = ScalingVector(self.ia3_l[ADAPTER].flatten(), self.is_feedforward)
-        return module.apply(self.base_layer, u, openness(u, self.gate))
+        return module.apply(self.base_layer, u, strength if active is None else strength * active)
 
 
 def _known(mapping: dict[str, list[str]], model: PreTrainedModel) -> list[str]:

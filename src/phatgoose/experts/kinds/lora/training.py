@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ....base.active_tokens import active_share
 from ....base.loading import Base
 from ....base.sites import Site
 from ....config import Lora
@@ -27,6 +28,8 @@ from .module import plus_product
 
 
 class NewLoras(NewModules):
+    acts_from_ends = True
+
     def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
         return sum(settings.rank * (site.in_features + site.out_features) for site in sites)
 
@@ -76,6 +79,8 @@ class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         h = module.scaling[active_adapter] * module.lora_A[active_adapter](x)
+        active = active_share(x)
+        h = h if active is None else h * active
         return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
 
 

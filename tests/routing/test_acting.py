@@ -1,0 +1,550 @@
+"""Experts that act from a prompt's end on, beside ordinary ones, in every kind of pass.
+
+What is wanted is computed by the oracle: the base under hooks that add the paper's formula, one
+text after the other, without padding or cache, of the experts that act at each token.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from architectures import make_tiny, random_expert
+from oracle import naively_routed
+from phatgoose.apps.generation import Sampling, generate
+from phatgoose.base.active_tokens import NEVER, ActsOn, beginnings
+from phatgoose.base.sites import find_sites
+from phatgoose.base.token_masks import cache_argument
+from phatgoose.config import Routing, Training
+from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.evaluation.comparison.methods import pool_row
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.routing.export.export import export
+from phatgoose.routing.export.shares import Texts
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.routing.saved.tensors import read_saved
+from phatgoose.tasks import batching
+from phatgoose.tasks.task import Example, Task
+from tiny import logits_of, make_tokenizer, peft_model
+
+CALL = (7, 8)  # an invocation sequence
+PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])  # none in the 2nd
+MIXED = (None, ActsOn(tail=3), ActsOn(invocation=CALL), ActsOn(tail=1))
+TAILS = (ActsOn(tail=3), ActsOn(tail=1))
+NEW = 4
+
+
+def acting_pool(base: PreTrainedModel, acting: tuple[ActsOn | None, ...]) -> Pool:
+    experts = [random_expert(base, seed) for seed in range(len(acting))]
+    return Pool(
+        tuple(
+            replace(each, info=replace(each.info, acts_on=acts_on and acts_on.record()))
+            for each, acts_on in zip(experts, acting, strict=True)
+        )
+    )
+
+
+class Case:
+    """A base, a pool of which some experts are `acting` on prompts' ends, and both together."""
+
+    def __init__(self, architecture: str, acting: tuple[ActsOn | None, ...], **how: object):
+        self.base, self.acting = make_tiny(architecture), acting
+        self.pool = acting_pool(self.base, acting)
+        self.routed = compose(self.pool, copy.deepcopy(self.base), **how)
+
+    def active(self, prompt: list[int], columns: int) -> Tensor:
+        """Which experts act at each token of a text that begins with `prompt`, [1, columns, E]."""
+        begin = [0 if each is None else each.beginning(prompt) for each in self.acting]
+        return (torch.arange(columns)[:, None] >= torch.tensor(begin))[None]
+
+    @torch.no_grad()
+    def wanted(self, prompt: list[int], text: list[int]) -> Tensor:
+        """The oracle's logits after each token of `text`, which begins with `prompt`."""
+        active = self.active(prompt, len(text))
+        with naively_routed(self.base, self.pool.experts, k=2, active=active):
+            return self.base(torch.tensor([text]), use_cache=False).logits[0]
+
+
+@pytest.fixture(scope="module", params=["mixed", "tails"])
+def case(request):
+    return Case("llama", MIXED if request.param == "mixed" else TAILS)
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
+    pad = batching.pad_left if side == "left" else batching.pad_right
+    return {"input_ids": pad(rows, 0), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
+
+
+# Where experts begin.
+
+
+@pytest.mark.parametrize(
+    ("acts_on", "prompt", "begin"),
+    [
+        (ActsOn(tail=2), [5, 6, 7], 1),
+        (ActsOn(tail=9), [5, 6, 7], 0),
+        (ActsOn(invocation=CALL), [7, 8, 5, 7, 8, 8], 3),
+        (ActsOn(invocation=CALL), [7, 7, 8], 1),
+        (ActsOn(invocation=CALL), [8, 7], NEVER),
+        (ActsOn(invocation=CALL), [8], NEVER),
+    ],
+)
+def test_an_expert_begins_at_its_tail_or_last_invocation(acts_on, prompt, begin):
+    assert acts_on.beginning(prompt) == begin
+    assert beginnings([acts_on], [prompt, prompt]).tolist() == [[begin], [begin]]
+    assert ActsOn.of(acts_on.record()) == acts_on
+
+
+# Passes.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_plain_pass_takes_its_tokens_as_the_prompt(case, side):
+    batch = padded([*PROMPTS], side)
+    with torch.no_grad():
+        got = case.routed(**batch).logits
+    for row, prompt in enumerate(PROMPTS):
+        real = batch["attention_mask"][row].bool()
+        assert_close(got[row][real], case.wanted(prompt, prompt))
+
+
+def test_the_experts_of_each_pass_matter(case):
+    prompt = PROMPTS[0]
+    with torch.no_grad():
+        base = case.base(torch.tensor([prompt])).logits[0]
+    wanted = case.wanted(prompt, prompt)
+    assert (wanted[-1] - base[-1]).abs().max() > 0.1 * base.abs().max()
+    if None not in case.acting:
+        assert torch.equal(wanted[: -max(each.tail for each in case.acting)], base[:-3])
+
+
+KINDS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 0},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "prefilled in parts": {"prefill_chunk_size": 3},
+}
+
+
+@torch.no_grad()
+def generated(model, batch, **options):
+    torch.manual_seed(0)
+    settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW, **(settings | options))
+
+
+def assert_is_teacher_forced(case, found, prompts, answers_begin: int) -> None:
+    """Each step's logits are the oracle's for what was generated by then."""
+    times = len(found.sequences) // len(prompts)
+    for row, tokens in enumerate(found.sequences.tolist()):
+        prompt = prompts[row // times]
+        answer = tokens[answers_begin:]
+        wanted = case.wanted(prompt, prompt + answer[:-1])[len(prompt) - 1 :]
+        assert_close(torch.stack([step[row] for step in found.logits]), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_the_oracles(case, kind):
+    batch = padded([*PROMPTS])
+    found = generated(case.routed, batch, **KINDS[kind])
+    assert_is_teacher_forced(case, found, PROMPTS, batch["input_ids"].shape[1])
+
+
+def test_generation_without_a_mask(case):
+    found = generated(case.routed, {"input_ids": torch.tensor([PROMPTS[0]])})
+    assert_is_teacher_forced(case, found, PROMPTS[:1], len(PROMPTS[0]))
+
+
+def test_beams(case):
+    batch = padded([*PROMPTS])
+    found = generated(case.routed, batch, num_beams=3, output_scores=True)
+    columns = batch["input_ids"].shape[1]
+    for row, prompt in enumerate(PROMPTS):
+        answer = found.sequences[row, columns:].tolist()
+        logits = case.wanted(prompt, prompt + answer[:-1])[len(prompt) - 1 :]
+        chosen = logits.log_softmax(-1)[range(len(answer)), answer]
+        assert float(found.sequences_scores[row]) == pytest.approx(float(chosen.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("drafts", ["assistant", "lookup", "early exit"])
+def test_drafts_are_of_the_answer(case, drafts):
+    prompt = PROMPTS[0]
+    options = {
+        "assistant": {"assistant_model": copy.deepcopy(case.base)},
+        "lookup": {"prompt_lookup_num_tokens": 2},
+        "early exit": {"assistant_early_exit": 1},
+    }[drafts]
+    found = generated(case.routed, {"input_ids": torch.tensor([prompt])}, **options)
+    assert_is_teacher_forced(case, found, [prompt], len(prompt))
+
+
+def test_embeddings_hide_invocations_and_no_tails():
+    batch = padded([*PROMPTS])
+    for acting, refused in ((TAILS, False), (MIXED, True)):
+        case = Case("llama", acting)
+        ids = batch["input_ids"]
+        given = {
+            "inputs_embeds": case.base.get_input_embeddings()(ids).detach(),
+            "attention_mask": batch["attention_mask"],
+        }
+        if refused:
+            with pytest.raises(RoutingError, match="pass input_ids, in which it can be found"):
+                generated(case.routed, given)
+            with pytest.raises(RoutingError, match="pass input_ids"):
+                case.routed(**given)
+            continue
+        assert_is_teacher_forced(case, generated(case.routed, given), PROMPTS, 0)
+        with torch.no_grad():
+            assert_close(case.routed(**given).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "gemma2", "mistral", "opt"])
+def test_other_architectures(architecture):
+    case, batch = Case(architecture, MIXED), padded([*PROMPTS])
+    for kind in ("greedy", "no cache", "static cache"):
+        found = generated(case.routed, batch, **KINDS[kind])
+        assert_is_teacher_forced(case, found, PROMPTS, batch["input_ids"].shape[1])
+
+
+# The base's cache of a prompt's body is the routed model's.
+
+
+def keys_and_values(cache) -> list[Tensor]:
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def test_the_cache_of_a_body_is_the_bases_bit_for_bit():
+    case, prompt = Case("llama", TAILS), PROMPTS[0]
+    body, ids = len(prompt) - 3, torch.tensor([prompt])
+    with torch.no_grad():
+        base, routed = (model(ids).past_key_values for model in (case.base, case.routed))
+    for one, other in zip(keys_and_values(base), keys_and_values(routed), strict=True):
+        assert torch.equal(one[:, :, :body], other[:, :, :body])
+    assert not torch.equal(one, other)
+    # So generate goes on from the base's cache of the body.
+    shared = DynamicCache(config=case.base.config)
+    with torch.no_grad():
+        case.base(ids[:, :body], **{cache_argument(case.base): shared}, use_cache=True)
+    found = generated(case.routed, {"input_ids": ids}, **{cache_argument(case.base): shared})
+    assert_is_teacher_forced(case, found, [prompt], len(prompt))
+
+
+def test_a_pass_goes_on_from_its_own_cache_and_no_other(case):
+    prompt, answer = PROMPTS[0], [4, 5]
+    with torch.no_grad():
+        cache = case.routed(torch.tensor([prompt])).past_key_values
+        held = {cache_argument(case.base): cache}
+        got = case.routed(torch.tensor([answer]), **held).logits[0]
+    assert_close(got, case.wanted(prompt, prompt + answer)[len(prompt) :])
+    with torch.no_grad():
+        held = {cache_argument(case.base): case.base(torch.tensor([prompt])).past_key_values}
+    with pytest.raises(RoutingError, match="has not read the one in this cache"):
+        case.routed(torch.tensor([answer]), **held)
+    text = [*prompt, *answer]
+    with routing_for(case.routed, [prompt]), torch.no_grad():  # said by the caller
+        found = case.routed(torch.tensor([text])).logits[0]
+    assert_close(found, case.wanted(prompt, text))
+
+
+def checkpointed_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about the name, which v6 changes
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss: Tensor = model(ids, use_cache=False).logits.square().mean()
+        model.gradient_checkpointing_disable()
+    return loss
+
+
+def test_what_cannot_say_where_prompts_end_is_refused(case):
+    ids = torch.tensor([PROMPTS[0]])
+    with pytest.raises(RoutingError, match="can't say where this one ends"):
+        case.routed(ids, logits_to_keep=3)
+    tokenizer = make_tokenizer(final_eos=False)
+    tokenizer.bos_token = "</s>"
+    with pytest.raises(RoutingError, match="leave token_healing out"):
+        generated(case.routed, {"input_ids": ids}, token_healing=True, tokenizer=tokenizer)
+    layer = next(iter(composition_of(case.routed).layers.values()))
+    with pytest.raises(RoutingError, match="outside of a pass of its model"):
+        layer(torch.zeros(1, 2, layer.in_features))
+    case.routed.train()
+    loss = checkpointed_loss(case.routed, ids)
+    with pytest.raises(RoutingError, match="gradient checkpointing"):
+        loss.backward()
+    case.routed.zero_grad()
+    case.routed.eval()
+    with torch.no_grad():  # a pass that broke off leaves nothing behind
+        assert_close(case.routed(ids).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_choices_are_scored_packed_and_padded(case, packs, monkeypatch):
+    if not packs:
+        monkeypatch.setattr(batching, "can_pack", lambda _: False)
+    rows = [(prompt, [[4, 5, 1], [6, 1], [8, 4, 1]]) for prompt in PROMPTS]
+    with routing_for(case.routed, PROMPTS) as before_pass:
+        found = dict(choice_log_likelihoods(case.routed, rows, 0, 64, before_pass))
+    for index, (prompt, choices) in enumerate(rows):
+        for got, choice in zip(found[index], choices, strict=True):
+            logits = case.wanted(prompt, prompt + choice[:-1])[len(prompt) - 1 :]
+            wanted = logits.log_softmax(-1)[range(len(choice)), choice].mean()
+            assert got == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_gradients_are_the_oracles(case):
+    prompt = PROMPTS[0]
+    for model in (case.base, case.routed):
+        model.zero_grad()
+    case.routed(torch.tensor([prompt]), use_cache=False).logits.square().mean().backward()
+    active = case.active(prompt, len(prompt))
+    with naively_routed(case.base, case.pool.experts, k=2, active=active):
+        case.base(torch.tensor([prompt]), use_cache=False).logits.square().mean().backward()
+    got, wanted = (model.get_input_embeddings().weight.grad for model in (case.routed, case.base))
+    assert_close(got, wanted)
+
+
+def test_copies_and_pools_that_change(case):
+    prompt = PROMPTS[0]
+    other = copy.deepcopy(case.routed)
+    first, *rest = case.pool.experts
+    with torch.no_grad():
+        assert_close(other(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
+    grown = compose(Pool((first,)), copy.deepcopy(case.base))
+    add_experts(grown, Pool(tuple(rest)))
+    with torch.no_grad():
+        assert_close(grown(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
+    remove_experts(grown, [expert.name for expert in rest])
+    assert (composition_of(grown).context is None) == (first.acts_on is None)
+    plain = detach(grown)
+    assert "generate" not in vars(plain)
+
+
+def test_each_thread_has_its_own_prompts(case):
+    found: dict[str, list[Tensor]] = {}
+
+    def work(side: str) -> None:
+        with torch.no_grad():
+            found[side] = [case.routed(**padded([*PROMPTS], side)).logits for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(side,)) for side in ("left", "right")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for side, passes in found.items():
+        real = padded([*PROMPTS], side)["attention_mask"].bool()
+        wanted = torch.cat([case.wanted(prompt, prompt) for prompt in PROMPTS])
+        for logits in passes:
+            assert_close(logits[real], wanted)
+
+
+def test_compiling_leaves_the_look_at_prompts_alone(case):
+    torch._dynamo.reset()
+    graph, ids = torch.compile(case.routed, backend="eager"), torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        assert_close(graph(ids).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
+    torch._dynamo.reset()
+    whole = torch.compile(case.routed, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="use fullgraph=False"), torch.no_grad():
+        whole(ids)
+    torch._dynamo.reset()
+
+
+def test_evaluation_generates_what_generate_does(llama, llama_pool):
+    model = compose(with_acting(llama_pool, MIXED), copy.deepcopy(llama))
+    rows = tuple(Example(text, "x") for text in ("count:", "a longer prompt, count:", "one two"))
+    found = evaluate(model, Task("open", test=rows), max_new_tokens=5, tokenizer=llama.tokenizer)
+    for example, prediction in zip(rows, found.scores[0].predictions, strict=True):
+        answer = generate(model, llama.tokenizer, example.input, sampling=Sampling(5))
+        assert prediction.answer == answer.text
+
+
+def test_encoder_decoders_are_refused():
+    base = make_tiny("t5")
+    with pytest.raises(RoutingError, match="decoder-only base"):
+        compose(acting_pool(base, (None, ActsOn(tail=2))), base)
+
+
+# Routers.
+
+
+def alone(case: Case, prompt: list[int], weights: list[float]) -> Tensor:
+    """The logits of the base under constant shares of the experts, each where it acts."""
+    active = case.active(prompt, len(prompt))[0]
+
+    def hook(site: str):
+        def add(_, args, output):
+            for z, expert in enumerate(case.pool.experts):
+                lora = expert.lora[site]
+                delta = lora.scale * (args[0] @ lora.A.T) @ lora.B.T
+                output = output + weights[z] * active[:, z, None] * delta
+            return output
+
+        return add
+
+    handles = [
+        case.base.get_submodule(site).register_forward_hook(hook(site))
+        for site in find_sites(case.base)
+    ]
+    try:
+        with torch.no_grad():
+            return case.base(torch.tensor([prompt])).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_merged_experts_each_act_where_they_do():
+    case, prompt = Case("llama", MIXED, router="merged"), PROMPTS[0]
+    with torch.no_grad():
+        got = case.routed(torch.tensor([prompt])).logits[0]
+    assert_close(got, alone(case, prompt, [0.25] * 4))
+
+
+@pytest.mark.parametrize("router", ["arrow", "spectr", "uniform-top-k", "random", "phatgoose"])
+def test_a_tokens_experts_are_of_the_active_ones(router):
+    case, prompt = Case("llama", MIXED, router=router, k=2), PROMPTS[0]
+    layer = next(iter(composition_of(case.routed).layers.values()))
+    seen = []
+    choose = layer.choose
+    layer.choose = lambda u: seen.append(choose(u)) or seen[-1]
+    layer.one_call = False
+    with torch.no_grad():
+        case.routed(torch.tensor([prompt]))
+    active = case.active(prompt, len(prompt))[0]
+    sums = seen[0].weights.sum(dim=-1)
+    assert torch.allclose(sums, torch.ones(len(prompt)))  # the first expert always acts
+    idle = ~active.gather(1, seen[0].experts)
+    assert (seen[0].weights[idle] == 0).all()
+
+
+def test_no_setting_but_those_named():
+    for good in ("all", "answer", "generation-prompt", "12"):
+        assert Training(acts_on=good).acts_on == good
+    for bad in ("0", "-3", "twelve", ""):
+        with pytest.raises(ConfigError, match="acts_on"):
+            Training(acts_on=bad)
+
+
+# Saving, and leaving for other programs.
+
+
+def with_acting(pool: Pool, acting: tuple[ActsOn | None, ...]) -> Pool:
+    """The experts of `pool`, which has files, with these ends of prompts to act on."""
+    experts = zip(pool.experts, acting, strict=True)
+    return Pool(
+        tuple(
+            replace(each, info=replace(each.info, acts_on=acts_on and acts_on.record()))
+            for each, acts_on in experts
+        )
+    )
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged", "arrow"])
+def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, router):
+    pool, ids = with_acting(llama_pool, MIXED), torch.tensor([PROMPTS[0]])
+    wanted = logits_of(compose(pool, copy.deepcopy(llama), router=router), ids)
+    plain = logits_of(compose(llama_pool, copy.deepcopy(llama), router=router), ids)
+    assert (wanted - plain).abs().max() > 1e-3
+    save(compose(pool, copy.deepcopy(llama), router=router), tmp_path / "saved")
+    first, rest = pool.select(["e0", "e1"]), pool.select(["e2", "e3"])
+    routing = Routing(router=router)
+    save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)
+    save_pool(first, tmp_path / "grown", copy.deepcopy(llama), routing=routing)
+    add_to_saved(tmp_path / "grown", rest)
+    for name in ("saved", "packed", "grown"):
+        folder = tmp_path / name
+        assert json.loads((folder / "routed.json").read_text())["format_version"] == 3
+        assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
+        again = compact(folder) if name == "grown" else read_saved(folder)
+        assert [ActsOn.of(record.get("acts_on")) for record in again.records] == [*MIXED]
+        assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
+    remove_from_saved(tmp_path / "grown", ["e1", "e2", "e3"])
+    compact(tmp_path / "grown")
+    assert json.loads((tmp_path / "grown" / "routed.json").read_text())["format_version"] < 3
+    description = tmp_path / "saved" / "routed.json"
+    content = json.loads(description.read_text())
+    content["experts"][1]["acts_on"] = {"tail": -1}
+    description.write_text(json.dumps(content))
+    with pytest.raises(RoutingError, match="wanted a tail of at least 1"):
+        load(tmp_path / "saved", copy.deepcopy(llama))
+
+
+def test_results_are_those_of_experts_that_act_alike(llama_pool):
+    pools = [llama_pool, *(with_acting(llama_pool, (end,) * 4) for end in MIXED)]
+    identities = [str(pool_row("a", "a", pool, Routing()).identity) for pool in pools]
+    assert len(set(identities)) == len({None, *MIXED})
+
+
+@pytest.mark.parametrize("router", ["merged", "single:expert=e2"])
+def test_experts_of_one_invocation_leave_as_pefts_alora(llama, llama_pool, tmp_path, router):
+    pool = with_acting(llama_pool, (ActsOn(invocation=CALL),) * 4)
+    model = compose(pool, copy.deepcopy(llama), router=router)
+    found = export(model, tmp_path / "adapter")
+    assert found.fidelity.difference < 1e-5
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == [*CALL]
+    batch = padded([*PROMPTS])
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        got = peft_model(llama, tmp_path / "adapter")(**batch).logits
+    assert_close(got[batch["attention_mask"].bool()], wanted[batch["attention_mask"].bool()])
+    prompt = torch.tensor(PROMPTS[:1])
+    texts = Texts("calls", [Example("x", "")])
+    with pytest.raises(RoutingError, match="weights act on all tokens; export an adapter"):
+        export(model, tmp_path / "merged", merged=True)
+    by_token = compose(pool, copy.deepcopy(llama), router="phatgoose")
+    with pytest.raises(RoutingError, match="e0, e1, e2, e3, whose mixture can't be fixed"):
+        export(by_token, tmp_path / "fixed", texts=texts)
+    assert fidelity_on(model, tmp_path / "adapter", prompt, llama) < 1e-5
+
+
+def fidelity_on(model, adapter, prompt, base) -> float:
+    peft = peft_model(base, adapter)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    one = model.generate(prompt, **options)
+    assert torch.equal(one, peft.generate(input_ids=prompt, **options))
+    return float((logits_of(model, one) - logits_of(peft, one)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("acting", "named"),
+    [
+        ((ActsOn(invocation=CALL), None, None, None), "act e0"),
+        ((ActsOn(invocation=CALL), *[ActsOn(invocation=(7,))] * 3), "act e0, e1, e2, e3"),
+        ((ActsOn(tail=2),) * 4, "act e0, e1, e2, e3"),
+    ],
+)
+def test_experts_of_other_ends_are_not_exported(llama, llama_pool, tmp_path, acting, named):
+    model = compose(with_acting(llama_pool, acting), llama, router="merged")
+    with pytest.raises(RoutingError, match=f"{named}. PEFT has adapters for that, aLoRA"):
+        export(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_lm_eval_is_refused_by_name(llama_pool, tmp_path):
+    harness = pytest.importorskip("phatgoose.apps.harness", reason="needs phatgoose[lm-eval]")
+    pool = with_acting(llama_pool, MIXED)
+    save_pool(pool, tmp_path / "packed", routing=Routing())
+    with pytest.raises(ConfigError, match="lm_eval doesn't hand over where that is"):
+        harness.PhatgooseLM(pool=str(tmp_path / "packed"), dtype="float32")

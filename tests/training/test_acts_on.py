@@ -1,0 +1,245 @@
+"""Training with acts_on: an expert learns, and is measured, where it acts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from command_line import run, write_rows
+from phatgoose.base.active_tokens import ActsOn, acting_at
+from phatgoose.base.sites import find_sites
+from phatgoose.config import IA3, Bottleneck, Formatting, GateTraining, Lora
+from phatgoose.errors import ConfigError, ExpertError, TaskError
+from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts.expert import LAYOUT, Expert, check_expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, INVOCATION
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.tasks import batching
+from phatgoose.tasks.batching import Collator, target_logits
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.training.modules import GatedLinear
+from phatgoose.training.statistics import measure
+from phatgoose.training.train_expert import train_gates
+from tiny import assert_same_logits, copied_model, logits_of, make_adapter, pairs_of, peft_model
+from training_runs import GATES, TASK, TRAINING, train
+
+TEMPLATE = "{% for m in messages %}[user] {{ m['content'] }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}[goose] {% endif %}"
+KINDS = {
+    "lora": Lora(rank=2, alpha=4),
+    "ia3": IA3(),
+    "bottleneck": Bottleneck(size=3, init_std=0.3),
+}
+
+
+def trained_on(base, out, acts_on, **options) -> Expert:
+    return train(base, out, training=replace(TRAINING, acts_on=acts_on), **options)
+
+
+def validation_loss(base, expert, model) -> float:
+    """The mean loss of the validation's target tokens, one text after the other, as served."""
+    losses = []
+    for pair in pairs_of(base, replace(TASK, train=TASK.validation)):
+        with routing_for(model, [pair.prompt]):
+            logits = logits_of(model, torch.tensor([pair.prompt + pair.target]))[0]
+        told = logits[len(pair.prompt) - 1 : -1].log_softmax(-1)
+        losses.append(-told[range(len(pair.target)), pair.target])
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeypatch):
+    if not packs:
+        monkeypatch.setattr(batching, "can_pack", lambda _: False)
+    options = {"peft": KINDS[kind], "gate_training": GateTraining(gate_steps=2)}
+    expert = trained_on(llama, tmp_path / "e", "3", **options)
+    assert expert.acts_on == ActsOn(tail=3)
+    assert check_expert(expert.directory) == []
+    base = copied_model("llama")
+    model = compose(Pool((expert,)), base, router="single")
+    loss = validation_loss(llama, expert, model)
+    assert loss == pytest.approx(expert.info.metrics["expert_validation_loss"], rel=1e-4)
+    everywhere = replace(expert, info=replace(expert.info, acts_on=None))
+    other = compose(Pool((everywhere,)), copied_model("llama"), router="single")
+    assert abs(validation_loss(llama, expert, other) - loss) > 1e-4
+
+
+def test_joint_gates_too(llama, tmp_path):
+    expert = trained_on(llama, tmp_path / "e", "answer", gate_training=GateTraining(joint=True))
+    assert expert.acts_on == ActsOn(tail=1)
+    assert expert.has("gates")
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_gates_learn_from_the_tokens_that_are_acted_on(llama, make_expert, packs):
+    """The gates' gradients are those of the formula with the update masked."""
+    expert, acting = make_expert(llama, "e"), ActsOn(tail=2)
+    pairs = pairs_of(llama, TASK)
+    batch = Collator(llama.model, 0, packs=packs, acting=acting)(pairs)
+    with applied(llama.model, expert.modules, GatedLinear) as layers:
+        for layer in layers.values():
+            torch.nn.init.normal_(layer.gate)
+        logits = target_logits(llama.model, batch)
+        logits[batch["labels"] != batching.IGNORED].square().mean().backward()
+        got = {site: layer.gate.grad.clone() for site, layer in layers.items()}
+        for layer in layers.values():
+            layer.gate.grad = None
+        outputs = []
+        for pair in pairs:
+            text = pair.prompt + pair.target
+            active = (torch.arange(len(text)) >= len(pair.prompt) - 2)[None]
+            with acting_at(active):
+                outputs.append(
+                    llama.model(torch.tensor([text])).logits[0, len(pair.prompt) - 1 : -1]
+                )
+        torch.cat(outputs).square().mean().backward()
+        for site, layer in layers.items():
+            torch.testing.assert_close(got[site], layer.gate.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_means_are_those_of_the_tokens_that_are_acted_on(llama, tmp_path):
+    expert = trained_on(llama, tmp_path / "e", "2")
+    seen = {site: [] for site in expert.modules}
+    with applied(llama.model, expert.modules, ModifiedLinear) as layers, torch.no_grad():
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, site=site: seen[site].append(args[0]))
+            for site, layer in layers.items()
+        ]
+        for pair in pairs_of(llama, TASK):
+            text = pair.prompt + pair.target
+            begin = len(pair.prompt) - 2
+            with acting_at((torch.arange(len(text)) >= begin)[None]):
+                llama.model(torch.tensor([text]))
+            for inputs in seen.values():
+                inputs[-1] = inputs[-1][0, begin:]
+        for handle in handles:
+            handle.remove()
+    for site, inputs in seen.items():
+        torch.testing.assert_close(
+            expert.means[site], torch.cat(inputs).mean(dim=0), rtol=1e-4, atol=1e-5
+        )
+    again = measure(expert, llama, TASK, embeddings=False, readings=False)
+    assert again.acts_on == expert.acts_on
+    for site in expert.means:
+        assert torch.equal(again.means[site], expert.means[site])
+
+
+# The chat template's generation prompt, an invocation sequence that PEFT knows too.
+
+
+def test_a_generation_prompt_is_an_invocation_that_peft_reads(llama, tmp_path):
+    llama.tokenizer.chat_template = TEMPLATE
+    chat = Formatting(chat=True)
+    expert = trained_on(llama, tmp_path / "e", "generation-prompt", formatting=chat)
+    tokens = llama.tokenizer("[goose] ", add_special_tokens=False)["input_ids"]
+    assert expert.acts_on == ActsOn(invocation=tuple(tokens))
+    config = json.loads((expert.directory / ADAPTER_CONFIG).read_text())
+    assert config[INVOCATION] == tokens
+    model = compose(Pool((expert,)), copied_model("llama"), router="single")
+    peft = peft_model(llama, expert.directory)
+    prompts = [Encoder.of(llama, chat).prompt(text) for text in ("say bee", "a longer one", "x")]
+    ids = batching.pad_left([*prompts, prompts[0][:9]], 0)  # the last has no generation prompt
+    mask = batching.pad_left([[1] * len(prompt) for prompt in [*prompts, prompts[0][:9]]], 0)
+    real = mask.bool()
+    positions = batching.position_ids(mask)
+    inputs = {"attention_mask": mask, "position_ids": positions}
+    assert_same_logits(logits_of(model, ids, **inputs)[real], logits_of(peft, ids, **inputs)[real])
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(ids, **settings), peft.generate(input_ids=ids, **settings))
+
+
+def test_without_a_generation_prompt_it_is_refused(llama, tmp_path):
+    with pytest.raises(TaskError, match="turn chat on"):
+        trained_on(llama, tmp_path / "e", "generation-prompt")
+    llama.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(TaskError, match="adds no generation prompt"):
+        trained_on(llama, tmp_path / "e", "generation-prompt", formatting=Formatting(chat=True))
+
+
+def test_encoder_decoders_are_refused(originals, tmp_path):
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        trained_on(originals["t5"].copied(), tmp_path / "e", "answer")
+    assert not list(tmp_path.iterdir())
+
+
+# Adapters of PEFT's, and what an expert records.
+
+
+@pytest.mark.filterwarnings("ignore:No fingerprint is recorded")
+def test_an_imported_alora_keeps_its_invocation_through_gates_and_measuring(llama, tmp_path):
+    tokens = llama.tokenizer("say", add_special_tokens=False)["input_ids"]
+    adapter = make_adapter(llama, tmp_path / "adapter", **{INVOCATION: tokens})
+    imported = import_adapter(adapter, tmp_path / "imported", base=llama.id)
+    gated = train_gates(
+        llama, imported.directory, TASK, out=tmp_path / "e", gate_training=GATES, training=TRAINING
+    )
+    again = measure(gated, llama, TASK, embeddings=False)
+    plain = train_gates(
+        llama, adapter, TASK, out=tmp_path / "plain", gate_training=GATES, training=TRAINING
+    )
+    for expert in (imported, gated, again, plain):
+        assert expert.acts_on == ActsOn(invocation=tuple(tokens))
+    assert check_expert(again.directory) == []
+    (entry,) = Pool((again,)).records()
+    assert entry["acts_on"] == {"invocation_tokens": tokens}
+    model = compose(Pool((again,)), copied_model("llama"), router="single")
+    assert composition_of(model).acting == (again.acts_on,)
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"tail": 3}, "alora_invocation_tokens say from the tokens"),
+        (None, "acts on all tokens, but its adapter's"),
+        ({"invocation_tokens": [9]}, "but its adapter's alora_invocation_tokens say"),
+        ({"tail": 0}, "wanted a tail of at least 1"),
+        ({"tail": True}, "wanted a tail of at least 1"),
+        ({"invocation_tokens": []}, "wanted a tail of at least 1"),
+        ({"invocation_tokens": [-1]}, "wanted a tail of at least 1"),
+        ({"tail": 2, "invocation_tokens": [1]}, "wanted a tail of at least 1"),
+        ("answer", "acts_on is 'answer', which it can't be"),
+    ],
+)
+def test_a_record_that_is_wrong_is_found(llama, tmp_path, record, complaint):
+    adapter = make_adapter(llama, tmp_path / "adapter", **{INVOCATION: [5, 6]})
+    expert = Expert.from_peft(adapter, {}, base=llama, name="e").save(tmp_path / "e")
+    path = expert.directory / LAYOUT.info
+    content = json.loads(path.read_text())
+    assert content["acts_on"] == {"invocation_tokens": [5, 6]}
+    path.write_text(json.dumps({**content, "acts_on": record}))
+    (problem, *_) = check_expert(expert.directory)
+    assert complaint in problem
+    with pytest.raises(ExpertError):
+        Expert.load(expert.directory)
+
+
+def test_the_command_trains_records_and_tells(llama, tmp_path, capsys):
+    rows = [{"input": f"say {word}", "target": word} for word in ("a", "bee", "of", "ice")]
+    task = write_rows(tmp_path / "echo.jsonl", rows)
+    flags = ["--steps", "1", "--batch-size", "2", "--eval-every", "1", "--gate-steps", "1"]
+    run(
+        capsys,
+        "train",
+        task,
+        "--base",
+        llama.id,
+        "--out",
+        tmp_path / "out",
+        "--acts-on",
+        "4",
+        *flags,
+    )
+    expert = Expert.load(tmp_path / "out" / "echo")
+    assert expert.acts_on == ActsOn(tail=4)
+    card = (expert.directory / LAYOUT.card).read_text()
+    assert "Acts on: the prompt's last 4 tokens and the answer" in card
+    assert "PEFT alone doesn't know this" in card
+    assert "acts on the prompt's last 4 tokens" in run(capsys, "check", expert.directory).out
+    assert find_sites(llama.model).keys() == expert.modules.keys()

@@ -22,13 +22,13 @@ from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 # By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
 SETTINGS = {
-    "all": ({}, PLACES, (0, 1), 0.3, 0.0),
-    "end": ({"place": "end"}, ("end",), (0, 1), 0.3, 0.0),
-    "whole": ({"place": "whole"}, ("whole",), (0, 1), 0.3, 0.0),
-    "first": ({"last": 0.5}, PLACES, (0,), 0.3, 0.0),
-    "last": ({"first": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9, 0.0),
-    "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0, 0.0),
-    "drawn": ({"task_variance": 0.5}, PLACES, (0, 1), 0.3, 0.5),
+    "all": ({"place": "both", "task_variance": 0.0}, PLACES, (0, 1), 0.3, 0.0),
+    "default": ({}, ("whole",), (0, 1), 0.3, 1.0),
+    "end": ({"place": "end"}, ("end",), (0, 1), 0.3, 1.0),
+    "first": ({"last": 0.5}, ("whole",), (0,), 0.3, 1.0),
+    "last": ({"first": 0.6, "shrinkage": 0.9}, ("whole",), (1,), 0.9, 1.0),
+    "diagonal": ({"shrinkage": 1.0}, ("whole",), (0, 1), 1.0, 1.0),
+    "drawn": ({"task_variance": 0.5}, ("whole",), (0, 1), 0.3, 0.5),
 }
 
 
@@ -47,7 +47,7 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, case):
 def test_each_block_chooses_by_its_own_reading(base, pool, share):
     by_hand = [
         torch.stack(
-            [scores_by_hand(base, pool, text, PLACES, blocks, 0.3, 0.0) for text in PROMPTS]
+            [scores_by_hand(base, pool, text, ("whole",), blocks, 0.3, 1.0) for text in PROMPTS]
         )
         for blocks in ((0,), (1,), (0, 1))
     ]

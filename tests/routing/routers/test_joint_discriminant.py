@@ -10,7 +10,6 @@ import torch
 from discriminants import gaussian_scores, scores_by_hand
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PLACES
 from phatgoose.routing.compose import compose
 from routed_models import text_of, with_embeddings
 from topic_prompts import PROMPTS, both_streams, retrieving, scores_of
@@ -44,8 +43,8 @@ def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shri
     model = compose(with_embeddings(pool), base, router=text_of(NAME, **settings))
     got = scores_of(model, PROMPTS)
     for row, text in enumerate(PROMPTS):
-        read = scores_by_hand(base, pool, text, PLACES, (0, 1), shrinkage, 0.0)
-        embedded = embedding_scores(pool, text, shrinkage=shrinkage)
+        read = scores_by_hand(base, pool, text, ("whole",), (0, 1), shrinkage, 1.0)
+        embedded = embedding_scores(pool, text, shrinkage=shrinkage, task_variance=1.0)
         wanted = (1 - share) * read + share * embedded
         torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)
 

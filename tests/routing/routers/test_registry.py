@@ -227,6 +227,7 @@ USUAL = {
     "input_temperature": None,
 }
 READING = {"reading_place": "end", "reading_from": 0.5, "shrinkage": 0.2, "task_variance": 0.1}
+BEFORE = "place=both,task_variance=0"  # defaults of that time which are others now
 READ = "place=end,first=0.5,shrinkage=0.2,task_variance=0.1"
 THEN = {  # by router: what was changed, and its settings and k now
     "random": ({"router_seed": 7, "k": 3}, "seed=7", 3),
@@ -256,7 +257,7 @@ THEN = {  # by router: what was changed, and its settings and k now
     ),
     "discriminant-phatgoose": (
         {"prior": 0.3, "input_k": 3, "input_temperature": 0.4, "router_temperature": 2.0, "k": 1},
-        "temperature=2,shortlist=3,shortlist_temperature=0.4,prior=0.3",
+        f"temperature=2,{BEFORE},shortlist=3,shortlist_temperature=0.4,prior=0.3",
         1,
     ),
     "best-individual": ({}, "", None),
@@ -272,14 +273,16 @@ def test_a_routing_of_that_time_becomes_its_routers_text(router):
     assert found["router"] == (f"{router}:{settings}" if settings else router)
     assert found.get("k") == k
     assert choice_of(found["router"]).text == found["router"]
-    assert translated({"router": router, **USUAL})["router"] == router
+    usual = f"{router}:{BEFORE}" if "discriminant" in router else router
+    assert translated({"router": router, **USUAL})["router"] == usual
+    assert translated({"router": router, "eps": 1e-5})["router"] == usual
 
 
 def test_every_router_of_that_time_is_known_with_all_its_settings():
     assert THEN.keys() == SETTINGS.keys() - registry.LEFT.keys()
     for router in THEN:
         names = {setting.name for setting in settings_of(ROUTERS[router].config)}
-        assert set(SETTINGS[router].values()) - {"stand_in"} == names
+        assert set(SETTINGS[router].values()) - {"stand_in"} == names - {"per_block"}
 
 
 def test_a_routing_of_now_stays_as_it_is_and_of_neither_time_is_refused():

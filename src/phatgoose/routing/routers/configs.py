@@ -145,7 +145,7 @@ class Reading(Settings):
         str,
         "What is read of a prompt: its end (last token), the whole (mean over tokens), or both.",
         one_of(PLACES),
-    ] = "both"
+    ] = "whole"
     first: Annotated[float, "The first block that is read, as a share of the depth.", RATIO] = 0.0
     last: Annotated[float, "The last block that is read, as a share of the depth.", RATIO] = 1.0
     shrinkage: Annotated[
@@ -153,10 +153,10 @@ class Reading(Settings):
     ] = 0.3
     task_variance: Annotated[
         float,
-        "How far a new task is taken to lie from an expert's own, as a share of how far the "
-        "experts' tasks lie apart.",
+        "How far a new wording or task is taken to lie from an expert's own, as a share of how far "
+        "the experts' tasks lie apart.",
         NOT_NEGATIVE,
-    ] = 0.0
+    ] = 1.0
     per_block: Annotated[
         float,
         "How much a block's own reading decides which experts act in it: 0 has one choice for the "

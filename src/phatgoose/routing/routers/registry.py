@@ -321,6 +321,7 @@ _READING = {
     "shrinkage": "shrinkage",
     "task_variance": "task_variance",
 }
+USUAL_THEN = {"reading_place": "both", "task_variance": 0.0}  # of those whose default has changed
 SCORED = {"eps": "eps", "affinity": "affinity", "router_temperature": "temperature"}
 INPUT = {"input_temperature": "temperature"}
 # By router: the fields that it looked at, and what they are called now.
@@ -381,7 +382,8 @@ def translated(routing: Mapping[str, Any]) -> dict[str, Any]:
     name = str(routing.get("router", "phatgoose"))
     spec = ROUTERS.get(name)
     usual = vars(spec.config()) if spec else {}
-    values = {new: routing.get(old) for old, new in SETTINGS.get(name, {}).items()}
+    known = SETTINGS.get(name, {})
+    values = {new: routing.get(old, USUAL_THEN.get(old)) for old, new in known.items()}
     if not values.get("stand_in"):
         values.pop("stand_in", None)
     parts = [

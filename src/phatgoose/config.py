@@ -257,6 +257,12 @@ class Training(Settings):
         Limit(f"{', '.join(ACTS_ON)} or a number of tokens", is_acts_on),
     ] = "all"
 
+    def __post_init__(self) -> None:
+        given: Any = self.acts_on
+        if type(given) is int:  # a recipe's number without quotes
+            object.__setattr__(self, "acts_on", str(given))
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class GateTraining(Settings):

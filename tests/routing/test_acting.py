@@ -261,6 +261,8 @@ def test_a_pass_goes_on_from_its_own_cache_and_no_other(case):
         held = {cache_argument(case.base): case.base(torch.tensor([prompt])).past_key_values}
     with pytest.raises(RoutingError, match="has not read the one in this cache"):
         case.routed(torch.tensor([answer]), **held)
+    with routing_for(case.routed, []), torch.no_grad():  # of nothing: passes are read
+        assert_close(case.routed(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
     text = [*prompt, *answer]
     with routing_for(case.routed, [prompt]), torch.no_grad():  # said by the caller
         found = case.routed(torch.tensor([text])).logits[0]
@@ -441,7 +443,8 @@ def test_a_tokens_experts_are_of_the_active_ones(router):
 def test_no_setting_but_those_named():
     for good in ("all", "answer", "generation-prompt", "12"):
         assert Training(acts_on=good).acts_on == good
-    for bad in ("0", "-3", "twelve", ""):
+    assert Training(acts_on=12).acts_on == "12"
+    for bad in (0, "0", "-3", "twelve", ""):
         with pytest.raises(ConfigError, match="acts_on"):
             Training(acts_on=bad)
 

@@ -37,8 +37,8 @@ class Told:
         return [stream for event in self.events for stream in event.routing]
 
 
-def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", experts=None, echoed=""):
-    return ActiveSequence(runner, prompt, decoding, Told(), choice, client, experts, echoed)
+def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", turn=None, echoed=""):
+    return ActiveSequence(runner, prompt, decoding, Told(), choice, client, turn, echoed)
 
 
 def prompt_of(seed, tokens=None):

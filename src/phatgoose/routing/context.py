@@ -273,7 +273,7 @@ class RoutingContext:
         """What there is to use for `prompts`; raises what the router's `choose` does."""
         return Turn(
             self.choose(prompts, **known) if self.router else None,
-            beginnings(self.acting, prompts) if self.acting else None,
+            beginnings(self.acting, prompts) if self.acting and prompts else None,
         )
 
     def active(self, columns: Tensor, tokens: int) -> Tensor | None:

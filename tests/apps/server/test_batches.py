@@ -81,8 +81,8 @@ def test_sliding_windows_slide_in_batches_too():
 def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     runner = runner_of("llama", router)
     batch = Batch(runner)
-    experts = runner.experts_of([prompt_of(seed) for seed in range(4)])
-    rows = [row_of(runner, prompt_of(seed), experts=experts[seed]) for seed in range(4)]
+    turns = runner.turns_of([prompt_of(seed) for seed in range(4)])
+    rows = [row_of(runner, prompt_of(seed), turn=turns[seed]) for seed in range(4)]
     batch.join(rows[:2])
     batch.step()
     batch.join(rows[2:])

@@ -395,6 +395,11 @@ class Serving(Settings):
         "Maximum tokens to compute together, prompts, answers and padding included.",
         AT_LEAST_1,
     ] = 16384
+    max_forwarded: Annotated[
+        int,
+        "With --upstream: maximum answers that the engine is asked for at once; others wait here.",
+        AT_LEAST_1,
+    ] = 256
     max_routings: Annotated[
         int, "Requested routings to keep in memory, in addition to the served models.", AT_LEAST_1
     ] = 8

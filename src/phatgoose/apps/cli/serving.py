@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
+from ...errors import ConfigError
 from ..console import say
 from ..processor import advice
 from . import options
@@ -35,6 +36,12 @@ def serve(
         "Another name that the server is asked for by, such as a proxy's (repeatable; "
         "'*': any). Without it those of this machine's loopback and --host.",
     ] = None,
+    upstream_key: Annotated[
+        str | None,
+        "With --upstream: the engine's key. Other processes can see it here; "
+        "PHATGOOSE_UPSTREAM_KEY in the environment hides it.",
+    ] = None,
+    gateway: options.UpstreamOptions,
     opening: options.ModelOptions,
     replicas: options.ReplicaOptions,
     routing: Routing,
@@ -43,7 +50,24 @@ def serve(
 ) -> None:
     """Serve routed models over HTTP, as OpenAI's interface does, until SIGTERM or Ctrl-C."""
     replicas.check()
-    from ..server import API_KEYS, check_address, create_app, keys_of, run, served_models
+    behind = gateway.settings()
+    options.only_with("--upstream", behind is not None, {"upstream_key": upstream_key})
+    from ..server import (
+        API_KEYS,
+        UPSTREAM_KEY,
+        Upstream,
+        check_address,
+        create_app,
+        keys_of,
+        run,
+        served_models,
+    )
+
+    upstream = None
+    if behind is not None:
+        if replicas.engine != "local":
+            raise ConfigError("--upstream is for --engine local; run several gateways instead.")
+        upstream = Upstream(**behind, key=upstream_key or os.environ.get(UPSTREAM_KEY) or None)
 
     models = served_models(
         model,
@@ -63,7 +87,7 @@ def serve(
     app = None
     if replicas.engine == "local":
         check_address(host, port)
-        app = create_app(models, serving, keys, hosts)
+        app = create_app(models, serving, keys, hosts, upstream)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: whoever reaches this address may use it", err=True)

@@ -190,7 +190,7 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     guard = ConnectionGuard(
         _connections(limits.max_connections),
         limits.read_timeout,
-        lambda: service is not None and service.engine.waiting > 0,
+        lambda: service is not None and service.waiting > 0,
     )
     config = uvicorn.Config(
         app,

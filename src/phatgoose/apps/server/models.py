@@ -184,7 +184,7 @@ class LoadedModel:
         self.parts = composition_if_any(model)
         self.routing = Routing()
         if self.parts is not None:
-            self.routing = _numbered(self.parts.routing, len(self.parts.experts))
+            self.routing = numbered(self.parts.routing, len(self.parts.experts))
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
@@ -237,22 +237,38 @@ class LoadedModel:
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.parts.experts if self.parts else ()
+
+    def composed(self, pool: Pool, routing: Routing, others: Sequence[ModelRunner]) -> ModelRunner:
+        """The model by another routing; it shares what it can with those of `others`."""
+        model = self.compose(pool, routing)
+        share_factors(model, [runner.model for runner in others])
+        return ModelRunner(model, self.base.tokenizer)
+
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         """The routing and the experts with `override` applied, or what makes that impossible."""
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
         pool = self.pool.select(override.keep, override.leave_out)
-        routing = self.routing
-        if override.router not in (None, routing.router):  # whose k needn't suit another router
-            asked = self.settings.routing.k if self.settings.routing else None
-            routing = replace(routing, router=override.router, k=asked)
-        if override.k is not None:
-            routing = replace(routing, k=override.k)
-        check_served(router_of(routing))
-        return _numbered(routing, len(pool)), pool
+        return overridden(self.routing, self.settings, override, len(pool)), pool
 
 
-def _numbered(routing: Routing, experts: int) -> Routing:
+def overridden(
+    routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
+) -> Routing:
+    """`routing` with `override` applied, for so many experts. Raises ConfigError."""
+    if override.router not in (None, routing.router):  # whose k needn't suit another router
+        asked = settings.routing.k if settings.routing else None
+        routing = replace(routing, router=override.router, k=asked)
+    if override.k is not None:
+        routing = replace(routing, k=override.k)
+    check_served(router_of(routing))
+    return numbered(routing, experts)
+
+
+def numbered(routing: Routing, experts: int) -> Routing:
     """`routing` with the k that it comes to among so many experts: equal ones become the same."""
     router = router_of(routing)
     return replace(router.routing, k=min(router.k, experts) or None)

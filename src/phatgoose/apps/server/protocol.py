@@ -321,14 +321,19 @@ class TokenRouting(Reply):
 class RoutingReport(Reply):
     """Which experts served an answer's tokens.
 
-    `trace` is present if it was asked for (docs/analysis.md). In a stream it comes once; `more` has
-    the tokens that follow, one entry for each of the trace's streams that has new ones.
+    `summary` has each expert's share of them, by name. Behind a gateway tokens are the pieces in
+    which an engine sends an answer, and `chosen` are the experts of a choice of which only the
+    first could be sent. `trace` is present if it was asked for (docs/analysis.md). In a stream it
+    comes once; `more` has the tokens that follow, one entry for each of the trace's streams that
+    has new ones.
     """
 
     router: str
     k: int | None
     experts: list[str]
     tokens: list[TokenRouting]
+    summary: dict[str, float] = {}
+    chosen: dict[str, float] | None = None
     trace: dict[str, Any] | None = None
     more: list[dict[str, Any]] | None = None
 
@@ -476,7 +481,7 @@ class Health(Reply):
 
     `reading` prompts are being turned into tokens or wait for it, the longest for `longest_reading`
     seconds. `readers_stuck` won't come back; `readers_ended` exceeded their limits and were
-    replaced.
+    replaced. `upstream` is the engine behind a gateway.
     """
 
     status: Literal["ok", "failing"]
@@ -486,3 +491,4 @@ class Health(Reply):
     longest_reading: float
     readers_stuck: int
     readers_ended: int
+    upstream: Literal["ok", "away"] | None = None

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -229,7 +229,37 @@ def _bytes_of(text: str) -> list[int] | None:
     return None if UNFINISHED in text else list(text.encode())
 
 
-class PendingReply:
+class OpenReply:
+    """The answers to one request while they come; `close` must be called in any case."""
+
+    def close(self) -> None:
+        """Free the places of unfinished answers."""
+        raise NotImplementedError
+
+    def events(self) -> AsyncIterator[str]:
+        """The answers as server-sent events."""
+        raise NotImplementedError
+
+    async def everything(self) -> str:
+        """All answers at once, as JSON."""
+        raise NotImplementedError
+
+    async def whole(self, request: Request) -> str:
+        """All answers at once, as JSON. A client that disconnects frees the reply's places."""
+        gone = asyncio.ensure_future(_gone(request))
+        work = asyncio.ensure_future(self.everything())
+        try:
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ApiError(CLIENT_GONE, "The client went away.")
+            return work.result()
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            self.close()
+
+
+class PendingReply(OpenReply):
     """The answers to one request, due by `deadline`; `done` is called once, when it is closed.
 
     Must be made in the event loop's thread. Raises ApiError when the queue has no room.
@@ -282,26 +312,11 @@ class PendingReply:
             yield event
 
     def close(self) -> None:
-        """Free the places of unfinished answers; must be called in any case."""
         self._engine.cancel([each for each in self._sequences if each.finish is None])
         done, self._done = self._done, lambda: None
         done()
 
-    async def whole(self, request: Request) -> str:
-        """All answers at once, as JSON. A client that disconnects frees the reply's places."""
-        gone = asyncio.ensure_future(_gone(request))
-        work = asyncio.ensure_future(self._everything())
-        try:
-            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ApiError(CLIENT_GONE, "The client went away.")
-            return work.result()
-        finally:
-            for task in (gone, work):
-                task.cancel()
-            self.close()
-
-    async def _everything(self) -> str:
+    async def everything(self) -> str:
         events: list[list[Progress]] = [[] for _ in self._sequences]
         size = 0
         async for progress in self.progress():
@@ -344,8 +359,8 @@ def _chunk_event(builder: ResponseBuilder, progress: Progress) -> str:
 class EventStream(StreamingResponse):
     """A reply's events; closes it when the client has them or is gone."""
 
-    def __init__(self, reply: PendingReply) -> None:
-        headers = {"Cache-Control": "no-store"}
+    def __init__(self, reply: OpenReply, more: Mapping[str, str] | None = None) -> None:
+        headers = {"Cache-Control": "no-store", **(more or {})}
         super().__init__(reply.events(), media_type="text/event-stream", headers=headers)
         self._reply = reply
 

@@ -97,6 +97,7 @@ class PromptRouter:
 
     name: str = "this router"
     chooses = True  # False where its weights are scores of all experts, not a choice among them
+    reads_base = False  # True where `features` need the base
     tokenizer: PreTrainedTokenizerBase | None = None
     k = 1  # experts act on a prompt
     temperature = 1.0  # divides scores before the softmax
@@ -203,6 +204,8 @@ class BaseRouter(PromptRouter):
     In a routed model every prompt passes once with no expert at work, before it passes with its
     experts.
     """
+
+    reads_base = True
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
         """What takes the features from passes of `base`."""

@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         engine = self.engine
         if self.path == "/health":
             self.reply(200, {})
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"model_id": BASE, "max_total_tokens": 512}
         return 404, {"detail": "Not Found"}
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         engine = self.engine
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.allowed():

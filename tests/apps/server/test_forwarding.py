@@ -7,11 +7,12 @@ import pytest
 
 import serving
 from fake_engine import PIECES, engine_of
+from gateways import ASK, NAMES, gateway, numbered
 from phatgoose.apps.server import forwarding
 from phatgoose.config import Serving
 from serving import PATH, ask, error_of, events
-from test_gateway import ASK, NAMES, gateway, numbered, place, toys  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
 EXPERT = {**ASK, "model": "e1"}
 
 

@@ -1,66 +1,23 @@
 """The gateway: who is chosen, what the engine is asked for in its form, what comes back."""
 
 import logging
-from contextlib import contextmanager
 
 import pytest
 
-import serving
 from fake_engine import BASE, PIECES, engine_of
-from phatgoose.apps.server import ServedModel, Upstream, create_app
-from phatgoose.config import Routing, Serving
+from gateways import ASK, NAMES, chosen_by, gateway, numbered
+from phatgoose.apps.server import Upstream
+from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
-from phatgoose.routing.open_model import open_prompt_router
-from routed_models import with_embeddings
-from serving import CHAT_TEMPLATE, CHATS, GREEDY, PATH, ask, error_of, events
-from toy_embedders import use_toy_embedder
+from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, events
 
-NAMES = ("e0", "e1", "e2", "e3")
 KINDS = ("vllm", "sglang", "llama.cpp", "lorax")
-ASK = {**GREEDY, "model": "auto"}
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module")
-def place(pool_of, tmp_path_factory):
-    """A pool's folder, whose experts have embeddings."""
-    folder = tmp_path_factory.mktemp("gateway") / "experts"
-    for expert in with_embeddings(pool_of("llama")).experts:
-        expert.save(folder / expert.name)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def toys():
-    with pytest.MonkeyPatch.context() as patch:
-        use_toy_embedder(patch)
-        yield
-
-
-def numbered(names=NAMES):
-    return {name: str(number) for number, name in enumerate(names)}
-
-
-@contextmanager
-def gateway(place, engine, limits=None, *, router="retrieval", template=None, **options):
-    """A client of a gateway to `engine`, and the application."""
-    upstream = Upstream(engine.url, wait=0, **options.pop("upstream", {}))
-    models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
-    app = create_app(models, limits, upstream=upstream, **options)
-    for each in app.state.service.models.values():
-        each.tokenizer.chat_template = template
-    with serving.client_of(app, raise_server_exceptions=False) as client:
-        yield client
 
 
 def text_of(reply):
     return reply["choices"][0]["text"]
-
-
-def chosen_by(place, prompt, router="retrieval"):
-    """What the router alone chooses, by name."""
-    found = open_prompt_router(place, router=router)
-    return found.choose([prompt]).named(found.experts)[0]
 
 
 @each_kind
@@ -149,9 +106,7 @@ def test_a_mixture_goes_over_where_the_engine_mixes_and_else_its_first(place, ki
 
 
 @each_kind
-@pytest.mark.parametrize(
-    ("model", "who"), [("e3", "e3"), (f"{BASE}:e1", "e1"), (BASE, BASE)]
-)
+@pytest.mark.parametrize(("model", "who"), [("e3", "e3"), (f"{BASE}:e1", "e1"), (BASE, BASE)])
 def test_experts_and_the_base_are_passed_on(place, kind, model, who):
     with engine_of(kind, numbered()) as engine, gateway(place, engine) as client:
         reply = ask(client, **{**ASK, "model": model})
@@ -288,16 +243,14 @@ def test_adapters_that_can_not_be_loaded_are_named_in_one_error(place, kind):
 def test_an_engine_that_is_away_at_start_is_an_error(place):
     with engine_of("vllm", {}) as engine:
         pass
-    with pytest.raises(ConfigError, match="is away"):
-        with gateway(place, engine):
-            pass
+    with pytest.raises(ConfigError, match="is away"), gateway(place, engine):
+        pass
 
 
 def test_what_is_no_engine_is_an_error(place):
-    with engine_of("other", {}) as engine:
-        with pytest.raises(ConfigError, match="--upstream-kind"):
-            with gateway(place, engine):
-                pass
+    with engine_of("other", {}) as engine, pytest.raises(ConfigError, match="--upstream-kind"):
+        with gateway(place, engine):
+            pass
 
 
 def test_a_router_for_tokens_is_refused(place):

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..base.sites import ROUTED
@@ -49,10 +50,13 @@ class Choice:
 
     @classmethod
     def joined(cls, parts: Iterable[Choice]) -> Choice:
-        """The rows of all `parts`, which have the same k, in turn."""
+        """The rows of all `parts` in turn; where k differs, NOBODY fills rows up."""
         held = list(parts)
-        experts = torch.cat([part.experts for part in held])
-        return cls(experts, torch.cat([part.weights for part in held]))
+        k = max((part.experts.shape[1] for part in held), default=0)
+        missing = [(0, k - part.experts.shape[1]) for part in held]
+        pairs = list(zip(held, missing, strict=True))
+        experts = [pad(part.experts, room, value=NOBODY) for part, room in pairs]
+        return cls(torch.cat(experts), torch.cat([pad(part.weights, room) for part, room in pairs]))
 
     def lone(self) -> Tensor | None:
         """The expert of each row [rows], where each has one of weight 1; else None."""
@@ -69,6 +73,10 @@ class Choice:
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    def repeated(self, rows: int) -> Choice:
+        """So many rows of this one."""
+        return Choice(self.experts.repeat(rows, 1), self.weights.repeat(rows, 1))
 
     def of(self, rows: Sequence[int]) -> Choice:
         return Choice(self.experts[list(rows)], self.weights[list(rows)])

@@ -194,3 +194,14 @@ class Single(Settings):
     """Router single."""
 
     expert: Annotated[str | None, "The expert's name; a pool of one needs none."] = None
+
+
+@dataclass(frozen=True)
+class Weights(Settings):
+    """Router weights, whose settings are experts' names: weights:reviews=0.7,trivia=0.3."""
+
+    mixture: Annotated[
+        str | None,
+        "Each expert and its weight, NAME=WEIGHT; characters of a name that stand for something "
+        "there as in addresses (%3D for =). Requests to a server may bring their own.",
+    ] = None

@@ -318,3 +318,16 @@ def test_the_gateway_has_keys_and_limits_of_its_own(place):
     assert "phatgoose_chosen_total" in told
     assert 'phatgoose_generated_tokens_total{model="auto"} 7.0' in told
     assert "phatgoose_choice_seconds_count 1.0" in told
+
+
+def test_users_mix_for_themselves_where_the_engine_mixes(place):
+    body = {**ASK, "weights": {"e0": 0.25, "e2": -0.5, "e3": 0}, "routing": True}
+    with engine_of("llama.cpp", numbered()) as engine, gateway(place, engine) as client:
+        reply = ask(client, **body)
+        assert text_of(reply).startswith("e0*0.25+e2*-0.5 0")
+        assert reply["choices"][0]["routing"]["summary"] == {"e0": 0.25, "e2": -0.5}
+        assert error_of(client, **{**ASK, "weights": {"e9": 1}})["param"] == "weights"
+    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
+        assert "can't mix" in error_of(client, **body)["message"]
+        assert text_of(ask(client, **{**ASK, "weights": {"e3": 1}})).startswith("e3")
+        assert text_of(ask(client, **{**ASK, "weights": {"e3": 0}})).startswith(BASE)

@@ -25,7 +25,7 @@ from ...files.strict import shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
 from ...routing.routers.automatic import settled_by_prompt
 from ...routing.routers.prompt_router import PromptRouter
-from ...routing.routers.registry import AUTO
+from ...routing.routers.registry import AUTO, WEIGHTS
 from ...tasks.encoding import added_tokens
 from . import protocol
 from .forwarding import ForwardedReply, ForwardedRequest, Link, Planned
@@ -387,6 +387,8 @@ class Gateway:
                 message = f"{request.model!r} is one expert; ask for {ANY!r} to have one chosen."
                 raise bad_request(message, only_override(request))
             return None, [dict(target.fixed)] * len(prompts)
+        if request.mixture is not None:
+            return WEIGHTS, [self._mixture(request.mixture, target.model)] * len(prompts)
         begun = time.perf_counter()
         try:
             found = await self.routings.acquire(target.model, request.override, client, deadline)
@@ -401,6 +403,21 @@ class Gateway:
             found.release()
         self.metrics.choice.observe(time.perf_counter() - begun)
         return found.runner.router.name, chosen
+
+    def _mixture(self, weights: Mapping[str, float], chosen: ChosenPool) -> dict[str, float]:
+        """A request's own mixture. Raises ApiError where the engine can't compute it."""
+        for name in weights:
+            if name not in chosen.pool:
+                known = shortened(", ".join(chosen.experts), 300)[1:-1]
+                message = f"There is no expert {shortened(name, SHOWN)}; there are {known}."
+                raise bad_request(message, "weights")
+        found = {name: weight for name, weight in weights.items() if weight}
+        if not self.engine_form.mixes and list(found.values()) not in ([], [1.0]):
+            raise bad_request(
+                f"{self.engine_form.label} applies one expert with the weight 1; it can't mix.",
+                "weights",
+            )
+        return found
 
     def _check_room(self, new: int, client: str) -> None:
         limits, turns = self.limits, self.turns

@@ -30,6 +30,7 @@ from ...routing.context import Choice
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
+from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO
 from ...routing.routers.router import check_served, router_of
 from ...routing.saved.load import base_of, load
@@ -124,6 +125,11 @@ class ModelRunner:
         if self._context is None:
             return [None] * len(prompts)
         return [*self._context.choose([list(each) for each in prompts]).each()]
+
+    def mixed(self, weights: Mapping[str, float], prompts: int) -> list[Choice | None]:
+        """A request's own mixture for each of its prompts. Raises PoolError for unknown names."""
+        parts = composition_if_any(self.model)
+        return [mixture_of(weights, parts.experts if parts else ())] * prompts
 
     def use_experts(self, experts: Sequence[Choice | None]) -> None:
         if self._context is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_of
 from ...config import Serving
-from ...errors import BaseModelError, EngineError, PhatgooseError
+from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
 from ...routing.context import Choice
 from .models import ModelRunner
@@ -316,12 +316,25 @@ class RequestPreparer(RequestReader):
         super().__init__(runner, limits, texts)
         self._model = runner
 
-    def prepare(self, request: AnyRequest, prompts: list[RequestPrompt]) -> PreparedRequest:
-        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
+    def prepare(
+        self,
+        request: AnyRequest,
+        prompts: list[RequestPrompt],
+        mixture: Mapping[str, float] | None = None,
+    ) -> PreparedRequest:
+        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1.
+
+        A `mixture` stands for what the router would choose.
+        """
         owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
         decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
         try:
-            found = self._model.experts_of([prompt.tokens for prompt in prompts])
+            if mixture is not None:
+                found = self._model.mixed(mixture, len(prompts))
+            else:
+                found = self._model.experts_of([prompt.tokens for prompt in prompts])
+        except PoolError as error:
+            raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
         experts = [each for each in found for _ in range(request.n or 1)]

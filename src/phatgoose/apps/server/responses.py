@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -45,6 +46,7 @@ class ResponseBuilder:
             "model": self.request.model,
         }
         self._streams: dict[int, tuple[str, ...]] = {}  # of each choice's trace, once it was sent
+        self._summaries = [_Summary() for _ in prepared.answers]
         self._generated = [0] * len(prepared.answers)
 
     @property
@@ -94,6 +96,7 @@ class ResponseBuilder:
                 for token in _token_routings(stream, parts.experts, detail)
             ],
         )
+        report.summary = self._summaries[progress.choice].with_(report.tokens)
         sent = self._streams.get(progress.choice)
         if detail.trace and sent:
             report.more = [
@@ -105,6 +108,20 @@ class ResponseBuilder:
             trace = Trace(parts.experts, parts.routing.router, tuple(streams), whole)
             report.trace = trace.to_dict()
         return report
+
+
+class _Summary:
+    """Each expert's share of an answer's tokens so far."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._tokens = 0
+
+    def with_(self, tokens: Sequence[protocol.TokenRouting]) -> dict[str, float]:
+        for token in tokens:
+            self._sums.update(token.experts)
+            self._tokens += bool(token.experts)
+        return {name: round(total / self._tokens, 4) for name, total in self._sums.most_common()}
 
 
 def builder_of(prepared: PreparedRequest) -> ResponseBuilder:

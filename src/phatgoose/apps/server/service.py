@@ -23,6 +23,7 @@ from ...config import Routing, Serving
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files.strict import shortened
+from ...routing.routers.registry import WEIGHTS
 from ...tasks.embeddings import without_downloads
 from . import protocol
 from .engine import GenerationEngine
@@ -144,19 +145,35 @@ class Service:
             )
         return loaded
 
+    def _named(self, request: AnyRequest) -> tuple[LoadedModel, Mapping[str, float] | None]:
+        """The model that a request names, and the mixture where it names one of its experts.
+
+        As SGLang has it: MODEL:EXPERT, with the name of a model here or of its base.
+        """
+        before, sign, expert = request.model.rpartition(":")
+        if request.model not in self.models and sign:
+            for name, loaded in self.models.items():
+                if before in (name, loaded.base.id) and expert in loaded.experts:
+                    if request.override != RoutingOverride():
+                        message = f"{shortened(request.model, SHOWN)} is one expert; ask for {name}"
+                        raise bad_request(f"{message} to have others chosen.", "model")
+                    return loaded, {expert: 1.0}
+        return self.find(request.model), request.mixture
+
     async def answer(self, wanted: type[Wanted], http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline.after(self.limits.timeout), http.scope[CLIENT]
         request = await self._parser.read(wanted, http)
-        loaded = self.find(request.model)
+        loaded, mixture = self._named(request)
         _check_routing(request, loaded)
+        override = request.override if mixture is None else RoutingOverride(WEIGHTS)
         try:
-            found = await self.routings.acquire(loaded, request.override, client, deadline)
+            found = await self.routings.acquire(loaded, override, client, deadline)
         except PhatgooseError as error:
             raise bad_request(for_clients(error), only_override(request)) from error
         try:
-            prepared = await self._prepared(request, found.runner, client, deadline)
+            prepared = await self._prepared(request, found.runner, mixture, client, deadline)
             builder = builder_of(prepared)
 
             def done() -> None:
@@ -177,6 +194,7 @@ class Service:
         self,
         request: AnyRequest,
         runner: ModelRunner,
+        mixture: Mapping[str, float] | None,
         client: str,
         deadline: Deadline,
     ) -> PreparedRequest:
@@ -185,8 +203,8 @@ class Service:
         prompts = await texts.readers.run(
             client, deadline, lambda seconds: preparer.prompts(request, seconds)
         )
-        if not runner.looks_prompts_up:
-            return preparer.prepare(request, prompts)
+        if mixture is not None or not runner.looks_prompts_up:
+            return preparer.prepare(request, prompts, mixture)
         return await self._lookups.run(
             client, deadline, lambda _: preparer.prepare(request, prompts)
         )

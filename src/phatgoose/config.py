@@ -408,6 +408,11 @@ class Serving(Settings):
     read_timeout: Annotated[
         int, "Seconds for a request's headers, and again for its body, to arrive.", AT_LEAST_1
     ] = 20
+    watch: Annotated[
+        bool,
+        "Open pools and routed models again when their folder or manifest has changed; SIGHUP does "
+        "it once.",
+    ] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     shutdown_timeout: Annotated[
         int, "Seconds for running requests to finish after a signal to stop.", AT_LEAST_1

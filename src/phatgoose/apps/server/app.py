@@ -23,6 +23,7 @@ from ... import __version__
 from ...config import Serving
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from . import protocol
+from .following import Follower
 from .gateway import Gateway, load_gateway
 from .guards import AccessControl, MetricsMiddleware, RequestGuard
 from .models import load_models
@@ -230,12 +231,16 @@ def create_app(
     else:
         service = Service(load_models(models), limits)
 
+    follower = Follower(service, watches=limits.watch)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        follower.start()
         try:
             yield
         finally:
+            follower.stop()
             await service.close()
 
     app = FastAPI(
@@ -246,7 +251,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.follower = service, follower
     app.include_router(open_routes)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
     keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys

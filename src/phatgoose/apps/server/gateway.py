@@ -17,7 +17,6 @@ from starlette.responses import Response
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...base.loading import load_tokenizer
-from ...base.untrusted_text import UntrustedText
 from ...config import Routing, Serving
 from ...errors import ConfigError, PhatgooseError
 from ...experts.pool import Pool
@@ -44,7 +43,6 @@ from .requests import RequestPrompt, RequestReader
 from .responses import EventStream
 from .service import (
     SHOWN,
-    Readers,
     RequestParser,
     RoutingCache,
     Texts,
@@ -52,6 +50,7 @@ from .service import (
     Wanted,
     in_thread,
     only_override,
+    texts_of,
 )
 from .settings import ServedModel
 from .upstream import Engine, Upstream, connected, first_of, names_of
@@ -110,6 +109,10 @@ class ChosenPool:
         routing = settled_by_prompt(settings.routing or Routing(AUTO), self.pool)
         self.routing = numbered(routing, len(self.pool))
         self.runner = self.composed(self.pool, self.routing)
+
+    def reopened(self) -> ChosenPool:
+        """The pool as its place has it now."""
+        return ChosenPool(self.settings, self._bases)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -234,7 +237,7 @@ class Choosing:
 class Gateway:
     """What the routes call in front of an engine, in the place of `Service`."""
 
-    def __init__(self, models: Mapping[str, ChosenPool], engine: Engine, limits: Serving) -> None:
+    def __init__(self, models: dict[str, ChosenPool], engine: Engine, limits: Serving) -> None:
         self.models, self.engine_form, self.limits = models, engine, limits
         self.metrics = GatewayMetrics()
         self.begun = int(time.time())
@@ -245,9 +248,7 @@ class Gateway:
         self._parser = RequestParser()
         self._texts: dict[int, Texts] = {}
         for each in models.values():
-            self._texts.setdefault(
-                id(each.tokenizer), Texts(UntrustedText(each.tokenizer), Readers(1))
-            )
+            self._texts.setdefault(id(each.tokenizer), texts_of(each.tokenizer))
         self.metrics.waiting.set_function(lambda: self.waiting)
         self.metrics.running.set_function(lambda: limits.max_forwarded - self.turns.free)
 
@@ -279,6 +280,36 @@ class Gateway:
             readers_ended=sum(each.process.ended for each in self._texts.values()),
             upstream="ok" if self.link.is_well else "away",
         )
+
+    def served(self) -> list[ServedModel]:
+        return [each.settings for each in self.models.values()]
+
+    def reopened(self, name: str) -> ChosenPool:
+        """The pool as its place has it now, its experts in the engine.
+
+        Raises ConfigError where the engine can't have them: it lacks one and can't load it, or
+        holds another one of that name.
+        """
+        before = self.models[name]
+        opened = before.reopened()
+        changed = [
+            each.name
+            for each in opened.pool.experts
+            if each.name in before.pool
+            and each.info.adapter_sha256 != before.pool[each.name].info.adapter_sha256
+        ]
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)} changed under the names that {self.engine_form.label} "
+                f"knows; give them new names, or restart the engine and this gateway."
+            )
+        self.engine_form.prepare(folders_of({**self.models, name: opened}.values()))
+        return opened
+
+    def swap(self, name: str, opened: ChosenPool) -> None:
+        self.models[name] = opened
+        self.link.folders = folders_of(self.models.values())
+        self.routings.forget(name)
 
     def cards(self) -> list[protocol.ModelCard]:
         pools = [self.card(_Target(name, each)) for name, each in self._by_name().items()]

@@ -174,7 +174,7 @@ class LoadedModel:
     """An opened model, and what it takes to compose it anew; `parts` is None for a base alone."""
 
     def __init__(self, settings: ServedModel, bases: _Bases) -> None:
-        self.settings = settings
+        self.settings, self._bases = settings, bases
         self._check()
         place = settings.place
         named = BaseReference(settings.base) if settings.base else None
@@ -224,6 +224,10 @@ class LoadedModel:
             )
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
+
+    def reopened(self) -> LoadedModel:
+        """The model as its place has it now, over the same base."""
+        return LoadedModel(self.settings, self._bases)
 
     def find_experts(self, pools: Iterable[Pool]) -> None:
         """Take a saved model's experts from the first of `pools` that has all of them."""

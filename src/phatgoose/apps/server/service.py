@@ -16,6 +16,7 @@ import anyio
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
+from transformers import PreTrainedTokenizerBase
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
 from ...base.untrusted_text import UntrustedText
@@ -70,7 +71,7 @@ class RequestParser:
 
 
 class Service:
-    def __init__(self, models: Mapping[str, LoadedModel], limits: Serving) -> None:
+    def __init__(self, models: dict[str, LoadedModel], limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
         self.engine = engine = GenerationEngine(limits, self.metrics.batch.observe)
@@ -82,7 +83,7 @@ class Service:
         self._lookups = Readers(READERS)
         tokenizers = [loaded.runner.tokenizer for loaded in models.values()]
         # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts = {id(each): Texts(UntrustedText(each), Readers(1)) for each in tokenizers}
+        self._texts = {id(each): texts_of(each) for each in tokenizers}
 
     def start(self) -> None:
         self.engine.start()
@@ -111,6 +112,19 @@ class Service:
             readers_stuck=stuck,
             readers_ended=sum(each.process.ended for each in self._texts.values()),
         )
+
+    def served(self) -> list[ServedModel]:
+        return [loaded.settings for loaded in self.models.values()]
+
+    def reopened(self, name: str) -> LoadedModel:
+        """The model of that name as its place has it now."""
+        return self.models[name].reopened()
+
+    def swap(self, name: str, opened: LoadedModel) -> None:
+        """Serve `opened` by that name; requests that run finish on the one before."""
+        self._texts.setdefault(id(opened.runner.tokenizer), texts_of(opened.runner.tokenizer))
+        self.models[name] = opened
+        self.routings.forget(name)
 
     def cards(self) -> list[protocol.ModelCard]:
         return [self.card(loaded) for loaded in self.models.values()]
@@ -217,6 +231,10 @@ class Texts(NamedTuple):
     readers: Readers
 
 
+def texts_of(tokenizer: PreTrainedTokenizerBase) -> Texts:
+    return Texts(UntrustedText(tokenizer), Readers(1))
+
+
 def _sites_of(loaded: LoadedModel) -> protocol.Sites | None:
     if loaded.parts is None:
         return None
@@ -249,7 +267,7 @@ def _check_routing(request: AnyRequest, loaded: LoadedModel) -> None:
 
 FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
 
-Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
+Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
 
 
 @dataclass(frozen=True)
@@ -332,7 +350,7 @@ class RoutingCache(Generic[Runner]):
         routing, pool = await run_in_threadpool(loaded.overridden, override)
         if (routing, pool.names) == (loaded.routing, loaded.experts):
             return Acquired(loaded.runner)
-        key = (loaded.settings.name, routing, pool.names)
+        key = (loaded.settings.name, routing, pool.names, id(loaded))
         if key not in self._cached:
             self._begin(key, loaded, pool, client)
         cached = self._cached[key] = self._cached.pop(key)  # now the last
@@ -348,6 +366,11 @@ class RoutingCache(Generic[Runner]):
                 raise ApiError(504, message, code="timeout") from None
             raise
         return Acquired(runner, cached.release)
+
+    def forget(self, model: str) -> None:
+        """Drop the routings of a model that was opened again."""
+        for key in [key for key in self._cached if key[0] == model]:
+            del self._cached[key]
 
     def stop(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -366,7 +389,7 @@ class RoutingCache(Generic[Runner]):
         thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
         self._threads = [each for each in self._threads if each.is_alive()] + [thread]
         # One that failed may be tried again.
-        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key))
+        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key, None))
         self._cached[key] = CachedRouting(client, runner)
 
     def _compose(self, loaded: Composable[Runner], pool: Pool, routing: Routing) -> Runner:

@@ -3,9 +3,9 @@
     python benchmarks/gateway.py demo/experts --out gateway.json
 
 Needs xllamacpp and llama.cpp's converters (docs/engines.md). Engine, gateway and clients are
-processes of their own. Each client asks for one answer after the other; requests of a round are the
-same both ways, with the adapters that the gateway chooses. Reports tokens per second, medians of the
-rounds, and how long choices took.
+processes of their own. Each client asks for one answer after the other; requests of a round are
+the same both ways, with the adapters that the gateway chooses. Reports tokens per second, medians of
+the rounds, and how long choices took.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import httpx2
-from engines import LlamaServer, free_port
 
+from engines import LlamaServer, free_port
 from phatgoose.apps import demo
 from phatgoose.apps.deploy import deploy
 from phatgoose.experts.pool import Pool

@@ -21,8 +21,7 @@ def main(base: str, port: str, slots: str, context: str, threads: str, *adapters
     params.fit_params = False
     # xllamacpp doesn't heed lora_init_without_apply; every request of a gateway names all scales.
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in adapters]
-    server = xllamacpp.Server(params)
-    print(f"ready {server.listening_address}", flush=True)
+    xllamacpp.Server(params)
     sys.stdin.read()
 
 

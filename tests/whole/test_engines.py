@@ -216,7 +216,7 @@ def test_an_engine_that_is_killed_in_the_middle_of_streams(one, engine, prompts)
             begun = threading.Barrier(5, timeout=60)
             ends: list[str] = []
 
-            def client(prompt: str) -> None:
+            def client(prompt: str, begun=begun, ends=ends) -> None:
                 body = {"model": "auto", "prompt": prompt, "max_tokens": 400, "stream": True}
                 with httpx2.stream(
                     "POST", url + PATH, json={**body, "ignore_eos": True}, timeout=60

@@ -3,9 +3,9 @@
     python benchmarks/gateway.py demo/experts --out gateway.json
 
 Needs xllamacpp and llama.cpp's converters (docs/engines.md). Engine, gateway and clients are
-processes of their own. Each client asks for one answer after the other; requests of a round are
-the same both ways, with the adapters that the gateway chooses. Reports tokens per second, medians of
-the rounds, and how long choices took.
+processes of their own. Each client asks for one answer after the other. The requests of a round
+are the same both ways, with the adapters that the gateway chooses. It reports tokens per second,
+medians of the rounds, and how long choices took.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """Handing a pool over: the folder that starts an engine and the gateway."""
 
-import json
 import shlex
 
 import pytest
@@ -119,14 +118,6 @@ def test_rs_lora_is_no_matter_for_vllm_and_one_for_llama_cpp(pool, tmp_path, mon
     deploy(pool, "vllm", tmp_path / "out")
     with pytest.raises(ConfigError, match="rsLoRA"):
         deploy(pool, "llama.cpp", tmp_path / "other")
-
-
-def test_a_name_that_a_command_would_take_otherwise_is_refused(llama, tmp_path):
-    expert = write_expert(llama, tmp_path, "e0").directory
-    info = json.loads((expert / "phatgoose.json").read_text()) | {"name": "a=b,c"}
-    (expert / "phatgoose.json").write_text(json.dumps(info))
-    with pytest.raises(ConfigError, match="rename it"):
-        deploy(Pool.open(expert), "vllm", tmp_path / "out")
 
 
 def test_the_command_hands_over_and_refuses_what_is_for_one_mixture(pool, tmp_path, phat):

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,10 @@ ALIKE = "phatgoose export POOL --router single:expert={} writes the same as a pl
 
 @dataclass(frozen=True)
 class Deployment:
-    """A pool for an engine: experts' folders by name, ranks, and how the base is called there."""
+    """A pool for an engine: experts, the greatest rank, and how the base is called there."""
 
     engine: str
-    folders: Mapping[str, str]
+    experts: tuple[str, ...]  # names, which are names of files and folders too
     rank: int
     base: str
     own_base: bool  # lies in the deployment's folder
@@ -67,17 +67,16 @@ def deploy(
     if engine not in WRITERS:
         raise ConfigError(f"--engine is {engine!r}, but must be one of {', '.join(WRITERS)}.")
     rank = max(_rank_of(pool, name, engine) for name in pool.names)
-    folders = _folders(pool)
     with new_directory(out, ConfigError) as work:
-        for name, folder in folders.items():
-            _copy(pool[name].directory, work / "experts" / folder)
+        for each in pool.experts:
+            _copy(each.directory, work / "experts" / each.name)
         named = base or pool.base.id
         source = smollm2_folder() if named == SMOLLM2 else Path(named)
         own_base = named == SMOLLM2 or source.is_dir()
         if own_base:
             _copy(source, work / "base")
         base = "base" if own_base else named
-        found = Deployment(engine, folders, rank, base, own_base, outtype)
+        found = Deployment(engine, pool.names, rank, base, own_base, outtype)
         WRITERS[engine](found, work, Path(out))
         _write(work / "README.md", _readme(found))
     return found
@@ -104,20 +103,6 @@ def _rank_of(pool: Pool, name: str, engine: str) -> int:
     return max(factors.A.shape[0] for factors in expert.lora.values())
 
 
-def _folders(pool: Pool) -> dict[str, str]:
-    """A folder's name for each expert, which is the expert's name where it can be one."""
-    found: dict[str, str] = {}
-    for name in pool.names:
-        plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in name).lstrip(".") or "_"
-        if plain != name:
-            raise ConfigError(
-                f"Expert {name!r} can't be handed over under its name, which has characters that "
-                f"commands and file names give another meaning; rename it."
-            )
-        found[name] = plain
-    return found
-
-
 def _copy(source: Path, target: Path) -> None:
     """The regular files of a folder; links out of it are not followed."""
     target.mkdir(parents=True)
@@ -135,8 +120,8 @@ def _vllm(found: Deployment, work: Path, out: Path) -> None:
             f"The experts' rank {found.rank} is beyond vLLM's greatest, {RANKS[-1]}; cut them "
             f"(phatgoose export --rank)."
         )
-    count = len(found.folders)
-    modules = [f"{name}=experts/{folder}" for name, folder in found.folders.items()]
+    count = len(found.experts)
+    modules = [f"{name}=experts/{name}" for name in found.experts]
     command = ["vllm", "serve", found.base, "--port", str(ENGINE_PORT), "--enable-lora"]
     command += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(min(count, MOST_AT_ONCE))]
     command += ["--max-cpu-loras", str(count), "--lora-modules", *modules]
@@ -144,7 +129,7 @@ def _vllm(found: Deployment, work: Path, out: Path) -> None:
 
 
 def _sglang(found: Deployment, work: Path, out: Path) -> None:
-    paths = [f"{name}=experts/{folder}" for name, folder in found.folders.items()]
+    paths = [f"{name}=experts/{name}" for name in found.experts]
     command = ["python", "-m", "sglang.launch_server", "--model-path", found.base]
     command += ["--port", str(ENGINE_PORT), "--host", "127.0.0.1", "--enable-lora"]
     command += ["--max-loras-per-batch", str(min(len(paths), MOST_AT_ONCE))]
@@ -155,7 +140,7 @@ def _sglang(found: Deployment, work: Path, out: Path) -> None:
 
 def _llama_cpp(found: Deployment, work: Path, out: Path) -> None:
     _convert(found, work, out)
-    files = ",".join(f"gguf/{folder}.gguf" for folder in found.folders.values())
+    files = ",".join(f"gguf/{name}.gguf" for name in found.experts)
     command = ["llama-server", "-m", "gguf/base.gguf", "--port", str(ENGINE_PORT)]
     command += ["--lora", files, "--lora-init-without-apply"]
     command += ["--parallel", str(SLOTS), "-c", str(SLOTS * SLOT)]
@@ -166,10 +151,10 @@ def _llama_cpp(found: Deployment, work: Path, out: Path) -> None:
 def _ollama(found: Deployment, work: Path, out: Path) -> None:
     _convert(found, work, out)
     lines = []
-    for name, folder in found.folders.items():
-        content = f"FROM ./gguf/base.gguf\nADAPTER ./gguf/{folder}.gguf\n"
-        _write(work / f"Modelfile.{folder}", content)
-        lines.append(shlex.join(["ollama", "create", name, "-f", f"Modelfile.{folder}"]))
+    for name in found.experts:
+        content = f"FROM ./gguf/base.gguf\nADAPTER ./gguf/{name}.gguf\n"
+        _write(work / f"Modelfile.{name}", content)
+        lines.append(shlex.join(["ollama", "create", name, "-f", f"Modelfile.{name}"]))
     found.notes.append(NOT_RUN)
     found.notes.append("Ollama has one adapter a model, and no gateway chooses among them.")
     _script(work / "engine.sh", lines)
@@ -270,9 +255,9 @@ def _conversions(found: Deployment) -> list[list[str]]:
     # Without --base the converter would ask the Hub for the name in the adapter's config.
     base = [found.base, "--outfile", "gguf/base.gguf", "--outtype", found.outtype]
     steps = [["convert_hf_to_gguf.py", *base]]
-    for folder in found.folders.values():
-        own = ["--base", found.base, "--outfile", f"gguf/{folder}.gguf", "--outtype", "f32"]
-        steps.append(["convert_lora_to_gguf.py", *own, f"experts/{folder}"])
+    for name in found.experts:
+        own = ["--base", found.base, "--outfile", f"gguf/{name}.gguf", "--outtype", "f32"]
+        steps.append(["convert_lora_to_gguf.py", *own, f"experts/{name}"])
     return steps
 
 
@@ -301,8 +286,8 @@ def _write(path: Path, content: str) -> None:
 
 
 def _readme(found: Deployment) -> str:
-    experts = ", ".join(found.folders)
-    lines = [f"# {len(found.folders)} experts for {found.engine}", "", f"Experts: {experts}.", ""]
+    experts = ", ".join(found.experts)
+    lines = [f"# {len(found.experts)} experts for {found.engine}", "", f"Experts: {experts}.", ""]
     if found.engine == "ollama":
         lines += ["`./engine.sh` creates a model for each expert, by its name.", ""]
     else:

@@ -1,4 +1,4 @@
-"""A server whose pool changes on the disk: it goes on with the old one until the new one is whole."""
+"""A server whose pool changes on the disk: it has the old one until the new one is whole."""
 
 import shutil
 
@@ -103,29 +103,33 @@ def test_an_answer_in_flight_is_finished_by_the_experts_it_began_with(place, fol
 
 
 def test_a_gateway_loads_what_joins_into_its_engine(place, folder):
-    with engine_of("vllm", numbered(("e0", "e1"))) as engine:
-        with gateway(folder, engine, Serving(watch=True)) as client:
-            shutil.copytree(place / "e3", folder / "e3")
-            until(lambda: "e3" in experts_of(client, "auto"))
-            assert [each["lora_name"] for each in engine.loaded] == ["e3"]
-            ask(client, **{**ASK, "model": "e3"})
+    with (
+        engine_of("vllm", numbered(("e0", "e1"))) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: "e3" in experts_of(client, "auto"))
+        assert [each["lora_name"] for each in engine.loaded] == ["e3"]
+        ask(client, **{**ASK, "model": "e3"})
 
 
 @pytest.mark.parametrize("how", ["can't load", "changed"])
 def test_a_gateway_keeps_its_pool_where_the_engine_can_not_follow(place, folder, how):
-    with engine_of("vllm", numbered(("e0", "e1")), loads=False) as engine:
-        with gateway(folder, engine, Serving(watch=True)) as client:
-            if how == "changed":
-                other = place / "e2" / "adapter_model.safetensors"
-                shutil.copyfile(other, folder / "e1" / "adapter_model.safetensors")
-                config = (folder / "e1" / "phatgoose.json").read_text()
-                sums = [
-                    Pool.open(place)["e2"].info.adapter_sha256,
-                    Pool.open(place)["e1"].info.adapter_sha256,
-                ]
-                (folder / "e1" / "phatgoose.json").write_text(config.replace(sums[1], sums[0]))
-            else:
-                shutil.copytree(place / "e3", folder / "e3")
-            until(lambda: outcomes(client).get("kept") == 1.0)
-            assert experts_of(client, "auto") == ["e0", "e1"]
-            ask(client, **ASK)
+    with (
+        engine_of("vllm", numbered(("e0", "e1")), loads=False) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        if how == "changed":
+            other = place / "e2" / "adapter_model.safetensors"
+            shutil.copyfile(other, folder / "e1" / "adapter_model.safetensors")
+            config = (folder / "e1" / "phatgoose.json").read_text()
+            sums = [
+                Pool.open(place)["e2"].info.adapter_sha256,
+                Pool.open(place)["e1"].info.adapter_sha256,
+            ]
+            (folder / "e1" / "phatgoose.json").write_text(config.replace(sums[1], sums[0]))
+        else:
+            shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: outcomes(client).get("kept") == 1.0)
+        assert experts_of(client, "auto") == ["e0", "e1"]
+        ask(client, **ASK)

@@ -185,17 +185,20 @@ def _held(client):
 def test_a_client_that_goes_away_frees_its_place(place):
     import httpx2
 
-    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
-        with serving.running(client.app) as url:
-            engine.mode = "stalled"
-            with httpx2.stream("POST", url + PATH, json={**EXPERT, "stream": True}) as reply:
-                next(reply.iter_lines())
-                assert client.app.state.service.turns.free == 255
-            serving.until(lambda: client.app.state.service.turns.free == 256)
-            engine.mode = "slow"
-            with pytest.raises(httpx2.TimeoutException):
-                httpx2.post(url + PATH, json=EXPERT, timeout=0.3)
-            serving.until(lambda: client.app.state.service.turns.free == 256)
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine) as client,
+        serving.running(client.app) as url,
+    ):
+        engine.mode = "stalled"
+        with httpx2.stream("POST", url + PATH, json={**EXPERT, "stream": True}) as reply:
+            next(reply.iter_lines())
+            assert client.app.state.service.turns.free == 255
+        serving.until(lambda: client.app.state.service.turns.free == 256)
+        engine.mode = "slow"
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(url + PATH, json=EXPERT, timeout=0.3)
+        serving.until(lambda: client.app.state.service.turns.free == 256)
 
 
 def test_many_clients_get_their_own_answers(place):

@@ -55,13 +55,15 @@ def text_with(name, kind):
 def test_chats_are_passed_on_as_messages(place, kind, stream):
     messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "hi"}]
     body = {"model": "goose", "messages": messages, "max_tokens": 5, "stream": stream}
-    with engine_of(kind, numbered()) as engine:
-        with gateway(place, engine, template=CHAT_TEMPLATE) as client:
-            if stream:
-                chunks = events(client, CHATS, **body)
-                text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
-            else:
-                text = ask(client, path=CHATS, **body)["choices"][0]["message"]["content"]
+    with (
+        engine_of(kind, numbered()) as engine,
+        gateway(place, engine, template=CHAT_TEMPLATE) as client,
+    ):
+        if stream:
+            chunks = events(client, CHATS, **body)
+            text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        else:
+            text = ask(client, path=CHATS, **body)["choices"][0]["message"]["content"]
     assert text.endswith("3 4 5")
     (asked,) = engine.requests
     assert [each["role"] for each in asked["messages"]] == ["system", "user"]
@@ -226,17 +228,19 @@ def test_adapters_that_are_missing_are_loaded(place, kind):
 
 
 def test_the_engine_may_see_the_experts_elsewhere(place):
-    with engine_of("vllm", {}) as engine:
-        with gateway(place, engine, upstream={"experts_at": "/models/experts/"}):
-            assert engine.loaded[2]["lora_path"] == "/models/experts/e2"
+    elsewhere = {"experts_at": "/models/experts/"}
+    with engine_of("vllm", {}) as engine, gateway(place, engine, upstream=elsewhere):
+        assert engine.loaded[2]["lora_path"] == "/models/experts/e2"
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp"])
 def test_adapters_that_can_not_be_loaded_are_named_in_one_error(place, kind):
-    with engine_of(kind, numbered(("e0", "e2")), loads=False) as engine:
-        with pytest.raises(ConfigError, match=r"lacks e1, e3.*[Ss]tart") as error:
-            with gateway(place, engine):
-                pass
+    with (
+        engine_of(kind, numbered(("e0", "e2")), loads=False) as engine,
+        pytest.raises(ConfigError, match=r"lacks e1, e3.*[Ss]tart") as error,
+        gateway(place, engine),
+    ):
+        pass
     assert "\n" not in str(error.value)
 
 
@@ -248,16 +252,21 @@ def test_an_engine_that_is_away_at_start_is_an_error(place):
 
 
 def test_what_is_no_engine_is_an_error(place):
-    with engine_of("other", {}) as engine, pytest.raises(ConfigError, match="--upstream-kind"):
-        with gateway(place, engine):
-            pass
+    with (
+        engine_of("other", {}) as engine,
+        pytest.raises(ConfigError, match="--upstream-kind"),
+        gateway(place, engine),
+    ):
+        pass
 
 
 def test_a_router_for_tokens_is_refused(place):
-    with engine_of("vllm", numbered()) as engine:
-        with pytest.raises(ConfigError, match="doesn't choose by a prompt alone"):
-            with gateway(place, engine, router="phatgoose"):
-                pass
+    with (
+        engine_of("vllm", numbered()) as engine,
+        pytest.raises(ConfigError, match="doesn't choose by a prompt alone"),
+        gateway(place, engine, router="phatgoose"),
+    ):
+        pass
 
 
 def test_readings_come_from_the_base_which_is_loaded_for_them_alone(place, monkeypatch):
@@ -294,9 +303,11 @@ def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
     key = "very-secret"
     with engine_of("vllm", numbered()) as engine:
         engine.key = key
-        with pytest.raises(ConfigError, match="refuses the key"):
-            with gateway(place, engine, upstream={"key": "wrong"}):
-                pass
+        with (
+            pytest.raises(ConfigError, match="refuses the key"),
+            gateway(place, engine, upstream={"key": "wrong"}),
+        ):
+            pass
         with gateway(place, engine, upstream={"key": key}) as client:
             assert key not in repr(client.app.state.service.engine_form.upstream)
             ask(client, **ASK)
@@ -307,14 +318,16 @@ def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
 
 def test_the_gateway_has_keys_and_limits_of_its_own(place):
     limits = Serving(max_body=500, max_choices=2)
-    with engine_of("vllm", numbered()) as engine:
-        with gateway(place, engine, limits, api_keys=["k"]) as client:
-            assert client.post(PATH, json=ASK).status_code == 401
-            client.headers["Authorization"] = "Bearer k"
-            ask(client, **ASK)
-            error_of(client, 413, **{**ASK, "user": "x" * 600})
-            assert error_of(client, **{**ASK, "n": 3})["param"] == "n"
-            told = client.get("/metrics").text
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine, limits, api_keys=["k"]) as client,
+    ):
+        assert client.post(PATH, json=ASK).status_code == 401
+        client.headers["Authorization"] = "Bearer k"
+        ask(client, **ASK)
+        error_of(client, 413, **{**ASK, "user": "x" * 600})
+        assert error_of(client, **{**ASK, "n": 3})["param"] == "n"
+        told = client.get("/metrics").text
     assert "phatgoose_chosen_total" in told
     assert 'phatgoose_generated_tokens_total{model="auto"} 7.0' in told
     assert "phatgoose_choice_seconds_count 1.0" in told

@@ -179,7 +179,7 @@ def _hand_over(model: str, engine: str, out: Path, opening: options.ModelOptions
     require_pool(model)
     pool = Pool.open(model).select(opening.keep, opening.leave_out)
     done = deploy(pool, engine, out, opening.base)
-    say(f"{len(done.folders)} experts of rank {done.rank} or less for {engine} -> {out}")
+    say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
     for note in done.notes:
         say(f"note: {note}")
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -26,7 +26,6 @@ LOOKING = 10.0  # seconds for a question about what the engine has
 LOADING = 300.0  # seconds for it to load one adapter
 PAUSE = 0.5  # seconds between two tries while it is away
 MOST_SHOWN = 200  # characters of what an engine says
-SAFE = " ._-+()[]@:/"  # characters of a name that a header has as they are
 
 
 class EngineAwayError(ConfigError):
@@ -462,4 +461,4 @@ def first_of(weights: Mapping[str, float]) -> dict[str, float]:
 def names_of(weights: Mapping[str, float]) -> str:
     """Experts and weights as a header has them: reviews=0.71, trivia=0.29."""
     named = sorted(weights.items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{quote(name, safe=SAFE)}={weight:.4g}" for name, weight in named)
+    return ", ".join(f"{name}={weight:.4g}" for name, weight in named)

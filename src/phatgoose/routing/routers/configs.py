@@ -202,6 +202,5 @@ class Weights(Settings):
 
     mixture: Annotated[
         str | None,
-        "Each expert and its weight, NAME=WEIGHT; characters of a name that stand for something "
-        "there as in addresses (%3D for =). Requests to a server may bring their own.",
+        "Each expert and its weight, NAME=WEIGHT; requests to a server may bring their own.",
     ] = None

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
 
 from ...config import Settings, from_mapping, read_text, settings_of
 from ...errors import ConfigError
@@ -315,12 +314,12 @@ def read_mixture(text: str) -> dict[str, float]:
     for part in text.split(",") if text else ():
         name, sign, value = part.partition("=")
         weight = read_text(value, float)
-        if not sign or unquote(name) in found or not isinstance(weight, float):
+        if not sign or name in found or not isinstance(weight, float):
             raise ConfigError(
                 f"weights are {shortened(text)}, but must be experts, each once, with numbers: "
                 f"weights:NAME=WEIGHT,NAME=WEIGHT."
             )
-        found[unquote(name)] = weight
+        found[name] = weight
     return checked_mixture(found)
 
 
@@ -340,7 +339,7 @@ def checked_mixture(weights: Mapping[str, float]) -> dict[str, float]:
 
 def written_mixture(weights: Mapping[str, float]) -> str:
     """`weights` as `read_mixture` reads them."""
-    return ",".join(f"{quote(name, safe=' ')}={weight!r}" for name, weight in weights.items())
+    return ",".join(f"{name}={weight!r}" for name, weight in weights.items())
 
 
 def written(value: object) -> str:

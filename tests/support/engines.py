@@ -35,7 +35,7 @@ class LlamaServer:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **quiet)
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 400
         while not self._is_well():
             assert self._process.poll() is None, "llama-server ended at its start"
             assert time.monotonic() < limit, "llama-server doesn't come up"

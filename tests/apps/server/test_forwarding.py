@@ -196,9 +196,10 @@ def test_a_client_that_goes_away_frees_its_place(place):
             assert client.app.state.service.turns.free == 255
         serving.until(lambda: client.app.state.service.turns.free == 256)
         engine.mode = "slow"
-        with pytest.raises(httpx2.TimeoutException):
-            httpx2.post(url + PATH, json=EXPERT, timeout=0.3)
-        serving.until(lambda: client.app.state.service.turns.free == 256)
+        for stream in (False, True):
+            with pytest.raises(httpx2.TimeoutException):
+                httpx2.post(url + PATH, json={**EXPERT, "stream": stream}, timeout=0.3)
+            serving.until(lambda: client.app.state.service.turns.free == 256)
 
 
 def test_many_clients_get_their_own_answers(place):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from ...errors import ConfigError
 from ..console import say
 from ..processor import advice
 from . import options
+
+if TYPE_CHECKING:
+    from ..server import Upstream
 
 
 def serve(
@@ -50,25 +53,9 @@ def serve(
 ) -> None:
     """Serve routed models over HTTP, as OpenAI's interface does, until SIGTERM or Ctrl-C."""
     replicas.check()
-    behind = gateway.settings()
-    options.only_with("--upstream", behind is not None, {"upstream_key": upstream_key})
-    from ..server import (
-        API_KEYS,
-        UPSTREAM_KEY,
-        Upstream,
-        check_address,
-        create_app,
-        keys_of,
-        run,
-        served_models,
-    )
+    from ..server import API_KEYS, check_address, create_app, keys_of, run, served_models
 
-    upstream = None
-    if behind is not None:
-        if replicas.engine != "local":
-            raise ConfigError("--upstream is for --engine local; run several gateways instead.")
-        upstream = Upstream(**behind, key=upstream_key or os.environ.get(UPSTREAM_KEY) or None)
-
+    upstream = _upstream(gateway, upstream_key, replicas)
     models = served_models(
         model,
         routing=routing if given & ROUTING_SETTINGS else None,
@@ -112,3 +99,18 @@ def serve(
             gpus_per_replica=replicas.gpus_per_worker or 0.0,
             cpus_per_replica=1.0 if cpus is None else cpus,
         )
+
+
+def _upstream(
+    gateway: options.UpstreamOptions, key: str | None, replicas: options.ReplicaOptions
+) -> Upstream | None:
+    """The engine that answers; None where this server does. Raises ConfigError."""
+    behind = gateway.settings()
+    options.only_with("--upstream", behind is not None, {"upstream_key": key})
+    if behind is None:
+        return None
+    from ..server import UPSTREAM_KEY, Upstream
+
+    if replicas.engine != "local":
+        raise ConfigError("--upstream is for --engine local; run several gateways instead.")
+    return Upstream(**behind, key=key or os.environ.get(UPSTREAM_KEY) or None)

@@ -18,14 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
+from fastapi import Request
 
+from ...errors import EngineAwayError
+from ...files.strict import one_line
 from .guards import GatewayMetrics
 from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
 from .requests import RequestPrompt
-from .responses import OpenReply
+from .responses import OpenReply, unless_gone
 from .sequences import Decoding
 from .service import Turns, in_thread
-from .upstream import Engine, EngineAwayError, client_of, is_well, said_by
+from .upstream import Engine, client_of, is_well, said_by
 
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}  # by whether it is a chat
 CHECKING = 2.0  # seconds between two looks at whether the engine is well
@@ -173,8 +176,11 @@ class Link:
             self.is_well = False
             raise
         except Exception as error:
-            self.is_well, self.problem = False, for_clients(error)
-            raise EngineAwayError(self.problem) from error
+            said = one_line(error)
+            if said != self.problem:  # once, not with every look
+                log.warning("The engine can't be used: %s", said)
+            self.is_well, self.problem = False, said
+            raise EngineAwayError(said) from error
         self.is_well, self.problem, self._is_known = True, None, True
 
     async def _known(self) -> None:
@@ -444,9 +450,9 @@ class ForwardedReply(OpenReply):
         done, self._done = self._done, lambda: None
         done()
 
-    async def begun(self) -> None:
-        """Wait until the engine answers. Raises ApiError when that is an error."""
-        self._first = await self._next()
+    async def begun(self, request: Request) -> None:
+        """Wait until the engine answers. Raises ApiError when that is an error, or nobody waits."""
+        self._first = await unless_gone(request, self._next())
         if isinstance(self._first[1], ApiError):
             raise self._first[1]
 

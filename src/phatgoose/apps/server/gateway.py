@@ -374,7 +374,7 @@ class Gateway:
             content = await reply.whole(http)
             return Response(content, media_type="application/json", headers=headers)
         try:
-            await reply.begun()
+            await reply.begun(http)
         except BaseException:
             reply.close()
             raise

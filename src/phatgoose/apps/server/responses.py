@@ -7,9 +7,9 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -28,6 +28,7 @@ from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline
 from .requests import PreparedRequest
 from .sequences import ActiveSequence, Failure, Progress, ScoredToken
 
+Found = TypeVar("Found")
 LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
@@ -263,16 +264,9 @@ class OpenReply:
 
     async def whole(self, request: Request) -> str:
         """All answers at once, as JSON. A client that disconnects frees the reply's places."""
-        gone = asyncio.ensure_future(_gone(request))
-        work = asyncio.ensure_future(self.everything())
         try:
-            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ApiError(CLIENT_GONE, "The client went away.")
-            return work.result()
+            return await unless_gone(request, self.everything())
         finally:
-            for task in (gone, work):
-                task.cancel()
             self.close()
 
 
@@ -354,6 +348,19 @@ class PendingReply(OpenReply):
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Found]) -> Found:
+    """What `work` returns; ApiError when the client disconnects before."""
+    gone, task = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_GONE, "The client went away.")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
 
 
 async def _gone(request: Request) -> None:

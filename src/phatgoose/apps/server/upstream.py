@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from ...errors import ConfigError
+from ...errors import ConfigError, EngineAwayError
 from ...files.strict import one_line, shortened
 
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
@@ -26,10 +26,6 @@ LOOKING = 10.0  # seconds for a question about what the engine has
 LOADING = 300.0  # seconds for it to load one adapter
 PAUSE = 0.5  # seconds between two tries while it is away
 MOST_SHOWN = 200  # characters of what an engine says
-
-
-class EngineAwayError(ConfigError):
-    """The engine can't be reached, or isn't ready."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """llama-server from xllamacpp, as a program: BASE.gguf PORT SLOTS CONTEXT THREADS NAME.gguf …
 
-It says "ready" once it answers, and goes on until it is killed or its input ends.
+It goes on until it is killed or its input ends.
 """
 
 import sys
@@ -21,7 +21,8 @@ def main(base: str, port: str, slots: str, context: str, threads: str, *adapters
     params.fit_params = False
     # xllamacpp doesn't heed lora_init_without_apply; every request of a gateway names all scales.
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in adapters]
-    xllamacpp.Server(params)
+    server = xllamacpp.Server(params)  # it serves as long as this object is there
+    sys.stdout.write(f"ready {server.listening_address}\n")
     sys.stdin.read()
 
 

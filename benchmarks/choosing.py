@@ -17,8 +17,8 @@ from phatgoose.base.loading import twin
 from phatgoose.base.sites import blocks_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
+from phatgoose.routing.choices import Choice
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.context import Choice
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 

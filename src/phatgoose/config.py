@@ -413,6 +413,11 @@ class Serving(Settings):
         "Maximum tokens to compute together, prompts, answers and padding included.",
         AT_LEAST_1,
     ] = 16384
+    max_forwarded: Annotated[
+        int,
+        "With --upstream: maximum answers that the engine is asked for at once; others wait here.",
+        AT_LEAST_1,
+    ] = 256
     max_routings: Annotated[
         int, "Requested routings to keep in memory, in addition to the served models.", AT_LEAST_1
     ] = 8
@@ -421,6 +426,11 @@ class Serving(Settings):
     read_timeout: Annotated[
         int, "Seconds for a request's headers, and again for its body, to arrive.", AT_LEAST_1
     ] = 20
+    watch: Annotated[
+        bool,
+        "Open pools and routed models again when their folder or manifest has changed; SIGHUP does "
+        "it once.",
+    ] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     shutdown_timeout: Annotated[
         int, "Seconds for running requests to finish after a signal to stop.", AT_LEAST_1

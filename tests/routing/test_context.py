@@ -14,9 +14,10 @@ from phatgoose.base.sites import prompt_stack
 from phatgoose.base.token_masks import cache_argument
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.routing.choices import NOBODY, Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
-from phatgoose.routing.context import NOBODY, Choice, RoutingContext, base_alone
+from phatgoose.routing.context import RoutingContext, base_alone
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS

@@ -318,3 +318,11 @@ def test_a_weight_that_is_elsewhere_can_not_be_merged(llama, llama_pool):
     layer.base.weight = nn.Parameter(layer.base.weight.to("meta"), requires_grad=False)
     with pytest.raises(RoutingError, match="quantised or kept elsewhere"):
         merged_layer(layer, update)
+
+
+@pytest.mark.parametrize("weights", [{"e1": 0.5}, {"e0": 0.7, "e3": -0.2}])
+def test_a_given_mixture_leaves_with_its_weights(llama_pool, tmp_path, weights):
+    base = load_base(llama_pool.base.id, dtype="float32")
+    done = export(compose(llama_pool, base, weights=weights), tmp_path / "out")
+    assert done.shares.whole() == pytest.approx(weights, abs=1e-6)
+    told_to_be_near(done)

@@ -54,6 +54,8 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
     router = text_of(router, **{name: options.pop(name) for name in known & options.keys()})
     router = f"single:expert={pool.names[-1]}" if router == "single" else router
     given: dict[str, object] = {}
+    if router == "weights":
+        given["weights"] = dict(zip(pool.names[-2:], (0.7, 0.3), strict=False))
     given |= {"scores": SCORES} if router in ("oracle", "best-individual") else {}
     model = compose(with_embeddings(pool), base, router=router, **given | options)
     return of_task(model, "second")

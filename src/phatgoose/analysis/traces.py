@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from ..base.loading import texts_of
 from ..base.sites import Stream
 from ..errors import RoutingError
+from ..routing.choices import Choice
 from ..routing.composition import Composition, composition_of
-from ..routing.context import Choice
 from ..routing.routers.router import highest
 from ..routing.watching import SitePass
 from ..tasks.batching import decoder_start

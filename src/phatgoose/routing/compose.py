@@ -25,16 +25,17 @@ from ..base.fingerprint import (
 from ..base.loading import Base, check_heeds_masks, load_base
 from ..base.sites import ROUTED, Site, check_in_place, execution_device, find_sites, replace_module
 from ..config import Routing, from_mapping, given_or_default
-from ..errors import BaseModelError, RoutingError
+from ..errors import BaseModelError, ConfigError, RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
+from ..files.strict import shortened
 from ..files.tensor_file import prefetch
 from .checks import check_folded, check_numbers, check_site
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.automatic import settled
 from .routers.prompt_router import ByPrompt
-from .routers.registry import AUTO
+from .routers.registry import AUTO, WEIGHTS, checked_mixture, written_mixture
 from .routers.router import (
     OWN_EXPERTS,
     RouterSite,
@@ -58,6 +59,7 @@ def compose(
     keep: Iterable[str] | None = None,
     leave_out: Iterable[str] | None = None,
     scores: Scores | str | Path | None = None,
+    weights: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
@@ -65,7 +67,8 @@ def compose(
     `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
     trained on. `routing` says how experts are chosen, and `settings` are fields of it by name:
     `compose(pool, router="arrow:form=peft", k=3)`; None and no settings are PHATGOOSE with k = 2.
-    `keep` and `leave_out` select experts by name. Routers oracle and best-individual need the
+    `keep` and `leave_out` select experts by name. `weights` are router weights' mixture, expert ->
+    weight. Routers oracle and best-individual need the
     `scores` of the single experts: expert -> task -> score, or the comparison.json of a comparison.
     Undo with `detach`.
 
@@ -74,12 +77,22 @@ def compose(
     unknown setting, router or kernel, RoutingError when the base is routed already.
     """
     routing = given_or_default(Routing, routing, "routing")
+    if weights is not None:
+        settings = _with_mixture(weights, settings)
     if settings:
         routing = from_mapping(Routing, {**vars(routing), **settings}, "compose")
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     parts = prepared.parts
     parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
     return install(prepared.model, parts)
+
+
+def _with_mixture(weights: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, Any]:
+    router = settings.get("router", WEIGHTS)
+    if router != WEIGHTS:
+        raise ConfigError(f"weights are for router {WEIGHTS}, not {shortened(router)}.")
+    mixture = written_mixture(checked_mixture(weights))
+    return {**settings, "router": f"{WEIGHTS}:{mixture}" if mixture else WEIGHTS}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -30,75 +29,10 @@ from ..base.token_masks import (
     token_positions,
 )
 from ..errors import RoutingError
+from .choices import NOBODY, Activity, Choice, Turn
 from .watching import unwatched
 
 Result = TypeVar("Result")
-NOBODY = -1  # stands among experts for none: the base's own output
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The experts of some prompts: `experts` [rows, k], the pool's indices, best first.
-
-    `weights` [rows, k], float32, say how much each adds. Most rows have one expert of weight 1.
-    Both are [rows, blocks, k] if each block of the model has a choice of its own.
-    """
-
-    experts: Tensor
-    weights: Tensor
-
-    @classmethod
-    def alone(cls, experts: Tensor) -> Choice:
-        """Each of `experts` [rows] alone, with the weight 1; NOBODY is the base."""
-        return cls(experts[:, None], torch.ones(len(experts), 1, device=experts.device))
-
-    @classmethod
-    def joined(cls, parts: Iterable[Choice]) -> Choice:
-        """The rows of all `parts`, which have the same k, in turn."""
-        held = list(parts)
-        experts = torch.cat([part.experts for part in held])
-        return cls(experts, torch.cat([part.weights for part in held]))
-
-    def lone(self) -> Tensor | None:
-        """The expert of each row [rows], where each has one of weight 1; else None."""
-        alone = self.experts.shape[1:] == (1,) and bool((self.weights == 1).all())
-        return self.experts[:, 0] if alone and bool((self.experts >= 0).all()) else None
-
-    def named(self, names: Sequence[str]) -> list[dict[str, float]]:
-        """For each row its experts' weights by name, best first; `names` are the pool's."""
-        whole = self.over_blocks()
-        rows = zip(whole.experts.tolist(), whole.weights.tolist(), strict=True)
-        return [
-            {names[z]: weight for z, weight in zip(experts, weights, strict=True)}
-            for experts, weights in rows
-        ]
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def at(self, block: int) -> Choice:
-        """The choice of one block; of a model with fewer, of the last."""
-        if self.experts.dim() == 2:
-            return self
-        block = min(block, self.experts.shape[1] - 1)
-        return Choice(self.experts[:, block], self.weights[:, block])
-
-    def over_blocks(self) -> Choice:
-        """One choice [rows, k] for all blocks: the experts of any, by their mean weights."""
-        if self.experts.dim() == 2:
-            return self
-        blocks, chosen = self.experts.shape[1], int(self.experts.max()) + 1
-        shares = self.weights.new_zeros(len(self), chosen)
-        shares.scatter_add_(1, self.experts.flatten(1), self.weights.flatten(1) / blocks)
-        acting = int((shares > 0).sum(dim=1).max())
-        best = shares.sort(dim=1, descending=True, stable=True)
-        return Choice(best.indices[:, :acting], best.values[:, :acting])
-
-    def of(self, rows: Sequence[int]) -> Choice:
-        return Choice(self.experts[list(rows)], self.weights[list(rows)])
-
-    def each(self) -> list[Choice]:
-        return [self.of([row]) for row in range(len(self))]
 
 
 class Chooser(Protocol):
@@ -114,59 +48,6 @@ class Chooser(Protocol):
         base: PreTrainedModel | None = None,
         **known: Any,
     ) -> Choice: ...
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What is known of some prompts: their experts, and where those of `acting` begin in them.
-
-    `choice` is None for routers that choose for every token, `beginnings` [rows, acting] where all
-    experts act on all tokens.
-    """
-
-    choice: Choice | None = None
-    beginnings: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: Iterable[Turn]) -> Turn:
-        held = list(parts)
-        choices = [part.choice for part in held if part.choice is not None]
-        begin = [part.beginnings for part in held if part.beginnings is not None]
-        return cls(Choice.joined(choices) if choices else None, torch.cat(begin) if begin else None)
-
-    def of(self, rows: Sequence[int]) -> Turn:
-        choice, begin = self.choice, self.beginnings
-        return Turn(choice and choice.of(rows), None if begin is None else begin[list(rows)])
-
-
-@dataclass(frozen=True)
-class Activity:
-    """Where in a pass the experts of `acting` act: `mask` [tokens, 1 + acting].
-
-    Column 0 is that of experts that always act. `whole` and `partly` tell for each column whether
-    it is all True, and whether any of it is.
-    """
-
-    mask: Tensor
-    whole: tuple[bool, ...]
-    partly: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, positions: Tensor, begin: Tensor) -> Activity:
-        """Of tokens at `positions` [rows, columns], `begin` [rows or tokens, acting]."""
-        rows, columns = positions.shape
-        if len(begin) != rows * columns:
-            times, rest = divmod(rows, len(begin))  # beams repeat rows
-            if rest or not times:
-                raise RoutingError(
-                    f"{rows} rows can't be shared out to {len(begin)} prompts, at whose end some "
-                    f"experts begin to act."
-                )
-            begin = begin.repeat_interleave(times * columns, dim=0)
-        acts = positions.reshape(-1, 1) >= begin.to(positions.device)
-        mask = torch.cat([torch.ones_like(acts[:, :1]), acts], dim=1)
-        whole, partly = torch.stack([mask.all(dim=0), mask.any(dim=0)]).tolist()
-        return cls(mask, tuple(whole), tuple(partly))
 
 
 class _Asked:
@@ -269,12 +150,16 @@ class RoutingContext:
             raise RoutingError("This model's router chooses for every token, for no whole prompt.")
         return self.router.choose(prompts, self._model, **known)
 
-    def turn(self, prompts: Sequence[Sequence[int]], **known: Any) -> Turn:
-        """What there is to use for `prompts`; raises what the router's `choose` does."""
-        return Turn(
-            self.choose(prompts, **known) if self.router else None,
-            beginnings(self.acting, prompts) if self.acting and prompts else None,
-        )
+    def turn(
+        self, prompts: Sequence[Sequence[int]], choice: Choice | None = None, **known: Any
+    ) -> Turn:
+        """What there is to use for `prompts`; raises what the router's `choose` does.
+
+        A `choice` that is given takes the place of the router's.
+        """
+        if choice is None and self.router is not None:
+            choice = self.choose(prompts, **known)
+        return Turn(choice, beginnings(self.acting, prompts) if self.acting and prompts else None)
 
     def active(self, columns: Tensor, tokens: int) -> Tensor | None:
         """Which experts of a site are active at each of the pass's `tokens`, [tokens, E].

@@ -5,7 +5,8 @@ import torch
 
 from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
-from routed_models import compose_by
+from routed_models import compose_by, with_embeddings
+from toy_embedders import use_toy_embedder
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,19 @@ def runner_of(pool_of):
         return made[kind, router]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def place(pool_of, tmp_path_factory):
+    """A pool's folder, whose experts have embeddings of the toy embedder."""
+    folder = tmp_path_factory.mktemp("gateway") / "experts"
+    for expert in with_embeddings(pool_of("llama")).experts:
+        expert.save(folder / expert.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedder_for_all():
+    with pytest.MonkeyPatch.context() as patch:
+        use_toy_embedder(patch)
+        yield

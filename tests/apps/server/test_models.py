@@ -15,7 +15,7 @@ from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
-from serving import GREEDY, ask, error_of
+from serving import GREEDY, ask, error_of, text_of
 
 
 def test_weights_of_a_base_are_in_memory_once(pool_of):
@@ -139,3 +139,53 @@ def test_every_setting_of_a_routing_is_read_as_its_type():
 def test_places_that_make_no_sense_are_refused(places, said):
     with pytest.raises(ConfigError, match=said):
         served_models(places)
+
+
+def test_a_request_brings_its_own_mixture(client, pool):
+    weights = {"e1": 0.7, "e3": 0.3}
+    ids = client.app.state.service.models["goose"].base.tokenizer(GREEDY["prompt"])["input_ids"]
+    wanted = serving.generated(pool, ids, 6, router="weights", weights=weights)
+    reply = ask(client, **GREEDY, weights=weights, routing=True)["choices"][0]
+    tokens = ask(client, **{**GREEDY, "prompt": ids}, weights=weights)["choices"][0]["text"]
+    decode = client.app.state.service.models["goose"].base.tokenizer.decode
+    assert reply["text"] == tokens == decode(wanted)
+    assert reply["routing"]["summary"] == pytest.approx(weights, abs=0.01)
+    assert text_of(client, **GREEDY, router="weights:e1=0.7,e3=0.3") == reply["text"]
+
+
+def test_mixtures_of_several_sizes_share_a_batch(client):
+    mixtures = [{"e0": 1}, {"e0": 0.5, "e1": 0.5}, {"e1": 1, "e2": -0.4, "e3": 0.1}, {"e2": 0}]
+    alone = [text_of(client, **GREEDY, weights=each) for each in mixtures]
+    with serving.held(1) as go_on:
+        running = [serving.in_a_thread(text_of, client, **GREEDY, weights=w) for w in mixtures]
+        engine = client.app.state.service.engine
+        serving.until(lambda: engine.running + engine.waiting == 4)
+        go_on.set()
+        for thread, _ in running:
+            thread.join()
+    assert [found[0] for _, found in running] == alone
+
+
+def test_an_expert_is_named_after_its_model_or_its_base(client, pool):
+    wanted = text_of(client, **GREEDY, router="single:expert=e2")
+    for name in ("goose:e2", "mean:e2", f"{pool.base.id}:e2"):
+        assert text_of(client, **{**GREEDY, "model": name}) == wanted
+    assert error_of(client, 404, **{**GREEDY, "model": "goose:e9"})["param"] == "model"
+    assert error_of(client, **{**GREEDY, "model": "goose:e2", "k": 1})["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": {}},
+        {"weights": {"e0": 1e9}},
+        {"weights": {"e0": "1"}},
+        {"weights": {"e9": 1}},
+        {"weights": {"e0": 1}, "router": "arrow"},
+        {"weights": {"e0": 1}, "k": 2},
+        {"router": "weights"},
+        {"router": "weights:e0"},
+    ],
+)
+def test_odd_mixtures_are_refused(client, change):
+    error_of(client, **GREEDY, **change)

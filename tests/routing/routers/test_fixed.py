@@ -1,17 +1,20 @@
-"""Routers that don't look at their input: random, single, best-individual. Merged: test_merged."""
+"""Routers that don't look at their input: random, single, weights, best-individual."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
 import torch
 
-from phatgoose.errors import PoolError
+from phatgoose.base.loading import load_base
+from phatgoose.errors import ConfigError, PoolError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.fixed import RandomRouter
+from phatgoose.routing.routers.registry import choice_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
@@ -127,3 +130,45 @@ def test_best_individual_is_the_expert_of_the_best_mean(llama, llama_pool, optio
     model = compose(llama_pool, llama, router="best-individual", scores=SCORES, **options)
     assert composition_of(model).experts == (chosen,)
     assert torch.equal(logits_of(model, ids), wanted)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [
+        ({"e9": 1}, PoolError),
+        ({"e0": math.nan}, ConfigError),
+        ({"e0": 1e9}, ConfigError),
+        ({"e0": True}, ConfigError),
+        (["e0"], ConfigError),
+    ],
+)
+def test_odd_mixtures_are_refused(llama_pool, weights, error):
+    with pytest.raises(error):
+        compose(llama_pool, weights=weights)
+
+
+def test_weights_are_for_their_router(llama_pool):
+    with pytest.raises(ConfigError, match="are for router weights"):
+        compose(llama_pool, router="arrow", weights={"e0": 1})
+
+
+@pytest.mark.parametrize("text", ["weights:e0", "weights:e0=1,e0=2", "weights:e0=x", "weights:=1,"])
+def test_odd_texts_of_a_mixture_are_refused(text):
+    with pytest.raises(ConfigError):
+        choice_of(text)
+
+
+def test_a_mixture_is_written_as_it_is_read():
+    assert choice_of("weights:e0=0.5,e1=-2").text == "weights:e0=0.5,e1=-2.0"
+    assert choice_of("weights").text == "weights"
+
+
+def test_a_mixture_of_one_is_that_expert_times_its_weight(llama, llama_pool):
+    base = load_base(llama_pool.base.id, dtype="float32")
+    ids = make_ids()
+    alone = logits_of(compose(llama_pool, base, router="single:expert=e1"), ids)
+    base = load_base(llama_pool.base.id, dtype="float32")
+    assert_same_logits(logits_of(compose(llama_pool, base, weights={"e1": 1}), ids), alone)
+    base = load_base(llama_pool.base.id, dtype="float32")
+    plain = logits_of(base.model, ids)
+    assert_same_logits(logits_of(compose(llama_pool, base, weights={"e1": 0}), ids), plain)

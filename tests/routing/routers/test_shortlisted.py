@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.choices import Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.configs import AFFINITIES
 from phatgoose.routing.routers.phatgoose import standardise
 from phatgoose.routing.saved.load import load

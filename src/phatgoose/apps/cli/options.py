@@ -473,3 +473,38 @@ class ReplicaOptions(RayOptions):
     replicas: Annotated[
         int | None, "With --engine ray: copies of the server (default: 1).", {"min": 1}
     ] = None
+
+
+@dataclass(frozen=True)
+class UpstreamOptions:
+    upstream: Annotated[
+        str | None,
+        "Address of another engine, which answers: this server chooses experts of the pool for "
+        "each prompt and forwards it. PHATGOOSE_UPSTREAM_KEY in the environment is its key.",
+    ] = None
+    upstream_kind: Annotated[
+        str | None, "With --upstream: vllm, sglang, llama.cpp, lorax or auto (default: auto)."
+    ] = None
+    upstream_experts: Annotated[
+        str | None,
+        "With --upstream: the folder of the experts as the engine sees it, if another.",
+    ] = None
+    upstream_wait: Annotated[
+        float | None,
+        "With --upstream: seconds for the engine to come up at start (default: 30).",
+        {"min": 0},
+    ] = None
+
+    def settings(self) -> dict[str, Any] | None:
+        """The fields of an `Upstream` but its key; None without --upstream. Raises ConfigError."""
+        others = {name: value for name, value in vars(self).items() if name != "upstream"}
+        only_with("--upstream", self.upstream is not None, others)
+        if self.upstream is None:
+            return None
+        given = {
+            "kind": self.upstream_kind,
+            "experts_at": self.upstream_experts,
+            "wait": self.upstream_wait,
+        }
+        found = {name: value for name, value in given.items() if value is not None}
+        return {"url": self.upstream, **found}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
+from ...errors import ConfigError
 from ..console import say
 from ..processor import advice
 from . import options
+
+if TYPE_CHECKING:
+    from ..server import Upstream
 
 
 def serve(
@@ -35,6 +39,12 @@ def serve(
         "Another name that the server is asked for by, such as a proxy's (repeatable; "
         "'*': any). Without it those of this machine's loopback and --host.",
     ] = None,
+    upstream_key: Annotated[
+        str | None,
+        "With --upstream: the engine's key. Other processes can see it here; "
+        "PHATGOOSE_UPSTREAM_KEY in the environment hides it.",
+    ] = None,
+    gateway: options.UpstreamOptions,
     opening: options.ModelOptions,
     replicas: options.ReplicaOptions,
     routing: Routing,
@@ -45,6 +55,7 @@ def serve(
     replicas.check()
     from ..server import API_KEYS, check_address, create_app, keys_of, run, served_models
 
+    upstream = _upstream(gateway, upstream_key, replicas)
     models = served_models(
         model,
         routing=routing if given & ROUTING_SETTINGS else None,
@@ -63,7 +74,7 @@ def serve(
     app = None
     if replicas.engine == "local":
         check_address(host, port)
-        app = create_app(models, serving, keys, hosts)
+        app = create_app(models, serving, keys, hosts, upstream)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: whoever reaches this address may use it", err=True)
@@ -88,3 +99,18 @@ def serve(
             gpus_per_replica=replicas.gpus_per_worker or 0.0,
             cpus_per_replica=1.0 if cpus is None else cpus,
         )
+
+
+def _upstream(
+    gateway: options.UpstreamOptions, key: str | None, replicas: options.ReplicaOptions
+) -> Upstream | None:
+    """The engine that answers; None where this server does. Raises ConfigError."""
+    behind = gateway.settings()
+    options.only_with("--upstream", behind is not None, {"upstream_key": key})
+    if behind is None:
+        return None
+    from ..server import UPSTREAM_KEY, Upstream
+
+    if replicas.engine != "local":
+        raise ConfigError("--upstream is for --engine local; run several gateways instead.")
+    return Upstream(**behind, key=key or os.environ.get(UPSTREAM_KEY) or None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -120,6 +120,11 @@ def export(
         int | None, "Maximum inputs of --task, drawn by --seed; default: 100.", {"min": 1}
     ] = None,
     seed: Annotated[int | None, "Seed of the draw; default: 0."] = None,
+    engine: Annotated[
+        str | None,
+        "Write a folder that starts this engine with all experts of a pool, and the gateway that "
+        "chooses among them: vllm, sglang, llama.cpp or ollama.",
+    ] = None,
     template: options.TemplateOptions,
     opening: options.ModelOptions,
     routing: Routing,
@@ -128,10 +133,24 @@ def export(
 ) -> None:
     """Write a model of constant routing as a PEFT adapter, or as a plain model.
 
-    For PEFT, transformers, vLLM, llama.cpp, Ollama: docs/export.md. Routers merged, single and
-    best-individual are constant; of others --prompt or --task fixes a mixture.
+    Any program that reads these can use it: docs/export.md. Routers merged, single and
+    best-individual are constant; of others --prompt or --task fixes a mixture. With --engine it
+    hands a whole pool over to an engine instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
+    if engine is not None:
+        others: dict[str, Any] = {
+            "merged": merged,
+            "rank": rank,
+            "prompt": prompt,
+            "task": task,
+            "limit": limit,
+        }
+        others |= {"scores": opening.scores, **dict.fromkeys(given, True)}
+        if odd := [options.flag_of(name) for name, value in others.items() if value]:
+            raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
+        _hand_over(model, engine, out, opening)
+        return
     if merged and rank is not None:
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
     if prompt and task:
@@ -150,6 +169,19 @@ def export(
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):
         say(line)
+
+
+def _hand_over(model: str, engine: str, out: Path, opening: options.ModelOptions) -> None:
+    from ...experts.pool import Pool
+    from ...routing.open_model import require_pool
+    from ..deploy import deploy
+
+    require_pool(model)
+    pool = Pool.open(model).select(opening.keep, opening.leave_out)
+    done = deploy(pool, engine, out, opening.base)
+    say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
+    for note in done.notes:
+        say(f"note: {note}")
 
 
 def _texts(

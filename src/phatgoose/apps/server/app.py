@@ -23,11 +23,14 @@ from ... import __version__
 from ...config import Serving
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from . import protocol
+from .following import Follower
+from .gateway import Gateway, load_gateway
 from .guards import AccessControl, MetricsMiddleware, RequestGuard
 from .models import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
 from .service import Service
 from .settings import ServedModel
+from .upstream import Upstream
 
 FOLDER = Path(__file__).parent
 
@@ -65,6 +68,7 @@ DESCRIPTIONS = {
     415: "The content type is not JSON.",
     429: "Too many requests are waiting.",
     500: "The answer could not be computed.",
+    502: "The engine behind a gateway failed.",
     503: "The server does not work.",
     504: "The answer took too long.",
 }
@@ -96,7 +100,7 @@ def responses_of(
 def answering(wanted: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
     description = "The answer, or with stream a chunk in each event."
     streams = {"description": description, "content": {"text/event-stream": EVENTS}}
-    statuses = (400, 404, 408, 413, 415, 429, 500, 503, 504)
+    statuses = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
     form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
     body = {"requestBody": {"required": True, "content": {"application/json": form}}}
     return {
@@ -170,6 +174,12 @@ async def metrics(request: Request) -> Response:
     return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+def _card_of(service: Service | Gateway, name: str) -> protocol.ModelCard:
+    if isinstance(service, Gateway):
+        return service.card(service.find(name))
+    return service.card(service.find(name))
+
+
 @guarded_routes.get("/v1/models", summary="What is served")
 async def models(request: Request) -> protocol.ModelList:
     return protocol.ModelList(data=request.app.state.service.cards())
@@ -177,8 +187,8 @@ async def models(request: Request) -> protocol.ModelList:
 
 @guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
 async def model(name: str, request: Request) -> protocol.ModelCard:
-    service: Service = request.app.state.service
-    return service.card(service.find(name))
+    service: Service | Gateway = request.app.state.service
+    return _card_of(service, name)
 
 
 @guarded_routes.post(
@@ -187,7 +197,7 @@ async def model(name: str, request: Request) -> protocol.ModelCard:
     **answering(protocol.CompletionRequest, protocol.CompletionReply),
 )
 async def completions(request: Request) -> Response:
-    service: Service = request.app.state.service
+    service: Service | Gateway = request.app.state.service
     return await service.answer(protocol.CompletionRequest, request)
 
 
@@ -197,7 +207,7 @@ async def completions(request: Request) -> Response:
     **answering(protocol.ChatRequest, protocol.ChatReply),
 )
 async def chat(request: Request) -> Response:
-    service: Service = request.app.state.service
+    service: Service | Gateway = request.app.state.service
     return await service.answer(protocol.ChatRequest, request)
 
 
@@ -206,22 +216,32 @@ def create_app(
     serving: Serving | None = None,
     api_keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
+    upstream: Upstream | None = None,
 ) -> FastAPI:
     """The application that serves `models`. They are opened now; the engine runs while it does.
 
+    With `upstream` it chooses experts for prompts, and the engine there answers (`gateway`).
     Without `api_keys` every client may use it that asks for one of `hosts` or a loopback name
     (`AccessControl`). Raises what opening a model does.
     """
     limits = serving or Serving()
-    service = Service(load_models(models), limits)
+    service: Service | Gateway
+    if upstream is not None:
+        service = load_gateway(models, upstream, limits)
+    else:
+        service = Service(load_models(models), limits)
+
+    follower = Follower(service, watches=limits.watch)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        follower.start()
         try:
             yield
         finally:
-            service.stop()
+            follower.stop()
+            await service.close()
 
     app = FastAPI(
         title="phatgoose",
@@ -231,7 +251,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.follower = service, follower
     app.include_router(open_routes)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
     keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -167,6 +167,7 @@ class ConnectionGuard:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN = (signal.SIGHUP,) if sys.platform != "win32" else ()  # to open pools again
 BACKLOG = 256  # connections that may wait to be accepted, and are accepted at once
 FILES = 64  # files that the process may open besides connections
 
@@ -177,7 +178,11 @@ def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     Must be called in the main thread. Raises ConfigError when it can't listen at the address.
     """
     # uvicorn raises the signal that ended it again, which would end the process too.
-    with _listening(host, port) as listener, handling_signals(lambda *_: None):
+    with (
+        _listening(host, port) as listener,
+        handling_signals(lambda *_: None),
+        handling_signals(lambda *_: app.state.follower.ask(), AGAIN),
+    ):
         server_of(app, limits).run([listener])
 
 
@@ -190,7 +195,7 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     guard = ConnectionGuard(
         _connections(limits.max_connections),
         limits.read_timeout,
-        lambda: service is not None and service.engine.waiting > 0,
+        lambda: service is not None and service.waiting > 0,
     )
     config = uvicorn.Config(
         app,
@@ -231,8 +236,10 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def handling_signals(handle: Callable[..., None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+def handling_signals(
+    handle: Callable[..., None], signals: Sequence[signal.Signals] = SIGNALS
+) -> Iterator[None]:
+    before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield
     finally:

@@ -97,17 +97,25 @@ class Prefilled:
 
 def prefill(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Prefilled:
     """Read the prompts of `sequences` together, each distinct one once."""
-    sharing: dict[tuple[int, ...], list[ActiveSequence]] = {}
+    sharing: dict[object, list[ActiveSequence]] = {}
     for each in sequences:
-        sharing.setdefault(each.prompt, []).append(each)
+        sharing.setdefault(_reading_of(each), []).append(each)
     distinct = _DistinctPrompts(runner, list(sharing.values()))
     runner.use([group[0].turn for group in sharing.values()])
     found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
-    row_of = {prompt: row for row, prompt in enumerate(sharing)}
-    rows = torch.tensor([row_of[each.prompt] for each in sequences], device=runner.device)
+    row_of = {reading: row for row, reading in enumerate(sharing)}
+    rows = torch.tensor([row_of[_reading_of(each)] for each in sequences], device=runner.device)
     found.cache.batch_select_indices(rows)
     encoded = encoded_rows(found.encoded, rows)
     return Prefilled(found.cache, found.mask[rows], found.logits[rows], encoded)
+
+
+def _reading_of(sequence: ActiveSequence) -> object:
+    """What sequences have in common whose prompts are read alike."""
+    chosen = None if sequence.turn is None else sequence.turn.choice
+    # Of one prompt these may differ: requests bring their own mixtures.
+    parts = (chosen.experts.tolist(), chosen.weights.tolist()) if chosen is not None else ()
+    return sequence.prompt, str(parts)
 
 
 def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:

@@ -23,6 +23,7 @@ from .protocol import CLIENT_GONE, ApiError, busy
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
+CHOICES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 5)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -47,6 +48,22 @@ class Metrics:
         self.running = Gauge("phatgoose_running", "Answers being computed.", registry=own)
         words = "Answers in a batch when it read prompts or made a step."
         self.batch = Histogram("phatgoose_batch_rows", words, buckets=SIZES, registry=own)
+
+
+class GatewayMetrics(Metrics):
+    """Those of a gateway, which has no batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry.unregister(self.batch)
+        own = self.registry
+        words = "Seconds for the choice of experts, waiting included."
+        self.choice = Histogram("phatgoose_choice_seconds", words, buckets=CHOICES, registry=own)
+        self.chosen = Counter(
+            "phatgoose_chosen", "Answers by the expert that counts most.", ["expert"], registry=own
+        )
+        words = "Requests that the engine didn't answer: away, broken (off), busy or failed."
+        self.failures = Counter("phatgoose_upstream_failures", words, ["how"], registry=own)
 
 
 class MetricsMiddleware:

@@ -26,11 +26,12 @@ from ...base.token_masks import cache_argument
 from ...config import Routing
 from ...errors import BaseModelError, RoutingError
 from ...experts.pool import Pool
+from ...routing.choices import Turn
 from ...routing.composition import composition_if_any
-from ...routing.context import Turn
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
+from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO
 from ...routing.routers.router import check_served, router_of
 from ...routing.saved.load import base_of, load
@@ -130,6 +131,17 @@ class ModelRunner:
         found = self._context.turn([list(each) for each in prompts])
         return [found.of([row]) for row in range(len(prompts))]
 
+    def mixed(
+        self, weights: Mapping[str, float], prompts: Sequence[Sequence[int]]
+    ) -> list[Turn | None]:
+        """`turns_of` with a request's own mixture. Raises PoolError for unknown names."""
+        parts = composition_if_any(self.model)
+        mixture = mixture_of(weights, parts.experts if parts else ())
+        if self._context is None:
+            return [None] * len(prompts)
+        found = self._context.turn(prompts, mixture.repeated(len(prompts)))
+        return [found.of([row]) for row in range(len(prompts))]
+
     def use(self, turns: Sequence[Turn | None]) -> None:
         if self._context is not None:
             found = Turn.joined(turn for turn in turns if turn is not None)
@@ -174,7 +186,7 @@ class LoadedModel:
     """An opened model, and what it takes to compose it anew; `parts` is None for a base alone."""
 
     def __init__(self, settings: ServedModel, bases: _Bases) -> None:
-        self.settings = settings
+        self.settings, self._bases = settings, bases
         self._check()
         place = settings.place
         named = BaseReference(settings.base) if settings.base else None
@@ -190,7 +202,7 @@ class LoadedModel:
         self.parts = composition_if_any(model)
         self.routing = Routing()
         if self.parts is not None:
-            self.routing = _numbered(self.parts.routing, len(self.parts.experts))
+            self.routing = numbered(self.parts.routing, len(self.parts.experts))
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
@@ -225,6 +237,10 @@ class LoadedModel:
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
 
+    def reopened(self) -> LoadedModel:
+        """The model as its place has it now, over the same base."""
+        return LoadedModel(self.settings, self._bases)
+
     def find_experts(self, pools: Iterable[Pool]) -> None:
         """Take a saved model's experts from the first of `pools` that has all of them."""
         # The places that its own file names are not the operator's: they are neither opened nor
@@ -243,22 +259,38 @@ class LoadedModel:
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.parts.experts if self.parts else ()
+
+    def composed(self, pool: Pool, routing: Routing, others: Sequence[ModelRunner]) -> ModelRunner:
+        """The model by another routing; it shares what it can with those of `others`."""
+        model = self.compose(pool, routing)
+        share_factors(model, [runner.model for runner in others])
+        return ModelRunner(model, self.base.tokenizer)
+
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         """The routing and the experts with `override` applied, or what makes that impossible."""
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
         pool = self.pool.select(override.keep, override.leave_out)
-        routing = self.routing
-        if override.router not in (None, routing.router):  # whose k needn't suit another router
-            asked = self.settings.routing.k if self.settings.routing else None
-            routing = replace(routing, router=override.router, k=asked)
-        if override.k is not None:
-            routing = replace(routing, k=override.k)
-        check_served(router_of(routing))
-        return _numbered(routing, len(pool)), pool
+        return overridden(self.routing, self.settings, override, len(pool)), pool
 
 
-def _numbered(routing: Routing, experts: int) -> Routing:
+def overridden(
+    routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
+) -> Routing:
+    """`routing` with `override` applied, for so many experts. Raises ConfigError."""
+    if override.router not in (None, routing.router):  # whose k needn't suit another router
+        asked = settings.routing.k if settings.routing else None
+        routing = replace(routing, router=override.router, k=asked)
+    if override.k is not None:
+        routing = replace(routing, k=override.k)
+    check_served(router_of(routing))
+    return numbered(routing, experts)
+
+
+def numbered(routing: Routing, experts: int) -> Routing:
     """`routing` with the k that it comes to among so many experts: equal ones become the same."""
     router = router_of(routing)
     return replace(router.routing, k=min(router.k, experts) or None)

@@ -80,7 +80,7 @@ class Pane {
     const text = choice.text ?? choice.delta.content ?? "";
     this.text += text;
     if (choice.routing) this.route(choice.routing);
-    else if (!this.explorer) this.plain();
+    if (!this.explorer) this.plain();
     const seconds = (performance.now() - this.begun) / 1000;
     this.say(`${this.count || "…"} tokens, ${seconds.toFixed(1)} s${this.routed ? `, ${this.routed}` : ""}`);
   }
@@ -91,7 +91,11 @@ class Pane {
   }
 
   route(routing) {
-    this.routed = `router ${routing.router}`;
+    this.routed = routing.router ? `router ${routing.router}` : "";
+    if (!routing.trace && !this.explorer) { // a gateway's: one choice for the whole prompt
+      const shares = Object.entries(routing.summary).map(([name, share]) => `${name} ${share}`);
+      this.routed = [this.routed, ...shares].filter(Boolean).join(", ");
+    }
     this.count += routing.tokens.filter((token) => token.part === "answer").length;
     if (routing.trace) {
       this.find("plain").hidden = true;
@@ -158,12 +162,12 @@ class Page {
   }
 
   choose() {
-    const {chat, experts, sites} = this.model;
+    const {chat, experts, router, sites} = this.model;
     at("as").value = chat ? "chat" : "text";
     at("as").options[0].disabled = !chat;
     at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
     for (const pane of this.panes) {
-      for (const field of ["router", "k", "experts"]) pane.find(field).disabled = !sites;
+      for (const field of ["router", "k", "experts"]) pane.find(field).disabled = !sites && !router;
     }
   }
 
@@ -189,7 +193,7 @@ class Page {
         max_tokens: Number(at("length").value),
         temperature: Number(at("temperature").value),
         seed: Number(at("seed").value),
-        ...(this.model.sites && {routing: {trace: true}}),
+        ...(this.model.experts.length && {routing: this.model.sites ? {trace: true} : true}),
       },
     };
   }

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...errors import ConfigError
 from ...files.strict import one_line
-from ...routing.routers.registry import LEFT, ROUTERS, choice_of
+from ...routing.routers.registry import (
+    LEFT,
+    MOST_WEIGHT,
+    ROUTERS,
+    WEIGHTS,
+    choice_of,
+    read_mixture,
+)
 
 MOST_SHOWN = 500  # characters of an error
 
@@ -91,6 +98,7 @@ class Deadline:
 
 MOST_LOGPROBS = 20
 MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
+MOST_MIXED = 64  # experts of a request's own mixture
 SEED = 1 << 63
 MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
 REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
@@ -99,6 +107,10 @@ Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
+
+
+def _refusal(why: str) -> PydanticCustomError:
+    return PydanticCustomError("routing", "{why}", {"why": why})
 
 
 def _requestable(router: str) -> str:
@@ -112,6 +124,8 @@ def _requestable(router: str) -> str:
 
 
 Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]
+Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
+Mixture = Annotated[dict[Name, Weight], Field(min_length=1, max_length=MOST_MIXED)]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 Finish = Literal["stop", "length"]
 
@@ -180,6 +194,9 @@ class GenerationRequest(Strict):
         description="Instead of the router that it is served with: "
         f"{', '.join(REQUESTABLE_ROUTERS)}; settings follow, as in arrow:form=peft.",
     )
+    weights: Mixture | None = Field(
+        None, description="A mixture of your own, expert to weight: router weights."
+    )
     k: int | None = Field(
         None, ge=1, le=1 << 16, description="Experts per token at each site, or per input."
     )
@@ -193,12 +210,32 @@ class GenerationRequest(Strict):
     def routing_detail(self) -> RoutingDetail:
         return self.routing if isinstance(self.routing, RoutingDetail) else RoutingDetail()
 
+    @model_validator(mode="after")
+    def _weights_alone(self) -> GenerationRequest:
+        is_mixed = (self.router or "").partition(":")[0] == WEIGHTS
+        if self.weights is not None and self.router not in (None, WEIGHTS):
+            raise _refusal("weights are for router weights; leave out router, or write weights.")
+        if is_mixed and self.mixture is None:
+            raise _refusal("router weights needs weights, expert to weight.")
+        if self.mixture is not None and (self.k, self.keep, self.leave_out) != (None, None, None):
+            raise _refusal("weights name their experts; leave out k, keep and leave_out.")
+        return self
+
+    @property
+    def mixture(self) -> dict[str, float] | None:
+        """The experts and weights that the request brings; None where a router chooses."""
+        if self.weights is not None:
+            return dict(self.weights)
+        name, _, rest = (self.router or "").partition(":")
+        return read_mixture(rest) if name == WEIGHTS and rest else None
+
     @property
     def override(self) -> RoutingOverride:
         keep, leave_out = (
             None if names is None else tuple(names) for names in (self.keep, self.leave_out)
         )
-        return RoutingOverride(self.router, self.k, keep, leave_out)
+        router = self.router if self.mixture is None else WEIGHTS
+        return RoutingOverride(router, self.k, keep, leave_out)
 
 
 class CompletionRequest(GenerationRequest):
@@ -321,14 +358,19 @@ class TokenRouting(Reply):
 class RoutingReport(Reply):
     """Which experts served an answer's tokens.
 
-    `trace` is present if it was asked for (docs/analysis.md). In a stream it comes once; `more` has
-    the tokens that follow, one entry for each of the trace's streams that has new ones.
+    `summary` has each expert's share of them, by name. Behind a gateway tokens are the pieces in
+    which an engine sends an answer, and `chosen` are the experts of a choice of which only the
+    first could be sent. `trace` is present if it was asked for (docs/analysis.md). In a stream it
+    comes once; `more` has the tokens that follow, one entry for each of the trace's streams that
+    has new ones.
     """
 
     router: str
     k: int | None
     experts: list[str]
     tokens: list[TokenRouting]
+    summary: dict[str, float] = {}
+    chosen: dict[str, float] | None = None
     trace: dict[str, Any] | None = None
     more: list[dict[str, Any]] | None = None
 
@@ -476,7 +518,7 @@ class Health(Reply):
 
     `reading` prompts are being turned into tokens or wait for it, the longest for `longest_reading`
     seconds. `readers_stuck` won't come back; `readers_ended` exceeded their limits and were
-    replaced.
+    replaced. `upstream` is the engine behind a gateway.
     """
 
     status: Literal["ok", "failing"]
@@ -486,3 +528,4 @@ class Health(Reply):
     longest_reading: float
     readers_stuck: int
     readers_ended: int
+    upstream: Literal["ok", "away"] | None = None

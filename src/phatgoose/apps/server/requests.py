@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_of
 from ...config import Serving
-from ...errors import BaseModelError, EngineError, PhatgooseError
+from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
-from ...routing.context import Turn
+from ...routing.choices import Turn
 from .models import ModelRunner
 from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
 from .sequences import Decoding, seed_of
@@ -142,14 +142,36 @@ class PreparedRequest:
     answers: list[PreparedAnswer]
 
 
-class RequestPreparer:
-    """Prepares requests to one model within the server's limits; refusals are ApiErrors.
+class ReadsPrompts(Protocol):
+    """What a model is to those who read prompts for it: a `ModelRunner`, or an engine's frame."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def is_encoder_decoder(self) -> bool: ...
+
+    @property
+    def context(self) -> int | None: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def added(self) -> Any: ...  # tokens before and after a text's
+
+    @property
+    def positions(self) -> Any: ...  # that an encoder-decoder model has
+
+
+class RequestReader:
+    """Reads requests to one model within the server's limits; refusals are ApiErrors.
 
     `texts` runs the base's chat template and tokenizer.
     """
 
     def __init__(
-        self, runner: ModelRunner, limits: Serving, texts: UntrustedText | None = None
+        self, runner: ReadsPrompts, limits: Serving, texts: UntrustedText | None = None
     ) -> None:
         self._runner, self._limits = runner, limits
         self._texts = texts or UntrustedText(runner.tokenizer)
@@ -167,18 +189,6 @@ class RequestPreparer:
             raise bad_request(for_clients(error), field, UNREADABLE) from error
         except EngineError as error:
             raise ApiError(503, for_clients(error)) from error
-
-    def prepare(self, request: AnyRequest, prompts: list[RequestPrompt]) -> PreparedRequest:
-        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
-        owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
-        decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
-        try:
-            found = self._runner.turns_of([prompt.tokens for prompt in prompts])
-        except PhatgooseError as error:
-            raise ApiError(500, for_clients(error)) from error
-        turns = [each for each in found for _ in range(request.n or 1)]
-        answers = list(map(PreparedAnswer, owners, decodings, turns))
-        return PreparedRequest(request, self._runner, prompts, answers)
 
     def _completion_prompts(
         self, request: CompletionRequest, left: TimeLeft
@@ -295,6 +305,42 @@ class RequestPreparer:
         if positions.answer is not None and asked > positions.answer:
             held = f"the model's decoder can hold {positions.answer}."
             raise bad_request(f"max_tokens is {asked}; {held}", "max_tokens", TOO_LONG)
+
+
+class RequestPreparer(RequestReader):
+    """Prepares requests for the engine."""
+
+    def __init__(
+        self, runner: ModelRunner, limits: Serving, texts: UntrustedText | None = None
+    ) -> None:
+        super().__init__(runner, limits, texts)
+        self._model = runner
+
+    def prepare(
+        self,
+        request: AnyRequest,
+        prompts: list[RequestPrompt],
+        mixture: Mapping[str, float] | None = None,
+    ) -> PreparedRequest:
+        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1.
+
+        A `mixture` stands for what the router would choose.
+        """
+        owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
+        decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
+        tokens = [prompt.tokens for prompt in prompts]
+        try:
+            if mixture is not None:
+                found = self._model.mixed(mixture, tokens)
+            else:
+                found = self._model.turns_of(tokens)
+        except PoolError as error:
+            raise bad_request(for_clients(error), "weights") from error
+        except PhatgooseError as error:
+            raise ApiError(500, for_clients(error)) from error
+        turns = [each for each in found for _ in range(request.n or 1)]
+        answers = list(map(PreparedAnswer, owners, decodings, turns))
+        return PreparedRequest(request, self._model, prompts, answers)
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> int:

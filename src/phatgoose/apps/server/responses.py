@@ -6,9 +6,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -27,6 +28,7 @@ from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline
 from .requests import PreparedRequest
 from .sequences import ActiveSequence, Failure, Progress, ScoredToken
 
+Found = TypeVar("Found")
 LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
@@ -45,6 +47,7 @@ class ResponseBuilder:
             "model": self.request.model,
         }
         self._streams: dict[int, tuple[str, ...]] = {}  # of each choice's trace, once it was sent
+        self._summaries = [_Summary() for _ in prepared.answers]
         self._generated = [0] * len(prepared.answers)
 
     @property
@@ -94,6 +97,7 @@ class ResponseBuilder:
                 for token in _token_routings(stream, parts.experts, detail)
             ],
         )
+        report.summary = self._summaries[progress.choice].with_(report.tokens)
         sent = self._streams.get(progress.choice)
         if detail.trace and sent:
             report.more = [
@@ -106,6 +110,20 @@ class ResponseBuilder:
             trace = Trace(parts.experts, parts.routing.router, tuple(streams), whole)
             report.trace = trace.to_dict()
         return report
+
+
+class _Summary:
+    """Each expert's share of an answer's tokens so far."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._tokens = 0
+
+    def with_(self, tokens: Sequence[protocol.TokenRouting]) -> dict[str, float]:
+        for token in tokens:
+            self._sums.update(token.experts)
+            self._tokens += bool(token.experts)
+        return {name: round(total / self._tokens, 4) for name, total in self._sums.most_common()}
 
 
 def builder_of(prepared: PreparedRequest) -> ResponseBuilder:
@@ -230,7 +248,30 @@ def _bytes_of(text: str) -> list[int] | None:
     return None if UNFINISHED in text else list(text.encode())
 
 
-class PendingReply:
+class OpenReply:
+    """The answers to one request while they come; `close` must be called in any case."""
+
+    def close(self) -> None:
+        """Free the places of unfinished answers."""
+        raise NotImplementedError
+
+    def events(self) -> AsyncIterator[str]:
+        """The answers as server-sent events."""
+        raise NotImplementedError
+
+    async def everything(self) -> str:
+        """All answers at once, as JSON."""
+        raise NotImplementedError
+
+    async def whole(self, request: Request) -> str:
+        """All answers at once, as JSON. A client that disconnects frees the reply's places."""
+        try:
+            return await unless_gone(request, self.everything())
+        finally:
+            self.close()
+
+
+class PendingReply(OpenReply):
     """The answers to one request, due by `deadline`; `done` is called once, when it is closed.
 
     Must be made in the event loop's thread. Raises ApiError when the queue has no room.
@@ -283,26 +324,11 @@ class PendingReply:
             yield event
 
     def close(self) -> None:
-        """Free the places of unfinished answers; must be called in any case."""
         self._engine.cancel([each for each in self._sequences if each.finish is None])
         done, self._done = self._done, lambda: None
         done()
 
-    async def whole(self, request: Request) -> str:
-        """All answers at once, as JSON. A client that disconnects frees the reply's places."""
-        gone = asyncio.ensure_future(_gone(request))
-        work = asyncio.ensure_future(self._everything())
-        try:
-            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ApiError(CLIENT_GONE, "The client went away.")
-            return work.result()
-        finally:
-            for task in (gone, work):
-                task.cancel()
-            self.close()
-
-    async def _everything(self) -> str:
+    async def everything(self) -> str:
         events: list[list[Progress]] = [[] for _ in self._sequences]
         size = 0
         async for progress in self.progress():
@@ -325,6 +351,19 @@ class PendingReply:
             yield f"data: {json.dumps(error.body)}\n\n"
 
 
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Found]) -> Found:
+    """What `work` returns; ApiError when the client disconnects before."""
+    gone, task = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_GONE, "The client went away.")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -345,8 +384,8 @@ def _chunk_event(builder: ResponseBuilder, progress: Progress) -> str:
 class EventStream(StreamingResponse):
     """A reply's events; closes it when the client has them or is gone."""
 
-    def __init__(self, reply: PendingReply) -> None:
-        headers = {"Cache-Control": "no-store"}
+    def __init__(self, reply: OpenReply, more: Mapping[str, str] | None = None) -> None:
+        headers = {"Cache-Control": "no-store", **(more or {})}
         super().__init__(reply.events(), media_type="text/event-stream", headers=headers)
         self._reply = reply
 

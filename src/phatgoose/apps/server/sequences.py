@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
-from ...routing.context import Turn
+from ...routing.choices import Turn
 from .models import ModelRunner
 from .protocol import Finish
 

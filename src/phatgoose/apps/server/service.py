@@ -6,16 +6,17 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import anyio
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
+from transformers import PreTrainedTokenizerBase
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
 from ...base.untrusted_text import UntrustedText
@@ -23,11 +24,12 @@ from ...config import Routing, Serving
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files.strict import shortened
+from ...routing.routers.registry import WEIGHTS
 from ...tasks.embeddings import without_downloads
 from . import protocol
 from .engine import GenerationEngine
 from .guards import CLIENT, REQUEST_BODY, Metrics
-from .models import LoadedModel, ModelRunner, share_factors
+from .models import LoadedModel, ModelRunner
 from .protocol import (
     AnyRequest,
     ApiError,
@@ -39,6 +41,7 @@ from .protocol import (
 )
 from .requests import PreparedRequest, RequestPreparer, parsed
 from .responses import EventStream, PendingReply, builder_of
+from .settings import ServedModel
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
@@ -50,25 +53,45 @@ Wanted = TypeVar("Wanted", protocol.CompletionRequest, protocol.ChatRequest)
 Found = TypeVar("Found")
 
 
+class RequestParser:
+    """Parses bodies: small ones at once, large ones in a thread, a few at a time."""
+
+    def __init__(self) -> None:
+        self._limiter = anyio.CapacityLimiter(PARSERS)
+
+    async def read(self, wanted: type[Wanted], http: Request) -> Wanted:
+        body = http.scope[REQUEST_BODY]
+        content = body.content
+        if len(content) > SMALL:
+            request = await anyio.to_thread.run_sync(parsed, wanted, content, limiter=self._limiter)
+        else:
+            request = parsed(wanted, content)
+        body.release()
+        return request
+
+
 class Service:
-    def __init__(self, models: Mapping[str, LoadedModel], limits: Serving) -> None:
+    def __init__(self, models: dict[str, LoadedModel], limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
         self.engine = engine = GenerationEngine(limits, self.metrics.batch.observe)
         self.metrics.waiting.set_function(lambda: engine.waiting)
         self.metrics.running.set_function(lambda: engine.running)
         self.begun = int(time.time())
-        self.routings = RoutingCache(models, limits.max_routings)
-        self._parsers = anyio.CapacityLimiter(PARSERS)
+        self.routings: RoutingCache[ModelRunner] = RoutingCache(models, limits.max_routings)
+        self._parser = RequestParser()
         self._lookups = Readers(READERS)
         tokenizers = [loaded.runner.tokenizer for loaded in models.values()]
         # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts = {id(each): _Texts(UntrustedText(each), Readers(1)) for each in tokenizers}
+        self._texts = {id(each): texts_of(each) for each in tokenizers}
 
     def start(self) -> None:
         self.engine.start()
         for each in self._texts.values():
             each.process.start()
+
+    async def close(self) -> None:
+        self.stop()
 
     def stop(self) -> None:
         for each in self._texts.values():
@@ -90,8 +113,25 @@ class Service:
             readers_ended=sum(each.process.ended for each in self._texts.values()),
         )
 
+    def served(self) -> list[ServedModel]:
+        return [loaded.settings for loaded in self.models.values()]
+
+    def reopened(self, name: str) -> LoadedModel:
+        """The model of that name as its place has it now."""
+        return self.models[name].reopened()
+
+    def swap(self, name: str, opened: LoadedModel) -> None:
+        """Serve `opened` by that name; requests that run finish on the one before."""
+        self._texts.setdefault(id(opened.runner.tokenizer), texts_of(opened.runner.tokenizer))
+        self.models[name] = opened
+        self.routings.forget(name)
+
     def cards(self) -> list[protocol.ModelCard]:
         return [self.card(loaded) for loaded in self.models.values()]
+
+    @property
+    def waiting(self) -> int:
+        return self.engine.waiting
 
     def card(self, loaded: LoadedModel) -> protocol.ModelCard:
         parts, runner = loaded.parts, loaded.runner
@@ -119,25 +159,35 @@ class Service:
             )
         return loaded
 
+    def _named(self, request: AnyRequest) -> tuple[LoadedModel, Mapping[str, float] | None]:
+        """The model that a request names, and the mixture where it names one of its experts.
+
+        As SGLang has it: MODEL:EXPERT, with the name of a model here or of its base.
+        """
+        before, sign, expert = request.model.rpartition(":")
+        if request.model not in self.models and sign:
+            for name, loaded in self.models.items():
+                if before in (name, loaded.base.id) and expert in loaded.experts:
+                    if request.override != RoutingOverride():
+                        message = f"{shortened(request.model, SHOWN)} is one expert; ask for {name}"
+                        raise bad_request(f"{message} to have others chosen.", "model")
+                    return loaded, {expert: 1.0}
+        return self.find(request.model), request.mixture
+
     async def answer(self, wanted: type[Wanted], http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
-        deadline = Deadline.after(self.limits.timeout)
-        body, client = http.scope[REQUEST_BODY], http.scope[CLIENT]
-        content = body.content
-        if len(content) > SMALL:
-            request = await anyio.to_thread.run_sync(parsed, wanted, content, limiter=self._parsers)
-        else:
-            request = parsed(wanted, content)
-        body.release()
-        loaded = self.find(request.model)
+        deadline, client = Deadline.after(self.limits.timeout), http.scope[CLIENT]
+        request = await self._parser.read(wanted, http)
+        loaded, mixture = self._named(request)
         _check_routing(request, loaded)
+        override = request.override if mixture is None else RoutingOverride(WEIGHTS)
         try:
-            found = await self.routings.acquire(loaded, request.override, client, deadline)
+            found = await self.routings.acquire(loaded, override, client, deadline)
         except PhatgooseError as error:
-            raise bad_request(for_clients(error), _only_override(request)) from error
+            raise bad_request(for_clients(error), only_override(request)) from error
         try:
-            prepared = await self._prepared(request, found.runner, client, deadline)
+            prepared = await self._prepared(request, found.runner, mixture, client, deadline)
             builder = builder_of(prepared)
 
             def done() -> None:
@@ -158,6 +208,7 @@ class Service:
         self,
         request: AnyRequest,
         runner: ModelRunner,
+        mixture: Mapping[str, float] | None,
         client: str,
         deadline: Deadline,
     ) -> PreparedRequest:
@@ -166,18 +217,22 @@ class Service:
         prompts = await texts.readers.run(
             client, deadline, lambda seconds: preparer.prompts(request, seconds)
         )
-        if not runner.looks_prompts_up:
-            return preparer.prepare(request, prompts)
+        if mixture is not None or not runner.looks_prompts_up:
+            return preparer.prepare(request, prompts, mixture)
         return await self._lookups.run(
             client, deadline, lambda _: preparer.prepare(request, prompts)
         )
 
 
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
     """A base's chat template and tokenizer, and the thread that waits for them."""
 
     process: UntrustedText
     readers: Readers
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase) -> Texts:
+    return Texts(UntrustedText(tokenizer), Readers(1))
 
 
 def _sites_of(loaded: LoadedModel) -> protocol.Sites | None:
@@ -187,7 +242,7 @@ def _sites_of(loaded: LoadedModel) -> protocol.Sites | None:
     return protocol.Sites(layers=layers, kinds=kinds)
 
 
-def _only_override(request: AnyRequest) -> str | None:
+def only_override(request: AnyRequest) -> str | None:
     """The one field with which a request changes the routing, None where there are several."""
     changes = [field.name for field in fields(RoutingOverride)]
     given = [name for name in changes if getattr(request, name) is not None]
@@ -212,22 +267,23 @@ def _check_routing(request: AnyRequest, loaded: LoadedModel) -> None:
 
 FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
 
-Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
+Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
 
 
-class Acquired(NamedTuple):
+@dataclass(frozen=True)
+class Acquired(Generic[Found]):
     """A model for one request, which calls `release` when it is done."""
 
-    runner: ModelRunner
+    runner: Found
     release: Callable[[], None] = lambda: None
 
 
 @dataclass(eq=False)
-class CachedRouting:
+class CachedRouting(Generic[Found]):
     """A routing, composed or being composed for `client`, and how many `requests` need it."""
 
     client: str
-    runner: asyncio.Future[ModelRunner]
+    runner: asyncio.Future[Found]
     requests: int = 0
 
     @property
@@ -238,21 +294,39 @@ class CachedRouting:
         self.requests -= 1
 
 
-class RoutingCache:
+Runner = TypeVar("Runner")
+
+
+class Composable(Protocol[Runner]):
+    """A served model whose routing a request can change."""
+
+    settings: ServedModel
+    routing: Routing
+    runner: Runner
+
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+
+    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]: ...
+
+    def composed(self, pool: Pool, routing: Routing, others: Sequence[Runner]) -> Runner: ...
+
+
+class RoutingCache(Generic[Runner]):
     """At most `most` routings of `models`, composed off the engine's thread.
 
     A request waits for its own routing while others are served. The least recently used one that no
     request needs makes room. Methods but `_compose` run in the event loop's thread.
     """
 
-    def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
+    def __init__(self, models: Mapping[str, Composable[Runner]], most: int) -> None:
         self._models, self._most = models, most
-        self._cached: dict[Key, CachedRouting] = {}
+        self._cached: dict[Key, CachedRouting[Runner]] = {}
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
         self._threads: list[threading.Thread] = []
 
     @property
-    def composed(self) -> list[ModelRunner]:
+    def composed(self) -> list[Runner]:
         return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
 
     @property
@@ -264,8 +338,8 @@ class RoutingCache:
         return sum(each.requests for each in self._cached.values())
 
     async def acquire(
-        self, loaded: LoadedModel, override: RoutingOverride, client: str, deadline: Deadline
-    ) -> Acquired:
+        self, loaded: Composable[Runner], override: RoutingOverride, client: str, deadline: Deadline
+    ) -> Acquired[Runner]:
         """`loaded` with `override` applied, composed if it isn't cached.
 
         Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
@@ -274,9 +348,9 @@ class RoutingCache:
         if override == RoutingOverride():
             return Acquired(loaded.runner)
         routing, pool = await run_in_threadpool(loaded.overridden, override)
-        if loaded.parts and (routing, pool.names) == (loaded.routing, loaded.parts.experts):
+        if (routing, pool.names) == (loaded.routing, loaded.experts):
             return Acquired(loaded.runner)
-        key = (loaded.settings.name, routing, pool.names)
+        key = (loaded.settings.name, routing, pool.names, id(loaded))
         if key not in self._cached:
             self._begin(key, loaded, pool, client)
         cached = self._cached[key] = self._cached.pop(key)  # now the last
@@ -293,12 +367,17 @@ class RoutingCache:
             raise
         return Acquired(runner, cached.release)
 
+    def forget(self, model: str) -> None:
+        """Drop the routings of a model that was opened again."""
+        for key in [key for key in self._cached if key[0] == model]:
+            del self._cached[key]
+
     def stop(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
-    def _begin(self, key: Key, loaded: LoadedModel, pool: Pool, client: str) -> None:
+    def _begin(self, key: Key, loaded: Composable[Runner], pool: Pool, client: str) -> None:
         clients = [each.client for each in self._cached.values() if not each.is_ready]
         if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
             raise busy("Too many routings are being composed; try again in a while.", 5)
@@ -310,75 +389,48 @@ class RoutingCache:
         thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
         self._threads = [each for each in self._threads if each.is_alive()] + [thread]
         # One that failed may be tried again.
-        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key))
+        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key, None))
         self._cached[key] = CachedRouting(client, runner)
 
-    def _compose(self, loaded: LoadedModel, pool: Pool, routing: Routing) -> ModelRunner:
+    def _compose(self, loaded: Composable[Runner], pool: Pool, routing: Routing) -> Runner:
         with self._composing, without_downloads():  # a client must not start downloads
-            model = loaded.compose(pool, routing)
             runners = [*(each.runner for each in self._models.values()), *self.composed]
-            share_factors(model, [runner.model for runner in runners])
-            return ModelRunner(model, loaded.base.tokenizer)
+            return loaded.composed(pool, routing, runners)
 
 
-class Readers:
-    """Up to `most` works at once, in threads; the client served longest ago is next."""
+class Turns:
+    """Up to `most` works at once; the client served longest ago is next."""
 
     def __init__(self, most: int) -> None:
-        self._free = most
+        self.free = most
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of turns
-        self._begun: dict[object, float] = {}
 
     @property
     def waiting(self) -> int:
-        return sum(not place.done() for line in self._waiting.values() for place in line)
+        return sum(map(self.count, self._waiting))
 
-    def running(self) -> list[float]:
-        now = asyncio.get_running_loop().time()
-        return [now - begun for begun in self._begun.values()]
+    def count(self, client: str) -> int:
+        """How many works of a client wait."""
+        return sum(not place.done() for place in self._waiting.get(client, ()))
 
-    async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
-        """What `work(seconds left)` returns; ApiError at the deadline, while the work keeps its
-        place.
-        """
-        try:
-            await self._turn(client, deadline)
-        except asyncio.TimeoutError:
-            raise deadline.missed() from None
-        try:
-            if not (seconds := deadline.left):
-                raise deadline.missed()
-            _, result = in_thread(lambda: work(seconds))
-        except BaseException:  # also where no more threads can be started
-            self._pass_on()
-            raise
-        self._begun[result] = asyncio.get_running_loop().time()
-        result.add_done_callback(self._finished)
-        # A thread can't be ended: past the deadline the work keeps its place until it returns.
-        await asyncio.wait([result], timeout=deadline.left)
-        if not result.done():
-            raise deadline.missed()
-        return result.result()  # which may raise a TimeoutError of the work's own
-
-    async def _turn(self, client: str, deadline: Deadline) -> None:
-        if self._free:
-            self._free -= 1
+    async def take(self, client: str, deadline: Deadline) -> None:
+        """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline."""
+        if self.free:
+            self.free -= 1
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(place)
         try:
             await asyncio.wait_for(asyncio.shield(place), deadline.left)
-        except BaseException:
+        except BaseException as error:
             if place.done():  # the turn came as this one gave up
-                self._pass_on()
+                self.pass_on()
             place.cancel()
+            if isinstance(error, asyncio.TimeoutError):
+                raise deadline.missed() from None
             raise
 
-    def _finished(self, result: asyncio.Future[Any]) -> None:
-        del self._begun[result]
-        self._pass_on()
-
-    def _pass_on(self) -> None:
+    def pass_on(self) -> None:
         while self._waiting:
             client = next(iter(self._waiting))
             line = self._waiting.pop(client)
@@ -388,7 +440,43 @@ class Readers:
             if not place.done():
                 place.set_result(None)
                 return
-        self._free += 1
+        self.free += 1
+
+
+class Readers(Turns):
+    """Works that are done in threads, in turns."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self._begun: dict[object, float] = {}
+
+    def running(self) -> list[float]:
+        now = asyncio.get_running_loop().time()
+        return [now - begun for begun in self._begun.values()]
+
+    async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
+        """What `work(seconds left)` returns; ApiError at the deadline, while the work keeps its
+        place.
+        """
+        await self.take(client, deadline)
+        try:
+            if not (seconds := deadline.left):
+                raise deadline.missed()
+            _, result = in_thread(lambda: work(seconds))
+        except BaseException:  # also where no more threads can be started
+            self.pass_on()
+            raise
+        self._begun[result] = asyncio.get_running_loop().time()
+        result.add_done_callback(self._finished)
+        # A thread can't be ended: past the deadline the work keeps its place until it returns.
+        await asyncio.wait([result], timeout=deadline.left)
+        if not result.done():
+            raise deadline.missed()
+        return result.result()  # which may raise a TimeoutError of the work's own
+
+    def _finished(self, result: asyncio.Future[Any]) -> None:
+        del self._begun[result]
+        self.pass_on()
 
 
 def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Future[Found]]:

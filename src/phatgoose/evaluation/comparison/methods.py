@@ -33,7 +33,7 @@ BASE = "base"  # the method that routes nothing
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
 METHODS = {
     BASE: "Base model",
-    **{name: spec.label for name, spec in ROUTERS.items() if name != "single"},
+    **{name: spec.label for name, spec in ROUTERS.items() if name not in ("single", "weights")},
 }
 # These follow from the single experts' results, which they know: they are not zero-shot.
 DERIVED = tuple(name for name, spec in ROUTERS.items() if "scores" in spec.given)

@@ -22,7 +22,7 @@ from ...tasks.task import Example
 from ..composition import Composition, composition_of, routing_for
 from ..layers import FoldedLinear, RoutedLayer
 from ..recording import watch
-from ..routers.fixed import UniformRouter
+from ..routers.fixed import GivenWeights, UniformRouter
 from ..routers.prompt_router import ChosenExperts
 from ..watching import SitePass
 
@@ -135,14 +135,16 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
 
 def constant_shares(parts: Composition) -> Shares | None:
     """The shares where routing depends on no input, or there is one expert; else None."""
-    alone = len(parts.experts) == 1
-    weights = {}
+    alone, router, weights = len(parts.experts) == 1, parts.prompt_router, {}
+    given = router.weights if isinstance(router, GivenWeights) else {}
+    mixture = torch.tensor([given.get(name, 0.0) for name in parts.experts], dtype=torch.float64)
     for site, layer in parts.layers.items():
-        weight = 1.0 if alone else _weight_of_each(layer)
+        here = layer.experts.cpu()
+        weight = mixture[here] if given else 1.0 if alone else _weight_of_each(layer)
         if weight is None:
             return None
         weights[site] = torch.zeros(len(parts.experts), dtype=torch.float64)
-        weights[site][layer.experts.cpu()] = weight
+        weights[site][here] = weight
     return Shares(parts.experts, weights)
 
 

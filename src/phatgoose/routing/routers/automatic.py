@@ -9,6 +9,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
+from ...errors import PoolError
 from ...experts.pool import Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, ROUTERS
@@ -17,6 +18,7 @@ ENCODER_DECODER: tuple[str, ...] = ("phatgoose", "average-activation", "arrow", 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 # Two kinds of reading come before one, where the embedder is on this machine.
 DECODER_ONLY: tuple[str, ...] = ("joint-discriminant", "discriminant", *ENCODER_DECODER)
+BY_PROMPT = ("joint-discriminant", "discriminant", "retrieval")  # by the prompt alone
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,22 @@ def settled(
     lacks = f"; what these need isn't all there: {', '.join(passed)}" if passed else ""
     logger.info("Router auto is %s%s.", name, lacks)
     return replace(routing, router=name)
+
+
+def settled_by_prompt(routing: Routing, pool: Pool) -> Routing:
+    """`routing` with the first of `BY_PROMPT` that the experts of `pool` allow in place of auto.
+
+    Raises PoolError when they allow none.
+    """
+    if routing.router != AUTO:
+        return routing
+    for name in BY_PROMPT:
+        if _allows(pool, name):
+            return replace(routing, router=name)
+    raise PoolError(
+        "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
+        "measure' on each, with its data, for readings and embeddings."
+    )
 
 
 def _allows(pool: Pool, router: str) -> bool:

@@ -200,3 +200,13 @@ class Single(Settings):
     """Router single."""
 
     expert: Annotated[str | None, "The expert's name; a pool of one needs none."] = None
+
+
+@dataclass(frozen=True)
+class Weights(Settings):
+    """Router weights, whose settings are experts' names: weights:reviews=0.7,trivia=0.3."""
+
+    mixture: Annotated[
+        str | None,
+        "Each expert and its weight, NAME=WEIGHT; requests to a server may bring their own.",
+    ] = None

@@ -1,20 +1,22 @@
-"""Routers that don't look at their input: random, merged, single, best-individual, oracle."""
+"""Routers that don't look at their input: random, merged, single, weights, and by scores."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files.strict import one_line
-from ..context import Choice
+from ..choices import NOBODY, Choice
 from .prompt_router import ByPrompt, Prompt, PromptRouter, Tables
+from .registry import read_mixture
 from .router import (
     Router,
     RouterSite,
@@ -157,3 +159,64 @@ class ByTask(PromptRouter):
                 f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
             )
         return Choice.alone(torch.full((len(prompts),), best[task]))
+
+
+class Weights(ByPrompt):
+    """Router weights: a mixture that the user names; a server's requests may each have their own.
+
+    LoRAuter and others (arXiv 2601.21795) compose such mixtures by hand; here it is the sum of
+    w_z B_z A_z, whatever the weights sum to.
+    """
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        return read_mixture(self.config.mixture or "")
+
+    def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
+        if not self.weights:
+            return pool
+        return pool.select(self.weights)
+
+    def chooser(self, tables: Tables) -> PromptRouter:
+        return GivenWeights(tables, self.weights)
+
+    def for_model(self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None) -> PromptRouter:
+        return self.prompt_router(tables, tokenizer)  # no prompt is read
+
+
+class GivenWeights(PromptRouter):
+    """The same `weights`, by name, for every prompt."""
+
+    name = "weights"
+
+    def __init__(self, tables: Tables, weights: Mapping[str, float]) -> None:
+        super().__init__(tables)
+        self.weights = weights
+
+    def choose(
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+    ) -> Choice:
+        if not self.weights:
+            raise RoutingError(
+                "Router weights needs the experts and their weights: weights:NAME=WEIGHT,…, or a "
+                "request's own."
+            )
+        return mixture_of(self.weights, self.experts).repeated(len(prompts))
+
+
+def mixture_of(weights: Mapping[str, float], names: Sequence[str]) -> Choice:
+    """`weights`, by name, as the choice for one row, heaviest first.
+
+    `names` are the pool's. No expert, or weights of 0 alone, are the base. Raises PoolError for an
+    unknown name.
+    """
+    for name in weights:
+        if name not in names:
+            raise PoolError(
+                f"The pool has no expert {one_line(name, 80)!r}; it has {', '.join(names)}."
+            )
+    held = sorted((pair for pair in weights.items() if pair[1]), key=lambda pair: -abs(pair[1]))
+    if not held:
+        return Choice(torch.tensor([[NOBODY]]), torch.zeros(1, 1))
+    experts = torch.tensor([[names.index(name) for name, _ in held]])
+    return Choice(experts, torch.tensor([[weight for _, weight in held]]))

@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..context import Choice, RoutingContext
+from ..choices import Choice
+from ..context import RoutingContext
 from .centroid import Centroid, NearestCentroids
 from .configs import Glider as GliderConfig
 from .phatgoose import PaperRule, PhatgooseRouter

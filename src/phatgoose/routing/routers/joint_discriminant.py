@@ -54,6 +54,7 @@ class JointRouter(PromptRouter):
     """Scores an expert by (1 - w) s_z of the base's readings + w s_z of embeddings."""
 
     name = "joint-discriminant"
+    reads_base = True
 
     def __init__(
         self, by_base: PromptDiscriminant, embedder: Embedder, line: Line, share: float

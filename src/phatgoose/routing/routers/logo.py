@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from ...base.sites import ROUTED, Site, blocks_of, find_sites
 from ...errors import RoutingError
 from ...tasks.prompt_passes import PromptReading, last_token
-from ..context import Choice
+from ..choices import Choice
 from ..layers import RoutedLinear
 from ..stacks import SiteStack
 from .prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables

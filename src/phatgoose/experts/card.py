@@ -66,7 +66,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
-        acts_on=_acts_on(info["acts_on"], kind),
+        acts_on=_acts_on(info.get("acts_on"), kind),
         kind=kinds()[kind].title,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",

@@ -413,6 +413,12 @@ class Serving(Settings):
         "Maximum tokens to compute together, prompts, answers and padding included.",
         AT_LEAST_1,
     ] = 16384
+    prefix_cache: Annotated[
+        int,
+        "MiB of keys and values of prompts' beginnings to keep for prompts that share them; 0: "
+        "none.",
+        NOT_NEGATIVE,
+    ] = 256
     max_forwarded: Annotated[
         int,
         "With --upstream: maximum answers that the engine is asked for at once; others wait here.",

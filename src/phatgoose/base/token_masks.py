@@ -252,8 +252,12 @@ def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _N
     }
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def takes_argument(part: nn.Module, name: str) -> bool:
+    return name in inspect.signature(part.forward).parameters
+
+
+def cache_argument(part: nn.Module) -> str:
+    return "cache" if takes_argument(part, "cache") else "past_key_values"
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:

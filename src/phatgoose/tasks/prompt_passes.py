@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..base.active_tokens import ActsOn, acting_at
 from ..base.sites import Site, headless, input_device, prompt_stack
-from ..base.token_masks import watch_blocks, watch_inputs
+from ..base.token_masks import cache_argument, takes_argument, watch_blocks, watch_inputs
 from ..files.strict import one_line
 from .batching import Collator, batches_of_tokens, contiguous_head, decoder_start, pad_right
 from .encoding import TokenPair
@@ -45,6 +52,23 @@ class PromptReading:
         raise NotImplementedError
 
 
+Keep = Callable[[Sequence[int], Any, int, Tensor], None]  # prompt, cache, its row, that row's mask
+_KEEP: ContextVar[Keep | None] = ContextVar("keeps what was read", default=None)
+
+
+@contextmanager
+def keeping_caches(keep: Keep) -> Iterator[None]:
+    """Hand the keys and values of every prompt that `read_prompts` reads in this context to `keep`.
+
+    Only of causal models whose passes fill a cache.
+    """
+    before = _KEEP.set(keep)
+    try:
+        yield
+    finally:
+        _KEEP.reset(before)
+
+
 @torch.no_grad()
 def read_prompts(
     model: PreTrainedModel,
@@ -58,7 +82,10 @@ def read_prompts(
     `then` is applied to what each batch gave. With a `label` there is a progress bar.
     """
     stack, device = prompt_stack(model), input_device(model)
-    options = {} if model.config.is_encoder_decoder else {"use_cache": False}
+    options: dict[str, Any] = {} if model.config.is_encoder_decoder else {"use_cache": False}
+    keep, cache_name = _KEEP.get(), cache_argument(stack)
+    if model.config.is_encoder_decoder or not takes_argument(stack, cache_name):
+        keep = None
     order: list[int] = []
     parts: list[Tensor] = []
 
@@ -76,7 +103,12 @@ def read_prompts(
             ids = pad_right([prompts[row] for row in rows], 0)
             mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
             reading.begin(mask)
+            if keep is not None:
+                options = {"use_cache": True, cache_name: DynamicCache()}
             stack(input_ids=ids.to(device), attention_mask=mask, **options)
+            if keep is not None:
+                for place, row in enumerate(rows):
+                    keep(prompts[row], options[cache_name], place, mask[place])
             order += rows
             parts.append(then(reading.found()) if then else reading.found())
             bar.update(len(rows))

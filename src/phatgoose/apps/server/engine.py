@@ -19,6 +19,7 @@ from ...config import Serving
 from ...errors import PhatgooseError
 from ...tasks.batching import decoder_start, pad_left
 from .models import Cache, ModelRunner
+from .prefixes import MIB, Prefix, PrefixStore, Reader, begin_with
 from .protocol import bad_request, busy, for_clients
 from .sequences import ANSWER, PROMPT, ActiveSequence, Failure, TokenScores, token_scores
 
@@ -95,12 +96,14 @@ class Prefilled:
     encoded: BaseModelOutput | None = None
 
 
-def prefill(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Prefilled:
-    """Read the prompts of `sequences` together, each distinct one once."""
+def prefill(
+    runner: ModelRunner, sequences: Sequence[ActiveSequence], prefixes: PrefixStore | None = None
+) -> Prefilled:
+    """Read the prompts of `sequences` together, each distinct one once, after known `prefixes`."""
     sharing: dict[object, list[ActiveSequence]] = {}
     for each in sequences:
         sharing.setdefault(_reading_of(each), []).append(each)
-    distinct = _DistinctPrompts(runner, list(sharing.values()))
+    distinct = _DistinctPrompts(runner, list(sharing.values()), prefixes)
     runner.use([group[0].turn for group in sharing.values()])
     found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
     row_of = {reading: row for row, reading in enumerate(sharing)}
@@ -129,26 +132,49 @@ def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:
 
 
 class _DistinctPrompts:
-    """A row for each distinct prompt; `owners` are the sequences that begin with it."""
+    """A row for each distinct prompt; `owners` are the sequences that begin with it.
 
-    def __init__(self, runner: ModelRunner, owners: list[list[ActiveSequence]]) -> None:
+    Columns of prefixes that were read before come first, those of what is left to read follow.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        owners: list[list[ActiveSequence]],
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         self._runner, self._owners = runner, owners
         self._everyone = [each for group in owners for each in group]
         prompts = [group[0].prompt for group in owners]
-        self._ids = pad_left(prompts, runner.pad).to(runner.device)
-        self._mask = pad_left([[1] * len(each) for each in prompts], 0).to(runner.device)
-        self._padding = [self._ids.shape[1] - len(each) for each in prompts]
+        self._prefixes = None if runner.is_encoder_decoder else prefixes
+        self._readers = [runner.reader_of(group[0].prompt, group[0].turn) for group in owners]
+        found = [
+            self._found(group, reader) for group, reader in zip(owners, self._readers, strict=True)
+        ]
+        counts = [0 if each is None else each[1] for each in found]
+        rest = [prompt[count:] for prompt, count in zip(prompts, counts, strict=True)]
+        self._cache = runner.new_cache()
+        before = begin_with(self._cache, found)
+        self._ids = pad_left(rest, runner.pad).to(runner.device)
+        mask = torch.cat([before, pad_left([[1] * len(each) for each in rest], 0)], dim=1)
+        self._mask, self._before = mask.to(runner.device), before.shape[1]
+        self._padding = [self._ids.shape[1] - len(each) for each in rest]
+
+    def _found(self, group: list[ActiveSequence], reader: Reader) -> tuple[Prefix, int] | None:
+        # Whoever wants scores or routing of the prompt's tokens wants them to be read.
+        if any(each.decoding.scores_prompt or each.decoding.routing for each in group):
+            return None
+        return self._prefixes.find(reader, group[0].prompt) if self._prefixes else None
 
     def read(self) -> Prefilled:
-        runner, (rows, columns) = self._runner, self._ids.shape
-        cache = runner.new_cache()
+        runner, cache, (rows, columns) = self._runner, self._cache, self._ids.shape
         is_scored = any(each.decoding.scores_prompt for each in self._everyone)
         wide = max(1, MOST_LOGITS // (rows * runner.vocabulary)) if is_scored else columns
         scores: list[list[TokenScores]] = [[] for _ in self._owners]
         for begin in range(0, columns, wide):
             end = min(begin + wide, columns)
             keeper = keeper_for(self._everyone)
-            ids, mask = self._ids[:, begin:end], self._mask[:, :end]
+            ids, mask = self._ids[:, begin:end], self._mask[:, : self._before + end]
             logits = runner.decode(ids, mask, cache, keeper, all_logits=is_scored)
             for row in range(rows):
                 scores[row] += self._scores(row, logits[row], begin, end)
@@ -157,7 +183,12 @@ class _DistinctPrompts:
             for each in group:
                 if each.decoding.scores_prompt:
                     each.emit_prompt(scores[row])
+            self._keep(row, group[0].prompt)
         return Prefilled(cache, self._mask, logits[:, -1].float())
+
+    def _keep(self, row: int, prompt: tuple[int, ...]) -> None:
+        if self._prefixes is not None:
+            self._prefixes.keep(self._readers[row], prompt, self._cache, row, self._mask[row])
 
     def _scores(self, row: int, logits: Tensor, begin: int, end: int) -> list[TokenScores]:
         wanting = [each for each in self._owners[row] if each.decoding.scores_prompt]
@@ -205,8 +236,8 @@ class Batch:
     Sequences join between two steps, once their prompts have been read, and leave when finished.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.runner = runner
+    def __init__(self, runner: ModelRunner, prefixes: PrefixStore | None = None) -> None:
+        self.runner, self._prefixes = runner, prefixes
         self.sequences: list[ActiveSequence] = []
         self._cache = runner.new_cache()
         self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens held, or of the encoder's
@@ -223,7 +254,7 @@ class Batch:
         return len(together) * max((each.most_tokens for each in together), default=0)
 
     def join(self, newcomers: Sequence[ActiveSequence]) -> None:
-        read = prefill(self.runner, newcomers)
+        read = prefill(self.runner, newcomers, self._prefixes)
         if self.sequences:
             join(self._cache, read.cache)
             columns = max(self._mask.shape[1], read.mask.shape[1])
@@ -256,6 +287,9 @@ class Batch:
         kept = [row for row, each in enumerate(self.sequences) if not each.is_over]
         if len(kept) == len(self.sequences):
             return
+        for row, each in enumerate(self.sequences):
+            if each.finish is not None:
+                self._keep(row, each)
         self.sequences = [self.sequences[row] for row in kept]
         if not kept:
             self._cache, self._encoded = self.runner.new_cache(), None
@@ -267,6 +301,17 @@ class Batch:
         if unused and self._encoded is None:
             drop_columns(self._cache, unused)
             self._mask = self._mask[:, unused:]
+
+    def _keep(self, row: int, sequence: ActiveSequence) -> None:
+        # The next turn of a conversation begins with this answer too, whose last token never passed
+        # the model. To experts that act from a prompt's end on it will be a body, as to the base.
+        if self._prefixes is None or self._encoded is not None:
+            return
+        reader = self.runner.reader_of(sequence.prompt, sequence.turn)
+        if reader.limit == len(sequence.prompt):
+            tokens = (*sequence.prompt, *sequence.generated[:-1])
+            whole = Reader(reader.key, len(tokens))
+            self._prefixes.keep(whole, tokens, self._cache, row, self._mask[row])
 
     def _report_routing(self, keeper: TraceKeeper) -> None:
         for stream in keeper.streams().values():
@@ -294,6 +339,7 @@ class GenerationEngine:
 
     def __init__(self, limits: Serving, count: Callable[[int], object] = lambda rows: None) -> None:
         self._limits, self._count = limits, count
+        self.prefixes = PrefixStore(limits.prefix_cache * MIB)
         self._queue = FairQueue()
         self._batches: list[Batch] = []
         self._changed = threading.Condition()
@@ -438,7 +484,7 @@ class GenerationEngine:
         for batch in self._batches:
             if batch.runner is runner and batch.is_open:
                 return batch
-        return Batch(runner)
+        return Batch(runner, self.prefixes)
 
     def _guarded(
         self, batch: Batch, work: Callable[[], None], joining: Sequence[ActiveSequence] = ()

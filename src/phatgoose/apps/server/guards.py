@@ -46,6 +46,10 @@ class Metrics:
         )
         self.waiting = Gauge("phatgoose_waiting", "Answers in the queue.", registry=own)
         self.running = Gauge("phatgoose_running", "Answers being computed.", registry=own)
+        words = "Prompt tokens that were not read again, since a prompt before began with them."
+        self.reused = Gauge("phatgoose_prefix_tokens_reused", words, registry=own)
+        words = "Bytes of prompts' beginnings that are kept."
+        self.prefixes = Gauge("phatgoose_prefix_bytes", words, registry=own)
         words = "Answers in a batch when it read prompts or made a step."
         self.batch = Histogram("phatgoose_batch_rows", words, buckets=SIZES, registry=own)
 
@@ -55,7 +59,8 @@ class GatewayMetrics(Metrics):
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry.unregister(self.batch)
+        for unused in (self.batch, self.reused, self.prefixes):
+            self.registry.unregister(unused)
         own = self.registry
         words = "Seconds for the choice of experts, waiting included."
         self.choice = Histogram("phatgoose_choice_seconds", words, buckets=CHOICES, registry=own)

@@ -6,8 +6,9 @@ All routings over one base share its weights, and those of the same experts thei
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -38,11 +39,15 @@ from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
 from ...tasks.batching import contiguous_head, position_ids
 from ...tasks.encoding import added_tokens
-from ...tasks.prompt_passes import end_tokens
+from ...tasks.prompt_passes import end_tokens, keeping_caches
+from .prefixes import PrefixStore, Reader
 from .protocol import RoutingOverride
 from .settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
+
+
+_NUMBERS = itertools.count()  # of runners: an id would be used again
 
 
 class ModelRunner:
@@ -65,8 +70,9 @@ class ModelRunner:
         self._takes_positions = "position_ids" in known
         self._takes_keep = "logits_to_keep" in known
         self._cache_name = cache_argument(model)
-        parts = composition_if_any(model)
+        self._parts = parts = composition_if_any(model)
         self._context = parts.context if parts else None
+        self._number = next(_NUMBERS)
 
     @property
     def device(self) -> torch.device:
@@ -121,15 +127,47 @@ class ModelRunner:
     def looks_prompts_up(self) -> bool:
         return self._context is not None and self._context.router is not None
 
-    def turns_of(self, prompts: Sequence[Sequence[int]]) -> list[Turn | None]:
+    def turns_of(
+        self, prompts: Sequence[Sequence[int]], prefixes: PrefixStore | None = None
+    ) -> list[Turn | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
-        None for a model without a context.
+        None for a model without a context. If the base reads the prompts for it and experts act
+        from their end on, `prefixes` keeps what was read, so that it isn't read again.
         """
         if self._context is None:
             return [None] * len(prompts)
-        found = self._context.turn([list(each) for each in prompts])
+        with ExitStack() as stack:
+            if prefixes is not None and self._context.acting:
+                base = self._base_key
+                stack.enter_context(
+                    keeping_caches(lambda p, *read: prefixes.keep(Reader(base, len(p)), p, *read))
+                )
+            found = self._context.turn([list(each) for each in prompts])
         return [found.of([row]) for row in range(len(prompts))]
+
+    @property
+    def _base_key(self) -> Hashable:
+        # Twins of one base have the very same weights.
+        return "base", self.model.get_input_embeddings().weight.data_ptr()
+
+    def reader_of(self, prompt: Sequence[int], turn: Turn | None) -> Reader:
+        """Who reads the beginning of a prompt: the base, where no expert acts, or this routing."""
+        base, limit = self._base_key, len(prompt)
+        if self._parts is None:
+            return Reader(base, limit)
+        acting, choice = self._parts.acting, turn.choice if turn else None
+        used = (
+            range(len(acting)) if choice is None else sorted(set(choice.experts.flatten().tolist()))
+        )
+        ends = [acting[z] for z in used if z >= 0]
+        if turn is not None and turn.beginnings is not None and self._context is not None:
+            columns = [self._context.acting.index(end) for end in ends if end is not None]
+            limit = min([limit, *turn.beginnings[0, columns].tolist()])
+        if all(end is not None for end in ends):
+            return Reader(base, limit)
+        chosen = () if choice is None else (choice.experts.tolist(), choice.weights.tolist())
+        return Reader((self._number, str(chosen)), limit)
 
     def mixed(
         self, weights: Mapping[str, float], prompts: Sequence[Sequence[int]]

@@ -23,6 +23,7 @@ from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
 from ...routing.choices import Turn
 from .models import ModelRunner
+from .prefixes import PrefixStore
 from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
 from .sequences import Decoding, seed_of
 
@@ -311,10 +312,14 @@ class RequestPreparer(RequestReader):
     """Prepares requests for the engine."""
 
     def __init__(
-        self, runner: ModelRunner, limits: Serving, texts: UntrustedText | None = None
+        self,
+        runner: ModelRunner,
+        limits: Serving,
+        texts: UntrustedText | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         super().__init__(runner, limits, texts)
-        self._model = runner
+        self._model, self._prefixes = runner, prefixes
 
     def prepare(
         self,
@@ -333,7 +338,7 @@ class RequestPreparer(RequestReader):
             if mixture is not None:
                 found = self._model.mixed(mixture, tokens)
             else:
-                found = self._model.turns_of(tokens)
+                found = self._model.turns_of(tokens, self._prefixes)
         except PoolError as error:
             raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:

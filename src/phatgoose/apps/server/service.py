@@ -77,6 +77,8 @@ class Service:
         self.engine = engine = GenerationEngine(limits, self.metrics.batch.observe)
         self.metrics.waiting.set_function(lambda: engine.waiting)
         self.metrics.running.set_function(lambda: engine.running)
+        self.metrics.reused.set_function(lambda: engine.prefixes.tokens_reused)
+        self.metrics.prefixes.set_function(lambda: engine.prefixes.bytes)
         self.begun = int(time.time())
         self.routings: RoutingCache[ModelRunner] = RoutingCache(models, limits.max_routings)
         self._parser = RequestParser()
@@ -213,7 +215,7 @@ class Service:
         deadline: Deadline,
     ) -> PreparedRequest:
         texts = self._texts[id(runner.tokenizer)]
-        preparer = RequestPreparer(runner, self.limits, texts.process)
+        preparer = RequestPreparer(runner, self.limits, texts.process, self.engine.prefixes)
         prompts = await texts.readers.run(
             client, deadline, lambda seconds: preparer.prompts(request, seconds)
         )

@@ -34,9 +34,7 @@ from ...routing.stacks import SiteStack, stack_of
 from . import MODEL, ROUTER, K
 
 CPU = torch.device("cpu")
-GATEWAY = (
-    "serve it by 'phatgoose serve', or put 'phatgoose gateway' in front of vLLM (docs/engines.md)"
-)
+GATEWAY = "serve it by 'phatgoose serve', or by a gateway in front of vLLM (docs/engines.md)"
 
 
 # A layer's share.

@@ -1,0 +1,111 @@
+"""Engines and bases of the tests: vLLM in a process of its own, and what our own model answers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+ASKING = Path(__file__).parents[1] / "engines" / "ask_vllm.py"
+SECONDS = 500  # for an engine to start and answer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine, or ours, answers to prompts: greedy tokens and their log-probabilities."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    cached: list[int | None]
+
+
+class EngineFailed(Exception):
+    """vLLM ended; the message is all it wrote."""
+
+
+def ask_vllm(
+    folder: Path,
+    base: Path,
+    rounds: list[list[list[int]]],
+    *,
+    model: Path | None = None,
+    tokens: int = 8,
+    settings: dict | None = None,
+    **environment: str,
+) -> list[Answers]:
+    """vLLM's answers to each of the `rounds`, with `model` routed by our plugin if there is one."""
+    job, answers = folder / "job.json", folder / "answers.json"
+    answers.unlink(missing_ok=True)
+    llm = {"max_model_len": 2048, "skip_tokenizer_init": True, **(settings or {})}
+    content = {"base": str(base), "rounds": rounds, "tokens": tokens, "llm": llm}
+    job.write_text(json.dumps(content))
+    ended = subprocess.run(
+        [sys.executable, str(ASKING), str(job), str(answers)],
+        env=environment_of(model, **environment),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    if ended.returncode or not answers.exists():
+        raise EngineFailed(ended.stdout + ended.stderr)
+    return [
+        Answers(*([each[name] for each in found] for name in ("tokens", "logprobs", "cached")))
+        for found in json.loads(answers.read_text())
+    ]
+
+
+def environment_of(model: Path | None, **more: str) -> dict[str, str]:
+    fixed = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores may be shared
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    plain = {n: v for n, v in os.environ.items() if "PHATGOOSE_" not in n}
+    plain.pop("TRITON_INTERPRET", None)  # of our tests' own
+    routed = {} if model is None else {"PHATGOOSE_MODEL": str(model)}
+    return {**plain, **fixed, **routed, **more}
+
+
+@torch.no_grad()
+def our_answers(model: PreTrainedModel, prompts: list[list[int]], tokens: int = 8) -> Answers:
+    """The same of one of our models, prompt by prompt."""
+    found = Answers([], [], [])
+    for ids in prompts:
+        made = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            generation_config=None,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        chosen = made.sequences[0, len(ids) :].tolist()
+        found.tokens.append(chosen)
+        found.logprobs.append(
+            [
+                float(logits[0].log_softmax(-1)[token])
+                for logits, token in zip(made.logits, chosen, strict=True)
+            ]
+        )
+        found.cached.append(None)
+    return found
+
+
+def assert_same(got: Answers, wanted: Answers, most: float = 1e-4) -> None:
+    """Equal tokens in all, and log-probabilities within `most`."""
+    assert got.tokens == wanted.tokens
+    differences = [
+        abs(one - other)
+        for ours, theirs in zip(got.logprobs, wanted.logprobs, strict=True)
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    assert max(differences) <= most

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tiny import make_tokenizer
 
 ASKING = Path(__file__).parents[1] / "engines" / "ask_vllm.py"
 SECONDS = 500  # for an engine to start and answer
@@ -23,7 +36,7 @@ class Answers:
     cached: list[int | None]
 
 
-class EngineFailed(Exception):
+class EngineError(Exception):
     """vLLM ended; the message is all it wrote."""
 
 
@@ -51,7 +64,7 @@ def ask_vllm(
         timeout=SECONDS,
     )
     if ended.returncode or not answers.exists():
-        raise EngineFailed(ended.stdout + ended.stderr)
+        raise EngineError(ended.stdout + ended.stderr)
     return [
         Answers(*([each[name] for each in found] for name in ("tokens", "logprobs", "cached")))
         for found in json.loads(answers.read_text())
@@ -109,3 +122,61 @@ def assert_same(got: Answers, wanted: Answers, most: float = 1e-4) -> None:
         for one, other in zip(ours, theirs, strict=True)
     ]
     assert max(differences) <= most
+
+
+SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 192}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 2048}  # heads of 32, vLLM's smallest
+ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+GPT2 = {"vocab_size": 320, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 2048}
+
+
+def write_base(folder: Path, kind: str, seed: int = 0) -> None:
+    """A tiny random base in `folder`, of sizes that vLLM's attention takes, with a tokenizer."""
+    torch.manual_seed(seed)
+    made = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **ENDS, num_key_value_heads=1)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **ENDS, num_key_value_heads=2)),
+        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, **ENDS, num_key_value_heads=2)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **ENDS)),
+    }
+    model = made[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.1)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    make_tokenizer(final_eos=False).save_pretrained(folder)
+
+
+def quantised_base(folder: Path, into: Path) -> Path:
+    """The base in `folder` with int8 weights, a scale for each output, as compressed-tensors."""
+    into.mkdir()
+    for path in folder.iterdir():
+        (into / path.name).write_bytes(path.read_bytes())
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".layers." not in name or tensor.dim() != 2:
+            tensors[name] = tensor
+            continue
+        scale = tensor.abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (tensor / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((into / "config.json").read_text())
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (into / "config.json").write_text(json.dumps(config))
+    return into

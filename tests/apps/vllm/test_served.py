@@ -227,5 +227,5 @@ def test_without_the_variable_nothing_is_imported(monkeypatch):
 def test_a_router_that_cant_be_split_is_refused_by_name(serve, llama_pool):
     opened = serve(folder_of(llama_pool), "spectr")
     half = Share(32, 16, (Section(32, 32),), 0, 2)
-    with pytest.raises(ConfigError, match="Router spectr reads all inputs.*tensor-parallel-size 1"):
+    with pytest.raises(ConfigError, match="Router spectr reads all inputs"):
         opened.experts(PART, half, torch.float32)

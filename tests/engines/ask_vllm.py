@@ -2,9 +2,10 @@
 
     python ask_vllm.py JOB.json ANSWERS.json
 
-A job has the `base`, settings of `LLM` in `llm` (`lora` is vLLM's own adapter for all requests), and `rounds`: lists of prompts that are asked
-together, one round after the other. An answer has the greedy tokens, their log-probabilities and how
-many of the prompt's tokens came from the prefix cache.
+A job has the `base`, settings of `LLM` in `llm` (`lora` is an adapter that vLLM itself adds to all
+requests), and `rounds`: lists of prompts that are asked together, one round after the other. An
+answer has the greedy tokens, their log-probabilities, and how many of the prompt's tokens came from
+the prefix cache.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Routing inside vLLM, against our own model: `make test-engines` (docs/engines.md).
 
-The pool of SmolLM2 is the one that PHATGOOSE_ENGINE_POOL names (`phatgoose demo`'s experts), or else
-three experts that are trained here for a few steps. Other architectures are tiny and random.
+The pool of SmolLM2 is the one that PHATGOOSE_ENGINE_POOL names (`phatgoose demo`'s experts), or
+else three experts that are trained here for a few steps. Other architectures are tiny and random.
 """
 
 from __future__ import annotations

@@ -165,6 +165,21 @@ def test_the_mean_of_all_experts_is_folded_as_in_our_own_model(serve, llama, tmp
     assert not torch.equal(wanted, weight)
 
 
+def test_vllms_default_type_and_device_change_no_number(serve, llama_pool):
+    """vLLM builds a model with both set, and a LoRA's scale of 1/3, say, isn't a bfloat16."""
+    wanted = serve(folder_of(llama_pool)).experts(PART, ALONE, torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            opened = serve(folder_of(llama_pool))
+            got = opened.experts(PART, ALONE, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.A, wanted.A)
+    assert torch.equal(got.B, wanted.B)
+    assert torch.equal(got.state["vectors"], wanted.state["vectors"])
+
+
 def test_factors_that_dont_fit_the_layer_are_refused(serve, llama_pool):
     opened = serve(folder_of(llama_pool))
     with pytest.raises(RoutingError, match=r"q_proj: .* wanted"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,11 @@ class Loading:
             self.counts[place.layer] = place.members
         self.equipped: set[str] = set()
         self.is_checked = False
-        # Part of the key under which vLLM keeps compiled graphs.
+        # Part of the key under which vLLM keeps compiled graphs: which layers call the operator,
+        # and with how many tensors.
+        graph = f"{self.served.router.spec.name}: {sorted(self.sites.items())}"
         if isinstance(config.additional_config, dict):
-            config.additional_config["phatgoose"] = f"{self.served.place}: {self.served.names}"
+            config.additional_config["phatgoose"] = sha256(graph.encode()).hexdigest()
 
     def equip(self, layer: Any) -> None:
         """Give `layer` its experts' factors, if it has experts. Raises RoutingError."""

@@ -8,7 +8,8 @@ some of the inputs. Glossary of `routing.kernels.choice`: E experts, r rank, n i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -150,6 +151,18 @@ def _rows_of(share: Share, group: Iterable[Section]) -> tuple[slice, ...]:
 # What is opened.
 
 
+@contextmanager
+def _as_usual() -> Iterator[None]:
+    """New tensors are float32 on the CPU: vLLM builds models with its own type and device set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with CPU:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Experts(NamedTuple):
     """The experts of one part of a layer, in this process: a rule and its tensors.
 
@@ -171,12 +184,10 @@ class Served:
     source: SavedModel | Pool
     router: Router
     names: tuple[str, ...]
+    sites: tuple[str, ...]
     base: BaseReference
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        return tuple(self.source.sites)
-
+    @_as_usual()
     def experts(self, part: Part, share: Share, dtype: torch.dtype) -> Experts:
         """The share of the experts at one site, in `dtype`, on the CPU, checked against the layer.
 
@@ -205,6 +216,7 @@ class Served:
         A, B = lora.A[..., share.columns], part.of(lora.B)
         return Experts(router.over({}), kept, A.contiguous(), B.contiguous())
 
+    @_as_usual()
     def folded(self, part: Part, share: Share, weight: Tensor) -> Tensor:
         """The part's `weight` [d', n'] with the mean of all experts, for routers that fold."""
         saved = self._folded_in_file(part.site)
@@ -260,6 +272,7 @@ class Served:
         )
 
 
+@_as_usual()
 def open_served() -> Served:
     """What the environment names. Raises ConfigError, PoolError or RoutingError as opening does."""
     place, text, k = (os.environ.get(name) or None for name in (MODEL, ROUTER, K))
@@ -273,7 +286,7 @@ def open_served() -> Served:
         saved = read_saved(Path(str(place)))
         router = router_of(saved.routing)
         check_router(router)
-        return Served(str(place), saved, router, saved.names, saved.base)
+        return Served(str(place), saved, router, saved.names, saved.sites, saved.base)
     router = router_of(_routing(text, k))
     check_router(router)
     pool = Pool.open(str(place))
@@ -289,7 +302,7 @@ def open_served() -> Served:
             f"(phatgoose compose {place} --router phatgoose:affinity=calibrated --out FOLDER)."
         )
     pool = router.narrow(pool, None)
-    return Served(str(place), pool, router, pool.names, pool.base)
+    return Served(str(place), pool, router, pool.names, pool.sites, pool.base)
 
 
 def check_place(place: str | None) -> None:

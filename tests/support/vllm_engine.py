@@ -92,24 +92,15 @@ def our_answers(model: PreTrainedModel, prompts: list[list[int]], tokens: int = 
     """The same of one of our models, prompt by prompt."""
     found = Answers([], [], [])
     for ids in prompts:
-        made = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            generation_config=None,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        chosen = made.sequences[0, len(ids) :].tolist()
+        chosen, logprobs, seen, past = [], [], torch.tensor([ids]), None
+        for _ in range(tokens):  # past the end of the text, as vLLM is asked to
+            read = model(input_ids=seen, past_key_values=past, use_cache=True)
+            past, scores = read.past_key_values, read.logits[0, -1].log_softmax(-1)
+            chosen.append(int(scores.argmax()))
+            logprobs.append(float(scores.max()))
+            seen = torch.tensor([chosen[-1:]])
         found.tokens.append(chosen)
-        found.logprobs.append(
-            [
-                float(logits[0].log_softmax(-1)[token])
-                for logits, token in zip(made.logits, chosen, strict=True)
-            ]
-        )
+        found.logprobs.append(logprobs)
         found.cached.append(None)
     return found
 

@@ -21,10 +21,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.phatgoose import TopKRouter
 from tiny import make_tokenizer
 
 ASKING = Path(__file__).parents[1] / "engines" / "ask_vllm.py"
 SECONDS = 500  # for an engine to start and answer
+TIED = 2e-6  # between affinities, a few times their roundings
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,45 @@ def our_answers(model: PreTrainedModel, prompts: list[list[int]], tokens: int = 
     return found
 
 
-def assert_same(got: Answers, wanted: Answers, most: float = 1e-4) -> None:
-    """Equal tokens in all, and log-probabilities within `most`."""
+def assert_same(
+    got: Answers, wanted: Answers, most: float = 1e-4, *, but: frozenset[int] = frozenset()
+) -> None:
+    """Equal tokens in all, and log-probabilities within `most`; these in all `but` some answers."""
     assert got.tokens == wanted.tokens
     differences = [
         abs(one - other)
-        for ours, theirs in zip(got.logprobs, wanted.logprobs, strict=True)
+        for index, (ours, theirs) in enumerate(zip(got.logprobs, wanted.logprobs, strict=True))
         for one, other in zip(ours, theirs, strict=True)
+        if index not in but
     ]
     assert max(differences) <= most
+
+
+@torch.no_grad()
+def tied(model: PreTrainedModel, prompts: list[list[int]], answers: Answers) -> frozenset[int]:
+    """The answers of `model` in which rounding decides which expert is the k-th.
+
+    There two programs whose sums are rounded otherwise may choose another expert for a token.
+    """
+    gaps: list[float] = []
+
+    def look(layer, arguments) -> None:
+        router, u = layer.router, arguments[0]
+        if isinstance(router, TopKRouter) and router.k < len(router.vectors):
+            ranked = router.affinities(u.reshape(-1, u.shape[-1])).sort(-1, descending=True).values
+            gaps.append(float((ranked[:, router.k - 1] - ranked[:, router.k]).min()))
+
+    layers = composition_of(model).layers.values()
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers if hasattr(layer, "router")]
+    found = set()
+    for index, (ids, tokens) in enumerate(zip(prompts, answers.tokens, strict=True)):
+        gaps.clear()
+        model(input_ids=torch.tensor([ids + tokens]))
+        if gaps and min(gaps) < TIED:
+            found.add(index)
+    for hook in hooks:
+        hook.remove()
+    return frozenset(found)
 
 
 SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 192}

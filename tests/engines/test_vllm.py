@@ -249,20 +249,27 @@ def test_compiled_as_vllm_does_by_default(tiny, tmp_path):
     assert_same(got, ours_of(tiny("llama"), "phatgoose"))
 
 
-def test_a_quantised_base_with_an_expert_is_vllms_own_lora_on_it(tiny, tmp_path):
-    """int8 weights and activations: our layer around vLLM's quantised one."""
+def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(tiny, tmp_path):
+    """int8 weights and activations: our layer around vLLM's quantised one.
+
+    vLLM 0.32's own LoRA, to which it might be compared, ends with an error on such a base on CPUs.
+    """
     folder = tiny("llama")
     quantised = quantised_base(folder / "base", tmp_path / "int8")
-    one = replace_base_of(folder / "experts" / "e1", tmp_path / "alone")
-    got = ask_tiny(folder, tmp_path, "single:expert=e1", base=quantised, model=one)
-    lora = str(folder / "experts" / "e1")
-    (wanted,) = ask_vllm(tmp_path, quantised, [SHORT], settings={"lora": lora})
-    (alone,) = ask_vllm(tmp_path, quantised, [SHORT])
-    assert got.tokens != alone.tokens
-    assert_same(got, wanted, 1e-2)  # activations are rounded to 8 bits, here and there otherwise
+    one = pool_of_one(folder / "experts" / "e1", tmp_path / "alone")
+    model = compose(Pool.open(one), load_base(folder / "base", dtype="float32"), router="single")
+    wanted = our_answers(model, SHORT, 1)
+    got = ask_tiny(folder, tmp_path, "single", base=quantised, model=one, tokens=1)
+    (alone,) = ask_vllm(tmp_path, quantised, [SHORT], tokens=1)
+    assert far(got, wanted) < far(alone, wanted) / 3
 
 
-def replace_base_of(expert: Path, folder: Path) -> Path:
+def far(one: Answers, other: Answers) -> float:
+    pairs = zip(one.logprobs, other.logprobs, strict=True)
+    return sum(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def pool_of_one(expert: Path, folder: Path) -> Path:
     folder.mkdir()
     (folder / expert.name).symlink_to(expert)
     return folder

@@ -115,7 +115,7 @@ def serve(monkeypatch):
     """A function that opens what these settings name, as vLLM's processes do."""
 
     def opened(place, router: str | None = None, k: str | None = None) -> served.Served:
-        for name, value in ((vllm.MODEL, place), (vllm.ROUTER, router), (vllm.K, k)):
+        for name, value in ((served.MODEL, place), (served.ROUTER, router), (served.K, k)):
             monkeypatch.setenv(name, "" if value is None else str(value))
         return open_served()
 
@@ -235,7 +235,7 @@ def test_a_base_alone_is_no_routed_model(tmp_path):
 
 
 def test_without_the_variable_nothing_is_imported(monkeypatch):
-    monkeypatch.delenv(vllm.MODEL, raising=False)
+    monkeypatch.delenv(served.MODEL, raising=False)
     vllm.register()
 
 

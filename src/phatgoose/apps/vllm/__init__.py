@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import os
 
-MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
-ROUTER = "PHATGOOSE_ROUTER"  # of a pool
-K = "PHATGOOSE_K"  # likewise
-
 
 def register() -> None:
     """Serve what PHATGOOSE_MODEL names; without it change nothing.
 
     Raises ConfigError where it names no routed folder and no pool.
     """
-    if os.environ.get(MODEL):
+    if os.environ.get("PHATGOOSE_MODEL"):
         from .layers import replace_layers
 
         replace_layers()

@@ -32,9 +32,10 @@ from ...base.fingerprint import BaseReference, check_base, fingerprint_of_files,
 from ...base.loading import load_skeleton
 from ...errors import BaseModelError, ConfigError, ExpertError, RoutingError
 from ...files.tensor_file import TensorFile
-from . import MODEL, op
+from . import op
 from .served import (
     GATEWAY,
+    MODEL,
     Experts,
     Part,
     Section,

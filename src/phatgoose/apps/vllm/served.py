@@ -32,8 +32,10 @@ from ...routing.routers.registry import AUTO
 from ...routing.routers.router import Router, RouterSite, SiteRouter, check_routing, router_of
 from ...routing.saved.tensors import SavedModel, read_saved
 from ...routing.stacks import SiteStack, stack_of
-from . import MODEL, ROUTER, K
 
+MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
+ROUTER = "PHATGOOSE_ROUTER"  # of a pool
+K = "PHATGOOSE_K"  # likewise
 CPU = torch.device("cpu")
 GATEWAY = "serve it by 'phatgoose serve', or by a gateway in front of vLLM (docs/engines.md)"
 

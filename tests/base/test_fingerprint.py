@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from phatgoose.base.fingerprint import Mark, fingerprint
-from phatgoose.base.loading import load_base
+from phatgoose.base.fingerprint import Mark, fingerprint, fingerprint_of_files
+from phatgoose.base.loading import load_base, load_skeleton
+from phatgoose.files.tensor_file import TensorFile
 from tiny import make_model
 
 
@@ -62,3 +63,32 @@ def test_a_mark_sees_signs_and_places(dtype):
     swapped[:, :128] = weight[:, :128].roll(64, dims=1)
     moved = weight[:, [1, 0, *range(2, 512)]]
     assert not any(mark.fits(other) for other in (negated, swapped, moved))
+
+
+def files_of(folder):
+    return TensorFile(folder / "model.safetensors")
+
+
+def test_the_files_of_a_base_have_its_fingerprint_unloaded(base_folders, kind):
+    folder = base_folders[kind]
+    skeleton = load_skeleton(str(folder))
+    found = fingerprint_of_files(skeleton, files_of(folder))
+    assert found == load_base(folder, dtype="float32").fingerprint
+
+
+def test_the_files_of_another_training_have_another(base_folders, kind):
+    folder = base_folders[kind]
+    tensors = {name: tensor.clone() for name, tensor in files_of(folder).items()}
+    next(tensor for tensor in tensors.values() if tensor.dim() == 2).mul_(1.5)
+    found = fingerprint_of_files(load_skeleton(str(folder)), tensors)
+    assert found not in (None, load_base(folder, dtype="float32").fingerprint)
+
+
+def test_files_that_lack_a_parameter_or_have_another_shape_have_none(base_folders):
+    folder = base_folders["llama"]
+    skeleton, tensors = load_skeleton(str(folder)), dict(files_of(folder))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert fingerprint_of_files(skeleton, {n: t for n, t in tensors.items() if n != name}) is None
+    assert fingerprint_of_files(skeleton, tensors | {name: tensors[name][1:]}) is None
+    whole = tensors[name].to(torch.int8)
+    assert fingerprint_of_files(skeleton, tensors | {name: whole}) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -74,10 +74,41 @@ def fingerprint(model: PreTrainedModel) -> str:
     The same for every name, parameter naming (transformers changes it) and loading in float32 or
     bfloat16; quantised models have others. Raises BaseModelError for a model without weights.
     """
+    return _fingerprint(model, (parameter for _, parameter in parameters_of(model)))
+
+
+def fingerprint_of_files(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> str | None:
+    """The fingerprint of the model that transformers would load of `weights`, none of it loaded.
+
+    `skeleton` is the model without numbers (`loading.load_skeleton`), `weights` the tensors of its
+    files by name. None where a parameter isn't there under its own name and in its own shape:
+    quantised files, and those that transformers takes apart or joins as it loads them.
+    """
+    found = []
+    for name, parameter in skeleton.named_parameters():
+        tensor = tensor_named(skeleton, name, weights)
+        if tensor is not None and tensor.shape == parameter.shape and tensor.is_floating_point():
+            found.append(nn.Parameter(tensor, requires_grad=False))
+        elif name not in skeleton.all_tied_weights_keys:  # a tied one comes under its other name
+            return None
+    return _fingerprint(skeleton, found)
+
+
+def tensor_named(
+    skeleton: PreTrainedModel, name: str, weights: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The tensor of a parameter in a model's files, which may leave out the outermost module."""
+    if name in skeleton.all_tied_weights_keys:
+        return None
+    inner = name.removeprefix(f"{skeleton.base_model_prefix}.")
+    return weights.get(name, weights.get(inner))
+
+
+def _fingerprint(model: PreTrainedModel, parameters: Iterable[Tensor]) -> str:
     fields = {key: getattr(model.config, key, None) for key in CONFIG_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     # Sorted: names and order of parameters change between transformers' releases.
-    for sample in sorted(_sample(parameter) for _, parameter in parameters_of(model)):
+    for sample in sorted(map(_sample, parameters)):
         digest.update(sample)
     return f"sha256:{digest.hexdigest()}"
 

@@ -57,6 +57,12 @@ class ArrowRouter(TopKRouter):
     def affinities(self, u: Tensor) -> Tensor:
         return products(u, self.vectors).abs()
 
+    def sums(self, u: Tensor) -> Tensor:
+        return products(u, self.vectors).double()
+
+    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
+        return sums.abs().float()
+
 
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero."""

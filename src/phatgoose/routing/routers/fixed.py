@@ -92,6 +92,12 @@ class UniformRouter(SiteRouter):
         experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
         return RoutingDecision(experts, torch.full(experts.shape, self.weight, device=u.device))
 
+    def sums(self, u: Tensor) -> Tensor:
+        return u.new_zeros(len(u), 1, dtype=torch.float64)  # nothing: it doesn't look
+
+    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
+        return self.forward(sums)
+
     def distribution(self, u: Tensor) -> Tensor:
         return torch.full((len(u), self.experts), self.weight, device=u.device)
 

@@ -95,7 +95,9 @@ class TopKRouter(SiteRouter):
             return RoutingDecision(*native.top_experts(u, self.vectors, self.k, self.eps))
         if self.fused and triton_gpu.runs_on_triton(u, self.vectors):
             return RoutingDecision(*triton_gpu.top_experts(u, self.vectors, self.k, self.eps))
-        affinities = self.affinities(u)
+        return self.chosen(self.affinities(u))
+
+    def chosen(self, affinities: Tensor) -> RoutingDecision:
         experts = highest(affinities, self.k)  # E_t
         return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
 
@@ -104,6 +106,13 @@ class TopKRouter(SiteRouter):
         experts, acts = highest_active(affinities, self.k, active)
         chosen = affinities.gather(-1, experts).masked_fill(~acts, -torch.inf)
         return RoutingDecision(experts, chosen.softmax(dim=-1).nan_to_num(0.0))  # nobody acts: 0
+
+    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
+        """`affinities` by the `sums` over all n features."""
+        raise NotImplementedError
+
+    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
+        return self.chosen(self.affinities_of(sums, n))
 
     def distribution(self, u: Tensor) -> Tensor:
         return self.affinities(u).softmax(dim=-1)
@@ -122,7 +131,19 @@ class PhatgooseRouter(TopKRouter):
     def affinities(self, u: Tensor) -> Tensor:
         standardised = functional.layer_norm(u.float(), u.shape[-1:], eps=self.eps)  # ū
         return products(standardised, self.vectors) / math.sqrt(u.shape[-1])
-        # The kernels skip the mean: v̄ sums to 0, so v̄ᵀū = v̄ᵀu / √(var u + ε).
+        # The kernels skip the mean: v̄ sums to 0, so v̄ᵀū = v̄ᵀu / √(var u + ε). So do `sums`.
+
+    def sums(self, u: Tensor) -> Tensor:
+        """v̄ᵀu, Σ u and Σ u², [T, E + 2]; float64, in which a mean may be far above deviations."""
+        exact = u.double()
+        moments = (exact.sum(-1, keepdim=True), exact.square().sum(-1, keepdim=True))
+        return torch.cat([products(u, self.vectors).double(), *moments], dim=-1)
+
+    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
+        product, first, second = torch.split(sums, [sums.shape[-1] - 2, 1, 1], dim=-1)
+        variance = (second / n - (first / n).square()).clamp(min=0)
+        affinities: Tensor = product / ((variance + self.eps) * n).sqrt()
+        return affinities.float()
 
 
 class ByVectors(Router):
@@ -225,7 +246,13 @@ class CalibratedRouter(PhatgooseRouter):
             self.register_buffer(name, state[name].float(), persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
-        return (super().affinities(u) - self.usual) / self.spread
+        return self._calibrated(super().affinities(u))
+
+    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
+        return self._calibrated(super().affinities_of(sums, n))
+
+    def _calibrated(self, affinities: Tensor) -> Tensor:
+        return (affinities - self.usual) / self.spread
 
 
 class AverageActivation(Phatgoose):
@@ -250,7 +277,12 @@ class UniformTopKRouter(PhatgooseRouter):
     one_call = False
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        decision = super().forward(u)
+        return self._equal(super().forward(u))
+
+    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
+        return self._equal(super().decide(sums, n))
+
+    def _equal(self, decision: RoutingDecision) -> RoutingDecision:
         return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))
 
     def among(self, u: Tensor, active: Tensor) -> RoutingDecision:

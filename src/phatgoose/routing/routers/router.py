@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
-from ...errors import ConfigError, PoolError
+from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files.strict import read_json_object, reason, shortened
 from ..context import RoutingContext
@@ -155,6 +155,25 @@ class SiteRouter(nn.Module):
     def distribution(self, u: Tensor) -> Tensor:
         """The probabilities of all experts of the site before the choice of k, [T, E]."""
         raise NotImplementedError
+
+    def sums(self, u: Tensor) -> Tensor:
+        """What `decide` needs of a share of the features, float64 [T, ..].
+
+        For layers whose input is split over processes: u [T, n'] is one's share, `kept` holds the
+        same share of n, and the sums of all processes are added before `decide`. Raises
+        RoutingError where the rule needs all features at once.
+        """
+        raise RoutingError(f"{type(self).__name__} can't choose by shares of an activation.")
+
+    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
+        """The decision of `forward` by the `sums` over all n features."""
+        raise NotImplementedError
+
+    def over(self, state: Mapping[str, Tensor]) -> SiteRouter:
+        """The same rule over other tensors, those of `kept` by name; copies nothing."""
+        twin: SiteRouter = object.__new__(type(self))
+        twin.__dict__ = {**self.__dict__, "_buffers": dict(state)}
+        return twin
 
     def restart(self) -> None:
         """Reset the random state for a new dataset."""

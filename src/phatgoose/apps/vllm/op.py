@@ -1,0 +1,124 @@
+"""The custom operator of routed layers inside vLLM: choose experts, add their updates.
+
+torch.compile and CUDA graphs see one node, `phatgoose::add_routed`, in which nothing waits for the
+device. Its tensors are arguments, so that all layers of a model have the same graph; what isn't a
+tensor (router, kernel, which outputs) is in a table of this process, and the argument `update` is a
+place in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...routing.kernels.choice import Kernel, choose_kernel, one_call
+from ...routing.routers.router import SiteRouter
+
+FACTORS = ("A", "B")  # of one site's tensors the last ones
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """What is added to the outputs from `first` on, `width` of them.
+
+    Its tensors are those of `names`, the router's own, then A and B. `product` takes the place of
+    `kernel`, as in `RoutedLinear`.
+    """
+
+    router: SiteRouter
+    names: tuple[str, ...]
+    first: int
+    width: int
+    kernel: str = "auto"
+    product: Kernel | None = None
+
+    def add(self, y: Tensor, u: Tensor, tensors: Sequence[Tensor], over: Split | None) -> None:
+        """Add to y [T, width], contiguous, in place, what the experts of u [T, n'] come to."""
+        *state, A, B = tensors
+        router: Any = self.router.over(dict(zip(self.names, state, strict=True)))
+        u = u.to(A.dtype)
+        if over is None and self.product is None and router.one_call:
+            vectors, k = router.vectors, router.k
+            add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
+            if add_routed is not None:
+                add_routed(y, u, vectors, A, B, k, router.eps)
+                return
+        if over is None:
+            decision = router(u)
+        else:
+            decision = router.decide(over.reduce(router.sums(u)), over.inputs)
+        kernel = self.product or choose_kernel(self.kernel, u, decision.experts, A, B)
+        y.add_(kernel(u, decision.experts, decision.weights, A, B))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layer whose `inputs` are split over processes; `reduce` adds a tensor of all of them up.
+
+    The experts' products need no sum of their own: they join the layer's.
+    """
+
+    inputs: int
+    reduce: Reduce
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The updates of all sites that a layer packs."""
+
+    sites: tuple[SiteUpdate, ...]
+    split: Split | None = None
+
+    def add(self, y: Tensor, u: Tensor, tensors: Sequence[Tensor]) -> None:
+        tokens, out = u.reshape(-1, u.shape[-1]), y.view(-1, y.shape[-1])
+        begin = 0
+        for site in self.sites:
+            end = begin + len(site.names) + len(FACTORS)
+            own = out[:, site.first : site.first + site.width]
+            # Kernels add to rows without gaps; in a packed layer a part is copied there and back.
+            part = own.contiguous()
+            site.add(part, tokens, tensors[begin:end], self.split)
+            if part.data_ptr() != own.data_ptr():
+                own.copy_(part)
+            begin = end
+
+
+_updates: list[LayerUpdate] = []
+_places: dict[Hashable, int] = {}
+
+
+def place_of_update(key: Hashable, make: Callable[[], LayerUpdate]) -> int:
+    """The place in the table of the update that `key` says all about; made if it is a new one."""
+    if key not in _places:
+        _updates.append(make())
+        _places[key] = len(_updates) - 1
+    return _places[key]
+
+
+torch.library.define(
+    "phatgoose::add_routed", "(Tensor(a!) y, Tensor u, Tensor[] tensors, int update) -> ()"
+)
+
+
+@torch.library.impl("phatgoose::add_routed", ("cpu", "cuda"))
+def _add_routed(y: Tensor, u: Tensor, tensors: Sequence[Tensor], update: int) -> None:
+    _updates[update].add(y, u, tensors)
+
+
+@torch.library.register_fake("phatgoose::add_routed")  # type: ignore[untyped-decorator]
+def _nothing(y: Tensor, u: Tensor, tensors: Sequence[Tensor], update: int) -> None:
+    return None
+
+
+def add_routed(y: Tensor, u: Tensor, tensors: Sequence[Tensor], update: int) -> None:
+    """Add to y [.., d] in place what the update at this place in the table comes to for u [.., n].
+
+    `tensors` are those of its sites, one after the other: the router's, A and B.
+    """
+    torch.ops.phatgoose.add_routed(y, u, list(tensors), update)

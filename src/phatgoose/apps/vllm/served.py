@@ -1,0 +1,356 @@
+"""What vLLM serves: experts from a routed folder or a pool, and the share that a layer gets.
+
+Nothing here needs vLLM. A layer of vLLM may hold several of the base's layers, packed one after the
+other (queries, keys and values), and only this process's share of each: some of the outputs, or
+some of the inputs. Glossary of `routing.kernels.choice`: E experts, r rank, n inputs, d outputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...base.fingerprint import BaseReference
+from ...base.sites import Site
+from ...config import Routing
+from ...errors import ConfigError, RoutingError
+from ...experts.hub import HubReference
+from ...experts.pool import Pool
+from ...routing.checks import check_numbers, check_site
+from ...routing.layers import folded_weight
+from ...routing.open_model import is_pool, is_routed
+from ...routing.routers.fixed import Random
+from ...routing.routers.prompt_router import ByPrompt
+from ...routing.routers.registry import AUTO
+from ...routing.routers.router import Router, RouterSite, SiteRouter, check_routing, router_of
+from ...routing.saved.tensors import SavedModel, read_saved
+from ...routing.stacks import SiteStack, stack_of
+
+MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
+ROUTER = "PHATGOOSE_ROUTER"  # of a pool
+K = "PHATGOOSE_K"  # likewise
+CPU = torch.device("cpu")
+GATEWAY = "serve it by 'phatgoose serve', or by a gateway in front of vLLM (docs/engines.md)"
+
+
+# A layer's share.
+
+
+class Section(NamedTuple):
+    """Adjacent outputs of a layer that are split together, such as keys: all, and those here."""
+
+    total: int
+    held: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the process `rank` of `size` holds of a layer: inputs, and sections of its outputs."""
+
+    inputs: int
+    held_inputs: int
+    sections: tuple[Section, ...]
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def splits_inputs(self) -> bool:
+        return self.held_inputs < self.inputs
+
+    @property
+    def columns(self) -> slice:
+        """Of the inputs, those here."""
+        start = self.rank * self.held_inputs if self.splits_inputs else 0
+        return slice(start, start + self.held_inputs)
+
+    def rows(self, section: Section) -> slice:
+        """Of a section's outputs, those here."""
+        # Fewer heads of keys than processes: several processes hold the same ones.
+        copies = max(1, section.held * self.size // section.total)
+        start = self.rank // copies * section.held
+        return slice(start, start + section.held)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A site in a layer: its outputs are those from `first` on, `width` of them.
+
+    `rows` are the site's own outputs that these are.
+    """
+
+    site: str
+    first: int
+    width: int
+    rows: tuple[slice, ...]
+
+    def of(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        """The share of a `tensor` with the site's outputs in `dim`."""
+        found = [tensor.narrow(dim, r.start, r.stop - r.start) for r in self.rows]
+        return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+class Place(NamedTuple):
+    """Where a site is in vLLM's model: the layer, and which of so many packed ones."""
+
+    layer: str
+    member: int
+    members: int
+
+
+def place_of(
+    site: str, packed: Mapping[str, Sequence[str]], rename: Callable[[str], str | None]
+) -> Place:
+    """Where `site` is, by a model's `packed_modules_mapping` and its `rename` of weights' names."""
+    renamed = (rename(f"{site}.weight") or "").removesuffix(".weight")
+    parent, _, leaf = renamed.rpartition(".")
+    own = site.rpartition(".")[2]
+    for name, members in packed.items():
+        # vLLM's renaming may have the packed name already.
+        if own in members and leaf in (own, name):
+            return Place(f"{parent}.{name}".lstrip("."), list(members).index(own), len(members))
+    return Place(renamed, 0, 1)
+
+
+def parts_of(layer: str, share: Share, sites: Mapping[int, str], count: int) -> tuple[Part, ...]:
+    """The parts of a `layer` that packs `count` sites, of which these `sites` have experts.
+
+    Raises RoutingError where sections and packed sites are not one and the same.
+    """
+    sections = share.sections
+    if count not in (1, len(sections)):
+        raise RoutingError(
+            f"{layer} packs {count} layers of the base in {len(sections)} sections; which is which "
+            f"isn't known here. {_elsewhere()}"
+        )
+    # One site in several sections is a layer that the base itself has packed.
+    groups = [sections] if count == 1 else [(section,) for section in sections]
+    parts, first = [], 0
+    for index, group in enumerate(groups):
+        width = sum(section.held for section in group)
+        if index in sites:
+            parts.append(Part(sites[index], first, width, _rows_of(share, group)))
+        first += width
+    return tuple(parts)
+
+
+def _rows_of(share: Share, group: Iterable[Section]) -> tuple[slice, ...]:
+    rows, begin = [], 0
+    for section in group:
+        found = share.rows(section)
+        rows.append(slice(begin + found.start, begin + found.stop))
+        begin += section.total
+    whole = begin == sum(row.stop - row.start for row in rows)
+    return (slice(0, begin),) if whole else tuple(rows)
+
+
+# What is opened.
+
+
+@contextmanager
+def _as_usual() -> Iterator[None]:
+    """New tensors are float32 on the CPU: vLLM builds models with its own type and device set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with CPU:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Experts(NamedTuple):
+    """The experts of one part of a layer, in this process: a rule and its tensors.
+
+    `router` holds no tensors; `state` are its, A and B those of the kernels. `folded` is a weight
+    [d, n] with the mean of all experts in it, in whose place nothing is added.
+    """
+
+    router: SiteRouter
+    state: dict[str, Tensor]
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class Served:
+    """A routed folder or a pool, opened: its router, experts by name, sites, and base."""
+
+    place: str
+    source: SavedModel | Pool
+    router: Router
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+    base: BaseReference
+
+    @_as_usual()
+    def experts(self, part: Part, share: Share, dtype: torch.dtype) -> Experts:
+        """The share of the experts at one site, in `dtype`, on the CPU, checked against the layer.
+
+        Raises RoutingError for experts that don't fit, or aren't plain LoRAs.
+        """
+        stack, state = self._stack(part.site, dtype), self._state(part.site)
+        lora = stack.plain_lora
+        if lora is None:
+            raise RoutingError(self._not_plain(stack))
+        outputs = sum(section.total for section in self._sections(part, share))
+        site = Site(part.site, share.inputs, outputs, "decoder")
+        check_site(stack, site, len(self.names), state, self.router.form)
+        check_numbers(stack, part.site, self.names)
+        chosen = RouterSite(part.site, stack.experts, len(self.names), state, None)
+        router = self.router.at(chosen).to(dtype)
+        kept = router.state()
+        if share.splits_inputs:
+            if not _can_split(router):
+                raise ConfigError(
+                    f"Router {self.router.spec.name} reads all inputs of a layer at once, and "
+                    f"{part.site} is split over {share.size} processes; use "
+                    f"--tensor-parallel-size 1, or another router."
+                )
+            letters = self.router.form
+            kept = {n: _along(t, letters[n], share.columns) for n, t in kept.items()}
+        A, B = lora.A[..., share.columns], part.of(lora.B)
+        return Experts(router.over({}), kept, A.contiguous(), B.contiguous())
+
+    @_as_usual()
+    def folded(self, part: Part, share: Share, weight: Tensor) -> Tensor:
+        """The part's `weight` [d', n'] with the mean of all experts, for routers that fold."""
+        saved = self._folded_in_file(part.site)
+        if saved is not None:
+            return part.of(saved, 0)[:, share.columns].to(weight)
+        lora = self._stack(part.site, weight.dtype).plain_lora
+        if lora is None:
+            raise RoutingError(self._not_plain(self._stack(part.site, weight.dtype)))
+        A, B = lora.A[..., share.columns].to(weight.device), part.of(lora.B).to(weight.device)
+        outputs, inputs = weight.shape
+        layer = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return folded_weight(layer, type(lora)(A, B), len(self.names))
+
+    def is_folded(self, site: str) -> bool:
+        """True where the file holds the folded weight and no factors."""
+        return self._folded_in_file(site) is not None
+
+    def _folded_in_file(self, site: str) -> Tensor | None:
+        if isinstance(self.source, SavedModel):
+            return self.source.tensors.get(f"folded.{site}")
+        return None
+
+    def _stack(self, site: str, dtype: torch.dtype) -> SiteStack:
+        if isinstance(self.source, SavedModel):
+            return self.source.stack(site).to(CPU, dtype)
+        return stack_of(self.source, site, dtype, CPU)
+
+    def _state(self, site: str) -> dict[str, Tensor]:
+        if isinstance(self.source, SavedModel):
+            return {name: self.source.tensors[f"{name}.{site}"] for name in self.router.form}
+        return self.router.state_at(self.source, site)
+
+    def _sections(self, part: Part, share: Share) -> list[Section]:
+        found, first = [], 0
+        for section in share.sections:
+            if part.first <= first < part.first + part.width:
+                found.append(section)
+            first += section.held
+        return found
+
+    def _not_plain(self, stack: SiteStack) -> str:
+        rows = stack.rows()
+        others = [z for name, own in rows.items() if name != "lora" for z in own.tolist()]
+        lora = stack.lora
+        if lora is not None and lora.bias is not None:
+            biased = lora.bias.any(dim=-1).nonzero().flatten()
+            others += rows["lora"][biased].tolist()
+        named = ", ".join(sorted({self.names[int(stack.experts[z])] for z in others}))
+        return (
+            f"vLLM adds plain LoRAs, and {named} in {self.place} are of another kind or have "
+            f"biases: leave them out (phatgoose compose --leave-out), or {GATEWAY}."
+        )
+
+
+@_as_usual()
+def open_served() -> Served:
+    """What the environment names. Raises ConfigError, PoolError or RoutingError as opening does."""
+    place, text, k = (os.environ.get(name) or None for name in (MODEL, ROUTER, K))
+    check_place(place)
+    if is_routed(str(place)):
+        if text or k:
+            raise ConfigError(
+                f"{ROUTER} and {K} are for pools, and {place} is a routed model, which has its own "
+                f"router: unset them, or name the pool."
+            )
+        saved = read_saved(Path(str(place)))
+        router = router_of(saved.routing)
+        check_router(router)
+        return Served(str(place), saved, router, saved.names, saved.sites, saved.base)
+    router = router_of(_routing(text, k))
+    check_router(router)
+    pool = Pool.open(str(place))
+    check_routing(router, pool)
+    if "scores" in router.spec.given:
+        raise ConfigError(
+            f"Router {router.spec.name} needs scores: compose and save the pool first (phatgoose "
+            f"compose POOL --router {router.spec.name} --scores FILE --out FOLDER)."
+        )
+    if getattr(router, "calibrates", False):
+        raise ConfigError(
+            "Affinity calibrated is measured with the base alone: compose and save the pool first "
+            f"(phatgoose compose {place} --router phatgoose:affinity=calibrated --out FOLDER)."
+        )
+    pool = router.narrow(pool, None)
+    return Served(str(place), pool, router, pool.names, pool.sites, pool.base)
+
+
+def check_place(place: str | None) -> None:
+    """Raise ConfigError unless `place` may be a routed folder or a pool; reads no expert."""
+    if not place or HubReference.is_one(place) or not (is_routed(place) or is_pool(place)):
+        raise ConfigError(
+            f"{MODEL} is {place!r}; wanted a folder here: a routed model's (phatgoose compose POOL "
+            f"--out FOLDER), or a pool of experts."
+        )
+    if not Path(place).exists():
+        raise ConfigError(f"{MODEL} is {place!r}, and there is nothing there.")
+
+
+def check_router(router: Router) -> None:
+    """Raise ConfigError for a router that vLLM can't run token by token."""
+    name = router.spec.name
+    if isinstance(router, ByPrompt):
+        raise ConfigError(
+            f"Router {name} reads the whole prompt before its first token, and vLLM's layers see "
+            f"tokens only, many prompts' at once: {GATEWAY}; or use router phatgoose."
+        )
+    if isinstance(router, Random):
+        raise ConfigError(
+            f"Router {name} draws lots, so that a shared prefix cache would hold one draw for all "
+            f"requests: use another router, or 'phatgoose serve'."
+        )
+
+
+def _routing(text: str | None, k: str | None) -> Routing:
+    if text == AUTO:
+        raise ConfigError(f"{ROUTER} must be a router's name; auto looks at a loaded base.")
+    if k is not None and not k.isdecimal():
+        raise ConfigError(f"{K} is {k!r:.80}, but must be a whole number.")
+    given = {} if text is None else {"router": text}
+    return Routing(**given, k=None if k is None else int(k))
+
+
+def _can_split(router: SiteRouter) -> bool:
+    return type(router).sums is not SiteRouter.sums
+
+
+def _along(tensor: Tensor, letters: str, columns: slice) -> Tensor:
+    if not letters.endswith("n"):
+        return tensor
+    return tensor[..., columns].contiguous()
+
+
+def _elsewhere() -> str:
+    return f"Such a base can't be routed inside vLLM: {GATEWAY}."

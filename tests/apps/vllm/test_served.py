@@ -1,0 +1,246 @@
+"""What vLLM's plugin opens, and which share of it a layer gets; without vLLM."""
+
+import pytest
+import torch
+
+from phatgoose.apps import vllm
+from phatgoose.apps.vllm import served
+from phatgoose.apps.vllm.served import Part, Section, Share, open_served, parts_of, place_of
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
+from tiny import make_model, random, write_expert
+
+QKV = {0: "q_proj", 1: "k_proj", 2: "v_proj"}
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+SITE = "model.layers.0.self_attn.q_proj"
+
+
+def qkv(rank: int, size: int, heads: int = 8, keys: int = 2, head: int = 4) -> Share:
+    """As vLLM splits it: by heads; keys' heads are copied where they are fewer than processes."""
+    held = heads // size * head
+    held_keys = max(1, keys // size) * head
+    sections = (Section(heads * head, held), *[Section(keys * head, held_keys)] * 2)
+    return Share(16, 16, sections, rank, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_shares_of_a_packed_layer_make_up_the_whole(size):
+    weights = [random(rows, 16, seed=rows) for rows in (32, 8, 9 - 1)]
+    for rank in range(size):
+        parts = parts_of("qkv_proj", qkv(rank, size), QKV, 3)
+        assert [part.first for part in parts] == [0, 32 // size, 32 // size + parts[1].width]
+        queries, keys, _ = (part.of(w, 0) for part, w in zip(parts, weights, strict=True))
+        assert torch.equal(queries, weights[0].chunk(size)[rank])
+        # Two heads of keys: with four processes two have the first one, with eight four.
+        assert torch.equal(keys, weights[1].chunk(min(size, 2))[rank * min(size, 2) // size])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_layer_that_the_base_has_packed_is_split_section_by_section(size):
+    whole = torch.arange(32 + 8 + 8)
+    for rank in range(size):
+        (part,) = parts_of("c_attn", qkv(rank, size), {0: "c_attn"}, 1)
+        wanted = torch.cat([s.chunk(size)[rank] for s in torch.split(whole, [32, 8, 8])])
+        assert torch.equal(part.of(whole), wanted)
+        assert (part.first, part.width) == (0, 48 // size)
+
+
+def test_sites_without_experts_leave_their_outputs_alone():
+    parts = parts_of("qkv_proj", qkv(0, 1), {2: "v_proj"}, 3)
+    assert parts == (Part("v_proj", 40, 8, (slice(0, 8),)),)
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(0, slice(0, 6)), (1, slice(6, 12))])
+def test_a_layer_whose_inputs_are_split_has_all_outputs(rank, columns):
+    share = Share(12, 6, (Section(10, 10),), rank, 2)
+    assert share.splits_inputs
+    assert share.columns == columns
+    (part,) = parts_of("o_proj", share, {0: "o_proj"}, 1)
+    assert part.rows == (slice(0, 10),)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_updates_of_all_shares_add_up(size, tokens):
+    """Megatron's two splits, applied to W u + B A u: outputs are joined, inputs summed."""
+    u, A, B = random(tokens, 16), random(3, 4, 16, seed=1), random(3, 4, 32, seed=2)
+    whole = torch.einsum("tn,ern,erd->td", u, A, B)
+    joined, summed = [], 0
+    for rank in range(size):
+        outputs = Share(16, 16, (Section(32, 32 // size),), rank, size)
+        (part,) = parts_of("up", outputs, {0: "up"}, 1)
+        joined.append(torch.einsum("tn,ern,erd->td", u, A, part.of(B)))
+        inputs = Share(16, 16 // size, (Section(32, 32),), rank, size)
+        mine = A[..., inputs.columns]
+        summed = summed + torch.einsum("tn,ern,erd->td", u[:, inputs.columns], mine, B)
+    torch.testing.assert_close(torch.cat(joined, dim=-1), whole)
+    torch.testing.assert_close(summed, whole)
+
+
+@pytest.mark.parametrize(
+    ("site", "rename", "wanted"),
+    [
+        (SITE, lambda n: n, ("model.layers.0.self_attn.qkv_proj", 0, 3)),
+        # vLLM's newer mappers name the packed layer themselves.
+        (
+            SITE,
+            lambda n: n.replace("q_proj", "qkv_proj"),
+            ("model.layers.0.self_attn.qkv_proj", 0, 3),
+        ),
+        (
+            "h.1.mlp.up_proj",
+            lambda n: f"transformer.{n}",
+            ("transformer.h.1.mlp.gate_up_proj", 1, 2),
+        ),
+        ("h.0.attn.c_attn", lambda n: n, ("h.0.attn.c_attn", 0, 1)),
+        ("h.0.attn.c_attn", lambda n: None, ("", 0, 1)),  # vLLM leaves this weight out
+    ],
+)
+def test_where_a_site_is_in_vllms_model(site, rename, wanted):
+    assert place_of(site, PACKED, rename) == wanted
+
+
+def test_a_layer_of_other_sections_than_sites_is_refused():
+    with pytest.raises(RoutingError, match="packs 2 layers of the base in 3 sections"):
+        parts_of("in_proj", qkv(0, 1), {0: "a", 1: "b"}, 2)
+
+
+# What the environment names.
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that opens what these settings name, as vLLM's processes do."""
+
+    def opened(place, router: str | None = None, k: str | None = None) -> served.Served:
+        for name, value in ((served.MODEL, place), (served.ROUTER, router), (served.K, k)):
+            monkeypatch.setenv(name, "" if value is None else str(value))
+        return open_served()
+
+    return opened
+
+
+def folder_of(pool):
+    return pool.experts[0].directory.parent
+
+
+ALONE = Share(32, 32, (Section(32, 32),))
+(PART,) = parts_of("q_proj", ALONE, {0: SITE}, 1)
+ROUTERS = ["phatgoose", "uniform-top-k", "average-activation", "arrow", "spectr"]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_saved_model_and_its_pool_give_the_layers_the_same(
+    serve, llama_pool, llama, tmp_path, router
+):
+    pool = llama_pool
+    model = compose(pool, llama, router=router, k=2)
+    save(model, tmp_path / "routed")
+    layer = model.get_submodule(SITE)
+    for opened in (serve(tmp_path / "routed"), serve(folder_of(pool), router, "2")):
+        assert opened.names == pool.names
+        experts = opened.experts(PART, ALONE, torch.float32)
+        assert torch.equal(experts.A, layer.A)
+        assert torch.equal(experts.B, layer.B)
+        for name, tensor in layer.router.state().items():
+            assert torch.equal(experts.state[name], tensor)
+        u = random(6, 32)
+        decision = experts.router.over(experts.state)(u)
+        assert torch.equal(decision.experts, layer.router(u).experts)
+
+
+def test_the_mean_of_all_experts_is_folded_as_in_our_own_model(serve, llama, tmp_path):
+    # Ranks at which our own model folds too.
+    pool = Pool([write_expert(llama, tmp_path, f"e{i}", seed=i, rank=8) for i in range(4)])
+    model = compose(pool, llama, router="merged")
+    save(model, tmp_path / "routed")
+    layer = model.get_submodule(SITE)
+    weight, wanted = layer.base.weight.detach(), layer.folded
+    for opened in (serve(tmp_path / "routed"), serve(folder_of(pool), "merged")):
+        assert torch.equal(opened.folded(PART, ALONE, weight), wanted)
+        half = Share(32, 16, (Section(32, 32),), 1, 2)
+        torch.testing.assert_close(opened.folded(PART, half, weight[:, 16:]), wanted[:, 16:])
+    assert not torch.equal(wanted, weight)
+
+
+def test_vllms_default_type_and_device_change_no_number(serve, llama_pool):
+    """vLLM builds a model with both set, and a LoRA's scale of 1/3, say, isn't a bfloat16."""
+    wanted = serve(folder_of(llama_pool)).experts(PART, ALONE, torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            opened = serve(folder_of(llama_pool))
+            got = opened.experts(PART, ALONE, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.A, wanted.A)
+    assert torch.equal(got.B, wanted.B)
+    assert torch.equal(got.state["vectors"], wanted.state["vectors"])
+
+
+def test_factors_that_dont_fit_the_layer_are_refused(serve, llama_pool):
+    opened = serve(folder_of(llama_pool))
+    with pytest.raises(RoutingError, match=r"q_proj: .* wanted"):
+        opened.experts(PART, Share(48, 48, ALONE.sections), torch.float32)
+
+
+@pytest.mark.parametrize("router", ["joint-discriminant", "glider", "discriminant-phatgoose"])
+def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, llama_pool, router):
+    with pytest.raises(ConfigError, match=f"Router {router} reads the whole prompt.*gateway"):
+        serve(folder_of(llama_pool), router)
+
+
+@pytest.mark.parametrize(
+    ("router", "k", "message"),
+    [
+        ("random", None, "Router random draws lots"),
+        ("auto", None, "must be a router's name"),
+        ("phatgoose:affinity=calibrated", None, "compose and save the pool first"),
+        ("best-individual", None, "needs scores"),
+        ("phatgoose", "two", "PHATGOOSE_K is 'two'"),
+        ("nothing", None, "nothing"),
+    ],
+)
+def test_settings_that_cant_be(serve, llama_pool, router, k, message):
+    with pytest.raises((ConfigError, PoolError), match=message):
+        serve(folder_of(llama_pool), router, k)
+
+
+def test_a_saved_model_has_its_own_router(serve, llama_pool, llama, tmp_path):
+    save(compose(llama_pool, llama), tmp_path / "routed")
+    with pytest.raises(ConfigError, match="has its own router"):
+        serve(tmp_path / "routed", "arrow")
+
+
+def test_experts_that_are_no_loras_are_named(serve, llama_mixed):
+    opened = serve(folder_of(llama_mixed))
+    site = opened.sites[0]
+    (part,) = parts_of("layer", ALONE, {0: site}, 1)
+    with pytest.raises(RoutingError, match=r"are of another kind or have biases.*leave-out"):
+        opened.experts(part, ALONE, torch.float32)
+
+
+@pytest.mark.parametrize("place", ["", "nowhere", "hub:someone/expert@main"])
+def test_a_place_without_a_model_ends_vllm_at_once(monkeypatch, place):
+    with pytest.raises(ConfigError, match="PHATGOOSE_MODEL is"):
+        served.check_place(place)
+
+
+def test_a_base_alone_is_no_routed_model(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="wanted a folder here"):
+        served.check_place(str(tmp_path))
+
+
+def test_without_the_variable_nothing_is_imported(monkeypatch):
+    monkeypatch.delenv(served.MODEL, raising=False)
+    vllm.register()
+
+
+def test_a_router_that_cant_be_split_is_refused_by_name(serve, llama_pool):
+    opened = serve(folder_of(llama_pool), "spectr")
+    half = Share(32, 16, (Section(32, 32),), 0, 2)
+    with pytest.raises(ConfigError, match="Router spectr reads all inputs"):
+        opened.experts(PART, half, torch.float32)

@@ -1,0 +1,57 @@
+"""Run by the tests, one process for each engine: what vLLM answers to prompts of token ids.
+
+    python ask_vllm.py JOB.json ANSWERS.json
+
+A job has the `base`, settings of `LLM` in `llm` (`lora` is an adapter that vLLM itself adds to all
+requests), and `rounds`: lists of prompts that are asked together, one round after the other. An
+answer has the greedy tokens, their log-probabilities, and how many of the prompt's tokens came from
+the prefix cache.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(job_file: str, answers_file: str) -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    job = json.loads(Path(job_file).read_text())
+    settings = {"dtype": "float32", "enforce_eager": True, "seed": 0, **job.get("llm", {})}
+    adapter = settings.pop("lora", None)
+    if adapter is not None:
+        settings |= {"enable_lora": True, "max_lora_rank": 16}
+    llm = LLM(job["base"], **settings)
+    lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=job["tokens"],
+        logprobs=1,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    answers = []
+    for prompts in job["rounds"]:
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        answers.append(
+            [
+                answer_of(found)
+                for found in llm.generate(asked, sampling, use_tqdm=False, lora_request=lora)
+            ]
+        )
+    Path(answers_file).write_text(json.dumps(answers))
+
+
+def answer_of(found) -> dict:
+    tokens = list(found.outputs[0].token_ids)
+    told = zip(found.outputs[0].logprobs, tokens, strict=True)
+    return {
+        "tokens": tokens,
+        "logprobs": [each[token].logprob for each, token in told],
+        "cached": found.num_cached_tokens,
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

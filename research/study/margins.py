@@ -28,7 +28,7 @@ from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.registry import ROUTERS, translated
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources
@@ -77,13 +77,14 @@ def cells(paths: list[str], router: str, size: int) -> Cells:
     Of one that chooses for whole inputs, those of one expert an input.
     """
     spec, found = ROUTERS[router], {}
+    usual = translated({"router": router, "input_k": None})["router"]  # as it was by default then
     for path in paths:
         for key, result in ResultStore(Path(path)).items():
             method = key["method"]
             if not method.get("pool") or len(method["pool"]) != size:
                 continue
             routing = routing_of(method)
-            if routing["router"] == router and (not spec.per_input or routing["k"] == 1):
+            if routing["router"] == usual and (not spec.per_input or routing["k"] == 1):
                 found[key["task"]] = result["metrics"], result["marks"]
     return found
 

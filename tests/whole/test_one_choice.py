@@ -48,7 +48,9 @@ def test_a_prompt_gets_the_same_experts_however_it_is_asked(
     scores = {"scores": SCORES} if router == "best-individual" else {}
     tokenizer, formatting = llama.tokenizer, Formatting(chat=chat)
     tokenizer.chat_template = CHAT_TEMPLATE if chat else None
-    router = "single:expert=e2" if router == "single" else router
+    router = {"single": "single:expert=e2", "weights": "weights:e0=0.4,e1=0.1,e2=0.2,e3=0.3"}.get(
+        router, router
+    )
     model = compose(saved, llama, router=router, **scores)
 
     def evaluated(task: Task) -> np.ndarray:

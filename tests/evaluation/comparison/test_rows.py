@@ -43,8 +43,9 @@ def test_a_label_names_every_setting_that_is_not_the_usual_one():
 def test_identities_of_the_time_of_one_routing_for_all_are_those_of_now():
     """Also of what has left: results are there to be looked at."""
     then = {"router": "discriminant", "reading_place": "end", "input_k": None, "kernel": "auto"}
-    assert label_with_settings(then) == "Discriminant, place = end"
-    assert routing_of(then) == {"router": "discriminant:place=end", "k": 1, "kernel": "auto"}
+    assert label_with_settings(then) == "Discriminant, place = end, task variance = 0"
+    now = "discriminant:place=end,task_variance=0"
+    assert routing_of(then) == {"router": now, "k": 1, "kernel": "auto"}
     then = {"router": "phatgoose", "k": 1, "affinity": "centred", "pool": ["a"]}
     assert label_with_settings(then) == "PHATGOOSE, affinity = centred, k = 1"
     then = {"router": "phatgoose-input", "eps": 0.1}

@@ -160,7 +160,8 @@ async def page() -> HTMLResponse:
 )
 async def health(request: Request) -> JSONResponse:
     health = request.app.state.service.health()
-    return JSONResponse(health.model_dump(), 200 if health.status == "ok" else 503)
+    content = health.model_dump(exclude_none=True)  # without an engine there is no upstream
+    return JSONResponse(content, 200 if health.status == "ok" else 503)
 
 
 @guarded_routes.get(

@@ -287,10 +287,11 @@ class Batch:
         kept = [row for row, each in enumerate(self.sequences) if not each.is_over]
         if len(kept) == len(self.sequences):
             return
-        for row, each in enumerate(self.sequences):
+        before = self.sequences
+        self.sequences = [before[row] for row in kept]
+        for row, each in enumerate(before):
             if each.finish is not None:
                 self._keep(row, each)
-        self.sequences = [self.sequences[row] for row in kept]
         if not kept:
             self._cache, self._encoded = self.runner.new_cache(), None
             return

@@ -28,7 +28,7 @@ from phatgoose.training.train_expert import train_expert
 from serving import CHATS, PATH, ask, events
 
 POOL = "PHATGOOSE_ENGINE_POOL"
-NEAR = 5e-3  # between log-probabilities: llama.cpp keeps keys and values in float16
+NEAR = 1e-2  # between log-probabilities: llama.cpp keeps keys and values in float16
 PROMPTS, TOKENS = 50, 12
 # Between the two likeliest tokens, below which float16 may choose the other.
 TIED = 2 * NEAR

@@ -48,11 +48,11 @@ def main() -> None:
             "not kept": first_tokens(runners, shared, 0),
         }
         timings = side_by_side(both, given.rounds)
-        times = {name: timing.median / given.experts for name, timing in timings.items()}
+        times = {name: timing.median / given.experts * 1e3 for name, timing in timings.items()}
         print(
             f"{given.experts} experts in turn that act on {label}, {given.tokens} tokens shared: "
-            f"{times['not kept'] * 1e3:.0f} ms to the first token, with beginnings kept "
-            f"{times['kept'] * 1e3:.0f} ms; {ratio(timings['not kept'], timings['kept'])}"
+            f"{times['not kept']:.0f} ms to the first token, with beginnings kept "
+            f"{times['kept']:.0f} ms, ratio {ratio(timings['not kept'], timings['kept']).value:.1f}"
         )
 
 

@@ -54,6 +54,11 @@ class Choice:
             for experts, weights in rows
         ]
 
+    @property
+    def key(self) -> str:
+        """Equal for equal choices."""
+        return str((self.experts.tolist(), self.weights.tolist()))
+
     def __len__(self) -> int:
         return len(self.experts)
 
@@ -108,6 +113,10 @@ class Turn:
     def of(self, rows: Sequence[int]) -> Turn:
         choice, begin = self.choice, self.beginnings
         return Turn(choice and choice.of(rows), None if begin is None else begin[list(rows)])
+
+    def each(self, rows: int) -> list[Turn]:
+        """One for each of its `rows`, which it can't count where nothing is known of them."""
+        return [self.of([row]) for row in range(rows)]
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,7 @@ def _reading_of(sequence: ActiveSequence) -> object:
     """What sequences have in common whose prompts are read alike."""
     chosen = None if sequence.turn is None else sequence.turn.choice
     # Of one prompt these may differ: requests bring their own mixtures.
-    parts = (chosen.experts.tolist(), chosen.weights.tolist()) if chosen is not None else ()
-    return sequence.prompt, str(parts)
+    return sequence.prompt, None if chosen is None else chosen.key
 
 
 def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:

@@ -140,24 +140,18 @@ class Link:
                 finished = finished or piece.choice.get("finish_reason") is not None
                 yield piece
         except httpx2.HTTPError as error:
-            self._lost()
-            self._failed("broken")
-            raise broken("in the middle of its answer") from error
+            raise self._broke_off() from error
         finally:
             with suppress(httpx2.HTTPError):
                 await response.aclose()
         if not finished:  # it was ended in good order, but without an end of its answer
-            self._lost()
-            self._failed("broken")
-            raise broken("in the middle of its answer")
+            raise self._broke_off()
 
     async def whole(self, response: httpx2.Response) -> Piece:
         try:
             content = await response.aread()
         except httpx2.HTTPError as error:
-            self._lost()
-            self._failed("broken")
-            raise broken("in the middle of its answer") from error
+            raise self._broke_off() from error
         finally:
             with suppress(httpx2.HTTPError):
                 await response.aclose()
@@ -190,6 +184,11 @@ class Link:
 
     def _lost(self) -> None:
         self._is_known = False
+
+    def _broke_off(self) -> ApiError:
+        self._lost()
+        self._failed("broken")
+        return broken("in the middle of its answer")
 
     def _failed(self, how: str) -> None:
         self._metrics.failures.labels(how).inc()

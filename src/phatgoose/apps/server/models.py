@@ -72,6 +72,7 @@ class ModelRunner:
         self._cache_name = cache_argument(model)
         self._parts = parts = composition_if_any(model)
         self._context = parts.context if parts else None
+        self._acting = parts.acting if parts else ()  # read from records once
         self._number = next(_NUMBERS)
 
     @property
@@ -129,7 +130,7 @@ class ModelRunner:
 
     def turns_of(
         self, prompts: Sequence[Sequence[int]], prefixes: PrefixStore | None = None
-    ) -> list[Turn | None]:
+    ) -> Sequence[Turn | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
         None for a model without a context. If the base reads the prompts for it and experts act
@@ -144,7 +145,7 @@ class ModelRunner:
                     keeping_caches(lambda p, *read: prefixes.keep(Reader(base, len(p)), p, *read))
                 )
             found = self._context.turn([list(each) for each in prompts])
-        return [found.of([row]) for row in range(len(prompts))]
+        return found.each(len(prompts))
 
     @property
     def _base_key(self) -> Hashable:
@@ -156,7 +157,7 @@ class ModelRunner:
         base, limit = self._base_key, len(prompt)
         if self._parts is None:
             return Reader(base, limit)
-        acting, choice = self._parts.acting, turn.choice if turn else None
+        acting, choice = self._acting, turn.choice if turn else None
         used = (
             range(len(acting)) if choice is None else sorted(set(choice.experts.flatten().tolist()))
         )
@@ -166,19 +167,17 @@ class ModelRunner:
             limit = min([limit, *turn.beginnings[0, columns].tolist()])
         if all(end is not None for end in ends):
             return Reader(base, limit)
-        chosen = () if choice is None else (choice.experts.tolist(), choice.weights.tolist())
-        return Reader((self._number, str(chosen)), limit)
+        return Reader((self._number, None if choice is None else choice.key), limit)
 
     def mixed(
         self, weights: Mapping[str, float], prompts: Sequence[Sequence[int]]
-    ) -> list[Turn | None]:
+    ) -> Sequence[Turn | None]:
         """`turns_of` with a request's own mixture. Raises PoolError for unknown names."""
-        parts = composition_if_any(self.model)
-        mixture = mixture_of(weights, parts.experts if parts else ())
+        mixture = mixture_of(weights, self._parts.experts if self._parts else ())
         if self._context is None:
             return [None] * len(prompts)
         found = self._context.turn(prompts, mixture.repeated(len(prompts)))
-        return [found.of([row]) for row in range(len(prompts))]
+        return found.each(len(prompts))
 
     def use(self, turns: Sequence[Turn | None]) -> None:
         if self._context is not None:

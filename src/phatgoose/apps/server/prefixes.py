@@ -85,7 +85,7 @@ class PrefixStore:
     ) -> None:
         """Keep the first of `tokens`; `mask` [columns] is 1 at theirs in a row of `cache`."""
         count = min(reader.limit, len(tokens))
-        if count < SHORTEST or not can_keep(cache):
+        if not self.most_bytes or count < SHORTEST or not can_keep(cache):
             return
         kept = torch.tensor(tokens[:count])
         with self._lock:

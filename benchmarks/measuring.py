@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import mmap
 import multiprocessing
 import os
 import statistics
@@ -157,7 +158,9 @@ def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any,
     done.set()
     watcher.join()
     own = max(highest[0], _status("RssAnon"))
-    memory = Memory(_status("VmHWM") - before, own - own_before)
+    # At least a page: what a smoke run takes may have been free already, and ratios divide by it.
+    added = (_status("VmHWM") - before, own - own_before)
+    memory = Memory(*(max(each, mmap.PAGESIZE) for each in added))
     del kept
     return memory
 

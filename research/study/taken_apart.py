@@ -14,9 +14,9 @@ of PHATGOOSE over the pool, and of PHATGOOSE whose choices are replaced by the t
     all       everywhere: the expert alone
     wrong     for all tokens of the prompt, by another task's expert, drawn by the task's name
 
-For `prompt` and `wrong` a line also has the shares of the answer's decisions (tokens times sites)
-that PHATGOOSE gives first to the task's own expert, and to the one that has read the prompt (as counts,
-and of how many). Lines that are there are not computed again; means are told at the end.
+For `prompt` and `wrong` a line also counts the answer's decisions (tokens times sites): those that
+PHATGOOSE gives first to the task's own expert, those to the one that has read the prompt, and all.
+Lines that are there are not computed again; means are told at the end.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import stat
-import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -192,12 +192,6 @@ def _finite(text: str) -> float:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
-
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 MOST_TOML_BYTES = 2**20  # less than of JSON: the parser is slower

@@ -186,7 +186,7 @@ class Choosing:
         self._go_on()
         try:
             return await asyncio.wait_for(future, deadline.left)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise deadline.missed() from None
         finally:
             if waiting in self._waiting:

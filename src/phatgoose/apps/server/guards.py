@@ -289,7 +289,7 @@ class RequestGuard:
             raise self.too_large()
         try:
             await asyncio.wait_for(body.read(), self._seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ DIGITS = 9  # of a commit
 
 def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
     """`date` of the last finished cell (UTC), this package's `commit`, and the `machine`."""
-    finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
+    finished = datetime.fromtimestamp(results.stat().st_mtime, UTC)
     return {
         "date": finished.isoformat(timespec="seconds"),
         "commit": commit_of(PACKAGE),

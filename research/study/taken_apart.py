@@ -138,7 +138,7 @@ def main(suite: str, out: str, limit: str, *pools: str) -> None:
             continue
         record: dict[str, Any] = {"task": task.name}
         for row in ROWS:
-            model = compose(pool, base)
+            model = compose(pool, base, router="phatgoose")
             hook = None
             if row != "phatgoose":
                 hook = replace_choices(model, pool.names.index(task.name), row, task.name)

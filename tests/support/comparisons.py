@@ -98,7 +98,7 @@ def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
     return {
         "base": lambda: base,
         "an expert": lambda: compose(place, base, router="single"),
-        "a pool": lambda: compose(place, base),
+        "a pool": lambda: compose(place, base, router="phatgoose"),
         "a routed model": lambda: load(place, base),
         "a base": lambda: load_base(place, dtype="float32"),
     }[row]()

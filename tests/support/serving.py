@@ -55,7 +55,7 @@ def app_of(
     """
     place = str(folder_of(pool))
     models = [
-        ServedModel("goose", place, dtype="float32"),
+        ServedModel("goose", place, dtype="float32", routing=Routing("phatgoose")),
         ServedModel("mean", place, Routing("merged"), dtype="float32"),
     ]
     app = create_app(models, limits, **options)

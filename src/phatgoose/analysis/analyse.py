@@ -305,13 +305,11 @@ def _subject(
         return _composed_subject(source, routing, base, tokenizer)
     pool = Pool.open(source)
     loaded = loaded_base(pool, base)
-    asked = dict.fromkeys([*(routers or ()), routing.router])
-    found = {
-        name: settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
-        for name in asked
-    }
-    names = [found[name].router for name in routers or (routing.router,)]
-    routing = found[routing.router]
+    found = [
+        settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
+        for name in dict.fromkeys(routers or (routing.router,))
+    ]
+    names, routing = [each.router for each in found], found[0]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
         _check_router(replace(routing, router=name), pool, scores, loaded.tokenizer)
@@ -422,6 +420,8 @@ def _traces(
 ) -> list[Trace]:
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
+    if not chosen:
+        return []
     pairs, traces = encoder.pairs(chosen), []
     prompts = [pair.prompt for pair in pairs]
     with routing_for(model, prompts, task=task.name, examples=chosen) as before_pass:

@@ -264,9 +264,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one model on several tasks."""
+    """The scores of one model on several tasks; `router` chose its experts, None without any."""
 
     scores: tuple[TaskScore, ...]
+    router: str | None = None
 
     @property
     def mean(self) -> float:
@@ -275,7 +276,8 @@ class Evaluation:
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
-        return {"mean": self.mean, "confidence": CONFIDENCE, "tasks": tasks}
+        found = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
+        return {**found, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
@@ -340,7 +342,7 @@ def score_tasks(
         questions = chosen.questions(encoder)
         questions.cuts.report(chosen.name)
         scores.append(score(model, chosen, questions))
-    return Evaluation(tuple(scores))
+    return Evaluation(tuple(scores), parts.routing.router if parts else None)
 
 
 def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:

@@ -52,7 +52,7 @@ def test_identities_of_the_time_of_one_routing_for_all_are_those_of_now():
     assert label_with_settings(then) == "phatgoose-input, eps = 0.1"
 
 
-ROUTING = Routing()
+ROUTING = Routing(router="phatgoose")
 COMPOSED = ["random", "retrieval", "centroid", "average-activation", "arrow", "spectr", "merged"]
 COMPOSED += ["uniform-top-k", "phatgoose", "glider", "logo"]
 TOP_K = {"random", "average-activation", "arrow", "spectr", "uniform-top-k", "phatgoose", "glider"}

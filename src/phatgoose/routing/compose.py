@@ -67,18 +67,29 @@ def compose(
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
-    `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
-    trained on. `routing` says how experts are chosen, and `settings` are fields of it by name:
-    `compose(pool, router="arrow:form=peft", k=3)`. Router "auto", the default, is the first that
-    base and experts allow (docs/routers.md); the model records which.
-    `keep` and `leave_out` select experts by name. `weights` are router weights' mixture, expert ->
-    weight. Routers oracle and best-individual need the
-    `scores` of the single experts: expert -> task -> score, or the comparison.json of a comparison.
-    Undo with `detach`.
+    Undo with `detach`. The model has its `tokenizer`, and `phatgoose` says what it is made of.
 
-    Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
-    it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
-    unknown setting, router or kernel, RoutingError when the base is routed already.
+    Args:
+        pool: Experts, as `Pool.open` takes them.
+        base: A name, a loaded `Base` or a transformers model; None loads the one that the pool was
+            trained on. A transformers model brings no tokenizer, so routers that read prompts need
+            a name or a `Base`.
+        routing: How experts are chosen; None is `Routing()`.
+        keep: Names of experts to use; None is all of them.
+        leave_out: Names of experts not to use.
+        scores: The single experts' scores, expert -> task -> score, or the comparison.json of a
+            comparison: for routers oracle and best-individual.
+        weights: The mixture of router weights, expert -> weight.
+        **settings: Fields of `routing` by name: `compose(pool, router="arrow:form=peft", k=3)`.
+            Router "auto", the default, is the first that base and experts allow (docs/routers.md);
+            the model records which.
+
+    Raises:
+        WrongBaseError: The base is not the experts' own.
+        ExpertError: An expert doesn't fit the base.
+        PoolError: An expert is unknown, or lacks vectors, embeddings or scores.
+        ConfigError: A setting, router or kernel is unknown.
+        RoutingError: The base is routed already.
     """
     routing = given_or_default(Routing, routing, "routing")
     given: dict[str, Any] = {**settings}
@@ -275,7 +286,11 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """The base model again, exactly as it was before `compose`, which changed it in place.
 
-    Raises RoutingError when `model` is not routed, or was offloaded after it was composed.
+    Args:
+        model: A routed model.
+
+    Raises:
+        RoutingError: `model` is not routed, or was offloaded after it was composed.
     """
     parts = composition_of(model)
     check_in_place(parts.layers.values())

@@ -37,11 +37,18 @@ def load(
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
-    A `base` that is a name is loaded in `dtype`, and so is the recorded one that None means; a
-    loaded base stays as it is. `embedder` is that of `compose`.
-    Raises RoutingError when the folder is missing or damaged, or another thing, which the message
-    names; WrongBaseError when the base is another one, ConfigError if the router needs an embedder
-    that wasn't named.
+    Args:
+        directory: The folder.
+        base: A name, a loaded `Base` or a transformers model; None loads the base by its recorded
+            name.
+        dtype: "auto", "float32", "bfloat16" or "float16", for a base that is loaded here.
+        embedder: The embedder of a router that uses one, if it isn't the default one.
+
+    Raises:
+        RoutingError: The folder is missing or damaged, or is something else, which the message
+            names.
+        WrongBaseError: The base is another one.
+        ConfigError: The router needs an embedder that wasn't named.
     """
     directory = Path(directory)
     bring_back(directory)

@@ -38,8 +38,16 @@ LIBRARY = "library_name: phatgoose"  # stands in our cards, and so tells them fr
 def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
     """Write the routed `model` to `directory`: experts, router and hashes; the base by name only.
 
-    Complete or not at all. Raises RoutingError when `model` is not routed, its base's weights have
-    changed, or `directory` exists (unless `overwrite`) or can't be written.
+    Complete or not at all. Config, tokenizer and card are written too, for transformers and people.
+
+    Args:
+        model: A routed model.
+        directory: The folder to make.
+        overwrite: Replace the folder if it is there.
+
+    Raises:
+        RoutingError: `model` is not routed, its base's weights have changed, or `directory` exists
+            or can't be written.
     """
     parts = composition_of(model)
     _check_base(model, parts)

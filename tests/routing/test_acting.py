@@ -65,7 +65,7 @@ class Case:
     def __init__(self, architecture: str, acting: tuple[ActsOn | None, ...], **how: object):
         self.base, self.acting = make_tiny(architecture), acting
         self.pool = acting_pool(self.base, acting)
-        self.routed = compose(self.pool, copy.deepcopy(self.base), **how)
+        self.routed = compose(self.pool, copy.deepcopy(self.base), **{"router": "phatgoose", **how})
 
     def active(self, prompt: list[int], columns: int) -> Tensor:
         """Which experts act at each token of a text that begins with `prompt`, [1, columns, E]."""

@@ -190,7 +190,7 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
     ids = make_ids()
     with naively_routed(base.model, [pool.experts[z] for z in left], k=2):
         wanted = logits_of(base.model, ids)
-    model = compose(pool, base, **chosen)
+    model = compose(pool, base, router="phatgoose", **chosen)
     assert composition_of(model).experts == tuple(f"e{z}" for z in left)
     assert_same_logits(logits_of(model, ids), wanted)
 

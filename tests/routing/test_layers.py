@@ -150,6 +150,8 @@ def test_a_pool_forced_to_one_expert_is_that_expert_alone(base, mixed_pool, name
         wanted = logits_of(peft_model(base, expert.directory), ids)
     assert not torch.allclose(wanted, plain, atol=0.1)
     for options in ({"keep": [name], "k": 1}, {"router": f"single:expert={name}"}):
-        assert_same_logits(logits_of(compose(mixed_pool, base, **options), ids), wanted)
+        assert_same_logits(
+            logits_of(compose(mixed_pool, base, **{"router": "phatgoose", **options}), ids), wanted
+        )
         detach(base.model)
     assert torch.equal(logits_of(base.model, ids), plain)

@@ -40,7 +40,7 @@ def mamba(made) -> Base:
 
 def routed(base, **options):
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    return compose(pool, base, **options)
+    return compose(pool, base, **{"router": "phatgoose", **options})
 
 
 def generated(model, **options):

@@ -63,7 +63,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
         ("phatgoose", {"k": 2}),
         ("e1", {"router": "single:expert=e1"}),
     ):
-        model = compose(pool, base, **options) if options else base
+        model = compose(pool, base, **{"router": "phatgoose", **options}) if options else base
         for name in ("choose", "count"):
             (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
             rows = {**comparison.results, **comparison.experts}

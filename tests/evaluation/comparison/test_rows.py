@@ -174,7 +174,7 @@ def test_an_expert_alone_is_the_same_whatever_pool_it_is_in(three):
 def test_routed_folders_that_differ_have_other_identities(three, llama, tmp_path, settings):
     identities = []
     for number, options in enumerate(({}, settings)):
-        save(compose(three, llama, **options), tmp_path / str(number))
+        save(compose(three, llama, **{"router": "phatgoose", **options}), tmp_path / str(number))
         detach(llama.model)
         identities.append(reference_row("r", tmp_path / str(number), ROUTING).identity)
     assert identities[0] != identities[1]

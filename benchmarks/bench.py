@@ -126,7 +126,8 @@ class Bench:
         key = (count, *sorted(options.items()))
         if key not in self._routed:
             pool = pg.Pool.open(self.experts(count))
-            self._routed[key] = pg.compose(pool, twin(self.base), k=self.sizes.k, **options)
+            settings = {"router": "phatgoose", **options}
+            self._routed[key] = pg.compose(pool, twin(self.base), k=self.sizes.k, **settings)
         return self._routed[key]
 
     def prompts(self, rows: int, columns: int) -> dict[str, Tensor]:

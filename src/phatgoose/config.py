@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, TypedDict, TypeVar, get_args, get_type_hints
 
 from .errors import ConfigError
 
@@ -370,8 +370,10 @@ class Routing(Settings):
     }
 
     router: Annotated[
-        str, "Which router chooses experts, as NAME or NAME:SETTING=VALUE,… ('phatgoose routers')."
-    ] = "phatgoose"
+        str,
+        "Which router chooses experts, as NAME or NAME:SETTING=VALUE,… ('phatgoose routers'); auto "
+        "takes the first that base and experts allow.",
+    ] = "auto"
     k: Annotated[
         int | None,
         "Experts per token at each site, or per input where the router chooses for whole inputs; "
@@ -386,6 +388,15 @@ class Routing(Settings):
     @property
     def name(self) -> str:
         return self.router.partition(":")[0]
+
+
+class RoutingSettings(TypedDict, total=False):
+    """The fields of `Routing` as keywords, for editors and type checkers."""
+
+    router: str
+    k: int | None
+    kernel: str
+    embedder: str | None
 
 
 ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))

@@ -51,10 +51,12 @@ def test_oracle_and_divergences(found):
 
 
 def test_oracle_needs_not_be_run_to_be_compared_with(llama, llama_pool):
-    found = pg.analyse(llama_pool, TASKS, base=llama, scores=SCORES, score=False)
+    found = pg.analyse(
+        llama_pool, TASKS, routers=["phatgoose"], base=llama, scores=SCORES, score=False
+    )
     np.testing.assert_array_equal(found.distribution(ORACLE, "first"), np.eye(4)[1])
     assert found.correlation("phatgoose") is None
-    plain = pg.analyse(llama_pool, TASKS, base=llama, score=False)
+    plain = pg.analyse(llama_pool, TASKS, routers=["phatgoose"], base=llama, score=False)
     assert not plain.oracle
     assert plain.correlation("phatgoose") is None
 
@@ -98,7 +100,7 @@ def test_a_router_that_cannot_be_is_refused_before_others_read(
 
 
 def test_what_only_a_pool_can_do(llama, llama_pool):
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(ConfigError, match="Several routers need a pool"):
         pg.analyse(model, TASKS, routers=["arrow"])
     with pytest.raises(ConfigError, match="needs a pool"):
@@ -110,7 +112,7 @@ def test_what_only_a_pool_can_do(llama, llama_pool):
 def test_an_oracle_without_scores_of_a_task_leaves_the_base_unrouted(llama, llama_pool):
     with suppress(RoutingError, ConfigError):
         pg.analyse(llama_pool, [task("third")], routers=["oracle"], base=llama, scores=SCORES)
-    compose(llama_pool, llama)
+    compose(llama_pool, llama, router="phatgoose")
 
 
 def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
@@ -131,7 +133,7 @@ def test_effects_are_differences_of_scores(found, llama, llama_pool):
     means = [effect.mean for effect in found.effects]
     assert means == sorted(means, reverse=True)
     effect = found.effects[0]
-    less = compose(llama_pool, llama, leave_out=[effect.expert])
+    less = compose(llama_pool, llama, leave_out=[effect.expert], router="phatgoose")
     reduced = pg.evaluate(less, TASKS)
     for score in reduced.scores:
         everyone = found.routers["phatgoose"].scores[score.task].score

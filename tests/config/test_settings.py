@@ -1,6 +1,7 @@
 """Settings: the paper's defaults, checks, recipes, and what the command line reads off them."""
 
 import dataclasses
+import typing
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from phatgoose.config import (
     GateTraining,
     Lora,
     Routing,
+    RoutingSettings,
     Serving,
     Training,
     from_mapping,
@@ -37,7 +39,7 @@ PAPER = {  # sections 3 and 4.1, and the released code
         **{"means": True, "embedder": "sentence-transformers/all-MiniLM-L6-v2"},
     },
     Formatting: {"max_input_tokens": 512, "chat": False},
-    Routing: {"router": "phatgoose", "k": None},
+    Routing: {"router": "auto", "k": None},  # the paper's is named by its recipes
     Phatgoose: {"eps": 1e-5, "affinity": "standardised"},
 }
 
@@ -137,3 +139,8 @@ def test_settings_of_another_class_are_refused():
     for wrong in ({"steps": 3}, "fast", Formatting()):
         with pytest.raises(ConfigError, match=r"training is .* class phatgoose\.config\.Training"):
             given_or_default(Training, wrong, "training")
+
+
+def test_the_keywords_of_compose_are_the_settings_of_routing():
+    declared = typing.get_type_hints(RoutingSettings)
+    assert declared == {setting.name: setting.type for setting in settings_of(Routing)}

@@ -233,7 +233,7 @@ def test_a_base_or_place_that_is_none_is_refused(llama, llama_pool, tmp_path):
     (tmp_path / "echo").mkdir()
     with pytest.raises(ExpertError, match="exists already"):
         train(llama, tmp_path / "echo")
-    compose(llama_pool, llama)
+    compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(PhatgooseError, match="routed"):
         train(llama, tmp_path / "new")
 

@@ -257,7 +257,7 @@ def command(*words: object) -> None:
 
 def run(pool: Pool, base: Base, place: Path) -> None:
     """Compose `pool`, use it, save it and load what was saved."""
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     try:
         with torch.no_grad():
             model(IDS)

@@ -43,11 +43,16 @@ from .traces import ChoiceKeeper, Trace, trace
 
 @dataclass(frozen=True)
 class RouterAnalysis:
-    """One router's distribution on each dataset, its scores (empty if not scored) and findings.
+    """What `analyse` found of one router.
 
-    `traces` are texts token by token; `similarity` [E, E] is `findings.vector_similarity`.
-    `choices` are the weights of each prompt's experts [prompts, E] by dataset, in no order of the
-    data's; empty for a router that chooses for every token.
+    Attributes:
+        distributions: Of the experts, by dataset.
+        scores: By dataset, empty if not scored.
+        findings: What looks odd.
+        traces: Texts token by token, by dataset.
+        similarity: `findings.vector_similarity`, [E, E].
+        choices: Weights of each prompt's experts by dataset, [prompts, E], in no order of the
+            data's; empty for a router that chooses for every token.
     """
 
     distributions: Mapping[str, RoutingDistribution]
@@ -68,11 +73,17 @@ class RouterAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyse` returns.
+    """What `analyse` returns. KL divergences are of whole-model distributions before top-k.
 
-    `oracle` is the best single expert of each dataset, empty without scores of single experts.
-    `agreements` are by pairs of routers, `effects` those of leaving experts out, if asked for. KL
-    divergences are of whole-model distributions before top-k, smoothed by `smoothing`.
+    Attributes:
+        experts: The experts' names, in the order of every distribution.
+        datasets: The tasks' names.
+        routers: What was found of each router.
+        oracle: The best single expert of each dataset, empty without scores of single experts.
+        agreements: How far two routers agree, by pairs of routers.
+        effects: Those of leaving experts out, if asked for.
+        smoothing: The share of the uniform distribution in divergences.
+        settings: How everything was read.
     """
 
     experts: tuple[str, ...]
@@ -224,17 +235,32 @@ def analyse(
 ) -> Analysis:
     """Where the tokens of `tasks` go in a routed model, or in a pool under each of `routers`.
 
-    `source` is a routed model or its folder, or a pool (folder, manifest). A pool is composed for
-    each of `routers` in turn; None means the router that `routing` names. All other settings are
-    those of `routing`. Every router reads the prompt and the right answer of the same examples
-    (`limit` drawn by `seed`). With `score` each is evaluated on them too. `without_each` evaluates
-    the first router without each expert in turn (pools only). `scores` of single experts, as in
-    `compose`, determine the Oracle to compare with. `examples` texts of each task are traced token
-    by token. `smoothing` is that of the KL divergences.
+    Every router reads the prompt and the right answer of the same examples.
 
-    Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
-    or two of one name, RoutingError for a model that is not routed, and what composing and
-    evaluating raise: all before the first router reads anything.
+    Args:
+        source: A routed model or its folder, or a pool (folder, manifest).
+        tasks: Tasks, files, or `hub:DATASET`; one or several.
+        routers: A pool is composed for each of these in turn; None is the one that `routing` names.
+        routing: All other settings; None is `Routing()`.
+        base: A loaded base or its name; None loads the one that is recorded.
+        tokenizer: None takes that of the model or its base.
+        scores: Of single experts, as in `compose`: they determine the Oracle to compare with.
+        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
+        seed: Seed of the draw.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        score: Evaluate each router on the examples too.
+        without_each: Evaluate the first router without each expert in turn (pools only).
+        examples: Texts of each task to trace token by token.
+        smoothing: The share of the uniform distribution in KL divergences.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
+
+    Raises:
+        ConfigError: `routers` or `without_each` with a composed model.
+        TaskError: No task, or two of one name.
+        RoutingError: The model is not routed.
+        PhatgooseError: What composing and evaluating raise. All of these come before the first
+            router reads anything.
     """
     tasks = named_apart(given_tasks(tasks))
     if not tasks:
@@ -309,13 +335,11 @@ def _subject(
         return _composed_subject(source, routing, base, tokenizer)
     pool = Pool.open(source)
     loaded = loaded_base(pool, base)
-    asked = dict.fromkeys([*(routers or ()), routing.router])
-    found = {
-        name: settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
-        for name in asked
-    }
-    names = [found[name].router for name in routers or (routing.router,)]
-    routing = found[routing.router]
+    found = [
+        settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
+        for name in dict.fromkeys(routers or (routing.router,))
+    ]
+    names, routing = [each.router for each in found], found[0]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
         _check_router(replace(routing, router=name), pool, scores, loaded.tokenizer)
@@ -431,6 +455,8 @@ def _traces(
 ) -> list[Trace]:
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
+    if not chosen:
+        return []
     pairs, traces = encoder.pairs(chosen), []
     prompts = [pair.prompt for pair in pairs]
     with routing_for(model, prompts, task=task.name, examples=chosen) as before_pass:

@@ -237,7 +237,19 @@ class TaskScore:
     """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
     The interval is Wilson's if the score is a share of right answers, else a bootstrap over
-    examples. `ties` counts the examples whose best choices scored equally; the first was taken.
+    examples.
+
+    Attributes:
+        task: The task's name.
+        metric: Its metrics, in words.
+        score: The score.
+        n: How many examples were scored.
+        low: The lower end of the interval.
+        high: The upper end.
+        ties: How many examples have best choices that scored equally; the first was taken.
+        by_metric: The mean of each metric by its name.
+        cuts: What was cut of the inputs.
+        predictions: The answer to each example.
     """
 
     task: str
@@ -264,9 +276,15 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one model on several tasks."""
+    """The scores of one model on several tasks.
+
+    Attributes:
+        scores: One for each task, in order.
+        router: The router that chose the model's experts, None without any.
+    """
 
     scores: tuple[TaskScore, ...]
+    router: str | None = None
 
     @property
     def mean(self) -> float:
@@ -275,7 +293,8 @@ class Evaluation:
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
-        return {"mean": self.mean, "confidence": CONFIDENCE, "tasks": tasks}
+        found = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
+        return {**found, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
@@ -293,22 +312,29 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     token_budget: int = TOKEN_BUDGET,
 ) -> Evaluation:
-    """The scores of `model`, routed or not, on `tasks`: Tasks, files, or `hub:DATASET`.
+    """The scores of `model`, routed or not, on `tasks`.
 
     A task is scored by its `metrics`. If it names none, its examples' choices are ranked by the
     highest mean log-likelihood per target token, end-of-sequence included. Without choices it is
     scored by exact match, without white space around the answers. Answers that are not chosen are
-    generated greedily, up to the task's own `max_new_tokens` or else the number given here. `limit`
-    draws that many examples of each task, the same ones for one `seed`. `tokenizer` None takes that
-    of the routed model or its base. `token_budget` bounds a batch.
+    generated greedily. Cut inputs are logged, and a warning from a tenth of them on. Another
+    warning tells if the experts of a routed model were trained on inputs of another form.
 
-    `formatting` None means the default one. Cut inputs are logged, and a warning from a tenth of
-    them on. Another warning tells if the experts of a routed model were trained on inputs of
-    another form.
+    Args:
+        model: Any transformers model, or a loaded `Base`.
+        tasks: Tasks, files, or `hub:DATASET`; one or several.
+        tokenizer: None takes that of the routed model or its base.
+        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
+        seed: Seed of the draw: the same one draws the same examples.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
 
-    Raises EvaluationError for a task that mixes examples with and without choices, an unknown
-    metric or a combination that no answer can serve, a score that is not a number, a missing
-    tokenizer, or what is no model; TaskError for an empty task, and as `load_task` does.
+    Raises:
+        EvaluationError: A task mixes examples with and without choices, a metric is unknown or
+            can't serve these examples, a score is not a number, there is no tokenizer, or `model`
+            is no model.
+        TaskError: A task is empty, or can't be read (`load_task`).
     """
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
@@ -340,7 +366,7 @@ def score_tasks(
         questions = chosen.questions(encoder)
         questions.cuts.report(chosen.name)
         scores.append(score(model, chosen, questions))
-    return Evaluation(tuple(scores))
+    return Evaluation(tuple(scores), parts.routing.router if parts else None)
 
 
 def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:

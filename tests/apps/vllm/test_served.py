@@ -209,7 +209,7 @@ def test_settings_that_cant_be(serve, llama_pool, router, k, message):
 
 
 def test_a_saved_model_has_its_own_router(serve, llama_pool, llama, tmp_path):
-    save(compose(llama_pool, llama), tmp_path / "routed")
+    save(compose(llama_pool, llama, router="phatgoose"), tmp_path / "routed")
     with pytest.raises(ConfigError, match="has its own router"):
         serve(tmp_path / "routed", "arrow")
 

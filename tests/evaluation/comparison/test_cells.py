@@ -63,7 +63,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
         ("phatgoose", {"k": 2}),
         ("e1", {"router": "single:expert=e1"}),
     ):
-        model = compose(pool, base, **options) if options else base
+        model = compose(pool, base, **{"router": "phatgoose", **options}) if options else base
         for name in ("choose", "count"):
             (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
             rows = {**comparison.results, **comparison.experts}
@@ -75,7 +75,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
 
 @pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
 def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
-    routing, formatting = Routing(k=1), Formatting(max_input_tokens=3)
+    routing, formatting = Routing(k=1, router="phatgoose"), Formatting(max_input_tokens=3)
     options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
     methods = ["uniform-top-k:eps=0.5", "phatgoose:eps=0.5"]
     comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
@@ -109,7 +109,7 @@ def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_pa
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
     rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]
-    setting.run(tmp_path, rows, routing=Routing(k=2))
+    setting.run(tmp_path, rows, routing=Routing(k=2, router="phatgoose"))
     assert len(read) == len(set(map(tuple, read))) > 0
 
 

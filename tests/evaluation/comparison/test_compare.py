@@ -91,7 +91,7 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
 
 
 def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
-    compose(setting.pool, llama)
+    compose(setting.pool, llama, router="phatgoose")
     with pytest.raises(RoutingError, match="routed already"):
         setting.run(tmp_path / "out", ["base"], base=llama)
     assert hasattr(llama.model, "phatgoose")
@@ -206,7 +206,7 @@ def test_more_suites_are_added(setting, out, tmp_path, computed):
 
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
-    setting.run(out, routing=Routing(k=1), suites=setting.suites[1])
+    setting.run(out, routing=Routing(k=1, router="phatgoose"), suites=setting.suites[1])
     rows = [name for name, spec in REGISTRY.items() if spec.k and not spec.per_input]
     assert computed == cells_of(*rows, tasks=SUITES["plain"])
 

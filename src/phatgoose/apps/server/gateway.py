@@ -24,7 +24,7 @@ from ...files.strict import shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
 from ...routing.routers.automatic import settled_by_prompt
 from ...routing.routers.prompt_router import PromptRouter
-from ...routing.routers.registry import AUTO, WEIGHTS
+from ...routing.routers.registry import WEIGHTS
 from ...tasks.encoding import added_tokens
 from . import protocol
 from .forwarding import ForwardedReply, ForwardedRequest, Link, Planned
@@ -106,7 +106,7 @@ class ChosenPool:
             )
         self._bases = bases
         self.tokenizer = bases.tokenizer(settings, self.pool)
-        routing = settled_by_prompt(settings.routing or Routing(AUTO), self.pool)
+        routing = settled_by_prompt(settings.routing or Routing(), self.pool)
         self.routing = numbered(routing, len(self.pool))
         self.runner = self.composed(self.pool, self.routing)
 

@@ -64,22 +64,35 @@ def compare(
 ) -> Comparison:
     """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
 
-    `methods` are names in `comparison.methods.METHODS`, with settings of their routers as in
-    "arrow:form=peft"; "all" stands for those whose needs the pool meets, with a note on the others.
-    Oracle and best-individual run every single expert once. `references` adds further models by
-    label: an expert (such as a multitask one), another pool (such as one of jointly trained
-    experts), a routed model, a base by Hub id or path. `suites` are names in
-    `suites.registry.SUITES`, folders of task files, suite files, single task files, Tasks or
-    `Suite`s, whose files are found by `sources`. `limit` draws so many examples of each dataset,
-    the same ones for all methods. `routing` gives k (for every router, where it is not None),
-    kernel and embedder. `engine` scores the cells; None scores them in this process, with the same
-    results.
-
     Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
-    `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
-    whose needs the pool doesn't meet, WrongBaseError for experts of another base, EvaluationError
-    while another process writes to `out`, and what opening pools, suites and models and scoring
-    them raise.
+    `out`/comparison.md, .csv and .json.
+
+    Args:
+        pool: Experts, as `Pool.open` takes them.
+        suites: Names in `suites.registry.SUITES`, folders of task files, suite files, single task
+            files, Tasks or `Suite`s.
+        methods: Names in `comparison.methods.METHODS`, with settings of their routers as in
+            "arrow:form=peft". "all" stands for those whose needs the pool meets, with a note on the
+            others. Oracle and best-individual run every single expert once.
+        out: The folder of results and tables.
+        base: A loaded base or its name; None loads the pool's own.
+        references: Further models by label: an expert (such as a multitask one), another pool (by
+            router phatgoose, such as one of jointly trained experts), a routed model, a base.
+        limit: Maximum examples of each dataset, the same ones for all methods; None is all of them.
+        seed: Seed of the draw.
+        routing: Gives k (for every router, where it is not None), kernel and embedder.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
+        sources: Where the files of suites are; None is the Hub.
+        engine: Scores the cells; None scores them in this process, with the same results.
+
+    Raises:
+        ConfigError: A method is unknown.
+        PoolError: The pool doesn't meet the needs of a method that was named.
+        WrongBaseError: The experts are of another base.
+        EvaluationError: Another process writes to `out`.
+        PhatgooseError: What opening pools, suites and models and scoring them raise.
     """
     pool = Pool.open(pool)
     routing = given_or_default(Routing, routing, "routing")

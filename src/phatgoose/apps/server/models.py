@@ -141,9 +141,13 @@ class ModelRunner:
         with ExitStack() as stack:
             if prefixes is not None and self._context.acting:
                 base = self._base_key
-                stack.enter_context(
-                    keeping_caches(lambda p, *read: prefixes.keep(Reader(base, len(p)), p, *read))
-                )
+
+                def keep(read: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
+                    for row, prompt in enumerate(read):
+                        reader = Reader(base, len(prompt))
+                        prefixes.keep(reader, prompt, cache, row, mask[row])
+
+                stack.enter_context(keeping_caches(keep))
             found = self._context.turn([list(each) for each in prompts])
         return found.each(len(prompts))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
+from ...base.loading import published
 from ...errors import PhatgooseError, PoolError
 from ...files.strict import MOST_JSON_BYTES, one_line, shortened
 from ..adapter import adapter_file_names, adapter_files, formats, kind_of
@@ -222,7 +223,8 @@ def _described(found: Found, descriptions: list[str]) -> Found:
             named = read_info(folder / LAYOUT.info).base.id
             if os.path.exists(named):  # by a path that is one here, too
                 return replace(found, base=named)
-        return replace(found, base=require_named_base(named, from_hub=True))
+        known = published(require_named_base(named, from_hub=True))
+        return replace(found, base=known.id if known else None)
     except PhatgooseError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
         return replace(found, refusal=one_line(text))

@@ -247,6 +247,8 @@ def _adapters_in(place: Path) -> Sequence[Expert]:
     inside = [place] if _is_adapter(place) else sorted(filter(_is_adapter, place.iterdir()))
     if not inside:
         return ()
+    for folder in inside:
+        _check_inside(folder, place)
     read = read_adapters(inside)
     if not read.experts:
         first = next(iter(read.refused.values()))
@@ -254,6 +256,14 @@ def _adapters_in(place: Path) -> Sequence[Expert]:
     for folder, why in read.refused.items():
         warnings.warn(f"{folder} is left out: {why}", stacklevel=4)
     return read.experts
+
+
+def _check_inside(folder: Path, place: Path) -> None:
+    if not folder.resolve().is_relative_to(place.resolve()):
+        raise PoolError(
+            f"{folder} is a symbolic link that leads out of {place}; name the folder that it leads "
+            f"to beside {place} instead."
+        )
 
 
 def _is_adapter(place: Path) -> bool:
@@ -277,11 +287,7 @@ def _expert_directories(place: Path) -> Iterator[Path]:
             raise PoolError(f"{place / away.name} is being replaced by another process; try again.")
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
-            if not folder.resolve().is_relative_to(place.resolve()):
-                raise PoolError(
-                    f"{folder} is a symbolic link that leads out of {place}; name the folder that "
-                    f"it leads to beside {place} instead."
-                )
+            _check_inside(folder, place)
             yield folder
 
 

@@ -253,8 +253,8 @@ def _adapters_in(place: Path) -> Sequence[Expert]:
     if not read.experts:
         first = next(iter(read.refused.values()))
         raise PoolError(f"No adapter in {place} can be used. {first}" if inside[1:] else first)
-    for folder, why in read.refused.items():
-        warnings.warn(f"{folder} is left out: {why}", stacklevel=4)
+    for left_out, why in read.refused.items():
+        warnings.warn(f"{left_out} is left out: {why}", stacklevel=4)
     return read.experts
 
 

@@ -57,8 +57,9 @@ def outcome_of(case: Case, kind: str, base_folder: Path, folder: Path) -> tuple[
     lossy = case.allow_loss is not None
     difference = (logits_of(routed, ids) - wanted).abs().max() / wanted.abs().max()
     assert difference <= (LOSSY_TOLERANCE if lossy else TOLERANCE), f"{case.name} on {kind}"
-    trained = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("bias", "none") != "none"
-    for file in () if lossy or trained else (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    is_rewritten = config.get("bias", "none") != "none" or config.get("use_dora")
+    for file in () if lossy or is_rewritten else (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         assert (adapter / file).read_bytes() == (expert.directory / file).read_bytes()
     return ("as LoRA" if lossy else "yes"), ""
 

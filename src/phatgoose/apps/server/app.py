@@ -157,6 +157,7 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
+@open_routes.get("/health", include_in_schema=False)
 @open_routes.get(
     "/healthz",
     summary="Does the server work?",
@@ -215,6 +216,16 @@ async def completions(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     service: Service | Gateway = request.app.state.service
     return await service.answer(protocol.ChatRequest, request)
+
+
+@guarded_routes.post("/v1/responses", include_in_schema=False)
+async def no_responses() -> Response:
+    raise ApiError(
+        404,
+        "There is no /v1/responses here; send messages to /v1/chat/completions, or text to "
+        "/v1/completions.",
+        code="unsupported_endpoint",
+    )
 
 
 def create_app(

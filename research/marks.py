@@ -354,7 +354,11 @@ def _array(name: str, values: list[Any]) -> pa.Array:
     if part == "score":
         return pa.array(values, pa.float32())
     if part in ("embedding", "choice"):
-        rows = np.asarray(values, np.float16)
+        exact = np.asarray(values)
+        rows = exact.astype(np.float16)
+        if part == "choice":  # rounding must not change which expert is first
+            first = np.arange(len(rows)), exact.argmax(axis=1)
+            rows[first] = np.nextafter(rows.max(axis=1), np.float16(np.inf))
         return pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
     if part == "likelihoods":
         ends = np.cumsum([0, *map(len, values)], dtype=np.int32)

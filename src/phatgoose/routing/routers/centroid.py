@@ -112,7 +112,8 @@ def _means_of_clusters(rows: Tensor, clusters: int) -> Tensor:
     for _ in range(STEPS):
         owners = (rows @ centres.T).argmax(dim=1)
         sums = torch.zeros_like(centres).index_add(0, owners, rows)
-        moved = functional.normalize(sums[owners.unique()], dim=-1)  # without clusters of no row
+        used = owners.bincount(minlength=len(centres)) > 0
+        moved = functional.normalize(sums[used], dim=-1)
         if moved.shape == centres.shape and torch.equal(moved, centres):
             break
         centres = moved

@@ -216,7 +216,7 @@ class Bottleneck(Peft):
 
 # How experts and gates are trained, and how examples become tokens.
 
-TASK_FILES = (".csv", ".jsonl")
+TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
 TRUNCATIONS = ("middle", "left", "right")
 GATE_INPUTS = ("raw", "standardised")
 EMBEDDING_FORMS = ("prompt", "paper")

@@ -32,7 +32,7 @@ from ..experts.kinds.registry import kind_for
 from ..files.atomic import is_there
 from ..files.strict import sha256_of, shortened
 from ..tasks.embeddings import load_embedder
-from ..tasks.encoding import CUTS, Encoder
+from ..tasks.encoding import CUTS, Encoder, as_read
 from ..tasks.loading import given_task
 from ..tasks.neutral import moments
 from ..tasks.prompt_passes import read_pairs
@@ -216,7 +216,8 @@ class TrainingRun:
                 f"base is a {type(base).__name__}; wanted its name, its folder, or a loaded Base "
                 f"(phatgoose.base.loading.load_base)."
             )
-        split, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
+        split = task.with_validation(training.seed)
+        encoder = Encoder.of(base, as_read(formatting, split.train))
         if gate_training.means:  # read one example as they will be measured
             model, padding = base.model, base.tokenizer.pad_token_id
             pairs = encoder.pairs(split.validation[:1])
@@ -468,7 +469,9 @@ def warn_of_other_settings(
         follows_expert = name == "gate_learning_rate" and held[name] is None
         return held.get("learning_rate") if follows_expert else held[name]
 
-    names = [name for name in settings if name in recorded and name not in STATISTICS]
+    # Rows that are chats need no setting to be read as such.
+    ignored = (*STATISTICS, *(["chat"] if recorded.get("chat") is True else []))
+    names = [name for name in settings if name in recorded and name not in ignored]
     other = [
         f"{name} {shortened(value(name, recorded), 40)}, not {shortened(value(name, settings), 40)}"
         for name in names

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from changed_adapters import set_config
 from command_line import (
@@ -51,6 +52,35 @@ def test_joint_trains_expert_and_gates_in_one_go(untrained, phat):
     assert all(gate.any() for gate in expert.gates.values())
     pooled = phat("compose", "new", "--out", "routed", *BASE)
     assert pooled.code == 0, pooled.err
+
+
+def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, phat):
+    base = load_base("tiny-base")
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    base.tokenizer.save_pretrained("tiny-base")
+    rows = [
+        [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": "good"}]
+        for i in range(12)
+    ]
+    write_rows(untrained / "chats.jsonl", [{"messages": row} for row in rows])
+    outcome = phat("train", "chats.jsonl", *TRAIN)
+    assert (outcome.code, outcome.err) == (0, "")
+    expert = Expert.load(untrained / "new" / "chats")
+    assert expert.info.hyperparameters["chat"] is True
+    assert phat("train", "chats.jsonl", *TRAIN, "--resume").err == ""
+    measured = ["--task", "chats.jsonl", "--statistics-examples", 4, "--no-embeddings", *BASE]
+    assert phat("measure", "new/chats", *measured).code == 0
+    again = Expert.load(untrained / "new" / "chats")
+    assert all(torch.equal(again.means[site], mean) for site, mean in expert.means.items())
+    gated = ["--out", "gated", *BASE, *GATE_FLAGS]
+    assert phat("gate", "new/chats", "--task", "chats.jsonl", *gated).code == 0
+    assert phat("compose", "new", "--out", "routed", *BASE).code == 0
+    for command in (["evaluate", "routed", "--task"], ["compare", "new", "--suite"]):
+        scored = phat(*command, "chats.jsonl", "--dtype", "float32", "--max-new-tokens", 2)
+        assert (scored.code, "trained with" in scored.err) == (0, False), scored.err
+    assert "in the chat template" in phat("evaluate", "routed", "--task", "counting.jsonl").err
 
 
 def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untrained, phat):

@@ -26,9 +26,9 @@ def train(
     tasks: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Task files (.jsonl, .csv), hub:DATASET, suites (t0hi, flan, a .toml file, a "
-            "folder of task files) or one of a suite's datasets (t0hi/ag_news); default: the "
-            "recipe's."
+            help="Task files (.jsonl, .json, .csv, .parquet), hub:DATASET, suites (t0hi, flan, a "
+            ".toml file, a folder of task files) or one of a suite's datasets (t0hi/ag_news); "
+            "default: the recipe's."
         ),
     ] = None,
     out: Annotated[str, "Folder that receives the experts, or an fsspec URL of one."] = "experts",

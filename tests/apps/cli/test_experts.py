@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from changed_adapters import set_config
 from command_line import (
@@ -88,7 +89,7 @@ def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untr
     outcome = phat(*arguments)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("[1/1] all: validation loss")
-    assert [path.name for path in (untrained / "new").iterdir()] == ["all"]
+    assert {path.name for path in (untrained / "new").iterdir()} == {"all", "all.yaml"}
     record = Expert.load(untrained / "new" / "all").info.task
     assert record["name"] == "all"
     assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
@@ -175,7 +176,7 @@ def test_a_mixed_pool_from_the_command_line(untrained, phat):
 
 def test_train_makes_complete_experts_with_the_settings_given(workshop):
     expert = Expert.load(workshop / "experts" / "reviews")
-    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 1.0}
+    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 4.0}
     assert wanted.items() <= dict(expert.info.hyperparameters).items()
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
     assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
@@ -214,7 +215,7 @@ def test_train_with_resume_keeps_what_is_finished(here, phat):
     same = phat("train", "reviews.jsonl", "counting.jsonl", *options)
     assert (same.code, same.err.count("warning")) == (0, 0)
     other = phat("train", "reviews.jsonl", *options, "--rank", 3)
-    told = "experts/reviews is kept as it is, with other settings: rank 2, not 3."
+    told = "experts/reviews is kept as it is, with other settings: rank 2, not 3; alpha 4.0, not 6.0."
     assert told in " ".join(other.err.split())
     assert snapshot(here / "experts") == before
 
@@ -269,3 +270,24 @@ def test_gates_are_trained_on_the_base_at_the_revision_that_the_adapter_names(
     assert phat(*gate, "--out", "given", "--base", "tiny-base").code == 0
     assert Expert.load("given").info.base.revision is None
     assert loaded == [(str(here / "tiny-base"), "abc123"), ("tiny-base", None)]
+
+
+def test_the_settings_of_a_training_are_told_saved_and_can_be_given_again(untrained, phat, caplog):
+    caplog.set_level("INFO", "phatgoose")
+    usual = ["--target-modules", "q_proj|v_proj", "--rslora", "--lr-schedule", "cosine"]
+    usual += ["--epochs", 0.5, "--patience", 2]
+    assert phat("train", "reviews.jsonl", *TRAIN, *usual).code == 0
+    told = next(line for line in caplog.messages if line.startswith("settings: base tiny-base"))
+    assert "alpha 4.0" in told
+    assert "gate_steps 2" in told
+    first = Expert.load(untrained / "new" / "reviews")
+    assert {site.rpartition(".")[2] for site in first.modules} == {"q_proj", "v_proj"}
+    recipe = yaml.safe_load((untrained / "new" / "reviews.yaml").read_text())
+    assert (recipe["lora"]["rslora"], recipe["training"]["epochs"]) == (True, 0.5)
+    assert recipe["tasks"] == [str(untrained / "reviews.jsonl")]
+    again = phat("train", "--config", "new/reviews.yaml", "--out", "again", "--dtype", "float32")
+    assert again.code == 0, again.err
+    second = Expert.load(untrained / "again" / "reviews")
+    assert second.info.hyperparameters == first.info.hyperparameters
+    assert all(torch.equal(first.gates[site], second.gates[site]) for site in first.gates)
+    assert phat("pool", "new").code == 0

@@ -305,7 +305,7 @@ def _trainable(name: str) -> Suite:
     is_local = name.endswith(".toml") or (name and Path(name).is_dir())
     if name not in SUITES and not is_local:
         raise TaskError(
-            f"{name!r} can't be trained on; wanted a {FILES}, hub:DATASET, "
+            f"{name!r} can't be trained on; wanted a task file, hub:DATASET, "
             f"{' or '.join(trainable)}, one of their datasets such as {trainable[0]}/ag_news, a "
             f"suite file (.toml) or a folder of task files."
         )

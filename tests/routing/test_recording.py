@@ -88,6 +88,19 @@ def test_by_token_is_the_mean_over_sites(llama, llama_pool):
     torch.testing.assert_close(recording.by_token(row=1), wanted)
 
 
+def test_the_summary_is_the_mean_over_a_rows_real_tokens(llama, llama_pool):
+    model, ids = compose(llama_pool, llama), make_ids(rows=2)
+    alone = recorded(model, ids[1:, 2:])
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = recorded(model, ids, attention_mask=mask, position_ids=positions)
+    wanted = dict(zip(llama_pool.names, alone.by_token().mean(0).tolist(), strict=True))
+    assert alone.summary() == pytest.approx(wanted, abs=1e-4)
+    assert list(alone.summary()) == sorted(wanted, key=wanted.get, reverse=True)
+    assert padded.summary(row=1) == pytest.approx(wanted, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 @pytest.mark.parametrize("targets", [3, 7])
 @pytest.mark.parametrize("module", ["q", "k"])  # most of k's sites read the encoder

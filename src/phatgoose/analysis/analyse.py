@@ -38,7 +38,7 @@ from . import measures, routing_distribution
 from .findings import Finding, findings_of, vector_similarity
 from .measures import ORACLE, SMOOTHING, Agreement, Correlation, Divergence, Effect
 from .routing_distribution import MEASURES, PARTS, Measure, RoutingDistribution, RoutingTally
-from .traces import Trace, trace
+from .traces import ChoiceKeeper, Trace, trace
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class RouterAnalysis:
         findings: What looks odd.
         traces: Texts token by token, by dataset.
         similarity: `findings.vector_similarity`, [E, E].
+        choices: Weights of each prompt's experts by dataset, [prompts, E], in no order of the
+            data's; empty for a router that chooses for every token.
     """
 
     distributions: Mapping[str, RoutingDistribution]
@@ -58,6 +60,7 @@ class RouterAnalysis:
     findings: tuple[Finding, ...] = ()
     traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
     similarity: NDArray[Any] | None = None
+    choices: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def by_dataset(self, measure: Measure = "weight") -> dict[str, NDArray[np.float64]]:
         """The whole-model distribution on each dataset, [E]."""
@@ -175,6 +178,7 @@ class Analysis:
             "overlaps": self.overlaps(name).tolist(),
             "findings": [asdict(finding) for finding in router.findings],
             "similarity": None if router.similarity is None else router.similarity.tolist(),
+            "choices": {task: found.tolist() for task, found in router.choices.items()},
         }
 
 
@@ -418,14 +422,18 @@ def _one_router(
     decisions = [measures.DecisionFiles(files, index)] if files is not None else []
     present = {site: layer.experts for site, layer in parts.layers.items()}
     distributions: dict[str, RoutingDistribution] = {}
+    choices: dict[str, NDArray[np.float64]] = {}
     for task in tasks:
         chosen = task.evaluation_examples(scoring.limit, scoring.seed)
-        tally = RoutingTally(parts.experts, present)
-        observers: list[routing_distribution.Observer] = [tally, *decisions]
+        tally, kept = RoutingTally(parts.experts, present), ChoiceKeeper(parts)
+        observers: list[routing_distribution.Observer] = [tally, kept, *decisions]
         routing_distribution.read_examples(
             model, encoder, task.name, chosen, observers, scoring.token_budget
         )
         distributions[task.name] = tally.distribution.over(subject.experts)
+        found = kept.weights(subject.experts)
+        if len(found):
+            choices[task.name] = found
     scores = (
         evaluate.score_tasks(model, tasks, scoring, subject.tokenizer).scores
         if settings.score
@@ -438,6 +446,7 @@ def _one_router(
         tuple(findings_of(distributions, similarity)),
         {task.name: _traces(model, encoder, task, settings) for task in tasks},
         similarity,
+        choices,
     )
 
 

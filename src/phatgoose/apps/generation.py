@@ -45,6 +45,11 @@ class Generation:
     prompt_length: int
     recording: Recording | None
 
+    @property
+    def summary(self) -> dict[str, float] | None:
+        """Each expert's share of the tokens, the prompt's included; None if not recorded."""
+        return None if self.recording is None else self.recording.summary()
+
 
 def generate(
     model: PreTrainedModel,

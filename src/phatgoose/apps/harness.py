@@ -17,8 +17,7 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base.fingerprint import dtype_name
-from ..base.loading import choose_dtype, load_base
+from ..base.loading import load_base, settled_dtype
 from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError, PoolError
 from ..experts.pool import Pool
@@ -208,7 +207,7 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     device = arguments.device
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
-    dtype = dtype_name(choose_dtype(arguments.dtype, device))
+    dtype = settled_dtype(arguments.dtype, device)
     base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
     if not (is_routed(arguments.pool) or is_pool(arguments.pool)):
         raise PoolError(f"{WHERE}: {arguments.pool} is neither a pool nor a routed model.")

@@ -13,8 +13,9 @@ from ..analysis.audit import LIMITS, Audit
 from ..analysis.findings import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.comparison.methods import BASE, label_of
-from ..evaluation.comparison.tables import ANCHOR, Comparison
+from ..evaluation.comparison.tables import ANCHOR, Comparison, in_per_cent
 from ..evaluation.evaluate import Evaluation
+from ..evaluation.replay import Estimate, Replay
 from ..experts.importing.hub_owner import Listing
 from ..experts.kinds.registry import kinds
 from ..experts.pool import Pool
@@ -157,6 +158,29 @@ def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
         cells = [f"{100 * r.score:.0f} ±{50 * (r.high - r.low):.0f}" for r in scored]
         _add(table, comparison, row, [*cells, f"{mean:.1f}"], bold)
     return table
+
+
+def replay_table(found: Replay) -> Table:
+    """A row per model or rule: per cent and points, with 95 % intervals over tasks and examples."""
+    title = (
+        f"{found.base}, {found.wording}: {found.tasks} tasks, {found.examples} examples; * chosen "
+        f"by these marks"
+    )
+    is_own = found.wording != "unseen"
+    columns = ["score in %", "less the base's"]
+    columns += ["% of in-domain", "% chosen right"] if is_own else []
+    table = _table(title, "expert", columns)
+    for line in found.lines:
+        cells = [_estimate(line.score, ".1f"), _estimate(line.gain, "+.1f")]
+        if is_own:
+            cells.append(_estimate(line.kept, ".0f"))
+            cells.append("" if line.own is None else f"{100 * line.own:.0f}")
+        table.add_row(Text(line.name), *cells)
+    return table
+
+
+def _estimate(found: Estimate | None, form: str) -> str:
+    return "" if found is None else in_per_cent(found.value, found.low, found.high, form)
 
 
 def _table(title: str, first: str, columns: Iterable[str]) -> Table:

@@ -267,7 +267,7 @@ class Expert:
 
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
-        """The LoRA factors by site; empty for an expert of another kind."""
+        """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
         held = self.modules.items()
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 

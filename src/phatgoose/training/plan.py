@@ -204,8 +204,9 @@ class Planner:
         return _Lengths([len(pair.prompt) for pair in pairs], [len(pair.target) for pair in pairs])
 
     def _task(self, task: TrainingTask, data: Task | None, lengths: _Lengths) -> PlannedTask:
-        training, gates = self.training, self.gates
+        gates = self.gates
         examples = task.entry.train_examples if data is None else len(data.train)
+        training = self.training if examples is None else self.training.on(examples)
         gate_steps = 0 if gates.joint else gates.gate_steps
         trained = training.batch_size * (training.steps + gate_steps)
         most = training.eval_examples

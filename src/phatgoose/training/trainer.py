@@ -1,9 +1,8 @@
 """Training a few tensors of a model with transformers' Trainer, resumable at any moment.
 
-Hyper-parameters are the paper's (section 4.1); the schedule is constant after the warm-up. The loss
-is the mean negative log-likelihood of the target tokens of a whole optimiser batch. (The released
-code averages per micro-batch first, which weighs tokens by the batch that they happen to fall in.)
-Logits are computed at target positions only.
+The loss is the mean negative log-likelihood of the target tokens of a whole optimiser batch. (The
+released code averages per micro-batch first, which weighs tokens by the batch that they happen to
+fall in.) Logits are computed at target positions only.
 
 Processes that `accelerate launch` or torchrun started train one expert together: each takes its
 share of every batch, only the first one writes, and the others wait for it.
@@ -16,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
+)
 
 from ..base.active_tokens import ActsOn
 from ..base.loading import Base
@@ -279,8 +289,35 @@ class ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers i
     """Makes the last step a candidate even if it isn't a multiple of the validation interval."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_evaluate = control.should_save = True
+
+
+class StopsEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers is untyped
+    """Stops as transformers does, also where a run resumes that had stopped already."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = (
+            self.early_stopping_patience_counter >= self.early_stopping_patience
+        )
+
+
+def reporters(report_to: str, label: str) -> list[TrainerCallback]:
+    """The callbacks of transformers that log to the services in `report_to`. Raises ConfigError.
+
+    TensorBoard's files go to runs/`label` unless TENSORBOARD_LOGGING_DIR says otherwise.
+    """
+    names = [name.strip() for name in report_to.split(",")]
+    if names == ["none"]:
+        return []
+    try:
+        found = [make() for make in get_reporting_integration_callbacks(names)]
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"report_to is {report_to!r}: {first_line(error)}") from error
+    for callback in found:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path("runs", *label.split(": ")))
+    return found
 
 
 def newest_checkpoint(work: Path) -> str | None:
@@ -325,18 +362,25 @@ def fit(
     label: str,
     callback: TrainingCallback,
     acting: ActsOn | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> FitReport:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
     `steps` and `learning_rate` take the place of those of `training`. Training continues from the
     newest complete checkpoint in `work`, to the same result. `acting` is the end of prompts that
-    the expert acts on. With an empty `validation` the last
-    state stays. Raises ExpertError as soon as a loss is not finite, or what was trained isn't in
-    the end.
+    the expert acts on. `callbacks` are transformers' own, and may end the training. With an empty
+    `validation` the last state stays, and nothing stops early. Raises ExpertError as soon as a loss
+    is not finite, or what was trained isn't in the end.
     """
     order = visiting_order(train, training.batch_size, steps, training.seed)
     lengths = [train[index].length for index in order]
     bar = ProgressBar(label, lengths, training.batch_size, callback)
+    reporting = reporters(training.report_to, label)
+    at_validations: list[TrainerCallback] = [ValidateLastStep()] if validation else []
+    if validation and training.patience is not None:
+        at_validations.append(StopsEarly(training.patience))
+    if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
     trainer = PartialTrainer(
         model=model,
         args=_arguments(
@@ -345,7 +389,7 @@ def fit(
         train_dataset=train,
         eval_dataset=validation or None,
         data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True, acting=acting),
-        callbacks=[bar, ValidateLastStep()] if validation else [bar],
+        callbacks=[bar, *callbacks, *reporting, *at_validations],
         label=label,
         order=order,
         callback=callback,
@@ -356,11 +400,14 @@ def fit(
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         result = trainer.train(resume_from_checkpoint=newest_checkpoint(work))
     trainer.check_trained()
+    model.__dict__.pop("_hf_peft_config_loaded", None)
     model.eval()
+    if reporting and "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # each training is a run of its own
     best = trainer.state.best_metric
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return FitReport(
-        steps=steps,
+        steps=trainer.state.global_step,
         train_loss=float(logged[-1] if logged else result.training_loss),
         validation_loss=None if best is None else float(best),
         best_step=trainer.state.best_global_step if best is not None else None,
@@ -388,7 +435,7 @@ def _arguments(
         gradient_accumulation_steps=training.batch_size // (micro * process_count()),
         learning_rate=learning_rate,
         warmup_steps=round(training.warmup_ratio * steps),
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=training.lr_schedule,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         eval_strategy="steps" if select else "no",
@@ -396,6 +443,7 @@ def _arguments(
         save_strategy="steps",
         save_steps=checkpoint_every,
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=select and training.patience is not None,
         load_best_model_at_end=select,
         metric_for_best_model="loss" if select else None,
         logging_steps=max(1, min(10, steps // 10)),

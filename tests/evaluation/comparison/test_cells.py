@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -260,7 +260,7 @@ def test_without_git_or_a_checkout_there_is_no_commit(checkout, monkeypatch):
 def test_the_date_is_that_of_the_last_finished_cell_in_utc(tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text("{}")
-    when = datetime(2026, 11, 26, 10, 0, 5, tzinfo=timezone.utc)
+    when = datetime(2026, 11, 26, 10, 0, 5, tzinfo=UTC)
     os.utime(results, (when.timestamp(),) * 2)
     made = circumstances(torch.device("cpu"), results)
     assert made["date"] == "2026-11-26T10:00:05+00:00"

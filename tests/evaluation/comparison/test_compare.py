@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,7 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     assert settings["kernel"] == "auto"
     assert wanted.items() <= settings.items()
     assert settings["code"] == module.code_version()
-    assert datetime.now(timezone.utc) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
+    assert datetime.now(UTC) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
     assert settings["machine"].endswith(f", {os.cpu_count()} cores")
     assert settings.keys() >= {"commit"}
 

@@ -282,7 +282,7 @@ def test_every_router_of_that_time_is_known_with_all_its_settings():
     assert THEN.keys() == SETTINGS.keys() - registry.LEFT.keys()
     for router in THEN:
         names = {setting.name for setting in settings_of(ROUTERS[router].config)}
-        assert set(SETTINGS[router].values()) - {"stand_in"} == names - {"per_block"}
+        assert set(SETTINGS[router].values()) - {"stand_in"} == names - {"per_block", "clusters"}
 
 
 def test_a_routing_of_now_stays_as_it_is_and_of_neither_time_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,6 +90,39 @@ def lm_eval(context: typer.Context) -> None:
     from ..harness import main
 
     main(context.args)
+
+
+def replay(
+    marks: Annotated[Path, typer.Argument(help="A file of marks, or a folder of such files.")],
+    *,
+    router: Annotated[
+        list[str] | None, "A prompt router whose choices the marks hold (repeatable)."
+    ] = None,
+    rule: Annotated[
+        list[str] | None, "package.module:function, from a prompt to an expert (repeatable)."
+    ] = None,
+    choices: Annotated[
+        list[Path] | None, "JSON Lines: a prompt's hash and its expert (repeatable)."
+    ] = None,
+    json: Annotated[Path | None, "Write all numbers here."] = None,
+) -> None:
+    """Score a rule that chooses one expert a prompt, by marks of all experts, without a model."""
+    from ...evaluation import replay as scoring
+    from ..tables import replay_table
+
+    if json:
+        require_writable(json, EvaluationError)
+    rules = {name: scoring.router_rule(name) for name in split_routers(router or [])}
+    rules |= {name: scoring.imported_rule(name) for name in rule or []}
+    rules |= {str(path): scoring.file_rule(path) for path in choices or []}
+    found = []
+    for each in scoring.read_marks(marks):
+        chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
+        found += scoring.replay(each, chosen)
+    show(*map(replay_table, found))
+    if json:
+        content = json_format.dumps([asdict(each) for each in found], indent=2)
+        write_text(json, content + "\n", EvaluationError)
 
 
 def _references(values: list[str]) -> dict[str, str]:
@@ -237,7 +271,8 @@ def explain(
 ) -> None:
     """Show which experts serve each token of a prompt.
 
-    Each token of prompt and answer has the colour of the expert of greatest weight.
+    Each token of prompt and answer has the colour of the expert of greatest weight. The last line
+    has each expert's share of the tokens.
     """
     from .explanation import explain as run
 
@@ -262,5 +297,6 @@ def explain(
         content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
         write_text(json, content, EvaluationError)
     show(*explanation.coloured(), *(explanation.table() if table else ()))
+    say(json_format.dumps(explanation.summary, ensure_ascii=False))
     if json:
         say(f"weights and trace -> {json}")

@@ -54,6 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "remove": routed.remove,
     "compact": routed.compact,
     "compare": evaluation.compare,
+    "replay": evaluation.replay,
     "lm-eval": evaluation.lm_eval,
     "analyse": evaluation.analyse,
     "routers": evaluation.routers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -170,7 +171,9 @@ def generate(
         float | None, "Temperature when sampling; default: 1.", {"min": 1e-3}
     ] = None,
     seed: Annotated[int | None, "Seed when sampling; default: 0."] = None,
-    show_experts: Annotated[bool, "Colour each token by its top expert."] = False,
+    show_experts: Annotated[
+        bool, "Colour each token by its top expert, and print each expert's share of the tokens."
+    ] = False,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -189,6 +192,7 @@ def generate(
         show(result.text, wrap=False)
     else:
         show(recorded_tokens(result, opened.tokenizer))
+        say(json_format.dumps(result.summary, ensure_ascii=False))
 
 
 def evaluate(

@@ -489,7 +489,7 @@ class ForwardedReply(OpenReply):
             return self._found.get_nowait()
         try:
             return await asyncio.wait_for(self._found.get(), self._deadline.left)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise self._deadline.missed() from None
 
     async def _bring(self, number: int) -> None:

@@ -98,7 +98,7 @@ class ChosenPool:
         require_pool(settings.place)
         self.settings = settings
         self.pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
-        others = [each.name for each in self.pool.experts if not each.lora]
+        others = [each.name for each in self.pool.experts if each.kind != "lora"]
         if others:
             raise ConfigError(
                 f"Engines apply LoRAs, and {', '.join(others)} are none; leave these experts out "
@@ -186,7 +186,7 @@ class Choosing:
         self._go_on()
         try:
             return await asyncio.wait_for(future, deadline.left)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise deadline.missed() from None
         finally:
             if waiting in self._waiting:

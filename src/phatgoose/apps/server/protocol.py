@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...errors import ConfigError
@@ -126,7 +126,20 @@ def _requestable(router: str) -> str:
 Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]
 Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
 Mixture = Annotated[dict[Name, Weight], Field(min_length=1, max_length=MOST_MIXED)]
+
+
+def _no_tools(given: Any) -> Any:
+    if isinstance(given, list) and given:
+        raise PydanticCustomError(
+            "tools",
+            "Tools are not supported. Leave them out, and describe in a message what to write; for "
+            "an answer in JSON use response_format",
+        )
+    return given
+
+
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+NoTools = Annotated[Nothing, BeforeValidator(_no_tools)]
 Finish = Literal["stop", "length"]
 
 
@@ -276,7 +289,7 @@ class Message(Strict):
     refusal: None = Field(None, description="As in answers, which may be sent back.")
     audio: None = Field(None, description="Not supported.")
     function_call: None = Field(None, description="Not supported.")
-    tool_calls: Nothing | None = Field(None, description="Not supported.")
+    tool_calls: NoTools | None = Field(None, description="Not supported.")
     annotations: Nothing | None = Field(None, description="Not supported.")
 
     @property
@@ -304,7 +317,7 @@ class ChatRequest(GenerationRequest):
         None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
     )
     response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
-    tools: Nothing | None = Field(None, description="Not supported.")
+    tools: NoTools | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 
 

@@ -182,6 +182,11 @@ class Row:
         return spec_of(self.routing.router).per_input
 
     @property
+    def at_ends(self) -> bool:
+        """True if all of its experts act from prompts' ends on."""
+        return self.pool is not None and all(each.acts_on for each in self.pool.experts)
+
+    @property
     def base(self) -> BaseReference | None:
         if self.pool is not None:
             return self.pool.base

@@ -134,6 +134,9 @@ class Retrieval(Settings):
 class Centroid(Settings):
     """Router centroid."""
 
+    clusters: Annotated[
+        int, "Centroids of each expert, of which the nearest counts; at most.", AT_LEAST_1
+    ] = 1
     temperature: Temperature = 0.2
 
 

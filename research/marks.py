@@ -1,0 +1,371 @@
+"""Marks: whether every expert of a pool, alone, answers every example right.
+
+    python research/marks.py DATA POOL OUT [--base B] [--rows 40] [--unseen 50] [--random SEED]
+
+DATA is what `render_tasks.py` writes, POOL a pool whose experts are named after their tasks. The
+base, each expert alone and, with `--random`, each expert's random twin answer the experts' own
+tasks in known and new wordings and the unseen tasks, as `phatgoose evaluate` scores them: plain
+prompts, and choices by their mean log-likelihood per token. Prompt routers score the same prompts.
+OUT/cells.jsonl keeps what is finished, one model on one task a line: run the command again to go
+on, with more models if you like. OUT/NAME.parquet has one row an example, and no text:
+
+    prompt               the first 16 hex digits of the SHA-256 of the input
+    task, wording        `known` and `new` are experts' own tasks, `unseen` the others
+    choices, label       their number, and which is right first; 0 and -1 for written answers
+    embedding            of the prompt, if the pool has embeddings
+    score/MODEL          0 to 1; MODEL is base, expert/NAME, random/NAME or routed/ROUTER
+    likelihoods/MODEL    mean log-likelihood per token of each choice
+    choice/ROUTER        a prompt router's score of each expert, in the order of the metadata
+
+`phatgoose replay OUT/NAME.parquet` scores rules by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from phatgoose.base.fingerprint import number_format
+from phatgoose.base.loading import Base
+from phatgoose.errors import PoolError, TaskError
+from phatgoose.evaluation.comparison.cells import code_version
+from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
+from phatgoose.evaluation.metrics import metric
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.files.strict import read_toml
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.open_model import loaded_base, open_prompt_router
+from phatgoose.routing.routers.centroid import clusters_of
+from phatgoose.routing.routers.prompt_router import EmbeddingRouter, PromptRouter
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.loading import load_task
+
+SUITES = Path(__file__).parent / "study" / "suites"  # metrics, and suffixes of BIG-bench's inputs
+OWN = ("held-in",)
+UNSEEN = ("bbh", "bbl", "t0ho", "cross-b", "cross-confirmation")
+ROUTERS = ("retrieval", "centroid", "centroid:clusters=4", "discriminant", "joint-discriminant")
+CLUSTERS = 4  # of each expert, in the file's metadata
+WORDINGS = {"own-known": "known", "own-new": "new", "eval": "unseen"}
+AT_ONCE = 200  # examples that are scored, then kept
+Sets = dict[tuple[str, str], EvaluationSet]  # by wording and task
+Columns = dict[str, list[Any]]
+
+
+def main() -> None:
+    """Score what isn't there yet, and write the file after each model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base", help="default: the one that the experts name")
+    parser.add_argument("--name", help="of the file; default: the base's")
+    parser.add_argument("--rows", type=int, default=40, help="of an own task, in each wording")
+    parser.add_argument("--unseen", type=int, default=50, help="rows of an unseen task; 0: none")
+    parser.add_argument("--random", type=int, metavar="SEED", help="random twins of experts too")
+    parser.add_argument("--routed", nargs="*", default=[], help="routers to run: merged phatgoose")
+    given = parser.parse_args()
+    pool = Pool.open(given.pool)
+    base = loaded_base(pool, given.base)
+    sets = evaluation_sets(given.data, pool, given.rows, given.unseen)
+    name = given.name or Path(base.reference.id).name
+    count = sum(len(each.examples) for each in sets.values())
+    print(f"{name}: {len(sets)} sets, {count} examples, {number_format(base.model)}", flush=True)
+    about = examples_of(sets) | choices_of(pool, base, sets, given.out)
+    done: dict[str, Columns] = {}
+    with ResultStore.alone(given.out / "cells.jsonl") as store:
+        for model, what, pools, routing in models_of(pool, given.random, given.routed):
+            begun = time.monotonic()
+            done[model] = answers(store, base, sets, (model, what), pools, routing)
+            write(given.out / f"{name}.parquet", metadata(name, pool), {**about, **joined(done)})
+            mean = float(np.mean(done[model]["score"]))
+            print(f"{model}: {100 * mean:.1f}, {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int) -> Sets:
+    """The examples of own and unseen tasks, the same own rows in known and new wordings."""
+    found: Sets = {}
+    for folder, wording in WORDINGS.items():
+        limit = unseen if wording == "unseen" else rows
+        for table in scoring_of(UNSEEN if wording == "unseen" else OWN):
+            path = data / folder / Path(table["file"]).name
+            is_asked = wording == "unseen" or path.stem in pool.names
+            if not (limit and is_asked and path.is_file() and path.stat().st_size):
+                continue
+            task = load_task(path)
+            examples = task.evaluation_examples(limit)
+            ending = table.get("suffix", "")
+            task = replace(
+                task,
+                test=tuple(replace(each, input=each.input + ending) for each in examples),
+                metrics=tuple(table.get("metrics", ())),
+                max_new_tokens=table.get("max_new_tokens"),
+            )
+            found[wording, task.name] = EvaluationSet.of(task, ScoringSettings())
+    return found
+
+
+def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The tables of the study's tasks: file, and perhaps metrics, max_new_tokens and a suffix."""
+    found = []
+    for suite in suites:
+        content = read_toml(SUITES / f"{suite}.toml", "Suite", TaskError)
+        common = {"suffix": content.get("suffix", "")}
+        found += [{**common, **table} for table in content["tasks"]]
+    return found
+
+
+def models_of(
+    pool: Pool, seed: int | None, routed: list[str]
+) -> Iterator[tuple[str, Any, Pool | None, str]]:
+    """Each model's name, what it is made of, its experts and its router."""
+    yield "base", None, None, ""
+    for expert in pool.experts:
+        made_of = expert.info.adapter_sha256
+        yield f"expert/{expert.name}", made_of, pool.select([expert.name]), "single"
+    for router in routed:
+        made_of = [expert.info.adapter_sha256 for expert in pool.experts]
+        yield f"routed/{router}", made_of, pool, router
+    for expert in pool.experts if seed is not None else ():
+        made_of = [expert.info.adapter_sha256, seed]
+        yield f"random/{expert.name}", made_of, Pool((random_twin(expert, seed or 0),)), "single"
+
+
+def random_twin(expert: Expert, seed: int) -> Expert:
+    """The expert with random LoRAs: at every site the rank and Frobenius norm of its own update.
+
+    Gates, statistics and embeddings stay. Raises PoolError for an expert that is no LoRA.
+    """
+    if len(expert.lora) < len(expert.modules):
+        raise PoolError(f"Expert {expert.name!r} isn't a LoRA; it has no random twin.")
+    draws = torch.Generator().manual_seed(zlib.crc32(expert.name.encode()) + seed)
+    modules = {site: _random(lora, draws) for site, lora in sorted(expert.lora.items())}
+    return replace(expert, modules=modules)
+
+
+def _random(lora: LoraFactors, draws: torch.Generator) -> LoraFactors:
+    A = torch.randn(lora.A.shape, generator=draws)
+    B = torch.randn(lora.B.shape, generator=draws)
+    share = norm_of_product(lora.A, lora.B) / norm_of_product(A, B)
+    return LoraFactors(A, B * share, lora.scale, lora.bias)
+
+
+def norm_of_product(A: Tensor, B: Tensor) -> Tensor:
+    """The Frobenius norm of B A, from the small matrices BᵀB and AAᵀ."""
+    A, B = A.float(), B.float()
+    return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
+
+
+def answers(
+    store: ResultStore,
+    base: Base,
+    sets: Sets,
+    model: tuple[str, Any],
+    pool: Pool | None,
+    router: str,
+) -> Columns:
+    """The scores and likelihoods of one model, example by example, from the store if there."""
+    keys = {
+        which: {
+            "model": list(model),
+            "base": [base.fingerprint, number_format(base.model)],
+            "set": [*which, each.digest],
+        }
+        for which, each in sets.items()
+    }
+    missing = [which for which, key in keys.items() if store.get(key) is None]
+    with composed(base, pool if missing else None, router):
+        for some in alike({which: sets[which] for which in missing}):
+            for which, result in scored(base, some).items():
+                store.add(keys[which], result)
+    results = [store.get(key) or {} for key in keys.values()]
+    parts = ("score", "likelihoods")
+    return {part: [value for result in results for value in result[part]] for part in parts}
+
+
+@contextmanager
+def composed(base: Base, pool: Pool | None, router: str) -> Iterator[None]:
+    """The base's model routes over `pool` inside; None leaves it alone."""
+    if pool is None:
+        yield
+        return
+    compose(pool, base, router=router)
+    try:
+        yield
+    finally:
+        detach(base.model)
+
+
+def alike(sets: Sets) -> Iterator[Sets]:
+    """The sets that are scored alike, some at a time, so that batches are full."""
+    kinds: dict[Any, Sets] = {}
+    for which, each in sets.items():
+        kinds.setdefault((each.metrics, each.max_new_tokens), {})[which] = each
+    for same in kinds.values():
+        some: Sets = {}
+        for which, each in same.items():
+            some[which] = each
+            if sum(len(held.examples) for held in some.values()) >= AT_ONCE:
+                yield some
+                some = {}
+        if some:
+            yield some
+
+
+def scored(base: Base, sets: Sets) -> dict[tuple[str, str], dict[str, Any]]:
+    """Cells of the store: one model on sets that are scored alike."""
+    begun = time.monotonic()
+    first = next(iter(sets.values()))
+    examples = tuple(row for each in sets.values() for row in each.examples)
+    every = replace(first, name=", ".join(task for _, task in sets), examples=examples)
+    encoder = Encoder.for_model(base.model, base.tokenizer, every.settings.formatting)
+    found = score(base.model, every, every.questions(encoder))
+    by_metric = [
+        metric(name).combine(rows, 1)
+        for name, rows in zip(found.sample.metrics, found.sample.statistics, strict=True)
+    ]
+    scores = [round(float(each), 4) for each in np.mean(by_metric, axis=0)]
+    likelihoods = [[round(x, 4) for x in each.scores] for each in found.predictions]
+    seconds = (time.monotonic() - begun) / len(examples)
+    cells, start = {}, 0
+    for which, each in sets.items():
+        its = slice(start, start + len(each.examples))
+        start = its.stop
+        cells[which] = {
+            "score": scores[its],
+            "likelihoods": likelihoods[its],
+            "seconds": round(seconds * len(each.examples), 2),
+            "code": code_version(),
+        }
+    return cells
+
+
+def examples_of(sets: Sets) -> Columns:
+    """What the file says of each example."""
+    found: Columns = {name: [] for name in ("prompt", "task", "wording", "choices", "label")}
+    for (wording, task), each in sets.items():
+        for row in each.examples:
+            right = [i for i, choice in enumerate(row.choices) if choice in row.answers]
+            found["prompt"].append(hashlib.sha256(row.input.encode()).hexdigest()[:16])
+            found["task"].append(task)
+            found["wording"].append(wording)
+            found["choices"].append(len(row.choices))
+            found["label"].append(right[0] if right else -1)
+    return found
+
+
+def choices_of(pool: Pool, base: Base, sets: Sets, out: Path) -> Columns:
+    """Embeddings of the prompts, and each prompt router's scores; from `out` if there.
+
+    Routers whose needs the pool lacks are left out by name.
+    """
+    content = [pool.records(), sorted(each.digest for each in sets.values())]
+    digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:12]
+    kept = out / f"choices-{digest}.safetensors"
+    if not kept.exists():
+        encoder = Encoder.for_model(base.model, base.tokenizer)
+        prompts = [p for each in sets.values() for p in each.questions(encoder).prompts]
+        choosers = {router: c for router in ROUTERS if (c := _chooser(pool, base, router))}
+        parts = [_chosen(choosers, base, some) for some in batched(prompts)]
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kept)
+    return {name: list(rows.numpy()) for name, rows in load_file(kept).items()}
+
+
+def batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """`prompts`, some at a time: the base's states of all take gigabytes."""
+    return (prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE))
+
+
+def _chooser(pool: Pool, base: Base, router: str) -> PromptRouter | None:
+    try:
+        return open_prompt_router(pool, base.tokenizer, router=router)
+    except PoolError as error:
+        print(f"without {router}: {error}", flush=True)
+        return None
+
+
+def _chosen(
+    choosers: Mapping[str, PromptRouter], base: Base, prompts: list[list[int]]
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    read: dict[tuple[int, ...], Tensor] = {}  # what the base makes of a prompt, for all routers
+    for router, chooser in choosers.items():
+        chooser.remember(read)
+        if isinstance(chooser, EmbeddingRouter):
+            if "embedding" not in found:
+                found["embedding"] = chooser.features(prompts)
+            found[f"choice/{router}"] = chooser.scores(found["embedding"])
+        else:
+            found[f"choice/{router}"] = chooser.score(prompts, base.model)
+    return found
+
+
+def metadata(name: str, pool: Pool) -> dict[str, str]:
+    """What the file says of all rows: `phatgoose` is JSON; `centres` are each expert's, base64."""
+    about: dict[str, Any] = {"format": 1, "base": name, "experts": list(pool.names)}
+    about["code"] = code_version()
+    found = {}
+    if all(expert.has("embeddings") for expert in pool.experts):
+        held = clusters_of(pool, CLUSTERS)
+        about["owners"] = held.owners.tolist()  # the expert of each centre, float16
+        found["centres"] = base64.b64encode(held.rows.half().numpy().tobytes()).decode()
+    return {"phatgoose": json.dumps(about), **found}
+
+
+def joined(done: Mapping[str, Columns]) -> Columns:
+    """The columns of all models."""
+    return {f"{part}/{model}": done[model][part] for model in done for part in done[model]}
+
+
+def write(path: Path, about: Mapping[str, str], columns: Columns) -> None:
+    """The Parquet file, whole or not at all."""
+    arrays = {name: _array(name, values) for name, values in columns.items()}
+    table = pa.table(arrays).replace_schema_metadata(about)
+    unfinished = path.with_suffix(".unfinished")
+    pq.write_table(table, unfinished, compression="zstd", compression_level=19)
+    unfinished.replace(path)
+
+
+def _array(name: str, values: list[Any]) -> pa.Array:
+    part = name.partition("/")[0]
+    if part in ("task", "wording"):
+        return pa.array(values).dictionary_encode()
+    if part in ("choices", "label"):
+        return pa.array(values, pa.int16())
+    if part == "score":
+        return pa.array(values, pa.float32())
+    if part in ("embedding", "choice"):
+        exact = np.asarray(values)
+        rows = exact.astype(np.float16)
+        if part == "choice":  # rounding must not change which expert is first
+            first = np.arange(len(rows)), exact.argmax(axis=1)
+            rows[first] = np.nextafter(rows.max(axis=1), np.float16(np.inf))
+        return pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
+    if part == "likelihoods":
+        ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+        flat = np.asarray([x for each in values for x in each], np.float16)
+        return pa.ListArray.from_arrays(ends, flat)
+    return pa.array(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Replay: a rule that chooses one expert for each prompt, scored by marks, without a model.
+
+Marks say how every expert alone answered every example (docs/comparing.md has their columns), so
+the score of such a rule is known exactly. A mixture of experts isn't; its heaviest expert is
+scored.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, EvaluationError
+from ..files.strict import first_line, shortened
+from .intervals import Sample, dataset_replicates, interval_of
+
+Array = NDArray[Any]
+BASE = -1  # among indices of experts
+FORMAT = 1
+WORDINGS = ("new", "known", "unseen")
+IN_DOMAIN = "in-domain expert"
+TINY = 1e-9
+READ = ("prompt", "task", "wording", "embedding", "score", "choice")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a rule may know of a prompt; neither its task nor its answer.
+
+    `hash` begins the SHA-256 of its text, `embedding` [columns] is None where there is none,
+    `scores` are prompt routers' by router and expert, `centres` [clusters, columns] of each
+    expert's training inputs are embeddings too.
+    """
+
+    hash: str
+    embedding: Array | None
+    scores: Mapping[str, Mapping[str, float]]
+    centres: Mapping[str, Array]
+
+
+Rule = Callable[[Prompt], str | Mapping[str, float] | None]  # an expert, weights, or the base
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The marks of one base and its experts: `columns` by name, each [examples] or longer."""
+
+    base: str
+    experts: tuple[str, ...]
+    columns: Mapping[str, Array]
+    centres: Mapping[str, Array]
+
+    def scores(self, *models: str) -> Array:
+        """The scores of `models`, [examples, models]. Raises EvaluationError if one has none."""
+        for model in models:
+            if f"score/{model}" not in self.columns:
+                raise EvaluationError(f"The marks of {self.base} lack scores of {model}.")
+        return np.stack([self.columns[f"score/{model}"] for model in models], axis=1)
+
+    def alone(self, kind: str) -> Array:
+        """The scores of each expert ("expert") or its random twin ("random"), [examples, E]."""
+        return self.scores(*(f"{kind}/{name}" for name in self.experts))
+
+    def prompts(self) -> Iterator[Prompt]:
+        """What rules may know of each prompt."""
+        routers = {n.partition("/")[2]: v for n, v in self.columns.items() if n[:7] == "choice/"}
+        embeddings = self.columns.get("embedding")
+        for i, digest in enumerate(self.columns["prompt"]):
+            scores = {
+                router: dict(zip(self.experts, rows[i].tolist(), strict=True))
+                for router, rows in routers.items()
+            }
+            embedding = None if embeddings is None else embeddings[i]
+            yield Prompt(str(digest), embedding, scores, self.centres)
+
+
+def read_marks(place: str | Path) -> list[Marks]:
+    """The marks in a Parquet file, or in every one of a folder. Raises EvaluationError."""
+    path = Path(place)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise EvaluationError(f"{path} holds no .parquet files of marks.")
+    return [_read(file) for file in files]
+
+
+def _read(path: Path) -> Marks:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError("Marks need pyarrow: pip install 'phatgoose[replay]'.") from error
+    try:
+        schema = parquet.read_schema(path)
+        about = json.loads((schema.metadata or {})[b"phatgoose"])
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']}; this phatgoose reads {FORMAT}")
+        read = [name for name in schema.names if name.partition("/")[0] in READ]
+        table = parquet.read_table(path, columns=read)
+        columns = {name: _values(table[name].combine_chunks(), table.num_rows) for name in read}
+        centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
+        if "owners" in about:
+            owners = np.array(about["owners"])
+            rows = np.frombuffer(flat, np.float16).reshape(len(owners), -1).astype(np.float32)
+            centres = {name: rows[owners == z] for z, name in enumerate(about["experts"])}
+        return Marks(str(about["base"]), tuple(about["experts"]), columns, centres)
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise EvaluationError(f"{path} holds no marks: {first_line(error)}.") from error
+
+
+def _values(column: Any, rows: int) -> Array:
+    if str(column.type).startswith("fixed_size_list"):
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        return np.asarray(flat.reshape(rows, -1).astype(np.float32))
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def router_rule(router: str) -> Rule:
+    """The first choice of a prompt router whose scores the marks hold, else ConfigError."""
+
+    def rule(prompt: Prompt) -> str:
+        if router not in prompt.scores:
+            raise ConfigError(
+                f"The marks have no choices of {shortened(router)}, but of "
+                f"{', '.join(prompt.scores) or 'no router'}; a router that chooses for every token "
+                f"can't be replayed."
+            )
+        return max(prompt.scores[router], key=prompt.scores[router].__getitem__)
+
+    return rule
+
+
+def file_rule(path: Path) -> Rule:
+    """The choices in lines such as {"prompt": HASH, "expert": NAME}; null is the base."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        chosen: dict[str, str | None] = {
+            r["prompt"]: r["expert"] for r in map(json.loads, filter(None, lines))
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{path} has no choices ({first_line(error)}); wanted lines such as {{"prompt": '
+            f'"0123456789abcdef", "expert": "reviews"}}.'
+        ) from error
+
+    def rule(prompt: Prompt) -> str | None:
+        if prompt.hash not in chosen:
+            raise ConfigError(f"{path} has no choice for prompt {prompt.hash}.")
+        return chosen[prompt.hash]
+
+    return rule
+
+
+def imported_rule(name: str) -> Rule:
+    """The function that "package.module:function" names, from the working folder or installed."""
+    module, sign, function = name.partition(":")
+    if not (module and sign and function):
+        raise ConfigError(f"rule is {shortened(name)}, but must be package.module:function.")
+    sys.path.insert(0, os.getcwd())  # a console script's own path lacks it
+    try:
+        found: Rule = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"Rule {name} can't be imported: {first_line(error)}.") from error
+    finally:
+        sys.path.pop(0)
+    return found
+
+
+def chosen_by(marks: Marks, rule: Rule) -> Array:
+    """The index of the expert that `rule` chooses for each prompt, [examples]; BASE for the base.
+
+    Of weights the heaviest counts, with a warning. Raises ConfigError for an unknown expert.
+    """
+    place: dict[Any, int] = {None: BASE, **{name: z for z, name in enumerate(marks.experts)}}
+    chosen, mixed = list[int](), 0
+    for prompt in marks.prompts():
+        name = rule(prompt)
+        if isinstance(name, Mapping):
+            mixed += len(name) > 1
+            name = max(name, key=name.__getitem__, default=None)
+        if name not in place:
+            known = ", ".join(marks.experts)
+            raise ConfigError(f"A rule chose {shortened(name)}; {marks.base} has {known}.")
+        chosen.append(place[name])
+    if mixed:
+        warnings.warn(
+            f"{mixed} of {len(chosen)} choices are mixtures, whose scores no marks tell; the "
+            f"heaviest expert is scored.",
+            stacklevel=2,
+        )
+    return np.array(chosen)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, draws: Array) -> Estimate:
+        interval = interval_of(draws)
+        return cls(value, interval.low, interval.high)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model or rule on the tasks of one wording.
+
+    `score` is the mean over tasks, `gain` that less the base's, in pairs, `kept` its share of the
+    in-domain experts' mean, `own` the share of prompts for which the in-domain expert was chosen.
+    """
+
+    name: str
+    score: Estimate
+    gain: Estimate
+    kept: Estimate | None
+    own: float | None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The lines of one base and wording. Intervals resample tasks and, within each, examples."""
+
+    base: str
+    wording: str
+    tasks: int
+    examples: int
+    lines: tuple[Line, ...]
+
+
+def replay(marks: Marks, rules: Mapping[str, Array]) -> list[Replay]:
+    """The scores of `rules`, experts' indices [examples] by name, beside what bounds them."""
+    wordings = marks.columns["wording"]
+    return [_replayed(marks, rules, each) for each in WORDINGS if (wordings == each).any()]
+
+
+def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
+    asked = np.flatnonzero(marks.columns["wording"] == wording)
+    tasks = marks.columns["task"][asked]
+    choices = {name: chosen[asked] for name, chosen in rules.items()}
+    rows, own = _rows(marks, asked, choices)
+    samples: dict[str, list[Sample]] = {name: [] for name in rows}
+    for task in dict.fromkeys(tasks):
+        for name, scores in rows.items():
+            some = scores[tasks == task, None].astype(float)
+            samples[name].append(Sample(("exact-match",), (some,)))  # any metric that is a mean
+    means = {name: float(np.mean([s.score for s in each])) for name, each in samples.items()}
+    draws, lines = dataset_replicates(samples), []
+    for name, mean in means.items():
+        gain = Estimate.of(mean - means["base"], draws[name] - draws["base"])
+        kept = found = None
+        if IN_DOMAIN in means:
+            share = draws[name] / np.maximum(draws[IN_DOMAIN], TINY)
+            kept = Estimate.of(mean / max(means[IN_DOMAIN], TINY), share)
+        if own is not None and name in choices:
+            found = float((choices[name] == own).mean())
+        lines.append(Line(name, Estimate.of(mean, draws[name]), gain, kept, found))
+    return Replay(marks.base, wording, len(set(tasks)), len(asked), tuple(lines))
+
+
+def _rows(
+    marks: Marks, asked: Array, choices: Mapping[str, Array]
+) -> tuple[dict[str, Array], Array | None]:
+    """(the scores of each line [asked], the in-domain experts' indices if all tasks have some)."""
+    tasks, base = marks.columns["task"][asked], marks.scores("base")[asked]
+    alone = np.concatenate([marks.alone("expert")[asked], base], axis=1)  # BASE is the last
+    every = np.arange(len(asked))
+    best = np.zeros(len(asked), int)
+    for task in set(tasks):
+        best[tasks == task] = alone[tasks == task, :-1].mean(axis=0).argmax()
+    rows = {"base": base[:, 0], "random expert": alone[:, :-1].mean(axis=1)}
+    rows["oracle*"] = alone[every, best]
+    own = None
+    if set(tasks) <= set(marks.experts):
+        own = np.array([marks.experts.index(task) for task in tasks])
+        rows[IN_DOMAIN] = alone[every, own]
+    routed = [name for name in marks.columns if name.startswith("score/routed/")]
+    rows |= {name.partition("/routed/")[2] + ", run": marks.columns[name][asked] for name in routed}
+    for name, chosen in choices.items():
+        rows[name] = alone[every, chosen]
+        if f"score/random/{marks.experts[0]}" in marks.columns:
+            random = np.concatenate([marks.alone("random")[asked], base], axis=1)
+            rows[f"{name}, random LoRAs"] = random[every, chosen]
+    return rows, own

@@ -1,0 +1,227 @@
+"""Marks of single experts: made by research/marks.py, replayed without a model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from command_line import run
+from paths import ROOT
+from phatgoose.errors import ConfigError, EvaluationError
+from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, evaluate
+from phatgoose.evaluation.replay import (
+    Prompt,
+    chosen_by,
+    file_rule,
+    imported_rule,
+    read_marks,
+    replay,
+    router_rule,
+)
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from topic_prompts import CHOOSING, OPEN
+
+pytest.importorskip("pyarrow", reason="needs the extra replay")
+EXPERTS = ("kinds", "moods")
+RIGHT = {  # of the tasks kinds, kinds, moods, moods, and an unseen one
+    "base": [0, 0, 1, 0, 1],
+    "expert/kinds": [1, 1, 0, 0, 1],
+    "expert/moods": [0, 1, 1, 1, 0],
+    "random/kinds": [0, 0, 0, 0, 0],
+    "random/moods": [1, 1, 1, 1, 1],
+    "routed/merged": [1, 0, 0, 1, 0],
+}
+
+
+@pytest.fixture(scope="module")
+def program():
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "research" / "marks.py")))
+
+
+@pytest.fixture
+def marks(program, tmp_path):
+    """A file of marks of two experts and five examples."""
+    columns = {
+        "prompt": [f"{i:016x}" for i in range(5)],
+        "task": ["kinds", "kinds", "moods", "moods", "other"],
+        "wording": ["new"] * 4 + ["unseen"],
+        "choices": [2, 2, 3, 3, 0],
+        "label": [0, 1, 2, 0, -1],
+        "embedding": [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.6, 0.5]],
+        "choice/centroid": [[0.9, 0.1], [0.2, 0.3], [0.1, 0.8], [0.1, 0.8], [0.5, 0.50001]],
+        "likelihoods/base": [[-1.0, -2.0]] * 2 + [[-1.0, -2.0, -3.0]] * 2 + [[]],
+    }
+    columns |= {f"score/{model}": right for model, right in RIGHT.items()}
+    about = {"format": 1, "base": "tiny", "experts": EXPERTS, "owners": [0, 1, 1]}
+    centres = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float16)
+    coded = program.base64.b64encode(centres.tobytes()).decode()
+    path = tmp_path / "tiny.parquet"
+    program.write(path, {"phatgoose": json.dumps(about), "centres": coded}, columns)
+    return path
+
+
+def lines_of(marks, rules) -> dict:
+    (held,) = read_marks(marks)
+    chosen = {name: chosen_by(held, rule) for name, rule in rules.items()}
+    found = replay(held, chosen)
+    return {each.wording: {line.name: line for line in each.lines} for each in found}
+
+
+def test_a_router_s_first_choices_are_scored_by_the_experts_own_marks(marks):
+    found = lines_of(marks, {"centroid": router_rule("centroid")})
+    new, unseen = found["new"], found["unseen"]
+    scores = {name: line.score.value for name, line in new.items()}
+    assert scores == {
+        "base": 0.25,
+        "random expert": (0.75 + 0.5) / 2,
+        "oracle*": 1.0,
+        "in-domain expert": 1.0,
+        "merged, run": 0.5,
+        "centroid": 1.0,  # kinds, moods, moods, moods: all right
+        "centroid, random LoRAs": 0.75,
+    }
+    assert new["centroid"].gain.value == 0.75
+    assert new["merged, run"].kept.value == 0.5
+    assert new["centroid"].own == 0.75
+    assert new["base"].own is None
+    # The scores differ by less than float16 tells, and moods is still first.
+    assert unseen["centroid"].score.value == 0.0
+    assert unseen["oracle*"].score.value == 1.0
+    assert "in-domain expert" not in unseen
+    assert unseen["centroid"].kept is None
+
+
+def test_intervals_hold_the_values_and_vanish_where_nothing_varies(marks):
+    new = lines_of(marks, {"never": lambda _: None})["new"]
+    for line in new.values():
+        assert line.score.low <= line.score.value <= line.score.high
+    assert (new["never"].gain.low, new["never"].gain.high) == (0, 0)  # in pairs
+    assert new["base"].score.high > new["base"].score.low
+
+
+def test_a_rule_sees_features_and_neither_task_nor_answer(marks):
+    seen: list[Prompt] = []
+
+    def nearest(prompt: Prompt) -> str:
+        seen.append(prompt)
+        return max(EXPERTS, key=lambda name: (prompt.centres[name] @ prompt.embedding).max())
+
+    new = lines_of(marks, {"nearest": nearest})["new"]
+    assert new["nearest"].own == 1.0
+    assert set(vars(seen[0])) == {"hash", "embedding", "scores", "centres"}
+    assert seen[1].hash == f"{1:016x}"
+    assert seen[2].scores["centroid"] == pytest.approx({"kinds": 0.1, "moods": 0.8}, abs=1e-3)
+    assert [len(seen[0].centres[name]) for name in EXPERTS] == [1, 2]
+
+
+def test_of_weights_the_heaviest_is_scored_with_a_warning(marks):
+    (held,) = read_marks(marks)
+    with pytest.warns(UserWarning, match="5 of 5 choices are mixtures"):
+        chosen = chosen_by(held, lambda _: {"kinds": 0.4, "moods": 0.6})
+    assert chosen.tolist() == [1] * 5
+    assert chosen_by(held, lambda _: {"moods": 1.0}).tolist() == [1] * 5
+    assert chosen_by(held, lambda _: {}).tolist() == [-1] * 5
+
+
+def test_choices_of_a_file(marks, tmp_path):
+    path = tmp_path / "choices.jsonl"
+    rows = [{"prompt": f"{i:016x}", "expert": ["kinds", None][i % 2]} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (held,) = read_marks(marks)
+    assert chosen_by(held, file_rule(path)).tolist() == [0, -1, 0, -1, 0]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ConfigError, match=f"no choice for prompt {1:016x}"):
+        chosen_by(held, file_rule(path))
+    path.write_text("kinds\n")
+    with pytest.raises(ConfigError, match="has no choices"):
+        file_rule(path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (router_rule("arrow"), "no choices of 'arrow', but of centroid"),
+        (lambda _: "birds", "chose 'birds'; tiny has kinds, moods"),
+    ],
+)
+def test_what_can_t_be_replayed_is_refused(marks, rule, message):
+    (held,) = read_marks(marks)
+    with pytest.raises(ConfigError, match=message):
+        chosen_by(held, rule)
+
+
+@pytest.mark.parametrize("name", ["nothing", "no.such.module:rule", "json:no_rule"])
+def test_rules_that_can_t_be_imported(name):
+    with pytest.raises(ConfigError, match=r"^[rR]ule "):
+        imported_rule(name)
+
+
+def test_files_that_hold_no_marks(tmp_path, marks):
+    with pytest.raises(EvaluationError, match=r"holds no \.parquet files"):
+        read_marks(tmp_path / "..")
+    (tmp_path / "other.parquet").write_bytes(b"PAR1 is not enough")
+    with pytest.raises(EvaluationError, match="holds no marks"):
+        read_marks(tmp_path)
+
+
+def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_rules.py").write_text("def moods(prompt):\n    return 'moods'\n")
+    monkeypatch.chdir(tmp_path)
+    numbers = tmp_path / "numbers.json"
+    options = ["--router", "centroid", "--rule", "my_rules:moods", "--json", str(numbers)]
+    out = run(capsys, "replay", marks, *options).out
+    sys.modules.pop("my_rules", None)
+    assert "tiny, new: 2 tasks, 4 examples" in " ".join(out.split())
+    assert "my_rules:moods" in out
+    content = json.loads(numbers.read_text())
+    assert [each["wording"] for each in content] == ["new", "unseen"]
+    lines = {line["name"]: line for line in content[0]["lines"]}
+    assert lines["my_rules:moods"]["score"]["value"] == 0.75
+
+
+def test_marks_are_what_evaluate_scores(program, llama, llama_pool):
+    """Tasks that are scored together, for full batches, have the scores of each alone."""
+    settings = ScoringSettings(max_new_tokens=4)
+    sets = {
+        ("new", "choosing"): EvaluationSet.of(CHOOSING, settings),
+        ("unseen", "choosing"): EvaluationSet.of(CHOOSING, settings),
+        ("new", "open"): EvaluationSet.of(OPEN, settings),
+    }
+    pool = llama_pool.select(["e1"])
+    with program.composed(llama, pool, "single"):
+        parts = list(program.alike(sets))
+        found = {
+            which: cell for some in parts for which, cell in program.scored(llama, some).items()
+        }
+    assert [list(some) for some in parts] == [list(sets)[:2], list(sets)[2:]]
+    model = compose(pool, llama, router="single")
+    wanted = evaluate(model, [CHOOSING, OPEN], max_new_tokens=4)
+    detach(model)
+    for score, names in zip(wanted.scores, (("new", "unseen"), ("new",)), strict=True):
+        for name in names:
+            cell = found[name, score.task]
+            assert cell["score"] == [float(each.correct) for each in score.predictions]
+            for likelihoods, each in zip(cell["likelihoods"], score.predictions, strict=True):
+                assert likelihoods == pytest.approx(each.scores, abs=2e-4)
+
+
+def test_a_random_twin_has_the_norms_and_ranks_of_its_expert(program, llama_pool):
+    expert = llama_pool.experts[1]
+    twin, again = (program.random_twin(expert, seed) for seed in (0, 0))
+    other = program.random_twin(expert, 1)
+    assert twin.gates is expert.gates
+    for site, lora in expert.lora.items():
+        new = twin.lora[site]
+        assert (new.A.shape, new.B.shape, new.scale) == (lora.A.shape, lora.B.shape, lora.scale)
+        torch.testing.assert_close((new.B @ new.A).norm(), (lora.B @ lora.A).float().norm())
+        assert torch.equal(new.A, again.lora[site].A)
+        assert not torch.equal(new.A, other.lora[site].A)
+        assert not torch.allclose(new.B @ new.A, (lora.B @ lora.A).float(), atol=1e-3)
+    assert Pool((twin,)).names == ("e1",)

@@ -460,6 +460,8 @@ ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
 # A saved model has its routing already; only where its embedder is may be told anew.
 POOL_SETTINGS = ROUTING_SETTINGS - {"embedder"}
 
+MODEL_TYPE = "phatgoose"  # in the config.json of a saved routed model, as transformers has it
+
 
 # The limits of a server.
 

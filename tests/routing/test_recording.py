@@ -89,7 +89,7 @@ def test_by_token_is_the_mean_over_sites(llama, llama_pool):
 
 
 def test_the_summary_is_the_mean_over_a_rows_real_tokens(llama, llama_pool):
-    model, ids = compose(llama_pool, llama), make_ids(rows=2)
+    model, ids = compose(llama_pool, llama, router="phatgoose"), make_ids(rows=2)
     alone = recorded(model, ids[1:, 2:])
     mask = torch.ones_like(ids)
     mask[1, :2] = 0

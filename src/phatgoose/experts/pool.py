@@ -47,13 +47,19 @@ class Pool(Mapping[str, Expert]):
     def open(cls, source: Pool | Expert | str | Path | Sequence[Expert | str | Path]) -> Pool:
         """The pool in `source`, or `source` itself where it is a pool.
 
-        `source` is a folder of expert directories, one expert directory, a reference to either on
-        the Hub ("hub:owner/name@revision"), an expert that is loaded, a list of these, or a
-        manifest written by `write_manifest`, against whose hashes the experts are then checked. A
-        folder of PEFT adapters, or one adapter's, is read as `import_adapter` would import it; an
-        adapter that can't be routed is a warning, and an error only where none can.
-        Every expert is read and fully checked once. Raises PoolError when there is no expert, two
-        share a name, or bases differ; ExpertError for a bad expert.
+        Every expert is read and fully checked once.
+
+        Args:
+            source: A folder of expert directories, one expert directory, a reference to either on
+                the Hub ("hub:owner/name@revision"), an expert that is loaded, a list of these, or a
+                manifest written by `write_manifest`, against whose hashes the experts are then
+                checked. A folder of PEFT adapters, or one adapter's, is read as `import_adapter`
+                would import it; an adapter that can't be routed is a warning, and an error only
+                where none can.
+
+        Raises:
+            PoolError: There is no expert, two share a name, or bases differ.
+            ExpertError: An expert is damaged or unsupported.
         """
         if isinstance(source, Pool):
             return source

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -47,9 +47,6 @@ from .routers.router import (
 )
 from .saved.save import save_pretrained
 from .stacks import SiteStack, stack_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # of `typing` from Python 3.11 on
 
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 

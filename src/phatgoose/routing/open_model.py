@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,9 +26,6 @@ from .routers.router import Scores, check_routing, check_served, router_of
 from .saved.load import load
 from .saved.tensors import ROUTED_INFO, SavedModel, read_saved
 from .stacks import SiteStack, stack_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 CPU = torch.device("cpu")
 

@@ -102,20 +102,26 @@ def load_task(
 ) -> Task:
     """The task in `source`.
 
-    `source` is a `.jsonl`, `.json` (a list of rows, or JSON Lines), `.csv` or `.parquet` file,
-    `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read with the `datasets` library), or rows
-    in memory: dicts, a dict of columns, a `DataFrame`, a `Dataset`, or a dict of any of these by
-    split, such as a `DatasetDict`. Rows have the fields `input`, `target`, and optionally
-    `choices`, `references` and `split` (train, validation or test; train when absent). Instead of
-    the first two they may have `messages` (the last is the target, the others become a `Chat`),
-    `prompt` and `completion`, or `instruction`, `input` and `output`. Other splits of such a dict
-    are left out with a warning. With `template` ("input ||| target", jinja2, as in promptsource),
-    input and target are rendered from whatever fields a row has, and with `choices` ("yes ||| no",
-    jinja2) the choices are. `name` defaults to the file's stem.
+    Rows have the fields `input`, `target`, and optionally `choices`, `references` and `split`
+    (train, validation or test; train when absent). Instead of the first two they may have
+    `messages` (the last is the target, the others become a `Chat`), `prompt` and `completion`, or
+    `instruction`, `input` and `output`.
 
-    Raises TaskError, naming the line, for anything else, a row that is broken or lacks a field, a
-    text that holds half a character, an empty choice, a target that is not among the choices, a
-    name that is no UTF-8, or a source without examples.
+    Args:
+        source: A `.jsonl`, `.json` (a list of rows, or JSON Lines), `.csv` or `.parquet` file,
+            `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read with the `datasets` library),
+            or rows in memory: dicts, a dict of columns, a `DataFrame`, a `Dataset`, or a dict of
+            any of these by split, such as a `DatasetDict`. Splits of it that aren't among the three
+            are left out with a warning.
+        name: The task's name; None is the file's stem.
+        template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
+            a row has.
+        choices: "yes ||| no", jinja2: renders the choices.
+
+    Raises:
+        TaskError: Naming the line, for anything else, a row that is broken or lacks a field, a text
+            that holds half a character, an empty choice, a target that is not among the choices, a
+            name that is no UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     if not isinstance(name, str | None):

@@ -80,21 +80,32 @@ def train_expert(
 ) -> Expert:
     """A finished expert for `task`, written to `out`, with gates and statistics (paper section 3).
 
-    `peft` sets the kind and shape of the adapter; None is the paper's LoRA. Gates are trained after
-    it, or with `gate_training.joint` together with it, for its steps and at its learning rate
-    (paper Appendix A); the files are the same either way.
-    `base` is a loaded base or its name; a loaded one serves many tasks. `task` may be a file or
-    `hub:DATASET` too. Checkpoints are kept in `.<out's name>.work` beside `out`. `resume` continues
-    an interrupted run (and loads a finished expert, with a warning if that has other settings),
-    `restart` throws its work away; with neither, existing work is an error. `callbacks` are
-    transformers' TrainerCallbacks, called in the expert's training and in that of its gates.
-    If `accelerate launch` started several processes, all of them call this, share each batch, and
-    the first one writes.
-    With `training.acts_on` the expert acts from its prompts' end on; so do its gates, and its means
-    are measured there.
-    Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
-    ConfigError when resumed work had other settings, RoutingError when means are wanted and the
-    base pads inside, TaskError when the task can't be used.
+    Checkpoints are kept in `.<out's name>.work` beside `out`. If `accelerate launch` started
+    several processes, all of them call this, share each batch, and the first one writes.
+
+    Args:
+        base: A loaded base, which serves many tasks, or its name.
+        task: A task, a file, or `hub:DATASET`.
+        out: The folder to write.
+        peft: The kind and shape of the adapter: `Lora`, `IA3` or `Bottleneck`; None is `Lora()`.
+        training: Steps, rate and so on; None is `Training()`. With its `acts_on` the expert acts
+            from its prompts' end on; so do its gates, and its means are measured there.
+        gate_training: Gates are trained after the adapter, or if it is `joint` together with it,
+            for its steps and at its learning rate (paper Appendix A); the files are the same either
+            way. None is `GateTraining()`.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        name: The expert's name; None is that of `out`.
+        resume: Continue an interrupted run, or load a finished expert, with a warning if that has
+            other settings.
+        restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
+        callback: Called with the progress of training.
+        callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
+
+    Raises:
+        ExpertError: `out` exists, the name can't be an expert's, or training diverges.
+        ConfigError: Work to be resumed had other settings.
+        RoutingError: Means are wanted and the base pads inside.
+        TaskError: The task can't be used.
     """
     out, peft = Path(out), peft or Lora()
     kind_for(peft)  # refuses what is none
@@ -141,17 +152,31 @@ def train_gates(
 ) -> Expert:
     """The expert made of an existing adapter and gates trained for it on `task`.
 
-    Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
-    the rest `training` (paper section 3). Which tokens it acts on follows the adapter, not
-    `training`. The expert is written to `out`, named `name` or after it.
-    `adapter` is a PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
-    imported one), whose records are kept: the settings of `training` are not recorded as its own,
-    but as the gates' (docs/format.md). `resume` continues an interrupted run (and loads a finished
-    expert), `restart` throws its work away. Raises ExpertError when the adapter can't be used or
-    doesn't fit the base, `out` exists or training diverges; WrongBaseError when it records another
-    base; ConfigError when resumed work had other settings or joint training is asked for;
-    RoutingError when means are wanted and the base pads inside; TaskError when the task can't be
-    used.
+    Everything but the gates is frozen (paper section 3). Which tokens the expert acts on follows
+    the adapter, not `training`.
+
+    Args:
+        base: A loaded base or its name.
+        adapter: A PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
+            imported one), whose records are kept: the settings of `training` are not recorded as
+            its own, but as the gates' (docs/format.md).
+        task: The data it was trained on: a task, a file, or `hub:DATASET`.
+        out: The folder to write.
+        training: All that `gate_training` doesn't say; None is `Training()`.
+        gate_training: Steps, learning rate and statistics; None is `GateTraining()`.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        name: The expert's name; None is that of `out`.
+        resume: Continue an interrupted run, or load a finished expert.
+        restart: Throw away the work of an earlier run.
+        callbacks: transformers' TrainerCallbacks.
+
+    Raises:
+        ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, or training
+            diverges.
+        WrongBaseError: The adapter records another base.
+        ConfigError: Work to be resumed had other settings, or joint training is asked for.
+        RoutingError: Means are wanted and the base pads inside.
+        TaskError: The task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
     if gate_training is not None and gate_training.joint:

@@ -51,7 +51,7 @@ def without_room(monkeypatch, room):
 def test_choices_are_scored_as_without(architecture):
     base = make_tiny(architecture)
     pool = ending(Pool(tuple(random_expert(base, seed) for seed in range(3))))
-    routed = compose(pool, copy.deepcopy(base))
+    routed = compose(pool, copy.deepcopy(base), router="phatgoose")
     rows = [(prompt, CHOICES[i % 3]) for i, prompt in enumerate(PROMPTS)]
     shared = SharedPrompts(tails=True)
     for model in (base, routed, base, routed):
@@ -72,7 +72,7 @@ def test_answers_are_generated_as_without(base, pool):
     chosen = EvaluationSet.of(task, ScoringSettings(max_new_tokens=5))
     questions = chosen.questions(Encoder.of(base))
     plain = copy.deepcopy(base.model)
-    routed = compose(ending(pool), base)
+    routed = compose(ending(pool), base, router="phatgoose")
     shared = SharedPrompts(tails=True)
     for model in (plain, routed, plain, routed):
         wanted, found = score(model, chosen, questions), score(model, chosen, questions, shared)
@@ -83,7 +83,7 @@ def test_answers_are_generated_as_without(base, pool):
 @pytest.mark.parametrize("ends", [(None, *ENDS[1:]), (None,) * 3])
 def test_ordinary_experts_go_their_own_way(llama, llama_pool, ends):
     shared = SharedPrompts(tails=True)
-    assert not shared.serve(compose(ending(llama_pool, ends), llama))
+    assert not shared.serve(compose(ending(llama_pool, ends), llama, router="phatgoose"))
 
 
 def answers_and_sites(comparison) -> dict[str, object]:
@@ -104,7 +104,7 @@ METHODS = ["base", "phatgoose", "discriminant", "joint-discriminant", "merged", 
 
 
 @pytest.mark.usefixtures("toy_embedder")
-@pytest.mark.parametrize("routing", [Routing(), Routing(k=2)])
+@pytest.mark.parametrize("routing", [Routing(router="phatgoose"), Routing(k=2, router="phatgoose")])
 def test_a_comparison_reads_each_prompt_once(at_ends, tmp_path, monkeypatch, routing):
     with monkeypatch.context() as patch:
         patch.setattr(SharedPrompts, "serve", lambda *_: False)

@@ -64,7 +64,7 @@ def test_a_loaded_model_is_the_saved_one_without_the_experts_files(
         (lambda place, _: place.write_text(""), "it is a file"),
         (lambda place, e: copytree(e.directory, place), r"it is one expert. Route it with compose"),
         (lambda place, e: copytree(e.directory, place / "e0"), "it is a pool of experts"),
-        (lambda place, e: copytree(adapter_of(e), place), "it is a PEFT adapter. Make an expert"),
+        (lambda place, e: copytree(adapter_of(e), place), "it is a PEFT adapter. Route it"),
         (lambda place, e: copytree(adapter_of(e), place / "e0"), "it is a folder of PEFT adapters"),
         (lambda place, e: copytree(e.info.base.id, place), "it is a plain model"),
     ],

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 
+from ...config import MODEL_TYPE
+from ...errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-MODEL_TYPE = "phatgoose"  # in config.json
 WHERE = ("cache_dir", "local_files_only", "revision", "token")  # of a repository on the Hub
 # What the auto classes hand on beside what they were given, and `load` has no use for.
 HANDED_ON = {"adapter_kwargs", "code_revision", "trust_remote_code", "use_safetensors", *WHERE}
@@ -50,7 +52,6 @@ class RoutedModel:
         # Loads torch, which registering needn't.
         from huggingface_hub import snapshot_download
 
-        from ...errors import ConfigError
         from .load import load
 
         if others := sorted(n for n in given if n not in HANDED_ON and not n.startswith("_")):

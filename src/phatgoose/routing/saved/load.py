@@ -94,10 +94,7 @@ def _found_at(place: Path) -> str:
     if (place / LAYOUT.info).is_file():
         return f"it is one expert. Route it with compose({named!r})."
     if (place / ADAPTER_CONFIG).is_file():
-        return (
-            f"it is a PEFT adapter. Make an expert of it with 'phatgoose import {place} --out "
-            f"pool/NAME', then compose('pool')."
-        )
+        return f"it is a PEFT adapter. Route it with compose({named!r})."
     if is_ours(place / CONFIG):
         return "saving one broke off before its end. Save it again."
     if (place / CONFIG).is_file():
@@ -106,7 +103,7 @@ def _found_at(place: Path) -> str:
     if any((each / LAYOUT.info).is_file() for each in inside):
         return f"it is a pool of experts. Route it with compose({named!r})."
     if any((each / ADAPTER_CONFIG).is_file() for each in inside):
-        return "it is a folder of PEFT adapters. Import each with 'phatgoose import'."
+        return f"it is a folder of PEFT adapters. Route them with compose({named!r})."
     return "it is an empty folder." if not any(place.iterdir()) else f"it has no {ROUTED_INFO}."
 
 

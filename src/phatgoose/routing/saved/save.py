@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from ...base.fingerprint import changed_since, surely_differs
 from ...base.loading import is_hub_id
+from ...config import MODEL_TYPE
 from ...errors import RoutingError
 from ...experts.hub import HubReference
 from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
 from ...files.strict import one_line, read_json_object, reason, sha256_of
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .auto import MODEL_TYPE
 from .tensors import ROUTED_INFO, ROUTED_WEIGHTS, removed_in, routing_record, version_of
 
 FORMAT_VERSION = 1

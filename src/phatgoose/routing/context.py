@@ -183,6 +183,16 @@ class RoutingContext:
             )
         return found.mask.to(columns.device)[:, columns]
 
+    def places(self, columns: tuple[int, ...]) -> Tensor | None:
+        """The tokens of the present pass on which an expert of these columns of `Activity` acts.
+
+        None where that is many of them, or outside of a pass.
+        """
+        found = self._present.activity
+        if found is None or any(found.whole[column] for column in columns):
+            return None
+        return found.places(columns)
+
     def acts(self, columns: Sequence[int]) -> bool:
         """False where no expert of these columns of `Activity` acts in the present pass."""
         found = self._present.activity

@@ -115,6 +115,15 @@ _OURS = (
         config=configs.Spectr,
     ),
     RouterSpec(
+        "seqr",
+        "SEQR",
+        "the k experts whose updates of the token are longest, by what neutral text has of them",
+        ".seqr.Seqr",
+        needs=("lora",),
+        k=1,
+        grows=False,
+    ),
+    RouterSpec(
         "merged",
         "Merged Experts",
         "the mean of all experts' updates",

@@ -119,7 +119,7 @@ def replay(
     for each in scoring.read_marks(marks):
         chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
         found += scoring.replay(each, chosen)
-    show(*map(replay_table, found))
+    show(*map(replay_table, found), width=120)
     if json:
         content = json_format.dumps([asdict(each) for each in found], indent=2)
         write_text(json, content + "\n", EvaluationError)

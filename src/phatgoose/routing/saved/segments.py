@@ -225,8 +225,8 @@ def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
     content["format_version"] = version_of(content["experts"], 2)
     # Read back as a stranger's first: what doesn't hold together is never described.
     found = described_by(content, folder)
+    write_card(folder, content)  # before the description, so that what fails here changes nothing
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
-    write_card(folder, content)
     return found
 
 

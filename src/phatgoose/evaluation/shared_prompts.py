@@ -125,7 +125,7 @@ class SharedPrompts:
         if self.wants_states:
             remember_states(self.states, rows, states)
         (cache,) = caches
-        cache.batch_select_indices(torch.tensor(order, device=model.device).argsort())
+        cache.batch_select_indices(torch.tensor(order).argsort())
         size = _size(cache)
         if self._bytes + size <= MOST_BYTES:
             self._held[key] = cache

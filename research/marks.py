@@ -144,9 +144,15 @@ def models_of(
     for router in routed:
         made_of = [expert.info.adapter_sha256 for expert in pool.experts]
         yield f"routed/{router}", made_of, pool, router
-    for expert in pool.experts if seed is not None else ():
+    if seed is None:
+        return
+    twins = Pool(tuple(random_twin(expert, seed) for expert in pool.experts))
+    for expert, twin in zip(pool.experts, twins.experts, strict=True):
         made_of = [expert.info.adapter_sha256, seed]
-        yield f"random/{expert.name}", made_of, Pool((random_twin(expert, seed or 0),)), "single"
+        yield f"random/{expert.name}", made_of, Pool((twin,)), "single"
+    for router in routed:
+        made_of = [*(expert.info.adapter_sha256 for expert in pool.experts), seed]
+        yield f"routed/{router}, random LoRAs", made_of, twins, router
 
 
 def random_twin(expert: Expert, seed: int) -> Expert:
@@ -341,7 +347,15 @@ def write(path: Path, about: Mapping[str, str], columns: Columns) -> None:
     arrays = {name: _array(name, values) for name, values in columns.items()}
     table = pa.table(arrays).replace_schema_metadata(about)
     unfinished = path.with_suffix(".unfinished")
-    pq.write_table(table, unfinished, compression="zstd", compression_level=19)
+    halves = [name for name in arrays if name.startswith(("embedding", "choice/", "likelihoods/"))]
+    pq.write_table(
+        table,
+        unfinished,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=[name for name in arrays if name not in halves],
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in halves},
+    )
     unfinished.replace(path)
 
 

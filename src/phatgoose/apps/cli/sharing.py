@@ -61,7 +61,7 @@ def import_command(
 
     inside = [(each, adapters_in(Path(each))) for each in source]
     is_one = len(inside) == 1 and inside[0][1] in ([], [Path(source[0])])
-    source = [place for each, found in inside for place in [*map(str, found)] or [each]]
+    source = [name for each, found in inside for name in list(map(str, found)) or [each]]
     how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
     how |= {"allow_loss": allow_loss, "fingerprint": fingerprint}
     made: list[Expert] = []

@@ -181,7 +181,7 @@ def test_train_makes_complete_experts_with_the_settings_given(workshop):
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
     assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
     names = sorted(path.name for path in (workshop / "experts").iterdir())
-    assert names == ["counting", "reviews"]
+    assert names == ["counting", "counting.yaml", "reviews", "reviews.yaml"]
 
 
 def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
@@ -215,7 +215,9 @@ def test_train_with_resume_keeps_what_is_finished(here, phat):
     same = phat("train", "reviews.jsonl", "counting.jsonl", *options)
     assert (same.code, same.err.count("warning")) == (0, 0)
     other = phat("train", "reviews.jsonl", *options, "--rank", 3)
-    told = "experts/reviews is kept as it is, with other settings: rank 2, not 3; alpha 4.0, not 6.0."
+    told = (
+        "experts/reviews is kept as it is, with other settings: rank 2, not 3; alpha 4.0, not 6.0."
+    )
     assert told in " ".join(other.err.split())
     assert snapshot(here / "experts") == before
 

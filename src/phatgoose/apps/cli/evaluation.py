@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +11,10 @@ from rich.table import Table
 
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
-from ...files.atomic import require_writable, write_text
+from ...files.atomic import require_writable
 from ...files.strict import half_character, shortened
 from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
-from ..console import say, show
+from ..console import report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -187,8 +186,12 @@ def routers(
     name: Annotated[
         str | None, typer.Argument(help="Describe this router and its settings; default: list all.")
     ] = None,
+    json: options.JsonOption = None,
 ) -> None:
     """List the routers, or describe one with its settings."""
+    chosen = ROUTERS.values() if name is None else [spec_of(name)]
+    if report(json, [_described(spec) for spec in chosen], "routers", ConfigError):
+        return
     if name is None:
         show(_routers_table())
         say("settings of one: phatgoose routers NAME; choose with --router NAME:SETTING=VALUE,…")
@@ -202,6 +205,12 @@ def routers(
     for setting in settings_of(spec.config):
         default = "none" if setting.default is None else written(setting.default)
         say(f"{setting.name}: {setting.help} (default: {default})")
+
+
+def _described(spec: RouterSpec) -> dict[str, object]:
+    settings = {each.name: each.default for each in settings_of(spec.config)}
+    told = {"name": spec.name, "summary": spec.summary, "needs": list(spec.needs)}
+    return {**told, "k": spec.k, "per_input": spec.per_input, "settings": settings}
 
 
 def _routers_table() -> Table:
@@ -226,7 +235,7 @@ def explain(
     layer: Annotated[str | None, "Look at one layer: 7, or 'encoder 7'. Default: all."] = None,
     kind: Annotated[str | None, "Look at one kind of site, such as q_proj. Default: all."] = None,
     table: Annotated[bool, "List every token with its experts' weights."] = False,
-    json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
+    json: options.JsonOption = None,
     opening: options.ModelOptions,
     max_new_tokens: Annotated[
         int | None, "Maximum tokens of the model's own answer; default: 16.", {"min": 1}
@@ -245,7 +254,7 @@ def explain(
         raise ConfigError(
             "--max-new-tokens is for the model's own answer; leave it out with --answer."
         )
-    if json:
+    if json and str(json) != "-":
         require_writable(json, EvaluationError)
     opened = opening.open(model, routing, given)
     explanation = run(
@@ -258,9 +267,5 @@ def explain(
         layer=layer,
         kind=kind,
     )
-    if json:  # before the rest, whose reader may have gone away
-        content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
-        write_text(json, content, EvaluationError)
-    show(*explanation.coloured(), *(explanation.table() if table else ()))
-    if json:
-        say(f"weights and trace -> {json}")
+    if not report(json, explanation.to_dict(), "weights and trace", EvaluationError):
+        show(*explanation.coloured(), *(explanation.table() if table else ()))

@@ -243,7 +243,7 @@ def check(
 
     Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
     """
-    from ...experts.expert import Expert, check_expert
+    from ...experts.expert import LAYOUT, Expert, check_expert
     from ...experts.signing import check_signature
 
     for directory in directories if require_signer else ():
@@ -252,6 +252,8 @@ def check(
     listed = {str(directory): found for directory, found in problems.items()}
     alone = report(json, {"problems": listed}, "problems", ExpertError)
     for directory, found in problems.items():
+        if found and not (directory / LAYOUT.info).is_file():
+            raise ExpertError(found[0])  # not an expert at all
         if not found and not alone:
             say(f"ok  {directory}: {_contents(Expert.load(directory))}")
     wrong = [problem for found in problems.values() for problem in found]

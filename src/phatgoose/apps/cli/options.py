@@ -212,7 +212,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
-        set_voice(*(arguments.pop(each.name) for each in voice) if voice else (False, False, None))
+        quiet, verbose, level = (arguments.pop(name, None) for name in VOICE)
+        set_voice(bool(quiet), bool(verbose), level)
         command(**parts.filled(arguments))
 
     shown += voice

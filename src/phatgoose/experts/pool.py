@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.fingerprint import BaseReference, same_base
+from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files.atomic import being_replaced, bring_back, is_stream, write_text
 from ..files.strict import one_line, read_json_object, reason, sha256_of, shortened
@@ -170,6 +171,7 @@ class Pool(Mapping[str, Expert]):
             else f"{expert.name} (in {expert.directory})"
             for expert in self.experts
         ]
+        hint = hint or closest(name, self.names)
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
     def release(self) -> None:

@@ -187,18 +187,18 @@ class RoutedLinear(RoutedLayer):
         """What the experts make of y where few tokens have any that act; None where many have."""
         context, tokens = self.context, u.reshape(-1, u.shape[-1])
         places = None if context is None else context.places(self.columns)
-        active = None if places is None else self._active(len(tokens))
-        if places is None or active is None or watches_over(self, self.site):
+        if context is None or places is None or watches_over(self, self.site):
             return None
-        some, acts = tokens[places], active[places]
+        by_token, some = self.router.by_token, tokens[places]
         # Not one token more: gates of many experts cost as much as the rest of the layer.
-        if not self.router.by_token:
+        active = context.active(self.activity_columns, len(tokens), places if by_token else None)
+        if active is None:
+            return None
+        if by_token:
+            decision = self.router(some) if active.all() else self.router.among(some, active)
+        else:
             decision = self.router.among(tokens, active)
             decision = RoutingDecision(decision.experts[places], decision.weights[places])
-        elif acts.all():
-            decision = self.router(some)
-        else:
-            decision = self.router.among(some, acts)
         delta = self._product(
             some.to(self.A.dtype), decision.experts, decision.weights, self.A, self.B
         )

@@ -91,7 +91,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/lowest.txt: $(BIN)/python pyproject.toml .ci/lowest_versions.py
-	$(PIP) install -q "tomli; python_version < '3.11'"
 	$(BIN)/python .ci/lowest_versions.py > $@
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 EXTRAS = {"dev", "docs", "test"}

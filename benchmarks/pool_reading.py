@@ -35,12 +35,16 @@ def measure_reading(bench: Bench) -> Iterator[Finding]:
     base = twin(bench.base)
 
     def compose() -> None:
-        pg.detach(pg.compose(pg.Pool.open(folders), base, k=sizes.k))
+        pg.detach(pg.compose(pg.Pool.open(folders), base, k=sizes.k, router="phatgoose"))
 
     def load() -> None:
         pg.detach(pg.load(packed, base))
 
-    pg.save(model := pg.compose(pg.Pool.open(folders), base, k=sizes.k), packed, overwrite=True)
+    pg.save(
+        model := pg.compose(pg.Pool.open(folders), base, k=sizes.k, router="phatgoose"),
+        packed,
+        overwrite=True,
+    )
     stacked = _stacked_bytes(model)
     pg.detach(model)
     files = [folder / name for folder in folders for name in (ADAPTER_WEIGHTS, LAYOUT.vectors)]
@@ -104,7 +108,7 @@ def _stacked_bytes(model: PreTrainedModel) -> int:
 def _composing(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
     bench = Bench(sizes, pools)
     base, folders = bench.base, bench.experts(sizes.pools[-1])
-    return lambda: pg.compose(pg.Pool.open(folders), base, k=sizes.k)
+    return lambda: pg.compose(pg.Pool.open(folders), base, k=sizes.k, router="phatgoose")
 
 
 def _loading(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:

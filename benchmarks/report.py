@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ HEAD = ("what", "target", "measured", "floor", "")
 def circumstances() -> dict[str, Any]:
     """The machine, the commit and the libraries that numbers belong to."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_of(PROJECT) or "unknown",
         "cpu": chip_of(torch.device("cpu")),
         "cores": os.cpu_count(),

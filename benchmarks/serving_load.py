@@ -101,7 +101,7 @@ def measure(
     place: str, clients: int, requests: int, alone: int, tokens: int, threads: int | None
 ) -> dict[str, Any]:
     """All results, ready for JSON."""
-    with server([f"pool={place}"], threads) as (address, pid):
+    with server([f"pool={place}?router=phatgoose"], threads) as (address, pid):
         asyncio.run(load(address, "pool", range(requests, requests + 2), 1, tokens))  # warm
         single = asyncio.run(load(address, "pool", range(alone), 1, tokens))
         memory = Memory(pid)

@@ -393,7 +393,7 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        places = [f"pool={place}"]
+        places = [f"pool={place}?router=phatgoose"]
         for name, template in TEMPLATES.items():
             places.append(f"{name}={tiny_base(Path(folder) / name, template)}")
         with server(places, None, KEYS, log, FILES) as (address, pid):

@@ -84,7 +84,7 @@ def pool_in(folder: Path, base: Base) -> Pool:
 @contextmanager
 def activation(folder: Path, base: Base) -> Iterator[Journey]:
     """An activation through `RoutedLinear.forward`."""
-    model = compose(pool_in(folder, base), base)
+    model = compose(pool_in(folder, base), base, router="phatgoose")
     layer = next(iter(model.phatgoose.layers.values()))
     u = torch.randn(3, layer.in_features)
     yield lambda: layer(u)
@@ -96,7 +96,7 @@ def composing(folder: Path, base: Base) -> Iterator[Journey]:
     pool_in(folder, base)
 
     def journey() -> None:
-        compose(folder / "experts", base)
+        compose(folder / "experts", base, router="phatgoose")
 
     journey()
     detach(base.model)

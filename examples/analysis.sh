@@ -11,5 +11,5 @@ phatgoose=${PHATGOOSE:-phatgoose}
 suite=recipes/suites/analysis-five.toml
 
 $phatgoose compare "$experts" --suites $suite --methods oracle --limit 50 --out "$out/comparison"
-$phatgoose analyse "$experts" --suite $suite --limit 50 --against arrow,average-activation \
+$phatgoose analyse "$experts" --suite $suite --limit 50 --router phatgoose --against arrow,average-activation \
   --scores "$out/comparison/comparison.json" --out "$out"

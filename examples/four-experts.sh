@@ -16,10 +16,10 @@ score() { # LABEL MODEL [FLAGS]
 }
 
 phatgoose train --recipe recipes/smollm2-four-experts.toml --out "$out/experts" --resume
-[ -d "$out/routed" ] || phatgoose compose "$out/experts" --out "$out/routed"
+[ -d "$out/routed" ] || phatgoose compose "$out/experts" --router phatgoose --out "$out/routed"
 score base smollm2
 for expert in commonsense_qa social_i_qa ag_news paws; do
-    score "$expert" "$out/experts" --keep "$expert" --k 1
+    score "$expert" "$out/experts" --keep "$expert" --router phatgoose --k 1
 done
 score merged "$out/experts" --router merged
 score average-activation "$out/experts" --router average-activation

@@ -9,6 +9,10 @@ task's name, is held out. Writes
                               by, in the other wordings
     OUT/own-new/TASK.jsonl    the other half of the validation rows, in the held-out wording
     OUT/own-known/TASK.jsonl  the same rows in the wordings of training
+    OUT/first/, OUT/last/     own-new with the instruction before what it is about, and after it:
+                              the lines that all rows of a task share, moved; tasks without such
+                              lines are left out
+    OUT/*.toml                each of these four folders as a suite, with the tasks' metrics
     OUT/eval/TASK.jsonl       evaluation tasks: wordings that share no instruction with training,
                               and BIG-bench as it is
 
@@ -56,7 +60,12 @@ def main() -> None:
         _write(given.out / "train" / f"{task.name}.jsonl", [*training.values(), *choosing.values()])
         _write(given.out / "own-new" / f"{task.name}.jsonl", [new[i] for i in own])
         _write(given.out / "own-known" / f"{task.name}.jsonl", [known[i] for i in own])
+        for place, moved in ordered([new[i] for i in own]).items():
+            _write(given.out / place / f"{task.name}.jsonl", moved)
         print(f"{task.name:24} {held:8}  {len(training):5}  {len(choosing):9}  {len(own)}")
+    metrics = {each["name"]: each["metric"] for each in _tasks(given.wordings.parent)}
+    for folder in ("own-new", "own-known", "first", "last"):
+        _write_suite(given.out, folder, metrics)
     for path in sorted((given.wordings.parent / "eval").glob("bb*.jsonl")):
         shutil.copy(path, given.out / "eval")
 
@@ -65,6 +74,41 @@ def held_out(task: Any) -> int:
     """The wording of a task that no expert is trained on."""
     usable = range(task.drop, len(task.wordings))
     return usable[_number(f"held out|{task.name}") % len(usable)]
+
+
+def ordered(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows with the lines that all of them share first, and last; {} if no line is shared.
+
+    A cue such as "Answer:" is no instruction, so an instruction has four words or more.
+    """
+    lines = [row["input"].split("\n") for row in rows]
+    shared = set.intersection(*map(set, lines)) if lines else set()
+    if not any(len(line.split()) > 3 for line in shared):
+        return {}
+    found: dict[str, list[Row]] = {"first": [], "last": []}
+    for row, own in zip(rows, lines, strict=True):
+        instruction = "\n".join(line for line in own if line and line in shared)
+        content = "\n".join(line for line in own if line and line not in shared)
+        found["first"].append({**row, "input": f"{instruction}\n{content}"})
+        found["last"].append({**row, "input": f"{content}\n{instruction}"})
+    return found
+
+
+def _write_suite(out: Path, folder: str, metrics: dict[str, str]) -> None:
+    """Write OUT/FOLDER.toml: the folder's tasks, those that are written with their metric."""
+    names = {"rouge-L": "rouge-l", "exact match": "exact-match"}
+    lines = []
+    for path in sorted((out / folder).glob("*.jsonl")):
+        metric = names.get(metrics[path.stem])
+        scored = f', metrics = ["{metric}"]' if metric else ""
+        lines.append(f'  {{ file = "{folder}/{path.name}"{scored} }},\n')
+    text = f'name = "{folder}"\ntasks = [\n{"".join(lines)}]\n'
+    (out / f"{folder}.toml").write_text(text, encoding="utf-8")
+
+
+def _tasks(place: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((place / "tasks.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _render(library: ModuleType, task: Any, max_words: int, wordings: list[int]) -> dict[int, Row]:

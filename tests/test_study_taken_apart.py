@@ -36,15 +36,15 @@ def test_everywhere_is_the_expert_alone(llama, llama_pool, replace_choices):
     wanted = logits_of(alone, IDS)
     detach(alone)
     for row in ("all", "prompt"):  # a pass of several tokens reads a prompt
-        got, _ = replaced(compose(llama_pool, llama), replace_choices, row)
+        got, _ = replaced(compose(llama_pool, llama, router="phatgoose"), replace_choices, row)
         assert_same_logits(got, wanted)
 
 
 def test_nothing_of_an_answer_is_in_a_pass_of_prompts(llama, llama_pool, replace_choices):
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     wanted = logits_of(model, IDS)
     detach(model)
-    got, _ = replaced(compose(llama_pool, llama), replace_choices, "answer")
+    got, _ = replaced(compose(llama_pool, llama, router="phatgoose"), replace_choices, "answer")
     assert_same_logits(got, wanted)
 
 
@@ -55,7 +55,7 @@ def weights_of_expert_2(recording):
 
 @pytest.mark.parametrize(("row", "places"), [("before", slice(0, 5)), ("end", slice(5, 6))])
 def test_a_part_of_the_prompt_is_replaced(llama, llama_pool, replace_choices, row, places):
-    _, recording = replaced(compose(llama_pool, llama), replace_choices, row)
+    _, recording = replaced(compose(llama_pool, llama, router="phatgoose"), replace_choices, row)
     weights = weights_of_expert_2(recording)
     assert (weights[..., places] == 1).all()
     others = torch.ones(6, dtype=torch.bool)
@@ -65,6 +65,6 @@ def test_a_part_of_the_prompt_is_replaced(llama, llama_pool, replace_choices, ro
 
 @pytest.mark.parametrize(("row", "share"), [("quarter", 4), ("half", 2)])
 def test_a_share_of_the_sites_is_replaced(llama, llama_pool, replace_choices, row, share):
-    _, recording = replaced(compose(llama_pool, llama), replace_choices, row)
+    _, recording = replaced(compose(llama_pool, llama, router="phatgoose"), replace_choices, row)
     alone = (weights_of_expert_2(recording) == 1).flatten(1).all(dim=1)
     assert alone.sum() == len(alone) // share

@@ -1,12 +1,23 @@
-"""For mkdocs: links to files of the repository that are no pages become their names."""
+"""For mkdocs: links to files that are no pages become their names; addresses of pyproject.toml."""
 
 from __future__ import annotations
 
 import posixpath
 import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>\.\./[^)\s]+)\)")
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def on_config(config: Any) -> None:
+    """Called by mkdocs. Nothing is linked while the repository has no owner."""
+    urls = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["urls"]
+    if "OWNER" not in urls["Repository"]:
+        config.repo_url, config.site_url = urls["Repository"], urls["Documentation"]
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

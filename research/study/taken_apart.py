@@ -12,7 +12,10 @@ of PHATGOOSE over the pool, and of PHATGOOSE whose choices are replaced by the t
     quarter   for all tokens, at a quarter of the sites, drawn by the task's name
     half      for all tokens, at half of the sites
     all       everywhere: the expert alone
+    wrong     for all tokens of the prompt, by another task's expert, drawn by the task's name
 
+For `prompt` and `wrong` a line also counts the answer's decisions (tokens times sites): those that
+PHATGOOSE gives first to the task's own expert, those to the one that has read the prompt, and all.
 Lines that are there are not computed again; means are told at the end.
 """
 
@@ -21,7 +24,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +38,12 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from phatgoose.base.loading import load_base
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.router import RoutingDecision, SiteRouter
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources
@@ -50,16 +55,23 @@ Where = Callable[
 
 
 class PartlyRight(SiteRouter):
-    """A site's router whose decisions are replaced by one expert, `where` that says so."""
+    """A site's router whose decisions are replaced by one expert, `where` that says so.
 
-    def __init__(self, inner: SiteRouter, right: int, shape: list[int], where: Where) -> None:
+    `first` counts the experts that are first in the decisions that stay.
+    """
+
+    def __init__(
+        self, inner: SiteRouter, right: int, shape: list[int], where: Where, first: Counter[int]
+    ) -> None:
         super().__init__()
         self.inner, self.right, self.shape, self.where = inner, right, shape, where
+        self.first = first
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]."""
         decision = self.inner(u)
         replaced = self.where(*self.shape).flatten()[:, None]
+        self.first.update(decision.experts[~replaced[:, 0], 0].tolist())
         first = torch.arange(decision.experts.shape[-1]) == 0
         alone = torch.full_like(decision.experts, self.right)
         return RoutingDecision(
@@ -99,17 +111,22 @@ PARTS: dict[str, Where] = {
     "answer": in_answer,
     "end": from_end,
 }
-ROWS = ("phatgoose", *PARTS, *SHARES, "all")
+ROWS = ("phatgoose", *PARTS, *SHARES, "all", "wrong")
+READ = ("prompt", "wrong")  # rows in which one expert reads the prompt and PHATGOOSE answers
 
 
-def replace_choices(model: PreTrainedModel, expert: int, row: str, seed: str) -> RemovableHandle:
+def replace_choices(
+    model: PreTrainedModel, expert: int, row: str, seed: str
+) -> tuple[RemovableHandle, Counter[int]]:
     """Replace the choices of a composed model as `row` says by the pool's expert of that index.
 
-    What comes back removes the hook that this puts on the model.
+    What comes back removes the hook that this puts on the model, and counts who is first in the
+    decisions that stay.
     """
     layers = composition_of(model).layers
     names = sorted(layers)
-    where = PARTS.get(row, everywhere)
+    where = in_prompt if row == "wrong" else PARTS.get(row, everywhere)
+    first: Counter[int] = Counter()
     if row in SHARES:
         names = random.Random(seed).sample(names, len(names) // SHARES[row])
     shape = [0, 0]
@@ -120,31 +137,39 @@ def replace_choices(model: PreTrainedModel, expert: int, row: str, seed: str) ->
     for name in names:
         layer: Any = layers[name]
         place = int((layer.experts == expert).nonzero().item())
-        layer.router = PartlyRight(layer.router, place, shape, where)
+        layer.router = PartlyRight(layer.router, place, shape, where, first)
         layer.one_call = False
     handle: RemovableHandle = model.register_forward_pre_hook(note_shape, with_kwargs=True)
-    return handle
+    return handle, first
+
+
+def another(names: Sequence[str], own: str) -> str:
+    """Another expert's name, drawn by the task's."""
+    return random.Random(own).choice([name for name in names if name != own])
 
 
 def main(suite: str, out: str, limit: str, *pools: str) -> None:
     """Score every task of the suite that an expert was trained on and that is written."""
     pool, path = Pool.open(pools), Path(out)
-    base = load_base("smollm2")
+    base = loaded_base(pool)
     entries = [entry for entry in open_suite(suite).entries if entry.name in pool.names]
     finished = read(path)
     for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):
         task = entry.read(Sources(None, None))
         if any(example.choices for example in task.evaluation_examples(1, 0)):
             continue
-        record: dict[str, Any] = {"task": task.name}
+        record: dict[str, Any] = {"task": task.name, "other": another(pool.names, task.name)}
+        own = pool.names.index(task.name)
         for row in ROWS:
-            model = compose(pool, base)
-            hook = None
+            model = compose(pool, base, router="phatgoose")
+            reader = pool.names.index(record["other"]) if row == "wrong" else own
             if row != "phatgoose":
-                hook = replace_choices(model, pool.names.index(task.name), row, task.name)
+                hook, first = replace_choices(model, reader, row, task.name)
             (score,) = evaluate(model, task, limit=int(limit), tokenizer=base.tokenizer).scores
-            if hook is not None:
+            if row != "phatgoose":
                 hook.remove()
+            if row in READ:
+                record[f"{row} first"] = [first[own], first[reader], first.total()]
             detach(model)
             record |= {"metric": score.metric, "n": score.n, row: round(score.score, 4)}
         with path.open("a", encoding="utf-8") as file:
@@ -165,6 +190,14 @@ def tell(records: list[dict[str, Any]]) -> None:
         more = interval_of((scores - usual)[drawn].mean(axis=1))
         gain = f"{(scores - usual).mean():+.1f} [{more.low:+.1f}, {more.high:+.1f}]"
         print(f"{row}: {scores.mean():.1f} over {len(records)} tasks, {gain}")
+    for row, (place, who) in product(READ, enumerate(("own", "reader's"))):
+        # An answer of one token is written by the prompt's last one: nothing is decided for it.
+        counts = np.array([r[f"{row} first"] for r in records if r[f"{row} first"][2]])
+        shares = 100 * counts[:, place] / counts[:, 2]
+        drawn = np.random.default_rng(0).integers(len(shares), size=(10_000, len(shares)))
+        within = interval_of(shares[drawn].mean(axis=1))
+        told = f"{shares.mean():.0f} % [{within.low:.0f}, {within.high:.0f}]"
+        print(f"{row}: the {who} expert is first in {told} of the answer's decisions")
 
 
 if __name__ == "__main__":

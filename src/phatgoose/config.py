@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, TypedDict, TypeVar, get_args, get_type_hints
 
 from .errors import ConfigError
 
@@ -44,9 +45,11 @@ class Settings:
 
     Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
     as a third part where not every value will do. `left` maps former settings to what to do now.
-    Numbers of other libraries (numpy's) become
-    Python's, and integers given for a float become floats.
+    `also` maps other names of settings, on the command line and in files, to ours. Numbers of other
+    libraries (numpy's) become Python's, and integers given for a float become floats.
     """
+
+    also: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         for setting in settings_of(type(self)):
@@ -66,6 +69,7 @@ class Setting:
     help: str
     default: Any
     limit: Limit | None = None
+    also: tuple[str, ...] = ()
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
@@ -77,8 +81,11 @@ def _read_off(config: type) -> tuple[Setting, ...]:
     hints = get_type_hints(config, include_extras=True)
     settings = []
     for item in dataclasses.fields(config):
-        annotated, help_text, *limit = get_args(hints[item.name])
-        settings.append(Setting(item.name, annotated, help_text, item.default, *limit))
+        annotated, help_text, *limits = get_args(hints[item.name])
+        limit: Limit | None = limits[0] if limits else None
+        others: Mapping[str, str] = getattr(config, "also", {})
+        also = tuple(name for name, ours in others.items() if ours == item.name)
+        settings.append(Setting(item.name, annotated, help_text, item.default, limit, also))
     return tuple(settings)
 
 
@@ -89,12 +96,18 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
     """
     known = [setting.name for setting in settings_of(config)]
     left: Mapping[str, str] = getattr(config, "left", {})
+    also: Mapping[str, str] = getattr(config, "also", {})
+    for key in values.keys() & also.keys():
+        if also[key] in values:
+            raise ConfigError(f"{where}: {key} is another name of {also[key]}; give one of them.")
+    values = {also.get(key, key): value for key, value in values.items()}
     for key in values:
         if key in left:
             raise ConfigError(f"{where}: {left[key]}.")
         if key not in known:
             named = ", ".join(known) or "none"
-            raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.")
+            hint = closest(key, [*known, *also])
+            raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.{hint}")
     try:
         return config(**values)
     except ConfigError as error:
@@ -125,11 +138,18 @@ def given_or_default(kind: type[Config], given: Config | None, name: str) -> Con
     return given
 
 
+def closest(name: object, known: Iterable[str | None]) -> str:
+    """A question such as " Did you mean 'arrow'?", if one of `known` is like `name`; else ""."""
+    found = difflib.get_close_matches(str(name), [each for each in known if each], n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
     """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
         names = ", ".join(name for name in known if name is not None)
-        raise ConfigError(f"{name} is {got!r:.80}, but must be one of {names}.")
+        hint = closest(got, known)
+        raise ConfigError(f"{name} is {got!r:.80}, but must be one of {names}.{hint}")
 
 
 def _typed(setting: Setting, value: Any) -> Any:
@@ -170,6 +190,7 @@ INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and 
 class Peft(Settings):
     """The shape of a new expert: the base of each kind's settings, frozen dataclasses."""
 
+    also: ClassVar[Mapping[str, str]] = {"target_modules": "sites"}
     sites: str | None
 
 
@@ -178,9 +199,24 @@ class Lora(Peft):
     """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (paper section 3)."""
 
     rank: Annotated[int, "Rank r of each LoRA module.", AT_LEAST_1] = 16
-    alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank.", POSITIVE] = 1.0
+    alpha: Annotated[
+        float | None,
+        "LoRA alpha; the update is scaled by alpha / rank (paper: 1). Default: twice the rank.",
+        POSITIVE,
+    ] = None
     init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
+    lora_dropout: Annotated[
+        float,
+        "Share of a LoRA's inputs that training sets to zero.",
+        Limit("from 0 to below 1", lambda value: 0 <= value < 1),
+    ] = 0.0
+    rslora: Annotated[bool, "Scale the update by alpha / √rank instead (rsLoRA)."] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
 
 
 @dataclass(frozen=True)
@@ -216,11 +252,17 @@ class Bottleneck(Peft):
 
 # How experts and gates are trained, and how examples become tokens.
 
-TASK_FILES = (".csv", ".jsonl")
+FOUR_BITS = "4bit"  # a base's dtype by name: NF4 weights of bitsandbytes, computed with as "auto"
+TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
 TRUNCATIONS = ("middle", "left", "right")
 GATE_INPUTS = ("raw", "standardised")
 EMBEDDING_FORMS = ("prompt", "paper")
 ACTS_ON = ("all", "answer", "generation-prompt")
+SCHEDULES = (
+    *("constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts"),
+    *("polynomial", "inverse_sqrt"),
+)
+GATE_RATE = 5e-3  # the paper's: gates begin at zero, and have few steps
 
 
 def is_acts_on(value: str) -> bool:
@@ -229,12 +271,20 @@ def is_acts_on(value: str) -> bool:
 
 @dataclass(frozen=True)
 class Training(Settings):
-    """How an expert is trained (paper section 4.1)."""
+    """How an expert is trained. The paper's numbers (section 4.1) are in recipes/t5xl-t0.toml."""
 
     steps: Annotated[int, "Optimiser steps.", AT_LEAST_1] = 1000
-    batch_size: Annotated[int, "Sequences per optimiser step.", AT_LEAST_1] = 1024
+    epochs: Annotated[
+        float | None, "Passes over the training examples, in place of steps.", POSITIVE
+    ] = None
+    batch_size: Annotated[int, "Sequences per optimiser step (paper: 1024).", AT_LEAST_1] = 32
     micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
-    learning_rate: Annotated[float, "AdamW learning rate.", POSITIVE] = 5e-3
+    learning_rate: Annotated[float, "AdamW learning rate (paper: 0.005).", POSITIVE] = 2e-4
+    lr_schedule: Annotated[
+        str,
+        f"The learning rate's schedule, as transformers names it: {', '.join(SCHEDULES)}.",
+        one_of(SCHEDULES),
+    ] = "constant_with_warmup"
     warmup_ratio: Annotated[
         float, "Share of the steps in which the learning rate rises.", RATIO
     ] = 0.06
@@ -248,6 +298,11 @@ class Training(Settings):
     eval_examples: Annotated[
         int, "Maximum validation examples to use, drawn by the seed.", AT_LEAST_1
     ] = 500
+    patience: Annotated[
+        int | None,
+        "Stop after this many validations in a row that are no better; default: never.",
+        AT_LEAST_1,
+    ] = None
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
     acts_on: Annotated[
         str,
@@ -256,6 +311,17 @@ class Training(Settings):
         "on. Before that it adds nothing (decoder-only bases).",
         Limit(f"{', '.join(ACTS_ON)} or a number of tokens", is_acts_on),
     ] = "all"
+    report_to: Annotated[
+        str,
+        "Log training to these, with commas: tensorboard, wandb or another one that transformers "
+        "knows, installed apart; or none.",
+    ] = "none"
+
+    def on(self, examples: int) -> Training:
+        """These settings, with the steps that `epochs` are on so many training examples."""
+        if self.epochs is None:
+            return self
+        return replace(self, steps=math.ceil(self.epochs * examples / self.batch_size))
 
     def __post_init__(self) -> None:
         given: Any = self.acts_on
@@ -268,8 +334,8 @@ class Training(Settings):
 class GateTraining(Settings):
     """How the gates are trained (paper section 3), and which statistics other routers get.
 
-    Batch size, warm-up, clipping, weight decay and seed are those of `Training` (paper section
-    4.1).
+    Batch size, schedule, warm-up, clipping, weight decay and seed are those of `Training` (paper
+    section 4.1).
     """
 
     joint: Annotated[
@@ -279,7 +345,7 @@ class GateTraining(Settings):
     ] = False
     gate_steps: Annotated[int, "Optimiser steps of gate training.", AT_LEAST_1] = 100
     gate_learning_rate: Annotated[
-        float | None, "Learning rate of gate training; default: the expert's.", POSITIVE
+        float | None, f"Learning rate of gate training; default: {GATE_RATE}.", POSITIVE
     ] = None
     gate_inputs: Annotated[
         str,
@@ -370,8 +436,10 @@ class Routing(Settings):
     }
 
     router: Annotated[
-        str, "Which router chooses experts, as NAME or NAME:SETTING=VALUE,… ('phatgoose routers')."
-    ] = "phatgoose"
+        str,
+        "Which router chooses experts, as NAME or NAME:SETTING=VALUE,… ('phatgoose routers'); auto "
+        "takes the first that base and experts allow.",
+    ] = "auto"
     k: Annotated[
         int | None,
         "Experts per token at each site, or per input where the router chooses for whole inputs; "
@@ -388,9 +456,20 @@ class Routing(Settings):
         return self.router.partition(":")[0]
 
 
+class RoutingSettings(TypedDict, total=False):
+    """The fields of `Routing` as keywords, for editors and type checkers."""
+
+    router: str
+    k: int | None
+    kernel: str
+    embedder: str | None
+
+
 ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
 # A saved model has its routing already; only where its embedder is may be told anew.
 POOL_SETTINGS = ROUTING_SETTINGS - {"embedder"}
+
+MODEL_TYPE = "phatgoose"  # in the config.json of a saved routed model, as transformers has it
 
 
 # The limits of a server.

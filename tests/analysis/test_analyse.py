@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import phatgoose as pg
 from analysed import TASKS, task
 from phatgoose.analysis.measures import ORACLE, DecisionFiles, agreement, kl_divergence
+from phatgoose.apps.report.page import report_page
 from phatgoose.base.sites import Site
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError
@@ -18,6 +20,7 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.watching import SitePass
 from phatgoose.tasks.encoding import Encoder
 from routed_models import SCORES
+from topic_prompts import OPEN, PROMPTS, experts_of
 
 
 def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_pool):
@@ -48,10 +51,12 @@ def test_oracle_and_divergences(found):
 
 
 def test_oracle_needs_not_be_run_to_be_compared_with(llama, llama_pool):
-    found = pg.analyse(llama_pool, TASKS, base=llama, scores=SCORES, score=False)
+    found = pg.analyse(
+        llama_pool, TASKS, routers=["phatgoose"], base=llama, scores=SCORES, score=False
+    )
     np.testing.assert_array_equal(found.distribution(ORACLE, "first"), np.eye(4)[1])
     assert found.correlation("phatgoose") is None
-    plain = pg.analyse(llama_pool, TASKS, base=llama, score=False)
+    plain = pg.analyse(llama_pool, TASKS, routers=["phatgoose"], base=llama, score=False)
     assert not plain.oracle
     assert plain.correlation("phatgoose") is None
 
@@ -95,7 +100,7 @@ def test_a_router_that_cannot_be_is_refused_before_others_read(
 
 
 def test_what_only_a_pool_can_do(llama, llama_pool):
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(ConfigError, match="Several routers need a pool"):
         pg.analyse(model, TASKS, routers=["arrow"])
     with pytest.raises(ConfigError, match="needs a pool"):
@@ -107,7 +112,7 @@ def test_what_only_a_pool_can_do(llama, llama_pool):
 def test_an_oracle_without_scores_of_a_task_leaves_the_base_unrouted(llama, llama_pool):
     with suppress(RoutingError, ConfigError):
         pg.analyse(llama_pool, [task("third")], routers=["oracle"], base=llama, scores=SCORES)
-    compose(llama_pool, llama)
+    compose(llama_pool, llama, router="phatgoose")
 
 
 def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
@@ -128,7 +133,7 @@ def test_effects_are_differences_of_scores(found, llama, llama_pool):
     means = [effect.mean for effect in found.effects]
     assert means == sorted(means, reverse=True)
     effect = found.effects[0]
-    less = compose(llama_pool, llama, leave_out=[effect.expert])
+    less = compose(llama_pool, llama, leave_out=[effect.expert], router="phatgoose")
     reduced = pg.evaluate(less, TASKS)
     for score in reduced.scores:
         everyone = found.routers["phatgoose"].scores[score.task].score
@@ -190,3 +195,22 @@ def test_close_weights_are_no_equals(tmp_path):
     close = decided(tmp_path / "close", [[0.5, 0.5 + 1e-5]])  # equal in half precision
     first = decided(tmp_path / "first", [[0.7, 0.3]])
     assert agreement(close, first, 3).first == 0
+
+
+def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
+    found = pg.analyse(
+        llama_pool, OPEN, routers=["discriminant", "phatgoose"], base=llama, score=False
+    )
+    kept = found.routers["discriminant"].choices["open"]
+    model = compose(llama_pool, llama, router="discriminant")
+    named = experts_of(model, PROMPTS).named(llama_pool.names)
+    wanted = [[row.get(name, 0) for name in llama_pool.names] for row in named]
+    np.testing.assert_allclose(sorted(kept.tolist()), sorted(wanted), atol=1e-6)
+    assert not found.routers["phatgoose"].choices
+    assert found.to_dict()["routers"]["discriminant"]["choices"]["open"] == kept.tolist()
+    both = report_page(found)
+    assert "Which prompts went where" in both
+    assert "Discriminant on open: mean weight" not in both  # all layers are alike
+    assert "PHATGOOSE on open: mean weight" in both
+    alone = replace(found, routers={"discriminant": found.routers["discriminant"]}, agreements={})
+    assert "Experts by layer" not in report_page(alone)

@@ -73,7 +73,7 @@ def test_an_expert_shared_twice_and_one_without_a_gate_are_found(llama, tmp_path
     zeros = {site: torch.zeros_like(gate) for site, gate in first.gates.items()}
     flat = Expert.from_peft(adapter, zeros, name="flat", base=llama).save(tmp_path / "flat")
     with pytest.warns(UserWarning, match="never trained"):
-        model = compose(Pool((first, copy, sound, flat)), llama, k=1)
+        model = compose(Pool((first, copy, sound, flat)), llama, k=1, router="phatgoose")
     similarity = vector_similarity(model)
     assert similarity[0, 1] == pytest.approx(1, abs=1e-4)
     assert abs(similarity[0, 2]) < 0.5

@@ -51,7 +51,7 @@ def by_hand(model, base, pair):
 
 @pytest.mark.parametrize("budget", [1, 80, 4096])
 def test_a_tally_has_the_sums_of_all_tokens_however_they_are_batched(base, pool, budget):
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     profile = tallied(model, base, budget=budget)
     pairs = [encoder_of(base).pair(each.input, each.target) for each in EXAMPLES]
     seen = [by_hand(model, base, pair) for pair in pairs]
@@ -71,7 +71,7 @@ def test_a_tally_has_the_sums_of_all_tokens_however_they_are_batched(base, pool,
 
 
 def test_chosen_and_first_are_counted(llama, llama_pool):
-    model = compose(llama_pool, llama, k=2)
+    model = compose(llama_pool, llama, k=2, router="phatgoose")
     profile = tallied(model, llama)
     for site, tokens in profile.tokens.items():
         chosen, first = (profile.sums[name][site].sum(axis=1) for name in ("chosen", "first"))
@@ -81,7 +81,7 @@ def test_chosen_and_first_are_counted(llama, llama_pool):
 
 
 def test_the_distribution_before_top_k_is_the_softmax_over_all(base, pool):
-    model = compose(pool, base, k=1)
+    model = compose(pool, base, k=1, router="phatgoose")
     inputs, got = {}, {}
     for site, layer in composition_of(model).layers.items():
         layer.register_forward_pre_hook(lambda _, args, site=site: inputs.update({site: args[0]}))
@@ -124,13 +124,13 @@ def test_asking_for_distributions_changes_no_draw(llama, llama_pool):
 def test_experts_absent_from_a_site_have_no_share_there(llama, make_expert):
     everywhere = make_expert(llama, "everywhere")
     attention = make_expert(llama, "attention", seed=1, target_modules=["q_proj"])
-    profile = tallied(compose(Pool((attention, everywhere)), llama), llama)
+    profile = tallied(compose(Pool((attention, everywhere)), llama, router="phatgoose"), llama)
     assert profile.by_site("probability")["model.layers.0.mlp.up_proj"].tolist() == [0, 1]
     assert profile.by_site("probability")["model.layers.0.self_attn.q_proj"].all()
 
 
 def test_layers_kinds_and_the_whole_are_unweighted_means_over_sites(base, pool):
-    profile = tallied(compose(pool, base), base)
+    profile = tallied(compose(pool, base, router="phatgoose"), base)
     sites = profile.by_site("probability")
     for name, mean in profile.by_layer("probability").items():
         rows = [row for site, row in sites.items() if site_label(site).layer_name == name]
@@ -143,7 +143,7 @@ def test_layers_kinds_and_the_whole_are_unweighted_means_over_sites(base, pool):
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 def test_prompts_are_the_encoders_and_answers_the_decoders(base, pool):
-    profile = tallied(compose(pool, base), base)
+    profile = tallied(compose(pool, base, router="phatgoose"), base)
     layers = {"encoder 0", "encoder 1", "decoder 0", "decoder 1"}
     assert profile.by_layer().keys() == layers
     of_prompts = profile.by_site(part="prompt")
@@ -155,12 +155,12 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(base, pool):
 
 
 def test_an_answer_of_one_token_is_never_read_to_its_end(llama, llama_pool):
-    profile = tallied(compose(llama_pool, llama), llama, [Example("abc", "")])
+    profile = tallied(compose(llama_pool, llama, router="phatgoose"), llama, [Example("abc", "")])
     assert (profile.passed("prompt"), profile.passed("answer")) == (3, 1)  # the space before it
 
 
 def test_profiles_add_up_and_spread_over_larger_pools(llama, llama_pool):
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     one, other = tallied(model, llama, EXAMPLES[:2]), tallied(model, llama, EXAMPLES[2:])
     both = tallied(model, llama)
     np.testing.assert_allclose((one + other).whole(), both.whole(), atol=1e-5)

@@ -18,7 +18,7 @@ from routed_models import with_embeddings
 
 
 def traced(base, pool, prompt="Is a heron é a bird?", answer="a bird", **options):
-    model = compose(pool, base, **options)
+    model = compose(pool, base, **{"router": "phatgoose", **options})
     encoder = Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
     return model, encoder, trace(model, encoder, encoder.pair(prompt, answer))
 

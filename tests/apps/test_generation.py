@@ -40,7 +40,7 @@ def test_a_router_that_goes_by_answer_choices_generates_nothing(llama, llama_poo
 
 @pytest.mark.parametrize("way", WAYS)
 def test_generation_with_and_without_a_cache_is_the_same(base, pool, way):
-    model, ids = compose(pool, base), make_ids()
+    model, ids = compose(pool, base, router="phatgoose"), make_ids()
     with_cache = generate(model, ids, use_cache=True, **WAYS[way])
     assert torch.equal(with_cache, generate(model, ids, use_cache=False, **WAYS[way]))
 
@@ -51,13 +51,13 @@ def test_generation_is_that_of_the_naively_routed_model(base, pool, way):
     plain = generate(base.model, ids, **WAYS[way])
     with naively_routed(base.model, pool.experts, k=2):
         wanted = generate(base.model, ids, **WAYS[way])
-    assert torch.equal(generate(compose(pool, base), ids, **WAYS[way]), wanted)
+    assert torch.equal(generate(compose(pool, base, router="phatgoose"), ids, **WAYS[way]), wanted)
     assert not torch.equal(plain, wanted)
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams"])
 def test_a_padded_batch_is_generated_as_its_rows_are_alone(base, pool, way):
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     long, short = make_ids(tokens=9), make_ids(tokens=5, seed=1)
     padding = torch.zeros(1, 4, dtype=torch.long)
     short_row = [short, padding] if base.is_encoder_decoder else [padding, short]
@@ -68,7 +68,7 @@ def test_a_padded_batch_is_generated_as_its_rows_are_alone(base, pool, way):
 
 
 def test_a_text_is_generated_by_the_model_alone_whatever_its_base_would_have(base, pool):
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     plain = written(model, base.tokenizer, "a goose", None, Sampling(NEW), record=True)
     own = {"repetition_penalty": 1.3, "suppress_tokens": plain.tokens[-2:-1], "top_k": 1}
     model.generation_config = GenerationConfig(**own, stop_strings=["a"], eos_token_id=1)
@@ -84,7 +84,7 @@ def test_a_text_is_generated_by_the_model_alone_whatever_its_base_would_have(bas
 def told(base, make_expert, targets):
     """A recorded answer of three experts at `targets`, its texts, and the style of each letter."""
     experts = [make_expert(base, f"e{z}", seed=z, target_modules=targets) for z in range(3)]
-    model = compose(Pool(tuple(experts)), base)
+    model = compose(Pool(tuple(experts)), base, router="phatgoose")
     result = written(
         model, base.tokenizer, "a goose", sampling=Sampling(12, temperature=3.0), record=True
     )
@@ -123,7 +123,7 @@ def test_nobody_wrote_a_token_where_experts_act_in_the_encoder_alone(base, make_
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
 def test_the_text_generation_pipeline_takes_a_routed_model(base, pool):
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     pipe = pipeline("text-generation", model=model, tokenizer=base.tokenizer)
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     answer = pipe("a goose", return_full_text=False, **options)[0]["generated_text"]

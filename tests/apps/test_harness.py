@@ -70,7 +70,7 @@ def encoder_of(model) -> Encoder:
 @KINDS_HERE
 def test_log_likelihoods_and_accuracy_are_those_of_evaluate(pool, base, write_task):
     results = run(folder_of(pool), write_task(), add_eos=True, k=2, batch_size=3)
-    model = compose(pool, base, k=2)
+    model = compose(pool, base, k=2, router="phatgoose")
     encoder = encoder_of(model)
     rows = [
         (encoder.prompt(e.input), [encoder.target(e.input, choice).tokens for choice in e.choices])
@@ -93,7 +93,7 @@ def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
     pool, base, write_task
 ):
     tasks = write_task()
-    model = compose(pool, base, k=2)
+    model = compose(pool, base, k=2, router="phatgoose")
     own = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=2, softmax_dtype="float32")
     if base.is_encoder_decoder:  # this tokenizer, unlike T5's, keeps the space before a choice
         text = (tasks / "my_task.yaml").read_text()
@@ -109,7 +109,7 @@ def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
 def test_generated_answers_are_those_of_the_routed_model(pool, base, write_task):
     size = 1 if base.is_encoder_decoder else 3  # lm_eval's limit there counts the padded prompt
     results = run(folder_of(pool), write_task("generate_until"), batch_size=size)
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     for sample in results["samples"]["my_task"]:
         ids = torch.tensor([base.tokenizer(sample["doc"]["input"])["input_ids"]])
         mask = torch.ones_like(ids)
@@ -132,7 +132,7 @@ def test_the_results_tell_what_was_routed(llama_pool, write_task):
 
 
 def test_a_saved_routed_model_is_opened_as_it_was_saved(llama_pool, llama, tmp_path):
-    save(compose(llama_pool, llama, k=1), tmp_path / "routed")
+    save(compose(llama_pool, llama, k=1, router="phatgoose"), tmp_path / "routed")
     opened = PhatgooseLM(pool=str(tmp_path / "routed"), dtype="float32", device="cpu")
     assert composition_of(opened.model).routing.k == 1
     assert composition_of(opened.model).experts == ("e0", "e1", "e2", "e3")

@@ -57,7 +57,7 @@ def offloaded(base: Base, way: str, folder: Path) -> Base:
 
 @each_way
 def test_a_routed_model_that_is_offloaded_says_the_same(base, pool, way, tmp_path):
-    ids, model = make_ids(rows=2), compose(pool, base)
+    ids, model = make_ids(rows=2), compose(pool, base, router="phatgoose")
     wanted, state = logits_of(model, ids), model.state_dict()
     OFFLOADED[way](model, tmp_path)
     assert any(parameter.is_meta for parameter in model.parameters())
@@ -68,10 +68,10 @@ def test_a_routed_model_that_is_offloaded_says_the_same(base, pool, way, tmp_pat
 @each_way
 def test_experts_join_a_base_that_is_offloaded(kind, base, pool, way, tmp_path, loaded_bases):
     ids = make_ids(rows=2)
-    wanted = logits_of(compose(pool, copy.deepcopy(loaded_bases[kind])), ids)
+    wanted = logits_of(compose(pool, copy.deepcopy(loaded_bases[kind]), router="phatgoose"), ids)
     offloaded(base, way, tmp_path)
     assert fingerprint(base.model) == pool.base.fingerprint
-    model = compose(pool, base.model)
+    model = compose(pool, base.model, router="phatgoose")
     assert_same_logits(logits_of(model, ids), wanted)
     assert logits_of(detach(model), ids).isfinite().all()
 
@@ -83,8 +83,8 @@ def test_experts_join_a_base_that_transformers_put_on_a_disk(llama, llama_pool, 
         llama.id, device_map=places, offload_folder=tmp_path, dtype=torch.float32
     )
     assert any(parameter.is_meta for parameter in found.parameters())
-    wanted = logits_of(compose(llama_pool, llama), ids)
-    assert_same_logits(logits_of(compose(llama_pool, found), ids), wanted)
+    wanted = logits_of(compose(llama_pool, llama, router="phatgoose"), ids)
+    assert_same_logits(logits_of(compose(llama_pool, found, router="phatgoose"), ids), wanted)
 
 
 def test_merged_experts_join_an_offloaded_base_unfolded(llama, pool_of, tmp_path):
@@ -110,18 +110,21 @@ def test_folded_experts_need_the_biases_of_their_base(loaded_bases, pool_of, tmp
 def test_a_base_without_weights_is_refused_before_anything_happens(llama, llama_pool):
     empty = load_skeleton(llama.id)
     with pytest.raises(BaseModelError, match=r"has no weights: .* Load it with weights\.$"):
-        compose(llama_pool, empty)
+        compose(llama_pool, empty, router="phatgoose")
     llama.model.to("meta")
     with pytest.raises(BaseModelError, match="has no weights"):
-        compose(llama_pool, llama)
+        compose(llama_pool, llama, router="phatgoose")
     assert not hasattr(llama.model, ROUTED)
 
 
 def test_what_was_offloaded_after_composing_stays_as_it_is_until_it_is_back(llama, llama_pool):
-    ids, model = make_ids(), compose(llama_pool.select(["e0", "e1", "e2"]), llama)
+    ids, model = (
+        make_ids(),
+        compose(llama_pool.select(["e0", "e1", "e2"]), llama, router="phatgoose"),
+    )
     wanted = logits_of(model, ids)
     plain = logits_of(detach(model), ids)
-    compose(llama_pool.select(["e0", "e1", "e2"]), llama)
+    compose(llama_pool.select(["e0", "e1", "e2"]), llama, router="phatgoose")
     cpu_offload(model, execution_device="cpu")
     for change in (
         lambda: detach(model),

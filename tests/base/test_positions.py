@@ -68,7 +68,7 @@ def test_training_and_gates_stay_within_the_positions(tmp_path):
         )
     assert expert.info.metrics["inputs_cut"] in (2, 3)
     with pytest.warns(UserWarning, match="cut to"):
-        assert evaluate(compose(expert.directory, base, k=1), CHOOSING).scores
+        assert evaluate(compose(expert.directory, base, k=1, router="phatgoose"), CHOOSING).scores
 
 
 @pytest.mark.parametrize("kind", KINDS_HERE)
@@ -101,5 +101,5 @@ def test_rotary_positions_beyond_training_are_told(llama):
 
 
 def test_a_routed_model_has_the_positions_of_its_base(pool_of, loaded_bases):
-    model = compose(pool_of("gpt2"), copy.deepcopy(loaded_bases["gpt2"]))
+    model = compose(pool_of("gpt2"), copy.deepcopy(loaded_bases["gpt2"]), router="phatgoose")
     assert positions_of(model) == Positions(1024, 1024)

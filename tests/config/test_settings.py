@@ -1,6 +1,7 @@
 """Settings: the paper's defaults, checks, recipes, and what the command line reads off them."""
 
 import dataclasses
+import typing
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from phatgoose.config import (
     GateTraining,
     Lora,
     Routing,
+    RoutingSettings,
     Serving,
     Training,
     from_mapping,
@@ -24,12 +26,13 @@ from phatgoose.routing.routers.configs import Phatgoose, Random
 
 CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
-PAPER = {  # sections 3 and 4.1, and the released code
-    Lora: {"rank": 16, "alpha": 1.0, "init_std": 0.01, "sites": None},
+DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for rate, alpha, batch
+    Lora: {"rank": 16, "alpha": 32.0, "init_std": 0.01, "sites": None},
     IA3: {"sites": None, "feedforward": None},
     Bottleneck: {"placement": "houlsby", "size": 64, "activation": "relu", "scale": 1.0},
     Training: {
-        **{"steps": 1000, "batch_size": 1024, "learning_rate": 5e-3, "warmup_ratio": 0.06},
+        **{"steps": 1000, "batch_size": 32, "learning_rate": 2e-4, "warmup_ratio": 0.06},
+        **{"lr_schedule": "constant_with_warmup", "epochs": None, "patience": None},
         **{"weight_decay": 0.0, "max_grad_norm": 1.0, "eval_every": 100},
     },
     GateTraining: {
@@ -37,17 +40,18 @@ PAPER = {  # sections 3 and 4.1, and the released code
         **{"means": True, "embedder": "sentence-transformers/all-MiniLM-L6-v2"},
     },
     Formatting: {"max_input_tokens": 512, "chat": False},
-    Routing: {"router": "phatgoose", "k": None},
+    Routing: {"router": "auto", "k": None},  # the paper's is named by its recipes
     Phatgoose: {"eps": 1e-5, "affinity": "standardised"},
 }
 
 NAN = float("nan")
 OUT_OF_RANGE = {
-    Lora: {"rank": [0], "alpha": [0.0, 10**400], "init_std": [-0.1]},
+    Lora: {"rank": [0], "alpha": [0.0, 10**400], "init_std": [-0.1], "lora_dropout": [1.0, -0.1]},
     Bottleneck: {"placement": ["parallel"], "activation": ["tanh"], "size": [0], "scale": [0.0]},
     Training: {
         **{name: [0] for name in ("steps", "micro_batch_size", "eval_every", "eval_examples")},
         **{"batch_size": [-1], "learning_rate": [0.0, NAN], "warmup_ratio": [1.5, -0.1]},
+        **{"epochs": [0.0], "patience": [0], "lr_schedule": ["stairs"]},
         **{"weight_decay": [-1.0], "max_grad_norm": [0.0], "seed": [-1, 1 << 32]},
     },
     GateTraining: {"gate_steps": [0], "gate_learning_rate": [0.0], "statistics_examples": [0]},
@@ -73,8 +77,8 @@ def each(table):
     return [(c, name, value) for c, row in table.items() for name, value in row.items()]
 
 
-@pytest.mark.parametrize(("config", "name", "value"), each(PAPER))
-def test_defaults_are_the_papers(config, name, value):
+@pytest.mark.parametrize(("config", "name", "value"), each(DEFAULTS))
+def test_defaults_are_the_papers_or_what_a_usual_base_wants(config, name, value):
     assert getattr(config(), name) == value
 
 
@@ -84,7 +88,7 @@ def test_settings_of_covers_every_field_with_a_help_text(config):
     assert [setting.name for setting in settings] == [f.name for f in dataclasses.fields(config)]
     for setting in settings:
         assert len(setting.help) > 10, setting
-        assert setting.default == getattr(config(), setting.name)
+        assert setting.default == getattr(config(), setting.name) or setting.default is None
 
 
 @pytest.mark.parametrize(("config", "name", "values"), each(OUT_OF_RANGE))
@@ -126,6 +130,21 @@ def test_unknown_settings_are_refused_with_their_name_and_the_known_ones():
         from_mapping(Training, {"lerning_rate": 1e-3}, "here")
 
 
+def test_settings_may_have_a_name_of_others():
+    assert from_mapping(Lora, {"target_modules": "q_proj"}, "here") == Lora(sites="q_proj")
+    with pytest.raises(ConfigError, match="target_modules is another name of sites; give one"):
+        from_mapping(Lora, {"target_modules": "q_proj", "sites": "v_proj"}, "here")
+
+
+def test_alpha_follows_the_rank_unless_it_is_given():
+    assert (Lora(rank=4).alpha, Lora(rank=4, alpha=1).alpha) == (8.0, 1.0)
+
+
+def test_epochs_become_steps():
+    assert Training(epochs=2, batch_size=4).on(9).steps == 5
+    assert Training(steps=7).on(9).steps == 7
+
+
 def test_every_config_class_has_a_table_in_recipes():
     assert set(RECIPE_TABLES.values()) == set(CONFIGS)
 
@@ -137,3 +156,8 @@ def test_settings_of_another_class_are_refused():
     for wrong in ({"steps": 3}, "fast", Formatting()):
         with pytest.raises(ConfigError, match=r"training is .* class phatgoose\.config\.Training"):
             given_or_default(Training, wrong, "training")
+
+
+def test_the_keywords_of_compose_are_the_settings_of_routing():
+    declared = typing.get_type_hints(RoutingSettings)
+    assert declared == {setting.name: setting.type for setting in settings_of(Routing)}

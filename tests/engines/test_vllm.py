@@ -94,7 +94,10 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def routed_folder(experts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "routed"
-    save(compose(Pool.open(experts), load_base("smollm2", dtype="float32")), folder)
+    save(
+        compose(Pool.open(experts), load_base("smollm2", dtype="float32"), router="phatgoose"),
+        folder,
+    )
     return folder
 
 

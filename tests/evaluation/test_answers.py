@@ -105,7 +105,7 @@ def test_a_prompt_without_tokens_is_refused(llama):
 def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
     with naively_routed(base.model, pool.experts, k=2):
         wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]
-    score = evaluate(compose(pool, base), CHOICE_TASK).scores[0]
+    score = evaluate(compose(pool, base, router="phatgoose"), CHOICE_TASK).scores[0]
     for prediction, scores in zip(score.predictions, wanted, strict=True):
         assert prediction.scores == pytest.approx(scores, abs=1e-4)
 

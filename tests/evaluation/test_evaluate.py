@@ -65,7 +65,7 @@ def test_a_limit_and_a_seed_draw_the_same_examples_for_every_model(llama, pool_o
     assert drawn["one"] != drawn["other"]
     expected = [examples.index(example) for example in task.evaluation_examples(4, seed=0)]
     assert drawn["one"] == expected
-    routed = evaluate(compose(pool_of("llama"), llama), task, limit=4, seed=0)
+    routed = evaluate(compose(pool_of("llama"), llama, router="phatgoose"), task, limit=4, seed=0)
     assert routed.scores[0].n == 4
 
 
@@ -109,7 +109,7 @@ def test_a_model_of_unknown_origin_needs_its_tokenizer(llama):
 
 
 def test_a_routed_model_knows_its_tokenizer(llama, llama_pool):
-    routed = compose(llama_pool, llama.model)  # a bare model, no Base
+    routed = compose(llama_pool, llama.model, router="phatgoose")  # a bare model, no Base
     with_own = evaluate(routed, CHOICE_TASK)
     given = evaluate(routed, CHOICE_TASK, tokenizer=llama.tokenizer)
     assert inputs_of(CHOICE_TASK, with_own) == inputs_of(CHOICE_TASK, given)
@@ -288,7 +288,7 @@ def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, 
     expert = make_expert(llama, "short")
     info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
     replace(expert, info=info).save(expert.directory, overwrite=True)
-    model = compose(expert.directory, llama, k=1)
+    model = compose(expert.directory, llama, k=1, router="phatgoose")
     save(model, tmp_path / "routed")
     told = "truncation middle, but short was trained with max_input_tokens 112, truncation right"
     with pytest.warns(UserWarning, match=told):

@@ -1,7 +1,7 @@
 """Writes the expert directories of tests/golden, which every later version must still read.
 
-There is one of each kind: expert (a LoRA), ia3 and bottleneck. Run it only when the format version
-is raised, and keep the old directories beside the new ones:
+There is one of each kind: expert (a LoRA), ia3, bottleneck and dora. Run it only when the format
+version is raised, and keep the old directories beside the new ones:
     python tests/golden/make.py
 """
 
@@ -84,11 +84,25 @@ def write_bottleneck(folder: Path) -> None:
     save_file(tensors, folder / "bottleneck.safetensors")
 
 
+def write_dora(folder: Path) -> None:
+    """A DoRA as an import writes it."""
+    config = {"dora_version": 1, "base": "example/base"}
+    (folder / "dora_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {}
+    for place, (site, (n, d)) in enumerate(SITES.items()):
+        tensors[f"{site}.lora_A"] = ramp(RANK, n, start=place - 1.0)
+        tensors[f"{site}.lora_B"] = ramp(d, RANK, start=place + 0.5)
+        tensors[f"{site}.bias"] = ramp(d, start=-0.5)
+        tensors[f"{site}.output_scale"] = ramp(d, start=0.5)
+    save_file(tensors, folder / "dora.safetensors")
+
+
 def main() -> None:
     """Write the directories anew."""
     make("expert", write_adapter)
     make("ia3", write_ia3)
     make("bottleneck", write_bottleneck)
+    make("dora", write_dora)
 
 
 def make(name: str, write: Callable[[Path], None]) -> None:

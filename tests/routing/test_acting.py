@@ -65,7 +65,7 @@ class Case:
     def __init__(self, architecture: str, acting: tuple[ActsOn | None, ...], **how: object):
         self.base, self.acting = make_tiny(architecture), acting
         self.pool = acting_pool(self.base, acting)
-        self.routed = compose(self.pool, copy.deepcopy(self.base), **how)
+        self.routed = compose(self.pool, copy.deepcopy(self.base), **{"router": "phatgoose", **how})
 
     def active(self, prompt: list[int], columns: int) -> Tensor:
         """Which experts act at each token of a text that begins with `prompt`, [1, columns, E]."""
@@ -331,7 +331,7 @@ def test_copies_and_pools_that_change(case):
     first, *rest = case.pool.experts
     with torch.no_grad():
         assert_close(other(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
-    grown = compose(Pool((first,)), copy.deepcopy(case.base))
+    grown = compose(Pool((first,)), copy.deepcopy(case.base), router="phatgoose")
     add_experts(grown, Pool(tuple(rest)))
     with torch.no_grad():
         assert_close(grown(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
@@ -373,7 +373,7 @@ def test_compiling_leaves_the_look_at_prompts_alone(case):
 
 
 def test_evaluation_generates_what_generate_does(llama, llama_pool):
-    model = compose(with_acting(llama_pool, MIXED), copy.deepcopy(llama))
+    model = compose(with_acting(llama_pool, MIXED), copy.deepcopy(llama), router="phatgoose")
     rows = tuple(Example(text, "x") for text in ("count:", "a longer prompt, count:", "one two"))
     found = evaluate(model, Task("open", test=rows), max_new_tokens=5, tokenizer=llama.tokenizer)
     for example, prediction in zip(rows, found.scores[0].predictions, strict=True):
@@ -384,7 +384,7 @@ def test_evaluation_generates_what_generate_does(llama, llama_pool):
 def test_encoder_decoders_are_refused():
     base = make_tiny("t5")
     with pytest.raises(RoutingError, match="decoder-only base"):
-        compose(acting_pool(base, (None, ActsOn(tail=2))), base)
+        compose(acting_pool(base, (None, ActsOn(tail=2))), base, router="phatgoose")
 
 
 # Routers.
@@ -495,7 +495,9 @@ def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, 
 
 def test_results_are_those_of_experts_that_act_alike(llama_pool):
     pools = [llama_pool, *(with_acting(llama_pool, (end,) * 4) for end in MIXED)]
-    identities = [str(pool_row("a", "a", pool, Routing()).identity) for pool in pools]
+    identities = [
+        str(pool_row("a", "a", pool, Routing(router="phatgoose")).identity) for pool in pools
+    ]
     assert len(set(identities)) == len({None, *MIXED})
 
 
@@ -548,6 +550,6 @@ def test_experts_of_other_ends_are_not_exported(llama, llama_pool, tmp_path, act
 def test_lm_eval_is_refused_by_name(llama_pool, tmp_path):
     harness = pytest.importorskip("phatgoose.apps.harness", reason="needs phatgoose[lm-eval]")
     pool = with_acting(llama_pool, MIXED)
-    save_pool(pool, tmp_path / "packed", routing=Routing())
+    save_pool(pool, tmp_path / "packed", routing=Routing(router="phatgoose"))
     with pytest.raises(ConfigError, match="lm_eval doesn't hand over where that is"):
         harness.PhatgooseLM(pool=str(tmp_path / "packed"), dtype="float32")

@@ -46,12 +46,12 @@ def peft_logits(base, expert, ids):
 
 
 def routed_alone(base, *experts, name):
-    return compose(Pool(experts), base, keep=[name], k=1)
+    return compose(Pool(experts), base, keep=[name], k=1, router="phatgoose")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_every_layer_is_the_mixture_of_the_method(base, pool, k):
-    model = compose(pool, base, k=k)
+    model = compose(pool, base, k=k, router="phatgoose")
     for site, layer in composition_of(model).layers.items():
         u = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(k))
         wanted = layer.base(u) + mixture(u, pool.experts, site, k)
@@ -66,7 +66,7 @@ def test_the_whole_model_is_the_naively_routed_one(base, pool, k, size):
     with naively_routed(base.model, pool.experts, k):
         wanted = logits_of(base.model, ids)
     assert not torch.allclose(wanted, logits_of(base.model, ids), atol=0.1)
-    assert_same_logits(logits_of(compose(pool, base, k=k), ids), wanted)
+    assert_same_logits(logits_of(compose(pool, base, k=k, router="phatgoose"), ids), wanted)
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "triton"])
@@ -74,7 +74,9 @@ def test_every_kernel_makes_the_same_model(base, pool, kernel):
     ids = make_ids()
     with naively_routed(base.model, pool.experts, k=2):
         wanted = logits_of(base.model, ids)
-    assert_same_logits(logits_of(compose(pool, base, k=2, kernel=kernel), ids), wanted)
+    assert_same_logits(
+        logits_of(compose(pool, base, k=2, kernel=kernel, router="phatgoose"), ids), wanted
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_mixed_ranks_share_a_pool(base, make_expert):
     ids = make_ids()
     with naively_routed(base.model, pool.experts, k=2):
         wanted = logits_of(base.model, ids)
-    assert_same_logits(logits_of(compose(pool, base), ids), wanted)
+    assert_same_logits(logits_of(compose(pool, base, router="phatgoose"), ids), wanted)
 
 
 def test_sites_with_fewer_than_k_experts_use_those_there_are(llama, make_expert):
@@ -118,20 +120,20 @@ def test_sites_with_fewer_than_k_experts_use_those_there_are(llama, make_expert)
     ids = make_ids()
     with naively_routed(llama.model, pool.experts, k=3):
         wanted = logits_of(llama.model, ids)
-    assert_same_logits(logits_of(compose(pool, llama, k=3), ids), wanted)
+    assert_same_logits(logits_of(compose(pool, llama, k=3, router="phatgoose"), ids), wanted)
 
 
 def test_a_site_without_experts_stays_the_base_layer(llama, make_expert):
     expert = make_expert(llama, "attention", target_modules=ATTENTION_ONLY)
     down = llama.model.model.layers[0].mlp.down_proj
-    model = compose(Pool((expert,)), llama, k=1)
+    model = compose(Pool((expert,)), llama, k=1, router="phatgoose")
     assert model.model.layers[0].mlp.down_proj is down
     assert set(composition_of(model).layers) == set(expert.lora)
 
 
 def test_the_parameters_of_a_routed_model_are_the_bases_under_their_names(base, pool):
     wanted = dict(base.model.named_parameters())
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     got = dict(model.named_parameters())
     assert got.keys() == wanted.keys()
     assert all(parameter is wanted[name] for name, parameter in got.items())
@@ -141,7 +143,7 @@ def test_the_parameters_of_a_routed_model_are_the_bases_under_their_names(base, 
 
 
 def test_copies_of_a_routed_model_are_their_own(base, pool):
-    ids, model = make_ids(), compose(pool, base)
+    ids, model = make_ids(), compose(pool, base, router="phatgoose")
     wanted, written = logits_of(model, ids), io.BytesIO()
     torch.save(model, written)
     written.seek(0)
@@ -155,7 +157,7 @@ def test_copies_of_a_routed_model_are_their_own(base, pool):
 
 
 def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
-    model, ids = compose(pool, base), make_ids()
+    model, ids = compose(pool, base, router="phatgoose"), make_ids()
     wanted = logits_of(model, ids)
     state = load_base(base.id, dtype="float32").model.state_dict()
     with torch.no_grad():
@@ -174,7 +176,7 @@ def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
 
 def test_a_routed_model_looks_like_its_base(base, pool, kind):
     plain = base.model.get_submodule(Q_PROJ[kind])
-    layer = layer_of(compose(pool, base), Q_PROJ[kind])
+    layer = layer_of(compose(pool, base, router="phatgoose"), Q_PROJ[kind])
     assert layer.base is plain
     assert layer.weight is plain.weight
     assert layer.bias is plain.bias
@@ -188,7 +190,7 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
     ids = make_ids()
     with naively_routed(base.model, [pool.experts[z] for z in left], k=2):
         wanted = logits_of(base.model, ids)
-    model = compose(pool, base, **chosen)
+    model = compose(pool, base, router="phatgoose", **chosen)
     assert composition_of(model).experts == tuple(f"e{z}" for z in left)
     assert_same_logits(logits_of(model, ids), wanted)
 
@@ -216,15 +218,15 @@ def test_impossible_settings_are_refused_and_leave_the_base_alone(
     with pytest.raises(error, match=named):
         compose(llama_pool, **{"base": llama, **options})
     assert dict(llama.model.named_modules()) == modules
-    compose(llama_pool, llama)
+    compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(RoutingError, match="routed already"):
-        compose(llama_pool, llama)
+        compose(llama_pool, llama, router="phatgoose")
 
 
 def test_another_base_of_the_same_shape_is_refused(llama_pool):
     other = make_model("llama", seed=1)
     with pytest.raises(WrongBaseError, match="fingerprint"):
-        compose(llama_pool, other)
+        compose(llama_pool, other, router="phatgoose")
     assert not hasattr(other, "phatgoose")
 
 
@@ -234,7 +236,7 @@ def test_an_unknown_fingerprint_is_taken_on_trust_with_a_warning(llama, llama_po
         tuple(replace(e, info=replace(e.info, base=reference)) for e in llama_pool.experts)
     )
     with pytest.warns(UserWarning, match="fingerprint"):
-        compose(unsure, llama)
+        compose(unsure, llama, router="phatgoose")
 
 
 def test_experts_for_another_architecture_are_refused(base_folders, llama_pool):
@@ -243,20 +245,24 @@ def test_experts_for_another_architecture_are_refused(base_folders, llama_pool):
     )
     gpt2 = load_base(base_folders["gpt2"], dtype="float32")
     with pytest.raises(ExpertError, match="'e0'"), pytest.warns(UserWarning, match="fingerprint"):
-        compose(Pool(unsure), gpt2)
+        compose(Pool(unsure), gpt2, router="phatgoose")
 
 
 @pytest.mark.parametrize("given", ["base", "model", "name", "nothing"])
 def test_the_base_can_be_given_in_many_ways(llama, llama_pool, given):
     base = {"base": llama, "model": llama.model, "name": llama.id, "nothing": None}[given]
-    model = compose(llama_pool.experts[0].directory.parent, base)  # a pool's folder
+    model = compose(
+        llama_pool.experts[0].directory.parent, base, router="phatgoose"
+    )  # a pool's folder
     assert composition_of(model).experts == llama_pool.names
     assert (model is llama.model) == (given in ("base", "model"))
     assert composition_of(model).base == BaseReference(llama.id, None, llama.fingerprint)
 
 
 def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
-    layer = layer_of(compose(pool, load_base(base.id, dtype="bfloat16"), k=4), Q_PROJ[kind])
+    layer = layer_of(
+        compose(pool, load_base(base.id, dtype="bfloat16"), k=4, router="phatgoose"), Q_PROJ[kind]
+    )
     u = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     wanted = layer.base(u).double() + mixture(u, pool.experts, Q_PROJ[kind], k=4)
     assert layer(u).dtype == torch.bfloat16
@@ -265,7 +271,7 @@ def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
 
 
 def test_gradients_reach_the_input_through_the_experts(llama, llama_pool):
-    layer = layer_of(compose(llama_pool, llama, k=4), Q_PROJ["llama"])
+    layer = layer_of(compose(llama_pool, llama, k=4, router="phatgoose"), Q_PROJ["llama"])
     u = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     layer(u).sum().backward()
     assert not torch.allclose(u.grad, layer.weight.sum(dim=0)[None])
@@ -274,6 +280,6 @@ def test_gradients_reach_the_input_through_the_experts(llama, llama_pool):
 def test_a_model_in_float16_is_not_taken_on_trust(llama_pool, base_folders):
     """Its weights round otherwise; loaded by `load_base`, it has their fingerprint with it."""
     base = load_base(base_folders["llama"], dtype="float16")
-    detach(compose(llama_pool, base))
+    detach(compose(llama_pool, base, router="phatgoose"))
     with pytest.raises(WrongBaseError):
-        compose(llama_pool, base.model)
+        compose(llama_pool, base.model, router="phatgoose")

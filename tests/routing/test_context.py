@@ -193,7 +193,7 @@ def test_the_base_is_alone_while_it_is_read(base, pool):
     context.use(None)
     detach(model)
     with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
-        base_alone(compose(pool, base)).__enter__()
+        base_alone(compose(pool, base, router="phatgoose")).__enter__()
 
 
 @retrieving

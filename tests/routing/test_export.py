@@ -204,7 +204,7 @@ def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, 
     for merged in (False, True):
         refused("'bottleneck3' is a bottleneck adapter, which neither", merged=merged)
     detach(model)
-    model = compose(llama_mixed, llama, k=2)
+    model = compose(llama_mixed, llama, k=2, router="phatgoose")
     refused("chooses anew for every token, which no adapter can hold: fix its mixture")
     refused("rank is for adapters", ConfigError, merged=True, rank=2)
     refused("at least 1", ConfigError, rank=0)
@@ -224,7 +224,7 @@ def test_one_expert_alone_is_constant_under_any_router(llama, llama_pool, tmp_pa
 
 
 def test_differences_are_means_over_all_tokens_and_the_vocabulary(llama, llama_pool):
-    model = compose(llama_pool, llama, k=2)
+    model = compose(llama_pool, llama, k=2, router="phatgoose")
     base = {site: layer.base for site, layer in composition_of(model).layers.items()}
     texts = prompt_texts(["to be", "or not to be"])
     told = fidelity(model, llama.tokenizer, base, texts)
@@ -261,7 +261,7 @@ def test_a_pool_is_opened_with_every_factor_and_a_saved_model_as_it_is(llama, po
 
 
 def test_shares_are_means_over_tokens_then_prompts(llama, llama_pool):
-    model = compose(llama_pool, llama, k=2)
+    model = compose(llama_pool, llama, k=2, router="phatgoose")
     assert constant_shares(composition_of(model)) is None
     texts = prompt_texts(["a", "many more tokens than one"])
     found = shares_for(model, llama.tokenizer, texts)
@@ -296,7 +296,7 @@ def test_routing_by_input_or_token_is_not_constant(llama, llama_pool):
 
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_a_decoder_reads_the_models_own_answer(base, kind, pool):
-    model = compose(pool, base, k=2)
+    model = compose(pool, base, k=2, router="phatgoose")
     texts = prompt_texts(["to be", "or not to be"])
     inputs = read_texts(model, base.tokenizer, texts)
     for each, text in zip(inputs, texts.examples, strict=True):
@@ -312,7 +312,7 @@ def test_a_decoder_reads_the_models_own_answer(base, kind, pool):
 
 
 def test_a_weight_that_is_elsewhere_can_not_be_merged(llama, llama_pool):
-    parts = composition_of(compose(llama_pool, llama, k=2))
+    parts = composition_of(compose(llama_pool, llama, k=2, router="phatgoose"))
     layer = next(iter(parts.layers.values()))
     update = fixed_update(layer, torch.tensor([0.0, 1.0, 0.0, 0.0]), parts)
     layer.base.weight = nn.Parameter(layer.base.weight.to("meta"), requires_grad=False)

@@ -55,13 +55,13 @@ def test_leaving_and_coming_again_is_a_change_of_order(llama, uneven):
     remove_experts(model, ["e1"])
     add_experts(model, uneven.select(["e1"]))
     order = Pool(tuple(uneven.experts[z] for z in (0, 2, 3, 1)))
-    assert_same_models(model, compose(order, copy.deepcopy(llama)))
+    assert_same_models(model, compose(order, copy.deepcopy(llama), router="phatgoose"))
 
 
 def test_the_base_comes_back_bit_for_bit(llama, uneven):
     ids = make_ids()
     wanted = logits_of(llama.model, ids)
-    model = compose(uneven.select(["e0", "e1"]), llama)
+    model = compose(uneven.select(["e0", "e1"]), llama, router="phatgoose")
     add_experts(model, uneven.select(["e2"]))
     remove_experts(model, ["e0"])
     assert torch.equal(logits_of(detach(model), ids), wanted)
@@ -79,7 +79,7 @@ def test_a_grown_model_is_saved_and_loaded(llama, uneven, tmp_path):
 
 
 def test_what_can_not_join_leaves_the_model_as_it_was(llama, uneven, pool_of):
-    model = compose(uneven.select(["e0", "e2"]), llama)
+    model = compose(uneven.select(["e0", "e2"]), llama, router="phatgoose")
     parts, wanted = composition_of(model), logits_of(model, make_ids())
     with pytest.raises(PoolError, match="'e2' is there already"):
         add_experts(model, uneven.select(["e2"]))
@@ -98,7 +98,7 @@ def test_what_can_not_join_leaves_the_model_as_it_was(llama, uneven, pool_of):
 
 
 def test_what_can_not_leave_is_told(llama, uneven):
-    model = compose(uneven, llama, k=3)
+    model = compose(uneven, llama, k=3, router="phatgoose")
     with pytest.raises(PoolError, match="no expert 'e9'; there are e0, e1, e2, e3"):
         remove_experts(model, ["e9"])
     with pytest.raises(PoolError, match="No expert would be left"):

@@ -28,7 +28,7 @@ KINDS = ("llama", "t5", "gpt2")
 @each_kind
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_every_layer_is_the_mixture_written_out(base, mixed_pool, k):
-    model, experts = compose(mixed_pool, base, k=k), mixed_pool.experts
+    model, experts = compose(mixed_pool, base, k=k, router="phatgoose"), mixed_pool.experts
     parts = set()
     for site, layer in composition_of(model).layers.items():
         u = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(k))
@@ -47,7 +47,7 @@ def test_the_whole_model_is_the_naively_mixed_one(base, mixed_pool):
     ids = make_ids(rows=2, tokens=4)
     with naively_mixed(base.model, mixed_pool.experts, k=3):
         wanted = logits_of(base.model, ids)
-    assert_same_logits(logits_of(compose(mixed_pool, base, k=3), ids), wanted)
+    assert_same_logits(logits_of(compose(mixed_pool, base, k=3, router="phatgoose"), ids), wanted)
 
 
 @each_kind
@@ -86,10 +86,12 @@ def test_every_router_that_needs_no_loras_routes_a_mixed_pool(llama, llama_mixed
 
 
 def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
-    layers = composition_of(compose(llama_mixed, llama)).layers
+    layers = composition_of(compose(llama_mixed, llama, router="phatgoose")).layers
     assert not any(layer.is_plain for layer in layers.values())  # a LoRA with biases everywhere
     detach(llama.model)
-    layers = composition_of(compose(llama_mixed, llama, leave_out=["biased1"])).layers
+    layers = composition_of(
+        compose(llama_mixed, llama, leave_out=["biased1"], router="phatgoose")
+    ).layers
     plain = {site for site, layer in layers.items() if layer.is_plain}
     assert {site.rpartition(".")[2] for site in plain} == {"q_proj", "up_proj", "gate_proj"}
 
@@ -99,11 +101,11 @@ def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama,
     site = next(s for s, module in expert.modules.items() if not module.on_input)
     wrong = replace(expert, gates={**expert.gates, site: torch.ones(7)})
     with pytest.raises(ExpertError, match=rf"site {site}: the gate has shape \(7,\)"):
-        compose(Pool((wrong,)), llama, k=1)
+        compose(Pool((wrong,)), llama, k=1, router="phatgoose")
 
 
 def test_padding_is_routed_like_any_token(llama, llama_mixed):
-    model, ids = compose(llama_mixed, llama), make_ids()
+    model, ids = compose(llama_mixed, llama, router="phatgoose"), make_ids()
     layer, seen = composition_of(model).layers["model.layers.0.mlp.down_proj"], []
     layer.register_forward_hook(lambda layer, args, y: seen.append((args[0], y)))
     mask = torch.ones_like(ids)
@@ -117,7 +119,9 @@ def test_padding_is_routed_like_any_token(llama, llama_mixed):
 
 @each_kind
 def test_bfloat16_stays_close(kind, base, mixed_pool):
-    layers = composition_of(compose(mixed_pool, load_base(base.id, dtype="bfloat16"))).layers
+    layers = composition_of(
+        compose(mixed_pool, load_base(base.id, dtype="bfloat16"), router="phatgoose")
+    ).layers
     for site, layer in layers.items():
         u = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
         experts = mixed_pool.experts
@@ -146,6 +150,8 @@ def test_a_pool_forced_to_one_expert_is_that_expert_alone(base, mixed_pool, name
         wanted = logits_of(peft_model(base, expert.directory), ids)
     assert not torch.allclose(wanted, plain, atol=0.1)
     for options in ({"keep": [name], "k": 1}, {"router": f"single:expert={name}"}):
-        assert_same_logits(logits_of(compose(mixed_pool, base, **options), ids), wanted)
+        assert_same_logits(
+            logits_of(compose(mixed_pool, base, **{"router": "phatgoose", **options}), ids), wanted
+        )
         detach(base.model)
     assert torch.equal(logits_of(base.model, ids), plain)

@@ -8,10 +8,11 @@ import torch
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
+from phatgoose.experts.importing.adapter import import_adapters
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import is_pool, is_routed, loaded_base, open_model
 from phatgoose.routing.saved.save import save
-from tiny import logits_of, make_ids
+from tiny import logits_of, make_adapter, make_ids
 
 
 @pytest.fixture
@@ -51,6 +52,18 @@ def test_a_pool_and_its_routed_model_are_opened_alike(places, llama, name, given
     opened = open_model(where[name], base, dtype="float32", routing=Routing("arrow"))
     assert torch.equal(logits_of(opened.model, make_ids()), wanted)
     assert opened.tokenizer.eos_token == llama.tokenizer.eos_token
+
+
+def test_a_folder_of_adapters_is_opened_as_the_pool_of_their_imports(llama, tmp_path):
+    folders = [make_adapter(llama, tmp_path / "adapters" / n, seed=s) for s, n in enumerate("abc")]
+    import_adapters(folders, tmp_path / "pool")
+    routing = Routing("auto")
+    read, imported = (
+        open_model(tmp_path / place, dtype="float32", routing=routing).model
+        for place in ("adapters", "pool")
+    )
+    assert read.phatgoose.routing.router == "arrow"
+    assert torch.equal(logits_of(read, make_ids()), logits_of(imported, make_ids()))
 
 
 @pytest.mark.parametrize("name", ["routed", "base"])

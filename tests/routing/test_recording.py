@@ -35,7 +35,7 @@ def padded_batch(base):
 
 
 def test_recorded_weights_are_those_of_the_method(base, pool):
-    model = compose(pool, base, k=2)
+    model = compose(pool, base, k=2, router="phatgoose")
     inputs = {}
     for site, layer in composition_of(model).layers.items():
         layer.register_forward_pre_hook(lambda _, args, site=site: inputs.update({site: args[0]}))
@@ -50,7 +50,7 @@ def test_recorded_weights_are_those_of_the_method(base, pool):
 
 
 def test_padding_has_no_weight(base, pool):
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     ids, inputs = padded_batch(base)
     recording = recorded(model, ids, **inputs)
     for site, layer in composition_of(model).layers.items():
@@ -63,7 +63,7 @@ def test_padding_has_no_weight(base, pool):
 
 def test_usage_is_the_mean_over_real_tokens(base, pool):
     ids, inputs = padded_batch(base)
-    recording = recorded(compose(pool, base), ids, **inputs)
+    recording = recorded(compose(pool, base, router="phatgoose"), ids, **inputs)
     for site, usage in recording.usage().items():
         rows = recording.weights[site][0].flatten(0, 1)
         tokens = [row for row in rows if row.any()]
@@ -72,7 +72,7 @@ def test_usage_is_the_mean_over_real_tokens(base, pool):
 
 
 def test_usage_covers_several_passes(llama, llama_pool):
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     with record(model) as recording:
         logits_of(model, make_ids(tokens=2))
         logits_of(model, make_ids(tokens=6, seed=1))
@@ -83,9 +83,22 @@ def test_usage_covers_several_passes(llama, llama_pool):
 
 
 def test_by_token_is_the_mean_over_sites(llama, llama_pool):
-    recording = recorded(compose(llama_pool, llama), make_ids(rows=2))
+    recording = recorded(compose(llama_pool, llama, router="phatgoose"), make_ids(rows=2))
     wanted = sum(passes[0][1] for passes in recording.weights.values()) / len(recording.weights)
     torch.testing.assert_close(recording.by_token(row=1), wanted)
+
+
+def test_the_summary_is_the_mean_over_a_rows_real_tokens(llama, llama_pool):
+    model, ids = compose(llama_pool, llama, router="phatgoose"), make_ids(rows=2)
+    alone = recorded(model, ids[1:, 2:])
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = recorded(model, ids, attention_mask=mask, position_ids=positions)
+    wanted = dict(zip(llama_pool.names, alone.by_token().mean(0).tolist(), strict=True))
+    assert alone.summary() == pytest.approx(wanted, abs=1e-4)
+    assert list(alone.summary()) == sorted(wanted, key=wanted.get, reverse=True)
+    assert padded.summary(row=1) == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
@@ -95,7 +108,9 @@ def test_by_token_of_an_encoder_decoder_is_of_the_decoder(base, make_expert, tar
     experts = [make_expert(base, f"e{z}", seed=z, target_modules=[module]) for z in range(3)]
     pool = Pool(tuple(experts))
     ids = make_ids(tokens=7)
-    recording = recorded(compose(pool, base), ids, decoder_input_ids=ids[:, :targets])
+    recording = recorded(
+        compose(pool, base, router="phatgoose"), ids, decoder_input_ids=ids[:, :targets]
+    )
     decoder = [
         passes[0][0]
         for site, passes in recording.weights.items()
@@ -106,7 +121,7 @@ def test_by_token_of_an_encoder_decoder_is_of_the_decoder(base, make_expert, tar
 
 
 def test_every_token_of_a_generation_is_recorded_once(llama, llama_pool):
-    model, ids = compose(llama_pool, llama), make_ids(tokens=5)
+    model, ids = compose(llama_pool, llama, router="phatgoose"), make_ids(tokens=5)
     with record(model) as recording, torch.no_grad():
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6
@@ -121,7 +136,9 @@ def test_experts_absent_from_a_site_have_no_weight_there(llama, make_expert):
         make_expert(llama, "everywhere"),
         make_expert(llama, "attention", seed=1, target_modules=["q_proj"]),
     )
-    recording = recorded(compose(Pool((attention, everywhere)), llama), make_ids())
+    recording = recorded(
+        compose(Pool((attention, everywhere)), llama, router="phatgoose"), make_ids()
+    )
     assert recording.experts == ("attention", "everywhere")
     usage = recording.usage()
     assert usage["model.layers.0.mlp.up_proj"].tolist() == pytest.approx([0, 1])
@@ -129,14 +146,14 @@ def test_experts_absent_from_a_site_have_no_weight_there(llama, make_expert):
 
 
 def test_recording_changes_no_bit(base, pool):
-    model, ids = compose(pool, base), make_ids()
+    model, ids = compose(pool, base, router="phatgoose"), make_ids()
     wanted = logits_of(model, ids)
     with record(model):
         assert torch.equal(logits_of(model, ids), wanted)
 
 
 def test_recording_ends_with_its_context_even_after_an_error(llama, llama_pool):
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     with suppress(LookupError), record(model) as recording:
         logits_of(model, make_ids())
         raise LookupError

@@ -40,7 +40,7 @@ def test_an_update_that_overflows_is_refused_by_name(llama, llama_pool, router, 
 
 
 def test_an_update_that_overflows_does_not_join(llama, llama_pool):
-    model = compose(Pool(llama_pool.experts[:2]), llama)
+    model = compose(Pool(llama_pool.experts[:2]), llama, router="phatgoose")
     before = logits_of(model, make_ids())
     pool, site = with_changed(llama_pool, 1e30)
     with pytest.raises(RoutingError, match=rf"Expert 'e2' at {site}"):
@@ -53,9 +53,11 @@ def test_large_factors_with_a_usable_product_are_none_too_large(llama, llama_poo
     lora = first.lora[site]
     scaled = replace(lora, A=lora.A * 1e-25, B=lora.B * 1e25)
     pool = Pool((replace(first, modules={**first.modules, site: scaled}),))
-    wanted = logits_of(compose(Pool((first,)), llama, k=1, kernel="reference"), make_ids())
+    wanted = logits_of(
+        compose(Pool((first,)), llama, k=1, kernel="reference", router="phatgoose"), make_ids()
+    )
     detach(llama.model)
-    got = logits_of(compose(pool, llama, k=1, kernel="reference"), make_ids())
+    got = logits_of(compose(pool, llama, k=1, kernel="reference", router="phatgoose"), make_ids())
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 

@@ -89,7 +89,7 @@ class Tiny:
 
     @cached_property
     def routed(self) -> PreTrainedModel:
-        return compose(self.pool, copy.deepcopy(self.base))
+        return compose(self.pool, copy.deepcopy(self.base), router="phatgoose")
 
     @cached_property
     def assistant(self) -> PreTrainedModel:

@@ -58,7 +58,7 @@ def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> li
     rows = []
     turns = ({"k": 1}, {"router": "merged"}, {"router": "single:expert=e1"}, {"k": 2}, {})
     for text, options in zip(inputs, turns, strict=False):
-        model = compose(pool, base, **options)
+        model = compose(pool, base, **{"router": "phatgoose", **options})
         task = Task("t", test=(Example(text, "x"),))
         answer = evaluate(model, task, max_new_tokens=tokens).scores[0].predictions[0].answer
         rows.append({"input": text, "target": answer, "references": [answer, "something else"]})
@@ -99,7 +99,7 @@ def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
     return {
         "base": lambda: base,
         "an expert": lambda: compose(place, base, router="single"),
-        "a pool": lambda: compose(place, base),
+        "a pool": lambda: compose(place, base, router="phatgoose"),
         "a routed model": lambda: load(place, base),
         "a base": lambda: load_base(place, dtype="float32"),
     }[row]()

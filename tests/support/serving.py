@@ -55,7 +55,7 @@ def app_of(
     """
     place = str(folder_of(pool))
     models = [
-        ServedModel("goose", place, dtype="float32"),
+        ServedModel("goose", place, dtype="float32", routing=Routing("phatgoose")),
         ServedModel("mean", place, Routing("merged"), dtype="float32"),
     ]
     app = create_app(models, limits, **options)
@@ -146,6 +146,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> list[int]:
     """What `generate` answers to `prompt` in this process, greedily."""
+    options = {"router": "phatgoose", **options}
     model = compose(pool, load_base(pool.base.id, dtype="float32"), **options)
     found = model.generate(
         torch.tensor([prompt]),

@@ -102,7 +102,7 @@ def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp
         load(tmp_path / "routed", dtype="float32")
     assert loaded == []
     load(tmp_path / "routed", dtype="float32", embedder="a/b")
-    routing = Routing(embedder="a/b")
+    routing = Routing(embedder="a/b", router="phatgoose")
     opened = open_model(tmp_path / "routed", dtype="float32", routing=routing)
     assert composition_of(opened.model).prompt_router.embedder.name == "a/b"
     assert loaded == ["a/b", "a/b"]

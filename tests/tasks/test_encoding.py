@@ -13,7 +13,7 @@ from phatgoose.base.sites import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
 from phatgoose.tasks.encoding import CUTS, Cut, Cuts, Encoder, cut_tokens, recorded_share
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Chat, Example
 from tiny import make_tokenizer, with_added
 
 EOS = 1
@@ -248,6 +248,53 @@ def test_a_chat_template_that_cannot_be_filled_is_one_line(template, complaint):
     with pytest.raises(BaseModelError, match=words) as caught:
         make_encoder(template=template, chat=True).prompt("Hello")
     assert "\n" not in str(caught.value)
+
+
+SAID = Chat(
+    [("system", "brief"), ("user", "abcdefghijkl"), ("assistant", "no"), ("user", "uvwxyz")]
+)
+ROLES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "wanted", "cut"),
+    [
+        (make_encoder(template=ROLES), "<s>brief<u>abcdefghijkl<a>no<u>uvwxyz<a>", None),
+        (make_encoder(template=ROLES, chat=True), "<s>brief<u>abcdefghijkl<a>no<u>uvwxyz<a>", None),
+        (
+            make_encoder(template=ROLES, max_input_tokens=17),
+            "<s>brief<u>aijkl<a>no<u>uwxyz<a>",  # both longest turns lose their middle
+            Cut(17, 8),
+        ),
+        (
+            make_encoder(template=ROLES, max_input_tokens=17, truncation="right"),
+            "<s>brief<u>abcde<a>no<u>uvwxy<a>",
+            Cut(17, 8),
+        ),
+    ],
+)
+def test_a_chat_is_read_through_the_base_s_template_whatever_the_formatting(encoder, wanted, cut):
+    pair = encoder.pair(SAID, "yes")
+    assert text_of(encoder, pair.prompt) == wanted
+    assert text_of(encoder, pair.target) == "yes</s>"
+    assert pair.cut == cut
+    plain = encoder.pair(str(SAID), "yes")
+    assert text_of(encoder, plain.prompt).startswith("<u>" if encoder.formatting.chat else "bri")
+
+
+def test_a_chat_leaves_room_for_its_template_and_the_answer():
+    tokenizer = make_tokenizer(final_eos=CAUSAL)
+    tokenizer.chat_template = ROLES
+    encoder = Encoder(tokenizer, is_encoder_decoder=CAUSAL, positions=Positions(36, 36))
+    pair = encoder.pair(SAID, "yes")
+    assert (pair.length, pair.cut) == (36, Cut(17, 8))
+
+
+def test_chat_rows_on_a_base_without_a_template_are_refused_with_another_way():
+    with pytest.raises(
+        TaskError, match=r"no chat template; .* \|\|\| {{ messages\[-1\].content }}"
+    ):
+        make_encoder().pair(SAID, "yes")
 
 
 def test_chat_without_a_template_is_refused():

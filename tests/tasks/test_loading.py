@@ -1,7 +1,9 @@
 """Tasks: every source, templates, splits, and each way in which data can be bad."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ import pytest
 
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import given_task, given_tasks, load_task, longest_field
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Chat, Example, Task
 
 ROWS = [
     {"input": "Is it good?", "target": "yes", "choices": ["yes", "no"]},
@@ -172,7 +174,7 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
 @pytest.mark.parametrize(
     ("name", "lines", "complaint"),
     [
-        ("a.txt", ["x"], ".jsonl or .csv"),
+        ("a.txt", ["x"], ".csv or .parquet file"),
         ("a.jsonl", [], "no examples"),
         ("a.csv", ["input,target"], "no examples"),
         *(
@@ -324,7 +326,7 @@ def test_tasks_may_be_named_where_they_are_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("named", "complaint"),
     [
-        ("nosuch", "must be a .jsonl or .csv file"),
+        ("nosuch", "must be a .jsonl, .json, .csv or .parquet file"),
         ("no/such.jsonl", "does not exist"),
         (5, "not 5"),
         ([5], "not 5"),
@@ -409,3 +411,113 @@ def test_lists_may_be_arrays():
 def test_the_longest_value_that_stands_in_a_text_once(values, text, wanted):
     found = longest_field(values, text)
     assert (None if found is None else text[slice(*found)]) == wanted
+
+
+TURNS = [("system", "Be brief."), ("user", "Sky?"), ("assistant", "blue"), ("user", "Sea?")]
+MESSAGES = [{"role": role, "content": text} for role, text in (*TURNS, ("assistant", "green"))]
+PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "text": "green"}]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"messages": MESSAGES}, Example(Chat(TURNS), "green")),
+        (
+            {"messages": PARTS, "choices": ["green", "red"]},
+            Example(Chat(TURNS), "green", ("green", "red")),
+        ),
+        ({"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, Example(Chat(TURNS), "green")),
+        ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
+        ({"instruction": "Add.", "input": "1 + 2", "output": 3}, Example("Add.\n\n1 + 2", "3")),
+        ({"instruction": "Greet.", "input": "", "output": "Hi"}, Example("Greet.", "Hi")),
+        ({"instruction": "Greet.", "output": "Hi"}, Example("Greet.", "Hi")),
+        ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),
+    ],
+)
+def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted):
+    (found,) = load_task([row]).train
+    assert (found, found.content) == (wanted, wanted.content)
+    assert load_task(write_rows(tmp_path / "a.jsonl", [row])).train == (wanted,)
+    (tmp_path / "a.json").write_text(json.dumps([row], indent=1))
+    assert load_task(tmp_path / "a.json").train == (wanted,)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    if row.get("messages") is not PARTS:  # a column has one type
+        import pyarrow
+
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+        (again,) = load_task(tmp_path / "a.parquet").train
+        assert (again.input, again.content) == (wanted.input, wanted.content)
+
+
+def test_a_chat_is_a_text_that_keeps_its_turns():
+    (found,) = load_task([{"messages": MESSAGES}]).train
+    assert found.input == "Be brief.\n\nSky?\n\nblue\n\nSea?"
+    assert found.input.turns == tuple(TURNS)
+    for copied in (copy.deepcopy(found.input), pickle.loads(pickle.dumps(found.input))):
+        assert (type(copied), copied.turns) == (Chat, tuple(TURNS))
+    assert (found.input + "!").turns[-1] == ("user", "Sea?!")
+    other = replace(found, input=Chat([("user", str(found.input))]))
+    assert other == found
+    assert Task("t", (other,)).digest != Task("t", (found,)).digest
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        (MESSAGES[:-1], "must end with what the assistant says .* system, user, assistant, user"),
+        (MESSAGES[-1:], "must end with what the assistant says to others; the roles there are as"),
+        ([], "there are none"),
+        ("Sky?", "messages must be a list of turns, got 'Sky"),
+        (["Sky?"], "must have role and content, got 'Sky"),
+        ([{"role": "user", "content": None}], "a role and a content of text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "which tool calls and pictures are"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "which tool calls and pict"),
+    ],
+)
+def test_a_chat_that_cannot_be_used_is_refused_with_its_row(messages, complaint):
+    assert re.search(f"row 1: .*{complaint}", complaint_about([{"messages": messages}]))
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"question": "Sky?", "answer": "blue"}, Example("Sky?", "blue")),
+        ({"text": "Great!", "category": "good"}, Example("Great!", "good")),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Sky?"},
+                    {"from": "gpt", "value": "blue"},
+                ]
+            },
+            Example("Sky?", "blue"),
+        ),
+    ],
+)
+def test_an_unknown_form_is_refused_with_the_template_that_reads_it(row, wanted):
+    message = complaint_about([row])
+    assert (
+        f"the fields there are {', '.join(row)}. Known are input and target; messages;" in message
+    )
+    template = re.search("--template '(.*)'", message)[1]
+    assert load_task([row], template=template).train == (wanted,)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.json", '[{"input": "a"', "a.json: broken JSON"),
+        ("a.json", '[{"input": "a", "target": "b"}, 3]', "a.json, row 2: wanted a dict"),
+        ("a.json", '{"input": "a"}', "a.json, line 1: target is missing"),
+        ("a.parquet", "PAR1", "a.parquet can't be read"),
+    ],
+)
+def test_json_and_parquet_that_are_broken_are_refused_in_a_line(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    assert complaint in complaint_about(tmp_path / name)
+
+
+def test_parquet_without_pyarrow_tells_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    assert "pip install 'phatgoose[datasets]'" in complaint_about(tmp_path / "a.parquet")

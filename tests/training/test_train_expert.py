@@ -233,7 +233,7 @@ def test_a_base_or_place_that_is_none_is_refused(llama, llama_pool, tmp_path):
     (tmp_path / "echo").mkdir()
     with pytest.raises(ExpertError, match="exists already"):
         train(llama, tmp_path / "echo")
-    compose(llama_pool, llama)
+    compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(PhatgooseError, match="routed"):
         train(llama, tmp_path / "new")
 
@@ -346,7 +346,10 @@ def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
         train(llama, whole.directory, resume=True, gate_training=replace(GATES, gate_steps=5))
     with pytest.warns(UserWarning, match="peft 'lora', not 'ia3'"):
         train(llama, whole.directory, resume=True, peft=IA3())
-    with pytest.warns(UserWarning, match="gate_learning_rate .*, not 0.25"):
+    with pytest.warns(UserWarning, match=r"settings: learning_rate 0\.02, not 0\.25\.$"):
         train(llama, whole.directory, resume=True, training=replace(TRAINING, learning_rate=0.25))
+    other = replace(GATES, gate_learning_rate=0.25)
+    with pytest.warns(UserWarning, match=r"settings: gate_learning_rate 0\.005, not 0\.25\.$"):
+        train(llama, whole.directory, resume=True, gate_training=other)
     fewer = replace(GATES, statistics_examples=1)  # which `measure` may have changed
     assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)

@@ -159,7 +159,7 @@ def test_a_copy_made_while_recording_is_not_recorded():
 def test_a_base_that_wants_static_caches_is_evaluated_with_experts():
     task = Task("task", test=tuple(Example(text, "yes") for text in ("one", "another one")))
     base = base_of("llama")
-    model = compose(tiny_of("llama").pool, base)
+    model = compose(tiny_of("llama").pool, base, router="phatgoose")
     wanted = evaluate(model, task, tokenizer=base.tokenizer, max_new_tokens=5)
     model.generation_config.cache_implementation = "static"
     got = evaluate(model, task, tokenizer=base.tokenizer, max_new_tokens=5)

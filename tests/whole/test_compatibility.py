@@ -224,7 +224,7 @@ OPERATIONS = {
     "reentrant checkpointing": Operation(partial(checkpointed, reentrant=True), gradients),
 }
 NO_LENGTH = "'PagedAttentionCache' object has no attribute 'get_seq_length'"
-# Python 3.10 has no later transformers than 5.20, whose bases do some of it.
+# The bases of transformers up to 5.20 do some of it.
 DOES_MORE = Version(transformers.__version__) < Version("5.21")
 REFUSED = {  # what bases can't do by themselves, in their words
     ("gpt_neox", "continuous batching"): (

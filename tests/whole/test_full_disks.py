@@ -44,7 +44,7 @@ def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
 def test_a_full_disk_leaves_no_half_of_anything(disk, llama_pool, llama, tmp_path, kilobytes):
     folder, expert = disk(kilobytes), llama_pool.experts[0]
     adapter = adapter_of(expert.directory, tmp_path / "adapter")
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     actions = {
         "expert": lambda: expert.save(folder / "expert"),
         "import": lambda: import_adapter(adapter, folder / "import"),
@@ -96,7 +96,7 @@ def test_read_only_folders_are_told(disk, llama_pool, llama, tmp_path):
         lambda: kept.save(folder / "kept", overwrite=True),
         lambda: import_adapter(adapter, folder / "import"),
         lambda: train_gates(llama, kept.directory, TASK, out=folder / "gated", **FEW),
-        lambda: save(compose(llama_pool, llama), folder / "routed"),
+        lambda: save(compose(llama_pool, llama, router="phatgoose"), folder / "routed"),
         lambda: Pool.open(folder).write_manifest(folder / "pool.json"),
     ):
         assert "Read-only file system" in told(action)

@@ -22,7 +22,7 @@ from phatgoose.training.workdir import expert_folder, open_work
 def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_path, victim):
     first = llama_pool.select(["e0", "e1"])
     folder = tmp_path / "routed"
-    save(compose(first, llama), folder)
+    save(compose(first, llama, router="phatgoose"), folder)
     for name in (".routed.json.unfinished", f".segment-{os.getpid()}.safetensors", ".segment"):
         (folder / name).symlink_to(victim)
     add_to_saved(folder, llama_pool.select(["e2"]))

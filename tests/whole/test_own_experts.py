@@ -42,7 +42,7 @@ def base(request):
 @pytest.fixture
 def routed(base):
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    return compose(pool, base)
+    return compose(pool, base, router="phatgoose")
 
 
 @pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)

@@ -65,7 +65,7 @@ def test_a_pool_routes_over_quantised_linears(quantised, llama_pool, tmp_path):
     alone = logits_of(base.model, ids)
     with naively_routed(base.model, llama_pool.experts, k=2):
         wanted = logits_of(base.model, ids)
-    model = compose(llama_pool, base)
+    model = compose(llama_pool, base, router="phatgoose")
     assert_same_logits(logits_of(model, ids), wanted)
     assert not torch.allclose(wanted, alone, atol=1e-2)
     save(model, tmp_path / "routed")
@@ -84,7 +84,7 @@ def test_merged_experts_stay_factors_over_a_weight_they_can_not_be_folded_into(q
 
 def test_a_model_that_came_quantised_is_taken_on_trust_with_a_warning(quantised, llama_pool):
     with pytest.warns(UserWarning, match=r"is quantised \(\w+\), so its weights can't be held"):
-        model = compose(llama_pool, quantised().model)
+        model = compose(llama_pool, quantised().model, router="phatgoose")
     assert model.phatgoose.base == llama_pool.base
 
 
@@ -100,4 +100,4 @@ def test_a_plain_base_of_other_weights_is_refused_as_ever(base_folders, llama_po
     base = load_base(base_folders["llama"], dtype="float32").model
     nn.init.ones_(base.get_input_embeddings().weight)
     with pytest.raises(WrongBaseError, match="The base of the experts"):
-        compose(Pool(llama_pool.experts), base)
+        compose(Pool(llama_pool.experts), base, router="phatgoose")

@@ -79,13 +79,13 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
     mixed = mixed_pool_for(base, place / "mixed-experts")
     high = Pool((write_expert(base, place, "high", rank=40), write_expert(base, place, "low")))
     made = {
-        "plain": (uneven, Routing()),
-        "small": (uneven, Routing()),
+        "plain": (uneven, Routing(router="phatgoose")),
+        "small": (uneven, Routing(router="phatgoose")),
         "retrieval": (uneven, Routing(router="retrieval")),
         "spectr": (uneven, Routing(router="spectr:shortlist=2")),
         "glider": (uneven, Routing(router="glider")),
         "joint": (uneven, Routing(router="joint-discriminant")),
-        "mixed": (mixed, Routing()),
+        "mixed": (mixed, Routing(router="phatgoose")),
         "oracle": (uneven, Routing(router="oracle")),
         "merged": (high, Routing(router="merged")),
         "calibrated": (uneven, Routing("phatgoose:affinity=calibrated", k=3)),

@@ -108,7 +108,11 @@ def test_lm_eval_s_local_completions_score_as_in_this_process(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     tasks = write_task(tmp_path, output_type)
     base = load_base(pool.base.id, dtype="float32")
-    own = HFLM(pretrained=compose(pool, base), tokenizer=base.tokenizer, softmax_dtype="float32")
+    own = HFLM(
+        pretrained=compose(pool, base, router="phatgoose"),
+        tokenizer=base.tokenizer,
+        softmax_dtype="float32",
+    )
     arguments = {
         "base_url": f"{address}/v1/completions",
         "model": "goose",

@@ -40,7 +40,7 @@ def mamba(made) -> Base:
 
 def routed(base, **options):
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    return compose(pool, base, **options)
+    return compose(pool, base, **{"router": "phatgoose", **options})
 
 
 def generated(model, **options):
@@ -77,7 +77,7 @@ def test_experts_act_from_a_prompts_end_on(mamba):
         replace(each, info=replace(each.info, acts_on=tail))
         for each, tail in zip(experts, tails, strict=True)
     ]
-    model, ids = compose(Pool(tuple(pool)), mamba, k=2), make_ids(rows=2)
+    model, ids = compose(Pool(tuple(pool)), mamba, k=2, router="phatgoose"), make_ids(rows=2)
     settings = {"output_logits": True, "return_dict_in_generate": True}
     for options in ({}, {"use_cache": False}):
         found = generated(model, **settings, **options)
@@ -101,4 +101,4 @@ def test_a_model_that_reads_padding_is_refused():
     model = AutoModelForCausalLM.from_config(config)
     expert = random_expert(model, 0)
     with pytest.raises(BaseModelError, match="type rwkv read padding"):
-        compose(Pool((expert,)), model, k=1)
+        compose(Pool((expert,)), model, k=1, router="phatgoose")

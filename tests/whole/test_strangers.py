@@ -51,7 +51,7 @@ from phatgoose.routing.saved.save import save
 from phatgoose.tasks.loading import load_task
 from tiny import make_ids, make_model, make_tokenizer
 
-KINDS = ("expert", "ia3", "bottleneck")  # one golden directory of each
+KINDS = ("expert", "ia3", "bottleneck", "dora")  # one golden directory of each
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "120"))
 MOST_SECONDS = 5  # of the processor, for a directory of a few kilobytes
 SECRET = "the secret of somebody else"
@@ -257,7 +257,7 @@ def command(*words: object) -> None:
 
 def run(pool: Pool, base: Base, place: Path) -> None:
     """Compose `pool`, use it, save it and load what was saved."""
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     try:
         with torch.no_grad():
             model(IDS)

@@ -38,14 +38,21 @@ from . import measures, routing_distribution
 from .findings import Finding, findings_of, vector_similarity
 from .measures import ORACLE, SMOOTHING, Agreement, Correlation, Divergence, Effect
 from .routing_distribution import MEASURES, PARTS, Measure, RoutingDistribution, RoutingTally
-from .traces import Trace, trace
+from .traces import ChoiceKeeper, Trace, trace
 
 
 @dataclass(frozen=True)
 class RouterAnalysis:
-    """One router's distribution on each dataset, its scores (empty if not scored) and findings.
+    """What `analyse` found of one router.
 
-    `traces` are texts token by token; `similarity` [E, E] is `findings.vector_similarity`.
+    Attributes:
+        distributions: Of the experts, by dataset.
+        scores: By dataset, empty if not scored.
+        findings: What looks odd.
+        traces: Texts token by token, by dataset.
+        similarity: `findings.vector_similarity`, [E, E].
+        choices: Weights of each prompt's experts by dataset, [prompts, E], in no order of the
+            data's; empty for a router that chooses for every token.
     """
 
     distributions: Mapping[str, RoutingDistribution]
@@ -53,6 +60,7 @@ class RouterAnalysis:
     findings: tuple[Finding, ...] = ()
     traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
     similarity: NDArray[Any] | None = None
+    choices: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def by_dataset(self, measure: Measure = "weight") -> dict[str, NDArray[np.float64]]:
         """The whole-model distribution on each dataset, [E]."""
@@ -65,11 +73,17 @@ class RouterAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyse` returns.
+    """What `analyse` returns. KL divergences are of whole-model distributions before top-k.
 
-    `oracle` is the best single expert of each dataset, empty without scores of single experts.
-    `agreements` are by pairs of routers, `effects` those of leaving experts out, if asked for. KL
-    divergences are of whole-model distributions before top-k, smoothed by `smoothing`.
+    Attributes:
+        experts: The experts' names, in the order of every distribution.
+        datasets: The tasks' names.
+        routers: What was found of each router.
+        oracle: The best single expert of each dataset, empty without scores of single experts.
+        agreements: How far two routers agree, by pairs of routers.
+        effects: Those of leaving experts out, if asked for.
+        smoothing: The share of the uniform distribution in divergences.
+        settings: How everything was read.
     """
 
     experts: tuple[str, ...]
@@ -164,6 +178,7 @@ class Analysis:
             "overlaps": self.overlaps(name).tolist(),
             "findings": [asdict(finding) for finding in router.findings],
             "similarity": None if router.similarity is None else router.similarity.tolist(),
+            "choices": {task: found.tolist() for task, found in router.choices.items()},
         }
 
 
@@ -220,17 +235,32 @@ def analyse(
 ) -> Analysis:
     """Where the tokens of `tasks` go in a routed model, or in a pool under each of `routers`.
 
-    `source` is a routed model or its folder, or a pool (folder, manifest). A pool is composed for
-    each of `routers` in turn; None means the router that `routing` names. All other settings are
-    those of `routing`. Every router reads the prompt and the right answer of the same examples
-    (`limit` drawn by `seed`). With `score` each is evaluated on them too. `without_each` evaluates
-    the first router without each expert in turn (pools only). `scores` of single experts, as in
-    `compose`, determine the Oracle to compare with. `examples` texts of each task are traced token
-    by token. `smoothing` is that of the KL divergences.
+    Every router reads the prompt and the right answer of the same examples.
 
-    Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
-    or two of one name, RoutingError for a model that is not routed, and what composing and
-    evaluating raise: all before the first router reads anything.
+    Args:
+        source: A routed model or its folder, or a pool (folder, manifest).
+        tasks: Tasks, files, or `hub:DATASET`; one or several.
+        routers: A pool is composed for each of these in turn; None is the one that `routing` names.
+        routing: All other settings; None is `Routing()`.
+        base: A loaded base or its name; None loads the one that is recorded.
+        tokenizer: None takes that of the model or its base.
+        scores: Of single experts, as in `compose`: they determine the Oracle to compare with.
+        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
+        seed: Seed of the draw.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        score: Evaluate each router on the examples too.
+        without_each: Evaluate the first router without each expert in turn (pools only).
+        examples: Texts of each task to trace token by token.
+        smoothing: The share of the uniform distribution in KL divergences.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
+
+    Raises:
+        ConfigError: `routers` or `without_each` with a composed model.
+        TaskError: No task, or two of one name.
+        RoutingError: The model is not routed.
+        PhatgooseError: What composing and evaluating raise. All of these come before the first
+            router reads anything.
     """
     tasks = named_apart(given_tasks(tasks))
     if not tasks:
@@ -305,13 +335,11 @@ def _subject(
         return _composed_subject(source, routing, base, tokenizer)
     pool = Pool.open(source)
     loaded = loaded_base(pool, base)
-    asked = dict.fromkeys([*(routers or ()), routing.router])
-    found = {
-        name: settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
-        for name in asked
-    }
-    names = [found[name].router for name in routers or (routing.router,)]
-    routing = found[routing.router]
+    found = [
+        settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
+        for name in dict.fromkeys(routers or (routing.router,))
+    ]
+    names, routing = [each.router for each in found], found[0]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
         _check_router(replace(routing, router=name), pool, scores, loaded.tokenizer)
@@ -394,14 +422,18 @@ def _one_router(
     decisions = [measures.DecisionFiles(files, index)] if files is not None else []
     present = {site: layer.experts for site, layer in parts.layers.items()}
     distributions: dict[str, RoutingDistribution] = {}
+    choices: dict[str, NDArray[np.float64]] = {}
     for task in tasks:
         chosen = task.evaluation_examples(scoring.limit, scoring.seed)
-        tally = RoutingTally(parts.experts, present)
-        observers: list[routing_distribution.Observer] = [tally, *decisions]
+        tally, kept = RoutingTally(parts.experts, present), ChoiceKeeper(parts)
+        observers: list[routing_distribution.Observer] = [tally, kept, *decisions]
         routing_distribution.read_examples(
             model, encoder, task.name, chosen, observers, scoring.token_budget
         )
         distributions[task.name] = tally.distribution.over(subject.experts)
+        found = kept.weights(subject.experts)
+        if len(found):
+            choices[task.name] = found
     scores = (
         evaluate.score_tasks(model, tasks, scoring, subject.tokenizer).scores
         if settings.score
@@ -414,6 +446,7 @@ def _one_router(
         tuple(findings_of(distributions, similarity)),
         {task.name: _traces(model, encoder, task, settings) for task in tasks},
         similarity,
+        choices,
     )
 
 
@@ -422,6 +455,8 @@ def _traces(
 ) -> list[Trace]:
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
+    if not chosen:
+        return []
     pairs, traces = encoder.pairs(chosen), []
     prompts = [pair.prompt for pair in pairs]
     with routing_for(model, prompts, task=task.name, examples=chosen) as before_pass:

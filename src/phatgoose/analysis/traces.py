@@ -203,6 +203,25 @@ def _streams(
     return [("decoder", texts_of(encoder.tokenizer, prompt + answer), marks)]
 
 
+class ChoiceKeeper(Observer):
+    """Keeps what a router that reads prompts has chosen for each prompt that passed."""
+
+    def __init__(self, parts: Composition) -> None:
+        self._parts = parts
+        self._rows: list[dict[str, float]] = []
+
+    def end_pass(self) -> None:
+        parts = self._parts
+        known = parts.context.choice if parts.context else None
+        if known is not None and parts.prompt_router is not None and parts.prompt_router.chooses:
+            self._rows += known.named(parts.experts)
+
+    def weights(self, experts: Sequence[str]) -> Array:
+        """[prompts, E] over `experts`; no rows for a router that chooses for tokens."""
+        rows = [[row.get(name, 0.0) for name in experts] for row in self._rows]
+        return np.array(rows, dtype=float).reshape(-1, len(experts))
+
+
 class TraceKeeper(Observer):
     """Keeps the experts of greatest weight at each site, from one pass of one row or many."""
 

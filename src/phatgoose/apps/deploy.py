@@ -85,7 +85,7 @@ def deploy(
 def _rank_of(pool: Pool, name: str, engine: str) -> int:
     """The rank of an expert's LoRA. Raises ConfigError where engines would apply it otherwise."""
     expert = pool[name]
-    if not expert.lora:
+    if expert.kind != "lora":
         raise ConfigError(f"Expert {name!r} is no LoRA, which engines apply; leave it out.")
     config = read_json_object(
         expert.directory / adapter_files(expert.directory).config, ConfigError

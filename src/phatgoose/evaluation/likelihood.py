@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
 from ..tasks import batching
 from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
+from .shared_prompts import SharedPrompts
 
 Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
@@ -32,23 +34,31 @@ def choice_log_likelihoods(
     pad_token_id: int,
     budget: int,
     before_pass: BeforePass = lambda _: None,
+    shared: SharedPrompts | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
     most `budget` tokens, padding included. `before_pass` gets indices in `rows` before each pass:
-    one for each row of the batch, or for each token where rows are packed. Raises EvaluationError
-    for a causal model's prompt without tokens.
+    one for each row of the batch, or for each token where rows are packed. What `shared`, which
+    must serve `model`, has of a prompt isn't read again. Raises EvaluationError for a causal
+    model's prompt without tokens.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
     score = _packed if batching.can_pack(model) else _padded
-    # A choice that a row has twice is computed once, so that it ties with itself.
-    distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
+    if shared is not None:
+        score = partial(_continued, shared)
+    distinct = with_distinct_choices(rows)
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
             found = dict(zip(distinct[index][1], means, strict=True))
             yield index, [found[tuple(choice)] for choice in rows[index][1]]
+
+
+def with_distinct_choices(rows: Sequence[ChoicePrompt]) -> list[ChoicePrompt]:
+    """`rows`, where a choice that a row has twice is computed once, so that it ties with itself."""
+    return [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
 
 
 def _packed(
@@ -72,6 +82,50 @@ def _packed(
         with batching.head_at(model, torch.cat(runs).to(input_device(model))):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
+
+
+def _continued(
+    shared: SharedPrompts,
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad: int,
+    budget: int,
+    before_pass: BeforePass,
+) -> Iterator[tuple[int, list[float]]]:
+    for batch in batches_of(rows, budget):
+        prompts, choices = [rows[i][0] for i in batch], [rows[i][1] for i in batch]
+        begun = shared.begin(model, prompts)
+        texts = [
+            BranchedText(prompt[count:], [choice[:-1] for choice in each])
+            for prompt, count, each in zip(prompts, begun.counts, choices, strict=True)
+        ]
+        packed = batching.pack_rows([[text] for text in texts], pad, model.dtype)
+        mask = packed.inputs["attention_mask"]  # [rows, 1, tokens, tokens]
+        void = mask.new_zeros(begun.seen.shape)
+        void.masked_fill_(~begun.seen, torch.finfo(mask.dtype).min)
+        before = void[:, None, None].expand(-1, -1, mask.shape[2], -1)
+        starts = torch.tensor(begun.counts)[:, None]
+        inputs = {
+            **packed.inputs,
+            "attention_mask": torch.cat([before, mask], dim=-1),
+            "position_ids": packed.inputs["position_ids"] + starts,
+        }
+        runs = [  # as in _packed
+            torch.arange(start + len(text.stem) - 1, start + text.length)
+            for text, start in zip(texts, packed.starts.tolist(), strict=True)
+        ]
+        inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+        held = {cache_argument(model): begun.cache, "use_cache": True}
+        before_pass(batch)
+        with batching.head_at(model, torch.cat(runs).to(input_device(model))):
+            logits = model(**inputs, **held).logits.squeeze(0)
+        yield from _means(logits, choices, batch)
+
+
+def batches_of(rows: Sequence[ChoicePrompt], budget: int) -> Iterator[list[int]]:
+    """Batches of indices of `rows` of similar length, each at most `budget` tokens when padded."""
+    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
+    return batching.batches_of_tokens(lengths, budget)
 
 
 def _means(
@@ -109,9 +163,8 @@ def _padded(
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
     if model._is_stateful:
         score = _score_whole
-    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
     with batching.contiguous_head(model):
-        for batch in batching.batches_of_tokens(lengths, budget):
+        for batch in batches_of(rows, budget):
             chosen = [rows[i] for i in batch]
 
             def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:

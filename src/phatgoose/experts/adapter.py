@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -118,9 +119,15 @@ Layer = TypeVar("Layer", bound="ModifiedLinear")
 
 
 class ModifiedLinear(WrappedLinear):
-    def __init__(self, base: nn.Module, module: SiteModule) -> None:
+    def __init__(
+        self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype` is the module's type if the weights are packed and have none."""
         super().__init__(base, *linear_shape(base))
-        self.module = module.at(self.weight)
+        like = self.weight
+        if dtype is not None and not like.is_floating_point():
+            like = torch.empty(0, dtype=dtype, device=like.device)
+        self.module = module.at(like)
 
     def strength(self, u: Tensor) -> Tensor | float:
         return 1.0
@@ -136,6 +143,8 @@ def applied(
 ) -> Iterator[dict[str, Layer]]:
     """`layer`s with an expert's modules, by site, in `model`; ExpertError if one doesn't fit."""
     check_fit("adapter", modules, find_sites(model))
-    layers = {site: layer(model.get_submodule(site), each) for site, each in modules.items()}
+    layers = {
+        site: layer(model.get_submodule(site), each, model.dtype) for site, each in modules.items()
+    }
     with replaced(model, layers):
         yield layers

@@ -226,14 +226,19 @@ def expert_files() -> tuple[str, ...]:
 class Expert:
     """One expert: what its adapter does, its gates and its statistics, by site name.
 
-    `directory` holds the adapter's files; all `modules` are of one kind. `gates` and `means` map a
-    site to a float32 vector of its input size n, and are empty when there are none; `embeddings` is
-    None or [examples, dims], rows of length 1 made by `info.embedder`. `readings` are those of
-    `readings.readings_of`, empty when there are none.
-
     The tensors of a loaded expert are views of its files, mapped into memory: bytes are read when
     used, and take memory until `release`. Don't write to them; `dataclasses.replace` makes an
     expert with other tensors.
+
+    Attributes:
+        info: What its `phatgoose.json` says.
+        directory: The folder of the adapter's files.
+        modules: What it does at each site, all of one kind.
+        gates: A float32 vector of each site's input size; empty when there are none.
+        means: The same of mean activations.
+        embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
+        readings: Those of `readings.readings_of`; empty when there are none.
+        files: The mapped files.
     """
 
     info: ExpertInfo
@@ -267,7 +272,7 @@ class Expert:
 
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
-        """The LoRA factors by site; empty for an expert of another kind."""
+        """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
         held = self.modules.items()
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.fingerprint import BaseReference, same_base
+from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files.atomic import being_replaced, bring_back, is_stream, write_text
 from ..files.strict import one_line, read_json_object, reason, sha256_of, shortened
@@ -22,6 +24,7 @@ from ..files.tensor_file import prefetch
 from .adapter import adapter_files
 from .expert import LAYOUT, Expert, format_record
 from .hub import HubReference, local_folder, reference_of
+from .importing.adapter import adapters_in, read_adapters
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
@@ -45,11 +48,19 @@ class Pool(Mapping[str, Expert]):
     def open(cls, source: Pool | Expert | str | Path | Sequence[Expert | str | Path]) -> Pool:
         """The pool in `source`, or `source` itself where it is a pool.
 
-        `source` is a folder of expert directories, one expert directory, a reference to either on
-        the Hub ("hub:owner/name@revision"), an expert that is loaded, a list of these, or a
-        manifest written by `write_manifest`, against whose hashes the experts are then checked.
-        Every expert is read and fully checked once. Raises PoolError when there is no expert, two
-        share a name, or bases differ; ExpertError for a bad expert.
+        Every expert is read and fully checked once.
+
+        Args:
+            source: A folder of expert directories, one expert directory, a reference to either on
+                the Hub ("hub:owner/name@revision"), an expert that is loaded, a list of these, or a
+                manifest written by `write_manifest`, against whose hashes the experts are then
+                checked. A folder of PEFT adapters, or one adapter's, is read as `import_adapter`
+                would import it; an adapter that can't be routed is a warning, and an error only
+                where none can.
+
+        Raises:
+            PoolError: There is no expert, two share a name, or bases differ.
+            ExpertError: An expert is damaged or unsupported.
         """
         if isinstance(source, Pool):
             return source
@@ -62,8 +73,7 @@ class Pool(Mapping[str, Expert]):
         if not found:
             raise PoolError(
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
-                f"expert directories, each with a {LAYOUT.info} ('phatgoose import' makes one of "
-                f"a PEFT adapter)."
+                f"expert directories, each with a {LAYOUT.info}, or PEFT adapters."
             )
         return cls._of(prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), found))
 
@@ -161,6 +171,7 @@ class Pool(Mapping[str, Expert]):
             else f"{expert.name} (in {expert.directory})"
             for expert in self.experts
         ]
+        hint = hint or closest(name, self.names)
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
     def release(self) -> None:
@@ -206,6 +217,11 @@ class Pool(Mapping[str, Expert]):
         folder = None if is_stream(path) else path.parent.resolve()
         records = self.records()
         for record, expert in zip(records, self.experts, strict=True):
+            if not (expert.directory / LAYOUT.info).is_file():
+                raise PoolError(
+                    f"{expert.directory} is an adapter, and a manifest lists experts; make them by "
+                    f"'phatgoose import' first."
+                )
             record["config_sha256"] = sha256_of(
                 expert.directory / adapter_files(expert.directory).config
             )
@@ -229,7 +245,33 @@ def _experts_at(place: object) -> Iterable[Expert | Path]:
         return [place]
     if not isinstance(place, str | Path):
         raise PoolError(f"{NO_POOL}, not {shortened(place)}.")
-    return _expert_directories(local_folder(place))
+    folder = local_folder(place)
+    found = list(_expert_directories(folder))
+    return found or _adapters_in(folder)
+
+
+def _adapters_in(place: Path) -> Sequence[Expert]:
+    """The adapters in a folder without experts, read as experts; a refused one is a warning."""
+    inside = adapters_in(place)
+    if not inside:
+        return ()
+    for folder in inside:
+        _check_inside(folder, place)
+    read = read_adapters(inside)
+    if not read.experts:
+        first = next(iter(read.refused.values()))
+        raise PoolError(f"No adapter in {place} can be used. {first}" if inside[1:] else first)
+    for left_out, why in read.refused.items():
+        warnings.warn(f"{left_out} is left out: {why}", stacklevel=4)
+    return read.experts
+
+
+def _check_inside(folder: Path, place: Path) -> None:
+    if not folder.resolve().is_relative_to(place.resolve()):
+        raise PoolError(
+            f"{folder} is a symbolic link that leads out of {place}; name the folder that it leads "
+            f"to beside {place} instead."
+        )
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:
@@ -247,11 +289,7 @@ def _expert_directories(place: Path) -> Iterator[Path]:
             raise PoolError(f"{place / away.name} is being replaced by another process; try again.")
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
-            if not folder.resolve().is_relative_to(place.resolve()):
-                raise PoolError(
-                    f"{folder} is a symbolic link that leads out of {place}; name the folder that "
-                    f"it leads to beside {place} instead."
-                )
+            _check_inside(folder, place)
             yield folder
 
 

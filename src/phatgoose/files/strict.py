@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import stat
-import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from ..errors import ExpertError, PhatgooseError
 
@@ -194,13 +197,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
 MOST_TOML_BYTES = 2**20  # less than of JSON: the parser is slower
+YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
 MOST_DOTS = 1000  # in a line: the parser's time grows with the square of a dotted key's length
 
 
@@ -208,9 +206,20 @@ def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, A
     """The table in a TOML file, which messages call a `what`, such as "Recipe". Raises only
     `error`.
     """
+    return _table(path, what, "TOML", _parse_toml, error)
+
+
+def read_yaml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
+    """The mapping in a YAML file of plain types, without aliases. Raises as `read_toml`."""
+    return _table(path, what, "YAML", _parse_yaml, error)
+
+
+def _table(
+    path: Path, what: str, kind: str, parse: Callable[[str], Any], error: type[PhatgooseError]
+) -> dict[str, Any]:
     label = f"{what} {path}"
     try:
-        return dict(parse_file(path, label, "TOML", MOST_TOML_BYTES, _parse_toml, error))
+        return dict(parse_file(path, label, kind, MOST_TOML_BYTES, parse, error))
     except FileNotFoundError as problem:
         raise error(f"{label} can't be read: {reason(problem)}.") from problem
 
@@ -219,3 +228,23 @@ def _parse_toml(text: str) -> Any:
     if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
         raise RecursionError
     return tomllib.loads(text)
+
+
+class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
+    """YAML's plain types; 2e-4 is a number, as in YAML 1.2."""
+
+
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        # Aliases of aliases could make a file of a line into terabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _YamlLoader)):
+            raise ValueError("aliases (*name) are not read here")
+        content = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(" ".join(str(error).split()))) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError("wanted names with values, such as 'training:'")
+    return content

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ..base.fingerprint import (
 )
 from ..base.loading import Base, check_heeds_masks, load_base
 from ..base.sites import ROUTED, Site, check_in_place, execution_device, find_sites, replace_module
-from ..config import Routing, from_mapping, given_or_default
+from ..config import Routing, RoutingSettings, from_mapping, given_or_default
 from ..errors import BaseModelError, ConfigError, RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
@@ -60,27 +60,40 @@ def compose(
     leave_out: Iterable[str] | None = None,
     scores: Scores | str | Path | None = None,
     weights: Mapping[str, float] | None = None,
-    **settings: Any,
+    **settings: Unpack[RoutingSettings],
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
-    `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
-    trained on. `routing` says how experts are chosen, and `settings` are fields of it by name:
-    `compose(pool, router="arrow:form=peft", k=3)`; None and no settings are PHATGOOSE with k = 2.
-    `keep` and `leave_out` select experts by name. `weights` are router weights' mixture, expert ->
-    weight. Routers oracle and best-individual need the
-    `scores` of the single experts: expert -> task -> score, or the comparison.json of a comparison.
-    Undo with `detach`.
+    Undo with `detach`. The model has its `tokenizer`, and `phatgoose` says what it is made of.
 
-    Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
-    it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
-    unknown setting, router or kernel, RoutingError when the base is routed already.
+    Args:
+        pool: Experts, as `Pool.open` takes them.
+        base: A name, a loaded `Base` or a transformers model; None loads the one that the pool was
+            trained on. A transformers model brings no tokenizer, so routers that read prompts need
+            a name or a `Base`.
+        routing: How experts are chosen; None is `Routing()`.
+        keep: Names of experts to use; None is all of them.
+        leave_out: Names of experts not to use.
+        scores: The single experts' scores, expert -> task -> score, or the comparison.json of a
+            comparison: for routers oracle and best-individual.
+        weights: The mixture of router weights, expert -> weight.
+        **settings: Fields of `routing` by name: `compose(pool, router="arrow:form=peft", k=3)`.
+            Router "auto", the default, is the first that base and experts allow (docs/routers.md);
+            the model records which.
+
+    Raises:
+        WrongBaseError: The base is not the experts' own.
+        ExpertError: An expert doesn't fit the base.
+        PoolError: An expert is unknown, or lacks vectors, embeddings or scores.
+        ConfigError: A setting, router or kernel is unknown.
+        RoutingError: The base is routed already.
     """
     routing = given_or_default(Routing, routing, "routing")
+    given: dict[str, Any] = {**settings}
     if weights is not None:
-        settings = _with_mixture(weights, settings)
-    if settings:
-        routing = from_mapping(Routing, {**vars(routing), **settings}, "compose")
+        given = _with_mixture(weights, given)
+    if given:
+        routing = from_mapping(Routing, {**vars(routing), **given}, "compose")
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     parts = prepared.parts
     parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
@@ -262,6 +275,7 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
         is_here = all(mark.content is not None for mark in parts.marks.values())
         parts.differs = is_here and surely_differs(model, parts.base)
     setattr(model, ROUTED, parts)
+    model.tokenizer = parts.tokenizer
     model.save_pretrained = partial(save_pretrained, model)
     return model
 
@@ -269,7 +283,11 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """The base model again, exactly as it was before `compose`, which changed it in place.
 
-    Raises RoutingError when `model` is not routed, or was offloaded after it was composed.
+    Args:
+        model: A routed model.
+
+    Raises:
+        RoutingError: `model` is not routed, or was offloaded after it was composed.
     """
     parts = composition_of(model)
     check_in_place(parts.layers.values())
@@ -277,7 +295,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         parts.context.detach()
     for name, layer in parts.layers.items():
         replace_module(model, name, layer.base)
-    del model.save_pretrained  # the model's own is its class's
+    del model.save_pretrained, model.tokenizer  # the model's own is its class's
     delattr(model, ROUTED)
     return model
 

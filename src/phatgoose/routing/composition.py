@@ -57,6 +57,11 @@ class Composition:
         """The end of prompts that each expert acts on, None for those that act on all tokens."""
         return tuple(ActsOn.of(record.get("acts_on")) for record in self.records)
 
+    @property
+    def all_at_ends(self) -> bool:
+        """True where every expert leaves the body of a prompt to the base."""
+        return None not in self.acting
+
     @cached_property
     def router(self) -> Router:
         return router_of(self.routing)

@@ -183,6 +183,16 @@ class RoutingContext:
             )
         return found.mask.to(columns.device)[:, columns]
 
+    def places(self, columns: tuple[int, ...]) -> Tensor | None:
+        """The tokens of the present pass on which an expert of these columns of `Activity` acts.
+
+        None where that is many of them, or outside of a pass.
+        """
+        found = self._present.activity
+        if found is None or any(found.whole[column] for column in columns):
+            return None
+        return found.places(columns)
+
     def acts(self, columns: Sequence[int]) -> bool:
         """False where no expert of these columns of `Activity` acts in the present pass."""
         found = self._present.activity
@@ -454,14 +464,15 @@ def _is_same(given: Tensor, encoded: Tensor) -> bool:
 def base_alone(model: PreTrainedModel) -> Iterator[None]:
     """No expert acts in this thread's passes of `model`, routed or not, and nobody watches them.
 
-    Raises RoutingError for a model that is routed token by token.
+    Raises RoutingError for a model that is routed token by token, unless all of its experts act
+    from a prompt's end on.
     """
     parts: Any = getattr(model, ROUTED, None)
     if parts is None:
         yield
         return
     context: RoutingContext | None = parts.context
-    if context is None or context.router is None:
+    if context is None or (context.router is None and not parts.all_at_ends):
         raise RoutingError(
             "Prompts are read by the base alone, and this model's experts act on every token; hand "
             "over the base, or detach the experts."

@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_base
-from ..config import Routing, from_mapping, given_or_default
+from ..config import Routing, RoutingSettings, from_mapping, given_or_default
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
 from ..files.atomic import bring_back
 from ..files.strict import reason, shortened
 from .compose import compose
+from .routers.automatic import settled_by_prompt
 from .routers.prompt_router import ByPrompt, PromptRouter
-from .routers.registry import AUTO
 from .routers.router import Scores, check_routing, check_served, router_of
 from .saved.load import load
 from .saved.tensors import ROUTED_INFO, SavedModel, read_saved
@@ -112,7 +112,7 @@ def open_prompt_router(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     routing: Routing | None = None,
-    **settings: Any,
+    **settings: Unpack[RoutingSettings],
 ) -> PromptRouter:
     """What chooses the experts of a pool or a saved model for a prompt; no base is loaded.
 
@@ -135,7 +135,8 @@ def open_prompt_router(
         router, tables = _by_prompt(routing), saved.tables
         stacks = {site: partial(_stored_stack, saved, site) for site in saved.sites}
     else:
-        pool, router = Pool.open(place), _by_prompt(routing)
+        pool = Pool.open(place)
+        router = _by_prompt(settled_by_prompt(routing, pool))
         check_routing(router, pool)
         tables = router.tables(pool)
         stacks = {site: partial(stack_of, pool, site, device=CPU) for site in pool.sites}
@@ -143,7 +144,7 @@ def open_prompt_router(
 
 
 def _by_prompt(routing: Routing) -> ByPrompt:
-    router = None if routing.router == AUTO else router_of(routing)
+    router = router_of(routing)
     if not isinstance(router, ByPrompt):
         raise ConfigError(
             f"Router {routing.router} doesn't choose by a prompt alone; use retrieval, centroid, "

@@ -5,7 +5,7 @@ For whole datasets `analysis.routing_distribution` sums decisions up in constant
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -73,11 +73,33 @@ class Recording:
 
         Of an encoder-decoder model the decoder's tokens and sites, if experts act there.
         """
+        return torch.stack(self._rows(self.weights, row)).mean(dim=0)
+
+    def summary(self, row: int = 0) -> dict[str, float]:
+        """Each used expert's share of the tokens of one row of the batch, by name, greatest first.
+
+        Over the tokens and sites of `by_token`, without padding.
+        """
+        return summary_of(self.experts, self.by_token(row)[self._rows(self.real, row)[0]])
+
+    def _rows(self, held: Mapping[str, list[Tensor]], row: int) -> list[Tensor]:
+        """What is held of one row's tokens, by site; of the sites that see all tokens."""
         stream = "decoder" if "decoder" in self.streams.values() else "encoder"
         rows = [
             torch.cat([part[row] for part in passes])
-            for site, passes in self.weights.items()
+            for site, passes in held.items()
             if self.streams[site] == stream
         ]
         tokens = max(map(len, rows))
-        return torch.stack([each for each in rows if len(each) == tokens]).mean(dim=0)
+        return [each for each in rows if len(each) == tokens]
+
+
+def summary_of(experts: Sequence[str], shares: Tensor) -> dict[str, float]:
+    """Each used expert's mean share, greatest first, of tokens' `shares` [T, E].
+
+    Tokens on which no expert acts don't count.
+    """
+    total = shares.sum(dim=0) / shares.any(dim=-1).sum().clamp(min=1)
+    best = total.sort(descending=True, stable=True)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return {experts[z]: round(share, 4) for z, share in pairs if round(share, 4)}

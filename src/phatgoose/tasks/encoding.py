@@ -2,15 +2,17 @@
 
 A prompt has the same tokens whatever answer follows; an answer has those that it has when tokenised
 together with its prompt. A causal model reads both in one row, a sequence-to-sequence model the
-prompt in its encoder. All cutting to length happens here (`Formatting.truncation`).
+prompt in its encoder. All cutting to length happens here (`Formatting.truncation`). A text that is
+a `Chat` is read through the base's chat template, whatever the formatting says.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from ..base.untrusted_text import render_chat
 from ..config import Formatting
 from ..errors import TaskError
 from ..files.strict import one_line
-from .task import Example, Span
+from .task import Chat, Example, Span
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens
@@ -33,6 +35,12 @@ HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the ta
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+def as_read(formatting: Formatting, examples: Sequence[Example]) -> Formatting:
+    """The formatting that `examples` are read with: chats are in the template in any case."""
+    chats = bool(examples) and all(isinstance(each.input, Chat) for each in examples)
+    return replace(formatting, chat=True) if chats else formatting
 
 
 def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
@@ -150,8 +158,10 @@ class Encoder:
         text. Raises TaskError when no position is left.
         """
         text = self.prompt_text(text)
+        if isinstance(text, Chat):
+            return self._fitted_chat(text, followed_by)
         tokens = self._tokens(text)
-        most = self._most(followed_by)
+        most = self._most(followed_by, self._around, self.formatting.chat)
         room = most - (0 if self.formatting.chat else len(self._before) + len(self._after))
         if len(tokens) <= room:
             return Fitted(self._wrapped(tokens, text))
@@ -170,7 +180,7 @@ class Encoder:
         tokens = [*tokens, int(self.tokenizer.eos_token_id)]
         most, places = self.formatting.max_target_tokens, self.positions.answer
         if places is not None and not self.is_encoder_decoder:
-            places -= self._around + 1  # for one token of the input
+            places -= self._around_of(input_text) + 1  # for one token of the input
         if places is not None:
             most = min(most, max(places, 1))
         if len(tokens) <= most:
@@ -193,18 +203,37 @@ class Encoder:
         cuts = [pair.cut for pair in pairs]
         return Cuts.of(cuts, lengths, self.positions.trained, targets=targets)
 
-    def _most(self, followed_by: int) -> int:
+    def _fitted_chat(self, chat: Chat, followed_by: int) -> Fitted:
+        whole = self._tokens(self._chat(chat))
+        most = self._most(followed_by, self._around_of(chat), True)
+        turns = [self._tokens(content) for _, content in chat.turns]
+        lengths = [len(turn) for turn in turns]
+        if sum(lengths) <= most:
+            return Fitted(whole)
+        # The longest turns are cut to one length: the most with which all together fit.
+        sizes = range(max(lengths) + 1)
+        level = bisect_right(sizes, most, key=lambda size: sum(min(n, size) for n in lengths)) - 1
+        left = [cut_tokens(turn, level, self.formatting.truncation) for turn in turns]
+        contents = [
+            content if len(kept) == length else str(self.tokenizer.decode(kept))
+            for (_, content), kept, length in zip(chat.turns, left, lengths, strict=True)
+        ]
+        roles = (role for role, _ in chat.turns)
+        cut = Chat(zip(roles, contents, strict=True))
+        return Fitted(self._tokens(self._chat(cut)), Cut(most, sum(lengths) - sum(map(len, left))))
+
+    def _most(self, followed_by: int, around: int, in_template: bool) -> int:
         most, places = self.formatting.max_input_tokens, self.positions.prompt
         if places is None:
             return most
         if not self.is_encoder_decoder:
             places -= followed_by
-        if places <= self._around:
+        if places <= around:
             raise TaskError(
                 f"The base has {self.positions.prompt} positions, and the answer takes "
                 f"{followed_by} of them, which leaves none for an input; ask for a shorter answer."
             )
-        return min(most, places - (self._around if self.formatting.chat else 0))
+        return min(most, places - (around if in_template else 0))
 
     def _cut(self, text: str, tokens: list[int], passage: Span | None, room: int) -> list[int]:
         how = self.formatting.truncation
@@ -232,16 +261,32 @@ class Encoder:
     def _around(self) -> int:
         return len(self._wrapped([]))
 
+    def _around_of(self, text: str) -> int:
+        if not isinstance(text, Chat):
+            return self._around
+        said = sum(len(self._tokens(content)) for _, content in text.turns)
+        return len(self._tokens(self._chat(text))) - said
+
     @cached_property
     def _end_of_chat(self) -> str:
         return _end_of(self._chat(""))
 
     def _chat(self, text: str) -> str:
-        return render_chat(self.tokenizer, [{"role": "user", "content": text}])
+        if not self.tokenizer.chat_template:
+            raise TaskError(
+                "The rows are chats (messages), but the base model's tokenizer has no chat "
+                "template; choose a base that has one, or read the rows with the template "
+                "'{{ messages[0].content }} ||| {{ messages[-1].content }}' (--template)."
+            )
+        turns = text.turns if isinstance(text, Chat) else [("user", text)]
+        return render_chat(self.tokenizer, [{"role": r, "content": text} for r, text in turns])
+
+    def _in_template(self, text: str) -> bool:
+        return self.formatting.chat or isinstance(text, Chat)
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""
-        if self.is_encoder_decoder or self.formatting.chat:
+        if self.is_encoder_decoder or self._in_template(text):
             return text, ""
         # Where tokens begin with a space, the prompt's trailing ones are part of the answer's
         # first.
@@ -250,7 +295,7 @@ class Encoder:
 
     def _following(self, prompt: str, text: str) -> list[int]:
         # Only the prompt's last words are tokenised again: they decide the answer's tokens.
-        end = self._end_of_chat if self.formatting.chat else _end_of(prompt)
+        end = self._end_of_chat if self._in_template(prompt) else _end_of(prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:
             return list(joined[len(context) :])

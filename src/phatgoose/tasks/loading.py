@@ -17,9 +17,11 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
+from ..config import TASK_FILES
 from ..errors import TaskError
 from ..files.strict import first_line, half_character, one_line, reason, require_regular, shortened
-from .task import Example, Span, Task
+from .forms import KNOWN, in_our_form, template_for
+from .task import Chat, Example, Span, Task
 
 SEPARATOR = "|||"
 TEMPLATE_FAILURES = (
@@ -86,7 +88,8 @@ EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, o
 PLAIN = (str, int, list, tuple, dict)  # what is no such cell
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
-NO_TASK = "A task is a Task, a .jsonl or .csv file, or hub:DATASET"
+FILES = f"{', '.join(TASK_FILES[:-1])} or {TASK_FILES[-1]} file"
+NO_TASK = f"A task is a Task, a {FILES}, or hub:DATASET"
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, for messages
 
 
@@ -99,18 +102,26 @@ def load_task(
 ) -> Task:
     """The task in `source`.
 
-    `source` is a `.jsonl` or `.csv` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION`
-    (read with the `datasets` library), or rows in memory: dicts, a dict of columns, a `DataFrame`,
-    a `Dataset`, or a dict of any of these by split, such as a `DatasetDict`. Rows have the fields
-    `input`, `target`, and optionally `choices`, `references` and `split` (train, validation or
-    test; train when absent). Other splits of such a dict are left out with a warning. With
-    `template` ("input ||| target", jinja2, as in promptsource), input and target are rendered from
-    whatever fields a row has, and with `choices` ("yes ||| no", jinja2) the choices are. `name`
-    defaults to the file's stem.
+    Rows have the fields `input`, `target`, and optionally `choices`, `references` and `split`
+    (train, validation or test; train when absent). Instead of the first two they may have
+    `messages` (the last is the target, the others become a `Chat`), `prompt` and `completion`, or
+    `instruction`, `input` and `output`.
 
-    Raises TaskError, naming the line, for anything else, a row that is broken or lacks a field, a
-    text that holds half a character, an empty choice, a target that is not among the choices, a
-    name that is no UTF-8, or a source without examples.
+    Args:
+        source: A `.jsonl`, `.json` (a list of rows, or JSON Lines), `.csv` or `.parquet` file,
+            `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read with the `datasets` library),
+            or rows in memory: dicts, a dict of columns, a `DataFrame`, a `Dataset`, or a dict of
+            any of these by split, such as a `DatasetDict`. Splits of it that aren't among the three
+            are left out with a warning.
+        name: The task's name; None is the file's stem.
+        template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
+            a row has.
+        choices: "yes ||| no", jinja2: renders the choices.
+
+    Raises:
+        TaskError: Naming the line, for anything else, a row that is broken or lacks a field, a text
+            that holds half a character, an empty choice, a target that is not among the choices, a
+            name that is no UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     if not isinstance(name, str | None):
@@ -125,7 +136,8 @@ def load_task(
             raise TaskError(
                 f"{where}: split is {shortened(split)}, but must be {', '.join(SPLITS)}."
             )
-        example = _example(row_template.render(row, where), where)
+        filled = row_template.render(row, where)
+        example = _example(filled if template else in_our_form(filled, where), where)
         passage = longest_field(row, example.input) if template else None
         splits[split].append(replace(example, passage=passage))
     if not any(splits.values()):
@@ -180,9 +192,14 @@ def _open_source(source: str | Path | Iterable[Any]) -> tuple[Rows, str, str]:
     if not isinstance(source, str | Path):
         return _read_memory(source), "memory", "task"
     path = Path(source)
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     if path.suffix not in readers:
-        raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
+        raise TaskError(f"Task {path} must be a {FILES}, or hub:DATASET.")
     try:
         require_regular(path, TaskError, f"Task file {one_line(path, 140)}")
     except FileNotFoundError as error:
@@ -206,6 +223,32 @@ def _read_jsonl(path: Path) -> Rows:
                 yield where, row
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
+
+
+def _read_json(path: Path) -> Rows:
+    """The rows of a JSON list; a file of another beginning is read as JSON Lines."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = json.loads(text) if text.lstrip().startswith("[") else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: broken JSON ({one_line(error)}).") from error
+    return _read_jsonl(path) if rows is None else _read_memory(rows, str(path))
+
+
+def _read_parquet(path: Path) -> Rows:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise TaskError(f"{path} needs pyarrow: pip install 'phatgoose[datasets]'.") from error
+    try:
+        with ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches())
+            yield from _read_memory((row for batch in batches for row in batch), str(path))
+    except (OSError, ArrowException) as error:
+        raise TaskError(f"Task file {path} can't be read: {first_line(error)}") from error
 
 
 def _read_csv(path: Path) -> Rows:
@@ -328,9 +371,9 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
     for key in ("input", "target"):
         value = _plain(row.get(key))
         if value is None or isinstance(value, list | dict) or str(value) == "":
-            fields = ", ".join(map(str, row)) or "none"
-            raise TaskError(f"{where}: {key} is missing or empty; the fields there are {fields}.")
-        texts[key] = _whole(str(value), f"{where}: {key}")
+            raise TaskError(f"{where}: {key} is missing or empty; {_what_is_there(row)}")
+        text = _whole(str(value), f"{where}: {key}")
+        texts[key] = value if isinstance(value, Chat) else text
     choices = _texts(row.get("choices"), f"{where}: choices")
     references = _texts(row.get("references"), f"{where}: references")
     for what, listed in (("choice", choices), ("reference", references)):
@@ -344,6 +387,14 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
             f"{where}: target {texts['target']!r} is not among the choices {list(choices)}."
         )
     return Example(texts["input"], texts["target"], choices, references)
+
+
+def _what_is_there(row: Mapping[str, Any]) -> str:
+    fields = one_line(", ".join(map(str, row)) or "none")
+    found, template = f"the fields there are {fields}.", template_for(row)
+    if template is None:
+        return found
+    return f"{found} Known are {KNOWN}; a template reads others: --template '{template}'."
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:

@@ -52,13 +52,13 @@ class PromptReading:
         raise NotImplementedError
 
 
-Keep = Callable[[Sequence[int], Any, int, Tensor], None]  # prompt, cache, its row, that row's mask
+Keep = Callable[[Sequence[Sequence[int]], Any, Tensor], None]  # prompts, their cache and mask
 _KEEP: ContextVar[Keep | None] = ContextVar("keeps what was read", default=None)
 
 
 @contextmanager
 def keeping_caches(keep: Keep) -> Iterator[None]:
-    """Hand the keys and values of every prompt that `read_prompts` reads in this context to `keep`.
+    """Hand the keys and values of every batch that `read_prompts` reads in this context to `keep`.
 
     Only of causal models whose passes fill a cache.
     """
@@ -76,10 +76,12 @@ def read_prompts(
     reading: PromptReading,
     label: str | None = None,
     then: Callable[[Tensor], Tensor] | None = None,
+    budget: int = BATCH_TOKENS,
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
-    `then` is applied to what each batch gave. With a `label` there is a progress bar.
+    A batch has `budget` tokens at most, and `then` is applied to what it gave. With a `label` there
+    is a progress bar.
     """
     stack, device = prompt_stack(model), input_device(model)
     options: dict[str, Any] = {} if model.config.is_encoder_decoder else {"use_cache": False}
@@ -99,7 +101,7 @@ def read_prompts(
         watch_inputs(model, reading.sites, see_site),
         watch_blocks(model, reading.blocks, reading.see_block),
     ):
-        for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
+        for rows in batches_of_tokens([len(prompt) for prompt in prompts], budget):
             ids = pad_right([prompts[row] for row in rows], 0)
             mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
             reading.begin(mask)
@@ -107,8 +109,7 @@ def read_prompts(
                 options = {"use_cache": True, cache_name: DynamicCache()}
             stack(input_ids=ids.to(device), attention_mask=mask, **options)
             if keep is not None:
-                for place, row in enumerate(rows):
-                    keep(prompts[row], options[cache_name], place, mask[place])
+                keep([prompts[row] for row in rows], options[cache_name], mask)
             order += rows
             parts.append(then(reading.found()) if then else reading.found())
             bar.update(len(rows))
@@ -177,11 +178,13 @@ def continued(
     mask: Tensor,
     max_new_tokens: int,
     temperature: float | None = None,
+    cache: Any = None,
 ) -> Tensor:
     """What `model.generate` returns for the prompts `ids` [rows, columns]; `mask` is 0 at padding.
 
     `temperature` None is greedy, else tokens are drawn from the whole distribution. Of the model's
-    generation_config only the tokens that begin and end answers count.
+    generation_config only the tokens that begin and end answers count. A causal model's `cache` has
+    been filled with the first columns.
     """
     own = model.generation_config
     config = _WholeConfig(
@@ -196,8 +199,9 @@ def continued(
         config.temperature, config.top_k = temperature, 0
     if model.config.is_encoder_decoder:
         config.decoder_start_token_id = decoder_start(model)
+    held = {} if cache is None else {cache_argument(model): cache}
     with contiguous_head(model):
-        output: Tensor = model.generate(ids, attention_mask=mask, generation_config=config)
+        output: Tensor = model.generate(ids, attention_mask=mask, generation_config=config, **held)
     return output
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..config import closest
 from ..errors import TaskError
 
 VALIDATION_SHARE = 0.1
@@ -18,13 +19,36 @@ T = TypeVar("T")
 Span = tuple[int, int]  # characters of a text: the first, and the first after the span
 
 
+class Chat(str):
+    """An input of several turns, (role, content) each, for the base's chat template.
+
+    As a text it is what the turns say, one after the other.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+
+    def __new__(cls, turns: Iterable[tuple[str, str]]) -> Chat:
+        held = tuple((role, content) for role, content in turns)
+        chat = super().__new__(cls, "\n\n".join(content for _, content in held))
+        chat.turns = held
+        return chat
+
+    def __getnewargs__(self) -> Any:  # copies and pickles are made of it
+        return (self.turns,)
+
+    def __add__(self, suffix: str) -> Chat:
+        *before, (role, content) = self.turns
+        return Chat([*before, (role, content + suffix)])
+
+
 @dataclass(frozen=True)
 class Example:
     """One example. `choices` is empty for open-ended tasks; `references` are all right answers.
 
-    `passage` is the longest field of its template in `input`: the part to shorten if the input is
-    too long. None if no template is known. `row` numbers the dataset's row that it was made of, if
-    others may be made of the same (in other templates). Equality ignores both.
+    An `input` that is a `Chat` is read through the base's chat template. `passage` is the longest
+    field of its template in `input`: the part to shorten if the input is too long. None if no
+    template is known. `row` numbers the dataset's row that it was made of, if others may be made of
+    the same (in other templates). Equality ignores both.
     """
 
     input: str
@@ -42,6 +66,8 @@ class Example:
     @property
     def content(self) -> dict[str, Any]:
         fields = asdict(self)
+        if isinstance(self.input, Chat):
+            fields["turns"] = self.input.turns
         return fields if self.row is not None else {k: v for k, v in fields.items() if k != "row"}
 
 
@@ -214,6 +240,7 @@ class Suite:
                 return entry
         raise TaskError(
             f"Suite {self.name} has no dataset {name!r}; it has {', '.join(self.names)}."
+            f"{closest(name, self.names)}"
         )
 
     def load(self, sources: Sources | None = None) -> tuple[Task, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -61,8 +62,10 @@ class GatedLinear(ModifiedLinear):
     section 3). A module of another kind acts at the strength of the sigmoid (`experts.kinds`).
     """
 
-    def __init__(self, base: nn.Module, module: SiteModule) -> None:
-        super().__init__(base, module)
+    def __init__(
+        self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(base, module, dtype)
         self.gate = new_gate(self.in_features, self.weight.device)
         self._usual: tuple[Tensor, Tensor] | None = None
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ..base.active_tokens import ActsOn
-from ..base.fingerprint import check_base, dtype_name
+from ..base.fingerprint import check_base, number_format
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
-from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
+from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training, given_or_default
 from ..errors import BaseModelError, ConfigError, ExpertError
 from ..experts.adapter import adapter_files, applied, check_fit, invocation_of, read_modules
 from ..experts.expert import LAYOUT, Expert, check_name
@@ -32,23 +33,27 @@ from ..experts.kinds.registry import kind_for
 from ..files.atomic import is_there
 from ..files.strict import sha256_of, shortened
 from ..tasks.embeddings import load_embedder
-from ..tasks.encoding import CUTS, Encoder
+from ..tasks.encoding import CUTS, Encoder, as_read
 from ..tasks.loading import given_task
 from ..tasks.neutral import moments
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
 from .modules import GatedLinear, fresh_expert, parameters_at, take_gates
 from .statistics import statistics_of
-from .trainer import TrainingCallback, fit, is_first, join_processes, wait_for_all
+from .trainer import TrainingCallback, fit, is_first, join_processes, reporters, wait_for_all
 from .workdir import discard_work, open_work, work_of
 
 REPORT = "report.json"
 JOINT_GATES = "gates.safetensors"
 GATE_CHECKPOINT_EVERY = 25
 # Settings of `Training` that gates are trained with, too.
-SHARED = ("batch_size", "micro_batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
+SHARED = (
+    *("batch_size", "micro_batch_size", "lr_schedule", "warmup_ratio", "weight_decay"),
+    "max_grad_norm",
+)
 # Settings that unfinished work may differ in: statistics are measured at the end.
-STATISTICS = (
+FREE = (
+    "report_to",
     "statistics_examples",
     "means",
     "readings",
@@ -71,23 +76,36 @@ def train_expert(
     resume: bool = False,
     restart: bool = False,
     callback: TrainingCallback | None = None,
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> Expert:
     """A finished expert for `task`, written to `out`, with gates and statistics (paper section 3).
 
-    `peft` sets the kind and shape of the adapter; None is the paper's LoRA. Gates are trained after
-    it, or with `gate_training.joint` together with it, for its steps and at its learning rate
-    (paper Appendix A); the files are the same either way.
-    `base` is a loaded base or its name; a loaded one serves many tasks. `task` may be a file or
-    `hub:DATASET` too. Checkpoints are kept in `.<out's name>.work` beside `out`. `resume` continues
-    an interrupted run (and loads a finished expert, with a warning if that has other settings),
-    `restart` throws its work away; with neither, existing work is an error.
-    If `accelerate launch` started several processes, all of them call this, share each batch, and
-    the first one writes.
-    With `training.acts_on` the expert acts from its prompts' end on; so do its gates, and its means
-    are measured there.
-    Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
-    ConfigError when resumed work had other settings, RoutingError when means are wanted and the
-    base pads inside, TaskError when the task can't be used.
+    Checkpoints are kept in `.<out's name>.work` beside `out`. If `accelerate launch` started
+    several processes, all of them call this, share each batch, and the first one writes.
+
+    Args:
+        base: A loaded base, which serves many tasks, or its name.
+        task: A task, a file, or `hub:DATASET`.
+        out: The folder to write.
+        peft: The kind and shape of the adapter: `Lora`, `IA3` or `Bottleneck`; None is `Lora()`.
+        training: Steps, rate and so on; None is `Training()`. With its `acts_on` the expert acts
+            from its prompts' end on; so do its gates, and its means are measured there.
+        gate_training: Gates are trained after the adapter, or if it is `joint` together with it,
+            for its steps and at its learning rate (paper Appendix A); the files are the same either
+            way. None is `GateTraining()`.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        name: The expert's name; None is that of `out`.
+        resume: Continue an interrupted run, or load a finished expert, with a warning if that has
+            other settings.
+        restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
+        callback: Called with the progress of training.
+        callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
+
+    Raises:
+        ExpertError: `out` exists, the name can't be an expert's, or training diverges.
+        ConfigError: Work to be resumed had other settings.
+        RoutingError: Means are wanted and the base pads inside.
+        TaskError: The task can't be used.
     """
     out, peft = Path(out), peft or Lora()
     kind_for(peft)  # refuses what is none
@@ -99,7 +117,8 @@ def train_expert(
     if finished is not None:
         return finished
     run = TrainingRun.of(base, task, out, training, gates, formatting, name, callback)
-    run = replace(run, acting=acting_for(run.base, run.encoder, training.acts_on))
+    acting = acting_for(run.base, run.encoder, training.acts_on)
+    run = replace(run, acting=acting, callbacks=tuple(callbacks))
     if run.acting is not None and not kind_for(peft).new_modules.acts_from_ends:
         raise ConfigError(
             f"Experts of the kind {kind_for(peft).name} can't be trained to act from a prompt's "
@@ -129,20 +148,35 @@ def train_gates(
     name: str | None = None,
     resume: bool = False,
     restart: bool = False,
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> Expert:
     """The expert made of an existing adapter and gates trained for it on `task`.
 
-    Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
-    the rest `training` (paper section 3). Which tokens it acts on follows the adapter, not
-    `training`. The expert is written to `out`, named `name` or after it.
-    `adapter` is a PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
-    imported one), whose records are kept: the settings of `training` are not recorded as its own,
-    but as the gates' (docs/format.md). `resume` continues an interrupted run (and loads a finished
-    expert), `restart` throws its work away. Raises ExpertError when the adapter can't be used or
-    doesn't fit the base, `out` exists or training diverges; WrongBaseError when it records another
-    base; ConfigError when resumed work had other settings or joint training is asked for;
-    RoutingError when means are wanted and the base pads inside; TaskError when the task can't be
-    used.
+    Everything but the gates is frozen (paper section 3). Which tokens the expert acts on follows
+    the adapter, not `training`.
+
+    Args:
+        base: A loaded base or its name.
+        adapter: A PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
+            imported one), whose records are kept: the settings of `training` are not recorded as
+            its own, but as the gates' (docs/format.md).
+        task: The data it was trained on: a task, a file, or `hub:DATASET`.
+        out: The folder to write.
+        training: All that `gate_training` doesn't say; None is `Training()`.
+        gate_training: Steps, learning rate and statistics; None is `GateTraining()`.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        name: The expert's name; None is that of `out`.
+        resume: Continue an interrupted run, or load a finished expert.
+        restart: Throw away the work of an earlier run.
+        callbacks: transformers' TrainerCallbacks.
+
+    Raises:
+        ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, or training
+            diverges.
+        WrongBaseError: The adapter records another base.
+        ConfigError: Work to be resumed had other settings, or joint training is asked for.
+        RoutingError: Means are wanted and the base pads inside.
+        TaskError: The task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
     if gate_training is not None and gate_training.joint:
@@ -166,7 +200,7 @@ def train_gates(
         record = Record(earlier.info.hyperparameters, earlier.info.metrics, found=True)
         acting = earlier.acts_on
     check_acting(run.base, acting)
-    run = replace(run, acting=acting)
+    run = replace(run, acting=acting, callbacks=tuple(callbacks))
     check_fit(adapter.name, modules, find_sites(run.base.model))
     identity = run.identity(adapter=sha256_of(adapter / adapter_files(adapter).weights))
     with open_work(out, identity, resume=resume, restart=restart):
@@ -178,7 +212,7 @@ class TrainingRun:
     """The training of the expert `name`, to be written to `out`.
 
     `task` has a validation split; `digest` is that of the task as it was given. `acting` is the end
-    of prompts that the expert acts on, None for all tokens.
+    of prompts that the expert acts on, None for all tokens. `callbacks` are transformers' own.
     """
 
     base: Base
@@ -191,6 +225,7 @@ class TrainingRun:
     name: str
     callback: TrainingCallback
     acting: ActsOn | None = None
+    callbacks: tuple[TrainerCallback, ...] = ()
 
     @classmethod
     def of(
@@ -209,6 +244,7 @@ class TrainingRun:
         task = given_task(task)
         if gate_training.embeddings:
             load_embedder(gate_training.embedder)
+        reporters(training.report_to, "")
         join_processes()
         base = load_base(base) if isinstance(base, str | Path) else base
         if not isinstance(base, Base):
@@ -216,7 +252,8 @@ class TrainingRun:
                 f"base is a {type(base).__name__}; wanted its name, its folder, or a loaded Base "
                 f"(phatgoose.base.loading.load_base)."
             )
-        split, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
+        split = task.with_validation(training.seed)
+        encoder = Encoder.of(base, as_read(formatting, split.train))
         if gate_training.means:  # read one example as they will be measured
             model, padding = base.model, base.tokenizer.pad_token_id
             pairs = encoder.pairs(split.validation[:1])
@@ -226,7 +263,7 @@ class TrainingRun:
             task=split,
             digest=task.digest,
             encoder=encoder,
-            training=training,
+            training=training.on(len(split.train)),
             gate_training=gate_training,
             out=out,
             name=name or out.name,
@@ -241,11 +278,11 @@ class TrainingRun:
         settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
         return {
             "base": self.base.fingerprint,
-            "dtype": dtype_name(self.base.model.dtype),
+            "dtype": number_format(self.base.model),
             **more,
             "task": self.digest,
             "settings": [
-                {name: value for name, value in asdict(each).items() if name not in STATISTICS}
+                {name: value for name, value in asdict(each).items() if name not in FREE}
                 for each in settings
             ],
         }
@@ -298,6 +335,7 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
             label=f"{task.name}: expert",
             callback=run.callback,
             acting=run.acting,
+            callbacks=run.callbacks,
         )
         gates = take_gates(fresh.parts) if joint else None
         if is_first():
@@ -405,12 +443,13 @@ def _trained_gates(
             validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
             training=run.training,
             steps=settings.gate_steps,
-            learning_rate=_gate_learning_rate(run.training, settings),
+            learning_rate=settings.gate_learning_rate or GATE_RATE,
             checkpoint_every=min(GATE_CHECKPOINT_EVERY, settings.gate_steps),
             work=run.work / "gates",
             label=f"{run.task.name}: gates",
             callback=run.callback,
             acting=run.acting,
+            callbacks=run.callbacks,
         )
         gates = {site: layer.vector() for site, layer in layers.items()}
     known = {f"gate_{key}": value for key, value in asdict(report).items() if value is not None}
@@ -421,20 +460,18 @@ def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
     training, gates = asdict(run.training), asdict(run.gate_training)
     if record.found:
         training, gates = {}, _gate_settings(run.training, run.gate_training)
-    if run.gate_training.joint:  # gates have the expert's
+    elif run.gate_training.joint:  # gates have the expert's
         del gates["gate_steps"], gates["gate_learning_rate"]
+    else:
+        gates["gate_learning_rate"] = run.gate_training.gate_learning_rate or GATE_RATE
     formatting = asdict(run.encoder.formatting)
     return {**record.hyperparameters, **training, **gates, **formatting}
 
 
 def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]:
     shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
-    rate = _gate_learning_rate(training, gates)
+    rate = gates.gate_learning_rate or GATE_RATE
     return {"seed": training.seed, **asdict(gates), **shared, "gate_learning_rate": rate}
-
-
-def _gate_learning_rate(training: Training, gates: GateTraining) -> float:
-    return gates.gate_learning_rate or training.learning_rate
 
 
 def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> Expert | None:
@@ -456,7 +493,8 @@ def settings_of_training(
     peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
 ) -> dict[str, Any]:
     shape = {"peft": kind_for(peft).name, **asdict(peft)}
-    return {**shape, **asdict(training), **asdict(gates), **asdict(formatting)}
+    rate = {"gate_learning_rate": gates.gate_learning_rate or GATE_RATE}
+    return {**shape, **asdict(training), **asdict(gates), **rate, **asdict(formatting)}
 
 
 def warn_of_other_settings(
@@ -468,7 +506,12 @@ def warn_of_other_settings(
         follows_expert = name == "gate_learning_rate" and held[name] is None
         return held.get("learning_rate") if follows_expert else held[name]
 
-    names = [name for name in settings if name in recorded and name not in STATISTICS]
+    ignored = {*FREE}
+    if recorded.get("chat") is True:  # rows that are chats need no setting to be read as such
+        ignored.add("chat")
+    if settings.get("epochs") is not None:  # they decide the steps
+        ignored.add("steps")
+    names = [name for name in settings if name in recorded and name not in ignored]
     other = [
         f"{name} {shortened(value(name, recorded), 40)}, not {shortened(value(name, settings), 40)}"
         for name in names

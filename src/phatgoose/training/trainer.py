@@ -1,9 +1,8 @@
 """Training a few tensors of a model with transformers' Trainer, resumable at any moment.
 
-Hyper-parameters are the paper's (section 4.1); the schedule is constant after the warm-up. The loss
-is the mean negative log-likelihood of the target tokens of a whole optimiser batch. (The released
-code averages per micro-batch first, which weighs tokens by the batch that they happen to fall in.)
-Logits are computed at target positions only.
+The loss is the mean negative log-likelihood of the target tokens of a whole optimiser batch. (The
+released code averages per micro-batch first, which weighs tokens by the batch that they happen to
+fall in.) Logits are computed at target positions only.
 
 Processes that `accelerate launch` or torchrun started train one expert together: each takes its
 share of every batch, only the first one writes, and the others wait for it.
@@ -16,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,17 +29,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
+)
 
 from ..base.active_tokens import ActsOn
 from ..base.loading import Base
 from ..config import Training
-from ..errors import ConfigError, ExpertError
+from ..errors import ConfigError, ExpertError, TrainingError
 from ..files.strict import first_line, one_line
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits
 from ..tasks.encoding import TokenPair
 
 TRAINABLE = "trainable.safetensors"
+LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar
 COMPLETE = "complete"  # written last: a checkpoint without it was cut short
 logger = logging.getLogger(__name__)
 
@@ -87,7 +98,8 @@ class TrainingCallback:
 class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """One line on the terminal (steps, loss, tokens per second); a log line per validation.
 
-    `lengths` are the tokens of each example in the order of training.
+    Away from a terminal a log line every LINE_EVERY seconds takes the bar's place. `lengths` are
+    the tokens of each example in the order of training.
     """
 
     def __init__(
@@ -98,6 +110,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._lengths, self._batch = lengths, batch
         self._bar: Any = None
         self._begun = 0.0
+        self._done, self._told = 0, 0.0
+        self._logs: dict[str, float] = {}
 
     @property
     def tokens_per_second(self) -> float:
@@ -108,6 +122,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
         self._callback.on_steps(state.global_step)
+        self._told = time.monotonic()
         if is_first():
             logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
@@ -127,9 +142,29 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.tokens += sum(self._lengths[start : start + self._batch])
         self._bar.update(1)
         self._callback.on_steps(1)
+        self._done += 1
+        if is_first() and self._callback.shows_bar and self._bar.disable:
+            self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        now = time.monotonic()
+        if now - self._told < LINE_EVERY:
+            return
+        self._told = now
+        left = (state.max_steps - state.global_step) * self.seconds / self._done
+        logger.info(
+            "%s: step %d of %d%s, %.0f tokens/s, %s left",
+            self.label,
+            state.global_step,
+            state.max_steps,
+            "".join(f", {name} {value:.4g}" for name, value in self._logs.items()),
+            self.tokens_per_second,
+            tqdm.format_interval(left),
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
+            self._logs = {"loss": logs["loss"], "rate": logs.get("learning_rate", 0.0)}
             speed = f"{self.tokens_per_second:.0f} tokens/s"
             self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}")
         if logs and "eval_loss" in logs and is_first():
@@ -163,7 +198,7 @@ def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int
 class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """A Trainer that saves and restores only the parameters that want gradients.
 
-    Raises ExpertError as soon as a loss is not finite; `label` names the training in messages.
+    Raises TrainingError as soon as a loss is not finite; `label` names the training in messages.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
@@ -229,7 +264,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise ExpertError(
+            raise TrainingError(
                 f"{one_line(self._label)}: training diverged, the {what} is {value} at step {step} "
                 f"of {self.state.max_steps}; lower the learning rate and use restart."
             )
@@ -279,8 +314,35 @@ class ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers i
     """Makes the last step a candidate even if it isn't a multiple of the validation interval."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_evaluate = control.should_save = True
+
+
+class StopsEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers is untyped
+    """Stops as transformers does, also where a run resumes that had stopped already."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = (
+            self.early_stopping_patience_counter >= self.early_stopping_patience
+        )
+
+
+def reporters(report_to: str, label: str) -> list[TrainerCallback]:
+    """The callbacks of transformers that log to the services in `report_to`. Raises ConfigError.
+
+    TensorBoard's files go to runs/`label` unless TENSORBOARD_LOGGING_DIR says otherwise.
+    """
+    names = [name.strip() for name in report_to.split(",")]
+    if names == ["none"]:
+        return []
+    try:
+        found = [make() for make in get_reporting_integration_callbacks(names)]
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"report_to is {report_to!r}: {first_line(error)}") from error
+    for callback in found:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path("runs", *label.split(": ")))
+    return found
 
 
 def newest_checkpoint(work: Path) -> str | None:
@@ -325,18 +387,25 @@ def fit(
     label: str,
     callback: TrainingCallback,
     acting: ActsOn | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> FitReport:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
     `steps` and `learning_rate` take the place of those of `training`. Training continues from the
     newest complete checkpoint in `work`, to the same result. `acting` is the end of prompts that
-    the expert acts on. With an empty `validation` the last
-    state stays. Raises ExpertError as soon as a loss is not finite, or what was trained isn't in
-    the end.
+    the expert acts on. `callbacks` are transformers' own, and may end the training. With an empty
+    `validation` the last state stays, and nothing stops early. Raises ExpertError as soon as a loss
+    is not finite, or what was trained isn't in the end.
     """
     order = visiting_order(train, training.batch_size, steps, training.seed)
     lengths = [train[index].length for index in order]
     bar = ProgressBar(label, lengths, training.batch_size, callback)
+    reporting = reporters(training.report_to, label)
+    at_validations: list[TrainerCallback] = [ValidateLastStep()] if validation else []
+    if validation and training.patience is not None:
+        at_validations.append(StopsEarly(training.patience))
+    if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
     trainer = PartialTrainer(
         model=model,
         args=_arguments(
@@ -345,7 +414,7 @@ def fit(
         train_dataset=train,
         eval_dataset=validation or None,
         data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True, acting=acting),
-        callbacks=[bar, ValidateLastStep()] if validation else [bar],
+        callbacks=[bar, *callbacks, *reporting, *at_validations],
         label=label,
         order=order,
         callback=callback,
@@ -356,11 +425,14 @@ def fit(
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         result = trainer.train(resume_from_checkpoint=newest_checkpoint(work))
     trainer.check_trained()
+    model.__dict__.pop("_hf_peft_config_loaded", None)
     model.eval()
+    if reporting and "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # each training is a run of its own
     best = trainer.state.best_metric
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return FitReport(
-        steps=steps,
+        steps=trainer.state.global_step,
         train_loss=float(logged[-1] if logged else result.training_loss),
         validation_loss=None if best is None else float(best),
         best_step=trainer.state.best_global_step if best is not None else None,
@@ -388,7 +460,7 @@ def _arguments(
         gradient_accumulation_steps=training.batch_size // (micro * process_count()),
         learning_rate=learning_rate,
         warmup_steps=round(training.warmup_ratio * steps),
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=training.lr_schedule,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         eval_strategy="steps" if select else "no",
@@ -396,6 +468,7 @@ def _arguments(
         save_strategy="steps",
         save_steps=checkpoint_every,
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=select and training.patience is not None,
         load_best_model_at_end=select,
         metric_for_best_model="loss" if select else None,
         logging_steps=max(1, min(10, steps // 10)),

@@ -13,7 +13,8 @@ TASKS = ("--task", "first.jsonl", "--task", "second.jsonl", "--dtype", "float32"
 
 def test_a_pool_is_analysed_under_several_routers(told, analysed, tmp_path):
     options = "--against arrow,merged --scores scores.json --leave-one-out --limit 3 --out seen"
-    code, out, err = told("analyse", analysed, *TASKS, *options.split())
+    router = ("--router", "phatgoose")
+    code, out, err = told("analyse", analysed, *TASKS, *router, *options.split())
     assert code == 0, err
     assert "report -> seen/report.html" in out
     for text in ("PHATGOOSE", "Arrow", "first", "second", "e1"):
@@ -38,7 +39,7 @@ def test_a_suite_without_scores_or_texts(told, analysed, tmp_path):
     assert code == 0, err
     numbers = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     assert numbers["experts"] == ["e0", "e3"]
-    assert numbers["routers"]["phatgoose"]["scores"] == {}
+    assert numbers["routers"]["discriminant"]["scores"] == {}
     assert "first 0 is" not in (tmp_path / "seen" / "report.html").read_text()
 
 
@@ -57,6 +58,7 @@ def test_a_routed_models_folder_is_analysed_and_explained(
 
 def test_a_prompt_is_explained(told, analysed, tmp_path):
     options = ("--dtype", "float32", "--layer", "1", "--kind", "q_proj", "--table")
+    options += ("--router", "phatgoose")
     answer = ("--answer", "yes\x1b[31m")  # it must not steer the terminal
     code, out, err = told(
         "explain", analysed, "Is a heron a bird?", *answer, *options, "--json", "explained.json"
@@ -71,6 +73,8 @@ def test_a_prompt_is_explained(told, analysed, tmp_path):
         assert sum(row["experts"].values()) == pytest.approx(1, abs=1e-3)
     assert {row["part"] for row in data["tokens"]} == {"prompt", "answer"}
     assert data["trace"]["format"] == "phatgoose-trace-1"
+    assert json.loads(out.splitlines()[-2]) == data["summary"]  # before where the file is
+    assert sum(data["summary"].values()) == pytest.approx(1, abs=1e-3)
     first = next(iter(data["tokens"][0]["experts"].items()))
     assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)
 

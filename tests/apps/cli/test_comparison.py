@@ -37,7 +37,7 @@ def workshop(base_folders, tmp_path_factory) -> Path:
     write_rows(folder / "b" / "reviews.jsonl", reviews)
     write_rows(folder / "b" / "counting.jsonl", [open_row(i) for i in range(4)])
     (folder / "a.toml").write_text('name = "a[bold]"\n[[tasks]]\nfile = "b/reviews.jsonl"\n')
-    save(compose(Pool.open(folder / "experts"), base, k=1), folder / "routed")
+    save(compose(Pool.open(folder / "experts"), base, k=1, router="phatgoose"), folder / "routed")
     make_model("llama", seed=1).save_pretrained(folder / "other-base")
     make_tokenizer(final_eos=False).save_pretrained(folder / "other-base")
     return folder

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from changed_adapters import set_config
 from command_line import (
@@ -53,12 +55,41 @@ def test_joint_trains_expert_and_gates_in_one_go(untrained, phat):
     assert pooled.code == 0, pooled.err
 
 
+def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, phat):
+    base = load_base("tiny-base")
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    base.tokenizer.save_pretrained("tiny-base")
+    rows = [
+        [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": "good"}]
+        for i in range(12)
+    ]
+    write_rows(untrained / "chats.jsonl", [{"messages": row} for row in rows])
+    outcome = phat("train", "chats.jsonl", *TRAIN)
+    assert (outcome.code, outcome.err) == (0, "")
+    expert = Expert.load(untrained / "new" / "chats")
+    assert expert.info.hyperparameters["chat"] is True
+    assert phat("train", "chats.jsonl", *TRAIN, "--resume").err == ""
+    measured = ["--task", "chats.jsonl", "--statistics-examples", 4, "--no-embeddings", *BASE]
+    assert phat("measure", "new/chats", *measured).code == 0
+    again = Expert.load(untrained / "new" / "chats")
+    assert all(torch.equal(again.means[site], mean) for site, mean in expert.means.items())
+    gated = ["--out", "gated", *BASE, *GATE_FLAGS]
+    assert phat("gate", "new/chats", "--task", "chats.jsonl", *gated).code == 0
+    assert phat("compose", "new", "--out", "routed", *BASE).code == 0
+    for command in (["evaluate", "routed", "--task"], ["compare", "new", "--suite"]):
+        scored = phat(*command, "chats.jsonl", "--dtype", "float32", "--max-new-tokens", 2)
+        assert (scored.code, "trained with" in scored.err) == (0, False), scored.err
+    assert "in the chat template" in phat("evaluate", "routed", "--task", "counting.jsonl").err
+
+
 def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untrained, phat):
     arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
     outcome = phat(*arguments)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("[1/1] all: validation loss")
-    assert [path.name for path in (untrained / "new").iterdir()] == ["all"]
+    assert {path.name for path in (untrained / "new").iterdir()} == {"all", "all.yaml"}
     record = Expert.load(untrained / "new" / "all").info.task
     assert record["name"] == "all"
     assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
@@ -145,12 +176,12 @@ def test_a_mixed_pool_from_the_command_line(untrained, phat):
 
 def test_train_makes_complete_experts_with_the_settings_given(workshop):
     expert = Expert.load(workshop / "experts" / "reviews")
-    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 1.0}
+    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 4.0}
     assert wanted.items() <= dict(expert.info.hyperparameters).items()
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
     assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
     names = sorted(path.name for path in (workshop / "experts").iterdir())
-    assert names == ["counting", "reviews"]
+    assert names == ["counting", "counting.yaml", "reviews", "reviews.yaml"]
 
 
 def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
@@ -184,7 +215,9 @@ def test_train_with_resume_keeps_what_is_finished(here, phat):
     same = phat("train", "reviews.jsonl", "counting.jsonl", *options)
     assert (same.code, same.err.count("warning")) == (0, 0)
     other = phat("train", "reviews.jsonl", *options, "--rank", 3)
-    told = "experts/reviews is kept as it is, with other settings: rank 2, not 3."
+    told = (
+        "experts/reviews is kept as it is, with other settings: rank 2, not 3; alpha 4.0, not 6.0."
+    )
     assert told in " ".join(other.err.split())
     assert snapshot(here / "experts") == before
 
@@ -239,3 +272,24 @@ def test_gates_are_trained_on_the_base_at_the_revision_that_the_adapter_names(
     assert phat(*gate, "--out", "given", "--base", "tiny-base").code == 0
     assert Expert.load("given").info.base.revision is None
     assert loaded == [(str(here / "tiny-base"), "abc123"), ("tiny-base", None)]
+
+
+def test_the_settings_of_a_training_are_told_saved_and_can_be_given_again(untrained, phat, caplog):
+    caplog.set_level("INFO", "phatgoose")
+    usual = ["--target-modules", "q_proj|v_proj", "--rslora", "--lr-schedule", "cosine"]
+    usual += ["--epochs", 0.5, "--patience", 2]
+    assert phat("train", "reviews.jsonl", *TRAIN, *usual).code == 0
+    told = next(line for line in caplog.messages if line.startswith("settings: base tiny-base"))
+    assert "alpha 4.0" in told
+    assert "gate_steps 2" in told
+    first = Expert.load(untrained / "new" / "reviews")
+    assert {site.rpartition(".")[2] for site in first.modules} == {"q_proj", "v_proj"}
+    recipe = yaml.safe_load((untrained / "new" / "reviews.yaml").read_text())
+    assert (recipe["lora"]["rslora"], recipe["training"]["epochs"]) == (True, 0.5)
+    assert recipe["tasks"] == [str(untrained / "reviews.jsonl")]
+    again = phat("train", "--config", "new/reviews.yaml", "--out", "again", "--dtype", "float32")
+    assert again.code == 0, again.err
+    second = Expert.load(untrained / "again" / "reviews")
+    assert second.info.hyperparameters == first.info.hyperparameters
+    assert all(torch.equal(first.gates[site], second.gates[site]) for site in first.gates)
+    assert phat("pool", "new").code == 0

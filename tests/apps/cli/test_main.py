@@ -25,7 +25,11 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert (here / "lists" / "pool.json").is_file()
 
     composed = phat("compose", "lists/pool.json", "--out", "routed", "--k", 1, *BASE)
-    assert composed.out == "2 experts at 14 sites, router phatgoose, k = 1 -> routed\n"
+    assert composed.out == "2 experts at 14 sites, router discriminant, k = 1 -> routed\n"
+    assert composed.err == (
+        "Router auto is discriminant; routers tried before it need embeddings "
+        "(phatgoose measure).\n"
+    )
     alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=mttl", *BASE)
     assert alone.out == "2 experts at 14 sites, router arrow:form=mttl -> whole\n"
 
@@ -37,13 +41,14 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     scored = phat("evaluate", "routed", "--task", "unseen.jsonl", "--json", "out/s.json", *BASE)
     assert scored.code == 0
     scores = json.loads((here / "out" / "s.json").read_text())
+    assert scores["router"] == "discriminant"
     (row,) = scores["tasks"]
     assert (row["task"], row["n"]) == ("unseen", 6)
     assert row["metric"] == "rank classification accuracy"
     assert scores["mean"] == row["score"] == sum(p["correct"] for p in row["predictions"]) / 6
     assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1
     assert f"{row['score']:.3f}" in scored.out
-    for outcome in (checked, pooled, composed, answered, scored):
+    for outcome in (checked, pooled, answered, scored):
         assert outcome.err == ""
 
 

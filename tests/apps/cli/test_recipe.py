@@ -62,6 +62,24 @@ def test_a_base_or_embedder_is_relative_to_the_recipe_where_such_a_folder_is(tmp
     assert read_recipe(path).base == "smollm2"  # the embedded one, whatever lies there
 
 
+def test_a_recipe_may_be_yaml(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: owner/base\ntasks: [a.jsonl]\ntraining: {learning_rate: 2e-4, steps: 3}")
+    recipe = read_recipe(path)
+    assert (recipe.base, recipe.tasks) == ("owner/base", (str(tmp_path / "a.jsonl"),))
+    assert recipe.tables["training"] == {"learning_rate": 2e-4, "steps": 3}
+    for text, complaint in (
+        ("training: [", "is not valid YAML"),
+        ("training: {step: 3}", r"\[training\]: unknown setting 'step'"),
+        ("a: &a [1]\nb: [*a]", r"aliases \(\*name\) are not read"),
+        ("- 3", "wanted names with values"),
+        ("a: !!python/name:os.system", "is not valid YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=complaint):
+            read_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

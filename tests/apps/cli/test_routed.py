@@ -20,7 +20,9 @@ def test_evaluate_takes_a_pool_or_a_base_or_one_expert(here, phat, model):
 def test_generate_shows_the_experts_behind_the_tokens(here, phat):
     outcome = phat("generate", "experts", "Film", "--show-experts", "--max-new-tokens", 3, *BASE)
     assert outcome.code == 0
-    assert "reviews" in outcome.out or "counting" in outcome.out
+    summary = json.loads(outcome.out.splitlines()[-1])
+    assert summary.keys() <= {"reviews", "counting"}
+    assert sum(summary.values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_sampling_with_one_seed_gives_one_answer(here, phat):

@@ -8,6 +8,7 @@ from command_line import BASE, refused
 from fake_hub import contents, pushed_now
 from phatgoose.apps.cli import main
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
 from tiny import make_adapter
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
@@ -28,10 +29,34 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, capsys):
     assert contents(tmp_path / "pulled") == contents(pair[0])
     assert "e0" in phatgoose("pool", "hub:me/reviews", "--out", tmp_path / "pool.json")
     hub.add("you/lora", contents(make_adapter(llama, tmp_path / "adapter")))
-    told = phatgoose("import", "you/lora", "--base", llama.id, "--out", tmp_path / "theirs")
+    told = phatgoose(
+        *("import", "you/lora", "--base", llama.id, "--by-path", "--out", tmp_path / "theirs")
+    )
     assert "theirs: 14 sites, LoRA of rank 4" in told
     assert "phatgoose gate" in told
     assert Expert.load(tmp_path / "theirs").gates == {}
+
+
+def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path):
+    folders = [make_adapter(llama, tmp_path / "adapters" / name) for name in ("a", "b", "c")]
+    config = json.loads((folders[1] / "adapter_config.json").read_text()) | {"use_qalora": True}
+    (folders[1] / "adapter_config.json").write_text(json.dumps(config))
+    outcome = phat("import", *folders, "--base-id", "you/base", "--out", tmp_path / "pool")
+    assert outcome.code == 1
+    assert [line.split(":")[0] for line in outcome.out.splitlines()] == ["a", "c", "next"]
+    (told,) = outcome.err.splitlines()
+    assert told.startswith(f"refused: {folders[1]} uses use_qalora")
+    assert Expert.load(tmp_path / "pool" / "a").info.base.fingerprint == llama.fingerprint
+    outcome = phat("import", folders[0].parent, "--base-id", "you/base", "--out", tmp_path / "same")
+    assert (outcome.code, Pool.open(tmp_path / "same").names) == (1, ("a", "c"))
+    again = phat("import", f"{folders[0]}/", "--base-id", "you/base", "--out", tmp_path / "one")
+    assert (again.code, again.err) == (0, "")
+    alone = phat("import", folders[1], "--by-path", "--out", tmp_path / "two")
+    assert (alone.code, alone.out) == (1, "")
+    refused(phat("import", *folders, "--name", "x", "--out", tmp_path / "three"), "--name is for")
+    path = phat("import", folders[0], "--out", tmp_path / "four")
+    assert (path.code, path.out) == (1, "")
+    assert "--base-id" in path.err
 
 
 @pytest.mark.filterwarnings("ignore:No fingerprint")

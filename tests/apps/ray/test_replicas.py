@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
 
 from phatgoose.apps.ray_engine import connected
-from phatgoose.config import Serving
+from phatgoose.config import Routing, Serving
 from serving import ServedModel, folder_of, generated
 from tiny import make_tokenizer
 
@@ -38,7 +38,11 @@ def port() -> int:
 @pytest.fixture
 def address(llama_pool, port) -> Iterator[str]:
     """Two replicas of a server of the pool, on a Ray of this machine."""
-    models = [ServedModel("goose", str(folder_of(llama_pool)), dtype="float32")]
+    models = [
+        ServedModel(
+            "goose", str(folder_of(llama_pool)), dtype="float32", routing=Routing("phatgoose")
+        )
+    ]
     with (
         connected(),
         replicas.replicated(

@@ -223,7 +223,10 @@ def test_a_stream_tells_its_routing_piece_by_piece(client):
 
 
 def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer):
-    save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
+    save(
+        compose(pool, load_base(pool.base.id, dtype="float32"), k=1, router="phatgoose"),
+        tmp_path / "routed",
+    )
     places = [str(tmp_path / "routed"), f"base={pool.base.id}", f"pool={serving.folder_of(pool)}"]
     app = create_app(served_models(places, dtype="float32"))
     wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6, k=1)

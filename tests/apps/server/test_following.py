@@ -8,7 +8,7 @@ import serving
 from fake_engine import engine_of
 from gateways import ASK, gateway, numbered
 from phatgoose.apps.server import ServedModel, create_app, following
-from phatgoose.config import Serving
+from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
 from serving import GREEDY, PATH, ask, held, text_of, until
 
@@ -33,7 +33,7 @@ def experts_of(client, name="goose"):
 
 
 def client_at(place, **limits):
-    model = ServedModel("goose", str(place), dtype="float32")
+    model = ServedModel("goose", str(place), dtype="float32", routing=Routing("phatgoose"))
     return serving.client_of(create_app([model], Serving(**limits)))
 
 

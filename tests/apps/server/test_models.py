@@ -30,7 +30,10 @@ def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
     pool, tmp_path, monkeypatch
 ):
     """It may come from a stranger, and who asks to reroute it may be one."""
-    save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
+    save(
+        compose(pool, load_base(pool.base.id, dtype="float32"), k=1, router="phatgoose"),
+        tmp_path / "routed",
+    )
     info = json.loads((tmp_path / "routed" / "routed.json").read_text())
     info["experts"][0]["path"] = "hub:stranger/expert"
     (tmp_path / "routed" / "routed.json").write_text(json.dumps(info))
@@ -51,7 +54,7 @@ def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
 
 def test_settings_that_a_model_cannot_have_are_refused(pool):
     with pytest.raises(ConfigError, match="is not a pool"):
-        create_app([ServedModel("b", pool.base.id, Routing())])
+        create_app([ServedModel("b", pool.base.id, Routing(router="phatgoose"))])
     for routing, told in (
         (Routing("oracle"), "goes by the task's name"),
         (Routing("retrieval:form=paper"), "form=paper embeds answer choices"),
@@ -101,7 +104,7 @@ def test_places_name_models_and_their_routing(tmp_path):
     odd.mkdir()
     models = served_models(
         ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd), "a=e?router=arrow:form=peft&k=3"],
-        routing=Routing(kernel="gather"),
+        routing=Routing(kernel="gather", router="phatgoose"),
     )
     assert [(model.name, model.place) for model in models] == [
         ("experts", "x/experts"),
@@ -110,7 +113,9 @@ def test_places_name_models_and_their_routing(tmp_path):
         ("a=b?c", str(odd)),
         ("a", "e"),
     ]
-    assert [model.routing for model in models[:4]] == [Routing(kernel="gather")] * 4
+    assert [model.routing for model in models[:4]] == [
+        Routing(kernel="gather", router="phatgoose")
+    ] * 4
     assert models[4].routing == Routing("arrow:form=peft", 3, "gather")
 
 

@@ -61,6 +61,10 @@ def pieces(page, side="a"):
     return page.locator(f"#pane-{side} .tx-token").all_text_contents()
 
 
+def who(page, side="a"):
+    return page.locator(f"#pane-{side} .who span").all_text_contents()
+
+
 def looks(page, side="a"):
     spans = page.locator(f"#pane-{side} .tx-token")
     return [
@@ -102,6 +106,8 @@ def test_an_answer_has_the_colours_of_its_experts(chromium, address, app, scheme
         page.locator("#pane-a .tx-token").nth(3).hover()
         assert "mean over 1 site" in page.locator("#pane-a .tx-details").inner_text()
         assert "12 tokens" in page.locator("#pane-a .status").inner_text()
+        shares = [int(re.search(r"(\d+) %", each)[1]) for each in who(page)]
+        assert abs(sum(shares) - 100) <= len(shares)
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", colour)[:3])) > 380) == (scheme == "light")
 
@@ -171,6 +177,20 @@ def test_the_keyboard_does_all(chromium, address):
         for role, name in (("combobox", "Model"), ("textbox", "Prompt"), ("button", "Answer")):
             assert page.get_by_role(role, name=name).count() == 1
         assert page.get_by_role("region", name="First answer").count() == 1
+
+
+def test_examples_fill_the_prompt_and_what_cannot_act_is_hidden(chromium, address):
+    with visit(chromium, address) as page:
+        example = page.locator(".examples button").first
+        example.click()
+        assert page.locator("#prompt").input_value() == example.inner_text()
+        assert page.locator("#compare").is_visible()
+        assert not page.locator("#stop").is_visible()
+        page.locator("#model option").first.wait_for(state="attached")
+        page.evaluate("page.models.forEach((model) => { model.router = model.sites = null; })")
+        page.evaluate("page.choose()")  # as for a base alone
+        assert not page.locator("#compare").is_visible()
+        assert not page.locator("#router-a").is_visible()
 
 
 def test_a_phone_shows_all_without_scrolling_sideways(chromium, address):

@@ -34,6 +34,13 @@ def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner,
     assert found[0].status_code == 200
 
 
+def test_paths_that_other_servers_have(client):
+    assert client.get("/health").json() == client.get("/healthz").json()
+    answer = client.post("/v1/responses", json={"model": "goose", "input": "a"})
+    assert answer.status_code == 404
+    assert "send messages to /v1/chat/completions" in answer.json()["error"]["message"]
+
+
 def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
     monkeypatch.setattr(service, "STUCK", 0.05)
     preparer = service.RequestPreparer

@@ -196,7 +196,6 @@ def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, l
     ("router", "k", "message"),
     [
         ("random", None, "Router random draws lots"),
-        ("auto", None, "must be a router's name"),
         ("phatgoose:affinity=calibrated", None, "compose and save the pool first"),
         ("best-individual", None, "needs scores"),
         ("phatgoose", "two", "PHATGOOSE_K is 'two'"),
@@ -208,8 +207,13 @@ def test_settings_that_cant_be(serve, llama_pool, router, k, message):
         serve(folder_of(llama_pool), router, k)
 
 
+@pytest.mark.parametrize("router", [None, "auto"])
+def test_auto_is_a_router_of_tokens(serve, llama_pool, router):
+    assert serve(folder_of(llama_pool), router).router.spec.name == "phatgoose"
+
+
 def test_a_saved_model_has_its_own_router(serve, llama_pool, llama, tmp_path):
-    save(compose(llama_pool, llama), tmp_path / "routed")
+    save(compose(llama_pool, llama, router="phatgoose"), tmp_path / "routed")
     with pytest.raises(ConfigError, match="has its own router"):
         serve(tmp_path / "routed", "arrow")
 

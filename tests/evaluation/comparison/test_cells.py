@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -63,7 +63,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
         ("phatgoose", {"k": 2}),
         ("e1", {"router": "single:expert=e1"}),
     ):
-        model = compose(pool, base, **options) if options else base
+        model = compose(pool, base, **{"router": "phatgoose", **options}) if options else base
         for name in ("choose", "count"):
             (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
             rows = {**comparison.results, **comparison.experts}
@@ -75,7 +75,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
 
 @pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
 def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
-    routing, formatting = Routing(k=1), Formatting(max_input_tokens=3)
+    routing, formatting = Routing(k=1, router="phatgoose"), Formatting(max_input_tokens=3)
     options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
     methods = ["uniform-top-k:eps=0.5", "phatgoose:eps=0.5"]
     comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
@@ -109,7 +109,7 @@ def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_pa
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
     rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]
-    setting.run(tmp_path, rows, routing=Routing(k=2))
+    setting.run(tmp_path, rows, routing=Routing(k=2, router="phatgoose"))
     assert len(read) == len(set(map(tuple, read))) > 0
 
 
@@ -260,7 +260,7 @@ def test_without_git_or_a_checkout_there_is_no_commit(checkout, monkeypatch):
 def test_the_date_is_that_of_the_last_finished_cell_in_utc(tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text("{}")
-    when = datetime(2026, 11, 26, 10, 0, 5, tzinfo=timezone.utc)
+    when = datetime(2026, 11, 26, 10, 0, 5, tzinfo=UTC)
     os.utime(results, (when.timestamp(),) * 2)
     made = circumstances(torch.device("cpu"), results)
     assert made["date"] == "2026-11-26T10:00:05+00:00"

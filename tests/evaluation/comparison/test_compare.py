@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,13 +86,13 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     assert settings["kernel"] == "auto"
     assert wanted.items() <= settings.items()
     assert settings["code"] == module.code_version()
-    assert datetime.now(timezone.utc) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
+    assert datetime.now(UTC) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
     assert settings["machine"].endswith(f", {os.cpu_count()} cores")
     assert settings.keys() >= {"commit"}
 
 
 def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
-    compose(setting.pool, llama)
+    compose(setting.pool, llama, router="phatgoose")
     with pytest.raises(RoutingError, match="routed already"):
         setting.run(tmp_path / "out", ["base"], base=llama)
     assert hasattr(llama.model, "phatgoose")
@@ -207,7 +207,7 @@ def test_more_suites_are_added(setting, out, tmp_path, computed):
 
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
-    setting.run(out, routing=Routing(k=1), suites=setting.suites[1])
+    setting.run(out, routing=Routing(k=1, router="phatgoose"), suites=setting.suites[1])
     rows = [
         name for name, spec in REGISTRY.items() if spec.k not in (None, 1) and not spec.per_input
     ]

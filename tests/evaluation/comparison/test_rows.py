@@ -52,7 +52,7 @@ def test_identities_of_the_time_of_one_routing_for_all_are_those_of_now():
     assert label_with_settings(then) == "phatgoose-input, eps = 0.1"
 
 
-ROUTING = Routing()
+ROUTING = Routing(router="phatgoose")
 COMPOSED = ["random", "retrieval", "centroid", "average-activation", "arrow", "spectr", "merged"]
 COMPOSED += ["uniform-top-k", "phatgoose", "glider", "logo"]
 TOP_K = {"random", "average-activation", "arrow", "spectr", "uniform-top-k", "phatgoose", "glider"}
@@ -175,7 +175,7 @@ def test_an_expert_alone_is_the_same_whatever_pool_it_is_in(three):
 def test_routed_folders_that_differ_have_other_identities(three, llama, tmp_path, settings):
     identities = []
     for number, options in enumerate(({}, settings)):
-        save(compose(three, llama, **options), tmp_path / str(number))
+        save(compose(three, llama, **{"router": "phatgoose", **options}), tmp_path / str(number))
         detach(llama.model)
         identities.append(reference_row("r", tmp_path / str(number), ROUTING).identity)
     assert identities[0] != identities[1]

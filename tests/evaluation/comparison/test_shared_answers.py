@@ -44,5 +44,5 @@ def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path, 
 
 
 def test_several_experts_an_input_are_scored_themselves(setting, tmp_path, computed):
-    setting.run(tmp_path, ["retrieval", "oracle"], routing=Routing(k=2))
+    setting.run(tmp_path, ["retrieval", "oracle"], routing=Routing(k=2, router="phatgoose"))
     assert computed == cells_of("e0", "e1", "e2", "retrieval")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,15 +18,16 @@ from paths import ROOT
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Training
-from phatgoose.errors import BaseModelError, ExpertError, WrongBaseError
+from phatgoose.errors import BaseModelError, ExpertError, PoolError, WrongBaseError
 from phatgoose.experts.expert import check_expert
-from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.importing import adapter as importing
+from phatgoose.experts.importing.adapter import import_adapter, import_adapters
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_gates
-from tiny import copied_model, logits_of, make_ids, make_model, make_tokenizer
+from tiny import copied_model, logits_of, make_adapter, make_ids, make_model, make_tokenizer
 
 DOCUMENT = ROOT / "docs" / "imports.md"
 MARKS = ("<!-- matrix -->\n", "<!-- end of matrix -->\n")
@@ -55,8 +57,9 @@ def outcome_of(case: Case, kind: str, base_folder: Path, folder: Path) -> tuple[
     lossy = case.allow_loss is not None
     difference = (logits_of(routed, ids) - wanted).abs().max() / wanted.abs().max()
     assert difference <= (LOSSY_TOLERANCE if lossy else TOLERANCE), f"{case.name} on {kind}"
-    trained = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("bias", "none") != "none"
-    for file in () if lossy or trained else (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    is_rewritten = config.get("bias", "none") != "none" or config.get("use_dora")
+    for file in () if lossy or is_rewritten else (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         assert (adapter / file).read_bytes() == (expert.directory / file).read_bytes()
     return ("as LoRA" if lossy else "yes"), ""
 
@@ -111,25 +114,64 @@ def test_an_expert_is_not_imported(make_expert, llama, tmp_path):
 def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(adapter, llama, tmp_path):
     expert = import_adapter(adapter, tmp_path / "experts" / "mine")
     assert (expert.name, expert.gates, expert.means) == ("mine", {}, {})
-    assert expert.info.base == BaseReference(llama.id)
+    assert expert.info.base == llama.reference
     assert expert.info.hyperparameters == {"imported_from": "adapter"}
     assert import_adapter(adapter, tmp_path / "b", name="other").name == "other"
 
 
 def test_the_revision_of_the_base_is_recorded_where_the_adapter_names_one(adapter, llama, tmp_path):
     set_config(adapter, revision="v2")
-    assert import_adapter(adapter, tmp_path / "named").info.base == BaseReference(llama.id, "v2")
-    other = import_adapter(adapter, tmp_path / "other", base=llama.id)
+    named = import_adapter(adapter, tmp_path / "named", fingerprint=False)
+    assert named.info.base == BaseReference(llama.id, "v2")
+    other = import_adapter(adapter, tmp_path / "other", base=llama.id, fingerprint=False)
     assert other.info.base == BaseReference(llama.id)  # of the base that the user named instead
     set_config(adapter, revision=2)
     with pytest.raises(ExpertError, match="revision 2 of its base"):
         import_adapter(adapter, tmp_path / "numbered")
 
 
-def test_a_fingerprint_is_recorded_when_it_is_asked_for(adapter, llama, tmp_path):
-    expert = import_adapter(adapter, tmp_path / "mine", fingerprint=True)
+def test_a_fingerprint_is_recorded_where_the_weights_are_here(
+    adapter, llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(importing, "load_base", None)  # which isn't needed
+    expert = import_adapter(adapter, tmp_path / "mine")
     assert expert.info.base.fingerprint == llama.fingerprint
-    compose(Pool((expert,)), llama, router="arrow", k=1)
+    detach(compose(Pool((expert,)), llama, router="arrow", k=1))
+    without = import_adapter(adapter, tmp_path / "without", fingerprint=False)
+    with pytest.warns(UserWarning, match="'phatgoose import --fingerprint' records one"):
+        compose(Pool((without,)), llama, router="arrow", k=1)
+
+
+def test_a_base_without_its_weights_here_has_no_fingerprint(
+    adapter, base_folders, tmp_path, monkeypatch
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((base_folders["llama"] / "config.json").read_bytes())
+    set_config(adapter, base_model_name_or_path=str(bare))
+    assert import_adapter(adapter, tmp_path / "mine").info.base == BaseReference(str(bare))
+    with pytest.raises(BaseModelError):  # loaded for it
+        import_adapter(adapter, tmp_path / "other", fingerprint=True)
+
+
+def test_a_base_in_the_hubs_cache_is_recorded_by_its_id(adapter, base_folders, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--you--base" / "snapshots" / commit
+    shutil.copytree(base_folders["llama"], cached)
+    set_config(adapter, base_model_name_or_path=str(cached))
+    found = import_adapter(adapter, tmp_path / "mine", by_path=False).info.base
+    assert (found.id, found.revision) == ("you/base", commit)
+    assert found.fingerprint is not None
+
+
+def test_a_path_is_refused_as_a_bases_name_with_what_to_pass(adapter, llama, tmp_path):
+    with pytest.raises(ExpertError, match=r"named by a path, .*give its id with --base-id"):
+        import_adapter(adapter, tmp_path / "mine", by_path=False)
+    found = import_adapter(adapter, tmp_path / "mine", by_path=False, base_id="you/base")
+    assert found.info.base == BaseReference("you/base", None, llama.fingerprint)
+    set_config(adapter, base_model_name_or_path="you/own")
+    with pytest.raises(ExpertError, match=r"on the Hub \(the adapter names you/own\)"):
+        import_adapter(adapter, tmp_path / "other", base=llama.id, by_path=False)
 
 
 def test_a_base_of_other_shapes_is_refused_by_layer(adapter, tmp_path):
@@ -215,6 +257,44 @@ def test_an_allowed_loss_changes_nothing_about_a_lora(adapter, tmp_path):
     assert (expert.directory / ADAPTER_WEIGHTS).read_bytes() == (
         adapter / ADAPTER_WEIGHTS
     ).read_bytes()
+
+
+def test_of_several_adapters_those_that_can_are_imported(adapter, llama, tmp_path):
+    prompts = shutil.copytree(adapter, tmp_path / "more" / "prompts")
+    set_config(prompts, peft_type="PROMPT_TUNING")
+    again = shutil.copytree(adapter, tmp_path / "again" / adapter.name)
+    found = import_adapters([adapter, prompts, again, tmp_path / "none"], tmp_path / "pool")
+    assert [expert.name for expert in found.experts] == [adapter.name]
+    assert Pool.open(tmp_path / "pool").names == (adapter.name,)
+    assert list(found.refused) == [str(prompts), str(again), str(tmp_path / "none")]
+    told = list(found.refused.values())
+    assert "PROMPT_TUNING" in told[0]
+    assert "import it alone" in told[1]
+
+
+def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
+    options = {"a": {}, "b": {"bias": "lora_only"}}  # whose files can't stay as they are
+    folders = [
+        make_adapter(llama, tmp_path / "adapters" / name, seed=seed, **options[name])
+        for seed, name in enumerate(options)
+    ]
+    import_adapters(folders, tmp_path / "pool")
+    read, imported = Pool.open(tmp_path / "adapters"), Pool.open(tmp_path / "pool")
+    assert (read.names, read.base) == (imported.names, imported.base)
+    for name in read:
+        assert read[name].info == imported[name].info
+        for site, module in read[name].modules.items():
+            assert torch.equal(module.B, imported[name].modules[site].B)
+    assert set(tmp_path.iterdir()) == {tmp_path / "adapters", tmp_path / "pool"}
+    assert Pool.open(folders[0]).names == ("a",)
+    with pytest.raises(PoolError, match="a manifest lists experts"):
+        read.write_manifest(tmp_path / "pool.json")
+    set_config(folders[1], use_qalora=True)
+    with pytest.warns(UserWarning, match=r"adapters/b is left out: .* use_qalora"):
+        assert Pool.open(tmp_path / "adapters").names == ("a",)
+    set_config(folders[0], use_qalora=True)
+    with pytest.raises(PoolError, match=r"No adapter in .*adapters can be used\. .*use_qalora"):
+        Pool.open(tmp_path / "adapters")
 
 
 if __name__ == "__main__":

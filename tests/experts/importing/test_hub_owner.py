@@ -36,7 +36,7 @@ def owned(hub, adapter, pair, base_folders):
     hub.add("you/base", contents(base_folders["llama"]))
     hub.add("you/lora-a", adapter)
     hub.add("you/lora-b", {f"inner/{name}": data for name, data in adapter.items()})
-    hub.add("you/dora", based_on(adapter, "you/base", use_dora=True))
+    hub.add("you/pooled", based_on(adapter, "you/base", use_qalora=True))
     hub.add("you/expert", contents(pair[0]))
     hub.add("you/home", based_on(adapter, "/home/you/base"))
     hub.add("you/pickled", {CONFIG: adapter[CONFIG], "adapter_model.bin": b"\x80"})
@@ -57,7 +57,7 @@ def test_a_listing_says_what_can_be_routed_and_why_the_rest_can_t(owned, pair):
     assert [each.place for each in listing.routable] == ["you/lora-a", "you/lora-b/inner"]
     assert (listing.others, listing.is_whole) == (2, True)
     why = refusals(listing)
-    assert "use_dora" in why["you/dora"]
+    assert "use_qalora" in why["you/pooled"]
     assert why["you/expert"].startswith("its base is ")
     assert "path of its author's machine" in why["you/home"]
     assert "pickled" in why["you/pickled"]

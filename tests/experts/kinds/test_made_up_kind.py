@@ -21,7 +21,7 @@ from oracle import token_weights
 from phatgoose.analysis.audit_signs import signs_of
 from phatgoose.analysis.findings import cosines, near_duplicates
 from phatgoose.base.sites import find_sites
-from phatgoose.config import GateTraining, Lora
+from phatgoose.config import GateTraining, Lora, Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
@@ -79,7 +79,7 @@ def test_it_is_trained(shifts, llama, joint, tmp_path):
 
 
 def test_it_is_mixed_with_other_kinds(pool, llama):
-    layers = composition_of(compose(pool, llama, k=4)).layers
+    layers = composition_of(compose(pool, llama, k=4, router="phatgoose")).layers
     for site, layer in layers.items():
         u = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
         weights = (token_weights(t, pool.experts, site, 4) for t in u)
@@ -99,7 +99,7 @@ def test_it_is_saved_grown_shrunk_and_compacted(pool, llama, tmp_path):
     grown = composed("phatgoose", ordered(pool, first), llama)
     assert_same_models(add_experts(grown, ordered(pool, more)), wanted)
     folder = tmp_path / "routed"
-    save_pool(ordered(pool, first), folder, copy.deepcopy(llama))
+    save_pool(ordered(pool, first), folder, copy.deepcopy(llama), routing=Routing("phatgoose"))
     add_to_saved(folder, ordered(pool, more))
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
     left = ["lora0", "bottleneck3", "shift9"]
@@ -161,8 +161,8 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         register(known)
         pool = pool_with_shifts(llama_mixed, llama, tmp_path)
         stack = stack_at(llama.model, pool.sites[0], pool)
-        save_pool(pool, tmp_path / "routed", copy.deepcopy(llama))
-    for look in (cosines, lambda pool: compose(pool, llama)):
+        save_pool(pool, tmp_path / "routed", copy.deepcopy(llama), routing=Routing("phatgoose"))
+    for look in (cosines, lambda pool: compose(pool, llama, router="phatgoose")):
         with pytest.raises(RoutingError, match="kind 'shift' can't be stacked"):
             look(pool)
     with pytest.raises(RoutingError, match="shift_rows, shifts, of no router or kind"):
@@ -191,7 +191,7 @@ def test_names_that_are_taken_are_refused(monkeypatch, llama, tmp_path, held, co
     expert = make_kind("shift", llama, tmp_path, seed=1)
     register(monkeypatch, held=renamed)
     with pytest.raises(RoutingError, match=complaint):
-        compose(Pool((expert,)), llama, k=1)
+        compose(Pool((expert,)), llama, k=1, router="phatgoose")
 
 
 # --- kinds of other packages ---

@@ -251,7 +251,7 @@ def test_what_is_not_a_number_chooses_among_the_experts_all_the_same():
 def test_a_routed_model_gives_the_same_logits_through_triton(at_once, llama_pool, monkeypatch):
     ids = make_ids(rows=2, tokens=3)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    plain = compose(llama_pool, make_model("llama"), kernel="reference")
+    plain = compose(llama_pool, make_model("llama"), kernel="reference", router="phatgoose")
     wanted = logits_of(plain, ids, attention_mask=mask)
     kernels = "phatgoose.routing.kernels"
     monkeypatch.setattr(f"{kernels}.native.runs_natively", lambda *_: False)
@@ -263,7 +263,7 @@ def test_a_routed_model_gives_the_same_logits_through_triton(at_once, llama_pool
             "phatgoose.routing.kernels.choice.add_routed_on_gpu",
             lambda *arguments: (calls.append(1), add_routed(*arguments)),
         )
-    model = compose(llama_pool, make_model("llama"), kernel="triton").to(DEVICE)
+    model = compose(llama_pool, make_model("llama"), kernel="triton", router="phatgoose").to(DEVICE)
     got = logits_of(model, ids.to(DEVICE), attention_mask=mask.to(DEVICE))
     assert len(calls) == at_once * len(model.phatgoose.layers)
     assert_same_logits(got.cpu(), wanted)

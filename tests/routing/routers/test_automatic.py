@@ -7,18 +7,27 @@ import logging
 from dataclasses import replace
 
 import pytest
+import torch
 
+from mixed_experts import make_ia3
 from phatgoose.analysis.analyse import analyse
 from phatgoose.config import Routing
+from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import automatic
-from phatgoose.routing.routers.automatic import DECODER_ONLY, ENCODER_DECODER, settled
+from phatgoose.routing.routers.automatic import (
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    settled,
+    settled_by_token,
+)
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids
 
 BARE = {"gates": {}, "means": {}, "readings": {}, "embeddings": None}
 
@@ -41,9 +50,10 @@ def embedded(llama_pool, monkeypatch) -> Pool:
     [
         ((), "joint-discriminant"),
         (("embeddings",), "discriminant"),
-        (("readings",), "phatgoose"),
-        (("readings", "gates"), "average-activation"),
-        (("readings", "gates", "means"), "arrow"),
+        (("readings", "gates", "means"), "retrieval"),
+        (("readings", "embeddings", "means"), "phatgoose"),
+        (("readings", "embeddings", "gates"), "average-activation"),
+        (tuple(BARE), "arrow"),
     ],
 )
 def test_a_decoder_gets_the_first_that_every_expert_allows(llama, embedded, lacks, wanted):
@@ -81,7 +91,40 @@ def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 def test_an_encoder_decoder_gets_the_papers(base, pool):
-    assert settled(Routing(router="auto"), pool, base.model, base.tokenizer).router == "phatgoose"
+    assert settled(Routing(), pool, base.model, base.tokenizer).router == "phatgoose"
+    bare = stripped(pool, "gates", "means")
+    assert settled(Routing(), bare, base.model, base.tokenizer).router == "arrow"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "wanted"), [(make_adapter, "arrow"), (make_ia3, "merged")], ids=["lora", "ia3"]
+)
+def test_imported_adapters_alone_are_composed(llama, tmp_path, make, wanted, count):
+    for seed in range(count):
+        adapter = make(llama, tmp_path / "adapters" / f"e{seed}", seed=seed)
+        import_adapter(adapter, tmp_path / "pool" / f"e{seed}", base=llama.id, fingerprint=True)
+    before = logits_of(llama.model, make_ids())
+    model = compose(tmp_path / "pool", llama)
+    assert composition_of(model).routing.router == wanted
+    assert not torch.equal(logits_of(model, make_ids()), before)
+    detach(model)
+
+
+def test_one_expert_with_statistics_is_composed(llama, llama_pool):
+    one = llama_pool.select([llama_pool.names[0]])
+    model = compose(one, llama)
+    assert composition_of(model).routing.router == "discriminant"
+    routed = logits_of(model, make_ids())
+    detach(model)
+    alone = compose(one, llama, router="single")
+    assert_same_logits(routed, logits_of(alone, make_ids()))
+    detach(alone)
+
+
+def test_where_prompts_come_in_pieces_auto_goes_by_tokens(llama_pool, embedded):
+    assert settled_by_token(Routing(), embedded).router == "phatgoose"
+    assert settled_by_token(Routing(), stripped(llama_pool, "gates", "means")).router == "arrow"
 
 
 def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can_give():
@@ -95,8 +138,8 @@ def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog
     model = compose(stripped(llama_pool, "readings"), llama, router="auto")
     assert composition_of(model).routing.router == "phatgoose"
     assert caplog.messages[-1] == (
-        "Router auto is phatgoose; what these need isn't all there: joint-discriminant (readings, "
-        "embeddings), discriminant (readings)."
+        "Router auto is phatgoose; routers tried before it need readings, embeddings (phatgoose "
+        "measure)."
     )
     save(model, tmp_path / "routed")
     detach(model)

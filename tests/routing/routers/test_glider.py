@@ -74,7 +74,7 @@ def test_experts_and_weights_follow_the_formula(llama, uneven, options, k, scale
 @both_streams
 def test_without_a_lambda_it_is_phatgoose(base, pool):
     ids = torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]])
-    wanted = logits_of(compose(pool, base), ids)
+    wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
     detach(base.model)
     assert_same_logits(logits_of(compose_by("glider", pool, base, weight=0.0), ids), wanted)
 

@@ -147,12 +147,19 @@ def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
 def test_a_model_that_is_routed_otherwise_does_not_read_for_it(llama, llama_pool):
     chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
     with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
-        chooser.choose(PROMPTS, compose(llama_pool, llama))
+        chooser.choose(PROMPTS, compose(llama_pool, llama, router="phatgoose"))
 
 
-@pytest.mark.parametrize(
-    "router", ["phatgoose", "merged", "auto", "oracle", "retrieval:form=paper"]
-)
+def test_auto_is_one_that_reads_prompts(llama, llama_pool):
+    chooser = open_prompt_router(llama_pool, llama.tokenizer)
+    wanted = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    assert same(chooser.choose(PROMPTS, llama.model), wanted.choose(PROMPTS, llama.model))
+    bare = Pool(tuple(replace(each, readings={}) for each in llama_pool.experts))
+    with pytest.raises(PoolError, match="phatgoose measure"):
+        open_prompt_router(bare, llama.tokenizer)
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged", "oracle", "retrieval:form=paper"])
 def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
     with pytest.raises(ConfigError, match=r"doesn't choose by a prompt alone|task's name|paper"):
         open_prompt_router(llama_pool, router=router)

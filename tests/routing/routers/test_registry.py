@@ -85,9 +85,9 @@ def test_a_k_above_the_pool_is_not_told_where_k_does_not_matter(llama, llama_poo
 
 def test_the_routers_own_k_is_lowered_without_a_word(llama, llama_pool):
     """Nobody asked for it; warnings are errors here."""
-    compose(llama_pool, llama, keep=["e0"])
+    compose(llama_pool, llama, keep=["e0"], router="phatgoose")
     with pytest.warns(UserWarning, match="k is 3, but the pool has 1 expert;"):
-        compose(llama_pool, detach(llama.model), keep=["e0"], k=3)
+        compose(llama_pool, detach(llama.model), keep=["e0"], k=3, router="phatgoose")
 
 
 NEEDED = [  # by router: a part that e0 lacks, and what is said then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -54,16 +56,41 @@ def test_a_loaded_model_is_the_saved_one_without_the_experts_files(
         assert (again / file).read_bytes() == (tmp_path / "routed" / file).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda place, _: None, "there is no such folder"),
+        (lambda place, _: place.mkdir(), "it is an empty folder"),
+        (lambda place, _: place.write_text(""), "it is a file"),
+        (lambda place, e: copytree(e.directory, place), r"it is one expert. Route it with compose"),
+        (lambda place, e: copytree(e.directory, place / "e0"), "it is a pool of experts"),
+        (lambda place, e: copytree(adapter_of(e), place), "it is a PEFT adapter. Route it"),
+        (lambda place, e: copytree(adapter_of(e), place / "e0"), "it is a folder of PEFT adapters"),
+        (lambda place, e: copytree(e.info.base.id, place), "it is a plain model"),
+    ],
+)
+def test_another_folder_is_told_by_what_it_is(llama_pool, tmp_path, make, message):
+    make(tmp_path / "it", llama_pool.experts[0])
+    with pytest.raises(RoutingError, match=rf"it holds no routed model: {message}"):
+        load(tmp_path / "it")
+    with pytest.raises(RoutingError, match=r"it names a pool. Route that with compose"):
+        load("hub:me/experts")
+
+
+def adapter_of(expert: Expert) -> Path:
+    return expert.directory.parent.parent / "adapters" / expert.name
+
+
 def test_a_model_in_bfloat16_is_loaded_bit_for_bit(llama, llama_pool, tmp_path):
     base = load_base(llama.id, dtype="bfloat16")
-    model = compose(llama_pool, base)
+    model = compose(llama_pool, base, router="phatgoose")
     save(model, tmp_path / "routed")
     loaded = load(tmp_path / "routed", dtype="bfloat16")
     assert torch.equal(logits_of(loaded, make_ids()), logits_of(model, make_ids()))
 
 
 def test_a_base_by_its_name_is_loaded_in_the_dtype_asked_for(llama, llama_pool, tmp_path):
-    save(compose(llama_pool, llama), tmp_path / "routed")
+    save(compose(llama_pool, llama, router="phatgoose"), tmp_path / "routed")
     for dtype in (torch.float32, torch.bfloat16):
         asked = str(dtype).removeprefix("torch.")
         for name in (None, llama.id, Path(llama.id)):
@@ -88,7 +115,7 @@ def test_settings_and_names_are_kept(llama, llama_pool, tmp_path):
 
 
 def test_the_loaded_model_can_be_given_its_base(llama, llama_pool, saved):
-    wanted = logits_of(compose(llama_pool, llama), make_ids())
+    wanted = logits_of(compose(llama_pool, llama, router="phatgoose"), make_ids())
     detach(llama.model)
     for base in (llama, llama.model):
         loaded = load(saved, base)
@@ -106,7 +133,7 @@ def test_another_base_is_refused(saved):
 
 def test_a_routed_base_is_refused(llama, llama_pool, saved):
     with pytest.raises(RoutingError, match="routed already"):
-        load(saved, compose(llama_pool, llama))
+        load(saved, compose(llama_pool, llama, router="phatgoose"))
 
 
 def test_changed_weights_are_refused(saved):

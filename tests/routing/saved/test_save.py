@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,22 +14,32 @@ import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from phatgoose.base.fingerprint import quantisation
 from phatgoose.base.loading import load_base
-from phatgoose.errors import RoutingError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.files.atomic import new_file
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved import save as saving
+from phatgoose.routing.saved.auto import RoutedModel
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import remove_from_saved
 from tiny import logits_of, make_ids
 
-FILES = {"routed.json", "routed.safetensors"}
+READ = {"routed.json", "routed.safetensors"}
+FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
 CHANGED = r"have changed since .* detach it and save the base"
 
 
@@ -37,11 +49,11 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture
 def model(llama, llama_pool):
-    return compose(llama_pool, llama)
+    return compose(llama_pool, llama, router="phatgoose")
 
 
 def test_save_pretrained_writes_what_save_does(base, pool, tmp_path):
-    ids, model = make_ids(), compose(pool, base)
+    ids, model = make_ids(), compose(pool, base, router="phatgoose")
     wanted = logits_of(model, ids)
     save(model, tmp_path / "saved")
     model.save_pretrained(tmp_path / "new" / "folder")
@@ -142,11 +154,72 @@ def test_a_push_to_the_hub_takes_the_routed_model_along(model, monkeypatch):
         model.save_pretrained("x", push_to_hub=True)
 
 
-@pytest.mark.parametrize("loader", [AutoModelForCausalLM, transformers.LlamaForCausalLM])
-def test_transformers_takes_a_routed_folder_for_nothing_else(model, tmp_path, loader):
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_transformers_loads_a_routed_folder(base, pool, tmp_path):
+    auto = AutoModelForSeq2SeqLM if base.is_encoder_decoder else AutoModelForCausalLM
+    model = compose(pool, base)
+    wanted = logits_of(model, make_ids())
     model.save_pretrained(tmp_path)
-    with pytest.raises((OSError, ValueError), match=r"Unrecognized model|no file named"):
-        loader.from_pretrained(tmp_path)
+    found = auto.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(found) is type(model)
+    assert composition_of(found).routing == composition_of(model).routing
+    assert torch.equal(logits_of(found, make_ids()), wanted)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("say a").input_ids == model.tokenizer("say a").input_ids
+    with pytest.raises(ConfigError, match="can't be loaded with device_map; load the base with it"):
+        auto.from_pretrained(tmp_path, device_map="auto")
+
+
+def test_a_routed_repository_is_fetched(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path))
+    found = RoutedModel.from_pretrained("me/routed", revision="main")
+    assert composition_of(found).experts == composition_of(model).experts
+
+
+def test_a_pipeline_of_a_folder_needs_no_more(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    ask = {"max_new_tokens": 3, "do_sample": False}
+    found = pipeline("text-generation", model=str(tmp_path), dtype=torch.float32)("say a", **ask)
+    given = pipeline("text-generation", model=model, tokenizer=model.tokenizer)("say a", **ask)
+    assert found == given
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_class_of_transformers_does_not_take_a_routed_folder_for_its_own(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["phatgoose", "transformers"])
+def test_importing_registers_in_either_order(first):
+    second = {"phatgoose": "transformers", "transformers": "phatgoose"}[first]
+    code = (
+        f"import {first}, {second}; from transformers import AutoConfig, AutoModelForCausalLM; "
+        f"print(AutoConfig.for_model('phatgoose').model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "phatgoose\n"
+
+
+def test_the_card_names_base_and_experts_and_a_readme_of_ones_own_stays(model, tmp_path):
+    save(model, tmp_path / "routed")
+    card = (tmp_path / "routed" / "README.md").read_text()
+    for text in ("4 experts", model.phatgoose.base.id, "- e3\n", "`phatgoose`", "pg.load"):
+        assert text in card
+    remove_from_saved(tmp_path / "routed", ["e3"])
+    assert "- e3\n" not in (tmp_path / "routed" / "README.md").read_text()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "README.md").read_text() == "mine"
+
+
+def test_the_tokenizer_comes_and_goes_with_the_routing(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    assert model.tokenizer is llama.tokenizer
+    assert not hasattr(detach(model), "tokenizer")
 
 
 def test_a_base_that_was_trained_is_not_lost_without_a_word(model, tmp_path):
@@ -213,7 +286,7 @@ def test_no_change_of_the_base_is_too_small_to_be_seen(
 ):
     base = load_base(base_folders["llama"], dtype=dtype)
     base.model.model.register_buffer("scale", torch.ones(3))
-    for model in (compose(llama_pool, base), copy.deepcopy(base.model)):
+    for model in (compose(llama_pool, base, router="phatgoose"), copy.deepcopy(base.model)):
         change(model)
         with pytest.raises(RoutingError, match=CHANGED):
             save(model, tmp_path / "routed")
@@ -221,7 +294,7 @@ def test_no_change_of_the_base_is_too_small_to_be_seen(
 
 def test_a_change_before_the_pool_grew_is_seen(llama, llama_pool, make_expert, tmp_path):
     joining = make_expert(llama, "new", seed=9)
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     train_a_row(model)
     remove_experts(add_experts(model, Pool((joining,))), ["e1"])
     with pytest.raises(RoutingError, match=CHANGED):
@@ -231,7 +304,7 @@ def test_a_change_before_the_pool_grew_is_seen(llama, llama_pool, make_expert, t
 def test_a_change_before_composing_is_seen(llama, llama_pool, tmp_path):
     with torch.no_grad():
         llama.model.lm_head.weight.mul_(1.5)
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(RoutingError, match=CHANGED):
         save(model, tmp_path / "routed")
 
@@ -240,7 +313,7 @@ def test_a_plain_weight_of_a_quantised_base_is_checked_too(llama, llama_pool, tm
     packed = torch.nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
     llama.model.lm_head.register_parameter("packed", packed)  # as quantised layers have some
     assert quantisation(llama.model)
-    model = compose(llama_pool, llama)
+    model = compose(llama_pool, llama, router="phatgoose")
     save(model, tmp_path / "routed")
     train_a_row(model)
     with pytest.raises(RoutingError, match=r"embed_tokens\.weight"):
@@ -281,7 +354,7 @@ NO_CHANGES = {
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)  # gpt2's are tied
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_base_that_nobody_changed_is_saved(base, pool, what, tmp_path):
-    model = compose(pool, base)
+    model = compose(pool, base, router="phatgoose")
     NO_CHANGES[what](model)
     save(model, tmp_path / "routed")
     assert names(tmp_path / "routed") == FILES
@@ -316,7 +389,7 @@ def test_the_base_is_not_saved(llama, saved):
         for tensor in load_file(saved / "routed.safetensors").values()
     )
     assert routed > 0
-    assert sorted(path.name for path in saved.iterdir()) == ["routed.json", "routed.safetensors"]
+    assert names(saved) == FILES
 
 
 def test_a_plain_model_is_not_saved(llama, tmp_path):
@@ -327,7 +400,7 @@ def test_a_plain_model_is_not_saved(llama, tmp_path):
 
 def test_nothing_is_overwritten_unless_asked_for(llama, llama_pool, saved):
     content = (saved / "routed.json").read_text()
-    model = compose(llama_pool, llama, k=1)
+    model = compose(llama_pool, llama, k=1, router="phatgoose")
     with pytest.raises(RoutingError, match="exists already"):
         save(model, saved)
     assert (saved / "routed.json").read_text() == content
@@ -337,7 +410,7 @@ def test_nothing_is_overwritten_unless_asked_for(llama, llama_pool, saved):
 
 @pytest.mark.parametrize("step", ["save_file", "sha256_of"])
 def test_a_failed_overwrite_keeps_the_old_folder(llama, llama_pool, saved, monkeypatch, step):
-    model = compose(llama_pool, llama, k=1)
+    model = compose(llama_pool, llama, k=1, router="phatgoose")
 
     def fail(*_, **__):
         raise KeyboardInterrupt

@@ -40,7 +40,7 @@ STATUS = Path("/proc/self/status")
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("routed"))
 
 
 @pytest.mark.parametrize("router", [*ROUTERS, "oracle", "single", "best-individual"])
@@ -109,12 +109,19 @@ def test_a_packed_model_shrinks_by_its_description(
 def test_a_removed_name_may_come_again(llama, uneven, tmp_path):
     """e0 leaves and comes back as what e3 and then e2 is, each time after those that stayed."""
     folder, stay = tmp_path / "packed", uneven.select(["e1", "e2"])
-    save_pool(uneven.select(["e0", "e1", "e2"]), folder, copy.deepcopy(llama))
+    save_pool(
+        uneven.select(["e0", "e1", "e2"]),
+        folder,
+        copy.deepcopy(llama),
+        routing=Routing("phatgoose"),
+    )
     for other in ("e3", "e2"):
         remove_from_saved(folder, ["e0"])
         again = Pool((renamed(uneven[other], "e0"),))
         assert add_to_saved(folder, again).names == ("e1", "e2", "e0")
-        wanted = compose(Pool((*stay.experts, *again.experts)), copy.deepcopy(llama))
+        wanted = compose(
+            Pool((*stay.experts, *again.experts)), copy.deepcopy(llama), router="phatgoose"
+        )
         assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
         with pytest.raises(PoolError, match="'e0' is there already"):
             add_to_saved(folder, again)
@@ -221,7 +228,13 @@ def test_a_segment_that_was_changed_is_told(uneven, packed):
 @pytest.mark.parametrize("stored", ["int8", "bfloat16", "float16", "float32"])
 def test_experts_are_stored_in_the_type_asked_for(llama, uneven, tmp_path, stored):
     folder = tmp_path / "packed"
-    save_pool(uneven.select(["e0", "e1"]), folder, copy.deepcopy(llama), stored=stored)
+    save_pool(
+        uneven.select(["e0", "e1"]),
+        folder,
+        copy.deepcopy(llama),
+        stored=stored,
+        routing=Routing("phatgoose"),
+    )
     add_to_saved(folder, uneven.select(["e2", "e3"]))
     kinds = {
         tensor.dtype
@@ -242,8 +255,14 @@ def test_experts_are_stored_in_the_type_asked_for(llama, uneven, tmp_path, store
 
 def test_bfloat16_loses_nothing_under_a_base_in_bfloat16(llama, uneven, tmp_path):
     base = load_base(llama.id, dtype="bfloat16")
-    wanted = logits_of(compose(uneven, copy.deepcopy(base)), make_ids())
-    save_pool(uneven, tmp_path / "packed", copy.deepcopy(base), stored="bfloat16")
+    wanted = logits_of(compose(uneven, copy.deepcopy(base), router="phatgoose"), make_ids())
+    save_pool(
+        uneven,
+        tmp_path / "packed",
+        copy.deepcopy(base),
+        stored="bfloat16",
+        routing=Routing("phatgoose"),
+    )
     loaded = load(tmp_path / "packed", copy.deepcopy(base))
     assert torch.equal(logits_of(loaded, make_ids()), wanted)
 
@@ -254,13 +273,13 @@ def test_a_pool_that_is_packed_and_loaded_is_never_in_memory(llama, tmp_path):
     size = sum(e.directory.joinpath(ADAPTER_WEIGHTS).stat().st_size for e in pool.experts)
     base, ids = copy.deepcopy(llama), make_ids(tokens=3)
     with own_memory() as taken:
-        save_pool(pool, tmp_path / "packed", base)
+        save_pool(pool, tmp_path / "packed", base, routing=Routing("phatgoose"))
     assert taken.peak < 0.4 * size
     with own_memory() as taken:
         model = load(tmp_path / "packed", base)
         got = logits_of(model, ids)
     assert taken.peak < 0.4 * size
-    wanted = compose(pool, copy.deepcopy(llama))
+    wanted = compose(pool, copy.deepcopy(llama), router="phatgoose")
     # It does take memory to have them there, and so much would have been seen. (What of composing
     # is seen depends on threads: on how much of earlier memory the allocator still holds.)
     assert sum(buffer.nbytes for buffer in wanted.buffers()) > 0.9 * size
@@ -308,9 +327,14 @@ def test_a_thousand_experts_are_opened_composed_packed_and_found_again(
     monkeypatch.setattr("phatgoose.files.tensor_file.torch.get_num_threads", lambda: 2)
     pool = Pool.open(write_small_experts(llama, tmp_path / "experts", 1000, rank=1))
     assert len(pool) == 1000
-    model = compose(pool, copy.deepcopy(llama))
+    model = compose(pool, copy.deepcopy(llama), router="phatgoose")
     wanted = logits_of(model, make_ids())
-    save_pool(pool.select(leave_out=["x0999"]), tmp_path / "packed", copy.deepcopy(llama))
+    save_pool(
+        pool.select(leave_out=["x0999"]),
+        tmp_path / "packed",
+        copy.deepcopy(llama),
+        routing=Routing("phatgoose"),
+    )
     add_to_saved(tmp_path / "packed", pool.select(["x0999"]))
     loaded = load(tmp_path / "packed", copy.deepcopy(llama))
     assert torch.equal(logits_of(loaded, make_ids()), wanted)
@@ -322,7 +346,9 @@ def test_a_thousand_experts_are_opened_composed_packed_and_found_again(
 
 def test_a_packed_mixed_model_grows_shrinks_and_is_compacted(llama, llama_mixed, tmp_path):
     place, first = tmp_path / "packed", ["lora0", "lora7", "bottleneck3"]
-    save_pool(ordered(llama_mixed, first), place, copy.deepcopy(llama))
+    save_pool(
+        ordered(llama_mixed, first), place, copy.deepcopy(llama), routing=Routing("phatgoose")
+    )
     second = ["ia32", "bottleneck4", "biased1", "bottleneck5"]
     add_to_saved(place, ordered(llama_mixed, second))
     wanted = composed("phatgoose", ordered(llama_mixed, [*first, *second]), llama)
@@ -341,7 +367,12 @@ def test_a_packed_mixed_model_grows_shrinks_and_is_compacted(llama, llama_mixed,
 
 def test_a_pool_without_loras_is_packed_and_grows(llama, llama_mixed, tmp_path):
     place = tmp_path / "packed"
-    save_pool(ordered(llama_mixed, ["ia32", "ia36"]), place, copy.deepcopy(llama))
+    save_pool(
+        ordered(llama_mixed, ["ia32", "ia36"]),
+        place,
+        copy.deepcopy(llama),
+        routing=Routing("phatgoose"),
+    )
     add_to_saved(place, ordered(llama_mixed, ["lora0"]))
     wanted = composed("phatgoose", ordered(llama_mixed, ["ia32", "ia36", "lora0"]), llama)
     assert_same_models(load(place, copy.deepcopy(llama)), wanted)
@@ -349,7 +380,7 @@ def test_a_pool_without_loras_is_packed_and_grows(llama, llama_mixed, tmp_path):
 
 def test_int8_is_for_the_factors_of_loras(llama, llama_mixed, tmp_path):
     place = tmp_path / "packed"
-    save_pool(llama_mixed, place, copy.deepcopy(llama), stored="int8")
+    save_pool(llama_mixed, place, copy.deepcopy(llama), stored="int8", routing=Routing("phatgoose"))
     loaded = load(place, copy.deepcopy(llama))
     wanted = composed("phatgoose", llama_mixed, llama)
     for site, layer in loaded.phatgoose.layers.items():

@@ -71,7 +71,7 @@ def test_an_unknown_suite_lists_the_known_ones(tmp_path):
         "Suite 'bbq' is neither a known name (t0hi, t0ho, flan, bbh, bbl, bbh-23, bbl-24)"
         in message
     )
-    assert "nor a folder of task files nor a .toml, .jsonl or .csv file" in message
+    assert "nor a folder of task files nor a .toml, .jsonl, .json, .csv or .parquet file" in message
     with pytest.raises(TaskError, match="can't be read"):
         open_suite(tmp_path / "nowhere.toml")
 
@@ -152,7 +152,10 @@ TASK = '[[tasks]]\nfile = "b.jsonl"\n'
         ("tasks = ['b.jsonl']", "tasks must be tables, each headed [[tasks]]."),
         ("name = 'x'", "suite.toml has no tasks"),
         ("[[tasks]]\nname = 'x'", "suite.toml, task 1: file is missing."),
-        ("[[tasks]]\nfile = 'notes.txt'", "notes.txt, but must be a .jsonl or .csv file."),
+        (
+            "[[tasks]]\nfile = 'notes.txt'",
+            "notes.txt, but must be a .jsonl, .json, .csv or .parquet file.",
+        ),
         ("[[tasks]]\nfile = 'none.jsonl'", "none.jsonl does not exist."),
         (TASK + "name = ''", "task 1: name is empty; give one, or leave the key out for 'b'."),
         ("name = ''\n" + TASK, "suite.toml: name is empty; give one, or leave the key out for"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +12,12 @@ import typer
 from ...config import Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...experts.kinds.registry import kinds
-from ...files.atomic import require_free
-from ..console import say
+from ...files.atomic import require_free, write_text
+from ..console import complain, report, say
 from . import options
 from .plan import PlanOptions, plan_experts
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
@@ -26,9 +30,9 @@ def train(
     tasks: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Task files (.jsonl, .csv), hub:DATASET, suites (t0hi, flan, a .toml file, a "
-            "folder of task files) or one of a suite's datasets (t0hi/ag_news); default: the "
-            "recipe's."
+            help="Task files (.jsonl, .json, .csv, .parquet), hub:DATASET, suites (t0hi, flan, a "
+            ".toml file, a folder of task files) or one of a suite's datasets (t0hi/ag_news); "
+            "default: the recipe's."
         ),
     ] = None,
     out: Annotated[str, "Folder that receives the experts, or an fsspec URL of one."] = "experts",
@@ -38,6 +42,7 @@ def train(
         int | None, "With --multitask: maximum training examples drawn from each task."
     ] = None,
     base: options.BaseOptions,
+    load_in_4bit: options.FourBits = False,
     template: options.TemplateOptions,
     source: options.SourceOptions,
     unfinished: options.RestartOptions,
@@ -69,7 +74,8 @@ def train(
     _refuse_taken_names(opened, folder, resume=unfinished.resume)
     missing = [task for task in opened if not folder.has(task.name)]
     name = base.base or "smollm2"
-    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": base.dtype}
+    dtype = base.packed(load_in_4bit).dtype
+    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan.plan:
         settings |= {"training": training, "gate_training": gates}
         plan_experts(plan, engine, name, missing, len(opened) - len(missing), settings)
@@ -81,11 +87,31 @@ def train(
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
     ]
+    effective = (shape, training, gates, formatting)
+    if is_first():
+        logger.info("settings: %s", _listed(effective, peft or "lora", name, dtype))
     with engine.open() as chosen:
         trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
             if is_first():
                 say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
+                of = [task.named for task in missing if task.name == expert.name]
+                named = list(tasks) if of and multitask else of
+                recipe = options.written_recipe(name, peft or "lora", named, effective)
+                _save_settings(Path(expert.place), recipe if of else None)
+
+
+def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> str:
+    found = {"base": base, "dtype": dtype, "peft": kind}
+    for each in effective:
+        found |= {name: value for name, value in vars(each).items() if value is not None}
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def _save_settings(place: Path, recipe: str | None) -> None:
+    """Write the `recipe` of an expert that was trained now beside its folder."""
+    if recipe is not None and place.is_dir():  # and not at a URL
+        write_text(place.with_name(f"{place.name}.yaml"), recipe, ExpertError)
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
@@ -132,11 +158,13 @@ def gate(
     task: options.TaskOption,
     out: options.ExpertOut,
     base: options.BaseOptions,
+    load_in_4bit: options.FourBits = False,
     template: options.TemplateOptions,
     name: options.ExpertName = None,
     unfinished: options.RestartOptions,
     training: Annotated[
-        Training, options.Without(("steps", "eval_every", "eval_examples", "acts_on"))
+        Training,
+        options.Without(("steps", "epochs", "eval_every", "eval_examples", "patience", "acts_on")),
     ],
     gates: GateTraining,
     formatting: Formatting,
@@ -151,7 +179,7 @@ def gate(
     loaded = template.load(task)
     join_processes()  # each loads the base onto its own GPU
     expert = train_gates(
-        base.load(None if base.base else base_named_in(adapter)),
+        base.packed(load_in_4bit).load(None if base.base else base_named_in(adapter)),
         adapter,
         loaded,
         out=out,
@@ -209,25 +237,30 @@ def measure(
 def check(
     directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
     require_signer: options.RequireSigner = None,
+    json: options.JsonOption = None,
 ) -> None:
     """Verify expert directories and name what is wrong.
 
-    Hashes, names, shapes and finiteness are checked; the exit code is 2 when anything is wrong.
+    Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
     """
-    from ...experts.expert import Expert, check_expert
+    from ...experts.expert import LAYOUT, Expert, check_expert
     from ...experts.signing import check_signature
 
     for directory in directories if require_signer else ():
         check_signature(directory, require_signer or ())
     problems = {directory: check_expert(directory) for directory in directories}
+    listed = {str(directory): found for directory, found in problems.items()}
+    alone = report(json, {"problems": listed}, "problems", ExpertError)
     for directory, found in problems.items():
-        if not found:
+        if found and not (directory / LAYOUT.info).is_file():
+            raise ExpertError(found[0])  # not an expert at all
+        if not found and not alone:
             say(f"ok  {directory}: {_contents(Expert.load(directory))}")
     wrong = [problem for found in problems.values() for problem in found]
-    for problem in wrong[:-1]:
-        say(f"error: {problem}", err=True)
+    for problem in wrong:
+        complain("error", problem, "bold red")
     if wrong:
-        raise ExpertError(wrong[-1])
+        raise typer.Exit(1)
 
 
 def _contents(expert: Expert) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, trace
 from ...config import Formatting
 from ...routing.composition import routing_for
+from ...routing.recording import summary_of
 from ...tasks.encoding import Encoder
 from ..console import coloured, expert_style
 from ..generation import Sampling, check_prompt, check_text, generate
@@ -62,10 +64,17 @@ class Explanation:
                 table.add_row(Text(repr(token)[1:-1]), Text(PARTS[part]), *cells, left)
             yield table
 
+    @property
+    def summary(self) -> dict[str, float]:
+        """Each expert's share of the tokens, at the sites of the layer and kind."""
+        shares = np.concatenate([shares for _, shares in self._views()])
+        return summary_of(self.trace.experts, torch.from_numpy(shares))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "router": self.trace.router,
             "answer": self.answer,
+            "summary": self.summary,
             "layer": self.layer,
             "kind": self.kind,
             "tokens": [

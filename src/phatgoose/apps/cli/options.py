@@ -6,15 +6,16 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from ...config import (
+    FOUR_BITS,
     POOL_SETTINGS,
     TASK_FILES,
     Formatting,
@@ -23,15 +24,18 @@ from ...config import (
     Routing,
     Serving,
     Setting,
+    Settings,
     Training,
+    closest,
     from_mapping,
     require_one_of,
     settings_of,
 )
 from ...errors import ConfigError
 from ...experts.kinds.registry import kinds
-from ...files.strict import read_toml, shortened
+from ...files.strict import read_toml, read_yaml, shortened
 from ...routing.routers.registry import AUTO, choice_of, known_names
+from ..console import set_voice
 
 if TYPE_CHECKING:
     from ...base.fingerprint import BaseReference
@@ -54,7 +58,7 @@ class Recipe:
     templates: Path | None = None
 
 
-SHAPES = {name: kind.settings for name, kind in kinds().items()}
+SHAPES = {name: kind.settings for name, kind in kinds().items() if kind.settings is not None}
 KINDS = ", ".join(SHAPES)
 RECIPE_TABLES = {
     **SHAPES,
@@ -71,18 +75,20 @@ RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands a
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in the TOML file `path`; paths in it are relative to the file.
+    """The recipe in the file `path`, TOML or YAML by its ending; paths in it are relative to it.
 
     A task that begins with the name of a known suite is no path ("./NAME" is the folder). A base or
     an embedder is a path where there is such a folder. Raises ConfigError for unknown keys.
     """
     path = Path(path)
-    content = read_toml(path, "Recipe", ConfigError)
+    read = read_yaml if path.suffix in (".yaml", ".yml") else read_toml
+    content = read(path, "Recipe", ConfigError)
     known = {*RECIPE_OPTIONS, *RECIPE_TABLES}
     for key in content:
         if key not in known:
             raise ConfigError(
                 f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
+                f"{closest(key, known)}"
             )
     tables = {key: _table(path, content, key) for key in RECIPE_TABLES if key in content}
     base, tasks = content.get("base"), content.get("tasks", [])
@@ -95,6 +101,20 @@ def read_recipe(path: str | Path) -> Recipe:
     require_one_of([None, *SHAPES], f"{path}: peft", peft)
     tasks = tuple(_relative_to(path.parent, task) for task in tasks)
     return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
+
+
+def written_recipe(base: str, kind: str, tasks: Sequence[str], settings: Iterable[Settings]) -> str:
+    """A recipe in YAML of these settings, all of them, which --config reads."""
+    import yaml  # type: ignore[import-untyped]
+
+    tables = {
+        TABLE_OF[type(each)]: {k: v for k, v in vars(each).items() if v is not None}
+        for each in settings
+    }
+    places = [os.path.abspath(task) if os.path.exists(task) else task for task in tasks]
+    base = os.path.abspath(base) if base != EMBEDDED and os.path.isdir(base) else base
+    content = {"base": base, "peft": kind, "tasks": places, **tables}
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -138,7 +158,14 @@ def _relative_to(folder: Path, task: str) -> str:
 # their defaults, overlaid by the recipe, overlaid by the command line.
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
-RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
+RECIPE = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "--recipe",
+        help="TOML or YAML file with settings; flags given here win over it.",
+    ),
+]
 
 
 # Settings that a flag leaves without a use: joint gates have the expert's rate, and raw inputs.
@@ -152,7 +179,10 @@ class ExpertShapes:
 
     def of(self, kind: str) -> Peft:
         if kind not in self.by_kind:
-            raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}.")
+            raise ConfigError(
+                f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}."
+                f"{closest(kind, self.by_kind)}"
+            )
         for name in sorted(self.flags):
             owners = [k for k, config in SHAPES.items() if hasattr(config, name)]
             if owners and kind not in owners:
@@ -176,14 +206,34 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """
     parts = _Parameters(inspect.signature(command, eval_str=True))
 
+    shown = list(parts.shown())
+    # lm-eval's command has a context, and hands all options on.
+    voice = [] if "context" in {each.name for each in shown} else list(_voice())
+
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
+        quiet, verbose, level = (arguments.pop(name, None) for name in VOICE)
+        set_voice(bool(quiet), bool(verbose), level)
         command(**parts.filled(arguments))
 
-    shown = list(parts.shown())
+    shown += voice
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
+
+
+VOICE = {  # what every command takes, and shows in the program's own help alone
+    "quiet": "Only results, warnings and errors: no progress.",
+    "verbose": "Say more on the way.",
+    "log_level": "debug, info (default), warning or error.",
+}
+
+
+def _voice() -> Iterator[inspect.Parameter]:
+    for name, text in VOICE.items():
+        kind: Any = str | None if name == "log_level" else bool
+        option = typer.Option(flag_of(name), help=text, hidden=True)
+        yield _option(name, Annotated[kind, option], None if name == "log_level" else False)
 
 
 class _Parameters:
@@ -279,7 +329,8 @@ def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
     shown += "" if setting.default is None else f" (default: {setting.default})"
     flag = flag_of(setting.name)
     flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    option = typer.Option(flags, help=shown, rich_help_panel=f"Settings: {panel}")
+    also = map(flag_of, setting.also)
+    option = typer.Option(flags, *also, help=shown, rich_help_panel=f"Settings: {panel}")
     return _option(setting.name, Annotated[kind | None, option], None)
 
 
@@ -307,6 +358,8 @@ RequireSigner = Annotated[
 ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (embedded)."]
+JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
+FourBits = Annotated[bool, "The same as --dtype 4bit: QLoRA (needs bitsandbytes)."]
 StoredOption = Annotated[
     str | None,
     "Type of the experts' factors in the file: float32, bfloat16, float16 or int8; "
@@ -327,7 +380,12 @@ def split(values: list[str] | None) -> list[str]:
 @dataclass(frozen=True)
 class BaseOptions:
     base: BaseOption = None
-    dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
+    dtype: Annotated[
+        str, "auto, bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for QLoRA)."
+    ] = "auto"
+
+    def packed(self, load_in_4bit: bool) -> BaseOptions:
+        return replace(self, dtype=FOUR_BITS) if load_in_4bit else self
 
     def load(self, default: BaseReference | None) -> Base:
         from ...base.loading import SMOLLM2, load_base

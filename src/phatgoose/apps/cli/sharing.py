@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config import Formatting, Routing, settings_of
-from ...errors import ConfigError, RoutingError
+from ...errors import BaseModelError, ConfigError, ExpertError, RoutingError
 from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free
 from ..console import say
@@ -22,10 +22,21 @@ if TYPE_CHECKING:
 
 def import_command(
     source: Annotated[
-        str, typer.Argument(help="Folder of the adapter, or its Hub id (OWNER/NAME@REVISION).")
+        list[str],
+        typer.Argument(
+            help="Folders of adapters, a folder that holds some, or Hub ids (OWNER/NAME@REVISION)."
+        ),
     ],
-    out: options.ExpertOut,
+    out: Annotated[
+        Path, "The expert directory to write; of several adapters, the folder that receives them."
+    ],
     base: options.BaseOption = None,
+    base_id: Annotated[
+        str | None, "The base's Hub id, recorded where its folder's path doesn't tell it."
+    ] = None,
+    by_path: Annotated[
+        bool, "Record a base whose Hub id isn't known by its path: only this machine finds it."
+    ] = False,
     name: options.ExpertName = None,
     allow_loss: Annotated[
         float | None,
@@ -33,20 +44,62 @@ def import_command(
         "share of each update, such as 0.01.",
     ] = None,
     fingerprint: Annotated[
-        bool,
-        "Load the base's weights and record their fingerprint: you vouch that the adapter "
-        "was trained on them.",
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fingerprint/--no-fingerprint",
+            help="Record the fingerprint of the base's weights, and load them for it if need be; "
+            "default: where they are on this machine.",
+        ),
+    ] = None,
 ) -> None:
-    """Make an expert, without gates yet, of a LoRA, (IA)³ or bottleneck adapter."""
-    from ...experts.importing.adapter import import_adapter
+    """Make experts, without gates yet, of LoRAs, (IA)³ or bottleneck adapters.
 
-    expert = import_adapter(
-        source, out, base=base, name=name, allow_loss=allow_loss, fingerprint=fingerprint
+    Adapters that can't be routed are listed with the reason, and the exit code is 1; the others are
+    imported.
+    """
+    from ...experts.importing.adapter import adapters_in, import_adapter, import_adapters
+
+    inside = [(each, adapters_in(Path(each))) for each in source]
+    is_one = len(inside) == 1 and inside[0][1] in ([], [Path(source[0])])
+    source = [name for each, found in inside for name in list(map(str, found)) or [each]]
+    how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
+    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint}
+    made: list[Expert] = []
+    refused: dict[str, str] = {}
+    if is_one:
+        require_free(out, ExpertError, options.ANOTHER_OUT)
+        try:
+            made.append(import_adapter(source[0], out, name=name, **how))
+        except (ExpertError, BaseModelError) as error:
+            refused[source[0]] = str(error)
+    else:
+        if name is not None:
+            raise ConfigError("--name is for one adapter; several are named after their folders.")
+        several = import_adapters(source, out, **how)
+        made += several.experts
+        refused |= several.refused
+    for expert in made:
+        say(f"{_imported(expert)} -> {expert.directory}")
+    for each, why in refused.items():
+        say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
+    if made:
+        say(_next_steps(made, out))
+    if refused:
+        raise typer.Exit(1)
+
+
+def _next_steps(made: list[Expert], out: Path) -> str:
+    unmarked = next((e.info.base.id for e in made if not e.info.base.fingerprint), None)
+    told = (
+        ""
+        if unmarked is None
+        else (
+            f"no fingerprint: the weights of {unmarked} are not here; --fingerprint fetches them\n"
+        )
     )
-    say(f"{_imported(expert)} -> {out}")
-    without = ", or --router arrow without" if expert.lora else ""
-    say(f"gates: 'phatgoose gate {out} --task ITS-DATA --out …'{without}")
+    if all(expert.lora for expert in made):
+        return f"{told}next: 'phatgoose serve {out}', or 'phatgoose gate EXPERT' with its data"
+    return f"{told}next: 'phatgoose gate EXPERT --task ITS-DATA --out …'"
 
 
 def _imported(expert: Expert) -> str:

@@ -13,6 +13,7 @@
 class TokenExplorer {
   static COLOURS = 7; // see explorer.css; each comes again underlined in two other ways
   static PATTERNS = 3;
+  static SPECIAL = /^\s*(<\|.+\|>|<\/?(s|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[(CLS|SEP|PAD|BOS|EOS)\])\s*$/;
   static LISTED = 8; // experts named for a token; the others are summed
   static LEGEND = 24; // experts in the legend at once
   static count = 0;
@@ -64,9 +65,11 @@ class TokenExplorer {
   }
 
   look(expert) { // the classes of a token or a swatch
-    const slot = this.slots.get(this.experts[expert]);
+    return expert < 0 ? "tx-none" : TokenExplorer.classes(this.slots.get(this.experts[expert]));
+  }
+
+  static classes(slot) { // of a place in the order of colours
     const {COLOURS, PATTERNS} = TokenExplorer;
-    if (expert < 0) return "tx-none";
     if (slot >= COLOURS * PATTERNS) return "tx-rest";
     return `tx-c${slot % COLOURS} tx-p${Math.floor(slot / COLOURS)}`;
   }
@@ -135,6 +138,7 @@ class TokenExplorer {
       });
       span.textContent = this.stream.tokens[t].replaceAll("\n", "⏎\n") || "·";
       if (this.stream.parts[t] === 1) span.dataset.part = "answer";
+      if (TokenExplorer.SPECIAL.test(this.stream.tokens[t])) span.dataset.special = "";
       this.spans.push(span);
       fresh.append(span);
     }

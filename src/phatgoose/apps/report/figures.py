@@ -53,6 +53,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+GREY: dict[str, Any] = {"color": "#8a8f94", "marker": "o"}
 MOST_EXPERTS = 40  # more rows or columns than this are hard to read in a page
 
 Array = NDArray[np.float64]
@@ -133,6 +134,40 @@ def usage_bars(
     panels[0].set_yticks(range(count), shown.labels, fontsize=shown.font_size)
     panels[0].set_ylim(count - 0.5, -0.5)
     figure.supxlabel("share of the weight", fontsize=9)
+    return figure
+
+
+@styled
+def prompt_choices(choices: Mapping[str, Array], experts: Sequence[str]) -> Figure:
+    """A point for each prompt: its dataset, its first expert, and how clear the choice was.
+
+    `choices` [prompts, E] are weights by dataset. Across is the first expert's weight less the
+    second's. The experts that are first most often have colours, the others are grey.
+    """
+    every = np.concatenate([each.argmax(1) for each in choices.values()])
+    counts = np.bincount(every, minlength=len(experts))
+    coloured = [z for z in np.argsort(-counts, kind="stable")[: len(COLOURS)] if counts[z]]
+    figure = Figure(figsize=(6, 1.2 + 0.4 * len(choices)), layout="constrained")
+    panel = figure.subplots()
+    spread = np.random.default_rng(0)  # up and down, so that equal margins are seen apart
+    for row, weights in enumerate(choices.values()):
+        ranked = np.sort(weights, axis=1)
+        margins = ranked[:, -1] - (ranked[:, -2] if weights.shape[1] > 1 else 0)
+        height = row + spread.uniform(-0.3, 0.3, len(weights))
+        first = weights.argmax(1)
+        for place, z in enumerate([*coloured, None]):
+            here = first == z if z is not None else ~np.isin(first, coloured)
+            style = {"color": COLOURS[place], "marker": MARKERS[place]} if z is not None else {}
+            panel.scatter(margins[here], height[here], s=16, linewidths=0, **(style or GREY))
+    for place, z in enumerate(coloured):
+        panel.scatter([], [], color=COLOURS[place], marker=MARKERS[place], label=experts[z])
+    if np.count_nonzero(counts) > len(coloured):
+        panel.scatter([], [], **GREY, label="others")
+    panel.set_yticks(range(len(choices)), list(choices))
+    panel.set_ylim(len(choices) - 0.5, -0.5)
+    panel.set_xlim(-0.03, 1.03)
+    panel.set_xlabel("weight of the first expert less that of the second")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

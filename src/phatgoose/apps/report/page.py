@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from ... import __version__
-from ...analysis.analyse import Analysis
+from ...analysis.analyse import Analysis, RouterAnalysis
 from ...analysis.measures import ORACLE, concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import PARTS
@@ -55,6 +55,21 @@ def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
 Array = NDArray[np.float64]
 
 
+TERMS = {  # what a column's name means, shown where one points at it; before any " ("
+    "effective experts": "exp of the entropy of the mean weights: as many experts as, if they had "
+    "equal shares, would be spread as much",
+    "concentration": "the sum of the squared shares: 1 where one expert has all",
+    "most often first": "the experts that most often have the greatest weight",
+    "decidedness of a token": "1 less a token's mean entropy over ln E: 1 where one expert has all",
+    "median margin": "the first expert's weight less the second's, of the prompt in the middle",
+    "same first choice": "how often both routers give the greatest weight to one expert",
+    "overlap of weights": "the part of their weights that two routers share: 1 where all are equal",
+    "KL to the other / back, mean over datasets": "how far the distributions before top-k lie "
+    "apart, in nats: 0 where they are equal",
+    "decisions": "tokens times sites that were compared",
+}
+
+
 class Table(NamedTuple):
     caption: str
     header: Sequence[str]
@@ -82,6 +97,7 @@ class Section(NamedTuple):
 def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
     parts: Iterable[Section | None] = (
         _scores(analysis),
+        _prompts(analysis),
         _usage(analysis),
         _layers(analysis),
         _divergences(analysis),
@@ -113,6 +129,42 @@ def _scores(analysis: Analysis) -> Section | None:
     )
 
 
+def _prompts(analysis: Analysis) -> Section | None:
+    """Which prompts went where, of the routers that choose for whole prompts."""
+    tables: list[Table] = []
+    figures: list[PageFigure] = []
+    for name, router in analysis.routers.items():
+        if not router.choices:
+            continue
+        rows = []
+        for dataset, weights in router.choices.items():
+            share = np.bincount(weights.argmax(1), minlength=len(analysis.experts)) / len(weights)
+            best = [z for z in np.argsort(-share, kind="stable")[:3] if share[z]]
+            margins = np.sort(weights, axis=1)
+            second = margins[:, -2] if weights.shape[1] > 1 else 0
+            went = ", ".join(f"{analysis.experts[z]} {100 * share[z]:.0f} %" for z in best)
+            margin = f"{np.median(margins[:, -1] - second):.2f}"
+            rows.append([dataset, str(len(weights)), went, margin])
+        header = ["dataset", "prompts", "most often first", "median margin"]
+        tables.append(Table(f"{label_of(name)}: where prompts went", header, rows))
+        caption = f"{label_of(name)}: a point per prompt, by its first expert and its margin."
+        figure = draw.prompt_choices(router.choices, analysis.experts)
+        figures.append(PageFigure.of(figure, f"prompts-{len(figures)}", caption))
+    if not tables:
+        return None
+    return Section("prompts", "Which prompts went where", tables=tables, figures=figures)
+
+
+def _varied(analysis: Analysis) -> dict[str, RouterAnalysis]:
+    """The routers that differ from token to token or from layer to layer."""
+
+    def is_flat(router: RouterAnalysis) -> bool:
+        layers = (list(found.by_layer().values()) for found in router.distributions.values())
+        return bool(router.choices) and all(np.allclose(each, each[0]) for each in layers)
+
+    return {name: router for name, router in analysis.routers.items() if not is_flat(router)}
+
+
 def _usage(analysis: Analysis) -> Section:
     shares = {label_of(name): router.mean() for name, router in analysis.routers.items()}
     figure = PageFigure.of(
@@ -127,7 +179,7 @@ def _usage(analysis: Analysis) -> Section:
             "Decidedness is 1 less the mean entropy of a single token's distribution over ln E: 0 "
             "where a router finds all experts alike, 1 where it knows just one."
         ],
-        [_usage_table(analysis), _groups_table(analysis), *_agreement_table(analysis)],
+        [_usage_table(analysis), *_groups_table(analysis), *_agreement_table(analysis)],
         [figure],
     )
 
@@ -163,9 +215,10 @@ def _usage_table(analysis: Analysis) -> Table:
     )
 
 
-def _groups_table(analysis: Analysis) -> Table:
+def _groups_table(analysis: Analysis) -> Iterator[Table]:
     rows: dict[str, list[str]] = {}
-    for router in analysis.routers.values():
+    routers = _varied(analysis)
+    for router in routers.values():
         every = list(router.distributions.values())
         groups = {f"{part}s": [found.whole(part=part) for found in every] for part in PARTS}
         by_kind = [found.by_kind() for found in every]
@@ -173,12 +226,13 @@ def _groups_table(analysis: Analysis) -> Table:
             groups[kind] = [held[kind] for held in by_kind if kind in held]
         for name, weights in groups.items():
             rows.setdefault(name, [name]).append(_summary(np.mean(weights, axis=0), analysis))
-    return Table(
-        "Effective experts and the most used one, for the tokens of prompts and answers and for "
-        "each kind of site",
-        ["", *map(label_of, analysis.routers)],
-        list(rows.values()),
-    )
+    if rows:
+        yield Table(
+            "Effective experts and the most used one, for the tokens of prompts and answers and "
+            "for each kind of site",
+            ["", *map(label_of, routers)],
+            list(rows.values()),
+        )
 
 
 def _summary(weight: Array, analysis: Analysis) -> str:
@@ -221,11 +275,13 @@ def _mean_divergence(analysis: Analysis, router: str, other: str) -> str:
     return f"{to:.3f} / {back:.3f}"
 
 
-def _layers(analysis: Analysis) -> Section:
-    groups = {}
+def _layers(analysis: Analysis) -> Section | None:
+    groups, routers = {}, _varied(analysis)
+    if not routers:
+        return None
     for index, dataset in enumerate(analysis.datasets):
         figures: list[PageFigure] = []
-        for name, router in analysis.routers.items():
+        for name, router in routers.items():
             figure = draw.heat_maps(
                 {dataset: router.distributions[dataset]}, oracle=analysis.oracle
             )
@@ -384,5 +440,6 @@ def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str
         findings=findings,
         traces=traces,
         parts=parts,
+        terms=TERMS,
         footer=f"phatgoose {__version__}. Formulas: docs/analysis.md of the project.",
     )

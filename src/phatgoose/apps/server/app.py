@@ -45,7 +45,12 @@ def _allowed(content: str) -> str:
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
 ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
 SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
-PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT)
+EXAMPLES = (  # of prompts, on the page
+    "Was this guest pleased? 'The room was cold and nobody came.'",
+    "Write one sentence with the words dog, ball and park.",
+    "What is the capital of France?",
+)
+PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT, examples=EXAMPLES)
 HEADERS = {
     "Content-Security-Policy": (
         f"default-src 'none'; script-src {_allowed(SCRIPT)}; style-src {_allowed(CSS)}; "
@@ -152,6 +157,7 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
+@open_routes.get("/health", include_in_schema=False)
 @open_routes.get(
     "/healthz",
     summary="Does the server work?",
@@ -210,6 +216,16 @@ async def completions(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     service: Service | Gateway = request.app.state.service
     return await service.answer(protocol.ChatRequest, request)
+
+
+@guarded_routes.post("/v1/responses", include_in_schema=False)
+async def no_responses() -> Response:
+    raise ApiError(
+        404,
+        "There is no /v1/responses here; send messages to /v1/chat/completions, or text to "
+        "/v1/completions.",
+        code="unsupported_endpoint",
+    )
 
 
 def create_app(

@@ -328,6 +328,10 @@ class ForwardedRequest:
             body["stop"] = list(decoding.stop)
         if decoding.ignores_end:
             body["ignore_eos"] = True
+        if request.response_format is not None:
+            body["response_format"] = request.response_format.model_dump(
+                by_alias=True, exclude_unset=True
+            )
         if isinstance(request, ChatRequest):
             body["messages"] = [
                 {"role": "system" if each.role == "developer" else each.role, "content": each.text}
@@ -489,7 +493,7 @@ class ForwardedReply(OpenReply):
             return self._found.get_nowait()
         try:
             return await asyncio.wait_for(self._found.get(), self._deadline.left)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise self._deadline.missed() from None
 
     async def _bring(self, number: int) -> None:

@@ -24,7 +24,7 @@ from ...files.strict import shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
 from ...routing.routers.automatic import settled_by_prompt
 from ...routing.routers.prompt_router import PromptRouter
-from ...routing.routers.registry import AUTO, WEIGHTS
+from ...routing.routers.registry import WEIGHTS
 from ...tasks.encoding import added_tokens
 from . import protocol
 from .forwarding import ForwardedReply, ForwardedRequest, Link, Planned
@@ -98,7 +98,7 @@ class ChosenPool:
         require_pool(settings.place)
         self.settings = settings
         self.pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
-        others = [each.name for each in self.pool.experts if not each.lora]
+        others = [each.name for each in self.pool.experts if each.kind != "lora"]
         if others:
             raise ConfigError(
                 f"Engines apply LoRAs, and {', '.join(others)} are none; leave these experts out "
@@ -106,7 +106,7 @@ class ChosenPool:
             )
         self._bases = bases
         self.tokenizer = bases.tokenizer(settings, self.pool)
-        routing = settled_by_prompt(settings.routing or Routing(AUTO), self.pool)
+        routing = settled_by_prompt(settings.routing or Routing(), self.pool)
         self.routing = numbered(routing, len(self.pool))
         self.runner = self.composed(self.pool, self.routing)
 
@@ -186,7 +186,7 @@ class Choosing:
         self._go_on()
         try:
             return await asyncio.wait_for(future, deadline.left)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise deadline.missed() from None
         finally:
             if waiting in self._waiting:

@@ -103,7 +103,7 @@ class MetricsMiddleware:
 
 ANY_HOST = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/", "/healthz", "/openapi.json")  # paths that say nothing of the models
+OPEN = ("/", "/healthz", "/health", "/openapi.json")  # paths that say nothing of the models
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 NETWORK = 64  # bits of an IPv6 address that name its network
 
@@ -289,7 +289,7 @@ class RequestGuard:
             raise self.too_large()
         try:
             await asyncio.wait_for(body.read(), self._seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
 

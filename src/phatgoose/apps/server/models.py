@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis.traces import TraceKeeper
 from ...base.active_tokens import ActsOn
-from ...base.fingerprint import BaseReference, dtype_name
-from ...base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
+from ...base.fingerprint import BaseReference
+from ...base.loading import Base, load_base, load_tokenizer, settled_dtype, twin
 from ...base.sites import positions_of
 from ...base.token_masks import cache_argument
 from ...config import Routing
@@ -141,9 +141,13 @@ class ModelRunner:
         with ExitStack() as stack:
             if prefixes is not None and self._context.acting:
                 base = self._base_key
-                stack.enter_context(
-                    keeping_caches(lambda p, *read: prefixes.keep(Reader(base, len(p)), p, *read))
-                )
+
+                def keep(read: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
+                    for row, prompt in enumerate(read):
+                        reader = Reader(base, len(prompt))
+                        prefixes.keep(reader, prompt, cache, row, mask[row])
+
+                stack.enter_context(keeping_caches(keep))
             found = self._context.turn([list(each) for each in prompts])
         return found.each(len(prompts))
 
@@ -200,7 +204,7 @@ class _Bases:
 
     def get(self, wanted: BaseReference, dtype: str) -> Base:
         """The base `wanted` in `dtype`; weights of the same name or fingerprint are loaded once."""
-        dtype = dtype_name(choose_dtype(dtype))
+        dtype = settled_dtype(dtype)
         for base, of in self._loaded:
             if of == dtype and (base.id, base.revision) == (wanted.id, wanted.revision):
                 return base

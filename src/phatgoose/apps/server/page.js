@@ -69,6 +69,7 @@ class Pane {
     this.find("explorer").replaceChildren();
     this.find("plain").textContent = "";
     this.find("plain").hidden = true;
+    this.find("who").hidden = true;
     this.say("waiting …");
   }
 
@@ -92,10 +93,6 @@ class Pane {
 
   route(routing) {
     this.routed = routing.router ? `router ${routing.router}` : "";
-    if (!routing.trace && !this.explorer) { // a gateway's: one choice for the whole prompt
-      const shares = Object.entries(routing.summary).map(([name, share]) => `${name} ${share}`);
-      this.routed = [this.routed, ...shares].filter(Boolean).join(", ");
-    }
     this.count += routing.tokens.filter((token) => token.part === "answer").length;
     if (routing.trace) {
       this.find("plain").hidden = true;
@@ -104,6 +101,20 @@ class Pane {
       if (before) this.explorer.view(before);
     }
     for (const more of routing.more ?? []) this.explorer.append(more);
+    this.share(Object.entries(routing.summary ?? {}));
+  }
+
+  share(entries) { // a bar of who answered, in the colours of the tokens
+    const bar = this.find("who");
+    bar.hidden = !entries.length;
+    bar.replaceChildren(...entries.map(([name, share]) => {
+      if (!this.slots.has(name)) this.slots.set(name, this.slots.size);
+      const part = document.createElement("span");
+      part.className = TokenExplorer.classes(this.slots.get(name));
+      part.style.flex = `${share} 1 0`;
+      part.textContent = part.title = `${name} ${Math.round(100 * share)} %`;
+      return part;
+    }));
   }
 
   view(wanted) { // as the other pane has it
@@ -130,6 +141,12 @@ class Page {
     });
     at("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
+    });
+    document.querySelectorAll(".examples button").forEach((button) => {
+      button.addEventListener("click", () => {
+        at("prompt").value = button.textContent;
+        at("prompt").focus();
+      });
     });
     at("stop").addEventListener("click", () => this.running?.abort());
     at("compare").addEventListener("change", () => this.arrange());
@@ -164,11 +181,13 @@ class Page {
   choose() {
     const {chat, experts, router, sites} = this.model;
     at("as").value = chat ? "chat" : "text";
-    at("as").options[0].disabled = !chat;
+    at("as").closest("label").hidden = !chat;
     at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
-    for (const pane of this.panes) {
-      for (const field of ["router", "k", "experts"]) pane.find(field).disabled = !sites && !router;
-    }
+    const fixed = !sites && !router; // a base or one expert alone: there is nothing to route
+    for (const pane of this.panes) pane.find("fields").hidden = fixed;
+    at("compare").closest("label").hidden = fixed;
+    if (fixed) at("compare").checked = false;
+    this.arrange();
   }
 
   arrange() {
@@ -235,7 +254,7 @@ class Page {
   }
 
   busy(is) {
-    at("stop").disabled = !is;
+    at("stop").hidden = !is;
     at("panes").setAttribute("aria-busy", String(is));
   }
 }

@@ -316,7 +316,7 @@ class PendingReply(OpenReply):
         while left:
             try:
                 event = await asyncio.wait_for(self._events.get(), self._deadline.left)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise self._deadline.missed() from None
             if isinstance(event, Failure):
                 raise ApiError(500, event.message)

@@ -26,6 +26,7 @@ from ...experts.pool import Pool
 from ...routing.checks import check_numbers, check_site
 from ...routing.layers import folded_weight
 from ...routing.open_model import is_pool, is_routed
+from ...routing.routers.automatic import settled_by_token
 from ...routing.routers.fixed import Random
 from ...routing.routers.prompt_router import ByPrompt
 from ...routing.routers.registry import AUTO
@@ -289,9 +290,11 @@ def open_served() -> Served:
         router = router_of(saved.routing)
         check_router(router)
         return Served(str(place), saved, router, saved.names, saved.sites, saved.base)
-    router = router_of(_routing(text, k))
-    check_router(router)
+    routing = _routing(text, k)
+    if routing.router != AUTO:
+        check_router(router_of(routing))  # before experts are read
     pool = Pool.open(str(place))
+    router = router_of(settled_by_token(routing, pool))
     check_routing(router, pool)
     if "scores" in router.spec.given:
         raise ConfigError(
@@ -334,8 +337,6 @@ def check_router(router: Router) -> None:
 
 
 def _routing(text: str | None, k: str | None) -> Routing:
-    if text == AUTO:
-        raise ConfigError(f"{ROUTER} must be a router's name; auto looks at a loaded base.")
     if k is not None and not k.isdecimal():
         raise ConfigError(f"{K} is {k!r:.80}, but must be a whole number.")
     given = {} if text is None else {"router": text}

@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...base.fingerprint import number_format
@@ -30,9 +29,11 @@ from ...experts.kinds.registry import KINDS
 from ...jobs import BaseLocation
 from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
+from ...routing.routers.discriminant import States
 from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
 from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
+from ..shared_prompts import SharedPrompts
 from .methods import Row
 
 PACKAGE = Path(__file__).parents[2]
@@ -139,7 +140,7 @@ DIGITS = 9  # of a commit
 
 def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
     """`date` of the last finished cell (UTC), this package's `commit`, and the `machine`."""
-    finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
+    finished = datetime.fromtimestamp(results.stat().st_mtime, UTC)
     return {
         "date": finished.isoformat(timespec="seconds"),
         "commit": commit_of(PACKAGE),
@@ -266,6 +267,7 @@ class CellWorkshop:
     datasets: Mapping[str, EvaluationSet]
     shared: SharedAnswers = field(default_factory=SharedAnswers)
     code: str = ""
+    prompts: SharedPrompts = field(default_factory=lambda: SharedPrompts(tails=False))
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
@@ -275,7 +277,6 @@ class CellWorkshop:
         code.
         """
         base, rows = self._loaded()
-        remembered: dict[tuple[int, ...], Tensor] = {}
         with ExitStack() as composed:
             at: str | None = None
             opened = OpenedModel(base.model, base.tokenizer)
@@ -289,8 +290,9 @@ class CellWorkshop:
                     at = cell.row
                     # Rows of one base that go by its readings of prompts share them.
                     if opened.model is base.model:
-                        _remember(opened, remembered)
-                return _score(opened, self.datasets[cell.dataset], self.shared)
+                        _remember(opened, self.prompts.states)
+                prompts = self.prompts if opened.model is base.model else None
+                return _score(opened, self.datasets[cell.dataset], self.shared, prompts)
 
             yield score
 
@@ -313,20 +315,25 @@ class CellWorkshop:
         return replace(self, base=base, rows=rows, code=code_version())
 
 
-def _remember(opened: OpenedModel, remembered: dict[tuple[int, ...], Tensor]) -> None:
+def _remember(opened: OpenedModel, remembered: States) -> None:
     parts = composition_if_any(opened.model)
     if parts is not None and parts.prompt_router is not None:
         parts.prompt_router.remember(remembered)
 
 
-def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:
+def _score(
+    opened: OpenedModel,
+    dataset: EvaluationSet,
+    shared: SharedAnswers,
+    prompts: SharedPrompts | None,
+) -> dict[str, Any]:
     """The result of one cell, as it is stored: `tied` are examples with several best choices."""
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
     questions = dataset.questions(encoder)
     found = shared.score(opened.model, dataset, questions)
     if found is None:
-        found = score(opened.model, dataset, questions)
+        found = score(opened.model, dataset, questions, prompts)
     rows = found.sample.rows
     return {
         **found.to_dict(),

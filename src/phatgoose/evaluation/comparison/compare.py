@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,12 +25,14 @@ from ...experts.expert import warn_of_other_formatting
 from ...experts.pool import Pool
 from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
+from ...routing.routers.registry import spec_of
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
-from ...tasks.encoding import Encoder
+from ...tasks.encoding import Encoder, as_read
 from ...tasks.suites.registry import open_suite
 from ...tasks.task import Sources, Suite, Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
+from ..shared_prompts import SharedPrompts
 from . import cells as scoring
 from .cells import CellWorkshop, SharedAnswers
 from .methods import DERIVED, METHODS, Row, reference_row, rows_of, runnable_methods, single_rows
@@ -64,22 +66,35 @@ def compare(
 ) -> Comparison:
     """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
 
-    `methods` are names in `comparison.methods.METHODS`, with settings of their routers as in
-    "arrow:form=peft"; "all" stands for those whose needs the pool meets, with a note on the others.
-    Oracle and best-individual run every single expert once. `references` adds further models by
-    label: an expert (such as a multitask one), another pool (such as one of jointly trained
-    experts), a routed model, a base by Hub id or path. `suites` are names in
-    `suites.registry.SUITES`, folders of task files, suite files, single task files, Tasks or
-    `Suite`s, whose files are found by `sources`. `limit` draws so many examples of each dataset,
-    the same ones for all methods. `routing` gives k (for every router, where it is not None),
-    kernel and embedder. `engine` scores the cells; None scores them in this process, with the same
-    results.
-
     Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
-    `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
-    whose needs the pool doesn't meet, WrongBaseError for experts of another base, EvaluationError
-    while another process writes to `out`, and what opening pools, suites and models and scoring
-    them raise.
+    `out`/comparison.md, .csv and .json.
+
+    Args:
+        pool: Experts, as `Pool.open` takes them.
+        suites: Names in `suites.registry.SUITES`, folders of task files, suite files, single task
+            files, Tasks or `Suite`s.
+        methods: Names in `comparison.methods.METHODS`, with settings of their routers as in
+            "arrow:form=peft". "all" stands for those whose needs the pool meets, with a note on the
+            others. Oracle and best-individual run every single expert once.
+        out: The folder of results and tables.
+        base: A loaded base or its name; None loads the pool's own.
+        references: Further models by label: an expert (such as a multitask one), another pool (by
+            router phatgoose, such as one of jointly trained experts), a routed model, a base.
+        limit: Maximum examples of each dataset, the same ones for all methods; None is all of them.
+        seed: Seed of the draw.
+        routing: Gives k (for every router, where it is not None), kernel and embedder.
+        formatting: How inputs are cut and wrapped; None is `Formatting()`.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
+        sources: Where the files of suites are; None is the Hub.
+        engine: Scores the cells; None scores them in this process, with the same results.
+
+    Raises:
+        ConfigError: A method is unknown.
+        PoolError: The pool doesn't meet the needs of a method that was named.
+        WrongBaseError: The experts are of another base.
+        EvaluationError: Another process writes to `out`.
+        PhatgooseError: What opening pools, suites and models and scoring them raise.
     """
     pool = Pool.open(pool)
     routing = given_or_default(Routing, routing, "routing")
@@ -176,7 +191,8 @@ def _report_inputs(
         dataset.questions(encoder).cuts.report(name)
     records = [record for row in rows if row.pool is not None for record in row.pool.records()]
     distinct = {json.dumps(record, sort_keys=True): record for record in records}
-    warn_of_other_formatting(distinct.values(), formatting)
+    examples = [example for dataset in datasets.values() for example in dataset.examples]
+    warn_of_other_formatting(distinct.values(), as_read(formatting, examples))
 
 
 def _run(
@@ -205,24 +221,54 @@ def _run(
 
     # Rows that may leave inputs to single experts come last: these have answered by then.
     sharing = {name for name, row in every.items() if singles and row.per_input}
-    first = [cell for cell in missing if cell.row not in sharing]
-    last = [cell for cell in missing if cell.row in sharing]
     total = sum(map(len, cells.values()))
     finished = total - len(missing)
     with tqdm(total=total, initial=finished, desc="compare", unit="cell", disable=None) as bar:
-        for part in filter(None, (first, last)):
-            known = {row.name: stored(row.name) for row in singles if part is last}
-            workshop = CellWorkshop(base, every, datasets, SharedAnswers(known))
-            # An error in this loop ends the engine's workers at once.
-            with closing(engine.run(workshop, part, bar)) as results:
-                for cell, result in results:
-                    store.add(cell.key, result)
-                    finished += 1
-                    logger.info("[%d/%d] %s: %.3f", finished, total, cell.name, result["score"])
+        for some in _portions(every, datasets, base, engine):
+            prompts = _prompts(every)
+            for is_last in (False, True):
+                part = [c for c in missing if c.dataset in some and (c.row in sharing) == is_last]
+                if not part:
+                    continue
+                known = {row.name: stored(row.name) for row in singles if is_last}
+                workshop = CellWorkshop(base, every, some, SharedAnswers(known), prompts=prompts)
+                # An error in this loop ends the engine's workers at once.
+                with closing(engine.run(workshop, part, bar)) as results:
+                    for cell, result in results:
+                        store.add(cell.key, result)
+                        finished += 1
+                        logger.info("[%d/%d] %s: %.3f", finished, total, cell.name, result["score"])
     return {
         name: {dataset: _result(result) for dataset, result in stored(name).items()}
         for name in every
     }
+
+
+def _prompts(rows: Mapping[str, Row]) -> SharedPrompts:
+    routings = (row.routing for row in rows.values() if row.routing is not None)
+    return SharedPrompts(
+        tails=any(row.at_ends for row in rows.values()),
+        wants_states=any("readings" in spec_of(routing.router).needs for routing in routings),
+    )
+
+
+def _portions(
+    rows: Mapping[str, Row], datasets: Mapping[str, EvaluationSet], base: Base, engine: Engine
+) -> Iterator[dict[str, EvaluationSet]]:
+    """`datasets` in portions whose prompts can be kept together, each for all rows in turn."""
+    if engine.remote or not _prompts(rows).serve(base.model):
+        yield dict(datasets)
+        return
+    room = SharedPrompts.most_tokens(base.model)
+    portion, filled = dict[str, EvaluationSet](), 0
+    for name, dataset in datasets.items():
+        encoder = Encoder.of(base, dataset.settings.formatting)
+        size = sum(map(len, dataset.questions(encoder).prompts))
+        if portion and filled + size > room:
+            yield portion
+            portion, filled = {}, 0
+        portion[name], filled = dataset, filled + size
+    yield portion
 
 
 def _result(stored: Mapping[str, Any]) -> Result:

@@ -178,7 +178,15 @@ class Row:
     @property
     def per_input(self) -> bool:
         """True if it leaves whole inputs to experts, who may have answered them alone."""
-        return self.routing is not None and spec_of(self.routing.router).per_input
+        # The routing beside the place of a saved model only has its embedder.
+        if self.routing is None or self.place is not None:
+            return False
+        return spec_of(self.routing.router).per_input
+
+    @property
+    def at_ends(self) -> bool:
+        """True if all of its experts act from prompts' ends on."""
+        return self.pool is not None and all(each.acts_on for each in self.pool.experts)
 
     @property
     def base(self) -> BaseReference | None:

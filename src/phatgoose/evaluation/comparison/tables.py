@@ -88,10 +88,14 @@ class Summary:
 class Comparison:
     """What `compare` returns.
 
-    `suites` maps a suite to its datasets, `results` a row's name to its results by dataset,
-    `labels` to its name in tables. `experts` are the single experts' results. `choices` are the
-    experts that Oracle and Best Individual took by dataset. `notes` says what was left out,
-    `settings` how everything was scored.
+    Attributes:
+        suites: The datasets of each suite.
+        labels: Each row's name in tables.
+        results: Each row's results by dataset.
+        experts: The single experts' results by dataset.
+        choices: The experts that Oracle and Best Individual took by dataset.
+        notes: What was left out.
+        settings: How everything was scored.
     """
 
     suites: Mapping[str, tuple[str, ...]]

@@ -10,25 +10,30 @@ biases of the base: what it added to them becomes biases of its own.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ...base.fingerprint import BaseReference
-from ...base.loading import is_hub_id, load_base, load_skeleton, recorded_id
+from ...base.loading import fingerprint_here, load_base, load_skeleton, published, recorded_id
 from ...base.sites import find_sites
-from ...errors import ConfigError, ExpertError
+from ...errors import ConfigError, ExpertError, PhatgooseError
 from ...files.atomic import require_free
-from ...files.strict import shortened
-from ..adapter import adapter_files, check_fit, named_base, read_modules
+from ...files.strict import one_line, read_json_object, shortened
+from ..adapter import adapter_files, check_fit, formats, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
+from ..kinds.dora.module import DoraFactors
 from ..kinds.ia3.module import IA3_ENDING, ScalingVector
 from ..kinds.kind import SiteModule
 from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
@@ -52,6 +57,7 @@ WANTED = dict(  # for messages, by the end of a tensor's name
         strict=True,
     )
 )
+MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
 BASE_LAYER = ".base_layer."  # PEFT's name for the base's layer inside its own
 
 
@@ -60,28 +66,61 @@ def import_adapter(
     out: str | Path,
     *,
     base: str | None = None,
+    base_id: str | None = None,
+    by_path: bool = True,
     name: str | None = None,
     allow_loss: float | None = None,
-    fingerprint: bool = False,
+    fingerprint: bool | None = None,
 ) -> Expert:
     """The PEFT or bottleneck adapter at `source` as an expert without gates, written to `out`.
 
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
-    `base` is the base model to check the adapter against and to record; None takes the one that the
-    adapter names, at the revision that it names. Only the base's config is read, unless
-    `fingerprint` asks to record the fingerprint of its weights: ask only if the adapter was trained
-    on them. `allow_loss` lets an adapter of another type be approximated by a LoRA that loses at
+    `base` is the base model to check the adapter against; None takes the one that the adapter
+    names, at the revision that it names. It is recorded by `base_id`, else by its Hub id where that
+    is known (`base.loading.published`), else by its folder's path, unless not `by_path`. Only the
+    base's config is read. `fingerprint` None records that of its weights where they are on this
+    machine, True loads the base for it, False leaves it out: the adapter is taken to be trained on
+    them. `allow_loss` lets an adapter of another type be approximated by a LoRA that loses at
     most that share of each update's squared norm; the hyper-parameters record the loss.
 
-    Raises ExpertError naming what can't be routed and why, when `source` is an expert, or when
-    `out` exists; ConfigError unless 0 <= allow_loss < 1; BaseModelError when the base can't be
-    found.
+    Raises ExpertError naming what can't be routed and why, when `source` is an expert, when `out`
+    exists, or for a base's path where not `by_path`; ConfigError unless 0 <= allow_loss < 1;
+    BaseModelError when the base can't be found.
     """
     if allow_loss is not None and not 0 <= allow_loss < 1:
         raise ConfigError(f"allow_loss is {allow_loss!r}, but must be from 0 to below 1.")
     target = Path(out)
     require_free(target, ExpertError)
-    check_name(name or target.name)
+    with tempfile.TemporaryDirectory() as work:
+        made = read_adapter(
+            source,
+            Path(work),
+            name=name or target.name,
+            base=base,
+            base_id=base_id,
+            by_path=by_path,
+            allow_loss=allow_loss,
+            fingerprint=fingerprint,
+        )
+        return made.save(target)
+
+
+def read_adapter(
+    source: str | Path,
+    work: Path,
+    *,
+    name: str,
+    base: str | None = None,
+    base_id: str | None = None,
+    by_path: bool = True,
+    allow_loss: float | None = None,
+    fingerprint: bool | None = None,
+) -> Expert:
+    """What `import_adapter` writes, not yet written: the adapter's own files, or others in `work`.
+
+    Raises as `import_adapter` does.
+    """
+    check_name(name)
     folder, reference = _find(source)
     if (folder / LAYOUT.info).exists():
         remedy = "fetch it with 'phatgoose pull'" if reference else "use it as it is"
@@ -92,33 +131,114 @@ def import_adapter(
     config = _config_of(folder)
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
-        named_base(folder)  # what can't be routed on any base is refused first
+        plain_config(folder)  # what can't be routed on any base is refused first
+    named = config.get(PEFT_FILES.base_key)
     revision = None if base else named_revision(config)
-    base = base or require_named_base(
-        config.get(PEFT_FILES.base_key), from_hub=reference is not None
+    place = base or require_named_base(named, from_hub=reference is not None)
+    known = BaseReference(base_id) if base_id else published(place, revision)
+    if known is None and not by_path:
+        raise ExpertError(_told_of_path(place, named))
+    if known is not None and not os.path.isdir(place):  # a path of another machine, or no path
+        place, revision = (known.id, known.revision) if not base_id else (place, revision)
+    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
+    if lossy and allow_loss is not None:
+        conversion = convert(folder, place, allow_loss, revision=revision)
+        record |= {
+            "converted_from": str(config["peft_type"]),
+            "kept_of_update": round(conversion.kept, 6),
+            "kept_at_worst_site": round(conversion.least, 6),
+        }
+        adapter = _write_adapter(work, conversion.factors, config)
+    else:
+        _check_invocation(config, folder, place, revision)
+        modules, untouched = resolved_modules(folder, place, revision)
+        adapter = folder if untouched else _write_adapter(work, modules, config)
+    marks = None if fingerprint is False else fingerprint_here(place, revision=revision)
+    if marks is None and fingerprint:
+        marks = load_base(place, revision=revision).fingerprint
+    found = replace(known or BaseReference(recorded_id(place), revision), fingerprint=marks)
+    return Expert.from_peft(adapter, {}, base=found, name=name, hyperparameters=record)
+
+
+@dataclass(frozen=True)
+class Imports:
+    """What came of several adapters: the experts, and the refused sources with the reasons."""
+
+    experts: tuple[Expert, ...]
+    refused: Mapping[str, str]
+
+
+def adapters_in(place: Path) -> list[Path]:
+    """`place` where it is the folder of an adapter, else those of its folders that are."""
+    if _is_adapter(place):
+        return [place]
+    inside = place.iterdir() if place.is_dir() else ()
+    return sorted(each for each in inside if not each.name.startswith(".") and _is_adapter(each))
+
+
+def _is_adapter(place: Path) -> bool:
+    return any((place / files.config).is_file() for files in formats())
+
+
+def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: Any) -> Imports:
+    """Each of `sources` imported into the folder `out`, under its own last name.
+
+    `options` are those of `import_adapter` but `name`. One that is refused doesn't keep the others
+    back.
+    """
+    folder = Path(out)
+    return _all_of(sources, lambda source, name: import_adapter(source, folder / name, **options))
+
+
+def read_adapters(folders: Iterable[Path]) -> Imports:
+    """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
+    made = Path(_scratch().name)
+    return _all_of(
+        folders,
+        lambda source, name: read_adapter(source, Path(tempfile.mkdtemp(dir=made)), name=name),
     )
-    place = str(reference or folder.resolve().name)  # an expert may be published
-    record: dict[str, Any] = {"imported_from": place}
-    with tempfile.TemporaryDirectory() as work:
-        if lossy and allow_loss is not None:
-            conversion = convert(folder, base, allow_loss, revision=revision)
-            record |= {
-                "converted_from": str(config["peft_type"]),
-                "kept_of_update": round(conversion.kept, 6),
-                "kept_at_worst_site": round(conversion.least, 6),
-            }
-            adapter = _write_adapter(Path(work), conversion.factors, config)
-        else:
-            _check_invocation(config, folder, base, revision)
-            modules, untouched = resolved_modules(folder, base, revision)
-            adapter = folder if untouched else _write_adapter(Path(work), modules, config)
-        found = BaseReference(recorded_id(base), revision)
-        if fingerprint:
-            found = load_base(base, revision=revision).reference
-        expert = Expert.from_peft(
-            adapter, {}, base=found, name=name or target.name, hyperparameters=record
-        )
-        return expert.save(target)
+
+
+def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:
+    made: dict[str, Expert] = {}
+    refused: dict[str, str] = {}
+    for source in sources:
+        try:
+            name = _name_of(source)
+            if name in made:
+                raise ExpertError(f"Another adapter is named {name!r} too; import it alone.")
+            made[name] = make(source, name)
+        except PhatgooseError as error:
+            refused[str(source)] = one_line(error)
+    return Imports(tuple(made.values()), refused)
+
+
+def _name_of(source: str | Path) -> str:
+    if isinstance(source, Path) or Path(source).exists():
+        return Path(source).resolve().name
+    reference = HubReference.parse(source)
+    return PurePosixPath(reference.folder or reference.repo).name
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    # For as long as the process: experts in memory are views of these files.
+    return tempfile.TemporaryDirectory(prefix="phatgoose-")
+
+
+def _told_of_path(place: str, named: object) -> str:
+    hints = []
+    if isinstance(named, str) and named != place and published(named):
+        hints.append(f"the adapter names {named}")
+    with suppress(ExpertError, OSError):
+        origin = read_json_object(Path(place) / "config.json").get("_name_or_path")
+        if isinstance(origin, str) and origin != place and published(origin):
+            hints.append(f"its config.json names {shortened(origin)}")
+    hint = f" ({', '.join(hints)})" if hints else ""
+    return (
+        f"The base is named by a path, {shortened(place)}, by which nobody else can load it. If it "
+        f"is on the Hub{hint}, give its id with --base-id; --by-path records the path."
+    )
 
 
 def resolved_modules(
@@ -136,7 +256,8 @@ def resolved_modules(
         sites = find_sites(load_skeleton(base, revision=revision, offline=False))
         check_fit(folder.resolve().name, found, sites)
         return found, True
-    config, tensors = PEFT_FILES.read_config(folder), PEFT_FILES.read_weights(folder)
+    is_dora = bool(read_config(folder).get("use_dora"))
+    config, tensors = plain_config(folder), PEFT_FILES.read_weights(folder)
     try:
         skeleton = resolve(base, config, revision)
         left = skeleton.rename(tensors)
@@ -145,12 +266,16 @@ def resolved_modules(
         }
         if config.get("bias", "none") != "none":
             modules = _with_biases(modules, left, base, revision)
+        if is_dora:
+            modules = _with_magnitudes(modules, left, base, revision)
         for name in sorted(left):
             raise tensor_refusal(name, folder, ADAPTER_WEIGHTS)
     except ExpertError as error:
         if str(error).startswith(str(folder)):
             raise
         raise ExpertError(f"{folder} can't be imported. {error}") from error
+    if is_dora:
+        return modules, False
     try:
         return modules, _same(read_modules(folder), modules)
     except ExpertError:  # its tensors have older names, which only PEFT can read
@@ -177,10 +302,25 @@ def _check_invocation(
 def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
+    made = next((type(module) for module in modules.values()), LoraFactors)
     kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)
     about = {key: config[key] for key in kept if config.get(key) is not None}
-    made = next((type(module) for module in modules.values()), LoraFactors)
+    if made.files is not PEFT_FILES:
+        about = {made.files.base_key: config.get(PEFT_FILES.base_key) or ""}
     return made.write(folder, modules, about)
+
+
+def plain_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config, checked; that of a DoRA as the LoRA in it. ExpertError for others."""
+    files = adapter_files(folder)
+    if files is not PEFT_FILES:
+        return files.read_config(folder)
+    config = read_config(folder)
+    if config.get("peft_type") == "LORA" and config.get("use_dora") is True:
+        if config.get("bias", "none") != "none" or config.get(INVOCATION):
+            raise ExpertError(f"{folder} uses use_dora with biases or {INVOCATION}.")
+        config["use_dora"] = False
+    return PEFT_FILES.checked(config, folder)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -222,7 +362,7 @@ def _has_pickle(reference: HubReference) -> bool:
 def require_named_base(named: object, *, from_hub: bool) -> str:
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
-    if from_hub and not is_hub_id(named):
+    if from_hub and published(named) is None:
         raise ExpertError(
             f"The adapter names its base by a path of its author's machine, {shortened(named)}; "
             f"name the base with --base."
@@ -271,6 +411,33 @@ def _with_biases(
         elif added.any():
             continue
         del left[name]
+    return found
+
+
+def _with_magnitudes(
+    modules: Mapping[str, SiteModule],
+    left: dict[str, Tensor],
+    base: str,
+    revision: str | None,
+) -> dict[str, SiteModule]:
+    """The LoRAs `modules` as DoRAs of the magnitudes in `left`, which are taken out of it."""
+    loaded = load_base(base, revision=revision, dtype="float32", device="cpu").model
+    found: dict[str, SiteModule] = {}
+    for site, lora in modules.items():
+        m = left.pop(f"{PEFT_PREFIX}{site}{MAGNITUDE}", None)
+        layer: Any = loaded.get_submodule(site)
+        W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        if not isinstance(lora, LoraFactors) or m is None or m.shape != W.shape[:1]:
+            got = None if m is None else tuple(m.shape)
+            raise ExpertError(
+                f"Site {site}: wanted a magnitude of {tuple(W.shape[:1])}, got {got}."
+            )
+        with torch.no_grad():
+            B = lora.scale * lora.B.float()
+            norm = torch.linalg.vector_norm(W + B @ lora.A.float(), dim=1)
+            g = torch.where(norm > 0, m.float() / norm, 0.0)  # of an empty row nothing is scaled
+            bias = torch.zeros_like(g) if layer.bias is None else (1 - g) * layer.bias.float()
+        found[site] = DoraFactors(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
     return found
 
 

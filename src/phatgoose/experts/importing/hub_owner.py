@@ -17,13 +17,14 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
+from ...base.loading import published
 from ...errors import PhatgooseError, PoolError
 from ...files.strict import MOST_JSON_BYTES, one_line, shortened
 from ..adapter import adapter_file_names, adapter_files, formats, kind_of
 from ..expert import LAYOUT, check_name, expert_files, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars
-from ..kinds.peft import PICKLED_WEIGHTS
-from .adapter import import_adapter, require_named_base
+from ..kinds.peft import PEFT_FILES, PICKLED_WEIGHTS, read_config
+from .adapter import import_adapter, plain_config, require_named_base
 
 MOST_REPOSITORIES = 1000  # of an owner, those that the Hub names first
 MOST_BYTES = 2 * 2**30  # of an adapter; a larger one is imported by its own name
@@ -215,14 +216,16 @@ def _described(found: Found, descriptions: list[str]) -> Found:
     try:
         check_name(found.name)
         files = adapter_files(folder)
-        config = files.read_config(folder)
-        found = replace(found, kind=kind_of(files, config).name)
+        config = plain_config(folder)
+        is_dora = files is PEFT_FILES and read_config(folder).get("use_dora")
+        found = replace(found, kind="dora" if is_dora else kind_of(files, config).name)
         named = config.get(files.base_key)
         if found.is_expert:
             named = read_info(folder / LAYOUT.info).base.id
             if os.path.exists(named):  # by a path that is one here, too
                 return replace(found, base=named)
-        return replace(found, base=require_named_base(named, from_hub=True))
+        known = published(require_named_base(named, from_hub=True))
+        return replace(found, base=known.id if known else None)
     except PhatgooseError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
         return replace(found, refusal=one_line(text))

@@ -30,11 +30,12 @@ CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
 
 # Options of a config that make an adapter more than W u + s B A u, or more than (IA)³ vectors.
 UNSUPPORTED: dict[str, str] = {
-    "use_dora": "DoRA rescales the base weight, which a routed sum of updates can't express",
-    "modules_to_save": "it replaces whole modules of the base",
+    "use_dora": "DoRA rescales the base weight; import it first ('phatgoose import')",
+    "modules_to_save": "it replaces whole modules of the base; train again without it",
     "trainable_token_indices": "it changes token embeddings",
     "layer_replication": "it changes the base's layers",
-    "target_parameters": "it adapts parameters that are no linear layers",
+    "target_parameters": "it adapts parameters that are no linear layers, such as the experts of a "
+    "mixture; merge it into its base, or train again with target_modules",
     "arrow_config": "it is itself a router",
     "use_qalora": "QALoRA pools its inputs",
     "kasa_config": "KaSA adds a term of its own",
@@ -182,7 +183,10 @@ class PeftFiles(AdapterFiles):
     """The files of a plain LoRA or (IA)³. Others, and pickled ones, are refused with the reason."""
 
     def read_config(self, directory: Path) -> dict[str, Any]:
-        config = read_config(directory)
+        return self.checked(read_config(directory), directory)
+
+    def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         refuse_kind(config, directory)
         refuse_options(config, directory)
         wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]

@@ -29,15 +29,16 @@ class Kind:
     `name` stands in recipes, files and on the command line; `label` is for people, and `title`
     begins the model card. `settings` are those of a new expert. `module` is its `SiteModule`,
     `training` its `NewModules` and `parts` its `Part`s, most often one: classes, or "module:Class",
-    which is imported when it is used. `peft_type` is PEFT's name for a kind in PEFT's files.
+    which is imported when it is used. `peft_type` is PEFT's name for a kind in PEFT's files. Both
+    `settings` and `training` are None for a kind that is imported and not trained here.
     """
 
     name: str
     label: str
     title: str
-    settings: type[Peft]
+    settings: type[Peft] | None
     module: str | type[Any]
-    training: str | type[Any]
+    training: str | type[Any] | None
     parts: tuple[str | type[Any], ...]
     peft_type: str | None = None
 
@@ -47,6 +48,8 @@ class Kind:
 
     @property
     def new_modules(self) -> NewModules:
+        if self.training is None:
+            raise ConfigError(f"Experts of the kind {self.name!r} are imported, not trained here.")
         made: NewModules = _class(self.training)()
         return made
 
@@ -92,6 +95,15 @@ KINDS: dict[str, Kind] = {
         f"{HERE}.bottleneck.training:NewBottlenecks",
         (f"{HERE}.bottleneck.stack:BottleneckStack",),
     ),
+    "dora": Kind(
+        "dora",
+        "DoRA",
+        "A DoRA",
+        None,
+        f"{HERE}.dora.module:DoraFactors",
+        None,
+        (f"{HERE}.dora.stack:DoraStack",),
+    ),
 }
 
 
@@ -127,10 +139,10 @@ def _is_loaded(kind: Kind) -> bool:
 
 def kind_for(settings: Peft) -> Kind:
     """The kind of a new expert with these settings. Raises ConfigError where they are none."""
-    by_class = {kind.settings: kind for kind in reversed(list(kinds().values()))}
+    by_class: dict[Any, Kind] = {kind.settings: kind for kind in reversed(list(kinds().values()))}
     for each in type(settings).__mro__:  # settings may extend those of another kind
         if each in by_class:
             return by_class[each]
-    classes = (kind.settings for kind in kinds().values())
+    classes = filter(None, by_class)
     known = ", ".join(f"{each.__module__}.{each.__name__}" for each in classes)
     raise ConfigError(f"peft is {settings!r:.60}, but must be settings of class {known}.")

@@ -1,24 +1,26 @@
-"""Router auto: the first router of a list that a base and its experts allow (docs/routers.md)."""
+"""Router auto, the default: the first of a list that base and experts allow (docs/routers.md)."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...errors import PoolError
-from ...experts.pool import Pool
+from ...experts.pool import REMEDIES, Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, ROUTERS
 
-ENCODER_DECODER: tuple[str, ...] = ("phatgoose", "average-activation", "arrow", "merged")
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 # Two kinds of reading come before one, where the embedder is on this machine.
-DECODER_ONLY: tuple[str, ...] = ("joint-discriminant", "discriminant", *ENCODER_DECODER)
 BY_PROMPT = ("joint-discriminant", "discriminant", "retrieval")  # by the prompt alone
+BY_TOKEN = ("phatgoose", "average-activation", "arrow", "merged")
+ENCODER_DECODER: tuple[str, ...] = BY_TOKEN
+DECODER_ONLY: tuple[str, ...] = (*BY_PROMPT, *BY_TOKEN)
 
 logger = logging.getLogger(__name__)
 
@@ -29,42 +31,61 @@ def settled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Routing:
-    """`routing` with the first router that the experts of `pool` allow in the place of auto."""
-    if routing.router != AUTO:
-        return routing
+    """`routing` with the first router that the experts of `pool` allow in the place of auto.
+
+    The choice is logged in one line. Each list ends with a router that needs nothing.
+    """
     order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
     if tokenizer is None:
-        order = tuple(name for name in order if not ROUTERS[name].per_input)
-    name = next(name for name in order if _allows(pool, name))
-    if routing.k is not None and ROUTERS[name].k is None:
-        warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=3)
-    passed = [f"{each} ({', '.join(ROUTERS[each].needs)})" for each in order[: order.index(name)]]
-    lacks = f"; what these need isn't all there: {', '.join(passed)}" if passed else ""
-    logger.info("Router auto is %s%s.", name, lacks)
-    return replace(routing, router=name)
+        order = BY_TOKEN
+    return _settled(routing, pool, order)
+
+
+def settled_by_token(routing: Routing, pool: Pool) -> Routing:
+    """As `settled`, by a router that looks at tokens only."""
+    return _settled(routing, pool, BY_TOKEN)
 
 
 def settled_by_prompt(routing: Routing, pool: Pool) -> Routing:
-    """`routing` with the first of `BY_PROMPT` that the experts of `pool` allow in place of auto.
+    """As `settled`, by a router that looks at the prompt alone.
 
-    Raises PoolError when they allow none.
+    Raises PoolError when the experts allow none.
     """
+    return _settled(routing, pool, BY_PROMPT)
+
+
+def _settled(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:
     if routing.router != AUTO:
         return routing
-    for name in BY_PROMPT:
-        if _allows(pool, name):
-            return replace(routing, router=name)
+    missing: dict[str, None] = {}
+    for name in order:
+        if unmet := _unmet(pool, name):
+            missing |= dict.fromkeys(unmet)
+            continue
+        if routing.k is not None and ROUTERS[name].k is None:
+            warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=4)
+        logger.info("Router auto is %s%s.", name, _why(missing))
+        return replace(routing, router=name)
     raise PoolError(
         "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
         "measure' on each, with its data, for readings and embeddings."
     )
 
 
-def _allows(pool: Pool, router: str) -> bool:
+def _unmet(pool: Pool, router: str) -> list[str]:
+    """What `router` needs that not every expert has, or this machine."""
     needs = ROUTERS[router].needs
-    if "embeddings" in needs and not _embeds_here(pool):
-        return False
-    return all(expert.has(need) for expert in pool.experts for need in needs)
+    unmet = [need for need in needs if not all(expert.has(need) for expert in pool.experts)]
+    if "embeddings" in needs and "embeddings" not in unmet and not _embeds_here(pool):
+        unmet.append("their embedder on this machine")
+    return unmet
+
+
+def _why(missing: Iterable[str]) -> str:
+    named = [{"lora": "LoRAs"}.get(need, need) for need in missing]
+    commands = dict.fromkeys(f"phatgoose {REMEDIES[need]}" for need in missing if need in REMEDIES)
+    adds = f" ({', '.join(commands)})" if commands else ""
+    return f"; routers tried before it need {', '.join(named)}{adds}" if named else ""
 
 
 def _embeds_here(pool: Pool) -> bool:

@@ -9,7 +9,7 @@ one task differ count little, wording among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -175,7 +175,7 @@ class PromptDiscriminant(BaseRouter):
         shape = len(chosen), len(self.blocks)
         self.slopes, self.offsets = slopes.view(*shape, *slopes.shape[1:]), offsets.view(*shape, -1)
 
-    def remember(self, states: States) -> None:
+    def remember(self, states: States | None) -> None:
         self.remembered = states
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
@@ -191,9 +191,7 @@ class PromptDiscriminant(BaseRouter):
         new = [prompt for prompt in dict.fromkeys(asked) if prompt not in known]
         read = self.read(new, base, PromptStates(base)) if new else ()
         found = dict(zip(new, read, strict=True))
-        for prompt, states in found.items():
-            if (len(known) + 1) * states.nbytes <= MOST_BYTES:
-                known[prompt] = states.clone()  # not a view, which would keep all
+        remember_states(known, new, read)
         rows = [known[each] if each in known else found[each] for each in asked]
         return torch.stack(rows)[:, :, self.blocks]
 
@@ -220,6 +218,15 @@ class PromptDiscriminant(BaseRouter):
                 f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
                 f"the model has {depth} of {size}."
             )
+
+
+def remember_states(
+    known: States, prompts: Iterable[Sequence[int]], read: Iterable[Tensor]
+) -> None:
+    """Add what was `read` of `prompts` to what is `known`, while there is room."""
+    for prompt, states in zip(prompts, read, strict=True):
+        if (len(known) + 1) * states.nbytes <= MOST_BYTES:
+            known[tuple(prompt)] = states.clone()  # not a view, which would keep all
 
 
 def _blocks_between(first: float, last: float, depth: int) -> list[int]:

@@ -90,7 +90,7 @@ def _probe(base: PreTrainedModel, tables: Tables) -> _Probe:
 
     for index in reversed(range(len(blocks))):
         inside = ((names[module], experts_at(module)) for module in blocks[index].modules())
-        found = {name: each for name, each in inside if each and each[1].lora is not None}
+        found = {name: each for name, each in inside if each and each[1].low_rank}
         if found:
             chosen = next((name for name in found if QUERY.search(name)), next(iter(found)))
             return _Probe(*found[chosen], index)
@@ -126,10 +126,9 @@ class _Lengths(PromptReading):
 
     def _read(self, activations: Tensor) -> None:
         stack = self._stack
-        if stack.lora is None:
-            raise RoutingError(f"There is no LoRA at {self._site.name}.")
-        h = last_token(activations, self._mask).to(stack.lora.A.device).float()
-        inside = torch.einsum("tn,ern->ter", h, stack.lora.A.float())
-        lengths = torch.einsum("ter,erd->ted", inside, stack.lora.B.float()).norm(dim=-1)
-        experts = stack.experts[stack.rows()["lora"]].cpu()
-        self._found[:, experts] = lengths.cpu()
+        for name, part in stack.low_rank.items():
+            h = last_token(activations, self._mask).to(part.A.device).float()
+            inside = torch.einsum("tn,ern->ter", h, part.A.float())
+            lengths = torch.einsum("ter,erd->ted", inside, part.B.float()).norm(dim=-1)
+            experts = stack.experts[stack.rows()[name]].cpu()
+            self._found[:, experts] = lengths.cpu()

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from ...config import Settings, from_mapping, read_text, settings_of
+from ...config import Settings, closest, from_mapping, read_text, settings_of
 from ...errors import ConfigError
 from ...files.entry_points import add_entry_points
 from ...files.strict import shortened
@@ -296,7 +296,8 @@ def spec_of(router: str) -> RouterSpec:
             f"{point.dist.name if point.dist else 'another package'} registered it."
         )
     known = ", ".join((AUTO, *ROUTERS))
-    raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.")
+    hint = closest(name, (AUTO, *ROUTERS))
+    raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.{hint}")
 
 
 def choice_of(router: str) -> RouterChoice:

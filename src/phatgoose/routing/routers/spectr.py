@@ -63,6 +63,7 @@ class SpectrRouter(SiteRouter):
     """The top k of |A* u|, each with the weight 1/k; among a shortlist if there is one."""
 
     kept: ClassVar[tuple[str, ...]] = (DIRECTIONS,)
+    by_token = True
     directions: Tensor
 
     def __init__(self, directions: Tensor, k: int, shortlist: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from ...base.fingerprint import BaseReference, check_base
 from ...base.loading import Base
 from ...base.sites import Site, execution_device, find_sites
 from ...errors import RoutingError, WrongBaseError
+from ...experts.expert import LAYOUT
+from ...experts.hub import HubReference
+from ...experts.kinds.peft import ADAPTER_CONFIG
+from ...experts.pool import MANIFEST
+from ...files.atomic import bring_back
 from ..checks import check_folded
 from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
 from ..routers.prompt_router import ByPrompt
 from ..routers.router import router_of
+from .save import CONFIG, is_ours
 from .tensors import ROUTED_INFO, SavedModel, base_in, read_description, read_saved
 
 
@@ -30,12 +37,23 @@ def load(
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
-    A `base` that is a name is loaded in `dtype`, and so is the recorded one that None means; a
-    loaded base stays as it is. `embedder` is that of `compose`.
-    Raises RoutingError when the folder is missing or damaged, WrongBaseError when the base is
-    another one, ConfigError if the router needs an embedder that wasn't named.
+    Args:
+        directory: The folder.
+        base: A name, a loaded `Base` or a transformers model; None loads the base by its recorded
+            name.
+        dtype: "auto", "float32", "bfloat16" or "float16", for a base that is loaded here.
+        embedder: The embedder of a router that uses one, if it isn't the default one.
+
+    Raises:
+        RoutingError: The folder is missing or damaged, or is something else, which the message
+            names.
+        WrongBaseError: The base is another one.
+        ConfigError: The router needs an embedder that wasn't named.
     """
     directory = Path(directory)
+    bring_back(directory)
+    if not os.path.isfile(directory / ROUTED_INFO):
+        raise RoutingError(f"{directory} holds no routed model: {_found_at(directory)}")
     saved = read_saved(directory)
     wanted, routing = saved.base, replace(saved.routing, embedder=embedder)
     found = resolve_base(base, wanted, dtype)
@@ -64,6 +82,29 @@ def load(
 def base_of(directory: str | Path) -> BaseReference:
     """The base of the routed model in `directory`. Raises RoutingError when that is damaged."""
     return base_in(read_description(Path(directory) / ROUTED_INFO))
+
+
+def _found_at(place: Path) -> str:
+    """What is at `place` in the place of a routed model, and what to call, as a sentence."""
+    named = str(place)
+    if HubReference.is_one(named) or place.suffix == MANIFEST:
+        return f"it names a pool. Route that with compose({named!r})."
+    if not os.path.isdir(place):
+        return "it is a file." if os.path.exists(place) else "there is no such folder."
+    if (place / LAYOUT.info).is_file():
+        return f"it is one expert. Route it with compose({named!r})."
+    if (place / ADAPTER_CONFIG).is_file():
+        return f"it is a PEFT adapter. Route it with compose({named!r})."
+    if is_ours(place / CONFIG):
+        return "saving one broke off before its end. Save it again."
+    if (place / CONFIG).is_file():
+        return "it is a plain model. Use transformers' from_pretrained, or compose(pool, base)."
+    inside = sorted(each for each in place.iterdir() if each.is_dir())
+    if any((each / LAYOUT.info).is_file() for each in inside):
+        return f"it is a pool of experts. Route it with compose({named!r})."
+    if any((each / ADAPTER_CONFIG).is_file() for each in inside):
+        return f"it is a folder of PEFT adapters. Route them with compose({named!r})."
+    return "it is an empty folder." if not any(place.iterdir()) else f"it has no {ROUTED_INFO}."
 
 
 def _layer(

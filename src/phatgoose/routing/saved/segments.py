@@ -37,7 +37,7 @@ from ..growing import check_growth, check_removal
 from ..routers.prompt_router import ByPrompt, check_tables
 from ..routers.router import Scores, router_of
 from ..stacks import declared, stack_of
-from .save import described, layer_tensors
+from .save import describe, layer_tensors, write_card
 from .tensors import (
     ROUTED_INFO,
     ROUTED_WEIGHTS,
@@ -97,7 +97,7 @@ def save_pool(
 
     with new_directory(target, RoutingError, overwrite=overwrite) as work:
         write_tensors(work / ROUTED_WEIGHTS, tensors(), _header(pool.sites))
-        (work / ROUTED_INFO).write_text(described(parts, work), encoding="utf-8")
+        describe(prepared.model, parts, work)
     return read_saved(target)
 
 
@@ -225,6 +225,7 @@ def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
     content["format_version"] = version_of(content["experts"], 2)
     # Read back as a stranger's first: what doesn't hold together is never described.
     found = described_by(content, folder)
+    write_card(folder, content)  # before the description, so that what fails here changes nothing
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
     return found
 

@@ -9,11 +9,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ...config import TASK_FILES, Training
+from ...config import TASK_FILES, Training, closest
 from ...errors import TaskError
 from ...files.entry_points import add_entry_points
 from ...files.strict import read_toml, shortened
-from ..loading import SPLITS, check_task_name, default_name, load_task
+from ..loading import FILES, SPLITS, check_task_name, default_name, load_task
 from ..task import Entry, Sources, Suite, Task, mix
 from . import bigbench, flan, t0
 
@@ -24,10 +24,10 @@ TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
 def local_suite(path: str | Path) -> Suite:
     """The suite in `path`: a folder of task files, one such file, or a TOML file.
 
-    A folder's visible .jsonl and .csv files are its tasks, in alphabetical order. A TOML file has
-    the keys `name` (default: the file's stem), `suffix` (appended to every input) and, for each
-    task, a table `[[tasks]]` with `file` (relative to the TOML file) and optionally `name`,
-    `metrics`, `max_new_tokens` and a `suffix` of its own.
+    A folder's visible task files (.jsonl, .json, .csv, .parquet) are its tasks, in alphabetical
+    order. A TOML file has the keys `name` (default: the file's stem), `suffix` (appended to every
+    input) and, for each task, a table `[[tasks]]` with `file` (relative to the TOML file) and
+    optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
 
     Entries read their files later. Raises TaskError, naming file and key, for anything else.
     """
@@ -42,7 +42,7 @@ def local_suite(path: str | Path) -> Suite:
     else:
         suite = _toml_suite(path)
     if not suite.entries:
-        raise TaskError(f"{path} has no tasks; wanted .jsonl or .csv files, or [[tasks]] in TOML.")
+        raise TaskError(f"{path} has no tasks; wanted a {FILES}, or [[tasks]] in TOML.")
     for name in (suite.name, *suite.names):
         check_task_name(name)
     for name, count in Counter(suite.names).items():
@@ -94,7 +94,7 @@ def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: st
     _require_known(table, TASK_KEYS, where)
     file = folder / _text(table, "file", where)
     if file.suffix not in TASK_FILES:
-        raise TaskError(f"{where}: file is {file}, but must be a .jsonl or .csv file.")
+        raise TaskError(f"{where}: file is {file}, but must be a {FILES}.")
     if not file.is_file():
         raise TaskError(f"{where}: file {file} does not exist.")
     metrics = table.get("metrics", [])
@@ -172,7 +172,7 @@ def open_suite(name_or_path: str | Path) -> Suite:
     known = ", ".join(known_suites())
     raise TaskError(
         f"Suite {shortened(name_or_path)} is neither a known name ({known}) nor a folder of task "
-        f"files nor a .toml, .jsonl or .csv file."
+        f"files nor a .toml, {FILES}.{closest(name_or_path, known_suites())}"
     )
 
 
@@ -255,8 +255,8 @@ def open_tasks(
     """The datasets that `names` stand for, in order; nothing is loaded.
 
     A name is a suite (t0hi, flan, a suite file .toml, a folder of task files), which means all its
-    datasets, one dataset of a suite (`t0hi/ag_news`, `mine.toml/reviews`), a task file (.jsonl,
-    .csv) or `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
+    datasets, one dataset of a suite (`t0hi/ag_news`, `mine.toml/reviews`), a task file or
+    `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
     Raises TaskError for anything else, and for a suite to evaluate on only.
     """
     sources = sources or Sources()
@@ -305,8 +305,8 @@ def _trainable(name: str) -> Suite:
     is_local = name.endswith(".toml") or (name and Path(name).is_dir())
     if name not in SUITES and not is_local:
         raise TaskError(
-            f"{name!r} can't be trained on; wanted a task file (.jsonl, .csv), hub:DATASET, "
+            f"{name!r} can't be trained on; wanted a task file, hub:DATASET, "
             f"{' or '.join(trainable)}, one of their datasets such as {trainable[0]}/ag_news, a "
-            f"suite file (.toml) or a folder of task files."
+            f"suite file (.toml) or a folder of task files.{closest(name, trainable)}"
         )
     return open_suite(name)

@@ -37,10 +37,12 @@ class NewLoras(NewModules):
     def create(
         self, base: Base, settings: Lora, sites: dict[str, Site], *, joint: bool
     ) -> Iterator[FreshExpert]:
-        alpha = settings.alpha
+        alpha = settings.alpha or 2.0 * settings.rank
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.rslora,
             **peft_options(base, sites),
         )
         with under_peft(base, config) as model:
@@ -78,7 +80,8 @@ class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        h = module.scaling[active_adapter] * module.lora_A[active_adapter](x)
+        u = module.lora_dropout[active_adapter](x)
+        h = module.scaling[active_adapter] * module.lora_A[active_adapter](u)
         active = active_share(x)
         h = h if active is None else h * active
         return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))

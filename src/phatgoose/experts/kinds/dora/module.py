@@ -1,0 +1,83 @@
+"""DoRA (Liu et al. 2024) on a known base: a LoRA and a scale of the layer's outputs.
+
+A DoRA gives the layer the weight m ⊙ (W + s B A) / ‖W + s B A‖, with the norm of each output's row.
+With g = m / ‖W + s B A‖, which is constant, that is g ⊙ (W u) + (g s B) A u, and with the base's
+bias b, which it leaves alone:
+
+    (W u + b) ⊙ (1 + σ (g - 1)) + σ ((g s B) A u - (g - 1) ⊙ b)
+
+So experts add up as others do, and one alone is exactly PEFT's. g needs the base's weights, so it
+is computed at import (`importing.magnitudes`) and stored in a format of our own (docs/format.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....errors import ExpertError
+from ..kind import AdapterFiles, OwnFiles, are_floats
+from ..lora.module import LoraFactors
+
+FILES = OwnFiles(
+    "dora_config.json",
+    "dora.safetensors",
+    parts=("lora_A", "lora_B", "bias", "output_scale"),
+    version_key="dora_version",
+)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class DoraFactors(LoraFactors):
+    """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
+
+    kind: ClassVar[str] = "dora"
+    files: ClassVar[AdapterFiles] = FILES
+
+    output_scale: Tensor  # [d]
+
+    def at(self, weight: Tensor) -> DoraFactors:
+        lora = super().at(weight)
+        # Not the weight's type: as for (IA)³, around 1 bfloat16 is too coarse.
+        scale = self.output_scale.to(weight.device, torch.float32)
+        return DoraFactors(**vars(lora), output_scale=scale)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        def scaled(u: Tensor) -> Tensor:
+            y: Tensor = base(u)
+            return (y * (1 + strength * (self.output_scale - 1))).to(y.dtype)
+
+        return super().apply(scaled, u, strength)  # type: ignore[arg-type]
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, LoraFactors]:
+        found: dict[str, LoraFactors] = {}
+        for site, parts in FILES.by_site(directory, tensors).items():
+            present = [part for part in parts if part is not None]
+            if len(present) < len(parts) or not _fit_together(*present):
+                raise ExpertError(
+                    f"{directory}, site {site}: wanted {', '.join(FILES.parts)} of shapes (r, n), "
+                    f"(d, r), (d), (d), in floating point, got "
+                    f"{', '.join(str(None if p is None else tuple(p.shape)) for p in parts)}."
+                )
+            A, B, bias, scale = present
+            found[site] = cls(A=A, B=B, scale=1.0, bias=bias, output_scale=scale)
+        return found
+
+    @classmethod
+    def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+        tensors = {site: (m.A, m.B, m.bias, m.output_scale) for site, m in modules.items()}
+        return FILES.write(folder, tensors, about)
+
+
+def _fit_together(A: Tensor, B: Tensor, bias: Tensor, scale: Tensor) -> bool:
+    if (A.dim(), B.dim()) != (2, 2) or not are_floats(A, B, bias, scale) or min(A.shape) < 1:
+        return False
+    return A.shape[0] == B.shape[1] and bias.shape == scale.shape == B.shape[:1]

@@ -1,0 +1,135 @@
+"""DoRAs: imported, mixed with other experts, saved and exported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phatgoose.base.loading import load_base
+from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.dora.module import DoraFactors
+from phatgoose.experts.kinds.registry import KINDS
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.export.export import export
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids
+
+ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+
+
+@pytest.fixture
+def pool(base, tmp_path):
+    """Two DoRAs of different ranks, and a LoRA."""
+    for name, seed, rank, is_dora in (("a", 1, 4, True), ("b", 2, 2, True), ("lora", 3, 4, False)):
+        more = {"use_dora": True} if is_dora else {}
+        adapter = make_adapter(base, tmp_path / "adapters" / name, seed=seed, rank=rank, **more)
+        import_adapter(adapter, tmp_path / "pool" / name)
+    return Pool.open(tmp_path / "pool")
+
+
+def test_an_import_is_of_its_own_kind_and_cannot_be_trained(pool):
+    assert [expert.kind for expert in pool.experts] == ["dora", "dora", "lora"]
+    for module in pool["a"].modules.values():
+        assert isinstance(module, DoraFactors)
+        assert (module.output_scale - 1).abs().max() > 0.01
+    with pytest.raises(ConfigError, match="imported, not trained"):
+        _ = KINDS["dora"].new_modules
+
+
+@ON_TWO_KINDS
+def test_changes_of_several_add_up(base, pool):
+    """At every layer: the base's output and the weighted change of each expert alone."""
+    found = {}
+
+    def keep(site):
+        def hook(_, args, y):
+            found[site] = args[0], y
+
+        return hook
+
+    mixture = {"a": 0.6, "b": -0.3, "lora": 0.5}
+    layers = {site: base.model.get_submodule(site) for site in pool.sites}
+    model = compose(pool, base, weights=mixture)
+    handles = [
+        layer.register_forward_hook(keep(site)) for site, layer in model.phatgoose.layers.items()
+    ]
+    logits_of(model, make_ids())
+    for handle in handles:
+        handle.remove()
+    for site, (u, y) in found.items():
+        plain = layers[site](u)
+        wanted = plain.clone()
+        for name, weight in mixture.items():
+            module = pool[name].modules[site].at(layers[site].weight)
+            wanted += weight * (module.apply(layers[site], u) - plain)
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+
+
+@ON_TWO_KINDS
+def test_one_alone_is_the_expert_on_its_base(base, pool):
+    with applied(base.model, pool["b"].modules, ModifiedLinear):
+        wanted = logits_of(base.model, make_ids())
+    assert_same_logits(logits_of(compose(pool, base, weights={"b": 1.0}), make_ids()), wanted)
+
+
+@pytest.mark.parametrize("router", ["arrow", "spectr", "logo", "merged"])
+def test_a_routed_model_is_saved_and_grows(base, pool, tmp_path, router):
+    model = compose(pool, base, router=router)
+    wanted = logits_of(model, make_ids())
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = load(tmp_path / "routed", base)
+    assert torch.equal(logits_of(loaded, make_ids()), wanted)
+    if router == "merged":
+        return
+    fewer = remove_experts(loaded, ["a"])
+    kept = logits_of(fewer, make_ids())
+    again = add_experts(remove_experts(fewer, ["b"]), pool.select(["b"]))
+    detach(again)
+    other = logits_of(compose(pool.select(["b", "lora"]), base, router=router), make_ids())
+    assert_same_logits(kept, other)
+
+
+def test_a_constant_mixture_leaves_as_a_model(base, pool, tmp_path):
+    model = compose(pool, base, router="merged")
+    wanted = logits_of(model, make_ids())
+    export(model, tmp_path / "whole", merged=True)
+    whole = load_base(tmp_path / "whole", dtype="float32").model
+    assert_same_logits(logits_of(whole, make_ids()), wanted)
+
+
+def test_what_is_damaged_is_told(pool):
+    place = pool["a"].directory / "dora.safetensors"
+    tensors = load_file(place)
+    name = min(each for each in tensors if each.endswith(".output_scale"))
+    save_file({**tensors, name: tensors[name][1:]}, place)
+    with pytest.raises(ExpertError, match=r"lora_A, lora_B, bias, output_scale of shapes"):
+        Expert.load(pool["a"].directory)
+
+
+def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
+    outcome = phat(
+        "export", pool["a"].directory.parent, "--engine", "vllm", "--out", tmp_path / "e"
+    )
+    assert outcome.code == 2
+    assert "is no LoRA, which engines apply" in outcome.err
+
+
+def test_magnitudes_are_of_the_layers_sizes(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = min(each for each in tensors if each.endswith("magnitude_vector"))
+    save_file({**tensors, name: tensors[name][1:]}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ExpertError, match="wanted a magnitude of"):
+        import_adapter(adapter, tmp_path / "expert")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
+    with pytest.raises(ExpertError, match="use_dora with biases"):
+        import_adapter(adapter, tmp_path / "expert")

@@ -1,0 +1,95 @@
+"""What each router keeps of what experts know, on one base beside another: table and figure.
+
+    python research/kept.py OUT.png NAME=HELD_IN.jsonl…
+
+HELD_IN.jsonl is what `study/held_in.py` writes (or that by xz). Printed are, for every base, each
+router's mean, its share of the own experts' mean and its points above PHATGOOSE, over the tasks
+that all bases have, with 95 % intervals over tasks drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from phatgoose.evaluation.comparison.methods import label_of
+
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")
+OTHERS = ("task", "metric", "n", "gain", "own")
+Rows = dict[str, dict[str, Any]]  # by task
+
+
+def main(out: str, *named: str) -> None:
+    """Print the table and draw the figure."""
+    bases = {name: read(Path(place)) for name, place in (each.split("=", 1) for each in named)}
+    tasks = sorted(set.intersection(*(set(rows) for rows in bases.values())))
+    routers = [each for each in next(iter(bases.values()))[tasks[0]] if each not in OTHERS]
+    routers = [each for each in routers if all(each in rows[tasks[0]] for rows in bases.values())]
+    first = next(iter(bases.values()))
+    routers.sort(key=lambda router: scores(first, tasks, router).mean())
+    print(f"{len(tasks)} tasks: {', '.join(tasks)}")
+    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(routers)), layout="constrained")
+    panel = figure.subplots()
+    for place, (base, rows) in enumerate(bases.items()):
+        n = sum(rows[task]["n"] for task in tasks)
+        own = scores(rows, tasks, "own")
+        print(f"\n{base}, n = {n}: own experts {100 * own.mean():.1f}")
+        for row, router in enumerate(routers):
+            share, low, high = kept(scores(rows, tasks, router), own)
+            more = above(scores(rows, tasks, router), scores(rows, tasks, "phatgoose"))
+            mean = 100 * scores(rows, tasks, router).mean()
+            print(f"| {router} | {mean:.1f} | {share:.0f} % [{low:.0f}, {high:.0f}] | {more} |")
+            height = row + 0.2 * ((len(bases) - 1) / 2 - place)
+            panel.plot([low, high], [height, height], color=COLOURS[place], linewidth=1.5)
+            label = f"{base} (n = {n})" if row == 0 else None
+            style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": "none"}
+            panel.plot(share, height, label=label, **style)
+    panel.axvline(100, color="#555555", linewidth=0.8, linestyle="--")
+    panel.set_yticks(range(len(routers)), [label_of(router) for router in routers])
+    panel.set_xlabel("share of what each task's own expert scores, in per cent")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.savefig(out, dpi=150)
+
+
+def read(path: Path) -> Rows:
+    """The rows of a file, by task."""
+    content = path.read_bytes()
+    text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    return {row["task"]: row for row in map(json.loads, text.splitlines())}
+
+
+def scores(rows: Rows, tasks: list[str], router: str) -> NDArray[np.float64]:
+    """A router's score on each task, 0 to 1."""
+    return np.array([rows[task][router][0] for task in tasks])
+
+
+def drawn(count: int) -> NDArray[np.int64]:
+    """10,000 draws of so many tasks."""
+    return np.random.default_rng(0).integers(count, size=(10_000, count))
+
+
+def kept(values: NDArray[np.float64], own: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The share of `own` in per cent, and its interval."""
+    picks = drawn(len(values))
+    shares = values[picks].mean(axis=1) / own[picks].mean(axis=1)
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return 100 * values.mean() / own.mean(), 100 * low, 100 * high
+
+
+def above(values: NDArray[np.float64], others: NDArray[np.float64]) -> str:
+    """The difference in points, with its interval."""
+    points = 100 * (values - others)
+    low, high = np.percentile(points[drawn(len(values))].mean(axis=1), [2.5, 97.5])
+    return f"{points.mean():+.1f} [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -55,7 +55,7 @@ def main(out: str, *named: str) -> None:
     panel.set_yticks(range(len(routers)), [label_of(router) for router in routers])
     panel.set_xlabel("share of what each task's own expert scores, in per cent")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(loc="lower right", frameon=False, fontsize=9)
+    panel.legend(loc="upper left", frameon=False, fontsize=9)
     figure.savefig(out, dpi=150)
 
 

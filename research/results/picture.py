@@ -1,4 +1,4 @@
-"""docs/figures/results.png: how far routers are from PHATGOOSE, in the kept comparisons.
+"""research/results/results.png: how far routers are from PHATGOOSE, in the kept comparisons.
 
     python research/results/picture.py
 
@@ -18,7 +18,7 @@ from page import FOLDER, WITHDRAWN, Column
 from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
 from phatgoose.evaluation.comparison.tables import ANCHOR
 
-OUT = FOLDER.parent.parent / "docs" / "figures" / "results.png"
+OUT = FOLDER / "results.png"
 OURS, OTHERS, CHOSEN = "tab:blue", "0.35", "0.75"
 SEEN = "ORIGINAL"
 DISCRIMINANTS = ("discriminant", "joint-discriminant", "discriminant-phatgoose")

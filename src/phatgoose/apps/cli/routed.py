@@ -149,7 +149,7 @@ def compose(
     try:
         unusual = look(opened).summary
     except RoutingError as error:  # a kind of expert that can be composed but not compared
-        unusual = str(error)
+        unusual = f"The pool wasn't searched for unusual experts. {str(error).partition(';')[0]}."
     if unusual:
         warnings.warn(unusual, stacklevel=2)
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)

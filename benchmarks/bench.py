@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import phatgoose as pg
+from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.loading import Base, load_base, twin
 from phatgoose.experts.expert import LAYOUT
 from synthetic import random_pool
@@ -44,6 +45,8 @@ class Sizes:
     ranked: int = 24
     ranked_batch: int = 8
     compared: int = 6  # experts
+    tail: int = 4  # tokens of a prompt that experts act on where they act from its end on
+    together: tuple[int, int, int] = (12, 16, 128)  # experts, examples, words of a prompt
     training_batch: int = 8
     training_steps: int = 3
     gate_steps: int = 3
@@ -78,6 +81,8 @@ SMOKE = Sizes(
     ranked=4,
     ranked_batch=2,
     compared=2,
+    tail=2,
+    together=(2, 3, 8),
     training_batch=2,
     training_steps=2,
     gate_steps=2,
@@ -118,17 +123,25 @@ class Bench:
             random_pool(self.base, folder, count, self.sizes.rank)
         return places
 
-    def routed(self, count: int, **options: str) -> PreTrainedModel:
+    def routed(self, count: int, *, at_ends: bool = False, **options: str) -> PreTrainedModel:
         """A twin of the base routed among `count` experts, by PHATGOOSE unless `options` say more.
 
-        It is kept for the next rows.
+        It is kept for the next rows. `at_ends`: they act on the last tokens of prompts only.
         """
-        key = (count, *sorted(options.items()))
+        key = (count, at_ends, *sorted(options.items()))
         if key not in self._routed:
             pool = pg.Pool.open(self.experts(count))
+            pool = self.at_ends(pool) if at_ends else pool
             settings = {"router": "phatgoose", **options}
             self._routed[key] = pg.compose(pool, twin(self.base), k=self.sizes.k, **settings)
         return self._routed[key]
+
+    def at_ends(self, pool: pg.Pool) -> pg.Pool:
+        """The experts of `pool`, acting from the last tokens of a prompt on."""
+        record = ActsOn(self.sizes.tail).record()
+        infos = (replace(expert.info, acts_on=record) for expert in pool.experts)
+        pairs = zip(pool.experts, infos, strict=True)
+        return pg.Pool(tuple(replace(expert, info=info) for expert, info in pairs))
 
     def prompts(self, rows: int, columns: int) -> dict[str, Tensor]:
         """A batch of random tokens without padding."""

@@ -47,6 +47,7 @@ def measure_prefill(bench: Bench) -> Iterator[Finding]:
             "peft": prefill(lora, batch),
             "few": prefill(bench.routed(few), batch),
             "many": prefill(bench.routed(many), batch),
+            "ends": prefill(bench.routed(many, at_ends=True), batch),
         },
         sizes.rounds,
     )
@@ -64,6 +65,12 @@ def measure_prefill(bench: Bench) -> Iterator[Finding]:
             note=note,
             details=_medians(timings),
         )
+    yield Finding.of(
+        f"{what}, E = {many}, which act on the last {sizes.tail} tokens",
+        ratio(timings["ends"], timings["base"]),
+        target=at_most(1.05),
+        floor=1 + work.routed(many, sizes.k) * sizes.tail / sizes.prefill[1] / base,
+    )
     yield Finding.of(
         f"{what}, one PEFT LoRA, not merged",
         ratio(timings["peft"], timings["base"]),

@@ -1,6 +1,7 @@
 """Marks: whether every expert of a pool, alone, answers every example right.
 
     python research/marks.py DATA POOL OUT [--base B] [--rows 40] [--unseen 50] [--random SEED]
+        [--random-output] [--routed ROUTER ...]
 
 DATA is what `render_tasks.py` writes, POOL a pool whose experts are named after their tasks. The
 base, each expert alone and, with `--random`, each expert's random twin answer the experts' own
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40, help="of an own task, in each wording")
     parser.add_argument("--unseen", type=int, default=50, help="rows of an unseen task; 0: none")
     parser.add_argument("--random", type=int, metavar="SEED", help="random twins of experts too")
+    parser.add_argument("--random-output", action="store_true", help="twins change as much")
     parser.add_argument("--routed", nargs="*", default=[], help="routers to run: merged phatgoose")
     given = parser.parse_args()
     pool = Pool.open(given.pool)
@@ -92,7 +94,9 @@ def main() -> None:
     about = examples_of(sets) | choices_of(pool, base, sets, given.out)
     done: dict[str, Columns] = {}
     with ResultStore.alone(given.out / "cells.jsonl") as store:
-        for model, what, pools, routing in models_of(pool, given.random, given.routed):
+        for model, what, pools, routing in models_of(
+            pool, given.random, given.routed, by_output=given.random_output
+        ):
             begun = time.monotonic()
             done[model] = answers(store, base, sets, (model, what), pools, routing)
             write(given.out / f"{name}.parquet", metadata(name, pool), {**about, **joined(done)})
@@ -134,7 +138,7 @@ def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def models_of(
-    pool: Pool, seed: int | None, routed: list[str]
+    pool: Pool, seed: int | None, routed: list[str], *, by_output: bool
 ) -> Iterator[tuple[str, Any, Pool | None, str]]:
     """Each model's name, what it is made of, its experts and its router."""
     yield "base", None, None, ""
@@ -144,27 +148,42 @@ def models_of(
     for router in routed:
         made_of = [expert.info.adapter_sha256 for expert in pool.experts]
         yield f"routed/{router}", made_of, pool, router
-    for expert in pool.experts if seed is not None else ():
-        made_of = [expert.info.adapter_sha256, seed]
-        yield f"random/{expert.name}", made_of, Pool((random_twin(expert, seed or 0),)), "single"
+    if seed is None:
+        return
+    twins = Pool(tuple(random_twin(expert, seed, by_output=by_output) for expert in pool.experts))
+    drawn = [seed, "output"] if by_output else [seed]
+    for expert, twin in zip(pool.experts, twins.experts, strict=True):
+        made_of = [expert.info.adapter_sha256, *drawn]
+        yield f"random/{expert.name}", made_of, Pool((twin,)), "single"
+    for router in routed:
+        made_of = [*(expert.info.adapter_sha256 for expert in pool.experts), *drawn]
+        yield f"routed/{router}, random LoRAs", made_of, twins, router
 
 
-def random_twin(expert: Expert, seed: int) -> Expert:
+def random_twin(expert: Expert, seed: int, *, by_output: bool = False) -> Expert:
     """The expert with random LoRAs: at every site the rank and Frobenius norm of its own update.
 
+    A trained update acts where activations are, so it changes them several times as much as a
+    random one of its norm. With `by_output` both change the expert's mean activation as much.
     Gates, statistics and embeddings stay. Raises PoolError for an expert that is no LoRA.
     """
     if len(expert.lora) < len(expert.modules):
         raise PoolError(f"Expert {expert.name!r} isn't a LoRA; it has no random twin.")
     draws = torch.Generator().manual_seed(zlib.crc32(expert.name.encode()) + seed)
-    modules = {site: _random(lora, draws) for site, lora in sorted(expert.lora.items())}
+    modules = {
+        site: _random(lora, draws, expert.means[site] if by_output else None)
+        for site, lora in sorted(expert.lora.items())
+    }
     return replace(expert, modules=modules)
 
 
-def _random(lora: LoraFactors, draws: torch.Generator) -> LoraFactors:
+def _random(lora: LoraFactors, draws: torch.Generator, mean: Tensor | None) -> LoraFactors:
     A = torch.randn(lora.A.shape, generator=draws)
     B = torch.randn(lora.B.shape, generator=draws)
-    share = norm_of_product(lora.A, lora.B) / norm_of_product(A, B)
+    if mean is None:
+        share = norm_of_product(lora.A, lora.B) / norm_of_product(A, B)
+    else:
+        share = (lora.B.float() @ (lora.A.float() @ mean)).norm() / (B @ (A @ mean)).norm()
     return LoraFactors(A, B * share, lora.scale, lora.bias)
 
 
@@ -341,7 +360,15 @@ def write(path: Path, about: Mapping[str, str], columns: Columns) -> None:
     arrays = {name: _array(name, values) for name, values in columns.items()}
     table = pa.table(arrays).replace_schema_metadata(about)
     unfinished = path.with_suffix(".unfinished")
-    pq.write_table(table, unfinished, compression="zstd", compression_level=19)
+    halves = [name for name in arrays if name.startswith(("embedding", "choice/", "likelihoods/"))]
+    pq.write_table(
+        table,
+        unfinished,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=[name for name in arrays if name not in halves],
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in halves},
+    )
     unfinished.replace(path)
 
 

@@ -26,12 +26,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base.loading import Base
 from phatgoose.base.sites import Site, find_sites, headless
 from phatgoose.base.token_masks import watch_blocks, watch_inputs
 from phatgoose.config import Routing
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.routers.router import router_of
 from phatgoose.tasks.encoding import Encoder, TokenPair
@@ -51,7 +52,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    pool, base = Pool.open([given.pool]), load_base("smollm2")
+    pool = Pool.open([given.pool])
+    base = loaded_base(pool)
     readers = Readers(pool, base)
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
     for name in tqdm([name for name in pool.names if name not in found], unit="task"):

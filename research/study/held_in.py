@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.apps.server.settings import served_models
-from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, from_mapping
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources
@@ -34,7 +34,8 @@ from phatgoose.tasks.task import Sources
 
 def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None:
     """Score every task of the suite that an expert was trained on."""
-    pool, base, path = Pool.open(pools), load_base("smollm2"), Path(out)
+    pool, path = Pool.open(pools), Path(out)
+    base = loaded_base(pool)
     entries = [entry for entry in open_suite(suite_at).entries if entry.name in pool.names]
     named = split_routers([routers])
     wanted = {"base", "own", *named}

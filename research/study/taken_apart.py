@@ -38,12 +38,12 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from phatgoose.base.loading import load_base
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.router import RoutingDecision, SiteRouter
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources
@@ -151,7 +151,7 @@ def another(names: Sequence[str], own: str) -> str:
 def main(suite: str, out: str, limit: str, *pools: str) -> None:
     """Score every task of the suite that an expert was trained on and that is written."""
     pool, path = Pool.open(pools), Path(out)
-    base = load_base("smollm2")
+    base = loaded_base(pool)
     entries = [entry for entry in open_suite(suite).entries if entry.name in pool.names]
     finished = read(path)
     for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from numbers import Integral, Real
@@ -105,7 +106,8 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
             raise ConfigError(f"{where}: {left[key]}.")
         if key not in known:
             named = ", ".join(known) or "none"
-            raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.")
+            hint = closest(key, [*known, *also])
+            raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.{hint}")
     try:
         return config(**values)
     except ConfigError as error:
@@ -136,11 +138,18 @@ def given_or_default(kind: type[Config], given: Config | None, name: str) -> Con
     return given
 
 
+def closest(name: object, known: Iterable[str | None]) -> str:
+    """A question such as " Did you mean 'arrow'?", if one of `known` is like `name`; else ""."""
+    found = difflib.get_close_matches(str(name), [each for each in known if each], n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
     """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
         names = ", ".join(name for name in known if name is not None)
-        raise ConfigError(f"{name} is {got!r:.80}, but must be one of {names}.")
+        hint = closest(got, known)
+        raise ConfigError(f"{name} is {got!r:.80}, but must be one of {names}.{hint}")
 
 
 def _typed(setting: Setting, value: Any) -> Any:

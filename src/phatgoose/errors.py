@@ -24,6 +24,10 @@ class ExpertError(PhatgooseError):
     """An expert directory or adapter that is missing, damaged or unsupported."""
 
 
+class TrainingError(ExpertError):
+    """A training that failed: its losses are no numbers any more."""
+
+
 class WrongBaseError(ExpertError):
     """An expert that was trained on another base model than the one at hand."""
 

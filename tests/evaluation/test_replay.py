@@ -225,3 +225,7 @@ def test_a_random_twin_has_the_norms_and_ranks_of_its_expert(program, llama_pool
         assert not torch.equal(new.A, other.lora[site].A)
         assert not torch.allclose(new.B @ new.A, (lora.B @ lora.A).float(), atol=1e-3)
     assert Pool((twin,)).names == ("e1",)
+    site, lora = next(iter(expert.lora.items()))
+    mean, strong = expert.means[site], program.random_twin(expert, 0, by_output=True).lora[site]
+    wanted = (lora.B @ lora.A).float() @ mean
+    torch.testing.assert_close((strong.B @ strong.A @ mean).norm(), wanted.norm())

@@ -58,7 +58,7 @@ TRAIN = ["--base", "tiny-base", "--out", "new", *FLAGS]
 BASE = ["--base", "tiny-base", "--dtype", "float32"]
 
 
-def refused(outcome: Outcome, complaint: str) -> None:
-    assert outcome.code == 2
+def refused(outcome: Outcome, complaint: str, code: int = 2) -> None:
+    assert outcome.code == code
     assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
     assert complaint in outcome.err

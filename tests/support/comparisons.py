@@ -16,7 +16,8 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.tasks.task import Example, Task
 
-ROUTERS = [name for name in METHODS if name not in ("base", "best-individual", "oracle")]
+OTHERS = ("base", "best-individual", "oracle", "few-shot")  # few-shot needs a task's examples
+ROUTERS = [name for name in METHODS if name not in OTHERS]
 EXPERTS = ("e0", "e1", "e2")
 REFERENCES = ("an expert", "a pool", "a routed model", "a base")
 SUITES = {"mixed": ("choose", "pick", "say"), "plain": ("choose", "count")}

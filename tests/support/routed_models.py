@@ -1,6 +1,7 @@
 """Tiny pools composed by every router, with all that the router needs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from phatgoose.tasks.task import Example
 from toy_embedders import toy_embed
 
 TOPICS = ("apples, pears and plums", "1 + 2 = 3, 4 + 5 = 9", "WHAT? WHO? WHY?", "jazz quiz; zigzag")
+FEW_EXAMPLES = Path(__file__).with_name("few_examples.jsonl")  # of e0's topic
 SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second", e3 on the whole
     "e0": {"first": 0.1, "second": 0.4},
     "e1": {"first": 0.8, "second": 0.1},
@@ -53,6 +55,7 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
     known = {setting.name for setting in settings_of(spec_of(router).config)}
     router = text_of(router, **{name: options.pop(name) for name in known & options.keys()})
     router = f"single:expert={pool.names[-1]}" if router == "single" else router
+    router = f"few-shot:examples={FEW_EXAMPLES},by=centroid" if router == "few-shot" else router
     given: dict[str, object] = {}
     if router == "weights":
         given["weights"] = dict(zip(pool.names[-2:], (0.7, 0.3), strict=False))

@@ -6,15 +6,24 @@ their text is taken for rich's markup.
 
 from __future__ import annotations
 
+import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.text import Text
+from tqdm.std import tqdm
+
+from ..config import require_one_of
+from ..errors import ConfigError, PhatgooseError
+from ..files.atomic import write_text
 
 # Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
 STEERING = ("Cc", "Cs", "Zl", "Zp")
@@ -65,6 +74,58 @@ class _Harmless:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for segment in console.render(self.thing, options):
             yield Segment(harmless(segment.text), segment.style, segment.control)
+
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def set_voice(quiet: bool, verbose: bool, level: str | None) -> None:
+    """How much the commands say on the way; results, warnings and errors in any case.
+
+    Raises ConfigError for options that contradict each other.
+    """
+    if quiet + verbose + (level is not None) > 1:
+        raise ConfigError("--quiet, --verbose and --log-level contradict each other; give one.")
+    if level is not None:
+        require_one_of(LEVELS, "--log-level", level)
+    chosen = level or ("warning" if quiet else "debug" if verbose else None)
+    if chosen is not None:
+        logging.getLogger("phatgoose").setLevel(chosen.upper())
+    if quiet:
+        shown = tqdm.__init__
+
+        def hidden(bar: tqdm, *given: Any, **options: Any) -> None:
+            shown(bar, *given, **{**options, "disable": True})
+
+        tqdm.__init__ = hidden
+
+
+@contextmanager
+def restored_voice() -> Iterator[None]:
+    """Say afterwards as much as before."""
+    ours, shown = logging.getLogger("phatgoose"), tqdm.__init__
+    level = ours.level
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        tqdm.__init__ = shown
+
+
+def report(path: Path | None, content: Any, what: str, error: type[PhatgooseError]) -> bool:
+    """Write `content` as JSON to `path`, or for "-" to the standard output.
+
+    True for "-", where nothing else should be printed there.
+    """
+    if path is None:
+        return False
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if str(path) == "-":
+        typer.echo(text)
+        return True
+    write_text(path, text + "\n", error)
+    say(f"{what} -> {path}")
+    return False
 
 
 class PlainFormatter(logging.Formatter):

@@ -14,8 +14,9 @@ from ..base.sites import input_device
 from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import Questions
+from ..evaluation.shared_prompts import reading_once
 from ..files.strict import half_character
-from ..routing.composition import composition_if_any
+from ..routing.composition import composition_if_any, routing_for
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
 from ..routing.routers.router import check_served
@@ -77,15 +78,15 @@ def generate(
     ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
     torch.manual_seed(sampling.seed)
     recorder = record_routing(model) if record else nullcontext()
-    with recorder as recording:
-        output = continued(
-            model,
-            tokenizer,
-            ids,
-            torch.ones_like(ids),
-            sampling.max_new_tokens,
-            sampling.temperature,
-        )
+    given = model, tokenizer, ids, torch.ones_like(ids)
+    wish = sampling.max_new_tokens, sampling.temperature
+    with recorder as recording, reading_once(model) as shared:
+        if shared is None or record:  # a recording is of the whole prompt
+            output = continued(*given, *wish)
+        else:
+            begun = shared.begin(model, questions.prompts)
+            with routing_for(model, questions.prompts):
+                output = continued(*given, *wish, begun.cache)
     tokens: list[int] = output[0].tolist()
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]
     text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()

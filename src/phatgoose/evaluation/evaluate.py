@@ -41,7 +41,7 @@ from .likelihood import (
     with_distinct_choices,
 )
 from .metrics import METRICS, metric
-from .shared_prompts import SharedPrompts
+from .shared_prompts import SharedPrompts, reading_once
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,8 @@ def score_tasks(
     for chosen in sets:
         questions = chosen.questions(encoder)
         questions.cuts.report(chosen.name)
-        scores.append(score(model, chosen, questions))
+        with reading_once(model) as shared:
+            scores.append(score(model, chosen, questions, shared))
     return Evaluation(tuple(scores), parts.routing.router if parts else None)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,10 @@ class SharedPrompts:
     @staticmethod
     def most_tokens(model: PreTrainedModel) -> int:
         """How many tokens' keys and values there is room for."""
-        with torch.no_grad(), base_alone(model):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
-        return MOST_BYTES // _size(cache)
+        caches: list[Cache] = []
+        with base_alone(model), keeping_caches(lambda _, cache, __: caches.append(cache)):
+            read_prompts(model, [[0]], _Nothing())
+        return MOST_BYTES // _size(caches[0])
 
     def serve(self, model: PreTrainedModel) -> bool:
         """Whether `model`, routed or not, can go on where the base has read."""
@@ -124,12 +125,32 @@ class SharedPrompts:
         if self.wants_states:
             remember_states(self.states, rows, states)
         (cache,) = caches
-        cache.batch_select_indices(torch.tensor(order, device=model.device).argsort())
+        cache.batch_select_indices(torch.tensor(order).argsort())
         size = _size(cache)
         if self._bytes + size <= MOST_BYTES:
             self._held[key] = cache
             self._bytes += size
         return cache
+
+
+@contextmanager
+def reading_once(model: PreTrainedModel) -> Iterator[SharedPrompts | None]:
+    """What lets the router of `model` choose by the very reading that answers go on with.
+
+    None for models that don't: their router isn't one by prompt statistics, or some of their
+    experts act on all tokens.
+    """
+    parts, shared = composition_if_any(model), SharedPrompts(tails=True, wants_states=True)
+    goes_by_it = parts is not None and "readings" in parts.router.spec.needs
+    router = parts.prompt_router if parts is not None and goes_by_it else None
+    if router is None or not shared.serve(model):
+        yield None
+    else:
+        router.remember(shared.states)
+        try:
+            yield shared
+        finally:
+            router.remember(None)
 
 
 def _size(cache: Cache) -> int:

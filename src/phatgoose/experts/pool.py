@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from ..base.fingerprint import BaseReference, same_base
+from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files.atomic import being_replaced, bring_back, is_stream, write_text
 from ..files.strict import one_line, read_json_object, reason, sha256_of, shortened
 from ..files.tensor_file import prefetch
-from .adapter import adapter_files, formats
+from .adapter import adapter_files
 from .expert import LAYOUT, Expert, format_record
 from .hub import HubReference, local_folder, reference_of
-from .importing.adapter import read_adapters
+from .importing.adapter import adapters_in, read_adapters
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
@@ -170,6 +171,7 @@ class Pool(Mapping[str, Expert]):
             else f"{expert.name} (in {expert.directory})"
             for expert in self.experts
         ]
+        hint = hint or closest(name, self.names)
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
     def release(self) -> None:
@@ -250,7 +252,7 @@ def _experts_at(place: object) -> Iterable[Expert | Path]:
 
 def _adapters_in(place: Path) -> Sequence[Expert]:
     """The adapters in a folder without experts, read as experts; a refused one is a warning."""
-    inside = [place] if _is_adapter(place) else sorted(filter(_is_adapter, place.iterdir()))
+    inside = adapters_in(place)
     if not inside:
         return ()
     for folder in inside:
@@ -270,12 +272,6 @@ def _check_inside(folder: Path, place: Path) -> None:
             f"{folder} is a symbolic link that leads out of {place}; name the folder that it leads "
             f"to beside {place} instead."
         )
-
-
-def _is_adapter(place: Path) -> bool:
-    return not place.name.startswith(".") and any(
-        (place / files.config).is_file() for files in formats()
-    )
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:

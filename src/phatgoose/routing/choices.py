@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -130,6 +130,14 @@ class Activity:
     mask: Tensor
     whole: tuple[bool, ...]
     partly: tuple[bool, ...]
+    _places: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict, repr=False)
+
+    def places(self, columns: tuple[int, ...]) -> Tensor | None:
+        """The tokens on which an expert of `columns` acts; None if that is more than a half."""
+        if columns not in self._places:
+            found = self.mask[:, list(columns)].any(dim=1).nonzero()[:, 0]
+            self._places[columns] = found if 2 * len(found) <= len(self.mask) else None
+        return self._places[columns]
 
     @classmethod
     def of(cls, positions: Tensor, begin: Tensor) -> Activity:

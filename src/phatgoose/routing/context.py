@@ -161,11 +161,12 @@ class RoutingContext:
             choice = self.choose(prompts, **known)
         return Turn(choice, beginnings(self.acting, prompts) if self.acting and prompts else None)
 
-    def active(self, columns: Tensor, tokens: int) -> Tensor | None:
+    def active(self, columns: Tensor, tokens: int, places: Tensor | None = None) -> Tensor | None:
         """Which experts of a site are active at each of the pass's `tokens`, [tokens, E].
 
-        `columns` [E] are those of `Activity`. None where all are. Raises RoutingError outside of a
-        pass of the model, and where the site sees other tokens than the pass has.
+        `columns` [E] are those of `Activity`; of `places` only, if given. None where all are.
+        Raises RoutingError outside of a pass of the model, and where the site sees other tokens
+        than the pass has.
         """
         found = self._present.activity
         if found is None:
@@ -181,7 +182,18 @@ class RoutingContext:
                 f"Some experts act from a prompt's end on, but a layer sees {tokens} of a pass's "
                 f"{len(found.mask)} tokens, as inside one of the base's own experts."
             )
-        return found.mask.to(columns.device)[:, columns]
+        mask = found.mask if places is None else found.mask[places]
+        return mask.to(columns.device)[:, columns]
+
+    def places(self, columns: tuple[int, ...]) -> Tensor | None:
+        """The tokens of the present pass on which an expert of these columns of `Activity` acts.
+
+        None where that is many of them, or outside of a pass.
+        """
+        found = self._present.activity
+        if found is None or any(found.whole[column] for column in columns):
+            return None
+        return found.places(columns)
 
     def acts(self, columns: Sequence[int]) -> bool:
         """False where no expert of these columns of `Activity` acts in the present pass."""

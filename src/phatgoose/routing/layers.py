@@ -108,9 +108,9 @@ class RoutedLinear(RoutedLayer):
         """
         super().__init__(base, site, stack.experts)
         self.context = context if any(columns) else None
-        self.columns = tuple(columns)
+        self.columns = tuple(sorted(set(columns)))
         if self.context is not None:
-            held = torch.tensor(self.columns, device=stack.experts.device)
+            held = torch.tensor(columns, device=stack.experts.device)
             self.register_buffer("activity_columns", held, persistent=False)
         self.router, self.kernel, self.product = router, kernel, product
         self.part_types = {name: type(part) for name, part in stack.parts.items()}
@@ -173,12 +173,38 @@ class RoutedLinear(RoutedLayer):
         if not self.is_plain:
             return self._all_parts(u)
         y = self.base(u)
+        if self.context is not None and (changed := self._changed_at_ends(y, u)) is not None:
+            return changed
         if self.one_call and self._added_in_one_call(y, u):
             return y
         decision = self.choose(u)
         tokens = u.reshape(-1, u.shape[-1]).to(self.A.dtype)
         delta = self._product(tokens, decision.experts, decision.weights, self.A, self.B)
         return y + delta.view(y.shape).to(y.dtype)
+
+    @uncompiled
+    def _changed_at_ends(self, y: Tensor, u: Tensor) -> Tensor | None:
+        """What the experts make of y where few tokens have any that act; None where many have."""
+        context, tokens = self.context, u.reshape(-1, u.shape[-1])
+        places = None if context is None else context.places(self.columns)
+        if context is None or places is None or watches_over(self, self.site):
+            return None
+        by_token, some = self.router.by_token, tokens[places]
+        # Not one token more: gates of many experts cost as much as the rest of the layer.
+        active = context.active(self.activity_columns, len(tokens), places if by_token else None)
+        if active is None:
+            return None
+        if by_token:
+            decision = self.router(some) if active.all() else self.router.among(some, active)
+        else:
+            decision = self.router.among(tokens, active)
+            decision = RoutingDecision(decision.experts[places], decision.weights[places])
+        delta = self._product(
+            some.to(self.A.dtype), decision.experts, decision.weights, self.A, self.B
+        )
+        flat = y.reshape(-1, y.shape[-1])
+        changed = flat.index_add if y.requires_grad else flat.index_add_
+        return changed(0, places, delta.to(y.dtype)).view(y.shape)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
         router, A, B = self.router, self.A, self.B

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..config import closest
 from ..errors import TaskError
 
 VALIDATION_SHARE = 0.1
@@ -239,6 +240,7 @@ class Suite:
                 return entry
         raise TaskError(
             f"Suite {self.name} has no dataset {name!r}; it has {', '.join(self.names)}."
+            f"{closest(name, self.names)}"
         )
 
     def load(self, sources: Sources | None = None) -> tuple[Task, ...]:

@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 from ..base.fingerprint import dtype_name
 from ..base.loading import choose_dtype, load_base, load_skeleton, load_tokenizer
 from ..base.sites import find_sites
-from ..config import Formatting, GateTraining, Lora, Peft, Training
+from ..config import FOUR_BITS, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, TaskError
 from ..experts.expert import MOST_EMBEDDINGS
 from ..experts.kinds.registry import kind_for
@@ -51,6 +51,9 @@ TRAINABLE_COPIES = 4  # a parameter, its gradient and two moments
 KEPT = 2  # times: norms, activation functions and rotations keep as much as the linears between
 LOGIT_BYTES = 10  # of one logit: bfloat16, float32, its gradient
 RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
+CARDS = (24, 40, 80)  # GB of GPUs that people have
+USABLE = 0.95  # of a card: the driver and fragments take the rest
+BYTES_OF_4_BITS = 0.52  # of a weight, with its scale: bitsandbytes' NF4, quantised twice
 TRIAL_STEPS = 3  # the first is a warm-up and isn't timed
 T5_XL = T5Config(
     **{"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
@@ -258,6 +261,7 @@ class Planner:
         notes = ["Memory is counted for the longest sequences of a sample; --measure finds it."]
         here, most = memory_here(), max((rows for _, rows in batches), default=1)
         needs = {rows: self._memory(batches, rows) for rows in range(most, 0, -1)}
+        notes += [self._cards(needs)]
         fitting = [rows for rows in needs if here is None or needs[rows] <= here]
         if fitting[:1] == [most]:
             return notes
@@ -266,6 +270,24 @@ class Planner:
             needed = tqdm.format_sizeof(needs[fitting[0]])
             remedy = f"with micro_batch_size {fitting[0]} it takes {needed}B"
         return [*notes, f"This machine has {tqdm.format_sizeof(here or 0)}B of memory: {remedy}."]
+
+    def _cards(self, needs: Mapping[int, int]) -> str:
+        """What fits on GPUs of usual sizes; `needs` are bytes by micro-batch, the largest first."""
+        most, told = max(needs), []
+        for size in CARDS:
+            fitting = (rows for rows, need in needs.items() if need <= USABLE * size * 10**9)
+            rows = next(fitting, None)
+            words = "is too small" if rows is None else f"fits micro_batch_size {rows}"
+            told.append(f"{size} GB {'fits' if rows == most else words}")
+        note = f"GPUs: {', '.join(told)}."
+        if needs[1] <= USABLE * CARDS[0] * 10**9 or self.dtype == FOUR_BITS:
+            return note
+        linear = sum(s.in_features * s.out_features for s in find_sites(self._model).values())
+        least = needs[1] - round((self._computed.itemsize - BYTES_OF_4_BITS) * linear)
+        return (
+            f"{note} With --load-in-4bit and micro_batch_size 1 it takes "
+            f"{tqdm.format_sizeof(least)}B; a smaller --max-input-tokens saves more."
+        )
 
     def _notes(self, planned: Sequence[PlannedTask]) -> list[str]:
         notes = []

@@ -44,12 +44,13 @@ from transformers.integrations.integration_utils import (
 from ..base.active_tokens import ActsOn
 from ..base.loading import Base
 from ..config import Training
-from ..errors import ConfigError, ExpertError
+from ..errors import ConfigError, ExpertError, TrainingError
 from ..files.strict import first_line, one_line
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits
 from ..tasks.encoding import TokenPair
 
 TRAINABLE = "trainable.safetensors"
+LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar
 COMPLETE = "complete"  # written last: a checkpoint without it was cut short
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ class TrainingCallback:
 class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """One line on the terminal (steps, loss, tokens per second); a log line per validation.
 
-    `lengths` are the tokens of each example in the order of training.
+    Away from a terminal a log line every LINE_EVERY seconds takes the bar's place. `lengths` are
+    the tokens of each example in the order of training.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._lengths, self._batch = lengths, batch
         self._bar: Any = None
         self._begun = 0.0
+        self._done, self._told = 0, 0.0
+        self._logs: dict[str, float] = {}
 
     @property
     def tokens_per_second(self) -> float:
@@ -118,6 +122,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
         self._callback.on_steps(state.global_step)
+        self._told = time.monotonic()
         if is_first():
             logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
@@ -137,9 +142,29 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self.tokens += sum(self._lengths[start : start + self._batch])
         self._bar.update(1)
         self._callback.on_steps(1)
+        self._done += 1
+        if is_first() and self._callback.shows_bar and self._bar.disable:
+            self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        now = time.monotonic()
+        if now - self._told < LINE_EVERY:
+            return
+        self._told = now
+        left = (state.max_steps - state.global_step) * self.seconds / self._done
+        logger.info(
+            "%s: step %d of %d%s, %.0f tokens/s, %s left",
+            self.label,
+            state.global_step,
+            state.max_steps,
+            "".join(f", {name} {value:.4g}" for name, value in self._logs.items()),
+            self.tokens_per_second,
+            tqdm.format_interval(left),
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
+            self._logs = {"loss": logs["loss"], "rate": logs.get("learning_rate", 0.0)}
             speed = f"{self.tokens_per_second:.0f} tokens/s"
             self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}")
         if logs and "eval_loss" in logs and is_first():
@@ -173,7 +198,7 @@ def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int
 class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """A Trainer that saves and restores only the parameters that want gradients.
 
-    Raises ExpertError as soon as a loss is not finite; `label` names the training in messages.
+    Raises TrainingError as soon as a loss is not finite; `label` names the training in messages.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
@@ -239,7 +264,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise ExpertError(
+            raise TrainingError(
                 f"{one_line(self._label)}: training diverged, the {what} is {value} at step {step} "
                 f"of {self.state.max_steps}; lower the learning rate and use restart."
             )

@@ -181,7 +181,7 @@ def test_train_makes_complete_experts_with_the_settings_given(workshop):
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
     assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
     names = sorted(path.name for path in (workshop / "experts").iterdir())
-    assert names == ["counting", "reviews"]
+    assert names == ["counting", "counting.yaml", "reviews", "reviews.yaml"]
 
 
 def test_a_recipe_is_used_and_flags_win_over_it(here, phat):

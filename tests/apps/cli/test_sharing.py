@@ -8,6 +8,7 @@ from command_line import BASE, refused
 from fake_hub import contents, pushed_now
 from phatgoose.apps.cli import main
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
 from tiny import make_adapter
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
@@ -46,7 +47,9 @@ def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path
     (told,) = outcome.err.splitlines()
     assert told.startswith(f"refused: {folders[1]} uses use_qalora")
     assert Expert.load(tmp_path / "pool" / "a").info.base.fingerprint == llama.fingerprint
-    again = phat("import", folders[0], "--base-id", "you/base", "--out", tmp_path / "one")
+    outcome = phat("import", folders[0].parent, "--base-id", "you/base", "--out", tmp_path / "same")
+    assert (outcome.code, Pool.open(tmp_path / "same").names) == (1, ("a", "c"))
+    again = phat("import", f"{folders[0]}/", "--base-id", "you/base", "--out", tmp_path / "one")
     assert (again.code, again.err) == (0, "")
     alone = phat("import", folders[1], "--by-path", "--out", tmp_path / "two")
     assert (alone.code, alone.out) == (1, "")

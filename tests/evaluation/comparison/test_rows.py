@@ -82,7 +82,8 @@ def changed(pool: Pool, index: int, **parts: object) -> Pool:
 def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, llama):
     ids = make_ids(2)
     before = logits_of(llama.model, ids)
-    for row in (*rows_of(three, list(METHODS), ROUTING), *single_rows(three)):
+    methods = [name for name in METHODS if name != "few-shot"]  # which needs examples
+    for row in (*rows_of(three, methods, ROUTING), *single_rows(three)):
         with pytest.raises(KeyboardInterrupt), row.model(llama):
             raise KeyboardInterrupt
         assert torch.equal(logits_of(llama.model, ids), before)

@@ -6,20 +6,22 @@ import copy
 from dataclasses import replace
 
 import pytest
+import torch
 
 from architectures import make_tiny, random_expert
 from comparisons import Setting
+from phatgoose.apps.generation import Sampling, generate
 from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.evaluation import shared_prompts
 from phatgoose.evaluation.comparison import compare as module
-from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
+from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, evaluate, score
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import routing_for
+from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.routers import prompt_router
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.registry import open_suite
@@ -112,7 +114,7 @@ def test_a_comparison_reads_each_prompt_once(at_ends, tmp_path, monkeypatch, rou
     read, read_prompts = [], shared_prompts.read_prompts
 
     def counted(model, prompts, *arguments, **options):
-        read.extend(prompts)
+        read.extend(prompt for prompt in prompts if prompt != [0])  # read for its size
         return read_prompts(model, prompts, *arguments, **options)
 
     for reader in (shared_prompts, prompt_router):
@@ -145,3 +147,26 @@ def test_what_has_no_room_together_is_read_in_portions(at_ends, tmp_path, monkey
     assert len(portions) > 1
     assert sorted(computed) == sorted(of_whole)
     assert answers_and_sites(parts) == answers_and_sites(whole)
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_router_chooses_by_the_reading_that_the_answer_goes_on_with(llama, pool_of, record):
+    pool = ending(pool_of("llama", (4, 4, 4)), (ActsOn(tail=2),) * 3)
+    model = compose(pool, llama, router="discriminant")
+    text = "a prompt that is long enough, and what comes of it:"
+    length, passed = len(llama.tokenizer(text)["input_ids"]), list[int]()
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
+        wanted = model.generate(ids, max_new_tokens=3, do_sample=False)[0].tolist()
+    hook = embedding.register_forward_hook(lambda _, given, __: passed.append(given[0].numel()))
+    answer = generate(model, llama.tokenizer, text, sampling=Sampling(3), record=record)
+    assert passed == [length, length if record else 2, *[1] * (len(passed) - 2)]
+    assert answer.tokens == wanted
+    passed.clear()
+    task = Task("open", test=(Example(text, "x"),))
+    (score,) = evaluate(model, task, max_new_tokens=3).scores
+    assert score.predictions[0].answer == answer.text
+    assert passed[:2] == [length, 2]
+    assert composition_of(model).prompt_router.remembered is None
+    hook.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_format
+import json as json_of
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +13,10 @@ from rich.table import Table
 
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
-from ...files.atomic import require_writable, write_text
+from ...files.atomic import require_writable
 from ...files.strict import half_character, shortened
 from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
-from ..console import say, show
+from ..console import report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def replay(
     choices: Annotated[
         list[Path] | None, "JSON Lines: a prompt's hash and its expert (repeatable)."
     ] = None,
-    json: Annotated[Path | None, "Write all numbers here."] = None,
+    json: options.JsonOption = None,
 ) -> None:
     """Score a rule that chooses one expert a prompt, by marks of all experts, without a model."""
     from ...evaluation import replay as scoring
@@ -119,10 +119,8 @@ def replay(
     for each in scoring.read_marks(marks):
         chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
         found += scoring.replay(each, chosen)
-    show(*map(replay_table, found))
-    if json:
-        content = json_format.dumps([asdict(each) for each in found], indent=2)
-        write_text(json, content + "\n", EvaluationError)
+    if not report(json, [asdict(each) for each in found], "numbers", EvaluationError):
+        show(*map(replay_table, found), width=120)
 
 
 def _references(values: list[str]) -> dict[str, str]:
@@ -221,8 +219,12 @@ def routers(
     name: Annotated[
         str | None, typer.Argument(help="Describe this router and its settings; default: list all.")
     ] = None,
+    json: options.JsonOption = None,
 ) -> None:
     """List the routers, or describe one with its settings."""
+    chosen = ROUTERS.values() if name is None else [spec_of(name)]
+    if report(json, [_described(spec) for spec in chosen], "routers", ConfigError):
+        return
     if name is None:
         show(_routers_table())
         say("settings of one: phatgoose routers NAME; choose with --router NAME:SETTING=VALUE,…")
@@ -236,6 +238,12 @@ def routers(
     for setting in settings_of(spec.config):
         default = "none" if setting.default is None else written(setting.default)
         say(f"{setting.name}: {setting.help} (default: {default})")
+
+
+def _described(spec: RouterSpec) -> dict[str, object]:
+    settings = {each.name: each.default for each in settings_of(spec.config)}
+    told = {"name": spec.name, "summary": spec.summary, "needs": list(spec.needs)}
+    return {**told, "k": spec.k, "per_input": spec.per_input, "settings": settings}
 
 
 def _routers_table() -> Table:
@@ -260,7 +268,7 @@ def explain(
     layer: Annotated[str | None, "Look at one layer: 7, or 'encoder 7'. Default: all."] = None,
     kind: Annotated[str | None, "Look at one kind of site, such as q_proj. Default: all."] = None,
     table: Annotated[bool, "List every token with its experts' weights."] = False,
-    json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
+    json: options.JsonOption = None,
     opening: options.ModelOptions,
     max_new_tokens: Annotated[
         int | None, "Maximum tokens of the model's own answer; default: 16.", {"min": 1}
@@ -280,7 +288,7 @@ def explain(
         raise ConfigError(
             "--max-new-tokens is for the model's own answer; leave it out with --answer."
         )
-    if json:
+    if json and str(json) != "-":
         require_writable(json, EvaluationError)
     opened = opening.open(model, routing, given)
     explanation = run(
@@ -293,10 +301,6 @@ def explain(
         layer=layer,
         kind=kind,
     )
-    if json:  # before the rest, whose reader may have gone away
-        content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
-        write_text(json, content, EvaluationError)
-    show(*explanation.coloured(), *(explanation.table() if table else ()))
-    say(json_format.dumps(explanation.summary, ensure_ascii=False))
-    if json:
-        say(f"weights and trace -> {json}")
+    if not report(json, explanation.to_dict(), "weights and trace", EvaluationError):
+        show(*explanation.coloured(), *(explanation.table() if table else ()))
+        say(json_of.dumps(explanation.summary, ensure_ascii=False))

@@ -13,7 +13,7 @@ from ...config import Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free, write_text
-from ..console import say
+from ..console import complain, report, say
 from . import options
 from .plan import PlanOptions, plan_experts
 
@@ -237,25 +237,30 @@ def measure(
 def check(
     directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
     require_signer: options.RequireSigner = None,
+    json: options.JsonOption = None,
 ) -> None:
     """Verify expert directories and name what is wrong.
 
-    Hashes, names, shapes and finiteness are checked; the exit code is 2 when anything is wrong.
+    Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
     """
-    from ...experts.expert import Expert, check_expert
+    from ...experts.expert import LAYOUT, Expert, check_expert
     from ...experts.signing import check_signature
 
     for directory in directories if require_signer else ():
         check_signature(directory, require_signer or ())
     problems = {directory: check_expert(directory) for directory in directories}
+    listed = {str(directory): found for directory, found in problems.items()}
+    alone = report(json, {"problems": listed}, "problems", ExpertError)
     for directory, found in problems.items():
-        if not found:
+        if found and not (directory / LAYOUT.info).is_file():
+            raise ExpertError(found[0])  # not an expert at all
+        if not found and not alone:
             say(f"ok  {directory}: {_contents(Expert.load(directory))}")
     wrong = [problem for found in problems.values() for problem in found]
-    for problem in wrong[:-1]:
-        say(f"error: {problem}", err=True)
+    for problem in wrong:
+        complain("error", problem, "bold red")
     if wrong:
-        raise ExpertError(wrong[-1])
+        raise typer.Exit(1)
 
 
 def _contents(expert: Expert) -> str:

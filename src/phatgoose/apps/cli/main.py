@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -14,12 +15,12 @@ import typer
 from typer.exceptions import TyperException
 
 from ... import __version__
-from ...errors import PhatgooseError
+from ...errors import EngineError, PhatgooseError, TrainingError
 from ...files.strict import first_line, reason, shortened
-from ..console import PlainFormatter, complain, say
+from ..console import PlainFormatter, complain, restored_voice, say, set_voice
 from ..processor import set_threads
 from . import evaluation, experts, routed, serving, sharing
-from .options import with_flags
+from .options import VOICE, with_flags
 
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
@@ -27,6 +28,7 @@ Start with `phatgoose demo`, or: train, check, pool, audit, compose, generate, e
 compare, analyse, serve, export.
 """
 
+FAILED_DISK = (errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it for SIGINT and SIGPIPE
 GOES_ON = {  # how, by the command that was interrupted
     "train": "; it goes on with --resume",
@@ -72,7 +74,11 @@ for name, command in COMMANDS.items():
 def _options(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version."),
+    quiet: bool = typer.Option(False, "--quiet", help=VOICE["quiet"]),
+    verbose: bool = typer.Option(False, "--verbose", help=VOICE["verbose"]),
+    log_level: str | None = typer.Option(None, "--log-level", help=VOICE["log_level"]),
 ) -> None:
+    set_voice(quiet, verbose, log_level)
     if version:
         typer.echo(f"phatgoose {__version__}")
         raise typer.Exit
@@ -83,15 +89,20 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    0 if all is well, 1 where `audit` found something, 2 after a one-line error, 130 on Ctrl-C, 141
-    where nobody reads on.
+    0 if all is well, 2 for what can't be done as it was asked, 1 for what failed on the way, or
+    where `audit` or `check` found something, 130 on Ctrl-C, 141 where nobody reads on.
     """
     set_threads()
     _quieten()
+    with restored_voice():
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except PhatgooseError as error:
-        code = _failed(str(error))
+        code = _failed(str(error), 1 if _is_failure(error) else 2)
     except TyperException as error:  # an unknown flag, a missing argument, a wrong type
         code = _failed(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
@@ -105,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a name that is too long, a folder that is closed to the user
         named = error.filename is not None
         what = f"{shortened(str(error.filename))} can't be used: {reason(error)}."
-        code = _failed(what if named else first_line(error))
+        code = _failed(what if named else first_line(error), 1 if _is_failure(error) else 2)
     if code == INTERRUPTED:
         command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
         say(f"interrupted{GOES_ON.get(command, '')}", err=True)
@@ -118,9 +129,18 @@ def _reader_gone() -> int:
     return READER_GONE
 
 
-def _failed(message: str) -> int:
+def _failed(message: str, code: int = 2) -> int:
     complain("error", message, "bold red")
-    return 2
+    return code
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """True for what another command line wouldn't mend: a full disk, lost workers, divergence."""
+    if isinstance(error, EngineError | TrainingError):
+        return True
+    if isinstance(error, OSError) and error.errno in FAILED_DISK:
+        return True
+    return error is not None and _is_failure(error.__cause__)
 
 
 def _quieten() -> None:

@@ -26,6 +26,7 @@ from ...config import (
     Setting,
     Settings,
     Training,
+    closest,
     from_mapping,
     require_one_of,
     settings_of,
@@ -34,6 +35,7 @@ from ...errors import ConfigError
 from ...experts.kinds.registry import kinds
 from ...files.strict import read_toml, read_yaml, shortened
 from ...routing.routers.registry import AUTO, choice_of, known_names
+from ..console import set_voice
 
 if TYPE_CHECKING:
     from ...base.fingerprint import BaseReference
@@ -86,6 +88,7 @@ def read_recipe(path: str | Path) -> Recipe:
         if key not in known:
             raise ConfigError(
                 f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
+                f"{closest(key, known)}"
             )
     tables = {key: _table(path, content, key) for key in RECIPE_TABLES if key in content}
     base, tasks = content.get("base"), content.get("tasks", [])
@@ -176,7 +179,10 @@ class ExpertShapes:
 
     def of(self, kind: str) -> Peft:
         if kind not in self.by_kind:
-            raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}.")
+            raise ConfigError(
+                f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}."
+                f"{closest(kind, self.by_kind)}"
+            )
         for name in sorted(self.flags):
             owners = [k for k, config in SHAPES.items() if hasattr(config, name)]
             if owners and kind not in owners:
@@ -200,14 +206,34 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """
     parts = _Parameters(inspect.signature(command, eval_str=True))
 
+    shown = list(parts.shown())
+    # lm-eval's command has a context, and hands all options on.
+    voice = [] if "context" in {each.name for each in shown} else list(_voice())
+
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
+        quiet, verbose, level = (arguments.pop(name, None) for name in VOICE)
+        set_voice(bool(quiet), bool(verbose), level)
         command(**parts.filled(arguments))
 
-    shown = list(parts.shown())
+    shown += voice
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
+
+
+VOICE = {  # what every command takes, and shows in the program's own help alone
+    "quiet": "Only results, warnings and errors: no progress.",
+    "verbose": "Say more on the way.",
+    "log_level": "debug, info (default), warning or error.",
+}
+
+
+def _voice() -> Iterator[inspect.Parameter]:
+    for name, text in VOICE.items():
+        kind: Any = str | None if name == "log_level" else bool
+        option = typer.Option(flag_of(name), help=text, hidden=True)
+        yield _option(name, Annotated[kind, option], None if name == "log_level" else False)
 
 
 class _Parameters:
@@ -332,6 +358,7 @@ RequireSigner = Annotated[
 ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (embedded)."]
+JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
 FourBits = Annotated[bool, "The same as --dtype 4bit: QLoRA (needs bitsandbytes)."]
 StoredOption = Annotated[
     str | None,

@@ -44,7 +44,7 @@ class PlanOptions:
     measure: Annotated[
         bool, "With --plan: train a few steps here to find a worker's speed and memory."
     ] = False
-    json: Annotated[Path | None, "With --plan: write it here too."] = None
+    json: Annotated[Path | None, "With --plan: write it as JSON to this file too."] = None
 
     def check(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not False}

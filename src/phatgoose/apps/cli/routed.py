@@ -12,7 +12,7 @@ import typer
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free, require_writable
-from ..console import say, show
+from ..console import report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def pool(
     base: Annotated[
         str | None, "With 'hub:OWNER/*': the base to route on; default: the most common one."
     ] = None,
+    json: options.JsonOption = None,
 ) -> None:
     """List a pool's experts; with --out write a manifest.
 
@@ -63,7 +64,8 @@ def pool(
     if out:
         check_manifest_name(out)
     opened = options.open_pool(places)
-    show(pool_table(opened))
+    if not report(json, {"experts": opened.records()}, "experts", PoolError):
+        show(pool_table(opened))
     if duplicates is not None:
         show(duplicates_table(near_duplicates(opened, duplicates), duplicates))
     if out:
@@ -95,7 +97,7 @@ def audit(
     *,
     pool: options.PoolArgument,
     neutral: Annotated[bool, "Read neutral text too, which needs the base."] = True,
-    json: Annotated[Path | None, "Write every number and finding here."] = None,
+    json: options.JsonOption = None,
     base: options.BaseOptions,
 ) -> None:
     """Look for experts of a pool that don't look like the others.
@@ -103,25 +105,23 @@ def audit(
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
     1 with findings, 0 without. A finding is unusual, not proof of an attack.
     """
-    if json:
+    if json and str(json) != "-":
         require_writable(json, PoolError)
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
     opened = options.open_pool(pool)
-    report = run(opened, base.load_for(opened) if neutral else None)
-    if json:  # before the table, whose reader may have gone away
-        report.write_json(json)
-    show(audit_table(report), width=140)
-    for note in report.notes:
-        say(f"note: {note}")
-    for finding in report.findings:
-        say(finding.message)
-    if json:
-        say(f"numbers and findings -> {json}")
-    if report.findings:
+    found = run(opened, base.load_for(opened) if neutral else None)
+    if not report(json, found.to_dict(), "numbers and findings", PoolError):
+        show(audit_table(found), width=140)
+        for note in found.notes:
+            say(f"note: {note}")
+        for finding in found.findings:
+            say(finding.message)
+    if found.findings:
         raise typer.Exit(1)
-    say("nothing found")
+    if str(json) != "-":
+        say("nothing found")
 
 
 def compose(
@@ -174,6 +174,7 @@ def generate(
     show_experts: Annotated[
         bool, "Colour each token by its top expert, and print each expert's share of the tokens."
     ] = False,
+    json: options.JsonOption = None,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -188,6 +189,8 @@ def generate(
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
     if not result.text:
         say("the model ended its answer at once", err=True)
+    if report(json, {"prompt": prompt, "text": result.text}, "answer", RoutingError):
+        return
     if result.recording is None:
         show(result.text, wrap=False)
     else:
@@ -202,7 +205,7 @@ def evaluate(
     opening: options.ModelOptions,
     template: options.TemplateOptions,
     scoring: options.ScoringOptions,
-    json: Annotated[Path | None, "Write scores and predictions here."] = None,
+    json: options.JsonOption = None,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -212,18 +215,15 @@ def evaluate(
     from ...tasks.task import named_apart
     from ..tables import scores_table
 
-    if json:
+    if json and str(json) != "-":
         require_writable(json, EvaluationError)
     tasks = named_apart([template.load(source) for source in task])
     opened = opening.open(model, routing, given)
     result = run(
         opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)
     )
-    if json:  # before the table, whose reader may have gone away
-        result.write_json(json, predictions=True)
-    show(scores_table(result, model))
-    if json:
-        say(f"scores -> {json}")
+    if not report(json, result.to_dict(predictions=True), "scores", EvaluationError):
+        show(scores_table(result, model))
 
 
 def demo(

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def import_command(
     source: Annotated[
         list[str],
-        typer.Argument(help="Folders of adapters, or Hub ids (OWNER/NAME@REVISION)."),
+        typer.Argument(
+            help="Folders of adapters, a folder that holds some, or Hub ids (OWNER/NAME@REVISION)."
+        ),
     ],
     out: Annotated[
         Path, "The expert directory to write; of several adapters, the folder that receives them."
@@ -55,13 +57,16 @@ def import_command(
     Adapters that can't be routed are listed with the reason, and the exit code is 1; the others are
     imported.
     """
-    from ...experts.importing.adapter import import_adapter, import_adapters
+    from ...experts.importing.adapter import adapters_in, import_adapter, import_adapters
 
+    inside = [(each, adapters_in(Path(each))) for each in source]
+    is_one = len(inside) == 1 and inside[0][1] in ([], [Path(source[0])])
+    source = [name for each, found in inside for name in list(map(str, found)) or [each]]
     how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
     how |= {"allow_loss": allow_loss, "fingerprint": fingerprint}
     made: list[Expert] = []
     refused: dict[str, str] = {}
-    if len(source) == 1:
+    if is_one:
         require_free(out, ExpertError, options.ANOTHER_OUT)
         try:
             made.append(import_adapter(source[0], out, name=name, **how))
@@ -70,9 +75,9 @@ def import_command(
     else:
         if name is not None:
             raise ConfigError("--name is for one adapter; several are named after their folders.")
-        found = import_adapters(source, out, **how)
-        made += found.experts
-        refused |= found.refused
+        several = import_adapters(source, out, **how)
+        made += several.experts
+        refused |= several.refused
     for expert in made:
         say(f"{_imported(expert)} -> {expert.directory}")
     for each, why in refused.items():

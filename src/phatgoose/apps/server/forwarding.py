@@ -328,6 +328,10 @@ class ForwardedRequest:
             body["stop"] = list(decoding.stop)
         if decoding.ignores_end:
             body["ignore_eos"] = True
+        if request.response_format is not None:
+            body["response_format"] = request.response_format.model_dump(
+                by_alias=True, exclude_unset=True
+            )
         if isinstance(request, ChatRequest):
             body["messages"] = [
                 {"role": "system" if each.role == "developer" else each.role, "content": each.text}

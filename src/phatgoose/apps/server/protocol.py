@@ -140,6 +140,8 @@ def _no_tools(given: Any) -> Any:
 
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 NoTools = Annotated[Nothing, BeforeValidator(_no_tools)]
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+JSON_SCHEMAS = {"text": None, "json_object": ANY_OBJECT}
 Finish = Literal["stop", "length"]
 
 
@@ -177,6 +179,33 @@ class RoutingDetail(Strict):
     )
 
 
+class JsonSchema(Strict):
+    """A JSON schema that the answer keeps to."""
+
+    name: Name = Field("answer", description="Ignored.")
+    description: str | None = Field(None, description="Ignored.")
+    schema_: dict[str, Any] = Field(ANY_OBJECT, alias="schema")
+    strict: bool | None = Field(None, description="Ignored: answers always keep to it.")
+
+
+class ResponseFormat(Strict):
+    """The form of an answer: text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _refusal("json_schema, with the schema in it, is for the type json_schema.")
+        return self
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The schema that an answer keeps to; None for text."""
+        return self.json_schema.schema_ if self.json_schema else JSON_SCHEMAS[self.type]
+
+
 class GenerationRequest(Strict):
     """The fields of both kinds of request."""
 
@@ -198,6 +227,9 @@ class GenerationRequest(Strict):
     presence_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Not supported."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="JSON in place of text; needs the extra json."
     )
     ignore_eos: bool | None = Field(
         False, description="Continue after the token that ends an answer (for benchmarks)."
@@ -299,12 +331,6 @@ class Message(Strict):
         return "".join(part.text for part in self.content)
 
 
-class ResponseFormat(Strict):
-    """The form of an answer."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """A request to /v1/chat/completions."""
 
@@ -316,7 +342,6 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(
         None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
     )
-    response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
     tools: NoTools | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
 from ...routing.choices import Turn
+from .json_form import JsonForm, json_form
 from .models import ModelRunner
 from .prefixes import PrefixStore
 from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
@@ -320,6 +321,14 @@ class RequestPreparer(RequestReader):
     ) -> None:
         super().__init__(runner, limits, texts)
         self._model, self._prefixes = runner, prefixes
+        self._form: JsonForm | None = None
+
+    def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
+        # Made here too, in a thread: a schema may take as long as a prompt.
+        model = self._model
+        asked = request.response_format
+        self._form = json_form(asked, model.tokenizer, model.vocabulary, model.ends)
+        return super().prompts(request, seconds)
 
     def prepare(
         self,
@@ -333,6 +342,8 @@ class RequestPreparer(RequestReader):
         """
         owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
         decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
+        if self._form is not None:
+            decodings = [replace(each, form=self._form.copy()) for each in decodings]
         tokens = [prompt.tokens for prompt in prompts]
         try:
             if mixture is not None:

@@ -13,7 +13,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
+from ...errors import EngineError
 from ...routing.choices import Turn
+from .json_form import JsonForm
 from .models import ModelRunner
 from .protocol import Finish
 
@@ -42,7 +44,8 @@ class Decoding:
     """How an answer is generated.
 
     `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
-    the number of alternatives to each token (None: no log-probabilities at all).
+    the number of alternatives to each token (None: no log-probabilities at all). `form` is what an
+    answer in JSON keeps to; each has its own.
     """
 
     max_tokens: int
@@ -54,6 +57,7 @@ class Decoding:
     echo: bool = False
     routing: bool = False
     ignores_end: bool = False
+    form: JsonForm | None = None
 
     @property
     def scores_prompt(self) -> bool:
@@ -217,7 +221,14 @@ class ActiveSequence:
             self.finish = "length"
             self._emit()
             return
-        token = self._sampler(logits)
+        form, is_whole = self.decoding.form, False
+        try:
+            token = self._sampler(logits if form is None else form.allowed(logits))
+            is_whole = form is not None and token not in self._ends and form.add(token)
+        except EngineError as error:  # of the form; others in the batch go on
+            self.is_cancelled = True
+            self.deliver(Failure(str(error)))
+            return
         self.generated.append(token)
         piece, begin = self._detokeniser.add(token), len(self._text)
         self._text += piece
@@ -228,7 +239,7 @@ class ActiveSequence:
             (scores,) = token_scores(logits[None], [token], self.decoding.logprobs)
             scored = self._scored(self.shown[-1], place, scores)
         self._unsent.append((len(self._text), scored))
-        if token in self._ends:
+        if token in self._ends or is_whole:
             self.finish = "stop"
         elif len(self.generated) >= self.decoding.max_tokens:
             self.finish = "length"

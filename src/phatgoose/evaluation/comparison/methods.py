@@ -37,6 +37,8 @@ METHODS = {
 }
 # These follow from the single experts' results, which they know: they are not zero-shot.
 DERIVED = tuple(name for name, spec in ROUTERS.items() if "scores" in spec.given)
+# These need a file of the task's, so they are run by name only.
+WITH_EXAMPLES = {name for name, spec in ROUTERS.items() if "examples" in spec.given}
 EVERY = "all"  # stands for every method whose needs the pool meets
 NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name says too little
 
@@ -87,7 +89,7 @@ def runnable_methods(
     if EVERY not in wanted:
         return named, []
     left_out = {name: _note(name, lacks) for name, lacks in without.items()}
-    for name in METHODS.keys() - left_out.keys():
+    for name in METHODS.keys() - left_out.keys() - WITH_EXAMPLES:
         try:
             _check_method(name, pool, routing)
         except (ConfigError, PoolError) as error:
@@ -95,7 +97,7 @@ def runnable_methods(
     notes = [left_out[name] for name in METHODS if name in left_out]
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    every = [name for name in METHODS if name not in left_out]
+    every = [name for name in METHODS if name not in left_out and name not in WITH_EXAMPLES]
     return list(dict.fromkeys([*every, *named])), notes
 
 

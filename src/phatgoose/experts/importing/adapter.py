@@ -30,7 +30,7 @@ from ...base.sites import find_sites
 from ...errors import ConfigError, ExpertError, PhatgooseError
 from ...files.atomic import require_free
 from ...files.strict import one_line, read_json_object, shortened
-from ..adapter import adapter_files, check_fit, named_base, read_modules
+from ..adapter import adapter_files, check_fit, formats, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
 from ..kinds.dora.module import DoraFactors
@@ -166,6 +166,18 @@ class Imports:
 
     experts: tuple[Expert, ...]
     refused: Mapping[str, str]
+
+
+def adapters_in(place: Path) -> list[Path]:
+    """`place` where it is the folder of an adapter, else those of its folders that are."""
+    if _is_adapter(place):
+        return [place]
+    inside = place.iterdir() if place.is_dir() else ()
+    return sorted(each for each in inside if not each.name.startswith(".") and _is_adapter(each))
+
+
+def _is_adapter(place: Path) -> bool:
+    return any((place / files.config).is_file() for files in formats())
 
 
 def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: Any) -> Imports:

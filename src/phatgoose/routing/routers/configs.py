@@ -199,6 +199,22 @@ class DiscriminantPhatgoose(Reading, Phatgoose):
 
 
 @dataclass(frozen=True)
+class FewShot(Settings):
+    """Router few-shot."""
+
+    examples: Annotated[
+        str | None, "A .jsonl file with five to twenty inputs of the task, with or without targets."
+    ] = None
+    by: Annotated[
+        str | None,
+        "The router that scores its prompts: discriminant, joint-discriminant, retrieval or "
+        "centroid; default: discriminant or centroid, as experts allow.",
+        one_of(("discriminant", "joint-discriminant", "retrieval", "centroid")),
+    ] = None
+    shortlist: Annotated[int, "Experts under which targets are scored.", AT_LEAST_1] = 5
+
+
+@dataclass(frozen=True)
 class Single(Settings):
     """Router single."""
 

@@ -175,7 +175,7 @@ class PromptDiscriminant(BaseRouter):
         shape = len(chosen), len(self.blocks)
         self.slopes, self.offsets = slopes.view(*shape, *slopes.shape[1:]), offsets.view(*shape, -1)
 
-    def remember(self, states: States) -> None:
+    def remember(self, states: States | None) -> None:
         self.remembered = states
 
     def reading(self, base: PreTrainedModel) -> PromptReading:

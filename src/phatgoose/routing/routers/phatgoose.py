@@ -77,6 +77,7 @@ class TopKRouter(SiteRouter):
 
     kept: ClassVar[tuple[str, ...]] = ("vectors",)
     fused: ClassVar[bool] = False
+    by_token: ClassVar[bool] = True
     vectors: Tensor
     eps: float | None = None
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from ...config import Settings, from_mapping, read_text, settings_of
+from ...config import Settings, closest, from_mapping, read_text, settings_of
 from ...errors import ConfigError
 from ...files.entry_points import add_entry_points
 from ...files.strict import shortened
@@ -30,11 +30,11 @@ class RouterSpec:
     """One router: its names, what it needs, its settings, and where its code is.
 
     `needs` are the attributes of every `Expert` that it can't do without (gates, means, readings,
-    embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task). `k`
-    is its own number of experts, for each token or, if it is `per_input`, for each input; None if
-    the user can't choose it. `config` is the class of its settings. A router that `grows` can take
-    experts in, or leave some out, without being composed anew. `home` is its `Router`: the class,
-    or "module.Class", in this folder if `home` begins with a dot.
+    embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task,
+    examples). `k` is its own number of experts, for each token or, if it is `per_input`, for each
+    input; None if the user can't choose it. `config` is the class of its settings. A router that
+    `grows` can take experts in, or leave some out, without being composed anew. `home` is its
+    `Router`: the class, or "module.Class", in this folder if `home` begins with a dot.
     """
 
     name: str
@@ -115,6 +115,15 @@ _OURS = (
         config=configs.Spectr,
     ),
     RouterSpec(
+        "seqr",
+        "SEQR",
+        "the k experts whose updates of the token are longest, by what neutral text has of them",
+        ".seqr.Seqr",
+        needs=("lora",),
+        k=1,
+        grows=False,
+    ),
+    RouterSpec(
         "merged",
         "Merged Experts",
         "the mean of all experts' updates",
@@ -185,6 +194,15 @@ _OURS = (
         needs=("gates", "readings"),
         k=2,
         config=configs.DiscriminantPhatgoose,
+    ),
+    RouterSpec(
+        "few-shot",
+        "Few-shot",
+        "for every input the expert that fits a few examples of the task",
+        ".few_shot.FewShot",
+        given=("examples",),
+        grows=False,
+        config=configs.FewShot,
     ),
     RouterSpec(
         "best-individual",
@@ -278,7 +296,8 @@ def spec_of(router: str) -> RouterSpec:
             f"{point.dist.name if point.dist else 'another package'} registered it."
         )
     known = ", ".join((AUTO, *ROUTERS))
-    raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.")
+    hint = closest(name, (AUTO, *ROUTERS))
+    raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.{hint}")
 
 
 def choice_of(router: str) -> RouterChoice:

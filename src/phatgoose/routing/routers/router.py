@@ -136,6 +136,7 @@ class SiteRouter(nn.Module):
     kept: ClassVar[tuple[str, ...]] = ()
     unsigned: ClassVar[bool] = False  # only the lines of its vectors matter, not their signs
     one_call: ClassVar[bool] = False
+    by_token: ClassVar[bool] = False  # a token's decision depends on nothing but the token
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for activations u [T, n]."""

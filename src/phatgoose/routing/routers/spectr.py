@@ -20,6 +20,7 @@ that; here all are computed, for the same result.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class Spectr(Router):
 class SpectrRouter(SiteRouter):
     """The top k of |A* u|, each with the weight 1/k; among a shortlist if there is one."""
 
-    kept = (DIRECTIONS,)
+    kept: ClassVar[tuple[str, ...]] = (DIRECTIONS,)
+    by_token = True
     directions: Tensor
 
     def __init__(self, directions: Tensor, k: int, shortlist: int | None = None) -> None:

@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ...config import TASK_FILES, Training
+from ...config import TASK_FILES, Training, closest
 from ...errors import TaskError
 from ...files.entry_points import add_entry_points
 from ...files.strict import read_toml, shortened
@@ -172,7 +172,7 @@ def open_suite(name_or_path: str | Path) -> Suite:
     known = ", ".join(known_suites())
     raise TaskError(
         f"Suite {shortened(name_or_path)} is neither a known name ({known}) nor a folder of task "
-        f"files nor a .toml, {FILES}."
+        f"files nor a .toml, {FILES}.{closest(name_or_path, known_suites())}"
     )
 
 
@@ -307,6 +307,6 @@ def _trainable(name: str) -> Suite:
         raise TaskError(
             f"{name!r} can't be trained on; wanted a task file, hub:DATASET, "
             f"{' or '.join(trainable)}, one of their datasets such as {trainable[0]}/ag_news, a "
-            f"suite file (.toml) or a folder of task files."
+            f"suite file (.toml) or a folder of task files.{closest(name, trainable)}"
         )
     return open_suite(name)

@@ -1,0 +1,151 @@
+"""Few-shot: one expert for a whole task, chosen by a few of the task's examples at composing.
+
+Not in the paper, and no published rule. Without targets it is the expert of the highest mean score
+over the examples, by a router that scores prompts. With targets these scores make a shortlist; of
+its experts and the base alone, the one under which the targets are likeliest is chosen: the mean
+over examples of the mean log-likelihood per token. The choice is kept in the routed model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...base.sites import input_device
+from ...config import Formatting, Routing
+from ...errors import ConfigError, PoolError, TaskError
+from ...experts.adapter import ModifiedLinear, applied
+from ...experts.expert import Expert, recorded_formatting
+from ...experts.pool import Pool
+from ...files.strict import reason
+from ...tasks.batching import IGNORED, Collator, target_logits
+from ...tasks.encoding import Encoder, TokenPair
+from ...tasks.loading import load_task
+from .prompt_router import ByPrompt
+from .registry import spec_of
+from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
+
+BY = ("discriminant", "centroid")  # the first whose needs the pool has
+SHARE = "share"  # the name of weights in files
+
+logger = logging.getLogger(__name__)
+
+
+class FewShot(Router):
+    """Router few-shot."""
+
+    chosen: str | None = None  # None: the base alone
+
+    @property
+    def form(self) -> Mapping[str, str]:
+        return {SHARE: "E"}
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The examples' inputs, and targets if they have some. Raises ConfigError and TaskError."""
+        path = self.config.examples
+        if path is None:
+            raise ConfigError("Router few-shot needs few-shot:examples=FILE.jsonl of the task.")
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            rows = [dict(json.loads(line)) for line in lines if line.strip()]
+        except (OSError, ValueError, TypeError) as error:
+            raise TaskError(f"Examples {path} can't be read: {reason(error)}.") from error
+        if not rows:
+            raise TaskError(f"Examples {path} has no lines.")
+        kept = ("input", "target") if all("target" in row for row in rows) else ("input",)
+        return [{name: row.get(name) for name in kept} for row in rows]
+
+    def check(self, pool: Pool) -> None:
+        super().check(pool)
+        self.by(pool)
+
+    def by(self, pool: Pool) -> ByPrompt | None:
+        """The router that scores prompts; None if the pool allows none, and targets decide alone.
+
+        Raises PoolError without any and without targets.
+        """
+        is_labelled = "target" in self.rows[0]
+        needs = {name: spec_of(name).needs for name in BY}
+        fit = [name for name in BY if all(e.has(n) for e in pool.experts for n in needs[name])]
+        name = self.config.by or next(iter(fit), None)
+        if name is None and not is_labelled:
+            raise PoolError(
+                "Router few-shot chooses by statistics of prompts or by targets, and there is "
+                "neither: run 'phatgoose measure' on each expert, or give examples with targets."
+            )
+        if name is None:
+            return None
+        found: ByPrompt = spec_of(name).router(Routing(name, embedder=self.routing.embedder))
+        found.check(pool)
+        return found
+
+    def read_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
+    ) -> None:
+        if tokenizer is None:
+            raise ConfigError("Router few-shot reads prompts; hand over the base with a tokenizer.")
+        examples = load_task([{"target": "-", **row} for row in self.rows]).train
+        form = recorded_formatting(pool.records()[0].get("formatting") or {}, "formatting")
+        encoder = Encoder.for_model(model, tokenizer, form or Formatting())
+        listed, by = list(pool.experts), self.by(pool)
+        if by is not None:
+            prompts = [encoder.prompt(row.input) for row in examples]
+            scores = by.prompt_router(by.tables(pool), tokenizer).score(prompts, model).mean(dim=0)
+            best = highest(scores[None], min(self.config.shortlist, len(pool)))[0]
+            listed = [pool.experts[z] for z in best.tolist()]
+        self.chosen = listed[0].name
+        if "target" in self.rows[0]:
+            pairs = encoder.pairs(examples)
+            found = {each.name: likelihood(model, encoder, pairs, each) for each in listed}
+            alone = likelihood(model, encoder, pairs, None)
+            best_name = max(found, key=found.__getitem__)
+            self.chosen = best_name if found[best_name] > alone else None
+        logger.info("few-shot: %s, by %d examples", self.chosen or "no expert", len(examples))
+
+    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        acting = [expert.name for expert in pool.experts if site in expert.modules]
+        return {SHARE: torch.tensor([float(name == self.chosen) for name in acting])}
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        return OneExpert(site.state[SHARE])
+
+
+class OneExpert(SiteRouter):
+    """The expert of the highest `share` [E] for every token, with its share as the weight."""
+
+    kept = (SHARE,)
+    share: Tensor
+
+    def __init__(self, share: Tensor) -> None:
+        super().__init__()
+        self.register_buffer(SHARE, share, persistent=False)
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        weights, experts = self.share.float().max(dim=0, keepdim=True)
+        return RoutingDecision(experts.expand(len(u), 1), weights.expand(len(u), 1))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        return self.share.float().expand(len(u), -1)
+
+
+def likelihood(
+    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair], expert: Expert | None
+) -> float:
+    """The mean over `pairs` of the targets' mean log-likelihood per token, under one expert."""
+    modules, acting = (expert.modules, expert.acts_on) if expert else ({}, None)
+    batch = Collator(model, encoder.tokenizer.pad_token_id, acting=acting)(pairs)
+    batch = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+    with applied(model, modules, ModifiedLinear), torch.inference_mode():
+        logits = target_logits(model, batch).float().transpose(1, 2)
+    losses = functional.cross_entropy(logits, batch["labels"], reduction="none")  # 0 if IGNORED
+    return -float((losses.sum(dim=1) / batch["labels"].ne(IGNORED).sum(dim=1)).mean())

@@ -1,0 +1,109 @@
+"""What commands say on the way, as JSON and by their exit code; the names that they suggest."""
+
+import errno
+import json
+import logging
+
+import pytest
+from tqdm import tqdm
+
+from command_line import BASE, TRAIN, refused
+from phatgoose.errors import EngineError, ExpertError, TaskError, TrainingError
+from phatgoose.training import trainer
+
+
+def test_away_from_a_terminal_training_says_how_far_it_is(here, phat, caplog, monkeypatch):
+    monkeypatch.setattr(trainer, "LINE_EVERY", 0.0)
+    caplog.set_level("INFO", "phatgoose")
+    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
+    lines = [line for line in caplog.messages if line.endswith(" left")]
+    assert [line.split(",")[0] for line in lines] == [
+        *("reviews: expert: step 1 of 2", "reviews: expert: step 2 of 2"),
+        *("reviews: gates: step 1 of 2", "reviews: gates: step 2 of 2"),
+    ]
+    assert ", loss " in lines[1]
+    assert ", rate 0.0002, " in lines[1]
+    assert lines[1].endswith(" tokens/s, 00:00 left")
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [
+        (["--quiet"], logging.WARNING),
+        (["--verbose"], logging.DEBUG),
+        (["--log-level", "error"], logging.ERROR),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_every_command_says_as_much_as_it_is_told_to(phat, monkeypatch, flags, level, before):
+    seen = []
+
+    def look():
+        with tqdm(total=1, disable=False) as bar:
+            seen.append((logging.getLogger("phatgoose").level, bool(bar.disable)))
+        return ""
+
+    monkeypatch.setattr("phatgoose.apps.cli.evaluation._routers_table", look)
+    words = [*flags, "routers"] if before else ["routers", *flags]
+    assert phat(*words).code == 0
+    assert seen.pop() == (level, "--quiet" in flags)
+    assert phat("routers").code == 0
+    assert seen.pop() == (logging.INFO, False)  # as before
+
+
+def test_levels_that_contradict_each_other_are_refused(phat):
+    refused(
+        phat("routers", "--quiet", "--verbose"), "--quiet, --verbose and --log-level contradict"
+    )
+    refused(phat("routers", "--log-level", "inf"), "Did you mean 'info'?")
+
+
+def test_results_are_json_on_request(here, phat):
+    routers = json.loads(phat("routers", "arrow", "--json", "-").out)
+    assert (routers[0]["name"], routers[0]["needs"]) == ("arrow", ["lora"])
+    pool = json.loads(phat("pool", "experts", "--json", "-").out)
+    assert [expert["name"] for expert in pool["experts"]] == ["counting", "reviews"]
+    assert json.loads(phat("check", "experts/reviews", "--json", "-").out) == {
+        "problems": {"experts/reviews": []}
+    }
+    said = ["generate", "experts", "Film 3 is", "--router", "arrow", *BASE, "--max-new-tokens", 2]
+    assert json.loads(phat(*said, "--json", "-").out)["prompt"] == "Film 3 is"
+    scored = phat("evaluate", "tiny-base", "--task", "unseen.jsonl", "--json", "-")
+    assert json.loads(scored.out)["tasks"][0]["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TaskError("no task"), 2),
+        (ExpertError("no expert"), 2),
+        (TrainingError("diverged"), 1),
+        (EngineError("lost"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file"), 2),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_wrong_use_ends_with_2_and_failure_with_1(phat, monkeypatch, error, code, wrapped):
+    def fail(*_):
+        if not wrapped:
+            raise error
+        raise ExpertError("It can't be done.") from error
+
+    monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail)
+    assert phat("pool", "experts").code == code
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["compose", "experts", "--out", "new", "--router", "arow"], "Did you mean 'arrow'?"),
+        (["compose", "experts", "--out", "new", "--keep", "review"], "Did you mean 'reviews'?"),
+        (["train", "t0hii"], "Did you mean 't0hi'?"),
+        (["train", "reviews.jsonl", "--peft", "lorra"], "Did you mean 'lora'?"),
+        (["generate", "./tiny-bas", "x"], "here. Did you mean 'tiny-base'?"),
+        (["generate", "experts/nosuch", "x"], "No folder of that name is here. Wanted"),
+    ],
+)
+def test_names_that_are_nearly_right_are_suggested_at_once(here, phat, words, complaint):
+    refused(phat(*words), complaint)

@@ -1,0 +1,126 @@
+"""Router few-shot: the expert of a few examples, beside likelihoods of single experts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from phatgoose.errors import ConfigError, PoolError, TaskError
+from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.encoding import Encoder
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids
+from topic_prompts import both_streams, retrieving
+
+INPUTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO?", "zigzag jazz;")
+
+
+def written(folder: Path, rows: list[dict[str, str]]) -> Path:
+    path = folder / "few.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chosen(model) -> str | None:
+    return composition_of(model).router.chosen
+
+
+@retrieving
+@pytest.mark.parametrize(
+    ("inputs", "expert"),
+    [(["plums or apples", "apples"], "e0"), (["WHO? WHAT?", "WHAT? WHERE?", "apples"], "e2")],
+)
+def test_without_targets_the_best_mean_score_chooses(llama, llama_pool, tmp_path, inputs, expert):
+    pool = with_embeddings(llama_pool)
+    path = written(tmp_path, [{"input": text, "choices": ["a"]} for text in inputs])
+    model = compose(pool, llama, router=f"few-shot:examples={path},by=centroid")
+    assert chosen(model) == expert
+    ids = make_ids(rows=2)
+    got = logits_of(model, ids)
+    detach(model)
+    alone = compose(pool, llama, router=f"single:expert={expert}")
+    torch.testing.assert_close(got, logits_of(alone, ids))
+
+
+def mean_likelihood(base, model, rows: list[dict[str, str]]) -> float:
+    """By the code that ranks choices, each target as the only choice."""
+    encoder = Encoder.for_model(model, base.tokenizer)
+    pairs = [encoder.pair(row["input"], row["target"]) for row in rows]
+    asked = [(pair.prompt, [pair.target]) for pair in pairs]
+    found = choice_log_likelihoods(model, asked, base.tokenizer.pad_token_id, 4096)
+    return sum(scores[0] for _, scores in found) / len(rows)
+
+
+@both_streams
+@pytest.mark.parametrize("router", ["few-shot", "few-shot:by=discriminant,shortlist=4"])
+def test_with_targets_the_likeliest_expert_is_chosen(base, pool, tmp_path, router):
+    found = set()
+    for target in ("pears", "10", "zigzag", "9 9 9 9", "WHERE? WHERE?"):
+        rows = [{"input": text, "target": target} for text in INPUTS]
+        wanted = {None: mean_likelihood(base, base.model, rows)}
+        for name in pool.names:
+            wanted[name] = mean_likelihood(
+                base, compose(pool, base, router=f"single:expert={name}"), rows
+            )
+            detach(base.model)
+        path = written(tmp_path, rows)
+        text = f"{router}{',' if ':' in router else ':'}examples={path}"
+        model = compose(pool, base, router=text)
+        best = max(wanted, key=wanted.__getitem__)
+        assert wanted[chosen(model)] == pytest.approx(wanted[best], abs=1e-5)
+        found.add(chosen(model))
+        detach(model)
+    assert len(found) > 1
+
+
+def test_targets_choose_among_the_shortlist_and_the_base(llama, llama_pool, tmp_path):
+    rows = [{"input": text, "target": "zigzag"} for text in INPUTS]
+    without = written(tmp_path, [{"input": row["input"]} for row in rows])
+    model = compose(llama_pool, llama, router=f"few-shot:examples={without},by=discriminant")
+    first = chosen(model)
+    detach(model)
+    path = written(tmp_path, rows)
+    text = f"few-shot:examples={path},by=discriminant,shortlist=1"
+    assert chosen(compose(llama_pool, llama, router=text)) in (first, None)
+
+
+@retrieving
+def test_the_choice_is_saved_and_needs_no_examples_again(llama, llama_pool, tmp_path):
+    path = written(tmp_path, [{"input": "WHO? WHAT?"}])
+    pool, ids = with_embeddings(llama_pool), make_ids(rows=2)
+    model = compose(pool, llama, router=f"few-shot:examples={path},by=centroid")
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "routed")
+    detach(model)
+    path.unlink()
+    assert torch.equal(logits_of(load(tmp_path / "routed", llama), ids), wanted)
+
+
+def bare(pool: Pool) -> Pool:
+    return Pool(tuple(replace(expert, readings={}, embeddings=None) for expert in pool.experts))
+
+
+def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs few-shot:examples=FILE\.jsonl"):
+        compose(llama_pool, llama, router="few-shot")
+    path = written(tmp_path, [{"input": "apples"}])
+    text = f"few-shot:examples={path}"
+    with pytest.raises(PoolError, match="neither: run 'phatgoose measure'"):
+        compose(bare(llama_pool), llama, router=text)
+    with pytest.raises(PoolError, match="have no embeddings"):
+        compose(llama_pool, llama, router=f"{text},by=retrieval")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        compose(llama_pool, llama.model, router=text)
+    for content, message in (("", "has no lines"), ("apples", "can't be read"), ("[]", "missing")):
+        path.write_text(content)
+        with pytest.raises(TaskError, match=message):
+            compose(llama_pool, llama, router=text)

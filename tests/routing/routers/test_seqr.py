@@ -1,0 +1,79 @@
+"""Router seqr beside lengths of whole updates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from phatgoose.base.loading import Base
+from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.neutral import neutral_examples
+from tiny import logits_of, make_ids, random
+
+SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
+
+
+def lengths(pool: Pool, u: Tensor) -> Tensor:
+    """|scale B A u| of every token and expert, without any factorisation, float64 [T, E]."""
+    loras = [expert.lora[SITE] for expert in pool.experts]
+    updates = [lora.scale * lora.B.double() @ lora.A.double() for lora in loras]
+    return torch.stack([(u.double() @ each.T).norm(dim=-1) for each in updates], dim=1)
+
+
+def read_neutrally(base: Base) -> Tensor:
+    seen: list[Tensor] = []
+    hook = base.model.get_submodule(SITE).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    for pair in Encoder.of(base).pairs(neutral_examples()):
+        logits_of(base.model, torch.tensor([pair.prompt + pair.target]))
+    hook.remove()
+    return torch.cat(seen)
+
+
+def test_scores_are_lengths_of_updates_in_units_of_neutral_text(llama, llama_pool):
+    usual, u = lengths(llama_pool, read_neutrally(llama)), random(30, 32)
+    wanted = (lengths(llama_pool, u) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
+    router = composition_of(compose(llama_pool, llama, router="seqr")).layers[SITE].router
+    torch.testing.assert_close(router.scores(u).double(), wanted, atol=2e-3, rtol=2e-3)
+    decision = router(u)
+    assert torch.equal(decision.experts[:, 0], wanted.argmax(dim=1))
+    assert len(decision.experts.unique()) > 1
+    assert torch.equal(decision.weights, torch.ones(30, 1))
+
+
+def test_the_size_of_an_update_does_not_count_and_one_of_zero_scores_0(llama, llama_pool):
+    first, second, *rest = llama_pool.experts
+    none = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in first.lora.items()}
+    big = {s: LoraFactors(f.A, 8 * f.B, f.scale) for s, f in second.lora.items()}
+    u = random(20, 32)
+    model = compose(llama_pool, llama, router="seqr")
+    wanted = composition_of(model).layers[SITE].router.scores(u)
+    detach(model)
+    changed = Pool((replace(first, modules=none), replace(second, modules=big), *rest))
+    found = composition_of(compose(changed, llama, router="seqr")).layers[SITE].router.scores(u)
+    assert not found[:, 0].any()
+    torch.testing.assert_close(found[:, 1:], wanted[:, 1:], atol=1e-3, rtol=1e-3)
+
+
+def test_it_is_saved_and_wants_a_tokenizer_and_the_base_to_stay(llama, llama_pool, tmp_path):
+    with pytest.raises(ConfigError, match="reads neutral text; hand over the base's tokenizer"):
+        compose(llama_pool, llama.model, router="seqr")
+    model, ids = compose(llama_pool.select(["e0", "e1"]), llama, router="seqr"), make_ids()
+    with pytest.raises(RoutingError, match="compose the pool anew"):
+        add_experts(model, llama_pool.select(["e2"]))
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "routed")
+    detach(model)
+    assert torch.equal(logits_of(load(tmp_path / "routed", llama), ids), wanted)

@@ -156,9 +156,10 @@ def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, t
     first = dict(expert.info.hyperparameters)
     other = replace(TRAINING, batch_size=2, warmup_ratio=0.5, seed=3)
     again = gated(llama, expert.directory, tmp_path / "again", training=other)
-    wanted = {**first, "gate_steps": 4, "gate_learning_rate": 0.05, "seed": 3}
+    wanted = {**first, "gate_steps": 4, "gate_learning_rate": 0.005, "seed": 3}
     wanted |= {"gate_batch_size": 2, "gate_micro_batch_size": 2, "gate_warmup_ratio": 0.5}
     wanted |= {"gate_weight_decay": 0.0, "gate_max_grad_norm": 1.0}
+    wanted |= {"gate_lr_schedule": "constant_with_warmup"}
     assert again.info.hyperparameters == wanted
     assert (wanted["steps"], wanted["learning_rate"], wanted["eval_every"]) == (4, 0.02, 2)
     assert again.info.metrics["expert_steps"] == wanted["steps"]
@@ -172,7 +173,7 @@ def test_gates_of_a_plain_adapter_record_no_training_that_nobody_made(llama, ada
     expert = gated(llama, adapter, tmp_path / "expert")
     got = expert.info.hyperparameters
     assert not {field.name for field in fields(Training)} - {"seed"} & got.keys()
-    assert (got["gate_steps"], got["gate_learning_rate"], got["gate_batch_size"]) == (4, 0.05, 4)
+    assert (got["gate_steps"], got["gate_learning_rate"], got["gate_batch_size"]) == (4, 0.005, 4)
     assert (got["seed"], got["max_input_tokens"]) == (0, 512)
 
 
@@ -212,15 +213,15 @@ def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
         torch.testing.assert_close(gate, naive[site], rtol=0, atol=1e-2 * rate)
 
 
-def test_the_learning_rate_of_gates_is_the_experts_unless_given(llama, adapter, tmp_path):
+def test_the_learning_rate_of_gates_is_the_papers_unless_given(llama, adapter, tmp_path):
     def trained(out: str, training: Training, rate: float | None):
         settings = GateTraining(gate_steps=2, gate_learning_rate=rate)
         options = {"training": training, "gate_training": settings}
         return gated(llama, adapter, tmp_path / out, **options).gates
 
     default = trained("a", replace(TRAINING, learning_rate=0.02), None)
-    given = trained("b", TRAINING, 0.02)
-    other = trained("c", TRAINING, None)
+    given = trained("b", TRAINING, 0.005)
+    other = trained("c", TRAINING, 0.02)
     assert all(torch.equal(default[site], given[site]) for site in default)
     assert not any(torch.equal(default[site], other[site]) for site in default)
 

@@ -55,7 +55,7 @@ def test_the_papers_pools_have_the_papers_numbers(suite, count):
 def test_time_is_four_operations_for_each_parameter_that_a_token_passes():
     planner = Planner(
         T5_XL,
-        training=Training(eval_examples=1, eval_every=1000),
+        training=Training(batch_size=1024, eval_examples=1, eval_every=1000),
         gate_training=GateTraining(means=False, readings=False),
         formatting=Formatting(max_input_tokens=100, max_target_tokens=10),
         tflops=50,

@@ -164,7 +164,17 @@ def gate(
     unfinished: options.RestartOptions,
     training: Annotated[
         Training,
-        options.Without(("steps", "epochs", "eval_every", "eval_examples", "patience", "acts_on")),
+        options.Without(
+            (
+                "steps",
+                "epochs",
+                "learning_rate",
+                "eval_every",
+                "eval_examples",
+                "patience",
+                "acts_on",
+            )
+        ),
     ],
     gates: GateTraining,
     formatting: Formatting,

@@ -10,7 +10,9 @@ of the routers' records.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -33,11 +35,12 @@ from phatgoose.routing.routers.registry import ROUTERS
 
 FOLDER = Path(__file__).parents[1] / "reference"
 CLASSES = (Training, GateTraining, Formatting, Lora, IA3, Bottleneck, Routing, Serving)
+COMMON = 4  # commands that have an option in the same words: it is told once, at the end
 WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 
 COMMANDS = """# Commands
 
-What `phatgoose … --help` says. Settings may stand in a recipe (`--recipe FILE.toml`) too; a flag
+What `phatgoose … --help` says. Settings may stand in a file too (`--config FILE`, TOML or YAML); a flag
 wins over it. `phatgoose --install-completion` makes the shell complete commands and flags.
 """
 SETTINGS = """# Settings
@@ -75,13 +78,21 @@ def rows_of_command(command: Any, kind: str) -> Iterator[list[str]]:
 
 
 def commands_page() -> str:
-    """All commands in the order of `phatgoose --help`."""
+    """All commands in the order of `phatgoose --help`, then the options that many of them have."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: list(rows_of_command(each, "option")) for name, each in commands.items()}
+    uses = Counter(map(tuple, chain(*options.values())))
+    common = {row[0]: row for row, count in uses.items() if count >= COMMON}
     page = COMMANDS + WRITTEN
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in commands.items():
         usage = " ".join(command.collect_usage_pieces(typer.Context(command)))
         page += f"## {name}\n\n{command.help.strip()}\n\n```text\nphatgoose {name} {usage}\n```\n\n"
         page += table(["argument", "default", ""], list(rows_of_command(command, "argument")))
-        page += table(["option", "default", ""], list(rows_of_command(command, "option")))
+        own = [row for row in options[name] if tuple(row) not in common.values()]
+        page += table(["option", "default", ""], own)
+        shared = ", ".join(row[0] for row in options[name] if tuple(row) in common.values())
+        page += f"[Common options](#common-options): {shared}.\n\n" if shared else ""
+    page += "## Common options\n\n" + table(["option", "default", ""], list(common.values()))
     return page.rstrip() + "\n"
 
 

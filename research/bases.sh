@@ -12,7 +12,7 @@ python research/bases.py "$base" "$out/base"
 phatgoose train --recipe research/pool-12.toml --base "$out/base" --out "$out/pool" --resume
 for expert in "$out"/pool/*/; do
     [ -e "$expert/embeddings.safetensors" ] ||
-        phatgoose measure "$expert" --task $data/train/"$(basename "$expert")".jsonl \
+        phatgoose stats "$expert" --task $data/train/"$(basename "$expert")".jsonl \
             --no-means --no-readings --embeddings --statistics-examples 256
 done
 python research/readers.py "$out/pool" $data/own-new "$out/readers.json" --limit 8

@@ -79,7 +79,8 @@ def rows_of_command(command: Any, kind: str) -> Iterator[list[str]]:
 
 def commands_page() -> str:
     """All commands in the order of `phatgoose --help`, then the options that many of them have."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    every = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = {name: each for name, each in every.items() if not each.hidden}
     options = {name: list(rows_of_command(each, "option")) for name, each in commands.items()}
     uses = Counter(map(tuple, chain(*options.values())))
     common = {row[0]: row for row, count in uses.items() if count >= COMMON}

@@ -31,7 +31,7 @@ LONGEST_PATH = 1000  # characters
 MOST_NAMED = 8  # experts in the repr of a pool
 NO_POOL = "A pool is a folder of experts, hub:OWNER/NAME, a manifest, experts, or a list of these"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
-REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "measure")
+REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "stats")
 
 
 @dataclass(frozen=True, eq=False)

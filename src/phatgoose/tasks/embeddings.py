@@ -105,7 +105,7 @@ def usable_embedder(recorded: str, named: str | None = None) -> str:
     if named is None and recorded != DEFAULT_EMBEDDER:
         raise ConfigError(
             f"{origin}, and only the default embedder is loaded on a record's word. If you trust "
-            f"that one, name it (--embedder); otherwise run 'phatgoose measure' on the "
+            f"that one, name it (--embedder); otherwise run 'phatgoose stats' on the "
             f"experts, or use another router, such as discriminant."
         )
     if named not in (None, recorded):

@@ -82,7 +82,7 @@ def test_every_method_is_run_and_what_cannot_be_is_told_once(here, phat):
     assert outcome.code == 0
     assert outcome.err == "".join(
         f"warning: {label} was left out: e0, e1, e2 can't be routed by it without embeddings (run "
-        f"'phatgoose measure' first).\n"
+        f"'phatgoose stats' first).\n"
         for label in ("Retrieval", "Centroid", "GLIDER", "Joint Discriminant")
     )
     assert list(scores_in(Path("x"))) == [*RUN, *DERIVED]

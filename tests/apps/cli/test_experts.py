@@ -72,7 +72,7 @@ def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, 
     assert expert.info.hyperparameters["chat"] is True
     assert phat("train", "chats.jsonl", *TRAIN, "--resume").err == ""
     measured = ["--task", "chats.jsonl", "--statistics-examples", 4, "--no-embeddings", *BASE]
-    assert phat("measure", "new/chats", *measured).code == 0
+    assert phat("stats", "new/chats", *measured).code == 0
     again = Expert.load(untrained / "new" / "chats")
     assert all(torch.equal(again.means[site], mean) for site, mean in expert.means.items())
     gated = ["--out", "gated", *BASE, *GATE_FLAGS]
@@ -110,7 +110,7 @@ def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
     assert outcome.err.count("inputs") == 1
     assert "; inputs cut: 100 % ->" in outcome.out
     assert "embeddings: no, inputs cut: 100 %" in phat("check", "new/reviews").out
-    again = phat("measure", "new/reviews", "--task", "reviews.jsonl", *BASE, "--no-embeddings")
+    again = phat("stats", "new/reviews", "--task", "reviews.jsonl", *BASE, "--no-embeddings")
     assert "cut to 5 tokens" in again.err
 
 
@@ -137,7 +137,7 @@ def test_measure_leaves_out_what_is_not_wanted(trained, phat, monkeypatch, left_
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
     before = Expert.load(trained)
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 2]
-    assert phat("measure", trained, *options, f"--no-{left_out}").code == 0
+    assert phat("stats", trained, *options, f"--no-{left_out}").code == 0
     after = Expert.load(trained)
     changed = any((after.means[site] != before.means[site]).any() for site in before.means)
     assert changed == (left_out == "embeddings")

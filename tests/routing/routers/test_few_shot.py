@@ -114,7 +114,7 @@ def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
         compose(llama_pool, llama, router="few-shot")
     path = written(tmp_path, [{"input": "apples"}])
     text = f"few-shot:examples={path}"
-    with pytest.raises(PoolError, match="neither: run 'phatgoose measure'"):
+    with pytest.raises(PoolError, match="neither: run 'phatgoose stats'"):
         compose(bare(llama_pool), llama, router=text)
     with pytest.raises(PoolError, match="have no embeddings"):
         compose(llama_pool, llama, router=f"{text},by=retrieval")

@@ -155,7 +155,7 @@ def test_auto_is_one_that_reads_prompts(llama, llama_pool):
     wanted = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
     assert same(chooser.choose(PROMPTS, llama.model), wanted.choose(PROMPTS, llama.model))
     bare = Pool(tuple(replace(each, readings={}) for each in llama_pool.experts))
-    with pytest.raises(PoolError, match="phatgoose measure"):
+    with pytest.raises(PoolError, match="phatgoose stats"):
         open_prompt_router(bare, llama.tokenizer)
 
 
@@ -207,8 +207,8 @@ def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_poo
 
     short = replace(pool.experts[1], embeddings=pool.experts[1].embeddings[:, :8])
     cases = {
-        "'e0', .* have no embeddings: run 'phatgoose measure'": llama_pool,
-        "'e0' has embeddings of .*paper.*phatgoose measure": paper,
+        "'e0', .* have no embeddings: run 'phatgoose stats'": llama_pool,
+        "'e0' has embeddings of .*paper.*phatgoose stats": paper,
         "'e0' has embeddings of inputs behind": changed(paper, embedding_form=None),  # made before
         "several embedders.*other/embedder": changed(pool, embedder="other/embedder"),
         "'e0' has no record of its embedder": changed(pool, embedder=None),
@@ -225,7 +225,7 @@ def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_poo
 @pytest.mark.parametrize(
     ("lacks", "told"),
     [
-        ("embedding_form", r"embeddings are inputs behind .*phatgoose measure"),
+        ("embedding_form", r"embeddings are inputs behind .*phatgoose stats"),
         ("embedder", r"needs lookup\.embedder"),
     ],
 )

@@ -93,7 +93,7 @@ def test_the_routers_own_k_is_lowered_without_a_word(llama, llama_pool):
 NEEDED = [  # by router: a part that e0 lacks, and what is said then
     ("phatgoose", "gates", "'e0' has no gates"),
     ("average-activation", "means", "'e0' has no means"),
-    ("discriminant", "readings", "'e0' has no readings: run 'phatgoose measure'"),
+    ("discriminant", "readings", "'e0' has no readings: run 'phatgoose stats'"),
     ("discriminant-phatgoose", "readings", "'e0' has no readings"),
     ("discriminant-phatgoose", "gates", "'e0' has no gates"),
     ("joint-discriminant", "readings", "'e0' has no readings"),

@@ -1,4 +1,4 @@
-"""Commands of contributors: train, gate, measure, check."""
+"""Commands of contributors: train, gate, stats, check."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def gate(
         say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
-def measure(
+def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: options.TaskOption,

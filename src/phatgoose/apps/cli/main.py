@@ -22,7 +22,7 @@ from ..processor import set_threads
 from . import evaluation, experts, routed, serving, sharing
 from .options import VOICE, with_flags
 
-HELP = """Many independently trained PEFT experts, routed per token and module into one model.
+HELP = """Turn a folder of LoRA adapters into one model that picks the right one by itself.
 
 Start with `phatgoose demo`, or: train, check, pool, audit, compose, generate, evaluate,
 compare, analyse, serve, export.
@@ -40,7 +40,7 @@ app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enab
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": experts.train,
     "gate": experts.gate,
-    "measure": experts.measure,
+    "stats": experts.stats,
     "check": experts.check,
     "import": sharing.import_command,
     "push": sharing.push,
@@ -68,6 +68,7 @@ HANDS_ON["help_option_names"] = []  # lm-eval has a --help of its own
 for name, command in COMMANDS.items():
     settings = HANDS_ON if name == "lm-eval" else None
     app.command(name, context_settings=settings)(with_flags(command))
+app.command("measure", hidden=True)(with_flags(experts.stats))  # its name before
 
 
 @app.callback()

@@ -114,7 +114,7 @@ def line_of(
     if failed or not all(map(is_finite, line)):
         raise RoutingError(
             f"Router {router} can't invert the covariance of the experts' prompts: they "
-            f"vary too little beside how far the experts lie apart. Run 'phatgoose measure' on "
+            f"vary too little beside how far the experts lie apart. Run 'phatgoose stats' on "
             f"each with more examples, set task_variance to 0, or use another router."
         )
     return line

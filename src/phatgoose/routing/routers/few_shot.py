@@ -81,7 +81,7 @@ class FewShot(Router):
         if name is None and not is_labelled:
             raise PoolError(
                 "Router few-shot chooses by statistics of prompts or by targets, and there is "
-                "neither: run 'phatgoose measure' on each expert, or give examples with targets."
+                "neither: run 'phatgoose stats' on each expert, or give examples with targets."
             )
         if name is None:
             return None

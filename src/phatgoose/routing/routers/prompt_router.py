@@ -311,7 +311,7 @@ class ByPrompt(Router):
             raise RoutingError(
                 f"This model's embeddings are {TEXTS.get(found, found)}, but router "
                 f"{self.spec.name} compares {TEXTS[form]}. Measure its experts' embeddings again "
-                f"(phatgoose measure), then compose and save the pool again."
+                f"(phatgoose stats), then compose and save the pool again."
             )
         return usable_embedder(tables.info["embedder"], self.routing.embedder)
 
@@ -382,7 +382,7 @@ def _embeddings(expert: Expert, form: str) -> Tensor:
     if expert.embeddings is None or expert.info.embedder is None:
         lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
         raise PoolError(
-            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it, with "
+            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose stats' on it, with "
             f"--task its data, or leave it out."
         )
     found = expert.info.embedding_form or PAPER_TEXT  # before it was recorded
@@ -390,7 +390,7 @@ def _embeddings(expert: Expert, form: str) -> Tensor:
         flag = "" if form == PROMPT else f" --embedding-form {form}"
         raise PoolError(
             f"Expert {expert.name!r} has embeddings of {TEXTS.get(found, found)}, but this router "
-            f"compares {TEXTS[form]}; measure them again: phatgoose measure {expert.directory} "
+            f"compares {TEXTS[form]}; measure them again: phatgoose stats {expert.directory} "
             f"--task ITS-DATA --embeddings --no-means --no-readings{flag}"
         )
     return expert.embeddings

@@ -40,8 +40,8 @@ WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 
 COMMANDS = """# Commands
 
-What `phatgoose … --help` says. Settings may stand in a file too (`--config FILE`, TOML or YAML); a flag
-wins over it. `phatgoose --install-completion` makes the shell complete commands and flags.
+What `phatgoose … --help` says. Settings may stand in a file too (`--config FILE`, TOML or YAML); a
+flag wins over it. `phatgoose --install-completion` makes the shell complete commands and flags.
 """
 SETTINGS = """# Settings
 

@@ -263,7 +263,7 @@ def _loras(
     for site, update in updates.items():
         if not update.is_lora:
             raise RoutingError(
-                f"At {site} an (IA)³ scales the layer, which no LoRA does exactly: export with "
+                f"At {site} an (IA)³ or a DoRA scales the layer, which no LoRA does exactly: export with "
                 f"--merged, or leave such experts out (--leave-out)."
             )
     if not updates:

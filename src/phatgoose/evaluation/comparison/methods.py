@@ -197,6 +197,8 @@ class Row:
 
     def portable(self) -> Row:
         place = None if self.place is None else absolute(self.place)
+        if self.pool is not None:
+            self.pool.check_on_disk("other processes open experts by their folders")
         records = () if self.pool is None else self.pool.records()
         locations = tuple(record["path"] for record in records)
         return replace(self, pool=None, place=place, locations=locations)

@@ -163,7 +163,7 @@ def test_ia3_and_biases_leave_merged_only_where_the_base_can_hold_them(
     ids = make_ids(rows=2)
     model = compose(ordered(mixed_pool, ["lora0", "ia32", "ia36"]), base, router="merged")
     wanted = logits_of(model, ids)
-    with pytest.raises(RoutingError, match=r"an \(IA\)³ scales the layer.* --merged"):
+    with pytest.raises(RoutingError, match=r"an \(IA\)³ or a DoRA scales the layer.* --merged"):
         export(model, tmp_path / "adapter")
     export(model, tmp_path / "whole", merged=True)
     assert_same_logits(logits_of(by_transformers(tmp_path / "whole", kind), ids), wanted)

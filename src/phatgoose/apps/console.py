@@ -23,7 +23,7 @@ from tqdm.std import tqdm
 
 from ..config import require_one_of
 from ..errors import ConfigError, PhatgooseError
-from ..files.atomic import write_text
+from ..files.atomic import require_writable, write_text
 
 # Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
 STEERING = ("Cc", "Cs", "Zl", "Zp")
@@ -110,6 +110,12 @@ def restored_voice() -> Iterator[None]:
     finally:
         ours.setLevel(level)
         tqdm.__init__ = shown
+
+
+def check_report(path: Path | None, error: type[PhatgooseError]) -> None:
+    """Raise `error` where `report` couldn't write to `path`; nothing is made there yet."""
+    if path is not None and str(path) != "-":
+        require_writable(path, error)
 
 
 def report(path: Path | None, content: Any, what: str, error: type[PhatgooseError]) -> bool:

@@ -174,6 +174,15 @@ class Pool(Mapping[str, Expert]):
         hint = hint or closest(name, self.names)
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
+    def check_on_disk(self, why: str) -> None:
+        """Raise PoolError, which says `why`, for adapters that were read as experts."""
+        for expert in self.experts:
+            if not (expert.directory / LAYOUT.info).is_file():
+                raise PoolError(
+                    f"Expert {expert.name!r} is an adapter, and {why}; make experts of adapters by "
+                    f"'phatgoose import' first."
+                )
+
     def release(self) -> None:
         """Free the memory of bytes read from the experts' files (see `Expert`)."""
         for expert in self.experts:
@@ -216,12 +225,8 @@ class Pool(Mapping[str, Expert]):
         check_manifest_name(path)
         folder = None if is_stream(path) else path.parent.resolve()
         records = self.records()
+        self.check_on_disk("a manifest lists experts")
         for record, expert in zip(records, self.experts, strict=True):
-            if not (expert.directory / LAYOUT.info).is_file():
-                raise PoolError(
-                    f"{expert.directory} is an adapter, and a manifest lists experts; make them by "
-                    f"'phatgoose import' first."
-                )
             record["config_sha256"] = sha256_of(
                 expert.directory / adapter_files(expert.directory).config
             )

@@ -46,6 +46,7 @@ ALL = ["e0", "e1", "e2", "e3"]
         ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
         ({"leave_out": ALL}, "leave_out", "No expert is left"),
         ({"router": "oracle"}, "router", "router: Input should be one of random"),
+        ({"router": "few-shot:examples=/etc/hosts"}, "router", "router: Input should be one of"),
         ({"router": "phatgoose-input"}, "router", "router: Router phatgoose-input has left"),
         ({"router": "arrow:form={%s}"}, "router", "router: router arrow: form is '{%s}', but"),
         ({"router": "best-individual"}, "router", "comparison"),

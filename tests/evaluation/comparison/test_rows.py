@@ -25,7 +25,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.save import save
 from routed_models import with_embeddings
-from tiny import logits_of, make_ids, make_model, make_tokenizer
+from tiny import logits_of, make_adapter, make_ids, make_model, make_tokenizer
 
 
 def test_there_is_a_method_for_every_router_and_the_base():
@@ -58,6 +58,7 @@ COMPOSED += ["uniform-top-k", "phatgoose", "glider", "logo"]
 TOP_K = {"random", "average-activation", "arrow", "spectr", "uniform-top-k", "phatgoose", "glider"}
 GATED = {"phatgoose", "uniform-top-k", "glider"}
 EMBEDDED = {"retrieval", "centroid", "glider"}
+WITHOUT_EXAMPLES = [name for name in METHODS if name != "few-shot"]
 KNOWN = {"base", *COMPOSED, "e0", "e1", "e2"}  # to the tables below
 
 
@@ -82,8 +83,7 @@ def changed(pool: Pool, index: int, **parts: object) -> Pool:
 def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, llama):
     ids = make_ids(2)
     before = logits_of(llama.model, ids)
-    methods = [name for name in METHODS if name != "few-shot"]  # which needs examples
-    for row in (*rows_of(three, methods, ROUTING), *single_rows(three)):
+    for row in (*rows_of(three, WITHOUT_EXAMPLES, ROUTING), *single_rows(three)):
         with pytest.raises(KeyboardInterrupt), row.model(llama):
             raise KeyboardInterrupt
         assert torch.equal(logits_of(llama.model, ids), before)
@@ -93,9 +93,22 @@ def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, l
 
 
 def test_every_row_has_an_identity_of_its_own(three):
-    rows = [*rows_of(three, list(METHODS), ROUTING), *single_rows(three)]
+    rows = [*rows_of(three, WITHOUT_EXAMPLES, ROUTING), *single_rows(three)]
     identities = {json.dumps(row.identity, sort_keys=True) for row in rows}
-    assert len(identities) == len(rows) == len(METHODS) - len(DERIVED) + len(three)
+    assert len(identities) == len(rows) == len(WITHOUT_EXAMPLES) - len(DERIVED) + len(three)
+
+
+def test_few_shot_depends_on_its_examples_and_on_what_reads_them(three, tmp_path):
+    path = tmp_path / "few.jsonl"
+    method = f"few-shot:examples={path},by=centroid"
+    path.write_text('{"input": "plums"}\n')
+    before = row_of(method, three).identity
+    assert row_of(method, three).identity == before
+    other = changed(three, 1, embeddings=three.experts[1].embeddings.flip(1))
+    assert row_of(method, other).identity != before
+    path.write_text('{"input": "jazz"}\n')
+    assert row_of(method, three).identity != before
+    assert label_with_settings(before).startswith("Few-shot, ")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +161,10 @@ def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(three, part, matter
     else:
         other = Pool(three.experts[::-1])
     rows, others = (
-        {row.name: row.identity for row in (*rows_of(p, list(METHODS), ROUTING), *single_rows(p))}
+        {
+            row.name: row.identity
+            for row in (*rows_of(p, WITHOUT_EXAMPLES, ROUTING), *single_rows(p))
+        }
         for p in (three, other)
     )
     assert {name for name in KNOWN if others.get(name) != rows[name]} == matter_to
@@ -201,3 +217,11 @@ def test_a_reference_pool_that_cannot_be_routed_is_told_at_once(write, tmp_path,
         write(name, gates={}, base=llama.reference)
     with pytest.raises(PoolError, match="have no gates"):
         reference_row("joint", tmp_path / "pool", ROUTING)
+
+
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+def test_adapters_that_are_no_experts_yet_stay_in_this_process(base, tmp_path):
+    make_adapter(base, tmp_path / "adapters" / "a")
+    (row,) = rows_of(Pool.open(tmp_path / "adapters"), ["arrow"], ROUTING)
+    with pytest.raises(PoolError, match=r"'a' is an adapter, .* 'phatgoose import' first"):
+        row.portable()

@@ -16,7 +16,7 @@ from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...files.atomic import require_writable
 from ...files.strict import half_character, shortened
 from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
-from ..console import report, say, show
+from ..console import check_report, report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def replay(
     from ...evaluation import replay as scoring
     from ..tables import replay_table
 
-    if json:
-        require_writable(json, EvaluationError)
+    check_report(json, EvaluationError)
     rules = {name: scoring.router_rule(name) for name in split_routers(router or [])}
     rules |= {name: scoring.imported_rule(name) for name in rule or []}
     rules |= {str(path): scoring.file_rule(path) for path in choices or []}
@@ -288,8 +287,7 @@ def explain(
         raise ConfigError(
             "--max-new-tokens is for the model's own answer; leave it out with --answer."
         )
-    if json and str(json) != "-":
-        require_writable(json, EvaluationError)
+    check_report(json, EvaluationError)
     opened = opening.open(model, routing, given)
     explanation = run(
         opened.model,

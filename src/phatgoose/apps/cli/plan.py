@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from tqdm import tqdm
 
 from ...errors import ConfigError
 from ...experts.kinds.registry import kinds
-from ...files.atomic import require_writable, write_text
-from ..console import say, show
+from ..console import check_report, report, show
 from .options import EngineOptions, flag_of, only_with
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ class PlanOptions:
     measure: Annotated[
         bool, "With --plan: train a few steps here to find a worker's speed and memory."
     ] = False
-    json: Annotated[Path | None, "With --plan: write it as JSON to this file too."] = None
+    json: Annotated[Path | None, "With --plan: write it as JSON to this file; -: print it."] = None
 
     def check(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not False}
@@ -64,8 +62,7 @@ def plan_experts(
     settings: Mapping[str, Any],
 ) -> None:
     """Print what training on `tasks` with `settings` takes; `finished` experts are left out."""
-    if options.json is not None:
-        require_writable(options.json, ConfigError)
+    check_report(options.json, ConfigError)
     from ...training.plan import Planner, Speed
 
     given = options.tokens_per_second
@@ -78,17 +75,15 @@ def plan_experts(
     if options.measure:
         planner.speed = planner.measure(tasks)
     plan = planner.plan(tasks)
-    totals = plan.totals()
+    totals, workers = plan.totals(), engine.workers or 1
+    spread = {"workers": workers, "seconds": plan.seconds_on(workers)}
+    record = {**asdict(plan), "totals": totals, "schedule": spread}
+    if report(options.json, record, "plan", ConfigError):
+        return
     show(_table(plan, totals), width=WIDE)
     kept = [f"{finished} experts are finished and not counted."] if finished else []
     for line in (*_sums(plan, totals, engine), *kept, *plan.notes):
         show(line, width=WIDE)
-    if options.json is not None:
-        workers = engine.workers or 1
-        spread = {"workers": workers, "seconds": plan.seconds_on(workers)}
-        record = {**asdict(plan), "totals": totals, "schedule": spread}
-        write_text(options.json, json.dumps(record, indent=2) + "\n", ConfigError)
-        say(f"plan -> {options.json}")
 
 
 def _table(plan: Plan, totals: Mapping[str, float]) -> Table:

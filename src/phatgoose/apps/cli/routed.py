@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json as json_format
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
-from ...files.atomic import require_free, require_writable
-from ..console import report, say, show
+from ...files.atomic import require_free
+from ..console import check_report, report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -46,15 +47,17 @@ def pool(
     'hub:OWNER/*' lists what of an owner's repositories on the Hub can be routed on one base, and
     why the rest can't.
     """
+    check_report(json, PoolError)
     from ...analysis.findings import near_duplicates
     from ...experts.importing.hub_owner import is_owner
     from ...experts.pool import check_manifest_name
     from ..tables import duplicates_table, pool_table
 
     if any(map(is_owner, places)):
-        if len(places) > 1 or ((out or duplicates is not None) and import_ is None):
+        if len(places) > 1 or json or ((out or duplicates is not None) and import_ is None):
             raise ConfigError(
-                "'hub:OWNER/*' stands alone; --out and --duplicates need its --import."
+                "'hub:OWNER/*' stands alone, without --json; --out and --duplicates need "
+                "its --import."
             )
         places = _from_owner(str(places[0]), import_, base)
         if not places:
@@ -64,13 +67,18 @@ def pool(
     if out:
         check_manifest_name(out)
     opened = options.open_pool(places)
-    if not report(json, {"experts": opened.records()}, "experts", PoolError):
-        show(pool_table(opened))
+    content: dict[str, Any] = {"experts": opened.records()}
+    tables = [pool_table(opened)]
     if duplicates is not None:
-        show(duplicates_table(near_duplicates(opened, duplicates), duplicates))
+        found = near_duplicates(opened, duplicates)
+        content["duplicates"] = [asdict(each) for each in found]
+        tables.append(duplicates_table(found, duplicates))
+    alone = report(json, content, "experts", PoolError)
+    if not alone:
+        show(*tables)
     if out:
         opened.write_manifest(out)
-        say(f"manifest -> {out}")
+        say(f"manifest -> {out}", err=alone)
 
 
 def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
@@ -105,8 +113,7 @@ def audit(
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
     1 with findings, 0 without. A finding is unusual, not proof of an attack.
     """
-    if json and str(json) != "-":
-        require_writable(json, PoolError)
+    check_report(json, PoolError)
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
@@ -180,6 +187,7 @@ def generate(
     given: frozenset[str],
 ) -> None:
     """Generate text with a routed model."""
+    check_report(json, RoutingError)
     from ..generation import Sampling, recorded_tokens
     from ..generation import generate as run
 
@@ -189,7 +197,9 @@ def generate(
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
     if not result.text:
         say("the model ended its answer at once", err=True)
-    if report(json, {"prompt": prompt, "text": result.text}, "answer", RoutingError):
+    answer: dict[str, Any] = {"prompt": prompt, "text": result.text}
+    answer |= {"summary": result.summary} if show_experts else {}
+    if report(json, answer, "answer", RoutingError):
         return
     if result.recording is None:
         show(result.text, wrap=False)
@@ -215,8 +225,7 @@ def evaluate(
     from ...tasks.task import named_apart
     from ..tables import scores_table
 
-    if json and str(json) != "-":
-        require_writable(json, EvaluationError)
+    check_report(json, EvaluationError)
     tasks = named_apart([template.load(source) for source in task])
     opened = opening.open(model, routing, given)
     result = run(

@@ -52,7 +52,7 @@ def import_command(
         ),
     ] = None,
 ) -> None:
-    """Make experts, without gates yet, of LoRAs, (IA)³ or bottleneck adapters.
+    """Make experts, without gates yet, of LoRAs, DoRAs, (IA)³ or bottleneck adapters.
 
     Adapters that can't be routed are listed with the reason, and the exit code is 1; the others are
     imported.

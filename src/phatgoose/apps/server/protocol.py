@@ -101,7 +101,10 @@ MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
 MOST_MIXED = 64  # experts of a request's own mixture
 SEED = 1 << 63
 MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
-REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
+# Not those that need a task, or a file: which files the server reads is not a client's to say.
+REQUESTABLE_ROUTERS = tuple(
+    name for name, spec in ROUTERS.items() if not {"task", "examples"} & {*spec.given}
+)
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]

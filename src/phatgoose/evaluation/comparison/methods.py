@@ -64,7 +64,8 @@ def label_with_settings(identity: Mapping[str, Any]) -> str:
 
 def routing_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What a row's `identity`, perhaps of an earlier version, says of router, k and kernel."""
-    now = translated({name: value for name, value in identity.items() if name != "pool"})
+    parts = ("pool", "given")
+    now = translated({name: value for name, value in identity.items() if name not in parts})
     spec = ROUTERS.get(now["router"].partition(":")[0])
     if spec and now.get("k", spec.k) is None:
         now["k"] = spec.k
@@ -196,6 +197,8 @@ class Row:
 
     def portable(self) -> Row:
         place = None if self.place is None else absolute(self.place)
+        if self.pool is not None:
+            self.pool.check_on_disk("other processes open experts by their folders")
         records = () if self.pool is None else self.pool.records()
         locations = tuple(record["path"] for record in records)
         return replace(self, pool=None, place=place, locations=locations)
@@ -276,7 +279,8 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
         "router": router.routing.router,
         **({"k": router.k} if router.uses_k else {}),
         "kernel": routing.kernel,
-        "pool": [_expert_digest(expert, router.spec.needs) for expert in pool.experts],
+        "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
+        **({} if router.given is None else {"given": router.given}),
     }
     return Row(name, label, identity, pool, routing)
 

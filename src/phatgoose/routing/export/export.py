@@ -263,8 +263,8 @@ def _loras(
     for site, update in updates.items():
         if not update.is_lora:
             raise RoutingError(
-                f"At {site} an (IA)³ scales the layer, which no LoRA does exactly: export with "
-                f"--merged, or leave such experts out (--leave-out)."
+                f"At {site} an (IA)³ or a DoRA scales the layer, which no LoRA does exactly: "
+                f"export with --merged, or leave such experts out (--leave-out)."
             )
     if not updates:
         raise RoutingError("The experts change nothing at these shares; there is no adapter.")

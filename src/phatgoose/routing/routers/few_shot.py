@@ -8,6 +8,7 @@ over examples of the mean log-likelihood per token. The choice is kept in the ro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,14 @@ class FewShot(Router):
     def check(self, pool: Pool) -> None:
         super().check(pool)
         self.by(pool)
+
+    def used(self, pool: Pool) -> tuple[str, ...]:
+        by = self.by(pool)
+        return () if by is None else by.spec.needs
+
+    @property
+    def given(self) -> str:
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:16]
 
     def by(self, pool: Pool) -> ByPrompt | None:
         """The router that scores prompts; None if the pool allows none, and targets decide alone.

@@ -198,7 +198,7 @@ _OURS = (
     RouterSpec(
         "few-shot",
         "Few-shot",
-        "for every input the expert that fits a few examples of the task",
+        "for all inputs the expert that fits a few examples of the task",
         ".few_shot.FewShot",
         given=("examples",),
         grows=False,

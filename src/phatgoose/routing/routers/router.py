@@ -247,6 +247,15 @@ class Router:
         """Raise PoolError, naming them, when experts of `pool` lack what the router needs."""
         check_needs(pool, self.spec.needs, f"Router {self.spec.name} needs")
 
+    def used(self, pool: Pool) -> tuple[str, ...]:
+        """The parts of the experts of `pool` that its choices depend on; its needs by default."""
+        return self.spec.needs
+
+    @property
+    def given(self) -> str | None:
+        """A hash of what is in the file that a setting names; None by default."""
+        return None
+
     def read_base(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
     ) -> None:

@@ -22,7 +22,7 @@ def replace_choices(monkeypatch):
 
 
 def replaced(model, replace_choices, row):
-    hook = replace_choices(model, 2, row, "seed")
+    hook, _ = replace_choices(model, 2, row, "seed")
     logits = logits_of(model, IDS)
     with record(model) as recording:
         logits_of(model, IDS)

@@ -73,7 +73,7 @@ def test_a_prompt_is_explained(told, analysed, tmp_path):
         assert sum(row["experts"].values()) == pytest.approx(1, abs=1e-3)
     assert {row["part"] for row in data["tokens"]} == {"prompt", "answer"}
     assert data["trace"]["format"] == "phatgoose-trace-1"
-    assert json.loads(out.splitlines()[-2]) == data["summary"]  # before where the file is
+    assert json.loads(out.splitlines()[-1]) == data["summary"]
     assert sum(data["summary"].values()) == pytest.approx(1, abs=1e-3)
     first = next(iter(data["tokens"][0]["experts"].items()))
     assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)

@@ -245,7 +245,8 @@ def _run(
 
 
 def _prompts(rows: Mapping[str, Row]) -> SharedPrompts:
-    routings = (row.routing for row in rows.values() if row.routing is not None)
+    # The routing beside the place of a saved model only has its embedder.
+    routings = (row.routing for row in rows.values() if row.routing and row.place is None)
     return SharedPrompts(
         tails=any(row.at_ends for row in rows.values()),
         wants_states=any("readings" in spec_of(routing.router).needs for routing in routings),

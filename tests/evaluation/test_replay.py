@@ -164,6 +164,10 @@ def test_rules_that_can_t_be_imported(name):
 
 
 def test_files_that_hold_no_marks(tmp_path, marks):
+    with pytest.raises(
+        EvaluationError, match=r"nowhere don't exist; .* 'python research/marks.py'"
+    ):
+        read_marks(tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match=r"holds no \.parquet files"):
         read_marks(tmp_path / "..")
     (tmp_path / "other.parquet").write_bytes(b"PAR1 is not enough")

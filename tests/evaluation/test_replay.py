@@ -175,6 +175,19 @@ def test_files_that_hold_no_marks(tmp_path, marks):
         read_marks(tmp_path)
 
 
+def test_marks_are_made_of_task_files_that_no_suite_names(program, tmp_path):
+    rows = "\n".join(json.dumps({"input": f"Is {i} odd?", "target": "no"}) for i in range(3))
+    for file in ("own-new/kinds", "own-new/strangers", "eval/riddles"):
+        path = tmp_path / f"{file}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(rows)
+    sets = program.evaluation_sets(tmp_path, SimpleNamespace(names=("kinds",)), 3, 2)
+    found = {key: len(each.examples) for key, each in sets.items()}
+    assert found == {("new", "kinds"): 3, ("unseen", "riddles"): 2}
+    with pytest.raises(SystemExit, match="no task files in own-known, own-new, eval"):
+        program.evaluation_sets(tmp_path / "eval", SimpleNamespace(names=("kinds",)), 3, 2)
+
+
 def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_rules.py").write_text("def moods(prompt):\n    return 'moods'\n")
     monkeypatch.chdir(tmp_path)

@@ -3,10 +3,12 @@
     python research/marks.py DATA POOL OUT [--base B] [--rows 40] [--unseen 50] [--random SEED]
         [--random-output] [--routed ROUTER ...]
 
-DATA is what `render_tasks.py` writes, POOL a pool whose experts are named after their tasks. The
-base, each expert alone and, with `--random`, each expert's random twin answer the experts' own
-tasks in known and new wordings and the unseen tasks, as `phatgoose evaluate` scores them: plain
-prompts, and choices by their mean log-likelihood per token. Prompt routers score the same prompts.
+DATA is what `render_tasks.py` writes, or task files of yours: own-known/NAME.jsonl and
+own-new/NAME.jsonl of the experts' own tasks, and eval/*.jsonl that no expert was trained on; any
+may be missing. POOL is a pool whose experts are named after their tasks. The base, each expert
+alone and, with `--random`, each expert's random twin answer the experts' own tasks in known and new
+wordings and the unseen tasks, as `phatgoose evaluate` scores them: plain prompts, and choices by
+their mean log-likelihood per token. Prompt routers score the same prompts.
 OUT/cells.jsonl keeps what is finished, one model on one task a line: run the command again to go
 on, with more models if you like. OUT/NAME.parquet has one row an example, and no text:
 
@@ -109,7 +111,7 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int) -> Sets:
     found: Sets = {}
     for folder, wording in WORDINGS.items():
         limit = unseen if wording == "unseen" else rows
-        for table in scoring_of(UNSEEN if wording == "unseen" else OWN):
+        for table in tables_of(data / folder, UNSEEN if wording == "unseen" else OWN):
             path = data / folder / Path(table["file"]).name
             is_asked = wording == "unseen" or path.stem in pool.names
             if not (limit and is_asked and path.is_file() and path.stat().st_size):
@@ -124,7 +126,17 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int) -> Sets:
                 max_new_tokens=table.get("max_new_tokens"),
             )
             found[wording, task.name] = EvaluationSet.of(task, ScoringSettings())
+    if not found:
+        raise SystemExit(f"error: {data} has no task files in {', '.join(WORDINGS)} for this pool.")
     return found
+
+
+def tables_of(folder: Path, suites: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The study's tables of the files there; a folder with none of these is taken whole."""
+    listed = scoring_of(suites)
+    if any((folder / Path(each["file"]).name).is_file() for each in listed):
+        return listed
+    return [{"file": path.name} for path in sorted(folder.glob("*.jsonl"))]
 
 
 def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:

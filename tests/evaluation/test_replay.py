@@ -164,11 +164,28 @@ def test_rules_that_can_t_be_imported(name):
 
 
 def test_files_that_hold_no_marks(tmp_path, marks):
+    with pytest.raises(
+        EvaluationError, match=r"nowhere don't exist; .* 'python research/marks.py'"
+    ):
+        read_marks(tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match=r"holds no \.parquet files"):
         read_marks(tmp_path / "..")
     (tmp_path / "other.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(EvaluationError, match="holds no marks"):
         read_marks(tmp_path)
+
+
+def test_marks_are_made_of_task_files_that_no_suite_names(program, tmp_path):
+    rows = "\n".join(json.dumps({"input": f"Is {i} odd?", "target": "no"}) for i in range(3))
+    for file in ("own-new/kinds", "own-new/strangers", "eval/riddles"):
+        path = tmp_path / f"{file}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(rows)
+    sets = program.evaluation_sets(tmp_path, SimpleNamespace(names=("kinds",)), 3, 2)
+    found = {key: len(each.examples) for key, each in sets.items()}
+    assert found == {("new", "kinds"): 3, ("unseen", "riddles"): 2}
+    with pytest.raises(SystemExit, match="no task files in own-known, own-new, eval"):
+        program.evaluation_sets(tmp_path / "eval", SimpleNamespace(names=("kinds",)), 3, 2)
 
 
 def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatch, capsys):

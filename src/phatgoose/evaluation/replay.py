@@ -88,6 +88,11 @@ class Marks:
 def read_marks(place: str | Path) -> list[Marks]:
     """The marks in a Parquet file, or in every one of a folder. Raises EvaluationError."""
     path = Path(place)
+    if not path.exists():
+        raise EvaluationError(
+            f"Marks {path} don't exist; wanted a .parquet file or a folder of some, as "
+            "'python research/marks.py' makes them in a clone of phatgoose."
+        )
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise EvaluationError(f"{path} holds no .parquet files of marks.")

@@ -98,7 +98,7 @@ def _next_steps(made: list[Expert], out: Path) -> str:
         )
     )
     if all(expert.lora for expert in made):
-        return f"{told}next: 'phatgoose serve {out}', or 'phatgoose gate EXPERT' with its data"
+        return f"{told}next: 'phatgoose serve {out}', or 'phatgoose stats EXPERT --task ITS-DATA'"
     return f"{told}next: 'phatgoose gate EXPERT --task ITS-DATA --out …'"
 
 

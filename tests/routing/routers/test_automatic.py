@@ -138,8 +138,8 @@ def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog
     model = compose(stripped(llama_pool, "readings"), llama, router="auto")
     assert composition_of(model).routing.router == "phatgoose"
     assert caplog.messages[-1] == (
-        "Router auto is phatgoose; routers tried before it need readings, embeddings (phatgoose "
-        "measure)."
+        "Router auto is phatgoose; routers tried before it need readings of all experts (1 of 4 "
+        "lack them), embeddings (phatgoose stats)."
     )
     save(model, tmp_path / "routed")
     detach(model)

@@ -64,11 +64,11 @@ def _settled(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:
             continue
         if routing.k is not None and ROUTERS[name].k is None:
             warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=4)
-        logger.info("Router auto is %s%s.", name, _why(missing))
+        logger.info("Router auto is %s%s.", name, _why(missing, pool))
         return replace(routing, router=name)
     raise PoolError(
         "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
-        "measure' on each, with its data, for readings and embeddings."
+        "stats' on each, with its data, for readings and embeddings."
     )
 
 
@@ -81,8 +81,13 @@ def _unmet(pool: Pool, router: str) -> list[str]:
     return unmet
 
 
-def _why(missing: Iterable[str]) -> str:
-    named = [{"lora": "LoRAs"}.get(need, need) for need in missing]
+def _why(missing: Iterable[str], pool: Pool) -> str:
+    def told(need: str) -> str:
+        lack = sum(not expert.has(need) for expert in pool.experts) if need in REMEDIES else 0
+        some = f" of all experts ({lack} of {len(pool)} lack them)" if 0 < lack < len(pool) else ""
+        return {"lora": "LoRAs"}.get(need, need) + some
+
+    named = [told(need) for need in missing]
     commands = dict.fromkeys(f"phatgoose {REMEDIES[need]}" for need in missing if need in REMEDIES)
     adds = f" ({', '.join(commands)})" if commands else ""
     return f"; routers tried before it need {', '.join(named)}{adds}" if named else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config import Formatting, Routing, settings_of
-from ...errors import BaseModelError, ConfigError, ExpertError, RoutingError
+from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free
 from ..console import say
@@ -54,8 +54,8 @@ def import_command(
 ) -> None:
     """Make experts, without gates yet, of LoRAs, DoRAs, (IA)³ or bottleneck adapters.
 
-    Adapters that can't be routed are listed with the reason, and the exit code is 1; the others are
-    imported.
+    Of several, those that can't be routed are listed with the reason, and the exit code is 1; the
+    others are imported.
     """
     from ...experts.importing.adapter import adapters_in, import_adapter, import_adapters
 
@@ -68,10 +68,7 @@ def import_command(
     refused: dict[str, str] = {}
     if is_one:
         require_free(out, ExpertError, options.ANOTHER_OUT)
-        try:
-            made.append(import_adapter(source[0], out, name=name, **how))
-        except (ExpertError, BaseModelError) as error:
-            refused[source[0]] = str(error)
+        made.append(import_adapter(source[0], out, name=name, **how))
     else:
         if name is not None:
             raise ConfigError("--name is for one adapter; several are named after their folders.")

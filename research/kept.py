@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from phatgoose.evaluation.comparison.methods import label_of
+from phatgoose.evaluation.intervals import interval_of
 
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")
 OTHERS = ("task", "metric", "n", "gain", "own")
@@ -80,15 +81,15 @@ def kept(values: NDArray[np.float64], own: NDArray[np.float64]) -> tuple[float, 
     """The share of `own` in per cent, and its interval."""
     picks = drawn(len(values))
     shares = values[picks].mean(axis=1) / own[picks].mean(axis=1)
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return 100 * values.mean() / own.mean(), 100 * low, 100 * high
+    within = interval_of(100 * shares)
+    return 100 * values.mean() / own.mean(), within.low, within.high
 
 
 def above(values: NDArray[np.float64], others: NDArray[np.float64]) -> str:
     """The difference in points, with its interval."""
     points = 100 * (values - others)
-    low, high = np.percentile(points[drawn(len(values))].mean(axis=1), [2.5, 97.5])
-    return f"{points.mean():+.1f} [{low:.1f}, {high:.1f}]"
+    within = interval_of(points[drawn(len(values))].mean(axis=1))
+    return f"{points.mean():+.1f} [{within.low:.1f}, {within.high:.1f}]"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +70,15 @@ def overlap(p: ArrayLike, q: ArrayLike) -> float:
     return float(np.minimum(as_distribution(p), as_distribution(q)).sum())
 
 
-def heaviest(weights: Array, most: int) -> list[int]:
+def heaviest(weights: NDArray[Any], most: int) -> list[int]:
     ranked = np.argsort(-weights, kind="stable")[:most]
     return [int(z) for z in ranked if weights[z] > 0]
+
+
+def margins(weights: Array) -> Array:
+    """By how much each row of `weights` [prompts, E] prefers its first expert to its second."""
+    ranked = np.sort(weights, axis=1)
+    return np.asarray(ranked[:, -1] - (ranked[:, -2] if weights.shape[1] > 1 else 0))
 
 
 @dataclass(frozen=True)

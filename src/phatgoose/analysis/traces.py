@@ -183,9 +183,14 @@ def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
 
 def chosen_for_whole(parts: Composition, known: Choice | None) -> tuple[tuple[str, float], ...]:
     """A trace's `whole`, where the model's context has the choice `known` for one text."""
+    return tuple(item for row in _chosen_rows(parts, known) for item in row.items())
+
+
+def _chosen_rows(parts: Composition, known: Choice | None) -> list[dict[str, float]]:
+    """The experts of each row of `known`; none for a router that doesn't choose for prompts."""
     if known is None or parts.prompt_router is None or not parts.prompt_router.chooses:
-        return ()
-    return tuple(known.named(parts.experts)[0].items())
+        return []
+    return known.named(parts.experts)
 
 
 def _streams(
@@ -211,10 +216,8 @@ class ChoiceKeeper(Observer):
         self._rows: list[dict[str, float]] = []
 
     def end_pass(self) -> None:
-        parts = self._parts
-        known = parts.context.choice if parts.context else None
-        if known is not None and parts.prompt_router is not None and parts.prompt_router.chooses:
-            self._rows += known.named(parts.experts)
+        context = self._parts.context
+        self._rows += _chosen_rows(self._parts, context.choice if context else None)
 
     def weights(self, experts: Sequence[str]) -> Array:
         """[prompts, E] over `experts`; no rows for a router that chooses for tokens."""

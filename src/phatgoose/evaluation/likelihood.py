@@ -74,12 +74,9 @@ def _packed(
         packed = batching.pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
         order = [i for row in batch for i in row]
         before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
-        runs = [  # what predicts a target: the stem's last token of each text, and its branches
-            torch.arange(start + len(texts[i].stem) - 1, start + texts[i].length)
-            for i, start in zip(order, packed.starts.tolist(), strict=True)
-        ]
+        places = predicting([texts[i] for i in order], packed.starts)
         inputs = {name: tensor.to(input_device(model)) for name, tensor in packed.inputs.items()}
-        with batching.head_at(model, torch.cat(runs).to(input_device(model))):
+        with batching.head_at(model, places.to(input_device(model))):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
 
@@ -110,16 +107,22 @@ def _continued(
             "attention_mask": torch.cat([before, mask], dim=-1),
             "position_ids": packed.inputs["position_ids"] + starts,
         }
-        runs = [  # as in _packed
-            torch.arange(start + len(text.stem) - 1, start + text.length)
-            for text, start in zip(texts, packed.starts.tolist(), strict=True)
-        ]
         inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
         held = {cache_argument(model): begun.cache, "use_cache": True}
         before_pass(batch)
-        with batching.head_at(model, torch.cat(runs).to(input_device(model))):
+        places = predicting(texts, packed.starts).to(input_device(model))
+        with batching.head_at(model, places):
             logits = model(**inputs, **held).logits.squeeze(0)
         yield from _means(logits, choices, batch)
+
+
+def predicting(texts: Sequence[BranchedText], starts: Tensor) -> Tensor:
+    """What predicts a target: of each text the stem's last token, and its branches."""
+    runs = [
+        torch.arange(start + len(text.stem) - 1, start + text.length)
+        for text, start in zip(texts, starts.tolist(), strict=True)
+    ]
+    return torch.cat(runs)
 
 
 def batches_of(rows: Sequence[ChoicePrompt], budget: int) -> Iterator[list[int]]:

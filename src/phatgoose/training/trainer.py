@@ -394,8 +394,8 @@ def fit(
     `steps` and `learning_rate` take the place of those of `training`. Training continues from the
     newest complete checkpoint in `work`, to the same result. `acting` is the end of prompts that
     the expert acts on. `callbacks` are transformers' own, and may end the training. With an empty
-    `validation` the last state stays, and nothing stops early. Raises ExpertError as soon as a loss
-    is not finite, or what was trained isn't in the end.
+    `validation` the last state stays, and nothing stops early. Raises TrainingError as soon as a
+    loss is not finite, ExpertError if what was trained isn't in the end.
     """
     order = visiting_order(train, training.batch_size, steps, training.seed)
     lengths = [train[index].length for index in order]

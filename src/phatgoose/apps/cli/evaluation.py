@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_of
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...files.atomic import require_writable
 from ...files.strict import half_character, shortened
 from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
-from ..console import check_report, report, say, show
+from ..console import check_report, report, say, say_summary, show
 from . import options
 
 if TYPE_CHECKING:
@@ -301,4 +300,4 @@ def explain(
     )
     if not report(json, explanation.to_dict(), "weights and trace", EvaluationError):
         show(*explanation.coloured(), *(explanation.table() if table else ()))
-        say(json_of.dumps(explanation.summary, ensure_ascii=False))
+        say_summary(explanation.summary)

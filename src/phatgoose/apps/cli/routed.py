@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free
-from ..console import check_report, report, say, show
+from ..console import check_report, report, say, say_summary, show
 from . import options
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ def generate(
         show(result.text, wrap=False)
     else:
         show(recorded_tokens(result, opened.tokenizer))
-        say(json_format.dumps(result.summary, ensure_ascii=False))
+        say_summary(result.summary)
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...analysis.measures import Correlation
+from ...analysis.measures import Correlation, heaviest, margins
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import Measure, RoutingDistribution
 from ...errors import ConfigError
@@ -146,19 +146,18 @@ def prompt_choices(choices: Mapping[str, Array], experts: Sequence[str]) -> Figu
     """
     every = np.concatenate([each.argmax(1) for each in choices.values()])
     counts = np.bincount(every, minlength=len(experts))
-    coloured = [z for z in np.argsort(-counts, kind="stable")[: len(COLOURS)] if counts[z]]
+    coloured = heaviest(counts, len(COLOURS))
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(choices)), layout="constrained")
     panel = figure.subplots()
     spread = np.random.default_rng(0)  # up and down, so that equal margins are seen apart
     for row, weights in enumerate(choices.values()):
-        ranked = np.sort(weights, axis=1)
-        margins = ranked[:, -1] - (ranked[:, -2] if weights.shape[1] > 1 else 0)
+        clear = margins(weights)
         height = row + spread.uniform(-0.3, 0.3, len(weights))
         first = weights.argmax(1)
         for place, z in enumerate([*coloured, None]):
             here = first == z if z is not None else ~np.isin(first, coloured)
             style = {"color": COLOURS[place], "marker": MARKERS[place]} if z is not None else {}
-            panel.scatter(margins[here], height[here], s=16, linewidths=0, **(style or GREY))
+            panel.scatter(clear[here], height[here], s=16, linewidths=0, **(style or GREY))
     for place, z in enumerate(coloured):
         panel.scatter([], [], color=COLOURS[place], marker=MARKERS[place], label=experts[z])
     if np.count_nonzero(counts) > len(coloured):

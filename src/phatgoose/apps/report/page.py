@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from ... import __version__
 from ...analysis.analyse import Analysis, RouterAnalysis
-from ...analysis.measures import ORACLE, concentration, effective_experts, load
+from ...analysis.measures import (
+    ORACLE,
+    concentration,
+    effective_experts,
+    heaviest,
+    load,
+    margins,
+)
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import PARTS
 from ...errors import EvaluationError
@@ -139,12 +146,10 @@ def _prompts(analysis: Analysis) -> Section | None:
         rows = []
         for dataset, weights in router.choices.items():
             share = np.bincount(weights.argmax(1), minlength=len(analysis.experts)) / len(weights)
-            best = [z for z in np.argsort(-share, kind="stable")[:3] if share[z]]
-            margins = np.sort(weights, axis=1)
-            second = margins[:, -2] if weights.shape[1] > 1 else 0
-            went = ", ".join(f"{analysis.experts[z]} {100 * share[z]:.0f} %" for z in best)
-            margin = f"{np.median(margins[:, -1] - second):.2f}"
-            rows.append([dataset, str(len(weights)), went, margin])
+            went = ", ".join(
+                f"{analysis.experts[z]} {100 * share[z]:.0f} %" for z in heaviest(share, 3)
+            )
+            rows.append([dataset, str(len(weights)), went, f"{np.median(margins(weights)):.2f}"])
         header = ["dataset", "prompts", "most often first", "median margin"]
         tables.append(Table(f"{label_of(name)}: where prompts went", header, rows))
         caption = f"{label_of(name)}: a point per prompt, by its first expert and its margin."

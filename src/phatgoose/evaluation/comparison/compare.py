@@ -25,7 +25,6 @@ from ...experts.expert import warn_of_other_formatting
 from ...experts.pool import Pool
 from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
-from ...routing.routers.registry import spec_of
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder, as_read
 from ...tasks.suites.registry import open_suite
@@ -245,11 +244,9 @@ def _run(
 
 
 def _prompts(rows: Mapping[str, Row]) -> SharedPrompts:
-    # The routing beside the place of a saved model only has its embedder.
-    routings = (row.routing for row in rows.values() if row.routing and row.place is None)
     return SharedPrompts(
         tails=any(row.at_ends for row in rows.values()),
-        wants_states=any("readings" in spec_of(routing.router).needs for routing in routings),
+        wants_states=any(row.spec and "readings" in row.spec.needs for row in rows.values()),
     )
 
 

@@ -24,7 +24,7 @@ from ...files.strict import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
 from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
-from ...routing.routers.registry import LEFT, ROUTERS, choice_of, spec_of, translated
+from ...routing.routers.registry import LEFT, ROUTERS, RouterSpec, choice_of, spec_of, translated
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
 from ...routing.saved.tensors import ROUTED_INFO
@@ -177,12 +177,17 @@ class Row:
     locations: tuple[str, ...] = ()
 
     @property
-    def per_input(self) -> bool:
-        """True if it leaves whole inputs to experts, who may have answered them alone."""
+    def spec(self) -> RouterSpec | None:
+        """Its router's record; None for the base, and for the model at a place."""
         # The routing beside the place of a saved model only has its embedder.
         if self.routing is None or self.place is not None:
-            return False
-        return spec_of(self.routing.router).per_input
+            return None
+        return spec_of(self.routing.router)
+
+    @property
+    def per_input(self) -> bool:
+        """True if it leaves whole inputs to experts, who may have answered them alone."""
+        return self.spec is not None and self.spec.per_input
 
     @property
     def at_ends(self) -> bool:

@@ -108,7 +108,7 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
-    for note in notes:  # now that nothing is refused any more
+    for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
     _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:

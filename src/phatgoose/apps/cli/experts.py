@@ -207,11 +207,11 @@ def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: options.TaskOption,
-    means: Annotated[bool, "Measure each site's mean activation."] = True,
-    readings: Annotated[bool, "Measure how the base alone reads the prompts."] = True,
+    means: Annotated[bool, "Compute mean activations."] = True,
+    readings: Annotated[bool, "Compute prompt statistics."] = True,
     embeddings: Annotated[bool, "Embed training inputs (needs the extra 'retrieval')."] = True,
     statistics_examples: Annotated[
-        int, "Training examples measured."
+        int, "Training examples to use."
     ] = GateTraining.statistics_examples,
     embedder: Annotated[
         str, "Sentence embedder: a Hub id or a local folder."
@@ -222,9 +222,9 @@ def stats(
     base: options.BaseOptions,
     template: options.TemplateOptions,
 ) -> None:
-    """Measure statistics for an expert that exists already.
+    """Compute statistics for an existing expert.
 
-    It is done with the seed and the formatting that the expert was trained with.
+    Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
     from ...training.statistics import measure as measure_expert
@@ -249,7 +249,7 @@ def check(
     require_signer: options.RequireSigner = None,
     json: options.JsonOption = None,
 ) -> None:
-    """Verify expert directories and name what is wrong.
+    """Verify expert directories and report errors.
 
     Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
     """

@@ -235,9 +235,9 @@ class Expert:
         directory: The folder of the adapter's files.
         modules: What it does at each site, all of one kind.
         gates: A float32 vector of each site's input size; empty when there are none.
-        means: The same of mean activations.
+        means: Mean activations, likewise.
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
-        readings: Those of `readings.readings_of`; empty when there are none.
+        readings: Prompt statistics, by `readings.readings_of`; empty when there are none.
         files: The mapped files.
     """
 
@@ -257,7 +257,7 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """The one in `phatgoose.json`, whatever the directory is called; unique within a pool."""
+        """The name in `phatgoose.json`, not the directory's; unique within a pool."""
         return self.info.name
 
     @property
@@ -277,7 +277,7 @@ class Expert:
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def has(self, part: str) -> bool:
-        """True where it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
+        """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
         held = getattr(self, part)
         return held is not None and len(held) > 0
 

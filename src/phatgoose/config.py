@@ -318,7 +318,7 @@ class Training(Settings):
     ] = "none"
 
     def on(self, examples: int) -> Training:
-        """These settings, with the steps that `epochs` are on so many training examples."""
+        """These settings, with the steps that `epochs` are on this many training examples."""
         if self.epochs is None:
             return self
         return replace(self, steps=math.ceil(self.epochs * examples / self.batch_size))

@@ -3,7 +3,7 @@
 PEFT itself says, on a model without weights, where an adapter acts, and at which rank and scale
 (`peft_skeleton`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads
 the same without PEFT's help is copied byte for byte. One whose tensors had to be renamed or
-converted is written anew, with every site, rank and scale spelled out. So is one that trained
+converted is written again, with every site, rank and scale spelled out. So is one that trained
 biases of the base: what it added to them becomes biases of its own.
 """
 

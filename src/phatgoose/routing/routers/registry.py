@@ -33,7 +33,7 @@ class RouterSpec:
     embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task,
     examples). `k` is its own number of experts, for each token or, if it is `per_input`, for each
     input; None if the user can't choose it. `config` is the class of its settings. A router that
-    `grows` can take experts in, or leave some out, without being composed anew. `home` is its
+    `grows` can take experts in, or leave some out, without being composed again. `home` is its
     `Router`: the class, or "module.Class", in this folder if `home` begins with a dot.
     """
 

@@ -30,7 +30,7 @@ WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 
 COMMANDS = """# Commands
 
-What `phatgoose COMMAND --help` says. A command has a flag for each [setting](settings.md) of the
+What `phatgoose … --help` says. A command has a flag for each [setting](settings.md) of the
 classes named under it: `learning_rate` is `--learning-rate`, and `--no-chat` switches `chat` off.
 Settings may also be in a file (`--config FILE`, TOML or YAML); a flag wins over it.
 """

@@ -125,7 +125,8 @@ def settings_page() -> str:
     head = ["type", "default", ""]
     for name, config in TABLES.items():
         page += f"## {config.__name__}\n\n::: {config.__module__}.{config.__qualname__}\n"
-        page += "    options:\n      members: false\n      show_root_heading: false\n"
+        page += "    options:\n      members: false\n      show_bases: false\n"
+        page += "      show_root_heading: false\n"
         page += f"      show_root_toc_entry: false\n\nIn a recipe: `[{name}]`.\n\n"
         page += table(["setting", *head], list(rows_of_class(config)))
     owners: dict[tuple[str, ...], list[str]] = {}

@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -245,8 +246,7 @@ def far(one: Answers, other: Answers) -> float:
 
 
 def pool_of_one(expert: Path, folder: Path) -> Path:
-    folder.mkdir()
-    (folder / expert.name).symlink_to(expert)
+    shutil.copytree(expert, folder / expert.name)
     return folder
 
 

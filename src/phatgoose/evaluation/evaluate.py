@@ -385,6 +385,7 @@ def score_tasks(
     settings: ScoringSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
+    """As `evaluate`, with the settings in one record."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     if not hasattr(model, "generate"):
@@ -468,6 +469,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
+    """The score and its interval, by an answer for each example."""
     predictions = []
     for example, answer in zip(chosen.examples, answers, strict=True):
         accepted = example.answers

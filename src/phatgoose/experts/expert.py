@@ -239,6 +239,7 @@ class Expert:
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
         readings: Prompt statistics, by `readings.readings_of`; empty when there are none.
         files: The mapped files.
+        source: The folder of an adapter that was read as an expert; `directory` may be temporary.
     """
 
     info: ExpertInfo
@@ -249,6 +250,7 @@ class Expert:
     embeddings: Tensor | None = None
     readings: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
+    source: Path | None = None
 
     def __repr__(self) -> str:
         shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
@@ -259,6 +261,11 @@ class Expert:
     def name(self) -> str:
         """The name in `phatgoose.json`, not the directory's; unique within a pool."""
         return self.info.name
+
+    @property
+    def place(self) -> Path:
+        """Where the user has it: in messages and records."""
+        return self.source or self.directory
 
     @property
     def kind(self) -> str:

@@ -194,6 +194,7 @@ def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) ->
 
 
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
+    """One site's stacks as one, experts in the order of the stacks."""
     if len(stacks) == 1:
         return stacks[0]
     experts = torch.cat([stack.experts for stack in stacks])

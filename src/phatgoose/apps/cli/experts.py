@@ -80,9 +80,7 @@ def train(
         settings |= {"training": training, "gate_training": gates}
         plan_experts(plan, engine, name, missing, len(opened) - len(missing), settings)
         return
-    for task in missing:  # mistakes in the user's own files show before training
-        if task.origin == "file":
-            task.load().with_validation(training.seed)
+    _read_files(missing, training.seed)
     jobs = [
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
@@ -93,12 +91,20 @@ def train(
     with engine.open() as chosen:
         trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
-            if is_first():
-                say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
-                of = [task.named for task in missing if task.name == expert.name]
-                named = list(tasks) if of and multitask else of
+            if not is_first():
+                continue
+            say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
+            if of := [task.named for task in missing if task.name == expert.name]:
+                named = list(tasks) if multitask else of
                 recipe = options.written_recipe(name, peft or "lora", named, effective)
-                _save_settings(Path(expert.place), recipe if of else None)
+                _save_settings(Path(expert.place), recipe)
+
+
+def _read_files(tasks: list[TrainingTask], seed: int) -> None:
+    """Raise TaskError for mistakes in the user's own files, before anything is trained."""
+    for task in tasks:
+        if task.origin == "file":
+            task.load().with_validation(seed)
 
 
 def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> str:
@@ -108,9 +114,9 @@ def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> st
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
-def _save_settings(place: Path, recipe: str | None) -> None:
-    """Write the `recipe` of an expert that was trained now beside its folder."""
-    if recipe is not None and place.is_dir():  # and not at a URL
+def _save_settings(place: Path, recipe: str) -> None:
+    """Write the `recipe` of an expert beside its folder."""
+    if place.is_dir():  # and not at a URL
         write_text(place.with_name(f"{place.name}.yaml"), recipe, ExpertError)
 
 

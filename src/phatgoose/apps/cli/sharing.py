@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
+    from ...experts.importing.adapter import Imports
     from ...routing.export.export import Export
     from ...routing.export.shares import Texts
 
@@ -57,35 +59,34 @@ def import_command(
     Of several, those that can't be routed are listed with the reason, and the exit code is 1; the
     others are imported.
     """
-    from ...experts.importing.adapter import adapters_in, import_adapter, import_adapters
-
-    inside = [(each, adapters_in(Path(each))) for each in source]
-    is_one = len(inside) == 1 and inside[0][1] in ([], [Path(source[0])])
-    source = [name for each, found in inside for name in list(map(str, found)) or [each]]
     how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
     how |= {"allow_loss": allow_loss, "fingerprint": fingerprint}
-    made: list[Expert] = []
-    refused: dict[str, str] = {}
-    if is_one:
-        require_free(out, ExpertError, options.ANOTHER_OUT)
-        made.append(import_adapter(source[0], out, name=name, **how))
-    else:
-        if name is not None:
-            raise ConfigError("--name is for one adapter; several are named after their folders.")
-        several = import_adapters(source, out, **how)
-        made += several.experts
-        refused |= several.refused
-    for expert in made:
+    imports = _imports(source, out, name, how)
+    for expert in imports.experts:
         say(f"{_imported(expert)} -> {expert.directory}")
-    for each, why in refused.items():
+    for each, why in imports.refused.items():
         say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
-    if made:
-        say(_next_steps(made, out))
-    if refused:
+    if imports.experts:
+        say(_next_steps(imports.experts, out))
+    if imports.refused:
         raise typer.Exit(1)
 
 
-def _next_steps(made: list[Expert], out: Path) -> str:
+def _imports(source: list[str], out: Path, name: str | None, how: dict[str, Any]) -> Imports:
+    """What comes of the adapters, or folders of adapters; one alone is an error if refused."""
+    from ...experts.importing import adapter as importing
+
+    inside = [(each, importing.adapters_in(Path(each))) for each in source]
+    if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):
+        require_free(out, ExpertError, options.ANOTHER_OUT)
+        return importing.Imports((importing.import_adapter(source[0], out, name=name, **how),), {})
+    if name is not None:
+        raise ConfigError("--name is for one adapter; several are named after their folders.")
+    every = [place for each, found in inside for place in list(map(str, found)) or [each]]
+    return importing.import_adapters(every, out, **how)
+
+
+def _next_steps(made: Sequence[Expert], out: Path) -> str:
     unmarked = next((e.info.base.id for e in made if not e.info.base.fingerprint), None)
     told = (
         ""
@@ -189,17 +190,9 @@ def export(
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     if engine is not None:
-        others: dict[str, Any] = {
-            "merged": merged,
-            "rank": rank,
-            "prompt": prompt,
-            "task": task,
-            "limit": limit,
-        }
-        others |= {"scores": opening.scores, **dict.fromkeys(given, True)}
-        if odd := [options.flag_of(name) for name, value in others.items() if value]:
-            raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
-        _hand_over(model, engine, out, opening)
+        others: dict[str, Any] = {"merged": merged, "rank": rank, "prompt": prompt, "task": task}
+        others |= {"limit": limit, "scores": opening.scores, **dict.fromkeys(given, True)}
+        _hand_over(model, engine, out, opening, others)
         return
     if merged and rank is not None:
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
@@ -221,7 +214,12 @@ def export(
         say(line)
 
 
-def _hand_over(model: str, engine: str, out: Path, opening: options.ModelOptions) -> None:
+def _hand_over(
+    model: str, engine: str, out: Path, opening: options.ModelOptions, others: Mapping[str, object]
+) -> None:
+    """Write a folder that starts `engine`; ConfigError for any of the `others`, by name."""
+    if odd := [options.flag_of(name) for name, value in others.items() if value]:
+        raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
     from ...experts.pool import Pool
     from ...routing.open_model import require_pool
     from ..deploy import deploy

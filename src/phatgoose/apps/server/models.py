@@ -30,8 +30,9 @@ from ...experts.pool import Pool
 from ...routing.choices import Turn
 from ...routing.composition import composition_if_any
 from ...routing.layers import RoutedLinear
-from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
+from ...routing.open_model import base_alone, compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
+from ...routing.routers.automatic import settled
 from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO
 from ...routing.routers.router import check_served, router_of
@@ -238,7 +239,8 @@ class LoadedModel:
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
         else:
-            self.base = bases.get(BaseReference(place), settings.dtype)
+            with base_alone(place):
+                self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
         self.parts = composition_if_any(model)
         self.routing = Routing()
@@ -315,6 +317,9 @@ class LoadedModel:
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
         pool = self.pool.select(override.keep, override.leave_out)
+        if override.router == AUTO:
+            usual = settled(Routing(AUTO), pool, self.base.model, self.base.tokenizer)
+            override = replace(override, router=usual.router)
         return overridden(self.routing, self.settings, override, len(pool)), pool
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -107,6 +108,8 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
+    for note in notes:  # now that nothing is refused any more
+        warnings.warn(note, stacklevel=2)
     _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run(rows, singles, datasets, base, store, engine or LocalEngine())

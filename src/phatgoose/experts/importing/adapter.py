@@ -193,10 +193,12 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
     made = Path(_scratch().name)
-    return _all_of(
-        folders,
-        lambda source, name: read_adapter(source, Path(tempfile.mkdtemp(dir=made)), name=name),
-    )
+
+    def read(source: str | Path, name: str) -> Expert:
+        expert = read_adapter(source, Path(tempfile.mkdtemp(dir=made)), name=name)
+        return replace(expert, source=Path(source))
+
+    return _all_of(folders, read)
 
 
 def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:

@@ -156,7 +156,7 @@ class Export:
         return {
             "form": "merged model" if self.merged else "PEFT adapter",
             "base": asdict(parts.base),
-            "router": parts.routing.router,
+            "router": parts.router.recorded.router,
             "chosen_for": self.shares.chosen_for,
             "experts": self.shares.whole(),
             "lost": self.lost,

@@ -203,7 +203,9 @@ class FewShot(Settings):
     """Router few-shot."""
 
     examples: Annotated[
-        str | None, "A .jsonl file with five to twenty inputs of the task, with or without targets."
+        str | None,
+        "A task file (.jsonl, .json, .csv, .parquet) of five to twenty inputs, with or without "
+        "targets.",
     ] = None
     by: Annotated[
         str | None,

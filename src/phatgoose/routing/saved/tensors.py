@@ -81,6 +81,7 @@ def base_in(info: Mapping[str, Any]) -> BaseReference:
 
 
 def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
+    """The indices of experts that were removed. Raises ValueError for what they can't be."""
     removed, count = info.get("removed", []), len(info["experts"])
     gone = frozenset(removed)
     are_indices = all(type(z) is int and 0 <= z < count for z in gone)

@@ -22,6 +22,7 @@ from phatgoose.apps.cli import app
 from phatgoose.config import (
     IA3,
     Bottleneck,
+    Dora,
     Formatting,
     GateTraining,
     Lora,
@@ -34,7 +35,7 @@ from phatgoose.config import (
 from phatgoose.routing.routers.registry import ROUTERS
 
 FOLDER = Path(__file__).parents[1] / "reference"
-CLASSES = (Training, GateTraining, Formatting, Lora, IA3, Bottleneck, Routing, Serving)
+CLASSES = (Training, GateTraining, Formatting, Lora, Dora, IA3, Bottleneck, Routing, Serving)
 COMMON = 4  # commands that have an option in the same words: it is told once, at the end
 WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 

@@ -155,7 +155,9 @@ class Planner:
         self._gate = sum(site.in_features for site in self._sites)
         self._learnt = self._expert + (self._gate if self.gates.joint else 0)
         self._computed = choose_dtype(dtype)
-        self._stored = kind_for(self.peft).new_modules.dtype or self._computed
+        made = kind_for(self.peft).new_modules
+        self._stored = made.dtype or self._computed
+        self._adapter = made.copies * self._stored.itemsize * self._expert  # bytes of its files
         head: Any = self._model.get_output_embeddings()
         self._logits: tuple[int, ...] = (0, 0) if head is None else tuple(head.weight.shape)
 
@@ -194,7 +196,7 @@ class Planner:
             expert_parameters=self._expert,
             gate_parameters=self._gate,
             tasks=tuple(planned),
-            working_bytes=checkpoints + self._stored.itemsize * self._expert,
+            working_bytes=checkpoints + self._adapter,
             memory_bytes=measured or self._memory(batches),
             notes=(*self._notes(planned), *memory_notes, *unread),
         )
@@ -230,7 +232,7 @@ class Planner:
             tokens=round((trained + forward) * (prompt + target)),
             is_bound=lengths.is_bound,
             seconds=(trained + forward / 2) * self._seconds(prompt, target),
-            disk_bytes=self._stored.itemsize * self._expert + FLOAT32 * vectors,
+            disk_bytes=self._adapter + FLOAT32 * vectors,
         )
 
     def _seconds(self, prompt: float, target: float) -> float:

@@ -90,7 +90,7 @@ def test_a_recipe_may_be_yaml(tmp_path):
         ("lora = 3", "lora must be a table"),
         ("tasks = [1]", "tasks must be a list"),
         ("data = 3", "data is 3"),
-        ("peft = 'dora'", "peft is 'dora', but must be one of lora, ia3, bottleneck"),
+        ("peft = 'oft'", "peft is 'oft', but must be one of lora, ia3, bottleneck, dora"),
         ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
         ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),
     ],

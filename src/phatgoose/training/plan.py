@@ -54,6 +54,7 @@ RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
 CARDS = (24, 40, 80)  # GB of GPUs that people have
 USABLE = 0.95  # of a card: the driver and fragments take the rest
 BYTES_OF_4_BITS = 0.52  # of a weight, with its scale: bitsandbytes' NF4, quantised twice
+format_sizeof = tqdm.format_sizeof  # 1234 as 1.23k
 TRIAL_STEPS = 3  # the first is a warm-up and isn't timed
 T5_XL = T5Config(
     **{"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
@@ -197,7 +198,7 @@ class Planner:
             gate_parameters=self._gate,
             tasks=tuple(planned),
             working_bytes=checkpoints + self._adapter,
-            memory_bytes=measured or self._memory(batches),
+            memory_bytes=measured or self._memory(batches).total,
             notes=(*self._notes(planned), *memory_notes, *unread),
         )
 
@@ -246,32 +247,71 @@ class Planner:
         operations += target * (passed["decoder"] + math.prod(self._logits))
         return OPERATIONS * operations / (1e12 * (self.tflops or TFLOPS))
 
-    def _memory(self, batches: Sequence[tuple[_Lengths, int]], most_rows: int | None = None) -> int:
-        """The memory of a process, without attention's probabilities."""
+    def _memory(
+        self,
+        batches: Sequence[tuple[_Lengths, int]],
+        most_rows: int | None = None,
+        *,
+        itemsize: int | None = None,
+        packed: bool | None = None,
+        most_tokens: int | None = None,
+    ) -> Memory:
+        """The memory of a process, without attention's probabilities, as settings make it.
+
+        None are the settings; `packed` means 4 bits, `most_tokens` limits inputs.
+        """
+        itemsize = itemsize or self._computed.itemsize
         features = sum(site.in_features + site.out_features for site in self._sites)
         activations = [0]
         for lengths, rows in batches:
             size = min(rows, most_rows or rows)
-            longest = max(map(sum, zip(lengths.prompts, lengths.targets, strict=True)))
-            kept = KEPT * features * self._computed.itemsize * size * longest
+            prompts = [min(prompt, most_tokens or prompt) for prompt in lengths.prompts]
+            longest = max(map(sum, zip(prompts, lengths.targets, strict=True)))
+            kept = KEPT * features * itemsize * size * longest
             activations.append(kept + LOGIT_BYTES * self._logits[0] * size * max(lengths.targets))
-        base = sum(int(parameter.numel()) for parameter in self._model.parameters())
-        held = self._computed.itemsize * base + TRAINABLE_COPIES * FLOAT32 * self._learnt
-        return RUNTIME_BYTES + held + max(activations)
+        packed = self.dtype == FOUR_BITS if packed is None else packed
+        base = base_bytes(self._model, itemsize, packed=packed)
+        return Memory(base, TRAINABLE_COPIES * FLOAT32 * self._learnt, max(activations))
 
     def _memory_notes(self, batches: Sequence[tuple[_Lengths, int]]) -> list[str]:
-        notes = ["Memory is counted for the longest sequences of a sample; --measure finds it."]
         here, most = memory_here(), max((rows for _, rows in batches), default=1)
-        needs = {rows: self._memory(batches, rows) for rows in range(most, 0, -1)}
+        parts = self._memory(batches)
+        notes = [
+            f"Memory is the peak in a training step, with micro_batch_size {most} and the longest "
+            f"sequences of a sample: base {format_sizeof(parts.base)}B, activations "
+            f"{format_sizeof(parts.activations)}B, expert and optimiser "
+            f"{format_sizeof(parts.learnt)}B; --measure finds it."
+        ]
+        needs = {rows: self._memory(batches, rows).total for rows in range(most, 0, -1)}
         notes += [self._cards(needs)]
+        if needs[most] > min(USABLE * CARDS[0] * 10**9, here or math.inf):
+            notes += self._smaller(batches, parts.total)
         fitting = [rows for rows in needs if here is None or needs[rows] <= here]
         if fitting[:1] == [most]:
             return notes
         remedy = "cut inputs (max_input_tokens), choose bfloat16 or a smaller base"
         if fitting:
-            needed = tqdm.format_sizeof(needs[fitting[0]])
+            needed = format_sizeof(needs[fitting[0]])
             remedy = f"with micro_batch_size {fitting[0]} it takes {needed}B"
-        return [*notes, f"This machine has {tqdm.format_sizeof(here or 0)}B of memory: {remedy}."]
+        return [*notes, f"This machine has {format_sizeof(here or 0)}B of memory: {remedy}."]
+
+    def _smaller(self, batches: Sequence[tuple[_Lengths, int]], now: int) -> list[str]:
+        """The settings that need less memory than `now`, each with what it then takes."""
+        half = max(1, self.formatting.max_input_tokens // 2)
+        changes: dict[str, dict[str, Any]] = {
+            "--micro-batch-size 1": {"most_rows": 1},
+            "--dtype bfloat16": {"itemsize": torch.bfloat16.itemsize},
+            "--load-in-4bit": {"packed": True},
+            f"--max-input-tokens {half}": {"most_tokens": half},
+        }
+        needs = {flag: self._memory(batches, **change).total for flag, change in changes.items()}
+        able = {flag: need for flag, need in needs.items() if need < now}
+        if not able:
+            return []
+        told = ", ".join(f"{flag} {format_sizeof(need)}B" for flag, need in able.items())
+        every = {name: value for flag in able for name, value in changes[flag].items()}
+        least = self._memory(batches, **every).total
+        return [f"Settings that take less: {told}; together {format_sizeof(least)}B."]
 
     def _cards(self, needs: Mapping[int, int]) -> str:
         """What fits on GPUs of usual sizes; `needs` are bytes by micro-batch, the largest first."""
@@ -281,15 +321,7 @@ class Planner:
             rows = next(fitting, None)
             words = "is too small" if rows is None else f"fits micro_batch_size {rows}"
             told.append(f"{size} GB {'fits' if rows == most else words}")
-        note = f"GPUs: {', '.join(told)}."
-        if needs[1] <= USABLE * CARDS[0] * 10**9 or self.dtype == FOUR_BITS:
-            return note
-        linear = sum(s.in_features * s.out_features for s in find_sites(self._model).values())
-        least = needs[1] - round((self._computed.itemsize - BYTES_OF_4_BITS) * linear)
-        return (
-            f"{note} With --load-in-4bit and micro_batch_size 1 it takes "
-            f"{tqdm.format_sizeof(least)}B; a smaller --max-input-tokens saves more."
-        )
+        return f"GPUs: {', '.join(told)}."
 
     def _notes(self, planned: Sequence[PlannedTask]) -> list[str]:
         notes = []
@@ -343,6 +375,18 @@ class Planner:
         return Speed(tokens / (times[TRIAL_STEPS] - times[1]), most_memory())
 
 
+class Memory(NamedTuple):
+    """Bytes of a process: the base, what is trained with its optimiser, and activations."""
+
+    base: int
+    learnt: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return RUNTIME_BYTES + sum(self)
+
+
 class _Lengths(NamedTuple):
     """Tokens of some prompts and targets; `is_bound` means the most there can be."""
 
@@ -359,6 +403,13 @@ def _skeleton(base: str) -> PreTrainedModel:
             return load_skeleton(KNOWN_BASES[base])
         hint = "Nothing is downloaded here: have the base's config.json at hand."
         raise BaseModelError(f"{error} {hint}") from error
+
+
+def base_bytes(model: PreTrainedModel, itemsize: int, *, packed: bool) -> int:
+    """The memory of a base, of which `model` may be the skeleton; `packed` means 4 bits."""
+    found = itemsize * sum(int(parameter.numel()) for parameter in model.parameters())
+    linear = sum(site.in_features * site.out_features for site in find_sites(model).values())
+    return found - round((itemsize - BYTES_OF_4_BITS) * linear) if packed else found
 
 
 def _rows(training: Training) -> int:

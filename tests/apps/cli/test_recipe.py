@@ -90,6 +90,7 @@ def test_a_recipe_may_be_yaml(tmp_path):
         ("lora = 3", "lora must be a table"),
         ("tasks = [1]", "tasks must be a list"),
         ("data = 3", "data is 3"),
+        ("dtype = 3", "dtype is 3, but must be a name as in --dtype"),
         ("peft = 'oft'", "peft is 'oft', but must be one of lora, ia3, bottleneck, dora"),
         ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
         ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),

@@ -37,7 +37,7 @@ from ..experts.readings import readings_size
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
-from .modules import parameters_at, placed_sites
+from .modules import check_packed, parameters_at, placed_sites
 from .train_expert import train_expert
 from .trainer import TrainingCallback
 
@@ -128,8 +128,8 @@ class Planner:
     """Plans trainings of experts of `base` with these settings, at a `speed` or at `tflops`.
 
     Without either, TFLOPS are assumed. Raises BaseModelError when the base's config isn't on this
-    machine (the paper's is built in), ConfigError when no site matches or a speed is not positive
-    and finite.
+    machine (the paper's is built in), ConfigError when no site matches, a speed is not positive and
+    finite, or the expert can't be trained on 4 bits.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class Planner:
         self.base, self.dtype, self.tflops, self.speed = base, dtype, tflops, speed
         self.peft, self.training = peft or Lora(), training or Training()
         self.gates, self.formatting = gate_training or GateTraining(), formatting or Formatting()
+        check_packed(self.peft, packed=dtype == FOUR_BITS)
         self._model = _skeleton(base)
         self._sites = list(placed_sites(self._model, self.peft).values())
         self._expert = parameters_at(self._model, self.peft)
@@ -301,9 +302,11 @@ class Planner:
         changes: dict[str, dict[str, Any]] = {
             "--micro-batch-size 1": {"most_rows": 1},
             "--dtype bfloat16": {"itemsize": torch.bfloat16.itemsize},
-            "--load-in-4bit": {"packed": True},
+            "--load-in-4bit": {"packed": True, "itemsize": choose_dtype(FOUR_BITS).itemsize},
             f"--max-input-tokens {half}": {"most_tokens": half},
         }
+        if not kind_for(self.peft).new_modules.on_packed:
+            del changes["--load-in-4bit"]
         needs = {flag: self._memory(batches, **change).total for flag, change in changes.items()}
         able = {flag: need for flag, need in needs.items() if need < now}
         if not able:

@@ -220,11 +220,13 @@ class NewModules(ABC):
     """How new modules of one kind are made. `dtype` is what they are stored in, None the base's.
 
     `acts_from_ends` says that in training they are multiplied by `active_share`, so that an expert
-    can act from its prompts' end on. `copies` says how often their parameters are in the files.
+    can act from its prompts' end on, `on_packed` that they can be trained on quantised weights.
+    `copies` says how often their parameters are in the files.
     """
 
     dtype: ClassVar[torch.dtype | None] = None
     copies: ClassVar[int] = 1
+    on_packed: ClassVar[bool] = True
     acts_from_ends: ClassVar[bool] = False
 
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:

@@ -21,7 +21,6 @@ from ....base.active_tokens import active_share
 from ....base.loading import Base
 from ....base.sites import Site
 from ....config import Lora
-from ....errors import ConfigError
 from ..kind import openness
 from ..lora.module import LoraFactors, plus_product
 from ..lora.training import NewLoras
@@ -32,13 +31,9 @@ from .module import FILES, DoraFactors, row_norms, row_scales
 class NewDoras(NewLoras):
     use_dora = True
     copies = 2  # PEFT's files, and ours made of them
+    on_packed = False  # what we store of W's norms would be those of other weights
 
     def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
-        if getattr(model, "is_quantized", False):
-            raise ConfigError(
-                "A DoRA is trained on the base's own weights, not on quantised ones: leave out "
-                "--load-in-4bit, or train a lora."
-            )
         sites = list(sites)
         return super().count(model, settings, sites) + sum(site.out_features for site in sites)
 

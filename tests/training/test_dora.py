@@ -43,6 +43,7 @@ def drawn(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return held
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"lora_dropout": 0.5}], ids=str)
 def test_loss_and_gradients_are_pefts(base, kind, options):
     config = LoraConfig(
@@ -129,10 +130,6 @@ def test_under_a_base_in_bfloat16_magnitudes_and_norms_stay_float32(base_folders
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=0.03)
     assert {m.A.dtype for m in expert.lora.values()} == {torch.bfloat16}
     assert {m.output_scale.dtype for m in expert.lora.values()} == {torch.float32}
-    # PEFT computes its norms in bfloat16.
-    theirs = logits_of(peft_model(base, expert.directory, "bfloat16"), make_ids())
-    with applied(base.model, expert.modules, ModifiedLinear):
-        torch.testing.assert_close(logits_of(base.model, make_ids()), theirs, rtol=0.05, atol=0.05)
 
 
 def test_rows_of_zeros_stay_zeros(llama):

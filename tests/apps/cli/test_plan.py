@@ -100,7 +100,7 @@ def test_the_plan_says_what_memory_is_of_and_what_each_setting_would_save(planne
     assert "take less" not in small
 
 
-@pytest.mark.parametrize(("router", "k"), [("phatgoose", 2), ("arrow", 4), ("merged", None)])
+@pytest.mark.parametrize(("router", "k"), [("phatgoose", 2), ("arrow", 2), ("merged", None)])
 def test_compose_plans_what_the_routed_model_takes(here, phat, router, k):
     before = snapshot(here)
     asked = ["compose", "experts", "--router", router, *BASE, "--plan"]

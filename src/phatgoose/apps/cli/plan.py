@@ -168,7 +168,7 @@ def plan_pool(pool: Pool, opening: ModelOptions, routing: Routing, json: Path | 
     tables = router.tables(pool, scores).tensors if isinstance(router, ByPrompt) else {}
     fixed += sum(tensor.nbytes for tensor in tables.values())
     whole = sum(site.in_features * site.out_features for site in sites.values())
-    now = settled_dtype(opening.dtype)
+    now, k = settled_dtype(opening.dtype), min(router.k, len(pool))
     memory = {}
     for name in dict.fromkeys((now, "bfloat16", FOUR_BITS)):
         size = choose_dtype(name).itemsize
@@ -176,13 +176,13 @@ def plan_pool(pool: Pool, opening: ModelOptions, routing: Routing, json: Path | 
         memory[name] = {"base": held, "pool": round(values * size + fixed)}
     record = {
         **{"base": base, "experts": list(pool.names), "sites": len(pool.sites), "dtype": now},
-        **{"router": router.routing.router, "k": router.k or None, "memory_bytes": memory},
+        **{"router": router.routing.router, "k": k or None, "memory_bytes": memory},
         "added_computation": (changed + choosing) / whole,
         "reads_prompts": "readings" in router.used(pool),
     }
     if report(json, record, "plan", RoutingError):
         return
-    for line in _told(record, (changed / max(router.k, 1) + choosing) / whole):
+    for line in _told(record, (changed / max(k, 1) + choosing) / whole):
         show(line, width=WIDE)
 
 

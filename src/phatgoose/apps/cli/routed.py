@@ -177,7 +177,11 @@ def compose(
     count = len(packed.names)
     k = min(router_of(used).k, count)
     experts = f"{count} expert{'' if count == 1 else 's'} at {len(packed.sites)} sites"
-    made = {"folder": str(out), "base": packed.base.id, "experts": list(packed.names)}
+    made: dict[str, Any] = {
+        "folder": str(out),
+        "base": packed.base.id,
+        "experts": list(packed.names),
+    }
     made |= {"sites": len(packed.sites), "router": used.router, "k": k or None}
     if not report(json, made, "report", RoutingError):
         say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")

@@ -232,6 +232,6 @@ def _told(record: Mapping[str, Any], added_by_one: float) -> Iterator[str]:
         for name, size in memory.items()
         if size < memory[now]
     ]
-    less += [f"--k 1 ({added_by_one:.1%} more)"] if (k or 1) > 1 else []
+    less += [f"--k 1 (then {added_by_one:.1%} more computation)"] if (k or 1) > 1 else []
     less += [f"--leave-out NAME ({format_sizeof(each)}B less)"] if len(names) > 1 else []
     yield f"Less: {', '.join([*less, 'phatgoose export (one adapter, or with --merged none)'])}."

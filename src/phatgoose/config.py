@@ -181,7 +181,7 @@ PLACEMENTS = ("houlsby", "pfeiffer")
 # Help texts of settings that several kinds of expert share, as one flag.
 SITES = (
     "Regular expression to search for in a layer's module path. Default: every linear layer of "
-    "every block (lora); keys, values and the last feed-forward layer, as PEFT selects them for "
+    "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects them for "
     "the base's architecture (ia3); the layers of the placement (bottleneck)."
 )
 INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
@@ -217,6 +217,11 @@ class Lora(Peft):
         super().__post_init__()
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """The shape of a DoRA expert (Liu et al. 2024): a LoRA, and a magnitude for each output."""
 
 
 @dataclass(frozen=True)

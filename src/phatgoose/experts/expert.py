@@ -381,7 +381,8 @@ class Expert:
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
-        for file in (files.config, files.weights):
+        beside = [file for file in files.beside if (self.directory / file).is_file()]
+        for file in (files.config, files.weights, *beside):
             shutil.copyfile(self.directory / file, work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
@@ -396,8 +397,9 @@ class Expert:
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
         # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
+        card = model_card(asdict(info), self.kind, len(self.modules), copied=bool(beside))
         for file, text in (
-            (LAYOUT.card, model_card(asdict(info), self.kind, len(self.modules))),
+            (LAYOUT.card, card),
             (LAYOUT.info, info_json(info)),
         ):
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -87,7 +87,8 @@ def train_expert(
         base: A loaded base, which serves many tasks, or its name.
         task: A task, a file, or `hub:DATASET`.
         out: The folder to write.
-        peft: The kind and shape of the adapter: `Lora`, `IA3` or `Bottleneck`; None is `Lora()`.
+        peft: The kind and shape of the adapter: `Lora`, `Dora`, `IA3` or `Bottleneck`; None is
+            `Lora()`.
         training: Steps, rate and so on; None is `Training()`. With its `acts_on` the expert acts
             from its prompts' end on; so do its gates, and its means are measured there.
         gate_training: Gates are trained after the adapter, or if it is `joint` together with it,

@@ -51,6 +51,7 @@ class Recipe:
     """A TOML recipe: one table per config class, and the tasks to run it on."""
 
     base: str | None = None
+    dtype: str | None = None
     tasks: tuple[str, ...] = ()
     peft: str | None = None
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -71,7 +72,8 @@ RECIPE_TABLES = {
 FOLDERS = ("data", "templates")
 MODELS = ("embedder",)  # settings that are a folder or a Hub id
 EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
-RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands above the tables
+# What stands above the tables.
+RECIPE_OPTIONS = frozenset({"base", "dtype", "tasks", "peft", *FOLDERS})
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -91,19 +93,24 @@ def read_recipe(path: str | Path) -> Recipe:
                 f"{closest(key, known)}"
             )
     tables = {key: _table(path, content, key) for key in RECIPE_TABLES if key in content}
-    base, tasks = content.get("base"), content.get("tasks", [])
+    base, dtype, tasks = content.get("base"), content.get("dtype"), content.get("tasks", [])
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {shortened(base)}, but must be a Hub id or a path.")
+    if not isinstance(dtype, str | None):
+        raise ConfigError(f"{path}: dtype is {shortened(dtype)}, but must be a name as in --dtype.")
     if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
         raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
     base = base if base is None else _model(path.parent, base)
     peft = content.get("peft")
     require_one_of([None, *SHAPES], f"{path}: peft", peft)
     tasks = tuple(_relative_to(path.parent, task) for task in tasks)
-    return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
+    folders = (_folder(path, content, key) for key in FOLDERS)
+    return Recipe(base, dtype, tasks, peft, tables, *folders)
 
 
-def written_recipe(base: str, kind: str, tasks: Sequence[str], settings: Iterable[Settings]) -> str:
+def written_recipe(
+    base: str, dtype: str, kind: str, tasks: Sequence[str], settings: Iterable[Settings]
+) -> str:
     """A recipe in YAML of these settings, all of them, which --config reads."""
     import yaml  # type: ignore[import-untyped]
 
@@ -113,7 +120,8 @@ def written_recipe(base: str, kind: str, tasks: Sequence[str], settings: Iterabl
     }
     places = [os.path.abspath(task) if os.path.exists(task) else task for task in tasks]
     base = os.path.abspath(base) if base != EMBEDDED and os.path.isdir(base) else base
-    content = {"base": base, "peft": kind, "tasks": places, **tables}
+    typed = {} if dtype == "auto" else {"dtype": dtype}
+    content = {"base": base, **typed, "peft": kind, "tasks": places, **tables}
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -381,8 +389,13 @@ def split(values: list[str] | None) -> list[str]:
 class BaseOptions:
     base: BaseOption = None
     dtype: Annotated[
-        str, "auto, bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for QLoRA)."
-    ] = "auto"
+        str,
+        "auto (the default), bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for "
+        "QLoRA).",
+    ] = None  # type: ignore[assignment]  # "auto", unless a recipe has another
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", self.dtype or "auto")
 
     def packed(self, load_in_4bit: bool) -> BaseOptions:
         return replace(self, dtype=FOUR_BITS) if load_in_4bit else self

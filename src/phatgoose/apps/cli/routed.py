@@ -14,6 +14,7 @@ from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free
 from ..console import check_report, report, say, say_summary, show
 from . import options
+from .plan import plan_pool
 
 if TYPE_CHECKING:
     from ...routing.saved.tensors import SavedModel
@@ -133,7 +134,11 @@ def audit(
 def compose(
     *,
     pool: options.PoolArgument,
-    out: Annotated[Path, "Folder of the routed model."],
+    out: Annotated[Path | None, "Folder of the routed model; left out with --plan."] = None,
+    plan: Annotated[
+        bool, "Write nothing: print memory and added computation, and what takes less."
+    ] = False,
+    json: options.JsonOption = None,
     opening: options.ModelOptions,
     stored: options.StoredOption = None,
     routing: Routing,
@@ -144,12 +149,21 @@ def compose(
     It is written layer by layer, so the pool may be larger than memory. Experts that look
     unlike the others are a warning ('phatgoose audit' says more).
     """
+    if (out is None) != plan:
+        raise ConfigError(
+            "--out FOLDER writes a routed model, --plan says its costs: give one of them."
+        )
+    check_report(json, RoutingError)
+    options.check_router(routing)
+    if out is None:
+        opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
+        plan_pool(opened, opening, routing, json)
+        return
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
     from ...routing.routers.router import router_of
     from ...routing.saved.segments import save_pool
 
-    options.check_router(routing)
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
     try:
@@ -163,7 +177,14 @@ def compose(
     count = len(packed.names)
     k = min(router_of(used).k, count)
     experts = f"{count} expert{'' if count == 1 else 's'} at {len(packed.sites)} sites"
-    say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")
+    made: dict[str, Any] = {
+        "folder": str(out),
+        "base": packed.base.id,
+        "experts": list(packed.names),
+    }
+    made |= {"sites": len(packed.sites), "router": used.router, "k": k or None}
+    if not report(json, made, "report", RoutingError):
+        say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")
 
 
 def generate(

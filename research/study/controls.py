@@ -1,4 +1,4 @@
-"""Controls: does a pool answer better because of what its experts know?
+"""Controls: whether a pool answers better because of what its experts know.
 
     python research/study/controls.py SUITE OUT.jsonl LIMIT ROUTERS POOL…
 
@@ -42,7 +42,7 @@ from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources, Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from marks import random_twin  # noqa: E402
+from marks import random_twin
 
 Row = tuple[str, Pool | None, Routing | None]
 READS_GATES = ("phatgoose", "discriminant-phatgoose")

@@ -181,8 +181,8 @@ PLACEMENTS = ("houlsby", "pfeiffer")
 # Help texts of settings that several kinds of expert share, as one flag.
 SITES = (
     "Regular expression to search for in a layer's module path. Default: every linear layer of "
-    "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects them for "
-    "the base's architecture (ia3); the layers of the placement (bottleneck)."
+    "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects them "
+    "for the base's architecture (ia3); the layers of the placement (bottleneck)."
 )
 INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
 

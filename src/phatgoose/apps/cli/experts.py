@@ -94,13 +94,15 @@ def train(
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, engine=chosen, **settings):
             of = [task.named for task in missing if task.name == expert.name]
-            named = list(tasks) if of and multitask else of
-            recipe = options.written_recipe(name, dtype, peft or "lora", named, effective)
             reported.append(_reported(expert, is_new=bool(of)))
-            if is_first():
-                told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
-                say(told, err=str(json) == "-")
-                _save_settings(Path(expert.place), recipe if of else None)
+            if not is_first():
+                continue
+            told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
+            say(told, err=str(json) == "-")
+            if of:
+                named = list(tasks) if multitask else of
+                recipe = options.written_recipe(name, dtype, peft or "lora", named, effective)
+                _save_settings(Path(expert.place), recipe)
     if is_first():
         report(json, {"base": name, "experts": reported}, "report", ConfigError)
 

@@ -21,6 +21,7 @@ from command_line import (
     snapshot,
     write_rows,
 )
+from phatgoose.apps.cli.options import read_recipe
 from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import statistics as statistics_module
@@ -102,14 +103,16 @@ def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untr
 
 
 def test_the_end_of_a_training_is_reported_as_json(untrained, phat):
-    flags = [*TRAIN, "--max-input-tokens", 3, "--json"]
+    flags = [*TRAIN, "--peft", "dora", "--max-input-tokens", 3, "--json"]
     outcome = phat("train", "reviews.jsonl", *flags, "-")
     record = json.loads(outcome.out)
     (expert,) = record["experts"]
     assert (record["base"], expert["name"]) == ("tiny-base", "reviews")
     assert (expert["folder"], expert["trained_now"]) == ("new/reviews", True)
-    kept = Expert.load(untrained / "new" / "reviews").info.metrics
-    assert expert["metrics"] == kept
+    made = Expert.load(untrained / "new" / "reviews")
+    kept = made.info.metrics
+    assert (made.kind, expert["metrics"]) == ("dora", kept)
+    assert read_recipe(untrained / "new" / "reviews.yaml").tables["dora"]["rank"] == 2
     names = {"expert_steps", "expert_train_loss", "expert_validation_loss", "expert_seconds"}
     assert names | {"inputs_cut", "gate_steps"} <= kept.keys()
     assert "[1/1] reviews: validation loss" in outcome.err

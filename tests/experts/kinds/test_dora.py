@@ -11,6 +11,7 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds import peft
 from phatgoose.experts.kinds.dora.module import DoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
@@ -117,6 +118,14 @@ def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
     )
     assert outcome.code == 2
     assert "is no LoRA, which engines apply" in outcome.err
+
+
+def test_an_import_reads_the_config_once(base, tmp_path, monkeypatch):
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True)
+    read, real = [], peft.read_json_object
+    monkeypatch.setattr(peft, "read_json_object", lambda path: read.append(path) or real(path))
+    import_adapter(adapter, tmp_path / "expert")
+    assert read == [adapter / "adapter_config.json"]
 
 
 def test_magnitudes_are_of_the_layers_sizes(base, tmp_path):

@@ -10,6 +10,7 @@ from phatgoose.apps.cli.options import RECIPE_TABLES
 from phatgoose.config import (
     IA3,
     Bottleneck,
+    Dora,
     Formatting,
     GateTraining,
     Lora,
@@ -24,10 +25,11 @@ from phatgoose.config import (
 from phatgoose.errors import ConfigError
 from phatgoose.routing.routers.configs import Phatgoose, Random
 
-CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
+CONFIGS = (Lora, Dora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
 DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for rate, alpha, batch
     Lora: {"rank": 16, "alpha": 32.0, "init_std": 0.01, "sites": None},
+    Dora: {"rank": 16, "alpha": 32.0},
     IA3: {"sites": None, "feedforward": None},
     Bottleneck: {"placement": "houlsby", "size": 64, "activation": "relu", "scale": 1.0},
     Training: {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft, Training
+from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Training
 from phatgoose.experts.adapter import applied
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.task import Example, Task
@@ -152,5 +152,6 @@ SHAPES: dict[str, Peft] = {
     "ia3": IA3(),
     "houlsby": Bottleneck(size=5, activation="gelu", scale=2.0),
     "pfeiffer": Bottleneck(placement="pfeiffer", size=3),
+    "dora": Dora(rank=2, alpha=4),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -11,7 +11,7 @@ import torch
 from command_line import run, write_rows
 from phatgoose.base.active_tokens import ActsOn, acting_at
 from phatgoose.base.sites import find_sites
-from phatgoose.config import IA3, Bottleneck, Formatting, GateTraining, Lora
+from phatgoose.config import IA3, Bottleneck, Dora, Formatting, GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, TaskError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
@@ -35,6 +35,7 @@ KINDS = {
     "lora": Lora(rank=2, alpha=4),
     "ia3": IA3(),
     "bottleneck": Bottleneck(size=3, init_std=0.3),
+    "dora": Dora(rank=2, alpha=4),
 }
 
 

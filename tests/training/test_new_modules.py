@@ -1,4 +1,4 @@
-"""Training (IA)³ and bottleneck experts: what is trained, where, and what is kept of it."""
+"""Training (IA)³, bottleneck and DoRA experts: what is trained, where, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def train(base, out: Path, shape: Peft, **options) -> Expert:
     return train_default(base, out, **{"peft": shape, "training": training, **options})
 
 
-@each_shape
+@pytest.mark.parametrize("shape", ENDS["llama"])
 def test_experts_act_where_the_papers_put_them(base, kind, shape):
     sites = placed_sites(base.model, SHAPES[shape])
     ends = ENDS[kind][shape]
@@ -84,6 +84,14 @@ def test_experts_act_where_the_papers_put_them(base, kind, shape):
         last = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "t5": "wo"}[kind]
         inputs = scales_input(base.model, IA3(), sites)
         assert inputs == {site for site in sites if site.endswith(f".{last}")}
+
+
+def assert_same_modules(got: Expert, wanted: Expert) -> None:
+    assert got.modules.keys() == wanted.modules.keys()
+    for site, module in wanted.modules.items():
+        for name, value in vars(module).items():
+            other = getattr(got.modules[site], name)
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
 @each_shape
@@ -107,7 +115,7 @@ def test_only_the_experts_parameters_are_trained_and_they_start_at_nothing(base,
 def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_path):
     expert = trained(base, tmp_path / "echo", train, shape=SHAPES[shape])
     assert check_expert(expert.directory) == []
-    assert expert.kind == ("ia3" if shape == "ia3" else "bottleneck")
+    assert expert.kind == (shape if shape in ("ia3", "dora") else "bottleneck")
     assert expert.info.hyperparameters["peft"] == expert.kind
     assert expert.gates.keys() == expert.means.keys() == expert.modules.keys()
     assert expert.modules.keys() == placed_sites(base.model, SHAPES[shape]).keys()
@@ -117,11 +125,14 @@ def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_p
         loss = target_nll(base.model, base, TASK.validation).mean().item()
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
     assert not torch.allclose(got, logits_of(base.model, make_ids()), atol=1e-3)
-    if shape == "ia3":
+    if shape in ("ia3", "dora"):
         assert_same_logits(got, logits_of(peft_model(base, expert.directory), make_ids()))
         adapter = adapter_of(expert.directory, tmp_path / "adapter")
+        for ours in adapter.glob("dora*"):
+            ours.unlink()
         again = import_adapter(adapter, tmp_path / "imported", base=base.id)
-        assert again.modules.keys() == expert.modules.keys()
+        assert again.kind == expert.kind
+        assert_same_modules(again, expert)
 
 
 @each_shape
@@ -143,11 +154,8 @@ def test_a_training_that_stopped_goes_on_to_the_same_expert(llama, shape, tmp_pa
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8, peft=SHAPES[shape])
     assert (tmp_path / ".cut.work" / "expert" / "checkpoint-2" / "complete").is_file()
     resumed = train_default(llama, tmp_path / "cut", peft=SHAPES[shape], resume=True)
-    for site, module in whole.modules.items():
-        for name, value in vars(module).items():
-            other = getattr(resumed.modules[site], name)
-            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
-        assert torch.equal(whole.gates[site], resumed.gates[site])
+    assert_same_modules(resumed, whole)
+    assert all(torch.equal(gate, resumed.gates[site]) for site, gate in whole.gates.items())
 
 
 @pytest.mark.parametrize("shape", ["ia3", "houlsby"])

@@ -165,11 +165,12 @@ def test_a_plan_counts_the_parameters_of_each_kind(planned_here, base_folders, s
         "ia3": 2 * (32 + 32 + 48),
         "houlsby": 4 * (2 * 5 * 32 + 5 + 32),
         "pfeiffer": 2 * (2 * 3 * 32 + 3 + 32),
+        "dora": sum(2 * (s.in_features + s.out_features) + s.out_features for s in sites.values()),
     }
     assert (plan.sites, plan.expert_parameters) == (len(sites), counts[shape])
     assert plan.gate_parameters == sum(site.in_features for site in sites.values())
     assert plan.dtype == ("float32" if shape == "ia3" else "bfloat16")
-    itemsize = 4 if shape == "ia3" else 2
+    itemsize = 2 if shape in ("houlsby", "pfeiffer") else 4  # a DoRA's are in two files
     vectors = 2 * 4 * plan.gate_parameters + READINGS  # gates, means
     assert plan.tasks[0].disk_bytes == itemsize * plan.expert_parameters + vectors
 

@@ -66,7 +66,7 @@ def concentration(p: ArrayLike) -> float:
 
 
 def overlap(p: ArrayLike, q: ArrayLike) -> float:
-    """Sum of min(p, q): 1 less the total variation distance; 1 for equals, 0 for strangers."""
+    """Sum of min(p, q): 1 less the total variation distance; 1 if equal, 0 if disjoint."""
     return float(np.minimum(as_distribution(p), as_distribution(q)).sum())
 
 

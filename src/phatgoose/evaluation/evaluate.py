@@ -355,7 +355,7 @@ def evaluate(
     highest mean log-likelihood per target token, end-of-sequence included. Without choices it is
     scored by exact match, without white space around the answers. Answers that are not chosen are
     generated greedily. Cut inputs are logged, and a warning from a tenth of them on. Another
-    warning tells if the experts of a routed model were trained on inputs of another form.
+    warning says if the experts of a routed model were trained on inputs of another form.
 
     Args:
         model: Any transformers model, or a loaded `Base`.

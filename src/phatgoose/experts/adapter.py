@@ -43,6 +43,8 @@ def adapter_files(directory: Path) -> AdapterFiles:
         for files in formats()
         if any((directory / name).exists() for name in (files.config, files.weights))
     ]
+    beside = {name for files in held for name in files.beside}
+    held = [files for files in held if files.config not in beside]
     if len(held) > 1:
         raise ExpertError(
             f"{directory} holds files of two adapters, as {held[0].config} and {held[1].config} "

@@ -53,9 +53,12 @@ model = PeftModel.from_pretrained(base_model, "path/to/{name}")
 LONGEST_CELL = 500
 
 
-def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
-    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
-    in_peft = kinds()[kind].peft_type is not None
+def model_card(info: Mapping[str, Any], kind: str, sites: int, *, copied: bool = False) -> str:
+    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says.
+
+    `copied` says that PEFT's files of it stand beside ours.
+    """
+    in_peft = copied or kinds()[kind].peft_type is not None
     base = info["base"]
     # In YAML an id without an owner might be a number.
     quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
@@ -66,7 +69,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
-        acts_on=_acts_on(info.get("acts_on"), kind),
+        acts_on=_acts_on(info.get("acts_on"), in_peft=in_peft, copied=copied),
         kind=kinds()[kind].title,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
@@ -77,11 +80,11 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     )
 
 
-def _acts_on(record: Mapping[str, Any] | None, kind: str) -> str:
+def _acts_on(record: Mapping[str, Any] | None, *, in_peft: bool, copied: bool) -> str:
     acts_on = ActsOn.of(record)
     if acts_on is None:
         return ""
-    alone = kinds()[kind].peft_type is not None and not acts_on.invocation
+    alone = in_peft and (copied or not acts_on.invocation)
     warning = " PEFT alone doesn't know this and lets it act on all tokens." if alone else ""
     return f"- Acts on: {_code(str(acts_on))}; before that the base is itself.{warning}\n"
 

@@ -235,9 +235,9 @@ class Expert:
         directory: The folder of the adapter's files.
         modules: What it does at each site, all of one kind.
         gates: A float32 vector of each site's input size; empty when there are none.
-        means: The same of mean activations.
+        means: Mean activations, likewise.
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
-        readings: Those of `readings.readings_of`; empty when there are none.
+        readings: Prompt statistics, by `readings.readings_of`; empty when there are none.
         files: The mapped files.
         source: The folder of an adapter that was read as an expert; `directory` may be temporary.
     """
@@ -259,7 +259,7 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """The one in `phatgoose.json`, whatever the directory is called; unique within a pool."""
+        """The name in `phatgoose.json`, not the directory's; unique within a pool."""
         return self.info.name
 
     @property
@@ -284,7 +284,7 @@ class Expert:
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def has(self, part: str) -> bool:
-        """True where it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
+        """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
         held = getattr(self, part)
         return held is not None and len(held) > 0
 
@@ -381,7 +381,8 @@ class Expert:
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
-        for file in (files.config, files.weights):
+        beside = [file for file in files.beside if (self.directory / file).is_file()]
+        for file in (files.config, files.weights, *beside):
             shutil.copyfile(self.directory / file, work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
@@ -396,8 +397,9 @@ class Expert:
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
         # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
+        card = model_card(asdict(info), self.kind, len(self.modules), copied=bool(beside))
         for file, text in (
-            (LAYOUT.card, model_card(asdict(info), self.kind, len(self.modules))),
+            (LAYOUT.card, card),
             (LAYOUT.info, info_json(info)),
         ):
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")

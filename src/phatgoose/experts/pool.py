@@ -47,7 +47,7 @@ class Pool(Mapping[str, Expert]):
 
     @classmethod
     def open(cls, source: Pool | Expert | str | Path | Sequence[Expert | str | Path]) -> Pool:
-        """The pool in `source`, or `source` itself where it is a pool.
+        """The pool in `source`, or `source` itself if it is a pool.
 
         Every expert is read and fully checked once.
 

@@ -283,7 +283,7 @@ def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
-    """The part without experts whose `place` [pool] is -1, numbered anew; None if none is left."""
+    """The part without experts whose `place` [pool] is -1, numbered again; None if none is left."""
     found = place.to(part.stack.experts.device)[part.stack.experts]
     rows = (found >= 0).nonzero().flatten()
     if not len(rows):

@@ -123,7 +123,7 @@ def load_task(
     Raises:
         TaskError: Naming the line, for anything else, a row that is broken or lacks a field, a text
             that holds half a character, an empty choice, a target that is not among the choices, a
-            name that is no UTF-8, or a source without examples.
+            name that isn't UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     if not isinstance(name, str | None):

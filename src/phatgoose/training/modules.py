@@ -44,8 +44,22 @@ def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
 
 
 def parameters_at(model: PreTrainedModel, peft: Peft) -> int:
-    """The number of trained parameters of a new expert, without gates. Raises as `placed_sites`."""
+    """The number of trained parameters of a new expert, without gates.
+
+    Raises as `placed_sites` and `check_packed`.
+    """
+    check_packed(peft, packed=getattr(model, "is_quantized", False))
     return kind_for(peft).new_modules.count(model, peft, placed_sites(model, peft).values())
+
+
+def check_packed(peft: Peft, *, packed: bool) -> None:
+    """Raise ConfigError where such an expert can't be trained on weights that are `packed`."""
+    kind = kind_for(peft)
+    if packed and not kind.new_modules.on_packed:
+        raise ConfigError(
+            f"{kind.title} is trained on the base's own weights, not on quantised ones: leave out "
+            f"--load-in-4bit, or train a lora."
+        )
 
 
 def fresh_expert(base: Base, peft: Peft, *, joint: bool) -> AbstractContextManager[FreshExpert]:

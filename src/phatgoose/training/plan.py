@@ -37,7 +37,7 @@ from ..experts.readings import readings_size
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
-from .modules import parameters_at, placed_sites
+from .modules import check_packed, parameters_at, placed_sites
 from .train_expert import train_expert
 from .trainer import TrainingCallback
 
@@ -54,6 +54,7 @@ RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
 CARDS = (24, 40, 80)  # GB of GPUs that people have
 USABLE = 0.95  # of a card: the driver and fragments take the rest
 BYTES_OF_4_BITS = 0.52  # of a weight, with its scale: bitsandbytes' NF4, quantised twice
+format_sizeof = tqdm.format_sizeof  # 1234 as 1.23k
 TRIAL_STEPS = 3  # the first is a warm-up and isn't timed
 T5_XL = T5Config(
     **{"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
@@ -127,8 +128,8 @@ class Planner:
     """Plans trainings of experts of `base` with these settings, at a `speed` or at `tflops`.
 
     Without either, TFLOPS are assumed. Raises BaseModelError when the base's config isn't on this
-    machine (the paper's is built in), ConfigError when no site matches or a speed is not positive
-    and finite.
+    machine (the paper's is built in), ConfigError when no site matches, a speed is not positive and
+    finite, or the expert can't be trained on 4 bits.
     """
 
     def __init__(
@@ -149,13 +150,16 @@ class Planner:
         self.base, self.dtype, self.tflops, self.speed = base, dtype, tflops, speed
         self.peft, self.training = peft or Lora(), training or Training()
         self.gates, self.formatting = gate_training or GateTraining(), formatting or Formatting()
+        check_packed(self.peft, packed=dtype == FOUR_BITS)
         self._model = _skeleton(base)
         self._sites = list(placed_sites(self._model, self.peft).values())
         self._expert = parameters_at(self._model, self.peft)
         self._gate = sum(site.in_features for site in self._sites)
         self._learnt = self._expert + (self._gate if self.gates.joint else 0)
         self._computed = choose_dtype(dtype)
-        self._stored = kind_for(self.peft).new_modules.dtype or self._computed
+        made = kind_for(self.peft).new_modules
+        self._stored = made.dtype or self._computed
+        self._adapter = made.copies * self._stored.itemsize * self._expert  # bytes of its files
         head: Any = self._model.get_output_embeddings()
         self._logits: tuple[int, ...] = (0, 0) if head is None else tuple(head.weight.shape)
 
@@ -194,8 +198,8 @@ class Planner:
             expert_parameters=self._expert,
             gate_parameters=self._gate,
             tasks=tuple(planned),
-            working_bytes=checkpoints + self._stored.itemsize * self._expert,
-            memory_bytes=measured or self._memory(batches),
+            working_bytes=checkpoints + self._adapter,
+            memory_bytes=measured or self._memory(batches).total,
             notes=(*self._notes(planned), *memory_notes, *unread),
         )
 
@@ -230,7 +234,7 @@ class Planner:
             tokens=round((trained + forward) * (prompt + target)),
             is_bound=lengths.is_bound,
             seconds=(trained + forward / 2) * self._seconds(prompt, target),
-            disk_bytes=self._stored.itemsize * self._expert + FLOAT32 * vectors,
+            disk_bytes=self._adapter + FLOAT32 * vectors,
         )
 
     def _seconds(self, prompt: float, target: float) -> float:
@@ -244,32 +248,73 @@ class Planner:
         operations += target * (passed["decoder"] + math.prod(self._logits))
         return OPERATIONS * operations / (1e12 * (self.tflops or TFLOPS))
 
-    def _memory(self, batches: Sequence[tuple[_Lengths, int]], most_rows: int | None = None) -> int:
-        """The memory of a process, without attention's probabilities."""
+    def _memory(
+        self,
+        batches: Sequence[tuple[_Lengths, int]],
+        most_rows: int | None = None,
+        *,
+        itemsize: int | None = None,
+        packed: bool | None = None,
+        most_tokens: int | None = None,
+    ) -> Memory:
+        """The memory of a process, without attention's probabilities, as settings make it.
+
+        None are the settings; `packed` means 4 bits, `most_tokens` limits inputs.
+        """
+        itemsize = itemsize or self._computed.itemsize
         features = sum(site.in_features + site.out_features for site in self._sites)
         activations = [0]
         for lengths, rows in batches:
             size = min(rows, most_rows or rows)
-            longest = max(map(sum, zip(lengths.prompts, lengths.targets, strict=True)))
-            kept = KEPT * features * self._computed.itemsize * size * longest
+            prompts = [min(prompt, most_tokens or prompt) for prompt in lengths.prompts]
+            longest = max(map(sum, zip(prompts, lengths.targets, strict=True)))
+            kept = KEPT * features * itemsize * size * longest
             activations.append(kept + LOGIT_BYTES * self._logits[0] * size * max(lengths.targets))
-        base = sum(int(parameter.numel()) for parameter in self._model.parameters())
-        held = self._computed.itemsize * base + TRAINABLE_COPIES * FLOAT32 * self._learnt
-        return RUNTIME_BYTES + held + max(activations)
+        packed = self.dtype == FOUR_BITS if packed is None else packed
+        base = base_bytes(self._model, itemsize, packed=packed)
+        return Memory(base, TRAINABLE_COPIES * FLOAT32 * self._learnt, max(activations))
 
     def _memory_notes(self, batches: Sequence[tuple[_Lengths, int]]) -> list[str]:
-        notes = ["Memory is counted for the longest sequences of a sample; --measure finds it."]
         here, most = memory_here(), max((rows for _, rows in batches), default=1)
-        needs = {rows: self._memory(batches, rows) for rows in range(most, 0, -1)}
+        parts = self._memory(batches)
+        notes = [
+            f"Memory is the peak in a training step, with micro_batch_size {most} and the longest "
+            f"sequences of a sample: base {format_sizeof(parts.base)}B, activations "
+            f"{format_sizeof(parts.activations)}B, expert and optimiser "
+            f"{format_sizeof(parts.learnt)}B; --measure finds it."
+        ]
+        needs = {rows: self._memory(batches, rows).total for rows in range(most, 0, -1)}
         notes += [self._cards(needs)]
+        if needs[most] > min(USABLE * CARDS[0] * 10**9, here or math.inf):
+            notes += self._smaller(batches, parts.total)
         fitting = [rows for rows in needs if here is None or needs[rows] <= here]
         if fitting[:1] == [most]:
             return notes
         remedy = "cut inputs (max_input_tokens), choose bfloat16 or a smaller base"
         if fitting:
-            needed = tqdm.format_sizeof(needs[fitting[0]])
+            needed = format_sizeof(needs[fitting[0]])
             remedy = f"with micro_batch_size {fitting[0]} it takes {needed}B"
-        return [*notes, f"This machine has {tqdm.format_sizeof(here or 0)}B of memory: {remedy}."]
+        return [*notes, f"This machine has {format_sizeof(here or 0)}B of memory: {remedy}."]
+
+    def _smaller(self, batches: Sequence[tuple[_Lengths, int]], now: int) -> list[str]:
+        """The settings that need less memory than `now`, each with what it then takes."""
+        half = max(1, self.formatting.max_input_tokens // 2)
+        changes: dict[str, dict[str, Any]] = {
+            "--micro-batch-size 1": {"most_rows": 1},
+            "--dtype bfloat16": {"itemsize": torch.bfloat16.itemsize},
+            "--load-in-4bit": {"packed": True, "itemsize": choose_dtype(FOUR_BITS).itemsize},
+            f"--max-input-tokens {half}": {"most_tokens": half},
+        }
+        if not kind_for(self.peft).new_modules.on_packed:
+            del changes["--load-in-4bit"]
+        needs = {flag: self._memory(batches, **change).total for flag, change in changes.items()}
+        able = {flag: need for flag, need in needs.items() if need < now}
+        if not able:
+            return []
+        told = ", ".join(f"{flag} {format_sizeof(need)}B" for flag, need in able.items())
+        every = {name: value for flag in able for name, value in changes[flag].items()}
+        least = self._memory(batches, **every).total
+        return [f"Settings that take less: {told}; together {format_sizeof(least)}B."]
 
     def _cards(self, needs: Mapping[int, int]) -> str:
         """What fits on GPUs of usual sizes; `needs` are bytes by micro-batch, the largest first."""
@@ -279,15 +324,7 @@ class Planner:
             rows = next(fitting, None)
             words = "is too small" if rows is None else f"fits micro_batch_size {rows}"
             told.append(f"{size} GB {'fits' if rows == most else words}")
-        note = f"GPUs: {', '.join(told)}."
-        if needs[1] <= USABLE * CARDS[0] * 10**9 or self.dtype == FOUR_BITS:
-            return note
-        linear = sum(s.in_features * s.out_features for s in find_sites(self._model).values())
-        least = needs[1] - round((self._computed.itemsize - BYTES_OF_4_BITS) * linear)
-        return (
-            f"{note} With --load-in-4bit and micro_batch_size 1 it takes "
-            f"{tqdm.format_sizeof(least)}B; a smaller --max-input-tokens saves more."
-        )
+        return f"GPUs: {', '.join(told)}."
 
     def _notes(self, planned: Sequence[PlannedTask]) -> list[str]:
         notes = []
@@ -341,6 +378,18 @@ class Planner:
         return Speed(tokens / (times[TRIAL_STEPS] - times[1]), most_memory())
 
 
+class Memory(NamedTuple):
+    """Bytes of a process: the base, what is trained with its optimiser, and activations."""
+
+    base: int
+    learnt: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return RUNTIME_BYTES + sum(self)
+
+
 class _Lengths(NamedTuple):
     """Tokens of some prompts and targets; `is_bound` means the most there can be."""
 
@@ -357,6 +406,13 @@ def _skeleton(base: str) -> PreTrainedModel:
             return load_skeleton(KNOWN_BASES[base])
         hint = "Nothing is downloaded here: have the base's config.json at hand."
         raise BaseModelError(f"{error} {hint}") from error
+
+
+def base_bytes(model: PreTrainedModel, itemsize: int, *, packed: bool) -> int:
+    """The memory of a base, of which `model` may be the skeleton; `packed` means 4 bits."""
+    found = itemsize * sum(int(parameter.numel()) for parameter in model.parameters())
+    linear = sum(site.in_features * site.out_features for site in find_sites(model).values())
+    return found - round((itemsize - BYTES_OF_4_BITS) * linear) if packed else found
 
 
 def _rows(training: Training) -> int:

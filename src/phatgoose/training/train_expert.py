@@ -87,7 +87,8 @@ def train_expert(
         base: A loaded base, which serves many tasks, or its name.
         task: A task, a file, or `hub:DATASET`.
         out: The folder to write.
-        peft: The kind and shape of the adapter: `Lora`, `IA3` or `Bottleneck`; None is `Lora()`.
+        peft: The kind and shape of the adapter: `Lora`, `Dora`, `IA3` or `Bottleneck`; None is
+            `Lora()`.
         training: Steps, rate and so on; None is `Training()`. With its `acts_on` the expert acts
             from its prompts' end on; so do its gates, and its means are measured there.
         gate_training: Gates are trained after the adapter, or if it is `joint` together with it,
@@ -104,7 +105,7 @@ def train_expert(
     Raises:
         ExpertError: `out` exists, the name can't be an expert's, or training diverges.
         ConfigError: Work to be resumed had other settings.
-        RoutingError: Means are wanted and the base pads inside.
+        RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
     out, peft = Path(out), peft or Lora()
@@ -175,7 +176,7 @@ def train_gates(
             diverges.
         WrongBaseError: The adapter records another base.
         ConfigError: Work to be resumed had other settings, or joint training is asked for.
-        RoutingError: Means are wanted and the base pads inside.
+        RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
     out, adapter = Path(out), Path(adapter)

@@ -1,5 +1,6 @@
 """`phatgoose train`, `gate` and `measure`: jointly, on several tasks, every kind of expert."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from command_line import (
     snapshot,
     write_rows,
 )
+from phatgoose.apps.cli.options import read_recipe
 from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import statistics as statistics_module
@@ -98,6 +100,27 @@ def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untr
     refused(phat(*arguments), "new/all exists already")
     assert phat(*arguments, "--resume").code == 0
     assert snapshot(untrained / "new") == before
+
+
+def test_the_end_of_a_training_is_reported_as_json(untrained, phat):
+    flags = [*TRAIN, "--peft", "dora", "--max-input-tokens", 3, "--json"]
+    outcome = phat("train", "reviews.jsonl", *flags, "-")
+    record = json.loads(outcome.out)
+    (expert,) = record["experts"]
+    assert (record["base"], expert["name"]) == ("tiny-base", "reviews")
+    assert (expert["folder"], expert["trained_now"]) == ("new/reviews", True)
+    made = Expert.load(untrained / "new" / "reviews")
+    kept = made.info.metrics
+    assert (made.kind, expert["metrics"]) == ("dora", kept)
+    assert read_recipe(untrained / "new" / "reviews.yaml").tables["dora"]["rank"] == 2
+    names = {"expert_steps", "expert_train_loss", "expert_validation_loss", "expert_seconds"}
+    assert names | {"inputs_cut", "gate_steps"} <= kept.keys()
+    assert "[1/1] reviews: validation loss" in outcome.err
+    again = phat("train", "reviews.jsonl", *flags, "again.json", "--resume")
+    assert "report -> again.json" in again.out
+    assert json.loads((untrained / "again.json").read_text())["experts"] == [
+        {**expert, "trained_now": False}
+    ]
 
 
 def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
@@ -287,9 +310,11 @@ def test_the_settings_of_a_training_are_told_saved_and_can_be_given_again(untrai
     recipe = yaml.safe_load((untrained / "new" / "reviews.yaml").read_text())
     assert (recipe["lora"]["rslora"], recipe["training"]["epochs"]) == (True, 0.5)
     assert recipe["tasks"] == [str(untrained / "reviews.jsonl")]
-    again = phat("train", "--config", "new/reviews.yaml", "--out", "again", "--dtype", "float32")
+    assert recipe["dtype"] == "float32"
+    again = phat("train", "--config", "new/reviews.yaml", "--out", "again")
     assert again.code == 0, again.err
     second = Expert.load(untrained / "again" / "reviews")
     assert second.info.hyperparameters == first.info.hyperparameters
+    assert {module.A.dtype for module in second.lora.values()} == {torch.float32}
     assert all(torch.equal(first.gates[site], second.gates[site]) for site in first.gates)
     assert phat("pool", "new").code == 0

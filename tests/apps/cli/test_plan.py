@@ -1,11 +1,15 @@
-"""`phatgoose train --plan`: what it prints and writes, and what it refuses."""
+"""`train --plan` and `compose --plan`: what they print and write, and what they refuse."""
 
 import json
 import re
 
 import pytest
 
-from command_line import refused, snapshot
+from command_line import BASE, refused, snapshot
+from phatgoose.base.sites import find_sites
+from phatgoose.config import Routing
+from phatgoose.routing.compose import detach
+from phatgoose.routing.open_model import open_model
 
 pytestmark = pytest.mark.usefixtures("_offline")
 
@@ -76,3 +80,55 @@ def test_finished_experts_are_left_out_when_resumed(planned_here, phat):
     outcome = phat(*arguments, "--resume")
     assert "1 experts to train" in outcome.out
     assert "1 experts are finished" in outcome.out
+
+
+def test_the_plan_says_what_memory_is_of_and_what_each_setting_would_save(planned_here, phat):
+    base = ["train", "hub:a/b", "--base", "google/t5-xl-lm-adapt", "--dtype", "float32", "--plan"]
+    told = phat(*base).out
+    assert "Memory is the peak in a training step, with micro_batch_size 8" in told
+    assert "GPUs: 24 GB is too small, 40 GB" in told
+    less = next(line for line in told.splitlines() if line.startswith("Settings that take less: "))
+    found = dict(re.findall(r"(--[a-z0-9-]+(?: \w+)?) ([\d.]+[MG])B", less))
+    flags = ("--micro-batch-size 1", "--dtype bfloat16", "--max-input-tokens 256", "--load-in-4bit")
+    assert set(found) == set(flags)
+    for flag in flags:
+        assert f"Peak memory of each: {found[flag]}B;" in phat(*base, *flag.split()).out
+    together = phat(*base, *" ".join(flags).split()).out
+    assert f"together {re.search('Peak memory of each: (.*?)B;', together)[1]}B." in less
+    small = phat("train", "counting.jsonl", "--base", "tiny-base", "--plan").out
+    assert "GPUs: 24 GB fits, 40 GB fits, 80 GB fits." in small
+    assert "take less" not in small
+
+
+@pytest.mark.parametrize(("router", "k"), [("phatgoose", 2), ("arrow", 2), ("merged", None)])
+def test_compose_plans_what_the_routed_model_takes(here, phat, router, k):
+    before = snapshot(here)
+    asked = ["compose", "experts", "--router", router, *BASE, "--plan"]
+    planned = phat(*asked, "--json", "-")
+    assert (planned.code, planned.err) == (0, "")
+    record = json.loads(planned.out)
+    outcome = phat(*asked)
+    assert snapshot(here) == before
+    model = open_model("experts", dtype="float32", routing=Routing(router=router)).model
+    layers = model.phatgoose.layers
+    kept = [t for each in layers.values() for t in each.buffers() if t.is_floating_point()]
+    memory = record["memory_bytes"]["float32"]
+    assert memory["base"] == sum(p.nbytes for p in model.parameters())
+    assert memory["pool"] == pytest.approx(sum(t.nbytes for t in kept), rel=0.01)
+    assert (record["router"], record["k"], record["sites"]) == (router, k, len(layers))
+    sites = find_sites(detach(model)).values()
+    n, d = sum(site.in_features for site in sites), sum(site.out_features for site in sites)
+    wanted = 2 * 2 * (n + d) + (0 if router == "merged" else 2 * n)  # two experts of rank 2
+    whole = sum(site.in_features * site.out_features for site in sites)
+    assert record["added_computation"] == pytest.approx(wanted / whole)
+    assert f"a token takes {wanted / whole:.1%} more multiplications" in outcome.out
+    assert "--dtype bfloat16 (" in outcome.out
+    assert ("--k 1 (" in outcome.out) == (k is not None)
+
+
+def test_compose_either_plans_or_writes(here, phat):
+    refused(phat("compose", "experts", "--plan", "--out", "x", *BASE), "give one of them")
+    refused(phat("compose", "experts", *BASE), "--out FOLDER writes a routed model")
+    written = phat("compose", "experts", "--out", "x", *BASE, "--json", "-")
+    record = json.loads(written.out)
+    assert (record["folder"], record["experts"]) == ("x", ["counting", "reviews"])

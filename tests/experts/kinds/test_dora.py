@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds import peft
 from phatgoose.experts.kinds.dora.module import DoraFactors
-from phatgoose.experts.kinds.registry import KINDS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.export.export import export
@@ -34,13 +34,11 @@ def pool(base, tmp_path):
     return Pool.open(tmp_path / "pool")
 
 
-def test_an_import_is_of_its_own_kind_and_cannot_be_trained(pool):
+def test_an_import_is_of_its_own_kind(pool):
     assert [expert.kind for expert in pool.experts] == ["dora", "dora", "lora"]
     for module in pool["a"].modules.values():
         assert isinstance(module, DoraFactors)
         assert (module.output_scale - 1).abs().max() > 0.01
-    with pytest.raises(ConfigError, match="imported, not trained"):
-        _ = KINDS["dora"].new_modules
 
 
 @ON_TWO_KINDS
@@ -120,6 +118,14 @@ def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
     )
     assert outcome.code == 2
     assert "is no LoRA, which engines apply" in outcome.err
+
+
+def test_an_import_reads_the_config_once(base, tmp_path, monkeypatch):
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True)
+    read, real = [], peft.read_json_object
+    monkeypatch.setattr(peft, "read_json_object", lambda path: read.append(path) or real(path))
+    import_adapter(adapter, tmp_path / "expert")
+    assert read == [adapter / "adapter_config.json"]
 
 
 def test_magnitudes_are_of_the_layers_sizes(base, tmp_path):

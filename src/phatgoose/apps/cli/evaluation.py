@@ -61,7 +61,7 @@ def compare(
     routing: Annotated[Routing, options.Without(("router",))],
     formatting: Formatting,
 ) -> None:
-    """Score many methods on whole suites, side by side; finished cells in --out are kept."""
+    """Score many methods on whole suites, side by side; finished runs in --out are kept."""
     references = _references(reference or [])
     from ...evaluation.comparison.compare import compare as run
     from ...tasks.suites.registry import open_suite
@@ -90,7 +90,7 @@ def compare(
 
 
 def lm_eval(context: typer.Context) -> None:
-    """lm-evaluation-harness' own command, with --model phatgoose known to it."""
+    """Run lm-evaluation-harness' own command, which then has --model phatgoose."""
     from ..harness import main
 
     main(context.args)
@@ -110,7 +110,7 @@ def replay(
     ] = None,
     json: options.JsonOption = None,
 ) -> None:
-    """Score a rule that chooses one expert a prompt, by marks of all experts, without a model."""
+    """Score a rule that chooses one expert per prompt, from marks and without a model."""
     from ...evaluation import replay as scoring
     from ..tables import replay_table
 
@@ -162,7 +162,7 @@ def analyse(
     formatting: Formatting,
     given: frozenset[str],
 ) -> None:
-    """See where the tokens of tasks go: one page, numbers, figures."""
+    """Report which experts served the tokens of tasks: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
     from ...analysis.pool_sizes import pool_size_curves
     from ..report.page import REPORT, write_report

@@ -13,7 +13,7 @@ from ...config import Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free, write_text
-from ..console import complain, report, say
+from ..console import check_report, complain, report, say
 from . import options
 from .plan import PlanOptions, plan_experts
 
@@ -48,6 +48,7 @@ def train(
     unfinished: options.RestartOptions,
     engine: options.EngineOptions,
     plan: PlanOptions,
+    json: options.JsonOption = None,
     shapes: options.ExpertShapes,
     training: Training,
     gates: GateTraining,
@@ -60,6 +61,7 @@ def train(
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
+    check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import is_first
@@ -78,7 +80,7 @@ def train(
     settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan.plan:
         settings |= {"training": training, "gate_training": gates}
-        plan_experts(plan, engine, name, missing, len(opened) - len(missing), settings)
+        plan_experts(plan, json, engine, name, missing, len(opened) - len(missing), settings)
         return
     _read_files(missing, training.seed)
     jobs = [
@@ -88,16 +90,21 @@ def train(
     effective = (shape, training, gates, formatting)
     if is_first():
         logger.info("settings: %s", _listed(effective, peft or "lora", name, dtype))
+    reported: list[dict[str, Any]] = []
     with engine.open() as chosen:
-        trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
-        for number, expert in enumerate(trained, 1):
+        for expert in train_experts(name, jobs, out=out, engine=chosen, **settings):
+            of = [task.named for task in missing if task.name == expert.name]
+            reported.append(_reported(expert, is_new=bool(of)))
             if not is_first():
                 continue
-            say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
-            if of := [task.named for task in missing if task.name == expert.name]:
+            told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
+            say(told, err=str(json) == "-")
+            if of:
                 named = list(tasks) if multitask else of
-                recipe = options.written_recipe(name, peft or "lora", named, effective)
+                recipe = options.written_recipe(name, dtype, peft or "lora", named, effective)
                 _save_settings(Path(expert.place), recipe)
+    if is_first():
+        report(json, {"base": name, "experts": reported}, "report", ConfigError)
 
 
 def _read_files(tasks: list[TrainingTask], seed: int) -> None:
@@ -105,6 +112,11 @@ def _read_files(tasks: list[TrainingTask], seed: int) -> None:
     for task in tasks:
         if task.origin == "file":
             task.load().with_validation(seed)
+
+
+def _reported(expert: TrainedExpert, *, is_new: bool) -> dict[str, Any]:
+    about = {"name": expert.name, "folder": expert.place, "trained_now": is_new}
+    return {**about, "metrics": dict(expert.metrics)}
 
 
 def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> str:
@@ -213,11 +225,11 @@ def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: options.TaskOption,
-    means: Annotated[bool, "Measure each site's mean activation."] = True,
-    readings: Annotated[bool, "Measure how the base alone reads the prompts."] = True,
+    means: Annotated[bool, "Compute mean activations."] = True,
+    readings: Annotated[bool, "Compute prompt statistics."] = True,
     embeddings: Annotated[bool, "Embed training inputs (needs the extra 'retrieval')."] = True,
     statistics_examples: Annotated[
-        int, "Training examples measured."
+        int, "Training examples to use."
     ] = GateTraining.statistics_examples,
     embedder: Annotated[
         str, "Sentence embedder: a Hub id or a local folder."
@@ -228,9 +240,9 @@ def stats(
     base: options.BaseOptions,
     template: options.TemplateOptions,
 ) -> None:
-    """Measure statistics for an expert that exists already.
+    """Compute statistics for an existing expert.
 
-    It is done with the seed and the formatting that the expert was trained with.
+    Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
     from ...training.statistics import measure as measure_expert
@@ -255,7 +267,7 @@ def check(
     require_signer: options.RequireSigner = None,
     json: options.JsonOption = None,
 ) -> None:
-    """Verify expert directories and name what is wrong.
+    """Verify expert directories and report errors.
 
     Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
     """

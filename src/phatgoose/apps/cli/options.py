@@ -51,6 +51,7 @@ class Recipe:
     """A TOML recipe: one table per config class, and the tasks to run it on."""
 
     base: str | None = None
+    dtype: str | None = None
     tasks: tuple[str, ...] = ()
     peft: str | None = None
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -71,7 +72,8 @@ RECIPE_TABLES = {
 FOLDERS = ("data", "templates")
 MODELS = ("embedder",)  # settings that are a folder or a Hub id
 EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
-RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands above the tables
+# What stands above the tables.
+RECIPE_OPTIONS = frozenset({"base", "dtype", "tasks", "peft", *FOLDERS})
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -91,19 +93,24 @@ def read_recipe(path: str | Path) -> Recipe:
                 f"{closest(key, known)}"
             )
     tables = {key: _table(path, content, key) for key in RECIPE_TABLES if key in content}
-    base, tasks = content.get("base"), content.get("tasks", [])
+    base, dtype, tasks = content.get("base"), content.get("dtype"), content.get("tasks", [])
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {shortened(base)}, but must be a Hub id or a path.")
+    if not isinstance(dtype, str | None):
+        raise ConfigError(f"{path}: dtype is {shortened(dtype)}, but must be a name as in --dtype.")
     if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
         raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
     base = base if base is None else _model(path.parent, base)
     peft = content.get("peft")
     require_one_of([None, *SHAPES], f"{path}: peft", peft)
     tasks = tuple(_relative_to(path.parent, task) for task in tasks)
-    return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
+    folders = (_folder(path, content, key) for key in FOLDERS)
+    return Recipe(base, dtype, tasks, peft, tables, *folders)
 
 
-def written_recipe(base: str, kind: str, tasks: Sequence[str], settings: Iterable[Settings]) -> str:
+def written_recipe(
+    base: str, dtype: str, kind: str, tasks: Sequence[str], settings: Iterable[Settings]
+) -> str:
     """A recipe in YAML of these settings, all of them, which --config reads."""
     import yaml  # type: ignore[import-untyped]
 
@@ -113,7 +120,8 @@ def written_recipe(base: str, kind: str, tasks: Sequence[str], settings: Iterabl
     }
     places = [os.path.abspath(task) if os.path.exists(task) else task for task in tasks]
     base = os.path.abspath(base) if base != EMBEDDED and os.path.isdir(base) else base
-    content = {"base": base, "peft": kind, "tasks": places, **tables}
+    typed = {} if dtype == "auto" else {"dtype": dtype}
+    content = {"base": base, **typed, "peft": kind, "tasks": places, **tables}
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -223,8 +231,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 VOICE = {  # what every command takes, and shows in the program's own help alone
-    "quiet": "Only results, warnings and errors: no progress.",
-    "verbose": "Say more on the way.",
+    "quiet": "Print only results, warnings and errors.",
+    "verbose": "Print more progress.",
     "log_level": "debug, info (default), warning or error.",
 }
 
@@ -352,12 +360,12 @@ ModelArgument = Annotated[
 ExpertOut = Annotated[Path, "The expert directory to write."]
 RequireSigner = Annotated[
     list[Path] | None,
-    "Use nothing of an expert unless the owner of this public key (PEM) signed every file of it; "
-    "repeatable, any of them will do (needs the extra 'sign').",
+    "Refuse an expert unless the owner of this public key (PEM) signed all its files; repeatable, "
+    "any of the keys suffices (needs the extra 'sign').",
 ]
 ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
-BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (embedded)."]
+BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
 FourBits = Annotated[bool, "The same as --dtype 4bit: QLoRA (needs bitsandbytes)."]
 StoredOption = Annotated[
@@ -381,8 +389,13 @@ def split(values: list[str] | None) -> list[str]:
 class BaseOptions:
     base: BaseOption = None
     dtype: Annotated[
-        str, "auto, bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for QLoRA)."
-    ] = "auto"
+        str,
+        "auto (the default), bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for "
+        "QLoRA).",
+    ] = None  # type: ignore[assignment]  # "auto", unless a recipe has another
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", self.dtype or "auto")
 
     def packed(self, load_in_4bit: bool) -> BaseOptions:
         return replace(self, dtype=FOUR_BITS) if load_in_4bit else self
@@ -424,10 +437,10 @@ def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> 
 
 @dataclass(frozen=True)
 class ModelOptions(BaseOptions):
-    keep: Annotated[list[str] | None, "Use this expert only (repeatable)."] = None
+    keep: Annotated[list[str] | None, "Use only this expert (repeatable)."] = None
     leave_out: Annotated[list[str] | None, "Exclude this expert (repeatable)."] = None
     scores: Annotated[
-        Path | None, "comparison.json of a compare: for oracle and best-individual."
+        Path | None, "comparison.json of a compare, for oracle and best-individual."
     ] = None
 
     def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
@@ -490,12 +503,12 @@ class RayOptions:
     ] = None
     gpus_per_worker: Annotated[
         float | None,
-        "With --engine ray: 0.5 lets two workers share a GPU; default: 1 where there are any.",
+        "With --engine ray: 0.5 lets two workers share a GPU; default: 1 if there are GPUs.",
         {"min": 0},
     ] = None
     cpus_per_worker: Annotated[
         float | None,
-        "With --engine ray: cores, and so threads, of a worker (default: 1).",
+        "With --engine ray: cores and threads of a worker (default: 1).",
         {"min": 0},
     ] = None
 
@@ -537,15 +550,15 @@ class ReplicaOptions(RayOptions):
 class UpstreamOptions:
     upstream: Annotated[
         str | None,
-        "Address of another engine, which answers: this server chooses experts of the pool for "
-        "each prompt and forwards it. PHATGOOSE_UPSTREAM_KEY in the environment is its key.",
+        "Address of another engine that answers. This server chooses the pool's experts for each "
+        "prompt and forwards it.",
     ] = None
     upstream_kind: Annotated[
         str | None, "With --upstream: vllm, sglang, llama.cpp, lorax or auto (default: auto)."
     ] = None
     upstream_experts: Annotated[
         str | None,
-        "With --upstream: the folder of the experts as the engine sees it, if another.",
+        "With --upstream: where the engine sees the experts' folder, if elsewhere.",
     ] = None
     upstream_wait: Annotated[
         float | None,

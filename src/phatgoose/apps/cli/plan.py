@@ -1,9 +1,10 @@
-"""What `phatgoose train --plan` shows: a table of experts to be trained, and what was assumed."""
+"""What --plan shows: of `train` a table of experts to be trained, of `compose` a model's costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,16 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from ...errors import ConfigError
+from ...config import FOUR_BITS, Routing
+from ...errors import ConfigError, RoutingError
 from ...experts.kinds.registry import kinds
-from ..console import check_report, report, show
-from .options import EngineOptions, flag_of, only_with
+from ..console import report, show
+from .options import EngineOptions, ModelOptions, flag_of, only_with
 
 if TYPE_CHECKING:
+    from ...base.sites import Site
+    from ...experts.pool import Pool
+    from ...routing.routers.router import Router
     from ...tasks.suites.registry import TrainingTask
     from ...training.plan import Plan
 
@@ -42,7 +47,6 @@ class PlanOptions:
     measure: Annotated[
         bool, "With --plan: train a few steps here to find a worker's speed and memory."
     ] = False
-    json: Annotated[Path | None, "With --plan: write it as JSON to this file; -: print it."] = None
 
     def check(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not False}
@@ -55,6 +59,7 @@ class PlanOptions:
 
 def plan_experts(
     options: PlanOptions,
+    json: Path | None,
     engine: EngineOptions,
     base: str,
     tasks: list[TrainingTask],
@@ -62,7 +67,6 @@ def plan_experts(
     settings: Mapping[str, Any],
 ) -> None:
     """Print what training on `tasks` with `settings` takes; `finished` experts are left out."""
-    check_report(options.json, ConfigError)
     from ...training.plan import Planner, Speed
 
     given = options.tokens_per_second
@@ -78,7 +82,7 @@ def plan_experts(
     totals, workers = plan.totals(), engine.workers or 1
     spread = {"workers": workers, "seconds": plan.seconds_on(workers)}
     record = {**asdict(plan), "totals": totals, "schedule": spread}
-    if report(options.json, record, "plan", ConfigError):
+    if report(json, record, "plan", ConfigError):
         return
     show(_table(plan, totals), width=WIDE)
     kept = [f"{finished} experts are finished and not counted."] if finished else []
@@ -124,8 +128,8 @@ def _sums(plan: Plan, totals: Mapping[str, float], engine: EngineOptions) -> tup
     time = f"{'≤ ' if _is_bound(plan) else ''}{_duration(plan.seconds_on(count))}"
     checkpoints = format_sizeof(min(count, len(plan.tasks)) * plan.working_bytes)
     return expert, (
-        f"On {workers}{f' ({gpus:g} GPUs)' if gpus else ''}: {time}. Each takes "
-        f"{format_sizeof(plan.memory_bytes)}B of memory; disk: {checkpoints}B for checkpoints, "
+        f"On {workers}{f' ({gpus:g} GPUs)' if gpus else ''}: {time}. Peak memory of each: "
+        f"{format_sizeof(plan.memory_bytes)}B; disk: {checkpoints}B for checkpoints, "
         f"{format_sizeof(totals['disk_bytes'])}B for experts."
     )
 
@@ -135,3 +139,99 @@ def _duration(seconds: float) -> str:
         if seconds < most * length:
             return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
     return f"{seconds / 86400:,.1f} days"
+
+
+# A routed model's costs, by the sizes of its tensors.
+
+
+def plan_pool(pool: Pool, opening: ModelOptions, routing: Routing, json: Path | None) -> None:
+    """Print what the routed model of `pool` takes, and what takes less; no base is loaded."""
+    from ...base.loading import choose_dtype, load_skeleton, load_tokenizer, settled_dtype
+    from ...base.sites import find_sites
+    from ...routing.compose import check_pool_fits
+    from ...routing.routers.automatic import settled
+    from ...routing.routers.prompt_router import ByPrompt
+    from ...routing.routers.router import check_routing, read_scores, router_of
+    from ...training.plan import base_bytes
+
+    base, revision = opening.base or pool.base.id, None if opening.base else pool.base.revision
+    model = load_skeleton(base, revision=revision)
+    tokenizer = load_tokenizer(base, revision=revision, offline=True)
+    router = router_of(settled(routing, pool, model, tokenizer))
+    check_routing(router, pool)
+    scores = read_scores(opening.scores) if opening.scores else None
+    pool, sites = router.narrow(pool, scores), find_sites(model)
+    check_pool_fits(pool, sites)
+    costs = [_costs_at(pool, sites[name], router) for name in pool.sites]
+    pool.release()
+    values, fixed, changed, choosing = (sum(column) for column in zip(*costs, strict=True))
+    tables = router.tables(pool, scores).tensors if isinstance(router, ByPrompt) else {}
+    fixed += sum(tensor.nbytes for tensor in tables.values())
+    whole = sum(site.in_features * site.out_features for site in sites.values())
+    now, k = settled_dtype(opening.dtype), min(router.k, len(pool))
+    memory = {}
+    for name in dict.fromkeys((now, "bfloat16", FOUR_BITS)):
+        size = choose_dtype(name).itemsize
+        held = base_bytes(model, size, packed=name == FOUR_BITS)
+        memory[name] = {"base": held, "pool": round(values * size + fixed)}
+    record = {
+        **{"base": base, "experts": list(pool.names), "sites": len(pool.sites), "dtype": now},
+        **{"router": router.routing.router, "k": k or None, "memory_bytes": memory},
+        "added_computation": (changed + choosing) / whole,
+        "reads_prompts": "readings" in router.used(pool),
+    }
+    if report(json, record, "plan", RoutingError):
+        return
+    for line in _told(record, (changed / max(k, 1) + choosing) / whole):
+        show(line, width=WIDE)
+
+
+def _costs_at(pool: Pool, site: Site, router: Router) -> tuple[float, float, float, float]:
+    """At one site: numbers in the model's dtype, bytes of others, and multiplications for a token.
+
+    The latter are those of the chosen experts, and of choosing them.
+    """
+    import torch
+
+    from ...routing.stacks import declared, stack_of
+
+    stack = stack_of(pool, site.name, torch.float32, torch.device("cpu"))
+    held, count = declared().tensors, len(stack.experts)
+    own = {name: tensor for name, tensor in stack.tensors().items() if held[name].in_models_type}
+    values = sum(tensor.numel() for tensor in own.values())
+    fixed = sum(tensor.nbytes for name, tensor in stack.tensors().items() if name not in own)
+    n, d = site.in_features, site.out_features
+    if router.folds and stack.plain_lora and values > n * d:  # one weight takes their place
+        return n * d, fixed, 0, 0
+    rank = max((tensor.shape[1] for tensor in own.values() if tensor.dim() == 3), default=1)
+    sizes = {"E": count, "n": n, "d": d, "q": rank}
+    choosing = sum(prod(sizes.get(each, 1) for each in form) for form in router.form.values())
+    matrices = sum(tensor.numel() for tensor in own.values() if tensor.dim() == 3)
+    used = count if router.folds else min(router.k or 1, count)
+    return values + choosing, fixed, matrices * used / count, choosing
+
+
+def _told(record: Mapping[str, Any], added_by_one: float) -> Iterator[str]:
+    names, now, k = record["experts"], record["dtype"], record["k"]
+    router = f"router {record['router']}{f', k = {k}' if k else ''}"
+    yield f"{len(names)} experts at {record['sites']} sites of {record['base']}, {router}, {now}"
+    memory = {name: sum(parts.values()) for name, parts in record["memory_bytes"].items()}
+    parts = record["memory_bytes"][now]
+    each = parts["pool"] / len(names)
+    yield (
+        f"Memory: {format_sizeof(memory[now])}B, the base {format_sizeof(parts['base'])}B and the "
+        f"pool {format_sizeof(parts['pool'])}B ({format_sizeof(each)}B an expert)."
+    )
+    also = ", and a prompt one more pass of the base" if record["reads_prompts"] else ""
+    yield (
+        f"Computation: a token takes {record['added_computation']:.1%} more multiplications in the "
+        f"base's layers{also}."
+    )
+    less = [
+        f"--dtype {name} ({format_sizeof(size)}B)"
+        for name, size in memory.items()
+        if size < memory[now]
+    ]
+    less += [f"--k 1 (then {added_by_one:.1%} more computation)"] if (k or 1) > 1 else []
+    less += [f"--leave-out NAME ({format_sizeof(each)}B less)"] if len(names) > 1 else []
+    yield f"Less: {', '.join([*less, 'phatgoose export (one adapter, or with --merged none)'])}."

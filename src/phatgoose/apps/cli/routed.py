@@ -14,6 +14,7 @@ from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free
 from ..console import check_report, report, say, say_summary, show
 from . import options
+from .plan import plan_pool
 
 if TYPE_CHECKING:
     from ...routing.saved.tensors import SavedModel
@@ -43,8 +44,8 @@ def pool(
 ) -> None:
     """List a pool's experts; with --out write a manifest.
 
-    'hub:OWNER/*' lists what of an owner's repositories on the Hub can be routed on one base, and
-    why the rest can't.
+    'hub:OWNER/*' lists which of an owner's repositories on the Hub can be routed on one base, and
+    why the others can't.
     """
     check_report(json, PoolError)
     from ...analysis.findings import near_duplicates
@@ -107,7 +108,7 @@ def audit(
     json: options.JsonOption = None,
     base: options.BaseOptions,
 ) -> None:
-    """Look for experts of a pool that don't look like the others.
+    """Find experts that look unlike the others of a pool.
 
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
     1 with findings, 0 without. A finding is unusual, not proof of an attack.
@@ -133,7 +134,11 @@ def audit(
 def compose(
     *,
     pool: options.PoolArgument,
-    out: Annotated[Path, "Folder of the routed model."],
+    out: Annotated[Path | None, "Folder of the routed model; left out with --plan."] = None,
+    plan: Annotated[
+        bool, "Write nothing: print memory and added computation, and what takes less."
+    ] = False,
+    json: options.JsonOption = None,
     opening: options.ModelOptions,
     stored: options.StoredOption = None,
     routing: Routing,
@@ -141,15 +146,24 @@ def compose(
 ) -> None:
     """Make a routed model of a pool and save it.
 
-    It is written site by site: the pool may be larger than memory. Experts that don't look like the
-    others are a warning ('phatgoose audit' says more).
+    It is written layer by layer, so the pool may be larger than memory. Experts that look
+    unlike the others are a warning ('phatgoose audit' says more).
     """
+    if (out is None) != plan:
+        raise ConfigError(
+            "--out FOLDER writes a routed model, --plan says its costs: give one of them."
+        )
+    check_report(json, RoutingError)
+    options.check_router(routing)
+    if out is None:
+        opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
+        plan_pool(opened, opening, routing, json)
+        return
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
     from ...routing.routers.router import router_of
     from ...routing.saved.segments import save_pool
 
-    options.check_router(routing)
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
     try:
@@ -163,7 +177,14 @@ def compose(
     count = len(packed.names)
     k = min(router_of(used).k, count)
     experts = f"{count} expert{'' if count == 1 else 's'} at {len(packed.sites)} sites"
-    say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")
+    made: dict[str, Any] = {
+        "folder": str(out),
+        "base": packed.base.id,
+        "experts": list(packed.names),
+    }
+    made |= {"sites": len(packed.sites), "router": used.router, "k": k or None}
+    if not report(json, made, "report", RoutingError):
+        say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")
 
 
 def generate(
@@ -240,7 +261,7 @@ def demo(
     seed: Annotated[int, "Seed of the experts' training."] = 0,
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
-    """Train five small experts, route them, score them on unseen tasks."""
+    """Train five small experts, route them, score them on held-out tasks."""
     from ..demo import run_demo
 
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)

@@ -31,18 +31,18 @@ def serve(
     port: Annotated[int, "Port to listen at.", {"min": 1, "max": 65535}] = 8000,
     api_key: Annotated[
         list[str] | None,
-        "Let in those who have this key only (repeatable). Other processes can see it "
-        "here; PHATGOOSE_API_KEYS in the environment, keys separated by commas, hides it.",
+        "Require this API key (repeatable). Other processes can see it here, so prefer "
+        "PHATGOOSE_API_KEYS in the environment, with keys separated by commas.",
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        "Another name that the server is asked for by, such as a proxy's (repeatable; "
-        "'*': any). Without it those of this machine's loopback and --host.",
+        "Additional allowed Host header, such as a proxy's name (repeatable; '*': any). "
+        "The loopback's names and --host are always allowed.",
     ] = None,
     upstream_key: Annotated[
         str | None,
-        "With --upstream: the engine's key. Other processes can see it here; "
-        "PHATGOOSE_UPSTREAM_KEY in the environment hides it.",
+        "With --upstream: the engine's key. Other processes can see it here, so prefer "
+        "PHATGOOSE_UPSTREAM_KEY in the environment.",
     ] = None,
     gateway: options.UpstreamOptions,
     opening: options.ModelOptions,
@@ -51,7 +51,7 @@ def serve(
     serving: Serving,
     given: frozenset[str],
 ) -> None:
-    """Serve routed models over HTTP, as OpenAI's interface does, until SIGTERM or Ctrl-C."""
+    """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C."""
     replicas.check()
     from ..server import API_KEYS, check_address, create_app, keys_of, run
 

@@ -34,23 +34,23 @@ def import_command(
     ],
     base: options.BaseOption = None,
     base_id: Annotated[
-        str | None, "The base's Hub id, recorded where its folder's path doesn't tell it."
+        str | None, "The base's Hub id, if its folder's path doesn't contain it."
     ] = None,
     by_path: Annotated[
-        bool, "Record a base whose Hub id isn't known by its path: only this machine finds it."
+        bool, "Record the base by its path, if it has no Hub id; only this machine finds it."
     ] = False,
     name: options.ExpertName = None,
     allow_loss: Annotated[
         float | None,
-        "Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
+        "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
         "share of each update, such as 0.01.",
     ] = None,
     fingerprint: Annotated[
         bool | None,
         typer.Option(
             "--fingerprint/--no-fingerprint",
-            help="Record the fingerprint of the base's weights, and load them for it if need be; "
-            "default: where they are on this machine.",
+            help="Record the fingerprint of the base's weights, and load them if needed; "
+            "default: only if they are on this machine.",
         ),
     ] = None,
 ) -> None:
@@ -182,10 +182,10 @@ def export(
     formatting: Formatting,
     given: frozenset[str],
 ) -> None:
-    """Write a model of constant routing as a PEFT adapter, or as a plain model.
+    """Write a model with constant routing as a PEFT adapter or a plain model.
 
-    Any program that reads these can use it: docs/export.md. Routers merged, single and
-    best-individual are constant; of others --prompt or --task fixes a mixture. With --engine it
+    Any program that reads these can use it (docs/export.md). Routers merged, single and
+    best-individual are constant; for others, --prompt or --task fixes a mixture. With --engine it
     hands a whole pool over to an engine instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)

@@ -238,7 +238,7 @@ class Choosing:
 
 
 class Gateway:
-    """What the routes call in front of an engine, in the place of `Service`."""
+    """What the routes call in front of an engine, in place of `Service`."""
 
     def __init__(self, models: dict[str, ChosenPool], engine: Engine, limits: Serving) -> None:
         self.models, self.engine_form, self.limits = models, engine, limits

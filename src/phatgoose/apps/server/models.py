@@ -225,7 +225,7 @@ class _Bases:
 
 
 class LoadedModel:
-    """An opened model, and what it takes to compose it anew; `parts` is None for a base alone."""
+    """An opened model, and what it takes to compose it again; `parts` is None for a base alone."""
 
     def __init__(self, settings: ServedModel, bases: _Bases) -> None:
         self.settings, self._bases = settings, bases
@@ -326,7 +326,7 @@ class LoadedModel:
 def overridden(
     routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
 ) -> Routing:
-    """`routing` with `override` applied, for so many experts. Raises ConfigError."""
+    """`routing` with `override` applied, for this many experts. Raises ConfigError."""
     if override.router not in (None, routing.router):  # whose k needn't suit another router
         asked = settings.routing.k if settings.routing else None
         routing = replace(routing, router=override.router, k=asked)
@@ -337,7 +337,7 @@ def overridden(
 
 
 def numbered(routing: Routing, experts: int) -> Routing:
-    """`routing` with the k that it comes to among so many experts: equal ones become the same."""
+    """`routing` with the k that results among this many experts; equal ones compare equal."""
     router = router_of(routing)
     return replace(router.routing, k=min(router.k, experts) or None)
 

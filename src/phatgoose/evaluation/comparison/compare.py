@@ -64,9 +64,9 @@ def compare(
     sources: Sources | None = None,
     engine: Engine | None = None,
 ) -> Comparison:
-    """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
+    """Scores of `methods` over `pool` on `suites`, with intervals and paired differences.
 
-    Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
+    Finished runs are kept in `out`/results.jsonl and reused. The tables are written to
     `out`/comparison.md, .csv and .json.
 
     Args:
@@ -87,7 +87,7 @@ def compare(
         max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
         token_budget: Maximum tokens of a batch.
         sources: Where the files of suites are; None is the Hub.
-        engine: Scores the cells; None scores them in this process, with the same results.
+        engine: Where runs are scored; None is this process. Results are the same.
 
     Raises:
         ConfigError: A method is unknown.

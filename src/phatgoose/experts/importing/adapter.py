@@ -3,7 +3,7 @@
 PEFT itself says, on a model without weights, where an adapter acts, and at which rank and scale
 (`peft_skeleton`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads
 the same without PEFT's help is copied byte for byte. One whose tensors had to be renamed or
-converted is written anew, with every site, rank and scale spelled out. So is one that trained
+converted is written again, with every site, rank and scale spelled out. So is one that trained
 biases of the base: what it added to them becomes biases of its own.
 """
 
@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from ...base.fingerprint import BaseReference
 from ...base.loading import fingerprint_here, load_base, load_skeleton, published, recorded_id
-from ...base.sites import find_sites
+from ...base.sites import find_sites, linear_shape
 from ...errors import ConfigError, ExpertError, PhatgooseError
 from ...files.atomic import require_free
 from ...files.strict import one_line, read_json_object, shortened
@@ -131,7 +130,7 @@ def read_adapter(
     config = _config_of(folder)
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
-        plain_config(folder)  # what can't be routed on any base is refused first
+        plain_config(folder, config)  # what can't be routed on any base is refused first
     named = config.get(PEFT_FILES.base_key)
     revision = None if base else named_revision(config)
     place = base or require_named_base(named, from_hub=reference is not None)
@@ -151,7 +150,7 @@ def read_adapter(
         adapter = _write_adapter(work, conversion.factors, config)
     else:
         _check_invocation(config, folder, place, revision)
-        modules, untouched = resolved_modules(folder, place, revision)
+        modules, untouched = resolved_modules(folder, config, place, revision)
         adapter = folder if untouched else _write_adapter(work, modules, config)
     marks = None if fingerprint is False else fingerprint_here(place, revision=revision)
     if marks is None and fingerprint:
@@ -244,22 +243,22 @@ def _told_of_path(place: str, named: object) -> str:
 
 
 def resolved_modules(
-    folder: Path, base: str, revision: str | None = None
+    folder: Path, config: Mapping[str, Any], base: str, revision: str | None = None
 ) -> tuple[Mapping[str, SiteModule], bool]:
     """The modules by site of the adapter in `folder` on the base named `base`.
 
-    With them True when the adapter's files can stay as they are, since `read_modules` reads the
-    same modules from them without the base. The base's weights are read only where the adapter
-    trained biases of it. Raises ExpertError when a tensor is missing, left over or of another shape
-    than PEFT wants.
+    `config` is that of PEFT's files, checked by `plain_config`. With the modules True when the
+    adapter's files can stay as they are, since `read_modules` reads the same modules from them
+    without the base. The base's weights are read only for a DoRA, and where the adapter trained
+    biases of it. Raises ExpertError when a tensor is missing, left over or of another shape than
+    PEFT wants.
     """
     if adapter_files(folder) is not PEFT_FILES:
         found = read_modules(folder)
         sites = find_sites(load_skeleton(base, revision=revision, offline=False))
         check_fit(folder.resolve().name, found, sites)
         return found, True
-    is_dora = bool(read_config(folder).get("use_dora"))
-    config, tensors = plain_config(folder), PEFT_FILES.read_weights(folder)
+    is_dora, tensors = bool(config.get("use_dora")), PEFT_FILES.read_weights(folder)
     try:
         skeleton = resolve(base, config, revision)
         left = skeleton.rename(tensors)
@@ -312,17 +311,17 @@ def _write_adapter(
     return made.write(folder, modules, about)
 
 
-def plain_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config, checked; that of a DoRA as the LoRA in it. ExpertError for others."""
+def plain_config(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The adapter's config (`config` if it was read), checked; ExpertError for others."""
     files = adapter_files(folder)
     if files is not PEFT_FILES:
         return files.read_config(folder)
-    config = read_config(folder)
-    if config.get("peft_type") == "LORA" and config.get("use_dora") is True:
-        if config.get("bias", "none") != "none" or config.get(INVOCATION):
-            raise ExpertError(f"{folder} uses use_dora with biases or {INVOCATION}.")
-        config["use_dora"] = False
-    return PEFT_FILES.checked(config, folder)
+    config = read_config(folder) if config is None else config
+    is_dora = config.get("peft_type") == "LORA" and config.get("use_dora") is True
+    if is_dora and (config.get("bias", "none") != "none" or config.get(INVOCATION)):
+        raise ExpertError(f"{folder} uses use_dora with biases or {INVOCATION}.")
+    PEFT_FILES.checked({**config, "use_dora": False} if is_dora else config, folder)
+    return config
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -428,18 +427,11 @@ def _with_magnitudes(
     for site, lora in modules.items():
         m = left.pop(f"{PEFT_PREFIX}{site}{MAGNITUDE}", None)
         layer: Any = loaded.get_submodule(site)
-        W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        if not isinstance(lora, LoraFactors) or m is None or m.shape != W.shape[:1]:
+        wanted = linear_shape(layer)[1:]
+        if not isinstance(lora, LoraFactors) or m is None or m.shape != wanted:
             got = None if m is None else tuple(m.shape)
-            raise ExpertError(
-                f"Site {site}: wanted a magnitude of {tuple(W.shape[:1])}, got {got}."
-            )
-        with torch.no_grad():
-            B = lora.scale * lora.B.float()
-            norm = torch.linalg.vector_norm(W + B @ lora.A.float(), dim=1)
-            g = torch.where(norm > 0, m.float() / norm, 0.0)  # of an empty row nothing is scaled
-            bias = torch.zeros_like(g) if layer.bias is None else (1 - g) * layer.bias.float()
-        found[site] = DoraFactors(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
+            raise ExpertError(f"Site {site}: wanted a magnitude of {wanted}, got {got}.")
+        found[site] = DoraFactors.of(lora, m, layer)
     return found
 
 

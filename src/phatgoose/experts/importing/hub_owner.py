@@ -23,7 +23,7 @@ from ...files.strict import MOST_JSON_BYTES, one_line, shortened
 from ..adapter import adapter_file_names, adapter_files, formats, kind_of
 from ..expert import LAYOUT, check_name, expert_files, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars
-from ..kinds.peft import PEFT_FILES, PICKLED_WEIGHTS, read_config
+from ..kinds.peft import PICKLED_WEIGHTS
 from .adapter import import_adapter, plain_config, require_named_base
 
 MOST_REPOSITORIES = 1000  # of an owner, those that the Hub names first
@@ -217,7 +217,7 @@ def _described(found: Found, descriptions: list[str]) -> Found:
         check_name(found.name)
         files = adapter_files(folder)
         config = plain_config(folder)
-        is_dora = files is PEFT_FILES and read_config(folder).get("use_dora")
+        is_dora = config.get("use_dora")
         found = replace(found, kind="dora" if is_dora else kind_of(files, config).name)
         named = config.get(files.base_key)
         if found.is_expert:

@@ -88,11 +88,15 @@ class SiteModule(ABC):
 
 @dataclass(frozen=True)
 class AdapterFiles(ABC):
-    """The two files of an adapter by name; the configuration names the base under `base_key`."""
+    """The two files of an adapter by name; the configuration names the base under `base_key`.
+
+    `beside` are another format's files, which are copied with them where they are, and not read.
+    """
 
     config: str
     weights: str
     base_key: str = "base"
+    beside: tuple[str, ...] = ()
 
     @abstractmethod
     def read_config(self, directory: Path) -> dict[str, Any]: ...
@@ -216,10 +220,13 @@ class NewModules(ABC):
     """How new modules of one kind are made. `dtype` is what they are stored in, None the base's.
 
     `acts_from_ends` says that in training they are multiplied by `active_share`, so that an expert
-    can act from its prompts' end on.
+    can act from its prompts' end on, `on_packed` that they can be trained on quantised weights.
+    `copies` says how often their parameters are in the files.
     """
 
     dtype: ClassVar[torch.dtype | None] = None
+    copies: ClassVar[int] = 1
+    on_packed: ClassVar[bool] = True
     acts_from_ends: ClassVar[bool] = False
 
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:

@@ -274,7 +274,7 @@ def record_invocation(folder: Path, tokens: Iterable[int]) -> None:
 
 def save_peft(model: PeftModel, base: Base, folder: Path, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.dim() > 1:  # magnitudes of DoRA stay float32
             parameter.data = parameter.data.to(dtype)
     model.peft_config[ADAPTER].base_model_name_or_path = base.id
     model.save_pretrained(folder, save_embedding_layers=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...config import IA3, Bottleneck, Lora, Peft
+from ...config import IA3, Bottleneck, Dora, Lora, Peft
 from ...errors import ConfigError
 from ...files.entry_points import add_entry_points
 
@@ -99,9 +99,9 @@ KINDS: dict[str, Kind] = {
         "dora",
         "DoRA",
         "A DoRA",
-        None,
+        Dora,
         f"{HERE}.dora.module:DoraFactors",
-        None,
+        f"{HERE}.dora.training:NewDoras",
         (f"{HERE}.dora.stack:DoraStack",),
     ),
 }

@@ -55,7 +55,7 @@ def fidelity(
     layers: Mapping[str, nn.Module],
     texts: Texts,
 ) -> Fidelity:
-    """The routed `model` compared with itself with `layers` in the place of the routed ones.
+    """The routed `model` compared with itself with `layers` in place of the routed ones.
 
     Raises as `read_texts` does.
     """

@@ -287,7 +287,7 @@ class Router:
         return {}
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
+        """The module that chooses experts at `site`."""
         raise NotImplementedError
 
 

@@ -383,7 +383,7 @@ class _Sizes(NamedTuple):
 
 
 def _checked(file: TensorFile, experts: int, known: _Sizes, router: Router) -> _Sizes:
-    """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
+    """`known` and what `file`, a segment of that many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
     known_names = {*tensors_of_sites(), *router.form}
     prompt_form = router.prompt_form if isinstance(router, ByPrompt) else {}

@@ -1,1 +1,1 @@
-"""DoRA (Liu et al. 2024), imported from PEFT and exact on its base."""
+"""DoRA (Liu et al. 2024), exact on its base."""

@@ -7,7 +7,7 @@ bias b, which it leaves alone:
     (W u + b) ⊙ (1 + σ (g - 1)) + σ ((g s B) A u - (g - 1) ⊙ b)
 
 So experts add up as others do, and one alone is exactly PEFT's. g needs the base's weights, so it
-is computed at import (`importing.magnitudes`) and stored in a format of our own (docs/format.md).
+is computed when a DoRA is trained or imported, and stored in a format of our own (docs/format.md).
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ....errors import ExpertError
 from ..kind import AdapterFiles, OwnFiles, are_floats
 from ..lora.module import LoraFactors
+from ..peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FILES = OwnFiles(
     "dora_config.json",
     "dora.safetensors",
     parts=("lora_A", "lora_B", "bias", "output_scale"),
     version_key="dora_version",
+    beside=(ADAPTER_CONFIG, ADAPTER_WEIGHTS),  # PEFT's own form of one that was trained here
 )
 
 
@@ -40,6 +43,15 @@ class DoraFactors(LoraFactors):
     files: ClassVar[AdapterFiles] = FILES
 
     output_scale: Tensor  # [d]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lora: LoraFactors, m: Tensor, layer: Any) -> DoraFactors:
+        """PEFT's DoRA of these factors and magnitudes m [d] on the base's linear `layer`."""
+        B, b = lora.scale * lora.B.float(), layer.bias
+        g = row_scales(layer, lora.A, B, m)
+        bias = torch.zeros_like(g) if b is None else (1 - g) * b.float()
+        return cls(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
 
     def at(self, weight: Tensor) -> DoraFactors:
         lora = super().at(weight)
@@ -75,6 +87,22 @@ class DoraFactors(LoraFactors):
     def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
         tensors = {site: (m.A, m.B, m.bias, m.output_scale) for site, m in modules.items()}
         return FILES.write(folder, tensors, about)
+
+
+def row_scales(layer: Any, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+    """The factor m / ‖W + B A‖ [d], float32, on the linear `layer`; 0 for rows of zeros.
+
+    As in PEFT, no gradient passes the norm (Liu et al. 2024, section 4.3).
+    """
+    return m.float() / row_norms(layer, A, B)
+
+
+@torch.no_grad()
+def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+    """‖W + B A‖ of each output [d], float32, and infinity for 0."""
+    W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    norms = torch.linalg.vector_norm(W.float() + B.float() @ A.float(), dim=1)
+    return torch.where(norms > 0, norms, torch.inf)
 
 
 def _fit_together(A: Tensor, B: Tensor, bias: Tensor, scale: Tensor) -> bool:

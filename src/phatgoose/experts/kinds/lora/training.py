@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from .module import plus_product
 
 class NewLoras(NewModules):
     acts_from_ends = True
+    use_dora: ClassVar[bool] = False
 
     def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
         return sum(settings.rank * (site.in_features + site.out_features) for site in sites)
@@ -43,16 +45,22 @@ class NewLoras(NewModules):
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
             lora_dropout=settings.lora_dropout,
             use_rslora=settings.rslora,
+            use_dora=self.use_dora,
             **peft_options(base, sites),
         )
         with under_peft(base, config) as model:
             for layer in model.modules():
                 if isinstance(layer, LoraLayer):
-                    _use_master_copies(layer, settings.init_std, joint=joint)
+                    self.prepare(layer, settings, joint=joint)
             parts = {site: base.model.get_submodule(site).lora_A[ADAPTER] for site in sites}
-            yield FreshExpert(
-                model, parts, lambda folder: save_peft(model, base, folder, base.model.dtype)
-            )
+            yield FreshExpert(model, parts, lambda folder: self.save(model, base, folder))
+
+    def prepare(self, layer: LoraLayer, settings: Lora, *, joint: bool) -> None:
+        """Make PEFT's new layer ready to be trained."""
+        _use_master_copies(layer, settings.init_std, joint=joint)
+
+    def save(self, model: PeftModel, base: Base, folder: Path) -> None:
+        save_peft(model, base, folder, base.model.dtype)
 
 
 class _MasterLinear(nn.Linear):

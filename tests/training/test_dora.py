@@ -1,0 +1,153 @@
+"""Training DoRAs: PEFT's numbers and gradients, PEFT's files, and what a base in 16 bits keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from phatgoose.base.active_tokens import acting_at
+from phatgoose.base.loading import load_base
+from phatgoose.base.sites import find_sites
+from phatgoose.config import Dora, GateTraining
+from phatgoose.errors import ConfigError
+from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.kinds.dora.module import row_norms
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG
+from phatgoose.tasks.suites.registry import open_tasks
+from phatgoose.training.modules import fresh_expert
+from phatgoose.training.plan import Planner
+from tiny import assert_same_logits, copied_model, logits_of, make_ids, peft_model
+from training_runs import GATES, TASK, TRAINING, gated_loss, target_nll, train, without_dropout
+
+DORA = Dora(rank=2, alpha=4)
+
+
+def trained_in(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by its name: A, B and m of every site."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def drawn(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """The same, after A and B were drawn and m was changed."""
+    held, generator = trained_in(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in sorted(held):
+            noise = torch.randn(held[name].shape, generator=generator)
+            held[name].copy_(held[name] * (1 + 0.2 * noise) if "magnitude" in name else 0.2 * noise)
+    return held
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_loss_and_gradients_are_pefts(base, kind, options):
+    config = LoraConfig(
+        r=DORA.rank,
+        lora_alpha=DORA.alpha,
+        use_dora=True,
+        target_modules=list(find_sites(base.model)),
+        fan_in_fan_out=kind == "gpt2",
+        use_rslora=options.get("rslora", False),
+        lora_dropout=options.get("lora_dropout", 0.0),
+    )
+    theirs = get_peft_model(copied_model(kind), config)
+    ids, found = make_ids(), []
+    inputs = {"decoder_input_ids": ids} if kind == "t5" else {}
+    with fresh_expert(base, Dora(rank=2, alpha=4, **options), joint=False) as fresh:
+        assert_same_norms(trained_in(fresh.model), trained_in(theirs))
+        for model in (fresh.model, theirs):
+            model.train()
+            held = drawn(model)
+            torch.manual_seed(1)  # of dropout
+            loss = model(ids, **inputs).logits.square().mean()
+            slopes = torch.autograd.grad(loss, list(held.values()))
+            found.append((loss, dict(zip(held, slopes, strict=True))))
+    (loss, ours), (wanted, others) = found
+    torch.testing.assert_close(loss, wanted)
+    assert ours.keys() == others.keys()
+    for name, other in others.items():
+        assert other.any()
+        tolerance = 1e-4 * float(other.abs().max())
+        torch.testing.assert_close(ours[name], other, rtol=1e-3, atol=tolerance)
+
+
+def assert_same_norms(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    names = [name for name in theirs if "magnitude" in name]
+    assert names
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_joint_gates_and_tokens_that_are_not_acted_on_weigh_the_whole_change(llama, tmp_path):
+    expert = train(llama, tmp_path / "echo", peft=DORA, gate_training=GateTraining(joint=True))
+    loss = gated_loss(llama, expert, TASK.validation)
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
+    ids = make_ids()
+    plain = logits_of(llama.model, ids)
+    with fresh_expert(llama, DORA, joint=False) as fresh:
+        drawn(fresh.model)
+        with acting_at(torch.zeros(ids.shape, dtype=torch.bool)):
+            nothing = logits_of(fresh.model.eval(), ids)
+        assert not torch.allclose(logits_of(fresh.model, ids), plain, atol=1e-2)
+    assert_same_logits(nothing, plain)
+
+
+def test_pefts_files_stay_beside_ours_whatever_is_measured_anew(llama, tmp_path):
+    training = replace(TRAINING, acts_on="1000")  # all tokens of prompts that are shorter
+    expert = train(llama, tmp_path / "echo", peft=replace(DORA, rslora=True), training=training)
+    again = expert.save(tmp_path / "again")
+    card = (again.directory / LAYOUT.card).read_text()
+    assert "PeftModel.from_pretrained" in card
+    assert "PEFT alone doesn't know this" in card
+    config = json.loads((again.directory / ADAPTER_CONFIG).read_text())
+    assert (config["use_dora"], config["use_rslora"]) == (True, True)
+    assert Expert.load(again.directory).kind == "dora"
+    with applied(llama.model, read_modules(again.directory), ModifiedLinear):
+        got = logits_of(llama.model, make_ids())
+    assert_same_logits(got, logits_of(peft_model(llama, again.directory), make_ids()))
+
+
+def test_under_a_base_in_bfloat16_magnitudes_and_norms_stay_float32(base_folders, tmp_path):
+    base = load_base(base_folders["llama"], dtype="bfloat16")
+    without_dropout(base.model)
+    with fresh_expert(base, DORA, joint=False) as fresh:
+        before = logits_of(base.model, make_ids())  # under PEFT's layers, which start at nothing
+        for name, m in trained_in(fresh.model).items():
+            if "magnitude" in name:
+                site = name.removeprefix("base_model.model.").partition(".lora_")[0]
+                layer = base.model.get_submodule(site).get_base_layer()
+                zero = torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1)
+                assert torch.equal(m, row_norms(layer, *zero))
+    assert torch.equal(before, logits_of(base.model, make_ids()))
+    expert = train(base, tmp_path / "echo", peft=DORA, gate_training=GATES)
+    with applied(base.model, expert.modules, ModifiedLinear):
+        loss = target_nll(base.model, base, TASK.validation).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=0.03)
+    assert {m.A.dtype for m in expert.lora.values()} == {torch.bfloat16}
+    assert {m.output_scale.dtype for m in expert.lora.values()} == {torch.float32}
+
+
+def test_rows_of_zeros_stay_zeros(llama):
+    site = next(iter(find_sites(llama.model)))
+    llama.model.get_submodule(site).weight.data[0] = 0
+    with fresh_expert(llama, DORA, joint=False) as fresh:
+        loss = fresh.model(make_ids()).logits.square().mean()
+        held = trained_in(fresh.model)
+        assert all(each.isfinite().all() for each in torch.autograd.grad(loss, held.values()))
+
+
+def test_quantised_weights_are_refused_before_anything_is_written(llama, tmp_path):
+    llama.model.is_quantized = True
+    with pytest.raises(ConfigError, match="not on quantised ones: leave out --load-in-4bit"):
+        train(llama, tmp_path / "echo", peft=DORA, training=TRAINING)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="not on quantised ones"):
+        Planner("google/t5-xl-lm-adapt", peft=DORA, dtype="4bit")
+    notes = Planner("google/t5-xl-lm-adapt", peft=DORA).plan(open_tasks(["hub:a/b"])).notes
+    assert any("Settings that take less: --micro-batch-size 1" in note for note in notes)
+    assert not any("4bit" in note for note in notes)

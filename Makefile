@@ -28,10 +28,12 @@ test-engines: test-llama-cpp test-vllm
 
 # llama.cpp as PyPI has it, behind the gateway.
 test-llama-cpp: $(VENV)/.installed-engines
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py -k 'not vllm'
 
-test-vllm: $(VLLM)/.installed
+# The plugin in vLLM's environment, then the gateway in front of vLLM.
+test-vllm: $(VLLM)/.installed install-dev
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m engines tests/engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py -k vllm
 
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
 test-server: install-dev

@@ -1,11 +1,11 @@
-"""The gateway's cost: llama.cpp behind it, and the same llama.cpp told the adapter, in turns.
+"""The gateway's cost: an engine behind it, and the same engine told the adapter, in turns.
 
-    python benchmarks/gateway.py demo/experts --out gateway.json
+    python benchmarks/gateway.py demo/experts --out gateway.json [--vllm .venv-vllm/bin/python]
 
-Needs xllamacpp and llama.cpp's converters (docs/engines.md). Engine, gateway and clients are
-processes of their own. Each client asks for one answer after the other. The requests of a round
-are the same both ways, with the adapters that the gateway chooses. It reports tokens per second,
-medians of the rounds, and how long choices took.
+The engine is llama.cpp, by xllamacpp and its converters (docs/engines.md), or with `--vllm` the
+vLLM of that Python. Engine, gateway and clients are processes of their own. Each client asks for
+one answer after the other. The requests of a round are the same both ways, with the adapters that
+the gateway chooses. It reports tokens per second, medians of the rounds, and how long choices took.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import httpx2
 
-from engines import LlamaServer, free_port
+from engines import Engine, free_port, llama_server, vllm_server
 from phatgoose.apps import demo
 from phatgoose.apps.deploy import deploy
+from phatgoose.base.loading import smollm2_folder
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
 
@@ -86,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experts", type=Path)
     parser.add_argument("--router", default="retrieval")
+    parser.add_argument("--vllm", metavar="PYTHON", help="of vLLM's environment")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
@@ -97,12 +99,7 @@ def main() -> None:
     prompts = [row.input for task in demo.unseen_tasks(40) for row in task.test]
     chooser = open_prompt_router(pool, router=asked.router, k=1)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "deploy"
-        deploy(pool, "llama.cpp", out, outtype="f32")
-        files = [out / "gguf" / f"{name}.gguf" for name in pool.names]
-        engine = LlamaServer(
-            out / "gguf" / "base.gguf", files, slots=asked.slots, context=512 * asked.slots
-        )
+        engine = engine_of(asked, pool, Path(folder))
         engine.start()
         gateway, url = started(asked.experts, engine.url, asked.router)
         try:
@@ -116,6 +113,24 @@ def main() -> None:
             engine.kill()
     if asked.out:
         asked.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def engine_of(asked: argparse.Namespace, pool: Pool, folder: Path) -> Engine:
+    """The engine with all adapters."""
+    if asked.vllm:
+        adapters = [asked.experts / name for name in pool.names]
+        return vllm_server(smollm2_folder(), folder / "log", adapters=adapters, python=asked.vllm)
+    deploy(pool, "llama.cpp", folder / "deploy", outtype="f32")
+    files = [folder / "deploy" / "gguf" / f"{name}.gguf" for name in ("base", *pool.names)]
+    return llama_server(files[0], files[1:], slots=asked.slots, context=512 * asked.slots)
+
+
+def told(asked: argparse.Namespace, experts: tuple[str, ...], z: int) -> dict[str, Any]:
+    """How a request names expert `z` to the engine."""
+    if asked.vllm:
+        return {"model": experts[z], "top_k": -1}
+    scales = [{"id": i, "scale": float(i == z)} for i in range(len(experts))]
+    return {"lora": scales, "top_k": 0, "min_p": 0.0}
 
 
 def measured(
@@ -134,18 +149,12 @@ def measured(
         ]
         common = {"max_tokens": asked.tokens, "temperature": 0, "ignore_eos": True}
         experts = chooser.choose(chosen).experts[:, 0].tolist()
-        told = [
-            {
-                **common,
-                "prompt": prompt,
-                "top_k": 0,
-                "min_p": 0.0,
-                "lora": [{"id": i, "scale": float(i == z)} for i in range(len(chooser.experts))],
-            }
+        named = [
+            {**common, "prompt": prompt, **told(asked, chooser.experts, z)}
             for prompt, z in zip(chosen, experts, strict=True)
         ]
         bodies = [{**common, "model": "auto", "prompt": prompt} for prompt in chosen]
-        ways = [("engine", engine, told), ("gateway", gateway, bodies)]
+        ways = [("engine", engine, named), ("gateway", gateway, bodies)]
         for name, url, each in ways if number % 2 else reversed(ways):
             seconds, tokens, missed = asyncio.run(round_of(url, each, clients))
             speeds[name].append(tokens / seconds)

@@ -1,12 +1,14 @@
 """`phatgoose serve` beside `transformers serve`, on one base: tokens a second and the first token.
 
-    python benchmarks/serving_peers.py EXPERTS --out peers.json
+    python benchmarks/serving_peers.py EXPERTS --out peers.json [--vllm .venv-vllm/bin/python]
 
-Three servers, each alone in its own process, in turns: transformers' with continuous batching, ours
-of the base, and ours of the routed pool. One client, and then eight at once, send greedy streaming
-requests; a client sends its next one when the last one has ended. Prompts differ, and are texts to
-go on with, so that hardly an answer of transformers' ends early; ours are told not to. Tokens are
-those that ours count (some have no text), and those of the texts that came from transformers'.
+Servers are each alone in their own process, in turns: transformers' with continuous batching, ours
+of the base, and ours of the routed pool. With `--vllm`, the Python of vLLM's environment, they are
+vLLM and ours, of the base, of one LoRA, and of the routed pool (by our plugin). One client, and
+then eight at once, send greedy streaming requests; a client sends its next one when the last one
+has ended. Prompts differ, and are texts to go on with, so that hardly an answer of transformers'
+ends early; the others are told not to. Tokens are those that the server counts (some have no text),
+and those of the texts that came from transformers'.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from typing import Any
 
 import openai
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
 from bench import write_base
+from engines import vllm_server
 from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from report import circumstances
@@ -34,6 +39,7 @@ from server_process import ROOT, arguments, prompt_of, running, served_pool, ser
 
 CLIENTS = (1, 8)
 OURS = "base"  # the name of our models
+THREADS = 2
 TELL = "Here is a long and detailed story. {} Nobody knew. One morning,"
 
 
@@ -52,6 +58,7 @@ class Answer:
 def main() -> None:
     """Measure and write."""
     parser = arguments(__doc__)
+    parser.add_argument("--vllm", metavar="PYTHON", help="of vLLM's environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=24, help="of eight clients; of one a third")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
@@ -64,14 +71,25 @@ def main() -> None:
         base = load_base(Pool.open(pool).base.id)
         folder = write_base(base, Path(work) / "base")
         servers: dict[str, Callable[[], AbstractContextManager[str]]] = {
-            "transformers serve": partial(_theirs, folder),
             "phatgoose serve, base": partial(_ours, f"{OURS}={folder}"),
-            "phatgoose serve, routed": partial(_ours, f"{OURS}={pool}"),
+            "phatgoose serve, routed": partial(_ours, f"{OURS}={pool}?router=phatgoose"),
         }
+        one = Pool.open(pool).experts[0]
+        models = {"transformers serve": folder, "vllm serve, one": one.directory.name}
+        if given.vllm:
+            vllm = partial(_vllm, given.vllm, Path(folder), Path(work))
+            servers |= {
+                "phatgoose serve, one": partial(_ours, f"{OURS}={one.directory}?router=single"),
+                "vllm serve, base": partial(vllm),
+                "vllm serve, one": partial(vllm, adapter=one.directory),
+                "vllm serve, routed": partial(vllm, routed=Path(pool)),
+            }
+        else:
+            servers["transformers serve"] = partial(_theirs, folder)
         for _ in range(rounds):
             for name, start in servers.items():
                 with start() as address:
-                    model = folder if name == "transformers serve" else OURS
+                    model = models.get(name, OURS)
                     once = asyncio.run(_round(address, model, requests, tokens, base.tokenizer))
                     found.setdefault(name, []).append(once)
     medians = {
@@ -110,15 +128,16 @@ async def _round(
 async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int) -> Answer:
     """A streamed answer to one request."""
     begun, first, parts, made = time.perf_counter(), 0.0, list[str](), None
-    counted: dict[str, Any] = {"stream_options": {"include_usage": True}} if model == OURS else {}
+    more: dict[str, Any] = {}
+    if not Path(model).is_dir():  # transformers' server knows neither
+        more = {"stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}}
     stream = await client.completions.create(
         model=model,
         prompt=TELL.format(prompt_of(number)),
         max_tokens=tokens,
         temperature=0,
         stream=True,
-        extra_body={"ignore_eos": True} if model == OURS else None,
-        **counted,
+        **more,
     )
     async for chunk in stream:
         made = chunk.usage.completion_tokens if chunk.usage else made
@@ -130,8 +149,23 @@ async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int)
 
 @contextmanager
 def _ours(place: str) -> Iterator[str]:
-    with server([place], threads=None) as (address, _):
+    with server([place, "--dtype", "float32"], threads=THREADS) as (address, _):
         yield address
+
+
+@contextmanager
+def _vllm(
+    python: str, base: Path, work: Path, adapter: Path | None = None, routed: Path | None = None
+) -> Iterator[str]:
+    """The address of `vllm serve`, of the base alone, with one LoRA or routed by our plugin."""
+    adapters = [adapter] if adapter else None
+    more = {"routed": routed, "adapters": adapters, "python": python, "threads": THREADS}
+    engine = vllm_server(base, work / "vllm.log", name=OURS, **more)
+    engine.start()
+    try:
+        yield engine.url
+    finally:
+        engine.kill()
 
 
 @contextmanager
@@ -139,7 +173,7 @@ def _theirs(folder: str) -> Iterator[str]:
     """The address of `transformers serve` of the base in `folder`."""
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder]
     command += ["--continuous-batching", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": str(THREADS)}
     with running(command, environment, health="health") as (address, _):
         yield address
 

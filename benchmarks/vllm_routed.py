@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 PROMPT, WRITTEN, SHARED, TOGETHER = 256, 32, 1000, 8
+TASKS = ("prefill", "decode", "decode-8", "shared")
 ENGINES = ("base", "lora", "routed-5", "routed-36")
 
 
@@ -57,7 +58,8 @@ def engine(kind: str, pool: Path, base: str) -> None:
             tell(per(ask(ids[:1], 1), PROMPT))
         elif task in ("decode", "decode-8"):
             few = ids[: 1 if task == "decode" else TOGETHER]
-            first, all_of = ask(few, 1), ask(few, 1 + WRITTEN)  # the prompts are cached by now
+            ask(few, 1)  # from now on the prompts are cached
+            first, all_of = ask(few, 1), ask(few, 1 + WRITTEN)
             tell(per([b - a for a, b in zip(first, all_of, strict=True)], WRITTEN * len(few)))
         else:  # the same prompt five times: by each expert in turn, or routed
             shared = [(seed * 104729 + 17 * i * i + 3 * i) % 40000 + 100 for i in range(SHARED)]
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("pool", type=Path)
     parser.add_argument("--base", default=None, help="folder; else the embedded one")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--engine", choices=ENGINES, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -141,19 +144,18 @@ def main() -> None:
             kind: Engine(kind, many if kind == "routed-36" else options.pool, options.base)
             for kind in ENGINES
         }
-        found = measure(engines, options.rounds)
+        found = measure(engines, options.tasks, options.rounds)
     show(found)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-TASKS = ("prefill", "decode", "decode-8", "shared")
-
-
-def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[list[float]]]]:
-    found = {task: {kind: [] for kind in engines} for task in TASKS}
+def measure(
+    engines: dict[str, Engine], tasks: list[str], rounds: int
+) -> dict[str, dict[str, list[list[float]]]]:
+    found = {task: {kind: [] for kind in engines} for task in tasks}
     for turn in range(rounds + 1):
-        for task in TASKS:
+        for task in tasks:
             for kind, each in engines.items():
                 times = each.ask(task, turn)
                 if turn:  # the first round warms up

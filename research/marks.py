@@ -154,6 +154,7 @@ def models_of(
 ) -> Iterator[tuple[str, Any, Pool | None, str]]:
     """Each model's name, what it is made of, its experts and its router."""
     yield "base", None, None, ""
+    made_of: Any  # JSON
     for expert in pool.experts:
         made_of = expert.info.adapter_sha256
         yield f"expert/{expert.name}", made_of, pool.select([expert.name]), "single"

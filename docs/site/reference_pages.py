@@ -19,40 +19,29 @@ from typing import Any, get_args, get_type_hints
 import typer
 
 from phatgoose.apps.cli import app
-from phatgoose.config import (
-    IA3,
-    Bottleneck,
-    Dora,
-    Formatting,
-    GateTraining,
-    Lora,
-    Routing,
-    Serving,
-    Settings,
-    Training,
-    settings_of,
-)
+from phatgoose.apps.cli.options import RECIPE_TABLES, SHAPES, VOICE, flag_of
+from phatgoose.config import Settings, settings_of
 from phatgoose.routing.routers.registry import ROUTERS
 
 FOLDER = Path(__file__).parents[1] / "reference"
-CLASSES = (Training, GateTraining, Formatting, Lora, Dora, IA3, Bottleneck, Routing, Serving)
-COMMON = 4  # commands that have an option in the same words: it is told once, at the end
+TABLES = dict(sorted(RECIPE_TABLES.items(), key=lambda item: item[0] in SHAPES))  # kinds last
+COMMON = 3  # commands that have an option in the same words: it is described once, at the end
 WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 
 COMMANDS = """# Commands
 
-What `phatgoose … --help` says. Settings may stand in a file too (`--config FILE`, TOML or YAML); a
-flag wins over it. `phatgoose --install-completion` makes the shell complete commands and flags.
+What `phatgoose … --help` says. A command has a flag for each [setting](settings.md) of the
+classes named under it: `learning_rate` is `--learning-rate`, and `--no-chat` switches `chat` off.
+Settings may also be in a file (`--config FILE`, TOML or YAML); a flag wins over it.
 """
 SETTINGS = """# Settings
 
 The classes of `phatgoose.config`: frozen dataclasses, checked when they are made. The command line
-has a flag for each setting (`learning_rate` is `--learning-rate`) and a recipe an entry.
+has a flag for each setting (`learning_rate` is `--learning-rate`), and a recipe has an entry.
 """
 ROUTERS_HEAD = """## Routers' own settings
 
-They follow the router's name after a colon: `--router arrow:form=peft,temperature=2`. Routers that
-are not here have none.
+They follow the router's name after a colon: `--router arrow:form=peft,temperature=2`.
 
 """
 
@@ -70,32 +59,53 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
-def rows_of_command(command: Any, kind: str) -> Iterator[list[str]]:
-    """A row for each "argument" or "option" of a command: its names, its default, its help."""
-    for given in (parameter for parameter in command.params if parameter.param_type_name == kind):
-        names = ", ".join(f"`{name}`" for name in (*given.opts, *given.secondary_opts))
-        plain = isinstance(given.default, str | int | float) and given.default is not False
-        yield [names, f"`{given.default}`" if plain else "", cell(given.help or "")]
+def names_of(parameter: Any) -> str:
+    return ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+
+
+def row_of(parameter: Any) -> tuple[str, str]:
+    """An argument or option: its names, its help with its default."""
+    default, text = parameter.default, cell(parameter.help or "")
+    shown = isinstance(default, str | int | float) and not isinstance(default, bool)
+    return names_of(parameter), f"{text} Default: `{default}`." if shown else text
+
+
+def settings_among(parameters: Sequence[Any]) -> list[str]:
+    """The classes of settings that these flags are of, and which flags if not all."""
+    tables = [
+        (parameter.rich_help_panel.partition("Settings: ")[2].split(", "), parameter)
+        for parameter in parameters
+    ]
+    found = []
+    for name, config in TABLES.items():
+        flags = [names_of(parameter) for owners, parameter in tables if name in owners]
+        only = f" ({', '.join(flags)})" if len(flags) < len(settings_of(config)) else ""
+        found += [f"[{config.__name__}](settings.md#{config.__name__.lower()}){only}"] * bool(flags)
+    return found
 
 
 def commands_page() -> str:
-    """All commands in the order of `phatgoose --help`, then the options that many of them have."""
+    """All commands in the order of `phatgoose --help`, then the options that several have."""
     every = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     commands = {name: each for name, each in every.items() if not each.hidden}
-    options = {name: list(rows_of_command(each, "option")) for name, each in commands.items()}
-    uses = Counter(map(tuple, chain(*options.values())))
-    common = {row[0]: row for row, count in uses.items() if count >= COMMON}
+    settings, rows = {}, {}
+    for name, each in commands.items():
+        settings[name] = [p for p in each.params if getattr(p, "rich_help_panel", None)]
+        others = (p for p in each.params if p not in settings[name] and p.name not in VOICE)
+        rows[name] = [row_of(parameter) for parameter in others]
+    uses = Counter(chain(*rows.values()))
+    common = [row for row, count in uses.items() if count >= COMMON and row[0].startswith("`--")]
     page = COMMANDS + WRITTEN
     for name, command in commands.items():
         usage = " ".join(command.collect_usage_pieces(typer.Context(command)))
         page += f"## {name}\n\n{command.help.strip()}\n\n```text\nphatgoose {name} {usage}\n```\n\n"
-        page += table(["argument", "default", ""], list(rows_of_command(command, "argument")))
-        own = [row for row in options[name] if tuple(row) not in common.values()]
-        page += table(["option", "default", ""], own)
-        shared = ", ".join(row[0] for row in options[name] if tuple(row) in common.values())
-        page += f"[Common options](#common-options): {shared}.\n\n" if shared else ""
-    page += "## Common options\n\n" + table(["option", "default", ""], list(common.values()))
-    return page.rstrip() + "\n"
+        page += table(["", ""], [row for row in rows[name] if row not in common])
+        shared = [row[0] for row in rows[name] if row in common]
+        lines = {"Settings": settings_among(settings[name]), "[Common](#common-options)": shared}
+        page += "".join(f"{kind}: {', '.join(each)}.\n\n" for kind, each in lines.items() if each)
+    voice = [(f"`{flag_of(name)}`", text) for name, text in VOICE.items()]
+    page += "## Common options\n\nEvery command has the first three.\n\n"
+    return (page + table(["", ""], [*voice, *common])).rstrip() + "\n"
 
 
 def rows_of_class(config: type[Settings]) -> Iterator[list[str]]:
@@ -110,18 +120,21 @@ def rows_of_class(config: type[Settings]) -> Iterator[list[str]]:
 
 
 def settings_page() -> str:
-    """All settings, by class."""
+    """All settings, by class; then those of routers, a row for each that several share."""
     page = SETTINGS + WRITTEN
-    for config in CLASSES:
-        page += (
-            f"::: {config.__module__}.{config.__qualname__}\n    options:\n      members: false\n\n"
-        )
-        page += table(["setting", "type", "default", ""], list(rows_of_class(config)))
-    page += ROUTERS_HEAD
+    head = ["type", "default", ""]
+    for name, config in TABLES.items():
+        page += f"## {config.__name__}\n\n::: {config.__module__}.{config.__qualname__}\n"
+        page += "    options:\n      members: false\n      show_bases: false\n"
+        page += "      show_root_heading: false\n"
+        page += f"      show_root_toc_entry: false\n\nIn a recipe: `[{name}]`.\n\n"
+        page += table(["setting", *head], list(rows_of_class(config)))
+    owners: dict[tuple[str, ...], list[str]] = {}
     for name, spec in ROUTERS.items():
-        if settings_of(spec.config):
-            page += f"### {name}\n\n"
-            page += table(["setting", "type", "default", ""], list(rows_of_class(spec.config)))
+        for row in rows_of_class(spec.config):
+            owners.setdefault(tuple(row), []).append(name)
+    rows = [[row[0], ", ".join(names), *row[1:]] for row, names in owners.items()]
+    page += ROUTERS_HEAD + table(["setting", "routers", *head], sorted(rows))
     return page.rstrip() + "\n"
 
 

@@ -180,7 +180,7 @@ PLACEMENTS = ("houlsby", "pfeiffer")
 
 # Help texts of settings that several kinds of expert share, as one flag.
 SITES = (
-    "Regular expression to search for in a site's module path. Default: every linear layer of "
+    "Regular expression to search for in a layer's module path. Default: every linear layer of "
     "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects them "
     "for the base's architecture (ia3); the layers of the placement (bottleneck)."
 )
@@ -231,7 +231,7 @@ class IA3(Peft):
     sites: Annotated[str | None, SITES] = None
     feedforward: Annotated[
         str | None,
-        "Regular expression to search for: these sites scale their input instead of their output. "
+        "Regular expression to search for: these layers scale their input instead of their output. "
         "Default: PEFT's choice (the last feed-forward layer).",
     ] = None
 
@@ -312,18 +312,18 @@ class Training(Settings):
     acts_on: Annotated[
         str,
         "What the expert acts on: all tokens, answer (from the prompt's last token on), "
-        "generation-prompt (from the chat template's on), or from the prompt's last so many tokens "
-        "on. Before that it adds nothing (decoder-only bases).",
+        "generation-prompt (from the chat template's on), or N (from the prompt's last N tokens "
+        "on). Before that it adds nothing (decoder-only bases).",
         Limit(f"{', '.join(ACTS_ON)} or a number of tokens", is_acts_on),
     ] = "all"
     report_to: Annotated[
         str,
-        "Log training to these, with commas: tensorboard, wandb or another one that transformers "
-        "knows, installed apart; or none.",
+        "Log training to these, separated by commas: tensorboard, wandb or another integration of "
+        "transformers, installed separately; or none.",
     ] = "none"
 
     def on(self, examples: int) -> Training:
-        """These settings, with the steps that `epochs` are on so many training examples."""
+        """These settings, with the steps that `epochs` are on this many training examples."""
         if self.epochs is None:
             return self
         return replace(self, steps=math.ceil(self.epochs * examples / self.batch_size))
@@ -359,12 +359,12 @@ class GateTraining(Settings):
         one_of(GATE_INPUTS),
     ] = "raw"
     statistics_examples: Annotated[
-        int, "Training examples to measure for the statistics below.", AT_LEAST_1
+        int, "Training examples to use for the statistics below.", AT_LEAST_1
     ] = 1000
-    means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
+    means: Annotated[bool, "Compute mean activations (for router average-activation)."] = True
     readings: Annotated[
         bool,
-        "Measure how the base alone reads the prompts (for routers named after discriminants).",
+        "Compute prompt statistics (for routers named after discriminants).",
     ] = True
     embeddings: Annotated[
         bool,
@@ -443,12 +443,12 @@ class Routing(Settings):
     router: Annotated[
         str,
         "Which router chooses experts, as NAME or NAME:SETTING=VALUE,… ('phatgoose routers'); auto "
-        "takes the first that base and experts allow.",
+        "uses the first that base and experts allow.",
     ] = "auto"
     k: Annotated[
         int | None,
-        "Experts per token at each site, or per input where the router chooses for whole inputs; "
-        "default: the router's own number.",
+        "Experts per token at each layer, or per prompt if the router chooses per prompt; default: "
+        "the router's own number.",
         AT_LEAST_1,
     ] = None
     kernel: Annotated[str, f"{', '.join(KERNELS[:-1])} or {KERNELS[-1]}.", one_of(KERNELS)] = "auto"
@@ -499,13 +499,12 @@ class Serving(Settings):
     ] = 16384
     prefix_cache: Annotated[
         int,
-        "MiB of keys and values of prompts' beginnings to keep for prompts that share them; 0: "
-        "none.",
+        "MiB of keys and values to keep for prompts that share a beginning; 0: none.",
         NOT_NEGATIVE,
     ] = 256
     max_forwarded: Annotated[
         int,
-        "With --upstream: maximum answers that the engine is asked for at once; others wait here.",
+        "With --upstream: maximum answers to request from the engine at once; others wait here.",
         AT_LEAST_1,
     ] = 256
     max_routings: Annotated[

@@ -1,6 +1,6 @@
 """Every error that phatgoose raises on purpose, as one tree.
 
-A message says what was found, what was wanted and what to do, in a line or two.
+A message says what was found, what was expected and what to do, in a line or two.
 """
 
 
@@ -25,7 +25,7 @@ class ExpertError(PhatgooseError):
 
 
 class TrainingError(ExpertError):
-    """A training that failed: its losses are no numbers any more."""
+    """A training that failed: its losses aren't finite any more."""
 
 
 class WrongBaseError(ExpertError):

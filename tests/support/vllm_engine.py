@@ -1,7 +1,6 @@
 """Engines and bases of the tests: vLLM in a process of its own, and what our own model answers."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from engines import vllm_environment
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.phatgoose import TopKRouter
 from tiny import make_tokenizer
@@ -61,7 +61,7 @@ def ask_vllm(
     job.write_text(json.dumps(content))
     ended = subprocess.run(
         [sys.executable, str(ASKING), str(job), str(answers)],
-        env=environment_of(model, **environment),
+        env=vllm_environment(model, **environment),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -72,22 +72,6 @@ def ask_vllm(
         Answers(*([each[name] for each in found] for name in ("tokens", "logprobs", "cached")))
         for found in json.loads(answers.read_text())
     ]
-
-
-def environment_of(model: Path | None, **more: str) -> dict[str, str]:
-    fixed = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores may be shared
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # starts in half the time
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    plain = {n: v for n, v in os.environ.items() if "PHATGOOSE_" not in n}
-    plain.pop("TRITON_INTERPRET", None)  # of our tests' own
-    routed = {} if model is None else {"PHATGOOSE_MODEL": str(model)}
-    return {**plain, **fixed, **routed, **more}
 
 
 @torch.no_grad()

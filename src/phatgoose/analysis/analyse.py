@@ -43,12 +43,12 @@ from .traces import ChoiceKeeper, Trace, trace
 
 @dataclass(frozen=True)
 class RouterAnalysis:
-    """What `analyse` found of one router.
+    """What `analyse` found for one router.
 
     Attributes:
         distributions: Of the experts, by dataset.
         scores: By dataset, empty if not scored.
-        findings: What looks odd.
+        findings: Warnings about the routing.
         traces: Texts token by token, by dataset.
         similarity: `findings.vector_similarity`, [E, E].
         choices: Weights of each prompt's experts by dataset, [prompts, E], in no order of the
@@ -78,7 +78,7 @@ class Analysis:
     Attributes:
         experts: The experts' names, in the order of every distribution.
         datasets: The tasks' names.
-        routers: What was found of each router.
+        routers: What was found for each router.
         oracle: The best single expert of each dataset, empty without scores of single experts.
         agreements: How far two routers agree, by pairs of routers.
         effects: Those of leaving experts out, if asked for.
@@ -114,7 +114,7 @@ class Analysis:
         return Divergence(to, back)
 
     def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
-        """That of KL(router‖other) with the router's score over datasets (paper section 4.4), or
+        """The correlation of KL(router‖other) with the router's score over datasets (paper 4.4), or
         None.
         """
         scores = self.routers[router].scores
@@ -233,7 +233,7 @@ def analyse(
     max_new_tokens: int = evaluate.MAX_NEW_TOKENS,
     token_budget: int = evaluate.TOKEN_BUDGET,
 ) -> Analysis:
-    """Where the tokens of `tasks` go in a routed model, or in a pool under each of `routers`.
+    """Which experts serve the tokens of `tasks` in a routed model, or a pool under `routers`.
 
     Every router reads the prompt and the right answer of the same examples.
 

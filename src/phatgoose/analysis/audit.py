@@ -296,6 +296,7 @@ def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
 
 
 def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
+    """What `signs`, by name [E], come to: those beyond a limit as findings, and notes."""
     findings = [
         finding for name in LIMITS if name in signs for finding in _beyond(pool, name, signs)
     ]

@@ -66,11 +66,12 @@ def concentration(p: ArrayLike) -> float:
 
 
 def overlap(p: ArrayLike, q: ArrayLike) -> float:
-    """Sum of min(p, q): 1 less the total variation distance; 1 for equals, 0 for strangers."""
+    """Sum of min(p, q): 1 less the total variation distance; 1 if equal, 0 if disjoint."""
     return float(np.minimum(as_distribution(p), as_distribution(q)).sum())
 
 
 def heaviest(weights: NDArray[Any], most: int) -> list[int]:
+    """The indices of the greatest weights, greatest first, without those of 0."""
     ranked = np.argsort(-weights, kind="stable")[:most]
     return [int(z) for z in ranked if weights[z] > 0]
 
@@ -158,6 +159,7 @@ SMOOTHING = 0.01  # the share of the uniform distribution that is mixed in befor
 def oracle_experts(
     scores: Scores | None, experts: Sequence[str], datasets: Sequence[str]
 ) -> dict[str, str]:
+    """Each dataset's expert of the highest score; {} without scores. Raises ConfigError."""
     if scores is None:
         return {}
     best = best_expert_by_task(scores, experts)
@@ -209,6 +211,7 @@ class Correlation:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """Pearson's and Spearman's coefficients of pairs, where there are any (see the class)."""
     first, second = np.asarray(x, float), np.asarray(y, float)
     n = len(first)
     if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:

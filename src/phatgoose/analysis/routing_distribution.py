@@ -44,6 +44,7 @@ class SiteLabel:
 
 
 def site_label(site: str) -> SiteLabel:
+    """The stack, block and kind in a name; the block is -1 for a site outside of blocks."""
     parts = site.split(".")
     stack = next((part for part in parts if part in STACKS), "")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
@@ -54,6 +55,7 @@ def site_label(site: str) -> SiteLabel:
 
 
 def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
+    """The names of layers, and those of kinds, in the order in which they come."""
     found = list(labels)
     layers = dict.fromkeys(label.layer_name for label in found)
     return list(layers), list(dict.fromkeys(label.kind for label in found))

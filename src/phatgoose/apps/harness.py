@@ -64,7 +64,7 @@ class ModelArguments(Routing):
     max_batch_size: Annotated[int, "The most rows that auto tries."] = 64
     add_eos: Annotated[bool, "Let every continuation end with end-of-sequence."] = False
     max_input_tokens: Annotated[
-        int | None, "Longer contexts are cut to so many tokens; default: to what the model holds."
+        int | None, "Longer contexts are cut to this many tokens; default: the model's maximum."
     ] = None
     truncation: Annotated[str, "What such a cut takes away: middle, left or right."] = "middle"
 

@@ -36,7 +36,7 @@ def pool_table(pool: Pool) -> Table:
             str(len(expert.modules)),
             "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
             ", ".join(shares) or "nothing",
-            str(expert.directory),
+            str(expert.place),
         )
     return table
 
@@ -132,6 +132,7 @@ def means_table(comparison: Comparison) -> Table:
 
 
 def differences_table(comparison: Comparison) -> Table | None:
+    """Differences to PHATGOOSE in pairs; None without its row, or another."""
     others = [row for row in comparison.results if row != ANCHOR]
     if ANCHOR not in comparison.results or not others:
         return None

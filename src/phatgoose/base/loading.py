@@ -330,7 +330,7 @@ def _loading(name: str | Path) -> Iterator[str]:
         here = "" if Path(name).exists() else "No folder of that name is here, and as a Hub id: "
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} can't be loaded: {here}{_why(error)} "
-            f"{WANTED}{'' if Path(name).exists() else closest(name, [SMOLLM2])}"
+            f"{WANTED}{closest_beside(name, SMOLLM2) if here else ''}"
         ) from error
 
 
@@ -341,10 +341,14 @@ def _missing_folder(name: str | Path) -> str | None:
     """
     path = Path(name)
     is_path = not is_hub_id(str(name)) or (len(path.parts) > 1 and path.parent.is_dir())
-    if not is_path or path.exists():
-        return None
+    return None if not is_path or path.exists() else closest_beside(path)
+
+
+def closest_beside(place: str | Path, *others: str) -> str:
+    """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
+    path = Path(place)
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return closest(path.name, [each.name for each in beside])
+    return closest(path.name, [*others, *(each.name for each in beside)])
 
 
 def _why(error: Exception) -> str:

@@ -133,7 +133,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @contextmanager
 def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """`layers` in the place of submodules of `model`, by name, while the context is open."""
+    """`layers` in place of submodules of `model`, by name, while the context is open."""
     originals = {name: model.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():

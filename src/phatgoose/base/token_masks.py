@@ -148,6 +148,7 @@ _OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
 
 @contextmanager
 def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
+    """While it is open, the masks of the pass that `model` is in."""
     masks = TokenMasks(type(model).__name__)
     handles = []
     for module, names in callable_parts(model).items():
@@ -200,6 +201,7 @@ def watch_inputs(
 def given_arguments(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """A call's arguments by name, those given by place too."""
     names = inspect.signature(module.forward).parameters if args else ()
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

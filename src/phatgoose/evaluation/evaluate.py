@@ -355,7 +355,7 @@ def evaluate(
     highest mean log-likelihood per target token, end-of-sequence included. Without choices it is
     scored by exact match, without white space around the answers. Answers that are not chosen are
     generated greedily. Cut inputs are logged, and a warning from a tenth of them on. Another
-    warning tells if the experts of a routed model were trained on inputs of another form.
+    warning says if the experts of a routed model were trained on inputs of another form.
 
     Args:
         model: Any transformers model, or a loaded `Base`.
@@ -385,6 +385,7 @@ def score_tasks(
     settings: ScoringSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
+    """As `evaluate`, with the settings in one record."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     if not hasattr(model, "generate"):
@@ -468,6 +469,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
+    """The score and its interval, by an answer for each example."""
     predictions = []
     for example, answer in zip(chosen.examples, answers, strict=True):
         accepted = example.answers

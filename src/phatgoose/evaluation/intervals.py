@@ -133,6 +133,7 @@ def dataset_replicates(
 
 
 def interval_of(values: Array) -> Interval:
+    """The middle CONFIDENCE of bootstrap replicates."""
     outside = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(values, [outside, 100 - outside])
     return Interval(float(low), float(high))

@@ -235,10 +235,11 @@ class Expert:
         directory: The folder of the adapter's files.
         modules: What it does at each site, all of one kind.
         gates: A float32 vector of each site's input size; empty when there are none.
-        means: The same of mean activations.
+        means: Mean activations, likewise.
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
-        readings: Those of `readings.readings_of`; empty when there are none.
+        readings: Prompt statistics, by `readings.readings_of`; empty when there are none.
         files: The mapped files.
+        source: The folder of an adapter that was read as an expert; `directory` may be temporary.
     """
 
     info: ExpertInfo
@@ -249,6 +250,7 @@ class Expert:
     embeddings: Tensor | None = None
     readings: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
+    source: Path | None = None
 
     def __repr__(self) -> str:
         shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
@@ -257,8 +259,13 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """The one in `phatgoose.json`, whatever the directory is called; unique within a pool."""
+        """The name in `phatgoose.json`, not the directory's; unique within a pool."""
         return self.info.name
+
+    @property
+    def place(self) -> Path:
+        """Where the user has it: in messages and records."""
+        return self.source or self.directory
 
     @property
     def kind(self) -> str:
@@ -277,7 +284,7 @@ class Expert:
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def has(self, part: str) -> bool:
-        """True where it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
+        """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
         held = getattr(self, part)
         return held is not None and len(held) > 0
 

@@ -142,7 +142,7 @@ def push(
     earlier version; other files of the repository stay. A missing repository is created, `private`
     or not. A revision in `reference` is the branch. With `sign`, a private key in a PEM file, the
     expert is signed first, in its folder. Raises ExpertError when the expert is damaged or can't be
-    signed, its base is a folder of this machine, which nobody else could load, or the Hub refuses.
+    signed, its base is a folder of this machine, which no one else could load, or the Hub refuses.
     """
     directory = Path(directory)
     expert = Expert.load(directory)

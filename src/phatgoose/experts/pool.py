@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.fingerprint import BaseReference, same_base
+from ..base.loading import closest_beside
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files.atomic import being_replaced, bring_back, is_stream, write_text
@@ -46,7 +47,7 @@ class Pool(Mapping[str, Expert]):
 
     @classmethod
     def open(cls, source: Pool | Expert | str | Path | Sequence[Expert | str | Path]) -> Pool:
-        """The pool in `source`, or `source` itself where it is a pool.
+        """The pool in `source`, or `source` itself if it is a pool.
 
         Every expert is read and fully checked once.
 
@@ -83,14 +84,14 @@ class Pool(Mapping[str, Expert]):
         first = pool._anchor
         seen: dict[str, Path] = {}
         for expert in pool.experts:
-            if expert.name in seen and seen[expert.name].resolve() == expert.directory.resolve():
-                raise PoolError(f"{expert.directory} is named twice; leave it out once.")
+            if expert.name in seen and seen[expert.name].resolve() == expert.place.resolve():
+                raise PoolError(f"{expert.place} is named twice; leave it out once.")
             if expert.name in seen:
                 raise PoolError(
                     f"Two experts are named {expert.name!r}: {seen[expert.name]} and "
-                    f"{expert.directory}; rename one."
+                    f"{expert.place}; rename one."
                 )
-            seen[expert.name] = expert.directory
+            seen[expert.name] = expert.place
             if not same_base(expert.info.base, first.info.base):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
@@ -163,12 +164,12 @@ class Pool(Mapping[str, Expert]):
         return Pool(tuple(chosen))
 
     def _unknown(self, name: object) -> str:
-        held = [expert.name for expert in self.experts if expert.directory.name == name]
+        held = [expert.name for expert in self.experts if expert.place.name == name]
         hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""
         named = [
             expert.name
-            if expert.directory.name == expert.name
-            else f"{expert.name} (in {expert.directory})"
+            if expert.place.name == expert.name
+            else f"{expert.name} (in {expert.place})"
             for expert in self.experts
         ]
         hint = hint or closest(name, self.names)
@@ -206,7 +207,7 @@ class Pool(Mapping[str, Expert]):
         return [
             {
                 "name": expert.name,
-                "path": str(reference_of(expert.directory) or expert.directory.resolve()),
+                "path": str(reference_of(expert.place) or expert.place.resolve()),
                 "adapter_sha256": expert.info.adapter_sha256,
                 "vectors_sha256": expert.info.vectors_sha256,
                 "embeddings_sha256": expert.info.embeddings_sha256,
@@ -284,8 +285,9 @@ def _expert_directories(place: Path) -> Iterator[Path]:
         raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
     bring_back(place)
     if not place.is_dir():
-        what = "is no folder" if place.exists() else "does not exist"
-        raise PoolError(f"{place} {what}; wanted a folder of experts.")
+        there = place.exists()
+        what, hint = ("is no folder", "") if there else ("does not exist", closest_beside(place))
+        raise PoolError(f"{place} {what}; wanted a folder of experts or of PEFT adapters.{hint}")
     if (place / LAYOUT.info).is_file():
         yield place
         return

@@ -73,6 +73,7 @@ def readings_size(config: PreTrainedConfig) -> int:
 
 
 def readings_problems(readings: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the shapes and numbers of readings, a phrase each."""
     wanted = {f"{place}.{part}": many for place in PLACES for part, many in PARTS.items()}
     if set(readings) != set(wanted):
         return [f"they are {', '.join(sorted(readings))}; wanted {', '.join(wanted)}"]

@@ -96,7 +96,7 @@ def value_at(patterns: Mapping[str, Any], name: str) -> Any:
 
 
 class ByName(dict[str, Any]):
-    """Values by full layer names, in the place of values by pattern in a PEFT config."""
+    """Values by full layer names, in place of values by pattern in a PEFT config."""
 
     def keys(self) -> Any:
         # PEFT tries each key as a pattern and then looks up the layer's own name: without keys it

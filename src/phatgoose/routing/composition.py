@@ -93,7 +93,7 @@ def routing_for(
     Yields a function that takes the rows' indices in `prompts`, to call before each pass of others
     than all of them in order. Only routers that choose for whole prompts and experts that act from
     a prompt's end on go by this; in other models, routed or not, nothing changes. An evaluation
-    names its `task`, by which router oracle chooses and random routers start anew, and the
+    names its `task`, by which router oracle chooses and random routers start again, and the
     `examples`, which retrieval in the paper's form embeds. Raises what `PromptRouter.choose` does.
     """
     parts = composition_if_any(model)

@@ -109,7 +109,7 @@ class RoutingContext:
     that some experts act on; then each pass has an `activity`, by the tokens' positions.
 
     A pass that goes on where an earlier one ended, from its cache or from what its encoder gave, is
-    served by the experts of that one's prompt; where nobody has read it, it is refused. A first
+    served by the experts of that one's prompt; where no one has read it, it is refused. A first
     pass of assisted decoding holds drafts of the answer after the prompt, and nothing in the pass
     tells them apart for certain: so `generate` of a causal model notes how long its prompt is.
     """
@@ -464,7 +464,7 @@ def _is_same(given: Tensor, encoded: Tensor) -> bool:
 
 @contextmanager
 def base_alone(model: PreTrainedModel) -> Iterator[None]:
-    """No expert acts in this thread's passes of `model`, routed or not, and nobody watches them.
+    """No expert acts in this thread's passes of `model`, routed or not, and no one watches them.
 
     Raises RoutingError for a model that is routed token by token, unless all of its experts act
     from a prompt's end on.

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..base.fingerprint import BaseReference, check_base
 from ..base.sites import Site, check_in_place, find_sites
+from ..config import closest
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
 from . import stacks
@@ -124,7 +125,8 @@ def check_removal(
         raise PoolError("What is to be removed must be a list of names.")
     gone = set(leaving)
     for name in sorted(gone - set(names)):
-        raise PoolError(f"There is no expert {name!r}; there are {', '.join(names)}.")
+        hint = closest(name, names)
+        raise PoolError(f"There is no expert {name!r}; there are {', '.join(names)}.{hint}")
     left = [z for z, name in enumerate(names) if name not in gone]
     if not left:
         raise PoolError("No expert would be left.")

@@ -160,7 +160,7 @@ class RoutedLinear(RoutedLayer):
 
     @uncompiled
     def _rests(self) -> bool:
-        """True where no expert acts in this pass and nobody watches the layer."""
+        """True where no expert acts in this pass and no one watches the layer."""
         if self.context is None or self.context.acts(self.columns):
             return False
         return not watches_over(self, self.site)

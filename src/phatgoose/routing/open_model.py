@@ -12,9 +12,9 @@ from typing import Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import Base, load_base
+from ..base.loading import WANTED, Base, closest_beside, load_base
 from ..config import Routing, RoutingSettings, from_mapping, given_or_default
-from ..errors import ConfigError
+from ..errors import BaseModelError, ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
 from ..files.atomic import bring_back
@@ -28,6 +28,10 @@ from .saved.tensors import ROUTED_INFO, SavedModel, read_saved
 from .stacks import SiteStack, stack_of
 
 CPU = torch.device("cpu")
+ANY_WANTED = (
+    "Wanted: a pool (a folder of experts or of PEFT adapters, hub:OWNER/NAME, a manifest), a "
+    "routed model's folder, or a base model (a Hub id, a folder, or 'smollm2')."
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,24 @@ def _looking_at(place: str | Path) -> Iterator[None]:
 
 def require_pool(place: str | Path) -> None:
     if not is_pool(place):
+        there = Path(place).exists()
+        gone = "" if there else f" No folder {place} is here.{closest_beside(place)}"
         raise ConfigError(
             f"{place} is not a pool: a routed model has its own router and experts, and a base "
-            f"alone has none. Name the pool to choose them."
+            f"alone has none. Name the pool to choose them.{gone}"
         )
+
+
+@contextmanager
+def base_alone(place: str | Path) -> Iterator[None]:
+    """Errors of loading the base at `place`, if nothing is there, name all that could be."""
+    try:
+        yield
+    except BaseModelError as error:
+        if Path(place).exists():
+            raise
+        message = str(error).removeprefix("Base model ").replace(WANTED, ANY_WANTED)
+        raise BaseModelError(message) from error
 
 
 def open_model(
@@ -102,7 +120,8 @@ def open_model(
             scores=scores,
         )
     else:
-        alone = load_base(place, dtype=dtype)
+        with base_alone(place):
+            alone = load_base(place, dtype=dtype)
         return OpenedModel(alone.model, alone.tokenizer)
     return OpenedModel(routed, routed.phatgoose.tokenizer)
 

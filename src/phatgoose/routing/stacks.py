@@ -194,6 +194,7 @@ def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) ->
 
 
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
+    """One site's stacks as one, experts in the order of the stacks."""
     if len(stacks) == 1:
         return stacks[0]
     experts = torch.cat([stack.experts for stack in stacks])
@@ -282,7 +283,7 @@ def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
-    """The part without experts whose `place` [pool] is -1, numbered anew; None if none is left."""
+    """The part without experts whose `place` [pool] is -1, numbered again; None if none is left."""
     found = place.to(part.stack.experts.device)[part.stack.experts]
     rows = (found >= 0).nonzero().flatten()
     if not len(rows):

@@ -44,6 +44,7 @@ def as_read(formatting: Formatting, examples: Sequence[Example]) -> Formatting:
 
 
 def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
+    """At most `room` tokens: the last ones ("left"), the first ("right"), or both ends."""
     if len(tokens) <= room:
         return list(tokens)
     head = {"left": 0, "right": room}.get(truncation, room // HEAD_SHARE)

@@ -99,6 +99,7 @@ def load_task(
     name: str | None = None,
     template: str | None = None,
     choices: str | None = None,
+    targets: bool = True,
 ) -> Task:
     """The task in `source`.
 
@@ -117,11 +118,12 @@ def load_task(
         template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
             a row has.
         choices: "yes ||| no", jinja2: renders the choices.
+        targets: False lets rows have no target, which is then empty.
 
     Raises:
         TaskError: Naming the line, for anything else, a row that is broken or lacks a field, a text
             that holds half a character, an empty choice, a target that is not among the choices, a
-            name that is no UTF-8, or a source without examples.
+            name that isn't UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     if not isinstance(name, str | None):
@@ -137,7 +139,8 @@ def load_task(
                 f"{where}: split is {shortened(split)}, but must be {', '.join(SPLITS)}."
             )
         filled = row_template.render(row, where)
-        example = _example(filled if template else in_our_form(filled, where), where)
+        filled = filled if template else in_our_form(filled, where)
+        example = _example(filled, where, targets=targets)
         passage = longest_field(row, example.input) if template else None
         splits[split].append(replace(example, passage=passage))
     if not any(splits.values()):
@@ -366,10 +369,13 @@ def _is_frame(rows: Any) -> bool:
     return hasattr(rows, "columns") and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
-def _example(row: Mapping[str, Any], where: str) -> Example:
+def _example(row: Mapping[str, Any], where: str, *, targets: bool) -> Example:
     texts = {}
     for key in ("input", "target"):
         value = _plain(row.get(key))
+        if key == "target" and not targets and value in (None, ""):
+            texts[key] = ""
+            continue
         if value is None or isinstance(value, list | dict) or str(value) == "":
             raise TaskError(f"{where}: {key} is missing or empty; {_what_is_there(row)}")
         text = _whole(str(value), f"{where}: {key}")
@@ -382,7 +388,7 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
                 f"{where}: {what} {listed.index('') + 1} of {len(listed)} is empty; leave it out "
                 f"(a {SEPARATOR} without a text before or after it makes one)."
             )
-    if choices and texts["target"] not in choices:
+    if choices and texts["target"] not in choices and (targets or texts["target"]):
         raise TaskError(
             f"{where}: target {texts['target']!r} is not among the choices {list(choices)}."
         )

@@ -139,6 +139,7 @@ class Task:
 
 
 def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
+    """`most` of the examples, drawn by `seed`, in their own order."""
     if most is None or most >= len(examples):
         return examples
     chosen = sorted(random.Random(seed).sample(range(len(examples)), most))

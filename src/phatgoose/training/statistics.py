@@ -59,7 +59,7 @@ def measure(
     is measured: at most `examples`, for embeddings at most 1000. `seed` (of the sample and of the
     validation split) and `formatting` default to what the expert records of its training, which
     gives the same numbers as then. What isn't asked for stays as it is in the directory by then, as
-    do adapter and gates; the model card is written anew.
+    do adapter and gates; the model card is written again.
 
     Raises ConfigError when nothing is asked for or embedding isn't possible, WrongBaseError when
     `base` isn't the expert's, ExpertError when the directory holds foreign files, which rewriting

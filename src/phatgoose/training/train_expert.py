@@ -105,7 +105,7 @@ def train_expert(
     Raises:
         ExpertError: `out` exists, the name can't be an expert's, or training diverges.
         ConfigError: Work to be resumed had other settings.
-        RoutingError: Means are wanted and the base pads inside.
+        RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
     out, peft = Path(out), peft or Lora()
@@ -176,7 +176,7 @@ def train_gates(
             diverges.
         WrongBaseError: The adapter records another base.
         ConfigError: Work to be resumed had other settings, or joint training is asked for.
-        RoutingError: Means are wanted and the base pads inside.
+        RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
     out, adapter = Path(out), Path(adapter)

@@ -346,6 +346,7 @@ def reporters(report_to: str, label: str) -> list[TrainerCallback]:
 
 
 def newest_checkpoint(work: Path) -> str | None:
+    """The last complete checkpoint; those that were cut short are deleted."""
     complete = {}
     for folder in work.glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():

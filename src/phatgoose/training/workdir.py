@@ -87,7 +87,7 @@ def discard_work(out: Path) -> None:
 
 
 def wait_for_work(out: Path, seconds: float) -> None:
-    """Return when no process is at work on `out`, or after so many `seconds`."""
+    """Return when no process is at work on `out`, or after `seconds`."""
     lock = work_of(out) / LOCK
     if seconds > 0 and lock.exists():
         # A process on another machine may need a moment to notice that its connection is lost.

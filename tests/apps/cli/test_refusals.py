@@ -160,10 +160,11 @@ analyse experts --task unseen.jsonl BASE --out file => file/report.html can't be
 COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
 COMPARE unseen.jsonl --methods , => No method was given
 COMPARE unseen.jsonl --methods base --methods retrieval => Expert 'counting' has no embeddings
-COMPARE nowhere --methods base => Suite 'nowhere' is neither a known name
+COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 COMPARE unseen.jsonl --reference a=x --reference a=y => Two references are called 'a'
-COMPARE unseen.jsonl --methods base --reference mine=./nowhere => './nowhere' can't be loaded
+COMPARE unseen.jsonl --reference mine=./nowhere => './nowhere' can't be loaded
+COMPARE unseen.jsonl --reference mine=./nowhere --methods base => Wanted: a pool (a folder of
 COMPARE unseen.jsonl --methods base --reference merged=bare => can't be called 'merged'
 COMPARE unseen.jsonl --methods oracle --reference reviews=bare => both called 'reviews'
 COMPARE unseen.jsonl --methods base --limit 0 => limit

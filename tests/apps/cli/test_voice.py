@@ -109,8 +109,15 @@ def test_wrong_use_ends_with_2_and_failure_with_1(phat, monkeypatch, error, code
         (["train", "t0hii"], "Did you mean 't0hi'?"),
         (["train", "reviews.jsonl", "--peft", "lorra"], "Did you mean 'lora'?"),
         (["generate", "./tiny-bas", "x"], "here. Did you mean 'tiny-base'?"),
-        (["generate", "experts/nosuch", "x"], "No folder of that name is here. Wanted"),
+        (["generate", "experts/nosuch", "x"], "here. Wanted: a pool (a folder of experts or of"),
+        (["generate", "expert", "x"], "or 'smollm2'). Did you mean 'experts'?"),
+        (["generate", "expert", "x", "--keep", "reviews"], "is here. Did you mean 'experts'?"),
+        (["compose", "expert", "--out", "new"], "PEFT adapters. Did you mean 'experts'?"),
+        (["serve", "expert"], "or 'smollm2'). Did you mean 'experts'?"),
+        (["serve", "./nonesuch"], "'./nonesuch' can't be loaded: No folder of that name is here."),
     ],
 )
 def test_names_that_are_nearly_right_are_suggested_at_once(here, phat, words, complaint):
+    if words[0] == "serve":
+        pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
     refused(phat(*words), complaint)

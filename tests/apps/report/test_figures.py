@@ -114,7 +114,7 @@ def test_pool_size_curves_go_through_the_means_and_their_ticks_are_the_sizes():
     assert panel.lines[0].get_xdata().tolist() == [2, 8]
     assert panel.get_xticks().tolist() == [2, 8]
     np.testing.assert_allclose(panel.lines[0].get_ydata(), [40, 60])
-    assert panel.get_ylabel() == "mean score over 1 datasets, in %"
+    assert panel.get_ylabel() == "mean score over 1 dataset, in %"
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path):

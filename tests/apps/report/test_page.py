@@ -196,6 +196,33 @@ def test_another_text_and_stack_can_be_chosen(chromium, many, few):
         assert sum(weights(page)) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("width", [1300, 400])
+def test_there_is_no_gap_below_a_short_text(chromium, tmp_path, width):
+    analysis = make_analysis(3, layers=2)
+    router = replace(
+        analysis.routers["phatgoose"],
+        traces={DATASETS[0]: [make_trace(experts=3, tokens=14, layers=2)]},
+    )
+    one = replace(analysis, datasets=DATASETS[:1], routers={"phatgoose": router}, agreements={})
+    path = tmp_path / "report.html"
+    path.write_text(report_page(replace(one, effects=())), encoding="utf-8")
+    assert "Over 1 dataset; 3 experts" in path.read_text(encoding="utf-8")
+    with page_at(chromium, path, viewport={"width": width, "height": 1100}) as page:
+        parts = (".tx-text", ".tx-legend", ".tx-details", ".tx-details > :last-child")
+        text, legend, details, last = (page.locator(part).bounding_box() for part in parts)
+
+        def below(one: dict[str, float], other: dict[str, float]) -> float:
+            return other["y"] - one["y"] - one["height"]
+
+        if width == 400:  # one below the other
+            assert 0 <= below(text, details) < 20
+            assert 0 <= below(details, legend) < 20
+        else:
+            assert 0 <= below(text, legend) < 20
+            assert details["y"] == text["y"]
+        assert 0 <= details["y"] + details["height"] - last["y"] - last["height"] < 40
+
+
 def test_a_phone_shows_all_without_scrolling_sideways(chromium, few):
     size = {"width": 360, "height": 740}
     with page_at(chromium, few, viewport=size, has_touch=True) as page:

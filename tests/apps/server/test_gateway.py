@@ -7,8 +7,10 @@ import pytest
 from fake_engine import BASE, PIECES, engine_of
 from gateways import ASK, NAMES, chosen_by, gateway, numbered
 from phatgoose.apps.server import Upstream
-from phatgoose.config import Serving
+from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.routers.automatic import settled_by_prompt
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, events
 
 KINDS = ("vllm", "sglang", "llama.cpp", "lorax")
@@ -119,7 +121,9 @@ def test_experts_and_the_base_are_passed_on(place, kind, model, who):
 
 def test_an_unknown_model_is_refused_and_not_asked_for(place):
     with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
-        assert error_of(client, 404, **{**ASK, "model": "e9"})["code"] == "model_not_found"
+        error = error_of(client, 404, **{**ASK, "model": "gose"})
+        assert error["code"] == "model_not_found"
+        assert error["message"].endswith("Did you mean 'goose'?")
         assert not engine.requests
 
 
@@ -142,6 +146,17 @@ def test_a_request_chooses_another_router_and_other_experts(place):
         assert "e0" not in reply.headers["x-phatgoose-experts"]
         assert error_of(client, **{**ASK, "router": "phatgoose"})["param"] == "router"
         assert error_of(client, **{**ASK, "model": "e1", "k": 2})["param"] == "k"
+
+
+def test_router_auto_is_the_first_that_the_experts_allow(place):
+    wanted = settled_by_prompt(Routing("auto"), Pool.open(place)).router
+    assert wanted != "centroid"
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine, router="centroid") as client,
+    ):
+        reply = ask(client, **ASK, router="auto", routing=True)
+        assert reply["choices"][0]["routing"]["router"] == wanted
 
 
 @pytest.mark.parametrize(
@@ -339,7 +354,9 @@ def test_users_mix_for_themselves_where_the_engine_mixes(place):
         reply = ask(client, **body)
         assert text_of(reply).startswith("e0*0.25+e2*-0.5 0")
         assert reply["choices"][0]["routing"]["summary"] == {"e0": 0.25, "e2": -0.5}
-        assert error_of(client, **{**ASK, "weights": {"e9": 1}})["param"] == "weights"
+        error = error_of(client, **{**ASK, "weights": {"e00": 1}})
+        assert error["param"] == "weights"
+        assert error["message"].endswith("Did you mean 'e0'?")
     with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
         assert "can't mix" in error_of(client, **body)["message"]
         assert text_of(ask(client, **{**ASK, "weights": {"e3": 1}})).startswith("e3")

@@ -45,7 +45,12 @@ def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
         opened = []
         monkeypatch.setattr(Pool, "open", opened.append)
         asked = {**GREEDY, "model": "routed"}
-        for change in ({"k": 2}, {"keep": [pool.names[1]]}, {"router": "merged"}):
+        for change in (
+            {"k": 2},
+            {"keep": [pool.names[1]]},
+            {"router": "merged"},
+            {"router": "auto"},
+        ):
             message = error_of(client, **asked, **change)["message"]
             assert "only while a pool with its experts" in message
         ask(client, **asked)

@@ -12,8 +12,22 @@ from phatgoose.apps.server.models import ModelRunner
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import RequestPreparer, parsed
 from phatgoose.base import untrusted_text
-from phatgoose.config import Serving
-from serving import CHAT, CHATS, GREEDY, JSON, PATH, app_of, client_of, error_of, in_a_thread, until
+from phatgoose.base.loading import load_base
+from phatgoose.config import Routing, Serving
+from phatgoose.routing.routers.automatic import settled
+from serving import (
+    CHAT,
+    CHATS,
+    GREEDY,
+    JSON,
+    PATH,
+    app_of,
+    ask,
+    client_of,
+    error_of,
+    in_a_thread,
+    until,
+)
 from short_bases import few_places
 from tiny import with_added
 
@@ -45,7 +59,10 @@ ALL = ["e0", "e1", "e2", "e3"]
         ({"routing": {"kind": "wq"}}, "routing", "mlp.up_proj"),
         ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
         ({"leave_out": ALL}, "leave_out", "No expert is left"),
-        ({"router": "oracle"}, "router", "router: Input should be one of random"),
+        ({"router": "oracle"}, "router", "router: Input should be one of auto"),
+        ({"router": "arow"}, "router", "weights. Did you mean 'arrow'?"),
+        ({"router": "auto:k=2"}, "router", "router: Router auto has no settings of its own"),
+        ({"weights": {"e00": 1}}, "weights", "it has e0, e1, e2, e3. Did you mean 'e0'?"),
         ({"router": "few-shot:examples=/etc/hosts"}, "router", "router: Input should be one of"),
         ({"router": "phatgoose-input"}, "router", "router: Router phatgoose-input has left"),
         ({"router": "arrow:form={%s}"}, "router", "router: router arrow: form is '{%s}', but"),
@@ -60,6 +77,23 @@ def test_what_is_wrong_is_named(client, pool, change, param, said):
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert str(pool.experts[0].directory.parent) not in error["message"]
+
+
+def test_an_unknown_model_is_told_with_the_nearest_name(client):
+    said = error_of(client, 404, **{**GREEDY, "model": "gose"})["message"]
+    assert said == "There is no model 'gose'; there are goose, mean. Did you mean 'goose'?"
+
+
+def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):
+    """Whatever the model is served with."""
+    base = load_base(pool.base.id, dtype="float32")
+    wanted = settled(Routing("auto"), pool, base.model, base.tokenizer).router
+    assert wanted != "phatgoose"
+    for kept in (pool.names, pool.names[:2]):
+        asked = {**GREEDY, "routing": True, "keep": kept}
+        found = ask(client, **asked, router="auto")["choices"][0]
+        assert found["routing"]["router"] == wanted
+        assert found == ask(client, **asked, router=wanted)["choices"][0]
 
 
 def message(**fields):

@@ -281,6 +281,7 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
     import_adapters(folders, tmp_path / "pool")
     read, imported = Pool.open(tmp_path / "adapters"), Pool.open(tmp_path / "pool")
     assert (read.names, read.base) == (imported.names, imported.base)
+    assert [record["path"] for record in read.records()] == list(map(str, folders))
     for name in read:
         assert read[name].info == imported[name].info
         for site, module in read[name].modules.items():

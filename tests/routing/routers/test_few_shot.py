@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, TaskError
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.router import router_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.encoding import Encoder
@@ -103,6 +106,31 @@ def test_the_choice_is_saved_and_needs_no_examples_again(llama, llama_pool, tmp_
     detach(model)
     path.unlink()
     assert torch.equal(logits_of(load(tmp_path / "routed", llama), ids), wanted)
+    for file in ("routed.json", "README.md"):  # whose place is no one else's business
+        said = (tmp_path / "routed" / file).read_text()
+        assert "few-shot:by=centroid" in said
+        assert path.name not in said
+
+
+def test_examples_come_in_all_forms_of_a_task(tmp_path):
+    rows = [{"input": text, "target": "zigzag"} for text in INPUTS]
+    alike = [{"prompt": row["input"], "completion": row["target"]} for row in rows]
+    (tmp_path / "few.json").write_text(json.dumps(alike))
+    with (tmp_path / "few.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["input", "target"])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = {
+        str(path): router_of(Routing(f"few-shot:examples={path}")).given
+        for path in (written(tmp_path, rows), tmp_path / "few.json", tmp_path / "few.csv")
+    }
+    assert len(set(found.values())) == 1
+    some = [rows[0], {"input": INPUTS[1]}]  # so that no target counts
+    without = [{"input": row["input"]} for row in some]
+    path = written(tmp_path, some)
+    given = router_of(Routing(f"few-shot:examples={path}")).given
+    assert router_of(Routing(f"few-shot:examples={written(tmp_path, without)}")).given == given
+    assert given not in found.values()
 
 
 def bare(pool: Pool) -> Pool:
@@ -110,7 +138,7 @@ def bare(pool: Pool) -> Pool:
 
 
 def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
-    with pytest.raises(ConfigError, match=r"needs few-shot:examples=FILE\.jsonl"):
+    with pytest.raises(ConfigError, match="needs few-shot:examples=FILE of"):
         compose(llama_pool, llama, router="few-shot")
     path = written(tmp_path, [{"input": "apples"}])
     text = f"few-shot:examples={path}"
@@ -120,7 +148,12 @@ def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
         compose(llama_pool, llama, router=f"{text},by=retrieval")
     with pytest.raises(ConfigError, match="tokenizer"):
         compose(llama_pool, llama.model, router=text)
-    for content, message in (("", "has no lines"), ("apples", "can't be read"), ("[]", "missing")):
+    for content, message in (
+        ("", "few.jsonl has no examples"),
+        ("apples", "few.jsonl, line 1: broken JSON"),
+        ("{}", "few.jsonl, line 1: input is missing"),
+        ('{"input": "plums", "split": "test"}', "few.jsonl has no examples of split train"),
+    ):
         path.write_text(content)
         with pytest.raises(TaskError, match=message):
             compose(llama_pool, llama, router=text)

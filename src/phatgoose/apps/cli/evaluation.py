@@ -21,8 +21,10 @@ from . import options
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ...analysis.analyse import Analysis
     from ...base.loading import Base
     from ...experts.pool import Pool
+    from ...tasks.task import Task
 
 
 def compare(
@@ -48,7 +50,8 @@ def compare(
     ] = ["all"],  # noqa: B006  typer wants a list
     reference: Annotated[
         list[str] | None,
-        "LABEL=MODEL: one more row, from an expert, a pool, a routed model or a base (repeatable).",
+        "LABEL=MODEL: one more row, from an expert, a pool (routed by phatgoose, since such a row "
+        "is about its gates), a routed model or a base (repeatable).",
     ] = None,
     out: Annotated[Path, "Folder of results and tables."] = Path("comparison"),
     scoring: options.ScoringOptions,
@@ -58,16 +61,18 @@ def compare(
     routing: Annotated[Routing, options.Without(("router",))],
     formatting: Formatting,
 ) -> None:
-    """Score many methods on whole suites, side by side; finished cells in --out are kept."""
+    """Score many methods on whole suites, side by side; finished runs in --out are kept."""
     references = _references(reference or [])
     from ...evaluation.comparison.compare import compare as run
+    from ...tasks.suites.registry import open_suite
     from ..tables import differences_table, means_table
 
     opened = options.open_pool(pool)
+    named = [open_suite(name) for name in options.split(suites)]  # refuses before a base is loaded
     with engine.open() as chosen:
         comparison = run(
             opened,
-            options.split(suites),
+            named,
             split_routers(methods),
             out=out,
             base=base.load_for(opened),
@@ -85,7 +90,7 @@ def compare(
 
 
 def lm_eval(context: typer.Context) -> None:
-    """lm-evaluation-harness' own command, with --model phatgoose known to it."""
+    """Run lm-evaluation-harness' own command, which then has --model phatgoose."""
     from ..harness import main
 
     main(context.args)
@@ -105,7 +110,7 @@ def replay(
     ] = None,
     json: options.JsonOption = None,
 ) -> None:
-    """Score a rule that chooses one expert a prompt, by marks of all experts, without a model."""
+    """Score a rule that chooses one expert per prompt, from marks and without a model."""
     from ...evaluation import replay as scoring
     from ..tables import replay_table
 
@@ -157,19 +162,12 @@ def analyse(
     formatting: Formatting,
     given: frozenset[str],
 ) -> None:
-    """See where the tokens of tasks go: one page, numbers, figures."""
+    """Report which experts served the tokens of tasks: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
     from ...analysis.pool_sizes import pool_size_curves
-    from ...tasks.suites.registry import open_suite
     from ..report.page import REPORT, write_report
-    from ..tables import routers_table
 
-    options.only_with("--task", bool(task), vars(template))
-    options.only_with("--suite", bool(suite), vars(source))
-    tasks = [template.load(name) for name in task or []]
-    tasks += [read for name in suite or [] for read in open_suite(name).load(source.sources)]
-    if not tasks:
-        raise TaskError("Name what to read with --task or --suite.")
+    tasks = _tasks(task, template, suite, source)
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
@@ -190,11 +188,34 @@ def analyse(
         smoothing=smoothing,
         **vars(scoring),
     )
+    _show_analysis(analysis)
+    say(f"report -> {write_report(analysis, out, curves)}")
+
+
+def _tasks(
+    files: list[str] | None,
+    template: options.TemplateOptions,
+    suites: list[str] | None,
+    source: options.SourceOptions,
+) -> list[Task]:
+    from ...tasks.suites.registry import open_suite
+
+    options.only_with("--task", bool(files), vars(template))
+    options.only_with("--suite", bool(suites), vars(source))
+    tasks = [template.load(name) for name in files or []]
+    tasks += [read for name in suites or [] for read in open_suite(name).load(source.sources)]
+    if not tasks:
+        raise TaskError("Name what to read with --task or --suite.")
+    return tasks
+
+
+def _show_analysis(analysis: Analysis) -> None:
+    from ..tables import routers_table
+
     show(routers_table(analysis))
     for router, found in analysis.routers.items():
         for finding in found.findings:
-            warnings.warn(f"{router}: {finding.message}", stacklevel=2)
-    say(f"report -> {write_report(analysis, out, curves)}")
+            warnings.warn(f"{router}: {finding.message}", stacklevel=3)
 
 
 def _subject(

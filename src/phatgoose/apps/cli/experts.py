@@ -82,7 +82,7 @@ def train(
         settings |= {"training": training, "gate_training": gates}
         plan_experts(plan, json, engine, name, missing, len(opened) - len(missing), settings)
         return
-    _check_files(missing, training.seed)
+    _read_files(missing, training.seed)
     jobs = [
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
@@ -94,19 +94,21 @@ def train(
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, engine=chosen, **settings):
             of = [task.named for task in missing if task.name == expert.name]
-            named = list(tasks) if of and multitask else of
-            recipe = options.written_recipe(name, dtype, peft or "lora", named, effective)
             reported.append(_reported(expert, is_new=bool(of)))
-            if is_first():
-                told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
-                say(told, err=str(json) == "-")
-                _save_settings(Path(expert.place), recipe if of else None)
+            if not is_first():
+                continue
+            told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
+            say(told, err=str(json) == "-")
+            if of:
+                named = list(tasks) if multitask else of
+                recipe = options.written_recipe(name, dtype, peft or "lora", named, effective)
+                _save_settings(Path(expert.place), recipe)
     if is_first():
         report(json, {"base": name, "experts": reported}, "report", ConfigError)
 
 
-def _check_files(tasks: list[TrainingTask], seed: int) -> None:
-    """Load the user's own files, so that mistakes in them show before training."""
+def _read_files(tasks: list[TrainingTask], seed: int) -> None:
+    """Raise TaskError for mistakes in the user's own files, before anything is trained."""
     for task in tasks:
         if task.origin == "file":
             task.load().with_validation(seed)
@@ -124,9 +126,9 @@ def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> st
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
-def _save_settings(place: Path, recipe: str | None) -> None:
-    """Write the `recipe` of an expert that was trained now beside its folder."""
-    if recipe is not None and place.is_dir():  # and not at a URL
+def _save_settings(place: Path, recipe: str) -> None:
+    """Write the `recipe` of an expert beside its folder."""
+    if place.is_dir():  # and not at a URL
         write_text(place.with_name(f"{place.name}.yaml"), recipe, ExpertError)
 
 
@@ -223,11 +225,11 @@ def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: options.TaskOption,
-    means: Annotated[bool, "Measure each site's mean activation."] = True,
-    readings: Annotated[bool, "Measure how the base alone reads the prompts."] = True,
+    means: Annotated[bool, "Compute mean activations."] = True,
+    readings: Annotated[bool, "Compute prompt statistics."] = True,
     embeddings: Annotated[bool, "Embed training inputs (needs the extra 'retrieval')."] = True,
     statistics_examples: Annotated[
-        int, "Training examples measured."
+        int, "Training examples to use."
     ] = GateTraining.statistics_examples,
     embedder: Annotated[
         str, "Sentence embedder: a Hub id or a local folder."
@@ -238,9 +240,9 @@ def stats(
     base: options.BaseOptions,
     template: options.TemplateOptions,
 ) -> None:
-    """Measure statistics for an expert that exists already.
+    """Compute statistics for an existing expert.
 
-    It is done with the seed and the formatting that the expert was trained with.
+    Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
     from ...training.statistics import measure as measure_expert
@@ -265,7 +267,7 @@ def check(
     require_signer: options.RequireSigner = None,
     json: options.JsonOption = None,
 ) -> None:
-    """Verify expert directories and name what is wrong.
+    """Verify expert directories and report errors.
 
     Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
     """

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
     0 if all is well, 2 for what can't be done as it was asked, 1 for what failed on the way, or
-    where `audit` or `check` found something, 130 on Ctrl-C, 141 where nobody reads on.
+    where `audit` or `check` found something, 130 on Ctrl-C, 141 where no one reads on.
     """
     set_threads()
     _quieten()

@@ -231,8 +231,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 VOICE = {  # what every command takes, and shows in the program's own help alone
-    "quiet": "Only results, warnings and errors: no progress.",
-    "verbose": "Say more on the way.",
+    "quiet": "Print only results, warnings and errors.",
+    "verbose": "Print more progress.",
     "log_level": "debug, info (default), warning or error.",
 }
 
@@ -360,12 +360,12 @@ ModelArgument = Annotated[
 ExpertOut = Annotated[Path, "The expert directory to write."]
 RequireSigner = Annotated[
     list[Path] | None,
-    "Use nothing of an expert unless the owner of this public key (PEM) signed every file of it; "
-    "repeatable, any of them will do (needs the extra 'sign').",
+    "Refuse an expert unless the owner of this public key (PEM) signed all its files; repeatable, "
+    "any of the keys suffices (needs the extra 'sign').",
 ]
 ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
-BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (embedded)."]
+BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
 FourBits = Annotated[bool, "The same as --dtype 4bit: QLoRA (needs bitsandbytes)."]
 StoredOption = Annotated[
@@ -437,10 +437,10 @@ def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> 
 
 @dataclass(frozen=True)
 class ModelOptions(BaseOptions):
-    keep: Annotated[list[str] | None, "Use this expert only (repeatable)."] = None
+    keep: Annotated[list[str] | None, "Use only this expert (repeatable)."] = None
     leave_out: Annotated[list[str] | None, "Exclude this expert (repeatable)."] = None
     scores: Annotated[
-        Path | None, "comparison.json of a compare: for oracle and best-individual."
+        Path | None, "comparison.json of a compare, for oracle and best-individual."
     ] = None
 
     def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
@@ -503,12 +503,12 @@ class RayOptions:
     ] = None
     gpus_per_worker: Annotated[
         float | None,
-        "With --engine ray: 0.5 lets two workers share a GPU; default: 1 where there are any.",
+        "With --engine ray: 0.5 lets two workers share a GPU; default: 1 if there are GPUs.",
         {"min": 0},
     ] = None
     cpus_per_worker: Annotated[
         float | None,
-        "With --engine ray: cores, and so threads, of a worker (default: 1).",
+        "With --engine ray: cores and threads of a worker (default: 1).",
         {"min": 0},
     ] = None
 
@@ -550,15 +550,15 @@ class ReplicaOptions(RayOptions):
 class UpstreamOptions:
     upstream: Annotated[
         str | None,
-        "Address of another engine, which answers: this server chooses experts of the pool for "
-        "each prompt and forwards it. PHATGOOSE_UPSTREAM_KEY in the environment is its key.",
+        "Address of another engine that answers. This server chooses the pool's experts for each "
+        "prompt and forwards it.",
     ] = None
     upstream_kind: Annotated[
         str | None, "With --upstream: vllm, sglang, llama.cpp, lorax or auto (default: auto)."
     ] = None
     upstream_experts: Annotated[
         str | None,
-        "With --upstream: the folder of the experts as the engine sees it, if another.",
+        "With --upstream: where the engine sees the experts' folder, if elsewhere.",
     ] = None
     upstream_wait: Annotated[
         float | None,

@@ -44,8 +44,8 @@ def pool(
 ) -> None:
     """List a pool's experts; with --out write a manifest.
 
-    'hub:OWNER/*' lists what of an owner's repositories on the Hub can be routed on one base, and
-    why the rest can't.
+    'hub:OWNER/*' lists which of an owner's repositories on the Hub can be routed on one base, and
+    why the others can't.
     """
     check_report(json, PoolError)
     from ...analysis.findings import near_duplicates
@@ -108,7 +108,7 @@ def audit(
     json: options.JsonOption = None,
     base: options.BaseOptions,
 ) -> None:
-    """Look for experts of a pool that don't look like the others.
+    """Find experts that look unlike the others of a pool.
 
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
     1 with findings, 0 without. A finding is unusual, not proof of an attack.
@@ -146,8 +146,8 @@ def compose(
 ) -> None:
     """Make a routed model of a pool and save it.
 
-    It is written site by site: the pool may be larger than memory. Experts that don't look like the
-    others are a warning ('phatgoose audit' says more).
+    It is written layer by layer, so the pool may be larger than memory. Experts that look
+    unlike the others are a warning ('phatgoose audit' says more).
     """
     if (out is None) != plan:
         raise ConfigError(
@@ -261,7 +261,7 @@ def demo(
     seed: Annotated[int, "Seed of the experts' training."] = 0,
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
-    """Train five small experts, route them, score them on unseen tasks."""
+    """Train five small experts, route them, score them on held-out tasks."""
     from ..demo import run_demo
 
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)

@@ -14,7 +14,7 @@ from ..processor import advice
 from . import options
 
 if TYPE_CHECKING:
-    from ..server import Upstream
+    from ..server import ServedModel, Upstream
 
 
 def serve(
@@ -31,18 +31,18 @@ def serve(
     port: Annotated[int, "Port to listen at.", {"min": 1, "max": 65535}] = 8000,
     api_key: Annotated[
         list[str] | None,
-        "Let in those who have this key only (repeatable). Other processes can see it "
-        "here; PHATGOOSE_API_KEYS in the environment, keys separated by commas, hides it.",
+        "Require this API key (repeatable). Other processes can see it here, so prefer "
+        "PHATGOOSE_API_KEYS in the environment, with keys separated by commas.",
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        "Another name that the server is asked for by, such as a proxy's (repeatable; "
-        "'*': any). Without it those of this machine's loopback and --host.",
+        "Additional allowed Host header, such as a proxy's name (repeatable; '*': any). "
+        "The loopback's names and --host are always allowed.",
     ] = None,
     upstream_key: Annotated[
         str | None,
-        "With --upstream: the engine's key. Other processes can see it here; "
-        "PHATGOOSE_UPSTREAM_KEY in the environment hides it.",
+        "With --upstream: the engine's key. Other processes can see it here, so prefer "
+        "PHATGOOSE_UPSTREAM_KEY in the environment.",
     ] = None,
     gateway: options.UpstreamOptions,
     opening: options.ModelOptions,
@@ -51,23 +51,12 @@ def serve(
     serving: Serving,
     given: frozenset[str],
 ) -> None:
-    """Serve routed models over HTTP, as OpenAI's interface does, until SIGTERM or Ctrl-C."""
+    """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C."""
     replicas.check()
-    from ..server import API_KEYS, check_address, create_app, keys_of, run, served_models
+    from ..server import API_KEYS, check_address, create_app, keys_of, run
 
     upstream = _upstream(gateway, upstream_key, replicas)
-    models = served_models(
-        model,
-        routing=routing if given & ROUTING_SETTINGS else None,
-        keep=tuple(opening.keep) if opening.keep else None,
-        leave_out=tuple(opening.leave_out or ()),
-        base=opening.base,
-        dtype=opening.dtype,
-        scores=str(opening.scores) if opening.scores else None,
-    )
-    for each in models:
-        if each.routing is not None:
-            options.check_router(each.routing)
+    models = _models(model, opening, routing if given & ROUTING_SETTINGS else None)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
@@ -82,7 +71,39 @@ def serve(
         if (advised := advice()) is not None:
             say(advised, err=True)
         run(app, host, port, serving)
-        return
+    else:
+        _replicate(models, serving, keys, hosts, port, replicas)
+
+
+def _models(
+    places: list[str], opening: options.ModelOptions, routing: Routing | None
+) -> list[ServedModel]:
+    from ..server import served_models
+
+    models = served_models(
+        places,
+        routing=routing,
+        keep=tuple(opening.keep) if opening.keep else None,
+        leave_out=tuple(opening.leave_out or ()),
+        base=opening.base,
+        dtype=opening.dtype,
+        scores=str(opening.scores) if opening.scores else None,
+    )
+    for each in models:
+        if each.routing is not None:
+            options.check_router(each.routing)
+    return models
+
+
+def _replicate(
+    models: list[ServedModel],
+    serving: Serving,
+    keys: tuple[str, ...],
+    hosts: tuple[str, ...],
+    port: int,
+    replicas: options.ReplicaOptions,
+) -> None:
+    """Serve copies on a Ray cluster; the first of `hosts` is the address to listen at."""
     from ..ray_engine import connected
     from ..ray_replicas import run_replicas
 
@@ -94,7 +115,7 @@ def serve(
             keys,
             hosts,
             replicas=replicas.replicas or 1,
-            host=host,
+            host=hosts[0],
             port=port,
             gpus_per_replica=replicas.gpus_per_worker or 0.0,
             cpus_per_replica=1.0 if cpus is None else cpus,

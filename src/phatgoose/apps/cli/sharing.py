@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
+    from ...experts.importing.adapter import Imports
     from ...routing.export.export import Export
     from ...routing.export.shares import Texts
 
@@ -32,23 +34,23 @@ def import_command(
     ],
     base: options.BaseOption = None,
     base_id: Annotated[
-        str | None, "The base's Hub id, recorded where its folder's path doesn't tell it."
+        str | None, "The base's Hub id, if its folder's path doesn't contain it."
     ] = None,
     by_path: Annotated[
-        bool, "Record a base whose Hub id isn't known by its path: only this machine finds it."
+        bool, "Record the base by its path, if it has no Hub id; only this machine finds it."
     ] = False,
     name: options.ExpertName = None,
     allow_loss: Annotated[
         float | None,
-        "Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
+        "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
         "share of each update, such as 0.01.",
     ] = None,
     fingerprint: Annotated[
         bool | None,
         typer.Option(
             "--fingerprint/--no-fingerprint",
-            help="Record the fingerprint of the base's weights, and load them for it if need be; "
-            "default: where they are on this machine.",
+            help="Record the fingerprint of the base's weights, and load them if needed; "
+            "default: only if they are on this machine.",
         ),
     ] = None,
 ) -> None:
@@ -57,35 +59,34 @@ def import_command(
     Of several, those that can't be routed are listed with the reason, and the exit code is 1; the
     others are imported.
     """
-    from ...experts.importing.adapter import adapters_in, import_adapter, import_adapters
-
-    inside = [(each, adapters_in(Path(each))) for each in source]
-    is_one = len(inside) == 1 and inside[0][1] in ([], [Path(source[0])])
-    source = [name for each, found in inside for name in list(map(str, found)) or [each]]
     how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
     how |= {"allow_loss": allow_loss, "fingerprint": fingerprint}
-    made: list[Expert] = []
-    refused: dict[str, str] = {}
-    if is_one:
-        require_free(out, ExpertError, options.ANOTHER_OUT)
-        made.append(import_adapter(source[0], out, name=name, **how))
-    else:
-        if name is not None:
-            raise ConfigError("--name is for one adapter; several are named after their folders.")
-        several = import_adapters(source, out, **how)
-        made += several.experts
-        refused |= several.refused
-    for expert in made:
+    imports = _imports(source, out, name, how)
+    for expert in imports.experts:
         say(f"{_imported(expert)} -> {expert.directory}")
-    for each, why in refused.items():
+    for each, why in imports.refused.items():
         say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
-    if made:
-        say(_next_steps(made, out))
-    if refused:
+    if imports.experts:
+        say(_next_steps(imports.experts, out))
+    if imports.refused:
         raise typer.Exit(1)
 
 
-def _next_steps(made: list[Expert], out: Path) -> str:
+def _imports(source: list[str], out: Path, name: str | None, how: dict[str, Any]) -> Imports:
+    """What comes of the adapters, or folders of adapters; one alone is an error if refused."""
+    from ...experts.importing import adapter as importing
+
+    inside = [(each, importing.adapters_in(Path(each))) for each in source]
+    if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):
+        require_free(out, ExpertError, options.ANOTHER_OUT)
+        return importing.Imports((importing.import_adapter(source[0], out, name=name, **how),), {})
+    if name is not None:
+        raise ConfigError("--name is for one adapter; several are named after their folders.")
+    every = [place for each, found in inside for place in list(map(str, found)) or [each]]
+    return importing.import_adapters(every, out, **how)
+
+
+def _next_steps(made: Sequence[Expert], out: Path) -> str:
     unmarked = next((e.info.base.id for e in made if not e.info.base.fingerprint), None)
     told = (
         ""
@@ -181,25 +182,17 @@ def export(
     formatting: Formatting,
     given: frozenset[str],
 ) -> None:
-    """Write a model of constant routing as a PEFT adapter, or as a plain model.
+    """Write a model with constant routing as a PEFT adapter or a plain model.
 
-    Any program that reads these can use it: docs/export.md. Routers merged, single and
-    best-individual are constant; of others --prompt or --task fixes a mixture. With --engine it
+    Any program that reads these can use it (docs/export.md). Routers merged, single and
+    best-individual are constant; for others, --prompt or --task fixes a mixture. With --engine it
     hands a whole pool over to an engine instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     if engine is not None:
-        others: dict[str, Any] = {
-            "merged": merged,
-            "rank": rank,
-            "prompt": prompt,
-            "task": task,
-            "limit": limit,
-        }
-        others |= {"scores": opening.scores, **dict.fromkeys(given, True)}
-        if odd := [options.flag_of(name) for name, value in others.items() if value]:
-            raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
-        _hand_over(model, engine, out, opening)
+        others: dict[str, Any] = {"merged": merged, "rank": rank, "prompt": prompt, "task": task}
+        others |= {"limit": limit, "scores": opening.scores, **dict.fromkeys(given, True)}
+        _hand_over(model, engine, out, opening, others)
         return
     if merged and rank is not None:
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
@@ -221,7 +214,12 @@ def export(
         say(line)
 
 
-def _hand_over(model: str, engine: str, out: Path, opening: options.ModelOptions) -> None:
+def _hand_over(
+    model: str, engine: str, out: Path, opening: options.ModelOptions, others: Mapping[str, object]
+) -> None:
+    """Write a folder that starts `engine`; ConfigError for any of the `others`, by name."""
+    if odd := [options.flag_of(name) for name, value in others.items() if value]:
+        raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
     from ...experts.pool import Pool
     from ...routing.open_model import require_pool
     from ..deploy import deploy

@@ -102,7 +102,8 @@ class TokenExplorer {
     this.chosen = make("p", {class: "tx-count"}, `For the whole text: ${chosen}`);
     this.chosen.hidden = !this.whole.length;
     this.root.classList.add("tx");
-    this.root.replaceChildren(this.controls, this.chosen, make("div", {class: "tx-body"}, this.text, this.details), this.legend);
+    this.root.style.setProperty("--tx-experts", this.experts.length);
+    this.root.replaceChildren(this.controls, this.chosen, make("div", {class: "tx-body"}, this.text, this.details, this.legend));
     this.streamChoice.addEventListener("change", () => this.showStream(Number(this.streamChoice.value)));
     this.layerChoice.addEventListener("input", () => this.chooseView());
     this.kindChoice.addEventListener("change", () => this.chooseView());

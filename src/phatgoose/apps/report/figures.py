@@ -246,8 +246,13 @@ def divergence_scatter(
     return figure
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 @styled
 def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
+    """Mean score by number of experts, a line per curve; faint points are single pools."""
     figure = Figure(figsize=(7.6, 3.8), layout="constrained")
     panel = figure.subplots()
     counts = {len(curve.datasets) for curve in curves}
@@ -264,8 +269,8 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     every_size = sorted({size for curve in curves for size in curve.scores})
     panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
     panel.set_xlabel("experts in the pool")
-    of = "(so many)" if len(counts) > 1 else counts.pop()
-    panel.set_ylabel(f"mean score over {of} datasets, in %")
+    of = "(so many) datasets" if len(counts) > 1 else counted(counts.pop(), "dataset")
+    panel.set_ylabel(f"mean score over {of}, in %")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 

@@ -102,6 +102,7 @@ class Section(NamedTuple):
 
 
 def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
+    """The parts of the page below the token explorer, without those that have no numbers."""
     parts: Iterable[Section | None] = (
         _scores(analysis),
         _prompts(analysis),
@@ -207,7 +208,9 @@ def _usage_table(analysis: Analysis) -> Table:
             ]
         )
     return Table(
-        f"Over all {len(analysis.datasets)} datasets; {len(analysis.experts)} experts",
+        f"Over {'all ' if len(analysis.datasets) > 1 else ''}"
+        f"{draw.counted(len(analysis.datasets), 'dataset')}; "
+        f"{draw.counted(len(analysis.experts), 'expert')}",
         [
             "router",
             "effective experts (weights)",
@@ -436,7 +439,7 @@ def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str
     routers = ", ".join(map(label_of, analysis.routers))
     return render(
         "report.html.jinja",
-        title=f"Routing of {len(analysis.experts)} experts",
+        title=f"Routing of {draw.counted(len(analysis.experts), 'expert')}",
         summary=f"{routers} on {', '.join(analysis.datasets)}"
         + (f", {limit} examples each at most." if limit else "."),
         css=asset("report.css") + asset(EXPLORER_CSS),

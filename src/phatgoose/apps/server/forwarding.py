@@ -454,7 +454,7 @@ class ForwardedReply(OpenReply):
         done()
 
     async def begun(self, request: Request) -> None:
-        """Wait until the engine answers. Raises ApiError when that is an error, or nobody waits."""
+        """Wait until the engine answers. Raises ApiError when that is an error, or no one waits."""
         self._first = await unless_gone(request, self._next())
         if isinstance(self._first[1], ApiError):
             raise self._first[1]

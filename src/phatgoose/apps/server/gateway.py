@@ -17,14 +17,14 @@ from starlette.responses import Response
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...base.loading import load_tokenizer
-from ...config import Routing, Serving
+from ...config import Routing, Serving, closest
 from ...errors import ConfigError, PhatgooseError
 from ...experts.pool import Pool
 from ...files.strict import shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
 from ...routing.routers.automatic import settled_by_prompt
 from ...routing.routers.prompt_router import PromptRouter
-from ...routing.routers.registry import WEIGHTS
+from ...routing.routers.registry import AUTO, WEIGHTS
 from ...tasks.encoding import added_tokens
 from . import protocol
 from .forwarding import ForwardedReply, ForwardedRequest, Link, Planned
@@ -49,6 +49,7 @@ from .service import (
     Turns,
     Wanted,
     in_thread,
+    no_such_model,
     only_override,
     texts_of,
 )
@@ -131,6 +132,8 @@ class ChosenPool:
 
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         pool = self.pool.select(override.keep, override.leave_out)
+        if override.router == AUTO:
+            override = replace(override, router=settled_by_prompt(Routing(AUTO), pool).router)
         return overridden(self.routing, self.settings, override, len(pool)), pool
 
 
@@ -235,7 +238,7 @@ class Choosing:
 
 
 class Gateway:
-    """What the routes call in front of an engine, in the place of `Service`."""
+    """What the routes call in front of an engine, in place of `Service`."""
 
     def __init__(self, models: dict[str, ChosenPool], engine: Engine, limits: Serving) -> None:
         self.models, self.engine_form, self.limits = models, engine, limits
@@ -342,13 +345,7 @@ class Gateway:
                 return _Target(name, each, {expert_here: 1.0})
             if name in (base, each.pool.base.id):
                 return _Target(name, each, {})
-        known = ", ".join([*pools, *next(iter(self.models.values())).experts])
-        raise ApiError(
-            404,
-            f"There is no model {shortened(name, SHOWN)}; there are {shortened(known, 300)[1:-1]}.",
-            code="model_not_found",
-            param="model",
-        )
+        raise no_such_model(name, [*pools, *next(iter(self.models.values())).experts])
 
     def _by_name(self) -> dict[str, ChosenPool]:
         return {ANY: next(iter(self.models.values())), **self.models}
@@ -440,7 +437,8 @@ class Gateway:
         for name in weights:
             if name not in chosen.pool:
                 known = shortened(", ".join(chosen.experts), 300)[1:-1]
-                message = f"There is no expert {shortened(name, SHOWN)}; there are {known}."
+                hint = closest(name[:SHOWN], chosen.experts)
+                message = f"There is no expert {shortened(name, SHOWN)}; there are {known}.{hint}"
                 raise bad_request(message, "weights")
         found = {name: weight for name, weight in weights.items() if weight}
         if not self.engine_form.mixes and list(found.values()) not in ([], [1.0]):

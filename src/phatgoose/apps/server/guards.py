@@ -55,7 +55,7 @@ class Metrics:
 
 
 class GatewayMetrics(Metrics):
-    """Those of a gateway, which has no batches."""
+    """The metrics of a gateway, which has no batches."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,8 +30,9 @@ from ...experts.pool import Pool
 from ...routing.choices import Turn
 from ...routing.composition import composition_if_any
 from ...routing.layers import RoutedLinear
-from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
+from ...routing.open_model import base_alone, compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
+from ...routing.routers.automatic import settled
 from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO
 from ...routing.routers.router import check_served, router_of
@@ -224,7 +225,7 @@ class _Bases:
 
 
 class LoadedModel:
-    """An opened model, and what it takes to compose it anew; `parts` is None for a base alone."""
+    """An opened model, and what it takes to compose it again; `parts` is None for a base alone."""
 
     def __init__(self, settings: ServedModel, bases: _Bases) -> None:
         self.settings, self._bases = settings, bases
@@ -238,7 +239,8 @@ class LoadedModel:
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
         else:
-            self.base = bases.get(BaseReference(place), settings.dtype)
+            with base_alone(place):
+                self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
         self.parts = composition_if_any(model)
         self.routing = Routing()
@@ -315,13 +317,16 @@ class LoadedModel:
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
         pool = self.pool.select(override.keep, override.leave_out)
+        if override.router == AUTO:
+            usual = settled(Routing(AUTO), pool, self.base.model, self.base.tokenizer)
+            override = replace(override, router=usual.router)
         return overridden(self.routing, self.settings, override, len(pool)), pool
 
 
 def overridden(
     routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
 ) -> Routing:
-    """`routing` with `override` applied, for so many experts. Raises ConfigError."""
+    """`routing` with `override` applied, for this many experts. Raises ConfigError."""
     if override.router not in (None, routing.router):  # whose k needn't suit another router
         asked = settings.routing.k if settings.routing else None
         routing = replace(routing, router=override.router, k=asked)
@@ -332,7 +337,7 @@ def overridden(
 
 
 def numbered(routing: Routing, experts: int) -> Routing:
-    """`routing` with the k that it comes to among so many experts: equal ones become the same."""
+    """`routing` with the k that results among this many experts; equal ones compare equal."""
     router = router_of(routing)
     return replace(router.routing, k=min(router.k, experts) or None)
 

@@ -15,9 +15,11 @@ from fastapi import HTTPException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ...config import closest
 from ...errors import ConfigError
 from ...files.strict import one_line
 from ...routing.routers.registry import (
+    AUTO,
     LEFT,
     MOST_WEIGHT,
     ROUTERS,
@@ -102,8 +104,9 @@ MOST_MIXED = 64  # experts of a request's own mixture
 SEED = 1 << 63
 MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
 # Not those that need a task, or a file: which files the server reads is not a client's to say.
-REQUESTABLE_ROUTERS = tuple(
-    name for name, spec in ROUTERS.items() if not {"task", "examples"} & {*spec.given}
+REQUESTABLE_ROUTERS = (
+    AUTO,
+    *(name for name, spec in ROUTERS.items() if not {"task", "examples"} & {*spec.given}),
 )
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
@@ -120,8 +123,9 @@ def _requestable(router: str) -> str:
     name = router.partition(":")[0]
     try:
         if name not in (*REQUESTABLE_ROUTERS, *LEFT):
-            raise ConfigError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}")
-        return choice_of(router).text
+            hint = closest(name, REQUESTABLE_ROUTERS)
+            raise ConfigError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}")
+        return router if router == AUTO else choice_of(router).text
     except ConfigError as error:  # of a ValueError pydantic would say "Value error, ..."
         raise PydanticCustomError("router", "{why}", {"why": str(error)}) from error
 

@@ -87,7 +87,7 @@ class ResponseBuilder:
         parts = composition_of(self.prepared.runner.model)
         streams = join_streams(progress.routing)
         report = protocol.RoutingReport(
-            router=parts.routing.router,
+            router=parts.router.recorded.router,
             k=parts.router.k or None,
             experts=list(parts.experts),
             tokens=[
@@ -107,7 +107,7 @@ class ResponseBuilder:
             self._streams[progress.choice] = tuple(stream.name for stream in streams)
             turn = self.prepared.answers[progress.choice].turn
             whole = chosen_for_whole(parts, turn.choice if turn else None)
-            trace = Trace(parts.experts, parts.routing.router, tuple(streams), whole)
+            trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
             report.trace = trace.to_dict()
         return report
 

@@ -21,6 +21,7 @@ from .protocol import Finish
 
 
 def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:
+    """Where the first of `stops` to come begins, from `begin` on; None without one."""
     found = [index for stop in stops if (index := text.find(stop, max(0, begin))) >= 0]
     return min(found, default=None)
 
@@ -112,6 +113,7 @@ def token_scores(logits: Tensor, tokens: list[int], most: int) -> list[TokenScor
 
 
 def seed_of(seed: int | None, number: int) -> int:
+    """The seed of a request's answer `number`: drawn where the request has none."""
     if seed is None:
         return secrets.randbelow(SEEDS)
     return (seed + number) % SEEDS

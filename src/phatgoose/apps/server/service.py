@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
 from ...base.untrusted_text import UntrustedText
-from ...config import Routing, Serving
+from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files.strict import shortened
@@ -141,7 +141,7 @@ class Service:
             id=loaded.settings.name,
             created=self.begun,
             base=protocol.without_paths(loaded.base.id),
-            router=parts.routing.router if parts else None,
+            router=parts.router.recorded.router if parts else None,
             k=(parts.router.k or None) if parts else None,
             experts=list(parts.experts) if parts else [],
             sites=_sites_of(loaded),
@@ -152,13 +152,7 @@ class Service:
     def find(self, name: str) -> LoadedModel:
         loaded = self.models.get(name)
         if loaded is None:
-            known = ", ".join(self.models)
-            raise ApiError(
-                404,
-                f"There is no model {shortened(name, SHOWN)}; there are {known}.",
-                code="model_not_found",
-                param="model",
-            )
+            raise no_such_model(name, list(self.models))
         return loaded
 
     def _named(self, request: AnyRequest) -> tuple[LoadedModel, Mapping[str, float] | None]:
@@ -224,6 +218,13 @@ class Service:
         return await self._lookups.run(
             client, deadline, lambda _: preparer.prepare(request, prompts)
         )
+
+
+def no_such_model(name: str, known: Sequence[str]) -> ApiError:
+    there = shortened(", ".join(known), 300)[1:-1]
+    message = f"There is no model {shortened(name, SHOWN)}; there are {there}."
+    hint = closest(name[:SHOWN], known)  # bounded: it compares the name with each
+    return ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
 
 class Texts(NamedTuple):

@@ -60,7 +60,7 @@ UNASKED = ("ngram", "ngram_gpu", "suffix")  # vLLM's ways of guessing ahead with
 
 
 def replace_layers() -> None:
-    """Register our layers in the place of vLLM's. Raises ConfigError for an impossible place."""
+    """Register our layers in place of vLLM's. Raises ConfigError for an impossible place."""
     check_place(os.environ.get(MODEL))
     for each in REPLACED:
         if each.__name__ not in op_registry_oot:

@@ -98,7 +98,7 @@ class Part:
 
 
 class Place(NamedTuple):
-    """Where a site is in vLLM's model: the layer, and which of so many packed ones."""
+    """Where a site is in vLLM's model: the layer, and which of several packed ones."""
 
     layer: str
     member: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -63,9 +64,9 @@ def compare(
     sources: Sources | None = None,
     engine: Engine | None = None,
 ) -> Comparison:
-    """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
+    """Scores of `methods` over `pool` on `suites`, with intervals and paired differences.
 
-    Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
+    Finished runs are kept in `out`/results.jsonl and reused. The tables are written to
     `out`/comparison.md, .csv and .json.
 
     Args:
@@ -86,7 +87,7 @@ def compare(
         max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
         token_budget: Maximum tokens of a batch.
         sources: Where the files of suites are; None is the Hub.
-        engine: Scores the cells; None scores them in this process, with the same results.
+        engine: Where runs are scored; None is this process. Results are the same.
 
     Raises:
         ConfigError: A method is unknown.
@@ -107,6 +108,8 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
+    for note in notes:  # now that nothing is refused any more
+        warnings.warn(note, stacklevel=2)
     _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run(rows, singles, datasets, base, store, engine or LocalEngine())

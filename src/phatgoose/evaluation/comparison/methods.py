@@ -23,7 +23,7 @@ from ...experts.pool import REMEDIES, Pool
 from ...files.strict import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
-from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
+from ...routing.open_model import OpenedModel, base_alone, is_pool, is_routed, open_model
 from ...routing.routers.registry import LEFT, ROUTERS, RouterSpec, choice_of, spec_of, translated
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
@@ -96,8 +96,6 @@ def runnable_methods(
         except (ConfigError, PoolError) as error:
             left_out[name] = f"{METHODS[name]} was left out: {error}"
     notes = [left_out[name] for name in METHODS if name in left_out]
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
     every = [name for name in METHODS if name not in left_out and name not in WITH_EXAMPLES]
     return list(dict.fromkeys([*every, *named])), notes
 
@@ -263,14 +261,20 @@ def single_rows(pool: Pool) -> list[Row]:
 
 
 def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
-    """A row for any other model: a routed model's folder, a pool, an expert, or a base."""
+    """A row for any other model: a routed model's folder, a pool, an expert, or a base.
+
+    A pool is routed by phatgoose, not by auto: the paper's row is one of gates trained jointly, and
+    a row's rule must not depend on what else the experts share or what this machine has.
+    """
     if label in METHODS:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
     if is_routed(place):
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
         return Row(label, label, identity, routing=routing, place=str(place))
     if not is_pool(place):
-        return Row(label, label, {"model": load_base(place).fingerprint}, place=str(place))
+        with base_alone(place):
+            identity = {"model": load_base(place).fingerprint}
+        return Row(label, label, identity, place=str(place))
     pool = Pool.open(place)
     alone = Routing(router="single")
     chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose")

@@ -93,7 +93,7 @@ class Comparison:
         labels: Each row's name in tables.
         results: Each row's results by dataset.
         experts: The single experts' results by dataset.
-        choices: The experts that Oracle and Best Individual took by dataset.
+        choices: The experts that Oracle and Best Individual chose, by dataset.
         notes: What was left out.
         settings: How everything was scored.
     """

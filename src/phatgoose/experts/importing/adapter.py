@@ -3,7 +3,7 @@
 PEFT itself says, on a model without weights, where an adapter acts, and at which rank and scale
 (`peft_skeleton`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads
 the same without PEFT's help is copied byte for byte. One whose tensors had to be renamed or
-converted is written anew, with every site, rank and scale spelled out. So is one that trained
+converted is written again, with every site, rank and scale spelled out. So is one that trained
 biases of the base: what it added to them becomes biases of its own.
 """
 
@@ -192,10 +192,12 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
     made = Path(_scratch().name)
-    return _all_of(
-        folders,
-        lambda source, name: read_adapter(source, Path(tempfile.mkdtemp(dir=made)), name=name),
-    )
+
+    def read(source: str | Path, name: str) -> Expert:
+        expert = read_adapter(source, Path(tempfile.mkdtemp(dir=made)), name=name)
+        return replace(expert, source=Path(source))
+
+    return _all_of(folders, read)
 
 
 def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:

@@ -147,6 +147,7 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
+    """The error for a tensor that no plain adapter has, with the reason if it is known."""
     reason = next((reason for part, reason in TENSORS.items() if part in name), None)
     owner = name.rpartition(".")[0].rpartition(".")[2]
     if reason is None and owner in EMBEDDINGS:
@@ -253,6 +254,7 @@ def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
 
 @contextmanager
 def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
+    """The base with PEFT's layers of `config` in it, which are taken out again at the end."""
     with warnings.catch_warnings():
         # PEFT reads a property that transformers has renamed; a user can't act on it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

@@ -55,7 +55,7 @@ def fidelity(
     layers: Mapping[str, nn.Module],
     texts: Texts,
 ) -> Fidelity:
-    """The routed `model` compared with itself with `layers` in the place of the routed ones.
+    """The routed `model` compared with itself with `layers` in place of the routed ones.
 
     Raises as `read_texts` does.
     """
@@ -156,7 +156,7 @@ class Export:
         return {
             "form": "merged model" if self.merged else "PEFT adapter",
             "base": asdict(parts.base),
-            "router": parts.routing.router,
+            "router": parts.router.recorded.router,
             "chosen_for": self.shares.chosen_for,
             "experts": self.shares.whole(),
             "lost": self.lost,

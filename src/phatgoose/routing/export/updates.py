@@ -27,7 +27,7 @@ from ..layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, 
 
 @dataclass(frozen=True)
 class Update:
-    """What experts at constant shares do at a site; parts that nobody has are None."""
+    """What experts at constant shares do at a site; parts that no one has are None."""
 
     A: Tensor  # [R, n]
     B: Tensor  # [d, R]
@@ -155,7 +155,7 @@ def widened_to(update: Update, rank: int) -> Update:
 class AddedUpdate(WrappedLinear):
     """A linear layer with a LoRA beside it, as PEFT computes it.
 
-    `active` tells which of so many tokens of a pass it acts on, [tokens, 1] or None for all.
+    `active` says on which tokens of a pass it acts, [tokens, 1] or None for all.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
     The rule behind "auto" is measured on CPUs (docs/performance.md): `native` wherever it can be
     used and few of the experts are chosen; else `gather` while each token's own factors are less to
     read than everybody's, `grouped` for many tokens that choose few of many experts, and `concat`
-    between. GPUs get `triton` in the place of `native`; `grouped` stays out where reading counts
+    between. GPUs get `triton` in place of `native`; `grouped` stays out where reading counts
     back would wait for a GPU or break torch.compile's graph.
     """
     if name != AUTO:

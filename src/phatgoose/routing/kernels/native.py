@@ -277,7 +277,7 @@ def add_routed(
     k: int,
     eps: float | None,
 ) -> None:
-    """Add to y [.., d] in place what `top_experts` and `native` come to, in one call.
+    """Fused top-k and LoRA update, added to y [.., d] in place.
 
     All tensors are contiguous and of one type. Raises RoutingError as `top_experts` and `native`.
     """

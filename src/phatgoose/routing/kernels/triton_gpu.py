@@ -123,7 +123,7 @@ def _scoring(u: Tensor, eps: float | None) -> dict[str, Any]:
 def add_routed(
     y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int, eps: float | None
 ) -> None:
-    """Add to y [.., d] in place, rounded once, what `top_experts` and `triton_gpu` come to.
+    """Add to y [.., d] in place, rounded once, the weighted updates of experts.
 
     Call it where `runs_on_triton(y, u, vectors, A, B)`. Raises RoutingError where shapes don't
     belong together or y is not contiguous.

@@ -31,7 +31,7 @@ def settled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Routing:
-    """`routing` with the first router that the experts of `pool` allow in the place of auto.
+    """`routing` with the first router that the experts of `pool` allow in place of auto.
 
     The choice is logged in one line. Each list ends with a router that needs nothing.
     """

@@ -80,7 +80,7 @@ class Arrow(Settings):
 
     form: Annotated[
         str,
-        "Whose variant: svd (the paper's), peft, or mttl (all experts, mixed factors).",
+        "The variant: svd (the paper's), peft, or mttl (all experts, mixed factors).",
         one_of(ARROW_FORMS),
     ] = "svd"
     temperature: Temperature = 1.0
@@ -101,7 +101,7 @@ class Glider(Settings):
 
     eps: Eps = EPS
     weight: Annotated[
-        float, "λ, how much the whole input's cosines count beside the gates.", NOT_NEGATIVE
+        float, "λ, the weight of the prompt's cosines relative to the gates.", NOT_NEGATIVE
     ] = 3.0
     temperature: Temperature = 1.0
 
@@ -112,7 +112,7 @@ class Logo(Settings):
 
     reads: Annotated[
         str,
-        "What is read: what enters the site's block, or the site: block, site.",
+        "Which input is read: the layer's (site) or its block's (block).",
         one_of(LOGO_READS),
     ] = "block"
 
@@ -123,8 +123,8 @@ class Retrieval(Settings):
 
     form: Annotated[
         str,
-        "What is embedded: the prompt, or in comparisons the paper's text, the input behind its "
-        "answer choices (paper), for experts with embeddings of that form.",
+        "What is embedded: the prompt or, for experts with embeddings of that form, the paper's "
+        "text: answer choices, then the input (paper; only in comparisons).",
         one_of(EMBEDDING_FORMS),
     ] = "prompt"
     temperature: Temperature = 0.2
@@ -135,7 +135,7 @@ class Centroid(Settings):
     """Router centroid."""
 
     clusters: Annotated[
-        int, "Centroids of each expert, of which the nearest counts; at most.", AT_LEAST_1
+        int, "Maximum centroids of each expert; the nearest counts.", AT_LEAST_1
     ] = 1
     temperature: Temperature = 0.2
 
@@ -156,13 +156,13 @@ class Reading(Settings):
     ] = 0.3
     task_variance: Annotated[
         float,
-        "How far a new wording or task is taken to lie from an expert's own, as a share of how far "
-        "the experts' tasks lie apart.",
+        "Assumed distance of a new wording or task from an expert's own, as a share of the "
+        "distance between the experts' tasks.",
         NOT_NEGATIVE,
     ] = 1.0
     per_block: Annotated[
         float,
-        "How much a block's own reading decides which experts act in it: 0 has one choice for the "
+        "How much a block's own statistics decide which experts act in it: 0 is one choice for the "
         "whole model, by the mean over blocks; 1 lets each block choose alone.",
         RATIO,
     ] = 0.0
@@ -180,7 +180,7 @@ class JointDiscriminant(Reading):
     """Router joint-discriminant."""
 
     embedding_share: Annotated[
-        float, "How much embeddings count, as opposed to the base's readings.", RATIO
+        float, "Weight of the embeddings, as opposed to the base's hidden states.", RATIO
     ] = 0.5
     temperature: Temperature = 0.05
 
@@ -194,7 +194,7 @@ class DiscriminantPhatgoose(Reading, Phatgoose):
         float, "Divides the shortlist's scores before their softmax.", POSITIVE
     ] = 0.1
     prior: Annotated[
-        float, "How much an expert's share of the shortlist counts beside its gates.", NOT_NEGATIVE
+        float, "Weight of an expert's share of the shortlist, relative to its gates.", NOT_NEGATIVE
     ] = 1.0
 
 
@@ -203,7 +203,9 @@ class FewShot(Settings):
     """Router few-shot."""
 
     examples: Annotated[
-        str | None, "A .jsonl file with five to twenty inputs of the task, with or without targets."
+        str | None,
+        "A task file (.jsonl, .json, .csv, .parquet) of five to twenty inputs, with or without "
+        "targets.",
     ] = None
     by: Annotated[
         str | None,

@@ -12,9 +12,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +26,12 @@ from ...errors import ConfigError, PoolError, TaskError
 from ...experts.adapter import ModifiedLinear, applied
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.pool import Pool
-from ...files.strict import reason
 from ...tasks.batching import IGNORED, Collator, target_logits
 from ...tasks.encoding import Encoder, TokenPair
 from ...tasks.loading import load_task
+from ...tasks.task import Example
 from .prompt_router import ByPrompt
-from .registry import spec_of
+from .registry import RouterChoice, spec_of
 from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
 
 BY = ("discriminant", "centroid")  # the first whose needs the pool has
@@ -51,20 +50,25 @@ class FewShot(Router):
         return {SHARE: "E"}
 
     @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The examples' inputs, and targets if they have some. Raises ConfigError and TaskError."""
-        path = self.config.examples
-        if path is None:
-            raise ConfigError("Router few-shot needs few-shot:examples=FILE.jsonl of the task.")
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-            rows = [dict(json.loads(line)) for line in lines if line.strip()]
-        except (OSError, ValueError, TypeError) as error:
-            raise TaskError(f"Examples {path} can't be read: {reason(error)}.") from error
-        if not rows:
-            raise TaskError(f"Examples {path} has no lines.")
-        kept = ("input", "target") if all("target" in row for row in rows) else ("input",)
-        return [{name: row.get(name) for name in kept} for row in rows]
+    def examples(self) -> tuple[Example, ...]:
+        """The file's examples of split train. Raises ConfigError and TaskError."""
+        if self.config.examples is None:
+            raise ConfigError("Router few-shot needs few-shot:examples=FILE of the task.")
+        found = load_task(self.config.examples, targets=False).train
+        if not found:
+            raise TaskError(f"{self.config.examples} has no examples of split train.")
+        return found
+
+    @property
+    def has_targets(self) -> bool:
+        """True where every example has a target; else none counts."""
+        return all(example.target for example in self.examples)
+
+    @property
+    def recorded(self) -> Routing:
+        # The choice is in the model, and the file's place is the user's own business.
+        choice = RouterChoice(self.spec, replace(self.config, examples=None))
+        return replace(self.routing, router=choice.text)
 
     def check(self, pool: Pool) -> None:
         super().check(pool)
@@ -76,18 +80,19 @@ class FewShot(Router):
 
     @property
     def given(self) -> str:
-        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:16]
+        kept = ("input", "target") if self.has_targets else ("input",)
+        rows = [{name: getattr(example, name) for name in kept} for example in self.examples]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def by(self, pool: Pool) -> ByPrompt | None:
         """The router that scores prompts; None if the pool allows none, and targets decide alone.
 
         Raises PoolError without any and without targets.
         """
-        is_labelled = "target" in self.rows[0]
         needs = {name: spec_of(name).needs for name in BY}
         fit = [name for name in BY if all(e.has(n) for e in pool.experts for n in needs[name])]
         name = self.config.by or next(iter(fit), None)
-        if name is None and not is_labelled:
+        if name is None and not self.has_targets:
             raise PoolError(
                 "Router few-shot chooses by statistics of prompts or by targets, and there is "
                 "neither: run 'phatgoose stats' on each expert, or give examples with targets."
@@ -103,7 +108,7 @@ class FewShot(Router):
     ) -> None:
         if tokenizer is None:
             raise ConfigError("Router few-shot reads prompts; hand over the base with a tokenizer.")
-        examples = load_task([{"target": "-", **row} for row in self.rows]).train
+        examples = self.examples
         form = recorded_formatting(pool.records()[0].get("formatting") or {}, "formatting")
         encoder = Encoder.for_model(model, tokenizer, form or Formatting())
         listed, by = list(pool.experts), self.by(pool)
@@ -113,7 +118,7 @@ class FewShot(Router):
             best = highest(scores[None], min(self.config.shortlist, len(pool)))[0]
             listed = [pool.experts[z] for z in best.tolist()]
         self.chosen = listed[0].name
-        if "target" in self.rows[0]:
+        if self.has_targets:
             pairs = encoder.pairs(examples)
             found = {each.name: likelihood(model, encoder, pairs, each) for each in listed}
             alone = likelihood(model, encoder, pairs, None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...config import closest
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files.strict import one_line
@@ -220,6 +221,7 @@ def mixture_of(weights: Mapping[str, float], names: Sequence[str]) -> Choice:
         if name not in names:
             raise PoolError(
                 f"The pool has no expert {one_line(name, 80)!r}; it has {', '.join(names)}."
+                f"{closest(name[:80], names)}"
             )
     held = sorted((pair for pair in weights.items() if pair[1]), key=lambda pair: -abs(pair[1]))
     if not held:

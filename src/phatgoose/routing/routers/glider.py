@@ -30,7 +30,7 @@ from .router import RouterSite
 
 
 class AllCentroids(NearestCentroids):
-    """The cosines of a prompt to all centroids, in the place of weights."""
+    """The cosines of a prompt to all centroids, in place of weights."""
 
     name = "glider"
     chooses = False

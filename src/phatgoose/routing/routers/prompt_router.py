@@ -69,7 +69,7 @@ class Tables:
         return Tables(names, {name: joined(held) for name, held in rows.items()}, self.info)
 
     def shrunk(self, place: Tensor) -> Tables:
-        """Those of the experts whose new index `place` [E] gives; -1 for those that leave."""
+        """The tables with experts at their new index in `place` [E]; -1 if an expert leaves."""
         names = tuple(name for name, z in zip(self.names, place.tolist(), strict=True) if z >= 0)
         owners = place[self.tensors[OWNERS]] if OWNERS in self.tensors else place
         tensors = {name: rows[owners >= 0] for name, rows in self.tensors.items()}

@@ -33,7 +33,7 @@ class RouterSpec:
     embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task,
     examples). `k` is its own number of experts, for each token or, if it is `per_input`, for each
     input; None if the user can't choose it. `config` is the class of its settings. A router that
-    `grows` can take experts in, or leave some out, without being composed anew. `home` is its
+    `grows` can take experts in, or leave some out, without being composed again. `home` is its
     `Router`: the class, or "module.Class", in this folder if `home` begins with a dot.
     """
 
@@ -70,7 +70,7 @@ _OURS = (
     RouterSpec(
         "retrieval",
         "Retrieval",
-        "for every input the expert of the nearest training input",
+        "per prompt, the expert with the nearest training input",
         ".retrieval.Retrieval",
         needs=("embeddings",),
         k=1,
@@ -80,7 +80,7 @@ _OURS = (
     RouterSpec(
         "centroid",
         "Centroid",
-        "for every input the experts whose mean training input is nearest",
+        "per prompt, the experts with the nearest mean of training inputs",
         ".centroid.Centroid",
         needs=("embeddings",),
         k=3,
@@ -90,7 +90,7 @@ _OURS = (
     RouterSpec(
         "average-activation",
         "Average Activation",
-        "the k experts whose mean training activation is most like the token's",
+        "the k experts with the mean training activation most like the token's",
         ".phatgoose.AverageActivation",
         needs=("means",),
         k=2,
@@ -108,7 +108,7 @@ _OURS = (
     RouterSpec(
         "spectr",
         "SpectR",
-        "the k experts whose updates look at most of the token's activation",
+        "the k experts with the largest projection of the token onto their LoRA's input space",
         ".spectr.Spectr",
         needs=("lora",),
         k=2,
@@ -117,7 +117,7 @@ _OURS = (
     RouterSpec(
         "seqr",
         "SEQR",
-        "the k experts whose updates of the token are longest, by what neutral text has of them",
+        "the k experts with the longest updates of the token, relative to neutral text",
         ".seqr.Seqr",
         needs=("lora",),
         k=1,
@@ -141,7 +141,7 @@ _OURS = (
     RouterSpec(
         "phatgoose",
         "PHATGOOSE",
-        "the k experts whose gates the token's activation fits best",
+        "the k experts with the gates that best fit the token's activation",
         ".phatgoose.Phatgoose",
         needs=("gates",),
         k=2,
@@ -150,7 +150,7 @@ _OURS = (
     RouterSpec(
         "glider",
         "GLIDER",
-        "PHATGOOSE's scores, and how near the whole input is to each expert's training inputs",
+        "PHATGOOSE's scores plus the prompt's similarity to each expert's training inputs",
         ".glider.Glider",
         needs=("gates", "embeddings"),
         k=2,
@@ -159,7 +159,7 @@ _OURS = (
     RouterSpec(
         "logo",
         "LoGo",
-        "for every input the experts whose updates of one layer are longest at the prompt's end",
+        "per prompt, the experts with the longest updates of one layer at the prompt's end",
         ".logo.Logo",
         needs=("lora",),
         k=20,
@@ -169,7 +169,7 @@ _OURS = (
     RouterSpec(
         "discriminant",
         "Discriminant",
-        "for every input the expert whose training prompts the base reads most like it",
+        "per prompt, the expert with the most similar training prompts, by hidden states",
         ".discriminant.Discriminant",
         needs=("readings",),
         k=1,
@@ -179,7 +179,7 @@ _OURS = (
     RouterSpec(
         "joint-discriminant",
         "Joint Discriminant",
-        "for every input the experts whose training prompts base and embedder read most like it",
+        "per prompt, the experts with the most similar training prompts, by base and embedder",
         ".joint_discriminant.JointDiscriminant",
         needs=("readings", "embeddings"),
         k=3,
@@ -189,7 +189,7 @@ _OURS = (
     RouterSpec(
         "discriminant-phatgoose",
         "Discriminant + PHATGOOSE",
-        "the k experts whose gates fit best, of those that discriminant shortlists for the input",
+        "PHATGOOSE's k experts, among those that discriminant shortlists for the prompt",
         ".shortlisted.ByDiscriminant",
         needs=("gates", "readings"),
         k=2,
@@ -198,7 +198,7 @@ _OURS = (
     RouterSpec(
         "few-shot",
         "Few-shot",
-        "for all inputs the expert that fits a few examples of the task",
+        "for all prompts, the expert that best fits a few examples of the task",
         ".few_shot.FewShot",
         given=("examples",),
         grows=False,
@@ -215,7 +215,7 @@ _OURS = (
     RouterSpec(
         "oracle",
         "Oracle",
-        "for every task the expert with the best score on it",
+        "for every task, the expert with the best score on it",
         ".fixed.Oracle",
         given=("scores", "task"),
         grows=False,
@@ -223,7 +223,7 @@ _OURS = (
     RouterSpec(
         "single",
         "Single expert",
-        "the one expert that setting expert names",
+        "the one expert that the setting `expert` names",
         ".fixed.Single",
         given=("expert",),
         grows=False,
@@ -232,7 +232,7 @@ _OURS = (
     RouterSpec(
         "weights",
         "Given weights",
-        "a mixture of the user's own: experts and their weights",
+        "your own mixture: experts and their weights",
         ".fixed.Weights",
         given=("weights",),
         grows=False,

@@ -8,7 +8,7 @@ nearest training inputs act together, weighted by the softmax of these cosines o
 `temperature`: that is ours.
 
 An expert that stores more than BOUND times as many embeddings as the pool's median is searched by
-so many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
+that many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
 That is ours too, and acts only where numbers differ so much.
 """
 

@@ -89,6 +89,7 @@ def read_scores(path: str | Path) -> Scores:
 
 
 def given_scores(scores: Scores | None, routing: Routing) -> Scores:
+    """`scores`, checked. Raises ConfigError if missing, PoolError if they are no scores."""
     if scores is None:
         raise ConfigError(
             f"Router {routing.name} needs the scores of every single expert: those of a finished "
@@ -256,6 +257,11 @@ class Router:
         """A hash of what is in the file that a setting names; None by default."""
         return None
 
+    @property
+    def recorded(self) -> Routing:
+        """What files and clients see of its `routing`: nothing of the user's own machine."""
+        return self.routing
+
     def read_base(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
     ) -> None:
@@ -281,7 +287,7 @@ class Router:
         return {}
 
     def at(self, site: RouterSite) -> SiteRouter:
-        """The router's module at one site."""
+        """The module that chooses experts at `site`."""
         raise NotImplementedError
 
 

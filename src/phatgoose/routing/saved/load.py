@@ -85,7 +85,7 @@ def base_of(directory: str | Path) -> BaseReference:
 
 
 def _found_at(place: Path) -> str:
-    """What is at `place` in the place of a routed model, and what to call, as a sentence."""
+    """What is at `place` in place of a routed model, and what to call, as a sentence."""
     named = str(place)
     if HubReference.is_one(named) or place.suffix == MANIFEST:
         return f"it names a pool. Route that with compose({named!r})."

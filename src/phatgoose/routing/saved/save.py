@@ -120,7 +120,7 @@ def describe(model: PreTrainedModel, parts: Composition, folder: Path) -> None:
     info = {
         "format_version": version_of(parts.records, FORMAT_VERSION),
         "base": asdict(parts.base),
-        "routing": routing_record(parts.routing),
+        "routing": routing_record(parts.router.recorded),
         "experts": parts.records,
         "weights_sha256": sha256_of(folder / ROUTED_WEIGHTS),
         "lookup": dict(parts.prompt_router.tables.info) if parts.prompt_router else {},

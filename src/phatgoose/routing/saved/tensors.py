@@ -81,6 +81,7 @@ def base_in(info: Mapping[str, Any]) -> BaseReference:
 
 
 def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
+    """The indices of experts that were removed. Raises ValueError for what they can't be."""
     removed, count = info.get("removed", []), len(info["experts"])
     gone = frozenset(removed)
     are_indices = all(type(z) is int and 0 <= z < count for z in gone)
@@ -382,7 +383,7 @@ class _Sizes(NamedTuple):
 
 
 def _checked(file: TensorFile, experts: int, known: _Sizes, router: Router) -> _Sizes:
-    """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
+    """`known` and what `file`, a segment of that many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
     known_names = {*tensors_of_sites(), *router.form}
     prompt_form = router.prompt_form if isinstance(router, ByPrompt) else {}

@@ -100,7 +100,9 @@ def test_the_plan_says_what_memory_is_of_and_what_each_setting_would_save(planne
     assert "take less" not in small
 
 
-@pytest.mark.parametrize(("router", "k"), [("phatgoose", 2), ("arrow", 2), ("merged", None)])
+@pytest.mark.parametrize(
+    ("router", "k"), [("phatgoose", 2), ("arrow", 2), ("discriminant", 1), ("merged", None)]
+)
 def test_compose_plans_what_the_routed_model_takes(here, phat, router, k):
     before = snapshot(here)
     asked = ["compose", "experts", "--router", router, *BASE, "--plan"]
@@ -112,18 +114,22 @@ def test_compose_plans_what_the_routed_model_takes(here, phat, router, k):
     model = open_model("experts", dtype="float32", routing=Routing(router=router)).model
     layers = model.phatgoose.layers
     kept = [t for each in layers.values() for t in each.buffers() if t.is_floating_point()]
+    by_prompt = model.phatgoose.prompt_router
+    kept += by_prompt.tables.tensors.values() if by_prompt else []
     memory = record["memory_bytes"]["float32"]
     assert memory["base"] == sum(p.nbytes for p in model.parameters())
     assert memory["pool"] == pytest.approx(sum(t.nbytes for t in kept), rel=0.01)
     assert (record["router"], record["k"], record["sites"]) == (router, k, len(layers))
     sites = find_sites(detach(model)).values()
     n, d = sum(site.in_features for site in sites), sum(site.out_features for site in sites)
-    wanted = 2 * 2 * (n + d) + (0 if router == "merged" else 2 * n)  # two experts of rank 2
+    used = 2 if k is None else k  # of rank 2; merged uses both
+    wanted = used * 2 * (n + d) + (2 * n if router in ("phatgoose", "arrow") else 0)
     whole = sum(site.in_features * site.out_features for site in sites)
     assert record["added_computation"] == pytest.approx(wanted / whole)
     assert f"a token takes {wanted / whole:.1%} more multiplications" in outcome.out
+    assert ("a prompt one more pass" in outcome.out) == (by_prompt is not None)
     assert "--dtype bfloat16 (" in outcome.out
-    assert ("--k 1 (" in outcome.out) == (k is not None)
+    assert ("--k 1 (" in outcome.out) == (k == 2)
 
 
 def test_compose_either_plans_or_writes(here, phat):

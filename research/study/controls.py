@@ -62,7 +62,11 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
         for label, experts, routing in rows:
             model = base.model if experts is None else compose(experts, base, routing=routing)
             try:
-                asked = {label: task} if experts else {label: task, "base, told": told(task)}
+                asked = (
+                    {label: task}
+                    if experts
+                    else {label: task, "base, told": told(task, int(limit))}
+                )
                 for name, each in asked.items():
                     settings = {"limit": int(limit), "tokenizer": base.tokenizer}
                     (score,) = evaluate(model, each, **settings).scores
@@ -95,18 +99,18 @@ def rows_of(pool: Pool, routers: list[str]) -> Iterator[Row]:
         yield f"{router}, random", twins, routing
 
 
-def told(task: Task) -> Task:
+def told(task: Task, limit: int) -> Task:
     """`task` with the form of its answers said before each prompt."""
-    choices = {row.choices for row in task.test}
+    rows = task.evaluation_examples(limit)
+    choices = {row.choices for row in rows}
     if len(choices) == 1 and (only := choices.pop()):
         form = f"Answer with one of these: {', '.join(only)}."
     else:
-        words = round(statistics.median(len(row.target.split()) for row in task.test))
+        words = round(statistics.median(len(row.target.split()) for row in rows))
         form = f"Answer with {'one word' if words <= 1 else f'about {words} words'} only."
-    return replace(
-        task,
-        test=tuple(replace(row, input=f"{form}\n{row.input}", passage=None) for row in task.test),
-    )
+    inputs = [f"{form}\n{row.input}" for row in rows]
+    both = zip(rows, inputs, strict=True)
+    return replace(task, test=tuple(replace(row, input=i, passage=None) for row, i in both))
 
 
 def tell(records: list[dict[str, float]]) -> None:

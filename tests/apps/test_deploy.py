@@ -1,6 +1,7 @@
 """Handing a pool over: the folder that starts an engine and the gateway."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -118,6 +119,12 @@ def test_rs_lora_is_no_matter_for_vllm_and_one_for_llama_cpp(pool, tmp_path, mon
     deploy(pool, "vllm", tmp_path / "out")
     with pytest.raises(ConfigError, match="rsLoRA"):
         deploy(pool, "llama.cpp", tmp_path / "other")
+
+
+def test_a_pool_that_the_gateway_can_t_choose_by_is_warned_of(pool, tmp_path):
+    bare = Pool(tuple(replace(each, readings={}, embeddings=None) for each in pool.experts))
+    with pytest.warns(UserWarning, match="can't choose yet: .* run 'phatgoose stats'"):
+        deploy(bare, "vllm", tmp_path / "out")
 
 
 def test_the_command_hands_over_and_refuses_what_is_for_one_mixture(pool, tmp_path, phat):

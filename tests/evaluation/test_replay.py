@@ -148,6 +148,7 @@ def test_choices_of_a_file(marks, tmp_path):
     ("rule", "message"),
     [
         (router_rule("arrow"), "no choices of 'arrow', but of centroid"),
+        (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+: .*empty"),
         (lambda _: "birds", "chose 'birds'; tiny has kinds, moods"),
     ],
 )

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..experts.adapter import adapter_files
 from ..experts.pool import Pool
 from ..files.atomic import new_directory, write_text
 from ..files.strict import one_line, read_json_object
+from ..routing.routers.automatic import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows
 ENGINE_PORT, GATEWAY_PORT = 8001, 8000
@@ -61,6 +63,7 @@ def deploy(
     """Write a folder with the experts of `pool`, and what starts `engine` and the gateway.
 
     `base` is what the engine loads, None the pool's own; `outtype` the type of its GGUF file.
+    Warns where the experts share nothing that the gateway could choose by.
     Raises ConfigError for an unknown engine, for experts that it can't apply and when `out` can't
     be written, EngineError when a converter fails.
     """
@@ -79,6 +82,8 @@ def deploy(
         found = Deployment(engine, pool.names, rank, base, own_base, outtype)
         WRITERS[engine](found, work, Path(out))
         _write(work / "README.md", _readme(found))
+    if engine != "ollama" and not allows_choice_by_prompt(pool):
+        warnings.warn(f"The folder's gateway can't choose yet: {NO_CHOICE}", stacklevel=2)
     return found
 
 

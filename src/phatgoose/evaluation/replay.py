@@ -183,12 +183,19 @@ def imported_rule(name: str) -> Rule:
 def chosen_by(marks: Marks, rule: Rule) -> Array:
     """The index of the expert that `rule` chooses for each prompt, [examples]; BASE for the base.
 
-    Of weights the heaviest counts, with a warning. Raises ConfigError for an unknown expert.
+    Of weights the heaviest counts, with a warning. Raises ConfigError for an unknown
+    expert and when `rule` fails.
     """
     place: dict[Any, int] = {None: BASE, **{name: z for z, name in enumerate(marks.experts)}}
     chosen, mixed = list[int](), 0
     for prompt in marks.prompts():
-        name = rule(prompt)
+        try:
+            name = rule(prompt)
+        except Exception as error:  # a user's own code
+            lacks = "" if prompt.embedding is not None else " These marks have no embeddings."
+            raise ConfigError(
+                f"The rule failed on prompt {prompt.hash}: {first_line(error)}.{lacks}"
+            ) from error
         if isinstance(name, Mapping):
             mixed += len(name) > 1
             name = max(name, key=name.__getitem__, default=None)

@@ -37,6 +37,7 @@ from .adapter import adapter_file_names, adapter_files, invocation_of, named_bas
 from .card import model_card
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora.module import LoraFactors
+from .kinds.peft import ADAPTER_CONFIG
 from .kinds.registry import kinds
 from .readings import readings_problems
 
@@ -67,7 +68,7 @@ def format_record(
 
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
     """Warn of experts whose training inputs were formatted otherwise than `given`."""
-    others: dict[str, list[str]] = defaultdict(list)
+    others: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in records:
         found = record.get("formatting")
         if not isinstance(found, Mapping):
@@ -81,22 +82,25 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Format
         names = ["chat"]
         if found.get("inputs_cut") != 0:
             names += ["max_input_tokens", "truncation"]
-        if any(getattr(trained, name) != getattr(given, name) for name in names):
-            others[_words(trained)].append(one_line(record.get("name"), 80))
-    for form, experts in others.items():
+        if differ := [name for name in names if getattr(trained, name) != getattr(given, name)]:
+            both = _words(given, differ), _words(trained, differ)
+            others[both].append(one_line(record.get("name"), 80))
+    for (read, form), experts in others.items():
         more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
         warnings.warn(
-            f"Inputs are read with {_words(given)}, but {', '.join(experts[:SHOWN])}{more} "
+            f"Inputs are read with {read}, but {', '.join(experts[:SHOWN])}{more} "
             f"{'were' if len(experts) > 1 else 'was'} trained with {form}.",
             stacklevel=3,
         )
 
 
-def _words(formatting: Formatting) -> str:
-    return (
-        f"max_input_tokens {formatting.max_input_tokens}, truncation {formatting.truncation}"
-        f"{', in the chat template' if formatting.chat else ''}"
-    )
+def _words(formatting: Formatting, names: Iterable[str]) -> str:
+    words = {
+        "chat": "the chat template (--chat)" if formatting.chat else "no chat template",
+        "max_input_tokens": f"max_input_tokens {formatting.max_input_tokens}",
+        "truncation": f"truncation {formatting.truncation}",
+    }
+    return ", ".join(words[name] for name in names)
 
 
 FORMAT_VERSION = 1
@@ -165,6 +169,8 @@ def read_info(path: Path) -> ExpertInfo:
     except FileNotFoundError as error:
         holds = next(path.parent.glob(f"*/{path.name}"), None)
         hint = f" It holds experts: name each ({holds.parent}, …)." if holds else ""
+        if (path.parent / ADAPTER_CONFIG).is_file():
+            hint = f" It is a PEFT adapter: run 'phatgoose import {path.parent} --out …' first."
         raise ExpertError(
             f"{path.parent} is no expert directory: {path.name} is missing.{hint}"
         ) from error

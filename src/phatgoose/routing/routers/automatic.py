@@ -18,6 +18,10 @@ from .registry import AUTO, ROUTERS
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 # Two kinds of reading come before one, where the embedder is on this machine.
 BY_PROMPT = ("joint-discriminant", "discriminant", "retrieval")  # by the prompt alone
+NO_CHOICE = (
+    "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
+    "stats' on each, with its data, for readings and embeddings."
+)
 BY_TOKEN = ("phatgoose", "average-activation", "arrow", "merged")
 ENCODER_DECODER: tuple[str, ...] = BY_TOKEN
 DECODER_ONLY: tuple[str, ...] = (*BY_PROMPT, *BY_TOKEN)
@@ -66,10 +70,12 @@ def _settled(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:
             warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=4)
         logger.info("Router auto is %s%s.", name, _why(missing, pool))
         return replace(routing, router=name)
-    raise PoolError(
-        "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
-        "stats' on each, with its data, for readings and embeddings."
-    )
+    raise PoolError(NO_CHOICE)
+
+
+def allows_choice_by_prompt(pool: Pool) -> bool:
+    """Whether experts and machine allow a router that looks at the prompt alone."""
+    return any(not _unmet(pool, name) for name in BY_PROMPT)
 
 
 def _unmet(pool: Pool, router: str) -> list[str]:

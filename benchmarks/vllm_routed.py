@@ -20,6 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from engines import vllm_environment
+
 PROMPT, WRITTEN, SHARED, TOGETHER = 256, 32, 1000, 8
 TASKS = ("prefill", "decode", "decode-8", "shared")
 ENGINES = ("base", "lora", "routed-5", "routed-36")
@@ -84,15 +88,10 @@ def tell(found: object) -> None:
 class Engine:
     def __init__(self, kind: str, pool: Path, base: str) -> None:
         command = [sys.executable, __file__, "--engine", kind, str(pool), "--base", base]
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that its processor time is all of it
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            "HF_HUB_OFFLINE": "1",
-        }
+        # Without a second process its processor time is all of it.
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        more = {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": threads}
+        environment = vllm_environment(None, **more)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -28,12 +28,10 @@ from pathlib import Path
 
 import numpy as np
 from held_in import read, routing_of
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from phatgoose.config import Routing
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base
@@ -42,6 +40,7 @@ from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources, Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kept import above
 from marks import random_twin
 
 Row = tuple[str, Pool | None, Routing | None]
@@ -116,20 +115,13 @@ def told(task: Task, limit: int) -> Task:
 def tell(records: list[dict[str, float]]) -> None:
     """Print each row's mean over tasks, and how far it is above the base and its random LoRAs."""
     labels = [label for label in records[0] if label not in ("task", "metric", "n")]
-    scores = {label: 100 * np.array([record[label] for record in records]) for label in labels}
+    scores = {label: np.array([record[label] for record in records]) for label in labels}
     print(f"{len(records)} tasks, n = {sum(record['n'] for record in records)}")
     print("| row | mean | above the base | above its random LoRAs |\n|---|---|---|---|")
     for label, row in scores.items():
         random = scores.get(f"{label}, random")
         less = "" if random is None else above(row, random)
-        print(f"| {label} | {row.mean():.1f} | {above(row, scores['base'])} | {less} |")
-
-
-def above(row: NDArray[np.float64], other: NDArray[np.float64]) -> str:
-    """The mean difference with its interval over tasks drawn again."""
-    drawn = np.random.default_rng(0).integers(len(row), size=(10_000, len(row)))
-    interval = interval_of((row - other)[drawn].mean(axis=1))
-    return f"{(row - other).mean():+.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+        print(f"| {label} | {100 * row.mean():.1f} | {above(row, scores['base'])} | {less} |")
 
 
 if __name__ == "__main__":

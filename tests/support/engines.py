@@ -24,12 +24,16 @@ class Engine:
     `mixes` says whether a request may name several adapters.
     """
 
-    mixes = False
-
     def __init__(
-        self, command: list[str], environment: dict[str, str], port: int, log: Path | None = None
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        port: int,
+        log: Path | None = None,
+        *,
+        mixes: bool = False,
     ) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, self.mixes = f"http://127.0.0.1:{port}", mixes
         self._started_by = command, environment, log
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -73,9 +77,7 @@ def llama_server(
     port = free_port()
     command = [sys.executable, str(SERVER), str(base), str(port), str(slots), str(context), "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    engine = Engine([*command, *map(str, adapters)], environment, port)
-    engine.mixes = True
-    return engine
+    return Engine([*command, *map(str, adapters)], environment, port, mixes=True)
 
 
 def vllm_server(

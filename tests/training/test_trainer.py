@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import re
-import socket
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engines import free_port
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
@@ -218,12 +218,6 @@ def train_as(rank: int, port: int, base: Path, out: Path, joint: bool) -> None:
     torch.set_num_threads(1)
     train_together(load_base(base, dtype="float32"), out, joint=joint)
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -1,21 +1,25 @@
 """Marks: whether every expert of a pool, alone, answers every example right.
 
-    python research/marks.py DATA POOL OUT [--base B] [--rows 40] [--unseen 50] [--random SEED]
-        [--random-output] [--routed ROUTER ...]
+    python research/marks.py DATA POOL OUT [--base B] [--rows 40] [--unseen 60] [--random SEED]
+        [--random-output] [--ranked] [--routed ROUTER ...]
 
 DATA is what `render_tasks.py` writes, or task files of yours: own-known/NAME.jsonl and
 own-new/NAME.jsonl of the experts' own tasks, and eval/*.jsonl that no expert was trained on; any
 may be missing. POOL is a pool whose experts are named after their tasks. The base, each expert
 alone and, with `--random`, each expert's random twin answer the experts' own tasks in known and new
 wordings and the unseen tasks, as `phatgoose evaluate` scores them: plain prompts, and choices by
-their mean log-likelihood per token. Prompt routers score the same prompts.
-OUT/cells.jsonl keeps what is finished, one model on one task a line: run the command again to go
-on, with more models if you like. OUT/NAME.parquet has one row an example, and no text:
+their mean log-likelihood per token. Prompt routers score the same prompts. If all experts act from
+a prompt's end on, a prompt is read once for all of them.
+
+Tasks are scored in pieces of 20 examples, first one piece of every task. OUT/cells.jsonl keeps what
+is finished, one model on one piece a line: run the command again to go on, with more models or rows
+if you like. OUT/NAME.parquet is written whenever all models have answered a piece of every task. It
+has one row an example, and no text:
 
     prompt               the first 16 hex digits of the SHA-256 of the input
     task, wording        `known` and `new` are experts' own tasks, `unseen` the others
     choices, label       their number, and which is right first; 0 and -1 for written answers
-    embedding            of the prompt, if the pool has embeddings
+    embedding            of the prompt, in the space of the experts' centres, if it has any
     score/MODEL          0 to 1; MODEL is base, expert/NAME, random/NAME or routed/ROUTER
     likelihoods/MODEL    mean log-likelihood per token of each choice
     choice/ROUTER        a prompt router's score of each expert, in the order of the metadata
@@ -29,6 +33,7 @@ import argparse
 import base64
 import hashlib
 import json
+import random
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -51,6 +56,7 @@ from phatgoose.evaluation.comparison.cells import code_version
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
+from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
@@ -68,8 +74,11 @@ UNSEEN = ("bbh", "bbl", "t0ho", "cross-b", "cross-confirmation")
 ROUTERS = ("retrieval", "centroid", "centroid:clusters=4", "discriminant", "joint-discriminant")
 CLUSTERS = 4  # of each expert, in the file's metadata
 WORDINGS = {"own-known": "known", "own-new": "new", "eval": "unseen"}
+PIECE = 20  # examples of a task
 AT_ONCE = 200  # examples that are scored, then kept
-Sets = dict[tuple[str, str], EvaluationSet]  # by wording and task
+Which = tuple[str, str, int]  # wording, task, piece
+Sets = dict[Which, EvaluationSet]
+Model = tuple[str, Any, Pool | None, str]  # name, what it is made of, its experts, its router
 Columns = dict[str, list[Any]]
 
 
@@ -82,32 +91,46 @@ def main() -> None:
     parser.add_argument("--base", help="default: the one that the experts name")
     parser.add_argument("--name", help="of the file; default: the base's")
     parser.add_argument("--rows", type=int, default=40, help="of an own task, in each wording")
-    parser.add_argument("--unseen", type=int, default=50, help="rows of an unseen task; 0: none")
+    parser.add_argument("--unseen", type=int, default=60, help="rows of an unseen task; 0: none")
+    parser.add_argument("--ranked", action="store_true", help="unseen tasks with choices only")
     parser.add_argument("--random", type=int, metavar="SEED", help="random twins of experts too")
     parser.add_argument("--random-output", action="store_true", help="twins change as much")
     parser.add_argument("--routed", nargs="*", default=[], help="routers to run: merged phatgoose")
     given = parser.parse_args()
     pool = Pool.open(given.pool)
     base = loaded_base(pool, given.base)
-    sets = evaluation_sets(given.data, pool, given.rows, given.unseen)
+    sets = evaluation_sets(given.data, pool, given.rows, given.unseen, ranked=given.ranked)
     name = given.name or Path(base.reference.id).name
     count = sum(len(each.examples) for each in sets.values())
-    print(f"{name}: {len(sets)} sets, {count} examples, {number_format(base.model)}", flush=True)
-    about = examples_of(sets) | choices_of(pool, base, sets, given.out)
-    done: dict[str, Columns] = {}
+    models = list(models_of(pool, given.random, given.routed, by_output=given.random_output))
+    dtype = number_format(base.model)
+    print(f"{name}: {len(models)} models, {count} examples, {dtype}", flush=True)
+    finished, basis = Sets(), basis_of(pool)
     with ResultStore.alone(given.out / "cells.jsonl") as store:
-        for model, what, pools, routing in models_of(
-            pool, given.random, given.routed, by_output=given.random_output
-        ):
+        for piece in sorted({piece for _, _, piece in sets}):
             begun = time.monotonic()
-            done[model] = answers(store, base, sets, (model, what), pools, routing)
-            write(given.out / f"{name}.parquet", metadata(name, pool), {**about, **joined(done)})
-            mean = float(np.mean(done[model]["score"]))
-            print(f"{model}: {100 * mean:.1f}, {time.monotonic() - begun:.0f} s", flush=True)
+            asked = {which: each for which, each in sets.items() if which[2] == piece}
+            for some in alike(asked):
+                shared = SharedPrompts(tails=acts_at_ends(pool))
+                for model in models:
+                    answer(store, base, some, model, shared)
+            finished |= asked
+            columns = examples_of(finished) | choices_of(pool, base, finished, given.out)
+            columns |= {k: v for model in models for k, v in answers(store, base, finished, model)}
+            if basis is not None:
+                columns["embedding"] = list(np.stack(columns["embedding"]) @ basis.numpy())
+            write(given.out / f"{name}.parquet", metadata(name, pool, basis), columns)
+            rows = len(columns["prompt"])
+            taken = time.monotonic() - begun
+            print(f"{rows} examples, {rows * len(models)} marks, {taken:.0f} s", flush=True)
 
 
-def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int) -> Sets:
-    """The examples of own and unseen tasks, the same own rows in known and new wordings."""
+def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: bool) -> Sets:
+    """Pieces of own and unseen tasks, the same own rows in known and new wordings.
+
+    A task's pieces are in an order that doesn't depend on how many are asked for. With `ranked`
+    unseen tasks without choices are left out.
+    """
     found: Sets = {}
     for folder, wording in WORDINGS.items():
         limit = unseen if wording == "unseen" else rows
@@ -116,19 +139,30 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int) -> Sets:
             is_asked = wording == "unseen" or path.stem in pool.names
             if not (limit and is_asked and path.is_file() and path.stat().st_size):
                 continue
-            task = load_task(path)
-            examples = task.evaluation_examples(limit)
             ending = table.get("suffix", "")
+            task = load_task(path)
+            examples = task.evaluation_examples()
+            drawn = random.Random(0).sample(examples, len(examples))[:limit]
             task = replace(
                 task,
-                test=tuple(replace(each, input=each.input + ending) for each in examples),
+                test=tuple(replace(each, input=each.input + ending) for each in drawn),
                 metrics=tuple(table.get("metrics", ())),
                 max_new_tokens=table.get("max_new_tokens"),
             )
-            found[wording, task.name] = EvaluationSet.of(task, ScoringSettings())
+            whole = EvaluationSet.of(task, ScoringSettings())
+            if ranked and wording == "unseen" and not whole.is_ranked:
+                continue
+            for start in range(0, len(drawn), PIECE):
+                part = whole.examples[start : start + PIECE]
+                found[wording, task.name, start // PIECE] = replace(whole, examples=part)
     if not found:
         raise SystemExit(f"error: {data} has no task files in {', '.join(WORDINGS)} for this pool.")
     return found
+
+
+def acts_at_ends(pool: Pool) -> bool:
+    """Whether all experts act from a prompt's end on."""
+    return all(expert.acts_on for expert in pool.experts)
 
 
 def tables_of(folder: Path, suites: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -151,8 +185,8 @@ def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def models_of(
     pool: Pool, seed: int | None, routed: list[str], *, by_output: bool
-) -> Iterator[tuple[str, Any, Pool | None, str]]:
-    """Each model's name, what it is made of, its experts and its router."""
+) -> Iterator[Model]:
+    """The base, each expert, and what else is asked for."""
     yield "base", None, None, ""
     made_of: Any  # JSON
     for expert in pool.experts:
@@ -206,31 +240,37 @@ def norm_of_product(A: Tensor, B: Tensor) -> Tensor:
     return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
 
 
+def answer(store: ResultStore, base: Base, sets: Sets, model: Model, shared: SharedPrompts) -> None:
+    """Store what one model answers to `sets`, which are scored alike, as far as it isn't there."""
+    keys = keys_of(base, sets, model)
+    if all(store.get(key) is not None for key in keys.values()):
+        return
+    _, _, pool, router = model
+    with composed(base, pool, router):
+        for which, result in scored(base, sets, shared).items():
+            store.add(keys[which], result)
+
+
 def answers(
-    store: ResultStore,
-    base: Base,
-    sets: Sets,
-    model: tuple[str, Any],
-    pool: Pool | None,
-    router: str,
-) -> Columns:
-    """The scores and likelihoods of one model, example by example, from the store if there."""
-    keys = {
-        which: {
-            "model": list(model),
-            "base": [base.fingerprint, number_format(base.model)],
-            "set": [*which, each.digest],
+    store: ResultStore, base: Base, sets: Sets, model: Model
+) -> Iterator[tuple[str, list[Any]]]:
+    """Columns: the stored scores and likelihoods of one model, example by example."""
+    results = [store.get(key) or {} for key in keys_of(base, sets, model).values()]
+    for part in ("score", "likelihoods"):
+        yield f"{part}/{model[0]}", [value for result in results for value in result[part]]
+
+
+def keys_of(base: Base, sets: Sets, model: Model) -> dict[Which, Any]:
+    """The store's key of each piece."""
+    about = [base.fingerprint, number_format(base.model)]
+    return {
+        (wording, task, piece): {
+            "model": list(model[:2]),
+            "base": about,
+            "set": [wording, task, each.digest],
         }
-        for which, each in sets.items()
+        for (wording, task, piece), each in sets.items()
     }
-    missing = [which for which, key in keys.items() if store.get(key) is None]
-    with composed(base, pool if missing else None, router):
-        for some in alike({which: sets[which] for which in missing}):
-            for which, result in scored(base, some).items():
-                store.add(keys[which], result)
-    results = [store.get(key) or {} for key in keys.values()]
-    parts = ("score", "likelihoods")
-    return {part: [value for result in results for value in result[part]] for part in parts}
 
 
 @contextmanager
@@ -262,14 +302,14 @@ def alike(sets: Sets) -> Iterator[Sets]:
             yield some
 
 
-def scored(base: Base, sets: Sets) -> dict[tuple[str, str], dict[str, Any]]:
+def scored(base: Base, sets: Sets, shared: SharedPrompts) -> dict[Which, dict[str, Any]]:
     """Cells of the store: one model on sets that are scored alike."""
     begun = time.monotonic()
     first = next(iter(sets.values()))
     examples = tuple(row for each in sets.values() for row in each.examples)
-    every = replace(first, name=", ".join(task for _, task in sets), examples=examples)
+    every = replace(first, name=", ".join(task for _, task, _ in sets), examples=examples)
     encoder = Encoder.for_model(base.model, base.tokenizer, every.settings.formatting)
-    found = score(base.model, every, every.questions(encoder))
+    found = score(base.model, every, every.questions(encoder), shared)
     by_metric = [
         metric(name).combine(rows, 1)
         for name, rows in zip(found.sample.metrics, found.sample.statistics, strict=True)
@@ -293,7 +333,7 @@ def scored(base: Base, sets: Sets) -> dict[tuple[str, str], dict[str, Any]]:
 def examples_of(sets: Sets) -> Columns:
     """What the file says of each example."""
     found: Columns = {name: [] for name in ("prompt", "task", "wording", "choices", "label")}
-    for (wording, task), each in sets.items():
+    for (wording, task, _), each in sets.items():
         for row in each.examples:
             right = [i for i, choice in enumerate(row.choices) if choice in row.answers]
             found["prompt"].append(hashlib.sha256(row.input.encode()).hexdigest()[:16])
@@ -309,17 +349,21 @@ def choices_of(pool: Pool, base: Base, sets: Sets, out: Path) -> Columns:
 
     Routers whose needs the pool lacks are left out by name.
     """
-    content = [pool.records(), sorted(each.digest for each in sets.values())]
-    digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:12]
-    kept = out / f"choices-{digest}.safetensors"
-    if not kept.exists():
-        encoder = Encoder.for_model(base.model, base.tokenizer)
-        prompts = [p for each in sets.values() for p in each.questions(encoder).prompts]
-        choosers = {router: c for router in ROUTERS if (c := _chooser(pool, base, router))}
-        parts = [_chosen(choosers, base, some) for some in batched(prompts)]
-        out.mkdir(parents=True, exist_ok=True)
-        save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kept)
-    return {name: list(rows.numpy()) for name, rows in load_file(kept).items()}
+    about = json.dumps([pool.records(), ROUTERS], default=str)
+    parts = []
+    for piece in sorted({piece for _, _, piece in sets}):
+        asked = {which: each for which, each in sets.items() if which[2] == piece}
+        content = [about, sorted(each.digest for each in asked.values())]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        kept = out / f"choices-{digest}.safetensors"
+        if not kept.exists():
+            encoder = Encoder.for_model(base.model, base.tokenizer)
+            prompts = [p for each in asked.values() for p in each.questions(encoder).prompts]
+            choosers = {router: c for router in ROUTERS if (c := _chooser(pool, base, router))}
+            some = [_chosen(choosers, base, few) for few in batched(prompts)]
+            save_file({name: torch.cat([each[name] for each in some]) for name in some[0]}, kept)
+        parts.append(load_file(kept))
+    return {name: [row for part in parts for row in part[name].numpy()] for name in parts[0]}
 
 
 def batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
@@ -351,21 +395,28 @@ def _chosen(
     return found
 
 
-def metadata(name: str, pool: Pool) -> dict[str, str]:
+def metadata(name: str, pool: Pool, basis: Tensor | None) -> dict[str, str]:
     """What the file says of all rows: `phatgoose` is JSON; `centres` are each expert's, base64."""
     about: dict[str, Any] = {"format": 1, "base": name, "experts": list(pool.names)}
     about["code"] = code_version()
-    found = {}
-    if all(expert.has("embeddings") for expert in pool.experts):
-        held = clusters_of(pool, CLUSTERS)
-        about["owners"] = held.owners.tolist()  # the expert of each centre, float16
-        found["centres"] = base64.b64encode(held.rows.half().numpy().tobytes()).decode()
-    return {"phatgoose": json.dumps(about), **found}
+    if basis is None:
+        return {"phatgoose": json.dumps(about)}
+    held = clusters_of(pool, CLUSTERS)
+    about["owners"] = held.owners.tolist()  # the expert of each centre, float16
+    rows = (held.rows.float() @ basis).half().numpy()
+    centres = base64.b64encode(rows.tobytes()).decode()
+    return {"phatgoose": json.dumps(about), "centres": centres}
 
 
-def joined(done: Mapping[str, Columns]) -> Columns:
-    """The columns of all models."""
-    return {f"{part}/{model}": done[model][part] for model in done for part in done[model]}
+def basis_of(pool: Pool) -> Tensor | None:
+    """The space of the experts' centres, [columns of an embedding, centres]; None without any.
+
+    Products with centres stay as they are there, and little else of a prompt can be told.
+    """
+    if not all(expert.has("embeddings") for expert in pool.experts):
+        return None
+    rows = clusters_of(pool, CLUSTERS).rows.float()
+    return torch.linalg.svd(rows, full_matrices=False).Vh.T
 
 
 def write(path: Path, about: Mapping[str, str], columns: Columns) -> None:

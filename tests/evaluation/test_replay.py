@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from phatgoose.evaluation.replay import (
     replay,
     router_rule,
 )
+from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from topic_prompts import CHOOSING, OPEN
@@ -177,16 +179,29 @@ def test_files_that_hold_no_marks(tmp_path, marks):
 
 
 def test_marks_are_made_of_task_files_that_no_suite_names(program, tmp_path):
-    rows = "\n".join(json.dumps({"input": f"Is {i} odd?", "target": "no"}) for i in range(3))
+    rows = "\n".join(json.dumps({"input": f"Is {i} odd?", "target": "no"}) for i in range(50))
     for file in ("own-new/kinds", "own-new/strangers", "eval/riddles"):
         path = tmp_path / f"{file}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(rows)
-    sets = program.evaluation_sets(tmp_path, SimpleNamespace(names=("kinds",)), 3, 2)
+    pool = SimpleNamespace(names=("kinds",))
+    sets = program.evaluation_sets(tmp_path, pool, 3, 30, ranked=False)
     found = {key: len(each.examples) for key, each in sets.items()}
-    assert found == {("new", "kinds"): 3, ("unseen", "riddles"): 2}
+    assert found == {
+        ("new", "kinds", 0): 3,
+        ("unseen", "riddles", 0): 20,
+        ("unseen", "riddles", 1): 10,
+    }
+    more = program.evaluation_sets(tmp_path, pool, 40, 40, ranked=False)
+    assert more["unseen", "riddles", 0].digest == sets["unseen", "riddles", 0].digest
+    assert more["new", "kinds", 0].examples[:3] == sets["new", "kinds", 0].examples
+    asked = [
+        example.input for key, each in more.items() if key[0] == "new" for example in each.examples
+    ]
+    assert len(set(asked)) == 40
+    assert set(program.evaluation_sets(tmp_path, pool, 3, 2, ranked=True)) == {("new", "kinds", 0)}
     with pytest.raises(SystemExit, match="no task files in own-known, own-new, eval"):
-        program.evaluation_sets(tmp_path / "eval", SimpleNamespace(names=("kinds",)), 3, 2)
+        program.evaluation_sets(tmp_path / "eval", pool, 3, 2, ranked=False)
 
 
 def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatch, capsys):
@@ -204,30 +219,51 @@ def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatc
     assert lines["my_rules:moods"]["score"]["value"] == 0.75
 
 
-def test_marks_are_what_evaluate_scores(program, llama, llama_pool):
-    """Tasks that are scored together, for full batches, have the scores of each alone."""
+@pytest.mark.parametrize("acts_on", [None, {"tail": 3}])
+def test_marks_are_what_evaluate_scores(program, llama, llama_pool, acts_on):
+    """Tasks that are scored together, for full batches, have the scores of each alone.
+
+    So have experts that act from prompts' ends on, which go on where the base has read.
+    """
     settings = ScoringSettings(max_new_tokens=4)
     sets = {
-        ("new", "choosing"): EvaluationSet.of(CHOOSING, settings),
-        ("unseen", "choosing"): EvaluationSet.of(CHOOSING, settings),
-        ("new", "open"): EvaluationSet.of(OPEN, settings),
+        ("new", "choosing", 0): EvaluationSet.of(CHOOSING, settings),
+        ("unseen", "choosing", 0): EvaluationSet.of(CHOOSING, settings),
+        ("new", "open", 0): EvaluationSet.of(OPEN, settings),
     }
-    pool = llama_pool.select(["e1"])
-    with program.composed(llama, pool, "single"):
-        parts = list(program.alike(sets))
-        found = {
-            which: cell for some in parts for which, cell in program.scored(llama, some).items()
-        }
+    (expert,) = llama_pool.select(["e1"]).experts
+    pool = Pool((replace(expert, info=replace(expert.info, acts_on=acts_on)),))
+    assert program.acts_at_ends(pool) == bool(acts_on)
+    parts = list(program.alike(sets))
     assert [list(some) for some in parts] == [list(sets)[:2], list(sets)[2:]]
+    with program.composed(llama, pool, "single"):
+        found = {
+            which: cell
+            for some in parts
+            for which, cell in program.scored(
+                llama, some, SharedPrompts(tails=bool(acts_on))
+            ).items()
+        }
     model = compose(pool, llama, router="single")
     wanted = evaluate(model, [CHOOSING, OPEN], max_new_tokens=4)
     detach(model)
     for score, names in zip(wanted.scores, (("new", "unseen"), ("new",)), strict=True):
         for name in names:
-            cell = found[name, score.task]
+            cell = found[name, score.task, 0]
             assert cell["score"] == [float(each.correct) for each in score.predictions]
             for likelihoods, each in zip(cell["likelihoods"], score.predictions, strict=True):
                 assert likelihoods == pytest.approx(each.scores, abs=2e-4)
+
+
+def test_products_with_centres_survive_in_their_space(program, llama_pool, monkeypatch):
+    rows = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    held = SimpleNamespace(rows=rows, owners=torch.tensor([0, 0, 1]))
+    pool = SimpleNamespace(experts=[SimpleNamespace(has=lambda _: True)])
+    monkeypatch.setitem(program.basis_of.__globals__, "clusters_of", lambda *_: held)
+    basis, prompts = program.basis_of(pool), torch.randn(5, 8)
+    assert basis.shape == (8, 3)
+    torch.testing.assert_close((prompts @ basis) @ (rows @ basis).T, prompts @ rows.T)
+    assert program.basis_of(SimpleNamespace(experts=[SimpleNamespace(has=lambda _: False)])) is None
 
 
 def test_a_random_twin_has_the_norms_and_ranks_of_its_expert(program, llama_pool):

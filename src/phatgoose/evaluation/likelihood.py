@@ -20,7 +20,7 @@ from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
 from ..tasks import batching
 from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
-from .shared_prompts import SharedPrompts
+from .shared_prompts import Begun, SharedPrompts
 
 Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
@@ -90,30 +90,39 @@ def _continued(
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
     for batch in batches_of(rows, budget):
-        prompts, choices = [rows[i][0] for i in batch], [rows[i][1] for i in batch]
+        prompts = [rows[i][0] for i in batch]
         begun = shared.begin(model, prompts)
         texts = [
-            BranchedText(prompt[count:], [choice[:-1] for choice in each])
-            for prompt, count, each in zip(prompts, begun.counts, choices, strict=True)
+            BranchedText(prompt[count:], [choice[:-1] for choice in rows[i][1]])
+            for i, prompt, count in zip(batch, prompts, begun.counts, strict=True)
         ]
-        packed = batching.pack_rows([[text] for text in texts], pad, model.dtype)
-        mask = packed.inputs["attention_mask"]  # [rows, 1, tokens, tokens]
-        void = mask.new_zeros(begun.seen.shape)
-        void.masked_fill_(~begun.seen, torch.finfo(mask.dtype).min)
-        before = void[:, None, None].expand(-1, -1, mask.shape[2], -1)
-        starts = torch.tensor(begun.counts)[:, None]
-        inputs = {
-            **packed.inputs,
-            "attention_mask": torch.cat([before, mask], dim=-1),
-            "position_ids": packed.inputs["position_ids"] + starts,
-        }
-        inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
-        held = {cache_argument(model): begun.cache, "use_cache": True}
-        before_pass(batch)
-        places = predicting(texts, packed.starts).to(input_device(model))
-        with batching.head_at(model, places):
-            logits = model(**inputs, **held).logits.squeeze(0)
-        yield from _means(logits, choices, batch)
+        # Prompts of a batch have similar lengths; what follows what was read of them may not.
+        for group in _of_similar_length([text.length for text in texts]):
+            some = [batch[place] for place in group]
+            before_pass(some)
+            logits = _after(begun.only(group), model, [texts[place] for place in group], pad)
+            yield from _means(logits, [rows[i][1] for i in some], some)
+
+
+def _after(begun: Begun, model: PreTrainedModel, texts: Sequence[BranchedText], pad: int) -> Tensor:
+    """Logits of what predicts targets, [places, vocabulary], where `texts` follow `begun`."""
+    packed = batching.pack_rows([[text] for text in texts], pad, model.dtype)
+    mask = packed.inputs["attention_mask"]  # [rows, 1, tokens, tokens]
+    void = mask.new_zeros(begun.seen.shape)
+    void.masked_fill_(~begun.seen, torch.finfo(mask.dtype).min)
+    before = void[:, None, None].expand(-1, -1, mask.shape[2], -1)
+    starts = torch.tensor(begun.counts)[:, None]
+    inputs = {
+        **packed.inputs,
+        "attention_mask": torch.cat([before, mask], dim=-1),
+        "position_ids": packed.inputs["position_ids"] + starts,
+    }
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    held = {cache_argument(model): begun.cache, "use_cache": True}
+    places = predicting(texts, packed.starts).to(input_device(model))
+    with batching.head_at(model, places):
+        logits: Tensor = model(**inputs, **held).logits.squeeze(0)
+    return logits
 
 
 def predicting(texts: Sequence[BranchedText], starts: Tensor) -> Tensor:

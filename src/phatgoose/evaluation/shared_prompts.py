@@ -50,6 +50,11 @@ class Begun:
         """Which columns hold the rows' tokens, [rows, columns]."""
         return torch.arange(self.columns) < torch.tensor(self.counts)[:, None]
 
+    def only(self, rows: Sequence[int]) -> Begun:
+        """The prompts of these rows alone; their cache is a copy."""
+        counts = tuple(self.counts[row] for row in rows)
+        return Begun(_part(self.cache, max(counts), torch.tensor(rows)), counts)
+
     def laid_out(self, prompts: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
         """(ids, mask) of the whole `prompts`, [rows, tokens]; what was read is in its columns."""
         parts = [
@@ -94,17 +99,12 @@ class SharedPrompts:
 
         The cache may be added to.
         """
-        cache, parts = copy.copy(self._read(model, prompts)), composition_if_any(model)
+        cache, parts = self._read(model, prompts), composition_if_any(model)
         counts = torch.tensor([len(prompt) - 1 for prompt in prompts])
         if parts is not None and parts.context is not None:
             acting = beginnings(parts.context.acting, prompts)
             counts = torch.minimum(counts, acting.min(dim=1).values)
-        begun = Begun(cache, tuple(counts.tolist()))
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in cache.layers:
-            layer.keys = layer.keys[:, :, : begun.columns]
-            layer.values = layer.values[:, :, : begun.columns]
-        return begun
+        return Begun(_part(cache, int(counts.max())), tuple(counts.tolist()))
 
     def read_ahead(self, model: PreTrainedModel, batches: Sequence[Sequence[Tokens]]) -> None:
         """Read `batches`, so that a router needn't read its prompts itself."""
@@ -151,6 +151,18 @@ def reading_once(model: PreTrainedModel) -> Iterator[SharedPrompts | None]:
             yield shared
         finally:
             router.remember(None)
+
+
+def _part(cache: Cache, columns: int, rows: Tensor | None = None) -> Cache:
+    """The first columns of `cache`, of all rows or of some."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in part.layers:
+        layer.keys, layer.values = (
+            held[:, :, :columns] if rows is None else held[:, :, :columns].index_select(0, rows)
+            for held in (layer.keys, layer.values)
+        )
+    return part
 
 
 def _size(cache: Cache) -> int:

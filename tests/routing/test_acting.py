@@ -29,11 +29,13 @@ from phatgoose.evaluation.comparison.methods import pool_row
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
+from phatgoose.routing import layers
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.export.export import export
 from phatgoose.routing.export.shares import Texts
 from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
@@ -46,6 +48,7 @@ CALL = (7, 8)  # an invocation sequence
 PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])  # none in the 2nd
 MIXED = (None, ActsOn(tail=3), ActsOn(invocation=CALL), ActsOn(tail=1))
 TAILS = (ActsOn(tail=3), ActsOn(tail=1))
+ALIKE = (ActsOn(tail=2),) * 3
 NEW = 4
 
 
@@ -80,9 +83,9 @@ class Case:
             return self.base(torch.tensor([text]), use_cache=False).logits[0]
 
 
-@pytest.fixture(scope="module", params=["mixed", "tails"])
+@pytest.fixture(scope="module", params=[MIXED, TAILS, ALIKE], ids=["mixed", "tails", "alike"])
 def case(request):
-    return Case("llama", MIXED if request.param == "mixed" else TAILS)
+    return Case("llama", request.param)
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:
@@ -127,6 +130,21 @@ def test_a_plain_pass_takes_its_tokens_as_the_prompt(case, side):
         assert_close(got[row][real], case.wanted(prompt, prompt))
 
 
+def test_tokens_on_which_all_act_are_routed_in_one_call(monkeypatch):
+    case, batch, seen = Case("llama", ALIKE), padded([*PROMPTS]), []
+    if not runs_natively(torch.zeros(1)):
+        pytest.skip("the native kernel isn't built")
+    found = layers.one_call
+    monkeypatch.setattr(
+        layers,
+        "one_call",
+        lambda name, y, u, *rest: seen.append(len(u)) or found(name, y, u, *rest),
+    )
+    with torch.no_grad():
+        case.routed(**batch)
+    assert seen == [2 * len(PROMPTS)] * len(composition_of(case.routed).layers)
+
+
 def test_the_experts_of_each_pass_matter(case):
     prompt = PROMPTS[0]
     with torch.no_grad():
@@ -134,7 +152,8 @@ def test_the_experts_of_each_pass_matter(case):
     wanted = case.wanted(prompt, prompt)
     assert (wanted[-1] - base[-1]).abs().max() > 0.1 * base.abs().max()
     if None not in case.acting:
-        assert torch.equal(wanted[: -max(each.tail for each in case.acting)], base[:-3])
+        end = max(each.tail for each in case.acting)
+        assert torch.equal(wanted[:-end], base[:-end])
 
 
 KINDS = {

@@ -130,13 +130,20 @@ class Activity:
     mask: Tensor
     whole: tuple[bool, ...]
     partly: tuple[bool, ...]
-    _places: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict, repr=False)
+    _places: dict[tuple[int, ...], tuple[Tensor, bool] | None] = field(
+        default_factory=dict, repr=False
+    )
 
-    def places(self, columns: tuple[int, ...]) -> Tensor | None:
-        """The tokens on which an expert of `columns` acts; None if that is more than a half."""
-        if columns not in self._places:
-            found = self.mask[:, list(columns)].any(dim=1).nonzero()[:, 0]
-            self._places[columns] = found if 2 * len(found) <= len(self.mask) else None
+    def places(self, columns: tuple[int, ...]) -> tuple[Tensor, bool] | None:
+        """The tokens on which an expert of `columns` acts, and whether all of these act there.
+
+        None if that is more than a half of the tokens.
+        """
+        if columns not in self._places:  # all sites of a pass ask for the same
+            acts = self.mask[:, list(columns)]
+            found = acts.any(dim=1).nonzero()[:, 0]
+            few = 2 * len(found) <= len(self.mask)
+            self._places[columns] = (found, bool(acts[found].all())) if few else None
         return self._places[columns]
 
     @classmethod

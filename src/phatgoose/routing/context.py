@@ -185,11 +185,8 @@ class RoutingContext:
         mask = found.mask if places is None else found.mask[places]
         return mask.to(columns.device)[:, columns]
 
-    def places(self, columns: tuple[int, ...]) -> Tensor | None:
-        """The tokens of the present pass on which an expert of these columns of `Activity` acts.
-
-        None where that is many of them, or outside of a pass.
-        """
+    def places(self, columns: tuple[int, ...]) -> tuple[Tensor, bool] | None:
+        """As `Activity.places`, in the present pass. None also outside of one."""
         found = self._present.activity
         if found is None or any(found.whole[column] for column in columns):
             return None

@@ -175,7 +175,7 @@ class RoutedLinear(RoutedLayer):
         y = self.base(u)
         if self.context is not None and (changed := self._changed_at_ends(y, u)) is not None:
             return changed
-        if self.one_call and self._added_in_one_call(y, u):
+        if self.one_call and self._acts_alike(u) and self._added_in_one_call(y, u):
             return y
         decision = self.choose(u)
         tokens = u.reshape(-1, u.shape[-1]).to(self.A.dtype)
@@ -186,32 +186,38 @@ class RoutedLinear(RoutedLayer):
     def _changed_at_ends(self, y: Tensor, u: Tensor) -> Tensor | None:
         """What the experts make of y where few tokens have any that act; None where many have."""
         context, tokens = self.context, u.reshape(-1, u.shape[-1])
-        places = None if context is None else context.places(self.columns)
-        if context is None or places is None or watches_over(self, self.site):
+        found = None if context is None else context.places(self.columns)
+        if context is None or found is None or watches_over(self, self.site):
             return None
-        by_token, some = self.router.by_token, tokens[places]
+        places, all_act = found
+        by_token, some, flat = self.router.by_token, tokens[places], y.reshape(-1, y.shape[-1])
+        if all_act and by_token and self.one_call:
+            changed = flat[places]
+            if self._added_in_one_call(changed, some):
+                return flat.index_copy_(0, places, changed).view(y.shape)
         # Not one token more: gates of many experts cost as much as the rest of the layer.
         active = context.active(self.activity_columns, len(tokens), places if by_token else None)
         if active is None:
             return None
         if by_token:
-            decision = self.router(some) if active.all() else self.router.among(some, active)
+            decision = self.router(some) if all_act else self.router.among(some, active)
         else:
             decision = self.router.among(tokens, active)
             decision = RoutingDecision(decision.experts[places], decision.weights[places])
         delta = self._product(
             some.to(self.A.dtype), decision.experts, decision.weights, self.A, self.B
         )
-        flat = y.reshape(-1, y.shape[-1])
-        changed = flat.index_add if y.requires_grad else flat.index_add_
-        return changed(0, places, delta.to(y.dtype)).view(y.shape)
+        add = flat.index_add if y.requires_grad else flat.index_add_
+        return add(0, places, delta.to(y.dtype)).view(y.shape)
+
+    def _acts_alike(self, u: Tensor) -> bool:
+        """Whether all experts of the layer act on all tokens of the pass."""
+        return self.context is None or self._active(u[..., 0].numel()) is None
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
         router, A, B = self.router, self.A, self.B
         vectors, k = router.vectors, router.k
         if not y.is_contiguous():
-            return False
-        if self.context is not None and self._active(u[..., 0].numel()) is not None:
             return False
         add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
         # One call leaves no decision to show, so a watched layer goes the longer way.

@@ -149,7 +149,12 @@ def test_choices_of_a_file(marks, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (router_rule("arrow"), "no choices of 'arrow', but of centroid"),
+        (
+            router_rule("arrow"),
+            "no choices of 'arrow', but of centroid. It chooses for every token",
+        ),
+        (router_rule("retrieval"), "Make marks of experts with the statistics that it needs"),
+        (router_rule("centriod"), r"but must be one of .* Did you mean 'centroid'\?"),
         (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+: .*empty"),
         (lambda _: "birds", "chose 'birds'; tiny has kinds, moods"),
     ],

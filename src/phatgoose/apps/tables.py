@@ -125,10 +125,15 @@ def scores_table(evaluation: Evaluation, title: str) -> Table:
 
 def means_table(comparison: Comparison) -> Table:
     columns = [f"{column} ({len(tasks)})" for column, tasks in comparison.columns.items()]
-    table = _table("mean score in %, [95 % interval]; * not zero-shot", "method", columns)
+    title = f"mean score in %, [95 % interval]{_star(comparison)}"
+    table = _table(title, "method", columns)
     for row, summaries in comparison.summaries.items():
         _add(table, comparison, row, (summary.in_per_cent for summary in summaries.values()))
     return table
+
+
+def _star(comparison: Comparison) -> str:
+    return "; * not zero-shot" if comparison.choices else ""
 
 
 def differences_table(comparison: Comparison) -> Table | None:
@@ -149,9 +154,8 @@ def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
     """A row per model, a column per dataset: per cent ± half the interval; row `bold` is bold."""
     tasks = comparison.datasets
     columns = [*(task.replace("_", " ") for task in tasks), "mean"]
-    table = _table(
-        "zero-shot score in %, ± half the 95 % interval; * not zero-shot", "model", columns
-    )
+    title = f"score in %, ± half the 95 % interval{_star(comparison)}"
+    table = _table(title, "model", columns)
     first = {name: results for name, results in comparison.results.items() if name == BASE}
     for row, results in {**first, **comparison.experts, **comparison.results}.items():
         scored = [results[task] for task in tasks]

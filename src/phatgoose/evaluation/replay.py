@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
 from ..files.strict import first_line, shortened
+from ..routing.routers.registry import spec_of
 from .intervals import Sample, dataset_replicates, interval_of
 
 Array = NDArray[Any]
@@ -136,12 +137,17 @@ def router_rule(router: str) -> Rule:
         if router not in prompt.scores:
             raise ConfigError(
                 f"The marks have no choices of {shortened(router)}, but of "
-                f"{', '.join(prompt.scores) or 'no router'}; a router that chooses for every token "
-                f"can't be replayed."
+                f"{', '.join(prompt.scores) or 'no router'}. {_lack_of(router)}"
             )
         return max(prompt.scores[router], key=prompt.scores[router].__getitem__)
 
     return rule
+
+
+def _lack_of(router: str) -> str:
+    if not spec_of(router).per_input:
+        return "It chooses for every token, so it can't be replayed."
+    return "Make marks of experts with the statistics that it needs."
 
 
 def file_rule(path: Path) -> Rule:

@@ -158,6 +158,7 @@ analyse experts --task unseen.jsonl BASE --against oracle => Router oracle needs
 analyse experts --task unseen.jsonl BASE --scores unseen.jsonl => unseen.jsonl holds no scores
 analyse experts --task unseen.jsonl BASE --out file => file/report.html can't be written
 COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
+COMPARE unseen.jsonl --methods arow => Did you mean 'arrow'?
 COMPARE unseen.jsonl --methods , => No method was given
 COMPARE unseen.jsonl --methods base --methods retrieval => Expert 'counting' has no embeddings
 COMPARE nowhere => Suite 'nowhere' is neither a known name

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...base.fingerprint import BaseReference, dtype_name
 from ...base.loading import Base, load_base
 from ...base.sites import ROUTED
-from ...config import Routing
+from ...config import Routing, closest
 from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
 from ...experts.hub import local_folder
@@ -104,6 +104,7 @@ def _canonical(method: str) -> str:
     if method != BASE and method.partition(":")[0] not in (*METHODS, *LEFT):
         raise ConfigError(
             f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
+            f"{closest(method.partition(':')[0], METHODS)}"
         )
     return method if method == BASE else choice_of(method).text
 

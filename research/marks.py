@@ -83,26 +83,14 @@ Columns = dict[str, list[Any]]
 
 
 def main() -> None:
-    """Score what isn't there yet, and write the file after each model."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("pool", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--base", help="default: the one that the experts name")
-    parser.add_argument("--name", help="of the file; default: the base's")
-    parser.add_argument("--rows", type=int, default=40, help="of an own task, in each wording")
-    parser.add_argument("--unseen", type=int, default=60, help="rows of an unseen task; 0: none")
-    parser.add_argument("--ranked", action="store_true", help="unseen tasks with choices only")
-    parser.add_argument("--random", type=int, metavar="SEED", help="random twins of experts too")
-    parser.add_argument("--random-output", action="store_true", help="twins change as much")
-    parser.add_argument("--routed", nargs="*", default=[], help="routers to run: merged phatgoose")
-    given = parser.parse_args()
+    """Score what isn't there yet, and write the file after each round of pieces."""
+    given = _options()
     pool = Pool.open(given.pool)
     base = loaded_base(pool, given.base)
     sets = evaluation_sets(given.data, pool, given.rows, given.unseen, ranked=given.ranked)
     name = given.name or Path(base.reference.id).name
-    count = sum(len(each.examples) for each in sets.values())
     models = list(models_of(pool, given.random, given.routed, by_output=given.random_output))
+    count = sum(len(each.examples) for each in sets.values())
     dtype = number_format(base.model)
     print(f"{name}: {len(models)} models, {count} examples, {dtype}", flush=True)
     finished, basis = Sets(), basis_of(pool)
@@ -115,14 +103,27 @@ def main() -> None:
                 for model in models:
                     answer(store, base, some, model, shared)
             finished |= asked
-            columns = examples_of(finished) | choices_of(pool, base, finished, given.out)
+            columns = examples_of(finished) | choices_of(pool, base, finished, given.out, basis)
             columns |= {k: v for model in models for k, v in answers(store, base, finished, model)}
-            if basis is not None:
-                columns["embedding"] = list(np.stack(columns["embedding"]) @ basis.numpy())
             write(given.out / f"{name}.parquet", metadata(name, pool, basis), columns)
-            rows = len(columns["prompt"])
-            taken = time.monotonic() - begun
-            print(f"{rows} examples, {rows * len(models)} marks, {taken:.0f} s", flush=True)
+            rows, seconds = len(columns["prompt"]), time.monotonic() - begun
+            print(f"{rows} examples, {rows * len(models)} marks, {seconds:.0f} s", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base", help="default: the one that the experts name")
+    parser.add_argument("--name", help="of the file; default: the base's")
+    parser.add_argument("--rows", type=int, default=40, help="of an own task, in each wording")
+    parser.add_argument("--unseen", type=int, default=60, help="rows of an unseen task; 0: none")
+    parser.add_argument("--ranked", action="store_true", help="unseen tasks with choices only")
+    parser.add_argument("--random", type=int, metavar="SEED", help="random twins of experts too")
+    parser.add_argument("--random-output", action="store_true", help="twins change as much")
+    parser.add_argument("--routed", nargs="*", default=[], help="routers to run: merged phatgoose")
+    return parser.parse_args()
 
 
 def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: bool) -> Sets:
@@ -344,8 +345,8 @@ def examples_of(sets: Sets) -> Columns:
     return found
 
 
-def choices_of(pool: Pool, base: Base, sets: Sets, out: Path) -> Columns:
-    """Embeddings of the prompts, and each prompt router's scores; from `out` if there.
+def choices_of(pool: Pool, base: Base, sets: Sets, out: Path, basis: Tensor | None) -> Columns:
+    """Embeddings of the prompts in `basis`, and each prompt router's scores; from `out` if there.
 
     Routers whose needs the pool lacks are left out by name.
     """
@@ -363,7 +364,10 @@ def choices_of(pool: Pool, base: Base, sets: Sets, out: Path) -> Columns:
             some = [_chosen(choosers, base, few) for few in batched(prompts)]
             save_file({name: torch.cat([each[name] for each in some]) for name in some[0]}, kept)
         parts.append(load_file(kept))
-    return {name: [row for part in parts for row in part[name].numpy()] for name in parts[0]}
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if basis is not None:
+        found["embedding"] = found["embedding"] @ basis
+    return {name: list(rows.numpy()) for name, rows in found.items()}
 
 
 def batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:

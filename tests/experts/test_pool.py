@@ -180,6 +180,11 @@ def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path
         Pool.open(tmp_path / "other").select(leave_out=["x"])
 
 
+def test_names_with_commas_between_are_explained(llama_pool):
+    with pytest.raises(PoolError, match="Name one expert at a time: --keep a --keep b"):
+        llama_pool.select(keep=["e1,e2"])
+
+
 def test_a_manifest_opens_the_same_pool(write, tmp_path):
     for name in ("b", "a"):
         write(name)

@@ -25,7 +25,6 @@ from floors import Work
 from measuring import peak_memory, ratio, side_by_side
 from phatgoose.base.loading import twin
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
-from phatgoose.tasks.batching import contiguous_head
 from routed_speed import prefill
 
 __all__ = ["arrow_of_peft", "measure_arrow"]
@@ -120,20 +119,10 @@ def _ours(bench: Bench, count: int) -> PreTrainedModel:
 
 
 def _warm_prefill(model: PreTrainedModel | PeftModel, bench: Bench) -> Callable[[], object]:
-    """An action: the row `prefill`'s, after a tiny one here, which sets up what is lazy.
-
-    But the output layer's matrix is not copied once per row, as torch does to both: that takes half
-    a gigabyte, behind which routing's memory would vanish.
-    """
+    """An action: the row `prefill`'s, after a tiny one here, which sets up what is lazy."""
     with torch.inference_mode():
         model(**bench.prompts(1, 2))
-    action = prefill(model, bench.prompts(*bench.sizes.prefill))
-
-    def with_contiguous_rows() -> object:
-        with contiguous_head(model):
-            return action()
-
-    return with_contiguous_rows
+    return prefill(model, bench.prompts(*bench.sizes.prefill))
 
 
 Load = Callable[[Bench, int], PeftModel | PreTrainedModel]

@@ -19,6 +19,7 @@ from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.stacks import SiteStack
+from phatgoose.tasks.batching import contiguous_head
 
 __all__ = ["decoder", "prefill", "random_layer"]
 
@@ -151,11 +152,15 @@ def measure_reference(bench: Bench) -> Iterator[Finding]:
 
 
 def prefill(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Callable[[], object]:
-    """An action: the logits of the last position."""
+    """An action: the logits of the last position, as our server and evaluation compute them.
+
+    Otherwise torch copies the output matrix once per row, to which routing adds nothing.
+    """
 
     @torch.inference_mode()
     def action() -> Tensor:
-        logits: Tensor = model(**batch, use_cache=False, logits_to_keep=1).logits
+        with contiguous_head(model):
+            logits: Tensor = model(**batch, use_cache=False, logits_to_keep=1).logits
         return logits
 
     return action

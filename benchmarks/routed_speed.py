@@ -154,7 +154,8 @@ def measure_reference(bench: Bench) -> Iterator[Finding]:
 def prefill(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Callable[[], object]:
     """An action: the logits of the last position, as our server and evaluation compute them.
 
-    Otherwise torch copies the output matrix once per row, to which routing adds nothing.
+    Else torch copies the output matrix once per row. That costs the same with and without routing,
+    so it would hide what routing adds.
     """
 
     @torch.inference_mode()

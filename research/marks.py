@@ -244,11 +244,12 @@ def norm_of_product(A: Tensor, B: Tensor) -> Tensor:
 def answer(store: ResultStore, base: Base, sets: Sets, model: Model, shared: SharedPrompts) -> None:
     """Store what one model answers to `sets`, which are scored alike, as far as it isn't there."""
     keys = keys_of(base, sets, model)
-    if all(store.get(key) is not None for key in keys.values()):
+    missing = {which: each for which, each in sets.items() if store.get(keys[which]) is None}
+    if not missing:
         return
     _, _, pool, router = model
     with composed(base, pool, router):
-        for which, result in scored(base, sets, shared).items():
+        for which, result in scored(base, missing, shared).items():
             store.add(keys[which], result)
 
 
@@ -413,9 +414,10 @@ def metadata(name: str, pool: Pool, basis: Tensor | None) -> dict[str, str]:
 
 
 def basis_of(pool: Pool) -> Tensor | None:
-    """The space of the experts' centres, [columns of an embedding, centres]; None without any.
+    """The space of the experts' centres, [columns of an embedding, dimensions]; None without any.
 
-    Products with centres stay as they are there, and little else of a prompt can be told.
+    Products with centres stay as they are there. As long as centres are far fewer than columns,
+    little else of a prompt can be told.
     """
     if not all(expert.has("embeddings") for expert in pool.experts):
         return None

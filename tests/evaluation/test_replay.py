@@ -151,9 +151,9 @@ def test_choices_of_a_file(marks, tmp_path):
     [
         (
             router_rule("arrow"),
-            "no choices of 'arrow', but of centroid. It chooses for every token",
+            "no choices of 'arrow', but of centroid. It doesn't choose by",
         ),
-        (router_rule("retrieval"), "Make marks of experts with the statistics that it needs"),
+        (router_rule("retrieval"), r"research/marks.py stores these, where"),
         (router_rule("centriod"), r"but must be one of .* Did you mean 'centroid'\?"),
         (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+: .*empty"),
         (lambda _: "birds", "chose 'birds'; tiny has kinds, moods"),
@@ -241,14 +241,11 @@ def test_marks_are_what_evaluate_scores(program, llama, llama_pool, acts_on):
     assert program.acts_at_ends(pool) == bool(acts_on)
     parts = list(program.alike(sets))
     assert [list(some) for some in parts] == [list(sets)[:2], list(sets)[2:]]
+    shared, found = SharedPrompts(tails=bool(acts_on)), {}
     with program.composed(llama, pool, "single"):
-        found = {
-            which: cell
-            for some in parts
-            for which, cell in program.scored(
-                llama, some, SharedPrompts(tails=bool(acts_on))
-            ).items()
-        }
+        for some in parts:
+            found |= program.scored(llama, some, shared)
+    assert bool(shared._held) == bool(acts_on)
     model = compose(pool, llama, router="single")
     wanted = evaluate(model, [CHOOSING, OPEN], max_new_tokens=4)
     detach(model)

@@ -181,8 +181,8 @@ def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path
 
 
 def test_names_with_commas_between_are_explained(llama_pool):
-    with pytest.raises(PoolError, match="Name one expert at a time: --keep a --keep b"):
-        llama_pool.select(keep=["e1,e2"])
+    with pytest.raises(PoolError, match="Name one expert at a time: repeat the flag"):
+        llama_pool.select(leave_out=["e1, e2"])
 
 
 def test_a_manifest_opens_the_same_pool(write, tmp_path):

@@ -135,14 +135,28 @@ def test_tokens_on_which_all_act_are_routed_in_one_call(monkeypatch):
     if not runs_natively(torch.zeros(1)):
         pytest.skip("the native kernel isn't built")
     found = layers.one_call
-    monkeypatch.setattr(
-        layers,
-        "one_call",
-        lambda name, y, u, *rest: seen.append(len(u)) or found(name, y, u, *rest),
-    )
+
+    def watched(*given):
+        added = found(*given)
+        seen.append(len(given[2]) if added else None)
+        return added
+
+    monkeypatch.setattr(layers, "one_call", watched)
     with torch.no_grad():
         case.routed(**batch)
     assert seen == [2 * len(PROMPTS)] * len(composition_of(case.routed).layers)
+
+
+def test_a_layer_that_sees_other_tokens_than_the_pass_is_refused():
+    case, batch = Case("llama", ALIKE), padded([*PROMPTS])
+    layer = next(iter(composition_of(case.routed).layers.values()))
+    forward = layer.forward
+    layer.forward = lambda u: forward(torch.cat([u, u], dim=1))
+    with (
+        torch.no_grad(),
+        pytest.raises(RoutingError, match="a layer sees 54 of a pass's 27 tokens"),
+    ):
+        case.routed(**batch)
 
 
 def test_the_experts_of_each_pass_matter(case):

@@ -96,8 +96,8 @@ def _continued(
             BranchedText(prompt[count:], [choice[:-1] for choice in rows[i][1]])
             for i, prompt, count in zip(batch, prompts, begun.counts, strict=True)
         ]
-        # Prompts of a batch have similar lengths; what follows what was read of them may not.
-        for group in _of_similar_length([text.length for text in texts]):
+        # A batch's prompts are of similar length; what is left to read needn't be.
+        for group in map(sorted, _of_similar_length([text.length for text in texts])):
             some = [batch[place] for place in group]
             before_pass(some)
             logits = _after(begun.only(group), model, [texts[place] for place in group], pad)

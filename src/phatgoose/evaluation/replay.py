@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
 from ..files.strict import first_line, shortened
-from ..routing.routers.registry import spec_of
+from ..routing.routers.registry import AUTO, spec_of
 from .intervals import Sample, dataset_replicates, interval_of
 
 Array = NDArray[Any]
@@ -145,9 +145,9 @@ def router_rule(router: str) -> Rule:
 
 
 def _lack_of(router: str) -> str:
-    if not spec_of(router).per_input:
-        return "It chooses for every token, so it can't be replayed."
-    return "Make marks of experts with the statistics that it needs."
+    if router != AUTO and not spec_of(router).per_input:
+        return "It doesn't choose by the prompt alone, so it can't be replayed."
+    return "research/marks.py stores these, where the experts have what a router needs."
 
 
 def file_rule(path: Path) -> Rule:

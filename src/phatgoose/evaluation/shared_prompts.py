@@ -51,9 +51,11 @@ class Begun:
         return torch.arange(self.columns) < torch.tensor(self.counts)[:, None]
 
     def only(self, rows: Sequence[int]) -> Begun:
-        """The prompts of these rows alone; their cache is a copy."""
+        """The prompts of these rows alone; of some rows the cache is a copy."""
+        if list(rows) == list(range(len(self.counts))):
+            return self
         counts = tuple(self.counts[row] for row in rows)
-        return Begun(_part(self.cache, max(counts), torch.tensor(rows)), counts)
+        return Begun(_part(self.cache, max(counts), rows), counts)
 
     def laid_out(self, prompts: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor]:
         """(ids, mask) of the whole `prompts`, [rows, tokens]; what was read is in its columns."""
@@ -153,15 +155,13 @@ def reading_once(model: PreTrainedModel) -> Iterator[SharedPrompts | None]:
             router.remember(None)
 
 
-def _part(cache: Cache, columns: int, rows: Tensor | None = None) -> Cache:
+def _part(cache: Cache, columns: int, rows: Sequence[int] | slice = slice(None)) -> Cache:
     """The first columns of `cache`, of all rows or of some."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in part.layers:
-        layer.keys, layer.values = (
-            held[:, :, :columns] if rows is None else held[:, :, :columns].index_select(0, rows)
-            for held in (layer.keys, layer.values)
-        )
+        layer.keys = layer.keys[rows, :, :columns]
+        layer.values = layer.values[rows, :, :columns]
     return part
 
 

@@ -172,8 +172,8 @@ class Pool(Mapping[str, Expert]):
             else f"{expert.name} (in {expert.place})"
             for expert in self.experts
         ]
-        if isinstance(name, str) and all(part in self for part in name.split(",")):
-            hint = " Name one expert at a time: --keep a --keep b, or keep=['a', 'b'] in Python."
+        if isinstance(name, str) and all(part.strip() in self for part in name.split(",")):
+            hint = " Name one expert at a time: repeat the flag, or give a list in Python."
         hint = hint or closest(name, self.names)
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 

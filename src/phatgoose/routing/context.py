@@ -177,19 +177,19 @@ class RoutingContext:
             )
         if all(found.whole):
             return None
-        if len(found.mask) != tokens:
-            raise RoutingError(
-                f"Some experts act from a prompt's end on, but a layer sees {tokens} of a pass's "
-                f"{len(found.mask)} tokens, as inside one of the base's own experts."
-            )
+        _check_tokens(found, tokens)
         mask = found.mask if places is None else found.mask[places]
         return mask.to(columns.device)[:, columns]
 
-    def places(self, columns: tuple[int, ...]) -> tuple[Tensor, bool] | None:
-        """As `Activity.places`, in the present pass. None also outside of one."""
+    def places(self, columns: tuple[int, ...], tokens: int) -> tuple[Tensor, bool] | None:
+        """As `Activity.places`, in the present pass of `tokens`. None also outside of one.
+
+        Raises RoutingError as `active`.
+        """
         found = self._present.activity
         if found is None or any(found.whole[column] for column in columns):
             return None
+        _check_tokens(found, tokens)
         return found.places(columns)
 
     def acts(self, columns: Sequence[int]) -> bool:
@@ -430,6 +430,14 @@ def _generate(
         return type(model).generate(model, inputs, *args, **kwargs)
     finally:
         present.given, present.asked = before, outer
+
+
+def _check_tokens(activity: Activity, tokens: int) -> None:
+    if len(activity.mask) != tokens:
+        raise RoutingError(
+            f"Some experts act from a prompt's end on, but a layer sees {tokens} of a pass's "
+            f"{len(activity.mask)} tokens, as inside one of the base's own experts."
+        )
 
 
 def _of_any(known: Choice) -> Choice:

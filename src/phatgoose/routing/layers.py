@@ -186,29 +186,37 @@ class RoutedLinear(RoutedLayer):
     def _changed_at_ends(self, y: Tensor, u: Tensor) -> Tensor | None:
         """What the experts make of y where few tokens have any that act; None where many have."""
         context, tokens = self.context, u.reshape(-1, u.shape[-1])
-        found = None if context is None else context.places(self.columns)
+        found = None if context is None else context.places(self.columns, len(tokens))
         if context is None or found is None or watches_over(self, self.site):
             return None
-        places, all_act = found
+        places, all_act = found[0].to(u.device), found[1]
         by_token, some, flat = self.router.by_token, tokens[places], y.reshape(-1, y.shape[-1])
         if all_act and by_token and self.one_call:
             changed = flat[places]
             if self._added_in_one_call(changed, some):
                 return flat.index_copy_(0, places, changed).view(y.shape)
-        # Not one token more: gates of many experts cost as much as the rest of the layer.
-        active = context.active(self.activity_columns, len(tokens), places if by_token else None)
-        if active is None:
-            return None
-        if by_token:
-            decision = self.router(some) if all_act else self.router.among(some, active)
-        else:
-            decision = self.router.among(tokens, active)
-            decision = RoutingDecision(decision.experts[places], decision.weights[places])
+        decision = self._decision_at(context, tokens, places, all_act)
         delta = self._product(
             some.to(self.A.dtype), decision.experts, decision.weights, self.A, self.B
         )
         add = flat.index_add if y.requires_grad else flat.index_add_
         return add(0, places, delta.to(y.dtype)).view(y.shape)
+
+    def _decision_at(
+        self, context: RoutingContext, tokens: Tensor, places: Tensor, all_act: bool
+    ) -> RoutingDecision:
+        router, by_token = self.router, self.router.by_token
+        # Not one token more: gates of many experts cost as much as the rest of the layer.
+        some = tokens[places] if by_token else tokens
+        if by_token and all_act:
+            decision: RoutingDecision = router(some)
+            return decision
+        active = context.active(self.activity_columns, len(tokens), places if by_token else None)
+        assert active is not None  # where all experts act everywhere there are no `places`
+        decision = router.among(some, active)
+        if by_token:
+            return decision
+        return RoutingDecision(decision.experts[places], decision.weights[places])
 
     def _acts_alike(self, u: Tensor) -> bool:
         """Whether all experts of the layer act on all tokens of the pass."""

@@ -208,12 +208,11 @@ class RoutedLinear(RoutedLayer):
         router, by_token = self.router, self.router.by_token
         # Not one token more: gates of many experts cost as much as the rest of the layer.
         some = tokens[places] if by_token else tokens
-        if by_token and all_act:
-            decision: RoutingDecision = router(some)
-            return decision
-        active = context.active(self.activity_columns, len(tokens), places if by_token else None)
-        assert active is not None  # where all experts act everywhere there are no `places`
-        decision = router.among(some, active)
+        active = None
+        if not (by_token and all_act):
+            here = places if by_token else None
+            active = context.active(self.activity_columns, len(tokens), here)
+        decision: RoutingDecision = router(some) if active is None else router.among(some, active)
         if by_token:
             return decision
         return RoutingDecision(decision.experts[places], decision.weights[places])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -285,3 +286,16 @@ def test_a_random_twin_has_the_norms_and_ranks_of_its_expert(program, llama_pool
     mean, strong = expert.means[site], program.random_twin(expert, 0, by_output=True).lora[site]
     wanted = (lora.B @ lora.A).float() @ mean
     torch.testing.assert_close((strong.B @ strong.A @ mean).norm(), wanted.norm())
+
+
+def test_published_marks_have_no_text_and_are_replayed():
+    folder = ROOT / "research" / "marks"
+    assert all(path.stat().st_size <= 5_000_000 for path in folder.glob("*.parquet"))
+    for marks in read_marks(folder):
+        texts = {name for name, held in marks.columns.items() if held.dtype == object}
+        assert texts == {"prompt", "task", "wording"}
+        assert all(re.fullmatch("[0-9a-f]{16}", each) for each in marks.columns["prompt"])
+        new, *_ = replay(marks, {"discriminant": chosen_by(marks, router_rule("discriminant"))})
+        lines = {line.name: line.score.value for line in new.lines}
+        assert new.wording == "new"
+        assert lines["in-domain expert"] >= lines["discriminant"] - 0.05 > lines["base"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from threading import Thread
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from phatgoose.routing.choices import NOBODY, Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.context import RoutingContext, base_alone
+from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS
@@ -185,7 +187,8 @@ def test_the_base_is_alone_while_it_is_read(base, pool):
     model = compose(pool, base, router="discriminant")
     context = composition_of(model).context
     context.use(Choice.alone(torch.tensor([3])))
-    with record(model) as recording, base_alone(model):
+    computed = mock.patch.object(RoutedLinear, "_product", side_effect=AssertionError)
+    with record(model) as recording, base_alone(model), computed:
         assert torch.equal(prompt_stack(model)(input_ids=ids)[0], hidden)
     assert not recording.weights  # nobody watches either
     assert context.choice.experts.tolist() == [[3]]  # as before

@@ -87,6 +87,7 @@ class _Present(threading.local):
     beginnings: Tensor | None = None  # of the rows' prompts, as `Turn.beginnings`
     activity: Activity | None = None  # of the pass under way
     announced = False  # by somebody, rather than read
+    base_alone = False  # no expert acts, whatever is chosen
     asked: _Asked | None = None  # the call of `generate` under way
     prompt: Tensor | None = None  # read last
     length = 0  # of that prompt by now
@@ -160,6 +161,11 @@ class RoutingContext:
         if choice is None and self.router is not None:
             choice = self.choose(prompts, **known)
         return Turn(choice, beginnings(self.acting, prompts) if self.acting and prompts else None)
+
+    @property
+    def base_alone(self) -> bool:
+        """Whether no expert acts in this thread's passes, as while prompts are read."""
+        return self._present.base_alone
 
     def active(self, columns: Tensor, tokens: int, places: Tensor | None = None) -> Tensor | None:
         """Which experts of a site are active at each of the pass's `tokens`, [tokens, E].
@@ -485,12 +491,13 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
             "over the base, or detach the experts."
         )
     present = context._present
-    before = present.choice, present.beginnings, present.announced
+    before = present.choice, present.beginnings, present.announced, present.base_alone
     nowhere = torch.full((1, len(context.acting)), NEVER) if context.acting else None
     context.use(Choice.alone(torch.tensor([NOBODY])), nowhere)
+    present.base_alone = True
     try:
         # A pass that is watched may read a prompt first; that reading is no part of it.
         with unwatched():
             yield
     finally:
-        present.choice, present.beginnings, present.announced = before
+        present.choice, present.beginnings, present.announced, present.base_alone = before

@@ -328,6 +328,10 @@ class ChosenExperts(SiteRouter):
         self.context, self.sees_all, self.block = context, site.sees_all, site.block
         self.experts = len(site.experts)
 
+    @property
+    def idle(self) -> bool:
+        return self.context.base_alone
+
     def forward(self, u: Tensor) -> RoutingDecision:
         choice = self.context.of_each(u, self.sees_all, self.block)
         experts = self.position[choice.experts]

@@ -139,6 +139,11 @@ class SiteRouter(nn.Module):
     one_call: ClassVar[bool] = False
     by_token: ClassVar[bool] = False  # a token's decision depends on nothing but the token
 
+    @property
+    def idle(self) -> bool:
+        """Whether no expert acts in the present pass, whatever its tokens are."""
+        return False
+
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for activations u [T, n]."""
         raise NotImplementedError

@@ -99,7 +99,7 @@ def main() -> None:
             begun = time.monotonic()
             asked = {which: each for which, each in sets.items() if which[2] == piece}
             for some in alike(asked):
-                shared = SharedPrompts(tails=acts_at_ends(pool))
+                shared = SharedPrompts(tails=pool.all_at_ends)
                 for model in models:
                     answer(store, base, some, model, shared)
             finished |= asked
@@ -159,11 +159,6 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: b
     if not found:
         raise SystemExit(f"error: {data} has no task files in {', '.join(WORDINGS)} for this pool.")
     return found
-
-
-def acts_at_ends(pool: Pool) -> bool:
-    """Whether all experts act from a prompt's end on."""
-    return all(expert.acts_on for expert in pool.experts)
 
 
 def tables_of(folder: Path, suites: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -266,12 +261,8 @@ def keys_of(base: Base, sets: Sets, model: Model) -> dict[Which, Any]:
     """The store's key of each piece."""
     about = [base.fingerprint, number_format(base.model)]
     return {
-        (wording, task, piece): {
-            "model": list(model[:2]),
-            "base": about,
-            "set": [wording, task, each.digest],
-        }
-        for (wording, task, piece), each in sets.items()
+        which: {"model": list(model[:2]), "base": about, "set": [*which[:2], each.digest]}
+        for which, each in sets.items()
     }
 
 

@@ -239,7 +239,7 @@ def test_marks_are_what_evaluate_scores(program, llama, llama_pool, acts_on):
     }
     (expert,) = llama_pool.select(["e1"]).experts
     pool = Pool((replace(expert, info=replace(expert.info, acts_on=acts_on)),))
-    assert program.acts_at_ends(pool) == bool(acts_on)
+    assert pool.all_at_ends == bool(acts_on)
     parts = list(program.alike(sets))
     assert [list(some) for some in parts] == [list(sets)[:2], list(sets)[2:]]
     shared, found = SharedPrompts(tails=bool(acts_on)), {}

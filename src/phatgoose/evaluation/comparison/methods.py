@@ -191,7 +191,7 @@ class Row:
     @property
     def at_ends(self) -> bool:
         """True if all of its experts act from prompts' ends on."""
-        return self.pool is not None and all(each.acts_on for each in self.pool.experts)
+        return self.pool is not None and self.pool.all_at_ends
 
     @property
     def base(self) -> BaseReference | None:

@@ -60,6 +60,7 @@ from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
+from phatgoose.files.atomic import new_file
 from phatgoose.files.strict import read_toml
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
@@ -285,14 +286,19 @@ def alike(sets: Sets) -> Iterator[Sets]:
     for which, each in sets.items():
         kinds.setdefault((each.metrics, each.max_new_tokens), {})[which] = each
     for same in kinds.values():
-        some: Sets = {}
-        for which, each in same.items():
-            some[which] = each
-            if sum(len(held.examples) for held in some.values()) >= AT_ONCE:
-                yield some
-                some = {}
-        if some:
+        yield from together(same)
+
+
+def together(sets: Sets) -> Iterator[Sets]:
+    """Some sets at a time: the base's states of all prompts take gigabytes."""
+    some: Sets = {}
+    for which, each in sets.items():
+        some[which] = each
+        if sum(len(held.examples) for held in some.values()) >= AT_ONCE:
             yield some
+            some = {}
+    if some:
+        yield some
 
 
 def scored(base: Base, sets: Sets, shared: SharedPrompts) -> dict[Which, dict[str, Any]]:
@@ -343,28 +349,27 @@ def choices_of(pool: Pool, base: Base, sets: Sets, out: Path, basis: Tensor | No
     Routers whose needs the pool lacks are left out by name.
     """
     about = json.dumps([pool.records(), ROUTERS], default=str)
-    parts = []
-    for piece in sorted({piece for _, _, piece in sets}):
-        asked = {which: each for which, each in sets.items() if which[2] == piece}
-        content = [about, sorted(each.digest for each in asked.values())]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-        kept = out / f"choices-{digest}.safetensors"
-        if not kept.exists():
-            encoder = Encoder.for_model(base.model, base.tokenizer)
-            prompts = [p for each in asked.values() for p in each.questions(encoder).prompts]
-            choosers = {router: c for router in ROUTERS if (c := _chooser(pool, base, router))}
-            some = [_chosen(choosers, base, few) for few in batched(prompts)]
-            save_file({name: torch.cat([each[name] for each in some]) for name in some[0]}, kept)
-        parts.append(load_file(kept))
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    kept = {}
+    for which, each in sets.items():
+        digest = hashlib.sha256(f"{about} {each.digest}".encode()).hexdigest()
+        kept[which] = out / "choices" / f"{digest[:16]}.safetensors"
+    missing = {which: each for which, each in sets.items() if not kept[which].exists()}
+    if missing:
+        choosers = {router: c for router in ROUTERS if (c := _chooser(pool, base, router))}
+        encoder = Encoder.for_model(base.model, base.tokenizer)
+        for some in together(missing):
+            prompts = [p for each in some.values() for p in each.questions(encoder).prompts]
+            found = _chosen(choosers, base, prompts)
+            counts = [len(each.examples) for each in some.values()]
+            parts = {name: rows.split(counts) for name, rows in found.items()}
+            for i, which in enumerate(some):
+                with new_file(kept[which]) as path:
+                    save_file({name: rows[i].contiguous() for name, rows in parts.items()}, path)
+    held = [load_file(path) for path in kept.values()]
+    found = {name: torch.cat([part[name] for part in held]) for name in held[0]}
     if basis is not None:
         found["embedding"] = found["embedding"] @ basis
     return {name: list(rows.numpy()) for name, rows in found.items()}
-
-
-def batched(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """`prompts`, some at a time: the base's states of all take gigabytes."""
-    return (prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE))
 
 
 def _chooser(pool: Pool, base: Base, router: str) -> PromptRouter | None:
@@ -420,17 +425,16 @@ def write(path: Path, about: Mapping[str, str], columns: Columns) -> None:
     """The Parquet file, whole or not at all."""
     arrays = {name: _array(name, values) for name, values in columns.items()}
     table = pa.table(arrays).replace_schema_metadata(about)
-    unfinished = path.with_suffix(".unfinished")
     halves = [name for name in arrays if name.startswith(("embedding", "choice/", "likelihoods/"))]
-    pq.write_table(
-        table,
-        unfinished,
-        compression="zstd",
-        compression_level=19,
-        use_dictionary=[name for name in arrays if name not in halves],
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in halves},
-    )
-    unfinished.replace(path)
+    with new_file(path) as unfinished:
+        pq.write_table(
+            table,
+            unfinished,
+            compression="zstd",
+            compression_level=19,
+            use_dictionary=[name for name in arrays if name not in halves],
+            column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in halves},
+        )
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:

@@ -15,6 +15,7 @@ import json
 import random
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,8 @@ SETTINGS = [  # place, shrinkage, task variance
     *[("whole", 0.3, tau) for tau in (0.0, 0.5, 1.0, 2.0)],
     *[("whole", shrinkage, 1.0) for shrinkage in (0.1, 0.6)],
 ]
+DEFAULT = ("whole", 0.3, 1.0)
+SHARES = [tenths / 10 for tenths in range(11)]  # of embeddings in joint-discriminant
 Read = dict[str, Tensor]  # states [prompts, 2, blocks, d], embeddings [prompts, c], wordings
 
 
@@ -81,6 +84,13 @@ def read(base: Base, given: argparse.Namespace, task: str, folder: str, split: s
     return found
 
 
+def interval(apart: list[float]) -> tuple[float, float]:
+    """Of a mean over tasks, 95 %, in per cent, by 10,000 draws of tasks."""
+    draws = torch.randint(len(apart), (10_000, len(apart)), generator=torch.manual_seed(0))
+    low, high = torch.tensor(apart)[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]))
+    return 100 * low.item(), 100 * high.item()
+
+
 def left_out(task: str, rows: Read) -> tuple[Read, Read]:
     """The rows without one wording, drawn by the task's name, and those of it."""
     wordings = rows["wordings"].unique()
@@ -117,6 +127,14 @@ def tell(title: str, training: list[Read], asked: list[Read]) -> None:
         whole = blocks.mean(dim=1)
         cells = [right(each) for each in (whole, blocks, embedded, (whole + embedded) / 2)]
         print(f"| {place}, {shrinkage}, {variance} | {' | '.join(cells)} |")
+        if (place, shrinkage, variance) == DEFAULT:
+            joint = {share: torch.lerp(whole, embedded, share) for share in SHARES}
+    print("| share of embeddings | right | less discriminant |\n|---|---|---|")
+    for share, scores in joint.items():
+        hits = [(each.argmax(-1) == owners).double() for each in (scores, joint[0.0])]
+        apart = [part.mean().item() for part in (hits[0] - hits[1]).split(counts.tolist())]
+        low, high = interval(apart)
+        print(f"| {share} | {right(scores)} | {100 * fmean(apart):+.1f} [{low:.1f}, {high:.1f}] |")
     rows = torch.cat([each["embeddings"] for each in training])
     their = torch.arange(len(training)).repeat_interleave(
         torch.tensor([len(each["embeddings"]) for each in training])

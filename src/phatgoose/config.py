@@ -89,10 +89,13 @@ def _read_off(config: type) -> tuple[Setting, ...]:
     return tuple(settings)
 
 
-def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
+def from_mapping(
+    config: type[Config], values: Mapping[str, Any], where: str, others: Sequence[str] = ()
+) -> Config:
     """A `config` filled from `values`; missing fields keep their default.
 
-    Raises ConfigError, naming `where`, for an unknown key or a value that `config` refuses.
+    `others` are known there too, but aren't settings. Raises ConfigError, naming `where`, for an
+    unknown key or a value that `config` refuses.
     """
     known = [setting.name for setting in settings_of(config)]
     left: Mapping[str, str] = getattr(config, "left", {})
@@ -105,8 +108,8 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
         if key in left:
             raise ConfigError(f"{where}: {left[key]}.")
         if key not in known:
-            named = ", ".join(known) or "none"
-            hint = closest(key, [*known, *also])
+            named = ", ".join([*known, *others]) or "none"
+            hint = closest(key, [*known, *also, *others])
             raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.{hint}")
     try:
         return config(**values)

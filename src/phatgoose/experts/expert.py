@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..base.active_tokens import ActsOn
 from ..base.fingerprint import BaseReference
-from ..base.loading import Base
+from ..base.loading import Base, closest_beside
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
@@ -169,6 +169,8 @@ def read_info(path: Path) -> ExpertInfo:
     except FileNotFoundError as error:
         holds = next(path.parent.glob(f"*/{path.name}"), None)
         hint = f" It holds experts: name each ({holds.parent}, …)." if holds else ""
+        if not path.parent.exists():
+            hint = closest_beside(path.parent)
         if (path.parent / ADAPTER_CONFIG).is_file():
             hint = f" It is a PEFT adapter: run 'phatgoose import {path.parent} --out …' first."
         raise ExpertError(

@@ -48,6 +48,7 @@ from .routers.router import (
 from .saved.save import save_pretrained
 from .stacks import SiteStack, stack_of
 
+ARGUMENTS = ("keep", "leave_out", "scores", "weights")  # of `compose`, beside routing settings
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
 
@@ -93,7 +94,7 @@ def compose(
     if weights is not None:
         given = _with_mixture(weights, given)
     if given:
-        routing = from_mapping(Routing, {**vars(routing), **given}, "compose")
+        routing = from_mapping(Routing, {**vars(routing), **given}, "compose", ARGUMENTS)
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     parts = prepared.parts
     parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}

@@ -74,6 +74,7 @@ gate experts/reviews --task reviews.jsonl --out new BASE --joint => joint is on
 measure bare --task reviews.jsonl --no-means --no-readings --no-embeddings => nothing to measure
 measure bare --task reviews.jsonl --statistics-examples 0 => statistics_examples is 0
 measure none --task reviews.jsonl => none is no expert directory
+measure exprts --task reviews.jsonl => exprts is no expert directory: phatgoose.json is missing. Did you mean 'experts'?
 measure tiny-base --task reviews.jsonl => phatgoose.json is missing
 measure bare --task reviews.jsonl --base ./nowhere => './nowhere'
 check damaged/cut => damaged/cut/adapter_model.safetensors is dam

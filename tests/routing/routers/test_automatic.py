@@ -48,8 +48,7 @@ def embedded(llama_pool, monkeypatch) -> Pool:
 @pytest.mark.parametrize(
     ("lacks", "wanted"),
     [
-        ((), "joint-discriminant"),
-        (("embeddings",), "discriminant"),
+        ((), "discriminant"),
         (("readings", "gates", "means"), "retrieval"),
         (("readings", "embeddings", "means"), "phatgoose"),
         (("readings", "embeddings", "gates"), "average-activation"),
@@ -80,13 +79,15 @@ def test_a_k_that_it_has_no_use_for_is_told(llama, embedded):
 def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
     llama, embedded, monkeypatch
 ):
-    first, *rest = embedded.experts
+    unread = stripped(embedded, "readings")
+    first, *rest = unread.experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
     routing = Routing(router="auto")
+    assert settled(routing, unread, llama.model, llama.tokenizer).router == "retrieval"
     found = settled(routing, Pool((other, *rest)), llama.model, llama.tokenizer)
-    assert found.router == "discriminant"
+    assert found.router == "phatgoose"
     monkeypatch.setattr(automatic, "can_embed", lambda: False)
-    assert settled(routing, embedded, llama.model, llama.tokenizer).router == "discriminant"
+    assert settled(routing, unread, llama.model, llama.tokenizer).router == "phatgoose"
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)

@@ -16,8 +16,7 @@ from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, ROUTERS
 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
-# Two kinds of reading come before one, where the embedder is on this machine.
-BY_PROMPT = ("joint-discriminant", "discriminant", "retrieval")  # by the prompt alone
+BY_PROMPT = ("discriminant", "retrieval")  # by the prompt alone
 NO_CHOICE = (
     "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
     "stats' on each, with its data, for readings and embeddings."

@@ -1,4 +1,4 @@
-"""docs/figures/demo.png: the demo's scores, and whom its routed model asked about five texts.
+"""docs/figures/demo.png: the demo's scores, and the expert that its routed model used for five texts.
 
     python research/demo_picture.py demo     # the folder that `make demo` leaves behind
 
@@ -59,9 +59,9 @@ def draw_scores(axes: Axes, comparison: dict[str, Any], router: str) -> None:
         label = rows[name]["label"] if name in rows else f"expert {name}"
         weight = "bold" if name == router else "normal"
         label += (
-            ", which auto takes"
+            " (auto)"
             if name == router
-            else " (told the expert)"
+            else " (best expert per task)"
             if name == "oracle"
             else ""
         )
@@ -83,7 +83,7 @@ def draw_texts(axes: Axes, traces: list[dict[str, Any]], tasks: list[str]) -> No
     right_one = {unseen: expert for expert, unseen in SKILLS.items()}
     axes.set(xlim=(0, 1), ylim=(1, 0))
     axes.axis("off")
-    axes.text(0, 0.015, "Whom the routed model asks", fontsize=9.5, weight="bold", va="top")
+    axes.text(0, 0.015, "Expert used for five texts", fontsize=9.5, weight="bold", va="top")
     top = 0.09
     for trace, task in zip(traces, tasks, strict=True):
         expert, share = max(trace["whole"], key=lambda pair: pair[1])

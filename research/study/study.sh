@@ -154,6 +154,6 @@ largest)  # leave out of rest_a and rest_b who fails the check of held-in
   compare largest 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" "${rest[@]}" ;;
 figures)  # A10 is no draw
   python research/study/report.py cells $out/sizes.jsonl $out/{b23,largest,b23-choice}/results.jsonl
-  python research/study/report.py sizes $out/sizes.jsonl docs/figures/study-sizes.png 10 ;;
+  python research/study/report.py sizes $out/sizes.jsonl research/study/sizes.png 10 ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

@@ -474,7 +474,7 @@ class RoutingSettings(TypedDict, total=False):
 
 
 ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
-# A saved model has its routing already; only where its embedder is may be told anew.
+# A saved model has its own routing; only its embedder can be named again.
 POOL_SETTINGS = ROUTING_SETTINGS - {"embedder"}
 
 MODEL_TYPE = "phatgoose"  # in the config.json of a saved routed model, as transformers has it

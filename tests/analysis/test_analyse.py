@@ -11,10 +11,12 @@ import torch
 import phatgoose as pg
 from analysed import TASKS, task
 from phatgoose.analysis.measures import ORACLE, DecisionFiles, agreement, kl_divergence
-from phatgoose.apps.report.page import report_page
+from phatgoose.apps.report.page import report_page, write_report
+from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.sites import Site
 from phatgoose.config import Routing
-from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError
+from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
+from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.routing.watching import SitePass
@@ -35,6 +37,26 @@ def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_
         scores = pg.evaluate(model, TASKS).scores
         assert tuple(found.routers[router].scores.values()) == scores
         pg.detach(model)
+
+
+def test_routers_whose_settings_hold_a_path_keep_their_files_apart(llama, llama_pool, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"input": "5 + 6 = 11"}\n')
+    routers = ["phatgoose", f"few-shot:by=discriminant,examples={few}"]
+    found = pg.analyse(llama_pool, TASKS, routers=routers, base=llama, score=False)
+    assert len(found.agreements) == 1
+    write_report(found, tmp_path / "out" / "report")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report"}
+    drawn = sorted(path.name for path in (tmp_path / "out" / "report" / "figures").iterdir())
+    assert len(drawn) == 6
+    assert set(tmp_path.iterdir()) == {few, tmp_path / "out"}
+
+
+def test_a_task_on_which_no_expert_acts_is_told_before_the_others(llama, llama_pool):
+    record = ActsOn(invocation=(7, 7, 7, 7)).record()
+    experts = [replace(e, info=replace(e.info, acts_on=record)) for e in llama_pool.experts]
+    with pytest.raises(EvaluationError, match="No expert acts on any token of task 'first'"):
+        pg.analyse(Pool(tuple(experts)), TASKS, routers=["phatgoose"], base=llama, score=False)
 
 
 def test_oracle_and_divergences(found):

@@ -60,6 +60,16 @@ def test_one_layer_and_kind_of_a_trace(llama, llama_pool):
         stream.shares(4, "2")
 
 
+@pytest.mark.parametrize(
+    ("mixture", "wanted"),
+    [("e0=1,e1=1", [0.5, 0.5]), ("e0=0.5,e1=-0.5", [0.5, 0.5]), ("e0=3,e1=-1", [0.75, 0.25])],
+)
+def test_sizes_of_a_mixture_of_ones_own_are_shown(llama, llama_pool, mixture, wanted):
+    (stream,) = traced(llama, llama_pool, router=f"weights:{mixture}")[2].streams
+    shown = stream.shares(4)
+    np.testing.assert_allclose(shown, np.broadcast_to([*wanted, 0, 0], shown.shape), atol=2 / 255)
+
+
 def test_experts_beyond_the_kept_ones_are_summed(llama, make_expert):
     pool = Pool(tuple(make_expert(llama, f"e{z}", seed=z, rank=1) for z in range(10)))
     (stream,) = traced(llama, pool, router="merged")[2].streams

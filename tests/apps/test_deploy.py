@@ -51,6 +51,15 @@ def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, tmp_path)
     assert value_of(gateway, "--base") == "base"
 
 
+def test_links_out_of_an_expert_s_folder_are_not_followed(llama, tmp_path):
+    expert = write_expert(llama, tmp_path / "pool", "e")
+    (tmp_path / "secret.txt").write_text("of this machine")
+    (expert.directory / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ConfigError, match=r"notes\.txt is a symbolic link that leads out"):
+        deploy(Pool.open(expert), "vllm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (9, 16), (33, 64), (80, 128)])
 def test_ranks_are_rounded_up(llama, tmp_path, rank, allowed):
     expert = write_expert(llama, tmp_path, "e", rank=rank)

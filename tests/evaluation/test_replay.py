@@ -31,7 +31,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from topic_prompts import CHOOSING, OPEN
 
-pytest.importorskip("pyarrow", reason="needs the extra replay")
+parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra replay")
 EXPERTS = ("kinds", "moods")
 RIGHT = {  # of the tasks kinds, kinds, moods, moods, and an unseen one
     "base": [0, 0, 1, 0, 1],
@@ -158,6 +158,8 @@ def test_choices_of_a_file(marks, tmp_path):
         (router_rule("centriod"), r"but must be one of .* Did you mean 'centroid'\?"),
         (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+: .*empty"),
         (lambda _: "birds", "chose 'birds'; tiny has kinds, moods"),
+        (lambda _: ["kinds"], "The rule failed on prompt [0-9a-f]+: unhashable"),
+        (lambda _: {"kinds": None, "moods": 1.0}, "The rule failed on prompt [0-9a-f]+: '>'"),
     ],
 )
 def test_what_can_t_be_replayed_is_refused(marks, rule, message):
@@ -166,8 +168,10 @@ def test_what_can_t_be_replayed_is_refused(marks, rule, message):
         chosen_by(held, rule)
 
 
-@pytest.mark.parametrize("name", ["nothing", "no.such.module:rule", "json:no_rule"])
-def test_rules_that_can_t_be_imported(name):
+@pytest.mark.parametrize("name", ["nothing", "no.such.module:rule", "json:no_rule", "mine:rule"])
+def test_rules_that_can_t_be_imported(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def rule(prompt)\n")
     with pytest.raises(ConfigError, match=r"^[rR]ule "):
         imported_rule(name)
 
@@ -179,6 +183,10 @@ def test_files_that_hold_no_marks(tmp_path, marks):
         read_marks(tmp_path / "nowhere")
     with pytest.raises(EvaluationError, match=r"holds no \.parquet files"):
         read_marks(tmp_path / "..")
+    table = parquet.read_table(next(marks.glob("*.parquet")) if marks.is_dir() else marks)
+    parquet.write_table(table.drop_columns(["wording"]), tmp_path / "less.parquet")
+    with pytest.raises(EvaluationError, match=r"less\.parquet holds no marks: no column wording"):
+        read_marks(tmp_path / "less.parquet")
     (tmp_path / "other.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(EvaluationError, match="holds no marks"):
         read_marks(tmp_path)

@@ -21,10 +21,11 @@ from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.context import RoutingContext, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
+from phatgoose.routing.routers.phatgoose import TopKRouter
 from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.routers.router import RouterSite
-from routed_models import compose_by
+from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
     CHOOSING,
@@ -54,6 +55,7 @@ def test_choices_are_taken_apart_joined_and_named():
     assert torch.equal(again.weights, found.weights)
     assert torch.equal(found.of([1, 0]).experts, found.experts[[1, 0]])
     assert choice_of({3: 0.75, 1: 0.25}).named("abcd") == [{"d": 0.75, "b": 0.25}]
+    assert choice_of({NOBODY: 1.0}, {0: 1.0}).named("ab") == [{}, {"a": 1.0}]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,29 @@ def test_the_base_is_alone_while_it_is_read(base, pool):
     detach(model)
     with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
         base_alone(compose(pool, base, router="phatgoose")).__enter__()
+
+
+@retrieving
+@pytest.mark.parametrize("router", ["glider", "discriminant-phatgoose"])
+def test_routers_by_token_rest_while_the_base_reads(llama, llama_pool, router):
+    ids = make_ids(rows=2)
+    wanted = logits_of(llama.model, ids)
+    model = compose(with_embeddings(llama_pool), llama, router=router)
+    scored = mock.patch.object(TopKRouter, "affinities", side_effect=AssertionError)
+    with base_alone(model), scored:
+        assert torch.equal(logits_of(model, ids), wanted)
+
+
+@retrieving
+def test_prompts_announced_inside_others_give_way_to_these_again(llama, llama_pool):
+    model = compose_by("retrieval", llama_pool, llama)
+    prompts = tokens_of(model, PROMPTS)
+    with routing_for(model, prompts[:1]):
+        before = read_by(model)
+        with routing_for(model, prompts[3:]):
+            assert read_by(model) != before
+        assert read_by(model) == before
+    assert composition_of(model).context.choice is None
 
 
 @retrieving

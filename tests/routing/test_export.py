@@ -205,7 +205,7 @@ def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, 
         refused("'bottleneck3' is a bottleneck adapter, which neither", merged=merged)
     detach(model)
     model = compose(llama_mixed, llama, k=2, router="phatgoose")
-    refused("chooses anew for every token, which no adapter can hold: fix its mixture")
+    refused("chooses again for every token, which an adapter can't hold: fix its mixture")
     refused("rank is for adapters", ConfigError, merged=True, rank=2)
     refused("at least 1", ConfigError, rank=0)
     with pytest.raises(TaskError, match="empty"):
@@ -221,6 +221,20 @@ def test_one_expert_alone_is_constant_under_any_router(llama, llama_pool, tmp_pa
     told_to_be_near(result)
     assert result.shares.whole() == {"e0": 1.0}
     assert result.fidelity.texts == "neutral text"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_few_examples_chose_leaves_as_it_is(llama, llama_pool, tmp_path, count):
+    rows = [{"input": "5 + 6 = 11", "target": "zigzag"}, {"input": "WHO?", "target": "zigzag"}]
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = compose(Pool(llama_pool.experts[:count]), llama, router=f"few-shot:examples={path}")
+    chosen = composition_of(model).router.chosen
+    result = export(model, tmp_path / "out", merged=True)
+    told_to_be_near(result)
+    assert result.shares.whole() == {
+        name: float(name == chosen) for name in llama_pool.names[:count]
+    }
 
 
 def test_differences_are_means_over_all_tokens_and_the_vocabulary(llama, llama_pool):

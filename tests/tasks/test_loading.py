@@ -273,9 +273,20 @@ def test_columns_are_as_good_as_rows(made):
     assert (split.train, split.test) == (wanted.train, wanted.train)
 
 
+def test_cells_of_a_column_may_be_dicts():
+    rows = {"question": ["Who?", "What?"], "answers": [{"text": ["me"]}, {"text": ["it"]}]}
+    task = load_task(rows, template="{{question}} ||| {{answers.text[0]}}")
+    assert [(example.input, example.target) for example in task.train] == [
+        ("Who?", "me"),
+        ("What?", "it"),
+    ]
+
+
 def test_empty_cells_of_a_frame_are_no_values():
     rows = frame({"input": ["a", "b"], "target": ["x", "y"], "choices": [["x"], None]})
     assert [example.choices for example in load_task(rows).train] == [("x",), ()]
+    split = frame({"input": ["a", "b"], "target": ["x", "y"], "split": ["test", float("nan")]})
+    assert [len(each) for each in (load_task(split).train, load_task(split).test)] == [1, 1]
     with pytest.raises(TaskError, match="memory, row 2: target is missing or empty"):
         load_task(frame({"input": ["a", "b"], "target": ["x", float("nan")]}))
 

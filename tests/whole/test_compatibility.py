@@ -295,7 +295,12 @@ def table() -> str:
     refused: dict[tuple[str, str], list[str]] = {}
     for (architecture, operation), words in REFUSED.items():
         refused.setdefault((operation, words), []).append(architecture)
-    lines = [f"Architectures: {', '.join(ARCHITECTURES)}.", "", "All operations work, except where the base alone fails too:", ""]
+    lines = [
+        f"Architectures: {', '.join(ARCHITECTURES)}.",
+        "",
+        "All operations work, except where the base alone fails too:",
+        "",
+    ]
     for (operation, words), architectures in refused.items():
         lines.append(f"- {operation} with {', '.join(architectures)}: `{words}`")
     return "\n".join(lines)

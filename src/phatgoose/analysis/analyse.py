@@ -397,12 +397,14 @@ def _read_routers(
 ) -> tuple[dict[str, RouterAnalysis], dict[tuple[str, str], Agreement]]:
     found: dict[str, RouterAnalysis] = {}
     with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        for name in subject.routers:
-            files = Path(folder) / name if len(subject.routers) > 1 else None
+        # By number: a router's name can hold a path.
+        places = {name: Path(folder) / str(i) for i, name in enumerate(subject.routers)}
+        for name, place in places.items():
             with subject.opened(name) as model:
+                files = place if len(places) > 1 else None
                 found[name] = _one_router(model, subject, tasks, settings, files)
         agreements = {
-            (a, b): measures.agreement(Path(folder) / a, Path(folder) / b, len(subject.experts))
+            (a, b): measures.agreement(places[a], places[b], len(subject.experts))
             for a, b in combinations(found, 2)
         }
     return found, {pair: common for pair, common in agreements.items() if common}
@@ -431,6 +433,11 @@ def _one_router(
             model, encoder, task.name, chosen, observers, scoring.token_budget
         )
         distributions[task.name] = tally.distribution.over(subject.experts)
+        if not distributions[task.name].whole("weight").any():
+            raise EvaluationError(
+                f"No expert acts on any token of task {task.name!r}: experts that act from certain "
+                f"tokens on need these in the prompt (--chat for those of a chat template)."
+            )
         found = kept.weights(subject.experts)
         if len(found):
             choices[task.name] = found

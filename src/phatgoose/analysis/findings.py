@@ -164,7 +164,7 @@ def _losers(found: RoutingDistribution, where: str) -> Iterator[Finding]:
                 "never-wins",
                 f"{name} is never the first choice {where} ({tokens:,} tokens at {acts} sites), "
                 f"and is {seconds if chosen[index] else 'never chosen at all'}. Its gate may be "
-                f"untrained, or its data far from these; train the gate anew (phatgoose gate) or "
+                f"untrained, or its data far from these; train the gate again (phatgoose gate) or "
                 f"--leave-out {name}.",
                 (name,),
             )

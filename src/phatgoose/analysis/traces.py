@@ -257,7 +257,12 @@ class TraceKeeper(Observer):
 
 
 def _in_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
-    """Shares [.., k] in 255ths whose sum is the rounded sum of the shares."""
+    """Shares [.., k] in 255ths whose sum is the rounded sum of the shares, 1 at most.
+
+    A mixture of one's own may have others: sizes count, scaled down to a sum of 1.
+    """
+    shares = np.abs(shares)
+    shares = shares / np.maximum(1, shares.sum(axis=-1, keepdims=True))
     # Running sums are rounded, so that no share is off by more than one.
     sums = np.rint(np.cumsum(shares, axis=-1).clip(0, 1) * FULL).astype(int)
     return np.asarray(np.diff(sums, axis=-1, prepend=0), np.uint8)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..errors import ConfigError, EngineError
 from ..experts.adapter import adapter_files
 from ..experts.pool import Pool
 from ..files.atomic import new_directory, write_text
-from ..files.strict import one_line, read_json_object
+from ..files.strict import one_line, read_json_object, regular_file
 from ..routing.routers.automatic import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows
@@ -72,15 +72,17 @@ def deploy(
     rank = max(_rank_of(pool, name, engine) for name in pool.names)
     with new_directory(out, ConfigError) as work:
         for each in pool.experts:
-            _copy(each.directory, work / "experts" / each.name)
+            # An expert may come from anyone: links out of its folder are refused.
+            files = [regular_file(p, ConfigError) for p in each.directory.iterdir() if p.is_file()]
+            _copy(files, work / "experts" / each.name)
         named = base or pool.base.id
         source = smollm2_folder() if named == SMOLLM2 else Path(named)
         own_base = named == SMOLLM2 or source.is_dir()
         if own_base:
-            _copy(source, work / "base")
+            _copy([path for path in source.iterdir() if path.is_file()], work / "base")
         base = "base" if own_base else named
         found = Deployment(engine, pool.names, rank, base, own_base, outtype)
-        WRITERS[engine](found, work, Path(out))
+        WRITERS[engine](found, work)
         _write(work / "README.md", _readme(found))
     if engine != "ollama" and not allows_choice_by_prompt(pool):
         warnings.warn(f"The folder's gateway can't choose yet: {NO_CHOICE}", stacklevel=2)
@@ -108,17 +110,13 @@ def _rank_of(pool: Pool, name: str, engine: str) -> int:
     return max(factors.A.shape[0] for factors in expert.lora.values())
 
 
-def _copy(source: Path, target: Path) -> None:
-    """The regular files of a folder; links out of it are not followed."""
+def _copy(files: Iterable[Path], target: Path) -> None:
     target.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.resolve().is_relative_to(source.resolve()):
-            shutil.copyfile(path, target / path.name)
-        elif path.is_file():  # a snapshot of the Hub's cache, whose files are links
-            shutil.copyfile(path.resolve(), target / path.name)
+    for path in files:
+        shutil.copyfile(path, target / path.name)
 
 
-def _vllm(found: Deployment, work: Path, out: Path) -> None:
+def _vllm(found: Deployment, work: Path) -> None:
     allowed = [rank for rank in RANKS if rank >= found.rank]
     if not allowed:
         raise ConfigError(
@@ -133,7 +131,7 @@ def _vllm(found: Deployment, work: Path, out: Path) -> None:
     _start(found, work, command, image="vllm/vllm-openai:latest", arguments=command[2:])
 
 
-def _sglang(found: Deployment, work: Path, out: Path) -> None:
+def _sglang(found: Deployment, work: Path) -> None:
     paths = [f"{name}=experts/{name}" for name in found.experts]
     command = ["python", "-m", "sglang.launch_server", "--model-path", found.base]
     command += ["--port", str(ENGINE_PORT), "--host", "127.0.0.1", "--enable-lora"]
@@ -143,8 +141,8 @@ def _sglang(found: Deployment, work: Path, out: Path) -> None:
     _start(found, work, command, image="lmsysorg/sglang:latest", arguments=command)
 
 
-def _llama_cpp(found: Deployment, work: Path, out: Path) -> None:
-    _convert(found, work, out)
+def _llama_cpp(found: Deployment, work: Path) -> None:
+    _convert(found, work)
     files = ",".join(f"gguf/{name}.gguf" for name in found.experts)
     command = ["llama-server", "-m", "gguf/base.gguf", "--port", str(ENGINE_PORT)]
     command += ["--lora", files, "--lora-init-without-apply"]
@@ -153,8 +151,8 @@ def _llama_cpp(found: Deployment, work: Path, out: Path) -> None:
     _start(found, work, command, image=image, arguments=command[1:])
 
 
-def _ollama(found: Deployment, work: Path, out: Path) -> None:
-    _convert(found, work, out)
+def _ollama(found: Deployment, work: Path) -> None:
+    _convert(found, work)
     lines = []
     for name in found.experts:
         content = f"FROM ./gguf/base.gguf\nADAPTER ./gguf/{name}.gguf\n"
@@ -165,7 +163,7 @@ def _ollama(found: Deployment, work: Path, out: Path) -> None:
     _script(work / "engine.sh", lines)
 
 
-WRITERS: dict[str, Callable[[Deployment, Path, Path], None]] = {
+WRITERS: dict[str, Callable[[Deployment, Path], None]] = {
     "vllm": _vllm,
     "sglang": _sglang,
     "llama.cpp": _llama_cpp,
@@ -234,7 +232,7 @@ def converters() -> Path | None:
     return None
 
 
-def _convert(found: Deployment, work: Path, out: Path) -> None:
+def _convert(found: Deployment, work: Path) -> None:
     """GGUF files of base and experts; where there is no converter, a script that makes them."""
     steps = _conversions(found)
     folder = converters()
@@ -275,7 +273,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
     except subprocess.TimeoutExpired as error:
         raise EngineError(f"{Path(command[1]).name} didn't end in an hour.") from error
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no reason told"]
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no output"]
         raise EngineError(
             f"{Path(command[1]).name} failed: {one_line(last[0])}. It needs {INSTALL}."
         )

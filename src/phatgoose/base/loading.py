@@ -8,7 +8,7 @@ import os
 import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -242,7 +242,15 @@ def load_tokenizer(
 
 
 def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the device is fast at it, else float32."""
+    """The dtype of that name; "auto" is bfloat16 where the device is fast at it, else float32.
+
+    Raises BaseModelError for an unknown one, and for a device that torch can't use here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch was built without it, or knows no such
+        told = f"device is {str(device)!r}, which torch can't use here: {first_line(error)}"
+        raise BaseModelError(told) from error
     if dtype in ("auto", FOUR_BITS):
         target = torch.device(device) if device is not None else _default_device()
         fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
@@ -347,7 +355,9 @@ def _missing_folder(name: str | Path) -> str | None:
 def closest_beside(place: str | Path, *others: str) -> str:
     """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
     path = Path(place)
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    beside: list[Path] = []
+    with suppress(OSError):  # it is a hint only
+        beside = list(path.parent.iterdir())
     return closest(path.name, [*others, *(each.name for each in beside)])
 
 

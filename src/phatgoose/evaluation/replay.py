@@ -33,6 +33,7 @@ WORDINGS = ("new", "known", "unseen")
 IN_DOMAIN = "in-domain expert"
 TINY = 1e-9
 READ = ("prompt", "task", "wording", "embedding", "score", "choice")
+NEEDED = {"prompt", "task", "wording", "score/base"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def _read(path: Path) -> Marks:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}; this phatgoose reads {FORMAT}")
         read = [name for name in schema.names if name.partition("/")[0] in READ]
+        if lacks := NEEDED - set(read):
+            raise ValueError(f"no column {', '.join(sorted(lacks))}")
         table = parquet.read_table(path, columns=read)
         columns = {name: _values(table[name].combine_chunks(), table.num_rows) for name in read}
         centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
@@ -179,7 +182,7 @@ def imported_rule(name: str) -> Rule:
     sys.path.insert(0, os.getcwd())  # a console script's own path lacks it
     try:
         found: Rule = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's own code runs
         raise ConfigError(f"Rule {name} can't be imported: {first_line(error)}.") from error
     finally:
         sys.path.pop(0)
@@ -197,22 +200,25 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
     for prompt in marks.prompts():
         try:
             name = rule(prompt)
-        except Exception as error:  # a user's own code
+            if isinstance(name, Mapping):
+                mixed += len(name) > 1
+                name = max(name, key=name.__getitem__, default=None)
+            known = name in place
+        except ConfigError:
+            raise
+        except Exception as error:  # a user's own code, or what it gave
             lacks = "" if prompt.embedding is not None else " These marks have no embeddings."
             raise ConfigError(
                 f"The rule failed on prompt {prompt.hash}: {first_line(error)}.{lacks}"
             ) from error
-        if isinstance(name, Mapping):
-            mixed += len(name) > 1
-            name = max(name, key=name.__getitem__, default=None)
-        if name not in place:
-            known = ", ".join(marks.experts)
-            raise ConfigError(f"A rule chose {shortened(name)}; {marks.base} has {known}.")
+        if not known:
+            experts = ", ".join(marks.experts)
+            raise ConfigError(f"A rule chose {shortened(name)}; {marks.base} has {experts}.")
         chosen.append(place[name])
     if mixed:
         warnings.warn(
-            f"{mixed} of {len(chosen)} choices are mixtures, whose scores no marks tell; the "
-            f"heaviest expert is scored.",
+            f"{mixed} of {len(chosen)} choices are mixtures, which marks can't score; the heaviest "
+            f"expert is scored.",
             stacklevel=2,
         )
     return np.array(chosen)

@@ -96,7 +96,7 @@ class Pool(Mapping[str, Expert]):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
                     f"{first.name!r} on {first.info.base.id!r}; a pool has one base. If both are "
-                    f"one, import the adapter anew with --base {first.info.base.id} --fingerprint."
+                    f"one, import the adapter again with --base {first.info.base.id} --fingerprint."
                 )
         return pool
 
@@ -260,7 +260,15 @@ def _experts_at(place: object) -> Iterable[Expert | Path]:
         raise PoolError(f"{NO_POOL}, not {shortened(place)}.")
     folder = local_folder(place)
     found = list(_expert_directories(folder))
-    return found or _adapters_in(folder)
+    if not found:
+        return _adapters_in(folder)
+    if plain := [each.name for each in adapters_in(folder) if not (each / LAYOUT.info).is_file()]:
+        warnings.warn(
+            f"{folder} holds experts, and adapters that are left out: {', '.join(plain)}. Name "
+            f"their folders too, or import them.",
+            stacklevel=4,
+        )
+    return found
 
 
 def _adapters_in(place: Path) -> Sequence[Expert]:
@@ -353,7 +361,7 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
             kept = f"has no {file}" if record[key] is None else f"has another {file}"
             raise ExpertError(
                 f"Expert {shortened(record.get('name'))} at {expert.directory} has changed: the "
-                f"manifest {kept}; write the manifest anew if it should be so."
+                f"manifest {kept}; write the manifest again if it should be so."
             )
 
 

@@ -1,7 +1,6 @@
-"""Checks that the tensors of a routed site are what layers, routers and kernels take them for.
+"""Checks tensors of routed sites before layers and kernels use them.
 
-Every stack that becomes a layer is checked against its site, and every file of a routed model
-against the others: kernels get addresses and trust sizes, and a file may come from anywhere.
+Kernels take addresses and trust sizes, and a saved file may come from anyone.
 Letters as in docs/format.md: E experts of a site, n inputs, d outputs; each part of a
 stack has its own letters besides, such as r for the rank of LoRAs.
 """

@@ -32,7 +32,7 @@ class Choice:
 
     @classmethod
     def joined(cls, parts: Iterable[Choice]) -> Choice:
-        """The rows of all `parts` in turn; where k differs, NOBODY fills rows up."""
+        """The rows of all `parts`, at least one, in turn; where k differs, NOBODY fills rows up."""
         held = list(parts)
         k = max((part.experts.shape[-1] for part in held), default=0)
         missing = [(0, k - part.experts.shape[-1]) for part in held]
@@ -46,11 +46,14 @@ class Choice:
         return self.experts[:, 0] if alone and bool((self.experts >= 0).all()) else None
 
     def named(self, names: Sequence[str]) -> list[dict[str, float]]:
-        """For each row its experts' weights by name, best first; `names` are the pool's."""
+        """For each row its experts' weights by name, best first; `names` are the pool's.
+
+        A row of the base alone is empty.
+        """
         whole = self.over_blocks()
         rows = zip(whole.experts.tolist(), whole.weights.tolist(), strict=True)
         return [
-            {names[z]: weight for z, weight in zip(experts, weights, strict=True)}
+            {names[z]: weight for z, weight in zip(experts, weights, strict=True) if z >= 0}
             for experts, weights in rows
         ]
 
@@ -82,7 +85,7 @@ class Choice:
         return Choice(best.indices[:, :acting], best.values[:, :acting])
 
     def repeated(self, rows: int) -> Choice:
-        """So many rows of this one."""
+        """The single row, repeated `rows` times."""
         return Choice(self.experts.repeat(rows, 1), self.weights.repeat(rows, 1))
 
     def of(self, rows: Sequence[int]) -> Choice:
@@ -93,7 +96,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Turn:
+class PromptRouting:
     """What is known of some prompts: their experts, and where those of `acting` begin in them.
 
     `choice` is None for routers that choose for every token, `beginnings` [rows, acting] where all
@@ -104,17 +107,19 @@ class Turn:
     beginnings: Tensor | None = None
 
     @classmethod
-    def joined(cls, parts: Iterable[Turn]) -> Turn:
+    def joined(cls, parts: Iterable[PromptRouting]) -> PromptRouting:
         held = list(parts)
         choices = [part.choice for part in held if part.choice is not None]
         begin = [part.beginnings for part in held if part.beginnings is not None]
         return cls(Choice.joined(choices) if choices else None, torch.cat(begin) if begin else None)
 
-    def of(self, rows: Sequence[int]) -> Turn:
+    def of(self, rows: Sequence[int]) -> PromptRouting:
         choice, begin = self.choice, self.beginnings
-        return Turn(choice and choice.of(rows), None if begin is None else begin[list(rows)])
+        return PromptRouting(
+            choice and choice.of(rows), None if begin is None else begin[list(rows)]
+        )
 
-    def each(self, rows: int) -> list[Turn]:
+    def each(self, rows: int) -> list[PromptRouting]:
         """One for each of its `rows`, which it can't count where nothing is known of them."""
         return [self.of([row]) for row in range(rows)]
 

@@ -94,7 +94,8 @@ def routing_for(
     than all of them in order. Only routers that choose for whole prompts and experts that act from
     a prompt's end on go by this; in other models, routed or not, nothing changes. An evaluation
     names its `task`, by which router oracle chooses and random routers start again, and the
-    `examples`, which retrieval in the paper's form embeds. Raises what `PromptRouter.choose` does.
+    `examples`, which retrieval in the paper's form embeds. Inside another one, that one's prompts
+    count again afterwards. Raises what `PromptRouter.choose` does.
     """
     parts = composition_if_any(model)
     context = parts.context if parts else None
@@ -104,14 +105,11 @@ def routing_for(
     if context is None:
         yield lambda _: None
         return
-    found = context.turn(prompts, examples=examples, task=task)
-    context.use(found.choice, found.beginnings)
+    found = context.routing_of(prompts, examples=examples, task=task)
 
     def use(rows: Sequence[int]) -> None:
         some = found.of(rows)
         context.use(some.choice, some.beginnings)
 
-    try:
+    with context.using(found):
         yield use
-    finally:
-        context.use(None)

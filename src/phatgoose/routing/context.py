@@ -29,7 +29,7 @@ from ..base.token_masks import (
     token_positions,
 )
 from ..errors import RoutingError
-from .choices import NOBODY, Activity, Choice, Turn
+from .choices import NOBODY, Activity, Choice, PromptRouting
 from .watching import unwatched
 
 Result = TypeVar("Result")
@@ -84,7 +84,7 @@ class _Asked:
 
 class _Present(threading.local):
     choice: Choice | None = None  # as `RoutingContext.choice`
-    beginnings: Tensor | None = None  # of the rows' prompts, as `Turn.beginnings`
+    beginnings: Tensor | None = None  # of the rows' prompts, as `PromptRouting.beginnings`
     activity: Activity | None = None  # of the pass under way
     announced = False  # by somebody, rather than read
     base_alone = False  # no expert acts, whatever is chosen
@@ -125,7 +125,7 @@ class RoutingContext:
     def _begin_anew(self) -> None:
         self._present = _Present()
         # Weak: a cache that its owner drops takes its choice along.
-        self._of_caches: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
+        self._of_caches: WeakKeyDictionary[Any, PromptRouting] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_present", "_of_caches")
@@ -146,21 +146,34 @@ class RoutingContext:
         present.choice, present.beginnings = choice, beginnings
         present.announced = choice is not None or beginnings is not None
 
+    @contextmanager
+    def using(self, routed: PromptRouting) -> Iterator[None]:
+        """Use `routed` inside, and what was announced before afterwards."""
+        present = self._present
+        before = (present.choice, present.beginnings) if present.announced else (None,)
+        self.use(routed.choice, routed.beginnings)
+        try:
+            yield
+        finally:
+            self.use(*before)
+
     def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
         if self.router is None:
             raise RoutingError("This model's router chooses for every token, for no whole prompt.")
         return self.router.choose(prompts, self._model, **known)
 
-    def turn(
+    def routing_of(
         self, prompts: Sequence[Sequence[int]], choice: Choice | None = None, **known: Any
-    ) -> Turn:
+    ) -> PromptRouting:
         """What there is to use for `prompts`; raises what the router's `choose` does.
 
         A `choice` that is given takes the place of the router's.
         """
         if choice is None and self.router is not None:
             choice = self.choose(prompts, **known)
-        return Turn(choice, beginnings(self.acting, prompts) if self.acting and prompts else None)
+        return PromptRouting(
+            choice, beginnings(self.acting, prompts) if self.acting and prompts else None
+        )
 
     @property
     def base_alone(self) -> bool:
@@ -269,13 +282,13 @@ class RoutingContext:
     @uncompiled
     def _end(self, part: nn.Module, _: Any, output: Any) -> None:
         present = self._present
-        turn = Turn(present.choice, present.beginnings)
-        is_known = turn.choice is not None or turn.beginnings is not None
+        routed = PromptRouting(present.choice, present.beginnings)
+        is_known = routed.choice is not None or routed.beginnings is not None
         if present.depth == 1 and output is not None and is_known:
             if part is not self._model:  # the encoder, or else nobody will look at it
                 present.encoded, present.checked = output[0], None
             for cache in filter(_is_cache, _values(output)):
-                self._of_caches[cache] = turn
+                self._of_caches[cache] = routed
         present.depth = max(0, present.depth - 1)
         if present.depth == 0:
             present.activity = None
@@ -319,8 +332,8 @@ class RoutingContext:
         if self.router is None and asked is not None and asked.shape is not None:
             present.beginnings = self._asked_for(asked, given)
         elif goes_on:
-            turn = self._of_cache(cache)
-            present.choice, present.beginnings = turn.choice, turn.beginnings
+            routed = self._of_cache(cache)
+            present.choice, present.beginnings = routed.choice, routed.beginnings
         else:
             self._read_prompts(given)
 
@@ -336,8 +349,8 @@ class RoutingContext:
             real = torch.ones_like(ids).bool() if real is None else real
             kept = zip(ids[:, :end], real[:, :end], strict=True)
             # Padding is left out, so a prompt's choice doesn't depend on its batch.
-            turn = self.turn([row[keep].tolist() for row, keep in kept])
-            present.choice, present.beginnings = turn.choice, turn.beginnings
+            routed = self.routing_of([row[keep].tolist() for row, keep in kept])
+            present.choice, present.beginnings = routed.choice, routed.beginnings
             present.prompt, present.given = ids.cpu(), None
         present.length = ids.shape[1]
 
@@ -408,7 +421,7 @@ class RoutingContext:
             f"(prefill_chunk_size, token_healing)."
         )
 
-    def _of_cache(self, cache: Any) -> Turn:
+    def _of_cache(self, cache: Any) -> PromptRouting:
         known = self._of_caches.get(cache)
         if known is None:
             raise RoutingError(

@@ -135,8 +135,8 @@ def check_removal(
 
 
 def _check_changeable(router: Router, folded: bool) -> None:
-    if router.grows is not None:
-        raise RoutingError(router.grows)
+    if router.why_fixed is not None:
+        raise RoutingError(router.why_fixed)
     if folded:
         raise RoutingError(
             "The merged experts are folded into the base's weights and can't be separated any "

@@ -280,7 +280,7 @@ class FoldedLinear(RoutedLayer):
         if self.base.bias is not None and self.base.bias.is_meta:
             raise RoutingError(
                 f"The experts at {site.name} are folded into a weight, which needs the base's bias "
-                f"beside it, but accelerate keeps that elsewhere; compose the pool anew."
+                f"beside it, but accelerate keeps that elsewhere; compose the pool again."
             )
         self.weight_of_each = 1 / pool_size
         self.register_buffer("folded", folded, persistent=False)

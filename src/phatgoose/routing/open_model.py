@@ -78,7 +78,7 @@ def require_pool(place: str | Path) -> None:
 
 
 @contextmanager
-def base_alone(place: str | Path) -> Iterator[None]:
+def naming_all_places(place: str | Path) -> Iterator[None]:
     """Errors of loading the base at `place`, if nothing is there, name all that could be."""
     try:
         yield
@@ -112,15 +112,10 @@ def open_model(
         embedder = routing.embedder if routing else None
         routed = load(place, base, dtype=dtype, embedder=embedder)
     elif is_pool(place):
-        routed = compose_pool(
-            Pool.open(place).select(keep, leave_out),
-            base,
-            dtype=dtype,
-            routing=routing,
-            scores=scores,
-        )
+        pool = Pool.open(place).select(keep, leave_out)
+        routed = compose(pool, loaded_base(pool, base, dtype), scores=scores, routing=routing)
     else:
-        with base_alone(place):
+        with naming_all_places(place):
             alone = load_base(place, dtype=dtype)
         return OpenedModel(alone.model, alone.tokenizer)
     return OpenedModel(routed, routed.phatgoose.tokenizer)
@@ -175,18 +170,6 @@ def _by_prompt(routing: Routing) -> ByPrompt:
 
 def _stored_stack(saved: SavedModel, site: str, dtype: torch.dtype) -> SiteStack:
     return saved.stack(site).to(CPU, dtype)
-
-
-def compose_pool(
-    pool: Pool,
-    base: Base | str | None,
-    *,
-    dtype: str = "auto",
-    routing: Routing | None = None,
-    scores: Scores | str | Path | None = None,
-) -> PreTrainedModel:
-    base = loaded_base(pool, base, dtype)
-    return compose(pool, base, scores=scores, routing=routing)
 
 
 def loaded_base(pool: Pool, base: Base | str | None = None, dtype: str = "auto") -> Base:

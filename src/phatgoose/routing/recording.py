@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.sites import Stream
+from ..errors import RoutingError
 from .composition import composition_of
 from .watching import OnSitePass, SitePass, watching
 
@@ -90,6 +91,8 @@ class Recording:
             for site, passes in held.items()
             if self.streams[site] == stream
         ]
+        if not rows:
+            raise RoutingError("Nothing was recorded: no pass of the model ran meanwhile.")
         tokens = max(map(len, rows))
         return [each for each in rows if len(each) == tokens]
 

@@ -119,12 +119,14 @@ def decoder_start(model: PreTrainedModel) -> int:
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
+    padded = [[value] * (longest - len(row)) + list(row) for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+    padded = [list(row) + [value] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def load_task(
     row_template = RowTemplate(template, choices)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for where, row in rows:
-        split = row.get("split") or "train"
+        split = _plain(row.get("split")) or "train"
         if not isinstance(split, str) or split not in splits:
             raise TaskError(
                 f"{where}: split is {shortened(split)}, but must be {', '.join(SPLITS)}."
@@ -360,8 +360,8 @@ def _rows_of_columns(columns: Mapping[str, Any], label: str) -> Iterator[dict[st
 def _are_columns(rows: Mapping[Any, Any]) -> bool:
     if any(name in SPLITS or _is_frame(held) for name, held in rows.items()):
         return False
-    cells = (next(iter(held), None) for held in rows.values() if hasattr(held, "__iter__"))
-    return not any(isinstance(cell, Mapping) for cell in cells)
+    cells = [next(iter(held), None) for held in rows.values() if hasattr(held, "__iter__")]
+    return not cells or not all(isinstance(cell, Mapping) for cell in cells)
 
 
 def _is_frame(rows: Any) -> bool:

@@ -334,6 +334,11 @@ class Planner:
                 f"sequences count with the {self.formatting.max_input_tokens} + "
                 f"{self.formatting.max_target_tokens} tokens to which they are cut."
             )
+        if self.training.epochs is not None and any(task.examples is None for task in planned):
+            notes.append(
+                f"Where the number of examples isn't known, {self.training.steps} steps are "
+                f"planned, whatever --epochs says."
+            )
         if self.speed is not None:
             how = "measured here on a few steps" if self.speed.memory_bytes else "as given"
             speed = f"{self.speed.tokens_per_second:.4g} trained tokens a second, {how}"
@@ -359,6 +364,7 @@ class Planner:
         short = replace(
             self.training,
             steps=TRIAL_STEPS,
+            epochs=None,
             eval_every=TRIAL_STEPS,
             batch_size=len(task.train),
             micro_batch_size=len(task.train) // 2,

@@ -42,8 +42,9 @@ class ExpertJob:
 
     @property
     def size(self) -> int:
-        gates = self.gate_training
-        return self.training.steps + (0 if gates.joint else gates.gate_steps)
+        gates, examples = self.gate_training, self.task.entry.train_examples
+        training = self.training if examples is None else self.training.on(examples)
+        return training.steps + (0 if gates.joint else gates.gate_steps)
 
     def again(self) -> ExpertJob:
         return replace(self, resume=True, restart=False)

@@ -41,7 +41,7 @@ from ..tasks.task import Task, draw
 
 def measure(
     expert: Expert | str | Path,
-    base: Base | str,
+    base: Base | str | Path,
     task: Task,
     *,
     examples: int = 1000,
@@ -82,7 +82,7 @@ def measure(
             f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "
             f"expert would lose; move that away first."
         )
-    base = load_base(base) if isinstance(base, str) else base
+    base = load_base(base) if isinstance(base, str | Path) else base
     check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
     recorded = expert.info.hyperparameters
     if seed is None:

@@ -67,7 +67,7 @@ def test_compare_prints_a_table_and_writes_three_more(here, phat):
     assert "Base model" in outcome.out
     assert "PHATGOOSE" in outcome.out
     assert "all datasets (2)" in outcome.out
-    assert "tables -> x/comparison.md, .csv, .json; cells -> x/results.jsonl" in outcome.out
+    assert "tables -> x/comparison.md, .csv, .json; runs -> x/results.jsonl" in outcome.out
     names = [".lock", "comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
     assert sorted(path.name for path in Path("x").iterdir()) == names
     assert len(Path("x/results.jsonl").read_bytes().splitlines()) == 4

@@ -299,6 +299,28 @@ def test_gates_are_trained_on_the_base_at_the_revision_that_the_adapter_names(
     assert loaded == [(str(here / "tiny-base"), "abc123"), ("tiny-base", None)]
 
 
+def test_the_recipe_of_a_training_names_its_data_from_anywhere(untrained, phat, monkeypatch):
+    (untrained / "folder").mkdir()
+    shutil.copy(untrained / "counting.jsonl", untrained / "folder" / "even.jsonl")
+    (untrained / "mine.toml").write_text(
+        'suffix = " ..."\n[[tasks]]\nname = "odd"\nfile = "reviews.jsonl"\n'
+    )
+    outcome = phat("train", "folder", "mine.toml", *TRAIN, "--data", "folder")
+    assert outcome.code == 0, outcome.err
+    mixed = ["--multitask", "all", "--mixture-most", 5, "--out", "mixed"]
+    outcome = phat("train", "reviews.jsonl", "folder", *TRAIN, *mixed)
+    assert outcome.code == 0, outcome.err
+    monkeypatch.chdir(untrained / "folder")
+    for recipe in ("new/even", "new/odd", "mixed/all"):
+        name = recipe.split("/")[1]
+        again = phat("train", "--config", f"../{recipe}.yaml", "--out", "../again")
+        assert (again.code, again.out.count("[1/1]")) == (0, 1), again.err
+        first, second = (Expert.load(untrained / p) for p in (recipe, f"again/{name}"))
+        assert first.info.hyperparameters == second.info.hyperparameters
+        assert first.info.adapter_sha256 == second.info.adapter_sha256
+    assert read_recipe(untrained / "new" / "odd.yaml").data == untrained / "folder"
+
+
 def test_the_settings_of_a_training_are_told_saved_and_can_be_given_again(untrained, phat, caplog):
     caplog.set_level("INFO", "phatgoose")
     usual = ["--target-modules", "q_proj|v_proj", "--rslora", "--lr-schedule", "cosine"]

@@ -4,7 +4,7 @@ import pytest
 
 from comparisons import TASKS, TOKENS, by_hand, cells_of
 from phatgoose.config import Routing
-from phatgoose.evaluation.comparison.cells import SharedAnswers
+from phatgoose.evaluation.comparison.cells import answered_by_experts
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.tasks.encoding import Encoder
 
@@ -24,11 +24,11 @@ def test_other_models_and_unknown_answers_share_nothing(setting, tasks, llama, r
     everyones = {
         name: {"choose": {"answers": ["good"] * 9, "tied": []}} for name in setting.pool.names
     }
-    shares = SharedAnswers(everyones).score(model, chosen, questions) is not None
+    shares = answered_by_experts(everyones, model, chosen, questions) is not None
     assert shares == (router == "retrieval")
     elsewhere = {name: {"pick": result["choose"]} for name, result in everyones.items()}
     for unknown in ({}, elsewhere, {"somebody": everyones["e0"]}):
-        assert SharedAnswers(unknown).score(model, chosen, questions) is None
+        assert answered_by_experts(unknown, model, chosen, questions) is None
 
 
 def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path, computed):

@@ -82,6 +82,17 @@ def test_answers_are_generated_as_without(base, pool):
     assert bool(shared._held) == (shared_prompts.MOST_BYTES > 0)
 
 
+def test_prompts_that_are_all_tail_are_answered_too(llama, llama_pool):
+    task = Task("open", test=(Example("Hi", "x"), Example("A", "x")))
+    model = compose(ending(llama_pool, (ActsOn(tail=12),) * 4), llama, router="discriminant")
+    scored = evaluate(model, [task], tokenizer=llama.tokenizer, max_new_tokens=3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SharedPrompts, "serve", lambda *_: False)
+        alone = evaluate(model, [task], tokenizer=llama.tokenizer, max_new_tokens=3)
+    answers = [[p.answer for p in each.scores[0].predictions] for each in (scored, alone)]
+    assert answers[0] == answers[1] != []
+
+
 @pytest.mark.parametrize("ends", [(None, *ENDS[1:]), (None,) * 3])
 def test_ordinary_experts_go_their_own_way(llama, llama_pool, ends):
     shared = SharedPrompts(tails=True)

@@ -45,7 +45,9 @@ def outcome_of(case: Case, kind: str, base_folder: Path, folder: Path) -> tuple[
     try:
         expert = import_adapter(adapter, folder / "expert", allow_loss=case.allow_loss)
     except ExpertError as error:
-        reason = str(error).replace(str(adapter), "the adapter").replace(str(base_folder), "the base")
+        reason = (
+            str(error).replace(str(adapter), "the adapter").replace(str(base_folder), "the base")
+        )
         return "no", reason
     assert check_expert(expert.directory) == []
     ids = make_ids(2)

@@ -16,6 +16,7 @@ from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers import few_shot
 from phatgoose.routing.routers.router import router_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
@@ -85,6 +86,22 @@ def test_with_targets_the_likeliest_expert_is_chosen(base, pool, tmp_path, route
     assert len(found) > 1
 
 
+def test_many_examples_pass_in_several_batches(llama, llama_pool, monkeypatch):
+    encoder = Encoder.for_model(llama.model, llama.tokenizer)
+    targets = ("one", "2", "three", "4")
+    pairs = [encoder.pair(*row) for row in zip(INPUTS, targets, strict=True)]
+    wanted = few_shot.likelihood(llama.model, encoder, pairs, llama_pool.experts[0])
+    passes = []
+    monkeypatch.setattr(few_shot, "PAIR_TOKENS", max(pair.length for pair in pairs))
+    real = few_shot.target_logits
+    monkeypatch.setattr(
+        few_shot, "target_logits", lambda *given: (passes.append(1), real(*given))[1]
+    )
+    found = few_shot.likelihood(llama.model, encoder, pairs, llama_pool.experts[0])
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert len(passes) > 1
+
+
 def test_targets_choose_among_the_shortlist_and_the_base(llama, llama_pool, tmp_path):
     rows = [{"input": text, "target": "zigzag"} for text in INPUTS]
     without = written(tmp_path, [{"input": row["input"]} for row in rows])
@@ -121,15 +138,17 @@ def test_examples_come_in_all_forms_of_a_task(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = {
-        str(path): router_of(Routing(f"few-shot:examples={path}")).given
+        str(path): router_of(Routing(f"few-shot:examples={path}")).file_digest
         for path in (written(tmp_path, rows), tmp_path / "few.json", tmp_path / "few.csv")
     }
     assert len(set(found.values())) == 1
     some = [rows[0], {"input": INPUTS[1]}]  # so that no target counts
     without = [{"input": row["input"]} for row in some]
     path = written(tmp_path, some)
-    given = router_of(Routing(f"few-shot:examples={path}")).given
-    assert router_of(Routing(f"few-shot:examples={written(tmp_path, without)}")).given == given
+    given = router_of(Routing(f"few-shot:examples={path}")).file_digest
+    assert (
+        router_of(Routing(f"few-shot:examples={written(tmp_path, without)}")).file_digest == given
+    )
     assert given not in found.values()
 
 

@@ -173,7 +173,7 @@ def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three):
     with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
         compose(three, llama.model, router=text)
     model = compose(three.select(three.names[:2]), llama, router=text)
-    with pytest.raises(RoutingError, match="measured with the base alone; compose the pool anew"):
+    with pytest.raises(RoutingError, match="measured with the base alone; compose the pool again"):
         add_experts(model, three.select(three.names[2:]))
     detach(model)
 

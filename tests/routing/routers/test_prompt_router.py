@@ -144,6 +144,13 @@ def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
         open_prompt_router(pool, router="logo").choose(PROMPTS, llama.model)
 
 
+@pytest.mark.parametrize("prompts", [[], [""], [[], [1, 2]]])
+def test_what_can_not_be_read_is_told(llama, llama_pool, prompts):
+    chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    with pytest.raises(RoutingError, match="can't choose for an empty prompt, or for none"):
+        chooser.choose(prompts, llama.model)
+
+
 def test_a_model_that_is_routed_otherwise_does_not_read_for_it(llama, llama_pool):
     chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
     with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -44,6 +45,12 @@ def test_a_file_without_scores_is_one_line(tmp_path, content):
     path = tmp_path / "c.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert "c.json" in one_line_of(lambda: read_scores(path), PoolError)
+
+
+@pytest.mark.parametrize("given", [{"e0": {"t": "good"}}, {"e0": {"t": math.nan}}, {"e0": {}}, 3])
+def test_scores_that_are_none_are_told(llama, llama_pool, given):
+    with pytest.raises(PoolError, match=r"wanted expert -> task -> score, finite numbers"):
+        compose(llama_pool, llama, router="best-individual", scores=given)
 
 
 def test_a_missing_file_is_told(tmp_path):

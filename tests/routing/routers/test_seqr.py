@@ -71,7 +71,7 @@ def test_it_is_saved_and_wants_a_tokenizer_and_the_base_to_stay(llama, llama_poo
     with pytest.raises(ConfigError, match="reads neutral text; hand over the base's tokenizer"):
         compose(llama_pool, llama.model, router="seqr")
     model, ids = compose(llama_pool.select(["e0", "e1"]), llama, router="seqr"), make_ids()
-    with pytest.raises(RoutingError, match="compose the pool anew"):
+    with pytest.raises(RoutingError, match="compose the pool again"):
         add_experts(model, llama_pool.select(["e2"]))
     wanted = logits_of(model, ids)
     save(model, tmp_path / "routed")

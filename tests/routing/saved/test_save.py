@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,14 @@ def test_the_tokenizer_comes_and_goes_with_the_routing(llama, llama_pool):
     model = compose(llama_pool, llama)
     assert model.tokenizer is llama.tokenizer
     assert not hasattr(detach(model), "tokenizer")
+
+
+def test_no_place_on_this_machine_is_saved(model, llama_pool, tmp_path):
+    save(model, tmp_path / "routed")
+    info = json.loads((tmp_path / "routed" / "routed.json").read_text())
+    assert [each["path"] for each in info["experts"]] == list(llama_pool.names)
+    said = (tmp_path / "routed" / "routed.json").read_text()
+    assert str(llama_pool.experts[0].directory.parent) not in said
 
 
 def test_a_base_that_was_trained_is_not_lost_without_a_word(model, tmp_path):

@@ -81,6 +81,24 @@ def test_a_packed_model_grows_by_files_of_the_new_experts(
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
 
 
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_experts_of_all_kinds_join_in_the_type_that_is_there(llama, llama_mixed, tmp_path, stored):
+    routing, base = Routing(router="uniform-top-k"), load_base(llama.id, dtype="bfloat16")
+    folder, names = tmp_path / "packed", llama_mixed.names
+    more = Pool(tuple(renamed(each, f"{each.name}-2") for each in llama_mixed.experts))
+    save_pool(llama_mixed, folder, base, routing=routing, stored=stored)
+    there = load_file(folder / "routed.safetensors")
+    add_to_saved(folder, more)
+    (added,) = (load_file(f) for f in folder.glob("routed-*.safetensors"))
+    types = {name.partition(".")[0]: tensor.dtype for name, tensor in there.items()}
+    assert {name: types[name.partition(".")[0]] for name in added} == {
+        name: tensor.dtype for name, tensor in added.items()
+    }
+    assert compact(folder).names == (*names, *more.names)
+    joined = load_file(next(folder.glob("routed-*.safetensors")))
+    assert {n: t.dtype for n, t in joined.items()} == {n: t.dtype for n, t in there.items()}
+
+
 @pytest.mark.parametrize("left", [["e0", "e1"], ["e1", "e3"], ["e0", "e2", "e3"]])
 @pytest.mark.parametrize("router", ["phatgoose", "retrieval"])
 def test_a_packed_model_shrinks_by_its_description(

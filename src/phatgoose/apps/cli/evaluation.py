@@ -86,7 +86,7 @@ def compare(
     for table in (means_table(comparison), differences_table(comparison)):
         if table is not None:
             show(table)
-    say(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
+    say(f"tables -> {out / 'comparison.md'}, .csv, .json; runs -> {out / 'results.jsonl'}")
 
 
 def lm_eval(context: typer.Context) -> None:

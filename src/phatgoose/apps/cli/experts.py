@@ -61,6 +61,7 @@ def train(
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
+    engine.check()
     check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
@@ -68,6 +69,7 @@ def train(
     from ...training.workdir import expert_folder
 
     opened = open_tasks(tasks, source.sources, **vars(template))
+    parts = opened
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
     if "micro_batch_size" in given:  # wins over those that suites name for their datasets
@@ -87,21 +89,24 @@ def train(
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
     ]
+    own: dict[str, Any] = {"base": name, "dtype": dtype, "peft": peft or "lora"}
+    own |= {"multitask": multitask, "mixture_most": mixture_most, **vars(source)}
     effective = (shape, training, gates, formatting)
     if is_first():
         logger.info("settings: %s", _listed(effective, peft or "lora", name, dtype))
     reported: list[dict[str, Any]] = []
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, engine=chosen, **settings):
-            of = [task.named for task in missing if task.name == expert.name]
+            of = [task for task in missing if task.name == expert.name]
             reported.append(_reported(expert, is_new=bool(of)))
             if not is_first():
                 continue
             told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
             say(told, err=str(json) == "-")
-            if of:
-                named = list(tasks) if multitask else of
-                recipe = options.written_recipe(name, dtype, peft or "lora", named, effective)
+            for task in of:
+                places = [each.place for each in (parts if multitask else of)]
+                used = (shape, task.settings(training), gates, formatting)
+                recipe = options.written_recipe({**own, "tasks": places}, used)
                 _save_settings(Path(expert.place), recipe)
     if is_first():
         report(json, {"base": name, "experts": reported}, "report", ConfigError)

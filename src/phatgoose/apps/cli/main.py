@@ -119,8 +119,9 @@ def _run(arguments: list[str] | None) -> None:
         what = f"{shortened(str(error.filename))} can't be used: {reason(error)}."
         code = _failed(what if named else first_line(error), 1 if _is_failure(error) else 2)
     if code == INTERRUPTED:
-        command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-        say(f"interrupted{GOES_ON.get(command, '')}", err=True)
+        given = sys.argv[1:] if arguments is None else arguments
+        goes_on = next((GOES_ON[each] for each in given if each in GOES_ON), "")
+        say(f"interrupted{goes_on}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,10 +6,11 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -57,6 +58,8 @@ class Recipe:
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Path | None = None
     templates: Path | None = None
+    multitask: str | None = None
+    mixture_most: int | None = None
 
 
 SHAPES = {name: kind.settings for name, kind in kinds().items() if kind.settings is not None}
@@ -73,7 +76,9 @@ FOLDERS = ("data", "templates")
 MODELS = ("embedder",)  # settings that are a folder or a Hub id
 EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
 # What stands above the tables.
-RECIPE_OPTIONS = frozenset({"base", "dtype", "tasks", "peft", *FOLDERS})
+RECIPE_OPTIONS = frozenset(
+    {"base", "dtype", "tasks", "peft", "multitask", "mixture_most", *FOLDERS}
+)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -104,25 +109,35 @@ def read_recipe(path: str | Path) -> Recipe:
     peft = content.get("peft")
     require_one_of([None, *SHAPES], f"{path}: peft", peft)
     tasks = tuple(_relative_to(path.parent, task) for task in tasks)
-    folders = (_folder(path, content, key) for key in FOLDERS)
-    return Recipe(base, dtype, tasks, peft, tables, *folders)
+    data, templates = (_folder(path, content, key) for key in FOLDERS)
+    multitask, most = content.get("multitask"), content.get("mixture_most")
+    if not isinstance(multitask, str | None) or type(most) not in (int, NoneType):
+        raise ConfigError(f"{path}: multitask must be a name, and mixture_most a whole number.")
+    return Recipe(base, dtype, tasks, peft, tables, data, templates, multitask, most)
 
 
-def written_recipe(
-    base: str, dtype: str, kind: str, tasks: Sequence[str], settings: Iterable[Settings]
-) -> str:
-    """A recipe in YAML of these settings, all of them, which --config reads."""
+def written_recipe(options: Mapping[str, Any], settings: Iterable[Settings]) -> str:
+    """A recipe in YAML of these settings, all of them, which --config reads in any folder.
+
+    `options` are of `RECIPE_OPTIONS`; None is left out.
+    """
     import yaml  # type: ignore[import-untyped]
 
-    tables = {
-        TABLE_OF[type(each)]: {k: v for k, v in vars(each).items() if v is not None}
-        for each in settings
-    }
-    places = [os.path.abspath(task) if os.path.exists(task) else task for task in tasks]
-    base = os.path.abspath(base) if base != EMBEDDED and os.path.isdir(base) else base
-    typed = {} if dtype == "auto" else {"dtype": dtype}
-    content = {"base": base, **typed, "peft": kind, "tasks": places, **tables}
+    content: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    if content["dtype"] == "auto":
+        del content["dtype"]
+    for name in ("base", *FOLDERS):
+        if _is_here(content, name) and content[name] != EMBEDDED:
+            content[name] = os.path.abspath(content[name])
+    for each in settings:
+        table = {k: v for k, v in vars(each).items() if v is not None}
+        here = {name: os.path.abspath(table[name]) for name in MODELS if _is_here(table, name)}
+        content[TABLE_OF[type(each)]] = {**table, **here}
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _is_here(table: Mapping[str, Any], name: str) -> bool:
+    return name in table and os.path.isdir(table[name])
 
 
 def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:

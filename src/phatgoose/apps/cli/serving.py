@@ -66,7 +66,7 @@ def serve(
         app = create_app(models, serving, keys, hosts, upstream)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
-        say("no API key is set: whoever reaches this address may use it", err=True)
+        say("no API key is set: anyone who can reach this address can use it", err=True)
     if app is not None:
         if (advised := advice()) is not None:
             say(advised, err=True)

@@ -269,7 +269,7 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     every_size = sorted({size for curve in curves for size in curve.scores})
     panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
     panel.set_xlabel("experts in the pool")
-    of = "(so many) datasets" if len(counts) > 1 else counted(counts.pop(), "dataset")
+    of = "(n) datasets" if len(counts) > 1 else counted(counts.pop(), "dataset")
     panel.set_ylabel(f"mean score over {of}, in %")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -402,7 +403,8 @@ def write_report(
         for name in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
             for old in (folder / FIGURES).glob(f"{name}.png"):
                 old.unlink()
-        for name, router in analysis.routers.items():
+        names = file_names(analysis.routers)
+        for name, router in zip(names, analysis.routers.values(), strict=True):
             layers = draw.heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
             draw.write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
             shares = router.by_dataset()
@@ -417,6 +419,13 @@ def write_report(
     except OSError as error:
         raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
+
+
+def file_names(routers: Iterable[str]) -> Iterator[str]:
+    """A part of a file's name for each of `routers`, whose settings may hold paths and colons."""
+    for number, router in enumerate(routers):
+        plain = re.sub(r"[^\w.=,-]+", "-", router)
+        yield plain if plain == router else f"{plain}-{number}"
 
 
 def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:

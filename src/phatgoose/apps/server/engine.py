@@ -104,7 +104,7 @@ def prefill(
     for each in sequences:
         sharing.setdefault(_reading_of(each), []).append(each)
     distinct = _DistinctPrompts(runner, list(sharing.values()), prefixes)
-    runner.use([group[0].turn for group in sharing.values()])
+    runner.use([group[0].routed for group in sharing.values()])
     found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
     row_of = {reading: row for row, reading in enumerate(sharing)}
     rows = torch.tensor([row_of[_reading_of(each)] for each in sequences], device=runner.device)
@@ -115,7 +115,7 @@ def prefill(
 
 def _reading_of(sequence: ActiveSequence) -> object:
     """What sequences have in common whose prompts are read alike."""
-    chosen = None if sequence.turn is None else sequence.turn.choice
+    chosen = None if sequence.routed is None else sequence.routed.choice
     # Of one prompt these may differ: requests bring their own mixtures.
     return sequence.prompt, None if chosen is None else chosen.key
 
@@ -146,7 +146,7 @@ class _DistinctPrompts:
         self._everyone = [each for group in owners for each in group]
         prompts = [group[0].prompt for group in owners]
         self._prefixes = None if runner.is_encoder_decoder else prefixes
-        self._readers = [runner.reader_of(group[0].prompt, group[0].turn) for group in owners]
+        self._readers = [runner.reader_of(group[0].prompt, group[0].routed) for group in owners]
         found = [
             self._found(group, reader) for group, reader in zip(owners, self._readers, strict=True)
         ]
@@ -270,7 +270,7 @@ class Batch:
         runner, sequences = self.runner, self.sequences
         ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
         keeper = keeper_for(sequences)
-        runner.use([each.turn for each in sequences])
+        runner.use([each.routed for each in sequences])
         if self._encoded is not None:
             logits = runner.answer(ids, self._mask, self._encoded, self._cache, keeper)
         else:
@@ -307,7 +307,7 @@ class Batch:
         # the model. To experts that act from a prompt's end on it will be a body, as to the base.
         if self._prefixes is None or self._encoded is not None:
             return
-        reader = self.runner.reader_of(sequence.prompt, sequence.turn)
+        reader = self.runner.reader_of(sequence.prompt, sequence.routed)
         if reader.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
             whole = Reader(reader.key, len(tokens))

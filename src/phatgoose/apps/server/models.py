@@ -27,10 +27,11 @@ from ...base.token_masks import cache_argument
 from ...config import Routing
 from ...errors import BaseModelError, RoutingError
 from ...experts.pool import Pool
-from ...routing.choices import Turn
+from ...routing.choices import PromptRouting
+from ...routing.compose import compose
 from ...routing.composition import composition_if_any
 from ...routing.layers import RoutedLinear
-from ...routing.open_model import base_alone, compose_pool, is_pool, is_routed, require_pool
+from ...routing.open_model import is_pool, is_routed, naming_all_places, require_pool
 from ...routing.recording import watch
 from ...routing.routers.automatic import settled
 from ...routing.routers.fixed import mixture_of
@@ -129,9 +130,9 @@ class ModelRunner:
     def looks_prompts_up(self) -> bool:
         return self._context is not None and self._context.router is not None
 
-    def turns_of(
+    def routings_of(
         self, prompts: Sequence[Sequence[int]], prefixes: PrefixStore | None = None
-    ) -> Sequence[Turn | None]:
+    ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
         None for a model without a context. If the base reads the prompts for it and experts act
@@ -149,7 +150,7 @@ class ModelRunner:
                         prefixes.keep(reader, prompt, cache, row, mask[row])
 
                 stack.enter_context(keeping_caches(keep))
-            found = self._context.turn([list(each) for each in prompts])
+            found = self._context.routing_of([list(each) for each in prompts])
         return found.each(len(prompts))
 
     @property
@@ -157,36 +158,36 @@ class ModelRunner:
         # Twins of one base have the very same weights.
         return "base", self.model.get_input_embeddings().weight.data_ptr()
 
-    def reader_of(self, prompt: Sequence[int], turn: Turn | None) -> Reader:
+    def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None) -> Reader:
         """Who reads the beginning of a prompt: the base, where no expert acts, or this routing."""
         base, limit = self._base_key, len(prompt)
         if self._parts is None:
             return Reader(base, limit)
-        acting, choice = self._acting, turn.choice if turn else None
+        acting, choice = self._acting, routed.choice if routed else None
         used = (
             range(len(acting)) if choice is None else sorted(set(choice.experts.flatten().tolist()))
         )
         ends = [acting[z] for z in used if z >= 0]
-        if turn is not None and turn.beginnings is not None and self._context is not None:
+        if routed is not None and routed.beginnings is not None and self._context is not None:
             columns = [self._context.acting.index(end) for end in ends if end is not None]
-            limit = min([limit, *turn.beginnings[0, columns].tolist()])
+            limit = min([limit, *routed.beginnings[0, columns].tolist()])
         if all(end is not None for end in ends):
             return Reader(base, limit)
         return Reader((self._number, None if choice is None else choice.key), limit)
 
     def mixed(
         self, weights: Mapping[str, float], prompts: Sequence[Sequence[int]]
-    ) -> Sequence[Turn | None]:
-        """`turns_of` with a request's own mixture. Raises PoolError for unknown names."""
+    ) -> Sequence[PromptRouting | None]:
+        """`routings_of` with a request's own mixture. Raises PoolError for unknown names."""
         mixture = mixture_of(weights, self._parts.experts if self._parts else ())
         if self._context is None:
             return [None] * len(prompts)
-        found = self._context.turn(prompts, mixture.repeated(len(prompts)))
+        found = self._context.routing_of(prompts, mixture.repeated(len(prompts)))
         return found.each(len(prompts))
 
-    def use(self, turns: Sequence[Turn | None]) -> None:
+    def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:
-            found = Turn.joined(turn for turn in turns if turn is not None)
+            found = PromptRouting.joined(each for each in routed if each is not None)
             self._context.use(found.choice, found.beginnings)
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
@@ -239,7 +240,7 @@ class LoadedModel:
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
         else:
-            with base_alone(place):
+            with naming_all_places(place):
                 self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
         self.parts = composition_if_any(model)
@@ -300,7 +301,7 @@ class LoadedModel:
 
     def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
         scores = self.settings.scores
-        return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
+        return compose(pool, twin(self.base), routing=routing, scores=scores)
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_o
 from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
-from ...routing.choices import Turn
+from ...routing.choices import PromptRouting
 from .json_form import JsonForm, json_form
 from .models import ModelRunner
 from .prefixes import PrefixStore
@@ -127,11 +127,11 @@ class RequestPrompt:
 
 @dataclass(frozen=True)
 class PreparedAnswer:
-    """One answer to generate; `turn` is what the model's context found for its prompt, if any."""
+    """One answer to generate; `routed` is what the model's context found for its prompt, if any."""
 
     prompt: RequestPrompt
     decoding: Decoding
-    turn: Turn | None
+    routed: PromptRouting | None
 
 
 @dataclass(frozen=True)
@@ -349,13 +349,13 @@ class RequestPreparer(RequestReader):
             if mixture is not None:
                 found = self._model.mixed(mixture, tokens)
             else:
-                found = self._model.turns_of(tokens, self._prefixes)
+                found = self._model.routings_of(tokens, self._prefixes)
         except PoolError as error:
             raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
-        turns = [each for each in found for _ in range(request.n or 1)]
-        answers = list(map(PreparedAnswer, owners, decodings, turns))
+        routed = [each for each in found for _ in range(request.n or 1)]
+        answers = list(map(PreparedAnswer, owners, decodings, routed))
         return PreparedRequest(request, self._model, prompts, answers)
 
 

@@ -105,8 +105,8 @@ class ResponseBuilder:
             ]
         elif detail.trace:
             self._streams[progress.choice] = tuple(stream.name for stream in streams)
-            turn = self.prepared.answers[progress.choice].turn
-            whole = chosen_for_whole(parts, turn.choice if turn else None)
+            routed = self.prepared.answers[progress.choice].routed
+            whole = chosen_for_whole(parts, routed.choice if routed else None)
             trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
             report.trace = trace.to_dict()
         return report
@@ -301,7 +301,7 @@ class PendingReply(OpenReply):
                 deliver,
                 choice,
                 client,
-                each.turn,
+                each.routed,
                 echoed=each.prompt.text if each.decoding.echo else "",
             )
             for choice, each in enumerate(builder.prepared.answers)

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
 from ...errors import EngineError
-from ...routing.choices import Turn
+from ...routing.choices import PromptRouting
 from .json_form import JsonForm
 from .models import ModelRunner
 from .protocol import Finish
@@ -165,7 +165,7 @@ class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
     `deliver` is called from the engine's thread. `choice` is the answer's number in its request,
-    `client` who sent that, `turn` what the model's context found for the prompt, `echoed` the
+    `client` who sent that, `routed` what the model's context found for the prompt, `echoed` the
     prompt's text if it is told before the answer.
     """
 
@@ -177,11 +177,11 @@ class ActiveSequence:
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
         client: str = "",
-        turn: Turn | None = None,
+        routed: PromptRouting | None = None,
         echoed: str = "",
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
-        self.deliver, self.choice, self.client, self.turn = deliver, choice, client, turn
+        self.deliver, self.choice, self.client, self.routed = deliver, choice, client, routed
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []

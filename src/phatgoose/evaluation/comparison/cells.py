@@ -184,39 +184,40 @@ def chip_of(device: torch.device) -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-@dataclass(frozen=True)
-class SharedAnswers:
-    """What single experts answered: by expert and dataset, the results as they are stored."""
+Results = Mapping[str, Mapping[str, Any]]  # by dataset, as they are stored
 
-    results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
-    def score(
-        self, model: PreTrainedModel, dataset: EvaluationSet, questions: Questions
-    ) -> TaskScore | None:
-        """The score of a routed model that leaves each input to one expert, who has answered it.
+def answered_by_experts(
+    known: Mapping[str, Results],
+    model: PreTrainedModel,
+    dataset: EvaluationSet,
+    questions: Questions,
+) -> tuple[TaskScore, list[int]] | None:
+    """The score of a routed model that leaves each input to one expert, who has answered it.
 
-        None for other models, and where an expert's answers aren't known. What differs from scoring
-        the model itself is which inputs shared a batch, hence no more than rounding.
-        """
-        parts = composition_if_any(model)
-        # More experts an input are scored by the model, which then reads the inputs itself.
-        context = parts.context if parts is not None else None
-        if parts is None or context is None or context.router is None or context.router.k > 1:
-            return None
-        if not self.results or "task" in parts.router.spec.given:
-            return None
-        chosen = context.choose(questions.prompts, examples=dataset.examples).lone()
-        if chosen is None:
-            return None
-        names = [parts.experts[z] for z in chosen.tolist()]
-        held = {name: self.results.get(name, {}).get(dataset.name) for name in set(names)}
-        if None in held.values():
-            return None
-        results = [held[name] or {} for name in names]
-        texts = [result["answers"][i] for i, result in enumerate(results)]
-        ties = sum(i in result["tied"] for i, result in enumerate(results))
-        found = task_score(dataset, [Answer(text) for text in texts])
-        return replace(found, ties=ties, cuts=questions.cuts)
+    `known` are the single experts' results. Beside the score are the examples with several best
+    choices. None for other models, and where an expert's answers aren't known. What differs from
+    scoring the model itself is which inputs shared a batch, hence no more than rounding.
+    """
+    parts = composition_if_any(model)
+    # More experts an input are scored by the model, which then reads the inputs itself.
+    context = parts.context if parts is not None else None
+    if parts is None or context is None or context.router is None or context.router.k > 1:
+        return None
+    if not known or "task" in parts.router.spec.given:
+        return None
+    chosen = context.choose(questions.prompts, examples=dataset.examples).lone()
+    if chosen is None:
+        return None
+    names = [parts.experts[z] for z in chosen.tolist()]
+    held = {name: known.get(name, {}).get(dataset.name) for name in set(names)}
+    if None in held.values():
+        return None
+    results = [held[name] or {} for name in names]
+    texts = [result["answers"][i] for i, result in enumerate(results)]
+    tied = [i for i, result in enumerate(results) if i in result["tied"]]
+    found = task_score(dataset, [Answer(text) for text in texts])
+    return replace(found, ties=len(tied), cuts=questions.cuts), tied
 
 
 Scorer = Callable[["Cell"], dict[str, Any]]
@@ -265,7 +266,7 @@ class CellWorkshop:
     base: Base | BaseLocation
     rows: Mapping[str, Row]
     datasets: Mapping[str, EvaluationSet]
-    shared: SharedAnswers = field(default_factory=SharedAnswers)
+    known: Mapping[str, Results] = field(default_factory=dict)
     code: str = ""
     prompts: SharedPrompts = field(default_factory=lambda: SharedPrompts(tails=False))
 
@@ -292,7 +293,7 @@ class CellWorkshop:
                     if opened.model is base.model:
                         _remember(opened, self.prompts.states)
                 prompts = self.prompts if opened.model is base.model else None
-                return _score(opened, self.datasets[cell.dataset], self.shared, prompts)
+                return _score(opened, self.datasets[cell.dataset], self.known, prompts)
 
             yield score
 
@@ -324,16 +325,19 @@ def _remember(opened: OpenedModel, remembered: States) -> None:
 def _score(
     opened: OpenedModel,
     dataset: EvaluationSet,
-    shared: SharedAnswers,
+    known: Mapping[str, Results],
     prompts: SharedPrompts | None,
 ) -> dict[str, Any]:
     """The result of one cell, as it is stored: `tied` are examples with several best choices."""
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
     questions = dataset.questions(encoder)
-    found = shared.score(opened.model, dataset, questions)
-    if found is None:
+    shared = answered_by_experts(known, opened.model, dataset, questions)
+    if shared is not None:
+        found, tied = shared
+    else:
         found = score(opened.model, dataset, questions, prompts)
+        tied = [i for i, prediction in enumerate(found.predictions) if prediction.tied]
     rows = found.sample.rows
     return {
         **found.to_dict(),
@@ -341,6 +345,6 @@ def _score(
         "metrics": list(dataset.metrics),
         "seconds": round(time.monotonic() - begun, 2),
         "answers": [prediction.answer for prediction in found.predictions],
-        "tied": [i for i, prediction in enumerate(found.predictions) if prediction.tied],
+        "tied": tied,
         "marks": [prediction.marks for prediction in found.predictions],
     }

@@ -34,7 +34,7 @@ from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSetti
 from ..intervals import Sample
 from ..shared_prompts import SharedPrompts
 from . import cells as scoring
-from .cells import CellWorkshop, SharedAnswers
+from .cells import CellWorkshop
 from .methods import DERIVED, METHODS, Row, reference_row, rows_of, runnable_methods, single_rows
 from .result_store import ResultStore
 from .tables import Comparison, Result, write_tables
@@ -225,7 +225,7 @@ def _run(
     sharing = {name for name, row in every.items() if singles and row.per_input}
     total = sum(map(len, cells.values()))
     finished = total - len(missing)
-    with tqdm(total=total, initial=finished, desc="compare", unit="cell", disable=None) as bar:
+    with tqdm(total=total, initial=finished, desc="compare", unit="run", disable=None) as bar:
         for some in _portions(every, datasets, base, engine):
             prompts = _prompts(every)
             for is_last in (False, True):
@@ -233,7 +233,7 @@ def _run(
                 if not part:
                     continue
                 known = {row.name: stored(row.name) for row in singles if is_last}
-                workshop = CellWorkshop(base, every, some, SharedAnswers(known), prompts=prompts)
+                workshop = CellWorkshop(base, every, some, known, prompts=prompts)
                 # An error in this loop ends the engine's workers at once.
                 with closing(engine.run(workshop, part, bar)) as results:
                     for cell, result in results:

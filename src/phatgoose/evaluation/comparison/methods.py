@@ -23,7 +23,7 @@ from ...experts.pool import REMEDIES, Pool
 from ...files.strict import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
-from ...routing.open_model import OpenedModel, base_alone, is_pool, is_routed, open_model
+from ...routing.open_model import OpenedModel, is_pool, is_routed, naming_all_places, open_model
 from ...routing.routers.registry import LEFT, ROUTERS, RouterSpec, choice_of, spec_of, translated
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
@@ -46,8 +46,10 @@ NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name s
 def label_of(router: str) -> str:
     """A router, with or without settings, in tables: "Arrow, form = peft"."""
     name, _, settings = router.partition(":")
-    parts = settings.replace("_", " ").replace("=", " = ").split(",") if settings else []
-    return ", ".join([METHODS.get(name, name), *parts])
+    pairs = [each.partition("=") for each in settings.split(",")] if settings else []
+    parts = [f"{key.replace('_', ' ')} = {value}" for key, _, value in pairs]
+    known = ROUTERS.get(name)
+    return ", ".join([known.label if known else METHODS.get(name, name), *parts])
 
 
 def label_with_settings(identity: Mapping[str, Any]) -> str:
@@ -273,7 +275,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
         return Row(label, label, identity, routing=routing, place=str(place))
     if not is_pool(place):
-        with base_alone(place):
+        with naming_all_places(place):
             identity = {"model": load_base(place).fingerprint}
         return Row(label, label, identity, place=str(place))
     pool = Pool.open(place)
@@ -290,7 +292,7 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
         **({"k": router.k} if router.uses_k else {}),
         "kernel": routing.kernel,
         "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
-        **({} if router.given is None else {"given": router.given}),
+        **({} if router.file_digest is None else {"given": router.file_digest}),
     }
     return Row(name, label, identity, pool, routing)
 

@@ -244,10 +244,10 @@ class Comparison:
             yield f"\n{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
 
     def _costs(self) -> Iterator[str]:
-        yield "## Cells and seconds of scoring\n"
+        yield "## Runs and seconds of scoring\n"
         rows = {**self.results, **self.experts}
         yield from markdown_table(
-            ["model", "cells", "seconds"],
+            ["model", "runs", "seconds"],
             (
                 [
                     self._named(name),

@@ -9,8 +9,10 @@ biases of the base: what it added to them becomes biases of its own.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -28,7 +30,7 @@ from ...base.loading import fingerprint_here, load_base, load_skeleton, publishe
 from ...base.sites import find_sites, linear_shape
 from ...errors import ConfigError, ExpertError, PhatgooseError
 from ...files.atomic import require_free
-from ...files.strict import one_line, read_json_object, shortened
+from ...files.strict import one_line, read_json_object, sha256_of, shortened
 from ..adapter import adapter_files, check_fit, formats, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
@@ -191,13 +193,20 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
-    made = Path(_scratch().name)
 
     def read(source: str | Path, name: str) -> Expert:
-        expert = read_adapter(source, Path(tempfile.mkdtemp(dir=made)), name=name)
-        return replace(expert, source=Path(source))
+        place, files = Path(source).resolve(), adapter_files(Path(source))
+        hashes = [sha256_of(place / file) for file in (files.config, files.weights)]
+        return _read_once(place, name, *hashes)
 
     return _all_of(folders, read)
+
+
+@cache
+def _read_once(source: Path, name: str, *_: str) -> Expert:
+    """An adapter in memory; opened again with the same files, the same, since files stay."""
+    expert = read_adapter(source, Path(tempfile.mkdtemp(dir=_scratch())), name=name)
+    return replace(expert, source=source)
 
 
 def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:
@@ -222,9 +231,16 @@ def _name_of(source: str | Path) -> str:
 
 
 @cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
+def _scratch() -> Path:
     # For as long as the process: experts in memory are views of these files.
-    return tempfile.TemporaryDirectory(prefix="phatgoose-")
+    made, owner = tempfile.mkdtemp(prefix="phatgoose-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # a fork must leave it alone
+            shutil.rmtree(made, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(made)
 
 
 def _told_of_path(place: str, named: object) -> str:

@@ -22,6 +22,7 @@ from ...tasks.task import Example
 from ..composition import Composition, composition_of, routing_for
 from ..layers import FoldedLinear, RoutedLayer
 from ..recording import watch
+from ..routers.few_shot import OneExpert
 from ..routers.fixed import GivenWeights, UniformRouter
 from ..routers.prompt_router import ChosenExperts
 from ..watching import SitePass
@@ -125,7 +126,7 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
         whole = any(isinstance(router, ChosenExperts) for router in routers)
         turn = "input" if whole else "token"
         raise RoutingError(
-            f"Router {parts.routing.name} chooses anew for every {turn}, which no adapter can "
+            f"Router {parts.routing.name} chooses again for every {turn}, which an adapter can't "
             f"hold: fix its mixture with --prompt or --task, or route by merged or single."
         )
     if parts.tokenizer is None:
@@ -140,18 +141,20 @@ def constant_shares(parts: Composition) -> Shares | None:
     mixture = torch.tensor([given.get(name, 0.0) for name in parts.experts], dtype=torch.float64)
     for site, layer in parts.layers.items():
         here = layer.experts.cpu()
-        weight = mixture[here] if given else 1.0 if alone else _weight_of_each(layer)
-        if weight is None:
+        weight = mixture[here] if given else _fixed_weights(layer)
+        if weight is None and not alone:
             return None
         weights[site] = torch.zeros(len(parts.experts), dtype=torch.float64)
-        weights[site][here] = weight
+        weights[site][here] = 1.0 if weight is None else weight
     return Shares(parts.experts, weights)
 
 
-def _weight_of_each(layer: RoutedLayer) -> float | None:
+def _fixed_weights(layer: RoutedLayer) -> float | Tensor | None:
     if isinstance(layer, FoldedLinear):
         return layer.weight_of_each
     router = getattr(layer, "router", None)
+    if isinstance(router, OneExpert):
+        return router.share.double().cpu()
     return router.weight if isinstance(router, UniformRouter) else None
 
 

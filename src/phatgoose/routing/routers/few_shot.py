@@ -26,9 +26,10 @@ from ...errors import ConfigError, PoolError, TaskError
 from ...experts.adapter import ModifiedLinear, applied
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.pool import Pool
-from ...tasks.batching import IGNORED, Collator, target_logits
+from ...tasks.batching import IGNORED, Collator, batches_of_tokens, target_logits
 from ...tasks.encoding import Encoder, TokenPair
 from ...tasks.loading import load_task
+from ...tasks.prompt_passes import PAIR_TOKENS
 from ...tasks.task import Example
 from .prompt_router import ByPrompt
 from .registry import RouterChoice, spec_of
@@ -79,7 +80,7 @@ class FewShot(Router):
         return () if by is None else by.spec.needs
 
     @property
-    def given(self) -> str:
+    def file_digest(self) -> str:
         kept = ("input", "target") if self.has_targets else ("input",)
         rows = [{name: getattr(example, name) for name in kept} for example in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
@@ -157,9 +158,13 @@ def likelihood(
 ) -> float:
     """The mean over `pairs` of the targets' mean log-likelihood per token, under one expert."""
     modules, acting = (expert.modules, expert.acts_on) if expert else ({}, None)
-    batch = Collator(model, encoder.tokenizer.pad_token_id, acting=acting)(pairs)
-    batch = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+    collator = Collator(model, encoder.tokenizer.pad_token_id, acting=acting)
+    total = 0.0
     with applied(model, modules, ModifiedLinear), torch.inference_mode():
-        logits = target_logits(model, batch).float().transpose(1, 2)
-    losses = functional.cross_entropy(logits, batch["labels"], reduction="none")  # 0 if IGNORED
-    return -float((losses.sum(dim=1) / batch["labels"].ne(IGNORED).sum(dim=1)).mean())
+        for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
+            batch = collator([pairs[row] for row in rows])
+            batch = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+            logits, labels = target_logits(model, batch).float().transpose(1, 2), batch["labels"]
+            losses = functional.cross_entropy(logits, labels, reduction="none")  # 0 if IGNORED
+            total -= float((losses.sum(dim=1) / labels.ne(IGNORED).sum(dim=1)).sum())
+    return total / len(pairs)

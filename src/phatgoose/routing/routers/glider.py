@@ -44,6 +44,7 @@ class GliderRouter(PhatgooseRouter):
 
     fused = one_call = False
     acting: Tensor
+    context: RoutingContext
 
     def __init__(
         self, site: RouterSite, k: int, config: GliderConfig, context: RoutingContext

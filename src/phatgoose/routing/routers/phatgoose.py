@@ -197,10 +197,10 @@ class Phatgoose(PaperRule):
         return {**super().form, **(calibration if self.calibrates else {})}
 
     @property
-    def grows(self) -> str | None:
+    def why_fixed(self) -> str | None:
         if self.calibrates:
-            return "Affinity calibrated is measured with the base alone; compose the pool anew."
-        return super().grows
+            return "Affinity calibrated is measured with the base alone; compose the pool again."
+        return super().why_fixed
 
     def read_base(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool

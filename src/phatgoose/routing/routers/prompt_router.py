@@ -136,8 +136,8 @@ class PromptRouter:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
         Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
-        RoutingError where `base` is needed and missing or another one than the experts read,
-        ConfigError where a `tokenizer` is.
+        RoutingError where `base` is needed and missing or another one than the experts read, or
+        where it has nothing to read, ConfigError where a `tokenizer` is needed and missing.
         """
         return self.choice(self.score(prompts, base))
 
@@ -229,6 +229,8 @@ class BaseRouter(PromptRouter):
         reading: PromptReading | None = None,
         then: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        if not prompts or not all(prompts):
+            raise RoutingError(f"Router {self.name} can't choose for an empty prompt, or for none.")
         if base is None:
             raise RoutingError(
                 f"Router {self.name} reads prompts with a model; hand over the experts' base."
@@ -320,6 +322,7 @@ class ChosenExperts(SiteRouter):
     """At one site: the experts that the context has for each row, as it weighs them."""
 
     position: Tensor
+    context: RoutingContext
 
     def __init__(self, site: RouterSite, context: RoutingContext) -> None:
         super().__init__()
@@ -327,10 +330,6 @@ class ChosenExperts(SiteRouter):
         self.register_buffer("position", position, persistent=False)
         self.context, self.sees_all, self.block = context, site.sees_all, site.block
         self.experts = len(site.experts)
-
-    @property
-    def idle(self) -> bool:
-        return self.context.base_alone
 
     def forward(self, u: Tensor) -> RoutingDecision:
         choice = self.context.of_each(u, self.sees_all, self.block)

@@ -71,14 +71,7 @@ def read_scores(path: str | Path) -> Scores:
     path = Path(path)
     try:
         scores = read_json_object(path, PoolError)[EXPERTS]
-        found = {
-            str(expert): {str(task): float(score) for task, score in tasks.items()}
-            for expert, tasks in scores.items()
-        }
-        numbers = [list(tasks.values()) for tasks in found.values()]
-        if not numbers or not all(row and all(map(math.isfinite, row)) for row in numbers):
-            raise ValueError("no finite scores")
-        return found
+        return _finite(scores)
     except OSError as error:
         raise PoolError(f"Scores {path} can't be read: {reason(error)}.") from error
     except (PoolError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -95,9 +88,23 @@ def given_scores(scores: Scores | None, routing: Routing) -> Scores:
             f"Router {routing.name} needs the scores of every single expert: those of a finished "
             f"'phatgoose compare' (--scores comparison.json)."
         )
-    if not isinstance(scores, Mapping) or not all(isinstance(s, Mapping) for s in scores.values()):
-        raise PoolError(f"scores are {shortened(scores)}; wanted expert -> task -> score.")
-    return scores
+    try:
+        return _finite(scores)
+    except (ValueError, TypeError, AttributeError) as error:
+        told = f"scores are {shortened(scores)}; wanted expert -> task -> score, finite numbers."
+        raise PoolError(told) from error
+
+
+def _finite(scores: Any) -> Scores:
+    """`scores` as Scores. Raises ValueError, TypeError or AttributeError if they are none."""
+    found = {
+        str(expert): {str(task): float(score) for task, score in tasks.items()}
+        for expert, tasks in scores.items()
+    }
+    numbers = [list(tasks.values()) for tasks in found.values()]
+    if not numbers or not all(row and all(map(math.isfinite, row)) for row in numbers):
+        raise ValueError("no finite scores")
+    return found
 
 
 def best_expert(scores: Scores, names: Sequence[str]) -> str:
@@ -139,10 +146,12 @@ class SiteRouter(nn.Module):
     one_call: ClassVar[bool] = False
     by_token: ClassVar[bool] = False  # a token's decision depends on nothing but the token
 
+    context: RoutingContext | None = None
+
     @property
     def idle(self) -> bool:
         """Whether no expert acts in the present pass, whatever its tokens are."""
-        return False
+        return self.context is not None and self.context.base_alone
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for activations u [T, n]."""
@@ -240,13 +249,13 @@ class Router:
         return (self.routing.k or 0) if self.uses_k else 0
 
     @property
-    def grows(self) -> str | None:
+    def why_fixed(self) -> str | None:
         """None where experts can join and leave, else why not and what to do, as a sentence."""
         each = all(letters.startswith("E") for letters in self.form.values())
         if self.spec.grows and each:
             return None
         return (
-            f"Router {self.spec.name} is made for the experts that it has; compose the pool anew."
+            f"Router {self.spec.name} is made for the experts that it has; compose the pool again."
         )
 
     def check(self, pool: Pool) -> None:
@@ -258,7 +267,7 @@ class Router:
         return self.spec.needs
 
     @property
-    def given(self) -> str | None:
+    def file_digest(self) -> str | None:
         """A hash of what is in the file that a setting names; None by default."""
         return None
 

@@ -42,6 +42,7 @@ class ShortlistedRouter(SiteRouter):
 
     kept = ("vectors",)
     position: Tensor
+    context: RoutingContext
 
     def __init__(
         self, gates: TopKRouter, site: RouterSite, context: RoutingContext, prior: float

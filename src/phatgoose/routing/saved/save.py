@@ -27,7 +27,14 @@ from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
 from ...files.strict import one_line, read_json_object, reason, sha256_of
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .tensors import ROUTED_INFO, ROUTED_WEIGHTS, removed_in, routing_record, version_of
+from .tensors import (
+    ROUTED_INFO,
+    ROUTED_WEIGHTS,
+    removed_in,
+    routing_record,
+    shareable,
+    version_of,
+)
 
 FORMAT_VERSION = 1
 CONFIG, CARD = "config.json", "README.md"
@@ -121,7 +128,7 @@ def describe(model: PreTrainedModel, parts: Composition, folder: Path) -> None:
         "format_version": version_of(parts.records, FORMAT_VERSION),
         "base": asdict(parts.base),
         "routing": routing_record(parts.router.recorded),
-        "experts": parts.records,
+        "experts": shareable(parts.records),
         "weights_sha256": sha256_of(folder / ROUTED_WEIGHTS),
         "lookup": dict(parts.prompt_router.tables.info) if parts.prompt_router else {},
     }

@@ -48,6 +48,7 @@ from .tensors import (
     lookup_in,
     quantised,
     read_saved,
+    shareable,
     version_of,
 )
 
@@ -121,22 +122,20 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         check_tables(lookup_in(first), lookup_in(rows))
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
-        # int8 is made of float32, so that numbers are rounded once.
-        computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from _indices(pool)
             yield from rows.items()
             for site in pool.sites:
-                held = stack_of(pool, site, computed, torch.device("cpu")).tensors()
-                held = {f"{name}.{site}": tensor for name, tensor in held.items()}
-                for name, tensor in router.state_at(pool, site).items():
-                    held[f"{name}.{site}"] = tensor.to(kinds[name])
+                # In float32 first, so that numbers are rounded once.
+                made = stack_of(pool, site, torch.float32, torch.device("cpu")).tensors()
+                made |= router.state_at(pool, site)
+                held = {f"{name}.{site}": _in_type(made[name], kinds.get(name)) for name in made}
                 yield from _as_stored(held, kind)
                 pool.release()
 
         segment = _write_segment(folder, tensors(), _header(pool.sites), len(pool))
-        experts = [*saved.info["experts"], *pool.records()]
+        experts = [*saved.info["experts"], *shareable(pool.records())]
         try:
             segments = [*_segments(saved), segment]
             return _describe(folder, saved, segments=segments, experts=experts)
@@ -223,7 +222,7 @@ def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
     info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
     content = {**info, **changes}
     content["format_version"] = version_of(content["experts"], 2)
-    # Read back as a stranger's first: what doesn't hold together is never described.
+    # Read back as untrusted input first: an inconsistent description is never written.
     found = described_by(content, folder)
     write_card(folder, content)  # before the description, so that what fails here changes nothing
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
@@ -254,6 +253,12 @@ def _as_stored(
             yield from quantised(part, site, tensor)
         else:
             yield name, tensor.to(kind)
+
+
+def _in_type(tensor: Tensor, kind: torch.dtype | None) -> Tensor:
+    """`tensor` in the type of those that are there; int8 is made later, with its scales."""
+    is_kept = kind is None or kind == torch.int8 or not tensor.is_floating_point()
+    return tensor if is_kept else tensor.to(kind)
 
 
 def _has_folded(saved: SavedModel) -> bool:

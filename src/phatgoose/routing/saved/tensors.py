@@ -17,6 +17,7 @@ from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
+from ...experts.hub import HubReference
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from .. import stacks
@@ -34,6 +35,14 @@ HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expe
 def version_of(records: Sequence[Mapping[str, Any]], otherwise: int) -> int:
     """The format version of a model of these experts: one that reads them as they are meant."""
     return 3 if any(record.get("acts_on") is not None for record in records) else otherwise
+
+
+def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`records` with the last name alone in place of a path on this machine."""
+    return [
+        {**each, "path": path if HubReference.is_one(path) else Path(path).name}
+        for each, path in ((each, each.get("path") or "") for each in records)
+    ]
 
 
 def in_segments(info: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -197,6 +198,16 @@ class TrainingTask:
     @property
     def name(self) -> str:
         return self.entry.name
+
+    @property
+    def place(self) -> str:
+        """`named`, but with the whole path of what is a file here."""
+        if self.origin != "file":
+            return self.named
+        suite, name = os.path.split(self.named)
+        if suite.endswith(".toml"):
+            return os.path.join(os.path.abspath(suite), name)
+        return os.path.abspath(self.entry.source)
 
     def settings(self, training: Training) -> Training:
         most = self.entry.micro_batch_size

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, TypedDict, TypeVar, get_args, get_t
 
 from .errors import ConfigError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="Settings")
 
 SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -49,6 +49,7 @@ class Settings:
     libraries (numpy's) become Python's, and integers given for a float become floats.
     """
 
+    left: ClassVar[Mapping[str, str]] = {}
     also: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -98,8 +99,7 @@ def from_mapping(
     unknown key or a value that `config` refuses.
     """
     known = [setting.name for setting in settings_of(config)]
-    left: Mapping[str, str] = getattr(config, "left", {})
-    also: Mapping[str, str] = getattr(config, "also", {})
+    left, also = config.left, config.also
     for key in values.keys() & also.keys():
         if also[key] in values:
             raise ConfigError(f"{where}: {key} is another name of {also[key]}; give one of them.")

@@ -8,6 +8,8 @@ cli/           the command
 demo.py        the whole story in minutes
 report/        an analysis as one HTML page
 server/        models over HTTP
-ray_engine.py  experts and cells on a cluster; ray_replicas.py: copies of the server
+deploy.py      a folder that starts another engine and the gateway
+vllm/          routing inside vLLM
+ray_engine.py  experts and runs on a cluster; ray_replicas.py: copies of the server
 harness.py     lm-evaluation-harness
 """

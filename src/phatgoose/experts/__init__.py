@@ -1,7 +1,7 @@
 """An expert, and a pool of them: an adapter on disk with its gates and statistics.
 
-kinds/       what an expert of each kind adds at a site: LoRA, (IA)³, bottleneck adapter
-adapter.py   the registry of kinds; which one a directory holds, and whether it fits a base
+kinds/       what an expert of each kind adds at a site: LoRA, DoRA, (IA)³, bottleneck adapter
+adapter.py   which kind a directory holds, and whether it fits a base
 expert.py    the expert directory
 card.py      its model card, which the Hub shows
 readings.py  what it shares of how the base reads its prompts

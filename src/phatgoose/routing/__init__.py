@@ -2,6 +2,8 @@
 
 compose.py      put the pool into the base
 composition.py  what a routed model is made of
+choices.py      the experts of some prompts, and where those begin to act
+context.py      which of these hold for the present batch
 stacks.py       the modules of all experts at one site
 layers.py       the routed layer
 routers/        who chooses: one file for each router

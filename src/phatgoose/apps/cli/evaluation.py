@@ -1,4 +1,4 @@
-"""Commands of researchers: compare, lm-eval, analyse, routers, explain."""
+"""Commands of researchers: compare, replay, lm-eval, analyse, routers, explain."""
 
 from __future__ import annotations
 

@@ -109,11 +109,12 @@ class AdapterFiles(ABC):
 class OwnFiles(AdapterFiles):
     """A format of one's own: a JSON file, and tensors named SITE.PART.
 
-    The configuration has a version, the base's id, and one entry for each of `settings`, which
-    tells whether a value can be right; all modules of an expert share them.
+    `parts` has a letter for each size of a part, which stands for one number at a site: "md". The
+    configuration has a version, the base's id, and one entry for each of `settings`, which tells
+    whether a value can be right; all modules of an expert share them.
     """
 
-    parts: tuple[str, ...]
+    parts: Mapping[str, str] = field(hash=False)
     settings: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict, hash=False)
     version_key: str = "version"
     version: int = 1
@@ -144,11 +145,9 @@ class OwnFiles(AdapterFiles):
                 raise ExpertError(f"{path}: {key} is {shortened(config[key])}, which it can't be.")
         return config
 
-    def by_site(
-        self, directory: Path, tensors: Mapping[str, Tensor]
-    ) -> dict[str, list[Tensor | None]]:
-        """The tensors of each site in the order of `parts`, None if missing; else ExpertError."""
-        found: dict[str, list[Tensor | None]] = {}
+    def by_site(self, directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The tensors of each site in the order of `parts`, of their shapes; else ExpertError."""
+        found: dict[str, dict[str, Tensor]] = {}
         for key in sorted(tensors):
             part = next((part for part in self.parts if key.endswith(f".{part}")), None)
             if part is None:
@@ -156,11 +155,28 @@ class OwnFiles(AdapterFiles):
                     f"{directory}: {self.weights} holds {shortened(key, 200)}, which is no part of "
                     f"an adapter of this kind."
                 )
-            row = found.setdefault(key.removesuffix(f".{part}"), [None] * len(self.parts))
-            row[self.parts.index(part)] = tensors[key]
+            found.setdefault(key.removesuffix(f".{part}"), {})[part] = tensors[key]
         if not found:
             raise ExpertError(f"{directory}: {self.weights} holds no tensors.")
-        return found
+        for site, held in found.items():
+            if not self._fit_together(held):
+                wanted = [f"({', '.join(letters)})" for letters in self.parts.values()]
+                got = [str(tuple(held[p].shape)) if p in held else "None" for p in self.parts]
+                raise ExpertError(
+                    f"{directory}, site {site}: wanted {', '.join(self.parts)} of shapes "
+                    f"{', '.join(wanted)}, in floating point, got {', '.join(got)}."
+                )
+        return {site: [held[part] for part in self.parts] for site, held in found.items()}
+
+    def _fit_together(self, held: Mapping[str, Tensor]) -> bool:
+        sizes: dict[str, int] = {}
+        for part, letters in self.parts.items():
+            shape = held[part].shape if part in held else ()
+            if len(shape) != len(letters) or 0 in shape:
+                return False
+            if any(sizes.setdefault(a, n) != n for a, n in zip(letters, shape, strict=True)):
+                return False
+        return are_floats(*held.values())
 
     def write(
         self, folder: Path, by_site: Mapping[str, Iterable[Tensor]], config: Mapping[str, Any]

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConfigError
@@ -22,7 +21,7 @@ from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from ...tasks.neutral import over_neutral_text
 from .router import Router, RouterSite, SiteRouter
-from .spectr import DIRECTIONS, SpectrRouter
+from .spectr import DIRECTIONS, SpectrRouter, padded_rows
 
 
 class Seqr(Router):
@@ -37,7 +36,7 @@ class Seqr(Router):
     ) -> None:
         if tokenizer is None:
             raise ConfigError("Router seqr reads neutral text; hand over the base's tokenizer.")
-        rows = {site: stretching_rows(pool, site) for site in pool.sites}
+        rows = {site: padded_rows(pool, site, stretching_rows) for site in pool.sites}
         self.calibration = over_neutral_text(
             model,
             tokenizer,
@@ -48,7 +47,11 @@ class Seqr(Router):
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
         usual, spread = self.calibration[site]
         spread = spread.masked_fill(spread == 0, 1.0)  # an update of zero scores 0 everywhere
-        return {DIRECTIONS: stretching_rows(pool, site), "usual": usual, "spread": spread}
+        return {
+            DIRECTIONS: padded_rows(pool, site, stretching_rows),
+            "usual": usual,
+            "spread": spread,
+        }
 
     def at(self, site: RouterSite) -> SiteRouter:
         return SeqrRouter(site.state, self.k)
@@ -70,14 +73,8 @@ class SeqrRouter(SpectrRouter):
         return (super().scores(u) - self.usual) / self.spread
 
 
-def stretching_rows(pool: Pool, site: str) -> Tensor:
-    """The rows of scale R A of the experts at `site`, float32 [E, q, n], zeros below their rank."""
-    held = [_rows(expert.lora[site]) for expert in pool.experts if site in expert.lora]
-    rank = max(len(rows) for rows in held)
-    return torch.stack([functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in held])
-
-
-def _rows(lora: LoraFactors) -> Tensor:
+def stretching_rows(lora: LoraFactors) -> Tensor:
+    """The rows of scale R A, float32 [q, n]."""
     R = torch.linalg.qr(lora.B.double(), mode="r").R
     rows: Tensor = lora.scale * R @ lora.A.double()
     return rows.float()

@@ -19,7 +19,7 @@ that; here all are computed, for the same result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -44,16 +44,20 @@ NOTHING = 1e-6  # singular values below this share of the largest are rounding
 DIRECTIONS = "directions"  # the name of A* in files
 
 
+def padded_rows(pool: Pool, site: str, rows_of: Callable[[LoraFactors], Tensor]) -> Tensor:
+    """`rows_of` each LoRA at `site`, [E, q, n], with zeros up to the highest rank q."""
+    held = [rows_of(expert.lora[site]) for expert in pool.experts if site in expert.lora]
+    rank = max(len(rows) for rows in held)
+    return torch.stack([functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in held])
+
+
 class Spectr(Router):
     @property
     def form(self) -> Mapping[str, str]:
         return {DIRECTIONS: "Eqn"}
 
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        held = [right_singular_vectors(e.lora[site]) for e in pool.experts if site in e.lora]
-        rank = max(len(rows) for rows in held)
-        filled = [functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in held]
-        return {DIRECTIONS: torch.stack(filled)}
+        return {DIRECTIONS: padded_rows(pool, site, right_singular_vectors)}
 
     def at(self, site: RouterSite) -> SiteRouter:
         return SpectrRouter(site.state[DIRECTIONS], self.k, self.config.shortlist)

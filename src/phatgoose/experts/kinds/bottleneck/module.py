@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ....config import ACTIVATIONS
 from ....errors import ExpertError
-from ..kind import OwnFiles, SiteModule, are_floats
+from ..kind import OwnFiles, SiteModule
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -26,7 +26,7 @@ LARGEST_SCALE = 1e9
 FILES = OwnFiles(
     "bottleneck_config.json",
     "bottleneck.safetensors",
-    parts=("down.weight", "down.bias", "up.weight", "up.bias"),
+    parts={"down.weight": "md", "down.bias": "m", "up.weight": "dm", "up.bias": "d"},
     settings={
         "activation": lambda value: value in ACTIVATIONS,
         "scale": lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SCALE,
@@ -71,19 +71,11 @@ class BottleneckLayers(SiteModule):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, BottleneckLayers]:
-        layers = {}
-        for site, parts in FILES.by_site(directory, tensors).items():
-            present = [part for part in parts if part is not None]
-            if len(present) < len(parts) or not _fit_together(*present):
-                raise ExpertError(
-                    f"{directory}, site {site}: wanted {', '.join(FILES.parts)} of shapes (m, d), "
-                    f"(m), (d, m), (d), in floating point, got "
-                    f"{', '.join(str(None if p is None else tuple(p.shape)) for p in parts)}."
-                )
-            down, down_bias, up, up_bias = present
-            settings = {"activation": config["activation"], "scale": float(config["scale"])}
-            layers[site] = cls(down, down_bias, up, up_bias, **settings)
-        return layers
+        settings = {"activation": config["activation"], "scale": float(config["scale"])}
+        return {
+            site: cls(down, down_bias, up, up_bias, **settings)
+            for site, (down, down_bias, up, up_bias) in FILES.by_site(directory, tensors).items()
+        }
 
     @classmethod
     def write(
@@ -98,11 +90,3 @@ class BottleneckLayers(SiteModule):
         tensors = {s: (m.down, m.down_bias, m.up, m.up_bias) for s, m in modules.items()}
         config = {**about, "activation": first.activation, "scale": first.scale}
         return FILES.write(folder, tensors, config)
-
-
-def _fit_together(down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> bool:
-    parts = (down, down_bias, up, up_bias)
-    if (down.dim(), up.dim()) != (2, 2) or not are_floats(*parts) or min(down.shape) < 1:
-        return False
-    m, d = down.shape
-    return (up.shape, down_bias.shape, up_bias.shape) == ((d, m), (m,), (d,))

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ....errors import ExpertError
-from ..kind import AdapterFiles, OwnFiles, are_floats
+from ..kind import AdapterFiles, OwnFiles
 from ..lora.module import LoraFactors
 from ..peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FILES = OwnFiles(
     "dora_config.json",
     "dora.safetensors",
-    parts=("lora_A", "lora_B", "bias", "output_scale"),
+    parts={"lora_A": "rn", "lora_B": "dr", "bias": "d", "output_scale": "d"},
     version_key="dora_version",
     beside=(ADAPTER_CONFIG, ADAPTER_WEIGHTS),  # PEFT's own form of one that was trained here
 )
@@ -70,18 +69,10 @@ class DoraFactors(LoraFactors):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, LoraFactors]:
-        found: dict[str, LoraFactors] = {}
-        for site, parts in FILES.by_site(directory, tensors).items():
-            present = [part for part in parts if part is not None]
-            if len(present) < len(parts) or not _fit_together(*present):
-                raise ExpertError(
-                    f"{directory}, site {site}: wanted {', '.join(FILES.parts)} of shapes (r, n), "
-                    f"(d, r), (d), (d), in floating point, got "
-                    f"{', '.join(str(None if p is None else tuple(p.shape)) for p in parts)}."
-                )
-            A, B, bias, scale = present
-            found[site] = cls(A=A, B=B, scale=1.0, bias=bias, output_scale=scale)
-        return found
+        return {
+            site: cls(A=A, B=B, scale=1.0, bias=bias, output_scale=scale)
+            for site, (A, B, bias, scale) in FILES.by_site(directory, tensors).items()
+        }
 
     @classmethod
     def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
@@ -103,9 +94,3 @@ def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
     W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
     norms = torch.linalg.vector_norm(W.float() + B.float() @ A.float(), dim=1)
     return torch.where(norms > 0, norms, torch.inf)
-
-
-def _fit_together(A: Tensor, B: Tensor, bias: Tensor, scale: Tensor) -> bool:
-    if (A.dim(), B.dim()) != (2, 2) or not are_floats(A, B, bias, scale) or min(A.shape) < 1:
-        return False
-    return A.shape[0] == B.shape[1] and bias.shape == scale.shape == B.shape[:1]

@@ -1,4 +1,4 @@
-"""docs/figures/demo.png: the demo's scores, and the expert that its routed model used for five texts.
+"""docs/figures/demo.png: the demo's scores, and the experts that its routed model used.
 
     python research/demo_picture.py demo     # the folder that `make demo` leaves behind
 
@@ -59,11 +59,7 @@ def draw_scores(axes: Axes, comparison: dict[str, Any], router: str) -> None:
         label = rows[name]["label"] if name in rows else f"expert {name}"
         weight = "bold" if name == router else "normal"
         label += (
-            " (auto)"
-            if name == router
-            else " (best expert per task)"
-            if name == "oracle"
-            else ""
+            " (auto)" if name == router else " (best expert per task)" if name == "oracle" else ""
         )
         axes.text(-0.1, line + 0.5, label, ha="right", va="center", fontsize=8.5, weight=weight)
         values = [*scores[name], sum(scores[name]) / len(tasks)]

@@ -42,8 +42,9 @@ EVERY = 12  # of the tokens of neutral text one is kept at each site
 
 @dataclass(frozen=True)
 class NeutralText:
-    """What a base makes of neutral text: `inputs` [tokens, n] by site, embeddings `vectors` or
-    None.
+    """A base's activations on neutral text, `inputs` [tokens, n] by site, and its embeddings.
+
+    `vectors` [texts, dims] are None without an embedder.
     """
 
     inputs: Mapping[str, Tensor]
@@ -296,7 +297,7 @@ def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
 
 
 def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
-    """What `signs`, by name [E], come to: those beyond a limit as findings, and notes."""
+    """The audit of `pool` by its `signs` [E]: findings beyond a limit, and notes."""
     findings = [
         finding for name in LIMITS if name in signs for finding in _beyond(pool, name, signs)
     ]

@@ -68,7 +68,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         ray.init(logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(
-            f"No Ray cluster could be used at {address or 'here'}: {first_line(error)}"
+            f"No Ray cluster could be used at {address or 'here'}: {first_line(error)}."
         ) from error
     try:
         yield
@@ -287,7 +287,7 @@ class _Run:
         reason = first_line(error)
         if self._losses[what] >= MOST_LOSSES:
             raise EngineError(
-                f"{MOST_LOSSES} workers were lost at {what} (out of memory?): {reason}"
+                f"{MOST_LOSSES} workers were lost at {what} (out of memory?): {reason}."
             )
         logger.warning("A worker was lost at %s; another continues. (%s)", what, reason)
 

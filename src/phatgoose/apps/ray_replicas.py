@@ -65,7 +65,7 @@ def replicated(
         serve.run(deployment.bind(), name=NAME, route_prefix="/")
     except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
         serve.shutdown()
-        raise EngineError(f"The replicas could not be started: {first_line(error)}") from error
+        raise EngineError(f"The replicas could not be started: {first_line(error)}.") from error
     try:
         yield
     finally:

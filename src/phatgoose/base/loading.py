@@ -249,7 +249,7 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch was built without it, or knows no such
-        told = f"device is {str(device)!r}, which torch can't use here: {first_line(error)}"
+        told = f"device is {str(device)!r}, which torch can't use here: {first_line(error)}."
         raise BaseModelError(told) from error
     if dtype in ("auto", FOUR_BITS):
         target = torch.device(device) if device is not None else _default_device()
@@ -365,7 +365,7 @@ def _why(error: Exception) -> str:
     if UNFIT in str(error):
         return "The sizes in its config.json are not those of its weights."
     if isinstance(error, OSError | ImportError | SafetensorError) or type(error) in TOLD_IN_WORDS:
-        return first_line(error)
+        return f"{first_line(error)}."
     said = " ".join(str(error).split())
     return f"transformers can't use its files ({one_line(f'{type(error).__name__}: {said}')})."
 

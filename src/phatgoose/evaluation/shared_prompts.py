@@ -70,7 +70,7 @@ class Begun:
 
 
 class SharedPrompts:
-    """What one base makes of batches of prompts, each read once while there is room.
+    """Keys, values and hidden states of prompts: read once by the base, and used by all models.
 
     A batch that found no room is read again, alike: results don't depend on what is kept. Without
     `tails` no model goes on from there, and only `states` are shared. `wants_states` says that some
@@ -137,10 +137,10 @@ class SharedPrompts:
 
 @contextmanager
 def reading_once(model: PreTrainedModel) -> Iterator[SharedPrompts | None]:
-    """What lets the router of `model` choose by the very reading that answers go on with.
+    """One pass over each prompt, for both the router of `model` and its answer.
 
-    None for models that don't: their router isn't one by prompt statistics, or some of their
-    experts act on all tokens.
+    Yields None for models that can't share it: their router doesn't go by prompt statistics, or
+    some of their experts act on all tokens.
     """
     parts, shared = composition_if_any(model), SharedPrompts(tails=True, wants_states=True)
     goes_by_it = parts is not None and "readings" in parts.router.spec.needs

@@ -134,4 +134,4 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # InvalidSignature is one of its own, and a ParseError another
-        raise ExpertError(f"{what}: {first_line(error)}") from error
+        raise ExpertError(f"{what}: {first_line(error)}.") from error

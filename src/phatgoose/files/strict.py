@@ -29,7 +29,8 @@ def shortened(value: object, most: int = 80) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+    """The first line of its message, without a full stop; the name of its type without any."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0]).rstrip(".")
 
 
 def reason(problem: Exception) -> str:

@@ -165,4 +165,4 @@ def load_embedder(embedder: str) -> SentenceTransformer:
             )
     except Exception as error:  # an odd file of a folder makes the library raise anything
         reason = first_line(error)
-        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
+        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}.") from error

@@ -251,7 +251,7 @@ def _read_parquet(path: Path) -> Rows:
             batches = (batch.to_pylist() for batch in file.iter_batches())
             yield from _read_memory((row for batch in batches for row in batch), str(path))
     except (OSError, ArrowException) as error:
-        raise TaskError(f"Task file {path} can't be read: {first_line(error)}") from error
+        raise TaskError(f"Task file {path} can't be read: {first_line(error)}.") from error
 
 
 def _read_csv(path: Path) -> Rows:
@@ -295,7 +295,7 @@ def _read_hub(source: str) -> Rows:
     try:
         loaded = datasets.load_dataset(dataset, config or None, revision=revision or None)
     except Exception as error:  # datasets documents no common base class for what it raises
-        raise TaskError(f"{source} can't be loaded: {first_line(error)}") from error
+        raise TaskError(f"{source} can't be loaded: {first_line(error)}.") from error
     yield from _read_memory(loaded, source)
 
 

@@ -287,7 +287,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch has no OSError for a full disk
             raise ExpertError(
-                f"Checkpoint {folder} can't be written: {first_line(error)}"
+                f"Checkpoint {folder} can't be written: {first_line(error)}."
             ) from error
         wait_for_all()  # each has written its random state
         if is_first():
@@ -338,7 +338,7 @@ def reporters(report_to: str, label: str) -> list[TrainerCallback]:
     try:
         found = [make() for make in get_reporting_integration_callbacks(names)]
     except (ImportError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"report_to is {report_to!r}: {first_line(error)}") from error
+        raise ConfigError(f"report_to is {report_to!r}: {first_line(error)}.") from error
     for callback in found:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path("runs", *label.split(": ")))

@@ -106,7 +106,7 @@ def _refuse_links(work: Path) -> None:
 
 
 def _empty(work: Path) -> None:
-    # First of all: what a kill leaves behind is then nobody's.
+    # First of all: if it is killed here, what is left counts as no work, without an identity.
     (work / IDENTITY).unlink(missing_ok=True)
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -232,7 +232,7 @@ class RemoteFolder:
         except PhatgooseError:
             raise
         except Exception as error:
-            told = f"{self.place(name)} can't be {done}: {first_line(error)}"
+            told = f"{self.place(name)} can't be {done}: {first_line(error)}."
             raise ExpertError(told) from error
 
     def portable(self) -> RemoteFolder:

@@ -60,7 +60,9 @@ class JsonForm:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(f"The JSON can't be written: {first_line(self._matcher.get_error())}")
+            raise EngineError(
+                f"The JSON can't be written: {first_line(self._matcher.get_error())}."
+            )
 
 
 def json_form(

@@ -87,7 +87,7 @@ def _rows(loaded: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    return first_line(error).rstrip(".")
+    return first_line(error)
 
 
 def _local_copy(data: Path, request: _Request) -> Path:

@@ -1,0 +1,85 @@
+"""What router few-shot scores, by marks: an expert for a whole task, chosen by a few examples.
+
+    python research/few_examples.py research/marks/smollm2-135m-tails.parquet [N ...]
+
+Of each task with choices N examples are drawn, 20 times, and the other ones are scored. The expert
+is the one with the highest mean score of `discriminant` (`without targets`), or, as few-shot does
+with targets, the likeliest on the N examples among the five with the highest scores and the base.
+`by score` takes the base or any expert, whichever is right most often on the N examples; of equals
+the likeliest. Intervals are over tasks, 95 %.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+Array = NDArray[Any]
+DRAWS, SHORTLIST, REPLICATES = 20, 5, 10_000
+ROWS = ("base", "random expert", "own expert", "without targets", "with targets", "by score")
+
+
+def main(path: str, *counts: str) -> None:
+    """Print a table for own tasks in new wordings, and one for unseen tasks."""
+    table = parquet.read_table(path)
+    names = json.loads(table.schema.metadata[b"phatgoose"])["experts"]
+    columns = {name: np.array(table[name].to_pylist(), object) for name in table.column_names}
+    for wording in ("new", "unseen"):
+        for n in map(int, counts or ("5", "20", "50")):
+            tell(wording, n, list(tasks_of(columns, names, wording, n)))
+
+
+def tasks_of(columns: dict[str, Array], names: list[str], wording: str, n: int) -> Iterator[Array]:
+    """The scores of ROWS on each task, means over draws; NaN where a row doesn't apply."""
+    chosen = (columns["wording"] == wording) & (columns["label"].astype(int) >= 0)
+    models = [*(f"expert/{name}" for name in names), "base"]
+    for task in dict.fromkeys(columns["task"][chosen]):
+        rows = np.flatnonzero(chosen & (columns["task"] == task))
+        if len(rows) < 2 * n:
+            continue
+        labels = columns["label"][rows].astype(int)
+        scores = np.array([columns[f"score/{m}"][rows] for m in models], float)
+        told = [
+            [x[i] for x, i in zip(columns[f"likelihoods/{model}"][rows], labels, strict=True)]
+            for model in models
+        ]
+        near = np.stack(columns["choice/discriminant"][rows]).astype(float)
+        own = names.index(task) if task in names else None
+        draws = np.random.default_rng(0).permuted(np.tile(np.arange(len(rows)), (DRAWS, 1)), axis=1)
+        found = [_of_draw(d[:n], d[n:], scores, np.array(told), near, own) for d in draws]
+        yield np.mean(found, axis=0)
+
+
+def _of_draw(
+    few: Array, rest: Array, scores: Array, told: Array, near: Array, own: int | None
+) -> list[float]:
+    order, likely = near[few].mean(axis=0).argsort()[::-1], told[:, few].mean(axis=1)
+    listed = [*order[:SHORTLIST], len(scores) - 1]  # the last is the base
+    by_score = np.lexsort([likely, scores[:, few].mean(axis=1)])[-1]
+    mean = scores[:, rest].mean(axis=1)
+    in_domain = float("nan") if own is None else mean[own]
+    chosen = [order[0], listed[likely[listed].argmax()], by_score]
+    return [mean[-1], mean[:-1].mean(), in_domain, *mean[chosen]]
+
+
+def tell(wording: str, n: int, found: list[Array]) -> None:
+    """Print means over tasks, and differences to the base in pairs."""
+    values = 100 * np.array(found)
+    drawn = np.random.default_rng(0).integers(len(values), size=(REPLICATES, len(values)))
+    print(f"\n{wording}, {n} examples: {len(values)} tasks\n")
+    print("| | mean | less the base |\n|---|---|---|")
+    for name, column in zip(ROWS, values.T, strict=True):
+        if not np.isnan(column).any():
+            apart = column - values[:, 0]
+            low, high = np.percentile(apart[drawn].mean(axis=1), [2.5, 97.5])
+            print(f"| {name} | {column.mean():.1f} | {apart.mean():+.1f} [{low:.1f}, {high:.1f}] |")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -89,25 +89,27 @@ def train(
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
     ]
-    own: dict[str, Any] = {"base": name, "dtype": dtype, "peft": peft or "lora"}
-    own |= {"multitask": multitask, "mixture_most": mixture_most, **vars(source)}
     effective = (shape, training, gates, formatting)
     if is_first():
         logger.info("settings: %s", _listed(effective, peft or "lora", name, dtype))
+    own: dict[str, Any] = {"base": name, "dtype": dtype, "peft": peft or "lora"}
+    own |= {"multitask": multitask, "mixture_most": mixture_most, **vars(source)}
+
+    def recipe(task: TrainingTask) -> str:
+        places = [each.place for each in (parts if multitask else [task])]
+        used = (shape, task.settings(training), gates, formatting)
+        return options.written_recipe({**own, "tasks": places}, used)
+
     reported: list[dict[str, Any]] = []
+    new = {task.name: task for task in missing}
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, engine=chosen, **settings):
-            of = [task for task in missing if task.name == expert.name]
-            reported.append(_reported(expert, is_new=bool(of)))
-            if not is_first():
-                continue
-            told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
-            say(told, err=str(json) == "-")
-            for task in of:
-                places = [each.place for each in (parts if multitask else of)]
-                used = (shape, task.settings(training), gates, formatting)
-                recipe = options.written_recipe({**own, "tasks": places}, used)
-                _save_settings(Path(expert.place), recipe)
+            task = new.get(expert.name)
+            reported.append(_reported(expert, is_new=task is not None))
+            if is_first():
+                told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
+                say(told, err=str(json) == "-")
+                _save_settings(Path(expert.place), recipe(task) if task else None)
     if is_first():
         report(json, {"base": name, "experts": reported}, "report", ConfigError)
 
@@ -131,9 +133,9 @@ def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> st
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
-def _save_settings(place: Path, recipe: str) -> None:
-    """Write the `recipe` of an expert beside its folder."""
-    if place.is_dir():  # and not at a URL
+def _save_settings(place: Path, recipe: str | None) -> None:
+    """Write the `recipe` of an expert beside its folder; None if it was there already."""
+    if recipe is not None and place.is_dir():  # and not at a URL
         write_text(place.with_name(f"{place.name}.yaml"), recipe, ExpertError)
 
 

@@ -91,6 +91,8 @@ def test_a_router_s_first_choices_are_scored_by_the_experts_own_marks(marks):
         "centroid, random LoRAs": 0.75,
     }
     assert new["centroid"].gain.value == 0.75
+    assert new["centroid"].over_random.value == 0.25
+    assert new["merged, run"].over_random is None  # there is no run with random LoRAs
     assert new["merged, run"].kept.value == 0.5
     assert new["centroid"].own == 0.75
     assert new["base"].own is None

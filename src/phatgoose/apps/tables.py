@@ -13,7 +13,7 @@ from ..analysis.audit import LIMITS, Audit
 from ..analysis.findings import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.comparison.methods import BASE, label_of
-from ..evaluation.comparison.tables import ANCHOR, Comparison, in_per_cent
+from ..evaluation.comparison.tables import ANCHOR, Comparison
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Estimate, Replay
 from ..experts.importing.hub_owner import Listing
@@ -172,11 +172,15 @@ def replay_table(found: Replay) -> Table:
         f"by these marks"
     )
     is_own = found.wording != "unseen"
+    has_random = any(line.over_random for line in found.lines)
     columns = ["score in %", "less the base's"]
+    columns += ["less random LoRAs'"] if has_random else []
     columns += ["% of in-domain", "% chosen right"] if is_own else []
     table = _table(title, "expert", columns)
     for line in found.lines:
         cells = [_estimate(line.score, ".1f"), _estimate(line.gain, "+.1f")]
+        if has_random:
+            cells.append(_estimate(line.over_random, "+.1f"))
         if is_own:
             cells.append(_estimate(line.kept, ".0f"))
             cells.append("" if line.own is None else f"{100 * line.own:.0f}")
@@ -185,7 +189,10 @@ def replay_table(found: Replay) -> Table:
 
 
 def _estimate(found: Estimate | None, form: str) -> str:
-    return "" if found is None else in_per_cent(found.value, found.low, found.high, form)
+    if found is None:
+        return ""
+    ends = form.removeprefix("+")
+    return f"{100 * found.value:{form}} [{100 * found.low:{ends}}, {100 * found.high:{ends}}]"
 
 
 def _table(title: str, first: str, columns: Iterable[str]) -> Table:

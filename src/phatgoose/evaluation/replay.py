@@ -33,6 +33,7 @@ WORDINGS = ("new", "known", "unseen")
 IN_DOMAIN = "in-domain expert"
 TINY = 1e-9
 READ = ("prompt", "task", "wording", "embedding", "score", "choice")
+RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
 NEEDED = {"prompt", "task", "wording", "score/base"}
 
 
@@ -240,13 +241,15 @@ class Estimate:
 class Line:
     """One model or rule on the tasks of one wording.
 
-    `score` is the mean over tasks, `gain` that less the base's, in pairs, `kept` its share of the
+    `score` is the mean over tasks, `gain` that less the base's, in pairs, `over_random` that less
+    the same choices' with random LoRAs, if there are marks of these. `kept` is its share of the
     in-domain experts' mean, `own` the share of prompts for which the in-domain expert was chosen.
     """
 
     name: str
     score: Estimate
     gain: Estimate
+    over_random: Estimate | None
     kept: Estimate | None
     own: float | None
 
@@ -282,14 +285,22 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
     draws, lines = dataset_replicates(samples), []
     for name, mean in means.items():
         gain = Estimate.of(mean - means["base"], draws[name] - draws["base"])
-        kept = found = None
+        kept = found = apart = None
+        if (twin := _twin(name)) in means:
+            apart = Estimate.of(mean - means[twin], draws[name] - draws[twin])
         if IN_DOMAIN in means:
             share = draws[name] / np.maximum(draws[IN_DOMAIN], TINY)
             kept = Estimate.of(mean / max(means[IN_DOMAIN], TINY), share)
         if own is not None and name in choices:
             found = float((choices[name] == own).mean())
-        lines.append(Line(name, Estimate.of(mean, draws[name]), gain, kept, found))
+        lines.append(Line(name, Estimate.of(mean, draws[name]), gain, apart, kept, found))
     return Replay(marks.base, wording, len(set(tasks)), len(asked), tuple(lines))
+
+
+def _twin(name: str) -> str:
+    """What the line is called that is like line `name`, but with random LoRAs."""
+    rule, was_run, _ = name.partition(RUN)
+    return f"{rule}{RANDOM}{was_run}"
 
 
 def _rows(
@@ -309,10 +320,10 @@ def _rows(
         own = np.array([marks.experts.index(task) for task in tasks])
         rows[IN_DOMAIN] = alone[every, own]
     routed = [name for name in marks.columns if name.startswith("score/routed/")]
-    rows |= {name.partition("/routed/")[2] + ", run": marks.columns[name][asked] for name in routed}
+    rows |= {name.partition("/routed/")[2] + RUN: marks.columns[name][asked] for name in routed}
     for name, chosen in choices.items():
         rows[name] = alone[every, chosen]
         if f"score/random/{marks.experts[0]}" in marks.columns:
             random = np.concatenate([marks.alone("random")[asked], base], axis=1)
-            rows[f"{name}, random LoRAs"] = random[every, chosen]
+            rows[_twin(name)] = random[every, chosen]
     return rows, own

@@ -125,9 +125,12 @@ class Finding:
 
 
 def findings_of(
-    distributions: Mapping[str, RoutingDistribution], similarity: NDArray[Any] | None = None
+    distributions: Mapping[str, RoutingDistribution], similarity: NDArray[Any] | None
 ) -> list[Finding]:
-    """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first."""
+    """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first.
+
+    `similarity` [E, E] is that of the vectors; None, for routers without, finds nothing.
+    """
     if not distributions or similarity is None or len(similarity) < 2:
         return []
     together = functools.reduce(operator.add, distributions.values())

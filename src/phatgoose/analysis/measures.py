@@ -96,6 +96,11 @@ class Agreement:
 
 
 class DecisionFiles(Observer):
+    """Writes the decisions of each pass into a new `folder`; FileExistsError if it is there.
+
+    `pool_index` [E] has the index among all experts of each one that the model has.
+    """
+
     def __init__(self, folder: Path, pool_index: Tensor) -> None:
         self.folder, self.passes = folder, 0
         self._pool_index = pool_index

@@ -416,6 +416,10 @@ def score(
     questions: Questions,
     shared: SharedPrompts | None = None,
 ) -> TaskScore:
+    """The score of `model`, put into evaluation mode, on the `questions` of `chosen`.
+
+    What `shared` has of prompts isn't read again, if it can serve the model.
+    """
     model.eval()
     name, budget = chosen.name, chosen.settings.token_budget
     prompts, examples = questions.prompts, chosen.examples

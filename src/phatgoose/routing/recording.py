@@ -62,7 +62,10 @@ class Recording:
         self.real.setdefault(site.name, []).append(passed.is_real())
 
     def usage(self) -> dict[str, Tensor]:
-        """Mean weight of each expert over all real tokens, [E] by site (paper, section 4.4)."""
+        """Mean weight of each expert over all real tokens, [E] by site (paper, section 4.4).
+
+        Empty if nothing was recorded.
+        """
         means = {}
         for site, passes in self.weights.items():
             tokens = [w[mask] for w, mask in zip(passes, self.real[site], strict=True)]

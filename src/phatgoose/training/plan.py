@@ -111,6 +111,7 @@ class Plan:
         return sums | {"steps": sums["steps"] + sum(task.gate_steps for task in self.tasks)}
 
     def seconds_on(self, workers: int) -> float:
+        """How long one or more `workers` take: tasks in order, each to the first that is free."""
         free = [0.0] * workers
         for task in self.tasks:
             heapq.heapreplace(free, free[0] + task.seconds)

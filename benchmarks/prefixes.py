@@ -75,7 +75,7 @@ def first_tokens(runners: list[ModelRunner], shared: list[int], room: int) -> Ca
         for runner in runners:
             own = torch.randint(100, 20000, (ENDS,), generator=ends).tolist()
             prompt = [*shared, *own]
-            (turn,) = runner.turns_of([prompt])
+            (turn,) = runner.routings_of([prompt])
             wish = Decoding(max_tokens=1, temperature=0, ignores_end=True)
             with torch.inference_mode():
                 Batch(runner, store).join(

@@ -68,6 +68,7 @@ train reviews.jsonl PLAN --json file/p.json => can't be written
 train reviews.jsonl PLAN --measure --tflops 3 => --tflops gives a speed, and --measure finds one
 train reviews.jsonl TRAIN --workers 2 => --workers is for --engine ray
 train reviews.jsonl TRAIN --engine slurm => --engine is 'slurm', but must be local or ray
+train reviews.jsonl PLAN --engine slurm => --engine is 'slurm', but must be local or ray
 gate none --task reviews.jsonl --out new/x BASE => none is no PEFT adapter
 gate bare --task reviews.jsonl --out file/x GATE => can't be written
 gate experts/reviews --task reviews.jsonl --out new BASE --joint => joint is on

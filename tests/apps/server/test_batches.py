@@ -81,7 +81,7 @@ def test_sliding_windows_slide_in_batches_too():
 def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     runner = runner_of("llama", router)
     batch = Batch(runner)
-    turns = runner.turns_of([prompt_of(seed) for seed in range(4)])
+    turns = runner.routings_of([prompt_of(seed) for seed in range(4)])
     rows = [row_of(runner, prompt_of(seed), turn=turns[seed]) for seed in range(4)]
     batch.join(rows[:2])
     batch.step()
@@ -163,7 +163,7 @@ def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder, m
     wanted = [by_generate(runner, prompt, 12) for prompt in prompts]  # before it is announced to
     rows = [
         row_of(runner, prompt, replace(GREEDY, max_tokens=n, logprobs=0, echo=n == 6), 0, "", turn)
-        for prompt, n, turn in zip(prompts, (9, 2, 6, 4), runner.turns_of(prompts), strict=True)
+        for prompt, n, turn in zip(prompts, (9, 2, 6, 4), runner.routings_of(prompts), strict=True)
     ]
     batch = Batch(runner)
     batch.join(rows[:2])

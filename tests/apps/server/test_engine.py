@@ -151,7 +151,7 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
 def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):
     """Whoever prepares a request has: an embedder may take minutes, and all others would wait."""
     runner = runner_of("llama", "retrieval")
-    (turn,) = runner.turns_of([prompt_of(1)])
+    (turn,) = runner.routings_of([prompt_of(1)])
     monkeypatch.setattr(runner._context, "choose", raises(AssertionError("looked up")))
     batch, row = Batch(runner), row_of(runner, prompt_of(1), turn=turn)
     batch.join([row])

@@ -27,7 +27,7 @@ def answers(runner, prompts, store, **changes):
     runner.decode = lambda ids, *rest, **more: (
         passed.append(ids.shape[1]) or decode(ids, *rest, **more)
     )
-    turns = runner.turns_of(prompts)
+    turns = runner.routings_of(prompts)
     wish = replace(GREEDY, **changes)
     rows = [row_of(runner, p, wish, turn=turn) for p, turn in zip(prompts, turns, strict=True)]
     batch = Batch(runner, store)
@@ -98,7 +98,7 @@ def test_a_prompt_that_the_base_reads_for_its_router_is_not_read_again(llama, ll
     model = compose(Pool(tuple(ends)), llama, router="discriminant")
     runner, store = ModelRunner(model, llama.tokenizer), PrefixStore(1 << 20)
     prompts = [LONG, prompt_of(6, 25)]
-    runner.turns_of(prompts, store)
+    runner.routings_of(prompts, store)
     found, passed = answers(runner, prompts, store)
     assert passed[0] == 3
     composition_of(model).context.use(None)

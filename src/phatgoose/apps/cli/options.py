@@ -313,7 +313,8 @@ class _Parameters:
             objects[table] = from_mapping(config, values, "command line")
             given |= values.keys()
         for name in RECIPE_OPTIONS & arguments.keys():
-            arguments[name] = arguments[name] or getattr(recipe, name)
+            if arguments[name] in (None, []):  # and not 0, which may be refused
+                arguments[name] = getattr(recipe, name)
         for name, group in self.groups.items():
             objects[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
         if self.shapes:
@@ -527,9 +528,12 @@ class RayOptions:
         {"min": 0},
     ] = None
 
-    def check(self) -> None:
+    def check_engine(self) -> None:
         if self.engine not in ("local", "ray"):
             raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
+
+    def check(self) -> None:
+        self.check_engine()
         others = {name: value for name, value in vars(self).items() if name != "engine"}
         only_with("--engine ray", self.engine == "ray", others)
 

@@ -309,3 +309,16 @@ def test_published_marks_have_no_text_and_are_replayed():
         lines = {line.name: line.score.value for line in new.lines}
         assert new.wording == "new"
         assert lines["in-domain expert"] >= lines["discriminant"] - 0.05 > lines["base"]
+
+
+def test_few_examples_are_scored_by_published_marks(capsys):
+    script = runpy.run_path(str(ROOT / "research" / "few_examples.py"))
+    script["main"](str(ROOT / "research" / "marks" / "smollm2-135m-tails.parquet"), "5")
+    shown = capsys.readouterr().out
+    for wording in ("new", "unseen"):
+        part = shown.partition(f"\n{wording}, 5 examples: ")[2].partition("\n\n")[2]
+        rows = [line.split(" | ") for line in part.partition("\n\n")[0].splitlines()[2:]]
+        gains = {row[0].removeprefix("| "): row[2].split()[0] for row in rows}
+        assert gains["base"] == "+0.0"
+        assert {"without targets", "with targets", "by score"} < gains.keys()
+        assert ("own expert" in gains) == (wording == "new")

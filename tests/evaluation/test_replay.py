@@ -85,7 +85,7 @@ def test_a_router_s_first_choices_are_scored_by_the_experts_own_marks(marks):
         "base": 0.25,
         "random expert": (0.75 + 0.5) / 2,
         "oracle*": 1.0,
-        "in-domain expert": 1.0,
+        "own expert": 1.0,
         "merged, run": 0.5,
         "centroid": 1.0,  # kinds, moods, moods, moods: all right
         "centroid, random LoRAs": 0.75,
@@ -99,7 +99,7 @@ def test_a_router_s_first_choices_are_scored_by_the_experts_own_marks(marks):
     # The scores differ by less than float16 tells, and moods is still first.
     assert unseen["centroid"].score.value == 0.0
     assert unseen["oracle*"].score.value == 1.0
-    assert "in-domain expert" not in unseen
+    assert "own expert" not in unseen
     assert unseen["centroid"].kept is None
 
 
@@ -308,7 +308,7 @@ def test_published_marks_have_no_text_and_are_replayed():
         new, *_ = replay(marks, {"discriminant": chosen_by(marks, router_rule("discriminant"))})
         lines = {line.name: line.score.value for line in new.lines}
         assert new.wording == "new"
-        assert lines["in-domain expert"] >= lines["discriminant"] - 0.05 > lines["base"]
+        assert lines["own expert"] >= lines["discriminant"] - 0.05 > lines["base"]
 
 
 def test_few_examples_are_scored_by_published_marks(capsys):

@@ -166,21 +166,24 @@ def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
 
 
 def replay_table(found: Replay) -> Table:
-    """A row per model or rule: per cent and points, with 95 % intervals over tasks and examples."""
+    """A row per model or rule: per cent and points, with 95 % intervals over tasks and examples.
+
+    The own expert is the one of the task: the share of its score, and how often it was chosen.
+    """
     title = (
         f"{found.base}, {found.wording}: {found.tasks} tasks, {found.examples} examples; * chosen "
         f"by these marks"
     )
     is_own = found.wording != "unseen"
     has_random = any(line.over_random for line in found.lines)
-    columns = ["score in %", "less the base's"]
-    columns += ["less random LoRAs'"] if has_random else []
-    columns += ["% of in-domain", "% chosen right"] if is_own else []
+    columns = ["score in %", "over base"]
+    columns += ["over random"] if has_random else []
+    columns += ["% of own", "% right"] if is_own else []
     table = _table(title, "expert", columns)
     for line in found.lines:
-        cells = [_estimate(line.score, ".1f"), _estimate(line.gain, "+.1f")]
+        cells = [_estimate(line.score, ".1f"), _estimate(line.gain, "+.1f", ".1f")]
         if has_random:
-            cells.append(_estimate(line.over_random, "+.1f"))
+            cells.append(_estimate(line.over_random, "+.1f", ".1f"))
         if is_own:
             cells.append(_estimate(line.kept, ".0f"))
             cells.append("" if line.own is None else f"{100 * line.own:.0f}")
@@ -188,10 +191,9 @@ def replay_table(found: Replay) -> Table:
     return table
 
 
-def _estimate(found: Estimate | None, form: str) -> str:
+def _estimate(found: Estimate | None, form: str, ends: str = ".0f") -> str:
     if found is None:
         return ""
-    ends = form.removeprefix("+")
     return f"{100 * found.value:{form}} [{100 * found.low:{ends}}, {100 * found.high:{ends}}]"
 
 

@@ -30,7 +30,7 @@ Array = NDArray[Any]
 BASE = -1  # among indices of experts
 FORMAT = 1
 WORDINGS = ("new", "known", "unseen")
-IN_DOMAIN = "in-domain expert"
+OWN = "own expert"  # the one that is named after the task
 TINY = 1e-9
 READ = ("prompt", "task", "wording", "embedding", "score", "choice")
 RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
@@ -243,7 +243,7 @@ class Line:
 
     `score` is the mean over tasks, `gain` that less the base's, in pairs, `over_random` that less
     the same choices' with random LoRAs, if there are marks of these. `kept` is its share of the
-    in-domain experts' mean, `own` the share of prompts for which the in-domain expert was chosen.
+    own experts' mean, `own` the share of prompts for which the own expert was chosen.
     """
 
     name: str
@@ -288,9 +288,9 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
         kept = found = apart = None
         if (twin := _twin(name)) in means:
             apart = Estimate.of(mean - means[twin], draws[name] - draws[twin])
-        if IN_DOMAIN in means:
-            share = draws[name] / np.maximum(draws[IN_DOMAIN], TINY)
-            kept = Estimate.of(mean / max(means[IN_DOMAIN], TINY), share)
+        if OWN in means:
+            share = draws[name] / np.maximum(draws[OWN], TINY)
+            kept = Estimate.of(mean / max(means[OWN], TINY), share)
         if own is not None and name in choices:
             found = float((choices[name] == own).mean())
         lines.append(Line(name, Estimate.of(mean, draws[name]), gain, apart, kept, found))
@@ -306,7 +306,7 @@ def _twin(name: str) -> str:
 def _rows(
     marks: Marks, asked: Array, choices: Mapping[str, Array]
 ) -> tuple[dict[str, Array], Array | None]:
-    """(the scores of each line [asked], the in-domain experts' indices if all tasks have some)."""
+    """(the scores of each line [asked], the own experts' indices if all tasks have some)."""
     tasks, base = marks.columns["task"][asked], marks.scores("base")[asked]
     alone = np.concatenate([marks.alone("expert")[asked], base], axis=1)  # BASE is the last
     every = np.arange(len(asked))
@@ -318,7 +318,7 @@ def _rows(
     own = None
     if set(tasks) <= set(marks.experts):
         own = np.array([marks.experts.index(task) for task in tasks])
-        rows[IN_DOMAIN] = alone[every, own]
+        rows[OWN] = alone[every, own]
     routed = [name for name in marks.columns if name.startswith("score/routed/")]
     rows |= {name.partition("/routed/")[2] + RUN: marks.columns[name][asked] for name in routed}
     for name, chosen in choices.items():

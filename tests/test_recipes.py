@@ -50,7 +50,8 @@ def test_suite_files_are_no_recipes_but_toml(path):
 
 # Embeddings are made on request, since they need an extra; inputs keep their question; readings
 # are for routers that the paper doesn't have. The default router is what base and experts allow.
-OWN_DEFAULTS = {"embeddings", "truncation", "readings", "router"}
+# Prompts are embedded as they are served, without the answer choices.
+OWN_DEFAULTS = {"embeddings", "embedding_form", "truncation", "readings", "router"}
 # What our defaults, for usual bases and batches, are not.
 THE_PAPERS_NUMBERS = {"alpha": 1.0, "batch_size": 1024, "learning_rate": 5e-3}
 
@@ -68,6 +69,7 @@ def test_the_papers_recipes_write_out_the_papers_settings(name):
                 assert wanted == value, f"[{table}] {key}"
     assert recipe.tables["formatting"]["truncation"] == "right"
     assert recipe.tables["routing"]["router"] == "phatgoose"
+    assert recipe.tables["gates"]["embedding_form"] == "paper"
     written = {key for table in recipe.tables.values() for key in table}
     wanted = {"rank", "alpha", "init_std", "steps", "batch_size", "learning_rate", "warmup_ratio"}
     wanted |= {"eval_every", "gate_steps", "statistics_examples", "means", "embeddings"}

@@ -449,7 +449,7 @@ def test_a_store_that_takes_nothing_is_told_before_the_work(url, job, llama, mon
     monkeypatch.setattr(
         "phatgoose.training.pool_jobs.train_expert", lambda *_, **__: pytest.fail("trained")
     )
-    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be written: no credentials$"):
+    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be written: no credentials\.$"):
         train_to(llama, job, url)
 
 
@@ -459,7 +459,7 @@ def test_a_store_that_takes_nothing_is_told_before_the_work(url, job, llama, mon
 def test_what_a_store_says_is_one_line(url, job, llama, monkeypatch, asked, told):
     folder = expert_folder(url)
     monkeypatch.setattr(type(folder.files), asked, refuse)
-    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be {told}: no credentials$"):
+    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be {told}: no credentials\.$"):
         train_to(llama, job, url)
 
 

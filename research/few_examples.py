@@ -32,7 +32,8 @@ def main(path: str, *counts: str) -> None:
     columns = {name: np.array(table[name].to_pylist(), object) for name in table.column_names}
     for wording in ("new", "unseen"):
         for n in map(int, counts or ("5", "20", "50")):
-            tell(wording, n, list(tasks_of(columns, names, wording, n)))
+            if found := list(tasks_of(columns, names, wording, n)):
+                tell(wording, n, found)
 
 
 def tasks_of(columns: dict[str, Array], names: list[str], wording: str, n: int) -> Iterator[Array]:
@@ -41,7 +42,7 @@ def tasks_of(columns: dict[str, Array], names: list[str], wording: str, n: int) 
     models = [*(f"expert/{name}" for name in names), "base"]
     for task in dict.fromkeys(columns["task"][chosen]):
         rows = np.flatnonzero(chosen & (columns["task"] == task))
-        if len(rows) < 2 * n:
+        if len(rows) < 2 * n:  # too few to score
             continue
         labels = columns["label"][rows].astype(int)
         scores = np.array([columns[f"score/{m}"][rows] for m in models], float)

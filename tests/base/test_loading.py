@@ -319,3 +319,19 @@ def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
     before = snapshot(smollm2_cache)
     assert load_base("smollm2").fingerprint == base.fingerprint
     assert snapshot(smollm2_cache) == before
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_can_t_be_used_is_told(base_folders, device):
+    with pytest.raises(BaseModelError, match=f"device is '{device}', which torch can't use here"):
+        load_base(base_folders["llama"], device=device)
+
+
+def test_a_folder_that_can_t_be_listed_gives_no_hint(tmp_path, monkeypatch):
+    def closed(_: Path):
+        raise PermissionError
+
+    (tmp_path / "village").mkdir()
+    assert loading.closest_beside(tmp_path / "vilage") == " Did you mean 'village'?"
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert loading.closest_beside(tmp_path / "vilage") == ""

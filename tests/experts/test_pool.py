@@ -135,6 +135,14 @@ def test_a_pool_has_one_base(write, tmp_path, bases, complaint):
         assert all(part in message for part in complaint)
 
 
+def test_adapters_beside_experts_are_left_out_with_a_warning(write, adapters, tmp_path):
+    write("a")
+    shutil.copytree(adapters["two"], tmp_path / "pool" / "plain")
+    with pytest.warns(UserWarning, match=r"holds experts, and adapters that are left out: plain\."):
+        pool = Pool.open(tmp_path / "pool")
+    assert pool.names == ("a",)
+
+
 def test_selecting_keeps_the_order_of_the_pool(write, tmp_path):
     for name in ("a", "b", "c"):
         write(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oracle import token_weights
+from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
@@ -19,6 +20,14 @@ def recorded(model, ids, **inputs):
     with record(model) as recording:
         logits_of(model, ids, **inputs)
     return recording
+
+
+def test_without_a_pass_there_is_nothing_to_tell(llama, llama_pool):
+    with record(compose(llama_pool, llama, router="phatgoose")) as recording:
+        pass
+    assert recording.usage() == {}
+    with pytest.raises(RoutingError, match="Nothing was recorded"):
+        recording.summary()
 
 
 def padded_batch(base):

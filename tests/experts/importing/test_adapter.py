@@ -120,6 +120,15 @@ def rewrite_document() -> None:
     DOCUMENT.write_text(before + MARKS[0] + inside + MARKS[1] + after, encoding="utf-8")
 
 
+def test_adapters_opened_again_are_the_same_and_change_with_their_files(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapters" / "mine")
+    first, again = (Pool.open(tmp_path / "adapters").experts[0] for _ in range(2))
+    assert first is again
+    config = tmp_path / "adapters" / "mine" / ADAPTER_CONFIG
+    config.write_text(config.read_text() + "\n")
+    assert Pool.open(tmp_path / "adapters").experts[0] is not first
+
+
 def test_an_expert_is_not_imported(make_expert, llama, tmp_path):
     expert = make_expert(llama, "reviews")
     with pytest.raises(ExpertError, match=r"reviews is an expert already .* use it as it is"):

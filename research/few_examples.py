@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from phatgoose.evaluation.intervals import interval_of
+
 Array = NDArray[Any]
 DRAWS, SHORTLIST, REPLICATES = 20, 5, 10_000
 ROWS = ("base", "random expert", "own expert", "without targets", "with targets", "by score")
@@ -69,17 +71,18 @@ def _of_draw(
     return [mean[-1], mean[:-1].mean(), in_domain, *mean[chosen]]
 
 
-def tell(wording: str, n: int, found: list[Array]) -> None:
+def tell(wording: str, n: int, scores: list[Array]) -> None:
     """Print means over tasks, and differences to the base in pairs."""
-    values = 100 * np.array(found)
+    values = 100 * np.array(scores)
     drawn = np.random.default_rng(0).integers(len(values), size=(REPLICATES, len(values)))
     print(f"\n{wording}, {n} examples: {len(values)} tasks\n")
     print("| | mean | less the base |\n|---|---|---|")
     for name, column in zip(ROWS, values.T, strict=True):
         if not np.isnan(column).any():
             apart = column - values[:, 0]
-            low, high = np.percentile(apart[drawn].mean(axis=1), [2.5, 97.5])
-            print(f"| {name} | {column.mean():.1f} | {apart.mean():+.1f} [{low:.1f}, {high:.1f}] |")
+            found = interval_of(apart[drawn].mean(axis=1))
+            between = f"[{found.low:.1f}, {found.high:.1f}]"
+            print(f"| {name} | {column.mean():.1f} | {apart.mean():+.1f} {between} |")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phatgoose.base.loading import Base, load_base
+from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.readings import PARTS, PromptStates, moments_of, readings_of
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of
 from phatgoose.routing.routers.prompt_router import Tables
@@ -87,8 +88,8 @@ def read(base: Base, given: argparse.Namespace, task: str, folder: str, split: s
 def interval(apart: list[float]) -> tuple[float, float]:
     """Of a mean over tasks, 95 %, in per cent, by 10,000 draws of tasks."""
     draws = torch.randint(len(apart), (10_000, len(apart)), generator=torch.manual_seed(0))
-    low, high = torch.tensor(apart)[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]))
-    return 100 * low.item(), 100 * high.item()
+    found = interval_of(torch.tensor(apart)[draws].mean(dim=1).numpy())
+    return 100 * found.low, 100 * found.high
 
 
 def left_out(task: str, rows: Read) -> tuple[Read, Read]:

@@ -13,7 +13,7 @@ from ..analysis.audit import LIMITS, Audit
 from ..analysis.findings import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.comparison.methods import BASE, label_of
-from ..evaluation.comparison.tables import ANCHOR, Comparison
+from ..evaluation.comparison.tables import ANCHOR, Comparison, in_per_cent
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Estimate, Replay
 from ..experts.importing.hub_owner import Listing
@@ -192,9 +192,7 @@ def replay_table(found: Replay) -> Table:
 
 
 def _estimate(found: Estimate | None, form: str, ends: str = ".0f") -> str:
-    if found is None:
-        return ""
-    return f"{100 * found.value:{form}} [{100 * found.low:{ends}}, {100 * found.high:{ends}}]"
+    return "" if found is None else in_per_cent(found.value, found.low, found.high, form, ends)
 
 
 def _table(title: str, first: str, columns: Iterable[str]) -> Table:

@@ -127,6 +127,10 @@ def test_adapters_opened_again_are_the_same_and_change_with_their_files(adapter,
     config = tmp_path / "adapters" / "mine" / ADAPTER_CONFIG
     config.write_text(config.read_text() + "\n")
     assert Pool.open(tmp_path / "adapters").experts[0] is not first
+    weights = tmp_path / "adapters" / "mine" / ADAPTER_WEIGHTS
+    weights.rename(weights.with_name("adapter_model.bin"))
+    with pytest.raises(PoolError, match="holds pickled weights"):
+        Pool.open(tmp_path / "adapters")
 
 
 def test_an_expert_is_not_imported(make_expert, llama, tmp_path):

@@ -69,7 +69,6 @@ def train(
     from ...training.workdir import expert_folder
 
     opened = open_tasks(tasks, source.sources, **vars(template))
-    parts = opened
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
     if "micro_batch_size" in given:  # wins over those that suites name for their datasets
@@ -96,9 +95,8 @@ def train(
     own |= {"multitask": multitask, "mixture_most": mixture_most, **vars(source)}
 
     def recipe(task: TrainingTask) -> str:
-        places = [each.place for each in (parts if multitask else [task])]
         used = (shape, task.settings(training), gates, formatting)
-        return options.written_recipe({**own, "tasks": places}, used)
+        return options.written_recipe({**own, "tasks": task.places}, used)
 
     reported: list[dict[str, Any]] = []
     new = {task.name: task for task in missing}

@@ -76,9 +76,7 @@ FOLDERS = ("data", "templates")
 MODELS = ("embedder",)  # settings that are a folder or a Hub id
 EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
 # What stands above the tables.
-RECIPE_OPTIONS = frozenset(
-    {"base", "dtype", "tasks", "peft", "multitask", "mixture_most", *FOLDERS}
-)
+RECIPE_OPTIONS = frozenset(each.name for each in fields(Recipe)) - {"tables"}
 
 
 def read_recipe(path: str | Path) -> Recipe:

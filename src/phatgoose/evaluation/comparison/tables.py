@@ -21,8 +21,8 @@ ALL = "all datasets"  # the column over every suite's datasets, if there are sev
 HEAD = ("method", "suite", "dataset", "metric", "score", "low", "high", "n", "ties", "seconds")
 
 
-def in_per_cent(score: float, low: float, high: float, form: str = ".1f") -> str:
-    return f"{100 * score:{form}} [{100 * low:.0f}, {100 * high:.0f}]"
+def in_per_cent(score: float, low: float, high: float, form: str = ".1f", ends: str = ".0f") -> str:
+    return f"{100 * score:{form}} [{100 * low:{ends}}, {100 * high:{ends}}]"
 
 
 @dataclass(frozen=True)

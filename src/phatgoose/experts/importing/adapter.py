@@ -196,8 +196,9 @@ def read_adapters(folders: Iterable[Path]) -> Imports:
 
     def read(source: str | Path, name: str) -> Expert:
         place, files = Path(source).resolve(), adapter_files(Path(source))
-        hashes = [sha256_of(place / file) for file in (files.config, files.weights)]
-        return _read_once(place, name, *hashes)
+        held = [place / file for file in (files.config, files.weights)]
+        # A missing one is `read_adapter`'s to tell: there may be pickled weights instead.
+        return _read_once(place, name, *(sha256_of(each) for each in held if each.is_file()))
 
     return _all_of(folders, read)
 

@@ -200,14 +200,14 @@ class TrainingTask:
         return self.entry.name
 
     @property
-    def place(self) -> str:
-        """`named`, but with the whole path of what is a file here."""
+    def places(self) -> list[str]:
+        """What names it in any folder: `named`, with the whole path of what is a file here."""
         if self.origin != "file":
-            return self.named
+            return [self.named]
         suite, name = os.path.split(self.named)
         if suite.endswith(".toml"):
-            return os.path.join(os.path.abspath(suite), name)
-        return os.path.abspath(self.entry.source)
+            return [os.path.join(os.path.abspath(suite), name)]
+        return [os.path.abspath(self.entry.source)]
 
     def settings(self, training: Training) -> Training:
         most = self.entry.micro_batch_size
@@ -250,6 +250,10 @@ class _Mixture(TrainingTask):
     tasks: tuple[TrainingTask, ...]
     most: int | None
     seed: int
+
+    @property
+    def places(self) -> list[str]:
+        return [place for task in self.tasks for place in task.places]
 
     def portable(self) -> TrainingTask:
         tasks = [task.portable() for task in self.tasks]

@@ -180,4 +180,4 @@ def peft_errors(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except PEFT_ERRORS as error:
-        raise ExpertError(f"{what}: {first_line(error).rstrip('.')}.") from error
+        raise ExpertError(f"{what}: {first_line(error)}.") from error

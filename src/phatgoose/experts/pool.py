@@ -200,10 +200,13 @@ class Pool(Mapping[str, Expert]):
         """The "gates" or "means" (`kind`) at `site`, [E, n], of the experts that act there."""
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
+    def lacking(self, part: str) -> tuple[str, ...]:
+        """The names of the experts that don't have a `part` (see `Expert.has`)."""
+        return tuple(expert.name for expert in self.experts if not expert.has(part))
+
     def check_vectors(self, kind: str) -> None:
         """Raise PoolError, naming them, when experts lack a `kind` of REMEDIES."""
-        without = [expert.name for expert in self.experts if not expert.has(kind)]
-        if without:
+        if without := self.lacking(kind):
             raise PoolError(_missing(without, kind))
 
     def records(self) -> list[dict[str, Any]]:

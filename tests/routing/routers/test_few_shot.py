@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,18 +87,56 @@ def test_with_targets_the_likeliest_expert_is_chosen(base, pool, tmp_path, route
     assert len(found) > 1
 
 
+def solved(base, model, rows: list[dict[str, object]]) -> tuple[float, float]:
+    """(share whose target ranks first, mean log-likelihood of targets), by the ranking's code."""
+    encoder = Encoder.for_model(model, base.tokenizer)
+    asked = []
+    for row in rows:
+        pairs = [encoder.pair(row["input"], choice) for choice in row["choices"]]
+        asked.append((pairs[0].prompt, [pair.target for pair in pairs]))
+    found = dict(choice_log_likelihoods(model, asked, base.tokenizer.pad_token_id, 4096))
+    places = [row["choices"].index(row["target"]) for row in rows]
+    right = [max(found[i]) == found[i][place] for i, place in enumerate(places)]
+    likely = [found[i][place] for i, place in enumerate(places)]
+    return sum(right) / len(rows), sum(likely) / len(rows)
+
+
+def test_with_choices_whichever_solves_most_examples_is_chosen(llama, llama_pool, tmp_path):
+    choices = ["pears", "10", "zigzag", "9 9 9 9", "WHERE? WHERE?"]
+    others = 0  # files for which likelihood alone would choose another expert
+    for seed in range(12):
+        targets = random.Random(seed).choices(choices, k=len(INPUTS))
+        rows = [
+            {"input": text, "target": target, "choices": choices}
+            for text, target in zip(INPUTS, targets, strict=True)
+        ]
+        wanted = {None: solved(llama, llama.model, rows)}
+        for name in llama_pool.names:
+            wanted[name] = solved(
+                llama, compose(llama_pool, llama, router=f"single:expert={name}"), rows
+            )
+            detach(llama.model)
+        path = written(tmp_path, rows)
+        model = compose(llama_pool, llama, router=f"few-shot:examples={path},shortlist=99")
+        best = max(wanted.values())
+        assert wanted[chosen(model)] == pytest.approx(best, abs=1e-5)
+        detach(model)
+        others += max(wanted.values(), key=lambda pair: pair[1]) != best
+    assert others
+
+
 def test_many_examples_pass_in_several_batches(llama, llama_pool, monkeypatch):
     encoder = Encoder.for_model(llama.model, llama.tokenizer)
     targets = ("one", "2", "three", "4")
     pairs = [encoder.pair(*row) for row in zip(INPUTS, targets, strict=True)]
-    wanted = few_shot.likelihood(llama.model, encoder, pairs, llama_pool.experts[0])
+    wanted = few_shot.likelihoods(llama.model, encoder, pairs, llama_pool.experts[0])
     passes = []
     monkeypatch.setattr(few_shot, "PAIR_TOKENS", max(pair.length for pair in pairs))
     real = few_shot.target_logits
     monkeypatch.setattr(
         few_shot, "target_logits", lambda *given: (passes.append(1), real(*given))[1]
     )
-    found = few_shot.likelihood(llama.model, encoder, pairs, llama_pool.experts[0])
+    found = few_shot.likelihoods(llama.model, encoder, pairs, llama_pool.experts[0])
     assert found == pytest.approx(wanted, abs=1e-5)
     assert len(passes) > 1
 

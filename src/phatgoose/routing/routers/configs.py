@@ -204,8 +204,8 @@ class FewShot(Settings):
 
     examples: Annotated[
         str | None,
-        "A task file (.jsonl, .json, .csv, .parquet) of five to twenty inputs, with or without "
-        "targets.",
+        "A task file (.jsonl, .json, .csv, .parquet) of five or more inputs, with or without "
+        "targets and choices.",
     ] = None
     by: Annotated[
         str | None,
@@ -213,7 +213,7 @@ class FewShot(Settings):
         "centroid; default: discriminant or centroid, as experts allow.",
         one_of(("discriminant", "joint-discriminant", "retrieval", "centroid")),
     ] = None
-    shortlist: Annotated[int, "Experts under which targets are scored.", AT_LEAST_1] = 5
+    shortlist: Annotated[int, "Experts that targets choose from, beside the base.", AT_LEAST_1] = 5
 
 
 @dataclass(frozen=True)

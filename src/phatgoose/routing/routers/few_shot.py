@@ -1,9 +1,11 @@
 """Few-shot: one expert for a whole task, chosen by a few of the task's examples at composing.
 
 Not in the paper, and no published rule. Without targets it is the expert of the highest mean score
-over the examples, by a router that scores prompts. With targets these scores make a shortlist; of
-its experts and the base alone, the one under which the targets are likeliest is chosen: the mean
-over examples of the mean log-likelihood per token. The choice is kept in the routed model.
+over the examples, by a router that scores prompts. With targets these scores make a shortlist. Of
+its experts and the base alone, the one that solves most examples is chosen: those where no other
+choice is likelier than the target. Of equals, and so where examples have no choices, it is the one
+under which targets are likeliest: the mean over examples of the mean log-likelihood per token. The
+choice is kept in the routed model.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -62,7 +65,7 @@ class FewShot(Router):
 
     @property
     def has_targets(self) -> bool:
-        """True where every example has a target; else none counts."""
+        """True where every example has a target; else no target and no choice counts."""
         return all(example.target for example in self.examples)
 
     @property
@@ -81,7 +84,7 @@ class FewShot(Router):
 
     @property
     def file_digest(self) -> str:
-        kept = ("input", "target") if self.has_targets else ("input",)
+        kept = ("input", "target", "choices") if self.has_targets else ("input",)
         rows = [{name: getattr(example, name) for name in kept} for example in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -90,9 +93,8 @@ class FewShot(Router):
 
         Raises PoolError without any and without targets.
         """
-        needs = {name: spec_of(name).needs for name in BY}
-        fit = [name for name in BY if all(e.has(n) for e in pool.experts for n in needs[name])]
-        name = self.config.by or next(iter(fit), None)
+        fit = (name for name in BY if not any(map(pool.lacking, spec_of(name).needs)))
+        name = self.config.by or next(fit, None)
         if name is None and not self.has_targets:
             raise PoolError(
                 "Router few-shot chooses by statistics of prompts or by targets, and there is "
@@ -120,10 +122,9 @@ class FewShot(Router):
             listed = [pool.experts[z] for z in best.tolist()]
         self.chosen = listed[0].name
         if self.has_targets:
-            pairs = encoder.pairs(examples)
-            found = {each.name: likelihood(model, encoder, pairs, each) for each in listed}
-            alone = likelihood(model, encoder, pairs, None)
+            found = {each.name: solved(model, encoder, examples, each) for each in listed}
             best_name = max(found, key=found.__getitem__)
+            alone = solved(model, encoder, examples, None)
             self.chosen = best_name if found[best_name] > alone else None
         logger.info("few-shot: %s, by %d examples", self.chosen or "no expert", len(examples))
 
@@ -153,18 +154,38 @@ class OneExpert(SiteRouter):
         return self.share.float().expand(len(u), -1)
 
 
-def likelihood(
+def solved(
+    model: PreTrainedModel, encoder: Encoder, examples: Sequence[Example], expert: Expert | None
+) -> tuple[float, float]:
+    """(share of examples solved, mean log-likelihood per token of targets), under one expert.
+
+    An example is solved where no choice is likelier than its target; so it is without choices.
+    """
+    answers = [list(dict.fromkeys((each.target, *each.choices))) for each in examples]
+    pairs = [
+        encoder.pair(each.input, answer, each.passage)
+        for each, listed in zip(examples, answers, strict=True)
+        for answer in listed
+    ]
+    found = iter(likelihoods(model, encoder, pairs, expert))
+    likely = [[next(found) for _ in listed] for listed in answers]
+    return fmean(each[0] == max(each) for each in likely), fmean(each[0] for each in likely)
+
+
+def likelihoods(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair], expert: Expert | None
-) -> float:
-    """The mean over `pairs` of the targets' mean log-likelihood per token, under one expert."""
+) -> list[float]:
+    """The targets' mean log-likelihoods per token, in the order of `pairs`, under one expert."""
     modules, acting = (expert.modules, expert.acts_on) if expert else ({}, None)
     collator = Collator(model, encoder.tokenizer.pad_token_id, acting=acting)
-    total = 0.0
+    found = [0.0] * len(pairs)
     with applied(model, modules, ModifiedLinear), torch.inference_mode():
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             batch = collator([pairs[row] for row in rows])
             batch = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
             logits, labels = target_logits(model, batch).float().transpose(1, 2), batch["labels"]
             losses = functional.cross_entropy(logits, labels, reduction="none")  # 0 if IGNORED
-            total -= float((losses.sum(dim=1) / labels.ne(IGNORED).sum(dim=1)).sum())
-    return total / len(pairs)
+            means = -losses.sum(dim=1) / labels.ne(IGNORED).sum(dim=1)
+            for row, mean in zip(rows, means.tolist(), strict=True):
+                found[row] = mean
+    return found

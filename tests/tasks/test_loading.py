@@ -289,6 +289,27 @@ def test_empty_cells_of_a_frame_are_no_values():
     assert [len(each) for each in (load_task(split).train, load_task(split).test)] == [1, 1]
     with pytest.raises(TaskError, match="memory, row 2: target is missing or empty"):
         load_task(frame({"input": ["a", "b"], "target": ["x", float("nan")]}))
+    with pytest.raises(TaskError, match="memory, row 2: input is missing"):
+        load_task(frame({"prompt": ["a", "b"], "completion": ["x", float("nan")]}))
+
+
+@pytest.mark.parametrize("empty", ["nan", "<NA>"])
+def test_empty_inputs_beside_instructions_are_none(empty):
+    pandas = pytest.importorskip("pandas")
+    inputs = ["x", float("nan")] if empty == "nan" else pandas.array(["x", None], dtype="string")
+    rows = frame({"instruction": ["a", "b"], "input": inputs, "output": ["o", "p"]})
+    assert [each.input for each in load_task(rows).train] == ["a\n\nx", "b"]
+
+
+def test_an_empty_field_that_a_template_prints_is_refused(tmp_path):
+    path = tmp_path / "short.csv"
+    path.write_text("q,a\nwhat,yes\nwho\n")  # the last row lacks a cell
+    refused = "the template can't be filled: a field that it prints is empty"
+    assert refused in complaint_about(path, template="{{ q }} ||| {{ a }}")
+    told = load_task(path, template="{{ q }} ||| {% if a %}{{ a }}{% else %}no one{% endif %}")
+    assert [each.target for each in told.train] == ["yes", "no one"]
+    rows = [{**ROWS[0], "third": None}]
+    assert refused in complaint_about(rows, choices="yes ||| no ||| {{ third }}")
 
 
 @pytest.mark.parametrize(

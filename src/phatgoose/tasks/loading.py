@@ -32,7 +32,7 @@ TEMPLATE_FAILURES = (
 
 class RowTemplate:
     def __init__(self, template: str | None, choices: str | None) -> None:
-        environment = SandboxedEnvironment(undefined=StrictUndefined)
+        environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
         for name, text in (("template", template), ("choices", choices)):
             if not isinstance(text, str | None):
                 raise TaskError(
@@ -59,6 +59,12 @@ class RowTemplate:
         except TEMPLATE_FAILURES as error:
             raise TaskError(f"{where}: the template can't be filled: {error}.") from error
         return rendered
+
+
+def _printed(value: Any) -> Any:
+    if value is None:
+        raise TemplateError("a field that it prints is empty")
+    return value
 
 
 def longest_field(
@@ -133,7 +139,8 @@ def load_task(
     row_template = RowTemplate(template, choices)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for where, row in rows:
-        split = _plain(row.get("split")) or "train"
+        row = {name: _plain(value) for name, value in row.items()}
+        split = row.get("split") or "train"
         if not isinstance(split, str) or split not in splits:
             raise TaskError(
                 f"{where}: split is {shortened(split)}, but must be {', '.join(SPLITS)}."
@@ -372,7 +379,7 @@ def _is_frame(rows: Any) -> bool:
 def _example(row: Mapping[str, Any], where: str, *, targets: bool) -> Example:
     texts = {}
     for key in ("input", "target"):
-        value = _plain(row.get(key))
+        value = row.get(key)
         if key == "target" and not targets and value in (None, ""):
             texts[key] = ""
             continue
@@ -405,7 +412,6 @@ def _what_is_there(row: Mapping[str, Any]) -> str:
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     """A list of texts; a CSV cell holds it as JSON or separated by |||."""
-    value = _plain(value)
     if value is None or value == "":
         return ()
     if isinstance(value, str):

@@ -275,11 +275,19 @@ def test_what_is_no_engine_is_an_error(place):
         pass
 
 
-def test_a_router_for_tokens_is_refused(place):
+@pytest.mark.parametrize(
+    ("router", "told"),
+    [
+        ("phatgoose", "doesn't choose by a prompt alone"),
+        ("glider:weight=2", "Router glider goes on to choose for every token"),
+        ("discriminant-phatgoose", "goes on to choose for every token"),
+    ],
+)
+def test_a_router_for_tokens_is_refused(place, router, told):
     with (
         engine_of("vllm", numbered()) as engine,
-        pytest.raises(ConfigError, match="doesn't choose by a prompt alone"),
-        gateway(place, engine, router="phatgoose"),
+        pytest.raises(ConfigError, match=told),
+        gateway(place, engine, router=router),
     ):
         pass
 

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -10,6 +11,8 @@ import serving
 from phatgoose.apps.server import service
 from phatgoose.apps.server.models import LoadedModel
 from phatgoose.apps.server.protocol import ApiError, Deadline, RoutingOverride
+from phatgoose.apps.server.responses import PendingReply
+from phatgoose.apps.server.sequences import Progress
 from phatgoose.apps.server.service import Readers, RoutingCache
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
@@ -240,3 +243,23 @@ def test_the_weights_of_a_base_are_marked_once(pool, monkeypatch):
     (one, other) = (each.parts.marks for each in app.state.service.models.values())
     assert one is other
     assert one == marks_of(app.state.service.models["goose"].base.model)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_reply_that_is_cancelled_as_a_part_arrives_ends(turns):
+    """asyncio.wait_for would go on waiting in Python 3.11, and the server would never exit."""
+
+    async def cancelled() -> bool:
+        builder = MagicMock(**{"prepared.answers": []})
+        reply = PendingReply(MagicMock(), builder, "a", Deadline.after(60), lambda: None)
+        reply._sequences = [MagicMock(finish=None)] * 2
+        task = asyncio.create_task(reply.everything())
+        for turn in range(4):
+            await asyncio.sleep(0)
+            if turn == turns:
+                reply._events.put_nowait(Progress(0, "a"))
+                task.cancel()
+        await asyncio.wait({task}, timeout=1)
+        return task.cancelled()
+
+    assert asyncio.run(cancelled())

@@ -181,12 +181,6 @@ async def metrics(request: Request) -> Response:
     return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _card_of(service: Service | Gateway, name: str) -> protocol.ModelCard:
-    if isinstance(service, Gateway):
-        return service.card(service.find(name))
-    return service.card(service.find(name))
-
-
 @guarded_routes.get("/v1/models", summary="What is served")
 async def models(request: Request) -> protocol.ModelList:
     return protocol.ModelList(data=request.app.state.service.cards())
@@ -194,8 +188,9 @@ async def models(request: Request) -> protocol.ModelList:
 
 @guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
 async def model(name: str, request: Request) -> protocol.ModelCard:
-    service: Service | Gateway = request.app.state.service
-    return _card_of(service, name)
+    service: Any = request.app.state.service  # of a model, or of a gateway: each knows its own
+    card: protocol.ModelCard = service.card(service.find(name))
+    return card
 
 
 @guarded_routes.post(

@@ -333,11 +333,7 @@ class ForwardedRequest:
                 by_alias=True, exclude_unset=True
             )
         if isinstance(request, ChatRequest):
-            body["messages"] = [
-                {"role": "system" if each.role == "developer" else each.role, "content": each.text}
-                | ({"name": each.name} if each.name else {})
-                for each in request.messages
-            ]
+            body["messages"] = request.plain_messages
             if decoding.logprobs is not None:
                 body |= {"logprobs": True, "top_logprobs": decoding.logprobs}
         else:
@@ -492,7 +488,8 @@ class ForwardedReply(OpenReply):
         if not self._found.empty():
             return self._found.get_nowait()
         try:
-            return await asyncio.wait_for(self._found.get(), self._deadline.left)
+            async with asyncio.timeout(self._deadline.left):
+                return await self._found.get()
         except TimeoutError:
             raise self._deadline.missed() from None
 

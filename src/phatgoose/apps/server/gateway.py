@@ -24,7 +24,7 @@ from ...files.strict import shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
 from ...routing.routers.automatic import settled_by_prompt
 from ...routing.routers.prompt_router import PromptRouter
-from ...routing.routers.registry import AUTO, WEIGHTS
+from ...routing.routers.registry import AUTO, WEIGHTS, spec_of
 from ...tasks.encoding import added_tokens
 from . import protocol
 from .forwarding import ForwardedReply, ForwardedRequest, Link, Planned
@@ -81,7 +81,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Chooser:
+class PromptChooser:
     """A prompt router, with the base's weights where it reads prompts with them."""
 
     router: PromptRouter
@@ -95,7 +95,7 @@ class Chooser:
 class ChosenPool:
     """A pool whose experts are chosen for prompts, and what it takes to choose otherwise."""
 
-    def __init__(self, settings: ServedModel, bases: _Bases) -> None:
+    def __init__(self, settings: ServedModel, bases: _ReadingBases) -> None:
         require_pool(settings.place)
         self.settings = settings
         self.pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
@@ -123,12 +123,20 @@ class ChosenPool:
     def folders(self) -> dict[str, str]:
         return {each.name: str(each.directory.resolve()) for each in self.pool.experts}
 
-    def composed(self, pool: Pool, routing: Routing, others: Sequence[Chooser] = ()) -> Chooser:
+    def composed(
+        self, pool: Pool, routing: Routing, others: Sequence[PromptChooser] = ()
+    ) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
+        name = routing.router.partition(":")[0]
+        if name != WEIGHTS and not spec_of(name).per_input:
+            raise ConfigError(
+                f"Router {name} goes on to choose for every token, which engines can't; use "
+                f"discriminant, retrieval or another that chooses by the prompt alone."
+            )
         base = self._bases.weights(self.settings, pool) if router.reads_base else None
         if base is not None:
             router.choose([[self.tokenizer.eos_token_id or 0]], base)  # it fits, or is refused now
-        return Chooser(router, base)
+        return PromptChooser(router, base)
 
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         pool = self.pool.select(override.keep, override.leave_out)
@@ -137,7 +145,7 @@ class ChosenPool:
         return overridden(self.routing, self.settings, override, len(pool)), pool
 
 
-class _Bases:
+class _ReadingBases:
     """Tokenizers, and weights of those bases that a router reads prompts with."""
 
     def __init__(self) -> None:
@@ -162,7 +170,7 @@ class _Bases:
 class _Waiting:
     """A request that waits for its experts."""
 
-    chooser: Chooser
+    chooser: PromptChooser
     prompts: list[list[int]]
     client: str
     found: asyncio.Future[list[dict[str, float]]]
@@ -180,7 +188,11 @@ class Choosing:
         return len(self._waiting)
 
     async def choose(
-        self, chooser: Chooser, prompts: Sequence[Sequence[int]], client: str, deadline: Deadline
+        self,
+        chooser: PromptChooser,
+        prompts: Sequence[Sequence[int]],
+        client: str,
+        deadline: Deadline,
     ) -> list[dict[str, float]]:
         """For each prompt its experts' weights. Raises ApiError at the deadline, PhatgooseError."""
         future: asyncio.Future[list[dict[str, float]]] = asyncio.get_running_loop().create_future()
@@ -188,7 +200,8 @@ class Choosing:
         self._waiting.append(waiting)
         self._go_on()
         try:
-            return await asyncio.wait_for(future, deadline.left)
+            async with asyncio.timeout(deadline.left):
+                return await future
         except TimeoutError:
             raise deadline.missed() from None
         finally:
@@ -244,7 +257,7 @@ class Gateway:
         self.models, self.engine_form, self.limits = models, engine, limits
         self.metrics = GatewayMetrics()
         self.begun = int(time.time())
-        self.routings: RoutingCache[Chooser] = RoutingCache(models, limits.max_routings)
+        self.routings: RoutingCache[PromptChooser] = RoutingCache(models, limits.max_routings)
         self.link = Link(engine, folders_of(models.values()), limits.max_forwarded, self.metrics)
         self.turns = Turns(limits.max_forwarded)
         self._choosing = Choosing()
@@ -475,7 +488,7 @@ def load_gateway(models: Sequence[ServedModel], upstream: Upstream, limits: Serv
     Raises ConfigError for models that are no pools, routers that don't choose by a prompt alone,
     and what `connected` does.
     """
-    bases = _Bases()
+    bases = _ReadingBases()
     pools = {settings.name: ChosenPool(settings, bases) for settings in models}
     return Gateway(pools, connected(upstream, folders_of(pools.values())), limits)
 

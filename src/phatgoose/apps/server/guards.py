@@ -268,7 +268,8 @@ class RequestGuard:
             body.release()
             with suppress(asyncio.TimeoutError):
                 # A client that is still sending would miss the answer.
-                await asyncio.wait_for(body.drain(), DRAINING)
+                async with asyncio.timeout(DRAINING):
+                    await body.drain()
             headers = {**(refusal.headers or {}), "Connection": "close"}
             await JSONResponse(refusal.body, refusal.status_code, headers)(scope, receive, send)
             return
@@ -288,7 +289,8 @@ class RequestGuard:
         if length.isdecimal() and int(length) > self.most:
             raise self.too_large()
         try:
-            await asyncio.wait_for(body.read(), self._seconds)
+            async with asyncio.timeout(self._seconds):
+                await body.read()
         except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None

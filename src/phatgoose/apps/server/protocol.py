@@ -352,6 +352,16 @@ class ChatRequest(GenerationRequest):
     tools: NoTools | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 
+    @property
+    def plain_messages(self) -> list[dict[str, str]]:
+        """The messages as chat templates know them, texts only."""
+        return [
+            # OpenAI's newer name, and the one that templates know.
+            {"role": "system" if each.role == "developer" else each.role, "content": each.text}
+            | ({"name": each.name} if each.name else {})
+            for each in self.messages
+        ]
+
 
 AnyRequest = CompletionRequest | ChatRequest
 

@@ -114,7 +114,6 @@ def _invalid(message: str, param: str | None = None) -> ApiError:
 TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
-ROLES = {"developer": "system"}  # OpenAI's newer name, and the one that templates know
 
 
 @dataclass(frozen=True)
@@ -220,13 +219,8 @@ class RequestReader:
             raise bad_request(message, "model", "no_chat_template")
         self._check_number(1, request.n or 1)
         self._check_length("".join(message.text for message in request.messages), "messages")
-        messages = [
-            {"role": ROLES.get(message.role, message.role), "content": message.text}
-            | ({"name": message.name} if message.name else {})
-            for message in request.messages
-        ]
         most = self._most_tokens * CHARACTERS
-        text = self._texts.chat(*chat_of(tokenizer, messages), left, most=most)
+        text = self._texts.chat(*chat_of(tokenizer, request.plain_messages), left, most=most)
         self._check_count(text.length, "characters", CHARACTERS, "messages")
         (tokens,) = self._tokens([str(text.content)], "messages", left)
         return RequestPrompt(tuple(tokens), str(text.content))

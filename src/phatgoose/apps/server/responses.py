@@ -315,7 +315,8 @@ class PendingReply(OpenReply):
         left = len(self._sequences)
         while left:
             try:
-                event = await asyncio.wait_for(self._events.get(), self._deadline.left)
+                async with asyncio.timeout(self._deadline.left):
+                    event = await self._events.get()
             except TimeoutError:
                 raise self._deadline.missed() from None
             if isinstance(event, Failure):

@@ -360,7 +360,8 @@ class RoutingCache(Generic[Runner]):
         cached.requests += 1
         try:
             # Shielded, since other requests may wait for the same routing.
-            runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
+            async with asyncio.timeout(deadline.left):
+                runner = await asyncio.shield(cached.runner)
         except BaseException as error:
             cached.release()
             if isinstance(error, asyncio.TimeoutError):
@@ -424,7 +425,8 @@ class Turns:
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(place)
         try:
-            await asyncio.wait_for(asyncio.shield(place), deadline.left)
+            async with asyncio.timeout(deadline.left):
+                await asyncio.shield(place)
         except BaseException as error:
             if place.done():  # the turn came as this one gave up
                 self.pass_on()

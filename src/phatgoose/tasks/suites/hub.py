@@ -65,8 +65,8 @@ def read_rows(
             patterns = [f"{folder}/*{split}/*.parquet" for folder in folders]
             return _read_folder(_download(request, PARQUET_REVISION, patterns), request)
         raise TaskError(
-            f"{request} can't be loaded from the Hub: {_reason(error)}. Check the connection and "
-            f"the name, or give a folder with a copy of the dataset's files."
+            f"{request} can't be loaded from the Hub: {first_line(error)}. Check the connection "
+            f"and the name, or give a folder with a copy of the dataset's files."
         ) from error
 
 
@@ -84,10 +84,6 @@ class _Request:
 def _rows(loaded: Any) -> Sequence[Mapping[str, Any]]:
     """A `Dataset` whose rows are plain Python values, whatever format it was saved with."""
     return cast(Sequence[Mapping[str, Any]], loaded.with_format(None))
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error)
 
 
 def _local_copy(data: Path, request: _Request) -> Path:
@@ -112,8 +108,9 @@ def _download(request: _Request, revision: str, patterns: list[str]) -> Path:
         )
     except Exception as error:  # what the Hub, the network and the disk may raise
         raise TaskError(
-            f"{request} can't be downloaded from the Hub (revision {revision}): {_reason(error)}. "
-            f"Check the connection and the name, or give a folder with a copy of the files."
+            f"{request} can't be downloaded from the Hub (revision {revision}): "
+            f"{first_line(error)}. Check the connection and the name, or give a folder with a copy "
+            f"of the files."
         ) from error
     if not any(path.is_file() for path in Path(folder).rglob("*")):
         raise TaskError(
@@ -130,7 +127,7 @@ def _read_folder(root: Path, request: _Request) -> Sequence[Mapping[str, Any]]:
         try:
             return _rows(library.Dataset.load_from_disk(str(saved)))
         except Exception as error:
-            raise TaskError(f"{request}: {saved} can't be read: {_reason(error)}.") from error
+            raise TaskError(f"{request}: {saved} can't be read: {first_line(error)}.") from error
     files = _files(root, request)
     for kind, endings in FORMATS.items():
         chosen = sorted(str(file) for file in files if file.suffix in endings)
@@ -152,7 +149,7 @@ def _read_files(
         escaped = [glob.escape(file) for file in files]  # datasets treats names as patterns
         return _rows(getattr(library.Dataset, f"from_{kind}")(escaped))
     except Exception as error:  # readers raise their own errors, which wrap pyarrow's
-        reason = _reason(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         where = files[0] if len(files) == 1 else f"one of {files[0]} to {files[-1]}"
         raise TaskError(
             f"{request}: {where} can't be read: {reason}. Is the file complete?"
@@ -198,7 +195,7 @@ def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str
         return _header_configs(readme, readme.stat().st_mtime_ns)
     except Exception as error:  # broken YAML, or something other than configs
         raise TaskError(
-            f"{request}: the header of {readme} can't be read: {_reason(error)}."
+            f"{request}: the header of {readme} can't be read: {first_line(error)}."
         ) from error
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from phatgoose.base.loading import Base, load_base
@@ -21,7 +20,7 @@ from phatgoose.evaluation.comparison.cells import cell_of
 from phatgoose.evaluation.comparison.methods import single_rows
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
-from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates
 from phatgoose.routing.open_model import open_prompt_router
@@ -103,15 +102,13 @@ def choices(pool: Pool, states: torch.Tensor) -> dict[str, list[int]]:
 
 def table(samples: dict[str, list[Sample]]) -> str:
     """Means and differences, highest first, as Markdown."""
-    drawn = {name: 100 * values for name, values in dataset_replicates(samples).items()}
-    first = next(iter(samples))
-    means = {name: 100 * np.mean([each.score for each in samples[name]]) for name in samples}
+    means, first = SharedMeans.of(samples), next(iter(samples))
     lines = [f"| setting | mean | difference to {first} |", "|---|---|---|"]
-    for name in sorted(means, key=lambda name: -means[name]):
-        own, less = interval_of(drawn[name]), interval_of(drawn[name] - drawn[first])
+    for name, mean in sorted(means.value.items(), key=lambda item: -item[1]):
+        own, (more, less) = means.interval(name), means.gain(name, first)
         lines.append(
-            f"| {name} | {means[name]:.1f} [{own.low:.0f}, {own.high:.0f}] | "
-            f"{means[name] - means[first]:+.1f} [{less.low:+.1f}, {less.high:+.1f}] |"
+            f"| {name} | {100 * mean:.1f} [{100 * own.low:.0f}, {100 * own.high:.0f}] | "
+            f"{100 * more:+.1f} [{100 * less.low:+.1f}, {100 * less.high:+.1f}] |"
         )
     return "\n".join(lines) + "\n"
 

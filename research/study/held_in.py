@@ -23,7 +23,7 @@ from phatgoose.apps.cli.options import read_recipe
 from phatgoose.apps.server.settings import served_models
 from phatgoose.config import Routing, from_mapping
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
+from phatgoose.evaluation.intervals import Sample, SharedMeans, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base
@@ -77,9 +77,8 @@ def routing_of(router: str) -> Routing:
 
 def gain(own: Sample, base: Sample) -> list[float]:
     """How much higher `own` scores, and the interval over the same examples drawn anew."""
-    drawn = dataset_replicates({"own": [own], "base": [base]})
-    interval = interval_of(drawn["own"] - drawn["base"])
-    return [round(x, 4) for x in (own.score - base.score, interval.low, interval.high)]
+    more, within = SharedMeans.of({"own": [own], "base": [base]}).gain("own", "base")
+    return [round(x, 4) for x in (more, within.low, within.high)]
 
 
 def tell(records: list[dict[str, list[float]]]) -> None:

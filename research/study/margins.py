@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from phatgoose.base.loading import load_base
 from phatgoose.evaluation.comparison.methods import routing_of
 from phatgoose.evaluation.comparison.result_store import ResultStore
-from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.registry import ROUTERS, translated
@@ -97,10 +97,10 @@ def tell(margins: dict[str, Array], own: Cells, others: Cells) -> None:
     for threshold in THRESHOLDS:
         sure = {task: margins[task] > threshold for task in tasks}
         mixed = [both(own[task], others[task], sure[task]) for task in tasks]
-        drawn = dataset_replicates({"mixed": mixed, "plain": plain})
-        less = interval_of(100 * (drawn["mixed"] - drawn["plain"]))
-        score, reference = (100 * np.mean([s.score for s in row]) for row in (mixed, plain))
-        told = f"{score - reference:+.1f} [{less.low:+.1f}, {less.high:+.1f}]"
+        means = SharedMeans.of({"mixed": mixed, "plain": plain})
+        more, less = means.gain("mixed", "plain")
+        told = f"{100 * more:+.1f} [{100 * less.low:+.1f}, {100 * less.high:+.1f}]"
+        score = 100 * means.value["mixed"]
         print(f"| {threshold:g} | {mean(sure.values()):.0%} | {score:.1f} | {told} |")
 
 

@@ -45,7 +45,7 @@ from phatgoose.apps.report.figures import pool_size_figure, write_png
 from phatgoose.evaluation.comparison.methods import DERIVED, METHODS, label_with_settings
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.comparison.tables import Summary
-from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Example, Sources
 
@@ -248,16 +248,14 @@ def _write_table(
     if reference not in samples and reference != REFERENCE:
         sys.exit(f"No model is called {reference!r}; there are {'; '.join(samples)}.")
     reference = reference if reference in samples else next(iter(samples))
-    replicates = dataset_replicates(samples)
-    means = {m: sum(s.score for s in row) / len(row) for m, row in samples.items()}
+    means = SharedMeans.of(samples)
     lines = [
         f"| model | mean of {len(tasks)} | less {reference} | {' | '.join(tasks)} |",
         f"|---|---|---|{'---|' * len(tasks)}",
     ]
     for model in samples:
-        own, less = interval_of(replicates[model]), replicates[model] - replicates[reference]
-        paired = (means[model] - means[reference], interval_of(less))
-        summary = Summary(means[model], own, *(() if model == reference else paired))
+        paired = () if model == reference else means.gain(model, reference)
+        summary = Summary(means.value[model], means.interval(model), *paired)
         row = " | ".join(f"{100 * sample.score:.0f}" for sample in samples[model])
         lines.append(
             f"| {model} | {summary.in_per_cent} | {summary.difference_in_points} | {row} |"

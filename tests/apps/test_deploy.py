@@ -87,7 +87,7 @@ def test_the_others_get_their_commands(pool, tmp_path, engine, no_converters):
         assert "--lora-init-without-apply" in command
     else:
         made = (tmp_path / "out" / "Modelfile.e1").read_text()
-        assert made == "FROM ./gguf/base.gguf\nADAPTER ./gguf/e1.gguf\n"
+        assert made == "FROM ./base.gguf\nADAPTER ./gguf/e1.gguf\n"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])

@@ -129,6 +129,14 @@ def test_answers_alike_in_all_templates_count_once_a_row():
     assert in_rows(np.ones(12), np.repeat(np.arange(4), 3).tolist()).independent == 4
 
 
+@pytest.mark.parametrize("templates", [2, 3, 7])
+def test_rows_of_the_same_mean_say_as_much_as_examples_and_one_row_counts_once(templates):
+    right = np.tile([1.0, *[0.0] * (templates - 1)], 10)
+    rows = np.repeat(np.arange(10), templates).tolist()
+    assert in_rows(right, rows).independent == 10 * templates
+    assert in_rows(right[:templates], rows[:templates]).independent == 1
+
+
 def test_intervals_of_rows_in_many_templates_cover_the_truth():
     """Where rows decide much, intervals over examples would cover it in two thirds of the cases."""
     generator, covered, narrow = np.random.default_rng(3), 0, 0

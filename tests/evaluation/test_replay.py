@@ -135,18 +135,52 @@ def test_of_weights_the_heaviest_is_scored_with_a_warning(marks):
     assert chosen_by(held, lambda _: {}).tolist() == [-1] * 5
 
 
+def test_no_share_is_told_of_own_experts_that_may_solve_nothing(marks):
+    (held,) = read_marks(marks)
+    held.columns["score/expert/kinds"] = held.columns["score/expert/moods"] = np.array(
+        [0.5] + [0] * 4
+    )
+    new, _ = replay(held, {"centroid": chosen_by(held, router_rule("centroid"))})
+    assert all(line.kept is None for line in new.lines)
+
+
+def changed(marks, column: str, place: int, value: object) -> None:
+    table = parquet.read_table(marks)
+    held = table.to_pydict()
+    held[column][place] = value
+    parquet.write_table(type(table).from_pydict(held, table.schema), marks)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("wording", "strange", "wording 'strange', not new or "),
+        ("score/base", None, "column score/base has empty cells"),
+    ],
+)
+def test_marks_that_would_be_left_out_silently_are_refused(marks, column, value, message):
+    changed(marks, column, 1, value)
+    with pytest.raises(EvaluationError, match=f"holds no marks: {message}"):
+        read_marks(marks)
+    parquet.write_table(parquet.read_table(marks).slice(0, 0), marks)
+    with pytest.raises(EvaluationError, match="holds no marks: no examples"):
+        read_marks(marks)
+
+
 def test_choices_of_a_file(marks, tmp_path):
     path = tmp_path / "choices.jsonl"
     rows = [{"prompt": f"{i:016x}", "expert": ["kinds", None][i % 2]} for i in range(5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(f"\ufeff{lines}  \n", encoding="utf-8")  # as some editors save it
     (held,) = read_marks(marks)
     assert chosen_by(held, file_rule(path)).tolist() == [0, -1, 0, -1, 0]
     path.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ConfigError, match=f"no choice for prompt {1:016x}"):
         chosen_by(held, file_rule(path))
-    path.write_text("kinds\n")
-    with pytest.raises(ConfigError, match="has no choices"):
-        file_rule(path)
+    for wrong in ("kinds\n", json.dumps({"prompt": "0", "expert": ["kinds"]})):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="has no choices"):
+            file_rule(path)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +193,7 @@ def test_choices_of_a_file(marks, tmp_path):
         (router_rule("retrieval"), r"research/marks.py stores these, where"),
         (router_rule("centriod"), r"but must be one of .* Did you mean 'centroid'\?"),
         (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+: .*empty"),
+        (lambda _: sys.exit(3), "The rule failed on prompt [0-9a-f]+: 3"),
         (lambda _: "birds", "chose 'birds'; tiny has kinds, moods"),
         (lambda _: ["kinds"], "The rule failed on prompt [0-9a-f]+: unhashable"),
         (lambda _: {"kinds": None, "moods": 1.0}, "The rule failed on prompt [0-9a-f]+: '>'"),
@@ -170,10 +205,13 @@ def test_what_can_t_be_replayed_is_refused(marks, rule, message):
         chosen_by(held, rule)
 
 
-@pytest.mark.parametrize("name", ["nothing", "no.such.module:rule", "json:no_rule", "mine:rule"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "no.such.module:rule", "json:no_rule", "mine:rule", "quits:rule"]
+)
 def test_rules_that_can_t_be_imported(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def rule(prompt)\n")
+    (tmp_path / "quits.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(ConfigError, match=r"^[rR]ule "):
         imported_rule(name)
 
@@ -313,12 +351,12 @@ def test_published_marks_have_no_text_and_are_replayed():
 
 def test_few_examples_are_scored_by_published_marks(capsys):
     script = runpy.run_path(str(ROOT / "research" / "few_examples.py"))
-    script["main"](str(ROOT / "research" / "marks" / "smollm2-135m-tails.parquet"), "5")
+    script["main"]([str(ROOT / "research" / "marks" / "smollm2-135m-tails.parquet"), "5"])
     shown = capsys.readouterr().out
     for wording in ("new", "unseen"):
         part = shown.partition(f"\n{wording}, 5 examples: ")[2].partition("\n\n")[2]
         rows = [line.split(" | ") for line in part.partition("\n\n")[0].splitlines()[2:]]
         gains = {row[0].removeprefix("| "): row[2].split()[0] for row in rows}
         assert gains["base"] == "+0.0"
-        assert {"without targets", "with targets", "by score"} < gains.keys()
+        assert {"without targets", "with targets", "likeliest", "of all"} < gains.keys()
         assert ("own expert" in gains) == (wording == "new")

@@ -159,6 +159,7 @@ class Analysis:
         }
 
     def write_json(self, path: str | Path) -> None:
+        """Write `to_dict`. Raises EvaluationError if that can't be done."""
         content = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
         write_text(Path(path), content, EvaluationError)
 

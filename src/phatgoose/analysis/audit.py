@@ -29,7 +29,7 @@ from ..routing.compose import check_pool_fits
 from ..routing.routers.centroid import centroids_of
 from ..routing.routers.configs import EPS
 from ..routing.routers.phatgoose import PhatgooseRouter, standardise
-from ..routing.routers.prompt_router import embeddings_of
+from ..routing.routers.prompt_router import best_of_each, embeddings_of
 from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ..tasks.encoding import Encoder
 from ..tasks.neutral import neutral_examples
@@ -79,9 +79,7 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
     embedded = len(pool) > 1 and all(expert.has("embeddings") for expert in pool.experts)
     if text.vectors is not None and embedded and made == {(DEFAULT_EMBEDDER, PROMPT)}:
         stored = embeddings_of(pool)
-        best = torch.full((len(text.vectors), len(pool)), -math.inf)
-        cosines = text.vectors @ stored.rows.T
-        best = best.scatter_reduce(1, stored.owners.expand_as(cosines), cosines, "amax")
+        best = best_of_each(text.vectors @ stored.rows.T, stored.owners, len(pool))
         found["retrieval_neutral"] = _shares(best)
         found["centroid_neutral"] = _shares(text.vectors @ centroids_of(pool).rows.T)
     pool.release()
@@ -338,8 +336,7 @@ def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
                 f"{'' if 'update_effect' in signs else '; a base compares all'}."
             )
     for part in ("gates", "means", "readings", "embeddings"):
-        without = [expert.name for expert in pool.experts if not expert.has(part)]
-        if without:
+        if without := pool.lacking(part):
             yield f"No {part}, so nothing to look at: {', '.join(without)}."
     if "update_effect" not in signs:
         yield "Neutral text was not read: that needs the base."

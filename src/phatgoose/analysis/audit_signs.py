@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ from torch.nn import functional
 from ..experts.pool import Pool, check_alike
 from ..experts.readings import PLACES
 from ..routing.routers.phatgoose import standardise
+from ..routing.routers.prompt_router import best_of_each
 from ..routing.stacks import stack_of
 from .findings import squared_norms
-
-Signs = Mapping[str, Tensor]
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
 SAME = 0.9999  # cosine of two embeddings that are one
@@ -204,9 +203,8 @@ def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Te
         some = asked[first : first + step]
         cosines = rows[some] @ rows.T
         # No row is its own neighbour.
-        cosines[torch.arange(len(some)), some] = -2.0
-        best = torch.full((len(some), int(owners[-1]) + 1), -2.0)
-        best = best.scatter_reduce(1, owners.expand_as(cosines), cosines, "amax")
+        cosines[torch.arange(len(some)), some] = -torch.inf
+        best = best_of_each(cosines, owners, int(owners[-1]) + 1)
         nearest.append(best.argmax(dim=1))
         equals.append((best > SAME).scatter(1, owners[some][:, None], False))
     return torch.cat(equals), torch.cat(nearest)

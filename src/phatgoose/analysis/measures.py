@@ -21,7 +21,8 @@ from torch import Tensor
 from ..base.sites import Stream
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.evaluate import Evaluation
-from ..evaluation.intervals import Interval, Z, dataset_replicates, interval_of
+from ..evaluation.intervals import Interval, SharedMeans, Z
+from ..experts.kinds.kind import dense_weights
 from ..routing.routers.router import Scores, best_expert_by_task
 from ..routing.watching import SitePass
 from .routing_distribution import Observer
@@ -135,7 +136,7 @@ def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
 def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     def dense(tensors: Mapping[str, Tensor], site: str) -> Tensor:
         experts, weights = tensors[f"experts.{site}"], tensors[f"weights.{site}"]
-        return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())
+        return dense_weights(experts.long(), weights.float(), pool_size)
 
     for file in sorted(first.iterdir()):
         one, other = load_file(file), load_file(second / file.name)
@@ -274,16 +275,13 @@ def leave_one_out(
     effects = []
     for expert in experts:
         reduced = without(expert)
-        drawn = dataset_replicates(
-            {
-                "all": [score.sample for score in everyone.scores],
-                "less": [score.sample for score in reduced.scores],
-            }
+        both = {"all": everyone, "less": reduced}
+        means = SharedMeans.of(
+            {name: [score.sample for score in each.scores] for name, each in both.items()}
         )
         by_task = {
             one.task: one.score - other.score
             for one, other in zip(everyone.scores, reduced.scores, strict=True)
         }
-        interval = interval_of(drawn["all"] - drawn["less"])
-        effects.append(Effect(expert, everyone.mean - reduced.mean, interval, by_task))
+        effects.append(Effect(expert, *means.gain("all", "less"), by_task))
     return sorted(effects, key=lambda effect: effect.mean, reverse=True)

@@ -172,13 +172,13 @@ class RoutingDistribution:
                 rows[site] = np.asarray(total / count)
         return rows
 
-    def by_layer(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
+    def by_layer(self, measure: Measure = "weight") -> dict[str, Array]:
         """Unweighted mean over the sites of each layer, [E] by `SiteLabel.layer_name`."""
-        return self._grouped(lambda label: label.layer_name, measure, part)
+        return self._grouped(lambda label: label.layer_name, measure)
 
-    def by_kind(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
+    def by_kind(self, measure: Measure = "weight") -> dict[str, Array]:
         """Unweighted mean over the sites of each kind, [E] by `SiteLabel.kind`."""
-        return self._grouped(lambda label: label.kind, measure, part)
+        return self._grouped(lambda label: label.kind, measure)
 
     def whole(self, measure: Measure = "weight", part: Part | None = None) -> Array:
         """Unweighted mean over all sites, [E] (paper section 4.4); zeros if nothing passed."""
@@ -227,7 +227,7 @@ class RoutingDistribution:
         )
 
     def _grouped(
-        self, key: Callable[[SiteLabel], str], measure: Measure, part: Part | None
+        self, key: Callable[[SiteLabel], str], measure: Measure, part: Part | None = None
     ) -> dict[str, Array]:
         groups: dict[str, list[Array]] = defaultdict(list)
         for site, mean in self.by_site(measure, part).items():

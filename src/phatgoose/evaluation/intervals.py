@@ -22,6 +22,7 @@ from .metrics import metric
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # standard errors to each side of a normal mean
 REPLICATES = 2000
+TINY = 1e-12
 
 Array = NDArray[Any]
 
@@ -98,7 +99,8 @@ class Sample:
         """The number of independent examples with the same information on the first statistic.
 
         n if each example has its own row, else p(1-p) over the variance of the mean p of values
-        from 0 to 1, estimated over rows (Kish 1965); the number of rows if all values are equal.
+        from 0 to 1, estimated over rows (Kish 1965), and n at most. The number of rows if all
+        values are equal, or if there is one row.
         """
         if self.rows is None:
             return float(self.n)
@@ -107,7 +109,36 @@ class Sample:
         of_rows = np.bincount(self.rows, values - share)
         variance = count / max(count - 1, 1) * np.square(of_rows).sum() / self.n**2
         spread = share * (1 - share)
-        return float(min(spread / variance, self.n)) if spread and variance else float(count)
+        if count == 1 or not spread:
+            return float(count)
+        # Where all rows have the same mean, their variance is 0 but for rounding.
+        return float(min(spread / variance, self.n)) if variance > TINY else float(self.n)
+
+
+@dataclass(frozen=True)
+class SharedMeans:
+    """Models' means over the same datasets, each dataset as much as any other.
+
+    `drawn` [REPLICATES] are a model's means in resamples of datasets and, within them, of examples.
+    All models share these, so their differences are intervals in pairs.
+    """
+
+    value: Mapping[str, float]
+    drawn: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, samples: Mapping[str, Sequence[Sample]]) -> SharedMeans:
+        """The means of models, whose samples are of the same datasets and examples."""
+        value = {name: sum(s.score for s in each) / len(each) for name, each in samples.items()}
+        return cls(value, dataset_replicates(samples))
+
+    def interval(self, model: str) -> Interval:
+        return interval_of(self.drawn[model])
+
+    def gain(self, model: str, over: str) -> tuple[float, Interval]:
+        """(the difference of two models' means, its interval in pairs)."""
+        between = interval_of(self.drawn[model] - self.drawn[over])
+        return self.value[model] - self.value[over], between
 
 
 def dataset_replicates(

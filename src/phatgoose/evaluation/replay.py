@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, EvaluationError
 from ..files.strict import first_line, shortened
 from ..routing.routers.registry import AUTO, spec_of
-from .intervals import Sample, dataset_replicates, interval_of
+from .intervals import Interval, Sample, SharedMeans, interval_of
 
 Array = NDArray[Any]
 BASE = -1  # among indices of experts
 FORMAT = 1
 WORDINGS = ("new", "known", "unseen")
 OWN = "own expert"  # the one that is named after the task
-TINY = 1e-9
 READ = ("prompt", "task", "wording", "embedding", "score", "choice")
 RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
 NEEDED = {"prompt", "task", "wording", "score/base"}
@@ -116,7 +115,14 @@ def _read(path: Path) -> Marks:
         if lacks := NEEDED - set(read):
             raise ValueError(f"no column {', '.join(sorted(lacks))}")
         table = parquet.read_table(path, columns=read)
+        if not table.num_rows:
+            raise ValueError("no examples")
         columns = {name: _values(table[name].combine_chunks(), table.num_rows) for name in read}
+        if odd := set(columns["wording"]) - set(WORDINGS):
+            raise ValueError(f"wording {shortened(odd.pop())}, not {' or '.join(WORDINGS)}")
+        for name, held in columns.items():
+            if name.startswith("score/") and np.isnan(held).any():
+                raise ValueError(f"column {name} has empty cells")
         centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
         if "owners" in about:
             owners = np.array(about["owners"])
@@ -157,10 +163,10 @@ def _lack_of(router: str) -> str:
 def file_rule(path: Path) -> Rule:
     """The choices in lines such as {"prompt": HASH, "expert": NAME}; null is the base."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        chosen: dict[str, str | None] = {
-            r["prompt"]: r["expert"] for r in map(json.loads, filter(None, lines))
-        }
+        lines = filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+        chosen: dict[str, str | None] = {r["prompt"]: r["expert"] for r in map(json.loads, lines)}
+        if not all(isinstance(each, str | None) for pair in chosen.items() for each in pair):
+            raise TypeError("a prompt or an expert is no text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'{path} has no choices ({first_line(error)}); wanted lines such as {{"prompt": '
@@ -183,7 +189,7 @@ def imported_rule(name: str) -> Rule:
     sys.path.insert(0, os.getcwd())  # a console script's own path lacks it
     try:
         found: Rule = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a user's own code runs
+    except (Exception, SystemExit) as error:  # a user's own code runs
         raise ConfigError(f"Rule {name} can't be imported: {first_line(error)}.") from error
     finally:
         sys.path.pop(0)
@@ -207,10 +213,11 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
             known = name in place
         except ConfigError:
             raise
-        except Exception as error:  # a user's own code, or what it gave
-            lacks = "" if prompt.embedding is not None else " These marks have no embeddings."
+        except (Exception, SystemExit) as error:  # a user's own code, or what it gave
+            blind = prompt.embedding is None and "NoneType" in str(error)
             raise ConfigError(
-                f"The rule failed on prompt {prompt.hash}: {first_line(error)}.{lacks}"
+                f"The rule failed on prompt {prompt.hash}: {first_line(error)}."
+                f"{' These marks have no embeddings.' if blind else ''}"
             ) from error
         if not known:
             experts = ", ".join(marks.experts)
@@ -232,8 +239,7 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, value: float, draws: Array) -> Estimate:
-        interval = interval_of(draws)
+    def of(cls, value: float, interval: Interval) -> Estimate:
         return cls(value, interval.low, interval.high)
 
 
@@ -243,7 +249,8 @@ class Line:
 
     `score` is the mean over tasks, `gain` that less the base's, in pairs, `over_random` that less
     the same choices' with random LoRAs, if there are marks of these. `kept` is its share of the
-    own experts' mean, `own` the share of prompts for which the own expert was chosen.
+    own experts' mean, None where that is 0 in a resample; `own` is the share of prompts for which
+    the own expert was chosen.
     """
 
     name: str
@@ -281,19 +288,19 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
         for name, scores in rows.items():
             some = scores[tasks == task, None].astype(float)
             samples[name].append(Sample(("exact-match",), (some,)))  # any metric that is a mean
-    means = {name: float(np.mean([s.score for s in each])) for name, each in samples.items()}
-    draws, lines = dataset_replicates(samples), []
-    for name, mean in means.items():
-        gain = Estimate.of(mean - means["base"], draws[name] - draws["base"])
+    means, lines = SharedMeans.of(samples), []
+    for name, mean in means.value.items():
+        score = Estimate.of(mean, means.interval(name))
+        gain = Estimate.of(*means.gain(name, "base"))
         kept = found = apart = None
-        if (twin := _twin(name)) in means:
-            apart = Estimate.of(mean - means[twin], draws[name] - draws[twin])
-        if OWN in means:
-            share = draws[name] / np.maximum(draws[OWN], TINY)
-            kept = Estimate.of(mean / max(means[OWN], TINY), share)
+        if (twin := _twin(name)) in samples:
+            apart = Estimate.of(*means.gain(name, twin))
+        if OWN in samples and means.drawn[OWN].all():
+            shares = means.drawn[name] / means.drawn[OWN]
+            kept = Estimate.of(mean / means.value[OWN], interval_of(shares))
         if own is not None and name in choices:
             found = float((choices[name] == own).mean())
-        lines.append(Line(name, Estimate.of(mean, draws[name]), gain, apart, kept, found))
+        lines.append(Line(name, score, gain, apart, kept, found))
     return Replay(marks.base, wording, len(set(tasks)), len(asked), tuple(lines))
 
 

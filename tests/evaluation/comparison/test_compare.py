@@ -28,8 +28,9 @@ from comparisons import (
 from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import ConfigError, RoutingError, TaskError, WrongBaseError
+from phatgoose.errors import ConfigError, EvaluationError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation.comparison import cells as module
+from phatgoose.evaluation.comparison import compare as comparing
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
@@ -353,3 +354,8 @@ def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):
     refused(ConfigError, "both called 'random'", setting, tmp_path, **options)
     comparison = setting.run(tmp_path, ["random"], pool=pool, limit=1)  # nothing to mix up
     assert list(comparison.results) == ["random"]
+
+
+def test_a_kept_result_without_its_parts_is_told():
+    with pytest.raises(EvaluationError, match="A line of results.jsonl is no result of compare"):
+        comparing._result({"task": "pick", "metric": "accuracy"})

@@ -14,7 +14,7 @@ from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...files.atomic import require_writable
 from ...files.strict import half_character, shortened
-from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
+from ...routing.routers.registry import AUTO, ROUTERS, RouterSpec, spec_of, split_routers, written
 from ..console import check_report, report, say, say_summary, show
 from . import options
 
@@ -171,7 +171,7 @@ def analyse(
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
-        options.check_router(routing)
+        options.warn_of_unused_k(routing)
     require_writable(out / REPORT, EvaluationError)
     others = split_routers(against or [])
     analysis = run(
@@ -241,6 +241,14 @@ def routers(
     json: options.JsonOption = None,
 ) -> None:
     """List the routers, or describe one with its settings."""
+    if name == AUTO:
+        from ...routing.routers.automatic import DECODER_ONLY, ENCODER_DECODER
+
+        orders = {"decoders": DECODER_ONLY, "encoder-decoders": ENCODER_DECODER}
+        if not report(json, orders, "routers", ConfigError):
+            for bases, order in orders.items():
+                say(f"auto on {bases}: the first that experts allow of {', '.join(order)}")
+        return
     chosen = ROUTERS.values() if name is None else [spec_of(name)]
     if report(json, [_described(spec) for spec in chosen], "routers", ConfigError):
         return

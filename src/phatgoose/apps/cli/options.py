@@ -433,7 +433,7 @@ def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
             raise ConfigError(f"{flag_of(name)} is for {what}, which was not given.")
 
 
-def check_router(routing: Routing) -> None:
+def warn_of_unused_k(routing: Routing) -> None:
     if routing.router != AUTO:
         spec = choice_of(routing.router).spec
         if routing.k is not None and spec.k is None:
@@ -446,7 +446,7 @@ def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> 
 
     if given & POOL_SETTINGS:
         require_pool(model)
-    check_router(routing)
+    warn_of_unused_k(routing)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def compose(
             "--out FOLDER writes a routed model, --plan says its costs: give one of them."
         )
     check_report(json, RoutingError)
-    options.check_router(routing)
+    options.warn_of_unused_k(routing)
     if out is None:
         opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
         plan_pool(opened, opening, routing, json)

@@ -91,7 +91,7 @@ def _models(
     )
     for each in models:
         if each.routing is not None:
-            options.check_router(each.routing)
+            options.warn_of_unused_k(each.routing)
     return models
 
 

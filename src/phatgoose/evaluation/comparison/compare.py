@@ -21,9 +21,10 @@ from ...base.fingerprint import check_base, dtype_name
 from ...base.loading import Base
 from ...base.sites import ROUTED
 from ...config import Formatting, Routing, given_or_default
-from ...errors import ConfigError, RoutingError, TaskError
+from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...experts.expert import warn_of_other_formatting
 from ...experts.pool import Pool
+from ...files.strict import first_line
 from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
@@ -273,9 +274,15 @@ def _portions(
 
 
 def _result(stored: Mapping[str, Any]) -> Result:
-    plain = {name: stored[name] for name in ("task", "metric", "low", "high", "ties", "seconds")}
-    sample = Sample.of(stored["metrics"], stored["marks"], stored.get("rows"))
-    return Result(**plain, sample=sample)
+    try:
+        plain = {n: stored[n] for n in ("task", "metric", "low", "high", "ties", "seconds")}
+        sample = Sample.of(stored["metrics"], stored["marks"], stored.get("rows"))
+        return Result(**plain, sample=sample)
+    except (LookupError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"A line of {RESULTS} is no result of compare ({first_line(error)}); move that file "
+            f"away, and everything is scored again."
+        ) from error
 
 
 def _with_derived(comparison: Comparison, wanted: Sequence[str], pool: Pool) -> Comparison:

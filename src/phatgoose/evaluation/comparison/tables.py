@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import EvaluationError
 from ...files.atomic import write_text
-from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
+from ..intervals import CONFIDENCE, Interval, Sample, SharedMeans
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how formulas of spreadsheets begin
@@ -27,6 +27,18 @@ def in_per_cent(score: float, low: float, high: float, form: str = ".1f", ends: 
 
 @dataclass(frozen=True)
 class Result:
+    """One model's score on one dataset, from 0 to 1, with its 95 % interval.
+
+    Attributes:
+        task: The dataset's name.
+        metric: Its metrics, in words.
+        low: The lower end of the interval.
+        high: The upper end.
+        ties: How many examples have best choices that scored equally; the first was taken.
+        seconds: How long scoring took.
+        sample: The examples' statistics.
+    """
+
     task: str
     metric: str
     low: float
@@ -37,10 +49,12 @@ class Result:
 
     @property
     def score(self) -> float:
+        """The mean over the metrics."""
         return self.sample.score
 
     @property
     def n(self) -> int:
+        """How many examples were scored."""
         return self.sample.n
 
     @property
@@ -117,9 +131,11 @@ class Comparison:
 
     @property
     def datasets(self) -> tuple[str, ...]:
+        """The datasets of all suites, each once."""
         return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
 
     def title(self, row: str) -> str:
+        """A row's name in tables, with a star if its experts were chosen by these very scores."""
         return self.labels.get(row, row) + (" *" if row in self.choices else "")
 
     @cached_property
@@ -131,19 +147,15 @@ class Comparison:
                 name: [results[task].sample for task in tasks]
                 for name, results in self.results.items()
             }
-            drawn = dataset_replicates(samples)
-            means = {
-                name: sum(s.score for s in parts) / len(parts) for name, parts in samples.items()
-            }
-            for name, mean in means.items():
-                summary = Summary(mean, interval_of(drawn[name]))
-                if name != ANCHOR and ANCHOR in means:
-                    apart = interval_of(drawn[name] - drawn[ANCHOR])
-                    summary = Summary(mean, summary.interval, mean - means[ANCHOR], apart)
-                rows[name][column] = summary
+            means = SharedMeans.of(samples)
+            for name, mean in means.value.items():
+                paired = name != ANCHOR and ANCHOR in samples
+                gain = means.gain(name, ANCHOR) if paired else ()
+                rows[name][column] = Summary(mean, means.interval(name), *gain)
         return rows
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: `comparison.json`."""
         return {
             "settings": dict(self.settings),
             "notes": list(self.notes),
@@ -183,6 +195,7 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
+        """Tables of means, of differences to PHATGOOSE, of datasets, and of costs."""
         parts = (self._means(), self._differences(), self._datasets(), self._costs())
         return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
 

@@ -5,11 +5,16 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from architectures import random_expert
 from other_encoders import make_other
 from phatgoose.base.sites import CROSS_ATTENTION, find_sites
 from phatgoose.errors import ConfigError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from tiny import make_ids
 
 SITES_PER_BLOCK = {"llama": 7, "qwen2": 7, "gpt2": 4, "t5": 7 + 11}  # both of T5's kinds of block
 ATTENTION = {"llama": "self_attn", "qwen2": "self_attn", "gpt2": "attn", "t5": "Attention"}
@@ -38,6 +43,26 @@ def test_a_pattern_keeps_matching_sites(base, kind):
 def test_a_pattern_that_is_none_or_matches_nothing_is_refused(llama, pattern):
     with pytest.raises(ConfigError, match=pattern.replace("(", r"\(")):
         find_sites(llama.model, pattern)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.0}),
+        ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8}),
+    ],
+)
+def test_routers_of_mixtures_that_are_linear_layers_by_name_only_are_no_sites(
+    architecture, settings
+):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 259}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(architecture, **sizes, **heads, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert any("Router" in type(module).__name__ for module in model.modules())
+    assert all("_proj" in name for name in find_sites(model))
+    pool, ids = Pool(tuple(random_expert(model, seed) for seed in range(2))), make_ids()
+    assert compose(pool, model, router="phatgoose")(input_ids=ids).logits.isfinite().all()
 
 
 def test_keys_and_values_of_cross_attention_see_the_encoders_tokens(loaded_bases):

@@ -225,6 +225,21 @@ def test_prompts_announced_inside_others_give_way_to_these_again(llama, llama_po
 
 
 @retrieving
+@torch.no_grad()
+def test_what_was_read_before_an_announcement_still_holds_after_it(llama, llama_pool):
+    model = compose_by("retrieval", llama_pool, llama)
+    ids, mask = batch_of(llama, PROMPTS[:1])
+    model(input_ids=ids, attention_mask=mask, use_cache=False)
+    read = read_by(model)
+    with routing_for(model, tokens_of(model, PROMPTS[3:])):
+        assert read_by(model) != read
+    assert read_by(model) == read
+    more = torch.cat([ids, ids[:, -1:]], dim=1)  # the same prompt, and one token of its answer
+    model(input_ids=more, use_cache=False)
+    assert read_by(model) == read
+
+
+@retrieving
 @both_streams
 def test_the_next_batch_has_its_own_experts(base, pool):
     model = compose_by("retrieval", pool, base)

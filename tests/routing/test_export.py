@@ -163,7 +163,7 @@ def test_ia3_and_biases_leave_merged_only_where_the_base_can_hold_them(
     ids = make_ids(rows=2)
     model = compose(ordered(mixed_pool, ["lora0", "ia32", "ia36"]), base, router="merged")
     wanted = logits_of(model, ids)
-    with pytest.raises(RoutingError, match=r"an \(IA\)³ or a DoRA scales the layer.* --merged"):
+    with pytest.raises(RoutingError, match=r"an expert scales the layer.* --merged"):
         export(model, tmp_path / "adapter")
     export(model, tmp_path / "whole", merged=True)
     assert_same_logits(logits_of(by_transformers(tmp_path / "whole", kind), ids), wanted)
@@ -202,7 +202,7 @@ def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, 
         export(llama.model, tmp_path / "x")
     model = compose(llama_mixed, llama, router="single:expert=bottleneck3")
     for merged in (False, True):
-        refused("'bottleneck3' is a bottleneck adapter, which neither", merged=merged)
+        refused("'bottleneck3' is of the kind 'bottleneck', which neither", merged=merged)
     detach(model)
     model = compose(llama_mixed, llama, k=2, router="phatgoose")
     refused("chooses again for every token, which an adapter can't hold: fix its mixture")

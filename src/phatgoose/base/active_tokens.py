@@ -110,3 +110,12 @@ def active_share(u: Tensor) -> Tensor | None:
             f"of the base's own experts; an expert there acts on all tokens only."
         )
     return active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)
+
+
+def where_active(strength: Tensor | float, u: Tensor) -> Tensor | float:
+    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere.
+
+    Raises what `active_share` does.
+    """
+    active = active_share(u)
+    return strength if active is None else strength * active

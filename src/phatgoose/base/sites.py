@@ -85,6 +85,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
+    # transformers' own subclasses of Linear that compute something else: PhiMoE's, Llama 4's.
+    if any(part in type(module).__name__ for part in ("Router", "Grouped")):
+        return None
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear) or (  # quantised linears of other libraries look the same
@@ -231,6 +234,12 @@ def execution_device(layer: Any) -> torch.device:
     if device.type == "meta":
         raise BaseModelError(NOWHERE)
     return device
+
+
+def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
+    """The type that experts have at `layer`: its own, or the model's if that is quantised."""
+    weight: Tensor = layer.weight
+    return weight.dtype if weight.is_floating_point() else model.dtype
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

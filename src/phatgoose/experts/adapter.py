@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base.active_tokens import ActsOn, active_share
+from ..base.active_tokens import ActsOn, where_active
 from ..base.sites import Site, WrappedLinear, find_sites, linear_shape, replaced
 from ..errors import ExpertError
 from .kinds.kind import AdapterFiles, SiteModule
@@ -135,8 +135,7 @@ class ModifiedLinear(WrappedLinear):
         return 1.0
 
     def forward(self, u: Tensor) -> Tensor:
-        strength, active = self.strength(u), active_share(u)
-        return self.module.apply(self.base, u, strength if active is None else strength * active)
+        return self.module.apply(self.base, u, where_active(self.strength(u), u))
 
 
 @contextmanager

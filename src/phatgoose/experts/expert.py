@@ -505,8 +505,8 @@ def _invocation_problems(expert: Expert) -> Iterator[str]:
     # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
     named = invocation_of(expert.directory)
     recorded = expert.acts_on
-    in_peft = kinds()[expert.kind].peft_type == "LORA"
-    if named is None and (recorded is None or not recorded.invocation or not in_peft):
+    held = kinds()[expert.kind].holds_invocation
+    if named is None and (recorded is None or not recorded.invocation or not held):
         return
     if named != recorded:
         yield (

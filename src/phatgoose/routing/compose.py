@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +22,15 @@ from ..base.fingerprint import (
     surely_differs,
 )
 from ..base.loading import Base, check_heeds_masks, load_base
-from ..base.sites import ROUTED, Site, check_in_place, execution_device, find_sites, replace_module
+from ..base.sites import (
+    ROUTED,
+    Site,
+    check_in_place,
+    dtype_at,
+    execution_device,
+    find_sites,
+    replace_module,
+)
 from ..config import Routing, RoutingSettings, from_mapping, given_or_default
 from ..errors import BaseModelError, ConfigError, RoutingError
 from ..experts.adapter import check_fit
@@ -34,10 +41,11 @@ from .checks import check_folded, check_numbers, check_site
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.automatic import settled
-from .routers.prompt_router import ByPrompt
+from .routers.prompt_router import ByPrompt, Tables
 from .routers.registry import AUTO, WEIGHTS, checked_mixture, written_mixture
 from .routers.router import (
     OWN_EXPERTS,
+    Router,
     RouterSite,
     Scores,
     check_routing,
@@ -139,24 +147,36 @@ def prepare(
     pool = router.narrow(pool, scores)
     found = found or resolve_base(base, pool.base)
     check_base(pool.base, found.reference)
-    prompt_router = None
-    if isinstance(router, ByPrompt):
-        prompt_router = router.for_model(router.tables(pool, scores), found.tokenizer)
+    tables = router.tables(pool, scores) if isinstance(router, ByPrompt) else None
+    parts = parts_of(found, router, pool.names, pool.records(), tables)
     sites = find_sites(found.model)
     check_pool_fits(pool, sites)
     check_acting(found.model, pool)
-    parts = Composition(
-        base=found.reference,
-        tokenizer=found.tokenizer,
-        experts=pool.names,
-        records=pool.records(),
-        routing=router.routing,
-        prompt_router=prompt_router,
-        marks=found.marks,
-    )
     # Before any layer is replaced: it is the base alone that is read.
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
+
+
+def parts_of(
+    base: ResolvedBase,
+    router: Router,
+    experts: tuple[str, ...],
+    records: list[dict[str, Any]],
+    tables: Tables | None,
+) -> Composition:
+    """What a model routed on `base` is made of but its layers; `tables` for a router by prompt."""
+    prompt_router = None
+    if isinstance(router, ByPrompt) and tables is not None:
+        prompt_router = router.for_model(tables, base.tokenizer)
+    return Composition(
+        base=base.reference,
+        tokenizer=base.tokenizer,
+        experts=experts,
+        records=records,
+        routing=router.routing,
+        prompt_router=prompt_router,
+        marks=base.marks,
+    )
 
 
 def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
@@ -197,12 +217,6 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
     layer = model.get_submodule(site)
     return stack_of(pool, site, dtype_at(layer, model), execution_device(layer))
-
-
-def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
-    """The type that experts have at `layer`: its own, or the model's if that is quantised."""
-    weight: Tensor = layer.weight
-    return weight.dtype if weight.is_floating_point() else model.dtype
 
 
 def routed_layer(

@@ -148,14 +148,28 @@ class RoutingContext:
 
     @contextmanager
     def using(self, routed: PromptRouting) -> Iterator[None]:
-        """Use `routed` inside, and what was announced before afterwards."""
-        present = self._present
-        before = (present.choice, present.beginnings) if present.announced else (None,)
-        self.use(routed.choice, routed.beginnings)
-        try:
+        """Use `routed` inside, and what was known before afterwards."""
+        with self._kept():
+            self.use(routed.choice, routed.beginnings)
             yield
+
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """No expert acts inside; afterwards those do that did before."""
+        nowhere = torch.full((1, len(self.acting)), NEVER) if self.acting else None
+        with self._kept() as present:
+            self.use(Choice.alone(torch.tensor([NOBODY])), nowhere)
+            present.base_alone = True
+            yield
+
+    @contextmanager
+    def _kept(self) -> Iterator[_Present]:
+        present, names = self._present, ("choice", "beginnings", "announced", "base_alone")
+        before = {name: getattr(present, name) for name in names}
+        try:
+            yield present
         finally:
-            self.use(*before)
+            vars(present).update(before)
 
     def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
         if self.router is None:
@@ -176,7 +190,7 @@ class RoutingContext:
         )
 
     @property
-    def base_alone(self) -> bool:
+    def no_expert_acts(self) -> bool:
         """Whether no expert acts in this thread's passes, as while prompts are read."""
         return self._present.base_alone
 
@@ -503,14 +517,6 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
             "Prompts are read by the base alone, and this model's experts act on every token; hand "
             "over the base, or detach the experts."
         )
-    present = context._present
-    before = present.choice, present.beginnings, present.announced, present.base_alone
-    nowhere = torch.full((1, len(context.acting)), NEVER) if context.acting else None
-    context.use(Choice.alone(torch.tensor([NOBODY])), nowhere)
-    present.base_alone = True
-    try:
-        # A pass that is watched may read a prompt first; that reading is no part of it.
-        with unwatched():
-            yield
-    finally:
-        present.choice, present.beginnings, present.announced, present.base_alone = before
+    # A pass that is watched may read a prompt first; that reading is no part of it.
+    with context.without_experts(), unwatched():
+        yield

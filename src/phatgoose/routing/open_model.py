@@ -136,8 +136,9 @@ def open_prompt_router(
     `routing` and `settings` are those of `compose`; of a saved model's only the embedder counts.
     Prompts are as a `PromptRouter` takes them: text without a `tokenizer` for routers that go by
     embeddings alone; those that go by what the base makes of a prompt are handed `base` in
-    `choose`. Raises ConfigError for a router that doesn't choose by a prompt alone, and what
-    composing or loading raises of the experts.
+    `choose`. Of glider it is the cosines of all experts, of discriminant-phatgoose the shortlist:
+    these go on to choose for every token. Raises ConfigError for a router that looks at no prompt,
+    and what composing or loading raises of the experts.
     """
     routing = given_or_default(Routing, routing, "routing")
     if settings:

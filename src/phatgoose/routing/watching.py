@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..base.sites import Site
 from ..base.token_masks import TokenMasks, token_masks
+from ..experts.kinds.kind import dense_weights
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class SitePass:
 
     def dense_weights(self, pool_size: int) -> Tensor:
         """The weight of every expert of the pool, float32 [T, pool_size], 0 if not chosen."""
-        none = torch.zeros(len(self.experts), pool_size)
-        return none.scatter_add_(1, self.experts.cpu(), self.weights.detach().float().cpu())
+        weights = self.weights.detach().float().cpu()
+        return dense_weights(self.experts.cpu(), weights, pool_size)
 
     def is_real(self) -> Tensor:
         if self.real is None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def train_expert(
         resume: Continue an interrupted run, or load a finished expert, with a warning if that has
             other settings.
         restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
-        callback: Called with the progress of training.
+        callback: A `TrainingCallback`, which hears of steps and of saved work.
         callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
 
     Raises:
@@ -129,7 +129,7 @@ def train_expert(
     with open_work(out, run.identity(peft), resume=resume, restart=restart) as work:
         adapter = _trained_adapter(run, peft)
         record = Record(
-            hyperparameters={"peft": kind_for(peft).name, **asdict(peft)},
+            hyperparameters=settings_of_training(peft, run.training, gates, run.encoder.formatting),
             metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
             gates=load_file(work / JOINT_GATES) if gates.joint else None,
             cuts_told=True,
@@ -194,14 +194,18 @@ def train_gates(
         return finished
     modules = read_modules(adapter)
     run = TrainingRun.of(base, task, out, training, gates, formatting, name)
-    record, acting = Record(found=True), invocation_of(adapter)
+    hyperparameters: Mapping[str, Any] = {}
+    metrics: Mapping[str, Any] = {}
+    acting = invocation_of(adapter)
     if (adapter / LAYOUT.info).is_file():
         earlier = Expert.load(adapter)
         check_base(earlier.info.base, run.base.reference, f"expert {earlier.name!r}")
-        record = Record(earlier.info.hyperparameters, earlier.info.metrics, found=True)
+        hyperparameters, metrics = earlier.info.hyperparameters, earlier.info.metrics
         acting = earlier.acts_on
     check_acting(run.base, acting)
     run = replace(run, acting=acting, callbacks=tuple(callbacks))
+    settings = _gate_settings(run.training, gates) | asdict(run.encoder.formatting)
+    record = Record({**hyperparameters, **settings}, metrics)
     check_fit(adapter.name, modules, find_sites(run.base.model))
     identity = run.identity(adapter=sha256_of(adapter / adapter_files(adapter).weights))
     with open_work(out, identity, resume=resume, restart=restart):
@@ -346,8 +350,9 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             fresh.save(unfinished)
-            if run.acting is not None and run.acting.invocation and kind_for(peft).name == "lora":
-                record_invocation(unfinished, run.acting.invocation)
+            invocation = run.acting.invocation if run.acting else None
+            if invocation and kind_for(peft).holds_invocation:
+                record_invocation(unfinished, invocation)
             metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
             (work / REPORT).write_text(json.dumps(metrics | cuts.record()), encoding="utf-8")
             os.rename(unfinished, finished)
@@ -359,17 +364,15 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
 
 @dataclass(frozen=True)
 class Record:
-    """What an expert records of its making before its gates.
+    """What an expert records: `hyperparameters` of all its making, `metrics` of what is done.
 
     `gates` are those trained jointly with the expert; None means that they are still to be trained.
-    `found` means that the adapter is of an earlier training, of which `hyperparameters` say all
-    that is known. `cuts_told` means that the user knows how many of the task's inputs were cut.
+    `cuts_told` means that the user knows how many of the task's inputs were cut.
     """
 
-    hyperparameters: Mapping[str, object] = field(default_factory=dict)
-    metrics: Mapping[str, object] = field(default_factory=dict)
+    hyperparameters: Mapping[str, object]
+    metrics: Mapping[str, object]
     gates: Mapping[str, Tensor] | None = None
-    found: bool = False
     cuts_told: bool = False
 
 
@@ -409,7 +412,7 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
             "validation_examples": len(task.validation),
             "validation_origin": task.validation_origin,
         },
-        hyperparameters=_hyperparameters(run, record),
+        hyperparameters=dict(record.hyperparameters),
         metrics=metrics,
         acts_on=run.acting,
     )
@@ -457,18 +460,6 @@ def _trained_gates(
     return gates, cuts.record() | known
 
 
-def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
-    training, gates = asdict(run.training), asdict(run.gate_training)
-    if record.found:
-        training, gates = {}, _gate_settings(run.training, run.gate_training)
-    elif run.gate_training.joint:  # gates have the expert's
-        del gates["gate_steps"], gates["gate_learning_rate"]
-    else:
-        gates["gate_learning_rate"] = run.gate_training.gate_learning_rate or GATE_RATE
-    formatting = asdict(run.encoder.formatting)
-    return {**record.hyperparameters, **training, **gates, **formatting}
-
-
 def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]:
     shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
     rate = gates.gate_learning_rate or GATE_RATE
@@ -493,9 +484,11 @@ def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> 
 def settings_of_training(
     peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
 ) -> dict[str, Any]:
+    own = asdict(gates) | {"gate_learning_rate": gates.gate_learning_rate or GATE_RATE}
+    if gates.joint:  # they have the expert's
+        del own["gate_steps"], own["gate_learning_rate"]
     shape = {"peft": kind_for(peft).name, **asdict(peft)}
-    rate = {"gate_learning_rate": gates.gate_learning_rate or GATE_RATE}
-    return {**shape, **asdict(training), **asdict(gates), **rate, **asdict(formatting)}
+    return {**shape, **asdict(training), **own, **asdict(formatting)}
 
 
 def warn_of_other_settings(

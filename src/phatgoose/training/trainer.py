@@ -233,8 +233,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         )
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, hence the factor.
-        loss = total * process_count() / count
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return total * process_count() / count
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from changed_adapters import complaint_about
 from golden_sites import DOWN, QUERY
-from mixed_experts import make_bottleneck
+from mixed_experts import make_bottleneck, make_kind
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck.module import FILES, BottleneckLayers
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from tiny import logits_of, make_ids
 
 GOLDEN = GOLDENS / "bottleneck"
 
@@ -144,3 +147,12 @@ def test_a_bare_bottleneck_adapter_is_imported(llama, base_folders, tmp_path):
     with pytest.raises(ExpertError, match="which the base model lacks"):
         import_adapter(bare, tmp_path / "other", base=str(base_folders["gpt2"]))
     assert not (tmp_path / "other").exists()
+
+
+def test_many_bottlenecks_are_routed_under_autocast(llama, tmp_path):
+    pool = Pool(tuple(make_kind("bottleneck", llama, tmp_path, seed=seed) for seed in range(6)))
+    model = compose(pool, llama, router="phatgoose", k=2)  # few of many: grouped by expert
+    wanted = logits_of(model, make_ids())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits_of(model, make_ids())
+    assert (got - wanted).abs().mean() < 0.1 * wanted.abs().mean()

@@ -19,7 +19,7 @@ from phatgoose.routing.export.export import export
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 
 ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 
@@ -139,3 +139,11 @@ def test_magnitudes_are_of_the_layers_sizes(base, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
     with pytest.raises(ExpertError, match="use_dora with biases"):
         import_adapter(adapter, tmp_path / "expert")
+
+
+@ON_TWO_KINDS
+def test_one_that_plays_no_part_keeps_no_lora_from_leaving(base, pool, tmp_path):
+    model = compose(pool, base, weights={"lora": 1.0, "a": 0.0})
+    wanted = logits_of(model, make_ids())
+    assert export(model, tmp_path / "adapter").rank == 4
+    assert_same_logits(logits_of(peft_model(base, tmp_path / "adapter"), make_ids()), wanted)

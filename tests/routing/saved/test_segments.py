@@ -99,6 +99,24 @@ def test_experts_of_all_kinds_join_in_the_type_that_is_there(llama, llama_mixed,
     assert {n: t.dtype for n, t in joined.items()} == {n: t.dtype for n, t in there.items()}
 
 
+@torch.no_grad()
+def test_types_that_differ_from_site_to_site_stay(base_folders, pool_of, tmp_path):
+    pool = pool_of("t5")  # whose `wo` transformers keeps in float32
+    half = load_base(base_folders["t5"], dtype="float16")
+    first, rest = Pool(pool.experts[:2]), Pool(pool.experts[2:])
+    save_pool(first, tmp_path / "packed", half, routing=Routing("average-activation"))
+    save_pool(pool, tmp_path / "whole", half, routing=Routing("average-activation"))
+    add_to_saved(tmp_path / "packed", rest)
+    compact(tmp_path / "packed")
+    (joined,) = (load_file(f) for f in (tmp_path / "packed").glob("routed-*.safetensors"))
+    wanted = load_file(tmp_path / "whole" / "routed.safetensors")
+    factors = {name: each.dtype for name, each in wanted.items() if name.startswith(("A.", "B."))}
+    assert set(factors.values()) == {torch.float16, torch.float32}
+    assert joined.keys() == wanted.keys()
+    assert all(torch.equal(joined[name], wanted[name]) for name in factors)
+    assert factors == {name: joined[name].dtype for name in factors}
+
+
 @pytest.mark.parametrize("left", [["e0", "e1"], ["e1", "e3"], ["e0", "e2", "e3"]])
 @pytest.mark.parametrize("router", ["phatgoose", "retrieval"])
 def test_a_packed_model_shrinks_by_its_description(

@@ -31,12 +31,12 @@ from ...base.sites import find_sites, linear_shape
 from ...errors import ConfigError, ExpertError, PhatgooseError
 from ...files.atomic import require_free
 from ...files.strict import one_line, read_json_object, sha256_of, shortened
-from ..adapter import adapter_files, check_fit, formats, named_base, read_modules
+from ..adapter import adapter_files, check_fit, formats, kind_of, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
 from ..kinds.dora.module import DoraFactors
 from ..kinds.ia3.module import IA3_ENDING, ScalingVector
-from ..kinds.kind import SiteModule
+from ..kinds.kind import AdapterFiles, SiteModule
 from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
 from ..kinds.peft import (
     ADAPTER_WEIGHTS,
@@ -326,6 +326,11 @@ def _write_adapter(
     if made.files is not PEFT_FILES:
         about = {made.files.base_key: config.get(PEFT_FILES.base_key) or ""}
     return made.write(folder, modules, about)
+
+
+def imported_kind(files: AdapterFiles, config: Mapping[str, Any]) -> str:
+    """The kind that an adapter of this config is imported as."""
+    return DoraFactors.kind if config.get("use_dora") else kind_of(files, config).name
 
 
 def plain_config(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any]:

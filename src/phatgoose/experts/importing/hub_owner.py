@@ -20,11 +20,11 @@ from huggingface_hub import HfApi, snapshot_download
 from ...base.loading import published
 from ...errors import PhatgooseError, PoolError
 from ...files.strict import MOST_JSON_BYTES, one_line, shortened
-from ..adapter import adapter_file_names, adapter_files, formats, kind_of
+from ..adapter import adapter_file_names, adapter_files, formats
 from ..expert import LAYOUT, check_name, expert_files, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars
 from ..kinds.peft import PICKLED_WEIGHTS
-from .adapter import import_adapter, plain_config, require_named_base
+from .adapter import import_adapter, imported_kind, plain_config, require_named_base
 
 MOST_REPOSITORIES = 1000  # of an owner, those that the Hub names first
 MOST_BYTES = 2 * 2**30  # of an adapter; a larger one is imported by its own name
@@ -217,8 +217,7 @@ def _described(found: Found, descriptions: list[str]) -> Found:
         check_name(found.name)
         files = adapter_files(folder)
         config = plain_config(folder)
-        is_dora = config.get("use_dora")
-        found = replace(found, kind="dora" if is_dora else kind_of(files, config).name)
+        found = replace(found, kind=imported_kind(files, config))
         named = config.get(files.base_key)
         if found.is_expert:
             named = read_info(folder / LAYOUT.info).base.id

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...base.active_tokens import active_share
+from ...base.active_tokens import where_active
 from ...base.loading import Base
 from ...base.sites import Site, WrappedLinear, replaced
 from ...errors import ExpertError
@@ -235,7 +235,7 @@ class FreshExpert:
 class NewModules(ABC):
     """How new modules of one kind are made. `dtype` is what they are stored in, None the base's.
 
-    `acts_from_ends` says that in training they are multiplied by `active_share`, so that an expert
+    `acts_from_ends` says that in training their strength passes `where_active`, so that an expert
     can act from its prompts' end on, `on_packed` that they can be trained on quantised weights.
     `copies` says how often their parameters are in the files.
     """
@@ -323,9 +323,7 @@ class _NewLayer(WrappedLinear):
     def forward(self, u: Tensor) -> Tensor:
         strength = self.new.strength(self.settings)
         gated = strength if self.gate is None else strength * openness(u, self.gate)
-        active = active_share(u)
-        gated = gated if active is None else gated * active
-        return self.module(u.dtype).apply(self.base, u, gated)
+        return self.module(u.dtype).apply(self.base, u, where_active(gated, u))
 
 
 # Many experts at one site, stacked: one row an expert.

@@ -54,6 +54,11 @@ class Kind:
         return made
 
     @property
+    def holds_invocation(self) -> bool:
+        """Whether its adapter's own file can say from which tokens on it acts, as an aLoRA's."""
+        return self.peft_type == "LORA"
+
+    @property
     def stacked(self) -> tuple[type[Part], ...]:
         return tuple(map(_class, self.parts))
 

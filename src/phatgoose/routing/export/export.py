@@ -263,7 +263,7 @@ def _loras(
     for site, update in updates.items():
         if not update.is_lora:
             raise RoutingError(
-                f"At {site} an (IA)³ or a DoRA scales the layer, which no LoRA does exactly: "
+                f"At {site} an expert scales the layer, which no LoRA does exactly: "
                 f"export with --merged, or leave such experts out (--leave-out)."
             )
     if not updates:

@@ -82,10 +82,9 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
             found = _with(found, constant)
         elif bool(own.any()):
             row = int(rows[own.nonzero()[0, 0]])
-            kind = "a bottleneck adapter" if name == "bottleneck" else f"of the kind {name!r}"
             raise RoutingError(
-                f"Expert {parts.experts[int(layer.experts[row])]!r} is {kind}, which neither a "
-                f"LoRA nor a weight can hold; leave it out (--leave-out)."
+                f"Expert {parts.experts[int(layer.experts[row])]!r} is of the kind {name!r}, which "
+                f"neither a LoRA nor a weight can hold; leave it out (--leave-out)."
             )
     return found
 

@@ -80,7 +80,7 @@ def allows_choice_by_prompt(pool: Pool) -> bool:
 def _unmet(pool: Pool, router: str) -> list[str]:
     """What `router` needs that not every expert has, or this machine."""
     needs = ROUTERS[router].needs
-    unmet = [need for need in needs if not all(expert.has(need) for expert in pool.experts)]
+    unmet = [need for need in needs if pool.lacking(need)]
     if "embeddings" in needs and "embeddings" not in unmet and not _embeds_here(pool):
         unmet.append("their embedder on this machine")
     return unmet
@@ -88,7 +88,7 @@ def _unmet(pool: Pool, router: str) -> list[str]:
 
 def _why(missing: Iterable[str], pool: Pool) -> str:
     def told(need: str) -> str:
-        lack = sum(not expert.has(need) for expert in pool.experts) if need in REMEDIES else 0
+        lack = len(pool.lacking(need)) if need in REMEDIES else 0
         some = f" of all experts ({lack} of {len(pool)} lack them)" if 0 < lack < len(pool) else ""
         return {"lora": "LoRAs"}.get(need, need) + some
 

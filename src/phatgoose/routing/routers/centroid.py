@@ -28,6 +28,7 @@ from .prompt_router import (
     Embeddings,
     PromptRouter,
     Tables,
+    best_of_each,
     embeddings_of,
 )
 from .router import Scores
@@ -47,10 +48,7 @@ class NearestCentroids(EmbeddingRouter):
     def scores(self, features: Tensor) -> Tensor:
         cosines = features @ self.rows.T
         owners = self.tables.tensors.get(OWNERS)
-        if owners is None:
-            return cosines
-        best = torch.full((len(cosines), len(self.experts)), -torch.inf)
-        return best.scatter_reduce(1, owners.expand_as(cosines), cosines, "amax")
+        return cosines if owners is None else best_of_each(cosines, owners, len(self.experts))
 
 
 class Centroid(ByPrompt):

@@ -42,7 +42,7 @@ class AllCentroids(NearestCentroids):
 class GliderRouter(PhatgooseRouter):
     """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
 
-    fused = one_call = False
+    fused = one_call = by_token = False  # a token's experts depend on its prompt, too
     acting: Tensor
     context: RoutingContext
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.sites import ROUTED, Site, blocks_of, find_sites
+from ...base.sites import ROUTED, Site, blocks_of, dtype_at, find_sites
 from ...errors import RoutingError
 from ...tasks.prompt_passes import PromptReading, last_token
 from ..choices import Choice
@@ -85,8 +85,7 @@ def _probe(base: PreTrainedModel, tables: Tables) -> _Probe:
         make = (tables.stacks or {}).get(names[module])
         if make is None:
             return None
-        kind = module.weight.dtype if module.weight.is_floating_point() else base.dtype
-        return sites[names[module]], make(kind)
+        return sites[names[module]], make(dtype_at(module, base))
 
     for index in reversed(range(len(blocks))):
         inside = ((names[module], experts_at(module)) for module in blocks[index].modules())

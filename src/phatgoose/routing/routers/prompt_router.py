@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.expert import Expert
+from ...experts.kinds.kind import dense_weights
 from ...experts.pool import Pool
 from ...tasks.embeddings import (
     PAPER_TEXT,
@@ -339,8 +340,7 @@ class ChosenExperts(SiteRouter):
 
     def distribution(self, u: Tensor) -> Tensor:
         decision = self(u)
-        zeros = torch.zeros(len(u), self.experts, device=u.device)
-        return zeros.scatter_add(1, decision.experts, decision.weights)
+        return dense_weights(decision.experts, decision.weights, self.experts)
 
 
 def rows_at(experts: Tensor, pool_size: int) -> Tensor:
@@ -360,6 +360,15 @@ class Embeddings:
 
     def info(self, form: str = PROMPT) -> dict[str, str]:
         return {"embedder": self.embedder, "embedding_form": form}
+
+
+def best_of_each(scores: Tensor, owners: Tensor, experts: int) -> Tensor:
+    """The highest of each expert's `scores` [B, M], -inf without any, [B, experts].
+
+    `owners` [M] are the experts that columns belong to.
+    """
+    best = scores.new_full((len(scores), experts), -torch.inf)
+    return best.scatter_reduce(1, owners.expand_as(scores), scores, "amax")
 
 
 def embeddings_of(pool: Pool, embedder: str | None = None, form: str = PROMPT) -> Embeddings:

@@ -32,6 +32,7 @@ from .prompt_router import (
     Prompt,
     PromptRouter,
     Tables,
+    best_of_each,
     embeddings_of,
 )
 from .router import Scores
@@ -87,9 +88,7 @@ class Retriever(EmbeddingRouter):
         return self.choice(self.scores(self.embedder.vectors(paper_texts(known["examples"]))))
 
     def scores(self, features: Tensor) -> Tensor:
-        cosines = features @ self.rows.T
-        best = torch.full((len(cosines), len(self.experts)), -torch.inf)
-        return best.scatter_reduce(1, self._theirs.expand_as(cosines), cosines, "amax")
+        return best_of_each(features @ self.rows.T, self._theirs, len(self.experts))
 
 
 def _within_bound(owners: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class SiteRouter(nn.Module):
     @property
     def idle(self) -> bool:
         """Whether no expert acts in the present pass, whatever its tokens are."""
-        return self.context is not None and self.context.base_alone
+        return self.context is not None and self.context.no_expert_acts
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for activations u [T, n]."""

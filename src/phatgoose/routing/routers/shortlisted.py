@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...experts.kinds.kind import dense_weights
 from ..context import RoutingContext
 from .discriminant import Discriminant
 from .phatgoose import Phatgoose, TopKRouter
@@ -74,8 +75,7 @@ class ShortlistedRouter(SiteRouter):
 
     def distribution(self, u: Tensor) -> Tensor:
         experts, logits = self._shortlist(u)
-        zeros = torch.zeros(len(u), len(self.vectors), device=u.device)
-        return zeros.scatter_add(1, experts, logits.softmax(dim=-1).nan_to_num(0.0))
+        return dense_weights(experts, logits.softmax(dim=-1).nan_to_num(0.0), len(self.vectors))
 
     def _shortlist(self, u: Tensor) -> tuple[Tensor, Tensor]:
         choice = self.context.of_each(u, self.sees_all, self.block)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...base.fingerprint import BaseReference, check_base
 from ...base.loading import Base
-from ...base.sites import Site, execution_device, find_sites
+from ...base.sites import Site, dtype_at, execution_device, find_sites
 from ...errors import RoutingError, WrongBaseError
 from ...experts.expert import LAYOUT
 from ...experts.hub import HubReference
@@ -19,7 +19,7 @@ from ...experts.kinds.peft import ADAPTER_CONFIG
 from ...experts.pool import MANIFEST
 from ...files.atomic import bring_back
 from ..checks import check_folded
-from ..compose import dtype_at, install, resolve_base, routed_layer
+from ..compose import install, parts_of, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
 from ..routers.prompt_router import ByPrompt
@@ -62,18 +62,9 @@ def load(
     for name in saved.sites:
         if name not in sites:
             raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
-    router, prompt_router = router_of(routing), None
-    if isinstance(router, ByPrompt):
-        prompt_router = router.for_model(saved.tables, found.tokenizer)
-    parts = Composition(
-        base=found.reference,
-        tokenizer=found.tokenizer,
-        experts=saved.names,
-        records=saved.records,
-        routing=router.routing,
-        prompt_router=prompt_router,
-        marks=found.marks,
-    )
+    router = router_of(routing)
+    tables = saved.tables if isinstance(router, ByPrompt) else None
+    parts = parts_of(found, router, saved.names, saved.records, tables)
     for name in saved.sites:
         parts.layers[name] = _layer(found.model, sites[name], saved, parts)
     return install(found.model, parts)

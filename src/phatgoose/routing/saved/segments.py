@@ -120,8 +120,8 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
             embedder = saved.info.get("lookup", {}).get("embedder")
             rows = router.tables(pool, embedder=embedder).saved()
         check_tables(lookup_in(first), lookup_in(rows))
-        kind = _kind_of(first)
-        kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
+        kind = torch.int8 if _kind_of(first) == torch.int8 else None
+        types = _Types(first)
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from _indices(pool)
@@ -130,7 +130,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
                 # In float32 first, so that numbers are rounded once.
                 made = stack_of(pool, site, torch.float32, torch.device("cpu")).tensors()
                 made |= router.state_at(pool, site)
-                held = {f"{name}.{site}": _in_type(made[name], kinds.get(name)) for name in made}
+                held = {f"{n}.{site}": _in_type(made[n], types.of(n, site)) for n in made}
                 yield from _as_stored(held, kind)
                 pool.release()
 
@@ -171,7 +171,8 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         held = saved.tensors
-        kind = wanted or _kind_of(saved.segments[0].tensors)
+        is_int8 = _kind_of(saved.segments[0].tensors) == torch.int8
+        kind = wanted or (torch.int8 if is_int8 else None)
         small = [name for name in held if name.startswith(("experts.", "lookup."))]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -253,6 +254,20 @@ def _as_stored(
             yield from quantised(part, site, tensor)
         else:
             yield name, tensor.to(kind)
+
+
+class _Types:
+    """The types of a file's tensors, which differ from site to site where a base's layers do."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._at_site = {name: tensor.dtype for name, tensor in tensors.items()}
+        self._elsewhere = {name.partition(".")[0]: kind for name, kind in self._at_site.items()}
+        self._factors = _kind_of(tensors)
+
+    def of(self, name: str, site: str) -> torch.dtype | None:
+        """The type of `name` at `site`, else at another; of factors else that of any; else None."""
+        at_site = self._at_site.get(f"{name}.{site}", self._elsewhere.get(name))
+        return self._factors if at_site is None and _is_factor(name) else at_site
 
 
 def _in_type(tensor: Tensor, kind: torch.dtype | None) -> Tensor:

@@ -184,30 +184,35 @@ class SavedTensors(Mapping[str, Tensor]):
         count = sum(segment.experts for segment in segments)
         self._place = stacks.renumbered(torch.tensor(left), count)
         self._are_all = len(left) == count
-        names = dict.fromkeys(name for segment in segments for name in segment.tensors)
-        split = [(kind, site) for kind, _, site in (name.partition(".") for name in names)]
-        gone = {
-            site
-            for kind, site in split
-            if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
-        }
         self._stacked = stacks.declared().tensors
-        scales = {name + SCALE for name in self._stacked}
-        parts = [(k, site) for k, site in split if k not in scales and site not in gone]
-        self._kinds: dict[str, list[str]] = {}  # of tensors at each site
-        for kind, site in parts:
-            self._kinds.setdefault(site, []).append(kind)
-        plain = ("A", "B")  # of a stack of plain LoRAs, which has these whichever are left
-        mixed = {site for kind, site in parts if kind in self._stacked and kind not in plain}
         self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its tensors, by kind
-        self._names: dict[str, None] = {}
-        for kind, site in parts:
-            held = [kind]
-            if kind in self._stacked and site in mixed:
-                # Which tensors a stack of several kinds has depends on the experts that are left.
-                held = [name for name in self._site(site) if name in self._stacked]
-            self._names |= {f"{name}.{site}": None for name in held}
+        self._kinds = self._kinds_by_site()
+        self._names = dict.fromkeys(f"{k}.{site}" for site in self._kinds for k in self._held(site))
         self._latest = ("", {})
+
+    def _kinds_by_site(self) -> dict[str, list[str]]:
+        """The kinds of the files' tensors at each site that one of the experts left acts at."""
+        scales = {name + SCALE for name in self._stacked}
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for segment in self._segments for name in segment.tensors):
+            kind, _, site = name.partition(".")
+            if kind not in scales:
+                found.setdefault(site, []).append(kind)
+        return {
+            site: kinds
+            for site, kinds in found.items()
+            if "experts" not in kinds or (self._place[self._counted(f"experts.{site}")] >= 0).any()
+        }
+
+    def _held(self, site: str) -> list[str]:
+        """The kinds of this site's tensors, as one file of the experts left has them."""
+        kinds = self._kinds[site]
+        stacked = [kind for kind in kinds if kind in self._stacked]
+        if set(stacked) <= {"A", "B"}:  # plain LoRAs have these, whichever are left
+            return kinds
+        # Which tensors a stack of several kinds has depends on the experts that are left.
+        rest = [kind for kind in kinds if kind not in stacked]
+        return [*rest, *(kind for kind in self._site(site) if kind in self._stacked)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

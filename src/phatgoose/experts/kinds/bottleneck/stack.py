@@ -111,7 +111,7 @@ class BottleneckStack(Part):
         inner = inner * weights.flatten()[pairs].unsqueeze(-1).to(y.dtype)
         outer = expert_products(inner, self.up, counts)  # [pairs, d]
         total = weighted_rows(experts, weights, self.up_bias).to(y.dtype)
-        return total.index_add(0, tokens, outer)
+        return total.index_add(0, tokens, outer.to(total.dtype))  # under autocast they differ
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:

@@ -48,4 +48,5 @@ class DoraStack(LoraStack):
 
     def constant(self, weights: Tensor) -> Constant:
         change = (weights.float()[:, None] * self.deltas).sum(dim=0)
-        return replace(super().constant(weights), output_factor=1 + change)
+        factor = 1 + change if bool(change.any()) else None
+        return replace(super().constant(weights), output_factor=factor)

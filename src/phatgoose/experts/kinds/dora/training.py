@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ....base.active_tokens import active_share
+from ....base.active_tokens import where_active
 from ....base.loading import Base
 from ....base.sites import Site
 from ....config import Lora
@@ -73,9 +73,8 @@ class _ScaledOutputs(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         u = module.lora_dropout[active_adapter](x)
         y = result if u is x else base(u)  # dropout is on W u too, as in PEFT
         y = y if base.bias is None else y - base.bias
-        gate, active = lora_A._parameters.get("gate"), active_share(x)
-        strength: Any = 1.0 if gate is None else openness(u, gate)
-        strength = strength if active is None else strength * active
+        gate = lora_A._parameters.get("gate")
+        strength: Any = where_active(1.0 if gate is None else openness(u, gate), x)
         scaled = (result + strength * (g - 1) * y).to(x.dtype)
         h = strength * functional.linear(u, A)
         return plus_product(scaled, h, (g[:, None] * B).to(x.dtype))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ....base.active_tokens import active_share
+from ....base.active_tokens import where_active
 from ....base.loading import Base
 from ....base.sites import Site
 from ....config import Lora
@@ -89,9 +89,7 @@ class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         u = module.lora_dropout[active_adapter](x)
-        h = module.scaling[active_adapter] * module.lora_A[active_adapter](u)
-        active = active_share(x)
-        h = h if active is None else h * active
+        h: Any = where_active(module.scaling[active_adapter] * module.lora_A[active_adapter](u), x)
         return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
 
 

@@ -357,5 +357,5 @@ def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):
 
 
 def test_a_kept_result_without_its_parts_is_told():
-    with pytest.raises(EvaluationError, match="A line of results.jsonl is no result of compare"):
+    with pytest.raises(EvaluationError, match=r"A line of results.jsonl is no result"):
         comparing._result({"task": "pick", "metric": "accuracy"})

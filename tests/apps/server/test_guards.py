@@ -1,7 +1,9 @@
 """What requests pass before their routes: metrics, hosts, origins, API keys, bodies."""
 
+import asyncio
 import json
 import socket
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -198,3 +200,31 @@ def test_metrics_count_what_happened(pool):
         "phatgoose_batch_rows_count 18.0",
     ):
         assert line in lines
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_is_cut_off_as_the_server_stops_is_told(begins):
+    """A 503; a stream that has begun breaks off."""
+    sent = []
+
+    async def app(scope, receive, send):
+        if begins:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    async def cut_off():
+        guard = RequestGuard(app, MagicMock(), most=100, seconds=60)
+        scope = {"type": "http", "method": "GET", "headers": []}
+        task = asyncio.create_task(guard(scope, MagicMock(), send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(cut_off())
+    assert [message["status"] for message in sent if "status" in message] == [
+        200 if begins else 503
+    ]
+    assert (b"shutting_down" in b"".join(m.get("body", b"") for m in sent)) is not begins

@@ -275,9 +275,26 @@ class RequestGuard:
             return
         try:
             if not body.is_gone:
-                await self._app(scope, receive, send)
+                await self._answer(scope, receive, send)
         finally:
             body.release()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:  # the server stops, and its patience is over
+            if is_begun:
+                return
+            stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
+            headers = {"Connection": "close"}
+            await JSONResponse(stopped.body, stopped.status_code, headers)(scope, receive, send)
 
     async def _read(self, scope: Scope, body: RequestBody) -> None:
         headers = Headers(scope=scope)

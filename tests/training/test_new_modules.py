@@ -299,3 +299,16 @@ def test_a_base_is_as_it_was_after_training(base, tmp_path, joint):
     assert set(vars(base.model)) - attributes <= {"_is_accelerate_prepared"}  # accelerate's mark
     assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
     assert not base.model.training
+
+
+@pytest.mark.parametrize("peft", [Lora(rank=2), Bottleneck(size=2)], ids=["lora", "bottleneck"])
+def test_factors_are_saved_in_the_type_of_their_own_layer(base_folders, tmp_path, peft):
+    """transformers keeps T5's `wo` in float32 where the rest is float16."""
+    base = load_base(base_folders["t5"], dtype="float16")
+    with fresh_expert(base, peft, joint=False) as fresh:
+        fresh.save(tmp_path)
+    types = {True: set(), False: set()}
+    for file in tmp_path.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            types[".wo." in name].add(tensor.dtype)
+    assert types == {True: {torch.float32}, False: {torch.float16}}

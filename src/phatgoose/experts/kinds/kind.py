@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ...base.active_tokens import where_active
 from ...base.loading import Base
-from ...base.sites import Site, WrappedLinear, replaced
+from ...base.sites import Site, WrappedLinear, dtype_at, replaced
 from ...errors import ExpertError
 from ...files.strict import read_json_object, shortened
 from ...files.tensor_file import FLOATS, TensorFile
@@ -293,8 +293,10 @@ class NewLayers(NewModules):
         }
 
         def save(folder: Path) -> None:
-            dtype = self.dtype or base.model.dtype
-            trained = {site: layer.module(dtype) for site, layer in layers.items()}
+            trained = {
+                site: layer.module(self.dtype or dtype_at(layer.base, base.model))
+                for site, layer in layers.items()
+            }
             made = type(next(iter(trained.values())))
             made.write(folder, trained, {made.files.base_key: base.id})
 

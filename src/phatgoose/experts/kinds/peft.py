@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
@@ -272,10 +271,7 @@ def record_invocation(folder: Path, tokens: Iterable[int]) -> None:
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
-def save_peft(model: PeftModel, base: Base, folder: Path, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dim() > 1:  # magnitudes of DoRA stay float32
-            parameter.data = parameter.data.to(dtype)
+def save_peft(model: PeftModel, base: Base, folder: Path) -> None:
     model.peft_config[ADAPTER].base_model_name_or_path = base.id
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own

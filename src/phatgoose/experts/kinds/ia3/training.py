@@ -59,9 +59,7 @@ class NewScalings(NewModules):
             # and it writes sets in any order.
             model.peft_config[ADAPTER].target_modules = sorted(sites)
             model.peft_config[ADAPTER].feedforward_modules = inputs
-            yield FreshExpert(
-                model, layers, lambda folder: save_peft(model, base, folder, torch.float32)
-            )
+            yield FreshExpert(model, layers, lambda folder: save_peft(model, base, folder))
 
 
 def scales_input(model: PreTrainedModel, ia3: IA3, sites: Iterable[str]) -> set[str]:

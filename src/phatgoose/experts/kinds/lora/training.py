@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ....base.active_tokens import where_active
 from ....base.loading import Base
-from ....base.sites import Site
+from ....base.sites import Site, dtype_at
 from ....config import Lora
 from ..kind import FreshExpert, NewModules, new_gate, openness
 from ..peft import ADAPTER, peft_options, save_peft, under_peft
@@ -60,7 +60,12 @@ class NewLoras(NewModules):
         _use_master_copies(layer, settings.init_std, joint=joint)
 
     def save(self, model: PeftModel, base: Base, folder: Path) -> None:
-        save_peft(model, base, folder, base.model.dtype)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                dtype = dtype_at(layer.get_base_layer(), base.model)  # T5's differ in float16
+                for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                    factor.weight.data = factor.weight.data.to(dtype)
+        save_peft(model, base, folder)
 
 
 class _MasterLinear(nn.Linear):

@@ -226,6 +226,25 @@ def test_prompts_announced_inside_others_give_way_to_these_again(llama, llama_po
 
 @retrieving
 @torch.no_grad()
+def test_an_encoders_outputs_are_those_of_their_own_prompts_after_an_announcement(
+    loaded_bases, pool_of
+):
+    base = loaded_bases["t5"]
+    model = compose_by("retrieval", pool_of("t5"), base)
+    (first, _), (second, _) = (batch_of(base, PROMPTS[i : i + 1]) for i in (0, 3))
+    answer = torch.zeros(1, 1, dtype=torch.long)
+    read = model.get_encoder()(input_ids=first)
+    wanted = model(encoder_outputs=read, decoder_input_ids=answer).logits
+    with routing_for(model, tokens_of(model, PROMPTS[3:4])):
+        others = model.get_encoder()(input_ids=second)
+    assert torch.equal(model(encoder_outputs=read, decoder_input_ids=answer).logits, wanted)
+    with pytest.raises(RoutingError, match="those of others"):
+        model(encoder_outputs=others, decoder_input_ids=answer)
+    detach(base.model)
+
+
+@retrieving
+@torch.no_grad()
 def test_what_was_read_before_an_announcement_still_holds_after_it(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
     ids, mask = batch_of(llama, PROMPTS[:1])

@@ -289,7 +289,7 @@ def test_empty_cells_of_a_frame_are_no_values():
     assert [len(each) for each in (load_task(split).train, load_task(split).test)] == [1, 1]
     with pytest.raises(TaskError, match="memory, row 2: target is missing or empty"):
         load_task(frame({"input": ["a", "b"], "target": ["x", float("nan")]}))
-    with pytest.raises(TaskError, match="memory, row 2: input is missing"):
+    with pytest.raises(TaskError, match="memory, row 2: completion is empty"):
         load_task(frame({"prompt": ["a", "b"], "completion": ["x", float("nan")]}))
 
 

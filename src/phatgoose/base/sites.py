@@ -85,7 +85,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
-    # transformers' own subclasses of Linear that compute something else: PhiMoE's, Llama 4's.
+    # transformers' subclasses of Linear that compute something else: the routers of PhiMoE and
+    # Llama 4, and DeepSeek V4's grouped projection.
     if any(part in type(module).__name__ for part in ("Router", "Grouped")):
         return None
     if isinstance(module, Conv1D):

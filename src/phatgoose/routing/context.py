@@ -165,7 +165,8 @@ class RoutingContext:
     @contextmanager
     def _kept(self) -> Iterator[_Present]:
         present, names = self._present, ("choice", "beginnings", "announced", "base_alone")
-        before = {name: getattr(present, name) for name in names}
+        # And whose prompts an encoder read, or others' outputs would be served by that choice.
+        before = {name: getattr(present, name) for name in (*names, "encoded", "checked")}
         try:
             yield present
         finally:

@@ -137,7 +137,7 @@ def open_prompt_router(
     Prompts are as a `PromptRouter` takes them: text without a `tokenizer` for routers that go by
     embeddings alone; those that go by what the base makes of a prompt are handed `base` in
     `choose`. Of glider it is the cosines of all experts, of discriminant-phatgoose the shortlist:
-    these go on to choose for every token. Raises ConfigError for a router that looks at no prompt,
+    these also choose for every token. Raises ConfigError for a router that looks at no prompt,
     and what composing or loading raises of the experts.
     """
     routing = given_or_default(Routing, routing, "routing")

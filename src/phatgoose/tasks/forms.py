@@ -29,7 +29,11 @@ def in_our_form(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """
     if row.get("target") is not None:
         return row
-    form = next((f for f in OTHERS if all(row.get(name) is not None for name in f)), None)
+    forms = [form for form in OTHERS if all(name in row for name in form)]
+    form = next((f for f in forms if all(row[name] is not None for name in f)), None)
+    if forms and form is None and row.get("input") is None:
+        empty = next(name for name in forms[0] if row[name] is None)
+        raise TaskError(f"{where}: {empty} is empty.")
     if form == ("messages",):
         return {**row, **_chat(row["messages"], where)}
     if form == ("prompt", "completion"):

@@ -364,7 +364,7 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
 
 @dataclass(frozen=True)
 class Record:
-    """What an expert records: `hyperparameters` of all its making, `metrics` of what is done.
+    """What an expert records: all its hyper-parameters, and the metrics so far.
 
     `gates` are those trained jointly with the expert; None means that they are still to be trained.
     `cuts_told` means that the user knows how many of the task's inputs were cut.

@@ -279,8 +279,8 @@ def test_what_is_no_engine_is_an_error(place):
     ("router", "told"),
     [
         ("phatgoose", "doesn't choose by a prompt alone"),
-        ("glider:weight=2", "Router glider goes on to choose for every token"),
-        ("discriminant-phatgoose", "goes on to choose for every token"),
+        ("glider:weight=2", "Router glider also chooses for every token"),
+        ("discriminant-phatgoose", "also chooses for every token"),
     ],
 )
 def test_a_router_for_tokens_is_refused(place, router, told):

@@ -202,9 +202,11 @@ def test_metrics_count_what_happened(pool):
         assert line in lines
 
 
-@pytest.mark.parametrize("begins", [False, True])
-def test_what_is_cut_off_as_the_server_stops_is_told(begins):
-    """A 503; a stream that has begun breaks off."""
+@pytest.mark.parametrize(
+    ("method", "begins"), [("GET", False), ("GET", True), ("POST", False)], ids=str
+)
+def test_what_is_cut_off_as_the_server_stops_is_told(method, begins):
+    """A 503, also for a body that is still on its way; a stream that has begun breaks off."""
     sent = []
 
     async def app(scope, receive, send):
@@ -217,8 +219,9 @@ def test_what_is_cut_off_as_the_server_stops_is_told(begins):
 
     async def cut_off():
         guard = RequestGuard(app, MagicMock(), most=100, seconds=60)
-        scope = {"type": "http", "method": "GET", "headers": []}
-        task = asyncio.create_task(guard(scope, MagicMock(), send))
+        kind = (b"content-type", b"application/json")
+        scope = {"type": "http", "method": method, "headers": [kind]}
+        task = asyncio.create_task(guard(scope, asyncio.Event().wait, send))
         await asyncio.sleep(0.01)
         task.cancel()
         await task

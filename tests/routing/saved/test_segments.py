@@ -117,6 +117,15 @@ def test_types_that_differ_from_site_to_site_stay(base_folders, pool_of, tmp_pat
     assert factors == {name: joined[name].dtype for name in factors}
 
 
+def test_a_new_site_has_the_type_of_those_called_alike():
+    held = {"A.block.0.q": torch.float16, "A.block.0.wo": torch.float32, "means.block.0.q": None}
+    types = storing._Types({n: torch.zeros(1, dtype=kind) for n, kind in held.items()})
+    assert types.of("A", "block.1.q") == types.of("A", "block.0.q") == torch.float16
+    assert types.of("A", "block.1.wo") == torch.float32
+    assert types.of("means", "block.0.wo") == torch.float32
+    assert types.of("vectors", "block.0.q") is None
+
+
 @pytest.mark.parametrize("left", [["e0", "e1"], ["e1", "e3"], ["e0", "e2", "e3"]])
 @pytest.mark.parametrize("router", ["phatgoose", "retrieval"])
 def test_a_packed_model_shrinks_by_its_description(

@@ -130,7 +130,7 @@ class ChosenPool:
         name = routing.router.partition(":")[0]
         if name != WEIGHTS and not spec_of(name).per_input:
             raise ConfigError(
-                f"Router {name} goes on to choose for every token, which engines can't; use "
+                f"Router {name} also chooses for every token, which engines can't do; use "
                 f"discriminant, retrieval or another that chooses by the prompt alone."
             )
         base = self._bases.weights(self.settings, pool) if router.reads_base else None

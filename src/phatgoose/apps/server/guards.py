@@ -243,6 +243,11 @@ class RequestBody:
         return found
 
 
+def _closing(refusal: ApiError) -> JSONResponse:
+    headers = {**(refusal.headers or {}), "Connection": "close"}
+    return JSONResponse(refusal.body, refusal.status_code, headers)
+
+
 class RequestGuard:
     """Passes a request to `app` once it is allowed and its body is complete.
 
@@ -258,28 +263,6 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = RequestBody(self, receive)
-        try:
-            scope[CLIENT] = self._access.check(scope)
-            if scope["method"] == "POST":
-                scope[REQUEST_BODY] = body
-                await self._read(scope, body)
-        except ApiError as refusal:
-            body.release()
-            with suppress(asyncio.TimeoutError):
-                # A client that is still sending would miss the answer.
-                async with asyncio.timeout(DRAINING):
-                    await body.drain()
-            headers = {**(refusal.headers or {}), "Connection": "close"}
-            await JSONResponse(refusal.body, refusal.status_code, headers)(scope, receive, send)
-            return
-        try:
-            if not body.is_gone:
-                await self._answer(scope, receive, send)
-        finally:
-            body.release()
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_begun = False
 
         async def noted(message: Message) -> None:
@@ -288,13 +271,33 @@ class RequestGuard:
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._answer(scope, receive, noted)
         except asyncio.CancelledError:  # the server stops, and its patience is over
             if is_begun:
                 return
             stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
-            headers = {"Connection": "close"}
-            await JSONResponse(stopped.body, stopped.status_code, headers)(scope, receive, send)
+            await _closing(stopped)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = RequestBody(self, receive)
+        try:
+            try:
+                scope[CLIENT] = self._access.check(scope)
+                if scope["method"] == "POST":
+                    scope[REQUEST_BODY] = body
+                    await self._read(scope, body)
+            except ApiError as refusal:
+                body.release()
+                with suppress(asyncio.TimeoutError):
+                    # A client that is still sending would miss the answer.
+                    async with asyncio.timeout(DRAINING):
+                        await body.drain()
+                await _closing(refusal)(scope, receive, send)
+                return
+            if not body.is_gone:
+                await self._app(scope, receive, send)
+        finally:
+            body.release()
 
     async def _read(self, scope: Scope, body: RequestBody) -> None:
         headers = Headers(scope=scope)

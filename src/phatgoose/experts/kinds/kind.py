@@ -233,7 +233,9 @@ class FreshExpert:
 
 
 class NewModules(ABC):
-    """How new modules of one kind are made. `dtype` is what they are stored in, None the base's.
+    """How new modules of one kind are made.
+
+    `dtype` is what they are stored in, None that of each one's layer (`dtype_at`).
 
     `acts_from_ends` says that in training their strength passes `where_active`, so that an expert
     can act from its prompts' end on, `on_packed` that they can be trained on quantised weights.

@@ -213,7 +213,9 @@ class FewShot(Settings):
         "centroid; default: discriminant or centroid, as experts allow.",
         one_of(("discriminant", "joint-discriminant", "retrieval", "centroid")),
     ] = None
-    shortlist: Annotated[int, "Experts that targets choose from, beside the base.", AT_LEAST_1] = 5
+    shortlist: Annotated[
+        int, "Experts compared by targets, in addition to the base.", AT_LEAST_1
+    ] = 5
 
 
 @dataclass(frozen=True)

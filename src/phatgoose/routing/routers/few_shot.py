@@ -1,11 +1,11 @@
 """Few-shot: one expert for a whole task, chosen by a few of the task's examples at composing.
 
 Not in the paper, and no published rule. Without targets it is the expert of the highest mean score
-over the examples, by a router that scores prompts. With targets these scores make a shortlist. Of
-its experts and the base alone, the one that solves most examples is chosen: those where no other
-choice is likelier than the target. Of equals, and so where examples have no choices, it is the one
-under which targets are likeliest: the mean over examples of the mean log-likelihood per token. The
-choice is kept in the routed model.
+over the examples, by a router that scores prompts. With targets these scores make a shortlist. An
+example is solved if no other choice is likelier than its target. Of the shortlist and the base
+alone, the one that solves most is chosen. Ties, and examples without choices, go by the likelihood
+of targets: the mean over examples of the mean log-likelihood per token. The choice is kept in the
+routed model.
 """
 
 from __future__ import annotations

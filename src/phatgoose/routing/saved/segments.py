@@ -260,14 +260,24 @@ class _Types:
     """The types of a file's tensors, which differ from site to site where a base's layers do."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._at_site = {name: tensor.dtype for name, tensor in tensors.items()}
-        self._elsewhere = {name.partition(".")[0]: kind for name, kind in self._at_site.items()}
+        self._known = {name: tensor.dtype for name, tensor in tensors.items()}
+        for name, kind in list(self._known.items()):
+            part, _, site = name.partition(".")
+            self._known |= {f"{part} at {_layer(site)}": kind, part: kind}
         self._factors = _kind_of(tensors)
 
     def of(self, name: str, site: str) -> torch.dtype | None:
-        """The type of `name` at `site`, else at another; of factors else that of any; else None."""
-        at_site = self._at_site.get(f"{name}.{site}", self._elsewhere.get(name))
-        return self._factors if at_site is None and _is_factor(name) else at_site
+        """The type of `name` at `site`, else at one called alike, else anywhere; None if unknown.
+
+        Of factors that the file has nowhere it is that of other factors.
+        """
+        places = (f"{name}.{site}", f"{name} at {_layer(site)}", name)
+        found = next((self._known[each] for each in places if each in self._known), None)
+        return self._factors if found is None and _is_factor(name) else found
+
+
+def _layer(site: str) -> str:
+    return site.rpartition(".")[2]
 
 
 def _in_type(tensor: Tensor, kind: torch.dtype | None) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from kept import kept
+from kept import kept, read
 from tqdm.auto import tqdm
 
 from phatgoose.evaluation.evaluate import evaluate
@@ -36,8 +36,7 @@ def main(suite: str, out: str, limit: str, router: str, *places: str) -> None:
     """Score every task of the suite that an expert was trained on."""
     pool, path = Pool.open(places), Path(out)
     base = loaded_base(pool)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = {record["task"]: record for record in map(json.loads, lines)}
+    records = read(path) if path.is_file() else {}
     entries = [each for each in open_suite(suite).entries if each.name in pool.names]
     with tempfile.TemporaryDirectory() as work:
         every = split(pool, pool.names, Path(work) / "all", RANKS)
@@ -46,9 +45,9 @@ def main(suite: str, out: str, limit: str, router: str, *places: str) -> None:
             rows = {"own": (pool, f"single:expert={entry.name}", None)}
             rows |= {"all": (every, router, RANKS), "own half": (own, router, HALF)}
             record: dict[str, object] = {"task": entry.name}
+            task = entry.read(Sources())
             for label, (some, chosen, k) in rows.items():
                 model = compose(some, base, router=chosen, k=k)
-                task = entry.read(Sources())
                 (score,) = evaluate(model, task, limit=int(limit), tokenizer=base.tokenizer).scores
                 detach(model)
                 record |= {label: score.score, "n": score.n}

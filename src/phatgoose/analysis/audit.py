@@ -76,7 +76,7 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
     """
     found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
     made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
-    embedded = len(pool) > 1 and all(expert.has("embeddings") for expert in pool.experts)
+    embedded = len(pool) > 1 and not pool.lacking("embeddings")
     if text.vectors is not None and embedded and made == {(DEFAULT_EMBEDDER, PROMPT)}:
         stored = embeddings_of(pool)
         best = best_of_each(text.vectors @ stored.rows.T, stored.owners, len(pool))

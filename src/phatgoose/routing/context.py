@@ -164,9 +164,9 @@ class RoutingContext:
 
     @contextmanager
     def _kept(self) -> Iterator[_Present]:
-        present, names = self._present, ("choice", "beginnings", "announced", "base_alone")
-        # And whose prompts an encoder read, or others' outputs would be served by that choice.
-        before = {name: getattr(present, name) for name in (*names, "encoded", "checked")}
+        present, names = self._present, ["choice", "beginnings", "announced", "base_alone"]
+        names += ["encoded", "checked"]  # else another encoder's outputs would get that choice
+        before = {name: getattr(present, name) for name in names}
         try:
             yield present
         finally:

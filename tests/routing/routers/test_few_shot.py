@@ -56,13 +56,27 @@ def test_without_targets_the_best_mean_score_chooses(llama, llama_pool, tmp_path
     torch.testing.assert_close(got, logits_of(alone, ids))
 
 
-def mean_likelihood(base, model, rows: list[dict[str, str]]) -> float:
-    """By the code that ranks choices, each target as the only choice."""
-    encoder = Encoder.for_model(model, base.tokenizer)
-    pairs = [encoder.pair(row["input"], row["target"]) for row in rows]
-    asked = [(pair.prompt, [pair.target]) for pair in pairs]
-    found = choice_log_likelihoods(model, asked, base.tokenizer.pad_token_id, 4096)
-    return sum(scores[0] for _, scores in found) / len(rows)
+def solved(base, model, rows: list[dict[str, object]]) -> tuple[float, float]:
+    """(share whose target ranks first, mean log-likelihood of targets), by the ranking's code."""
+    encoder, asked = Encoder.for_model(model, base.tokenizer), []
+    listed = [row.get("choices", [row["target"]]) for row in rows]
+    for row, choices in zip(rows, listed, strict=True):
+        pairs = [encoder.pair(row["input"], choice) for choice in choices]
+        asked.append((pairs[0].prompt, [pair.target for pair in pairs]))
+    found = dict(choice_log_likelihoods(model, asked, base.tokenizer.pad_token_id, 4096))
+    places = [choices.index(row["target"]) for row, choices in zip(rows, listed, strict=True)]
+    right = [max(found[i]) == found[i][place] for i, place in enumerate(places)]
+    likely = [found[i][place] for i, place in enumerate(places)]
+    return sum(right) / len(rows), sum(likely) / len(rows)
+
+
+def solved_by_each(base, pool: Pool, rows: list[dict[str, object]]) -> dict:
+    """`solved` by the base alone, None, and under every expert, by name."""
+    found = {None: solved(base, base.model, rows)}
+    for name in pool.names:
+        found[name] = solved(base, compose(pool, base, router=f"single:expert={name}"), rows)
+        detach(base.model)
+    return found
 
 
 @both_streams
@@ -71,12 +85,7 @@ def test_with_targets_the_likeliest_expert_is_chosen(base, pool, tmp_path, route
     found = set()
     for target in ("pears", "10", "zigzag", "9 9 9 9", "WHERE? WHERE?"):
         rows = [{"input": text, "target": target} for text in INPUTS]
-        wanted = {None: mean_likelihood(base, base.model, rows)}
-        for name in pool.names:
-            wanted[name] = mean_likelihood(
-                base, compose(pool, base, router=f"single:expert={name}"), rows
-            )
-            detach(base.model)
+        wanted = solved_by_each(base, pool, rows)
         path = written(tmp_path, rows)
         text = f"{router}{',' if ':' in router else ':'}examples={path}"
         model = compose(pool, base, router=text)
@@ -85,20 +94,6 @@ def test_with_targets_the_likeliest_expert_is_chosen(base, pool, tmp_path, route
         found.add(chosen(model))
         detach(model)
     assert len(found) > 1
-
-
-def solved(base, model, rows: list[dict[str, object]]) -> tuple[float, float]:
-    """(share whose target ranks first, mean log-likelihood of targets), by the ranking's code."""
-    encoder = Encoder.for_model(model, base.tokenizer)
-    asked = []
-    for row in rows:
-        pairs = [encoder.pair(row["input"], choice) for choice in row["choices"]]
-        asked.append((pairs[0].prompt, [pair.target for pair in pairs]))
-    found = dict(choice_log_likelihoods(model, asked, base.tokenizer.pad_token_id, 4096))
-    places = [row["choices"].index(row["target"]) for row in rows]
-    right = [max(found[i]) == found[i][place] for i, place in enumerate(places)]
-    likely = [found[i][place] for i, place in enumerate(places)]
-    return sum(right) / len(rows), sum(likely) / len(rows)
 
 
 def test_with_choices_whichever_solves_most_examples_is_chosen(llama, llama_pool, tmp_path):
@@ -110,12 +105,7 @@ def test_with_choices_whichever_solves_most_examples_is_chosen(llama, llama_pool
             {"input": text, "target": target, "choices": choices}
             for text, target in zip(INPUTS, targets, strict=True)
         ]
-        wanted = {None: solved(llama, llama.model, rows)}
-        for name in llama_pool.names:
-            wanted[name] = solved(
-                llama, compose(llama_pool, llama, router=f"single:expert={name}"), rows
-            )
-            detach(llama.model)
+        wanted = solved_by_each(llama, llama_pool, rows)
         path = written(tmp_path, rows)
         model = compose(llama_pool, llama, router=f"few-shot:examples={path},shortlist=99")
         best = max(wanted.values())

@@ -127,10 +127,10 @@ class ChosenPool:
         self, pool: Pool, routing: Routing, others: Sequence[PromptChooser] = ()
     ) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
-        name = routing.router.partition(":")[0]
-        if name != WEIGHTS and not spec_of(name).per_input:
+        spec = spec_of(routing.router)
+        if spec.name != WEIGHTS and not spec.per_input:
             raise ConfigError(
-                f"Router {name} also chooses for every token, which engines can't do; use "
+                f"Router {spec.name} also chooses for every token, which engines can't do; use "
                 f"discriminant, retrieval or another that chooses by the prompt alone."
             )
         base = self._bases.weights(self.settings, pool) if router.reads_base else None

@@ -227,9 +227,12 @@ class RequestBody:
             raise busy("Too many requests are being read; try again in a while.")
 
     async def drain(self) -> None:
+        """Read on for a while: a client that is still sending would miss a refusal."""
         left = DRAINED * self._guard.most
-        while left > 0 and not self._is_over:
-            left -= len(await self._piece())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAINING):
+                while left > 0 and not self._is_over:
+                    left -= len(await self._piece())
 
     def release(self) -> None:
         self._guard.held -= self._size
@@ -288,10 +291,7 @@ class RequestGuard:
                     await self._read(scope, body)
             except ApiError as refusal:
                 body.release()
-                with suppress(asyncio.TimeoutError):
-                    # A client that is still sending would miss the answer.
-                    async with asyncio.timeout(DRAINING):
-                        await body.drain()
+                await body.drain()
                 await _closing(refusal)(scope, receive, send)
                 return
             if not body.is_gone:

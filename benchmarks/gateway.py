@@ -121,8 +121,9 @@ def engine_of(asked: argparse.Namespace, pool: Pool, folder: Path) -> Engine:
         adapters = [asked.experts / name for name in pool.names]
         return vllm_server(smollm2_folder(), folder / "log", adapters=adapters, python=asked.vllm)
     deploy(pool, "llama.cpp", folder / "deploy", outtype="f32")
-    files = [folder / "deploy" / "gguf" / f"{name}.gguf" for name in ("base", *pool.names)]
-    return llama_server(files[0], files[1:], slots=asked.slots, context=512 * asked.slots)
+    made = folder / "deploy"
+    adapters = [made / "gguf" / f"{name}.gguf" for name in pool.names]
+    return llama_server(made / "base.gguf", adapters, slots=asked.slots, context=512 * asked.slots)
 
 
 def told(asked: argparse.Namespace, experts: tuple[str, ...], z: int) -> dict[str, Any]:

@@ -48,6 +48,14 @@ class Engine:
                 env=environment,
                 start_new_session=True,
             )
+        try:
+            self._wait()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait(self) -> None:
+        command, _, log = self._started_by
         limit = time.monotonic() + 400
         while not self._is_well():
             said = log.read_text()[-3000:] if log else ""
@@ -71,13 +79,18 @@ class Engine:
 
 
 def llama_server(
-    base: Path, adapters: list[Path], *, slots: int = 4, context: int = 4096
+    base: Path,
+    adapters: list[Path],
+    *,
+    slots: int = 4,
+    context: int = 4096,
+    log: Path | None = None,
 ) -> Engine:
     """llama-server with adapters that are not applied, unless a request says so."""
     port = free_port()
     command = [sys.executable, str(SERVER), str(base), str(port), str(slots), str(context), "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return Engine([*command, *map(str, adapters)], environment, port, mixes=True)
+    return Engine([*command, *map(str, adapters)], environment, port, log, mixes=True)
 
 
 def vllm_server(

@@ -81,9 +81,9 @@ def engine(request, experts, tmp_path_factory):
         server = vllm_server(smollm2_folder(), folder / "log", adapters=[first], python=str(VLLM))
     else:
         deploy(Pool.open(experts), "llama.cpp", folder / "deploy", outtype="f32")
-        files = sorted((folder / "deploy" / "gguf").glob("*.gguf"))
-        base = folder / "deploy" / "gguf" / "base.gguf"
-        server = llama_server(base, [path for path in files if path != base])
+        made = folder / "deploy"
+        adapters = sorted((made / "gguf").glob("*.gguf"))
+        server = llama_server(made / "base.gguf", adapters, log=folder / "log")
     server.start()
     yield server
     server.kill()

@@ -82,8 +82,12 @@ def measure_together(bench: Bench) -> Iterator[Finding]:
     Choices are ranked, and answers generated. Times are the processor's, of all threads, since
     minutes go by from one turn to the next.
     """
-    sizes, words_of = bench.sizes, random.Random(0)
-    experts, examples, longest = sizes.together
+    for size in bench.sizes.together:
+        yield from read_together(bench, *size)
+
+
+def read_together(bench: Bench, experts: int, examples: int, longest: int) -> Iterator[Finding]:
+    words_of = random.Random(0)
     pool = bench.at_ends(with_statistics(bench, experts))
     inputs = [words(words_of, longest) for _ in range(examples)]
     options = [[words(words_of, 2) for _ in range(4)] for _ in range(examples)]
@@ -114,13 +118,13 @@ def measure_together(bench: Bench) -> Iterator[Finding]:
 
             return seconds
 
-        rounds = min(sizes.rounds, MOST_ROUNDS)
+        rounds = min(bench.sizes.rounds, MOST_ROUNDS)
         for what, rows in (("ranked choices", ranked), (f"{NEW_TOKENS} tokens", written)):
             ways = {"apart": compared(rows, apart=True), "once": compared(rows, apart=False)}
             timings = in_turns(ways, rounds, warm=0)
             yield Finding.of(
-                f"{sizes.base}, {experts} experts and {len(ROUTERS)} routers, {examples} prompts "
-                f"of {longest} words, {what}",
+                f"{bench.sizes.base}, {experts} experts and {len(ROUTERS)} routers, {examples} "
+                f"prompts of {longest} words, {what}",
                 ratio(timings["apart"], timings["once"]),
                 target=at_least(5),
                 details={"seconds": {name: timing.median for name, timing in timings.items()}},

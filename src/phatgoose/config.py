@@ -274,6 +274,7 @@ GATE_RATE = 5e-3  # the paper's: gates begin at zero, and have few steps
 
 
 def is_acts_on(value: str) -> bool:
+    """True for a name in ACTS_ON or the number of last tokens."""
     return value in ACTS_ON or (value.isascii() and value.isdigit() and 0 < int(value) <= 1 << 24)
 
 

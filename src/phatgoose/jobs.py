@@ -69,6 +69,8 @@ class Engine(Protocol):
 
 
 class LocalEngine:
+    """Works in this process, one job after the other."""
+
     remote = False
 
     def run(

@@ -53,6 +53,10 @@ class NeutralText:
 
 @torch.no_grad()
 def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -> NeutralText:
+    """What the sites called `names` see of the neutral text, with its embeddings.
+
+    Every EVERYth token's input is kept. `vectors` is None without `embed`, or without an embedder.
+    """
     every, kept = find_sites(base.model), dict[str, list[Tensor]]()
 
     def see(site: Site, u: Tensor) -> None:

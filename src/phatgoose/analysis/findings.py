@@ -30,6 +30,8 @@ BLOCK = 2048  # rows of factors at once
 
 @dataclass(frozen=True)
 class Duplicate:
+    """Two experts whose updates point the same way; `cosine` is between them as matrices."""
+
     one: str
     other: str
     cosine: float

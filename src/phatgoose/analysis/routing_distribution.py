@@ -104,6 +104,7 @@ def pass_through(
     pairs: Sequence[TokenPair],
     observers: Sequence[Observer],
 ) -> None:
+    """Show `observers` what the routed sites decide on `pairs`, in one pass without gradients."""
     inputs, parts = _inputs(model, encoder, pairs)
     for observer in observers:
         observer.begin_pass(parts)

@@ -60,11 +60,13 @@ def trained_task(name: str) -> Task:
 
 
 def unseen_tasks(most: int) -> list[Task]:
+    """The tasks of the skills, each with at most `most` test rows."""
     tasks = (load_task(TASKS / f"{name}.csv") for name in SKILLS.values())
     return [replace(task, test=task.test[:most]) for task in tasks]
 
 
 def without_choices(tasks: list[Task]) -> list[Task]:
+    """The same rows, whose answers are written instead of ranked."""
     return [
         replace(task, test=tuple(replace(row, choices=()) for row in task.test)) for task in tasks
     ]
@@ -110,6 +112,7 @@ def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]
 def write_gains(
     path: Path, row: str, gains: list[Gain], lifts: dict[str, float], written: dict[str, float]
 ) -> None:
+    """Write gains to `path` as JSON, with lifts and the scores of written answers."""
     found = [asdict(gain) for gain in gains]
     content = {"router": row, "lifts": lifts, "gains": found, "written": written}
     write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)

@@ -30,6 +30,7 @@ def set_threads() -> None:
 
 
 def bound_spinning() -> None:
+    """Let OpenMP threads spin less while they wait, unless the user has said how long."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
@@ -64,6 +65,7 @@ def usable_cores() -> int:
 
 
 def quota() -> int | None:
+    """Cores that the control group grants, rounded up; None where it sets no limit."""
     try:
         if CGROUP_2.is_file():
             most, period = CGROUP_2.read_text(encoding="ascii").split()

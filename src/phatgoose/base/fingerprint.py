@@ -56,6 +56,7 @@ def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the ex
 
 
 def same_base(one: BaseReference, other: BaseReference) -> bool:
+    """Equal fingerprints, or equal names where one of them has none."""
     if one.fingerprint and other.fingerprint:
         return one.fingerprint == other.fingerprint
     return one.id == other.id

@@ -298,6 +298,7 @@ def _cpu_is_fast_at_bf16() -> bool:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -371,6 +372,7 @@ def _why(error: Exception) -> str:
 
 
 def check_heeds_masks(config: PreTrainedConfig) -> None:
+    """Raise BaseModelError for a base whose rows depend on padding."""
     if config.model_type in HEED_NO_MASK:
         raise BaseModelError(
             f"Models of type {config.model_type} read padding as if it were text, so that what "

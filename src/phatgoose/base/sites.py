@@ -244,6 +244,7 @@ def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
+    """Where input tokens belong, also if layers are on several devices or offloaded."""
     device = model.device
     return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
 

@@ -36,6 +36,7 @@ Reply = dict[str, Any]
 
 
 def main() -> None:
+    """Answer questions, a line of JSON each, until standard input ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent stops this process when it stops
         signal.signal(number, signal.SIG_IGN)
     source, replies = sys.stdin.buffer, sys.stdout.buffer

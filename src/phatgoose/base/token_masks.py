@@ -259,10 +259,12 @@ def takes_argument(part: nn.Module, name: str) -> bool:
 
 
 def cache_argument(part: nn.Module) -> str:
+    """What `part.forward` calls its cache: Mamba has another name for it."""
     return "cache" if takes_argument(part, "cache") else "past_key_values"
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward pass, under either name; None without one."""
     return given.get("past_key_values", given.get("cache"))
 
 

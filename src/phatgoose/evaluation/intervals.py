@@ -29,6 +29,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Interval:
+    """A 95 % interval."""
+
     low: float
     high: float
 

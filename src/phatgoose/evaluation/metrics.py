@@ -62,6 +62,7 @@ class Metric:
 
 
 def metric(name: str) -> Metric:
+    """The metric called `name`. Raises EvaluationError if none is."""
     if name not in METRICS:
         raise EvaluationError(f"Metric {name!r} is unknown; known are {', '.join(METRICS)}.")
     return METRICS[name]

@@ -234,6 +234,8 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
 
 @dataclass(frozen=True)
 class Estimate:
+    """A value with its 95 % interval."""
+
     value: float
     low: float
     high: float

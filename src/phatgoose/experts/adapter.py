@@ -28,6 +28,7 @@ def adapter_file_names() -> tuple[str, ...]:
 
 
 def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
+    """The kind whose adapters have these files; of PEFT's the one that the config names."""
     peft_type = config.get("peft_type") if files is PEFT_FILES else None
     return next(
         kind
@@ -121,6 +122,8 @@ Layer = TypeVar("Layer", bound="ModifiedLinear")
 
 
 class ModifiedLinear(WrappedLinear):
+    """A linear layer with one expert's module: `module.apply`, at `strength` per token (1 here)."""
+
     def __init__(
         self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
     ) -> None:

@@ -429,6 +429,7 @@ def base_named_in(directory: Path) -> BaseReference | None:
 
 
 def named_revision(config: Mapping[str, Any]) -> str | None:
+    """The revision of its base that an adapter names, None without one. Raises ExpertError."""
     named = config.get("revision")
     if named is not None and not (isinstance(named, str) and named.isprintable()):
         raise ExpertError(

@@ -68,6 +68,7 @@ def moments_of(
 
 
 def readings_size(config: PreTrainedConfig) -> int:
+    """How many numbers prompt statistics are: mean, rest, RANK factors by block and place."""
     text = config.get_text_config()
     return len(PLACES) * int(text.num_hidden_layers) * int(text.hidden_size) * (2 + RANK)
 

@@ -100,6 +100,7 @@ def is_stream(target: Path) -> bool:
 def require_free(
     target: Path, error: type[PhatgooseError], instead: str = "choose another place"
 ) -> None:
+    """Raise `error` if something is at `target`; `instead` says what to do."""
     if is_there(target):
         raise error(f"{target} exists already; {instead}.")
 
@@ -120,6 +121,7 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
 
 
 def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
+    """Write `content` to `path`: all of it or nothing. Raises `error`."""
     try:
         with new_file(path) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
@@ -220,6 +222,7 @@ def being_replaced(folder: Path) -> list[Path]:
 
 
 def open_to_readers(folder: Path) -> None:
+    """Give `folder` and all in it the permissions that new files usually have."""
     for path in (folder, *folder.rglob("*")):
         _give_default_mode(path)
 

@@ -53,6 +53,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_patterns(patterns: Iterable[str], where: str) -> None:
+    """Raise ExpertError unless all `patterns`, which `where` holds, match in linear time."""
     listed = list(patterns)
     if len(listed) > MOST_PATTERNS or sum(map(len, listed)) > MOST_TOGETHER:
         raise ExpertError(

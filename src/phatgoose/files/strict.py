@@ -25,6 +25,7 @@ def one_line(text: object, most: int = 300) -> str:
 
 
 def shortened(value: object, most: int = 80) -> str:
+    """`value` as Python writes it, on one line of at most `most` characters."""
     return one_line(repr(value), most)
 
 
@@ -34,6 +35,7 @@ def first_line(error: BaseException) -> str:
 
 
 def reason(problem: Exception) -> str:
+    """What the system says of a failed call, without the path that the message names already."""
     return str(getattr(problem, "strerror", None) or problem)
 
 
@@ -90,6 +92,7 @@ def refuse_pipes(place: str | Path, error: type[PhatgooseError]) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a regular file, in hexadecimal. Raises ExpertError."""
     digest = hashlib.sha256()
     try:
         with regular_file(path).open("rb") as file:

@@ -177,6 +177,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 class Group(Mapping[str, Tensor]):
+    """A file's tensors whose names begin with `prefix` and a full stop, without these."""
+
     def __init__(self, file: Mapping[str, Tensor], prefix: str) -> None:
         self._file = file
         begin = f"{prefix}."

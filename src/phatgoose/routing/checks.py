@@ -169,6 +169,7 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def check_folded(folded: Tensor, where: str) -> None:
+    """Raise RoutingError if a folded weight has overflowed."""
     if not bool(folded.isfinite().all()):
         raise RoutingError(
             f"The mean of all experts at {where}, added to the base's weight, is more than "

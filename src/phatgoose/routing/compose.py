@@ -180,6 +180,7 @@ def parts_of(
 
 
 def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
+    """Raise ExpertError for an expert that doesn't fit the base's `sites`."""
     for each in pool.experts:
         check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
 
@@ -195,6 +196,7 @@ def check_acting(model: PreTrainedModel, pool: Pool) -> None:
 
 
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
+    """The routed layer of each site, whose experts are read ahead; warns of constant vectors."""
     pool, model, router = prepared.pool, prepared.model, prepared.parts.router
     constant, read = {}, 0
     # Sites ahead are read from the disk while this one is checked.
@@ -215,6 +217,7 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
 
 
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
+    """The stack of all experts at `site`, in the type and on the device of the layer there."""
     layer = model.get_submodule(site)
     return stack_of(pool, site, dtype_at(layer, model), execution_device(layer))
 

@@ -68,6 +68,7 @@ class Composition:
 
 
 def composition_if_any(model: PreTrainedModel) -> Composition | None:
+    """What `model` is made of if it is routed, else None."""
     parts = getattr(model, ROUTED, None)
     return parts if isinstance(parts, Composition) else None
 

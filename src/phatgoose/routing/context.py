@@ -98,6 +98,7 @@ class _Present(threading.local):
 
 
 def uncompiled(hook: Callable[..., Result]) -> Callable[..., Result]:
+    """Keep torch.compile away from a hook that looks at tokens."""
     reason = "Routers that read prompts look at tokens; use fullgraph=False."
     left_alone: Callable[..., Result] = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
     return left_alone

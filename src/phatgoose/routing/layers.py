@@ -295,11 +295,13 @@ class FoldedLinear(RoutedLayer):
 
 
 def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
+    """True if the experts have more numbers than the weight that their mean can be added to."""
     weight: Tensor = base.weight  # type: ignore[assignment]
     return has_plain_weight(base) and stack.A.numel() + stack.B.numel() > weight.numel()
 
 
 def has_plain_weight(base: nn.Module) -> bool:
+    """True for a layer that only multiplies by its weight, which is not packed or offloaded."""
     weight: Tensor = base.weight  # type: ignore[assignment]
     # Exactly these: subclasses, quantised ones for instance, may do more than multiply.
     is_linear = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
@@ -307,6 +309,7 @@ def has_plain_weight(base: nn.Module) -> bool:
 
 
 def matrix_of(base: nn.Module) -> Tensor:
+    """The weight as [d, n]."""
     weight: Tensor = base.weight  # type: ignore[assignment]
     # GPT-2's Conv1D keeps its weight as [n, d].
     return weight.T if isinstance(base, Conv1D) else weight

@@ -41,6 +41,7 @@ class OpenedModel:
 
 
 def is_routed(place: str | Path) -> bool:
+    """True for a folder that `save_pretrained` of a routed model wrote."""
     with _looking_at(place):
         bring_back(Path(place))
         return (Path(place) / ROUTED_INFO).is_file()
@@ -68,6 +69,7 @@ def _looking_at(place: str | Path) -> Iterator[None]:
 
 
 def require_pool(place: str | Path) -> None:
+    """Raise ConfigError unless `place` is a pool."""
     if not is_pool(place):
         there = Path(place).exists()
         gone = "" if there else f" No folder {place} is here.{closest_beside(place)}"

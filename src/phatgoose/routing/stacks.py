@@ -188,6 +188,7 @@ def stack_modules(
 
 
 def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
+    """The stack of the pool's experts that have a module at `site`."""
     present = [z for z, expert in enumerate(pool.experts) if site in expert.modules]
     modules = [pool.experts[z].modules[site] for z in present]
     return stack_modules(present, modules, dtype, device)
@@ -275,6 +276,7 @@ def joined_parts(parts: Sequence[SitePart]) -> SitePart:
 
 
 def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The routers' tensors of several groups of experts, row after row, as the first has them."""
     first, *others = states
     return {
         name: joined([rows, *(state[name].to(rows) for state in others)])

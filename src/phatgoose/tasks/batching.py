@@ -118,12 +118,14 @@ def decoder_start(model: PreTrainedModel) -> int:
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """`rows` as [B, longest], with `value` before the shorter ones."""
     longest = max((len(row) for row in rows), default=0)
     padded = [[value] * (longest - len(row)) + list(row) for row in rows]
     return torch.tensor(padded, dtype=torch.long)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """`rows` as [B, longest], with `value` after the shorter ones."""
     longest = max((len(row) for row in rows), default=0)
     padded = [list(row) + [value] * (longest - len(row)) for row in rows]
     return torch.tensor(padded, dtype=torch.long)

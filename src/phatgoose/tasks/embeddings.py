@@ -126,6 +126,7 @@ def without_downloads() -> Iterator[None]:
 
 
 def embedding_library() -> Any:
+    """sentence-transformers. Raises ConfigError if it is missing, or too old to be safe."""
     try:
         import sentence_transformers
     except ImportError as error:

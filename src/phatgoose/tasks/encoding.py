@@ -53,6 +53,8 @@ def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
 
 @dataclass(frozen=True)
 class Cut:
+    """What a text lost: `lost` of its tokens, of which `most` fit."""
+
     most: int
     lost: int
 

@@ -31,6 +31,11 @@ TEMPLATE_FAILURES = (
 
 
 class RowTemplate:
+    """Templates that make a row's input, target and choices from its fields.
+
+    Raises TaskError for templates of another form.
+    """
+
     def __init__(self, template: str | None, choices: str | None) -> None:
         environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
         for name, text in (("template", template), ("choices", choices)):
@@ -172,6 +177,7 @@ def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[
 
 
 def given_task(given: Task | str | Path) -> Task:
+    """A Task as it is, or the one that a path or name stands for."""
     return given if isinstance(given, Task) else _named(given)
 
 
@@ -182,6 +188,7 @@ def _named(task: object) -> Task:
 
 
 def check_task_name(name: str) -> None:
+    """Raise TaskError for a name that no file of results can hold."""
     if half_character(name) is not None:
         raise TaskError(
             f"{shortened(name)} can't be a name in results, for it is not UTF-8; rename that file "
@@ -190,6 +197,7 @@ def check_task_name(name: str) -> None:
 
 
 def default_name(source: str | Path) -> str:
+    """A task's name if its user gives none: the file's, or the Hub's with dashes."""
     if isinstance(source, str) and source.startswith("hub:"):
         return source[4:].split("@")[0].replace("/", "--").replace(":", "--")
     return Path(source).stem
@@ -307,6 +315,7 @@ def _read_hub(source: str) -> Rows:
 
 
 def datasets_library(needed_for: object) -> Any:
+    """`datasets`. Raises TaskError if it is not installed."""
     try:
         import datasets
     except ImportError as error:

@@ -69,4 +69,5 @@ def over_neutral_text(
 def moments(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and deviation [n] of each site's inputs over the passages' tokens, float32."""
     return over_neutral_text(model, tokenizer, names, lambda _, u: u)

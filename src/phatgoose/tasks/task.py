@@ -147,6 +147,7 @@ def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
 
 
 def named_apart(tasks: Iterable[Task]) -> list[Task]:
+    """All `tasks`. Raises TaskError if two have one name."""
     found = list(tasks)
     names = [task.name for task in found]
     for name in names:

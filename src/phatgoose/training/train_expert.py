@@ -484,6 +484,7 @@ def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> 
 def settings_of_training(
     peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
 ) -> dict[str, Any]:
+    """All settings by their flat names, as an expert records them; rates are those used."""
     own = asdict(gates) | {"gate_learning_rate": gates.gate_learning_rate or GATE_RATE}
     if gates.joint:  # they have the expert's
         del own["gate_steps"], own["gate_learning_rate"]

@@ -68,6 +68,7 @@ def is_first() -> bool:
 
 
 def join_processes() -> None:
+    """Meet the other processes of a launch by accelerate or torchrun; alone, do nothing."""
     if process_count() > 1:
         _state()
 

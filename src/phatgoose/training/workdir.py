@@ -96,6 +96,7 @@ def wait_for_work(out: Path, seconds: float) -> None:
 
 
 def work_of(out: Path) -> Path:
+    """The folder of unfinished work on `out`, beside it."""
     return out.parent / f".{out.name}.work"
 
 

@@ -92,6 +92,7 @@ EVENTS = {
 def responses_of(
     *statuses: int, model: type[BaseModel] = protocol.ErrorReply
 ) -> dict[int | str, dict[str, Any]]:
+    """What FastAPI is told of answers with these `statuses`, for the OpenAPI page."""
     return {
         status: {
             "description": DESCRIPTIONS[status],
@@ -103,6 +104,7 @@ def responses_of(
 
 
 def answering(wanted: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
+    """Options of a route that reads `wanted` itself and answers with `reply` or a stream."""
     description = "The answer, or with stream a chunk in each event."
     streams = {"description": description, "content": {"text/event-stream": EVENTS}}
     statuses = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)

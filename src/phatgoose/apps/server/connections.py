@@ -191,6 +191,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
+    """The uvicorn server of `app`, with bounds on connections, headers and time."""
     service = getattr(getattr(app, "state", None), "service", None)
     guard = ConnectionGuard(
         _connections(limits.max_connections),
@@ -239,6 +240,7 @@ def _listening(host: str, port: int) -> socket.socket:
 def handling_signals(
     handle: Callable[..., None], signals: Sequence[signal.Signals] = SIGNALS
 ) -> Iterator[None]:
+    """Let `handle` have `signals` inside; afterwards the former handlers are back."""
     before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield

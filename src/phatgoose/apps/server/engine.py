@@ -73,6 +73,7 @@ def join(one: Cache, other: Cache) -> None:
 
 
 def drop_columns(cache: Cache, columns: int) -> None:
+    """Drop the first `columns` tokens of every layer of `cache`, in place."""
     for layer in cache.layers:
         # A view would keep the dropped columns in memory.
         layer.keys = layer.keys[..., columns:, :].contiguous()
@@ -121,12 +122,14 @@ def _reading_of(sequence: ActiveSequence) -> object:
 
 
 def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
+    """The given rows of an encoder's output; None for a decoder, which has none."""
     if encoded is None:
         return None
     return type(encoded)(last_hidden_state=encoded.last_hidden_state[rows])
 
 
 def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:
+    """A keeper of routing decisions if any of `sequences` asks for them, else None."""
     return TraceKeeper() if any(each.decoding.routing for each in sequences) else None
 
 

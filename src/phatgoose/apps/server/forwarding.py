@@ -230,10 +230,12 @@ class Link:
 
 
 def away(message: str = "The engine behind this server is away; try again.") -> ApiError:
+    """The error 503 for an engine that answers nothing; clients may try again."""
     return ApiError(503, message, code=AWAY, headers={"Retry-After": "1"})
 
 
 def broken(when: str) -> ApiError:
+    """The error 502 for an engine that stopped in the middle, `when` in words."""
     return ApiError(502, f"The engine broke off {when}.", code=BROKEN)
 
 

@@ -348,6 +348,7 @@ def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
+    """All models by name: those of one base share its weights, those of one expert its factors."""
     bases = _Bases()
     models: dict[str, LoadedModel] = {}
     for settings in served:

@@ -57,6 +57,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def busy(message: str, seconds: int = 1) -> ApiError:
+    """The error 429; the client may try again after `seconds`."""
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
@@ -73,6 +74,7 @@ def for_clients(error: object) -> str:
 
 
 def without_paths(message: str) -> str:
+    """`message` with the last part of each path alone: clients needn't know our folders."""
     return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)
 
 

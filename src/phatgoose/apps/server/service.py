@@ -221,6 +221,7 @@ class Service:
 
 
 def no_such_model(name: str, known: Sequence[str]) -> ApiError:
+    """The error 404, with the names that are there and the closest of them."""
     there = shortened(", ".join(known), 300)[1:-1]
     message = f"There is no model {shortened(name, SHOWN)}; there are {there}."
     hint = closest(name[:SHOWN], known)  # bounded: it compares the name with each
@@ -235,6 +236,7 @@ class Texts(NamedTuple):
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """A service's only reader of clients' texts: a process with limits."""
     return Texts(UntrustedText(tokenizer), Readers(1))
 
 

@@ -245,6 +245,7 @@ class Cell:
 
 
 def cell_of(row: Row, dataset: EvaluationSet, base: Base) -> Cell:
+    """The cell of `row` on `dataset`; its key says all that its result depends on."""
     key = {
         "base": base.fingerprint,
         "dtype": number_format(base.model),

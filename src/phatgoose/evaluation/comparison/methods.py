@@ -117,6 +117,7 @@ def _check_method(name: str, pool: Pool, routing: Routing) -> None:
 
 
 def check_routable(pool: Pool, routing: Routing) -> None:
+    """Raise what composing `pool` by `routing` would, without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         router_of(routing).check(pool)
@@ -247,6 +248,7 @@ class Row:
 
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
+    """Rows of `methods` in the order of METHODS; those derived from single experts have none."""
     rows = []
     order = list(METHODS)
     for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
@@ -286,6 +288,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
 
 
 def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+    """A row of `pool` by `routing`; its identity is of what the router uses, not of names alone."""
     router = router_of(routing)
     identity = {
         "router": router.routing.router,

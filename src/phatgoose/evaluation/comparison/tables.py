@@ -277,6 +277,7 @@ class Comparison:
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.md, .csv and .json into `folder`. Raises EvaluationError."""
     content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
     write_text(folder / "comparison.md", comparison.to_markdown(), EvaluationError)
     write_text(folder / "comparison.csv", comparison.to_csv(), EvaluationError)

@@ -383,6 +383,10 @@ def _has_pickle(reference: HubReference) -> bool:
 
 
 def require_named_base(named: object, *, from_hub: bool) -> str:
+    """`named`, if it can be loaded by others than its author.
+
+    Raises ExpertError where it is missing, or a path of another machine (`from_hub`).
+    """
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
     if from_hub and published(named) is None:

@@ -173,6 +173,7 @@ def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
 
 @contextmanager
 def peft_errors(what: str) -> Iterator[None]:
+    """What PEFT raises inside becomes an ExpertError that begins with `what`."""
     try:
         with warnings.catch_warnings():
             # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are

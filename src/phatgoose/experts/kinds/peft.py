@@ -170,6 +170,7 @@ LARGEST_ALPHA = 1e9
 
 
 def read_config(directory: Path) -> dict[str, Any]:
+    """The adapter's config in `directory`. Raises ExpertError if there is none."""
     path = directory / ADAPTER_CONFIG
     try:
         return read_json_object(path)
@@ -217,6 +218,7 @@ PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path
 
 
 def site_of(key: str, endings: tuple[str, ...], directory: Path) -> str:
+    """The site that tensor `key` of an adapter is for. Raises ExpertError for an unknown key."""
     for ending in endings:
         if key.startswith(PEFT_PREFIX) and key.endswith(ending):
             return key[len(PEFT_PREFIX) : -len(ending)]
@@ -226,6 +228,7 @@ def site_of(key: str, endings: tuple[str, ...], directory: Path) -> str:
 def write_adapter(
     folder: Path, config: Mapping[str, Any], sites: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> Path:
+    """Write a PEFT adapter of `tensors`, by site and ending, into `folder`, and return that."""
     named = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / ADAPTER_WEIGHTS)
     content = {**config, "inference_mode": True, "target_modules": sorted(sites)}
@@ -242,6 +245,7 @@ def _is_number(value: object) -> bool:
 
 
 def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
+    """What the configs of all of PEFT's kinds say of a base and the sites to adapt."""
     first = base.model.get_submodule(next(iter(sites)))
     return {
         "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,

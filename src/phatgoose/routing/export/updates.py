@@ -145,6 +145,7 @@ def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
 
 
 def widened_to(update: Update, rank: int) -> Update:
+    """The same update with `rank` ranks; those that are added are 0."""
     more = rank - update.rank
     A = torch.cat([update.A, update.A.new_zeros(more, update.A.shape[1])])
     B = torch.cat([update.B, update.B.new_zeros(update.B.shape[0], more)], dim=1)

@@ -32,6 +32,7 @@ def is_choice(u: Tensor, experts: Tensor, weights: Tensor) -> bool:
 
 
 def misfit(kernel: str, k: int | None = None, **tensors: Tensor) -> RoutingError:
+    """The error of tensors that `kernel` can't combine, with their shapes and what was wanted."""
     told = ", ".join(
         f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         for name, tensor in tensors.items()

@@ -257,6 +257,7 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
 
 
 def loaded_features(itemsize: int, n: int) -> int:
+    """Features of u and A [n] that a program loads at once."""
     # The most with which no program spills registers
     # (tests/routing/kernels/test_triton_programs.py). Rows that don't begin at multiples of 16
     # bytes are loaded number by number, into more registers.
@@ -264,6 +265,7 @@ def loaded_features(itemsize: int, n: int) -> int:
 
 
 def computed_features(itemsize: int, d: int) -> int:
+    """Features of the output [d] that a program computes at once."""
     return (256 if d % 16 == 0 else 128) // itemsize
 
 

@@ -143,6 +143,7 @@ def shrink_pair(
     u, scores, experts, weights, A, inner, E, k, r, n, CHOOSES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Some of the r numbers w A u of one pair. CHOOSES has its expert chosen first."""
     pair = tl.program_id(0).to(tl.int64)
     if CHOOSES:
         expert, weight = _choice(scores, pair, E, k, BLOCK_E)
@@ -180,6 +181,7 @@ def expand_token(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Some of the d numbers of one token's delta: B `inner` of its pairs; or ADDED to it."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -201,6 +203,7 @@ def expand_token(
 
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs(experts, weights, counts, places, pairs, BLOCK: tl.constexpr):
+    """How many pairs each expert has, `counts` [E], and each pair's place among its expert's."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)
@@ -230,6 +233,7 @@ def place_pairs(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Put each pair into a block of its expert: `rows` and `owners` count from 1."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
     expert = tl.load(experts + pair, mask=wanted, other=0)

@@ -87,6 +87,7 @@ class SmallSVD(NamedTuple):
 
 
 def small_svd(A: Tensor, B: Tensor) -> SmallSVD:
+    """The SVD of BA through QR of both factors, in float64: no matrix [d, n] is made."""
     Q, R = torch.linalg.qr(A.double().T)  # [n, r], [r, r]
     small = torch.linalg.qr(B.double(), mode="r").R @ R.T  # [r, r]
     _, values, V = torch.linalg.svd(small)

@@ -260,6 +260,8 @@ ROUTERS = _Registry()
 
 
 class RouterChoice(NamedTuple):
+    """A router's record, and its settings."""
+
     spec: RouterSpec
     config: Settings
 

@@ -68,6 +68,7 @@ EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
 
 
 def read_scores(path: str | Path) -> Scores:
+    """Single experts' scores, expert -> task -> score, of a comparison.json. Raises PoolError."""
     path = Path(path)
     try:
         scores = read_json_object(path, PoolError)[EXPERTS]
@@ -312,6 +313,7 @@ def router_of(routing: Routing) -> Router:
 
 
 def check_served(router: Router) -> None:
+    """Raise ConfigError for a router that a server can't serve."""
     if router.unserved:
         raise ConfigError(router.unserved)
 
@@ -326,6 +328,7 @@ def check_routing(router: Router, pool: Pool) -> None:
 
 
 def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:
+    """Warn if a `k` that the user chose is more than the `size` experts of `of`."""
     if router.uses_k and router.k != router.spec.k and router.k > size:
         experts = "1 expert" if size == 1 else f"{size} experts"
         warnings.warn(f"k is {router.k}, but {of} {experts}; k is lowered.", stacklevel=stacklevel)
@@ -346,6 +349,7 @@ def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:
 
 
 def warn_of_constant_vectors(pool: Pool, router: Router, constant: Mapping[str, Tensor]) -> None:
+    """Warn of experts whose vectors are 0 at some sites; `constant` marks them by site."""
     found = Counter[str]()
     for site, rows in constant.items():
         if rows.any():

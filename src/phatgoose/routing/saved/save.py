@@ -104,6 +104,7 @@ def save_pretrained(
 
 
 def is_ours(config: Path) -> bool:
+    """True if `config` is that of a routed model, False also if it can't be read."""
     with suppress(RoutingError, OSError):
         return read_json_object(config, RoutingError).get("model_type") == MODEL_TYPE
     return False
@@ -200,6 +201,7 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
 
 
 def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
+    """The tensors of a routed layer by the names that files have for them."""
     held: dict[str, Tensor] = {}
     if isinstance(layer, FoldedLinear):
         held = {"folded": layer.folded}

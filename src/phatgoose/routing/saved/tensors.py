@@ -46,6 +46,7 @@ def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def in_segments(info: Mapping[str, Any]) -> bool:
+    """True if a routed model of this `info` has a file for every time that it grew."""
     version = info["format_version"]
     return bool(version == 2 or (version == 3 and "segments" in info))
 
@@ -81,6 +82,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def base_in(info: Mapping[str, Any]) -> BaseReference:
+    """The base that `info` names. Raises TypeError, KeyError or ValueError for what it can't be."""
     base = BaseReference(**info["base"])
     for key, value in vars(base).items():
         absent = value is None and key != "id"
@@ -102,6 +104,7 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
+    """The routing that `info` names, in old words too. Raises as `base_in`, and ConfigError."""
     if not isinstance(info["routing"], dict):
         raise TypeError(f"routing is {shortened(info['routing'])}")
     routing = Routing(**translated(info["routing"]))

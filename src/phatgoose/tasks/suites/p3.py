@@ -282,6 +282,7 @@ class P3Dataset:
 def without(
     templates: Iterable[PromptTemplate], ignored: Sequence[str], dataset: P3Dataset
 ) -> list[PromptTemplate]:
+    """`templates` without those called `ignored`. Raises TaskError if one of these is missing."""
     templates = list(templates)
     missing = [name for name in ignored if name not in {each.name for each in templates}]
     if missing:

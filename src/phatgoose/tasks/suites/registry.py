@@ -155,6 +155,7 @@ SUITES: dict[str, SuiteRecord] = {
 
 @cache  # looking for entry points takes a while, and adds them to SUITES once
 def known_suites() -> Mapping[str, SuiteRecord]:
+    """All suites, with those of installed packages."""
     add_entry_points(GROUP, SUITES, SuiteRecord)
     return SUITES
 

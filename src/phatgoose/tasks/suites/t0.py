@@ -39,6 +39,7 @@ def t0_held_in() -> Suite:
 
 
 def held_in_entry(table: Mapping[str, Any]) -> Entry:
+    """The suite's entry of a row of its table of held-in datasets."""
     dataset = _HeldIn(**_tupled(table))
     pairs = (dataset.train_rows - dataset.set_apart) * dataset.train_templates
     return Entry(

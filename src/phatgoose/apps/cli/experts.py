@@ -76,7 +76,7 @@ def train(
     folder = expert_folder(out)
     _refuse_taken_names(opened, folder, resume=unfinished.resume)
     missing = [task for task in opened if not folder.has(task.name)]
-    name = base.base or "smollm2"
+    name = base.base or options.EMBEDDED
     dtype = base.packed(load_in_4bit).dtype
     settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan.plan:

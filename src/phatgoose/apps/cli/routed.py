@@ -264,7 +264,7 @@ def demo(
     """Train five small experts, route them, score them on held-out tasks."""
     from ..demo import run_demo
 
-    run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)
+    run_demo(base or options.EMBEDDED, out, seed=seed, all_methods=all_methods)
 
 
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]

@@ -282,6 +282,7 @@ class CellWorkshop:
         with ExitStack() as composed:
             at: str | None = None
             opened = OpenedModel(base.model, base.tokenizer)
+            asked: dict[str, Questions] = {}  # by dataset: all rows of this base are asked these
 
             def score(cell: Cell) -> dict[str, Any]:
                 nonlocal at, opened
@@ -293,8 +294,12 @@ class CellWorkshop:
                     # Rows of one base that go by its readings of prompts share them.
                     if opened.model is base.model:
                         _remember(opened, self.prompts.states)
-                prompts = self.prompts if opened.model is base.model else None
-                return _score(opened, self.datasets[cell.dataset], self.known, prompts)
+                dataset = self.datasets[cell.dataset]
+                if opened.model is not base.model:
+                    return _score(opened, dataset, _asked(opened, dataset), self.known, None)
+                if cell.dataset not in asked:
+                    asked[cell.dataset] = _asked(opened, dataset)
+                return _score(opened, dataset, asked[cell.dataset], self.known, self.prompts)
 
             yield score
 
@@ -323,16 +328,20 @@ def _remember(opened: OpenedModel, remembered: States) -> None:
         parts.prompt_router.remember(remembered)
 
 
+def _asked(opened: OpenedModel, dataset: EvaluationSet) -> Questions:
+    formatting = dataset.settings.formatting
+    return dataset.questions(Encoder.for_model(opened.model, opened.tokenizer, formatting))
+
+
 def _score(
     opened: OpenedModel,
     dataset: EvaluationSet,
+    questions: Questions,
     known: Mapping[str, Results],
     prompts: SharedPrompts | None,
 ) -> dict[str, Any]:
     """The result of one cell, as it is stored: `tied` are examples with several best choices."""
     begun = time.monotonic()
-    encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
-    questions = dataset.questions(encoder)
     shared = answered_by_experts(known, opened.model, dataset, questions)
     if shared is not None:
         found, tied = shared

@@ -212,7 +212,10 @@ def test_csv_columns_without_a_name_are_left_alone(tmp_path):
     ("change", "complaint"),
     [
         ({"target": None}, "row 2: target is missing or empty"),
-        ({"target": []}, "target is missing or empty"),
+        ({"target": []}, r"target must be a text, got \[\]"),
+        ({"target": " \t"}, "target is missing or empty"),
+        ({"input": {"0": "Is it good?"}}, "input must be a text, got {'0': "),
+        ({"choices": ["yes", " "]}, "choice 2 of 2 is empty"),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "[yes]"}, "row 2: choices: broken JSON list"),
         ({"choices": 3}, "choices must be a list"),
@@ -422,7 +425,7 @@ def test_lists_may_be_arrays():
     row = {"input": "a", "target": "x", "choices": numpy.array(["x", "y"])}
     assert load_task([row]).train == (Example("a", "x", ("x", "y")),)
     assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)
-    with pytest.raises(TaskError, match="input is missing"):
+    with pytest.raises(TaskError, match="input must be a text"):
         load_task([{**row, "input": numpy.array(["a", "b"])}])
 
 
@@ -460,7 +463,14 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
         ),
         ({"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, Example(Chat(TURNS), "green")),
         ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
+        ({"prompt": 3, "completion": 4}, Example("3", "4")),
+        (
+            {"prompt": "Good?", "completion": " yes", "choices": [" yes", " no"]},
+            Example("Good?", "yes", ("yes", "no")),
+        ),
         ({"instruction": "Add.", "input": "1 + 2", "output": 3}, Example("Add.\n\n1 + 2", "3")),
+        ({"instruction": "Even?", "input": 0, "output": "yes"}, Example("Even?\n\n0", "yes")),
+        ({"instruction": "So?", "input": False, "output": "no"}, Example("So?\n\nFalse", "no")),
         ({"instruction": "Greet.", "input": "", "output": "Hi"}, Example("Greet.", "Hi")),
         ({"instruction": "Greet.", "output": "Hi"}, Example("Greet.", "Hi")),
         ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),
@@ -479,6 +489,41 @@ def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted
         parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
         (again,) = load_task(tmp_path / "a.parquet").train
         assert (again.input, again.content) == (wanted.input, wanted.content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"input": ["a", "b"], "target": ["c", "d"]},
+        {"train": [{"input": "a", "target": "c"}, {"input": "b", "target": "d"}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_object_has_columns_or_splits(tmp_path, content, indent):
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=indent))
+    assert load_task(tmp_path / "a.json").train == (Example("a", "c"), Example("b", "d"))
+
+
+def test_a_table_of_pyarrow_has_rows():
+    pyarrow = pytest.importorskip("pyarrow")
+    assert load_task(pyarrow.Table.from_pylist(ROWS)).train == EXAMPLES
+
+
+def test_one_row_may_take_several_lines_of_json(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"messages": MESSAGES}, indent=1))
+    assert load_task(tmp_path / "a.json").train == (Example(Chat(TURNS), "green"),)
+
+
+def test_a_chat_in_which_no_one_asks_is_refused():
+    empty = [{"role": "user", "content": " "}, MESSAGES[-1]]
+    assert "nothing is said in messages before" in complaint_about([{"messages": empty}])
+
+
+@pytest.mark.parametrize("choices", [None, "yes ||| no"])
+def test_white_space_around_a_template_s_answers_is_no_difference(choices):
+    row = {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]}
+    task = load_task([row], template="{{ q }} ||| {{ a }}", choices=choices)
+    assert task.train == (Example("Good?", "yes", ("yes", "no"), passage=(0, 5)),)
 
 
 def test_a_chat_is_a_text_that_keeps_its_turns():

@@ -38,15 +38,28 @@ def in_our_form(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return {**row, **_chat(row["messages"], where)}
     if form == ("prompt", "completion"):
         prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
+        if not isinstance(prompt, list | tuple) and not hasattr(prompt, "tolist"):
             # What follows a prompt is set off by a space of ours.
-            return {**row, "input": prompt, "target": str(completion).strip()}
+            return stripped_answers({**row, "input": str(prompt), "target": str(completion)})
         return {**row, **_chat([*_turns(prompt, where), *_turns(completion, where)], where)}
     if form is not None:
-        parts = (str(row.get(name) or "").strip() for name in ("instruction", "input"))
+        given = (row.get(name) for name in ("instruction", "input"))
+        parts = ("" if value is None else str(value).strip() for value in given)
         text = "\n\n".join(part for part in parts if part)
         return {**row, "input": text, "target": row["output"]}
     return row
+
+
+def stripped_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`row` without white space around its target, choices and references, which stay equal."""
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [stripped(each) for each in value]
+        return value.strip() if isinstance(value, str) else value
+
+    answers = ("target", "choices", "references")
+    return {key: stripped(value) if key in answers else value for key, value in row.items()}
 
 
 def template_for(row: Mapping[str, Any]) -> str | None:
@@ -73,6 +86,8 @@ def _chat(messages: Any, where: str) -> dict[str, Any]:
             f"are {roles}."
         )
     *before, (_, answer) = turns
+    if not any(content.strip() for _, content in before):
+        raise TaskError(f"{where}: nothing is said in messages before the assistant's answer.")
     return {"input": Chat(before), "target": answer}
 
 

@@ -20,7 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from ..config import TASK_FILES
 from ..errors import TaskError
 from ..files.strict import first_line, half_character, one_line, reason, require_regular, shortened
-from .forms import KNOWN, in_our_form, template_for
+from .forms import KNOWN, in_our_form, stripped_answers, template_for
 from .task import Chat, Example, Span, Task
 
 SEPARATOR = "|||"
@@ -63,7 +63,7 @@ class RowTemplate:
                 rendered[key] = part.render(fields).strip()
         except TEMPLATE_FAILURES as error:
             raise TaskError(f"{where}: the template can't be filled: {error}.") from error
-        return rendered
+        return stripped_answers(rendered) if self._parts or self._choices else rendered
 
 
 def _printed(value: Any) -> Any:
@@ -244,15 +244,25 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """The rows of a JSON list; a file of another beginning is read as JSON Lines."""
+    """The rows of a JSON list or an object of columns or splits; else one row, or JSON Lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else None
+        rows = json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
     except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("["):
+            return _read_jsonl(path)
         raise TaskError(f"{path}: broken JSON ({one_line(error)}).") from error
-    return _read_jsonl(path) if rows is None else _read_memory(rows, str(path))
+    if isinstance(rows, dict) and not _are_lists(rows):
+        return _read_memory([rows], str(path)) if "\n" in text.strip() else _read_jsonl(path)
+    return _read_memory(rows, str(path))
+
+
+def _are_lists(rows: Mapping[str, Any]) -> bool:
+    """True for an object of splits or of columns, False for a row, which may be a chat's."""
+    listed = all(isinstance(each, list) for each in rows.values())
+    return listed and (rows.keys() <= set(SPLITS) or _are_columns(rows))
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -346,6 +356,8 @@ def _read_memory(rows: Any, label: str = "memory") -> Rows:
 def _rows_of(rows: Any, label: str) -> Iterable[Any]:
     if isinstance(rows, Mapping):
         return _rows_of_columns(rows, label)
+    if hasattr(rows, "to_pylist"):  # a table of pyarrow
+        rows = rows.to_pylist()
     if not _is_frame(rows):
         if isinstance(rows, str | bytes | Task) or not hasattr(rows, "__iter__"):
             raise TaskError(
@@ -389,19 +401,21 @@ def _example(row: Mapping[str, Any], where: str, *, targets: bool) -> Example:
     texts = {}
     for key in ("input", "target"):
         value = row.get(key)
-        if key == "target" and not targets and value in (None, ""):
-            texts[key] = ""
-            continue
-        if value is None or isinstance(value, list | dict) or str(value) == "":
-            raise TaskError(f"{where}: {key} is missing or empty; {_what_is_there(row)}")
+        if isinstance(value, list | dict):
+            raise TaskError(f"{where}: {key} must be a text, got {shortened(value)}.")
+        if value is None or not str(value).strip():
+            if key == "input" or targets:
+                raise TaskError(f"{where}: {key} is missing or empty; {_what_is_there(row)}")
+            value = ""
         text = _whole(str(value), f"{where}: {key}")
         texts[key] = value if isinstance(value, Chat) else text
     choices = _texts(row.get("choices"), f"{where}: choices")
     references = _texts(row.get("references"), f"{where}: references")
     for what, listed in (("choice", choices), ("reference", references)):
-        if "" in listed:
+        empty = next((place for place, text in enumerate(listed, 1) if not text.strip()), None)
+        if empty is not None:
             raise TaskError(
-                f"{where}: {what} {listed.index('') + 1} of {len(listed)} is empty; leave it out "
+                f"{where}: {what} {empty} of {len(listed)} is empty; leave it out "
                 f"(a {SEPARATOR} without a text before or after it makes one)."
             )
     if choices and texts["target"] not in choices and (targets or texts["target"]):

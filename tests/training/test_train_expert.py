@@ -26,6 +26,7 @@ from phatgoose.errors import (
     PoolError,
     RoutingError,
     TaskError,
+    WrongBaseError,
 )
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -337,6 +338,13 @@ def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, mo
     assert hidden == [True] * 5  # means, rehearsed; expert, gates, readings, means
     train(llama, tmp_path / "own")
     assert hidden[5:] == [True] + [None] * 4
+
+
+def test_a_finished_expert_of_another_base_is_not_resumed(originals, whole):
+    t5 = originals["t5"].copied()
+    for base in (t5, t5.id):
+        with pytest.raises(WrongBaseError, match=r"is an expert of .*, not of .*; choose another"):
+            train(base, whole.directory, resume=True)
 
 
 def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):

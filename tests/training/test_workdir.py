@@ -411,7 +411,8 @@ def test_a_finished_expert_has_no_work_beside_it(tmp_path, monkeypatch):
     kept = kept_in(tmp_path, {"run.json": "{}"})
     folder = expert_folder(f"file://{tmp_path}/far")
     (tmp_path / "far" / "numbers").mkdir()
-    (tmp_path / "far" / "numbers" / LAYOUT.info).write_text('{"metrics": {"steps": 3}}')
+    about = '{"base": {"id": "tiny"}, "metrics": {"steps": 3}}'
+    (tmp_path / "far" / "numbers" / LAYOUT.info).write_text(about)
 
     def rm(path, recursive):
         raise PermissionError("not yours")

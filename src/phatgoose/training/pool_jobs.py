@@ -13,7 +13,12 @@ from ..base.loading import Base, load_base, recorded_id
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BaseLocation, Engine, LocalEngine
 from ..tasks.suites.registry import TrainingTask
-from .train_expert import settings_of_training, train_expert, warn_of_other_settings
+from .train_expert import (
+    check_trained_on,
+    settings_of_training,
+    train_expert,
+    warn_of_other_settings,
+)
 from .trainer import TrainingCallback, join_processes
 from .workdir import ExpertFolder, TrainedExpert, expert_folder
 
@@ -72,6 +77,7 @@ def train_experts(
     there = [job for job in jobs if folder.has(job.name)]
     for job in there:
         found = folder.finished(job.name)
+        check_trained_on(base, found.base, found.place)
         settings = settings_of_training(peft, job.training, job.gate_training, formatting)
         warn_of_other_settings(found.place, found.hyperparameters, settings)
         yield found

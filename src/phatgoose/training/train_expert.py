@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..base.active_tokens import ActsOn
-from ..base.fingerprint import check_base, number_format
-from ..base.loading import Base, load_base
+from ..base.fingerprint import BaseReference, check_base, number_format, same_base
+from ..base.loading import Base, fingerprint_here, load_base, recorded_id
 from ..base.sites import find_sites
 from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training, given_or_default
-from ..errors import BaseModelError, ConfigError, ExpertError
+from ..errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
 from ..experts.adapter import adapter_files, applied, check_fit, invocation_of, read_modules
 from ..experts.expert import LAYOUT, Expert, check_name
 from ..experts.kinds.peft import record_invocation
@@ -97,7 +97,7 @@ def train_expert(
         formatting: How inputs are cut and wrapped; None is `Formatting()`.
         name: The expert's name; None is that of `out`.
         resume: Continue an interrupted run, or load a finished expert, with a warning if that has
-            other settings.
+            other settings. Its data aren't compared with `task`.
         restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
         callback: A `TrainingCallback`, which hears of steps and of saved work.
         callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
@@ -105,6 +105,7 @@ def train_expert(
     Raises:
         ExpertError: `out` exists, the name can't be an expert's, or training diverges.
         ConfigError: Work to be resumed had other settings.
+        WrongBaseError: The finished expert to be resumed is of another base.
         RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
@@ -114,7 +115,7 @@ def train_expert(
     gates = given_or_default(GateTraining, gate_training, "gate_training")
     formatting = given_or_default(Formatting, formatting, "formatting")
     settings = settings_of_training(peft, training, gates, formatting)
-    finished = finished_expert(out, settings, resume=resume)
+    finished = finished_expert(out, base, settings, resume=resume)
     if finished is not None:
         return finished
     run = TrainingRun.of(base, task, out, training, gates, formatting, name, callback)
@@ -174,7 +175,7 @@ def train_gates(
     Raises:
         ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, or training
             diverges.
-        WrongBaseError: The adapter records another base.
+        WrongBaseError: The adapter records another base, or the finished expert does.
         ConfigError: Work to be resumed had other settings, or joint training is asked for.
         RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
@@ -189,7 +190,7 @@ def train_gates(
     gates = given_or_default(GateTraining, gate_training, "gate_training")
     formatting = given_or_default(Formatting, formatting, "formatting")
     settings = _gate_settings(training, gates) | asdict(formatting)
-    finished = finished_expert(out, settings, resume=resume)
+    finished = finished_expert(out, base, settings, resume=resume)
     if finished is not None:
         return finished
     modules = read_modules(adapter)
@@ -466,19 +467,37 @@ def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]
     return {"seed": training.seed, **asdict(gates), **shared, "gate_learning_rate": rate}
 
 
-def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> Expert | None:
+def finished_expert(
+    out: Path, base: Base | str | Path, settings: Mapping[str, Any], *, resume: bool
+) -> Expert | None:
     """The expert that an earlier run finished at `out`, if any; warns of other settings.
 
-    Raises ExpertError when something is there and not to be resumed.
+    Raises ExpertError when something is there and not to be resumed, and WrongBaseError when that
+    is an expert of another base.
     """
     if not is_there(out):
         return None
     if not resume:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
+    check_trained_on(base, expert.info.base, out)
     discard_work(out)  # not before: it may be all that there is
     warn_of_other_settings(str(out), expert.info.hyperparameters, settings)
     return expert
+
+
+def check_trained_on(base: Base | str | Path, recorded: BaseReference, place: str | Path) -> None:
+    """Raise WrongBaseError if the finished expert at `place` is surely not one of `base`."""
+    if isinstance(base, Base):
+        found = base.reference
+    elif recorded_id(base) == recorded.id:
+        return
+    else:
+        found = BaseReference(str(base), fingerprint=fingerprint_here(str(base)))
+    if found.fingerprint and recorded.fingerprint and not same_base(found, recorded):
+        raise WrongBaseError(
+            f"{place} is an expert of {recorded.id!r}, not of {found.id!r}; choose another place."
+        )
 
 
 def settings_of_training(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import fsspec
 from filelock import FileLock, Timeout
 
+from ..base.fingerprint import BaseReference
 from ..errors import ConfigError, ExpertError, PhatgooseError
 from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files
 from ..files.atomic import WRITING_ERRORS, is_there, write_text
@@ -123,16 +124,17 @@ UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """What is reported of a finished expert: its name, where it is, metrics and settings."""
+    """What is reported of a finished expert: its name, where it is, base, metrics and settings."""
 
     name: str
     place: str
+    base: BaseReference
     metrics: Mapping[str, Any]
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, info: ExpertInfo, place: str) -> TrainedExpert:
-        return cls(info.name, place, info.metrics, info.hyperparameters)
+        return cls(info.name, place, info.base, info.metrics, info.hyperparameters)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ class RemoteFolder:
         with self._reported(name, "read"):
             info = json.loads(self.files.cat_file(place))
             settings = info.get("hyperparameters", {})
-            found = TrainedExpert(name, self.place(name), info["metrics"], settings)
+            base = BaseReference(**info["base"])
+            found = TrainedExpert(name, self.place(name), base, info["metrics"], settings)
         with suppress(Exception):  # the expert is whole, whoever may remove what
             self._kept_work(name).remove()
         return found

@@ -120,8 +120,13 @@ def _read_files(tasks: list[TrainingTask], seed: int) -> None:
 
 
 def _reported(expert: TrainedExpert, *, is_new: bool) -> dict[str, Any]:
-    about = {"name": expert.name, "folder": expert.place, "trained_now": is_new}
-    return {**about, "metrics": dict(expert.metrics)}
+    return {
+        "name": expert.name,
+        "folder": expert.place,
+        "base": expert.base.id,
+        "trained_now": is_new,
+        "metrics": dict(expert.metrics),
+    }
 
 
 def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> str:

@@ -164,6 +164,16 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path, monkeypatch):
     assert not (tmp_path / ".cut.work").exists()
 
 
+def test_a_resumed_run_tells_the_same_losses(llama, tmp_path, monkeypatch):
+    """It is interrupted after step 38, between logs at every fourth step."""
+    training = replace(TRAINING, steps=40, eval_every=19)
+    whole = train(llama, tmp_path / "whole", training=training)
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=80, training=training)
+    resumed = train(llama, tmp_path / "cut", training=training, resume=True)
+    for loss in ("expert_train_loss", "expert_validation_loss", "gate_train_loss"):
+        assert resumed.info.metrics[loss] == whole.info.metrics[loss]
+
+
 def test_a_resumed_run_skips_what_is_done(llama, tmp_path, monkeypatch):
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=11)  # in the gates
     passes = []

@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, get_scheduler
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    get_scheduler,
+)
 
 from phatgoose.base.fingerprint import quantisation
 from phatgoose.base.loading import load_base
@@ -19,6 +25,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.training.trainer import PartialTrainer
 from tiny import VOCABULARY, assert_same_logits, logits_of, make_ids, make_tokenizer, peft_model
 from training_runs import (
+    GATES,
     LORA,
     TASK,
     TRAINING,
@@ -66,6 +73,12 @@ def test_a_callback_may_end_the_training_and_that_step_is_validated(llama, tmp_p
     training = replace(TRAINING, steps=50, eval_every=50)
     expert = train(llama, tmp_path / "echo", training=training, callbacks=[Stop()])
     assert expert.info.metrics["expert_steps"] == expert.info.metrics["expert_best_step"] == 3
+
+
+def test_transformers_own_early_stopping_is_for_the_expert_alone(llama, tmp_path):
+    stops = EarlyStoppingCallback(early_stopping_patience=1)
+    expert = train(llama, tmp_path / "echo", callbacks=[stops])
+    assert expert.info.metrics["gate_steps"] == GATES.gate_steps
 
 
 def worsening(monkeypatch, best: int) -> None:

@@ -144,6 +144,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         self._bar.update(1)
         self._callback.on_steps(1)
         self._done += 1
+        # Logged losses are means since the last log, of which a run that resumes knows nothing.
+        control.should_log |= control.should_save
         if is_first() and self._callback.shows_bar and self._bar.disable:
             self._tell(state)
 
@@ -403,6 +405,8 @@ def fit(
     bar = ProgressBar(label, lengths, training.batch_size, callback)
     reporting = reporters(training.report_to, label)
     at_validations: list[TrainerCallback] = [ValidateLastStep()] if validation else []
+    if not validation:  # as for gates: transformers' own refuse to train without one
+        callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
     if validation and training.patience is not None:
         at_validations.append(StopsEarly(training.patience))
     if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself

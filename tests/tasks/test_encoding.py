@@ -290,6 +290,14 @@ def test_a_chat_leaves_room_for_its_template_and_the_answer():
     assert (pair.length, pair.cut) == (36, Cut(17, 8))
 
 
+@given(st.text("aé日😀 ", min_size=1, max_size=60), st.sampled_from(["left", "middle", "right"]))
+def test_what_was_cut_inside_a_character_still_fits(text, truncation):
+    """A token is a byte here, and a broken character is read again as three."""
+    encoder = placed(Positions(36, 36), chat=True, truncation=truncation)
+    for asked in (text, Chat([("user", text), ("assistant", "ok"), ("user", text[::-1])])):
+        assert encoder.pair(asked, "y").length <= 36
+
+
 def test_chat_rows_on_a_base_without_a_template_are_refused_with_another_way():
     with pytest.raises(
         TaskError, match=r"no chat template; .* \|\|\| {{ messages\[-1\].content }}"

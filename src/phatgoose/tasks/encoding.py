@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
@@ -168,8 +168,12 @@ class Encoder:
         room = most - (0 if self.formatting.chat else len(self._before) + len(self._after))
         if len(tokens) <= room:
             return Fitted(self._wrapped(tokens, text))
-        left = self._cut(text, tokens, passage, max(room, 0))
-        return Fitted(self._wrapped(left), Cut(most, len(tokens) - len(left)))
+
+        def cut(room: int) -> tuple[list[int], int]:
+            left = self._cut(text, tokens, passage, room)
+            return self._wrapped(left), len(tokens) - len(left)
+
+        return self._shrunk(cut, room, most + self._around, most)
 
     def target(self, input_text: str, text: str) -> Fitted:
         """The tokens of a target that follows `input_text`, cut on the right to what fits.
@@ -213,17 +217,36 @@ class Encoder:
         lengths = [len(turn) for turn in turns]
         if sum(lengths) <= most:
             return Fitted(whole)
-        # The longest turns are cut to one length: the most with which all together fit.
         sizes = range(max(lengths) + 1)
-        level = bisect_right(sizes, most, key=lambda size: sum(min(n, size) for n in lengths)) - 1
-        left = [cut_tokens(turn, level, self.formatting.truncation) for turn in turns]
-        contents = [
-            content if len(kept) == length else str(self.tokenizer.decode(kept))
-            for (_, content), kept, length in zip(chat.turns, left, lengths, strict=True)
-        ]
-        roles = (role for role, _ in chat.turns)
-        cut = Chat(zip(roles, contents, strict=True))
-        return Fitted(self._tokens(self._chat(cut)), Cut(most, sum(lengths) - sum(map(len, left))))
+
+        def cut(room: int) -> tuple[list[int], int]:
+            # The longest turns are cut to one length: the most with which all together fit.
+            level = bisect_right(sizes, room, key=lambda n: sum(min(n, each) for each in lengths))
+            left = [cut_tokens(turn, level - 1, self.formatting.truncation) for turn in turns]
+            contents = [
+                content if len(kept) == length else str(self.tokenizer.decode(kept))
+                for (_, content), kept, length in zip(chat.turns, left, lengths, strict=True)
+            ]
+            roles = (role for role, _ in chat.turns)
+            tokens = self._tokens(self._chat(Chat(zip(roles, contents, strict=True))))
+            return tokens, sum(lengths) - sum(map(len, left))
+
+        return self._shrunk(cut, most, most + self._around_of(chat), most)
+
+    def _shrunk(
+        self, cut: Callable[[int], tuple[list[int], int]], room: int, longest: int, most: int
+    ) -> Fitted:
+        """`cut` to `room` tokens of text, or to fewer until the prompt has at most `longest`.
+
+        `cut` gives the prompt and how many tokens were lost. A text that was cut inside a character
+        may have more tokens when a chat template takes it as text again.
+        """
+        while True:
+            tokens, lost = cut(max(room, 0))
+            beyond = len(tokens) - longest
+            if beyond <= 0 or room <= 0:
+                return Fitted(tokens, Cut(most, lost))
+            room -= beyond
 
     def _most(self, followed_by: int, around: int, in_template: bool) -> int:
         most, places = self.formatting.max_input_tokens, self.positions.prompt

@@ -90,7 +90,16 @@ SINGLE = Routing(router="single:expert=e0")
     ("options", "error", "message"),
     [  # beside those that the command line's tests have
         ({"tasks": [TASKS[0], TASKS[0]]}, TaskError, "Two tasks are called 'first'"),
-        ({"without_each": True, "routing": SINGLE}, ConfigError, "without its expert"),
+        (
+            {"without_each": True, "routing": SINGLE},
+            ConfigError,
+            "without the experts that it names",
+        ),
+        (
+            {"without_each": True, "routing": Routing("weights:e0=1,e1=0.5")},
+            ConfigError,
+            "Router weights can't do without the experts",
+        ),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
     ],
 )

@@ -101,6 +101,16 @@ def test_shares_are_of_everything_and_effects_relative(llama, pool_of, text):
     assert float(found["update_effect"].quantile(0.5)) == pytest.approx(1, rel=0.5)
 
 
+@pytest.mark.parametrize("odd", [1, 6])
+def test_embeddings_of_another_length_are_left_out_not_the_audit(llama, pool_of, text, odd):
+    """`odd` experts have half of the numbers that the embedder gives."""
+    experts = list(honest(pool_of("llama", (4,) * 6)).experts)
+    experts[:odd] = [replace(e, embeddings=e.embeddings[:, : DIMS // 2]) for e in experts[:odd]]
+    found = neutral_signs(Pool(tuple(experts)), llama, text)
+    assert found.keys().isdisjoint({"retrieval_neutral", "centroid_neutral"})
+    assert found["gate_neutral"].sum() == pytest.approx(1)
+
+
 def test_a_larger_update_has_a_larger_effect_in_proportion(llama, pool_of, text):
     pool = honest(pool_of("llama", (4,) * 6))
     before = neutral_signs(pool, llama, text)["update_effect"]

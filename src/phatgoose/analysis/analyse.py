@@ -29,7 +29,7 @@ from ..routing.composition import composition_of, routing_for
 from ..routing.open_model import is_routed, loaded_base, open_model
 from ..routing.routers.automatic import settled
 from ..routing.routers.prompt_router import ByPrompt
-from ..routing.routers.registry import spec_of
+from ..routing.routers.registry import WEIGHTS, spec_of
 from ..routing.routers.router import Scores, check_routing, read_scores, router_of
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
@@ -275,8 +275,10 @@ def analyse(
     subject = _subject(source, routers, routing, base, tokenizer, scores)
     if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
         raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if without_each and spec_of(subject.routers[0]).name == "single":
-        raise ConfigError("Router single can't do without its expert; name another one first.")
+    if without_each and (named := spec_of(subject.routers[0]).name) in ("single", WEIGHTS):
+        raise ConfigError(
+            f"Router {named} can't do without the experts that it names; put another one first."
+        )
     datasets = tuple(task.name for task in tasks)
     oracle = measures.oracle_experts(scores, subject.experts, datasets)
     found, agreements = _read_routers(subject, tasks, settings)

@@ -79,15 +79,19 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
     shares of tokens and sites (`gate_neutral`) or passages that routers would give to each expert.
     """
     found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
-    made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
-    embedded = len(pool) > 1 and not pool.lacking("embeddings")
-    if text.vectors is not None and embedded and made == {(DEFAULT_EMBEDDER, PROMPT)}:
+    held = [(e.info.embedder, e.info.embedding_form, _width(e.embeddings)) for e in pool.experts]
+    ours = text.vectors is not None and (DEFAULT_EMBEDDER, PROMPT, text.vectors.shape[1])
+    if text.vectors is not None and len(pool) > 1 and {ours} == {*held}:
         stored = embeddings_of(pool)
         best = best_of_each(text.vectors @ stored.rows.T, stored.owners, len(pool))
         found["retrieval_neutral"] = _shares(best)
         found["centroid_neutral"] = _shares(text.vectors @ centroids_of(pool).rows.T)
     pool.release()
     return found
+
+
+def _width(embeddings: Tensor | None) -> int:
+    return 0 if embeddings is None else embeddings.shape[1]
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ class RoutingTally(Observer):
 
     def add(self, passed: SitePass) -> None:
         site, groups = passed.site.name, self._groups(passed)  # [2, T]
-        used = passed.dense_weights(len(self.experts))
+        used = passed.dense_weights(len(self.experts)).abs()  # a mixture may subtract an expert
         probabilities = torch.zeros_like(used).index_copy_(
             1, self._present[site], passed.distribution().detach().float().cpu()
         )

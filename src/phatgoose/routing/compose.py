@@ -151,7 +151,7 @@ def prepare(
     parts = parts_of(found, router, pool.names, pool.records(), tables)
     sites = find_sites(found.model)
     check_pool_fits(pool, sites)
-    check_acting(found.model, pool)
+    check_acting(pool, is_encoder_decoder=bool(found.model.config.is_encoder_decoder))
     # Before any layer is replaced: it is the base alone that is read.
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
@@ -185,10 +185,10 @@ def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
         check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
 
 
-def check_acting(model: PreTrainedModel, pool: Pool) -> None:
+def check_acting(pool: Pool, *, is_encoder_decoder: bool) -> None:
     """Raise RoutingError for experts that act from a prompt's end on in an encoder-decoder."""
     names = [repr(expert.name) for expert in pool.experts if expert.acts_on is not None]
-    if names and model.config.is_encoder_decoder:
+    if names and is_encoder_decoder:
         raise RoutingError(
             f"{', '.join(names)} act from a prompt's end on, but in an encoder-decoder prompts "
             f"have a stack of their own; leave them out, or use a decoder-only base."

@@ -45,7 +45,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     try:
         sites = find_sites(model)
         check_pool_fits(pool, sites)
-        check_acting(model, pool)
+        check_acting(pool, is_encoder_decoder=bool(model.config.is_encoder_decoder))
         router, prompt_router = parts.router, parts.prompt_router
         if isinstance(router, ByPrompt) and prompt_router is not None:
             prompt_router = router.grown(prompt_router, pool)

@@ -198,6 +198,10 @@ def test_a_path_is_refused_as_a_bases_name_with_what_to_pass(adapter, llama, tmp
         import_adapter(adapter, tmp_path / "mine", by_path=False)
     found = import_adapter(adapter, tmp_path / "mine", by_path=False, base_id="you/base")
     assert found.info.base == BaseReference("you/base", None, llama.fingerprint)
+    for bad in ("no id here", "a\nb", "/a/path"):
+        with pytest.raises(ExpertError, match="is no Hub id, OWNER/NAME, to record the base by"):
+            import_adapter(adapter, tmp_path / "bad", base_id=bad)
+        assert not (tmp_path / "bad").exists()
     set_config(adapter, base_model_name_or_path="you/own")
     with pytest.raises(ExpertError, match=r"on the Hub \(the adapter names you/own\)"):
         import_adapter(adapter, tmp_path / "other", base=llama.id, by_path=False)

@@ -167,8 +167,12 @@ def test_transformers_loads_a_routed_folder(base, pool, tmp_path):
     assert torch.equal(logits_of(found, make_ids()), wanted)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("say a").input_ids == model.tokenizer("say a").input_ids
-    with pytest.raises(ConfigError, match="can't be loaded with device_map; load the base with it"):
-        auto.from_pretrained(tmp_path, device_map="auto")
+    for name, value in (
+        ("device_map", "auto"),
+        ("attn_implementation", "eager"),
+    ):
+        with pytest.raises(ConfigError, match=f"can't be loaded with {name}; load the base with"):
+            auto.from_pretrained(tmp_path, **{name: value})
 
 
 def test_a_routed_repository_is_fetched(model, tmp_path, monkeypatch):

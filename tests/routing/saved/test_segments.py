@@ -121,7 +121,7 @@ def test_a_new_site_has_the_type_of_those_called_alike():
     held = {"A.block.0.q": torch.float16, "A.block.0.wo": torch.float32, "means.block.0.q": None}
     types = storing._Types({n: torch.zeros(1, dtype=kind) for n, kind in held.items()})
     assert types.of("A", "block.1.q") == types.of("A", "block.0.q") == torch.float16
-    assert types.of("A", "block.1.wo") == torch.float32
+    assert types.of("A", "block.1.wo") == types.of("dora_A", "block.0.wo") == torch.float32
     assert types.of("means", "block.0.wo") == torch.float32
     assert types.of("vectors", "block.0.q") is None
 
@@ -213,6 +213,53 @@ def test_what_can_not_join_or_leave_changes_nothing(llama, uneven, pool_of, pack
     with pytest.raises(RoutingError, match="holds no routed model"):
         compact(packed.parent / "nowhere")
     assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
+
+
+def enlarged(expert: Expert, times: float) -> Expert:
+    modules = {site: replace(each, A=each.A * times) for site, each in expert.lora.items()}
+    return replace(expert, modules=modules)
+
+
+def test_numbers_that_no_layer_can_use_do_not_join(uneven, packed):
+    before = {name: (packed / name).read_bytes() for name in files_of(packed)}
+    with pytest.raises(RoutingError, match=r"'e2' at .*: its update has numbers of"):
+        add_to_saved(packed, Pool((enlarged(uneven["e2"], 1e25),)))
+    assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
+
+
+def test_a_type_that_cannot_hold_the_experts_changes_nothing(llama, uneven, packed):
+    before = {name: (packed / name).read_bytes() for name in files_of(packed)}
+    pool = Pool((enlarged(uneven["e2"], 1e6),))
+    for target in (packed, packed.parent / "new"):
+        with pytest.raises(RoutingError, match=r"numbers that float16 can't hold; store .* in bfl"):
+            save_pool(pool, target, copy.deepcopy(llama), stored="float16", overwrite=True)
+    add_to_saved(packed, pool)
+    after = files_of(packed)
+    with pytest.raises(RoutingError, match="numbers that float16 can't hold"):
+        compact(packed, stored="float16")
+    assert files_of(packed) == after
+    assert {name: (packed / name).read_bytes() for name in before if name != "routed.json"} == {
+        name: content for name, content in before.items() if name != "routed.json"
+    }
+    assert not (packed.parent / "new").exists()
+
+
+def test_an_expert_for_prompts_ends_does_not_join_an_encoder_decoder(
+    pool_of, base_folders, tmp_path
+):
+    pool = pool_of("t5")
+    base = load_base(base_folders["t5"], dtype="float32")
+    save_pool(pool.select(["e0"]), tmp_path / "packed", base)
+    late = replace(pool["e1"], info=replace(pool["e1"].info, acts_on={"tail": 4}))
+    with pytest.raises(RoutingError, match="'e1' act from a prompt's end on"):
+        add_to_saved(tmp_path / "packed", Pool((late,)))
+
+
+def test_a_replacement_that_was_interrupted_is_undone_before_a_change(uneven, packed, monkeypatch):
+    brought = []
+    monkeypatch.setattr(storing, "bring_back", brought.append)
+    add_to_saved(packed, uneven.select(["e2"]))
+    assert brought == [packed]
 
 
 @pytest.mark.parametrize("site", ["model.layers.0.self_attn.k_proj", "model.layers.0.elsewhere"])

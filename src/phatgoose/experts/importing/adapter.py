@@ -26,7 +26,14 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from ...base.fingerprint import BaseReference
-from ...base.loading import fingerprint_here, load_base, load_skeleton, published, recorded_id
+from ...base.loading import (
+    fingerprint_here,
+    is_hub_id,
+    load_base,
+    load_skeleton,
+    published,
+    recorded_id,
+)
 from ...base.sites import find_sites, linear_shape
 from ...errors import ConfigError, ExpertError, PhatgooseError
 from ...files.atomic import require_free
@@ -122,6 +129,8 @@ def read_adapter(
     Raises as `import_adapter` does.
     """
     check_name(name)
+    if base_id and not is_hub_id(base_id):
+        raise ExpertError(f"{shortened(base_id)} is no Hub id, OWNER/NAME, to record the base by.")
     folder, reference = _find(source)
     if (folder / LAYOUT.info).exists():
         remedy = "fetch it with 'phatgoose pull'" if reference else "use it as it is"

@@ -379,9 +379,8 @@ def embeddings_of(pool: Pool, embedder: str | None = None, form: str = PROMPT) -
         for expert, row in zip(pool.experts, rows, strict=True)
     }
     if len(kinds) > 1:
-        raise PoolError(
-            f"The experts' embeddings come from several embedders and can't be compared: {kinds}."
-        )
+        told = ", ".join(f"{name} ({width} numbers each)" for name, width in sorted(kinds))
+        raise PoolError(f"The experts' embeddings can't be compared, for they are of {told}.")
     found = kinds.pop()[0]
     if embedder not in (None, found):
         raise PoolError(f"The experts' embeddings come from {found}, those there from {embedder}.")

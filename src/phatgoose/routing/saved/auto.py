@@ -6,6 +6,7 @@ own class, routed, as `load` returns it; no code comes from the folder.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +55,28 @@ class RoutedModel:
 
         from .load import load
 
+        if config is not None:  # which the auto classes have put some arguments into
+            given |= _changed(config, cls.config_class.from_pretrained(place, **_where(given)))
         if others := sorted(n for n in given if n not in HANDED_ON and not n.startswith("_")):
             raise ConfigError(
                 f"A routed model can't be loaded with {', '.join(others)}; load the base with it, "
                 f"and hand it over: phatgoose.load(folder, base)."
             )
         if not Path(place).is_dir():
-            where: dict[str, Any] = {name: given[name] for name in WHERE if name in given}
-            place = snapshot_download(str(place), **where)
+            place = snapshot_download(str(place), **_where(given))
         return load(place, dtype=str(torch_dtype or dtype).removeprefix("torch."))
+
+
+def _where(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in WHERE if name in given}
+
+
+def _changed(config: PretrainedConfig, plain: PretrainedConfig) -> dict[str, Any]:
+    """What `config` says otherwise than `plain`, by name."""
+    found = {name: value for name, value in vars(config).items() if vars(plain).get(name) != value}
+    found.pop("dtype", None)  # it is among the arguments too
+    attention = found.pop("_attn_implementation_internal", None)
+    return found if attention is None else {**found, "attn_implementation": attention}
 
 
 def register() -> None:

@@ -18,6 +18,7 @@ from ...experts.hub import HubReference
 from ...experts.kinds.peft import ADAPTER_CONFIG
 from ...experts.pool import MANIFEST
 from ...files.atomic import bring_back
+from ...files.strict import shortened
 from ..checks import check_folded
 from ..compose import install, parts_of, resolve_base, routed_layer
 from ..composition import Composition
@@ -61,7 +62,11 @@ def load(
     sites = find_sites(found.model)
     for name in saved.sites:
         if name not in sites:
-            raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
+            acting = (shortened(saved.names[z]) for z in saved.stack(name).experts.tolist())
+            raise WrongBaseError(
+                f"In {directory}, {', '.join(acting)} act on {name}, which the base lacks; take "
+                f"them out (phatgoose remove)."
+            )
     router = router_of(routing)
     tables = saved.tables if isinstance(router, ByPrompt) else None
     parts = parts_of(found, router, saved.names, saved.records, tables)

@@ -200,6 +200,13 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
+def is_encoder_decoder(folder: Path) -> bool:
+    """What the config of the routed model in `folder` says; False without one."""
+    with suppress(RoutingError, OSError):
+        return bool(read_json_object(folder / CONFIG, RoutingError).get("is_encoder_decoder"))
+    return False
+
+
 def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
     """The tensors of a routed layer by the names that files have for them."""
     held: dict[str, Tensor] = {}

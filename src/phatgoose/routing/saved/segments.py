@@ -19,11 +19,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...base.fingerprint import dtype_name
 from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
 from ...experts.pool import Pool, check_alike
 from ...files.atomic import (
+    bring_back,
     clear_left_overs,
     new_directory,
     require_free,
@@ -31,13 +33,14 @@ from ...files.atomic import (
     write_text,
 )
 from ...files.strict import reason
-from ...files.tensor_file import TensorFile, write_tensors
-from ..compose import prepare, routed_layers
+from ...files.tensor_file import TensorFile, is_finite, write_tensors
+from ..checks import check_numbers
+from ..compose import check_acting, prepare, routed_layers
 from ..growing import check_growth, check_removal
 from ..routers.prompt_router import ByPrompt, check_tables
 from ..routers.router import Scores, router_of
 from ..stacks import declared, stack_of
-from .save import describe, layer_tensors, write_card
+from .save import describe, is_encoder_decoder, layer_tensors, write_card
 from .tensors import (
     ROUTED_INFO,
     ROUTED_WEIGHTS,
@@ -115,6 +118,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         router, first = router_of(saved.routing), saved.segments[0].tensors
         check_growth(router, saved.names, pool, saved.base, folded=_has_folded(saved))
         check_alike(pool.experts, *_sizes_at_sites(saved))
+        check_acting(pool, is_encoder_decoder=is_encoder_decoder(folder))
         rows: dict[str, Tensor] = {}
         if isinstance(router, ByPrompt):
             embedder = saved.info.get("lookup", {}).get("embedder")
@@ -128,8 +132,9 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
             yield from rows.items()
             for site in pool.sites:
                 # In float32 first, so that numbers are rounded once.
-                made = stack_of(pool, site, torch.float32, torch.device("cpu")).tensors()
-                made |= router.state_at(pool, site)
+                stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
+                check_numbers(stack, site, pool.names)
+                made = {**stack.tensors(), **router.state_at(pool, site)}
                 held = {f"{n}.{site}": _in_type(made[n], types.of(n, site)) for n in made}
                 yield from _as_stored(held, kind)
                 pool.release()
@@ -194,6 +199,7 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[Path]:
+    bring_back(folder)
     if not (folder / ROUTED_INFO).is_file():
         raise RoutingError(f"{folder} holds no routed model: {ROUTED_INFO} can't be read.")
     try:
@@ -253,7 +259,13 @@ def _as_stored(
         elif kind == torch.int8:
             yield from quantised(part, site, tensor)
         else:
-            yield name, tensor.to(kind)
+            stored = tensor.to(kind)
+            if not is_finite(stored):
+                raise RoutingError(
+                    f"{part} at {site} has numbers that {dtype_name(kind)} can't hold; store the "
+                    f"experts in bfloat16 or float32."
+                )
+            yield name, stored
 
 
 class _Types:
@@ -261,19 +273,24 @@ class _Types:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._known = {name: tensor.dtype for name, tensor in tensors.items()}
+        self._factors: dict[str, torch.dtype] = {}  # by site, by layer name, and of any at ""
         for name, kind in list(self._known.items()):
             part, _, site = name.partition(".")
             self._known |= {f"{part} at {_layer(site)}": kind, part: kind}
-        self._factors = _kind_of(tensors)
+            if _is_factor(part):
+                self._factors |= {site: kind, _layer(site): kind}
+                self._factors.setdefault("", kind)
 
     def of(self, name: str, site: str) -> torch.dtype | None:
         """The type of `name` at `site`, else at one called alike, else anywhere; None if unknown.
 
-        Of factors that the file has nowhere it is that of other factors.
+        All factors of a site have one type.
         """
-        places = (f"{name}.{site}", f"{name} at {_layer(site)}", name)
-        found = next((self._known[each] for each in places if each in self._known), None)
-        return self._factors if found is None and _is_factor(name) else found
+        if _is_factor(name):
+            places, known = (site, _layer(site), ""), self._factors
+        else:
+            places, known = (f"{name}.{site}", f"{name} at {_layer(site)}", name), self._known
+        return next((known[each] for each in places if each in known), None)
 
 
 def _layer(site: str) -> str:

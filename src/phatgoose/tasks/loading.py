@@ -120,11 +120,12 @@ def load_task(
     `instruction`, `input` and `output`.
 
     Args:
-        source: A `.jsonl`, `.json` (a list of rows, or JSON Lines), `.csv` or `.parquet` file,
-            `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read with the `datasets` library),
-            or rows in memory: dicts, a dict of columns, a `DataFrame`, a `Dataset`, or a dict of
-            any of these by split, such as a `DatasetDict`. Splits of it that aren't among the three
-            are left out with a warning.
+        source: A `.jsonl`, `.json` (a list of rows, an object of columns or of lists by split, or
+            JSON Lines), `.csv` or `.parquet` file, `hub:ID`, `hub:ID:CONFIG` or either with
+            `@REVISION` (read with the `datasets` library), or rows in memory: dicts, a dict of
+            columns, a `DataFrame`, a table of pyarrow, a `Dataset`, or a dict of any of these by
+            split, such as a `DatasetDict`. Splits of it that aren't among the three are left out
+            with a warning.
         name: The task's name; None is the file's stem.
         template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
             a row has.

@@ -56,7 +56,9 @@ class RoutedModel:
         from .load import load
 
         if config is not None:  # which the auto classes have put some arguments into
-            given |= _changed(config, cls.config_class.from_pretrained(place, **_where(given)))
+            where = _where(given)
+            plain = cls.config_class.from_pretrained(place, trust_remote_code=False, **where)
+            given |= _changed(config, plain)
         if others := sorted(n for n in given if n not in HANDED_ON and not n.startswith("_")):
             raise ConfigError(
                 f"A routed model can't be loaded with {', '.join(others)}; load the base with it, "

@@ -184,7 +184,7 @@ def test_two_that_work_at_one_time_leave_each_other_alone(tmp_path, monkeypatch)
         Expert.load,
         lambda place: Pool.open(place).experts[0],
         lambda place: Pool.open(place.parent).experts[0],
-        lambda place: finished_expert(place, {}, resume=True) or Expert.load(place),
+        lambda place: finished_expert(place, "example/base", {}, resume=True) or Expert.load(place),
     ],
     ids=["expert", "pool of one", "pool", "resumed"],
 )

@@ -114,7 +114,9 @@ def test_fifty_prompts_are_answered_as_by_our_own_model(
     assert len(by_rounding) <= PROMPTS // 10
     assert_same(got, wanted, but=by_rounding)
     base = our_answers(load_base("smollm2", dtype="float32").model, prompts[::5], TOKENS)
-    assert got.tokens[::5] != base.tokens  # that it was routed at all
+    some = Answers(got.tokens[::5], got.logprobs[::5], got.cached[::5])
+    with pytest.raises(AssertionError):  # it was routed at all; weak experts may change no token
+        assert_same(some, base, 0.01)
 
 
 def test_requests_share_the_prefix_cache_and_answers_stay_equal(

@@ -79,9 +79,7 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
     shares of tokens and sites (`gate_neutral`) or passages that routers would give to each expert.
     """
     found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
-    held = [(e.info.embedder, e.info.embedding_form, _width(e.embeddings)) for e in pool.experts]
-    ours = text.vectors is not None and (DEFAULT_EMBEDDER, PROMPT, text.vectors.shape[1])
-    if text.vectors is not None and len(pool) > 1 and {ours} == {*held}:
+    if text.vectors is not None and len(pool) > 1 and _are_like(pool, text.vectors):
         stored = embeddings_of(pool)
         best = best_of_each(text.vectors @ stored.rows.T, stored.owners, len(pool))
         found["retrieval_neutral"] = _shares(best)
@@ -90,8 +88,14 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
     return found
 
 
-def _width(embeddings: Tensor | None) -> int:
-    return 0 if embeddings is None else embeddings.shape[1]
+def _are_like(pool: Pool, vectors: Tensor) -> bool:
+    """True if all experts have embeddings made as `vectors` were, and of their length."""
+    return all(
+        (expert.info.embedder, expert.info.embedding_form) == (DEFAULT_EMBEDDER, PROMPT)
+        and expert.embeddings is not None
+        and expert.embeddings.shape[1] == vectors.shape[1]
+        for expert in pool.experts
+    )
 
 
 @torch.no_grad()

@@ -152,6 +152,7 @@ COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#B
 
 
 def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int, str]) -> Text:
+    """Text of (token, expert or None, bold) in the experts' colours, with a legend of `labels`."""
     text = Text()
     for token, expert, is_bold in tokens:
         style = "" if expert is None else expert_style(expert)

@@ -100,6 +100,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_text(text: str, what: str) -> None:
+    """Raise TaskError for a text with half a character; `what` names it."""
     half = half_character(text)
     if half is not None:
         raise TaskError(

@@ -73,6 +73,7 @@ def replicated(
 
 
 def run_replicas(*arguments: Any, **options: Any) -> None:
+    """Serve replicas, as `replicated` takes them, until a signal says to stop."""
     stopped = threading.Event()
     with replicated(*arguments, **options), handling_signals(lambda *_: stopped.set()):
         while not stopped.is_set():  # a long wait isn't ended by a signal on every platform

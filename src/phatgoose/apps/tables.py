@@ -22,6 +22,7 @@ from ..experts.pool import Pool
 
 
 def pool_table(pool: Pool) -> Table:
+    """A row for each expert: kind, sites, sizes, what it shares, and where it is."""
     table = Table(title=f"{len(pool)} experts for {pool.base.id}")
     for column in ("expert", "kind", "sites", "sizes", "shares", "folder"):
         table.add_column(column, overflow="fold", min_width=len(column))
@@ -59,6 +60,7 @@ AUDITED = {  # the signs of an audit that its table shows; --json has all
 
 
 def audit_table(report: Audit) -> Table:
+    """A row for each expert with its signs, then medians and limits."""
     table = Table(title=f"Audit of {len(report.experts)} experts; * is beyond the limit")
     limits = {name: limit.of(len(report.experts)) for name, limit in LIMITS.items()}
     shown = {name: title for name, title in AUDITED.items() if name in report.signs}
@@ -82,6 +84,7 @@ def _sign(value: float | None, limit: float) -> Text:
 
 
 def owner_table(listing: Listing) -> Table:
+    """A row for each adapter or expert of a Hub owner: whether it can be routed, or why not."""
     others = f"; {listing.others} other repositories" if listing.others else ""
     able = f"{len(listing.routable)} of {len(listing.found)} can be routed"
     table = Table(title=f"{able} on {listing.base or 'no base'}{others}")
@@ -101,6 +104,7 @@ def owner_table(listing: Listing) -> Table:
 
 
 def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
+    """A row for each pair of experts with a cosine of at least `threshold`."""
     table = Table(title=f"{len(pairs)} pairs with a cosine of {threshold:g} or more")
     for column in ("expert", "expert", "cosine", "files"):
         table.add_column(column, overflow="fold")
@@ -111,6 +115,7 @@ def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
 
 
 def scores_table(evaluation: Evaluation, title: str) -> Table:
+    """A row for each task, with its interval, then the mean."""
     table = Table(title=title)
     for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
         table.add_column(column, overflow="fold")
@@ -124,6 +129,7 @@ def scores_table(evaluation: Evaluation, title: str) -> Table:
 
 
 def means_table(comparison: Comparison) -> Table:
+    """A row for each method: its mean on each suite, with the interval."""
     columns = [f"{column} ({len(tasks)})" for column, tasks in comparison.columns.items()]
     title = f"mean score in %, [95 % interval]{_star(comparison)}"
     table = _table(title, "method", columns)
@@ -211,6 +217,7 @@ def _add(
 
 
 def routers_table(analysis: Analysis) -> Table:
+    """A row for each router and dataset: score, effective experts, and those most used."""
     table = Table(title=f"Routing of {len(analysis.experts)} experts")
     for column in ("router", "dataset", "score", "effective", "most used"):
         table.add_column(column, overflow="fold")

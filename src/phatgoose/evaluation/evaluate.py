@@ -489,11 +489,12 @@ def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
         correct = answer.text in accepted
         predictions.append(Prediction(answer.text, correct, answer.scores, marks, example.row))
     sample = _sample(chosen.metrics, predictions)
-    first, interval = sample.statistics[0], sample.interval()
+    first = sample.statistics[0]
     # Zeros and ones of one metric are a share of right answers. Nor does resampling say anything
     # where all answers are equally good: of all scores from 0 to 1, those of a share vary most.
     is_share = len(sample.metrics) == first.shape[1] == 1 and ((first == 0) | (first == 1)).all()
-    if is_share or interval.low == interval.high:
+    interval = None if is_share else sample.interval()
+    if interval is None or interval.low == interval.high:
         interval = wilson_interval(sample.score * sample.independent, sample.independent)
     return TaskScore(
         task=chosen.name,

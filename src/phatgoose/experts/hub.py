@@ -198,6 +198,7 @@ def _reported(what: str) -> Iterator[None]:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
+    """Without huggingface_hub's progress bars; afterwards they are as before."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:

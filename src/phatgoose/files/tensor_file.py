@@ -227,6 +227,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def is_finite(tensor: Tensor) -> bool:
+    """True if no number of `tensor` is infinite or NaN."""
     return all(
         # A finite sum, which is far cheaper, already shows it; a sum may also overflow.
         math.isfinite(part.sum()) or bool(torch.isfinite(part).all())

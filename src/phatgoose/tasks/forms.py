@@ -38,7 +38,7 @@ def in_our_form(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return {**row, **_chat(row["messages"], where)}
     if form == ("prompt", "completion"):
         prompt, completion = row["prompt"], row["completion"]
-        if not isinstance(prompt, list | tuple) and not hasattr(prompt, "tolist"):
+        if not isinstance(prompt, list | tuple):
             # What follows a prompt is set off by a space of ours.
             return stripped_answers({**row, "input": str(prompt), "target": str(completion)})
         return {**row, **_chat([*_turns(prompt, where), *_turns(completion, where)], where)}

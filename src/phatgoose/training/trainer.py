@@ -404,11 +404,13 @@ def fit(
     lengths = [train[index].length for index in order]
     bar = ProgressBar(label, lengths, training.batch_size, callback)
     reporting = reporters(training.report_to, label)
-    at_validations: list[TrainerCallback] = [ValidateLastStep()] if validation else []
-    if not validation:  # as for gates: transformers' own refuse to train without one
+    at_validations: list[TrainerCallback] = []
+    if validation:
+        at_validations.append(ValidateLastStep())
+        if training.patience is not None:
+            at_validations.append(StopsEarly(training.patience))
+    else:  # as for gates: transformers' own refuse to train without one
         callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
-    if validation and training.patience is not None:
-        at_validations.append(StopsEarly(training.patience))
     if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     trainer = PartialTrainer(

@@ -50,6 +50,7 @@ def inline_json(content: Any) -> str:
 
 
 def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
+    """The jinja2 `template` of `folder`, filled; values are escaped, missing ones refused."""
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -429,6 +430,7 @@ def file_names(routers: Iterable[str]) -> Iterator[str]:
 
 
 def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:
+    """The report of `analysis` as one HTML page that loads nothing else."""
     parts = sections_of(analysis, curves)
     findings = [
         (label_of(name), finding.message)

@@ -217,6 +217,7 @@ async def chat(request: Request) -> Response:
 
 @guarded_routes.post("/v1/responses", include_in_schema=False)
 async def no_responses() -> Response:
+    """Say what to use instead of OpenAI's newer protocol."""
     raise ApiError(
         404,
         "There is no /v1/responses here; send messages to /v1/chat/completions, or text to "

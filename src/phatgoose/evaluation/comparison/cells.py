@@ -297,9 +297,9 @@ class CellWorkshop:
                 dataset = self.datasets[cell.dataset]
                 if opened.model is not base.model:
                     return _score(opened, dataset, _asked(opened, dataset), self.known, None)
-                if cell.dataset not in asked:
-                    asked[cell.dataset] = _asked(opened, dataset)
-                return _score(opened, dataset, asked[cell.dataset], self.known, self.prompts)
+                if dataset.name not in asked:
+                    asked[dataset.name] = _asked(opened, dataset)
+                return _score(opened, dataset, asked[dataset.name], self.known, self.prompts)
 
             yield score
 

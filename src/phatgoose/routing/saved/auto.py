@@ -6,7 +6,6 @@ own class, routed, as `load` returns it; no code comes from the folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +54,8 @@ class RoutedModel:
 
         from .load import load
 
+        where: dict[str, Any] = {name: given[name] for name in WHERE if name in given}
         if config is not None:  # which the auto classes have put some arguments into
-            where = _where(given)
             plain = cls.config_class.from_pretrained(place, trust_remote_code=False, **where)
             given |= _changed(config, plain)
         if others := sorted(n for n in given if n not in HANDED_ON and not n.startswith("_")):
@@ -65,12 +64,8 @@ class RoutedModel:
                 f"and hand it over: phatgoose.load(folder, base)."
             )
         if not Path(place).is_dir():
-            place = snapshot_download(str(place), **_where(given))
+            place = snapshot_download(str(place), **where)
         return load(place, dtype=str(torch_dtype or dtype).removeprefix("torch."))
-
-
-def _where(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: given[name] for name in WHERE if name in given}
 
 
 def _changed(config: PretrainedConfig, plain: PretrainedConfig) -> dict[str, Any]:

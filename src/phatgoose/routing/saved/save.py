@@ -105,9 +105,7 @@ def save_pretrained(
 
 def is_ours(config: Path) -> bool:
     """True if `config` is that of a routed model, False also if it can't be read."""
-    with suppress(RoutingError, OSError):
-        return read_json_object(config, RoutingError).get("model_type") == MODEL_TYPE
-    return False
+    return bool(_said_in(config, "model_type") == MODEL_TYPE)
 
 
 def _check_base(model: PreTrainedModel, parts: Composition) -> None:
@@ -202,9 +200,13 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
 
 def is_encoder_decoder(folder: Path) -> bool:
     """What the config of the routed model in `folder` says; False without one."""
+    return bool(_said_in(folder / CONFIG, "is_encoder_decoder"))
+
+
+def _said_in(config: Path, name: str) -> Any:
     with suppress(RoutingError, OSError):
-        return bool(read_json_object(folder / CONFIG, RoutingError).get("is_encoder_decoder"))
-    return False
+        return read_json_object(config, RoutingError).get(name)
+    return None
 
 
 def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:

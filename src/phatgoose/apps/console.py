@@ -146,9 +146,10 @@ class PlainFormatter(logging.Formatter):
 
 # Tokens in the colours of their experts.
 
-# Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
-# colours, where each of them falls on another one.
-COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+# An expert has the colour of its place in the pool, in the terminal, the report and the server's
+# page. Paul Tol's "bright" ones, with a brown for his grey: colour-blind readers can tell them
+# apart, and so can terminals of 16 colours, where each of them falls on another one.
+COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#B25900")
 
 
 def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int, str]) -> Text:

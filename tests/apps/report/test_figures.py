@@ -5,17 +5,19 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
+from rich.color import Color, ColorSystem
 
 from phatgoose.analysis.measures import correlation
 from phatgoose.analysis.pool_sizes import PoolSizeCurve
+from phatgoose.apps.console import COLOURS
 from phatgoose.apps.report.figures import (
-    COLOURS,
     Point,
     dataset_matrix,
     divergence_scatter,
     heat_maps,
     pool_size_figure,
+    prompt_choices,
     svg_of,
     usage_bars,
     write_png,
@@ -98,6 +100,24 @@ def test_a_matrix_that_shows_few_has_room_for_all_that_are_ringed():
     assert rings == {(0, 0), (1, 1)}
 
 
+def test_an_expert_has_the_colour_of_its_place_in_the_pool_in_every_figure():
+    experts = ["a", "b", "c"]
+    panels = usage_bars(
+        {"one": np.array([0.2, 0.1, 0.7]), "other": np.array([0.3, 0.4, 0.3])}, experts
+    ).axes
+    assert labels_of(panels[0]) == ["c", "a", "b"]
+    wanted = [COLOURS[2].lower(), COLOURS[0].lower(), COLOURS[1].lower()]
+    for panel in panels:
+        assert [to_hex(bar.get_facecolor()) for bar in panel.patches] == wanted
+    weights = np.array([[0.1, 0.3, 0.6], [0.2, 0.1, 0.7], [0.5, 0.3, 0.2]])
+    (legend,) = prompt_choices({"reviews": weights}, experts).legends
+    colours = {
+        text.get_text(): to_hex(handle.get_facecolor()[0])
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    assert colours == {"c": wanted[0], "a": wanted[1]}
+
+
 def test_the_scatter_names_datasets_and_tells_the_correlation():
     points = [Point("a", 1.0, 0.5), Point("b", 2.0, 0.4), Point("c", 3.0, 0.45), Point("d", 4, 0.2)]
     found = correlation([p.divergence for p in points], [p.score for p in points])
@@ -149,18 +169,12 @@ DEFICIENCIES = {
 }
 
 
-EXPLORER = dict(re.findall(r"--tx-(c\d): (#\w+);", asset(EXPLORER_CSS)))  # of the dark scheme
-PALETTES = {
-    "figures": COLOURS,
-    "explorer, dark": tuple(EXPLORER.values()),
-    "explorer, light": (*list(EXPLORER.values())[:-1], "#882255"),
-}
-
-
-@pytest.mark.parametrize("palette", PALETTES)
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_colours_differ_for_colour_blind_readers(deficiency, palette):
-    matrix, colours = np.array(DEFICIENCIES[deficiency]), PALETTES[palette]
-    assert len(set(colours)) == 7
-    seen = [np.clip(matrix @ np.array(to_rgb(c)) ** 2.2, 0, 1) ** (1 / 2.2) for c in colours]
+def test_colours_differ_for_colour_blind_readers_and_plain_terminals(deficiency):
+    matrix = np.array(DEFICIENCIES[deficiency])
+    in_pages = re.findall(r"--tx-c\d: (#\w+);", asset(EXPLORER_CSS))
+    assert in_pages == [colour.lower() for colour in COLOURS]
+    plain = {Color.parse(colour).downgrade(ColorSystem.STANDARD).number for colour in COLOURS}
+    assert len(plain) == 7
+    seen = [np.clip(matrix @ np.array(to_rgb(c)) ** 2.2, 0, 1) ** (1 / 2.2) for c in COLOURS]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.12

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from browser import browser, page_at
@@ -133,6 +134,48 @@ def test_the_weights_are_those_of_the_trace(chromium, few):
             got = dict(zip(shown, weights(page), strict=True))
             wanted = {trace.experts[z]: row[z] for z in range(8) if row[z] > 0}
             assert got == pytest.approx(wanted, abs=1e-3)
+
+
+def test_an_expert_has_the_colour_of_its_place_in_the_pool_in_every_text(chromium, few):
+    names = make_analysis(8, layers=6).experts
+    with page_at(chromium, few) as page:
+        for text in range(len(DATASETS)):
+            page.locator("#trace").select_option(index=text)
+            for button in page.locator(".tx-legend button").all():
+                place = names.index(button.inner_text().split()[0])
+                colour = f"tx-c{place % 7} tx-p{place // 7}"
+                assert colour in button.locator("span").first.get_attribute("class")
+
+
+@pytest.fixture(scope="module")
+def by_prompt(tmp_path_factory):
+    """The report of a router that chooses one expert for a prompt, the same at every layer."""
+    analysis = make_analysis(3, layers=2)
+    router = analysis.routers["phatgoose"]
+    streams = [trace.streams[0] for traces in router.traces.values() for trace in traces]
+    for stream in streams:
+        stream.experts[:], stream.weights[:] = [1, 0], [255, 0]
+    for profile in router.distributions.values():
+        for sums in profile.sums.values():
+            for site in sums:
+                sums[site] = profile.tokens[site][:, None] * np.array([0.0, 1.0, 0.0])
+    choices = {d: np.tile([0.0, 1.0, 0.0], (5, 1)) for d in DATASETS}
+    router = replace(router, choices=choices, scores={})
+    analysis = replace(analysis, routers={"discriminant": router}, agreements={})
+    return write_report(analysis, tmp_path_factory.mktemp("by-prompt"))
+
+
+def test_a_router_by_prompt_has_no_picture_that_says_nothing_new(by_prompt):
+    page = by_prompt.read_text(encoding="utf-8")
+    assert "where prompts went" in page
+    assert re.findall(r'<svg role="img" aria-label="([^"]{8})', page) == ["Each exp"]  # usage
+    assert not list(by_prompt.parent.glob("figures/layers-*.png"))
+
+
+def test_where_all_layers_agree_there_is_none_to_choose(chromium, by_prompt, few):
+    for path, count in ((by_prompt, 0), (few, 2)):
+        with page_at(chromium, path) as page:
+            assert page.locator(".tx-controls label:visible").count() == count
 
 
 def test_the_keyboard_reaches_every_token(chromium, few):

@@ -3,8 +3,9 @@
 //   const explorer = new TokenExplorer(element, trace);   // trace: docs/analysis.md, "Traces"
 //   explorer.append({stream: 0, tokens, parts, experts, weights});   // more tokens, as they come
 //
-// Explorers that are given one Map as third argument show an expert in the same colour. An explorer
-// tells its element of another layer or kind with the event "view"; view() reads and sets both.
+// An expert's colour is that of its place in the third argument, an array of names that is the trace's
+// if it isn't given. An explorer tells its element of another layer or kind with the event "view";
+// view() reads and sets both. Where neither makes a difference, there is nothing to choose.
 //
 // Nothing but the DOM is needed. Only tokens whose look changes are touched, and all events are
 // handled by their container, so that texts of many hundreds of tokens stay quick.
@@ -18,7 +19,7 @@ class TokenExplorer {
   static LEGEND = 24; // experts in the legend at once
   static count = 0;
 
-  constructor(root, trace, slots = new Map()) {
+  constructor(root, trace, order = trace.experts) {
     this.root = root;
     this.experts = trace.experts;
     this.partNames = trace.parts;
@@ -31,8 +32,7 @@ class TokenExplorer {
       weights: TokenExplorer.bytes(stream.weights),
     }));
     this.id = `tx${TokenExplorer.count++}`;
-    this.slots = slots; // name of an expert -> its place in the order of colours, for good
-    this.streams.forEach((stream) => this.giveColours(stream, 0));
+    this.order = order;
     this.build();
     this.showStream(0);
   }
@@ -53,25 +53,23 @@ class TokenExplorer {
     return made;
   }
 
-  // Experts get colours by their weight in the whole text, so that they keep them in every view.
-  giveColours(stream, from) {
-    const sums = new Float64Array(this.experts.length);
-    const begin = from * stream.sites.length * stream.kept;
-    for (let i = begin; i < stream.experts.length; i++) sums[stream.experts[i]] += stream.weights[i];
-    [...sums.keys()]
-      .filter((z) => sums[z] > 0 && !this.slots.has(this.experts[z]))
-      .sort((a, b) => sums[b] - sums[a])
-      .forEach((z) => this.slots.set(this.experts[z], this.slots.size));
-  }
-
   look(expert) { // the classes of a token or a swatch
-    return expert < 0 ? "tx-none" : TokenExplorer.classes(this.slots.get(this.experts[expert]));
+    return expert < 0 ? "tx-none" : TokenExplorer.classes(this.experts[expert], this.order);
   }
 
-  static classes(slot) { // of a place in the order of colours
+  static classes(name, order) { // a name that `order` lacks comes to its end
     const {COLOURS, PATTERNS} = TokenExplorer;
-    if (slot >= COLOURS * PATTERNS) return "tx-rest";
-    return `tx-c${slot % COLOURS} tx-p${Math.floor(slot / COLOURS)}`;
+    if (!order.includes(name)) order.push(name);
+    const place = order.indexOf(name);
+    return `tx-c${place % COLOURS} tx-p${Math.floor(place / COLOURS) % PATTERNS}`;
+  }
+
+  // Whether all sites serve every token alike, as they do by a router that chooses for prompts.
+  static isFlat({sites, kept, experts, weights}) {
+    return weights.every((weight, i) => {
+      const first = i - (i % (sites.length * kept)) + (i % kept); // the same at the first site
+      return weight === weights[first] && (weight === 0 || experts[i] === experts[first]);
+    });
   }
 
   build() {
@@ -83,13 +81,11 @@ class TokenExplorer {
     this.layerChoice = make("input", {id: `${this.id}-layer`, type: "range", min: 0, value: 0});
     this.layerShown = make("output", {for: `${this.id}-layer`});
     this.kindChoice = make("select", {id: `${this.id}-kind`});
-    this.controls = make(
-      "div",
-      {class: "tx-controls"},
-      streamLabel,
+    this.viewChoices = [
       make("label", {for: `${this.id}-layer`, class: "tx-layer"}, "Layer ", this.layerChoice, this.layerShown),
       make("label", {for: `${this.id}-kind`}, "Kind of site ", this.kindChoice),
-    );
+    ];
+    this.controls = make("div", {class: "tx-controls"}, streamLabel, ...this.viewChoices);
     this.text = make("div", {
       class: "tx-text",
       role: "listbox",
@@ -159,7 +155,6 @@ class TokenExplorer {
     stream.parts.push(...more.parts);
     stream.experts = joined(stream.experts, TokenExplorer.words(more.experts));
     stream.weights = joined(stream.weights, TokenExplorer.bytes(more.weights));
-    this.giveColours(stream, from);
     if (stream === this.stream) {
       this.addTokens(from);
       this.showView();
@@ -197,6 +192,8 @@ class TokenExplorer {
   }
 
   showView() {
+    const flat = TokenExplorer.isFlat(this.stream);
+    this.viewChoices.forEach((label) => (label.hidden = flat));
     const layer = Number(this.layerChoice.value) - 1;
     const kind = this.kindChoice.value === "" ? -1 : Number(this.kindChoice.value);
     const name = layer < 0 ? "all" : this.stream.layers[layer];

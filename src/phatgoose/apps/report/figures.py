@@ -1,7 +1,7 @@
 """Figures of an analysis: which experts served which tokens, and how that goes with the scores.
 
-Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's and a wine red for
-routers, which differ in their markers too.
+Colours are safe for colour-blind readers: cividis for amounts, those of `console` for experts,
+which have them by their places in the pool, and for lines of pools.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import Measure, RoutingDistribution
 from ...errors import ConfigError
 from ...files.atomic import new_file
+from ..console import COLOURS
 
 try:
     import matplotlib
@@ -33,7 +34,6 @@ except ImportError as error:
     raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
 
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LONGEST_LABEL = 28  # characters of a line in a legend
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
@@ -54,6 +54,7 @@ STYLE = {
     "ytick.color": INK,
 }
 GREY: dict[str, Any] = {"color": "#8a8f94", "marker": "o"}
+MOST_NAMED = 7  # experts in a legend
 MOST_EXPERTS = 40  # more rows or columns than this are hard to read in a page
 
 Array = NDArray[np.float64]
@@ -123,9 +124,9 @@ def usage_bars(
     count = len(shown.labels)
     figure = Figure(figsize=(1.6 + 2.3 * len(shares), 0.9 + 0.16 * count), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False, sharex=True, sharey=True)[0]
-    for index, (panel, (name, values)) in enumerate(zip(panels, shares.items(), strict=True)):
-        bars = shown.of(values[:, None])[:, 0]
-        panel.barh(range(count), bars, color=COLOURS[index % len(COLOURS)], height=0.75)
+    colours = [look_of(z)["color"] for z in shown.rows]
+    for panel, (name, values) in zip(panels, shares.items(), strict=True):
+        panel.barh(range(count), shown.of(values), color=colours, height=0.75)
         panel.axvline(1 / len(experts), color=INK, linewidth=0.8, linestyle="--")
         panel.set_title(name, fontsize=10)
         panel.xaxis.set_major_formatter(PercentFormatter(1))
@@ -142,11 +143,11 @@ def prompt_choices(choices: Mapping[str, Array], experts: Sequence[str]) -> Figu
     """A point for each prompt: its dataset, its first expert, and how clear the choice was.
 
     `choices` [prompts, E] are weights by dataset. Across is the first expert's weight less the
-    second's. The experts that are first most often have colours, the others are grey.
+    second's. The experts that are first most often are named, the others are grey.
     """
     every = np.concatenate([each.argmax(1) for each in choices.values()])
     counts = np.bincount(every, minlength=len(experts))
-    coloured = heaviest(counts, len(COLOURS))
+    named = heaviest(counts, MOST_NAMED)
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(choices)), layout="constrained")
     panel = figure.subplots()
     spread = np.random.default_rng(0)  # up and down, so that equal margins are seen apart
@@ -154,13 +155,14 @@ def prompt_choices(choices: Mapping[str, Array], experts: Sequence[str]) -> Figu
         clear = margins(weights)
         height = row + spread.uniform(-0.3, 0.3, len(weights))
         first = weights.argmax(1)
-        for place, z in enumerate([*coloured, None]):
-            here = first == z if z is not None else ~np.isin(first, coloured)
-            style = {"color": COLOURS[place], "marker": MARKERS[place]} if z is not None else {}
-            panel.scatter(clear[here], height[here], s=16, linewidths=0, **(style or GREY))
-    for place, z in enumerate(coloured):
-        panel.scatter([], [], color=COLOURS[place], marker=MARKERS[place], label=experts[z])
-    if np.count_nonzero(counts) > len(coloured):
+        for here, look in (
+            *((first == z, look_of(z)) for z in named),
+            (~np.isin(first, named), GREY),
+        ):
+            panel.scatter(clear[here], height[here], s=16, linewidths=0, **look)
+    for z in named:
+        panel.scatter([], [], **look_of(z), label=experts[z])
+    if np.count_nonzero(counts) > len(named):
         panel.scatter([], [], **GREY, label="others")
     panel.set_yticks(range(len(choices)), list(choices))
     panel.set_ylim(len(choices) - 0.5, -0.5)
@@ -225,10 +227,9 @@ def divergence_scatter(
     """Score against KL(router ‖ Oracle), a point per dataset, a panel per router."""
     figure = Figure(figsize=(0.6 + 3.1 * len(points), 3.2), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
-    for index, (panel, (router, datasets)) in enumerate(zip(panels, points.items(), strict=True)):
+    for panel, (router, datasets) in zip(panels, points.items(), strict=True):
         x, y = [p.divergence for p in datasets], [100 * p.score for p in datasets]
-        colour = COLOURS[index % len(COLOURS)]
-        panel.scatter(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], s=36)
+        panel.scatter(x, y, color=INK, s=36)
         for point, across, up in zip(datasets, x, y, strict=True):
             right = across > (min(x) + max(x)) / 2
             panel.annotate(
@@ -246,6 +247,12 @@ def divergence_scatter(
     return figure
 
 
+def look_of(place: int) -> dict[str, Any]:
+    """Colour and marker of the expert, or curve, at this place: 49 differ in one of the two."""
+    count = len(COLOURS)
+    return {"color": COLOURS[place % count], "marker": MARKERS[(place + place // count) % count]}
+
+
 def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -257,15 +264,15 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     panel = figure.subplots()
     counts = {len(curve.datasets) for curve in curves}
     for index, curve in enumerate(curves):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        look = look_of(index)
         sizes = list(curve.scores)
         means = [100 * float(np.mean(curve.scores[size])) for size in sizes]
         label = curve.label if len(counts) == 1 else f"{curve.label} ({len(curve.datasets)})"
         label = textwrap.fill(label, LONGEST_LABEL)
-        panel.plot(sizes, means, color=colour, marker=marker, label=label)
+        panel.plot(sizes, means, **look, label=label)
         for size in sizes:
             pools = [100 * score for score in curve.scores[size]]
-            panel.plot([size] * len(pools), pools, marker, color=colour, alpha=0.35, markersize=4)
+            panel.plot([size] * len(pools), pools, **look, linestyle="", alpha=0.35, markersize=4)
     every_size = sorted({size for curve in curves for size in curve.scores})
     panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
     panel.set_xlabel("experts in the pool")

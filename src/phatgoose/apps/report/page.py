@@ -155,9 +155,10 @@ def _prompts(analysis: Analysis) -> Section | None:
             rows.append([dataset, str(len(weights)), went, f"{np.median(margins(weights)):.2f}"])
         header = ["dataset", "prompts", "most often first", "median margin"]
         tables.append(Table(f"{label_of(name)}: where prompts went", header, rows))
-        caption = f"{label_of(name)}: a point per prompt, by its first expert and its margin."
-        figure = draw.prompt_choices(router.choices, analysis.experts)
-        figures.append(PageFigure.of(figure, f"prompts-{len(figures)}", caption))
+        if np.ptp(np.concatenate([margins(each) for each in router.choices.values()])) > 1e-6:
+            caption = f"{label_of(name)}: a point per prompt, by its first expert and its margin."
+            figure = draw.prompt_choices(router.choices, analysis.experts)
+            figures.append(PageFigure.of(figure, f"prompts-{len(figures)}", caption))
     if not tables:
         return None
     return Section("prompts", "Which prompts went where", tables=tables, figures=figures)
@@ -334,14 +335,17 @@ def _divergences(analysis: Analysis) -> Section | None:
     return Section("divergence", "How far from Oracle", [text], [table], figures)
 
 
-def _datasets(analysis: Analysis) -> Section:
+def _datasets(analysis: Analysis) -> Section | None:
     figures: list[PageFigure] = []
     tables: list[Table] = []
+    varied = _varied(analysis)  # the others' table of prompts has these shares already
     for index, (name, router) in enumerate(analysis.routers.items()):
-        figure = draw.dataset_matrix(router.by_dataset(), analysis.experts, oracle=analysis.oracle)
-        ring = " A ring marks Oracle's expert." if analysis.oracle else ""
-        caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
-        figures.append(PageFigure.of(figure, f"datasets-{index}", caption))
+        if name in varied:
+            shares = router.by_dataset()
+            figure = draw.dataset_matrix(shares, analysis.experts, oracle=analysis.oracle)
+            ring = " A ring marks Oracle's expert." if analysis.oracle else ""
+            caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
+            figures.append(PageFigure.of(figure, f"datasets-{index}", caption))
         if len(analysis.datasets) > 1:
             rows = [
                 [dataset, *(f"{value:.2f}" for value in row)]
@@ -351,6 +355,8 @@ def _datasets(analysis: Analysis) -> Section:
                 f"{label_of(name)}: overlap of the distributions of two datasets (1: the same)"
             )
             tables.append(Table(caption, ["", *analysis.datasets], rows))
+    if not (figures or tables):
+        return None
     return Section("datasets", "Datasets beside each other", tables=tables, figures=figures)
 
 
@@ -404,17 +410,19 @@ def write_report(
         for name in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
             for old in (folder / FIGURES).glob(f"{name}.png"):
                 old.unlink()
+        varied = _varied(analysis)
         names = file_names(analysis.routers)
-        for name, router in zip(names, analysis.routers.values(), strict=True):
-            layers = draw.heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
-            draw.write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
+        for file, (name, router) in zip(names, analysis.routers.items(), strict=True):
+            if name in varied:
+                layers = draw.heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
+                draw.write_png(layers, folder / FIGURES / f"{LAYERS}-{file}.png")
             shares = router.by_dataset()
             matrix = draw.dataset_matrix(
                 shares, analysis.experts, oracle=analysis.oracle, most=everyone
             )
-            draw.write_png(matrix, folder / FIGURES / f"{DATASETS}-{name}.png")
+            draw.write_png(matrix, folder / FIGURES / f"{DATASETS}-{file}.png")
             bars = draw.usage_bars(shares, analysis.experts, most=everyone)
-            draw.write_png(bars, folder / FIGURES / f"{USAGE}-{name}.png")
+            draw.write_png(bars, folder / FIGURES / f"{USAGE}-{file}.png")
         if curves:
             draw.write_png(draw.pool_size_figure(curves), folder / FIGURES / f"{POOL_SIZES}.png")
     except OSError as error:

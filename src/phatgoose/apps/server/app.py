@@ -45,12 +45,7 @@ def _allowed(content: str) -> str:
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
 ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
 SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
-EXAMPLES = (  # of prompts, on the page
-    "Was this guest pleased? 'The room was cold and nobody came.'",
-    "Write one sentence with the words dog, ball and park.",
-    "What is the capital of France?",
-)
-PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT, examples=EXAMPLES)
+PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT)
 HEADERS = {
     "Content-Security-Policy": (
         f"default-src 'none'; script-src {_allowed(SCRIPT)}; style-src {_allowed(CSS)}; "

@@ -43,9 +43,9 @@ class Api {
 
 // One answer: its routing's settings above, its tokens below.
 class Pane {
-  constructor(root, slots) {
+  constructor(root, order) {
     this.root = root;
-    this.slots = slots;
+    this.order = order;
     this.find = (name) => root.querySelector(`.${name}`);
     ROUTERS.forEach((name) => this.find("router").append(new Option(name || "as served", name)));
     this.explorer = null;
@@ -97,7 +97,7 @@ class Pane {
     if (routing.trace) {
       this.find("plain").hidden = true;
       const before = this.wanted;
-      this.explorer = new TokenExplorer(this.find("explorer"), routing.trace, this.slots);
+      this.explorer = new TokenExplorer(this.find("explorer"), routing.trace, this.order);
       if (before) this.explorer.view(before);
     }
     for (const more of routing.more ?? []) this.explorer.append(more);
@@ -108,9 +108,8 @@ class Pane {
     const bar = this.find("who");
     bar.hidden = !entries.length;
     bar.replaceChildren(...entries.map(([name, share]) => {
-      if (!this.slots.has(name)) this.slots.set(name, this.slots.size);
       const part = document.createElement("span");
-      part.className = TokenExplorer.classes(this.slots.get(name));
+      part.className = TokenExplorer.classes(name, this.order);
       part.style.flex = `${share} 1 0`;
       part.textContent = part.title = `${name} ${Math.round(100 * share)} %`;
       return part;
@@ -128,8 +127,8 @@ class Page {
     this.api = new Api();
     this.models = [];
     this.answers = 0; // finished since the page was opened
-    const slots = new Map();
-    this.panes = ["a", "b"].map((side) => new Pane(at(`pane-${side}`), slots));
+    this.order = []; // of the experts' colours
+    this.panes = ["a", "b"].map((side) => new Pane(at(`pane-${side}`), this.order));
     this.panes.forEach((pane, i) => {
       pane.find("explorer").addEventListener("view", (event) => {
         this.panes.forEach((each, j) => (i === j ? (each.wanted = event.detail) : each.view(event.detail)));
@@ -142,16 +141,13 @@ class Page {
     at("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
     });
-    document.querySelectorAll(".examples button").forEach((button) => {
-      button.addEventListener("click", () => {
-        at("prompt").value = button.textContent;
-        at("prompt").focus();
-      });
-    });
     at("stop").addEventListener("click", () => this.running?.abort());
     at("compare").addEventListener("change", () => this.arrange());
     at("model").addEventListener("change", () => this.choose());
-    at("unlock").addEventListener("click", () => this.unlock());
+    at("key").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.unlock();
+    });
     this.open();
   }
 
@@ -165,6 +161,7 @@ class Page {
     }
     at("key").hidden = true;
     this.complain("");
+    this.order.push(...new Set(this.models.flatMap((model) => model.experts)));
     at("model").replaceChildren(...this.models.map((model) => new Option(model.id, model.id)));
     this.choose();
   }

@@ -94,10 +94,11 @@ def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_name
 
 def test_a_revision_that_is_none_is_refused_unless_the_base_is_given(adapter, llama, tmp_path):
     adapter = shutil.copytree(adapter, tmp_path / "reviews")
-    set_config(adapter, revision=["v2"])
-    for read in (base_named_in, lambda folder: Expert.from_peft(folder, {})):
-        with pytest.raises(ExpertError, match=r"names revision \['v2'\] of its base"):
-            read(adapter)
+    for odd in (["v2"], "../v2"):
+        set_config(adapter, revision=odd)
+        for read in (base_named_in, lambda folder: Expert.from_peft(folder, {})):
+            with pytest.raises(ExpertError, match=re.escape(f"names revision {odd!r} of its base")):
+                read(adapter)
     assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
 
 
@@ -362,6 +363,7 @@ def test_names_that_could_leave_a_folder_or_break_a_card_are_refused(adapter, na
         ("base", "tiny", "not a valid description"),
         ("base", {"id": 5}, "base.id is 5"),
         ("base", {"id": "tiny", "fingerprint": 5}, "base.fingerprint is 5"),
+        ("base", {"id": "me/base", "revision": "../../up"}, "revision is '../../up'"),
         ("adapter_sha256", None, "adapter_sha256 is None"),
         ("vectors_sha256", 5, "vectors_sha256 is 5"),
         ("task", [], "task is []"),

@@ -48,7 +48,12 @@ def test_references_are_read_and_written_again(text, wanted):
 
 
 @pytest.mark.parametrize(
-    "text", ["hub:", "hub:me", "hub:me/", "hub:me/x@", "hub:me/x/../y", "hub:me/x/.y", "a b/c", ""]
+    "text",
+    [
+        *("hub:", "hub:me", "hub:me/", "hub:me/x@", "hub:me/x/../y", "hub:me/x/.y", "a b/c", ""),
+        *("hub:me/x@../../../../../dev/zero", "hub:me/x@a/../b", "hub:me/x@/dev/zero"),
+        *("hub:me/x@-v", "hub:me/x@a`b", "hub:../x"),
+    ],
 )
 def test_what_is_no_reference_is_refused_with_the_form(text):
     with pytest.raises(ExpertError, match="hub:OWNER/NAME"):

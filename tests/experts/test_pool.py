@@ -266,6 +266,13 @@ def test_a_bad_manifest_is_refused_with_the_reason(tmp_path, content, complaint)
     assert message.isprintable()
 
 
+def test_a_revision_that_leads_out_of_the_hub_s_cache_is_refused(tmp_path):
+    """huggingface_hub would read the file at its end, such as a device that never ends."""
+    listed = listing({"path": "hub:me/x@../../../../../dev/zero"})
+    message = complaint_about(write_manifest(tmp_path / "pool.json", listed), ExpertError)
+    assert "no reference to the Hub" in message
+
+
 def test_a_manifest_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "pool.json").write_text("{")
     complaint = complaint_about(tmp_path / "pool.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import WrongBaseError
+from ..files.strict import shortened
 from .sites import parameters_of
 
 # Enough to distinguish two trainings of one architecture, few enough to hash in a second.
@@ -31,13 +33,27 @@ CONFIG_FIELDS = (
 )
 
 
+STEP = r"\w[\w+-]*(\.[\w+-]+)*"
+# A branch, tag or commit. huggingface_hub makes a path of it, so none may lead anywhere else.
+REVISION = re.compile(rf"{STEP}(/{STEP})*", re.ASCII)
+
+
 @dataclass(frozen=True)
 class BaseReference:
-    """Which base model something belongs to; `fingerprint` None means it was never recorded."""
+    """Which base model something belongs to; `fingerprint` None means it was never recorded.
+
+    Raises ValueError for a revision that can be none.
+    """
 
     id: str
     revision: str | None = None
     fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.revision, str) and not REVISION.fullmatch(self.revision):
+            raise ValueError(
+                f"revision is {shortened(self.revision)}, which is no branch, tag or commit"
+            )
 
 
 def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the experts") -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.active_tokens import ActsOn
-from ..base.fingerprint import BaseReference
+from ..base.fingerprint import REVISION, BaseReference
 from ..base.loading import Base, closest_beside
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
@@ -176,7 +176,7 @@ def read_info(path: Path) -> ExpertInfo:
         raise ExpertError(
             f"{path.parent} is no expert directory: {path.name} is missing.{hint}"
         ) from error
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ExpertError(
             f"{path} is not a valid description of an expert: {one_line(error)}."
         ) from error
@@ -430,13 +430,13 @@ def base_named_in(directory: Path) -> BaseReference | None:
 
 def named_revision(config: Mapping[str, Any]) -> str | None:
     """The revision of its base that an adapter names, None without one. Raises ExpertError."""
-    named = config.get("revision")
-    if named is not None and not (isinstance(named, str) and named.isprintable()):
+    named = config.get("revision") or None
+    if named is not None and not (isinstance(named, str) and REVISION.fullmatch(named)):
         raise ExpertError(
             f"The adapter names revision {shortened(named)} of its base, but a revision is a "
             f"branch, a tag or a commit; name the base with --base."
         )
-    return named or None
+    return named
 
 
 def _adapter_base(directory: Path) -> BaseReference | None:

@@ -22,6 +22,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
+from ..base.fingerprint import REVISION
 from ..base.loading import is_hub_id
 from ..errors import ExpertError
 from ..files.atomic import new_directory, require_free
@@ -32,7 +33,9 @@ from .signing import sign as sign_expert
 
 PREFIX = "hub:"
 REFERENCE = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)(@(?P<revision>[^@\s]+))?"
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)"
+    rf"(@(?P<revision>{REVISION.pattern}))?",
+    re.ASCII,
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -1,13 +1,17 @@
 """Handing a pool over: the folder that starts an engine and the gateway."""
 
+import os
 import shlex
+import subprocess
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from command_line import refused
 from phatgoose.apps import deploy as module
 from phatgoose.apps.deploy import RANKS, deploy
+from phatgoose.base.fingerprint import BaseReference
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from tiny import write_expert
@@ -15,7 +19,13 @@ from tiny import write_expert
 
 @pytest.fixture
 def pool(pool_of):
-    return pool_of("llama")
+    return on_base(pool_of("llama"), "me/base")
+
+
+def on_base(pool, named):
+    """The experts of `pool` where their files name the base `named`."""
+    base = BaseReference(named)
+    return Pool(tuple(replace(e, info=replace(e.info, base=base)) for e in pool.experts))
 
 
 @pytest.fixture
@@ -33,13 +43,13 @@ def value_of(command, flag):
     return command[command.index(flag) + 1]
 
 
-def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, tmp_path):
-    done = deploy(pool, "vllm", tmp_path / "out")
+def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, llama, tmp_path):
+    done = deploy(pool, "vllm", tmp_path / "out", llama.id)
     command = command_in(tmp_path / "out" / "engine.sh")
     assert command[:3] == ["vllm", "serve", "base"]
     assert (done.rank, value_of(command, "--max-lora-rank")) == (4, "8")
     at = command.index("--lora-modules")
-    assert command[at + 1 :] == [f"{name}=experts/{name}" for name in pool.names]
+    assert command[at + 1 : -3] == [f"{name}=experts/{name}" for name in pool.names]
     handed = Pool.open(tmp_path / "out" / "experts")
     assert [e.info.adapter_sha256 for e in handed.experts] == [
         e.info.adapter_sha256 for e in pool.experts
@@ -51,26 +61,91 @@ def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, tmp_path)
     assert value_of(gateway, "--base") == "base"
 
 
-def test_links_out_of_an_expert_s_folder_are_not_followed(llama, tmp_path):
-    expert = write_expert(llama, tmp_path / "pool", "e")
+def test_an_expert_s_own_files_are_handed_over_and_no_others(llama, tmp_path):
+    pool = on_base(Pool.open(write_expert(llama, tmp_path / "pool", "e")), "me/base")
+    folder = pool["e"].directory
     (tmp_path / "secret.txt").write_text("of this machine")
-    (expert.directory / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ConfigError, match=r"notes\.txt is a symbolic link that leads out"):
-        deploy(Pool.open(expert), "vllm", tmp_path / "out")
+    (folder / "evil.py").write_text("raise SystemExit")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    deploy(pool, "vllm", tmp_path / "out")
+    handed = {path.name for path in (tmp_path / "out" / "experts" / "e").iterdir()}
+    assert handed == {path.name for path in folder.iterdir()} - {"evil.py", "notes.txt"}
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ConfigError, match=r"README\.md is a symbolic link that leads out"):
+        deploy(pool, "vllm", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *("--tool-parser-plugin=experts/e0/evil.py", "-c", "/home/me/.ssh", "../up", "a/../b", ""),
+        *("${HOME}/x", "$(id)", "me/base;id", "me/base --flag", "me/base\nFROM evil", "a/b/c"),
+    ],
+)
+def test_a_base_that_is_named_by_an_expert_is_a_hub_id_and_nothing_else(pool, tmp_path, named):
+    with pytest.raises(ConfigError, match=r"no Hub id.* --base FOLDER"):
+        deploy(on_base(pool, named), "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
+    pool, tmp_path, monkeypatch
+):
+    (tmp_path / "me" / "base").mkdir(parents=True)
+    (tmp_path / "me" / "base" / "key").write_text("of this machine")
+    monkeypatch.chdir(tmp_path)
+    assert not deploy(pool, "vllm", tmp_path / "out").own_base
+    assert deploy(pool, "vllm", tmp_path / "named", "me/base").own_base
+    assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
+
+
+RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" >> "$RECORD"\n'
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp", "ollama"])
+def test_the_scripts_start_what_they_name_with_what_their_caller_adds(
+    pool, tmp_path, engine, no_converters
+):
+    deploy(pool, engine, tmp_path / "out")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("vllm", "python", "llama-server", "ollama", "phatgoose"):
+        (programs / name).write_text(RECORDING)
+        (programs / name).chmod(0o755)
+    record = tmp_path / "record"
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+
+    def started(script):
+        record.unlink(missing_ok=True)
+        command = [tmp_path / "out" / script, "--seed", "two words"]
+        subprocess.run(command, env={"PATH": path, "RECORD": str(record)}, check=True, timeout=60)
+        return record.read_text().splitlines()
+
+    program, *arguments = started("engine.sh")
+    assert arguments[-2:] == ["--seed", "two words"]
+    if engine == "ollama":
+        assert (program, arguments[:4]) == ("ollama", ["create", "e0", "-f", "Modelfile.e0"])
+        return
+    assert program == {"sglang": "python", "llama.cpp": "llama-server"}.get(engine, engine)
+    assert value_of(arguments, "--host") == "127.0.0.1"
+    program, *arguments = started("gateway.sh")
+    assert (program, arguments[:2]) == ("phatgoose", ["serve", "experts"])
+    assert arguments[-2:] == ["--seed", "two words"]
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (9, 16), (33, 64), (80, 128)])
 def test_ranks_are_rounded_up(llama, tmp_path, rank, allowed):
     expert = write_expert(llama, tmp_path, "e", rank=rank)
-    deploy(Pool.open(expert), "vllm", tmp_path / "out")
+    deploy(Pool.open(expert), "vllm", tmp_path / "out", llama.id)
     assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--max-lora-rank") == str(allowed)
     assert allowed in RANKS
 
 
 @pytest.mark.parametrize("engine", ["sglang", "llama.cpp", "ollama"])
-def test_the_others_get_their_commands(pool, tmp_path, engine, no_converters):
-    done = deploy(pool, engine, tmp_path / "out")
+def test_the_others_get_their_commands(pool, llama, tmp_path, engine, no_converters):
+    done = deploy(pool, engine, tmp_path / "out", llama.id)
     script = (tmp_path / "out" / "engine.sh").read_text()
     assert all(name in script for name in pool.names)
     told = (tmp_path / "out" / "README.md").read_text()
@@ -92,11 +167,11 @@ def test_the_others_get_their_commands(pool, tmp_path, engine, no_converters):
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
 def test_the_compose_file_has_engine_and_gateway(pool, tmp_path, engine, no_converters):
-    import yaml
-
-    deploy(pool, engine, tmp_path / "out")
+    deploy(pool, engine, tmp_path / "out", "/models/${HOME}")
     services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
     command = services["engine"]["command"]
+    if engine != "llama.cpp":  # which reads a file made of the base
+        assert "/models/$${HOME}" in command  # "$$" is docker compose's "$"
     assert value_of(command, "--host") == "0.0.0.0"
     assert command.count("--host") == 1
     assert "ports" not in services["engine"]
@@ -136,12 +211,14 @@ def test_a_pool_that_the_gateway_can_t_choose_by_is_warned_of(pool, tmp_path):
         deploy(bare, "vllm", tmp_path / "out")
 
 
-def test_the_command_hands_over_and_refuses_what_is_for_one_mixture(pool, tmp_path, phat):
+def test_the_command_hands_over_and_refuses_what_is_for_one_mixture(pool, llama, tmp_path, phat):
     place = pool.experts[0].directory.parent
-    outcome = phat("export", place, "--engine", "vllm", "--out", tmp_path / "out")
+    given = ("export", place, "--engine", "vllm", "--out", tmp_path / "out")
+    refused(phat(*given), f"base by {llama.id!r}")
+    outcome = phat(*given, "--base", llama.id)
     assert (outcome.code, outcome.err) == (0, "")
     assert "4 experts of rank 4 or less for vllm" in outcome.out
-    refused(phat("export", place, "--engine", "vllm", "--out", tmp_path / "out"), "exists")
+    refused(phat(*given), "exists")
     other = ("--out", tmp_path / "other")
     refused(phat("export", place, "--engine", "tgi", *other), "must be one of vllm")
     refused(phat("export", place, "--engine", "vllm", "--merged", *other), "leave out --merged")

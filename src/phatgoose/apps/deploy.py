@@ -7,7 +7,6 @@ For llama.cpp and Ollama they are converted by llama.cpp's own programs, where t
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -19,12 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base.loading import SMOLLM2, smollm2_folder
+import yaml  # type: ignore[import-untyped]
+
+from ..base.loading import SMOLLM2, is_hub_id, smollm2_folder
 from ..errors import ConfigError, EngineError
 from ..experts.adapter import adapter_files
+from ..experts.expert import expert_files
 from ..experts.pool import Pool
 from ..files.atomic import new_directory, write_text
-from ..files.strict import one_line, read_json_object, regular_file
+from ..files.strict import one_line, read_json_object, regular_file, shortened
 from ..routing.routers.automatic import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows
@@ -63,22 +65,27 @@ def deploy(
 ) -> Deployment:
     """Write a folder with the experts of `pool`, and what starts `engine` and the gateway.
 
-    `base` is what the engine loads, None the pool's own; `outtype` the type of its GGUF file.
-    Warns where the experts share nothing that the gateway could choose by.
-    Raises ConfigError for an unknown engine, for experts that it can't apply and when `out` can't
-    be written, EngineError when a converter fails.
+    `base` is what the engine loads, None the Hub id that the experts name; `outtype` the type of
+    its GGUF file. Warns where the experts share nothing that the gateway could choose by.
+    Raises ConfigError for an unknown engine, for experts that it can't apply, without `base` for
+    those that name theirs otherwise, and when `out` can't be written, EngineError when a converter
+    fails.
     """
     if engine not in WRITERS:
         raise ConfigError(f"--engine is {engine!r}, but must be one of {', '.join(WRITERS)}.")
+    named = base or pool.base.id
+    if base is None and not is_hub_id(named):  # an expert may come from anyone, and say anything
+        raise ConfigError(
+            f"The experts name their base by {shortened(named)}, which is no Hub id (OWNER/NAME); "
+            f"give what {engine} is to load: --base FOLDER."
+        )
     rank = max(_rank_of(pool, name, engine) for name in pool.names)
     with new_directory(out, ConfigError) as work:
         for each in pool.experts:
-            # An expert may come from anyone: links out of its folder are refused.
-            files = [regular_file(p, ConfigError) for p in each.directory.iterdir() if p.is_file()]
-            _copy(files, work / "experts" / each.name)
-        named = base or pool.base.id
+            there = [path for name in expert_files() if (path := each.directory / name).is_file()]
+            _copy([regular_file(p, ConfigError) for p in there], work / "experts" / each.name)
         source = smollm2_folder() if named == SMOLLM2 else Path(named)
-        own_base = named == SMOLLM2 or source.is_dir()
+        own_base = named == SMOLLM2 or (base is not None and source.is_dir())
         if own_base:
             _copy([path for path in source.iterdir() if path.is_file()], work / "base")
         base = "base" if own_base else named
@@ -135,7 +142,7 @@ def _vllm(found: Deployment, work: Path) -> None:
 def _sglang(found: Deployment, work: Path) -> None:
     paths = [f"{name}=experts/{name}" for name in found.experts]
     command = ["python", "-m", "sglang.launch_server", "--model-path", found.base]
-    command += ["--port", str(ENGINE_PORT), "--host", "127.0.0.1", "--enable-lora"]
+    command += ["--port", str(ENGINE_PORT), "--enable-lora"]
     command += ["--max-loras-per-batch", str(min(len(paths), MOST_AT_ONCE))]
     command += ["--lora-paths", *paths]
     found.notes.append(NOT_RUN)
@@ -158,7 +165,7 @@ def _ollama(found: Deployment, work: Path) -> None:
     for name in found.experts:
         content = f"FROM ./{BASE_FILE}\nADAPTER ./gguf/{name}.gguf\n"
         _write(work / f"Modelfile.{name}", content)
-        lines.append(shlex.join(["ollama", "create", name, "-f", f"Modelfile.{name}"]))
+        lines.append(_command(["ollama", "create", name, "-f", f"Modelfile.{name}"]))
     found.notes.append(NOT_RUN)
     found.notes.append("Ollama has one adapter a model, and no gateway chooses among them.")
     _script(work / "engine.sh", lines)
@@ -176,17 +183,16 @@ def _start(
     found: Deployment, work: Path, command: Sequence[str], *, image: str, arguments: Sequence[str]
 ) -> None:
     """The scripts that start engine and gateway, and a compose file for both."""
-    _script(work / "engine.sh", [f"exec {shlex.join(command)}"])
+    _script(work / "engine.sh", [f"exec {_command([*command, '--host', '127.0.0.1'])}"])
     upstream = f"http://127.0.0.1:{ENGINE_PORT}"
     gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT)]
     gateway += ["--upstream", upstream, "--upstream-kind", found.engine, "--upstream-wait", "600"]
     gateway += ["--base", found.base] if found.own_base else []
-    _script(work / "gateway.sh", [f"exec {shlex.join(gateway)}"])
+    _script(work / "gateway.sh", [f"exec {_command(gateway)}"])
     _write(work / "compose.yaml", _compose(found, image, arguments))
 
 
 def _compose(found: Deployment, image: str, arguments: Sequence[str]) -> str:
-    engine = [*_without(arguments, "--host"), "--host", "0.0.0.0"]
     gateway = ["/deploy/experts", "--upstream", f"http://engine:{ENGINE_PORT}"]
     gateway += ["--upstream-kind", found.engine, "--upstream-wait", "600"]
     gateway += ["--base", "/deploy/base"] if found.own_base else []
@@ -196,7 +202,7 @@ def _compose(found: Deployment, image: str, arguments: Sequence[str]) -> str:
         "engine": {
             "image": image,
             "working_dir": "/deploy",
-            "command": engine,
+            "command": [*arguments, "--host", "0.0.0.0"],
             "volumes": ["./:/deploy:ro", "cache:/root/.cache"],
             **({"deploy": {"resources": {"reservations": {"devices": [reserved]}}}} if gpu else {}),
         },
@@ -209,17 +215,9 @@ def _compose(found: Deployment, image: str, arguments: Sequence[str]) -> str:
             "depends_on": ["engine"],
         },
     }
-    # JSON is YAML, and needs no quoting of ours.
     content = {"services": services, "volumes": {"cache": {}, "goose": {}}}
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    found = list(arguments)
-    if flag in found:
-        at = found.index(flag)
-        del found[at : at + 2]
-    return found
+    # Docker compose replaces $NAME in all texts.
+    return str(yaml.safe_dump(content, sort_keys=False)).replace("$", "$$")
 
 
 def converters() -> Path | None:
@@ -278,6 +276,11 @@ def _run(command: Sequence[str], folder: Path) -> None:
         raise EngineError(
             f"{Path(command[1]).name} failed: {one_line(last[0])}. It needs {INSTALL}."
         )
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """These arguments and the script's own, for the shell."""
+    return f'{shlex.join(arguments)} "$@"'
 
 
 def _script(path: Path, lines: Sequence[str]) -> None:

@@ -222,7 +222,7 @@ def being_replaced(folder: Path) -> list[Path]:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give `folder` and all in it the permissions that new files usually have."""
+    """Give `folder` and all in it the permissions that new files, or programs, usually have."""
     for path in (folder, *folder.rglob("*")):
         _give_default_mode(path)
 
@@ -231,7 +231,7 @@ def _give_default_mode(path: Path) -> None:
     # The mask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    path.chmod((0o777 if os.access(path, os.X_OK) else 0o666) & ~mask)
 
 
 def _remove(path: Path, target: Path) -> None:

@@ -9,9 +9,10 @@ import shutil
 import pytest
 
 from links import KEPT
-from paths import GOLDEN
+from paths import GOLDEN, GOLDENS
 from phatgoose.errors import EvaluationError, ExpertError, RoutingError
 from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
@@ -92,3 +93,11 @@ def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):
     (folder / "README.md").symlink_to(victim)
     with pytest.raises(ExpertError, match=r"README\.md is a symbolic link that leads out"):
         push(folder, "me/golden")
+
+
+def test_what_is_copied_with_an_expert_is_no_link_out_of_its_folder(tmp_path, victim):
+    folder = shutil.copytree(GOLDENS / "dora", tmp_path / "dora")
+    (folder / "adapter_config.json").symlink_to(victim)  # PEFT's form of it, which isn't read
+    with pytest.raises(ExpertError, match=r"adapter_config\.json is a symbolic link"):
+        Expert.load(folder).save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

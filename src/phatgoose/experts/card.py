@@ -65,9 +65,9 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int, *, copied: bool =
     return CARD.format(
         name=info["name"],
         front=f"base_model: {quoted}\n" if is_hub_id(base["id"]) else "",
-        base_id=_code(base["id"]),
-        revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
-        fingerprint=_code(base["fingerprint"] or "not recorded"),
+        base_id=code(base["id"]),
+        revision=f" at revision `{code(base['revision'])}`" if base["revision"] else "",
+        fingerprint=code(base["fingerprint"] or "not recorded"),
         sites=sites,
         acts_on=_acts_on(info.get("acts_on"), in_peft=in_peft, copied=copied),
         kind=kinds()[kind].title,
@@ -86,7 +86,7 @@ def _acts_on(record: Mapping[str, Any] | None, *, in_peft: bool, copied: bool) -
         return ""
     alone = in_peft and (copied or not acts_on.invocation)
     warning = " PEFT alone doesn't know this and lets it act on all tokens." if alone else ""
-    return f"- Acts on: {_code(str(acts_on))}; before that the base is itself.{warning}\n"
+    return f"- Acts on: {code(str(acts_on))}; before that the base is itself.{warning}\n"
 
 
 def _cell(value: object) -> str:
@@ -94,7 +94,8 @@ def _cell(value: object) -> str:
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
-def _code(text: str) -> str:
+def code(text: object) -> str:
+    """`text` as it may stand between backticks, whoever wrote it."""
     return one_line(text).replace("`", "'")
 
 

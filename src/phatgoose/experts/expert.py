@@ -31,7 +31,7 @@ from ..base.loading import Base, closest_beside
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import bring_back, new_directory
-from ..files.strict import one_line, read_json_object, sha256_of, shortened
+from ..files.strict import one_line, read_json_object, regular_file, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
 from .adapter import adapter_file_names, adapter_files, invocation_of, named_base, read_modules
 from .card import model_card
@@ -391,7 +391,7 @@ class Expert:
         files = adapter_files(self.directory)
         beside = [file for file in files.beside if (self.directory / file).is_file()]
         for file in (files.config, files.weights, *beside):
-            shutil.copyfile(self.directory / file, work / file)
+            shutil.copyfile(regular_file(self.directory / file), work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
         vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}

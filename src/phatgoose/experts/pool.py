@@ -96,7 +96,7 @@ class Pool(Mapping[str, Expert]):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
                     f"{first.name!r} on {first.info.base.id!r}; a pool has one base. If both are "
-                    f"one, import the adapter again with --base {first.info.base.id} --fingerprint."
+                    f"one, import both adapters again with --fingerprint."
                 )
         return pool
 

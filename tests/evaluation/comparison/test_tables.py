@@ -99,6 +99,14 @@ def test_a_bar_in_any_name_is_escaped(comparison):
     assert r"| on\|e (2) |" in text
 
 
+def test_no_name_is_html_in_markdown(comparison):
+    """A dataset has its file's name, and a base the one that experts give it."""
+    odd = {**SETTINGS, "base": {"id": "<img src=x>"}}
+    text = replace(comparison, suites={"<script>": ("a", "b")}, settings=odd).to_markdown()
+    assert "<" not in text
+    assert "Base &lt;img src=x&gt; in" in text
+
+
 def test_markdown_gives_per_cent_and_points(comparison):
     means, differences, datasets, _ = tables(comparison.to_markdown())
     base, own = (comparison.summaries[row]["one"] for row in ("base", "phatgoose"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved import save as saving
 from phatgoose.routing.saved.auto import RoutedModel
 from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.save import save, write_card
 from phatgoose.routing.saved.segments import remove_from_saved
 from tiny import logits_of, make_ids
 
@@ -206,6 +207,19 @@ def test_importing_registers_in_either_order(first):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "phatgoose\n"
+
+
+def test_a_received_model_s_card_holds_no_markdown_of_its_author_s(tmp_path):
+    hostile = "`\n\n# Title\n<img src=x> `"
+    info = {
+        "base": {"id": hostile},
+        "routing": {"router": f"single:expert={hostile}"},
+        "experts": [{"name": "a", "path": f"hub:me/a{hostile}"}],
+    }
+    write_card(tmp_path, info)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("Title") == 3
+    assert "Title" not in re.sub(r"`[^`\n]*`", "", card)  # all of it is quoted, as code
 
 
 def test_the_card_names_base_and_experts_and_a_readme_of_ones_own_stays(model, tmp_path):

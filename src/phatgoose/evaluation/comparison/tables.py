@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -197,7 +198,8 @@ class Comparison:
     def to_markdown(self) -> str:
         """Tables of means, of differences to PHATGOOSE, of datasets, and of costs."""
         parts = (self._means(), self._differences(), self._datasets(), self._costs())
-        return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
+        text = "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
+        return html.escape(text, quote=False)  # names are of untrusted files
 
     def _means(self) -> Iterator[str]:
         yield "## Means over datasets, in per cent, with 95 % intervals\n"

@@ -22,9 +22,10 @@ from ...base.fingerprint import changed_since, surely_differs
 from ...base.loading import is_hub_id
 from ...config import MODEL_TYPE
 from ...errors import RoutingError
+from ...experts.card import code
 from ...experts.hub import HubReference
 from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
-from ...files.strict import one_line, read_json_object, reason, sha256_of
+from ...files.strict import read_json_object, reason, sha256_of
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .tensors import (
@@ -176,15 +177,15 @@ def write_card(folder: Path, info: Mapping[str, Any]) -> None:
     removed, base = removed_in(info), info["base"]["id"]
     experts = [record for z, record in enumerate(info["experts"]) if z not in removed]
     lines = [
-        f"- {name}" + (f" (`{path}`)" if HubReference.is_one(path) else "")
+        f"- {name}" + (f" (`{code(path)}`)" if HubReference.is_one(path) else "")
         for name, path in ((record["name"], record.get("path") or "") for record in experts)
     ]
     content = MODEL_CARD.format(
         front=f"base_model: {json.dumps(base)}\n" if is_hub_id(base) and "/" in base else "",
         library=LIBRARY,
         count="1 expert" if len(experts) == 1 else f"{len(experts)} experts",
-        router=info["routing"]["router"],
-        base=one_line(base).replace("`", "'"),
+        router=code(info["routing"]["router"]),
+        base=code(base),
         experts="\n".join(lines),
     )
     write_text(card, content, RoutingError)

@@ -109,6 +109,25 @@ def lowest_versions() -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_an_audit_that_can_look_nothing_up_fails(tmp_path):
+    """pip-audit passes over what it can't look up, and succeeds unless it is strict."""
+    programs = {
+        "tools/bin/zizmor": "",
+        "tools/bin/pip-audit": '[ "$1" != --strict ] || { cat "$5"; exit 1; }',
+        "venv/bin/python": "echo torch==2.13.0+cpu",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    for folder in ("tools", "venv"):
+        (tmp_path / folder / ".installed").touch()
+    command = ["make", "audit", f"TOOLS={tmp_path}/tools", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode
+    assert "torch==2.13.0\n" in done.stdout  # advisories know versions as PyPI has them
+
+
 def test_the_lowest_versions_are_those_of_the_project():
     project = read_toml(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
     extras = project["optional-dependencies"]

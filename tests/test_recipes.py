@@ -74,7 +74,7 @@ def test_the_papers_recipes_write_out_the_papers_settings(name):
     wanted = {"rank", "alpha", "init_std", "steps", "batch_size", "learning_rate", "warmup_ratio"}
     wanted |= {"eval_every", "gate_steps", "statistics_examples", "means", "embeddings"}
     assert wanted | {"max_input_tokens", "max_target_tokens"} <= written
-    assert "micro_batch_size" not in written  # each dataset has its own
+    assert recipe.tables["training"]["micro_batch_size"] == 8  # of any length fits 80 GB
 
 
 def test_the_papers_recipes_differ_in_their_tasks_only():
@@ -96,6 +96,7 @@ def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     assert f"{count} tasks" in last
     assert f"{count * 1100:,}" in last
     assert outcome.out.count("1,000 + 100") == count
+    assert " 80 GB fits." in outcome.out
     assert re.search(r"≤ [\d.]+G +│ ≤ [\d.,]+ days", last)  # no lengths are known here
     assert not (tmp_path / "experts").exists()
 
@@ -141,7 +142,7 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     assert (trained.code, trained.err) == (0, "")
     for expert in (Expert.load(Path("experts") / task) for task in names):
         entry = open_suite(suite).entry(expert.name)
-        assert expert.info.hyperparameters["micro_batch_size"] == entry.micro_batch_size
+        assert expert.info.hyperparameters["micro_batch_size"] == 8
         assert expert.info.task["source"] == entry.source
         assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
         assert any(gate.any() for gate in expert.gates.values())

@@ -263,13 +263,18 @@ class Planner:
         None are the settings; `packed` means 4 bits, `most_tokens` limits inputs.
         """
         itemsize = itemsize or self._computed.itemsize
-        features = sum(site.in_features + site.out_features for site in self._sites)
+        features = {"encoder": 0, "decoder": 0}
+        for site in self._sites:
+            features[site.stream] += site.in_features + site.out_features
+        # An encoder-decoder reads prompts in its encoder.
+        reading = features["encoder"] or features["decoder"]
         activations = [0]
         for lengths, rows in batches:
             size = min(rows, most_rows or rows)
             prompts = [min(prompt, most_tokens or prompt) for prompt in lengths.prompts]
-            longest = max(map(sum, zip(prompts, lengths.targets, strict=True)))
-            kept = KEPT * features * itemsize * size * longest
+            pairs = zip(prompts, lengths.targets, strict=True)
+            longest = max(reading * prompt + features["decoder"] * each for prompt, each in pairs)
+            kept = KEPT * itemsize * size * longest
             activations.append(kept + LOGIT_BYTES * self._logits[0] * size * max(lengths.targets))
         packed = self.dtype == FOUR_BITS if packed is None else packed
         base = base_bytes(self._model, itemsize, packed=packed)

@@ -86,7 +86,7 @@ def test_the_plan_says_what_memory_is_of_and_what_each_setting_would_save(planne
     base = ["train", "hub:a/b", "--base", "google/t5-xl-lm-adapt", "--dtype", "float32", "--plan"]
     told = phat(*base).out
     assert "Memory is the peak in a training step, with micro_batch_size 8" in told
-    assert "GPUs: 24 GB is too small, 40 GB" in told
+    assert "GPUs: 24 GB fits micro_batch_size 1, 40 GB" in told
     less = next(line for line in told.splitlines() if line.startswith("Settings that take less: "))
     found = dict(re.findall(r"(--[a-z0-9-]+(?: \w+)?) ([\d.]+[MG])B", less))
     flags = ("--micro-batch-size 1", "--dtype bfloat16", "--max-input-tokens 256", "--load-in-4bit")

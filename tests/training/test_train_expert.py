@@ -111,6 +111,8 @@ def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, tmp_path
     assert info.metrics["expert_best_step"] in (2, 4)
     assert info.metrics["expert_tokens_per_second"] > 0
     assert info.metrics["expert_tokens"] > 0
+    targets = json.loads((expert.directory / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(expert.lora)  # the same bytes in every run
 
 
 def test_training_lowers_the_loss(llama, tmp_path):
@@ -164,14 +166,15 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path, monkeypatch):
     assert not (tmp_path / ".cut.work").exists()
 
 
-def test_a_resumed_run_tells_the_same_losses(llama, tmp_path, monkeypatch):
+def test_a_resumed_run_tells_the_same_losses_and_tokens(llama, tmp_path, monkeypatch):
     """It is interrupted after step 38, between logs at every fourth step."""
     training = replace(TRAINING, steps=40, eval_every=19)
     whole = train(llama, tmp_path / "whole", training=training)
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=80, training=training)
     resumed = train(llama, tmp_path / "cut", training=training, resume=True)
-    for loss in ("expert_train_loss", "expert_validation_loss", "gate_train_loss"):
-        assert resumed.info.metrics[loss] == whole.info.metrics[loss]
+    losses = ("expert_train_loss", "expert_validation_loss", "gate_train_loss")
+    for name in (*losses, "expert_tokens", "gate_tokens"):
+        assert resumed.info.metrics[name] == whole.info.metrics[name], name
 
 
 def test_a_resumed_run_skips_what_is_done(llama, tmp_path, monkeypatch):

@@ -363,7 +363,7 @@ def newest_checkpoint(work: Path) -> str | None:
 class FitReport:
     """The result of a training run; `best_step` and `validation_loss` are None without validation.
 
-    `tokens` counts prompt and target tokens without padding, `seconds` leaves out validation; both
+    `tokens` counts prompt and target tokens without padding. `seconds` leaves out validation; it
     and `tokens_per_second` cover this run only, not what was done before a resume.
     """
 
@@ -443,7 +443,7 @@ def fit(
         train_loss=float(logged[-1] if logged else result.training_loss),
         validation_loss=None if best is None else float(best),
         best_step=trainer.state.best_global_step if best is not None else None,
-        tokens=bar.tokens,
+        tokens=sum(lengths[: trainer.state.global_step * training.batch_size]),
         seconds=round(bar.seconds, 1),
         tokens_per_second=round(bar.tokens_per_second, 1),
     )

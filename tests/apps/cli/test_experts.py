@@ -182,7 +182,11 @@ def test_a_mixed_pool_from_the_command_line(untrained, phat):
     assert (trained.code, trained.err) == (0, "")
     expert = Expert.load(untrained / "new" / "again")
     assert {(m.size, m.activation) for m in expert.modules.values()} == {(3, "silu")}
-    checked = phat("check", "new/again", "new/counting", "new/reviews")
+    places = sorted((untrained / "new").iterdir())  # as the shell's new/*
+    assert untrained / "new" / "again.yaml" in places
+    checked = phat("check", *places)
+    assert (checked.code, checked.err) == (0, "")
+    refused(phat("check", "new/again.yaml"), "Not a directory")
     assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
     assert "counting, (IA)³, 6 sites" in checked.out
     assert "reviews, LoRA, 14 sites" in checked.out

@@ -85,6 +85,7 @@ check damaged/changed => SHA-256
 check damaged/foreign => version 99 is unknown
 check experts => holds experts: name each (experts/
 check none => none is no expert directory
+import none --out new => none is no PEFT adapter: it is empty. Wanted
 import reviews.jsonl --out new => is no folder
 import experts/reviews --out new --allow-loss 7 => allow_loss is 7.0, but must be from 0 to below 1
 pool damaged/gate => wanted (32,) and float32

@@ -279,11 +279,17 @@ def check(
 ) -> None:
     """Verify expert directories and report errors.
 
-    Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong.
+    Hashes, names, shapes and finiteness are checked; the exit code is 1 when anything is wrong. The
+    settings that train writes beside an expert (NAME.yaml) may be among the names.
     """
     from ...experts.expert import LAYOUT, Expert, check_expert
     from ...experts.signing import check_signature
 
+    directories = [
+        place
+        for place in directories
+        if place.suffix != ".yaml" or place.with_suffix("") not in directories
+    ]
     for directory in directories if require_signer else ():
         check_signature(directory, require_signer or ())
     problems = {directory: check_expert(directory) for directory in directories}

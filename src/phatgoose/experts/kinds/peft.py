@@ -20,7 +20,7 @@ from ...base.loading import Base
 from ...base.sites import Site
 from ...errors import ExpertError
 from ...files.regex_guard import check_config
-from ...files.strict import one_line, read_json_object, reason, shortened
+from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile
 from .kind import AdapterFiles
 
@@ -175,8 +175,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except FileNotFoundError as error:
+        empty = directory.is_dir() and not any(directory.iterdir())
+        why = "it is empty" if empty else f"it has no {ADAPTER_CONFIG}"
         raise ExpertError(
-            f"{directory} is no PEFT adapter: {ADAPTER_CONFIG} can't be read ({reason(error)})."
+            f"{directory} is no PEFT adapter: {why}. Wanted a folder with {ADAPTER_CONFIG} and "
+            f"{ADAPTER_WEIGHTS}."
         ) from error
 
 
@@ -276,6 +279,8 @@ def record_invocation(folder: Path, tokens: Iterable[int]) -> None:
 
 
 def save_peft(model: PeftModel, base: Base, folder: Path) -> None:
-    model.peft_config[ADAPTER].base_model_name_or_path = base.id
+    config: Any = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = base.id
+    config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own

@@ -73,13 +73,13 @@ def deploy(
     """
     if engine not in WRITERS:
         raise ConfigError(f"--engine is {engine!r}, but must be one of {', '.join(WRITERS)}.")
+    rank = max(_rank_of(pool, name, engine) for name in pool.names)
     named = base or pool.base.id
     if base is None and not is_hub_id(named):  # an expert may come from anyone, and say anything
         raise ConfigError(
             f"The experts name their base by {shortened(named)}, which is no Hub id (OWNER/NAME); "
             f"give what {engine} is to load: --base FOLDER."
         )
-    rank = max(_rank_of(pool, name, engine) for name in pool.names)
     with new_directory(out, ConfigError) as work:
         for each in pool.experts:
             there = [path for name in expert_files() if (path := each.directory / name).is_file()]

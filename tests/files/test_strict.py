@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from hashlib import sha256
 
 import pytest
@@ -28,6 +29,7 @@ from phatgoose.files.strict import (
 )
 from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.tasks.loading import load_task
+from phatgoose.tasks.suites.hub import _declared_configs
 from phatgoose.tasks.suites.p3 import read_templates
 from phatgoose.tasks.suites.registry import local_suite
 
@@ -122,6 +124,36 @@ def test_deep_toml_is_one_line(tmp_path, depth):
         file.write_text(text)
         one_line_of(lambda: read_recipe(file), ConfigError)
         one_line_of(lambda: local_suite(file), TaskError)
+
+
+YAML_READERS = {  # file names, and what reads a text that stands in the file
+    "recipe.yaml": (read_recipe, "{}"),
+    "templates.yaml": (lambda path: read_templates(path.parent, "."), "{}"),
+    "README.md": (lambda path: _declared_configs(path.parent, "d"), "---\n{}\n---\n"),
+}
+
+
+@pytest.mark.parametrize("name", YAML_READERS)
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (f"a: {nested(2000)}", "nesting depth"),
+        (f"a: {nested(200)}", "nested too deeply"),
+        ("- " * 100_000, "nested too deeply"),
+        ("a: 1" + ":1" * 100_000, "a number is too long"),
+        ("a: 1" + ":1" * 300 + ".5", "a number is too long"),
+        ("a: !!int ''", "!!int are not read"),
+        (f"a: &a [*a, {', '.join(['*a'] * 9)}]", "aliases"),
+        ("a: " + "9" * 5000, "4300 digits"),
+        ("#" * (MOST_TOML_BYTES + 1), f"at most {MOST_TOML_BYTES}"),
+    ],
+)
+def test_yaml_is_bounded_wherever_it_is_read(tmp_path, name, text, complaint):
+    read, form = YAML_READERS[name]
+    (tmp_path / name).write_text(form.format(text))
+    began = time.process_time()
+    assert complaint in one_line_of(lambda: read(tmp_path / name))
+    assert time.process_time() - began < 1
 
 
 def test_huge_toml_is_refused_unread(tmp_path):

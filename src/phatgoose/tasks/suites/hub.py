@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ...errors import TaskError
-from ...files.strict import first_line
+from ...files.strict import first_line, parse_yaml
 from ..loading import datasets_library
 from ..task import Sources
 
@@ -35,6 +35,7 @@ FORMATS = {
     "json": (".jsonl", ".json", ".ndjson"),
     "csv": (".csv",),
 }
+HEADER = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
 OWN_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
@@ -202,10 +203,9 @@ def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str
 # `modified` is a part of the cache's key only.
 @lru_cache(maxsize=8)  # with hundreds of configurations it takes seconds
 def _header_configs(readme: Path, modified: int) -> Mapping[str, Mapping[str, Any]]:
-    from huggingface_hub import metadata_load  # slow to import, and needed only here
-
-    header = metadata_load(readme) or {}
-    return {str(config["config_name"]): config for config in header.get("configs") or []}
+    header = HEADER.match(readme.read_text(encoding="utf-8-sig"))
+    fields = (header and parse_yaml(header[1])) or {}
+    return {str(config["config_name"]): config for config in fields.get("configs") or []}
 
 
 def _default_of(declared: Mapping[str, Mapping[str, Any]]) -> str | None:

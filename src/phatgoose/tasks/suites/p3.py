@@ -29,7 +29,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
-from ...files.strict import require_regular
+from ...files.strict import YamlLoader, first_line, parse_yaml, require_regular
 from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field
 from ..task import Example, Sources
 from .hub import read_rows
@@ -105,10 +105,9 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     except FileNotFoundError as error:
         raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}") from error
     try:
-        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise TaskError(f"Template file {file} can't be read: {reason}.") from error
+        loaded = parse_yaml(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError) as error:
+        raise TaskError(f"Template file {file} can't be read: {first_line(error)}.") from error
     listed = loaded.get("templates") if isinstance(loaded, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise TaskError(f"Template file {file} has no templates; wanted promptsource's format.")
@@ -188,10 +187,7 @@ def _protect(value: Any) -> Any:
     return value
 
 
-SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is 10 times faster
-
-
-class _Loader(SafeLoader):  # type: ignore[misc]
+class _Loader(YamlLoader):
     """YAML's plain types and promptsource's two tags, as dicts. Any other tag is an error."""
 
 

@@ -31,6 +31,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from topic_prompts import CHOOSING, OPEN
 
+pa = pytest.importorskip("pyarrow", reason="needs the extra replay")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra replay")
 EXPERTS = ("kinds", "moods")
 RIGHT = {  # of the tasks kinds, kinds, moods, moods, and an unseen one
@@ -177,7 +178,7 @@ def test_choices_of_a_file(marks, tmp_path):
     path.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ConfigError, match=f"no choice for prompt {1:016x}"):
         chosen_by(held, file_rule(path))
-    for wrong in ("kinds\n", json.dumps({"prompt": "0", "expert": ["kinds"]})):
+    for wrong in ("kinds\n", "[" * 100_000, json.dumps({"prompt": "0", "expert": ["kinds"]})):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="has no choices"):
             file_rule(path)
@@ -230,6 +231,39 @@ def test_files_that_hold_no_marks(tmp_path, marks):
     (tmp_path / "other.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(EvaluationError, match="holds no marks"):
         read_marks(tmp_path)
+
+
+def test_marks_that_say_more_than_they_hold_or_something_odd_are_refused(program, tmp_path, marks):
+    table = parquet.read_table(marks)
+    about = json.loads(table.schema.metadata[b"phatgoose"])
+    few = table.select(["prompt", "task", "wording", "score/base", "choice/centroid"])
+    one = few.slice(0, 1)
+    many = pa.concat_tables([one] * 2**12).combine_chunks()
+    for held, changes, complaint in (
+        (pa.concat_tables([many] * 2**11), {}, "it says that it holds 50331648 numbers"),
+        (few, {"experts": "ab"}, "experts 'ab', not a list"),
+        (few, {"experts": ["a", "a"]}, "experts ['a', 'a'], not a list"),
+        (few, {"experts": ["a", "b", "c"]}, "cannot reshape"),
+        (one.set_column(1, "task", pa.array([None], "string")), {}, "task has empty cells"),
+        (one.set_column(3, "score/base", pa.array(["x"])), {}, "could not convert"),
+        (one.set_column(4, "choice/centroid", pa.array([1.0])), {}, "flatten"),
+        (one.set_column(1, "task", pa.array([[1]])), {}, "dictionary"),
+        (one, {"owners": {}}, "len"),
+    ):
+        held = held.replace_schema_metadata({"phatgoose": json.dumps(about | changes)})
+        parquet.write_table(held, tmp_path / "odd.parquet", compression="zstd")
+        with pytest.raises(EvaluationError) as caught:
+            read_marks(tmp_path / "odd.parquet")
+        assert complaint in str(caught.value)
+
+
+def test_a_long_text_in_many_rows_is_held_once(marks):
+    table = parquet.read_table(marks).slice(0, 1)
+    long = pa.DictionaryArray.from_arrays([0] * 2**19, ["x" * 2**20])
+    rows = {name: table[name].take([0] * 2**19) for name in ("task", "wording", "score/base")}
+    parquet.write_table(pa.table({"prompt": long} | rows, metadata=table.schema.metadata), marks)
+    (held,) = read_marks(marks)
+    assert held.columns["prompt"][0] is held.columns["prompt"][-1]
 
 
 def test_marks_are_made_of_task_files_that_no_suite_names(program, tmp_path):

@@ -13,6 +13,7 @@ from odd_files import nested, one_line_of
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.errors import ConfigError, EvaluationError, ExpertError, PoolError, TaskError
 from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.replay import read_marks
 from phatgoose.experts.pool import Pool
 from phatgoose.files.atomic import bring_back
 from phatgoose.files.strict import (
@@ -69,6 +70,7 @@ READERS = {  # of files that a user names: what reads a path, and how it refuses
     "task.csv": (load_task, TaskError),
     "results.jsonl": (ResultStore, EvaluationError),
     "templates.yaml": (lambda path: read_templates(path.parent, "."), TaskError),
+    "marks.parquet": (read_marks, EvaluationError),
     "modules.json": (lambda path: load_embedder(str(path.parent)), ConfigError),
 }
 

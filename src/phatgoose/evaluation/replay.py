@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
-from ..files.strict import first_line, shortened
+from ..files.strict import first_line, require_regular, shortened
 from ..routing.routers.registry import AUTO, spec_of
 from .intervals import Interval, Sample, SharedMeans, interval_of
 
@@ -31,7 +31,9 @@ BASE = -1  # among indices of experts
 FORMAT = 1
 WORDINGS = ("new", "known", "unseen")
 OWN = "own expert"  # the one that is named after the task
-READ = ("prompt", "task", "wording", "embedding", "score", "choice")
+TEXTS = ["prompt", "task", "wording"]
+READ = (*TEXTS, "embedding", "score", "choice")
+MOST_CELLS = 5 * 10**7  # numbers in a file, and its bytes
 RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
 NEEDED = {"prompt", "task", "wording", "score/base"}
 
@@ -106,38 +108,59 @@ def _read(path: Path) -> Marks:
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("Marks need pyarrow: pip install 'phatgoose[replay]'.") from error
+    require_regular(path, EvaluationError)
     try:
-        schema = parquet.read_schema(path)
+        held = parquet.read_metadata(path)
+        schema = held.schema.to_arrow_schema()
         about = json.loads((schema.metadata or {})[b"phatgoose"])
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}; this phatgoose reads {FORMAT}")
+        experts = about["experts"]
+        if not isinstance(experts, list) or len({*map(str, experts)}) < max(len(experts), 1):
+            raise ValueError(f"experts {shortened(experts)}, not a list of names")
         read = [name for name in schema.names if name.partition("/")[0] in READ]
         if lacks := NEEDED - set(read):
             raise ValueError(f"no column {', '.join(sorted(lacks))}")
-        table = parquet.read_table(path, columns=read)
+        _refuse_too_many(held, [schema.field(name).type for name in read])
+        table = parquet.read_table(path, columns=read, read_dictionary=TEXTS)
         if not table.num_rows:
             raise ValueError("no examples")
-        columns = {name: _values(table[name].combine_chunks(), table.num_rows) for name in read}
+        columns = {name: _values(name, table[name], len(experts)) for name in read}
         if odd := set(columns["wording"]) - set(WORDINGS):
             raise ValueError(f"wording {shortened(odd.pop())}, not {' or '.join(WORDINGS)}")
-        for name, held in columns.items():
-            if name.startswith("score/") and np.isnan(held).any():
-                raise ValueError(f"column {name} has empty cells")
         centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
         if "owners" in about:
             owners = np.array(about["owners"])
             rows = np.frombuffer(flat, np.float16).reshape(len(owners), -1).astype(np.float32)
-            centres = {name: rows[owners == z] for z, name in enumerate(about["experts"])}
-        return Marks(str(about["base"]), tuple(about["experts"]), columns, centres)
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+            centres = {str(name): rows[owners == z] for z, name in enumerate(experts)}
+        return Marks(str(about["base"]), tuple(map(str, experts)), columns, centres)
+    except Exception as error:  # any of pyarrow's, json's or numpy's: who made the file is unknown
         raise EvaluationError(f"{path} holds no marks: {first_line(error)}.") from error
 
 
-def _values(column: Any, rows: int) -> Array:
-    if str(column.type).startswith("fixed_size_list"):
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        return np.asarray(flat.reshape(rows, -1).astype(np.float32))
-    return np.asarray(column.to_numpy(zero_copy_only=False))
+def _refuse_too_many(held: Any, types: list[Any]) -> None:
+    """Raise ValueError if columns of `types` would take much memory, by what the file says."""
+    groups = [held.row_group(i) for i in range(held.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    numbers = rows * sum(getattr(each, "list_size", 1) for each in types)
+    most = max(numbers, sum(group.total_byte_size for group in groups))
+    if most > MOST_CELLS:
+        raise ValueError(f"it says that it holds {most} numbers; at most {MOST_CELLS} are read")
+
+
+def _values(name: str, column: Any, experts: int) -> Array:
+    """A column's texts [rows], numbers [rows], or rows of numbers [rows, columns]."""
+    if column.null_count:
+        raise ValueError(f"column {name} has empty cells")
+    cells = column.combine_chunks()
+    if name in TEXTS:  # one object for all that are alike: a text of 1 MB may stand in all rows
+        return np.asarray(cells.dictionary.to_numpy(zero_copy_only=False)[cells.indices])
+    shape = {"score": (), "choice": (experts,)}.get(name.partition("/")[0], (-1,))
+    flat = (cells.flatten() if shape else cells).to_numpy(zero_copy_only=False)
+    values = np.asarray(flat.reshape(len(cells), *shape).astype(np.float32))
+    if shape == () and np.isnan(values).any():
+        raise ValueError(f"column {name} has empty cells")
+    return values
 
 
 def router_rule(router: str) -> Rule:
@@ -167,7 +190,7 @@ def file_rule(path: Path) -> Rule:
         chosen: dict[str, str | None] = {r["prompt"]: r["expert"] for r in map(json.loads, lines)}
         if not all(isinstance(each, str | None) for pair in chosen.items() for each in pair):
             raise TypeError("a prompt or an expert is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f'{path} has no choices ({first_line(error)}); wanted lines such as {{"prompt": '
             f'"0123456789abcdef", "expert": "reviews"}}.'

@@ -305,6 +305,9 @@ def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatc
     assert [each["wording"] for each in content] == ["new", "unseen"]
     lines = {line["name"]: line for line in content[0]["lines"]}
     assert lines["my_rules:moods"]["score"]["value"] == 0.75
+    assert (
+        "Next, score a rule: --router NAME (centroid), --rule" in run(capsys, "replay", marks).err
+    )
 
 
 @pytest.mark.parametrize("acts_on", [None, {"tail": 3}])

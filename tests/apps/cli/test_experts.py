@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from command_line import (
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
+from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.training import statistics as statistics_module
 from tiny import make_adapter
 from toy_embedders import embed
@@ -146,7 +148,7 @@ def test_measure_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
     before = Expert.load(trained)
     assert not before.means
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
-    outcome = phat("measure", "new/reviews", *options)
+    outcome = phat("measure", "new/reviews", *options, "--embeddings")
     assert (outcome.code, outcome.err) == (0, "")
     wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, readings: yes, embeddings: yes"
     wanted += ", inputs cut: 0 %"
@@ -162,11 +164,22 @@ def test_measure_leaves_out_what_is_not_wanted(trained, phat, monkeypatch, left_
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
     before = Expert.load(trained)
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 2]
-    assert phat("stats", trained, *options, f"--no-{left_out}").code == 0
+    left = ("--no-means", "--embeddings") if left_out == "means" else ("--no-embeddings",)
+    assert phat("stats", trained, *options, *left).code == 0
     after = Expert.load(trained)
     changed = any((after.means[site] != before.means[site]).any() for site in before.means)
     assert changed == (left_out == "embeddings")
     assert (after.embeddings is not None) == (left_out == "means")
+
+
+def test_stats_without_the_embedder_leave_embeddings_out(trained, phat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    load_embedder.cache_clear()
+    options = ["stats", trained, "--task", "reviews.jsonl", "--dtype", "float32"]
+    outcome = phat(*options, "--statistics-examples", 2)
+    assert outcome.code == 0
+    assert "pip install 'phatgoose[retrieval]'. They are left out, as with --no-emb" in outcome.err
+    assert phat(*options, "--embeddings").code == 2
 
 
 def test_a_mixed_pool_from_the_command_line(untrained, phat):

@@ -118,12 +118,19 @@ def replay(
     rules = {name: scoring.router_rule(name) for name in split_routers(router or [])}
     rules |= {name: scoring.imported_rule(name) for name in rule or []}
     rules |= {str(path): scoring.file_rule(path) for path in choices or []}
-    found = []
-    for each in scoring.read_marks(marks):
+    found, held = [], scoring.read_marks(marks)
+    for each in held:
         chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
         found += scoring.replay(each, chosen)
     if not report(json, [asdict(each) for each in found], "numbers", EvaluationError):
         show(*map(replay_table, found), width=120)
+    if not rules:
+        routers = {name[7:] for each in held for name in each.columns if name[:7] == "choice/"}
+        say(
+            f"Next, score a rule: --router NAME ({', '.join(sorted(routers)) or 'none here'}), "
+            f"--rule package.module:function or --choices FILE (docs/comparing.md).",
+            err=True,
+        )
 
 
 def _references(values: list[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -237,7 +238,13 @@ def stats(
     task: options.TaskOption,
     means: Annotated[bool, "Compute mean activations."] = True,
     readings: Annotated[bool, "Compute prompt statistics."] = True,
-    embeddings: Annotated[bool, "Embed training inputs (needs the extra 'retrieval')."] = True,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--embeddings/--no-embeddings",
+            help="Embed training inputs. By default it is done if the embedder is installed.",
+        ),
+    ] = None,
     statistics_examples: Annotated[
         int, "Training examples to use."
     ] = GateTraining.statistics_examples,
@@ -255,8 +262,15 @@ def stats(
     Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
+    from ...tasks.embeddings import load_embedder
     from ...training.statistics import measure as measure_expert
 
+    if embeddings is None and embedder == GateTraining.embedder:
+        try:
+            load_embedder(embedder)
+        except ConfigError as error:
+            warnings.warn(f"{error} They are left out, as with --no-embeddings.", stacklevel=2)
+            embeddings = False
     loaded, data = Expert.load(expert), template.load(task)
     measured = measure_expert(
         loaded,
@@ -265,7 +279,7 @@ def stats(
         examples=statistics_examples,
         means=means,
         readings=readings,
-        embeddings=embeddings,
+        embeddings=embeddings is not False,
         embedder=embedder,
         embedding_form=embedding_form,
     )

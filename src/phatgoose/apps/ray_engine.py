@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 from ..errors import ConfigError, EngineError, PhatgooseError
 from ..files.strict import first_line, one_line
 from ..jobs import AnyJob, AnyResult, Job, Workshop
+from .console import complain
 from .processor import bound_spinning, keep_to
 
 bound_spinning()  # workers get it, with the environment of this process or by `connected`
@@ -70,10 +73,41 @@ def connected(address: str | None = None) -> Iterator[None]:
         raise EngineError(
             f"No Ray cluster could be used at {address or 'here'}: {first_line(error)}."
         ) from error
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(ended, _servers()), daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         ray.shutdown()
+
+
+def _servers() -> list[tuple[str, int]]:
+    """Where the cluster's head and this machine's node listen, if they can be reached from here."""
+    here = ray.get_runtime_context()
+    own = [each for each in _machines() if each["NodeID"] == here.get_node_id()]
+    places = [(each["NodeManagerAddress"], each["NodeManagerPort"]) for each in own]
+    host, _, port = here.gcs_address.rpartition(":")
+    return [place for place in ((host, int(port)), *places) if _listens(*place)]
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _watch(ended: threading.Event, servers: list[tuple[str, int]]) -> None:
+    """End the process with a line when one of `servers` is gone; Ray would end it without one."""
+    missed = 0
+    while missed < 10:  # Ray itself waits longer, and then ends at once
+        if ended.wait(1):
+            return
+        missed = 0 if all(_listens(*each) for each in servers) else missed + 1
+    complain("error", "Ray's node died (out of memory?). Run the command again.", "bold red")
+    os._exit(1)
 
 
 PROGRESS = "progress"  # the thread that answers `units` while a job runs

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -297,3 +298,23 @@ def test_a_connection_that_exists_is_used_and_a_wrong_address_is_told(cluster):
         assert ray.is_initialized()
     assert ray.is_initialized()
     assert tqdm
+
+
+DYING = """
+import sys, time, psutil
+from phatgoose.apps.ray_engine import connected
+with connected():
+    for each in psutil.Process().children(recursive=True):
+        if each.name() == sys.argv[1]:
+            each.kill()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
+def test_a_command_whose_node_dies_ends_with_a_line(server):
+    ended = subprocess.run(
+        [sys.executable, "-c", DYING, server], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert "error: Ray's node died" in ended.stderr

@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
+FIRST = ("test_architecture.py", "test_conventions.py")  # of seconds, and what a change fails often
 LONGEST = (
     "test_core_install.py",
     "test_demo.py",
@@ -34,9 +35,9 @@ LONGEST += ("test_reliability.py", "test_compile.py", "test_recipes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of the longest tests, so that no worker waits for one at the end.
+    """Begin with rules of the house, then with the longest, so that no worker waits at the end.
 
     `make test` has workers take files in this order (--no-loadscope-reorder).
     """
-    place = {name: order for order, name in enumerate(LONGEST)}
+    place = {name: order for order, name in enumerate(FIRST + LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))

@@ -142,7 +142,6 @@ def compose(
     opening: options.ModelOptions,
     stored: options.StoredOption = None,
     routing: Routing,
-    given: frozenset[str],
 ) -> None:
     """Make a routed model of a pool and save it.
 

@@ -10,6 +10,7 @@ import copy
 import json
 import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -319,6 +320,33 @@ def test_a_pass_goes_on_from_its_own_cache_and_no_other(case):
     with routing_for(case.routed, [prompt]), torch.no_grad():  # said by the caller
         found = case.routed(torch.tensor([text])).logits[0]
     assert_close(found, case.wanted(prompt, text))
+
+
+@torch.no_grad()
+def base_cache(case: Case, tokens: list[int]) -> DynamicCache:
+    return case.base(torch.tensor([tokens]), use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_cache_in_which_others_act_than_now_is_refused(case, announced):
+    prompt = PROMPTS[0]
+    first = min(0 if each is None else each.beginning(prompt) for each in case.acting)
+    known = routing_for(case.routed, [prompt]) if announced else nullcontext()
+    held = {cache_argument(case.base): base_cache(case, prompt[:-1])}
+    with known, pytest.raises(RoutingError, match=f"from token {first} on"):
+        generated(case.routed, {"input_ids": torch.tensor([prompt])}, **held)
+
+
+def test_a_second_turn_does_not_go_on_from_the_cache_of_the_first(case):
+    """Its prompt ends elsewhere, so experts have read what is now left to the base."""
+    held = {cache_argument(case.base): DynamicCache(config=case.base.config)}
+    ids = torch.tensor([PROMPTS[1]])
+    first = generated(case.routed, {"input_ids": ids}, **held).sequences
+    second = torch.cat([first, torch.tensor([PROMPTS[0]])], dim=1)
+    with pytest.raises(RoutingError, match="Pass the whole prompt without a cache"):
+        generated(case.routed, {"input_ids": second}, **held)
+    found = generated(case.routed, {"input_ids": second})
+    assert_is_teacher_forced(case, found, second.tolist(), second.shape[1])
 
 
 def checkpointed_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:

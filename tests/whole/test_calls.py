@@ -6,20 +6,20 @@ On OPT too, whose whole model calls its decoder past its base model and flattens
 from __future__ import annotations
 
 import copy
-import logging
 import threading
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import Tiny, make_tiny, tiny_of
+from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
+from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
@@ -236,22 +236,17 @@ def test_a_pass_that_broke_off_does_not_keep_the_next_from_being_read():
     assert torch.equal(answers(model, PROMPTS[1:2]), wanted)
 
 
-def test_continuous_batching_is_refused_where_inputs_are_read():
+@pytest.mark.parametrize("router", ["logo", "phatgoose"])
+def test_continuous_batching_is_refused_where_inputs_are_read(router):
+    """By a router, or to find where experts begin that act from a prompt's end on."""
     model = voting("llama")
-    logging.disable(logging.CRITICAL)
-    try:
-        found = model.generate_batch(
-            [list(prompt) for prompt in PROMPTS],
-            generation_config=GenerationConfig(max_new_tokens=2, do_sample=False),
-            continuous_batching_config=ContinuousBatchingConfig(
-                num_blocks=4, max_batch_tokens=32, page_size=16
-            ),
-            warmup=False,
-        )
-    finally:
-        logging.disable(logging.NOTSET)
-    for answer in found.values():
-        assert answer.error.startswith("Router logo reads whole inputs, but several")
+    if router == "phatgoose":
+        end = ActsOn(tail=2).record()
+        held = [replace(e, info=replace(e.info, acts_on=end)) for e in voters("llama").experts]
+        model = compose(Pool(tuple(held)), base_of("llama"), router=router)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, page_size=16)
+    with pytest.raises(RoutingError, match="several share a row in continuous batching"):
+        model.generate_batch([*PROMPTS], continuous_batching_config=small, warmup=False)
 
 
 @pytest.mark.heavy

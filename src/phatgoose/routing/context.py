@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..base.active_tokens import IN_ANSWER, NEVER, ActsOn, beginnings
@@ -119,6 +120,7 @@ class RoutingContext:
     def __init__(self, router: Chooser | None, acting: Sequence[ActsOn | None] = ()) -> None:
         self.router = router
         self.acting = tuple(dict.fromkeys(each for each in acting if each is not None))
+        self._some_always_act = None in acting
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
         self._begin_anew()
@@ -256,6 +258,8 @@ class RoutingContext:
     def attach(self, model: PreTrainedModel) -> None:
         """Read every new prompt that `model` is given, if the router can go by prompts alone."""
         self._model = model
+        # Its own thread would put our errors into empty answers.
+        model.init_continuous_batching = self._refuse_shared_rows
         if self.router is not None and self.router.unserved and not self.acting:
             return
         # Generation calls the encoder by itself, and a decoder never sees the prompt.
@@ -278,7 +282,8 @@ class RoutingContext:
             handle.remove()
         self._handles.clear()
         if self._model is not None:
-            vars(self._model).pop("generate", None)  # the model's own is its class's
+            vars(self._model).pop("generate", None)  # the model's own are its class's
+            vars(self._model).pop("init_continuous_batching", None)
         self._model = None
 
     @uncompiled
@@ -292,6 +297,8 @@ class RoutingContext:
             if not present.announced:
                 self._read(given)  # may call the model itself
             if self.acting:
+                if present.asked is not None:
+                    self._check_cache(given)
                 present.activity = self._activity(given)
         present.depth = depth
 
@@ -333,6 +340,12 @@ class RoutingContext:
             return "This model has experts that act from a prompt's end on"
         return f"Router {self._name} reads whole {{}}"
 
+    def _refuse_shared_rows(self, *_: Any, **__: Any) -> NoReturn:
+        raise RoutingError(
+            f"{self._who.format('inputs')}, but several share a row in continuous batching "
+            f"(generate_batch); use generate with a padded batch."
+        )
+
     def _read(self, given: Mapping[str, Any]) -> None:
         present, cache = self._present, cache_of(given)
         known, cached = _is_cache(cache) and cache in self._of_caches, cached_tokens(given)
@@ -340,10 +353,7 @@ class RoutingContext:
         # length; then any that is known counts.
         goes_on = known if cached is None else cached > 0
         if given.get("cu_seq_lens_q") is not None and not goes_on:
-            raise RoutingError(
-                f"{self._who.format('inputs')}, but several share a row here (continuous "
-                f"batching); use generate with a padded batch."
-            )
+            self._refuse_shared_rows()
         asked = present.asked if self.acting else None
         if self.router is None and asked is not None and asked.shape is not None:
             present.beginnings = self._asked_for(asked, given)
@@ -406,6 +416,29 @@ class RoutingContext:
             )
         return beginnings(self.acting, [range(length) for length in lengths])
 
+    def _check_cache(self, given: Mapping[str, Any]) -> None:
+        """Raise RoutingError if other experts acted on tokens in the cache than would act now."""
+        now = self._present.beginnings
+        if now is None or not cached_tokens(given):
+            return
+        known = self._of_caches.get(cache_of(given))
+        before = known.beginnings if known is not None else None
+        if before is now or (positions := token_positions(given)) is None:
+            return
+        read = positions[:: max(1, len(positions) // len(now)), :1].to(now.device)
+        if self._some_always_act:
+            now, before = pad(now, (0, 1)), None if before is None else pad(before, (0, 1))
+        if before is None or before.shape != now.shape:  # the base's, as far as anyone knows
+            before = torch.full_like(now, NEVER)
+        differs = torch.minimum(before, read) != torch.minimum(now, read)
+        if differs.any():
+            first = int(torch.minimum(before, now)[differs].min())
+            raise RoutingError(
+                f"The cache holds {int(read.max())} tokens of this prompt, but from token {first} "
+                f"on other experts acted on them than act there now: some act from a prompt's end "
+                f"on. Pass the whole prompt without a cache, or a cache of fewer tokens."
+            )
+
     def _activity(self, given: Mapping[str, Any]) -> Activity | None:
         begin, cache = self._present.beginnings, cache_of(given)
         if begin is None:
@@ -458,7 +491,8 @@ def _generate(
 ) -> Any:
     present, given = context._present, kwargs.get("input_ids") if inputs is None else inputs
     before = present.given  # of a call around this one: the model may be its own assistant
-    outer, present.asked = present.asked, _Asked(given, kwargs)
+    outer = present.asked  # drafts are of the answer to its prompt
+    present.asked = outer or _Asked(given, kwargs)
     present.given = given.shape[1] if isinstance(given, Tensor) and given.dim() == 2 else None
     present.prompt = None  # what comes first is a new prompt
     try:

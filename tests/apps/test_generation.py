@@ -1,5 +1,7 @@
 """Generation through routed models, against one token at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig, pipeline
@@ -8,12 +10,17 @@ from oracle import naively_routed
 from phatgoose.apps.console import expert_style
 from phatgoose.apps.generation import Sampling, recorded_tokens
 from phatgoose.apps.generation import generate as written
+from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.loading import texts_of
+from phatgoose.base.untrusted_text import render_chat
+from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from routed_models import with_embeddings
+from phatgoose.tasks.task import Chat
+from routed_models import compose_by, with_embeddings
 from tiny import make_ids
+from topic_prompts import BEFORE, PROMPTS, read_prompts_of
 
 NEW = 6
 WAYS = {
@@ -36,6 +43,30 @@ def test_a_router_that_goes_by_answer_choices_generates_nothing(llama, llama_poo
     model = compose(pool, llama, router="retrieval:form=paper")
     with pytest.raises(ConfigError, match="form=paper embeds answer choices"):
         written(model, llama.tokenizer, "Hi")
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+@pytest.mark.parametrize("in_chats", [False, True])
+@pytest.mark.parametrize("tails", [False, True])
+def test_the_question_of_a_chat_is_read_as_training_prompts_were(
+    llama, llama_pool, in_chats, tails
+):
+    """Alone, and plainly, unless all experts were trained in the template."""
+    llama.tokenizer.chat_template = TEMPLATE
+    changes = {"hyperparameters": {"chat": in_chats}} | (
+        {"acts_on": ActsOn(3).record()} if tails else {}
+    )
+    experts = [replace(each, info=replace(each.info, **changes)) for each in llama_pool.experts]
+    model = compose_by("discriminant", Pool(tuple(experts)), llama)
+    seen, question = read_prompts_of(model), PROMPTS[1]
+    wanted = render_chat(llama.tokenizer, [{"role": "user", "content": question}])
+    tokens = llama.tokenizer(wanted if in_chats else question, add_special_tokens=False)
+    for turns in BEFORE.values():
+        written(model, llama.tokenizer, Chat([*turns, ("user", question)]), None, Sampling(2))
+    written(model, llama.tokenizer, question, Formatting(chat=True), Sampling(2))
+    assert [list(prompt) for (prompt,) in seen] == [tokens["input_ids"]] * (len(BEFORE) + 1)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -36,6 +36,7 @@ from topic_prompts import (
     by_single,
     passed,
     read_by,
+    read_prompts_of,
     retrieving,
     tokens_of,
 )
@@ -321,14 +322,6 @@ def test_an_evaluation_that_fails_leaves_the_router_reading(llama, llama_pool):
         evaluate(model, CHOOSING)
     assert logits_of(model, batch_of(llama, PROMPTS[:1])[0]).shape == wanted.shape
     assert read_by(model) == [0]
-
-
-def read_prompts_of(model) -> list:
-    """The prompts that `model` reads from now on, call by call."""
-    router, seen = composition_of(model).prompt_router, []
-    choose = router.choose
-    router.choose = lambda prompts, *a, **k: seen.append(prompts) or choose(prompts, *a, **k)
-    return seen
 
 
 def cache_in(output):

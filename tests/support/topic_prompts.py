@@ -31,6 +31,15 @@ CHOOSING = Task(
 )
 
 
+SHOUTS, SUMS = "WHO? WHAT? WHERE? WHY? " * 9, "5 + 6 = 11, 1 + 9 = 10; " * 9
+BEFORE = {  # what chats begin with that then ask one of PROMPTS, (role, content) each
+    "nothing": [],
+    "a system prompt": [("system", SHOUTS)],
+    "tools": [("system", '[{"type": "function", "name": "WHO"}]' * 9)],
+    "earlier turns": [("user", SUMS), ("assistant", "11"), ("user", SHOUTS), ("assistant", "I.")],
+}
+
+
 ASKED_OWNERS = ("e0", "e0", "e1", "e0", "e3")  # by the inputs alone
 CHOSEN_OWNERS = ("e0", "e1", "e1", "e2", "e3")  # by the inputs behind their choices
 
@@ -86,3 +95,11 @@ def scores_of(model, texts: Sequence[str]) -> Tensor:
 def read_by(model) -> list[int]:
     """The best expert of each row of the routed `model`'s present batch."""
     return composition_of(model).context.choice.experts[:, 0].tolist()
+
+
+def read_prompts_of(model) -> list:
+    """The prompts that `model` reads from now on, call by call."""
+    router, seen = composition_of(model).prompt_router, []
+    choose = router.choose
+    router.choose = lambda prompts, *a, **k: seen.append(prompts) or choose(prompts, *a, **k)
+    return seen

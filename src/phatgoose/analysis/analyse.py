@@ -469,7 +469,9 @@ def _traces(
         return []
     pairs, traces = encoder.pairs(chosen), []
     prompts = [pair.prompt for pair in pairs]
-    with routing_for(model, prompts, task=task.name, examples=chosen) as before_pass:
+    with routing_for(
+        model, prompts, task=task.name, examples=chosen, encoder=encoder
+    ) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))

@@ -89,7 +89,7 @@ def read_examples(
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     prompts = [pair.prompt for pair in pairs]
-    with routing_for(model, prompts, task=task, examples=examples) as before_pass:
+    with routing_for(model, prompts, task=task, examples=examples, encoder=encoder) as before_pass:
         bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)

@@ -81,12 +81,10 @@ def generate(
     given = model, tokenizer, ids, torch.ones_like(ids)
     wish = sampling.max_new_tokens, sampling.temperature
     with recorder as recording, reading_once(model) as shared:
-        if shared is None or record:  # a recording is of the whole prompt
-            output = continued(*given, *wish)
-        else:
-            begun = shared.begin(model, questions.prompts)
-            with routing_for(model, questions.prompts):
-                output = continued(*given, *wish, begun.cache)
+        # A recording is of the whole prompt.
+        begun = shared.begin(model, questions.prompts) if shared and not record else None
+        with routing_for(model, questions.prompts, examples=[asked], encoder=encoder):
+            output = continued(*given, *wish, begun and begun.cache)
     tokens: list[int] = output[0].tolist()
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]
     text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()

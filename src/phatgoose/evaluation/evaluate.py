@@ -432,7 +432,9 @@ def score(
     if shared is not None and shared.wants_states:
         batches = questions.batches(budget)
         shared.read_ahead(model, [[prompts[i] for i in batch] for batch in batches])
-    with routing_for(model, prompts, task=name, examples=examples) as before_pass:
+    with routing_for(
+        model, prompts, task=name, examples=examples, encoder=questions.encoder
+    ) as before_pass:
         answers = answers_to(questions, model, budget, name, before_pass, shared)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 

@@ -66,6 +66,12 @@ def format_record(
     return {**kept, "inputs_cut": metrics.get("inputs_cut")}
 
 
+def trained_in_chats(records: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the training prompts of all experts in a pool's records are in a chat template."""
+    forms = [record.get("formatting") for record in records]
+    return all(isinstance(form, Mapping) and form.get("chat") is True for form in forms)
+
+
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
     """Warn of experts whose training inputs were formatted otherwise than `given`."""
     others: dict[tuple[str, str], list[str]] = defaultdict(list)

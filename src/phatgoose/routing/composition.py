@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..base.fingerprint import BaseReference, Mark
 from ..base.sites import ROUTED
 from ..config import Routing
 from ..errors import RoutingError
-from ..tasks.task import Example
+from ..experts.expert import trained_in_chats
+from ..tasks.encoding import Encoder
+from ..tasks.task import Chat, Example, question_of
 from .context import RoutingContext
 from .layers import RoutedLayer, RoutedLinear
 from .routers.prompt_router import PromptRouter
@@ -62,6 +64,11 @@ class Composition:
         """True where every expert leaves the body of a prompt to the base."""
         return None not in self.acting
 
+    @property
+    def in_chats(self) -> bool:
+        """Whether the experts' statistics are of prompts in the base's chat template."""
+        return trained_in_chats(self.records)
+
     @cached_property
     def router(self) -> Router:
         return router_of(self.routing)
@@ -88,6 +95,7 @@ def routing_for(
     *,
     task: str | None = None,
     examples: Sequence[Example] | None = None,
+    encoder: Encoder | None = None,
 ) -> Iterator[Callable[[Sequence[int]], None]]:
     """Passes of `model` in this thread are about `prompts`, given by tokens, one row for each.
 
@@ -95,8 +103,9 @@ def routing_for(
     than all of them in order. Only routers that choose for whole prompts and experts that act from
     a prompt's end on go by this; in other models, routed or not, nothing changes. An evaluation
     names its `task`, by which router oracle chooses and random routers start again, and the
-    `examples`, which retrieval in the paper's form embeds. Inside another one, that one's prompts
-    count again afterwards. Raises what `PromptRouter.choose` does.
+    `examples`, which retrieval in the paper's form embeds. With the `encoder` that made their
+    prompts, routers read the last user message alone of those that are chats. Inside another one,
+    that one's prompts count again afterwards. Raises what `PromptRouter.choose` does.
     """
     parts = composition_if_any(model)
     context = parts.context if parts else None
@@ -106,7 +115,10 @@ def routing_for(
     if context is None:
         yield lambda _: None
         return
-    found = context.routing_of(prompts, examples=examples, task=task)
+    asked = None
+    if parts and parts.prompt_router and examples and encoder:
+        asked = _asked(parts, prompts, examples, encoder)
+    found = context.routing_of(prompts, asked=asked, examples=examples, task=task)
 
     def use(rows: Sequence[int]) -> None:
         some = found.of(rows)
@@ -114,3 +126,31 @@ def routing_for(
 
     with context.using(found):
         yield use
+
+
+def _asked(
+    parts: Composition,
+    prompts: Sequence[Sequence[int]],
+    examples: Sequence[Example],
+    encoder: Encoder,
+) -> Sequence[Sequence[int]]:
+    """What routers per prompt read of `prompts`, which `encoder` made of the `examples`.
+
+    Of chats the last user message alone, in the form in which the experts' prompts were measured.
+    """
+    is_other = encoder.formatting.chat and not parts.in_chats
+    if not is_other and not any(isinstance(each.input, Chat) for each in examples):
+        return prompts
+    reads = Encoder(
+        encoder.tokenizer,
+        is_encoder_decoder=encoder.is_encoder_decoder,
+        formatting=replace(encoder.formatting, chat=parts.in_chats),
+        positions=encoder.positions,
+    )
+
+    def asked(example: Example, prompt: Sequence[int]) -> Sequence[int]:
+        if isinstance(example.input, Chat):
+            return reads.prompt(question_of(example.input.turns))
+        return reads.fitted(example.input, example.passage).tokens if is_other else prompt
+
+    return list(map(asked, examples, prompts))

@@ -181,14 +181,19 @@ class RoutingContext:
         return self.router.choose(prompts, self._model, **known)
 
     def routing_of(
-        self, prompts: Sequence[Sequence[int]], choice: Choice | None = None, **known: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        choice: Choice | None = None,
+        asked: Sequence[Sequence[int]] | None = None,
+        **known: Any,
     ) -> PromptRouting:
         """What there is to use for `prompts`; raises what the router's `choose` does.
 
-        A `choice` that is given takes the place of the router's.
+        A `choice` that is given takes the place of the router's, which reads `asked` if that is
+        given in place of `prompts`.
         """
         if choice is None and self.router is not None:
-            choice = self.choose(prompts, **known)
+            choice = self.choose(prompts if asked is None else asked, **known)
         return PromptRouting(
             choice, beginnings(self.acting, prompts) if self.acting and prompts else None
         )

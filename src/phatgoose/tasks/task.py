@@ -41,6 +41,15 @@ class Chat(str):
         return Chat([*before, (role, content + suffix)])
 
 
+def question_of(turns: Sequence[tuple[str, str]]) -> str:
+    """What routers per prompt read of a chat, (role, content) each: its last user message alone.
+
+    That of its last message if no user says anything. Instructions, tools and earlier turns would
+    outweigh the question.
+    """
+    return next((text for role, text in reversed(turns) if role == "user"), turns[-1][1])
+
+
 @dataclass(frozen=True)
 class Example:
     """One example. `choices` is empty for open-ended tasks; `references` are all right answers.

@@ -15,10 +15,11 @@ from phatgoose.apps.server.requests import RequestPreparer
 from phatgoose.apps.server.responses import builder_of
 from phatgoose.apps.server.sequences import Progress, ScoredToken
 from phatgoose.base.loading import UNFINISHED, load_base
-from phatgoose.config import Serving
+from phatgoose.config import Routing, Serving
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 from serving import CHAT, CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
+from topic_prompts import BEFORE, OWNERS, PROMPTS
 
 LONG = {**GREEDY, "max_tokens": 1000}
 
@@ -207,6 +208,36 @@ def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client, pool):
     assert {expert} == set(choice["routing"]["tokens"][0]["experts"])
     (choice,) = ask(client, **GREEDY, routing={"trace": True})["choices"]
     assert choice["routing"]["trace"]["whole"] == []
+
+
+@pytest.fixture(scope="module")
+def choosing(place, embedder_for_all):
+    """A client of a server whose router is retrieval."""
+    models = [serving.ServedModel("goose", str(place), Routing("retrieval"), dtype="float32")]
+    app = create_app(models)
+    app.state.service.models["goose"].runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
+    with serving.client_of(app) as client:
+        yield client
+
+
+def experts_of(client, turns):
+    """Those that act on the answer to a chat of (role, content) each."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer = ask(client, path=CHATS, **{**CHAT, "messages": messages}, routing=True)
+    return [*answer["choices"][0]["routing"]["summary"]]
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_a_chat_gets_the_expert_of_its_last_user_message(choosing, before):
+    for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
+        assert experts_of(choosing, [*before, ("user", prompt)]) == [owner]
+
+
+def test_a_message_may_be_of_parts_and_no_users(choosing):
+    parts = [{"type": "text", "text": text} for text in (PROMPTS[1][:5], PROMPTS[1][5:])]
+    assert experts_of(choosing, [("user", PROMPTS[0]), ("user", parts)]) == [OWNERS[1]]
+    turns = [("assistant", PROMPTS[0] * 9), ("assistant", PROMPTS[1])]
+    assert experts_of(choosing, turns) == [OWNERS[1]]
 
 
 def test_a_stream_tells_its_routing_piece_by_piece(client):

@@ -12,6 +12,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.automatic import settled_by_prompt
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, events
+from topic_prompts import BEFORE, OWNERS, PROMPTS
 
 KINDS = ("vllm", "sglang", "llama.cpp", "lorax")
 pytestmark = pytest.mark.usefixtures("embedder_for_all")
@@ -69,6 +70,19 @@ def test_chats_are_passed_on_as_messages(place, kind, stream):
     assert text.endswith("3 4 5")
     (asked,) = engine.requests
     assert [each["role"] for each in asked["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_a_chat_goes_to_the_expert_of_its_last_user_message(place, before):
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine, template=CHAT_TEMPLATE) as client,
+    ):
+        for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
+            turns = [*before, ("user", prompt)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            reply = client.post(CHATS, json={"model": "auto", "messages": messages})
+            assert reply.headers["x-phatgoose-experts"] == f"{owner}=1"
 
 
 def test_prompts_and_numbers_are_single_requests_of_the_engine(place):

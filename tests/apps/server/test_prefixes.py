@@ -103,6 +103,9 @@ def test_a_prompt_that_the_base_reads_for_its_router_is_not_read_again(llama, ll
     assert passed[0] == 3
     composition_of(model).context.use(None)
     assert found == [by_generate(runner, prompt, 12) for prompt in prompts]
+    held = store.bytes
+    runner.routings_of([prompt_of(7, 40)], store, [prompt_of(8, 40)])  # a chat and its question
+    assert store.bytes == held
 
 
 @pytest.mark.parametrize("wish", [{"echo": True, "logprobs": 0}, {"routing": True}])

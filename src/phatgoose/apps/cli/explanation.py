@@ -19,6 +19,7 @@ from ...config import Formatting
 from ...routing.composition import routing_for
 from ...routing.recording import summary_of
 from ...tasks.encoding import Encoder
+from ...tasks.task import Example
 from ..console import coloured, expert_style
 from ..generation import Sampling, check_prompt, check_text, generate
 
@@ -125,5 +126,7 @@ def explain(
     pair = encoder.pair(prompt, text)
     if given is not None:  # `generate` has reported them already
         encoder.cuts([pair]).report("the prompt")
-    with routing_for(model, [pair.prompt]):  # not by an answer after it
+    asked = [Example(prompt, "")]
+    # By the prompt, not by an answer after it.
+    with routing_for(model, [pair.prompt], examples=asked, encoder=encoder):
         return Explanation(trace(model, encoder, pair), text, layer, kind)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...base.loading import load_tokenizer
 from ...config import Routing, Serving, closest
 from ...errors import ConfigError, PhatgooseError
+from ...experts.expert import trained_in_chats
 from ...experts.pool import Pool
 from ...files.strict import shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
@@ -68,8 +69,10 @@ class Frame:
 
     tokenizer: PreTrainedTokenizerBase
     context: int | None
+    in_chats: bool
     is_encoder_decoder: bool = False
     positions: Any = None
+    looks_prompts_up: bool = True
 
     @property
     def vocabulary(self) -> int:
@@ -110,6 +113,7 @@ class ChosenPool:
         routing = settled_by_prompt(settings.routing or Routing(), self.pool)
         self.routing = numbered(routing, len(self.pool))
         self.runner = self.composed(self.pool, self.routing)
+        self.in_chats = trained_in_chats(self.pool.records())
 
     def reopened(self) -> ChosenPool:
         """The pool as its place has it now."""
@@ -396,7 +400,7 @@ class Gateway:
         texts = self._texts[id(target.model.tokenizer)]
         context = self.engine_form.adapters.context
         limits = replace(self.limits, max_batch_tokens=context) if context else self.limits
-        frame = Frame(target.model.tokenizer, context)
+        frame = Frame(target.model.tokenizer, context, target.model.in_chats)
         reader = RequestReader(frame, limits, texts.process)
         prompts = await texts.readers.run(
             client, deadline, lambda seconds: reader.prompts(request, seconds)
@@ -436,8 +440,8 @@ class Gateway:
         except PhatgooseError as error:
             raise bad_request(for_clients(error), only_override(request)) from error
         try:
-            tokens = [prompt.tokens for prompt in prompts]
-            chosen = await self._choosing.choose(found.runner, tokens, client, deadline)
+            asked = [prompt.asked for prompt in prompts]
+            chosen = await self._choosing.choose(found.runner, asked, client, deadline)
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
         finally:

@@ -130,27 +130,37 @@ class ModelRunner:
     def looks_prompts_up(self) -> bool:
         return self._context is not None and self._context.router is not None
 
+    @cached_property
+    def in_chats(self) -> bool:
+        return self._parts is not None and self._parts.in_chats
+
     def routings_of(
-        self, prompts: Sequence[Sequence[int]], prefixes: PrefixStore | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: PrefixStore | None = None,
+        asked: Sequence[Sequence[int]] | None = None,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
-        None for a model without a context. If the base reads the prompts for it and experts act
-        from their end on, `prefixes` keeps what was read, so that it isn't read again.
+        None for a model without a context. The router reads what is `asked`, or else the prompts.
+        If the base reads these for it and experts act from their end on, `prefixes` keeps what was
+        read, so that it isn't read again.
         """
         if self._context is None:
             return [None] * len(prompts)
+        read = [list(each) for each in prompts]
+        questions = read if asked is None else [list(each) for each in asked]
         with ExitStack() as stack:
-            if prefixes is not None and self._context.acting:
+            if prefixes is not None and self._context.acting and questions == read:
                 base = self._base_key
 
-                def keep(read: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
-                    for row, prompt in enumerate(read):
+                def keep(batch: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
+                    for row, prompt in enumerate(batch):
                         reader = Reader(base, len(prompt))
                         prefixes.keep(reader, prompt, cache, row, mask[row])
 
                 stack.enter_context(keeping_caches(keep))
-            found = self._context.routing_of([list(each) for each in prompts])
+            found = self._context.routing_of(read, asked=questions)
         return found.each(len(prompts))
 
     @property

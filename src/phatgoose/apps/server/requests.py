@@ -22,6 +22,7 @@ from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
 from ...routing.choices import PromptRouting
+from ...tasks.task import question_of
 from .json_form import JsonForm, json_form
 from .models import ModelRunner
 from .prefixes import PrefixStore
@@ -118,10 +119,14 @@ DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
 
 @dataclass(frozen=True)
 class RequestPrompt:
-    """A prompt's tokens, and the text that stands for them where a prompt is echoed."""
+    """A prompt's tokens, and the text that stands for them where a prompt is echoed.
+
+    `asked` are the tokens that routers per prompt read.
+    """
 
     tokens: tuple[int, ...]
     text: str
+    asked: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,12 @@ class ReadsPrompts(Protocol):
     @property
     def positions(self) -> Any: ...  # that an encoder-decoder model has
 
+    @property
+    def looks_prompts_up(self) -> bool: ...  # a router reads them
+
+    @property
+    def in_chats(self) -> bool: ...  # the experts' were in the chat template
+
 
 class RequestReader:
     """Reads requests to one model within the server's limits; refusals are ApiErrors.
@@ -203,27 +214,42 @@ class RequestReader:
         texts = [each for each in prompts if isinstance(each, str)]
         rows = [each for each in prompts if not isinstance(each, str)]
         if texts:
-            before, after = runner.added
-            found = self._tokens(texts, "prompt", left)
-            tokens = [(*before, *each, *after) or (_first(runner.tokenizer),) for each in found]
-            return list(map(RequestPrompt, tokens, texts))
+            tokens = list(map(self._plain, self._tokens(texts, "prompt", left)))
+            return list(map(RequestPrompt, tokens, texts, tokens))
         for token in (token for row in rows for token in row if token >= runner.vocabulary):
             message = f"Token {token} is unknown; the model has {runner.vocabulary}."
             raise bad_request(message, "prompt")
-        return list(map(RequestPrompt, map(tuple, rows), self._texts.texts(rows, left)))
+        tokens = list(map(tuple, rows))
+        return list(map(RequestPrompt, tokens, self._texts.texts(rows, left), tokens))
 
     def _chat_prompt(self, request: ChatRequest, left: TimeLeft) -> RequestPrompt:
-        tokenizer = self._runner.tokenizer
-        if not tokenizer.chat_template:
+        if not self._runner.tokenizer.chat_template:
             message = "The base model has no chat template; use /v1/completions."
             raise bad_request(message, "model", "no_chat_template")
         self._check_number(1, request.n or 1)
         self._check_length("".join(message.text for message in request.messages), "messages")
+        messages = request.plain_messages
+        text = self._rendered(messages, left)
+        if not self._runner.looks_prompts_up:
+            (tokens,) = self._tokens([text], "messages", left)
+            return RequestPrompt(tuple(tokens), text, tuple(tokens))
+        question = question_of([(each["role"], each["content"]) for each in messages])
+        if in_chats := self._runner.in_chats:
+            question = self._rendered([{"role": "user", "content": question}], left)
+        tokens, found = self._tokens([text, question], "messages", left)
+        asked = tuple(found) if in_chats else self._plain(found)
+        self._check_length(asked, "messages")
+        return RequestPrompt(tuple(tokens), text, asked)
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], left: TimeLeft) -> str:
         most = self._most_tokens * CHARACTERS
-        text = self._texts.chat(*chat_of(tokenizer, request.plain_messages), left, most=most)
+        text = self._texts.chat(*chat_of(self._runner.tokenizer, messages), left, most=most)
         self._check_count(text.length, "characters", CHARACTERS, "messages")
-        (tokens,) = self._tokens([str(text.content)], "messages", left)
-        return RequestPrompt(tuple(tokens), str(text.content))
+        return str(text.content)
+
+    def _plain(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        before, after = self._runner.added
+        return (*before, *tokens, *after) or (_first(self._runner.tokenizer),)
 
     def decoding(self, request: AnyRequest, number: int, prompt: RequestPrompt) -> Decoding:
         is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
@@ -343,7 +369,8 @@ class RequestPreparer(RequestReader):
             if mixture is not None:
                 found = self._model.mixed(mixture, tokens)
             else:
-                found = self._model.routings_of(tokens, self._prefixes)
+                asked = [prompt.asked for prompt in prompts]
+                found = self._model.routings_of(tokens, self._prefixes, asked)
         except PoolError as error:
             raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:

@@ -60,7 +60,7 @@ def fidelity(
     Raises as `read_texts` does.
     """
     tokens, difference, same = 0, 0.0, 0
-    for inputs in passing(model, texts, read_texts(model, tokenizer, texts)):
+    for inputs in passing(model, tokenizer, texts, read_texts(model, tokenizer, texts)):
         wanted = _logits(model, inputs)
         with replaced(model, layers):
             got = _logits(model, inputs)

@@ -71,17 +71,25 @@ def read_texts(
         ids = torch.tensor([prompt.tokens], device=input_device(model))
         found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if encoder.is_encoder_decoder:
-        for inputs in passing(model, texts, found):
+        for inputs in passing(model, tokenizer, texts, found):
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             answer = continued(model, tokenizer, ids, mask, ANSWER_TOKENS)
             inputs["decoder_input_ids"] = answer[:, : max(1, answer.shape[1] - 1)]
     return found
 
 
-def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> Iterator[Inputs]:
+def passing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    inputs: Sequence[Inputs],
+) -> Iterator[Inputs]:
     """The `inputs` one by one, each announced to routers of whole prompts (`routing_for`)."""
     prompts = [each["input_ids"][0].tolist() for each in inputs]
-    with routing_for(model, prompts, task=texts.name, examples=texts.examples) as before_pass:
+    encoder = Encoder.for_model(model, tokenizer, texts.formatting)
+    with routing_for(
+        model, prompts, task=texts.name, examples=texts.examples, encoder=encoder
+    ) as before_pass:
         for row, each in enumerate(inputs):
             before_pass([row])
             yield each
@@ -163,7 +171,7 @@ def shares_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     parts = composition_of(model)
     inputs = read_texts(model, tokenizer, texts)
     totals = _nothing(parts)
-    for each in passing(model, texts, inputs):
+    for each in passing(model, tokenizer, texts, inputs):
         for site, mean in _mean_weights(model, parts, each).items():
             totals[site] += mean
     shares = {site: total / len(inputs) for site, total in totals.items()}

@@ -322,7 +322,7 @@ def test_a_decoder_reads_the_models_own_answer(base, kind, pool):
             answer = each["decoder_input_ids"][0]
             assert answer[0] == start
             assert 1 <= len(answer) <= ANSWER_TOKENS
-    assert list(passing(model, texts, inputs)) == inputs
+    assert list(passing(model, base.tokenizer, texts, inputs)) == inputs
 
 
 def test_a_weight_that_is_elsewhere_can_not_be_merged(llama, llama_pool):

@@ -1,6 +1,7 @@
 """The server as a process, and its connections: half requests, crowds, unread answers."""
 
 import asyncio
+import atexit
 import http.client
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import pytest
 
 import serving
 from phatgoose.apps.cli import main
+from phatgoose.apps.console import say
 from phatgoose.apps.server import connections, guards, run
 from phatgoose.apps.server.connections import ConnectionGuard, GuardedConnection
 from phatgoose.apps.server.engine import Batch
@@ -274,6 +276,8 @@ def command(words: list[str], stderr: int) -> None:
     os.environ["PHATGOOSE_API_KEYS"] = "k1,k2"
     os.dup2(stderr, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    atexit._clear()  # of the process that this is a fork of
+    atexit.register(say, "left", err=True)  # which multiprocessing wouldn't call
     warnings.simplefilter("default")
     main(words)
 
@@ -303,6 +307,7 @@ def test_the_command_serves_and_ends_in_peace(pool):
             process.terminate()
             lines = [first, *reply.read().splitlines()]
             assert b"data: [DONE]" in lines
+            assert told.read().endswith("left\n")  # at once, whatever its threads are at
             process.join(60)
             assert process.exitcode == 0
     finally:
@@ -332,7 +337,9 @@ def test_a_port_that_is_taken_is_told_before_models_are_loaded(monkeypatch, caps
         with pytest.raises(SystemExit) as ended:
             main(["serve", "experts", "--port", str(port)])
     assert ended.value.code == 2
-    assert f"Can't listen at 127.0.0.1, port {port}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"Can't listen at 127.0.0.1, port {port}" in told
+    assert "--port" in told
 
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch):

@@ -53,7 +53,7 @@ def serve(
 ) -> None:
     """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C."""
     replicas.check()
-    from ..server import API_KEYS, check_address, create_app, keys_of, run
+    from ..server import API_KEYS, check_address, create_app, keys_of, leave, run
 
     upstream = _upstream(gateway, upstream_key, replicas)
     models = _models(model, opening, routing if given & ROUTING_SETTINGS else None)
@@ -71,6 +71,7 @@ def serve(
         if (advised := advice()) is not None:
             say(advised, err=True)
         run(app, host, port, serving)
+        leave()
     else:
         _replicate(models, serving, keys, hosts, port, replicas)
 

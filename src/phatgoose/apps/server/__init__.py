@@ -14,10 +14,10 @@ from .settings import API_KEYS, ServedModel, keys_of, served_models
 
 try:
     from .app import create_app
-    from .connections import check_address, run
+    from .connections import check_address, leave, run
     from .upstream import UPSTREAM_KEY, Upstream
 except ModuleNotFoundError as error:
     raise ConfigError(f"The server needs {error.name}: pip install 'phatgoose[serve]'.") from error
 
-__all__ = ["API_KEYS", "ServedModel", "check_address", "create_app", "keys_of", "run"]
-__all__ += ["UPSTREAM_KEY", "Upstream", "served_models"]
+__all__ = ["API_KEYS", "ServedModel", "check_address", "create_app", "keys_of", "leave"]
+__all__ += ["UPSTREAM_KEY", "Upstream", "run", "served_models"]

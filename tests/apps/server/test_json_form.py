@@ -72,6 +72,7 @@ def test_an_object_of_any_kind_is_one(client):
     ("format_", "said"),
     [
         (by({"type": "strange"}), "The schema can't be used: Invalid type: strange"),
+        (by({"$ref": "#"}), "The schema can't be used: no answer can begin by it"),
         ({"type": "json_schema"}, "is for the type json_schema"),
         ({"type": "json_object", "json_schema": {"schema": {}}}, "is for the type json_schema"),
         ({"type": "xml"}, "response_format.type: Input should be 'text'"),

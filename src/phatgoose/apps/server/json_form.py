@@ -97,4 +97,10 @@ def json_form(
     )
     if matcher.is_error():
         raise bad_request(f"The schema can't be used: {first_line(matcher.get_error())}.", FIELD)
-    return JsonForm(matcher)
+    form = JsonForm(matcher)
+    try:
+        form.copy().allowed(torch.zeros(vocabulary))
+    except EngineError as error:  # {"$ref": "#"}
+        message = "The schema can't be used: no answer can begin by it, as where it is only itself."
+        raise bad_request(message, FIELD) from error
+    return form

@@ -6,7 +6,7 @@ import torch
 
 from analysed import EXAMPLES, encoder_of, tallied
 from oracle import token_weights
-from phatgoose.analysis.routing_distribution import site_label
+from phatgoose.analysis.routing_distribution import layers_and_kinds, site_label
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
@@ -139,6 +139,13 @@ def test_layers_kinds_and_the_whole_are_unweighted_means_over_sites(base, pool):
         rows = [row for site, row in sites.items() if site_label(site).kind == kind]
         np.testing.assert_allclose(mean, np.mean(rows, axis=0))
     np.testing.assert_allclose(profile.whole("probability"), np.mean(list(sites.values()), axis=0))
+
+
+def test_layers_are_listed_by_number():
+    sites = [f"encoder.block.{n}.q" for n in ("10", "2", "0")] + ["decoder.block.1.q"]
+    layers, kinds = layers_and_kinds(map(site_label, sites))
+    assert layers == ["encoder 0", "encoder 2", "encoder 10", "decoder 1"]
+    assert kinds == ["q"]
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)

@@ -55,9 +55,11 @@ def site_label(site: str) -> SiteLabel:
 
 
 def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
-    """The names of layers, and those of kinds, in the order in which they come."""
+    """The names of layers by number, and those of kinds in the order in which they come."""
     found = list(labels)
-    layers = dict.fromkeys(label.layer_name for label in found)
+    stacks = list(dict.fromkeys(label.stack for label in found))
+    ordered = sorted(found, key=lambda label: (stacks.index(label.stack), label.layer))
+    layers = dict.fromkeys(label.layer_name for label in ordered)
     return list(layers), list(dict.fromkeys(label.kind for label in found))
 
 

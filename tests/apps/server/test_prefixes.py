@@ -21,7 +21,7 @@ LONG = prompt_of(5, 40)
 SHARED = (*LONG[:30], 7, 8, 9)  # begins as LONG does
 
 
-def answers(runner, prompts, store, **changes):
+def answers(runner, prompts, store, client="", **changes):
     """Each prompt's answer in a batch of all, and the tokens that passed the model."""
     passed, decode = [], runner.decode
     runner.decode = lambda ids, *rest, **more: (
@@ -29,7 +29,8 @@ def answers(runner, prompts, store, **changes):
     )
     turns = runner.routings_of(prompts)
     wish = replace(GREEDY, **changes)
-    rows = [row_of(runner, p, wish, turn=turn) for p, turn in zip(prompts, turns, strict=True)]
+    pairs = zip(prompts, turns, strict=True)
+    rows = [row_of(runner, prompt, wish, client=client, turn=turn) for prompt, turn in pairs]
     batch = Batch(runner, store)
     batch.join(rows)
     finish(batch)
@@ -46,6 +47,15 @@ def test_a_beginning_is_read_once_and_answers_stay(runner_of, router):
     assert again == first
     assert passed[0] == 1
     assert store.tokens_reused == 39
+
+
+def test_what_one_client_asked_is_no_others(runner_of):
+    runner, store = runner_of(), PrefixStore(1 << 20)
+    for client in ("one", "other"):
+        _, passed = answers(runner, [LONG], store, client)
+        assert passed[0] == 40
+    _, passed = answers(runner, [LONG], store, "other")
+    assert passed[0] == 1
 
 
 def test_rows_with_and_without_a_known_beginning_share_a_batch(runner_of):
@@ -98,9 +108,10 @@ def test_a_prompt_that_the_base_reads_for_its_router_is_not_read_again(llama, ll
     model = compose(Pool(tuple(ends)), llama, router="discriminant")
     runner, store = ModelRunner(model, llama.tokenizer), PrefixStore(1 << 20)
     prompts = [LONG, prompt_of(6, 25)]
-    runner.routings_of(prompts, store)
-    found, passed = answers(runner, prompts, store)
+    runner.routings_of(prompts, store, "one")
+    found, passed = answers(runner, prompts, store, "one")
     assert passed[0] == 3
+    assert answers(runner, prompts, store, "other")[1][0] == 40
     composition_of(model).context.use(None)
     assert found == [by_generate(runner, prompt, 12) for prompt in prompts]
     held = store.bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -121,6 +121,12 @@ def _reading_of(sequence: ActiveSequence) -> object:
     return sequence.prompt, None if chosen is None else chosen.key
 
 
+def reader_of(sequence: ActiveSequence) -> Reader:
+    """Who reads its prompt, for its client alone."""
+    reader = sequence.runner.reader_of(sequence.prompt, sequence.routed)
+    return replace(reader, client=sequence.client)
+
+
 def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
     """The given rows of an encoder's output; None for a decoder, which has none."""
     if encoded is None:
@@ -149,7 +155,7 @@ class _DistinctPrompts:
         self._everyone = [each for group in owners for each in group]
         prompts = [group[0].prompt for group in owners]
         self._prefixes = None if runner.is_encoder_decoder else prefixes
-        self._readers = [runner.reader_of(group[0].prompt, group[0].routed) for group in owners]
+        self._readers = [reader_of(group[0]) for group in owners]
         found = [
             self._found(group, reader) for group, reader in zip(owners, self._readers, strict=True)
         ]
@@ -310,10 +316,10 @@ class Batch:
         # the model. To experts that act from a prompt's end on it will be a body, as to the base.
         if self._prefixes is None or self._encoded is not None:
             return
-        reader = self.runner.reader_of(sequence.prompt, sequence.routed)
+        reader = reader_of(sequence)
         if reader.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
-            whole = Reader(reader.key, len(tokens))
+            whole = replace(reader, limit=len(tokens))
             self._prefixes.keep(whole, tokens, self._cache, row, self._mask[row])
 
     def _report_routing(self, keeper: TraceKeeper) -> None:

@@ -46,7 +46,7 @@ class Metrics:
         )
         self.waiting = Gauge("phatgoose_waiting", "Answers in the queue.", registry=own)
         self.running = Gauge("phatgoose_running", "Answers being computed.", registry=own)
-        words = "Prompt tokens that were not read again, since a prompt before began with them."
+        words = "Prompt tokens not read again, since a prompt before began so; whole thousands."
         self.reused = Gauge("phatgoose_prefix_tokens_reused", words, registry=own)
         words = "Bytes of prompts' beginnings that are kept."
         self.prefixes = Gauge("phatgoose_prefix_bytes", words, registry=own)

@@ -139,12 +139,13 @@ class ModelRunner:
         prompts: Sequence[Sequence[int]],
         prefixes: PrefixStore | None = None,
         asked: Sequence[Sequence[int]] | None = None,
+        client: str = "",
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
         None for a model without a context. The router reads what is `asked`, or else the prompts.
         If the base reads these for it and experts act from their end on, `prefixes` keeps what was
-        read, so that it isn't read again.
+        read for the `client`, so that it isn't read again.
         """
         if self._context is None:
             return [None] * len(prompts)
@@ -156,7 +157,7 @@ class ModelRunner:
 
                 def keep(batch: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
                     for row, prompt in enumerate(batch):
-                        reader = Reader(base, len(prompt))
+                        reader = Reader(base, len(prompt), client)
                         prefixes.keep(reader, prompt, cache, row, mask[row])
 
                 stack.enter_context(keeping_caches(keep))

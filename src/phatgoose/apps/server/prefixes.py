@@ -4,6 +4,8 @@ The next turn of a conversation begins as the one before, and prompts of one app
 the same instructions. What a prompt's tokens come to depends on who reads them: the base alone, or
 some experts as one routing weighs them. Experts that act from a prompt's end on leave its body to
 the base, so for them all one beginning is enough.
+
+Each client has its own: how soon an answer comes would tell whether others have asked the same.
 """
 
 from __future__ import annotations
@@ -27,18 +29,26 @@ MIB = 1 << 20
 class Reader:
     """Who reads a prompt: equal tokens have equal keys and values for equal `key`s, up to `limit`.
 
-    `limit` is how many of the prompt's tokens this holds for.
+    `limit` is how many of the prompt's tokens this holds for, `client` who may share them.
     """
 
     key: Hashable
     limit: int
+    client: str = ""
+
+    @property
+    def shelf(self) -> Hashable:
+        return self.client, self.key
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """A prompt's first tokens [n] and each layer's keys and values, [heads, n, d] each."""
+    """A prompt's first tokens [n] and each layer's keys and values, [heads, n, d] each.
 
-    reader: Hashable
+    Only readers of its `shelf` may use it.
+    """
+
+    shelf: Hashable
     tokens: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
 
@@ -70,7 +80,7 @@ class PrefixStore:
         tokens = torch.tensor(prompt[: min(reader.limit, len(prompt) - 1)])
         with self._lock:
             found = [
-                (each.shared(tokens), each) for each in self._held if each.reader == reader.key
+                (each.shared(tokens), each) for each in self._held if each.shelf == reader.shelf
             ]
             count, best = max(found, key=lambda pair: pair[0], default=(0, None))
             if best is None or count < SHORTEST:
@@ -89,14 +99,14 @@ class PrefixStore:
             return
         kept = torch.tensor(tokens[:count])
         with self._lock:
-            if any(e.reader == reader.key and e.shared(kept) == count for e in self._held):
+            if any(e.shelf == reader.shelf and e.shared(kept) == count for e in self._held):
                 return
         columns = mask.nonzero()[:count, 0]
         layers = tuple(
             (each.keys[row].index_select(1, columns), each.values[row].index_select(1, columns))
             for each in cache.layers
         )
-        new = Prefix(reader.key, kept, layers)
+        new = Prefix(reader.shelf, kept, layers)
         if new.nbytes > self.most_bytes:
             return
         with self._lock:
@@ -104,7 +114,7 @@ class PrefixStore:
             short = [
                 each
                 for each in self._held
-                if each.reader == new.reader and each.shared(kept) == len(each.tokens)
+                if each.shelf == new.shelf and each.shared(kept) == len(each.tokens)
             ]
             self._held = [each for each in self._held if each not in short] + [new]
             self.bytes += new.nbytes - sum(each.nbytes for each in short)

@@ -338,9 +338,10 @@ class RequestPreparer(RequestReader):
         limits: Serving,
         texts: UntrustedText | None = None,
         prefixes: PrefixStore | None = None,
+        client: str = "",
     ) -> None:
         super().__init__(runner, limits, texts)
-        self._model, self._prefixes = runner, prefixes
+        self._model, self._prefixes, self._client = runner, prefixes, client
         self._form: JsonForm | None = None
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
@@ -370,7 +371,7 @@ class RequestPreparer(RequestReader):
                 found = self._model.mixed(mixture, tokens)
             else:
                 asked = [prompt.asked for prompt in prompts]
-                found = self._model.routings_of(tokens, self._prefixes, asked)
+                found = self._model.routings_of(tokens, self._prefixes, asked, self._client)
         except PoolError as error:
             raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:

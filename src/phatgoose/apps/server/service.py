@@ -77,7 +77,8 @@ class Service:
         self.engine = engine = GenerationEngine(limits, self.metrics.batch.observe)
         self.metrics.waiting.set_function(lambda: engine.waiting)
         self.metrics.running.set_function(lambda: engine.running)
-        self.metrics.reused.set_function(lambda: engine.prefixes.tokens_reused)
+        # Rounded: the exact number would tell how much of a prompt was known.
+        self.metrics.reused.set_function(lambda: engine.prefixes.tokens_reused // 1000 * 1000)
         self.metrics.prefixes.set_function(lambda: engine.prefixes.bytes)
         self.begun = int(time.time())
         self.routings: RoutingCache[ModelRunner] = RoutingCache(models, limits.max_routings)
@@ -209,7 +210,8 @@ class Service:
         deadline: Deadline,
     ) -> PreparedRequest:
         texts = self._texts[id(runner.tokenizer)]
-        preparer = RequestPreparer(runner, self.limits, texts.process, self.engine.prefixes)
+        kept = self.engine.prefixes
+        preparer = RequestPreparer(runner, self.limits, texts.process, kept, client)
         prompts = await texts.readers.run(
             client, deadline, lambda seconds: preparer.prompts(request, seconds)
         )

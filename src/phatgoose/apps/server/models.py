@@ -226,9 +226,10 @@ class _Bases:
             if of == dtype and base.fingerprint == wanted.fingerprint:
                 with suppress(BaseModelError):  # no tokenizer there
                     tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
-                    return replace(
+                    base = replace(
                         base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision
                     )
+                    self._loaded.append((base, dtype))  # each tokenizer has a process of its own
                 return base
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
         base = replace(base, marks={})  # nothing here changes weights

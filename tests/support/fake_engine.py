@@ -19,7 +19,9 @@ class FakeEngine:
 
     `mode` is what happens to answers: well, slow (none comes until `go_on` is set), broken (the
     connection is cut after `pieces`), unfinished (it ends in good order there), refusing, busy,
-    failing, aborting, or odd (no JSON). `requests` are the bodies of all that were asked.
+    failing, aborting, repeating (an error with the request's headers), endless, or odd (it answers
+    `content`). `requests` are the bodies of all that were asked. `adapters` have their numbers, or
+    the folders that they are from.
     """
 
     def __init__(self, kind: str, adapters: dict[str, str], *, loads: bool = True) -> None:
@@ -27,7 +29,9 @@ class FakeEngine:
         self.mode, self.pieces, self.key = "well", 3, None
         self.requests: list[dict[str, Any]] = []
         self.loaded: list[dict[str, Any]] = []
+        self.content, self.listed = b"<html>", None  # what llama.cpp lists, if not `adapters`
         self.open = 0  # answers that are being given
+        self.sent = 0  # events of an endless one
         self.go_on = threading.Event()
         self.port = 0
         self._server: ThreadingHTTPServer | None = None
@@ -118,8 +122,14 @@ class _Handler(BaseHTTPRequestHandler):
             owner = {"owned_by": OWNERS[engine.kind]}
             base = {"id": BASE, "parent": None, "max_model_len": 512, **owner}
             own = [] if engine.kind == "llama.cpp" else engine.adapters
-            return 200, {"data": [base, *({"id": n, "parent": BASE, **owner} for n in own)]}
+            cards = [{"id": name, "parent": BASE, **owner} for name in own]
+            for card in cards:
+                if not own[card["id"]].isdecimal():
+                    card["root"] = own[card["id"]]
+            return 200, {"data": [base, *cards]}
         if self.path == "/lora-adapters" and engine.kind == "llama.cpp":
+            if engine.listed is not None:
+                return 200, engine.listed
             listed = engine.adapters.items()
             return 200, [{"id": int(i), "path": f"/x/{n}.gguf", "scale": 1.0} for n, i in listed]
         if self.path == "/props" and engine.kind == "llama.cpp":
@@ -135,8 +145,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         loads = {"vllm": "/v1/load_lora_adapter", "sglang": "/load_lora_adapter"}
         if self.path == loads.get(engine.kind) and engine.loads:
+            if body["lora_name"] in engine.adapters and not body.get("load_inplace"):
+                self.reply(400, {"error": {"message": "it has been loaded"}})
+                return
             engine.loaded.append(body)
             engine.adapters[body["lora_name"]] = body["lora_path"]
+            self.reply(200, {"success": True})
+        elif self.path == "/v1/unload_lora_adapter" and engine.loads:
+            del engine.adapters[body["lora_name"]]
             self.reply(200, {"success": True})
         elif self.path in ("/v1/completions", "/v1/chat/completions"):
             engine.requests.append(body)
@@ -155,6 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             "busy": (429, {"error": {"message": "full"}}),
             "failing": (500, b"Internal Server Error /secret/place"),
             "loading": (503, {"error": {"message": "Loading model"}}),
+            "repeating": (400, {"error": {"message": f"bad request, {dict(self.headers)}"}}),
         }
         if engine.mode in refusals:
             self.reply(*refusals[engine.mode])
@@ -171,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             self.stream(body, pieces, is_chat)
         elif engine.mode == "odd":
-            self.reply(200, b"<html>")
+            self.reply(200, engine.content)
         elif engine.mode == "broken":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -190,6 +207,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.event(": a comment")
+        if engine.mode == "odd":
+            self.event(f"data: {engine.content.decode()}")
+        while engine.mode == "endless":
+            self.event(f"data: {json.dumps({'choices': [content_of('x' * 65536, is_chat)]})}")
+            engine.sent += 1
         for number, piece in enumerate(pieces):
             if engine.mode in ("broken", "unfinished", "stalled") and number == engine.pieces:
                 if engine.mode == "stalled":

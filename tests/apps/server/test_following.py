@@ -1,6 +1,9 @@
 """A server whose pool changes on the disk: it has the old one until the new one is whole."""
 
+import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +105,40 @@ def test_an_answer_in_flight_is_finished_by_the_experts_it_began_with(place, fol
         assert client.post(PATH, json=body).status_code == 400  # e0 is gone
 
 
+def renamed_base(folder, twin):
+    """Give the base of the pool another name: the folder `twin`."""
+    base = Pool.open(folder).base.id
+    shutil.copytree(base, twin)
+    for config in folder.glob("*/phatgoose.json"):
+        config.write_text(config.read_text().replace(json.dumps(base), json.dumps(str(twin))))
+
+
+def children():
+    tasks = Path("/proc/self/task").iterdir()
+    return {child for task in tasks for child in (task / "children").read_text().split()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts processes by /proc")
+def test_reloads_leave_no_process_behind_where_the_base_has_another_name(folder, tmp_path):
+    with client_at(folder) as client:
+        renamed_base(folder, tmp_path / "twin")
+        counts = []
+        for number in (1, 2, 3):
+            client.app.state.follower.ask()
+            until(lambda n=number: outcomes(client) == {"reopened": float(n)})
+            text_of(client, **GREEDY)
+            counts.append(len(children()))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_gateway_follows_a_pool_whose_base_has_another_name(folder, tmp_path):
+    with engine_of("vllm", numbered()) as engine, gateway(folder, engine) as client:
+        renamed_base(folder, tmp_path / "twin")
+        client.app.state.follower.ask()
+        until(lambda: outcomes(client) == {"reopened": 1.0})
+        ask(client, **ASK)
+
+
 def test_a_gateway_loads_what_joins_into_its_engine(place, folder):
     with (
         engine_of("vllm", numbered(("e0", "e1"))) as engine,
@@ -113,23 +150,51 @@ def test_a_gateway_loads_what_joins_into_its_engine(place, folder):
         ask(client, **{**ASK, "model": "e3"})
 
 
-@pytest.mark.parametrize("how", ["can't load", "changed"])
-def test_a_gateway_keeps_its_pool_where_the_engine_can_not_follow(place, folder, how):
+def change(place, folder):
+    """Give e1 the weights of e2."""
+    pool, config = Pool.open(place), folder / "e1" / "phatgoose.json"
+    shutil.copyfile(place / "e2/adapter_model.safetensors", folder / "e1/adapter_model.safetensors")
+    before, after = (pool[name].info.adapter_sha256 for name in ("e1", "e2"))
+    config.write_text(config.read_text().replace(before, after))
+    return after
+
+
+def test_a_gateway_has_what_changed_loaded_again_in_place(place, folder):
+    with (
+        engine_of("vllm", numbered(("e0", "e1"))) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        content = change(place, folder)
+        until(lambda: outcomes(client) == {"reopened": 1.0})
+        wanted = {"lora_name": "e1", "lora_path": str((folder / "e1").resolve())}
+        assert engine.loaded == [{**wanted, "load_inplace": True}, wanted]
+        ask(client, **{**ASK, "model": "e1"})
+        assert engine.requests[-1]["cache_salt"] == content
+
+
+@pytest.mark.parametrize("kind", ["sglang", "lorax"])
+def test_what_an_engine_can_not_load_again_keeps_nobody_else_out(place, folder, kind, caplog):
+    with (
+        engine_of(kind, numbered(("e0", "e1"))) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        change(place, folder)
+        shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: experts_of(client, "auto") == ["e0", "e3"])
+        assert "is served without some experts" in caplog.text
+        assert client.post(PATH, json={**ASK, "model": "e1"}).status_code == 404
+        ask(client, **{**ASK, "model": "e3"})
+        client.app.state.follower.ask()  # it still holds the old one
+        until(lambda: outcomes(client) == {"reopened": 2.0})
+        assert experts_of(client, "auto") == ["e0", "e3"]
+
+
+def test_what_an_engine_can_not_load_is_not_served(place, folder):
     with (
         engine_of("vllm", numbered(("e0", "e1")), loads=False) as engine,
         gateway(folder, engine, Serving(watch=True)) as client,
     ):
-        if how == "changed":
-            other = place / "e2" / "adapter_model.safetensors"
-            shutil.copyfile(other, folder / "e1" / "adapter_model.safetensors")
-            config = (folder / "e1" / "phatgoose.json").read_text()
-            sums = [
-                Pool.open(place)["e2"].info.adapter_sha256,
-                Pool.open(place)["e1"].info.adapter_sha256,
-            ]
-            (folder / "e1" / "phatgoose.json").write_text(config.replace(sums[1], sums[0]))
-        else:
-            shutil.copytree(place / "e3", folder / "e3")
-        until(lambda: outcomes(client).get("kept") == 1.0)
+        shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: outcomes(client) == {"reopened": 1.0})
         assert experts_of(client, "auto") == ["e0", "e1"]
         ask(client, **ASK)

@@ -1,8 +1,10 @@
 """An engine that is away, slow, restarted or killed: errors that say so, nobody else harmed."""
 
+import json
 import threading
 import time
 
+import httpx2
 import pytest
 
 import serving
@@ -24,8 +26,6 @@ def hurried(monkeypatch):
 
 def streamed(client, **body):
     """The events of a stream, the last one an error perhaps, and the status."""
-    import json
-
     with client.stream("POST", PATH, json={**EXPERT, **body, "stream": True}) as reply:
         if reply.status_code != 200:
             return reply.status_code, [json.loads(reply.read())]
@@ -146,6 +146,74 @@ def test_an_error_of_the_engine_is_passed_on_and_nothing_sent_twice(place, mode,
             assert streamed(client)[0] == status
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"choices": [{"text": 5}]}',
+        b'{"choices": [{"text": "\\ud800"}]}',
+        b'{"choices": {"text": "a"}}',
+        b'{"choices": [{"text": "a", "logprobs": {"content": [1]}}]}',
+        b'{"choices": [{"text": "a", "logprobs": {"content": [{"token": "a", "logprob": NaN}]}}]}',
+        b'{"choices": [{"text": "a"}], "usage": {"completion_tokens": -3}}',
+        b"\xff",
+    ],
+    ids=lambda content: content[:60].decode(errors="replace"),
+)
+def test_an_answer_of_another_form_is_a_502(place, content):
+    with engine_of("llama.cpp", numbered()) as engine, gateway(place, engine) as client:
+        engine.mode, engine.content = "odd", content
+        assert error_of(client, 502, **EXPERT, logprobs=1)["code"] == "upstream_broken"
+        if content != b"\xff":
+            assert streamed(client, logprobs=1)[1][-1]["error"]["code"] == "upstream_broken"
+
+
+def test_an_answer_may_be_as_long_as_what_was_asked_for(place):
+    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
+        engine.mode = "odd"
+        for length, status in ((900_000, 200), (1_200_000, 502)):
+            engine.content = json.dumps({"choices": [{"text": "x" * length}]}).encode()
+            reply = client.post(PATH, json=EXPERT)
+            assert reply.status_code == status
+        assert "The engine answers more than" in reply.json()["error"]["message"]
+        assert "The engine answers more than" in streamed(client)[1][-1]["error"]["message"]
+
+
+def test_an_endless_stream_waits_for_who_reads_it(place):
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine) as client,
+        serving.running(client.app) as url,
+    ):
+        engine.mode = "endless"
+        with httpx2.stream("POST", url + PATH, json={**EXPERT, "stream": True}) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            before = -1
+            while before < engine.sent < 1000:  # of 64 KiB each
+                before = engine.sent
+                time.sleep(0.5)
+            assert engine.sent < 1000
+        serving.until(lambda: engine.open == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_repeats_its_key_shows_it_to_nobody(place, stream):
+    key = 'very-"secret'
+    upstream = {"key": key}
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine, upstream=upstream) as client,
+    ):
+        engine.mode = "repeating"
+        reply = client.post(PATH, json={**EXPERT, "stream": stream})
+        assert "Bearer …" in reply.json()["error"]["message"]
+        engine.mode, engine.content = "odd", json.dumps({"error": {"headers": key}}).encode()
+        reply = client.post(PATH, json={**EXPERT, "stream": stream})
+        assert "The engine failed" in reply.text
+        assert "secret" not in reply.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_slow_engine_is_given_up_at_the_deadline(place, stream):
     limits = Serving(timeout=1)
@@ -183,8 +251,6 @@ def _held(client):
 
 
 def test_a_client_that_goes_away_frees_its_place(place):
-    import httpx2
-
     with (
         engine_of("vllm", numbered()) as engine,
         gateway(place, engine) as client,

@@ -256,6 +256,46 @@ def test_adapters_that_are_missing_are_loaded(place, kind):
         assert text_of(ask(client, **{**ASK, "model": "e3"})).startswith("e3")
 
 
+def test_adapters_from_another_place_are_loaded_again(place, tmp_path):
+    (tmp_path / "link").symlink_to(place)
+    held = {"e0": "/other/e0", "e1": "experts/e1", "e2": f"{tmp_path}/link/e2", "e3": "3"}
+    with engine_of("vllm", held) as engine, gateway(place, engine) as client:
+        wanted = {"lora_name": "e0", "lora_path": str((place / "e0").resolve())}
+        assert engine.loaded == [{**wanted, "load_inplace": True}, wanted]
+        assert text_of(ask(client, **{**ASK, "model": "e0"})).startswith("e0")
+
+
+@pytest.mark.parametrize(("kind", "loads"), [("vllm", False), ("sglang", True)])
+def test_adapters_from_another_place_that_can_not_be_loaded_again_are_refused(place, kind, loads):
+    with (
+        engine_of(kind, {**numbered(), "e1": "/other/e1"}, loads=loads) as engine,
+        pytest.raises(ConfigError, match=r"holds another e1 \(from /other/e1, not from .*/e1\)"),
+        gateway(place, engine),
+    ):
+        pass
+
+
+def test_files_of_llama_cpp_that_lie_elsewhere_are_warned_of(place, caplog):
+    with engine_of("llama.cpp", numbered()) as engine, gateway(place, engine):
+        assert "has e1 from /x/e1.gguf, which is not beside" in caplog.text
+
+
+def test_vllm_keeps_beginnings_apart_by_what_an_adapter_holds(place):
+    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
+        ask(client, **{**ASK, "model": "e1"})
+        ask(client, **{**ASK, "model": BASE})
+    content = Pool.open(place)["e1"].info.adapter_sha256
+    assert [each.get("cache_salt") for each in engine.requests] == [content, None]
+
+
+@pytest.mark.parametrize("listed", [[1], [{"id": 0}], [{"id": "x", "path": "/x/e0.gguf"}]])
+def test_an_engine_that_lists_odd_adapters_is_an_error(place, listed):
+    with engine_of("llama.cpp", numbered()) as engine:
+        engine.listed = listed
+        with pytest.raises(ConfigError, match="not the form of llama"), gateway(place, engine):
+            pass
+
+
 def test_the_engine_may_see_the_experts_elsewhere(place):
     elsewhere = {"experts_at": "/models/experts/"}
     with engine_of("vllm", {}) as engine, gateway(place, engine, upstream=elsewhere):

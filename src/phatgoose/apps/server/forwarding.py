@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx2
 from fastapi import Request
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic_core import from_json
 
 from ...errors import EngineAwayError
 from ...files.strict import one_line
@@ -28,7 +30,7 @@ from .requests import RequestPrompt
 from .responses import OpenReply, unless_gone
 from .sequences import Decoding
 from .service import Turns, in_thread
-from .upstream import Engine, client_of, is_well, said_by
+from .upstream import Adapter, Engine, client_of, is_well, said_by
 
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}  # by whether it is a chat
 CHECKING = 2.0  # seconds between two looks at whether the engine is well
@@ -38,7 +40,10 @@ PAUSES = (0.1, 0.3, 0.8)  # seconds between these tries, the last one again and 
 BROKEN, AWAY = "upstream_broken", "upstream_unavailable"
 FINISHED = {"eos_token": "stop", "stop_sequence": "stop"}  # LoRAX's names
 CUT = ("abort", "error")  # reasons that end an answer before its end
-DONE = "[DONE]"
+DONE = b"[DONE]"
+MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
+MOST_TOKEN = 256  # bytes that a token, or one of its alternatives, may take in a whole answer
+WAITING = 64  # pieces that are held for a client that reads slowly
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +59,52 @@ class Planned:
     router: str | None
 
 
+# What is read of an engine's answers; anything may stand beside it.
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Token(_Form):
+    token: str
+    logprob: float
+
+
+class _ScoredToken(_Token):
+    top_logprobs: list[_Token] = []
+
+
+class _Logprobs(_Form):
+    content: list[_ScoredToken] | None = None  # of chats, and of all of llama.cpp's answers
+
+
+class _Message(_Form):
+    content: str | None = None
+
+
+class _Choice(_Form):
+    text: str | None = None
+    message: _Message | None = None
+    delta: _Message | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(_Form):
+    completion_tokens: NonNegativeInt | None = None
+
+
+class _Answer(_Form):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+
+
 @dataclass
 class Piece:
     """What is new of an answer: a choice of the engine's, and its count of tokens if it told."""
 
-    choice: dict[str, Any]
+    choice: _Choice | None
     generated: int | None = None
 
 
@@ -69,9 +115,9 @@ class Link:
     """
 
     def __init__(
-        self, engine: Engine, folders: Mapping[str, str], most: int, metrics: GatewayMetrics
+        self, engine: Engine, wanted: Mapping[str, Adapter], most: int, metrics: GatewayMetrics
     ) -> None:
-        self.engine, self.folders, self._metrics = engine, dict(folders), metrics
+        self.engine, self.wanted, self._metrics = engine, dict(wanted), metrics
         self._limits = httpx2.Limits(max_connections=None, max_keepalive_connections=most)
         self.is_well = True
         self.problem: str | None = None  # why the engine can't be used although it is well
@@ -136,8 +182,8 @@ class Link:
             async for event in _events(response):
                 if event == DONE:
                     return
-                piece = _piece(_object(event))
-                finished = finished or piece.choice.get("finish_reason") is not None
+                piece = self._piece(event)
+                finished = finished or bool(piece.choice and piece.choice.finish_reason)
                 yield piece
         except httpx2.HTTPError as error:
             raise self._broke_off() from error
@@ -147,23 +193,21 @@ class Link:
         if not finished:  # it was ended in good order, but without an end of its answer
             raise self._broke_off()
 
-    async def whole(self, response: httpx2.Response) -> Piece:
+    async def whole(self, response: httpx2.Response, most: int) -> Piece:
+        """A whole answer of at most `most` bytes. Raises ApiError."""
         try:
-            content = await response.aread()
+            content = await _read(response, most)
         except httpx2.HTTPError as error:
             raise self._broke_off() from error
-        finally:
-            with suppress(httpx2.HTTPError):
-                await response.aclose()
-        piece = _piece(_object(content.decode(errors="replace")))
-        if not piece.choice:
+        piece = self._piece(content)
+        if piece.choice is None:
             raise ApiError(502, "The engine's answer holds no choice.", code=BROKEN)
         return piece
 
     async def look(self) -> None:
         """Look at what the engine holds, load what it lacks. Raises EngineAwayError."""
         if self._looking is None or self._looking.done():
-            _, self._looking = in_thread(lambda: self.engine.prepare(self.folders))
+            _, self._looking = in_thread(lambda: self.engine.prepare(self.wanted))
         try:
             await asyncio.shield(self._looking)
         except EngineAwayError:
@@ -194,19 +238,16 @@ class Link:
         self._metrics.failures.labels(how).inc()
 
     async def _refused(self, response: httpx2.Response) -> ApiError:
-        try:
-            said = said_by(await response.aread())
-        except httpx2.HTTPError:
-            said = ""
-        finally:
-            await response.aclose()
-        status = response.status_code
-        said = for_clients(said).rstrip(".")
+        content = b""
+        with suppress(httpx2.HTTPError, ApiError):  # broken off, or more than anybody would read
+            content = await _read(response, MOST_EVENT)
+        status, said = response.status_code, self._said(content)
         if status in (400, 413, 422):
             return bad_request(f"The engine refuses the request: {said}.", code="upstream_refused")
         if status in (429, 503):
             self._failed("busy")
-            headers = {"Retry-After": response.headers.get("retry-after", "1")[:20]}
+            seconds = response.headers.get("retry-after", "")[:20]
+            headers = {"Retry-After": seconds if seconds.isdecimal() else "1"}
             message = f"The engine can't take the request now: {said}."
             return ApiError(status, message, code=AWAY, headers=headers)
         self._failed("failed")
@@ -216,6 +257,26 @@ class Link:
         if status in (401, 403):
             return ApiError(502, "The engine refuses this server's key.", code="upstream_key")
         return ApiError(502, f"The engine failed by {status}: {said}.", code="upstream_failed")
+
+    def _said(self, content: bytes) -> str:
+        return for_clients(said_by(content, self.engine.upstream.key)).rstrip(".")
+
+    def _piece(self, content: bytes) -> Piece:
+        try:
+            found = from_json(content, allow_inf_nan=False)
+            if isinstance(found, dict) and "error" in found:
+                raise ApiError(
+                    502, f"The engine failed: {self._said(content)}.", code="upstream_failed"
+                )
+            answer = _Answer.model_validate(found)
+        except ValueError as error:
+            log.warning("The engine's answer can't be read: %s", one_line(error))
+            message = "The engine's answer is no JSON, or has not the form of OpenAI's."
+            raise ApiError(502, message, code=BROKEN) from error
+        choice = answer.choices[0] if answer.choices else None
+        if choice and choice.finish_reason in CUT:
+            raise broken("in the middle of its answer")
+        return Piece(choice, answer.usage.completion_tokens if answer.usage else None)
 
     async def _watch(self) -> None:
         with client_of(self.engine.upstream) as client:
@@ -239,38 +300,36 @@ def broken(when: str) -> ApiError:
     return ApiError(502, f"The engine broke off {when}.", code=BROKEN)
 
 
-async def _events(response: httpx2.Response) -> AsyncIterator[str]:
+async def _read(response: httpx2.Response, most: int) -> bytes:
+    """What an engine answers, if it is at most `most` bytes. Raises ApiError, HTTPError."""
+    content = bytearray()
+    try:
+        async for piece in response.aiter_bytes():
+            content += piece
+            if len(content) > most:
+                raise too_much(most)
+    finally:
+        with suppress(httpx2.HTTPError):
+            await response.aclose()
+    return bytes(content)
+
+
+def too_much(most: int) -> ApiError:
+    """The error 502 for an engine that answers more than was asked for."""
+    return ApiError(502, f"The engine answers more than {most} bytes.", code="upstream_failed")
+
+
+async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
     """The data of server-sent events; comments and other fields are left out."""
     left = b""
     # By hand: httpx2 would end lines at U+2028 too, which JSON may hold.
     async for content in response.aiter_bytes():
         *lines, left = (left + content).split(b"\n")
+        if len(left) > MOST_EVENT:
+            raise too_much(MOST_EVENT)
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip().decode(errors="replace")
-
-
-def _object(content: str) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ApiError(502, "The engine's answer is no JSON object.", code=BROKEN)
-    if "error" in found:
-        said = for_clients(said_by(content.encode())).rstrip(".")
-        raise ApiError(502, f"The engine failed: {said}.", code="upstream_failed")
-    return found
-
-
-def _piece(found: Mapping[str, Any]) -> Piece:
-    usage = found.get("usage") or {}
-    generated = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
-    choices = found.get("choices") or [{}]
-    choice = choices[0] if isinstance(choices, list) and isinstance(choices[0], dict) else {}
-    if choice.get("finish_reason") in CUT:
-        raise broken("in the middle of its answer")
-    return Piece(dict(choice), generated if isinstance(generated, int) else None)
+                yield line[5:].strip()
 
 
 @dataclass
@@ -349,6 +408,11 @@ class ForwardedRequest:
             {**body, **self.engine.fields(answer.weights)}, is_chat=self.is_chat
         )
 
+    def most_bytes(self, number: int) -> int:
+        """How long the engine's answer `number` may be: what it is asked for, and some more."""
+        decoding = self.answers[number].decoding
+        return MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (2 + (decoding.logprobs or 0))
+
     def chunk(self, number: int, piece: Piece) -> dict[str, Any] | None:
         """A chunk with what is new of answer `number`; None where that is nothing."""
         choice = self._choice(number, piece)
@@ -370,18 +434,18 @@ class ForwardedRequest:
         found, written = piece.choice, self.written[number]
         if piece.generated is not None:
             written.generated = piece.generated
-        if not found:
+        if found is None:
             return None
         text, content = self._content(number, found)
-        finish = found.get("finish_reason")
+        finish = found.finish_reason
         written.pieces += bool(text)
         if piece.generated is None:
             written.generated = max(written.generated, written.pieces)
         choice: dict[str, Any] = {"index": number, **content, "logprobs": None}
         decoding = self.answers[number].decoding
-        if decoding.logprobs is not None and found.get("logprobs"):
+        if decoding.logprobs is not None and found.logprobs is not None:
             choice["logprobs"] = self.engine.logprobs(
-                found["logprobs"],
+                found.logprobs.model_dump(exclude_unset=True),
                 written.characters,
                 is_chat=self.is_chat,
                 most=decoding.logprobs,
@@ -392,18 +456,16 @@ class ForwardedRequest:
             choice["routing"] = self._routing(number, text)
         return choice
 
-    def _content(self, number: int, found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _content(self, number: int, found: _Choice) -> tuple[str, dict[str, Any]]:
         if self.is_chat:
-            key = "delta" if "delta" in found else "message"
-            held = found.get(key)
-            said = dict(held) if isinstance(held, Mapping) else {}
-            kept = {
-                name: value for name, value in said.items() if value is not None and value != []
-            }
+            key = "message" if found.delta is None else "delta"
+            held = found.delta or found.message or _Message()
+            said = held.model_dump(exclude_none=True)
+            kept = {name: value for name, value in said.items() if value != []}
             if key == "message":
                 kept = {"role": "assistant", "content": "", "refusal": None, **kept}
-            return str(said.get("content") or ""), {key: kept}
-        text = str(found.get("text") or "")
+            return held.content or "", {key: kept}
+        text = found.text or ""
         written, decoding = self.written[number], self.answers[number].decoding
         if decoding.echo and not written.pieces and not written.characters:
             text = self.answers[number].prompt.text + text
@@ -439,7 +501,7 @@ class ForwardedReply(OpenReply):
     ) -> None:
         self.asked, self._link, self._turns = asked, link, turns
         self._client, self._deadline, self._done = client, deadline, done
-        self._found: asyncio.Queue[tuple[int, Piece | ApiError | None]] = asyncio.Queue()
+        self._found: asyncio.Queue[tuple[int, Piece | ApiError | None]] = asyncio.Queue(WAITING)
         self._first: tuple[int, Piece | ApiError | None] | None = None
         self._tasks = [
             asyncio.ensure_future(self._bring(number)) for number in range(len(asked.answers))
@@ -482,7 +544,7 @@ class ForwardedReply(OpenReply):
                     yield f"data: {_json(chunk)}\n\n"
             if options is not None and options.include_usage:
                 yield f"data: {_json(self.asked.closing())}\n\n"
-            yield f"data: {DONE}\n\n"
+            yield f"data: {DONE.decode()}\n\n"
         except ApiError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
 
@@ -503,22 +565,22 @@ class ForwardedReply(OpenReply):
                 await self._ask(number)
             finally:
                 self._turns.pass_on()
-            self._found.put_nowait((number, None))
+            end: ApiError | None = None
         except ApiError as error:
-            self._found.put_nowait((number, error))
+            end = error
         except Exception:
             log.exception("An answer could not be brought.")
-            message = "The server failed; its log says more."
-            self._found.put_nowait((number, ApiError(500, message)))
+            end = ApiError(500, "The server failed; its log says more.")
+        await self._found.put((number, end))
 
     async def _ask(self, number: int) -> None:
         asked, link = self.asked, self._link
         response = await link.ask(lambda: asked.body(number), asked.is_chat, self._deadline)
         if not asked.request.stream:
-            self._found.put_nowait((number, await link.whole(response)))
+            await self._found.put((number, await link.whole(response, asked.most_bytes(number))))
             return
         async for piece in link.pieces(response):
-            self._found.put_nowait((number, piece))
+            await self._found.put((number, piece))
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ It has the server's protocol, keys, limits and page (`app`), and takes the place
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...base.loading import load_tokenizer
 from ...config import Routing, Serving, closest
-from ...errors import ConfigError, PhatgooseError
+from ...errors import ConfigError, EngineRefusesError, PhatgooseError
 from ...experts.expert import trained_in_chats
 from ...experts.pool import Pool
-from ...files.strict import shortened
+from ...files.strict import one_line, shortened
 from ...routing.open_model import loaded_base, open_prompt_router, require_pool
 from ...routing.routers.automatic import settled_by_prompt
 from ...routing.routers.prompt_router import PromptRouter
@@ -55,12 +56,14 @@ from .service import (
     texts_of,
 )
 from .settings import ServedModel
-from .upstream import Engine, Upstream, connected, first_of, names_of
+from .upstream import Adapter, Engine, Upstream, connected, first_of, names_of
 
 ANY = "auto"  # the model that stands for the first pool
 EXPERTS, CHOSEN = "X-Phatgoose-Experts", "X-Phatgoose-Chosen"
 MOST_OF_A_HEADER = 4000  # characters
 TOGETHER = 32  # prompts for which experts are chosen at once
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,18 @@ class PromptChooser:
 
 
 class ChosenPool:
-    """A pool whose experts are chosen for prompts, and what it takes to choose otherwise."""
+    """A pool whose experts are chosen for prompts, and what it takes to choose otherwise.
 
-    def __init__(self, settings: ServedModel, bases: _ReadingBases) -> None:
+    It is opened without the experts `refused`, which the engine can't have.
+    """
+
+    def __init__(
+        self, settings: ServedModel, bases: _ReadingBases, refused: frozenset[str] = frozenset()
+    ) -> None:
         require_pool(settings.place)
         self.settings = settings
-        self.pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
+        leave_out = (*settings.leave_out, *refused)
+        self.pool = Pool.open(settings.place).select(settings.keep, leave_out)
         others = [each.name for each in self.pool.experts if each.kind != "lora"]
         if others:
             raise ConfigError(
@@ -115,17 +124,20 @@ class ChosenPool:
         self.runner = self.composed(self.pool, self.routing)
         self.in_chats = trained_in_chats(self.pool.records())
 
-    def reopened(self) -> ChosenPool:
-        """The pool as its place has it now."""
-        return ChosenPool(self.settings, self._bases)
+    def reopened(self, refused: frozenset[str] = frozenset()) -> ChosenPool:
+        """The pool as its place has it now, without the experts `refused`."""
+        return ChosenPool(self.settings, self._bases, refused)
 
     @property
     def experts(self) -> tuple[str, ...]:
         return self.pool.names
 
     @property
-    def folders(self) -> dict[str, str]:
-        return {each.name: str(each.directory.resolve()) for each in self.pool.experts}
+    def wanted(self) -> dict[str, Adapter]:
+        return {
+            each.name: Adapter(str(each.directory.resolve()), each.info.adapter_sha256)
+            for each in self.pool.experts
+        }
 
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[PromptChooser] = ()
@@ -262,7 +274,7 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.begun = int(time.time())
         self.routings: RoutingCache[PromptChooser] = RoutingCache(models, limits.max_routings)
-        self.link = Link(engine, folders_of(models.values()), limits.max_forwarded, self.metrics)
+        self.link = Link(engine, wanted_of(models.values()), limits.max_forwarded, self.metrics)
         self.turns = Turns(limits.max_forwarded)
         self._choosing = Choosing()
         self._parser = RequestParser()
@@ -307,28 +319,24 @@ class Gateway:
     def reopened(self, name: str) -> ChosenPool:
         """The pool as its place has it now, its experts in the engine.
 
-        Raises ConfigError where the engine can't have them: it lacks one and can't load it, or
-        holds another one of that name.
+        Those that it can't load, now or again, are left out: only that engine's own experts would
+        answer by their names.
         """
         before = self.models[name]
         opened = before.reopened()
-        changed = [
-            each.name
-            for each in opened.pool.experts
-            if each.name in before.pool
-            and each.info.adapter_sha256 != before.pool[each.name].info.adapter_sha256
-        ]
-        if changed:
-            raise ConfigError(
-                f"{', '.join(changed)} changed under the names that {self.engine_form.label} "
-                f"knows; give them new names, or restart the engine and this gateway."
-            )
-        self.engine_form.prepare(folders_of({**self.models, name: opened}.values()))
+        try:
+            self.engine_form.prepare(wanted_of({**self.models, name: opened}.values()))
+        except EngineRefusesError as error:
+            if error.names >= set(opened.experts):
+                raise
+            opened = before.reopened(error.names & set(opened.experts))
+            log.warning("%s is served without some experts: %s", name, one_line(error))
         return opened
 
     def swap(self, name: str, opened: ChosenPool) -> None:
+        self._texts.setdefault(id(opened.tokenizer), texts_of(opened.tokenizer))
         self.models[name] = opened
-        self.link.folders = folders_of(self.models.values())
+        self.link.wanted = wanted_of(self.models.values())
         self.routings.forget(name)
 
     def cards(self) -> list[protocol.ModelCard]:
@@ -494,17 +502,18 @@ def load_gateway(models: Sequence[ServedModel], upstream: Upstream, limits: Serv
     """
     bases = _ReadingBases()
     pools = {settings.name: ChosenPool(settings, bases) for settings in models}
-    return Gateway(pools, connected(upstream, folders_of(pools.values())), limits)
+    return Gateway(pools, connected(upstream, wanted_of(pools.values())), limits)
 
 
-def folders_of(models: Iterable[ChosenPool]) -> dict[str, str]:
-    """Where the experts of all pools lie. Raises ConfigError for two of one name."""
-    found: dict[str, str] = {}
+def wanted_of(models: Iterable[ChosenPool]) -> dict[str, Adapter]:
+    """What the engine must have of all pools. Raises ConfigError for two experts of one name."""
+    found: dict[str, Adapter] = {}
     for each in models:
-        for name, folder in each.folders.items():
-            if found.setdefault(name, folder) != folder:
+        for name, wanted in each.wanted.items():
+            folder = found.setdefault(name, wanted).folder
+            if folder != wanted.folder:
                 raise ConfigError(
-                    f"Two experts are called {name!r}: {found[name]} and {folder}; an engine "
+                    f"Two experts are called {name!r}: {folder} and {wanted.folder}; an engine "
                     f"knows them by name, so rename one."
                 )
     return found

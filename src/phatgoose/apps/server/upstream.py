@@ -8,16 +8,18 @@ LoRAX (docs/engines.md says which of them were run).
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
 
-from ...errors import ConfigError, EngineAwayError
+from ...errors import ConfigError, EngineAwayError, EngineRefusesError
 from ...files.strict import one_line, shortened
 
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
@@ -26,6 +28,9 @@ LOOKING = 10.0  # seconds for a question about what the engine has
 LOADING = 300.0  # seconds for it to load one adapter
 PAUSE = 0.5  # seconds between two tries while it is away
 MOST_SHOWN = 200  # characters of what an engine says
+MOST_READ = 8 << 20  # bytes of an answer to such a question
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,25 @@ def without_key(url: str) -> str:
     return f"{before.partition('//')[0]}//…@{after}" if at else url
 
 
+class Adapter(NamedTuple):
+    """An expert that the engine must have: its folder here, and its adapter's hash."""
+
+    folder: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Adapters:
-    """What an engine holds: adapters by the name that a request gives them, and its base."""
+    """What an engine holds: adapters by the name that a request gives them, and its base.
+
+    `places` are the files or folders that it says they are from.
+    """
 
     base: str
     held: Mapping[str, str]
     context: int | None = None
     numbers: tuple[int, ...] = ()  # of all adapters, where a request names them so
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine:
@@ -104,13 +120,17 @@ class Engine:
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.adapters = Adapters("", {})
+        self.contents: dict[str, str] = {}  # hashes of the adapters that it holds
 
     def look(self, client: httpx2.Client) -> Adapters:
         """The adapters that the engine holds now. Raises EngineAwayError, ConfigError."""
         raise NotImplementedError
 
-    def load(self, client: httpx2.Client, name: str, folder: str) -> bool:
-        """Have the engine load the adapter in `folder`; False if it can't at run time."""
+    def load(self, client: httpx2.Client, name: str, folder: str, *, again: bool) -> bool:
+        """Have the engine load the adapter in `folder`; False if it can't at run time.
+
+        `again` is for an adapter whose name it holds already.
+        """
         return False
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
@@ -125,33 +145,72 @@ class Engine:
         """An answer's log-probabilities in OpenAI's form; `offset` is where its text begins."""
         return found
 
-    def prepare(self, folders: Mapping[str, str]) -> None:
-        """Look again, and load the experts in `folders`, by name, that the engine lacks.
+    def prepare(self, wanted: Mapping[str, Adapter]) -> None:
+        """Look again, and load the experts that the engine lacks, or holds otherwise.
 
-        Raises EngineAwayError, and ConfigError that names every expert that isn't there after all.
+        Otherwise is from another place, or as they were before they changed. Raises
+        EngineAwayError, and EngineRefusesError that names every expert that isn't there after all.
         """
+        refused: dict[str, str] = {}
         with client_of(self.upstream) as client:
-            found = self.look(client)
-            lacking = [name for name in folders if self._place_of(name, found.held) is None]
-            refused = {}
-            for name in lacking:
-                why = self._try_to_load(client, name, folders[name])
+            found = self._looked(client)
+            differing = {name: self._differs(name, each, found) for name, each in wanted.items()}
+            for name, why in differing.items():
                 if why is not None:
-                    refused[name] = why
-            if lacking:
-                found = self.look(client)
+                    said = self._try_to_load(client, name, wanted[name].folder, again=bool(why))
+                    if said is not None:
+                        refused[name] = said
+            if any(why is not None for why in differing.values()):
+                found = self._looked(client)
         self.adapters = found
-        missing = [name for name in folders if self._place_of(name, found.held) is None]
+        missing = [name for name in wanted if name not in found.held]
+        others = [name for name in refused if differing[name] and name not in missing]
+        names = frozenset([*missing, *others])
+        self.contents |= {n: each.content for n, each in wanted.items() if n not in names}
+        faults = []
         if missing:
-            said = next((why for name, why in refused.items() if name in missing and why), "")
-            raise ConfigError(
-                f"{self.label} at {self.upstream.root} lacks {', '.join(missing)}"
-                f"{f' ({said})' if said else ''}. {self.remedy}"
-            )
+            said = next((refused[name] for name in missing if refused.get(name)), "")
+            faults.append(f"lacks {', '.join(missing)}{f' ({said})' if said else ''}")
+        for name in others:
+            said = f": {refused[name]}" if refused[name] else ""
+            faults.append(f"holds another {name} ({differing[name]}{said})")
+        if faults:
+            where = f"{self.label} at {self.upstream.root}"
+            raise EngineRefusesError(f"{where} {', '.join(faults)}. {self.remedy}", names)
 
-    def _try_to_load(self, client: httpx2.Client, name: str, folder: str) -> str | None:
+    def _looked(self, client: httpx2.Client) -> Adapters:
         try:
-            return None if self.load(client, name, self.seen_at(folder)) else ""
+            return self.look(client)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"What answers at {self.upstream.root} has not the form of {self.label}: "
+                f"{type(error).__name__} {one_line(error, MOST_SHOWN)}."
+            ) from error
+
+    def _differs(self, name: str, wanted: Adapter, found: Adapters) -> str | None:
+        """Why an expert must be loaded: "" for one that isn't held, None where it needn't be."""
+        if name not in found.held:
+            return ""
+        if self.contents.get(name, wanted.content) != wanted.content:
+            return "from before it changed"
+        place, at = found.places.get(name, ""), self.seen_at(wanted.folder)
+        return None if self.is_same(name, place, at) else f"from {place}, not from {at}"
+
+    def is_same(self, name: str, place: str, at: str) -> bool:
+        """Whether an adapter that the engine has from `place` is the one `at` our folder.
+
+        A relative path is to the engine's working directory, so only its end can be compared.
+        """
+        one, other = ([part for part in _parts(each) if part != ".."] for each in (place, at))
+        ends = min(len(one), len(other))
+        is_end = one[-ends:] == other[-ends:]
+        return not ends or is_end or os.path.realpath(place) == os.path.realpath(at)
+
+    def _try_to_load(
+        self, client: httpx2.Client, name: str, folder: str, *, again: bool
+    ) -> str | None:
+        try:
+            return None if self.load(client, name, self.seen_at(folder), again=again) else ""
         except ConfigError as error:
             return one_line(error, MOST_SHOWN)
 
@@ -161,32 +220,42 @@ class Engine:
             return folder
         return f"{self.upstream.experts_at.rstrip('/')}/{_last(folder)}"
 
-    def _place_of(self, name: str, held: Mapping[str, str]) -> str | None:
-        return held.get(name)
-
 
 class ByModel(Engine):
     """Engines whose requests name one adapter in `model`, and whose models list adapters."""
 
     plain: ClassVar[Mapping[str, Any]] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
     loads_at: ClassVar[str]
+    loads_again: ClassVar[bool] = False  # an adapter whose name it holds
 
     def look(self, client: httpx2.Client) -> Adapters:
         cards = _cards(_asked(client, "GET", "/v1/models"))
         bases = [card for card in cards if not card.get("parent")]
         base = (bases or cards)[0]
         context = base.get("max_model_len")
-        held = {str(card["id"]).removeprefix(f"{base['id']}:"): str(card["id"]) for card in cards}
-        del held[str(base["id"])]
-        return Adapters(str(base["id"]), held, context if isinstance(context, int) else None)
+        by_name = {str(card["id"]).removeprefix(f"{base['id']}:"): card for card in cards}
+        del by_name[str(base["id"])]
+        held = {name: str(card["id"]) for name, card in by_name.items()}
+        places = {name: str(card.get("root") or "") for name, card in by_name.items()}
+        context = context if isinstance(context, int) else None
+        return Adapters(str(base["id"]), held, context, places=places)
 
-    def load(self, client: httpx2.Client, name: str, folder: str) -> bool:
-        body = {"lora_name": name, "lora_path": folder}
-        reply = _sent(client, "POST", self.loads_at, json=body, timeout=LOADING)
-        if reply.status_code in (404, 405, 403):
+    def load(self, client: httpx2.Client, name: str, folder: str, *, again: bool) -> bool:
+        if again and not self.loads_again:
             return False
-        if reply.is_error:
-            raise ConfigError(_said(reply))
+        body: dict[str, Any] = {"lora_name": name, "lora_path": folder}
+        steps = [(self.loads_at, body)]
+        if again:
+            # What vLLM has loaded in place it reads again at every step (its issue 33791), also
+            # what has changed since. So that only shows that it can have the adapter.
+            unloads = (self.loads_at.replace("load_", "unload_"), {"lora_name": name})
+            steps = [(self.loads_at, {**body, "load_inplace": True}), unloads, *steps]
+        for path, content in steps:
+            reply = _sent(client, "POST", path, json=content, timeout=LOADING)
+            if reply.status_code in (404, 405, 403):
+                return False
+            if reply.is_error:
+                raise ConfigError(_said(reply))
         return True
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
@@ -198,12 +267,19 @@ class Vllm(ByModel):
     kind = "vllm"
     label = "vLLM"
     loads_at = "/v1/load_lora_adapter"
+    loads_again = True
     remedy = (
         "Start it with --enable-lora and --lora-modules NAME=FOLDER for each, or with "
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment so that they can be loaded now "
         "(phatgoose export --engine vllm writes the command); where it sees the experts in "
         "another folder, name that with --upstream-experts."
     )
+
+    def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
+        # vLLM knows cached beginnings by the adapter's name alone (its issue 42125): one that was
+        # loaded again in place would go on from what the one before has read.
+        salts = [self.contents[name] for name in weights if name in self.contents]
+        return super().fields(weights) | ({"cache_salt": salts[0]} if salts else {})
 
 
 class Sglang(ByModel):
@@ -240,17 +316,31 @@ class LlamaCpp(Engine):
         if not isinstance(listed, list):
             raise ConfigError(f"{self.label} lists no adapters, but {shortened(listed)}.")
         held: dict[str, str] = {}
+        places: dict[str, str] = {}
         for each in listed:
-            path = str(each["path"]).replace("\\", "/")
-            stem, folder = PurePosixPath(path).stem, PurePosixPath(path).parent.name
-            held.setdefault(folder, str(each["id"]))
-            held[stem] = str(each["id"])  # a file's own name counts before its folder's
+            path = PurePosixPath(str(each["path"]).replace("\\", "/"))
+            held.setdefault(path.parent.name, str(each["id"]))
+            places.setdefault(path.parent.name, str(path))
+            held[path.stem] = str(each["id"])  # a file's own name counts before its folder's
+            places[path.stem] = str(path)
         props = _asked(client, "GET", "/props")
         context = dict(props.get("default_generation_settings") or {}).get("n_ctx")
         cards = _cards(_asked(client, "GET", "/v1/models"))
         context = context if isinstance(context, int) else None
         numbers = tuple(int(each["id"]) for each in listed)
-        return Adapters(str(cards[0]["id"]), held, context, numbers)
+        return Adapters(str(cards[0]["id"]), held, context, numbers, places)
+
+    def is_same(self, name: str, place: str, at: str) -> bool:
+        # It has converted files, which may lie anywhere: beside the experts, as export writes them,
+        # or in their folder. Nothing in such a file says of which weights it was made.
+        beside = str(PurePosixPath(at.replace("\\", "/")).parent.parent)
+        if PurePosixPath(place).is_absolute() and not PurePosixPath(place).is_relative_to(beside):
+            log.warning(
+                "llama.cpp has %s from %s, which is not beside %s: nothing here can tell whether "
+                "it holds the same weights.",
+                *(name, place, at),
+            )
+        return True
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         scales = {int(self.adapters.held[name]): weight for name, weight in weights.items()}
@@ -297,11 +387,22 @@ class Lorax(Engine):
         most = info.get("max_total_tokens")
         return Adapters(str(info.get("model_id", "")), {}, most if isinstance(most, int) else None)
 
-    def prepare(self, folders: Mapping[str, str]) -> None:
+    def prepare(self, wanted: Mapping[str, Adapter]) -> None:
         with client_of(self.upstream) as client:
-            found = self.look(client)
-        held = {name: self.seen_at(folder) for name, folder in folders.items()}
+            found = self._looked(client)
+        held = {name: self.seen_at(each.folder) for name, each in wanted.items()}
         self.adapters = Adapters(found.base, held, found.context)
+        changed = [
+            name
+            for name, each in wanted.items()
+            if self.contents.setdefault(name, each.content) != each.content
+        ]
+        if changed:
+            raise EngineRefusesError(
+                f"LoRAX keeps {', '.join(changed)} from before they changed: give them new names, "
+                f"or restart LoRAX and this gateway.",
+                frozenset(changed),
+            )
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         (name,) = weights or (None,)
@@ -326,8 +427,8 @@ ENGINES = tuple(FORMS)
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}  # owned_by of models
 
 
-def connected(upstream: Upstream, folders: Mapping[str, str]) -> Engine:
-    """The engine at `upstream`, which holds the experts in `folders`, by name.
+def connected(upstream: Upstream, wanted: Mapping[str, Adapter]) -> Engine:
+    """The engine at `upstream`, which holds the `wanted` experts, by name.
 
     It may take `upstream.wait` seconds to come up. Raises ConfigError when it doesn't, is none
     that is known, or lacks experts that it can't load now.
@@ -336,7 +437,7 @@ def connected(upstream: Upstream, folders: Mapping[str, str]) -> Engine:
     while True:
         try:
             engine = FORMS[_kind(upstream)](upstream)
-            engine.prepare(folders)
+            engine.prepare(wanted)
             return engine
         except EngineAwayError:
             if time.monotonic() > end:
@@ -370,7 +471,8 @@ def _kind(upstream: Upstream) -> str:
             if found:
                 return found[0]
         info = _sent(client, "GET", "/info")
-        if info.is_success and "max_total_tokens" in _json(info):
+        told = _json(info) if info.is_success else None
+        if isinstance(told, Mapping) and "max_total_tokens" in told:
             return Lorax.kind
     raise ConfigError(
         f"What answers at {upstream.root} is no engine that is known; name it with "
@@ -386,11 +488,17 @@ def _asked(client: httpx2.Client, method: str, path: str) -> Any:
 
 
 def _sent(client: httpx2.Client, method: str, path: str, **options: Any) -> httpx2.Response:
+    content = b""
     try:
-        reply = client.request(method, path, **options)
+        with client.stream(method, path, **options) as reply:
+            for piece in reply.iter_bytes():
+                content += piece
+                if len(content) > MOST_READ:
+                    raise ConfigError(f"The engine answers {path} by more than {MOST_READ} bytes.")
     except httpx2.HTTPError as error:
         why = one_line(error, MOST_SHOWN) or type(error).__name__
         raise EngineAwayError(f"The engine at {client.base_url} is away: {why}.") from error
+    reply = httpx2.Response(reply.status_code, content=content, request=reply.request)
     if reply.status_code in (401, 403) and path != "/info":
         raise ConfigError(
             f"The engine at {client.base_url} refuses the key; set {UPSTREAM_KEY} to its own."
@@ -403,7 +511,7 @@ def _sent(client: httpx2.Client, method: str, path: str, **options: Any) -> http
 def _json(reply: httpx2.Response) -> Any:
     try:
         return reply.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"The engine answered {reply.url.path} by no JSON.") from error
 
 
@@ -416,24 +524,34 @@ def _cards(listed: Any) -> list[dict[str, Any]]:
     return cards
 
 
-def said_by(content: bytes) -> str:
-    """What an engine says in an error, on one line: OpenAI's form, a message, or the text."""
+def said_by(content: bytes, key: str | None) -> str:
+    """What an engine says in an error, on one line: OpenAI's form, a message, or the text.
+
+    It may repeat what it was sent: the `key` is left out.
+    """
     try:
         found = json.loads(content)
-    except ValueError:
-        return one_line(content.decode(errors="replace"), MOST_SHOWN)
+    except (ValueError, RecursionError):
+        found = content.decode(errors="replace")
     while isinstance(found, Mapping):
         keys = ("error", "message", "detail", "error_message")
         found = next((found[key] for key in keys if key in found), json.dumps(dict(found)))
-    return one_line(found, MOST_SHOWN)
+    text = str(found)
+    for each in (key, json.dumps(key)[1:-1]) if key else ():
+        text = text.replace(each, "…")
+    return one_line(text, MOST_SHOWN)
 
 
 def _said(reply: httpx2.Response) -> str:
-    return said_by(reply.content)
+    return said_by(reply.content, reply.request.headers.get("Authorization", "")[len("Bearer ") :])
 
 
 def _last(path: str) -> str:
     return PureWindowsPath(path).name or PurePosixPath(path).name
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return PurePosixPath(path.replace("\\", "/")).parts
 
 
 def _best(row: Mapping[str, Any], most: int) -> dict[str, float]:

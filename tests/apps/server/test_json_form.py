@@ -86,12 +86,20 @@ def test_forms_that_cannot_be_are_refused(client, format_, said):
 
 
 @needs_library
+@pytest.mark.parametrize("place", ["#", "#/properties/a"])
+def test_a_schema_without_an_end_is_refused_where_that_shows(client, place):
+    schema = {"type": "object", "properties": {"a": {"$ref": place}}, "required": ["a"]}
+    body = {**GREEDY, "max_tokens": 80, "response_format": by(schema)}
+    assert "The JSON can't be written" in error_of(client, 400, **body)["message"]
+
+
+@needs_library
 def test_a_form_that_fails_harms_no_other_answer(client, monkeypatch):
     def fail(form, token):
         raise EngineError("The JSON can't be written: too much.")
 
     monkeypatch.setattr(json_form.JsonForm, "add", fail)
-    error = error_of(client, 500, **GREEDY, response_format=by(SCHEMA))
+    error = error_of(client, 400, **GREEDY, response_format=by(SCHEMA))
     assert error["message"] == "The JSON can't be written: too much."
     assert text_of(client, **GREEDY)
 

@@ -320,7 +320,7 @@ class PendingReply(OpenReply):
             except TimeoutError:
                 raise self._deadline.missed() from None
             if isinstance(event, Failure):
-                raise ApiError(500, event.message)
+                raise ApiError(event.status, event.message)
             left -= event.finish is not None
             yield event
 

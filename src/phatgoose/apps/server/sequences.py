@@ -159,6 +159,7 @@ class Progress:
 @dataclass(frozen=True)
 class Failure:
     message: str
+    status: int = 500
 
 
 class ActiveSequence:
@@ -227,9 +228,9 @@ class ActiveSequence:
         try:
             token = self._sampler(logits if form is None else form.allowed(logits))
             is_whole = form is not None and token not in self._ends and form.add(token)
-        except EngineError as error:  # of the form; others in the batch go on
+        except EngineError as error:  # of the form, a client's; others in the batch go on
             self.is_cancelled = True
-            self.deliver(Failure(str(error)))
+            self.deliver(Failure(str(error), 400))
             return
         self.generated.append(token)
         piece, begin = self._detokeniser.add(token), len(self._text)

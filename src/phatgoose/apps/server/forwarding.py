@@ -270,7 +270,6 @@ class Link:
                 )
             answer = _Answer.model_validate(found)
         except ValueError as error:
-            log.warning("The engine's answer can't be read: %s", one_line(error))
             message = "The engine's answer is no JSON, or has not the form of OpenAI's."
             raise ApiError(502, message, code=BROKEN) from error
         choice = answer.choices[0] if answer.choices else None

@@ -455,7 +455,8 @@ def client_of(upstream: Upstream) -> httpx2.Client:
 def is_well(client: httpx2.Client) -> bool:
     """True where the engine says that it can answer."""
     try:
-        return client.get("/health").is_success
+        with client.stream("GET", "/health") as reply:  # unread, however much it is
+            return reply.is_success
     except httpx2.HTTPError:
         return False
 

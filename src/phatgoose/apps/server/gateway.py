@@ -324,8 +324,9 @@ class Gateway:
         """
         before = self.models[name]
         opened = before.reopened()
+        others = [each for key, each in self.models.items() if key != name]
         try:
-            self.engine_form.prepare(wanted_of({**self.models, name: opened}.values()))
+            self.engine_form.prepare(wanted_of([opened, *others]))
         except EngineRefusesError as error:
             if error.names >= set(opened.experts):
                 raise

@@ -6,9 +6,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ from .sites import parameters_of
 
 # Enough to distinguish two trainings of one architecture, few enough to hash in a second.
 SAMPLES = 64
-WORDS = 64  # of 8 bytes: numbers that change places within so many leave a sum as it was
-ROWS = 1 << 16  # of so many words at once, which are copied
 CONFIG_FIELDS = (
     "model_type",
     "is_encoder_decoder",
@@ -141,107 +138,6 @@ def _sample(parameter: Tensor) -> bytes:
     chosen: Tensor = flat[index].to("cpu", torch.bfloat16)
     content = chosen.contiguous().view(torch.int16).numpy().tobytes()
     return hashlib.sha256(repr(tuple(parameter.shape)).encode() + content).digest()
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What is kept of a tensor to see changes: sums over its bytes and its bfloat16 numbers."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    content: int | None
-    rounded: int | None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Mark:
-        content = None if tensor.is_meta else _content(tensor)
-        rounded = None
-        if tensor.dtype in (torch.float32, torch.bfloat16) and not _has_parts(tensor):
-            is_wide = tensor.dtype == torch.float32 and content is not None
-            rounded = _content(tensor.bfloat16()) if is_wide else content
-        return cls(tensor.shape, tensor.dtype, content, rounded)
-
-    def fits(self, tensor: Tensor) -> bool:
-        """True unless `tensor` has other numbers now; converting it, and back, is no change."""
-        now = Mark.of(tensor)
-        if self.shape != now.shape:
-            return False
-        if self.content == now.content or None in (self.content, now.content):
-            return True
-        if self.dtype != now.dtype:
-            return None in (self.rounded, now.rounded) or self.rounded == now.rounded
-        if self.dtype != torch.float32 or self.rounded is None:
-            return False
-        # A float32 tensor of narrower numbers has been converted and brought back.
-        if _are_all(tensor, torch.bfloat16):
-            return self.rounded == now.rounded
-        return _are_all(tensor, torch.float16)
-
-
-def marks_of(model: PreTrainedModel) -> dict[str, Mark]:
-    """The marks of all parameters and saved buffers by name; offloaded ones have no sums."""
-    with torch.no_grad():
-        # Every number is read, 1 GB a second. torch's counters of writes won't do: fused
-        # optimisers, which Trainer uses, leave them as they were.
-        tensors = chain(model.named_parameters(), _saved_buffers(model))
-        return {name: Mark.of(tensor) for name, tensor in tensors}
-
-
-def changed_since(model: PreTrainedModel, marks: Mapping[str, Mark]) -> str | None:
-    """The name of a weight of `model` that has changed since `marks`, None when none has."""
-    tied, seen = model.all_tied_weights_keys, set()
-    with torch.no_grad():
-        for name, tensor in chain(parameters_of(model), _saved_buffers(model)):
-            mark = marks.get(name, marks.get(tied.get(name, "")))  # accelerate unties what it moves
-            if mark is None or not mark.fits(tensor):
-                return name
-            seen.add(name)
-    return next((name for name in marks if not {name, tied.get(name)} & seen), None)
-
-
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for place, module in model.named_modules():
-        owner = module.__dict__.get("base", module)  # of a routed layer the layer it replaces
-        for name, tensor in owner.named_buffers(recurse=False):
-            if name not in owner._non_persistent_buffers_set:
-                yield f"{place}.{name}".lstrip("."), tensor
-
-
-def _has_parts(tensor: Tensor) -> bool:
-    return hasattr(tensor, "__tensor_flatten__")
-
-
-def _content(tensor: Tensor) -> int:
-    if _has_parts(tensor):
-        parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return hash(tuple(_content(getattr(tensor, part)) for part in parts))
-    flat = tensor.detach().reshape(-1)
-    # A view as int64 must begin at a multiple of 8 bytes.
-    if flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()
-    raw = flat.view(torch.uint8)
-    count = len(raw) // (8 * WORDS)
-    blocks, rest = raw[: count * 8 * WORDS].view(torch.int64), raw[count * 8 * WORDS :]
-    sums = [_mixed(rows) for rows in torch.split(blocks.view(count, WORDS), ROWS)]
-    return hash((_placed(torch.cat(sums)) if sums else 0, _placed(rest.long())))
-
-
-def _mixed(words: Tensor) -> Tensor:
-    """A sum over each row of `words` [rows, WORDS], in which every word has its place."""
-    odd = 2 * torch.arange(words.shape[1], device=words.device) + 1
-    # A sum of 64 bits loses an even number of highest bits, which are signs: mix them into lower
-    # ones. Overflow wraps around, on every device alike.
-    return (words >> 29).bitwise_xor_(words).mul_(odd).sum(dim=1)
-
-
-def _placed(numbers: Tensor) -> int:
-    """A sum of int64 `numbers`, each times an odd one of its place; overflow wraps around."""
-    odd = 2 * torch.arange(len(numbers), device=numbers.device) + 1
-    return int((numbers * odd).sum())
-
-
-def _are_all(tensor: Tensor, kind: torch.dtype) -> bool:
-    return torch.equal(tensor.to(kind).float(), tensor)
 
 
 def quantisation(model: PreTrainedModel) -> str | None:

@@ -9,7 +9,7 @@ import re
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ from ..files.strict import first_line, one_line, read_json_object, shortened
 from ..files.tensor_file import TensorFile
 from .fingerprint import (
     BaseReference,
-    Mark,
     dtype_name,
     fingerprint,
     fingerprint_of_files,
@@ -88,8 +87,7 @@ class Base:
 
     `id` is what the user named (a Hub id, a folder by its absolute path, or "smollm2"); `revision`
     is the requested Hub commit, None for the default one; `fingerprint` identifies the weights
-    whatever their name. `marks` None means that each composition takes marks of the weights;
-    otherwise the first fills them in and they serve all twins: for weights that nothing changes.
+    whatever their name.
     """
 
     model: PreTrainedModel
@@ -97,7 +95,6 @@ class Base:
     id: str
     revision: str | None
     fingerprint: str
-    marks: dict[str, Mark] | None = field(default=None, compare=False, repr=False)
 
     @property
     def reference(self) -> BaseReference:

@@ -251,11 +251,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def parameters_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, by name; offloaded ones are loaded one by one."""
-    tied = model.all_tied_weights_keys
-    for name, parameter in model.named_parameters():
+    tied, named = model.all_tied_weights_keys, dict(model.named_parameters())
+    for name, parameter in named.items():
+        if tied.get(name) in named:  # accelerate unties what it moves
+            continue
         if not parameter.is_meta:
             yield name, parameter
-        elif name not in tied:  # a tied one comes under its other name
+        else:
             place, _, own = name.rpartition(".")
             module: Any = model.get_submodule(place)
             if not has_offloaded_params(module):  # a routed layer's hook is on its base layer

@@ -14,12 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprint import (
     BaseReference,
-    Mark,
     check_base,
     fingerprint,
-    marks_of,
     quantisation,
-    surely_differs,
 )
 from ..base.loading import Base, check_heeds_masks, load_base
 from ..base.sites import (
@@ -175,7 +172,6 @@ def parts_of(
         records=records,
         routing=router.routing,
         prompt_router=prompt_router,
-        marks=base.marks,
     )
 
 
@@ -288,10 +284,6 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
         replace_module(model, name, layer)
     if parts.context is not None:
         parts.context.attach(model)
-    if not parts.marks:  # those of a model that grows are as old as it
-        parts.marks.update(marks_of(model))  # in place: twins of a base may share them
-        is_here = all(mark.content is not None for mark in parts.marks.values())
-        parts.differs = is_here and surely_differs(model, parts.base)
     setattr(model, ROUTED, parts)
     model.tokenizer = parts.tokenizer
     model.save_pretrained = partial(save_pretrained, model)
@@ -325,7 +317,6 @@ class ResolvedBase:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     reference: BaseReference
-    marks: dict[str, Mark]
 
 
 def resolve_base(
@@ -361,5 +352,4 @@ def resolve_base(
             stacklevel=3,
         )
         reference = replace(reference, fingerprint=wanted.fingerprint)
-    shared = base.marks if isinstance(base, Base) else None
-    return ResolvedBase(model, tokenizer, reference, {} if shared is None else shared)
+    return ResolvedBase(model, tokenizer, reference)

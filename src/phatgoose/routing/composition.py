@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.active_tokens import ActsOn
-from ..base.fingerprint import BaseReference, Mark
+from ..base.fingerprint import BaseReference
 from ..base.sites import ROUTED
 from ..config import Routing
 from ..errors import RoutingError
@@ -31,8 +31,7 @@ class Composition:
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
     layers by site. `prompt_router` chooses for whole prompts, None where experts are chosen for
     every token. `context` has its choice for the present batch, and where in it those experts act
-    that act from a prompt's end on; None without either. `marks` tell whether the base was changed
-    since it was routed, `differs` whether it was before.
+    that act from a prompt's end on; None without either.
     """
 
     base: BaseReference
@@ -43,8 +42,6 @@ class Composition:
     layers: dict[str, RoutedLayer] = field(default_factory=dict)
     prompt_router: PromptRouter | None = None
     context: RoutingContext | None = field(init=False, default=None)
-    marks: dict[str, Mark] = field(default_factory=dict)
-    differs: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt_router is not None or any(self.acting):

@@ -16,7 +16,6 @@ from phatgoose.apps.server.sequences import Progress
 from phatgoose.apps.server.service import Readers, RoutingCache
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
-from phatgoose.routing import compose
 from serving import GREEDY, PATH, ask, error_of
 
 NEVER = Deadline(math.inf, math.inf)
@@ -229,20 +228,6 @@ def test_a_stuck_thread_does_not_keep_the_loop_from_ending():
     assert stuck
     assert all(each.daemon for each in stuck)
     go_on.set()
-
-
-def test_the_weights_of_a_base_are_marked_once(pool, monkeypatch):
-    """Which reads all of them: seconds for a large base."""
-    marked, marks_of = [], compose.marks_of
-    monkeypatch.setattr(compose, "marks_of", lambda model: marked.append(1) or marks_of(model))
-    app = serving.app_of(pool)
-    with serving.client_of(app) as client:
-        ask(client, **GREEDY, k=1)
-        ask(client, **GREEDY, router="arrow")
-    assert len(marked) == 1
-    (one, other) = (each.parts.marks for each in app.state.service.models.values())
-    assert one is other
-    assert one == marks_of(app.state.service.models["goose"].base.model)
 
 
 @pytest.mark.parametrize("turns", range(4))

@@ -232,7 +232,6 @@ class _Bases:
                     self._loaded.append((base, dtype))  # each tokenizer has a process of its own
                 return base
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
-        base = replace(base, marks={})  # nothing here changes weights
         self._loaded.append((base, dtype))
         return base
 

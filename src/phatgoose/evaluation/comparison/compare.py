@@ -104,7 +104,7 @@ def compare(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
     )
     columns, datasets = _load(suites, sources, settings)
-    base = replace(loaded_base(pool, base), marks={})  # nothing here changes weights
+    base = loaded_base(pool, base)
     rows = rows_of(pool, wanted, routing)
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import changed_since, surely_differs
+from ...base.fingerprint import surely_differs
 from ...base.loading import is_hub_id
 from ...config import MODEL_TYPE
 from ...errors import RoutingError
@@ -110,13 +110,9 @@ def is_ours(config: Path) -> bool:
 
 
 def _check_base(model: PreTrainedModel, parts: Composition) -> None:
-    changed, differs = changed_since(model, parts.marks), parts.differs
-    if any(mark.content is None for mark in parts.marks.values()):  # offloaded when it was routed
-        differs = surely_differs(model, parts.base)
-    if changed or differs:
-        name = f" ({changed})" if changed else ""
+    if surely_differs(model, parts.base):
         raise RoutingError(
-            f"The weights of the base {parts.base.id!r} have changed since it was loaded{name}: "
+            f"The weights of the base {parts.base.id!r} have changed since it was loaded: "
             f"trained or resized? A routed model is saved without them; detach it and save the "
             f"base."
         )

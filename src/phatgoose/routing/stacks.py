@@ -31,7 +31,10 @@ class Declared(NamedTuple):
 
 
 def declared() -> Declared:
-    """The parts and tensors of all kinds. Raises RoutingError where two have one name."""
+    """The parts and tensors of all kinds.
+
+    Raises RoutingError where two have one name, and where what is compared has another layout.
+    """
     return _declared(loaded_kinds())
 
 
@@ -46,6 +49,15 @@ def _declared(kinds: tuple[Kind, ...]) -> Declared:
                 raise RoutingError(
                     f"The kind {kind.name!r} names a part or a tensor as another kind does: "
                     f"{part.name}; {', '.join(names)}."
+                )
+            compared = [part.held[field].sizes for field in part.compared]
+            if len({sizes[:2] for sizes in compared}) > 1 or (
+                [*map(len, compared)] not in ([], [2], [3, 3])
+            ):
+                raise RoutingError(
+                    f"The kind {kind.name!r} lets {part.name} be compared by tensors of sizes "
+                    f"{', '.join(compared)}; wanted one vector, such as Sd, or two factors that "
+                    f"begin alike, such as Srn and Srd (docs/extending.md)."
                 )
             parts[part.name] = part
             tensors |= {held.name: held for held in part.held.values()}

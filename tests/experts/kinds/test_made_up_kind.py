@@ -27,6 +27,7 @@ from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds import registry
+from phatgoose.experts.kinds.kind import Held
 from phatgoose.experts.kinds.registry import KINDS, kind_for, kinds, loaded_kinds
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.checks import check_site
@@ -37,6 +38,7 @@ from phatgoose.routing.export.shares import neutral_texts
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.routing.stacks import declared
 from phatgoose.training.modules import parameters_at
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import TASK, gated_loss, target_nll, train
@@ -154,6 +156,14 @@ def test_what_its_record_does_not_know_is_refused_by_name(
     outcome = phat("compose", tmp_path / "experts", "--out", tmp_path / "routed", "--k", "1")
     assert outcome.code == 0
     assert "can't be compared" in outcome.err
+
+
+@pytest.mark.parametrize("layout", ["Sdr", "Sd"])
+def test_factors_of_another_layout_are_refused_by_name(monkeypatch, layout):
+    held = {**SHIFTS.ShiftStack.held, "up": Held("shift_up", "Srn"), "b": Held("shifts", layout)}
+    register(monkeypatch, held=held, compared=("up", "b"))
+    with pytest.raises(RoutingError, match=rf"'shift' .* sizes Srn, {layout}; wanted one vector"):
+        declared()
 
 
 def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mixed, tmp_path):

@@ -384,9 +384,10 @@ class Part(ABC):
     """Some experts' modules at one site, stacked: a frozen dataclass of tensors, one row an expert.
 
     `held` describes its fields, one of which is `rows`: the experts' rows in the whole stack.
-    `compared` names the fields that an expert's update is made of, one vector or two factors that
-    are multiplied: by these, updates are measured and compared. A kind without them is refused
-    where that is asked for, and so is one without `constant` where it is exported.
+    `compared` names the fields that an expert's update is made of, one vector [E, d] or two factors
+    [E, r, n] and [E, r, d] that are multiplied: by these, updates are measured and compared. A kind
+    without them is refused where that is asked for, and so is one without `constant` where it is
+    exported.
     """
 
     name: ClassVar[str]

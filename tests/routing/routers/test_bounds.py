@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from phatgoose.routing.routers import discriminant
 from phatgoose.routing.routers.discriminant import (
@@ -81,6 +82,15 @@ def test_a_large_pool_is_compared_with_some_of_its_experts(monkeypatch):
     shrunk, _ = bounded_variances(random(9, 4).double(), factor, rest)
     assert shrunk[4].square().sum(dim=1).max() < 9.1 * VARIED
     assert torch.equal(shrunk[0], factor[0])
+
+
+def test_bounds_that_nobody_exceeds_cost_less_than_the_covariance():
+    """A thousand experts must not take minutes to compose."""
+    experts, rank, d = 40, 8, 64
+    factor, rest = random(experts, rank, d).double(), torch.ones(experts, d).double()
+    with FlopCounterMode(display=False) as counted:
+        bounded_variances(random(experts, d).double(), factor, rest)
+    assert 0 < counted.get_total_flops() < 2 * experts * rank * d * d
 
 
 @pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])

@@ -274,19 +274,23 @@ def bounded_means(means: Tensor, least: float = 0.0) -> Tensor:
 def bounded_variances(means: Tensor, factor: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """`factor` [E, f, d] and `rest` [E, d], float64, within bounds along each row and axis."""
     least = LEAST_BOUND * (means - means.mean(dim=0)).square().mean()
-    own = factor.square().sum(dim=2)  # [E, f]
-    unit = torch.nn.functional.normalize(factor, dim=2)
-    some = torch.linspace(0, len(factor) - 1, min(len(factor), COMPARED)).round().long()
-    bounds = [_along(rows, factor[some], rest[some]) for rows in unit]
-    bound = VARIED * len(factor) * torch.stack(bounds) + least
-    variances = factor.square().sum(dim=1) + rest
+    squares, most = factor.square(), VARIED * len(factor)
+    own, variances = squares.sum(dim=2), squares.sum(dim=1) + rest  # [E, f], [E, d]
     within = torch.minimum(rest, VARIED * bound_of(variances) + least)
-    over = own > bound
-    shrunk = factor * (bound / own.where(over, bound)).sqrt()[:, :, None]
-    return torch.where(over[:, :, None], shrunk, factor), within
+    some = torch.linspace(0, len(factor) - 1, min(len(factor), COMPARED)).round().long()
+    # What others vary by in `rest` alone is at most all that they vary by. It costs little, and few
+    # rows are beyond even that bound.
+    floor = (squares.flatten(0, 1) @ rest[some].T).quantile(0.5, dim=1).view_as(own) / own
+    doubtful = own > most * floor + least
+    if not doubtful.any():
+        return factor, within
+    rows = factor[doubtful]
+    along = _along(torch.nn.functional.normalize(rows, dim=1), factor[some], rest[some])
+    share = ((most * along + least) / own[doubtful]).clamp(max=1)
+    return factor.index_put((doubtful,), rows * share.sqrt()[:, None]), within
 
 
 def _along(rows: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
-    """The median over experts [E, ..] of their variance along each of `rows` [f, d]."""
-    along = (factor @ rows.T).square().sum(dim=1) + rest @ rows.T.square()  # [E, f]
+    """The median over experts [E, ..] of their variance along each of `rows` [R, d]."""
+    along = (factor @ rows.T).square().sum(dim=1) + rest @ rows.T.square()  # [E, R]
     return along.quantile(0.5, dim=0)

@@ -85,6 +85,16 @@ def usual_direction(pool: Pool, z: int, draw: torch.Generator, strength: int) ->
     return replace(expert, gates=gates)
 
 
+def leaning_gates(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """The expert's own gates, leant towards what every expert's site usually sees."""
+    expert, share = pool.experts[z], (0.3, 0.5, 1.0)[strength]
+    gates = {}
+    for site, own in expert.gates.items():
+        usual = functional.normalize(pool.vectors("means", site).mean(dim=0), dim=0)
+        gates[site] = functional.normalize(own, dim=0) + share * usual
+    return replace(expert, gates=gates)
+
+
 def scaled_gates(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
     """Longer gates: of no use against router phatgoose, which standardises them."""
     by = (100.0, 1e3, 1e6)[strength]
@@ -118,6 +128,7 @@ ATTACKS: dict[str, Attack] = {
     "flooding embeddings": flooding_embeddings,
     "gate equal to own mean": gate_is_own_mean,
     "gate along usual activation": usual_direction,
+    "gate leaning to usual activation": leaning_gates,
     "scaled update": scaled_update,
     "update in few modules": few_modules,
 }

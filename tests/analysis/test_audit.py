@@ -46,6 +46,12 @@ def test_an_attacker_is_found_and_no_one_else(pool, name, strength):
             assert f"--leave-out {pool.names[z]}" in finding.message
 
 
+def test_a_gate_that_leans_to_the_usual_is_found_in_a_pool_of_five(pool):
+    """It wins most tokens, but fewer than an honest gate may among so few."""
+    leaning = ATTACKS["gate leaning to usual activation"]
+    assert audit(attacked(Pool(pool.experts[:5]), 3, leaning, 0, 1)).unusual == ("e3",)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_experts_are_not_compared_and_that_is_said(pool, count):
     few = Pool(pool.experts[:count])

@@ -140,7 +140,8 @@ def _shares(scores: Tensor) -> Tensor:
 # Limits come from half of a hundred honest experts made for that, never from the other half, on
 # which `benchmarks/audit.py` reports: a ratio may be twice the largest that was seen there, a
 # share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
-# five. Copied embeddings and wins at others' embeddings were not seen, and have limits by meaning.
+# five. Copied embeddings and wins at others' embeddings were not seen, and have limits by meaning;
+# a pull may be twice the largest that was seen in pools of ten.
 # An expert beyond a limit is unusual, and not shown to be an attack.
 
 MANY = 8  # experts whose median hardly wanders
@@ -195,10 +196,12 @@ LIMITS: dict[str, Limit] = {
         "{median:.2f}): trained gates don't, and such ones win tokens of others",
         small=True,
     ),
-    "gate_usual": Limit(
-        0.63,
-        "its gates have a cosine of {value:.2f} with what sites usually see (median {median:.2f}): "
-        "they win by a constant, whatever a prompt asks",
+    "gate_pull": Limit(
+        0.13,
+        "its gates lean towards what sites usually see, and win at the others' mean activations "
+        "(cosine times share: {value:.2f}, median {median:.2f}): they win by a constant, whatever "
+        "a prompt asks",
+        few=0.17,
     ),
     "gate_wins": Limit(
         0.64, f"its gates win at {{value:.0%}} of the others' mean activations {USUAL}", few=0.87

@@ -95,6 +95,8 @@ def _of_vectors(pool: Pool) -> dict[str, Tensor]:
         values = torch.stack([each[name] for each in sites], dim=1)
         own = name in ("gate_size", "mean_distance")
         found[name] = values.nanquantile(0.5, dim=1) if own else values.nanmean(dim=1)
+    # Either alone may be an honest gate's: one that leans to the usual, or one in a pool of few.
+    found["gate_pull"] = found.pop("gate_usual") * found["gate_wins"]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_saved
 from routed_models import compose_by, with_embeddings
 from tiny import logits_of, make_ids, make_model
 
@@ -95,6 +97,34 @@ def test_what_can_not_join_leaves_the_model_as_it_was(llama, uneven, pool_of):
         add_experts(model, Pool((type(bare)(bare.info, bare.directory, lost, gates, {}),)))
     assert composition_of(model) is parts
     assert torch.equal(logits_of(model, make_ids()), wanted)
+
+
+def measured_in(pool: Pool, *formats: str | None) -> Pool:
+    """The pool whose experts record that they were measured on bases of these formats."""
+    pairs = zip(pool.experts, formats, strict=True)
+    return Pool(tuple(replace(e, info=replace(e.info, measured_in=each)) for e, each in pairs))
+
+
+@pytest.mark.parametrize("router", ["discriminant", "average-activation"])
+def test_statistics_of_quantised_and_plain_bases_are_not_mixed(llama, uneven, router, tmp_path):
+    plain = measured_in(uneven, *("torch.bfloat16", "torch.float32") * 2)
+    mixed = measured_in(uneven, *["torch.bfloat16"] * 3, "torch.bfloat16, Params4bit")
+    told = r"\(not quantised: .*'e2'; Params4bit: 'e3'\)\. .* phatgoose stats EXPERT --task"
+    with pytest.raises(PoolError, match=told):
+        compose(mixed, llama, router=router)
+    compose(mixed, llama, router="phatgoose")  # which compares none
+    detach(llama.model)
+    joining = mixed.select(["e3"])
+    model = compose(plain.select(["e0", "e1", "e2"]), llama, router=router)
+    save(model, tmp_path / "routed")
+    with pytest.raises(PoolError, match="Params4bit: 'e3'"):
+        add_experts(model, joining)
+    with pytest.raises(PoolError, match="Params4bit: 'e3'"):
+        add_to_saved(tmp_path / "routed", joining)
+    add_experts(model, plain.select(["e3"]))
+    detach(model)
+    with pytest.warns(UserWarning, match=r"the statistics of 'e0' were .* \(not quantised: 'e1'"):
+        compose(measured_in(uneven, None, *["torch.float32"] * 3), llama, router=router)
 
 
 def test_what_can_not_leave_is_told(llama, uneven):

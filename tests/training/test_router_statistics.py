@@ -94,6 +94,12 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
     again = measure(got, llama, TASK, examples=4, means=False, embedder="other")
     assert same(again.means, got.means)
     assert (len(again.embeddings), again.info.embedder) == (4, "other")
+    assert again.info.measured_in == expert.info.measured_in == "torch.float32"
+    packed = torch.nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
+    llama.model.lm_head.register_parameter("packed", packed)  # as quantised layers have some
+    for means, wanted in ((False, None), (True, "torch.float32, Parameter")):  # None: of two bases
+        found = measure(again, llama, TASK, examples=4, means=means, embeddings=False)
+        assert Expert.load(found.directory).info.measured_in == wanted
     recorded = again.info.hyperparameters
     assert (recorded["means"], recorded["embeddings"]) == (True, True)
     assert (recorded["statistics_examples"], recorded["embedder"]) == (4, "other")

@@ -123,6 +123,7 @@ TYPES: dict[str, Any] = {  # of every field but the version
     "embeddings_sha256": OPTIONAL,
     "embedder": OPTIONAL,
     "embedding_form": OPTIONAL,
+    "measured_in": OPTIONAL,
     "acts_on": (dict, NoneType),
     "task": dict,
     "hyperparameters": dict,
@@ -135,8 +136,9 @@ class ExpertInfo:
     """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
 
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
-    before it was recorded: theirs is the paper's. `acts_on` is the record of an `ActsOn`, None for
-    experts that act on all tokens.
+    before it was recorded: theirs is the paper's. `measured_in` is the `number_format` of the base
+    that means and prompt statistics were measured on, None where it isn't known. `acts_on` is the
+    record of an `ActsOn`, None for experts that act on all tokens.
     """
 
     name: str
@@ -150,6 +152,7 @@ class ExpertInfo:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     embedder: str | None = None
     embedding_form: str | None = None
+    measured_in: str | None = None
     acts_on: Mapping[str, Any] | None = None
 
 
@@ -200,7 +203,7 @@ def read_info(path: Path) -> ExpertInfo:
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = _without_nan(asdict(info))
-    for name in ("embedding_form", "acts_on"):  # later than the format
+    for name in ("embedding_form", "measured_in", "acts_on"):  # later than the format
         if content[name] is None:
             del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -320,6 +323,7 @@ class Expert:
         readings: Mapping[str, Tensor] | None = None,
         embedder: str | None = None,
         embedding_form: str | None = None,
+        measured_in: str | None = None,
         task: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
@@ -352,6 +356,7 @@ class Expert:
             metrics=metrics or {},
             embedder=embedder,
             embedding_form=embedding_form,
+            measured_in=measured_in,
             acts_on=acts_on.record() if acts_on else None,
         )
         expert = cls(

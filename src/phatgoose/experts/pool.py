@@ -222,7 +222,11 @@ class Pool(Mapping[str, Expert]):
                 "vectors_sha256": expert.info.vectors_sha256,
                 "embeddings_sha256": expert.info.embeddings_sha256,
                 "formatting": format_record(expert.info.hyperparameters, expert.info.metrics),
-                **({} if expert.info.acts_on is None else {"acts_on": expert.info.acts_on}),
+                **{
+                    key: value
+                    for key in ("acts_on", "measured_in")
+                    if (value := getattr(expert.info, key)) is not None
+                },
             }
             for expert in self.experts
         ]

@@ -7,7 +7,7 @@ costs what is added and, now and then, a copy; removing copies the rows that sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .compose import check_acting, check_pool_fits, detach, install, routed_laye
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.prompt_router import ByPrompt
-from .routers.router import Router, warn_of_lowered_k
+from .routers.router import Router, check_measured, warn_of_lowered_k
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -38,7 +38,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     """
     parts = composition_of(model)
     pool = Pool.open(pool)
-    check_growth(parts.router, parts.experts, pool, parts.base, folded=_has_folded(parts))
+    check_growth(parts.router, parts.records, pool, parts.base, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
     # Sites are those of the plain base; whatever fails below puts the old layers back.
     detach(model)
@@ -101,18 +101,25 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
 
 
 def check_growth(
-    router: Router, names: Iterable[str], pool: Pool, base: BaseReference, *, folded: bool
+    router: Router,
+    records: Sequence[Mapping[str, Any]],
+    pool: Pool,
+    base: BaseReference,
+    *,
+    folded: bool,
 ) -> None:
-    """Raise unless `pool` can join experts of these `names` on `base`.
+    """Raise unless `pool` can join experts of these `records` on `base`.
 
     RoutingError for a router that can't grow and for `folded` experts, PoolError for a name that is
-    taken or vectors that are missing, WrongBaseError for another base.
+    taken, vectors that are missing or statistics that can't be compared, WrongBaseError for another
+    base.
     """
     _check_changeable(router, folded)
-    taken = sorted(set(names) & set(pool.names))
+    taken = sorted({record["name"] for record in records} & set(pool.names))
     if taken:
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
     router.check(pool)
+    check_measured(router, pool, [*records, *pool.records()])
     check_base(pool.base, base)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.active_tokens import ActsOn
-from ..base.fingerprint import check_base
+from ..base.fingerprint import check_base, number_format
 from ..base.loading import Base, load_base
 from ..base.sites import Site, find_sites
 from ..config import Formatting, GateTraining
@@ -112,13 +112,14 @@ class Statistics:
     """What was measured, None where it wasn't asked for: `means` by site, `embeddings` in rows.
 
     `readings` are those of `readings_of`; `cuts` counts the inputs that were cut before they were
-    passed through the base.
+    passed through the base. `measured_in` is the base's `number_format`, if it read any.
     """
 
     means: Mapping[str, Tensor] | None = None
     readings: Mapping[str, Tensor] | None = None
     embeddings: Tensor | None = None
     cuts: Cuts = field(default_factory=Cuts)
+    measured_in: str | None = None
 
 
 def statistics_of(
@@ -163,7 +164,8 @@ def statistics_of(
         padding = base.tokenizer.pad_token_id
         with applied(base.model, modules, ModifiedLinear):
             means = mean_activations(base.model, sites, pairs, padding, label, acting)
-    return Statistics(means, readings, embeddings, cuts)
+    measured_in = number_format(base.model) if settings.means or settings.readings else None
+    return Statistics(means, readings, embeddings, cuts, measured_in)
 
 
 def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
@@ -173,6 +175,10 @@ def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) 
         readings=expert.readings if found.readings is None else found.readings,
         embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
     )
+    measured_in = found.measured_in or expert.info.measured_in
+    kept = (found.means is None and expert.means) or (found.readings is None and expert.readings)
+    if kept and measured_in != expert.info.measured_in:
+        measured_in = None  # of two bases
     how: dict[str, Any] = {}
     if found.embeddings is not None:
         how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
@@ -184,7 +190,8 @@ def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) 
         "embeddings": measured.embeddings is not None,
         **how,
     }
-    return replace(measured, info=replace(expert.info, hyperparameters=recorded, **how))
+    info = replace(expert.info, hyperparameters=recorded, measured_in=measured_in, **how)
+    return replace(measured, info=info)
 
 
 def mean_activations(

@@ -406,6 +406,7 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
         embeddings=measured.embeddings,
         embedder=settings.embedder if settings.embeddings else None,
         embedding_form=settings.embedding_form if settings.embeddings else None,
+        measured_in=measured.measured_in,
         task={
             "name": task.name,
             "source": task.source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -324,7 +324,37 @@ def check_routing(router: Router, pool: Pool) -> None:
     Raises PoolError naming the experts that lack what the router needs.
     """
     router.check(pool)
+    check_measured(router, pool, pool.records())
     warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
+
+
+def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, Any]]) -> None:
+    """Raise PoolError where `router` would compare statistics of plain and quantised bases.
+
+    `records` are of all experts, those of `pool` among them. Warns where some don't tell.
+    """
+    if not {"means", "readings"} & set(router.used(pool)):
+        return
+    named: dict[str | None, list[str]] = {}
+    for record in records:
+        found = record.get("measured_in")
+        # bfloat16, float16 and float32 differ by rounding only.
+        kind = str(found).partition(", ")[2] or "not quantised" if found else None
+        named.setdefault(kind, []).append(shortened(record["name"]))
+    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind)
+    if len(named.keys() - {None}) > 1:
+        raise PoolError(
+            f"Router {router.spec.name} compares the experts' statistics, but they were measured "
+            f"on a base in different precisions ({told}). Measure those of one kind again, on a "
+            f"base of the other: phatgoose stats EXPERT --task ITS-DATA --no-embeddings."
+        )
+    if len(named) > 1:
+        warnings.warn(
+            f"Nothing records in which precision the statistics of {', '.join(named[None])} were "
+            f"measured, but of others ({told}). If it differs, wrong experts are chosen: "
+            f"phatgoose stats measures again.",
+            stacklevel=4,
+        )
 
 
 def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:

@@ -116,7 +116,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors
-        check_growth(router, saved.names, pool, saved.base, folded=_has_folded(saved))
+        check_growth(router, saved.records, pool, saved.base, folded=_has_folded(saved))
         check_alike(pool.experts, *_sizes_at_sites(saved))
         check_acting(pool, is_encoder_decoder=is_encoder_decoder(folder))
         rows: dict[str, Tensor] = {}

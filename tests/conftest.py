@@ -27,7 +27,6 @@ FIRST = ("test_architecture.py", "test_conventions.py")  # of seconds, and what 
 LONGEST = (
     "test_core_install.py",
     "test_demo.py",
-    "test_benchmarks.py",
     "test_page.py",
     "test_loading.py",
 )

@@ -35,12 +35,10 @@ each_of_the_papers = pytest.mark.parametrize("name", sorted(THE_PAPERS))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_every_recipe_is_valid_and_says_how_it_is_run(path):
+def test_every_recipe_is_valid(path):
     recipe = read_recipe(path)
     for table, values in recipe.tables.items():
         from_mapping(RECIPE_TABLES[table], values, table)
-    if recipe.tasks:
-        assert f"phatgoose train --recipe recipes/{path.name}" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("suites/*.toml")), ids=lambda path: path.name)

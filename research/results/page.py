@@ -1,7 +1,7 @@
 """Write research/results/README.md, router × suite × base, from the comparisons kept beside it.
 
     python research/results/page.py           prints the page
-    python research/results/page.py --write   writes it; a test compares
+    python research/results/page.py --write   writes it
     python research/results/page.py --add KEY "TITLE" PAGE OUT/comparison.json
 
 --add keeps what the page needs of a comparison as research/results/KEY.json and writes the page.

@@ -11,7 +11,7 @@ OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy test-engines test-llama-cpp test-vllm test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
+.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -55,6 +55,10 @@ lint: install-dev
 
 types: install-dev
 	$(BIN)/mypy
+
+# The size of the source beside budget.toml; TIGHTEN=1 lowers the budgets to what is there.
+size:
+	$(PYTHON) .ci/size.py $(if $(TIGHTEN),--tighten)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

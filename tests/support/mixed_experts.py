@@ -20,6 +20,7 @@ from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
+from phatgoose.experts.kinds.dora.module import DoraFactors
 from phatgoose.experts.kinds.ia3.module import ScalingVector
 from phatgoose.experts.kinds.ia3.training import scales_input
 from phatgoose.experts.kinds.lora.module import LoraFactors
@@ -86,8 +87,30 @@ def make_biased_lora(base: Base, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def make_dora(base: Base, folder: Path, *, seed: int = 0, rank: int = 3) -> Path:
+    """A DoRA of random factors whose scales are around 1, at every site."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator) * 0.2
+
+    modules = {
+        name: DoraFactors(
+            normal(rank, site.in_features),
+            normal(site.out_features, rank),
+            scale=1.0,
+            bias=normal(site.out_features),
+            output_scale=1 + normal(site.out_features),
+        )
+        for name, site in find_sites(base.model).items()
+    }
+    folder.mkdir(parents=True)
+    return DoraFactors.write(folder, modules, {"base": base.id})
+
+
 MAKERS = {
     "lora": make_adapter,
+    "dora": make_dora,
     "biased": make_biased_lora,
     "ia3": make_ia3,
     "bottleneck": make_bottleneck,

@@ -354,25 +354,6 @@ def test_products_with_centres_survive_in_their_space(program, llama_pool, monke
     assert program.basis_of(SimpleNamespace(experts=[SimpleNamespace(has=lambda _: False)])) is None
 
 
-def test_a_random_twin_has_the_norms_and_ranks_of_its_expert(program, llama_pool):
-    expert = llama_pool.experts[1]
-    twin, again = (program.random_twin(expert, seed) for seed in (0, 0))
-    other = program.random_twin(expert, 1)
-    assert twin.gates is expert.gates
-    for site, lora in expert.lora.items():
-        new = twin.lora[site]
-        assert (new.A.shape, new.B.shape, new.scale) == (lora.A.shape, lora.B.shape, lora.scale)
-        torch.testing.assert_close((new.B @ new.A).norm(), (lora.B @ lora.A).float().norm())
-        assert torch.equal(new.A, again.lora[site].A)
-        assert not torch.equal(new.A, other.lora[site].A)
-        assert not torch.allclose(new.B @ new.A, (lora.B @ lora.A).float(), atol=1e-3)
-    assert Pool((twin,)).names == ("e1",)
-    site, lora = next(iter(expert.lora.items()))
-    mean, strong = expert.means[site], program.random_twin(expert, 0, by_output=True).lora[site]
-    wanted = (lora.B @ lora.A).float() @ mean
-    torch.testing.assert_close((strong.B @ strong.A @ mean).norm(), wanted.norm())
-
-
 def test_published_marks_have_no_text_and_are_replayed():
     folder = ROOT / "research" / "marks"
     assert all(path.stat().st_size <= 5_000_000 for path in folder.glob("*.parquet"))
@@ -384,16 +365,3 @@ def test_published_marks_have_no_text_and_are_replayed():
         lines = {line.name: line.score.value for line in new.lines}
         assert new.wording == "new"
         assert lines["own expert"] >= lines["discriminant"] - 0.05 > lines["base"]
-
-
-def test_few_examples_are_scored_by_published_marks(capsys):
-    script = runpy.run_path(str(ROOT / "research" / "few_examples.py"))
-    script["main"]([str(ROOT / "research" / "marks" / "smollm2-135m-tails.parquet"), "5"])
-    shown = capsys.readouterr().out
-    for wording in ("new", "unseen"):
-        part = shown.partition(f"\n{wording}, 5 examples: ")[2].partition("\n\n")[2]
-        rows = [line.split(" | ") for line in part.partition("\n\n")[0].splitlines()[2:]]
-        gains = {row[0].removeprefix("| "): row[2].split()[0] for row in rows}
-        assert gains["base"] == "+0.0"
-        assert {"without targets", "with targets", "likeliest", "of all"} < gains.keys()
-        assert ("own expert" in gains) == (wording == "new")

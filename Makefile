@@ -11,7 +11,7 @@ OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
+.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-server test-more-routers test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -21,6 +21,11 @@ test: install-dev
 
 test-heavy: $(VENV)/.installed-heavy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
+
+# Routers of an outside package, registered by its entry points.
+test-more-routers: install-dev
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/more-routers examples/more-routers
+	PYTHONPATH=$(VENV)/more-routers OMP_NUM_THREADS=1 $(BIN)/python -m pytest examples/more-routers/tests
 
 # Other programs' engines, each in an environment of its own. PHATGOOSE_ENGINE_POOL names the folder of
 # a pool to test with (the demo's); without it some experts are trained for a minute.

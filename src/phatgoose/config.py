@@ -44,12 +44,11 @@ class Settings:
     """Base of all settings: checks each value against the type of its field.
 
     Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
-    as a third part where not every value will do. `left` maps former settings to what to do now.
-    `also` maps other names of settings, on the command line and in files, to ours. Numbers of other
-    libraries (numpy's) become Python's, and integers given for a float become floats.
+    as a third part where not every value will do. `also` maps other names of settings, on the
+    command line and in files, to ours. Numbers of other libraries (numpy's) become Python's, and
+    integers given for a float become floats.
     """
 
-    left: ClassVar[Mapping[str, str]] = {}
     also: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -99,14 +98,12 @@ def from_mapping(
     unknown key or a value that `config` refuses.
     """
     known = [setting.name for setting in settings_of(config)]
-    left, also = config.left, config.also
+    also = config.also
     for key in values.keys() & also.keys():
         if also[key] in values:
             raise ConfigError(f"{where}: {key} is another name of {also[key]}; give one of them.")
     values = {also.get(key, key): value for key, value in values.items()}
     for key in values:
-        if key in left:
-            raise ConfigError(f"{where}: {left[key]}.")
         if key not in known:
             named = ", ".join([*known, *others]) or "none"
             hint = closest(key, [*known, *also, *others])
@@ -263,7 +260,6 @@ class Bottleneck(Peft):
 FOUR_BITS = "4bit"  # a base's dtype by name: NF4 weights of bitsandbytes, computed with as "auto"
 TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
 TRUNCATIONS = ("middle", "left", "right")
-GATE_INPUTS = ("raw", "standardised")
 EMBEDDING_FORMS = ("prompt", "paper")
 ACTS_ON = ("all", "answer", "generation-prompt")
 SCHEDULES = (
@@ -356,24 +352,17 @@ class GateTraining(Settings):
     gate_learning_rate: Annotated[
         float | None, f"Learning rate of gate training; default: {GATE_RATE}.", POSITIVE
     ] = None
-    gate_inputs: Annotated[
-        str,
-        "What gates are trained on: activations raw (paper), or standardised by the base's mean "
-        "and deviation over neutral text.",
-        one_of(GATE_INPUTS),
-    ] = "raw"
     statistics_examples: Annotated[
         int, "Training examples to use for the statistics below.", AT_LEAST_1
     ] = 1000
     means: Annotated[bool, "Compute mean activations (for router average-activation)."] = True
     readings: Annotated[
         bool,
-        "Compute prompt statistics (for routers named after discriminants).",
+        "Compute prompt statistics (for router discriminant).",
     ] = True
     embeddings: Annotated[
         bool,
-        "Embed training inputs (for routers joint-discriminant, retrieval, centroid and glider; "
-        "needs the extra 'retrieval').",
+        "Embed training inputs (for routers retrieval and centroid; needs the extra 'retrieval').",
     ] = False
     embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
         "sentence-transformers/all-MiniLM-L6-v2"
@@ -391,11 +380,6 @@ class GateTraining(Settings):
             raise ConfigError(
                 f"gate_learning_rate is {self.gate_learning_rate:g}, but joint gates are trained "
                 f"at the expert's; leave it out, or turn joint off."
-            )
-        if self.joint and self.gate_inputs != "raw":
-            raise ConfigError(
-                f"gate_inputs is {self.gate_inputs!r}, but joint gates see raw inputs; turn joint "
-                f"off."
             )
 
 
@@ -423,10 +407,6 @@ class Formatting(Settings):
 
 # How a routed model chooses experts.
 
-STAND_IN_LEFT = {
-    "stand_in": "stand_in has left phatgoose; train the missing gates (phatgoose gate), leave "
-    "these experts out, or use router arrow"
-}
 KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
 
 
@@ -437,12 +417,6 @@ class Routing(Settings):
     `router` is a router's name, and its own settings after a colon: "arrow:form=peft". Each
     router's settings are those of its record's config class (`routing.routers.registry`).
     """
-
-    left: ClassVar[Mapping[str, str]] = {
-        **STAND_IN_LEFT,
-        "input_k": "input_k is k now, for routers that choose for whole inputs too",
-        "retrieval_embedder": "retrieval_embedder is embedder now",
-    }
 
     router: Annotated[
         str,

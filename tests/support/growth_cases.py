@@ -28,18 +28,13 @@ ROUTERS = (
     "average-activation",
     "arrow",
     "spectr",
-    "uniform-top-k",
     "retrieval",
     "centroid",
-    "glider",
-    "logo",
-    "joint-discriminant",
     "discriminant",
-    "discriminant-phatgoose",
     "merged",
     "random",
 )
-EMBEDDED = ("retrieval", "centroid", "glider", "joint-discriminant")
+EMBEDDED = ("retrieval", "centroid")
 NAMES = ("e0", "e1", "e2", "e3")
 
 

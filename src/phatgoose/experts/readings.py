@@ -8,7 +8,7 @@ with them. Not in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ RANK = 16  # of the covariance that is shared
 
 
 class PromptStates(PromptReading):
-    """Reads the output of some blocks, or all, in both places: [texts, 2, blocks, d], float32."""
+    """Reads the output of all blocks in both places: [texts, 2, blocks, d], float32."""
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[int] | None = None) -> None:
-        self.blocks = range(len(blocks_of(model))) if blocks is None else blocks
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.blocks = range(len(blocks_of(model)))
 
     def begin(self, mask: Tensor) -> None:
         self._mask, self._states = mask, list[Tensor]()

@@ -253,7 +253,6 @@ def routed_layer(
         stack,
         module,
         parts.routing.kernel,
-        router.product,
         parts.context,
         columns,
     )

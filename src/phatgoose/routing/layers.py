@@ -30,7 +30,7 @@ from ..base.sites import Site
 from ..errors import RoutingError
 from ..experts.kinds.lora.stack import LoraStack
 from .context import RoutingContext, uncompiled
-from .kernels.choice import Kernel, choose_kernel, one_call
+from .kernels.choice import choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
 from .stacks import SiteStack, renumbered
 from .watching import watches_over
@@ -97,13 +97,10 @@ class RoutedLinear(RoutedLayer):
         stack: SiteStack,
         router: SiteRouter,
         kernel: str = "auto",
-        product: Kernel | None = None,
         context: RoutingContext | None = None,
         columns: Sequence[int] = (),
     ) -> None:
-        """`product` takes the place of `kernel` where another function than the sum is wanted.
-
-        Where some of the experts act from a prompt's end on, `columns` are those of all experts
+        """Where some of the experts act from a prompt's end on, `columns` are those of all experts
         here in the `context`'s Activity.
         """
         super().__init__(base, site, stack.experts)
@@ -112,7 +109,7 @@ class RoutedLinear(RoutedLayer):
         if self.context is not None:
             held = torch.tensor(columns, device=stack.experts.device)
             self.register_buffer("activity_columns", held, persistent=False)
-        self.router, self.kernel, self.product = router, kernel, product
+        self.router, self.kernel = router, kernel
         self.part_types = {name: type(part) for name, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
             if hasattr(self, name):
@@ -123,8 +120,8 @@ class RoutedLinear(RoutedLayer):
             for part, rows in stack.rows().items():
                 place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
-        own_sum = product is None and kernel in ("auto", "native", "triton")
-        self.one_call = self.is_plain and own_sum and router.one_call
+        fused = kernel in ("auto", "native", "triton")
+        self.one_call = self.is_plain and fused and router.one_call
         self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
 
     @property
@@ -263,7 +260,7 @@ class RoutedLinear(RoutedLayer):
     def _product(
         self, tokens: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
     ) -> Tensor:
-        kernel = self.product or choose_kernel(self.kernel, tokens, experts, A, B)
+        kernel = choose_kernel(self.kernel, tokens, experts, A, B)
         return kernel(tokens, experts, weights, A, B)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import WANTED, Base, closest_beside, load_base
@@ -24,10 +22,8 @@ from .routers.automatic import settled_by_prompt
 from .routers.prompt_router import ByPrompt, PromptRouter
 from .routers.router import Scores, check_routing, check_served, router_of
 from .saved.load import load
-from .saved.tensors import ROUTED_INFO, SavedModel, read_saved
-from .stacks import SiteStack, stack_of
+from .saved.tensors import ROUTED_INFO, read_saved
 
-CPU = torch.device("cpu")
 ANY_WANTED = (
     "Wanted: a pool (a folder of experts or of PEFT adapters, hub:OWNER/NAME, a manifest), a "
     "routed model's folder, or a base model (a Hub id, a folder, or 'smollm2')."
@@ -138,41 +134,33 @@ def open_prompt_router(
     `routing` and `settings` are those of `compose`; of a saved model's only the embedder counts.
     Prompts are as a `PromptRouter` takes them: text without a `tokenizer` for routers that go by
     embeddings alone; those that go by what the base makes of a prompt are handed `base` in
-    `choose`. Of glider it is the cosines of all experts, of discriminant-phatgoose the shortlist:
-    these also choose for every token. Raises ConfigError for a router that looks at no prompt,
+    `choose`. Raises ConfigError for a router that looks at no prompt,
     and what composing or loading raises of the experts.
     """
     routing = given_or_default(Routing, routing, "routing")
     if settings:
         routing = from_mapping(Routing, {**vars(routing), **settings}, "open_prompt_router")
-    stacks: dict[str, Callable[[torch.dtype], SiteStack]]
     if not isinstance(place, Pool) and is_routed(place):
         saved = read_saved(Path(place))
         routing = replace(saved.routing, embedder=routing.embedder)
         router, tables = _by_prompt(routing), saved.tables
-        stacks = {site: partial(_stored_stack, saved, site) for site in saved.sites}
     else:
         pool = Pool.open(place)
         router = _by_prompt(settled_by_prompt(routing, pool))
         check_routing(router, pool)
         tables = router.tables(pool)
-        stacks = {site: partial(stack_of, pool, site, device=CPU) for site in pool.sites}
-    return router.prompt_router(replace(tables, stacks=stacks), tokenizer)
+    return router.prompt_router(tables, tokenizer)
 
 
 def _by_prompt(routing: Routing) -> ByPrompt:
     router = router_of(routing)
     if not isinstance(router, ByPrompt):
         raise ConfigError(
-            f"Router {routing.router} doesn't choose by a prompt alone; use retrieval, centroid, "
-            f"discriminant, joint-discriminant or logo."
+            f"Router {routing.router} doesn't choose by a prompt alone; use retrieval, centroid "
+            f"or discriminant."
         )
     check_served(router)
     return router
-
-
-def _stored_stack(saved: SavedModel, site: str, dtype: torch.dtype) -> SiteStack:
-    return saved.stack(site).to(CPU, dtype)
 
 
 def loaded_base(pool: Pool, base: Base | str | None = None, dtype: str = "auto") -> Base:

@@ -1,21 +1,9 @@
-"""Neutral text: forty passages of many kinds, the same for everybody, to measure gates against.
-
-What a site sees of any text at all tells no task from another, so it is subtracted. Not in the
-paper. The passages never change: gates trained with them depend on them.
-"""
+"""Neutral text: forty passages of many kinds, the same for everybody, that belong to no task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ..base.sites import Site, find_sites
-from .encoding import Encoder
-from .prompt_passes import read_pairs
 from .task import Example
 
 PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
@@ -29,45 +17,3 @@ def neutral_examples() -> list[Example]:
         middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
         examples.append(Example(passage[:middle].rstrip(), passage[middle:].lstrip()))
     return examples
-
-
-def over_neutral_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Iterable[str],
-    numbers: Callable[[str, Tensor], Tensor],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
-
-    `numbers(name, u)` [tokens, m] are those for the inputs u [tokens, n] of a site. A site that no
-    token reaches, inside one of the base's own experts, has 0 and 1.
-    """
-    every = find_sites(model)
-    sites = {name: every[name] for name in names}
-    sums: dict[str, Tensor] = {}
-
-    def see(site: Site, u: Tensor) -> None:
-        exact = numbers(site.name, u).double()
-        ones = torch.ones_like(exact)
-        found = torch.stack([each.sum(dim=0) for each in (ones, exact, exact.square())])
-        sums[site.name] = sums.get(site.name, 0) + found.cpu()
-
-    for site in sites.values():
-        see(site, torch.zeros(0, site.in_features))
-    pairs = Encoder.for_model(model, tokenizer).pairs(neutral_examples())
-    read_pairs(model, sites, pairs, tokenizer.pad_token_id, see)
-    found = {}
-    for name in sites:
-        count, total, squares = sums[name]
-        mean = total / count.clamp(min=1)
-        variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-        deviation = variance.sqrt().masked_fill(count == 0, 1.0)
-        found[name] = mean.float(), deviation.float()
-    return found
-
-
-def moments(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation [n] of each site's inputs over the passages' tokens, float32."""
-    return over_neutral_text(model, tokenizer, names, lambda _, u: u)

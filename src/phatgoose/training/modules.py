@@ -21,7 +21,6 @@ from ..experts.adapter import ModifiedLinear
 from ..experts.kinds.kind import FreshExpert, SiteModule, new_gate, openness
 from ..experts.kinds.registry import kind_for
 
-SMALLEST_DEVIATION = 0.01  # of a site's mean deviation, for features that never change
 
 
 def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
@@ -81,25 +80,13 @@ class GatedLinear(ModifiedLinear):
     ) -> None:
         super().__init__(base, module, dtype)
         self.gate = new_gate(self.in_features, self.weight.device)
-        self._usual: tuple[Tensor, Tensor] | None = None
-
-    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """From now on the gate sees (u - mean) / deviation, [n] each, in place of u."""
-        device = self.gate.device
-        floor = SMALLEST_DEVIATION * deviation.mean()
-        self._usual = mean.to(device), deviation.clamp(min=floor).to(device)
 
     def strength(self, u: Tensor) -> Tensor:
-        if self._usual is not None:
-            mean, deviation = self._usual
-            u = ((u.float() - mean) / deviation).to(u.dtype)
         return openness(u, self.gate)
 
     def vector(self) -> Tensor:
-        """The gate v, on the CPU: what vᵀu adds to the sigmoid's argument, but for a constant."""
-        # vᵀ(u - mean) / deviation is (v / deviation)ᵀ u and a constant, which no choice depends on.
-        gate = self.gate.detach() if self._usual is None else self.gate.detach() / self._usual[1]
-        return gate.cpu()
+        """The gate v, on the CPU."""
+        return self.gate.detach().cpu()
 
 
 # Joint gates (paper Appendix A): part of the new module at their site, which acts at the strength

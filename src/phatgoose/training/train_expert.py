@@ -35,7 +35,6 @@ from ..files.strict import sha256_of, shortened
 from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import CUTS, Encoder, as_read
 from ..tasks.loading import given_task
-from ..tasks.neutral import moments
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
 from .modules import GatedLinear, fresh_expert, parameters_at, take_gates
@@ -432,13 +431,7 @@ def _trained_gates(
     cuts = run.encoder.cuts(pairs)
     if is_first() and tell_cuts:
         cuts.report(run.task.name)
-    # Not in the paper: inputs are standardised by what sites see of neutral text, since a gate
-    # moves along what is large for every token, which tells no task.
-    standardises = settings.gate_inputs != "raw"
-    usual = moments(base.model, base.tokenizer, modules) if standardises else {}
     with applied(base.model, modules, GatedLinear) as layers:
-        for site, (mean, deviation) in usual.items():
-            layers[site].standardise(mean, deviation)
         base.model.requires_grad_(False)
         for layer in layers.values():
             layer.gate.requires_grad_(True)

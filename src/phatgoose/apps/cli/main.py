@@ -68,7 +68,6 @@ HANDS_ON["help_option_names"] = []  # lm-eval has a --help of its own
 for name, command in COMMANDS.items():
     settings = HANDS_ON if name == "lm-eval" else None
     app.command(name, context_settings=settings)(with_flags(command))
-app.command("measure", hidden=True)(with_flags(experts.stats))  # its name before
 
 
 @app.callback()

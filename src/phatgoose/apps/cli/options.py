@@ -189,8 +189,8 @@ RECIPE = Annotated[
 ]
 
 
-# Settings that a flag leaves without a use: joint gates have the expert's rate, and raw inputs.
-IDLE = {"joint": ("gate_learning_rate", "gate_inputs")}
+# Settings that a flag leaves without a use: joint gates have the expert's rate.
+IDLE = {"joint": ("gate_learning_rate",)}
 
 
 @dataclass(frozen=True)

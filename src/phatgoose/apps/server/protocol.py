@@ -20,7 +20,6 @@ from ...errors import ConfigError
 from ...files.strict import one_line
 from ...routing.routers.registry import (
     AUTO,
-    LEFT,
     MOST_WEIGHT,
     ROUTERS,
     WEIGHTS,
@@ -124,7 +123,7 @@ def _refusal(why: str) -> PydanticCustomError:
 def _requestable(router: str) -> str:
     name = router.partition(":")[0]
     try:
-        if name not in (*REQUESTABLE_ROUTERS, *LEFT):
+        if name not in REQUESTABLE_ROUTERS:
             hint = closest(name, REQUESTABLE_ROUTERS)
             raise ConfigError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}")
         return router if router == AUTO else choice_of(router).text

@@ -280,7 +280,6 @@ def _update(
             part.first,
             part.width,
             router.routing.kernel,
-            router.product,
         )
         for part, experts in zip(parts, found, strict=True)
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...routing.kernels.choice import Kernel, choose_kernel, one_call
+from ...routing.kernels.choice import choose_kernel, one_call
 from ...routing.routers.router import SiteRouter
 
 FACTORS = ("A", "B")  # of one site's tensors the last ones
@@ -27,8 +27,7 @@ Reduce = Callable[[Tensor], Tensor]
 class SiteUpdate:
     """What is added to the outputs from `first` on, `width` of them.
 
-    Its tensors are those of `names`, the router's own, then A and B. `product` takes the place of
-    `kernel`, as in `RoutedLinear`.
+    Its tensors are those of `names`, the router's own, then A and B.
     """
 
     router: SiteRouter
@@ -36,14 +35,13 @@ class SiteUpdate:
     first: int
     width: int
     kernel: str = "auto"
-    product: Kernel | None = None
 
     def add(self, y: Tensor, u: Tensor, tensors: Sequence[Tensor], over: Split | None) -> None:
         """Add to y [T, width], contiguous, in place, what the experts of u [T, n'] come to."""
         *state, A, B = tensors
         router: Any = self.router.over(dict(zip(self.names, state, strict=True)))
         u = u.to(A.dtype)
-        if over is None and self.product is None and router.one_call:
+        if over is None and router.one_call:
             vectors, k = router.vectors, router.k
             add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
             if add_routed is not None:
@@ -53,7 +51,7 @@ class SiteUpdate:
             decision = router(u)
         else:
             decision = router.decide(over.reduce(router.sums(u)), over.inputs)
-        kernel = self.product or choose_kernel(self.kernel, u, decision.experts, A, B)
+        kernel = choose_kernel(self.kernel, u, decision.experts, A, B)
         y.add_(kernel(u, decision.experts, decision.weights, A, B))
 
 

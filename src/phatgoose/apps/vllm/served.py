@@ -301,11 +301,6 @@ def open_served() -> Served:
             f"Router {router.spec.name} needs scores: compose and save the pool first (phatgoose "
             f"compose POOL --router {router.spec.name} --scores FILE --out FOLDER)."
         )
-    if getattr(router, "calibrates", False):
-        raise ConfigError(
-            "Affinity calibrated is measured with the base alone: compose and save the pool first "
-            f"(phatgoose compose {place} --router phatgoose:affinity=calibrated --out FOLDER)."
-        )
     pool = router.narrow(pool, None)
     return Served(str(place), pool, router, pool.names, pool.sites, pool.base)
 

@@ -24,7 +24,7 @@ from ...files.strict import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
 from ...routing.open_model import OpenedModel, is_pool, is_routed, naming_all_places, open_model
-from ...routing.routers.registry import LEFT, ROUTERS, RouterSpec, choice_of, spec_of, translated
+from ...routing.routers.registry import ROUTERS, RouterSpec, choice_of, spec_of
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
 from ...routing.saved.tensors import ROUTED_INFO
@@ -65,9 +65,8 @@ def label_with_settings(identity: Mapping[str, Any]) -> str:
 
 
 def routing_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row's `identity`, perhaps of an earlier version, says of router, k and kernel."""
-    parts = ("pool", "given")
-    now = translated({name: value for name, value in identity.items() if name not in parts})
+    """What a row's `identity` says of router, k and kernel."""
+    now = {name: value for name, value in identity.items() if name not in ("pool", "given")}
     spec = ROUTERS.get(now["router"].partition(":")[0])
     if spec and now.get("k", spec.k) is None:
         now["k"] = spec.k
@@ -103,7 +102,7 @@ def runnable_methods(
 
 
 def _canonical(method: str) -> str:
-    if method != BASE and method.partition(":")[0] not in (*METHODS, *LEFT):
+    if method != BASE and method.partition(":")[0] not in METHODS:
         raise ConfigError(
             f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             f"{closest(method.partition(':')[0], METHODS)}"

@@ -1,4 +1,4 @@
-"""Kernels in plain torch, mttl's mixed factors, and whether tensors belong together.
+"""Kernels in plain torch, and whether tensors belong together.
 
 Arguments, shapes and letters as in `kernels.choice`.
 """
@@ -77,20 +77,6 @@ def gather(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     inner = chosen_A @ u.unsqueeze(-1)  # [T, k r, 1]
     inner = inner.view(tokens, k, r) * weights.to(u.dtype).unsqueeze(-1)
     return (inner.view(tokens, 1, k * r) @ chosen_B).squeeze(1)
-
-
-def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """(sum over z of w_z B_z)(sum over z of w_z A_z) u for every token, [T, d], as mttl has it.
-
-    Another function than the kernels': products B_z A_y of different experts take part.
-    """
-    E, r, n = A.shape
-    tokens = u.shape[0]
-    dense = dense_weights(experts, weights, E).to(u.dtype)
-    inner = (u @ A.reshape(E * r, n).T).view(tokens, E, r)
-    mixed = (dense.unsqueeze(1) @ inner).squeeze(1)  # [T, r]
-    outer = dense.unsqueeze(-1) * mixed.unsqueeze(1)  # [T, E, r]
-    return outer.view(tokens, E * r) @ B.reshape(E * r, -1)
 
 
 def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:

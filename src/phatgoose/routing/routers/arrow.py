@@ -8,8 +8,6 @@ Forms, chosen by the setting `form`:
     svd   exact vectors, top k, outputs mixed: the paper's form, and the default
     peft  as peft's create_arrow_model: 15 steps of power iteration from a random start, which may
           stop short of the exact vector when two singular values are close
-    mttl  exact vectors, but as in mttl all experts take part (k is not used) and the factors are
-          mixed before their product, (sum w B)(sum w A) u, which is another function
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import Routing
 from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
-from ..kernels.plain import mixed_factors
 from .phatgoose import ByVectors, TopKRouter, products
 from .router import RouterSite, SiteRouter
 
@@ -31,22 +27,12 @@ SMALLEST = 1e-8
 
 
 class Arrow(ByVectors):
-    def __init__(self, routing: Routing) -> None:
-        super().__init__(routing)
-        self.mixes = self.config.form == "mttl"
-        self.product = mixed_factors if self.mixes else None
-
-    @property
-    def uses_k(self) -> bool:
-        return not self.mixes
-
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
         return torch.stack([arrow_vector(lora, self.config.form) for lora in factors])
 
     def at(self, site: RouterSite) -> SiteRouter:
-        vectors = site.state["vectors"]
-        return ArrowRouter(vectors, len(vectors) if self.mixes else self.k)
+        return ArrowRouter(site.state["vectors"], self.k)
 
 
 class ArrowRouter(TopKRouter):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...base.sites import blocks_of
-from ...errors import ConfigError, PoolError, RoutingError
+from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.readings import PARTS, PLACES, PromptStates
 from ...files.tensor_file import is_finite
@@ -25,6 +25,7 @@ from ...tasks.prompt_passes import PromptReading
 from .prompt_router import BaseRouter, ByPrompt, Prompt, PromptRouter, Tables
 from .router import Scores
 
+READ = "whole"  # of `PLACES`: the mean over a prompt's tokens
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 MOST_BYTES = 2**30  # of remembered states: some 7,000 prompts of a base of 30 blocks of 576 numbers
 
@@ -37,8 +38,7 @@ class Discriminant(ByPrompt):
 
     # b blocks of size h, and f rows of a covariance's factor
     prompt_form: ClassVar[Mapping[str, str]] = {
-        f"readings.{place}.{part}": letters
-        for place in PLACES
+        f"readings.{READ}.{part}": letters
         for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
     }
 
@@ -58,10 +58,9 @@ class Discriminant(ByPrompt):
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
-        parts = pool.experts[0].readings
         stacked = {
-            f"readings.{part}": torch.stack([each.readings[part] for each in pool.experts])
-            for part in parts
+            name: torch.stack([e.readings[name.removeprefix("readings.")] for e in pool.experts])
+            for name in Discriminant.prompt_form
         }
         return Tables(pool.names, stacked)
 
@@ -69,9 +68,7 @@ class Discriminant(ByPrompt):
         return self.discriminant(tables)
 
     def discriminant(self, tables: Tables) -> PromptDiscriminant:
-        own = self.config
-        read = own.place, own.first, own.last, own.per_block
-        return PromptDiscriminant(tables, self.line, *read)
+        return PromptDiscriminant(tables, self.line, self.config.per_block)
 
     def line(self, moments: Mapping[str, Tensor]) -> Line:
         return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
@@ -125,62 +122,46 @@ def _within(values: Tensor) -> Tensor:
 
 
 class PromptDiscriminant(BaseRouter):
-    """Scores an expert z by the discriminants of the blocks and places that are read, on average.
+    """Scores an expert z by the discriminants of all blocks, on average.
 
-    With x what a block makes of the prompt at a place, m_z the mean of the same over z's training
-    prompts, m and S the means over experts of the m_z and of their covariances, d_z = m_z - m, B
-    the mean of d_z d_zᵀ, and Σ = (1 - λ) S + λ diag(S) + τ B for the shrinkage λ and the task
-    variance τ:
+    With x the mean over the prompt's tokens of what a block makes of them, m_z the mean of the same
+    over z's training prompts, m and S the means over experts of the m_z and of their covariances,
+    d_z = m_z - m, B the mean of d_z d_zᵀ, and Σ = (1 - λ) S + λ diag(S) + τ B for the shrinkage λ
+    and the task variance τ:
 
         s_z = (d_zᵀ Σ⁻¹ (x - m) - ½ d_zᵀ Σ⁻¹ d_z) / D,  D the mean over experts of d_zᵀ Σ⁻¹ d_z
 
-    The numerator is z's log-likelihood but for what all experts share. D makes blocks, places and
-    pools alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
+    The numerator is z's log-likelihood but for what all experts share. D makes blocks and pools
+    alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
     mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
     that what tells the experts' own tasks apart most can't outweigh everything else. What one
     expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`).
 
-    With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for the mean s_zb
-    over places of its discriminants; a block that isn't read has those of the nearest that is.
+    With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for its
+    discriminant s_zb.
     """
 
     name = "discriminant"
     remembered: States | None = None  # None: every prompt is read when it comes
 
-    def __init__(
-        self,
-        tables: Tables,
-        line: Callable[..., Line],
-        place: str,
-        first: float,
-        last: float,
-        per_block: float = 0.0,
-    ) -> None:
-        """Blocks between the shares `first` and `last` of the depth are read, at `place` or "both".
-
-        `line` is `line_of` with its settings. Raises ConfigError when no block lies there.
-        """
+    def __init__(self, tables: Tables, line: Callable[..., Line], per_block: float = 0.0) -> None:
+        """`line` is `line_of` with its settings."""
         super().__init__(tables)
         self.per_block = per_block
-        self.depth, self.size = tables.tensors["readings.end.mean"].shape[1:]
-        self.blocks = _blocks_between(first, last, self.depth)
-        chosen = PLACES if place == "both" else (place,)
-        self.places = [PLACES.index(place) for place in chosen]
+        moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
+        self.depth, self.size = moments["mean"].shape[1:]
         lines = [
-            line({p: tables.tensors[f"readings.{place}.{p}"][:, block] for p in PARTS})
-            for place in chosen
-            for block in self.blocks
+            line({part: of_blocks[:, block] for part, of_blocks in moments.items()})
+            for block in range(self.depth)
         ]
-        slopes, offsets = (torch.stack(parts) for parts in zip(*lines, strict=True))
-        shape = len(chosen), len(self.blocks)
-        self.slopes, self.offsets = slopes.view(*shape, *slopes.shape[1:]), offsets.view(*shape, -1)
+        self.slopes, self.offsets = (torch.stack(parts) for parts in zip(*lines, strict=True))
 
     def remember(self, states: States | None) -> None:
         self.remembered = states
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
         self._check(base)
-        return PromptStates(base, self.blocks)
+        return PromptStates(base)
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
         if self.remembered is None or base is None:
@@ -193,17 +174,13 @@ class PromptDiscriminant(BaseRouter):
         found = dict(zip(new, read, strict=True))
         remember_states(known, new, read)
         rows = [known[each] if each in known else found[each] for each in asked]
-        return torch.stack(rows)[:, :, self.blocks]
+        return torch.stack(rows)
 
     def scores(self, features: Tensor) -> Tensor:
-        read = features[:, self.places]  # [prompts, places, blocks, d]
-        found: Tensor = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
-        scores = found.mean(dim=(1, 2))
-        if not self.per_block:
-            return scores
-        nearest = [min(max(b, self.blocks[0]), self.blocks[-1]) for b in range(self.depth)]
-        own = found.mean(dim=1)[:, [b - self.blocks[0] for b in nearest]]
-        return torch.lerp(scores[:, None], own, self.per_block)
+        read = features[:, PLACES.index(READ)]  # [prompts, blocks, d]
+        own = torch.einsum("pbd,bde->pbe", read, self.slopes) + self.offsets
+        scores: Tensor = own.mean(dim=1)
+        return torch.lerp(scores[:, None], own, self.per_block) if self.per_block else scores
 
     def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
         if self.remembered is None:
@@ -227,16 +204,6 @@ def remember_states(
     for prompt, states in zip(prompts, read, strict=True):
         if (len(known) + 1) * states.nbytes <= MOST_BYTES:
             known[tuple(prompt)] = states.clone()  # not a view, which would keep all
-
-
-def _blocks_between(first: float, last: float, depth: int) -> list[int]:
-    blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
-    if not blocks:
-        raise ConfigError(
-            f"No block of {depth} lies between first={first:g} and last={last:g}, as "
-            f"shares of the depth; choose them further apart."
-        )
-    return blocks
 
 
 # Bounds on what one expert adds to the statistics that a pool shares.

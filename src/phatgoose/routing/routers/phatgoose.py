@@ -1,4 +1,4 @@
-"""PHATGOOSE's router, the paper's section 3 (Muqeeth et al. 2024), and the rules that vary it.
+"""PHATGOOSE's router, the paper's section 3 (Muqeeth et al. 2024), and average activation.
 
 For a token's activation u [n] at a site, and the gates v_z [n] of the E experts that act there:
 
@@ -23,19 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigError
 from ...experts.pool import Pool
-from ...tasks.neutral import over_neutral_text
 from ..kernels import native, triton_gpu
-from .configs import CALIBRATED
 from .router import (
     Router,
     RouterSite,
     RoutingDecision,
     SiteRouter,
-    equal_shares,
     highest,
     highest_active,
 )
@@ -163,97 +158,16 @@ class ByVectors(Router):
         return {"vectors": vectors if temperature == 1 else vectors / temperature}
 
 
-class PaperRule(ByVectors):
-    """The paper's rule for vectors of experts that are called `vectors`."""
+class Phatgoose(ByVectors):
+    """Router phatgoose, the paper's: standardised gates."""
 
     vectors: ClassVar[str] = "gates"
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
         return standardise(pool.vectors(self.vectors, site).float())
 
-    def scorer(self, site: RouterSite) -> PhatgooseRouter:
-        return PhatgooseRouter(site.state["vectors"], self.k, self.config.eps)
-
     def at(self, site: RouterSite) -> SiteRouter:
-        return self.scorer(site)
-
-
-# Not in the paper: affinity calibrated, (α/√n − a_z) / s_z with mean a and deviation s of α/√n over
-# neutral text. No expert is favoured by text as such (SEQR, arXiv 2509.18093, does so with norms).
-
-
-class Phatgoose(PaperRule):
-    """Router phatgoose: the paper's, or with affinity calibrated."""
-
-    calibration: Mapping[str, tuple[Tensor, Tensor]] = {}  # a and s [E] by site, where needed
-
-    @property
-    def calibrates(self) -> bool:
-        return bool(self.config.affinity == CALIBRATED)
-
-    @property
-    def form(self) -> Mapping[str, str]:
-        calibration = {"usual": "E", "spread": "E"}
-        return {**super().form, **(calibration if self.calibrates else {})}
-
-    @property
-    def why_fixed(self) -> str | None:
-        if self.calibrates:
-            return "Affinity calibrated is measured with the base alone; compose the pool again."
-        return super().why_fixed
-
-    def read_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
-    ) -> None:
-        if not self.calibrates:
-            return
-        if tokenizer is None:
-            raise ConfigError(
-                "Affinity calibrated reads neutral text; hand the base over with its tokenizer."
-            )
-        vectors = {name: self.vectors_at(pool, name) for name in pool.sites}
-
-        def affinities(name: str, u: Tensor) -> Tensor:
-            router = PhatgooseRouter(vectors[name], self.k, self.config.eps)
-            return router.to(u.device).affinities(u)
-
-        self.calibration = over_neutral_text(model, tokenizer, vectors, affinities)
-
-    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        state = super().state_at(pool, site)
-        if self.calibrates:
-            usual, spread = self.calibration[site]
-            spread = spread.masked_fill(spread == 0, 1.0)  # a constant vector scores 0 everywhere
-            state |= {"usual": usual / self.config.temperature, "spread": spread}
-        return state
-
-    def scorer(self, site: RouterSite) -> PhatgooseRouter:
-        if self.calibrates:
-            return CalibratedRouter(site.state, self.k, self.config.eps)
-        return super().scorer(site)
-
-
-class CalibratedRouter(PhatgooseRouter):
-    """The top k of (α/√n − a) / s, softmax of the same over those k."""
-
-    kept = ("vectors", "usual", "spread")
-    fused = one_call = False
-    usual: Tensor
-    spread: Tensor
-
-    def __init__(self, state: Mapping[str, Tensor], k: int, eps: float) -> None:
-        super().__init__(state["vectors"], k, eps)
-        for name in ("usual", "spread"):
-            self.register_buffer(name, state[name].float(), persistent=False)
-
-    def affinities(self, u: Tensor) -> Tensor:
-        return self._calibrated(super().affinities(u))
-
-    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
-        return self._calibrated(super().affinities_of(sums, n))
-
-    def _calibrated(self, affinities: Tensor) -> Tensor:
-        return (affinities - self.usual) / self.spread
+        return PhatgooseRouter(site.state["vectors"], self.k, self.config.eps)
 
 
 class AverageActivation(Phatgoose):
@@ -263,29 +177,3 @@ class AverageActivation(Phatgoose):
     """
 
     vectors = "means"
-
-
-class UniformTopK(PaperRule):
-    """Router uniform-top-k: PHATGOOSE's experts with equal weights, the softmax left out."""
-
-    def at(self, site: RouterSite) -> SiteRouter:
-        return UniformTopKRouter(site.state["vectors"], self.k, self.config.eps)
-
-
-class UniformTopKRouter(PhatgooseRouter):
-    """The same k experts as PHATGOOSE's, each with the weight 1/k."""
-
-    one_call = False
-
-    def forward(self, u: Tensor) -> RoutingDecision:
-        return self._equal(super().forward(u))
-
-    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
-        return self._equal(super().decide(sums, n))
-
-    def _equal(self, decision: RoutingDecision) -> RoutingDecision:
-        return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))
-
-    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
-        experts, acts = highest_active(self.affinities(u), self.k, active)
-        return RoutingDecision(experts, equal_shares(acts))

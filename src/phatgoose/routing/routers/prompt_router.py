@@ -30,7 +30,7 @@ from ...tasks.embeddings import (
 from ...tasks.prompt_passes import PromptReading, read_prompts
 from ..choices import NOBODY, Choice
 from ..context import RoutingContext, base_alone
-from ..stacks import SiteStack, joined
+from ..stacks import joined
 from .router import Router, RouterSite, RoutingDecision, Scores, SiteRouter, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
@@ -44,14 +44,12 @@ class Tables:
     """What a prompt router knows of its experts, as it is saved with a model (docs/format.md).
 
     `names` are the pool's in order. `tensors` have a row for each expert, or any number of rows
-    whose experts are `owners` among them; `info` is JSON. `stacks` make the experts' modules at a
-    site, in a type; None in a composed model, whose layers have them.
+    whose experts are `owners` among them; `info` is JSON.
     """
 
     names: tuple[str, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
-    stacks: Mapping[str, Callable[[torch.dtype], SiteStack]] | None = None
 
     def saved(self) -> dict[str, Tensor]:
         return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}

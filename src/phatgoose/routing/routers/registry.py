@@ -115,28 +115,10 @@ _OURS = (
         config=configs.Spectr,
     ),
     RouterSpec(
-        "seqr",
-        "SEQR",
-        "the k experts with the longest updates of the token, relative to neutral text",
-        ".seqr.Seqr",
-        needs=("lora",),
-        k=1,
-        grows=False,
-    ),
-    RouterSpec(
         "merged",
         "Merged Experts",
         "the mean of all experts' updates",
         ".fixed.Merged",
-    ),
-    RouterSpec(
-        "uniform-top-k",
-        "Uniform top-k",
-        "PHATGOOSE's k experts with equal weights",
-        ".phatgoose.UniformTopK",
-        needs=("gates",),
-        k=2,
-        config=configs.UniformTopK,
     ),
     RouterSpec(
         "phatgoose",
@@ -148,25 +130,6 @@ _OURS = (
         config=configs.Phatgoose,
     ),
     RouterSpec(
-        "glider",
-        "GLIDER",
-        "PHATGOOSE's scores plus the prompt's similarity to each expert's training inputs",
-        ".glider.Glider",
-        needs=("gates", "embeddings"),
-        k=2,
-        config=configs.Glider,
-    ),
-    RouterSpec(
-        "logo",
-        "LoGo",
-        "per prompt, the experts with the longest updates of one layer at the prompt's end",
-        ".logo.Logo",
-        needs=("lora",),
-        k=20,
-        config=configs.Logo,
-        per_input=True,
-    ),
-    RouterSpec(
         "discriminant",
         "Discriminant",
         "per prompt, the expert with the most similar training prompts, by hidden states",
@@ -175,25 +138,6 @@ _OURS = (
         k=1,
         config=configs.Discriminant,
         per_input=True,
-    ),
-    RouterSpec(
-        "joint-discriminant",
-        "Joint Discriminant",
-        "per prompt, the experts with the most similar training prompts, by base and embedder",
-        ".joint_discriminant.JointDiscriminant",
-        needs=("readings", "embeddings"),
-        k=3,
-        config=configs.JointDiscriminant,
-        per_input=True,
-    ),
-    RouterSpec(
-        "discriminant-phatgoose",
-        "Discriminant + PHATGOOSE",
-        "PHATGOOSE's k experts, among those that discriminant shortlists for the prompt",
-        ".shortlisted.ByDiscriminant",
-        needs=("gates", "readings"),
-        k=2,
-        config=configs.DiscriminantPhatgoose,
     ),
     RouterSpec(
         "few-shot",
@@ -239,8 +183,6 @@ _OURS = (
         config=configs.Weights,
     ),
 )
-# Routers that no table favoured, and what to use in their place.
-LEFT = {"phatgoose-input": "discriminant", "phatgoose-evidence": "discriminant-phatgoose"}
 
 
 class _Registry(UserDict[str, RouterSpec]):
@@ -290,8 +232,6 @@ def spec_of(router: str) -> RouterSpec:
     name = router.partition(":")[0]
     if name in ROUTERS:
         return ROUTERS[name]
-    if name in LEFT:
-        raise ConfigError(f"Router {name} has left phatgoose; use {LEFT[name]} instead.")
     for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
         raise ConfigError(
             f"Router {name} can't be loaded from {point.value}, where "
@@ -381,89 +321,3 @@ def split_routers(texts: Iterable[str]) -> list[str]:
             else:
                 found.append(part)
     return found
-
-
-# Routings as they were written when `Routing` had a field for each setting of each router: saved
-# models and results of comparisons hold such ones. Their fields become the router's text here.
-
-_READING = {
-    "reading_place": "place",
-    "reading_from": "first",
-    "reading_to": "last",
-    "shrinkage": "shrinkage",
-    "task_variance": "task_variance",
-}
-USUAL_THEN = {"reading_place": "both", "task_variance": 0.0}  # of those whose default has changed
-SCORED = {"eps": "eps", "affinity": "affinity", "router_temperature": "temperature"}
-INPUT = {"input_temperature": "temperature"}
-# By router: the fields that it looked at, and what they are called now.
-SETTINGS: dict[str, dict[str, str]] = {
-    "random": {"router_seed": "seed"},
-    "retrieval": {"retrieval_form": "form", **INPUT},
-    "centroid": INPUT,
-    "average-activation": SCORED,
-    "arrow": {"arrow": "form", "router_temperature": "temperature"},
-    "spectr": {"spectr_shortlist": "shortlist"},
-    "merged": {},
-    "uniform-top-k": {"eps": "eps", "stand_in": "stand_in"},
-    "phatgoose": {**SCORED, "stand_in": "stand_in"},
-    "phatgoose-input": {"eps": "eps", **INPUT},
-    "glider": {"eps": "eps", "router_temperature": "temperature", "glider_lambda": "weight"},
-    "logo": {"logo_reads": "reads"},
-    "discriminant": {**_READING, **INPUT},
-    "joint-discriminant": {**_READING, "embedding_share": "embedding_share", **INPUT},
-    "phatgoose-evidence": {**SCORED, "prior": "prior"},
-    "discriminant-phatgoose": {
-        **_READING,
-        **SCORED,
-        "input_k": "shortlist",
-        "input_temperature": "shortlist_temperature",
-        "prior": "prior",
-    },
-    "best-individual": {},
-    "oracle": {},
-    "single": {"expert": "expert"},
-}
-EMBEDDERS = ("retrieval_embedder", "embedder")  # named by who opens a model, never by a file
-PER_INPUT = (
-    "retrieval",
-    "centroid",
-    "phatgoose-input",
-    "logo",
-    "discriminant",
-    "joint-discriminant",
-)
-FIELDS = {
-    "router",
-    "k",
-    "kernel",
-    "input_k",
-    *(field for each in SETTINGS.values() for field in each),
-}
-NOW = {"router", "k", "kernel"}
-
-
-def translated(routing: Mapping[str, Any]) -> dict[str, Any]:
-    """`router`, `k` and `kernel` of a `routing`, now or then; ConfigError for other fields."""
-    routing = {name: routing[name] for name in routing if name not in EMBEDDERS}
-    if routing.keys() <= NOW:
-        return routing
-    unknown = routing.keys() - FIELDS
-    if unknown:
-        raise ConfigError(f"unknown setting {shortened(min(unknown))}")
-    name = str(routing.get("router", "phatgoose"))
-    spec = ROUTERS.get(name)
-    usual = vars(spec.config()) if spec else {}
-    known = SETTINGS.get(name, {})
-    values = {new: routing.get(old, USUAL_THEN.get(old)) for old, new in known.items()}
-    if not values.get("stand_in"):
-        values.pop("stand_in", None)
-    parts = [
-        f"{new}={written(value)}"
-        for new in (*usual, *(values.keys() - usual.keys()))
-        if (value := values.get(new)) is not None and value != usual.get(new)
-    ]
-    found: dict[str, Any] = {"router": ":".join([name, *([",".join(parts)] if parts else [])])}
-    if spec is None or spec.k is not None:
-        found["k"] = routing.get("input_k" if name in PER_INPUT else "k")
-    return found | {name: routing[name] for name in ("kernel",) if name in routing}

@@ -19,7 +19,6 @@ from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files.strict import read_json_object, reason, shortened
 from ..context import RoutingContext
-from ..kernels.choice import Kernel
 from .registry import choice_of, spec_of
 
 
@@ -228,7 +227,6 @@ class RouterSite:
 class Router:
     """How a routed model chooses experts, made of its settings; one subclass for each router."""
 
-    product: Kernel | None = None  # computes the LoRAs' sum in another way than the kernels
     unserved: str | None = None  # why it can't choose by a prompt alone, as a sentence
     folds = False  # True: the same weights for all tokens, which can be folded into the base's
 

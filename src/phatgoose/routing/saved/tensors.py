@@ -23,7 +23,7 @@ from ...files.tensor_file import TensorFile, prefetch
 from .. import stacks
 from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sites
 from ..routers.prompt_router import ByPrompt, Tables
-from ..routers.registry import choice_of, translated
+from ..routers.registry import choice_of
 from ..routers.router import Router, router_of
 
 ROUTED_INFO = "routed.json"
@@ -104,10 +104,10 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
-    """The routing that `info` names, in old words too. Raises as `base_in`, and ConfigError."""
+    """The routing that `info` names. Raises as `base_in`, and ConfigError."""
     if not isinstance(info["routing"], dict):
         raise TypeError(f"routing is {shortened(info['routing'])}")
-    routing = Routing(**translated(info["routing"]))
+    routing = Routing(**info["routing"])
     choice_of(routing.router)
     return routing
 

@@ -12,10 +12,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.configs import AFFINITIES
 from phatgoose.routing.routers.phatgoose import standardise
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_ids, random
 
 NAME = "discriminant-phatgoose"
@@ -114,12 +111,3 @@ def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(5))
     assert not shares[:, [0, 2]].any()
     assert (shares[:, [1, 3]] > 0).all()
-
-
-@pytest.mark.parametrize("affinity", AFFINITIES)
-def test_it_is_saved_with_what_its_affinity_needs(llama, llama_pool, tmp_path, affinity):
-    model, ids = compose(llama_pool, llama, router=f"{NAME}:affinity={affinity}"), make_ids(rows=2)
-    wanted = logits_of(model, ids)
-    save(model, tmp_path / "routed")
-    detach(model)
-    assert_same_logits(logits_of(load(tmp_path / "routed", llama), ids), wanted)

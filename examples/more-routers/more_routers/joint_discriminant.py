@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...experts.pool import Pool
-from ...experts.readings import PARTS, moments_of
-from .discriminant import Discriminant, Line, PromptDiscriminant, States
-from .prompt_router import Embedder, Prompt, PromptRouter, Tables, embeddings_of
-from .router import Scores
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import PARTS, moments_of
+from phatgoose.routing.routers.discriminant import Discriminant, Line, PromptDiscriminant, States
+from phatgoose.routing.routers.prompt_router import (
+    Embedder,
+    Prompt,
+    PromptRouter,
+    Tables,
+    embeddings_of,
+)
+from phatgoose.routing.routers.router import Scores
 
 
 class JointDiscriminant(Discriminant):

@@ -21,12 +21,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..choices import Choice
-from ..context import RoutingContext
-from .centroid import Centroid, NearestCentroids
-from .configs import Glider as GliderConfig
-from .phatgoose import PaperRule, PhatgooseRouter
-from .router import RouterSite
+from phatgoose.routing.choices import Choice
+from phatgoose.routing.context import RoutingContext
+from phatgoose.routing.routers.centroid import Centroid, NearestCentroids
+from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter
+from phatgoose.routing.routers.prompt_router import PromptRouter, Tables
+from phatgoose.routing.routers.router import RouterSite
+
+from . import GliderSettings
 
 
 class AllCentroids(NearestCentroids):
@@ -47,7 +49,7 @@ class GliderRouter(PhatgooseRouter):
     context: RoutingContext
 
     def __init__(
-        self, site: RouterSite, k: int, config: GliderConfig, context: RoutingContext
+        self, site: RouterSite, k: int, config: GliderSettings, context: RoutingContext
     ) -> None:
         super().__init__(site.state["vectors"], k, config.eps)
         self.context, self.scale = context, config.weight / config.temperature
@@ -59,8 +61,11 @@ class GliderRouter(PhatgooseRouter):
         return super().affinities(u) + self.scale * cosines
 
 
-class Glider(PaperRule, Centroid):
-    nearest = AllCentroids
+class Glider(Phatgoose, Centroid):
+    """Router glider."""
+
+    def chooser(self, tables: Tables) -> PromptRouter:
+        return AllCentroids(tables, tables.tensors["centroids"], self.embedder(tables))
 
     def at(self, site: RouterSite) -> GliderRouter:
         return GliderRouter(site, self.k, self.config, self.context_of(site))

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...experts.kinds.kind import dense_weights
-from ..context import RoutingContext
-from .discriminant import Discriminant
-from .phatgoose import Phatgoose, TopKRouter
-from .prompt_router import rows_at
-from .router import RouterSite, RoutingDecision, SiteRouter, highest
+from phatgoose.experts.kinds.kind import dense_weights
+from phatgoose.routing.context import RoutingContext
+from phatgoose.routing.routers.discriminant import Discriminant
+from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter, TopKRouter
+from phatgoose.routing.routers.prompt_router import rows_at
+from phatgoose.routing.routers.router import RouterSite, RoutingDecision, SiteRouter, highest
 
 
 class ByDiscriminant(Phatgoose, Discriminant):
@@ -30,7 +30,8 @@ class ByDiscriminant(Phatgoose, Discriminant):
         return float(self.config.shortlist_temperature)
 
     def at(self, site: RouterSite) -> SiteRouter:
-        gates, context = self.scorer(site), self.context_of(site)
+        gates = PhatgooseRouter(site.state["vectors"], self.k, self.config.eps)
+        context = self.context_of(site)
         return ShortlistedRouter(gates, site, context, self.config.prior)
 
 

@@ -19,20 +19,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.sites import ROUTED, Site, blocks_of, dtype_at, find_sites
-from ...errors import RoutingError
-from ...tasks.prompt_passes import PromptReading, last_token
-from ..choices import Choice
-from ..layers import RoutedLinear
-from ..stacks import SiteStack
-from .prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables
-from .router import highest
+from phatgoose.base.sites import Site, blocks_of
+from phatgoose.errors import RoutingError
+from phatgoose.routing.choices import Choice
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.routers.prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables
+from phatgoose.routing.routers.router import highest
+from phatgoose.routing.stacks import SiteStack
+from phatgoose.tasks.prompt_passes import PromptReading, last_token
 
 QUERY = re.compile(r"(^|\.)(q|q_proj|q_lin|query|c_attn|query_key_value|qkv_proj|Wqkv)$")
 SMALLEST = 1e-20  # of a sum of scores
@@ -55,7 +54,7 @@ class LogoRouter(BaseRouter):
         self.at_site = at_site
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
-        return _Lengths(_probe(base, self.tables), len(self.experts), at_site=self.at_site)
+        return _Lengths(_probe(base), len(self.experts), at_site=self.at_site)
 
     def scores(self, features: Tensor) -> Tensor:
         return features
@@ -75,21 +74,15 @@ class _Probe:
     block: int
 
 
-def _probe(base: PreTrainedModel, tables: Tables) -> _Probe:
+def _probe(base: PreTrainedModel) -> _Probe:
     names, blocks = {module: name for name, module in base.named_modules()}, blocks_of(base)
-    sites = {} if hasattr(base, ROUTED) else find_sites(base)
-
-    def experts_at(module: Any) -> tuple[Site, SiteStack] | None:
-        if isinstance(module, RoutedLinear):
-            return module.site, module.stack
-        make = (tables.stacks or {}).get(names[module])
-        if make is None:
-            return None
-        return sites[names[module]], make(dtype_at(module, base))
 
     for index in reversed(range(len(blocks))):
-        inside = ((names[module], experts_at(module)) for module in blocks[index].modules())
-        found = {name: each for name, each in inside if each and each[1].low_rank}
+        found = {
+            names[module]: (module.site, module.stack)
+            for module in blocks[index].modules()
+            if isinstance(module, RoutedLinear) and module.stack.low_rank
+        }
         if found:
             chosen = next((name for name in found if QUERY.search(name)), next(iter(found)))
             return _Probe(*found[chosen], index)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigError
-from ...experts.kinds.lora.module import LoraFactors
-from ...experts.pool import Pool
-from ...tasks.neutral import over_neutral_text
-from .router import Router, RouterSite, SiteRouter
-from .spectr import DIRECTIONS, SpectrRouter, padded_rows
+from phatgoose.errors import ConfigError
+from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.routers.router import Router, RouterSite, SiteRouter
+from phatgoose.routing.routers.spectr import DIRECTIONS, SpectrRouter, padded_rows
+
+from .neutral import over_neutral_text
 
 
 class Seqr(Router):

@@ -1,0 +1,49 @@
+"""What scores are usual on neutral text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from phatgoose.base.sites import Site, find_sites
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.neutral import neutral_examples
+from phatgoose.tasks.prompt_passes import read_pairs
+
+
+def over_neutral_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Iterable[str],
+    numbers: Callable[[str, Tensor], Tensor],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
+
+    `numbers(name, u)` [tokens, m] are those for the inputs u [tokens, n] of a site. A site that no
+    token reaches, inside one of the base's own experts, has 0 and 1.
+    """
+    every = find_sites(model)
+    sites = {name: every[name] for name in names}
+    sums: dict[str, Tensor] = {}
+
+    def see(site: Site, u: Tensor) -> None:
+        exact = numbers(site.name, u).double()
+        ones = torch.ones_like(exact)
+        found = torch.stack([each.sum(dim=0) for each in (ones, exact, exact.square())])
+        sums[site.name] = sums.get(site.name, 0) + found.cpu()
+
+    for site in sites.values():
+        see(site, torch.zeros(0, site.in_features))
+    pairs = Encoder.for_model(model, tokenizer).pairs(neutral_examples())
+    read_pairs(model, sites, pairs, tokenizer.pad_token_id, see)
+    found = {}
+    for name in sites:
+        count, total, squares = sums[name]
+        mean = total / count.clamp(min=1)
+        variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+        deviation = variance.sqrt().masked_fill(count == 0, 1.0)
+        found[name] = mean.float(), deviation.float()
+    return found

@@ -14,7 +14,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
-from routed_models import with_embeddings
 
 
 def traced(base, pool, prompt="Is a heron é a bird?", answer="a bird", **options):
@@ -91,9 +90,3 @@ def test_a_trace_in_json_can_be_read_back(llama, llama_pool):
     layer, kind = stream["sites"][-1]
     assert (stream["layers"][layer], stream["kinds"][kind]) == ("1", "mlp.down_proj")
     assert data["parts"] == list(PARTS)
-
-
-@pytest.mark.usefixtures("toy_embedder")
-@pytest.mark.parametrize("kind", ["llama"], indirect=True)
-def test_scores_of_all_experts_are_no_choice_for_the_whole_text(base, pool):
-    assert traced(base, with_embeddings(pool), router="glider")[2].whole == ()

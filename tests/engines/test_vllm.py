@@ -43,7 +43,7 @@ from vllm_engine import (
 POOL = "PHATGOOSE_ENGINE_POOL"
 TASKS = Path(phatgoose.__file__).parent / "apps" / "demo_tasks"
 UNSEEN = ("hotel_feedback", "evening_classes", "family_papers", "course_places", "village_post")
-ROUTERS = ("phatgoose", "uniform-top-k", "average-activation", "arrow", "merged")
+ROUTERS = ("phatgoose", "average-activation", "arrow", "merged")
 PROMPTS, TOKENS = 50, 8
 CLIENTS = 64
 SHARED = 1000  # tokens that two prompts have in common
@@ -214,7 +214,7 @@ def test_architectures_that_pack_otherwise(kind, tiny, tmp_path):
     assert_same(ask_tiny(tiny(kind), tmp_path), ours_of(tiny(kind), "phatgoose"))
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "uniform-top-k", "arrow", "merged"])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
 def test_two_processes_with_tensor_parallelism(router, tiny, tmp_path):
     """One head of keys, which both hold; a Llama's inputs and outputs are split."""
     two = {"tensor_parallel_size": 2}

@@ -21,11 +21,10 @@ from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.context import RoutingContext, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.phatgoose import TopKRouter
 from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.routers.router import RouterSite
-from routed_models import compose_by, with_embeddings
+from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
     CHOOSING,
@@ -200,17 +199,6 @@ def test_the_base_is_alone_while_it_is_read(base, pool):
     detach(model)
     with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
         base_alone(compose(pool, base, router="phatgoose")).__enter__()
-
-
-@retrieving
-@pytest.mark.parametrize("router", ["glider", "discriminant-phatgoose"])
-def test_routers_by_token_rest_while_the_base_reads(llama, llama_pool, router):
-    ids = make_ids(rows=2)
-    wanted = logits_of(llama.model, ids)
-    model = compose(with_embeddings(llama_pool), llama, router=router)
-    scored = mock.patch.object(TopKRouter, "affinities", side_effect=AssertionError)
-    with base_alone(model), scored:
-        assert torch.equal(logits_of(model, ids), wanted)
 
 
 @retrieving
@@ -405,7 +393,7 @@ def reading(model, ids, **options):
 @retrieving
 @pytest.mark.parametrize("mode", ASSISTED)
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("router", ["discriminant", "joint-discriminant", "retrieval", "centroid"])
+@pytest.mark.parametrize("router", ["discriminant", "retrieval", "centroid"])
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
     alone = copy.deepcopy(base.model)
@@ -472,7 +460,7 @@ def test_a_second_turn_in_the_same_cache_may_be_drafted(llama, llama_pool):
 
 
 @retrieving
-@pytest.mark.parametrize("router", ["discriminant", "logo", "retrieval"])
+@pytest.mark.parametrize("router", ["discriminant", "retrieval"])
 def test_a_model_may_draft_for_itself(llama, llama_pool, router):
     model = compose_by(router, llama_pool, llama)
     ids, _ = batch_of(llama, REPEATING[:1])

@@ -305,7 +305,7 @@ def test_routing_by_input_or_token_is_not_constant(llama, llama_pool):
         shares_of(model, prompt_texts(["x"]))
     detach(model)
     with pytest.raises(RoutingError, match="for every token"):
-        shares_of(compose(llama_pool, llama, router="discriminant-phatgoose"))
+        shares_of(compose(llama_pool, llama, router="phatgoose"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)

@@ -69,7 +69,7 @@ def voters(name: str) -> Pool:
 
 
 def voting(name: str):
-    return compose(voters(name), base_of(name), router="logo", k=1)
+    return compose(voters(name), base_of(name), router="discriminant", k=1)
 
 
 def in_thread(work) -> None:
@@ -78,8 +78,7 @@ def in_thread(work) -> None:
     thread.join()
 
 
-READERS = {"retrieval", "centroid", "glider", "logo", "discriminant"}  # by hooks
-READERS |= {"joint-discriminant", "discriminant-phatgoose"}
+READERS = {"retrieval", "centroid", "discriminant"}  # by hooks
 
 
 @each_model
@@ -236,7 +235,7 @@ def test_a_pass_that_broke_off_does_not_keep_the_next_from_being_read():
     assert torch.equal(answers(model, PROMPTS[1:2]), wanted)
 
 
-@pytest.mark.parametrize("router", ["logo", "phatgoose"])
+@pytest.mark.parametrize("router", ["discriminant", "phatgoose"])
 def test_continuous_batching_is_refused_where_inputs_are_read(router):
     """By a router, or to find where experts begin that act from a prompt's end on."""
     model = voting("llama")
@@ -254,7 +253,7 @@ def test_a_compiled_model_reads_its_inputs():
     base = make_tiny("llama", num_hidden_layers=1)
     pool = Tiny(base).pool
     held = Base(base, make_tokenizer(final_eos=False), "tiny", None, fingerprint(base))
-    model = compose(pool, held, router="logo", k=1)
+    model = compose(pool, held, router="discriminant", k=1)
     compiled = torch.compile(model, backend="eager", dynamic=False)
     for prompts in (PROMPTS[:2], PROMPTS[2:]):
         inputs = batch_of(model, prompts) | {"use_cache": False}

@@ -21,7 +21,7 @@ from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.fixed import UniformRouter
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter, UniformTopKRouter, standardise
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.stacks import SiteStack
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
@@ -29,7 +29,6 @@ SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50
 ROUTERS: dict[str, Callable[[Tensor], nn.Module]] = {
     "phatgoose": lambda vectors: PhatgooseRouter(vectors, 2, 1e-5),
-    "uniform-top-k": lambda vectors: UniformTopKRouter(vectors, 2, 1e-5),
     "arrow": lambda vectors: ArrowRouter(vectors, 2),
     "merged": lambda vectors: UniformRouter(len(vectors), len(vectors)),
 }

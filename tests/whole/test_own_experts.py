@@ -25,7 +25,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.statistics import mean_activations
 from scored_tasks import CHOICE_TASK, naive_scores
@@ -84,7 +83,7 @@ def test_it_is_analysed(base, routed, tmp_path):
 def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     """Nothing says whose token the base's own expert sees."""
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    routed = compose(pool, base, router="logo", k=2)
+    routed = compose(pool, base, router="discriminant", k=2)
     context = composition_of(routed).context
     encoder = Encoder.of(base)
     found = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
@@ -113,11 +112,10 @@ def test_an_expert_of_the_base_that_no_token_reaches_has_statistics_too(base):
     assert other
     pairs = Encoder.of(base).pairs([Example("Is a heron a bird?", "a bird")])
     means = mean_activations(base.model, sites, pairs, base.tokenizer.pad_token_id)
-    for name, (usual, deviation) in moments(base.model, base.tokenizer, sites).items():
-        assert means[name].any() == usual.any() == (name not in other)
-        assert (deviation == 1).all() == (name in other)
+    for name, mean in means.items():
+        assert mean.any() == (name not in other)
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    routed = compose(pool, base, router="phatgoose:affinity=calibrated")
+    routed = compose(pool, base, router="phatgoose")
     assert (
         logits_of(routed, torch.tensor([pairs[0].prompt]), decoder_input_ids=torch.tensor([[0, 4]]))
         .isfinite()

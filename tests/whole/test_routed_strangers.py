@@ -53,10 +53,10 @@ GROWN = (
     "small",
     "retrieval",
     "spectr",
-    "glider",
-    "joint",
+    "centroid",
+    "discriminant",
 )  # of two files each, the last expert removed
-MADE = ("oracle", "merged", "calibrated")  # of one file
+MADE = ("oracle", "merged")  # of one file
 IDS = make_ids(rows=2)
 
 
@@ -83,12 +83,11 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
         "small": (uneven, Routing(router="phatgoose")),
         "retrieval": (uneven, Routing(router="retrieval")),
         "spectr": (uneven, Routing(router="spectr:shortlist=2")),
-        "glider": (uneven, Routing(router="glider")),
-        "joint": (uneven, Routing(router="joint-discriminant")),
+        "centroid": (uneven, Routing(router="centroid")),
+        "discriminant": (uneven, Routing(router="discriminant")),
         "mixed": (mixed, Routing(router="phatgoose")),
         "oracle": (uneven, Routing(router="oracle")),
         "merged": (high, Routing(router="merged")),
-        "calibrated": (uneven, Routing("phatgoose:affinity=calibrated", k=3)),
     }
     for kind, (pool, routing) in made.items():
         folder = place / "folders" / kind
@@ -324,20 +323,22 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
     "negative owners": ("retrieval", "lookup.owners", lambda t: t - 1, "owners has numbers"),
     "fewer owners": ("retrieval", "lookup.owners", lambda t: t[:-1], SHAPE),
     "narrow embeddings": ("retrieval", "lookup.embeddings", lambda t: t[:, :4], SHAPE),
-    "narrow centroids": ("glider", "lookup.centroids", lambda t: t[:, :4], "centroids has shape"),
-    "fewer centroids": ("glider", "lookup.centroids", lambda t: t[:1], SHAPE),
-    "narrow means of embeddings": ("joint", "lookup.embedded.mean", lambda t: t[:, :4], SHAPE),
-    "directions of fewer": ("joint", "lookup.embedded.factor", lambda t: t[:1], SHAPE),
-    "centroids of whole numbers": ("glider", "lookup.centroids", lambda t: t.long(), SHAPE),
+    "narrow centroids": ("centroid", "lookup.centroids", lambda t: t[:, :4], "centroids has shape"),
+    "fewer centroids": ("centroid", "lookup.centroids", lambda t: t[:1], SHAPE),
+    "narrow means": ("discriminant", "lookup.readings.whole.mean", lambda t: t[..., :4], SHAPE),
+    "directions of fewer": ("discriminant", "lookup.readings.whole.factor", lambda t: t[:1], SHAPE),
+    "centroids of whole numbers": ("centroid", "lookup.centroids", lambda t: t.long(), SHAPE),
     "directions of more": ("spectr", "directions.", lambda t: torch.cat([t, t]), SHAPE),
     "narrow directions": ("spectr", "directions.", lambda t: t[..., :4], SHAPE),
     "a folded weight turned": ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "folded into"),
-    "calibrated of fewer": ("calibrated", "usual.", lambda t: t[:1], SHAPE),
-    "no spread": ("calibrated", "spread.", torch.zeros_like, "spread has numbers of 0 or less"),
     "long embeddings": ("retrieval", "lookup.embeddings", lambda t: 2 * t, "longer than 1"),
-    "long centroids": ("glider", "lookup.centroids", lambda t: 2 * t, "longer than 1"),
-    "negative rests": ("joint", "lookup.readings.end.rest", lambda t: -t - 1, "has variances"),
-    "rests below 0": ("joint", "lookup.embedded.rest", lambda t: -t - 1, "has variances below"),
+    "long centroids": ("centroid", "lookup.centroids", lambda t: 2 * t, "longer than 1"),
+    "rests below 0": (
+        "discriminant",
+        "lookup.readings.whole.rest",
+        lambda t: -t - 1,
+        "has variances",
+    ),
 }
 
 
@@ -408,12 +409,10 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no eps": lambda info: info["routing"].update(router="phatgoose:eps=0"),
     "a long router": lambda info: info["routing"].update(router="x" * 10**6),
     "unknown kernel": lambda info: info["routing"].update(kernel="\x1b[31mfast"),
-    "unknown affinity": lambda info: info["routing"].update(router="phatgoose:affinity=none"),
-    "another affinity": lambda info: info["routing"].update(router="phatgoose:affinity=calibrated"),
     "another router": lambda info: info["routing"].update(router="merged"),
     "a router without tensors": lambda info: info["routing"].update(router="retrieval"),
     "a router without tasks": lambda info: info["routing"].update(router="oracle"),
-    "a router that has left": lambda info: info["routing"].update(router="phatgoose-input"),
+    "an unknown router": lambda info: info["routing"].update(router="phatgoose-input"),
     "settings twice": lambda info: info["routing"].update(router="arrow:form=peft,form=svd"),
     "unknown setting": lambda info: info["routing"].update({"\x1b[2Jclear": 1}),
     "routing of words": lambda info: info.update(routing="phatgoose"),

@@ -59,7 +59,7 @@ def test_choices_are_scored_after_their_prompts(mamba):
 
 
 def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
-    model = routed(mamba, router="logo", k=1)
+    model = routed(mamba, router="discriminant", k=1)
     with record(model) as recording:
         tokens = generated(model)
     assert torch.equal(tokens, generated(model, use_cache=False))

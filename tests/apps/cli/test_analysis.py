@@ -79,7 +79,7 @@ def test_a_prompt_is_explained(told, analysed, tmp_path):
     assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)
 
 
-@pytest.mark.parametrize("router", ["discriminant", "discriminant-phatgoose:shortlist=2"])
+@pytest.mark.parametrize("router", ["discriminant"])
 def test_what_is_chosen_for_the_whole_prompt_is_shown(told, analysed, tmp_path, router):
     """It is chosen by the prompt alone, whatever answer stands after it."""
     whole = []

@@ -20,7 +20,7 @@ SUITES = ["--suites", "a.toml,b"]
 BOTH = [*SUITES, "--methods", "base,phatgoose", "--dtype", "float32", "--max-new-tokens", "2"]
 LIMIT = ["--limit", "3"]
 # These experts have no embeddings.
-EMBEDDED = ("retrieval", "centroid", "glider", "joint-discriminant")
+EMBEDDED = ("retrieval", "centroid")
 # few-shot needs a file of examples.
 RUN = [name for name in METHODS if name not in (*EMBEDDED, *DERIVED, "few-shot")]
 

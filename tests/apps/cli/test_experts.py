@@ -141,14 +141,14 @@ def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
     assert "cut to 5 tokens" in again.err
 
 
-def test_measure_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
+def test_stats_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
     assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
     trained = untrained / "new" / "reviews"
     before = Expert.load(trained)
     assert not before.means
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
-    outcome = phat("measure", "new/reviews", *options, "--embeddings")
+    outcome = phat("stats", "new/reviews", *options, "--embeddings")
     assert (outcome.code, outcome.err) == (0, "")
     wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, readings: yes, embeddings: yes"
     wanted += ", inputs cut: 0 %"

@@ -49,7 +49,7 @@ def test_every_setting_is_a_flag_with_its_help(command, configs):
 def test_joint_gates_take_no_notice_of_what_a_recipe_says_of_others(tmp_path):
     found = []
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[gates]\ngate_learning_rate = 0.01\ngate_inputs = "standardised"\n')
+    recipe.write_text("[gates]\ngate_learning_rate = 0.01\n")
     flags = dict.fromkeys(setting.name for setting in settings_of(GateTraining))
 
     def command(*, gates: GateTraining):
@@ -57,7 +57,7 @@ def test_joint_gates_take_no_notice_of_what_a_recipe_says_of_others(tmp_path):
 
     for joint, wanted in (
         (True, GateTraining(joint=True)),
-        (None, GateTraining(gate_learning_rate=0.01, gate_inputs="standardised")),
+        (None, GateTraining(gate_learning_rate=0.01)),
     ):
         with_flags(command)(recipe=recipe, **{**flags, "joint": joint})
         assert found.pop() == wanted

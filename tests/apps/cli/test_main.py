@@ -27,8 +27,8 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     composed = phat("compose", "lists/pool.json", "--out", "routed", "--k", 1, *BASE)
     assert composed.out == "2 experts at 14 sites, router discriminant, k = 1 -> routed\n"
     assert caplog.messages[-1] == ("Router auto is discriminant.")
-    alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=mttl", *BASE)
-    assert alone.out == "2 experts at 14 sites, router arrow:form=mttl -> whole\n"
+    alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=peft", *BASE)
+    assert alone.out == "2 experts at 14 sites, router arrow:form=peft, k = 2 -> whole\n"
 
     shutil.rmtree(here / "experts")  # a routed model needs them no longer
     answered = phat("generate", "routed", "Film 3 is", "--max-new-tokens", 4, *BASE)

@@ -73,7 +73,7 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     every = phat(*words, "--all-methods")
     assert every.code == 0
     comparison = json.loads((out / "comparison.json").read_text())
-    embedded = {"retrieval", "centroid", "glider", "joint-discriminant"}
+    embedded = {"retrieval", "centroid"}
     assert set(METHODS) - set(comparison["rows"]) == embedded | {"few-shot"}  # needs a file
     monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)  # all is there already
     assert phat(*words).code == 0

@@ -20,9 +20,8 @@ from tiny import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
-OTHERS += ("retrieval", "centroid", "logo", "discriminant", "joint-discriminant")
-OTHERS += ("discriminant-phatgoose",)
+OTHERS = ("average-activation", "arrow", "spectr", "merged", "single")
+OTHERS += ("retrieval", "centroid", "discriminant", "discriminant:per_block=1")
 
 
 def test_rows_together_get_what_each_gets_alone(runner_of, kind):

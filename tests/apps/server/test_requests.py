@@ -64,7 +64,6 @@ ALL = ["e0", "e1", "e2", "e3"]
         ({"router": "auto:k=2"}, "router", "router: Router auto has no settings of its own"),
         ({"weights": {"e00": 1}}, "weights", "it has e0, e1, e2, e3. Did you mean 'e0'?"),
         ({"router": "few-shot:examples=/etc/hosts"}, "router", "router: Input should be one of"),
-        ({"router": "phatgoose-input"}, "router", "router: Router phatgoose-input has left"),
         ({"router": "arrow:form={%s}"}, "router", "router: router arrow: form is '{%s}', but"),
         ({"router": "best-individual"}, "router", "comparison"),
         ({"router": "retrieval"}, "router", "embeddings"),

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from phatgoose.apps.vllm import op
-from phatgoose.routing.kernels.plain import mixed_factors, reference
+from phatgoose.routing.kernels.plain import reference
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.configs import EPS
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter, UniformTopKRouter, standardise
+from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from tiny import random
 
 N, E, R = 24, 6, 4
 WIDTHS = (16, 8, 8)
 
 
-def made(rule, widths=WIDTHS, seed=0, product=None, split=None):
+def made(rule, widths=WIDTHS, seed=0, split=None):
     """The tensors of a packed layer's sites, and the place of their update."""
     tensors, sites, first = [], [], 0
     for index, width in enumerate(widths):
@@ -25,7 +25,7 @@ def made(rule, widths=WIDTHS, seed=0, product=None, split=None):
         )
         tensors += [vectors, *factors]
         router = rule(vectors)
-        sites.append(op.SiteUpdate(router.over({}), ("vectors",), first, width, "auto", product))
+        sites.append(op.SiteUpdate(router.over({}), ("vectors",), first, width, "auto"))
         first += width
     update = op.LayerUpdate(tuple(sites), split)
     return tensors, op.place_of_update(object(), lambda: update)
@@ -33,7 +33,6 @@ def made(rule, widths=WIDTHS, seed=0, product=None, split=None):
 
 RULES = {
     "phatgoose": lambda v: PhatgooseRouter(v, 2, EPS),
-    "uniform": lambda v: UniformTopKRouter(v, 2, EPS),
     "arrow": lambda v: ArrowRouter(v, 2),
     "all": lambda v: PhatgooseRouter(v, E, EPS),
 }
@@ -58,14 +57,6 @@ def test_each_site_of_a_packed_layer_gets_its_own_experts(name, tokens, widths):
     with torch.inference_mode():
         op.add_routed(y, u, tensors, update)
     torch.testing.assert_close(y - before, wanted_of(RULES[name], u, tensors), rtol=1e-4, atol=1e-4)
-
-
-def test_a_product_of_the_routers_own_takes_the_kernels_place():
-    rule = RULES["all"]
-    tensors, update = made(rule, product=mixed_factors)
-    u, y = random(9, N, seed=7), torch.zeros(9, sum(WIDTHS))
-    op.add_routed(y, u, tensors, update)
-    torch.testing.assert_close(y, wanted_of(rule, u, tensors, mixed_factors), rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_split_over_processes_sums_the_scores_and_nothing_else():

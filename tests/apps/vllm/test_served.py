@@ -128,7 +128,7 @@ def folder_of(pool):
 
 ALONE = Share(32, 32, (Section(32, 32),))
 (PART,) = parts_of("q_proj", ALONE, {0: SITE}, 1)
-ROUTERS = ["phatgoose", "uniform-top-k", "average-activation", "arrow", "spectr"]
+ROUTERS = ["phatgoose", "average-activation", "arrow", "spectr"]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -186,7 +186,7 @@ def test_factors_that_dont_fit_the_layer_are_refused(serve, llama_pool):
         opened.experts(PART, Share(48, 48, ALONE.sections), torch.float32)
 
 
-@pytest.mark.parametrize("router", ["joint-discriminant", "glider", "discriminant-phatgoose"])
+@pytest.mark.parametrize("router", ["discriminant", "retrieval"])
 def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, llama_pool, router):
     with pytest.raises(ConfigError, match=f"Router {router} reads the whole prompt.*gateway"):
         serve(folder_of(llama_pool), router)
@@ -196,7 +196,6 @@ def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, l
     ("router", "k", "message"),
     [
         ("random", None, "Router random draws lots"),
-        ("phatgoose:affinity=calibrated", None, "compose and save the pool first"),
         ("best-individual", None, "needs scores"),
         ("phatgoose", "two", "PHATGOOSE_K is 'two'"),
         ("nothing", None, "nothing"),

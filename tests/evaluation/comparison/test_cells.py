@@ -77,7 +77,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
 def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
     routing, formatting = Routing(k=1, router="phatgoose"), Formatting(max_input_tokens=3)
     options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
-    methods = ["uniform-top-k:eps=0.5", "phatgoose:eps=0.5"]
+    methods = ["average-activation:eps=0.5", "phatgoose:eps=0.5"]
     comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
     for row in methods:
         model = compose(setting.pool, llama, router=row, k=1)
@@ -108,7 +108,7 @@ def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_pa
         return read_prompts(model, prompts, reading, **options)
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
-    rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]
+    rows = ["discriminant:shrinkage=1", "discriminant:per_block=1", "discriminant"]
     setting.run(tmp_path, rows, routing=Routing(k=2, router="phatgoose"))
     assert len(read) == len(set(map(tuple, read))) > 0
 

@@ -300,8 +300,10 @@ def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, 
 
 
 def test_settings_that_a_method_does_not_have_are_refused_by_name(setting, tmp_path):
-    options = {"methods": ["base", "glider:affinity=calibrated"], "suites": setting.suites[1]}
-    refused(ConfigError, "router glider: unknown setting 'affinity'", setting, tmp_path, **options)
+    options = {"methods": ["base", "phatgoose:affinity=raw"], "suites": setting.suites[1]}
+    refused(
+        ConfigError, "router phatgoose: unknown setting 'affinity'", setting, tmp_path, **options
+    )
 
 
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):

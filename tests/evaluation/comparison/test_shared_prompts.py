@@ -113,7 +113,7 @@ def at_ends(setting) -> Setting:
     return replace(setting, pool=ending(setting.pool, tails))
 
 
-METHODS = ["base", "phatgoose", "discriminant", "joint-discriminant", "merged", "oracle"]
+METHODS = ["base", "phatgoose", "discriminant", "discriminant:per_block=1", "merged", "oracle"]
 
 
 @pytest.mark.usefixtures("toy_embedder")

@@ -1,12 +1,10 @@
-"""Arrow beside torch's SVD of the whole B A, beside PEFT's own Arrow, and beside mttl's rule."""
+"""Arrow beside torch's SVD of the whole B A and beside PEFT's own Arrow."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
@@ -24,7 +21,6 @@ from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.kernels.plain import mixed_factors
 from phatgoose.routing.routers.arrow import ArrowRouter, arrow_vector
 from phatgoose.routing.routers.configs import ARROW_FORMS
 from phatgoose.routing.saved.load import load
@@ -80,7 +76,7 @@ def test_an_update_of_zero_has_no_vector(variant):
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e6])
-@pytest.mark.parametrize("variant", ["svd", "mttl"])
+@pytest.mark.parametrize("variant", ARROW_FORMS)
 def test_neither_size_nor_scale_of_an_update_counts(variant, size):
     lora = factors(4, 9, 7)
     other = LoraFactors(size * lora.A, size * lora.B, 0.1)
@@ -185,102 +181,6 @@ def test_without_a_spectral_gap_the_variant_of_peft_is_still_that_of_peft(llama,
         detach(llama.model)
     assert_same_logits(got["peft"], wanted)
     assert not torch.allclose(got["svd"], wanted, atol=1e-2)
-
-
-# As in mttl
-
-
-def mttl_update(u: Tensor, loras: list[LoraFactors], rank: int) -> Tensor:
-    """(sum w_z s_z B_z)(sum w_z A_z) u for one token u [n], softmax over all of |v u|; float64."""
-    scores = []
-    for lora in loras:
-        _, _, V = torch.linalg.svd(lora.B.double() @ lora.A.double())
-        scores.append((V[0] @ u.double()).abs())
-    weights = torch.stack(scores).softmax(dim=-1)
-    A, B = torch.zeros(rank, len(u)).double(), torch.zeros(loras[0].B.shape[0], rank).double()
-    for w, lora in zip(weights, loras, strict=True):
-        A[: lora.A.shape[0]] += w * lora.A.double()
-        B[:, : lora.A.shape[0]] += w * lora.scale * lora.B.double()
-    return B @ (A @ u.double())
-
-
-@contextmanager
-def routed_as_in_mttl(model, pool: Pool):
-    def hook(site: str):
-        loras = [expert.lora[site] for expert in pool.experts]
-        rank = max(lora.A.shape[0] for lora in loras)
-
-        def add(_, args, output):
-            rows = [mttl_update(u, loras, rank) for u in args[0].reshape(-1, args[0].shape[-1])]
-            return output + torch.stack(rows).view(output.shape).to(output.dtype)
-
-        return add
-
-    handles = [model.get_submodule(s).register_forward_hook(hook(s)) for s in pool.sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), (2, 3, 4)])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
-def test_as_in_mttl_all_experts_take_part_and_factors_are_mixed(base, kind, pool_of, ranks):
-    pool, ids = pool_of(kind, ranks), make_ids(tokens=4)
-    with routed_as_in_mttl(base.model, pool):
-        wanted = logits_of(base.model, ids)
-    model = compose(pool, base, router="arrow:form=mttl", k=1)
-    assert_same_logits(logits_of(model, ids), wanted)
-    detach(model)
-    mixed_outputs = compose(pool, base, router="arrow", k=len(ranks))
-    assert not torch.allclose(logits_of(mixed_outputs, ids), wanted, atol=0.1)
-
-
-@pytest.mark.parametrize("kernel", ["reference", "concat", "gather"])
-def test_no_kernel_changes_the_form_of_mttl(llama, llama_pool, kernel):
-    ids = make_ids()
-    wanted = logits_of(compose(llama_pool, llama, router="arrow:form=mttl"), ids)
-    detach(llama.model)
-    model = compose(llama_pool, llama, router="arrow:form=mttl", kernel=kernel)
-    assert torch.equal(logits_of(model, ids), wanted)
-
-
-@settings(max_examples=40, derandomize=True)
-@given(
-    size=st.builds(
-        SimpleNamespace,
-        T=st.integers(0, 5),
-        E=st.integers(1, 4),
-        r=st.integers(1, 4),
-        n=st.integers(1, 6),
-        d=st.integers(1, 6),
-        k=st.integers(1, 4),
-        seed=st.integers(0, 999),
-    )
-)
-def test_mixed_factors_are_those_of_the_formula_in_values_and_gradients(size):
-    k = min(size.k, size.E)
-    u, A, B = random(size.T, size.n), random(size.E, size.r, size.n), random(size.E, size.r, size.d)
-    weights = random(size.T, k, seed=size.seed).softmax(dim=-1)
-    experts = random(size.T, size.E, seed=size.seed + 1).argsort(dim=-1)[:, :k]
-    leaves = [leaf.double().requires_grad_() for leaf in (u, weights, A, B)]
-    u, weights, A, B = leaves
-    rows = []
-    for t in range(size.T):
-        mixed_A = sum(weights[t, i] * A[experts[t, i]] for i in range(k))
-        mixed_B = sum(weights[t, i] * B[experts[t, i]] for i in range(k))
-        rows.append(mixed_B.T @ (mixed_A @ u[t]))
-    got = mixed_factors(u, experts, weights, A, B)
-    if not rows:
-        assert got.shape == (0, size.d)
-        return
-    wanted = torch.stack(rows)
-    torch.testing.assert_close(got, wanted)
-    cotangent = random(size.T, size.d, seed=5).double()
-    gradients = (torch.autograd.grad(value, leaves, cotangent) for value in (got, wanted))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("variant", ARROW_FORMS)

@@ -18,10 +18,8 @@ from phatgoose.routing.kernels.native import top_experts as by_native
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.phatgoose import (
-    CalibratedRouter,
     PhatgooseRouter,
     TopKRouter,
-    UniformTopKRouter,
     standardise,
 )
 from phatgoose.routing.routers.router import highest
@@ -30,7 +28,6 @@ from tiny import make_ids
 
 MAKERS: dict[str, Callable[[Tensor, int], TopKRouter]] = {
     "phatgoose": lambda vectors, k: PhatgooseRouter(vectors, k, 1e-5),
-    "uniform-top-k": lambda vectors, k: UniformTopKRouter(vectors, k, 1e-5),
     "arrow": ArrowRouter,
 }
 # e_j - e_(j+4) and their opposites: sums of two terms, so that equal vectors score just the same.
@@ -40,12 +37,6 @@ each_router = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MA
 
 def first_of_equals(row: list[float], k: int) -> list[int]:
     return sorted(range(len(row)), key=lambda z: -row[z])[:k]  # Python's sort is stable
-
-
-def calibrated(vectors: Tensor, k: int) -> CalibratedRouter:
-    usual = torch.zeros(len(vectors))
-    state = {"vectors": vectors, "usual": usual, "spread": 1 + usual}
-    return CalibratedRouter(state, k, 1e-5)
 
 
 def flat(pool: Pool) -> Pool:
@@ -100,7 +91,7 @@ def test_every_path_takes_the_first_of_equal_experts(make, kinds, k, T, seed):
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("n", [16, 33, 576])
-@pytest.mark.parametrize("make", [*MAKERS.values(), calibrated])
+@each_router
 def test_experts_with_one_vector_are_ties_in_whatever_place(make, n, tokens):
     generator = torch.Generator().manual_seed(n)
     kinds = torch.randint(0, 3, (17,), generator=generator)
@@ -149,7 +140,7 @@ def test_a_token_alone_chooses_as_in_a_batch(make, kinds, n, T, k, dtype, seed):
                 )
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "uniform-top-k"])
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation"])
 @pytest.mark.filterwarnings("ignore:Expert 'e.' has a constant vector")
 def test_gates_of_zero_choose_the_first_experts_with_gradients_and_without(
     llama, llama_pool, router

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from discriminants import scores_by_hand, trained_on
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PLACES, readings_of
+from phatgoose.experts.readings import readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
@@ -20,15 +20,13 @@ from phatgoose.tasks.task import Example, Task
 from routed_models import TOPICS, text_of
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
-# By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
+# By what they change: shrinkage and task variance.
 SETTINGS = {
-    "all": ({"place": "both", "task_variance": 0.0}, PLACES, (0, 1), 0.3, 0.0),
-    "default": ({}, ("whole",), (0, 1), 0.3, 1.0),
-    "end": ({"place": "end"}, ("end",), (0, 1), 0.3, 1.0),
-    "first": ({"last": 0.5}, ("whole",), (0,), 0.3, 1.0),
-    "last": ({"first": 0.6, "shrinkage": 0.9}, ("whole",), (1,), 0.9, 1.0),
-    "diagonal": ({"shrinkage": 1.0}, ("whole",), (0, 1), 1.0, 1.0),
-    "drawn": ({"task_variance": 0.5}, ("whole",), (0, 1), 0.3, 0.5),
+    "default": ({}, 0.3, 1.0),
+    "plain": ({"task_variance": 0.0}, 0.3, 0.0),
+    "shrunk": ({"shrinkage": 0.9}, 0.9, 1.0),
+    "diagonal": ({"shrinkage": 1.0}, 1.0, 1.0),
+    "drawn": ({"task_variance": 0.5}, 0.3, 0.5),
 }
 
 
@@ -36,7 +34,9 @@ SETTINGS = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_scores_are_gaussian_log_likelihoods(base, pool, case):
     settings, *how = SETTINGS[case]
-    wanted = torch.stack([scores_by_hand(base, pool, text, *how) for text in PROMPTS])
+    wanted = torch.stack(
+        [scores_by_hand(base, pool, text, ("whole",), (0, 1), *how) for text in PROMPTS]
+    )
     model = compose(pool, base, router=text_of("discriminant", **settings))
     got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
@@ -95,10 +95,10 @@ def test_experts_that_were_measured_on_one_prompt_each_are_refused(llama, llama_
 
 def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
     """On average over each expert's own prompts and over experts, by the definition of D."""
-    means = torch.stack([e.readings["end.mean"][0] for e in llama_pool.experts])
-    model = compose(llama_pool, llama, router="discriminant:place=end,last=0.5")
+    means = torch.stack([e.readings["whole.mean"][0] for e in llama_pool.experts])
+    model = compose(llama_pool, llama, router="discriminant")
     router = composition_of(model).prompt_router
-    scores = means @ router.slopes[0, 0] + router.offsets[0, 0]
+    scores = means @ router.slopes[0] + router.offsets[0]
     assert scores.diagonal().mean().item() == pytest.approx(0.5, abs=1e-4)
     assert (scores.sum() - scores.trace()).item() / 12 < 0
 
@@ -186,11 +186,6 @@ def test_readings_of_another_base_are_refused(llama, llama_pool):
         with pytest.raises(RoutingError, match=rf"readings of {told}.*; the model has 2 of 32"):
             scores_of(model, PROMPTS)
         detach(model)
-
-
-def test_a_range_without_blocks_is_refused(llama, llama_pool):
-    with pytest.raises(ConfigError, match=r"No block of 2 lies between first=0\.6"):
-        compose(llama_pool, llama, router="discriminant:first=0.6,last=0.9")
 
 
 def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):

@@ -1,4 +1,4 @@
-"""Every router of the registry; its settings as text; texts and fields that are none any more."""
+"""Every router of the registry; its settings as text, and texts that are none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fake_packages import install
-from phatgoose.config import settings_of
 from phatgoose.errors import ConfigError, PoolError
 from phatgoose.evaluation.comparison.methods import lacking
 from phatgoose.experts.pool import Pool
@@ -17,11 +16,9 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.registry import (
     ROUTERS,
-    SETTINGS,
     choice_of,
     spec_of,
     split_routers,
-    translated,
 )
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
@@ -94,12 +91,7 @@ NEEDED = [  # by router: a part that e0 lacks, and what is said then
     ("phatgoose", "gates", "'e0' has no gates"),
     ("average-activation", "means", "'e0' has no means"),
     ("discriminant", "readings", "'e0' has no readings: run 'phatgoose stats'"),
-    ("discriminant-phatgoose", "readings", "'e0' has no readings"),
-    ("discriminant-phatgoose", "gates", "'e0' has no gates"),
-    ("joint-discriminant", "readings", "'e0' has no readings"),
-    ("joint-discriminant", "embeddings", "'e0' has no embeddings"),
-    ("glider", "gates", "'e0' has no gates"),
-    ("glider", "embeddings", "'e0' has no embeddings"),
+    ("retrieval", "embeddings", "'e0' has no embeddings"),
 ]
 
 
@@ -111,7 +103,7 @@ def test_experts_that_lack_what_a_router_needs_are_named(llama, llama_pool, rout
         compose(Pool((bare, *rest)), llama, router=router)
 
 
-@pytest.mark.parametrize("router", ["arrow", "spectr", "logo"])
+@pytest.mark.parametrize("router", ["arrow", "spectr"])
 def test_routers_that_read_factors_name_the_experts_without_any(llama, llama_mixed, router):
     with pytest.raises(PoolError, match=r"'ia32' \(ia3\), 'bottleneck3' \(bottleneck\)"):
         compose(llama_mixed, llama, router=router)
@@ -128,11 +120,8 @@ def test_routers_that_read_factors_name_the_experts_without_any(llama, llama_mix
     [
         ("merged", "merged"),
         ("arrow:form=svd", "arrow"),
-        (
-            "phatgoose:temperature=0.50,affinity=calibrated",
-            "phatgoose:affinity=calibrated,temperature=0.5",
-        ),
-        ("glider:weight=7.0,eps=0.00001", "glider:weight=7"),
+        ("phatgoose:temperature=0.50,eps=1e-3", "phatgoose:eps=0.001,temperature=0.5"),
+        ("discriminant:task_variance=2.0,shrinkage=0.3", "discriminant:task_variance=2"),
         ("random:seed=3", "random:seed=3"),
         ("spectr:shortlist=2", "spectr:shortlist=2"),
         ("single:expert=7", "single:expert=7"),
@@ -157,18 +146,13 @@ LONG = "x" * 100_000
         ("best", "router is 'best', but must be one of auto, random"),
         ("arrow:frm=peft", "router arrow: unknown setting 'frm'; known are form, temperature"),
         ("merged:k=2", "router merged: unknown setting 'k'; known are none"),
-        ("arrow:form=qr", "router arrow: form is 'qr', but must be one of svd, peft, mttl"),
+        ("arrow:form=qr", "router arrow: form is 'qr', but must be one of svd, peft"),
         ("arrow:peft", "arrow:SETTING=VALUE"),
         ("arrow:form=peft,form=svd", "each once"),
         ("random:seed=one", "seed is 'one', but must be a whole number"),
         ("spectr:shortlist=0", "shortlist is 0, but must be at least 1"),
-        ("logo:reads=end", "reads is 'end', but must be one of block, site"),
         ("phatgoose:eps=0", "eps is 0.0, but must be above 0"),
         ("auto:form=peft", "Router auto has no settings"),
-        ("phatgoose-input", "has left phatgoose; use discriminant instead"),
-        ("phatgoose-evidence:prior=1", "has left phatgoose; use discriminant-phatgoose instead"),
-        ("phatgoose:affinity=raw", "affinity raw has left phatgoose; use calibrated"),
-        ("phatgoose:stand_in=true", "stand_in has left phatgoose"),
         (LONG, "router is 'xxx"),
         (f"arrow:{LONG}", "router is 'arrow:xxx"),
         (f"arrow:{LONG}=1", "unknown setting 'xxx"),
@@ -184,127 +168,15 @@ def test_what_can_not_be_is_refused_in_a_line(text, message):
     assert len(str(caught.value)) < 400
 
 
-def test_settings_of_compose_are_refused_by_what_to_do_now(llama, llama_pool):
-    for settings, message in (
-        ({"stand_in": True}, "compose: stand_in has left phatgoose"),
-        ({"input_k": 2}, "input_k is k now"),
-        ({"arrow": "peft"}, "unknown setting 'arrow'; known are router, k, kernel, embedder"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            compose(llama_pool, llama, **settings)
+def test_a_routers_setting_is_none_of_compose(llama, llama_pool):
+    with pytest.raises(ConfigError, match="unknown setting 'arrow'; known are router, k, kernel"):
+        compose(llama_pool, llama, arrow="peft")
 
 
 def test_lists_of_routers_are_split_between_them_only():
     texts = ["arrow:form=peft,temperature=2,phatgoose,all", "random:seed=1", "k=2"]
     wanted = ["arrow:form=peft,temperature=2", "phatgoose", "all", "random:seed=1,k=2"]
     assert split_routers(texts) == wanted
-
-
-# Routings of the time when every setting was a field of `Routing`
-
-USUAL = {
-    "k": 2,
-    "kernel": "auto",
-    "eps": 1e-5,
-    "expert": None,
-    "arrow": "svd",
-    "spectr_shortlist": None,
-    "logo_reads": "block",
-    "glider_lambda": 3.0,
-    "router_seed": 0,
-    "stand_in": False,
-    "affinity": "standardised",
-    "router_temperature": 1.0,
-    "retrieval_form": "prompt",
-    "reading_place": "both",
-    "reading_from": 0.0,
-    "reading_to": 1.0,
-    "shrinkage": 0.3,
-    "task_variance": 0.0,
-    "embedding_share": 0.5,
-    "prior": 1.0,
-    "input_k": None,
-    "input_temperature": None,
-}
-READING = {"reading_place": "end", "reading_from": 0.5, "shrinkage": 0.2, "task_variance": 0.1}
-BEFORE = "place=both,task_variance=0"  # defaults of that time which are others now
-READ = "place=end,first=0.5,shrinkage=0.2,task_variance=0.1"
-THEN = {  # by router: what was changed, and its settings and k now
-    "random": ({"router_seed": 7, "k": 3}, "seed=7", 3),
-    "retrieval": ({"input_k": 2, "input_temperature": 0.5, "k": 5}, "temperature=0.5", 2),
-    "centroid": ({"input_temperature": 0.2}, "", None),
-    "average-activation": (
-        {"affinity": "calibrated", "router_temperature": 0.5, "eps": 1e-3},
-        "eps=0.001,affinity=calibrated,temperature=0.5",
-        2,
-    ),
-    "arrow": ({"arrow": "peft", "router_temperature": 2.0}, "form=peft,temperature=2", 2),
-    "spectr": ({"spectr_shortlist": 3}, "shortlist=3", 2),
-    "merged": ({"eps": 0.1, "k": 4}, "", None),
-    "uniform-top-k": ({"eps": 0.1}, "eps=0.1", 2),
-    "phatgoose": ({"eps": 0.1, "arrow": "peft"}, "eps=0.1", 2),
-    "glider": (
-        {"glider_lambda": 7.0, "router_temperature": 2.0, "affinity": "calibrated"},
-        "weight=7,temperature=2",
-        2,
-    ),
-    "logo": ({"logo_reads": "site", "input_k": 2}, "reads=site", 2),
-    "discriminant": ({**READING, "input_k": 2}, READ, 2),
-    "joint-discriminant": (
-        {**READING, "embedding_share": 0.2, "input_temperature": 0.3},
-        f"{READ},embedding_share=0.2,temperature=0.3",
-        None,
-    ),
-    "discriminant-phatgoose": (
-        {"prior": 0.3, "input_k": 3, "input_temperature": 0.4, "router_temperature": 2.0, "k": 1},
-        f"temperature=2,{BEFORE},shortlist=3,shortlist_temperature=0.4,prior=0.3",
-        1,
-    ),
-    "best-individual": ({}, "", None),
-    "oracle": ({"input_k": 3}, "", None),
-    "single": ({"expert": "e2"}, "expert=e2", None),
-}
-
-
-@pytest.mark.parametrize("router", THEN)
-def test_a_routing_of_that_time_becomes_its_routers_text(router):
-    changed, settings, k = THEN[router]
-    found = translated({"router": router, **USUAL, **changed})
-    assert found["router"] == (f"{router}:{settings}" if settings else router)
-    assert found.get("k") == k
-    assert choice_of(found["router"]).text == found["router"]
-    usual = f"{router}:{BEFORE}" if "discriminant" in router else router
-    assert translated({"router": router, **USUAL})["router"] == usual
-    assert translated({"router": router, "eps": 1e-5})["router"] == usual
-
-
-def test_every_router_of_that_time_is_known_with_all_its_settings():
-    assert THEN.keys() == SETTINGS.keys() - registry.LEFT.keys()
-    for router in THEN:
-        names = {setting.name for setting in settings_of(ROUTERS[router].config)}
-        assert set(SETTINGS[router].values()) - {"stand_in"} == names - {"per_block", "clusters"}
-
-
-def test_a_routing_of_now_stays_as_it_is_and_of_neither_time_is_refused():
-    now = {"router": "arrow:form=peft", "k": None, "kernel": "auto"}
-    assert translated(now) == translated({**now, "retrieval_embedder": "a/b"}) == now
-    with pytest.raises(ConfigError, match="unknown setting 'bias'"):
-        translated({**now, "bias": 1})
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"router": "phatgoose-input"}, "use discriminant instead"),
-        ({"router": "phatgoose", "affinity": "centred"}, "affinity centred has left"),
-        ({"router": "uniform-top-k", "stand_in": True}, "stand_in has left"),
-        ({"router": "phatgoose", "stand_in": True}, "stand_in has left"),
-        ({"router": "phatgoose", "eps": 0}, "eps is 0"),
-    ],
-)
-def test_what_has_left_is_refused_in_routings_of_that_time(changed, message):
-    with pytest.raises(ConfigError, match=message):
-        choice_of(translated({**USUAL, **changed})["router"])
 
 
 # Routers of other packages

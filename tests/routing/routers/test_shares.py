@@ -8,9 +8,7 @@ from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.configs import EPS
 from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.routers.phatgoose import (
-    CalibratedRouter,
     PhatgooseRouter,
-    UniformTopKRouter,
     standardise,
 )
 from phatgoose.routing.routers.spectr import SpectrRouter
@@ -19,19 +17,8 @@ from tiny import random
 N, E, K = 48, 7, 3
 
 
-def calibrated(vectors):
-    state = {
-        "vectors": vectors,
-        "usual": random(E, seed=5),
-        "spread": random(E, seed=6).abs() + 0.1,
-    }
-    return CalibratedRouter(state, K, EPS)
-
-
 ROUTERS = {
     "phatgoose": lambda v: PhatgooseRouter(v, K, EPS),
-    "calibrated": calibrated,
-    "uniform-top-k": lambda v: UniformTopKRouter(v, K, EPS),
     "arrow": lambda v: ArrowRouter(v, K),
     "merged": lambda v: UniformRouter(E, E + 1),
 }

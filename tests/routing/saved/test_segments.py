@@ -83,7 +83,7 @@ def test_a_packed_model_grows_by_files_of_the_new_experts(
 
 @pytest.mark.parametrize("stored", [None, "int8"])
 def test_experts_of_all_kinds_join_in_the_type_that_is_there(llama, llama_mixed, tmp_path, stored):
-    routing, base = Routing(router="uniform-top-k"), load_base(llama.id, dtype="bfloat16")
+    routing, base = Routing(router="phatgoose"), load_base(llama.id, dtype="bfloat16")
     folder, names = tmp_path / "packed", llama_mixed.names
     more = Pool(tuple(renamed(each, f"{each.name}-2") for each in llama_mixed.experts))
     save_pool(llama_mixed, folder, base, routing=routing, stored=stored)

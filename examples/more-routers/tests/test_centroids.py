@@ -1,0 +1,74 @@
+"""Several centroids of each expert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from more_routers.centroids import clusters_of
+
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.open_model import open_prompt_router
+from phatgoose.routing.routers.centroid import centroids_of
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from routed_models import with_embeddings
+from topic_prompts import PROMPTS, experts_of, retrieving
+from toy_embedders import toy_embed
+
+
+def two_kinds(pool: Pool) -> Pool:
+    """The pool whose first expert has trained on inputs of two kinds, far from each other."""
+    some = with_embeddings(pool)
+    first, *rest = some.experts
+    rows = torch.nn.functional.normalize(torch.eye(*first.embeddings.shape[1:] * 2)[:6], dim=-1)
+    near = torch.nn.functional.normalize(rows[:1] + 0.1 * rows[1:3], dim=-1)
+    far = torch.nn.functional.normalize(rows[3:4] + 0.1 * rows[4:6], dim=-1)
+    return Pool((replace(first, embeddings=torch.cat([near, far])), *rest))
+
+
+def test_several_centroids_are_the_unit_means_of_clusters(llama_pool):
+    pool = two_kinds(llama_pool)
+    found = clusters_of(pool, 2)
+    rows = pool.experts[0].embeddings
+    wanted = torch.nn.functional.normalize(torch.stack([rows[:2].mean(0), rows[2:].mean(0)]), dim=1)
+    got = found.rows[found.owners == 0]
+    order = (got @ wanted[0]).argsort(descending=True)
+    torch.testing.assert_close(got[order], wanted)
+    # e1 has two rows; more clusters than different rows would have nobody in them.
+    assert found.owners.bincount().tolist() == [2, 2, 2, 2]
+    assert clusters_of(pool, 3).owners.bincount()[1] == 2
+    torch.testing.assert_close(clusters_of(pool, 1).rows, centroids_of(pool).rows)
+
+
+@retrieving
+def test_of_several_centroids_the_nearest_counts(llama, llama_pool):
+    pool = with_embeddings(llama_pool)
+    router = open_prompt_router(pool, llama.tokenizer, router="centroids")
+    scores = router.score(list(PROMPTS))
+    wanted = torch.stack(
+        [(toy_embed(PROMPTS) @ rows.T).amax(dim=1) for rows in clusters_by_hand(pool, 3)], dim=1
+    )
+    torch.testing.assert_close(scores, wanted)
+
+
+def clusters_by_hand(pool: Pool, clusters: int) -> list[torch.Tensor]:
+    found = clusters_of(pool, clusters)
+    return [found.rows[found.owners == z] for z in range(len(pool))]
+
+
+@retrieving
+def test_several_centroids_are_saved_and_experts_join_and_leave(llama, llama_pool, tmp_path):
+    pool = with_embeddings(llama_pool)
+    model = compose(pool.select(["e0", "e1", "e2"]), llama, router="centroids:clusters=2", k=1)
+    add_experts(model, pool.select(["e3"]))
+    assert experts_of(model, PROMPTS).experts[:, 0].tolist() == [0, 1, 2, 3, 0]
+    remove_experts(model, ["e1"])
+    left = experts_of(model, PROMPTS[3:4]).experts
+    assert left[0, 0] == 2
+    save(model, tmp_path / "routed")
+    detach(model)
+    again = load(tmp_path / "routed", llama)
+    assert torch.equal(experts_of(again, PROMPTS[3:4]).experts, left)

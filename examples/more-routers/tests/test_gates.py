@@ -1,0 +1,121 @@
+"""PHATGOOSE with equal weights, and with scores relative to neutral text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from more_routers.neutral import over_neutral_text
+
+from phatgoose.base.sites import find_sites
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts
+from phatgoose.routing.routers.configs import EPS
+from phatgoose.routing.routers.router import RouterSite, router_of
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.neutral import neutral_examples
+from tiny import logits_of, random
+
+SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_uniform_top_k_takes_the_experts_of_phatgoose_and_weighs_them_alike(base, pool, k):
+    decisions = {}
+    for router in ("phatgoose", "uniform-top-k"):
+        layers = composition_of(compose(pool, base, router=router, k=k)).layers
+        decisions[router] = {
+            site: layer.router(random(9, layer.in_features)) for site, layer in layers.items()
+        }
+        detach(base.model)
+    for site, wanted in decisions["phatgoose"].items():
+        got = decisions["uniform-top-k"][site]
+        assert torch.equal(got.experts, wanted.experts)
+        torch.testing.assert_close(got.weights, torch.full((9, k), 1 / k))
+
+
+@pytest.fixture
+def three(pool_of):
+    """Three experts of the tiny Llama."""
+    return pool_of("llama", (4, 4, 4))
+
+
+def router_at(base, pool: Pool, text: str):
+    router = router_of(Routing(text))
+    router.read_base(base.model, base.tokenizer, pool)
+    state = router.state_at(pool, SITE)
+    return router.at(RouterSite(SITE, torch.arange(len(pool)), len(pool), state, None))
+
+
+def plain_scores(u: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """v̄ᵀū/√n with both standardised as the method's formula says, float64 [T, E]."""
+    u, v = u.double(), gates.double()
+    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
+    return u @ v.T / math.sqrt(u.shape[-1])
+
+
+def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three):
+    gates, u, seen = three.vectors("gates", SITE).float(), random(7, 32), []
+    hook = llama.model.get_submodule(SITE).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    for example in neutral_examples():
+        pair = Encoder.of(llama).pairs([example])[0]
+        logits_of(llama.model, torch.tensor([pair.prompt + pair.target]))
+    hook.remove()
+    usual = plain_scores(torch.cat(seen), gates)
+    expected = (plain_scores(u, gates) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
+    found = router_at(llama, three, "calibrated").affinities(u)
+    torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three):
+    gates = {name: torch.zeros_like(gate) for name, gate in three.experts[0].gates.items()}
+    pool = Pool((replace(three.experts[0], gates=gates), *three.experts[1:]))
+    found = router_at(llama, pool, "calibrated").affinities(random(7, 32))
+    assert not found[:, 0].any()
+    assert found[:, 1:].isfinite().all()
+
+
+def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three):
+    text = "calibrated"
+    with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
+        compose(three, llama.model, router=text)
+    model = compose(three.select(three.names[:2]), llama, router=text)
+    with pytest.raises(RoutingError, match="compose the pool again"):
+        add_experts(model, three.select(three.names[2:]))
+    detach(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_moments_are_those_of_all_real_tokens(base):
+    sites = find_sites(base.model)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
+    hooks = [
+        base.model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen[name].append(args[0].flatten(0, -2))
+        )
+        for name in sites
+    ]
+    for pair in Encoder.of(base).pairs(neutral_examples()):
+        if base.model.config.is_encoder_decoder:
+            target = torch.tensor([[base.model.config.decoder_start_token_id, *pair.target[:-1]]])
+            logits_of(base.model, torch.tensor([pair.prompt]), decoder_input_ids=target)
+        else:
+            logits_of(base.model, torch.tensor([pair.prompt + pair.target]))
+    for hook in hooks:
+        hook.remove()
+    for name, (mean, deviation) in over_neutral_text(
+        base.model, base.tokenizer, sites, lambda _, u: u
+    ).items():
+        tokens = torch.cat(seen[name])
+        torch.testing.assert_close(mean, tokens.mean(dim=0), atol=1e-4, rtol=1e-3)
+        wanted = tokens.std(dim=0, correction=0)
+        torch.testing.assert_close(deviation, wanted, atol=1e-3, rtol=1e-2)

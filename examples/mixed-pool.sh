@@ -32,7 +32,7 @@ mixed common_gen --peft bottleneck --placement pfeiffer
 
 [ $# -ge 2 ] || $phatgoose train --recipe recipes/smollm2-eight-experts.toml --out "$loras" --resume
 
-methods=base,random,merged,uniform-top-k,average-activation,retrieval,phatgoose # arrow is for LoRAs
+methods=base,random,merged,average-activation,retrieval,phatgoose # arrow is for LoRAs
 methods+=,best-individual,oracle
 flags=(--suites $suites --limit 100 --seed 0 --methods $methods)
 $phatgoose compare "$out/experts" "${flags[@]}" --out "$out/comparison-mixed"

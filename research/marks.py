@@ -46,6 +46,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from more_routers.centroids import clusters_of  # pip install examples/more-routers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,7 +65,6 @@ from phatgoose.files.atomic import new_file
 from phatgoose.files.strict import read_toml
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
-from phatgoose.routing.routers.centroid import clusters_of
 from phatgoose.routing.routers.prompt_router import EmbeddingRouter, PromptRouter
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task

@@ -24,12 +24,6 @@ Importing this package loads neither torch nor transformers; using a name does.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -85,40 +79,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-# transformers has no entry points: who would have AutoModelForCausalLM.from_pretrained read saved
-# routed models registers with it. That is done when it is loaded, since we don't load it here.
-
-_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
-
-
-def _register() -> None:
-    importlib.import_module(".routing.saved.auto", __name__).register()
-
-
-class _WhenLoaded(MetaPathFinder):
-    """Finds nothing of its own; what others find of transformers' auto classes registers us."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _AUTO_CLASSES:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register()
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _AUTO_CLASSES in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _WhenLoaded())

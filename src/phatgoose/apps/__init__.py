@@ -10,6 +10,6 @@ report/        an analysis as one HTML page
 server/        models over HTTP
 deploy.py      a folder that starts another engine and the gateway
 vllm/          routing inside vLLM
-ray_engine.py  experts and runs on a cluster; ray_replicas.py: copies of the server
+ray_engine.py  experts and runs on a cluster
 harness.py     lm-evaluation-harness
 """

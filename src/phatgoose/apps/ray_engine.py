@@ -28,7 +28,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 try:
-    import ray as ray  # for ray_replicas.py too: Ray reads the variables above when it is imported
+    import ray as ray  # it reads the variables above when it is imported
 except ImportError as error:
     raise ConfigError("The engine ray needs Ray: pip install 'phatgoose[ray]'.") from error
 

@@ -22,7 +22,6 @@ from ..experts.kinds.kind import FreshExpert, SiteModule, new_gate, openness
 from ..experts.kinds.registry import kind_for
 
 
-
 def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
     """The sites of `model` at which a new expert with these settings acts, by name.
 

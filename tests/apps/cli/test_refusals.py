@@ -176,7 +176,6 @@ COMPARE unseen.jsonl --methods merged --base other-base => The base of Merged Ex
 COMPARE unseen.jsonl --router arrow => --router
 COMPARE unseen.jsonl --methods base --out file/x => can't be written
 compare experts => suite
-serve experts --replicas 2 => --replicas is for --engine ray
 serve experts --upstream-kind vllm => --upstream-kind is for --upstream
 serve experts --upstream localhost:8001 => must be the address of an engine
 serve experts --upstream http://localhost:8001 --upstream-kind tgi => must be one of auto, vllm

@@ -509,7 +509,7 @@ class RestartOptions:
 
 
 @dataclass(frozen=True)
-class RayOptions:
+class EngineOptions:
     engine: Annotated[str, "local (this process) or ray (needs the extra 'ray')."] = "local"
     address: Annotated[
         str | None,
@@ -526,6 +526,10 @@ class RayOptions:
         {"min": 0},
     ] = None
 
+    workers: Annotated[
+        int | None, "With --engine ray: number of workers; default: all that fit.", {"min": 1}
+    ] = None
+
     def check_engine(self) -> None:
         if self.engine not in ("local", "ray"):
             raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
@@ -534,13 +538,6 @@ class RayOptions:
         self.check_engine()
         others = {name: value for name, value in vars(self).items() if name != "engine"}
         only_with("--engine ray", self.engine == "ray", others)
-
-
-@dataclass(frozen=True)
-class EngineOptions(RayOptions):
-    workers: Annotated[
-        int | None, "With --engine ray: number of workers; default: all that fit.", {"min": 1}
-    ] = None
 
     @contextmanager
     def open(self) -> Iterator[Engine]:
@@ -554,13 +551,6 @@ class EngineOptions(RayOptions):
         from ...jobs import LocalEngine
 
         yield LocalEngine()
-
-
-@dataclass(frozen=True)
-class ReplicaOptions(RayOptions):
-    replicas: Annotated[
-        int | None, "With --engine ray: copies of the server (default: 1).", {"min": 1}
-    ] = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
-from ...errors import ConfigError
 from ..console import say
 from ..processor import advice
 from . import options
@@ -46,34 +45,27 @@ def serve(
     ] = None,
     gateway: options.UpstreamOptions,
     opening: options.ModelOptions,
-    replicas: options.ReplicaOptions,
     routing: Routing,
     serving: Serving,
     given: frozenset[str],
 ) -> None:
     """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C."""
-    replicas.check()
     from ..server import API_KEYS, check_address, create_app, keys_of, leave, run
 
-    upstream = _upstream(gateway, upstream_key, replicas)
+    upstream = _upstream(gateway, upstream_key)
     models = _models(model, opening, routing if given & ROUTING_SETTINGS else None)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
-    app = None
-    if replicas.engine == "local":
-        check_address(host, port)
-        app = create_app(models, serving, keys, hosts, upstream)
+    check_address(host, port)
+    app = create_app(models, serving, keys, hosts, upstream)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: anyone who can reach this address can use it", err=True)
-    if app is not None:
-        if (advised := advice()) is not None:
-            say(advised, err=True)
-        run(app, host, port, serving)
-        leave()
-    else:
-        _replicate(models, serving, keys, hosts, port, replicas)
+    if (advised := advice()) is not None:
+        say(advised, err=True)
+    run(app, host, port, serving)
+    leave()
 
 
 def _models(
@@ -96,36 +88,7 @@ def _models(
     return models
 
 
-def _replicate(
-    models: list[ServedModel],
-    serving: Serving,
-    keys: tuple[str, ...],
-    hosts: tuple[str, ...],
-    port: int,
-    replicas: options.ReplicaOptions,
-) -> None:
-    """Serve copies on a Ray cluster; the first of `hosts` is the address to listen at."""
-    from ..ray_engine import connected
-    from ..ray_replicas import run_replicas
-
-    cpus = replicas.cpus_per_worker
-    with connected(replicas.address):
-        run_replicas(
-            models,
-            serving,
-            keys,
-            hosts,
-            replicas=replicas.replicas or 1,
-            host=hosts[0],
-            port=port,
-            gpus_per_replica=replicas.gpus_per_worker or 0.0,
-            cpus_per_replica=1.0 if cpus is None else cpus,
-        )
-
-
-def _upstream(
-    gateway: options.UpstreamOptions, key: str | None, replicas: options.ReplicaOptions
-) -> Upstream | None:
+def _upstream(gateway: options.UpstreamOptions, key: str | None) -> Upstream | None:
     """The engine that answers; None where this server does. Raises ConfigError."""
     behind = gateway.settings()
     options.only_with("--upstream", behind is not None, {"upstream_key": key})
@@ -133,6 +96,4 @@ def _upstream(
         return None
     from ..server import UPSTREAM_KEY, Upstream
 
-    if replicas.engine != "local":
-        raise ConfigError("--upstream is for --engine local; run several gateways instead.")
     return Upstream(**behind, key=key or os.environ.get(UPSTREAM_KEY) or None)

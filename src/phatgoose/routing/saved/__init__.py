@@ -3,6 +3,5 @@
 tensors.py   the tensors, in one file or several
 save.py      write a routed model
 load.py      read one
-auto.py      what transformers reads one by
 segments.py  write one larger than memory; add and remove experts
 """

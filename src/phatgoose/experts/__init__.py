@@ -5,7 +5,6 @@ adapter.py   which kind a directory holds, and whether it fits a base
 expert.py    the expert directory
 card.py      its model card, which the Hub shows
 readings.py  what it shares of how the base reads its prompts
-signing.py   signatures of its files
 hub.py       experts on the Hugging Face Hub
 pool.py      many experts of one base
 importing/   experts made of other people's adapters

@@ -28,8 +28,6 @@ from ..errors import ExpertError
 from ..files.atomic import new_directory, require_free
 from ..files.strict import one_line, regular_file, shortened
 from .expert import LAYOUT, Expert, expert_files
-from .signing import check_signature
-from .signing import sign as sign_expert
 
 PREFIX = "hub:"
 REFERENCE = re.compile(
@@ -106,14 +104,11 @@ def fetch(reference: HubReference, inner: Sequence[str] | None = None) -> Path:
     return folder
 
 
-def pull(
-    reference: HubReference | str, out: str | Path, *, signers: Sequence[str | Path] = ()
-) -> Expert:
+def pull(reference: HubReference | str, out: str | Path) -> Expert:
     """The expert that `reference` names, checked and copied to `out`.
 
-    Complete or not at all. With `signers`, public keys in PEM files, only if one of them signed
-    every file of it, which is checked before anything of it is used. Raises ExpertError when it
-    can't be fetched, is damaged or not so signed, or `out` exists.
+    Complete or not at all. Raises ExpertError when it can't be fetched, is damaged, or `out`
+    exists.
     """
     target = Path(out)
     require_free(target, ExpertError)
@@ -125,8 +120,6 @@ def pull(
         for file in expert_files():
             if (fetched / file).is_file():
                 shutil.copyfile(regular_file(fetched / file), work / file)
-        if signers:
-            check_signature(work, [Path(signer) for signer in signers], reference)
         Expert.load(fetched)  # errors name the files that were fetched, not their copy
     return Expert.load(target)
 
@@ -137,15 +130,13 @@ def push(
     *,
     private: bool = False,
     message: str | None = None,
-    sign: str | Path | None = None,
 ) -> HubReference:
     """The pinned reference to the expert in `directory`, published as one commit.
 
     The commit has adapter, gates, statistics, embeddings and card, and deletes such files of an
     earlier version; other files of the repository stay. A missing repository is created, `private`
-    or not. A revision in `reference` is the branch. With `sign`, a private key in a PEM file, the
-    expert is signed first, in its folder. Raises ExpertError when the expert is damaged or can't be
-    signed, its base is a folder of this machine, which no one else could load, or the Hub refuses.
+    or not. A revision in `reference` is the branch. Raises ExpertError when the expert is damaged,
+    its base is a folder of this machine, which no one else could load, or the Hub refuses.
     """
     directory = Path(directory)
     expert = Expert.load(directory)
@@ -157,8 +148,6 @@ def push(
             f"and push then."
         )
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
-    if sign is not None:
-        sign_expert(directory, Path(sign))
     there = [file for file in expert_files() if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to
         regular_file(directory / file)

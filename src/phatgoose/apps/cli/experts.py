@@ -288,7 +288,6 @@ def stats(
 
 def check(
     directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
-    require_signer: options.RequireSigner = None,
     json: options.JsonOption = None,
 ) -> None:
     """Verify expert directories and report errors.
@@ -297,15 +296,12 @@ def check(
     settings that train writes beside an expert (NAME.yaml) may be among the names.
     """
     from ...experts.expert import LAYOUT, Expert, check_expert
-    from ...experts.signing import check_signature
 
     directories = [
         place
         for place in directories
         if place.suffix != ".yaml" or place.with_suffix("") not in directories
     ]
-    for directory in directories if require_signer else ():
-        check_signature(directory, require_signer or ())
     problems = {directory: check_expert(directory) for directory in directories}
     listed = {str(directory): found for directory, found in problems.items()}
     alone = report(json, {"problems": listed}, "problems", ExpertError)

@@ -372,11 +372,6 @@ ModelArgument = Annotated[
     ),
 ]
 ExpertOut = Annotated[Path, "The expert directory to write."]
-RequireSigner = Annotated[
-    list[Path] | None,
-    "Refuse an expert unless the owner of this public key (PEM) signed all its files; repeatable, "
-    "any of the keys suffices (needs the extra 'sign').",
-]
 ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]

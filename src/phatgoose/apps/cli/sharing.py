@@ -121,10 +121,6 @@ def push(
     ],
     private: Annotated[bool, "Make the repository private if it is new."] = False,
     message: Annotated[str | None, "The commit's message."] = None,
-    sign: Annotated[
-        Path | None,
-        "Sign the expert with this private key (PEM) first (needs the extra 'sign').",
-    ] = None,
 ) -> None:
     """Publish an expert on the Hub, as one commit.
 
@@ -132,7 +128,7 @@ def push(
     """
     from ...experts.hub import push as publish
 
-    pushed = publish(expert, reference, private=private, message=message, sign=sign)
+    pushed = publish(expert, reference, private=private, message=message)
     say(f"{expert} -> {pushed}")
 
 
@@ -141,12 +137,11 @@ def pull(
         str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")
     ],
     out: options.ExpertOut,
-    require_signer: options.RequireSigner = None,
 ) -> None:
     """Fetch an expert from the Hub."""
     from ...experts.hub import pull as fetch
 
-    expert = fetch(reference, out, signers=require_signer or ())
+    expert = fetch(reference, out)
     say(f"{expert.name}: {len(expert.modules)} sites -> {out}")
 
 

@@ -432,7 +432,7 @@ def test_every_router_that_reads_prompts_says_what_it_can_not_read(llama, llama_
             model.generate(ids, prefill_chunk_size=4, **GREEDY)
         model(ids, logits_to_keep=1)  # what a plain generation asks for
         model.generate(ids, prefill_chunk_size=400, **GREEDY)
-    assert len(names) >= 7
+    assert len(names) >= 3
 
 
 @retrieving

@@ -1,8 +1,8 @@
 """Tiny random models of many architectures, with random experts that live in memory only."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import PromptStates, readings_of
 from phatgoose.routing.compose import compose
+from phatgoose.tasks.prompt_passes import read_prompts
 
 VOCABULARY = 300
+READ = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])  # prompts
 IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 LLAMA = {
     "hidden_size": 32,
@@ -140,3 +143,13 @@ def random_expert(base: PreTrainedModel, seed: int) -> Expert:
         {site.name: draw(site.in_features) for site in sites},
         {site.name: draw(site.in_features) for site in sites},
     )
+
+
+def reading_pool(base: PreTrainedModel, experts: Iterable[Expert]) -> Pool:
+    """The experts with prompt statistics of `base`, as if each had one of READ for its prompts."""
+    states = read_prompts(base, READ, PromptStates(base))  # [prompts, 2, blocks, d]
+    generator, found = torch.Generator().manual_seed(0), []
+    for expert, own in zip(experts, states, strict=False):
+        near = own + 0.1 * states.std(dim=0) * torch.randn(8, *own.shape, generator=generator)
+        found.append(replace(expert, readings=readings_of(near)))
+    return Pool(tuple(found))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from architectures import Tiny, make_tiny, tiny_of
+from architectures import Tiny, make_tiny, reading_pool, tiny_of
 from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base
@@ -62,10 +62,8 @@ def base_of(name: str) -> Base:
 
 @cache
 def voters(name: str) -> Pool:
-    """The tiny experts with the means of PROMPTS, from which these differ in all directions."""
-    base, pairs = tiny_of(name).base, [TokenPair(prompt, [9]) for prompt in PROMPTS]
-    means = mean_activations(base, find_sites(base), pairs, 0)
-    return Pool(tuple(replace(expert, means=means) for expert in tiny_of(name).pool.experts))
+    """The tiny experts with prompt statistics by which PROMPTS have different experts."""
+    return reading_pool(tiny_of(name).base, tiny_of(name).pool.experts)
 
 
 def voting(name: str):
@@ -251,7 +249,7 @@ def test_continuous_batching_is_refused_where_inputs_are_read(router):
 @pytest.mark.heavy
 def test_a_compiled_model_reads_its_inputs():
     base = make_tiny("llama", num_hidden_layers=1)
-    pool = Tiny(base).pool
+    pool = reading_pool(base, Tiny(base).pool.experts)
     held = Base(base, make_tokenizer(final_eos=False), "tiny", None, fingerprint(base))
     model = compose(pool, held, router="discriminant", k=1)
     compiled = torch.compile(model, backend="eager", dynamic=False)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from architectures import random_expert
+from architectures import random_expert, reading_pool
 from batched import GREEDY, alone, prompt_of
 from other_encoders import make_other
 from phatgoose.analysis.analyse import analyse
@@ -82,7 +82,7 @@ def test_it_is_analysed(base, routed, tmp_path):
 @pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)
 def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     """Nothing says whose token the base's own expert sees."""
-    pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
+    pool = reading_pool(base.model, (random_expert(base.model, seed) for seed in range(3)))
     routed = compose(pool, base, router="discriminant", k=2)
     context = composition_of(routed).context
     encoder = Encoder.of(base)

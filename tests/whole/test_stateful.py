@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from architectures import IDS, random_expert
+from architectures import IDS, random_expert, reading_pool
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base, load_skeleton
 from phatgoose.errors import BaseModelError
@@ -39,7 +39,7 @@ def mamba(made) -> Base:
 
 
 def routed(base, **options):
-    pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
+    pool = reading_pool(base.model, (random_expert(base.model, seed) for seed in range(3)))
     return compose(pool, base, **{"router": "phatgoose", **options})
 
 

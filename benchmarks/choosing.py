@@ -25,8 +25,7 @@ from routed_speed import prefill
 
 __all__ = ["ROUTERS", "measure_choosing", "with_statistics"]
 
-ROUTERS = ("retrieval", "logo", "discriminant", "joint-discriminant")
-EMBEDDING = ("retrieval", "joint-discriminant")
+ROUTERS = ("retrieval", "discriminant")
 READ = 20  # random prompts that an expert's random readings are of
 
 
@@ -42,7 +41,7 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     prompts = [row[:columns] for row in ids]
     batch = {"input_ids": torch.tensor(prompts), "attention_mask": torch.ones(rows, columns).long()}
     pool = with_statistics(bench, count)
-    routers = [name for name in ROUTERS if name not in EMBEDDING or can_embed()]
+    routers = [name for name in ROUTERS if name != "retrieval" or can_embed()]
     models = {name: pg.compose(pool, twin(bench.base), router=name) for name in routers}
     contenders = {name: _choosing(model, prompts) for name, model in models.items()}
     at_ends = pg.compose(bench.at_ends(pool), twin(bench.base), router="discriminant")

@@ -34,6 +34,7 @@ import base64
 import hashlib
 import json
 import random
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from more_routers.centroids import clusters_of  # pip install examples/more-routers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,6 +68,9 @@ from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from phatgoose.routing.routers.prompt_router import EmbeddingRouter, PromptRouter
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "more-routers"))
+from more_routers.centroids import clusters_of
 
 SUITES = Path(__file__).parent / "study" / "suites"  # metrics, and suffixes of BIG-bench's inputs
 OWN = ("held-in",)

@@ -43,7 +43,7 @@ DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for
     },
     Formatting: {"max_input_tokens": 512, "chat": False},
     Routing: {"router": "auto", "k": None},  # the paper's is named by its recipes
-    Phatgoose: {"eps": 1e-5, "affinity": "standardised"},
+    Phatgoose: {"eps": 1e-5},
 }
 
 NAN = float("nan")

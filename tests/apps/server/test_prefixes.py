@@ -108,7 +108,7 @@ def test_a_prompt_that_the_base_reads_for_its_router_is_not_read_again(llama, ll
     model = compose(Pool(tuple(ends)), llama, router="discriminant")
     runner, store = ModelRunner(model, llama.tokenizer), PrefixStore(1 << 20)
     prompts = [LONG, prompt_of(6, 25)]
-    runner.routings_of(prompts, store, "one")
+    runner.routings_of(prompts, store, client="one")
     found, passed = answers(runner, prompts, store, "one")
     assert passed[0] == 3
     assert answers(runner, prompts, store, "other")[1][0] == 40

@@ -213,9 +213,8 @@ def remember_states(
 # pool's median: then one alone adds no more to the mean than the median expert is worth. Variances
 # along a direction may be VARIED times that, because honest experts' differ so much: where most
 # prompts end in one word, one expert's that don't vary a thousand times as much there. (Of 1, 3,
-# 10, 30 and 100, 30 was the least that left honest pools' choices as they were, by
-# benchmarks/bounds.py.) What lies within its bound is not changed by a bit. Pools of one or two
-# experts have no bounds.
+# 10, 30 and 100, 30 was the least that left honest pools' choices as they were.) What lies within
+# its bound is not changed by a bit. Pools of one or two experts have no bounds.
 
 VARIED = 30
 COMPARED = 32  # experts at most whose median a direction's bound is made of

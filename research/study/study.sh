@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: train the pools, compare all routers, draw the figures. Many hours of
+# The study of research/study/study.md: train the pools, compare all routers, draw the figures. Many hours of
 # two cores; stop it whenever you like and start it again, what is finished is kept.
 #   research/study/study.sh STEP
 #     data, rate                        what is needed before

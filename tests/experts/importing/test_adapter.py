@@ -29,7 +29,7 @@ from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_gates
 from tiny import copied_model, logits_of, make_adapter, make_ids, make_model, make_tokenizer
 
-DOCUMENT = ROOT / "docs" / "imports.md"
+DOCUMENT = ROOT / "research" / "imports.md"
 MARKS = ("<!-- matrix -->\n", "<!-- end of matrix -->\n")
 EXACT = "Exact on all four bases: "
 TOLERANCE = 1e-5  # of the largest logit
@@ -80,7 +80,7 @@ def row_of(case: Case, base_folders: dict[str, Path], folder: Path) -> str:
 
 
 def matrix() -> list[str]:
-    """The matrix in docs/imports.md: names of what all bases take, then rows of the others."""
+    """The matrix in research/imports.md: names of what all bases take, then rows of the others."""
     inside = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0]
     exact, _, table = inside.partition("\n\n")
     return [*exact.removeprefix(EXACT).removesuffix(".").split("; "), *table.splitlines()[2:]]
@@ -92,7 +92,7 @@ def test_every_option_is_imported_exactly_or_refused_as_the_document_says(
 ):
     row = row_of(case, base_folders, tmp_path)
     assert row in matrix(), (
-        "docs/imports.md is stale; write it anew with: "
+        "research/imports.md is stale; write it anew with: "
         f"PYTHONPATH=tests/support python {Path(__file__).relative_to(ROOT)}. Wanted: {row}"
     )
 
@@ -103,7 +103,7 @@ def test_the_document_has_no_other_rows():
 
 
 def rewrite_document() -> None:
-    """Write the matrix in docs/imports.md anew."""
+    """Write the matrix in research/imports.md anew."""
     torch.set_num_threads(1)
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(MARKS[0])
     with tempfile.TemporaryDirectory() as folder:

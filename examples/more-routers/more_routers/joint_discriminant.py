@@ -5,7 +5,8 @@ different prompts: a small decoder takes one form of request for another, an emb
 is asked about a text for what the text is about. So both are read by the same discriminant: the
 embeddings of an expert's training inputs, which it shares for retrieval, have a mean and a
 covariance as its readings have, and an expert's score is the mean of both scores. The three nearest
-act; a prompt of one expert's own task leaves next to no weight to the other two (research/study/study.md).
+act; a prompt of one expert's own task leaves next to no weight to the other two
+(research/study/study.md).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ was making must be complete or absent, and the same command, given again (with -
 command has it), must finish with the very result of an undisturbed run. Commands that change a
 routed model in its place (add, remove, compact) must leave it as it was, or changed.
 
-    python benchmarks/reliability.py --moments 50 --out docs/reliability-counts.json
+    python benchmarks/reliability.py --moments 50 --out runs/reliability-counts.json
 
 Every command runs in a process forked from this one, which has loaded what the commands load, so
 that moments fall into their work. They are moments of the processor's time that the process has

@@ -1,4 +1,4 @@
-"""kill -9 at a few moments; benchmarks/reliability.py does it at many (docs/reliability.md)."""
+"""kill -9 at a few moments; benchmarks/reliability.py does it at many (research/reliability.md)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Experts of strangers: whatever is done to a directory, what comes back is an expert or one line.
 
 So is whatever is done with it: checked, imported, composed, printed and saved. PHATGOOSE_FUZZ sets
-how many damaged directories are tried (docs/reliability.md has figures).
+how many damaged directories are tried (research/reliability.md has figures).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """New LoRAs, as PEFT makes them, at every site (paper section 3).
 
 They are saved in the base's dtype: exactly the numbers that were validated. (PEFT's default casts
-every activation up; docs/design.md has the speeds.)
+every activation up; docs/performance.md has the speeds.)
 """
 
 from __future__ import annotations

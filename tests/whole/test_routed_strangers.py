@@ -1,7 +1,7 @@
 """Routed models of strangers: whatever is done to a folder, what comes back runs or is one line.
 
-PHATGOOSE_FUZZ sets how many damaged folders are tried (research/reliability.md has figures, and how to
-run this with the native kernel under AddressSanitizer).
+PHATGOOSE_FUZZ sets how many damaged folders are tried (research/reliability.md has figures, and how
+to run this with the native kernel under AddressSanitizer).
 """
 
 from __future__ import annotations

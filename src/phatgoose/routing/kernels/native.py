@@ -37,7 +37,9 @@ from .shipped import LINKED, OPTIMISED, load_shipped
 logger = logging.getLogger(__name__)
 
 FLAGS = (*OPTIMISED, "-march=native", "-fopenmp")
-MORE_FLAGS = "PHATGOOSE_NATIVE_FLAGS"  # environment variable, for sanitizers (research/reliability.md)
+MORE_FLAGS = (
+    "PHATGOOSE_NATIVE_FLAGS"  # for sanitizers, in the environment (research/reliability.md)
+)
 SECONDS = 120  # for the compiler
 OF_OTHERS, WRITABLE = 0o077, 0o022  # what group and others may do: anything, write
 OPEN_FILES = Path("/proc/self/fd")  # where an open file has a name of its own

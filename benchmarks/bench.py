@@ -46,8 +46,6 @@ class Sizes:
     ranked_batch: int = 8
     compared: int = 6  # experts
     tail: int = 4  # tokens of a prompt that experts act on where they act from its end on
-    together: tuple[tuple[int, int, int], ...] = ((12, 16, 128), (12, 8, 400))
-    """Each: experts, examples, words of a prompt."""
     training_batch: int = 8
     training_steps: int = 3
     gate_steps: int = 3
@@ -83,7 +81,6 @@ SMOKE = Sizes(
     ranked_batch=2,
     compared=2,
     tail=2,
-    together=((2, 3, 8),),
     training_batch=2,
     training_steps=2,
     gate_steps=2,

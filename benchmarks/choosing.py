@@ -11,15 +11,14 @@ import torch
 
 import phatgoose as pg
 from bench import VOCABULARY, Bench, words
-from findings import Finding, at_most, row
-from measuring import Timing, ratio, side_by_side
+from findings import Finding, row
+from measuring import ratio, side_by_side
 from phatgoose.base.loading import twin
 from phatgoose.base.sites import blocks_of
-from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.choices import Choice
-from phatgoose.routing.composition import composition_if_any, composition_of
+from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 
@@ -44,20 +43,7 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     routers = [name for name in ROUTERS if name != "retrieval" or can_embed()]
     models = {name: pg.compose(pool, twin(bench.base), router=name) for name in routers}
     contenders = {name: _choosing(model, prompts) for name, model in models.items()}
-    at_ends = pg.compose(bench.at_ends(pool), twin(bench.base), router="discriminant")
-    contenders |= {
-        "read": _reading(bench.base.model, prompts),
-        "read, choose": _reading(at_ends, prompts),
-    }
     timings = side_by_side({"base": prefill(bench.base.model, batch), **contenders}, sizes.rounds)
-    pairs = zip(timings["read, choose"].seconds, timings["read"].seconds, strict=True)
-    more = Timing(tuple(one - other for one, other in pairs))
-    yield Finding.of(
-        f"{sizes.base}, {rows} × {columns} tokens, E = {count} that act on the last {sizes.tail}: "
-        f"choice by discriminant, from the reading that the answer goes on with",
-        ratio(more, timings["base"]),
-        target=at_most(0.1),
-    )
     base = timings["base"].median * 1e3 / rows
     for name in models:
         own = timings[name].median * 1e3 / rows
@@ -73,21 +59,6 @@ def _choosing(model: Any, prompts: list[list[int]]) -> Callable[[], Choice]:
     router = composition_of(model).prompt_router
     assert router is not None
     return lambda: router.choose(prompts, model)
-
-
-def _reading(model: Any, prompts: list[list[int]]) -> Callable[[], object]:
-    """The base's reading of `prompts` as answers go on with it, and the choice by it, if any."""
-    parts = composition_if_any(model)
-    router = None if parts is None else parts.prompt_router
-
-    def act() -> None:
-        shared = SharedPrompts(tails=True, wants_states=router is not None)
-        shared.begin(model, prompts)
-        if router is not None:
-            router.remember(shared.states)
-            router.choose(prompts, model)
-
-    return act
 
 
 def with_statistics(bench: Bench, count: int) -> Pool:

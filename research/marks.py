@@ -8,8 +8,7 @@ own-new/NAME.jsonl of the experts' own tasks, and eval/*.jsonl that no expert wa
 may be missing. POOL is a pool whose experts are named after their tasks. The base, each expert
 alone and, with `--random`, each expert's random twin answer the experts' own tasks in known and new
 wordings and the unseen tasks, as `phatgoose evaluate` scores them: plain prompts, and choices by
-their mean log-likelihood per token. Prompt routers score the same prompts. If all experts act from
-a prompt's end on, a prompt is read once for all of them.
+their mean log-likelihood per token. Prompt routers score the same prompts.
 
 Tasks are scored in pieces of 20 examples, first one piece of every task. OUT/cells.jsonl keeps what
 is finished, one model on one piece a line: run the command again to go on, with more models or rows
@@ -57,7 +56,6 @@ from phatgoose.evaluation.comparison.cells import code_version
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
-from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
@@ -103,9 +101,8 @@ def main() -> None:
             begun = time.monotonic()
             asked = {which: each for which, each in sets.items() if which[2] == piece}
             for some in alike(asked):
-                shared = SharedPrompts(tails=pool.all_at_ends)
                 for model in models:
-                    answer(store, base, some, model, shared)
+                    answer(store, base, some, model)
             finished |= asked
             columns = examples_of(finished) | choices_of(pool, base, finished, given.out, basis)
             columns |= {k: v for model in models for k, v in answers(store, base, finished, model)}
@@ -240,7 +237,7 @@ def norm_of_product(A: Tensor, B: Tensor) -> Tensor:
     return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
 
 
-def answer(store: ResultStore, base: Base, sets: Sets, model: Model, shared: SharedPrompts) -> None:
+def answer(store: ResultStore, base: Base, sets: Sets, model: Model) -> None:
     """Store what one model answers to `sets`, which are scored alike, as far as it isn't there."""
     keys = keys_of(base, sets, model)
     missing = {which: each for which, each in sets.items() if store.get(keys[which]) is None}
@@ -248,7 +245,7 @@ def answer(store: ResultStore, base: Base, sets: Sets, model: Model, shared: Sha
         return
     _, _, pool, router = model
     with composed(base, pool, router):
-        for which, result in scored(base, missing, shared).items():
+        for which, result in scored(base, missing).items():
             store.add(keys[which], result)
 
 
@@ -304,14 +301,14 @@ def together(sets: Sets) -> Iterator[Sets]:
         yield some
 
 
-def scored(base: Base, sets: Sets, shared: SharedPrompts) -> dict[Which, dict[str, Any]]:
+def scored(base: Base, sets: Sets) -> dict[Which, dict[str, Any]]:
     """Cells of the store: one model on sets that are scored alike."""
     begun = time.monotonic()
     first = next(iter(sets.values()))
     examples = tuple(row for each in sets.values() for row in each.examples)
     every = replace(first, name=", ".join(task for _, task, _ in sets), examples=examples)
     encoder = Encoder.for_model(base.model, base.tokenizer, every.settings.formatting)
-    found = score(base.model, every, every.questions(encoder), shared)
+    found = score(base.model, every, every.questions(encoder))
     by_metric = [
         metric(name).combine(rows, 1)
         for name, rows in zip(found.sample.metrics, found.sample.statistics, strict=True)

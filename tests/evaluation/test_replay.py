@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,6 @@ from phatgoose.evaluation.replay import (
     replay,
     router_rule,
 )
-from phatgoose.evaluation.shared_prompts import SharedPrompts
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from topic_prompts import CHOOSING, OPEN
@@ -310,28 +308,21 @@ def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatc
     )
 
 
-@pytest.mark.parametrize("acts_on", [None, {"tail": 3}])
-def test_marks_are_what_evaluate_scores(program, llama, llama_pool, acts_on):
-    """Tasks that are scored together, for full batches, have the scores of each alone.
-
-    So have experts that act from prompts' ends on, which go on where the base has read.
-    """
+def test_marks_are_what_evaluate_scores(program, llama, llama_pool):
+    """Tasks that are scored together, for full batches, have the scores of each alone."""
     settings = ScoringSettings(max_new_tokens=4)
     sets = {
         ("new", "choosing", 0): EvaluationSet.of(CHOOSING, settings),
         ("unseen", "choosing", 0): EvaluationSet.of(CHOOSING, settings),
         ("new", "open", 0): EvaluationSet.of(OPEN, settings),
     }
-    (expert,) = llama_pool.select(["e1"]).experts
-    pool = Pool((replace(expert, info=replace(expert.info, acts_on=acts_on)),))
-    assert pool.all_at_ends == bool(acts_on)
+    pool = llama_pool.select(["e1"])
     parts = list(program.alike(sets))
     assert [list(some) for some in parts] == [list(sets)[:2], list(sets)[2:]]
-    shared, found = SharedPrompts(tails=bool(acts_on)), {}
+    found = {}
     with program.composed(llama, pool, "single"):
         for some in parts:
-            found |= program.scored(llama, some, shared)
-    assert bool(shared._held) == bool(acts_on)
+            found |= program.scored(llama, some)
     model = compose(pool, llama, router="single")
     wanted = evaluate(model, [CHOOSING, OPEN], max_new_tokens=4)
     detach(model)

@@ -69,7 +69,7 @@ class JointRouter(PromptRouter):
         super().__init__(by_base.tables)
         self.by_base, self.embedder, self.line, self.share = by_base, embedder, line, share
 
-    def remember(self, states: States | None) -> None:
+    def remember(self, states: States) -> None:
         self.by_base.remember(states)
 
     def features(

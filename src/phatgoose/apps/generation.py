@@ -14,7 +14,6 @@ from ..base.sites import input_device
 from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import Questions
-from ..evaluation.shared_prompts import reading_once
 from ..files.strict import half_character
 from ..routing.composition import composition_if_any, routing_for
 from ..routing.recording import Recording
@@ -79,12 +78,9 @@ def generate(
     torch.manual_seed(sampling.seed)
     recorder = record_routing(model) if record else nullcontext()
     given = model, tokenizer, ids, torch.ones_like(ids)
-    wish = sampling.max_new_tokens, sampling.temperature
-    with recorder as recording, reading_once(model) as shared:
-        # A recording is of the whole prompt.
-        begun = shared.begin(model, questions.prompts) if shared and not record else None
-        with routing_for(model, questions.prompts, examples=[asked], encoder=encoder):
-            output = continued(*given, *wish, begun and begun.cache)
+    routed = routing_for(model, questions.prompts, examples=[asked], encoder=encoder)
+    with recorder as recording, routed:
+        output = continued(*given, sampling.max_new_tokens, sampling.temperature)
     tokens: list[int] = output[0].tolist()
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]
     text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()

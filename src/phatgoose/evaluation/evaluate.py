@@ -41,7 +41,6 @@ from .likelihood import (
     with_distinct_choices,
 )
 from .metrics import METRICS, metric
-from .shared_prompts import SharedPrompts, reading_once
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,8 @@ def answers_to(
     budget: int,
     label: str,
     before_pass: BeforePass,
-    shared: SharedPrompts | None = None,
 ) -> list[Answer]:
     """The model's answer to each question, in order; `label` names the task in messages.
-
-    What `shared`, which must serve the model, has of a prompt isn't read again.
 
     The choice of the highest mean log-likelihood per target token, the first of equals, or greedily
     generated text. Raises EvaluationError for a log-likelihood that is not a number.
@@ -128,7 +124,7 @@ def answers_to(
     answers: dict[int, Answer] = {}
     count = len(questions.rows)
     with tqdm(total=count, desc=one_line(label), unit="example", disable=None, leave=False) as bar:
-        for index, answer in find(questions, model, budget, label, before_pass, shared):
+        for index, answer in find(questions, model, budget, label, before_pass):
             answers[index] = answer
             bar.update(1)
     return [answers[index] for index in range(count)]
@@ -140,10 +136,9 @@ def _ranked(
     budget: int,
     label: str,
     before_pass: BeforePass,
-    shared: SharedPrompts | None,
 ) -> Iterator[tuple[int, Answer]]:
     pad = questions.encoder.tokenizer.pad_token_id
-    means = choice_log_likelihoods(model, questions.rows, pad, budget, before_pass, shared)
+    means = choice_log_likelihoods(model, questions.rows, pad, budget, before_pass)
     for index, scores in means:
         example = questions.examples[index]
         if any(score != score for score in scores):
@@ -160,7 +155,6 @@ def _generated(
     budget: int,
     label: str,
     before_pass: BeforePass,
-    shared: SharedPrompts | None,
 ) -> Iterator[tuple[int, Answer]]:
     encoder, longest = questions.encoder, questions.max_new_tokens or 0
     tokenizer, device = encoder.tokenizer, input_device(model)
@@ -168,16 +162,11 @@ def _generated(
     pad = pad_right if encoder.is_encoder_decoder else pad_left
     for batch in questions.batches(budget):
         rows = [prompts[i] for i in batch]
-        if shared is None:
-            ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
-            cache = None
-        else:
-            begun = shared.begin(model, rows)
-            (ids, mask), cache = begun.laid_out(rows, tokenizer.pad_token_id), begun.cache
+        ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
         ids, mask = ids.to(device), mask.to(device)
         before_pass(batch)
         with torch.inference_mode():
-            output = continued(model, tokenizer, ids, mask, longest, cache=cache)
+            output = continued(model, tokenizer, ids, mask, longest)
         start = 0 if encoder.is_encoder_decoder else ids.shape[1]
         for index, tokens in zip(batch, output, strict=True):
             text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
@@ -409,33 +398,19 @@ def score_tasks(
     for chosen in sets:
         questions = chosen.questions(encoder)
         questions.cuts.report(chosen.name)
-        with reading_once(model) as shared:
-            scores.append(score(model, chosen, questions, shared))
+        scores.append(score(model, chosen, questions))
     return Evaluation(tuple(scores), parts.routing.router if parts else None)
 
 
-def score(
-    model: PreTrainedModel,
-    chosen: EvaluationSet,
-    questions: Questions,
-    shared: SharedPrompts | None = None,
-) -> TaskScore:
-    """The score of `model`, put into evaluation mode, on the `questions` of `chosen`.
-
-    What `shared` has of prompts isn't read again, if it can serve the model.
-    """
+def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
+    """The score of `model`, put into evaluation mode, on the `questions` of `chosen`."""
     model.eval()
     name, budget = chosen.name, chosen.settings.token_budget
     prompts, examples = questions.prompts, chosen.examples
-    if shared is not None and not shared.serve(model):
-        shared = None
-    if shared is not None and shared.wants_states:
-        batches = questions.batches(budget)
-        shared.read_ahead(model, [[prompts[i] for i in batch] for batch in batches])
     with routing_for(
         model, prompts, task=name, examples=examples, encoder=questions.encoder
     ) as before_pass:
-        answers = answers_to(questions, model, budget, name, before_pass, shared)
+        answers = answers_to(questions, model, budget, name, before_pass)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
 from ..tasks import batching
 from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
-from .shared_prompts import Begun, SharedPrompts
 
 Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
@@ -34,21 +32,17 @@ def choice_log_likelihoods(
     pad_token_id: int,
     budget: int,
     before_pass: BeforePass = lambda _: None,
-    shared: SharedPrompts | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
     most `budget` tokens, padding included. `before_pass` gets indices in `rows` before each pass:
-    one for each row of the batch, or for each token where rows are packed. What `shared`, which
-    must serve `model`, has of a prompt isn't read again. Raises EvaluationError for a causal
-    model's prompt without tokens.
+    one for each row of the batch, or for each token where rows are packed. Raises EvaluationError
+    for a causal model's prompt without tokens.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
     score = _packed if batching.can_pack(model) else _padded
-    if shared is not None:
-        score = partial(_continued, shared)
     distinct = with_distinct_choices(rows)
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
@@ -79,50 +73,6 @@ def _packed(
         with batching.head_at(model, places.to(input_device(model))):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
-
-
-def _continued(
-    shared: SharedPrompts,
-    model: PreTrainedModel,
-    rows: Sequence[ChoicePrompt],
-    pad: int,
-    budget: int,
-    before_pass: BeforePass,
-) -> Iterator[tuple[int, list[float]]]:
-    for batch in batches_of(rows, budget):
-        prompts = [rows[i][0] for i in batch]
-        begun = shared.begin(model, prompts)
-        texts = [
-            BranchedText(prompt[count:], [choice[:-1] for choice in rows[i][1]])
-            for i, prompt, count in zip(batch, prompts, begun.counts, strict=True)
-        ]
-        # A batch's prompts are of similar length; what is left to read needn't be.
-        for group in map(sorted, _of_similar_length([text.length for text in texts])):
-            some = [batch[place] for place in group]
-            before_pass(some)
-            logits = _after(begun.only(group), model, [texts[place] for place in group], pad)
-            yield from _means(logits, [rows[i][1] for i in some], some)
-
-
-def _after(begun: Begun, model: PreTrainedModel, texts: Sequence[BranchedText], pad: int) -> Tensor:
-    """Logits of what predicts targets, [places, vocabulary], where `texts` follow `begun`."""
-    packed = batching.pack_rows([[text] for text in texts], pad, model.dtype)
-    mask = packed.inputs["attention_mask"]  # [rows, 1, tokens, tokens]
-    void = mask.new_zeros(begun.seen.shape)
-    void.masked_fill_(~begun.seen, torch.finfo(mask.dtype).min)
-    before = void[:, None, None].expand(-1, -1, mask.shape[2], -1)
-    starts = torch.tensor(begun.counts)[:, None]
-    inputs = {
-        **packed.inputs,
-        "attention_mask": torch.cat([before, mask], dim=-1),
-        "position_ids": packed.inputs["position_ids"] + starts,
-    }
-    inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
-    held = {cache_argument(model): begun.cache, "use_cache": True}
-    places = predicting(texts, packed.starts).to(input_device(model))
-    with batching.head_at(model, places):
-        logits: Tensor = model(**inputs, **held).logits.squeeze(0)
-    return logits
 
 
 def predicting(texts: Sequence[BranchedText], starts: Tensor) -> Tensor:

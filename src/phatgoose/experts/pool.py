@@ -163,11 +163,6 @@ class Pool(Mapping[str, Expert]):
             raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(chosen))
 
-    @property
-    def all_at_ends(self) -> bool:
-        """True where every expert leaves the body of a prompt to the base."""
-        return all(expert.acts_on for expert in self.experts)
-
     def _unknown(self, name: object) -> str:
         held = [expert.name for expert in self.experts if expert.place.name == name]
         hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""

@@ -178,13 +178,11 @@ def continued(
     mask: Tensor,
     max_new_tokens: int,
     temperature: float | None = None,
-    cache: Any = None,
 ) -> Tensor:
     """What `model.generate` returns for the prompts `ids` [rows, columns]; `mask` is 0 at padding.
 
     `temperature` None is greedy, else tokens are drawn from the whole distribution. Of the model's
-    generation_config only the tokens that begin and end answers count. A causal model's `cache` has
-    been filled with the first columns.
+    generation_config only the tokens that begin and end answers count.
     """
     own = model.generation_config
     config = _WholeConfig(
@@ -199,9 +197,8 @@ def continued(
         config.temperature, config.top_k = temperature, 0
     if model.config.is_encoder_decoder:
         config.decoder_start_token_id = decoder_start(model)
-    held = {} if cache is None else {cache_argument(model): cache}
     with contiguous_head(model):
-        output: Tensor = model.generate(ids, attention_mask=mask, generation_config=config, **held)
+        output: Tensor = model.generate(ids, attention_mask=mask, generation_config=config)
     return output
 
 

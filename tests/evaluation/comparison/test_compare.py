@@ -36,6 +36,7 @@ from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import score
 from phatgoose.routing.compose import compose
+from phatgoose.routing.routers import prompt_router
 from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
 from phatgoose.tasks.task import Entry, Suite
 
@@ -297,6 +298,26 @@ def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, 
         )
     assert {"random", "random:seed=1", "phatgoose"} <= every.results.keys()
     assert "retrieval" not in every.results
+
+
+def test_rows_that_choose_by_readings_share_them(setting, tasks, tmp_path, monkeypatch):
+    """The base reads each prompt once for all of them; scores are those of each row alone."""
+    rows = ["discriminant", "discriminant:shrinkage=1", "discriminant:per_block=1"]
+    alone = [setting.run(tmp_path / str(i), row) for i, row in enumerate(rows)]
+    read, read_prompts = [], prompt_router.read_prompts
+
+    def counted(model, prompts, *arguments, **options):
+        read.extend(prompts)
+        return read_prompts(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(prompt_router, "read_prompts", counted)
+    together = setting.run(tmp_path / "together", rows)
+    assert len(read) == len({row.input for task in tasks.values() for row in task.test})
+    for row, found in zip(together.results.values(), alone, strict=True):
+        (wanted,) = found.results.values()
+        for task, result in row.items():
+            assert result.score == wanted[task].score
+            assert result.ties == wanted[task].ties
 
 
 def test_settings_that_a_method_does_not_have_are_refused_by_name(setting, tmp_path):

@@ -33,7 +33,6 @@ from ...routing.routers.discriminant import States
 from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
 from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
-from ..shared_prompts import SharedPrompts
 from .methods import Row
 
 PACKAGE = Path(__file__).parents[2]
@@ -269,7 +268,7 @@ class CellWorkshop:
     datasets: Mapping[str, EvaluationSet]
     known: Mapping[str, Results] = field(default_factory=dict)
     code: str = ""
-    prompts: SharedPrompts = field(default_factory=lambda: SharedPrompts(tails=False))
+    states: States = field(default_factory=dict)  # readings of prompts, which rows share
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
@@ -291,15 +290,15 @@ class CellWorkshop:
                     composed.close()
                     opened = composed.enter_context(rows[cell.row].model(base))
                     at = cell.row
-                    # Rows of one base that go by its readings of prompts share them.
-                    if opened.model is base.model:
-                        _remember(opened, self.prompts.states)
+                    parts = composition_if_any(base.model)
+                    if parts is not None and parts.prompt_router is not None:
+                        parts.prompt_router.remember(self.states)
                 dataset = self.datasets[cell.dataset]
                 if opened.model is not base.model:
-                    return _score(opened, dataset, _asked(opened, dataset), self.known, None)
+                    return _score(opened, dataset, _asked(opened, dataset), self.known)
                 if dataset.name not in asked:
                     asked[dataset.name] = _asked(opened, dataset)
-                return _score(opened, dataset, asked[dataset.name], self.known, self.prompts)
+                return _score(opened, dataset, asked[dataset.name], self.known)
 
             yield score
 
@@ -322,12 +321,6 @@ class CellWorkshop:
         return replace(self, base=base, rows=rows, code=code_version())
 
 
-def _remember(opened: OpenedModel, remembered: States) -> None:
-    parts = composition_if_any(opened.model)
-    if parts is not None and parts.prompt_router is not None:
-        parts.prompt_router.remember(remembered)
-
-
 def _asked(opened: OpenedModel, dataset: EvaluationSet) -> Questions:
     formatting = dataset.settings.formatting
     return dataset.questions(Encoder.for_model(opened.model, opened.tokenizer, formatting))
@@ -338,7 +331,6 @@ def _score(
     dataset: EvaluationSet,
     questions: Questions,
     known: Mapping[str, Results],
-    prompts: SharedPrompts | None,
 ) -> dict[str, Any]:
     """The result of one cell, as it is stored: `tied` are examples with several best choices."""
     begun = time.monotonic()
@@ -346,7 +338,7 @@ def _score(
     if shared is not None:
         found, tied = shared
     else:
-        found = score(opened.model, dataset, questions, prompts)
+        found = score(opened.model, dataset, questions)
         tied = [i for i, prediction in enumerate(found.predictions) if prediction.tied]
     rows = found.sample.rows
     return {

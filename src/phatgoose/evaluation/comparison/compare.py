@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +33,6 @@ from ...tasks.suites.registry import open_suite
 from ...tasks.task import Sources, Suite, Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
-from ..shared_prompts import SharedPrompts
 from . import cells as scoring
 from .cells import CellWorkshop
 from .methods import DERIVED, METHODS, Row, reference_row, rows_of, runnable_methods, single_rows
@@ -226,51 +225,23 @@ def _run(
     sharing = {name for name, row in every.items() if singles and row.per_input}
     total = sum(map(len, cells.values()))
     finished = total - len(missing)
+    workshop = CellWorkshop(base, every, datasets)
     with tqdm(total=total, initial=finished, desc="compare", unit="run", disable=None) as bar:
-        for some in _portions(every, datasets, base, engine):
-            prompts = _prompts(every)
-            for is_last in (False, True):
-                part = [c for c in missing if c.dataset in some and (c.row in sharing) == is_last]
-                if not part:
-                    continue
-                known = {row.name: stored(row.name) for row in singles if is_last}
-                workshop = CellWorkshop(base, every, some, known, prompts=prompts)
-                # An error in this loop ends the engine's workers at once.
-                with closing(engine.run(workshop, part, bar)) as results:
-                    for cell, result in results:
-                        store.add(cell.key, result)
-                        finished += 1
-                        logger.info("[%d/%d] %s: %.3f", finished, total, cell.name, result["score"])
+        for is_last in (False, True):
+            part = [cell for cell in missing if (cell.row in sharing) == is_last]
+            if not part:
+                continue
+            known = {row.name: stored(row.name) for row in singles if is_last}
+            # An error in this loop ends the engine's workers at once.
+            with closing(engine.run(replace(workshop, known=known), part, bar)) as results:
+                for cell, result in results:
+                    store.add(cell.key, result)
+                    finished += 1
+                    logger.info("[%d/%d] %s: %.3f", finished, total, cell.name, result["score"])
     return {
         name: {dataset: _result(result) for dataset, result in stored(name).items()}
         for name in every
     }
-
-
-def _prompts(rows: Mapping[str, Row]) -> SharedPrompts:
-    return SharedPrompts(
-        tails=any(row.at_ends for row in rows.values()),
-        wants_states=any(row.spec and "readings" in row.spec.needs for row in rows.values()),
-    )
-
-
-def _portions(
-    rows: Mapping[str, Row], datasets: Mapping[str, EvaluationSet], base: Base, engine: Engine
-) -> Iterator[dict[str, EvaluationSet]]:
-    """`datasets` in portions whose prompts can be kept together, each for all rows in turn."""
-    if engine.remote or not _prompts(rows).serve(base.model):
-        yield dict(datasets)
-        return
-    room = SharedPrompts.most_tokens(base.model)
-    portion, filled = dict[str, EvaluationSet](), 0
-    for name, dataset in datasets.items():
-        encoder = Encoder.of(base, dataset.settings.formatting)
-        size = sum(map(len, dataset.questions(encoder).prompts))
-        if portion and filled + size > room:
-            yield portion
-            portion, filled = {}, 0
-        portion[name], filled = dataset, filled + size
-    yield portion
 
 
 def _result(stored: Mapping[str, Any]) -> Result:

@@ -191,11 +191,6 @@ class Row:
         return self.spec is not None and self.spec.per_input
 
     @property
-    def at_ends(self) -> bool:
-        """True if all of its experts act from prompts' ends on."""
-        return self.pool is not None and self.pool.all_at_ends
-
-    @property
     def base(self) -> BaseReference | None:
         if self.pool is not None:
             return self.pool.base

@@ -9,7 +9,7 @@ one task differ count little, wording among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -156,25 +156,30 @@ class PromptDiscriminant(BaseRouter):
         ]
         self.slopes, self.offsets = (torch.stack(parts) for parts in zip(*lines, strict=True))
 
-    def remember(self, states: States | None) -> None:
+    def remember(self, states: States) -> None:
         self.remembered = states
 
     def reading(self, base: PreTrainedModel) -> PromptReading:
-        self._check(base)
+        text = base.config.get_text_config()
+        depth, size = len(blocks_of(base)), getattr(text, "hidden_size", self.size)
+        if (depth, size) != (self.depth, self.size):
+            raise RoutingError(
+                f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
+                f"the model has {depth} of {size}."
+            )
         return PromptStates(base)
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
         if self.remembered is None or base is None:
             return super().features(prompts, base)
-        self._check(base)
         known = self.remembered
         asked = [tuple(prompt) for prompt in self.tokens(prompts)]
         new = [prompt for prompt in dict.fromkeys(asked) if prompt not in known]
-        read = self.read(new, base, PromptStates(base)) if new else ()
-        found = dict(zip(new, read, strict=True))
-        remember_states(known, new, read)
-        rows = [known[each] if each in known else found[each] for each in asked]
-        return torch.stack(rows)
+        read = dict(zip(new, self.read(new, base) if new else (), strict=True))
+        for prompt, states in read.items():
+            if (len(known) + 1) * states.nbytes <= MOST_BYTES:
+                known[prompt] = states.clone()  # not a view, which would keep all
+        return torch.stack([known[each] if each in known else read[each] for each in asked])
 
     def scores(self, features: Tensor) -> Tensor:
         read = features[:, PLACES.index(READ)]  # [prompts, blocks, d]
@@ -186,24 +191,6 @@ class PromptDiscriminant(BaseRouter):
         if self.remembered is None:
             return super().score(prompts, base)
         return self.scores(self.features(prompts, base))
-
-    def _check(self, base: PreTrainedModel) -> None:
-        text = base.config.get_text_config()
-        depth, size = len(blocks_of(base)), getattr(text, "hidden_size", self.size)
-        if (depth, size) != (self.depth, self.size):
-            raise RoutingError(
-                f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
-                f"the model has {depth} of {size}."
-            )
-
-
-def remember_states(
-    known: States, prompts: Iterable[Sequence[int]], read: Iterable[Tensor]
-) -> None:
-    """Add what was `read` of `prompts` to what is `known`, while there is room."""
-    for prompt, states in zip(prompts, read, strict=True):
-        if (len(known) + 1) * states.nbytes <= MOST_BYTES:
-            known[tuple(prompt)] = states.clone()  # not a view, which would keep all
 
 
 # Bounds on what one expert adds to the statistics that a pool shares.

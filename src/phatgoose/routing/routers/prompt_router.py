@@ -140,11 +140,8 @@ class PromptRouter:
         """
         return self.choice(self.score(prompts, base))
 
-    def remember(self, states: dict[tuple[int, ...], Tensor] | None) -> None:
-        """Share with others what the base makes of prompts, if the router goes by that.
-
-        None ends it.
-        """
+    def remember(self, states: dict[tuple[int, ...], Tensor]) -> None:
+        """Share with others what the base makes of prompts, if the router goes by that."""
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The prompts' tokens. Raises ConfigError for text without a tokenizer."""

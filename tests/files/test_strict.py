@@ -30,7 +30,6 @@ from phatgoose.files.strict import (
 )
 from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.suites.hub import _declared_configs
 from phatgoose.tasks.suites.p3 import read_templates
 from phatgoose.tasks.suites.registry import local_suite
 
@@ -131,7 +130,6 @@ def test_deep_toml_is_one_line(tmp_path, depth):
 YAML_READERS = {  # file names, and what reads a text that stands in the file
     "recipe.yaml": (read_recipe, "{}"),
     "templates.yaml": (lambda path: read_templates(path.parent, "."), "{}"),
-    "README.md": (lambda path: _declared_configs(path.parent, "d"), "---\n{}\n---\n"),
 }
 
 

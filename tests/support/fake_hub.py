@@ -98,12 +98,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else self._read_chunks()
-        path = unquote(urlsplit(self.path).path)
+        quoted = urlsplit(self.path).path
+        path = unquote(quoted)
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
         if self.hub.fail_on is not None and self.hub.fail_on in request:
             return self._send(403, {"error": "told to fail"})
-        parts = path.strip("/").split("/")
+        # Repositories of datasets stand among the others, by their names.
+        parts = [unquote(part) for part in quoted.replace("/datasets/", "/", 1)[1:].split("/")]
         if parts[0] == "objects":
             return self._store(parts[1], body)
         if parts[:3] == ["api", "repos", "create"]:
@@ -114,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._list()
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:], body)
+        if parts[0] == "api":
+            return self._api("/".join(parts[1:3]), parts[3:], body)
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._batch(json.loads(body))
         if len(parts) > 4 and parts[2] == "resolve":
@@ -163,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "revision":
             return self._send(200, self._info(name, repository, sha))
         if what == "tree":
-            return self._send(200, [_entry(path, data) for path, data in _inside(repository, sha)])
+            return self._send(200, _tree(_inside(repository, sha), "/".join([*rest[2:], ""])))
         if what == "preupload":
             return self._send(200, {"files": [_mode(file) for file in json.loads(body)["files"]]})
         if what == "commit":
@@ -255,6 +259,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _inside(repository: Repository, sha: str) -> list[tuple[str, bytes]]:
     return sorted(repository.commits[sha].items())
+
+
+def _tree(files: list[tuple[str, bytes]], folder: str) -> list[dict[str, Any]]:
+    """What is listed of a `folder` ("" or "a/b/"): all files below it, and its own folders."""
+    inside = [(path, data) for path, data in files if path.startswith(folder)]
+    below = [path.removeprefix(folder).split("/") for path, _ in inside]
+    names = sorted({parts[0] for parts in below if len(parts) > 1})
+    folders = [{"type": "directory", "path": folder + name, "oid": "0"} for name in names]
+    return folders + [_entry(path, data) for path, data in inside]
 
 
 def _entry(path: str, data: bytes) -> dict[str, Any]:

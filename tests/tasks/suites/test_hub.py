@@ -55,6 +55,7 @@ def test_rows_have_a_length_an_index_and_an_order(data):
     assert read(data, "me/sentiment", None, "train") == [*TRAIN, *TEST]  # read anew
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file.*csv:ResourceWarning")  # datasets 4.0
 @pytest.mark.parametrize(
     ("files", "dataset", "config", "split"),
     [  # files with TRAIN and with TEST, and what asks for TRAIN

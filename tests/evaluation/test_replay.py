@@ -25,7 +25,6 @@ from phatgoose.evaluation.replay import (
     replay,
     router_rule,
 )
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from topic_prompts import CHOOSING, OPEN
 

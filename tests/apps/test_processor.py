@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from phatgoose.apps import processor
-from phatgoose.apps.processor import SPINS, advice, keep_to, quota, set_threads, usable_cores
+from phatgoose.apps.processor import SPINS, keep_to, quota, set_threads, usable_cores
 
 
 @pytest.fixture
@@ -108,16 +108,3 @@ def test_a_worker_keeps_to_the_cores_it_was_given(monkeypatch, given, had, usabl
 def test_the_command_line_loads_no_torch_before():
     loads = "import sys, phatgoose.apps.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loads], check=False).returncode == 0
-
-
-def test_who_shares_cores_is_told_what_to_set_unless_it_is_set(environment, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert advice() is None  # not the command
-    set_threads()
-    assert advice().startswith("computing with 2 threads; ")
-    assert "OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1" in advice()
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    assert advice() is None
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert advice() is None

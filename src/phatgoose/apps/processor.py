@@ -35,19 +35,6 @@ def bound_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def advice() -> str | None:
-    """What to set where other processes keep the cores busy; None if the user has set something."""
-    import torch  # the command line must not load it
-
-    threads = torch.get_num_threads()
-    if threads < 2 or "OMP_WAIT_POLICY" in os.environ or os.environ.get("GOMP_SPINCOUNT") != SPINS:
-        return None
-    return (
-        f"computing with {threads} threads; if other processes keep the cores busy, set "
-        f"OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1"
-    )
-
-
 def keep_to(cores: float) -> int:
     """Have torch use no more threads than a worker's `cores`, nor than it had; returns how many."""
     import torch  # the command line must not load it

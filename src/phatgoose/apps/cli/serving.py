@@ -9,7 +9,6 @@ import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console import say
-from ..processor import advice
 from . import options
 
 if TYPE_CHECKING:
@@ -62,8 +61,6 @@ def serve(
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: anyone who can reach this address can use it", err=True)
-    if (advised := advice()) is not None:
-        say(advised, err=True)
     run(app, host, port, serving)
     leave()
 

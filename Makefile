@@ -43,7 +43,7 @@ test-vllm: $(VLLM)/.installed install-dev
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
 test-server: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_load.py --smoke
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100 --only latency,bodies,templates,fairness,sigterm
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100
 
 # The fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 # What old packages do that newer ones beside them warn of is no fault of ours.

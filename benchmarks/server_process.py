@@ -66,12 +66,10 @@ def server(
     threads: int | None,
     keys: Sequence[str] = (),
     log: Path | None = None,
-    files: int | None = None,
 ) -> Iterator[tuple[str, int]]:
     """(address, process id) of `phatgoose serve` in its own process.
 
-    It requires one of `keys`, if there are any, writes its log to `log` (None: our stderr), and
-    starts with a limit of so many open `files` (None: ours).
+    It requires one of `keys`, if there are any, and writes its log to `log` (None: our stderr).
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     if threads:
@@ -79,8 +77,6 @@ def server(
     if keys:
         environment["PHATGOOSE_API_KEYS"] = ",".join(keys)
     command = [sys.executable, "-m", "phatgoose", "serve", *places]
-    if files:
-        command = ["bash", "-c", f'ulimit -Sn {files} && exec "$@"', "serve", *command]
     with running(command, environment, health="healthz", log=log) as (address, process):
         yield address, process.pid
     if process.returncode != 0:

@@ -4,10 +4,10 @@
     python benchmarks/serving_robustness.py POOL --out doors.json
 
 `phatgoose serve` runs in its own process; everything is sent to 127.0.0.1. It gets bodies of 1 MiB
-that are costly to parse, connections that send half a request, a client that asks for 16 answers of
-1,000 tokens again and again beside others that ask for one of 16, requests one after another on one
-connection, chats with bases whose templates take all time or memory, and SIGTERM while 20 answers
-stream and such templates run. Meanwhile /healthz is polled.
+that are costly to parse, a client that asks for 16 answers of 1,000 tokens again and again beside
+others that ask for one of 16, requests one after another on one connection, chats with bases whose
+templates take all time or memory, and SIGTERM while 20 answers stream and such templates run.
+Meanwhile /healthz is polled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import asyncio
 import http.client
 import json
 import os
-import resource
 import signal
 import socket
 import statistics
@@ -39,8 +38,6 @@ from server_process import Memory, arguments, prompt_of, served_pool, server, ti
 
 MIB = 1 << 20
 KEYS = ["greedy", *(f"polite{number}" for number in range(4))]
-HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
-FILES = 1024  # files that the server may have open, as most systems begin
 TEMPLATES = {  # of bases that may not stop the server
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "power": "{% set a = 9 %}{{ a ** (a ** a) }}",
@@ -54,13 +51,12 @@ GIVE_UP = 90  # seconds after which a silent server is called dead
 
 
 def request_of(body: bytes, key: str = KEYS[0], kind: str = "completions") -> bytes:
-    """A request's bytes; an empty body stands for endless chunks of one byte."""
-    length = f"Content-Length: {len(body)}" if body else "Transfer-Encoding: chunked"
+    """A request's bytes."""
     head = (
         f"POST /v1/{kind} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {key}\r\n{length}\r\n\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    return head.encode() + (body or b"1\r\n[\r\n" * MIB)
+    return head.encode() + body
 
 
 def hostile_bodies() -> dict[str, bytes]:
@@ -85,7 +81,6 @@ def hostile_bodies() -> dict[str, bytes]:
         "digits": b'{"model": "pool", "seed": ' + b"9" * (MIB - 40) + b"}",
         "one text": b'{"model": "pool", "prompt": "' + b"a" * (MIB - 40) + b'"}',
         "words": b'{"model": "pool", "prompt": "' + b"a b " * ((MIB - 40) // 4) + b'"}',
-        "chunks": b"",
         "stops": b'{"model": "pool", "prompt": "a", "stop": "' + b"s" * (MIB - 60) + b'"}',
     }
 
@@ -227,48 +222,6 @@ def at_once(works: list[Callable[[], None]]) -> None:
         thread.join()
 
 
-def half_open(address: str, number: int, log: Path) -> dict[str, Any]:
-    """Open `number` connections that send half a request and wait."""
-    lines = len(log.read_text().splitlines())
-    sockets, refused, begun = [], 0, time.perf_counter()
-    with Prober(address) as prober:
-        for _ in range(number):
-            try:
-                sock = socket.create_connection(place_of(address), timeout=5)
-                sock.sendall(HALF)
-                sockets.append(sock)
-            except OSError:
-                refused += 1
-        opened = time.perf_counter() - begun
-        while (left := still_open(sockets)) and time.perf_counter() - begun < 60:
-            time.sleep(0.5)
-    for sock in sockets:
-        sock.close()
-    return {
-        "opened": len(sockets),
-        "refused": refused,
-        "seconds_to_open": round(opened, 2),
-        "open_at_the_end": left,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "healthz": prober.summary,
-        "log_lines": len(log.read_text().splitlines()) - lines,
-    }
-
-
-def still_open(sockets: list[socket.socket]) -> int:
-    """How many of `sockets` the server hasn't closed."""
-    count = 0
-    for sock in sockets:
-        sock.setblocking(False)
-        try:
-            sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            count += 1
-        except OSError:
-            continue
-    return count
-
-
 def one_after_the_other(address: str, number: int = 60) -> dict[str, Any]:
     """Milliseconds of requests for one token on one connection."""
     host, port = place_of(address)
@@ -388,7 +341,7 @@ def is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) -> dict[str, Any]:
+def measure(place: str, parts: set[str], greedy: int, rounds: int) -> dict[str, Any]:
     """All results, ready for JSON."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -396,14 +349,12 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
         places = [f"pool={place}?router=phatgoose"]
         for name, template in TEMPLATES.items():
             places.append(f"{name}={tiny_base(Path(folder) / name, template)}")
-        with server(places, None, KEYS, log, FILES) as (address, pid):
+        with server(places, None, KEYS, log) as (address, pid):
             one_after_the_other(address, 3)  # warm
             if "latency" in parts:
                 found["one after the other"] = one_after_the_other(address)
             if "bodies" in parts:
                 found["bodies"] = bodies(address, pid)
-            if "connections" in parts:
-                found["half open"] = half_open(address, idle, log)
             if "templates" in parts:
                 found["templates"] = templates(address, pid)
             if "fairness" in parts:
@@ -432,31 +383,25 @@ def faults(found: dict[str, Any]) -> list[str]:
         ]
         if hostile["lost"] or not hostile["asked_meanwhile"]:
             wrong.append(f"requests beside hostile templates were lost: {hostile['lost']}")
-    if found.get("half open", {}).get("open_at_the_end"):
-        wrong.append("half-open connections stayed")
     return wrong
 
 
 def healths(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What was sent, and how /healthz answered meanwhile."""
-    measured = {**found.get("bodies", {}), "half-open connections": found.get("half open")}
-    measured["hostile templates"] = found.get("templates")
+    measured = {**found.get("bodies", {}), "hostile templates": found.get("templates")}
     return [(name, got["healthz"]) for name, got in measured.items() if got]
 
 
 def main() -> None:
     """Measure, print, write everything to a file."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", default="latency,bodies,connections,templates,fairness,sigterm")
+    parser.add_argument("--only", default="latency,bodies,templates,fairness,sigterm")
     parser.add_argument("--greedy", type=int, default=1000, help="tokens of a greedy answer")
     parser.add_argument("--rounds", type=int, default=8, help="requests of each polite client")
-    parser.add_argument("--idle", type=int, default=1200, help="half-open connections")
     given = parser.parse_args()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * given.idle + 1024), hard))
     with served_pool(parser, given) as place:
         parts = set(given.only.split(","))
-        found = measure(place, parts, given.greedy, given.rounds, given.idle)
+        found = measure(place, parts, given.greedy, given.rounds)
     write({**circumstances(), **found}, given.out)
     if wrong := faults(found):
         sys.exit("\n".join(wrong))

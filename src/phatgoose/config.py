@@ -491,7 +491,9 @@ class Serving(Settings):
     max_body: Annotated[int, "Maximum bytes of a request.", AT_LEAST_1] = 1 << 20
     max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000
     read_timeout: Annotated[
-        int, "Seconds for a request's headers, and again for its body, to arrive.", AT_LEAST_1
+        int,
+        "Seconds for a request's headers, again for its body, and for a client to read on.",
+        AT_LEAST_1,
     ] = 20
     watch: Annotated[
         bool,

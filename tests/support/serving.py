@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,15 +100,14 @@ def client_of(app: FastAPI, **options: Any) -> Iterator[TestClient]:
 @contextmanager
 def running(app: FastAPI, limits: Serving | None = None) -> Iterator[str]:
     """The address of the application under our uvicorn, in a thread of this process."""
-    server = server_of(app, limits or Serving())
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
+    server = server_of(app, "127.0.0.1", 0, limits or Serving())
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         thread.join(0.01)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)

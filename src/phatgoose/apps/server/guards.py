@@ -10,7 +10,6 @@ import re
 import socket
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -196,8 +195,6 @@ def _network_of(client: Sequence[Any] | None) -> str:
 CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
 REQUEST_BODY = "phatgoose.body"  # and its RequestBody
 AT_ONCE = 64  # bodies of the greatest size that are held together
-DRAINED = 1  # greatest sizes of a refused body that are read, so that the client sees the answer
-DRAINING = 1.0  # seconds for that
 
 
 class RequestBody:
@@ -206,7 +203,6 @@ class RequestBody:
     def __init__(self, guard: RequestGuard, receive: Receive) -> None:
         self._guard, self._receive, self._size = guard, receive, 0
         self._pieces: list[bytes] = []
-        self._is_over = False  # nothing more will come
         self.is_gone = False  # the client has disconnected
 
     @property
@@ -214,8 +210,12 @@ class RequestBody:
         return b"".join(self._pieces)
 
     async def read(self) -> None:
-        while not self._is_over:
-            self.add(await self._piece())
+        more = True
+        while more:
+            message = await self._receive()
+            self.is_gone = message["type"] == "http.disconnect"
+            self.add(message.get("body", b""))
+            more = message.get("more_body", False)
 
     def add(self, piece: bytes) -> None:
         self._size += len(piece)
@@ -226,29 +226,9 @@ class RequestBody:
         if self._guard.held > AT_ONCE * self._guard.most:
             raise busy("Too many requests are being read; try again in a while.")
 
-    async def drain(self) -> None:
-        """Read on for a while: a client that is still sending would miss a refusal."""
-        left = DRAINED * self._guard.most
-        with suppress(TimeoutError):
-            async with asyncio.timeout(DRAINING):
-                while left > 0 and not self._is_over:
-                    left -= len(await self._piece())
-
     def release(self) -> None:
         self._guard.held -= self._size
         self._pieces, self._size = [], 0
-
-    async def _piece(self) -> bytes:
-        message = await self._receive()
-        self.is_gone = message["type"] == "http.disconnect"
-        self._is_over = not message.get("more_body", False)
-        found: bytes = message.get("body", b"")
-        return found
-
-
-def _closing(refusal: ApiError) -> JSONResponse:
-    headers = {**(refusal.headers or {}), "Connection": "close"}
-    return JSONResponse(refusal.body, refusal.status_code, headers)
 
 
 class RequestGuard:
@@ -279,7 +259,7 @@ class RequestGuard:
             if is_begun:
                 return
             stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
-            await _closing(stopped)(scope, receive, send)
+            await JSONResponse(stopped.body, stopped.status_code)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = RequestBody(self, receive)
@@ -291,8 +271,8 @@ class RequestGuard:
                     await self._read(scope, body)
             except ApiError as refusal:
                 body.release()
-                await body.drain()
-                await _closing(refusal)(scope, receive, send)
+                answer = JSONResponse(refusal.body, refusal.status_code, refusal.headers)
+                await answer(scope, receive, send)
                 return
             if not body.is_gone:
                 await self._app(scope, receive, send)

@@ -132,10 +132,6 @@ class Service:
     def cards(self) -> list[protocol.ModelCard]:
         return [self.card(loaded) for loaded in self.models.values()]
 
-    @property
-    def waiting(self) -> int:
-        return self.engine.waiting
-
     def card(self, loaded: LoadedModel) -> protocol.ModelCard:
         parts, runner = loaded.parts, loaded.runner
         return protocol.ModelCard(

@@ -496,9 +496,7 @@ class Serving(Settings):
         AT_LEAST_1,
     ] = 20
     watch: Annotated[
-        bool,
-        "Open pools and routed models again when their folder or manifest has changed; SIGHUP does "
-        "it once.",
+        bool, "Open pools and routed models again when their folder or manifest has changed."
     ] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     shutdown_timeout: Annotated[

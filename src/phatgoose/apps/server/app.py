@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -23,7 +24,7 @@ from ... import __version__
 from ...config import Serving
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from . import protocol
-from .following import Follower
+from .following import follow
 from .gateway import Gateway, load_gateway
 from .guards import AccessControl, MetricsMiddleware, RequestGuard
 from .models import load_models
@@ -241,16 +242,15 @@ def create_app(
     else:
         service = Service(load_models(models), limits)
 
-    follower = Follower(service, watches=limits.watch)
-
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        follower.start()
+        following = asyncio.ensure_future(follow(service)) if limits.watch else None
         try:
             yield
         finally:
-            follower.stop()
+            if following is not None:
+                following.cancel()
             await service.close()
 
     app = FastAPI(
@@ -261,7 +261,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.service, app.state.follower = service, follower
+    app.state.service = service
     app.include_router(open_routes)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
     keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys

@@ -313,9 +313,6 @@ class Gateway:
             upstream="ok" if self.link.is_well else "away",
         )
 
-    def served(self) -> list[ServedModel]:
-        return [each.settings for each in self.models.values()]
-
     def reopened(self, name: str) -> ChosenPool:
         """The pool as its place has it now, its experts in the engine.
 

@@ -51,6 +51,8 @@ class Metrics:
         self.prefixes = Gauge("phatgoose_prefix_bytes", words, registry=own)
         words = "Answers in a batch when it read prompts or made a step."
         self.batch = Histogram("phatgoose_batch_rows", words, buckets=SIZES, registry=own)
+        words = "Changed pools: reopened, or kept as they were because the new one can't be served."
+        self.reopened = Counter("phatgoose_reopened", words, ["outcome"], registry=own)
 
 
 class GatewayMetrics(Metrics):

@@ -116,9 +116,6 @@ class Service:
             readers_ended=sum(each.process.ended for each in self._texts.values()),
         )
 
-    def served(self) -> list[ServedModel]:
-        return [loaded.settings for loaded in self.models.values()]
-
     def reopened(self, name: str) -> LoadedModel:
         """The model of that name as its place has it now."""
         return self.models[name].reopened()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
 from other_encoders import make_other
@@ -319,16 +320,14 @@ def test_the_best_step_is_kept_where_the_work_moved_before_it_was_saved(llama, t
     settings = replace(TRAINING, steps=8, learning_rate=0.1, warmup_ratio=0.0)
     wanted = train(llama, tmp_path / "whole" / "echo", task, settings)
     assert wanted.info.metrics["expert_best_step"] < 8
-    saved = []
 
-    def stop():
-        saved.append(1)
-        if len(saved) == 4:
-            raise KeyboardInterrupt
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            if state.global_step == 8:
+                raise KeyboardInterrupt
 
-    callback = TrainingCallback(on_saved=stop, shows_bar=False)
     with pytest.raises(KeyboardInterrupt):
-        train(llama, tmp_path / "first" / "echo", task, settings, callback=callback)
+        train(llama, tmp_path / "first" / "echo", task, settings, callbacks=[Stop()])
     (tmp_path / "first").rename(tmp_path / "moved")
     got = train(llama, tmp_path / "moved" / "echo", task, settings, resume=True)
     assert_same_expert(got, wanted)

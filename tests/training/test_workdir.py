@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 
 from phatgoose.base.loading import Base
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.training.pool_jobs import ExpertJob, _ExpertWorkshop, train_experts
 from phatgoose.training.train_expert import train_gates
 from phatgoose.training.workdir import (
-    SNAPSHOT,
-    KeptWork,
     LocalFolder,
     discard_work,
     expert_folder,
@@ -30,7 +26,7 @@ from phatgoose.training.workdir import (
     work_of,
 )
 from small_disks import FEW, TASK, everything, told, train
-from training_jobs import LORA, job_in
+from training_jobs import LORA
 
 HOLD = """
 from filelock import FileLock
@@ -161,18 +157,10 @@ def test_what_was_left_beside_a_finished_expert_is_tidied_up(llama, tmp_path):
 
 
 @pytest.fixture(params=["file", "memory"])
-def url(request, tmp_path) -> str:
+def url(request, tmp_path, monkeypatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fsspec.filesystem("memory").rm("/", recursive=True) if request.param == "memory" else None
     return f"file://{tmp_path}/far" if request.param == "file" else "memory://far/experts"
-
-
-def tensors_of(url: str, name: str, into: Path) -> dict[str, Any]:
-    files, root = fsspec.core.url_to_fs(url)
-    into.mkdir()
-    for place in files.find(f"{root}/{name}"):
-        files.get_file(place, str(into / place.rpartition("/")[2]))
-    assert check_expert(into) == []
-    return load_file(into / ADAPTER_WEIGHTS) | load_file(into / LAYOUT.vectors)
 
 
 def names_in(url: str) -> set[str]:
@@ -184,245 +172,70 @@ def train_to(base: Base, job: ExpertJob, out: str) -> list[Any]:
     return list(train_experts(base, [job], out=out, peft=LORA))
 
 
+def bytes_of(url: str, name: str) -> dict[str, bytes]:
+    files, root = fsspec.core.url_to_fs(url)
+    found = files.ls(f"{root}/{name}", detail=False)
+    return {path.rpartition("/")[2]: files.cat_file(path) for path in found}
+
+
+def tensors_of(contents: dict[str, bytes]) -> dict[str, torch.Tensor]:
+    return load(contents[ADAPTER_WEIGHTS]) | load(contents[LAYOUT.vectors])
+
+
 class MachineLostError(BaseException):
     """The machine goes away."""
 
 
-def interrupt_at(monkeypatch, copies: int) -> None:
-    """After so many parts were kept, the process that trains is gone."""
-    keep, kept = KeptWork.keep, []
+def test_a_training_for_a_url_goes_on_here_and_ends_there(url, job, llama, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise MachineLostError
 
-    def keep_or_die(self, work):
-        keep(self, work)
-        kept.append(work)
-        if len(kept) == copies:
-            raise MachineLostError
-
-    monkeypatch.setattr(KeptWork, "keep", keep_or_die)
-
-
-def interrupted(base: Base, job: ExpertJob, url: str, monkeypatch, copies: int) -> None:
+    work = work_of(expert_folder(url).path / "numbers")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, copies)
+        patch.setattr("phatgoose.training.train_expert._trained_gates", lost)
         with pytest.raises(MachineLostError):
-            train_to(base, job, url)
-
-
-@pytest.fixture(scope="module")
-def alone(originals, tmp_path_factory) -> tuple[Any, Path]:
-    """What an uninterrupted training on this machine tells, and where its expert is."""
-    folder = tmp_path_factory.mktemp("here")
-    (finished,) = train_to(originals["llama"].copied(), job_in(folder), str(folder))
-    return finished, folder / "numbers"
-
-
-def with_seed(seed: int, job: ExpertJob) -> ExpertJob:
-    return replace(job, training=replace(job.training, seed=seed))
-
-
-@pytest.fixture(scope="module")
-def alone_with_seven(originals, tmp_path_factory) -> tuple[Any, Path]:
-    """The same with another seed."""
-    folder = tmp_path_factory.mktemp("seven")
-    (finished,) = train_to(originals["llama"].copied(), with_seed(7, job_in(folder)), str(folder))
-    return finished, folder / "numbers"
-
-
-def assert_same(trained: Any, url: str, wanted: tuple[Any, Path], into: Path) -> None:
-    """What was trained and is at the URL is what `wanted` tells, to the bit."""
-    told, folder = wanted
-    assert trained.metrics["expert_best_step"] == told.metrics["expert_best_step"]
-    tensors = load_file(folder / ADAPTER_WEIGHTS) | load_file(folder / LAYOUT.vectors)
-    got = tensors_of(url, "numbers", into)
-    assert tensors.keys() == got.keys()
-    assert all(got[name].equal(tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize("copies", [2, 5])  # in the middle of the expert, then of its gates
-def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
-    url, job, llama, tmp_path, monkeypatch, copies, alone
-):
-    interrupted(llama, job, url, monkeypatch, copies)
-    assert names_in(url) == {".numbers.work"}
+            train_to(llama, job, url)
+    assert (work / "adapter").is_dir()
     with pytest.raises(ExpertError, match="Unfinished work"):
         train_to(llama, job, url)
     (trained,) = train_to(llama, job.again(), url)
     assert trained.place == f"{url}/numbers"
     assert names_in(url) == {"numbers"}
-    assert_same(trained, url, alone, tmp_path / "fetched")
-    (again,) = train_to(llama, job.again(), url)
-    assert again == trained
+    assert everything(work.parent) == set()
+    train_to(llama, job, str(tmp_path / "here"))
+    wanted = tensors_of(bytes_of(str(tmp_path / "here"), "numbers"))
+    got = tensors_of(bytes_of(url, "numbers"))
+    assert wanted.keys() == got.keys()
+    assert all(got[name].equal(tensor) for name, tensor in wanted.items())
+    assert train_to(llama, job.again(), url) == [trained]
 
 
-@pytest.mark.parametrize("copies", [1, 5])  # before the old run's second checkpoint; among gates
-def test_a_restarted_training_keeps_nothing_of_the_old_one(
-    url, job, llama, tmp_path, monkeypatch, copies, alone_with_seven
-):
-    seven = with_seed(7, job)
-    interrupted(llama, job, url, monkeypatch, 2)
-    interrupted(llama, replace(seven, restart=True), url, monkeypatch, copies)
-    with pytest.raises(ConfigError, match="had other settings"):
-        train_to(llama, job.again(), url)
-    (trained,) = train_to(llama, seven.again(), url)
-    assert_same(trained, url, alone_with_seven, tmp_path / "got")
-
-
-def test_a_restart_that_is_lost_at_once_leaves_nothing_to_take_up(url, job, llama, monkeypatch):
-    interrupted(llama, job, url, monkeypatch, 2)
-
-    def die(out, identity, **how):
-        assert not out.exists()
-        raise MachineLostError
-
-    monkeypatch.setattr("phatgoose.training.train_expert.open_work", die)
-    with pytest.raises(MachineLostError):
-        train_to(llama, replace(job, restart=True), url)
-    assert names_in(url) == set()
-
-
-def test_work_that_is_removed_only_in_part_counts_for_nothing(tmp_path, monkeypatch):
-    kept = kept_in(tmp_path, {"run.json": "{}", "kept": "1234"})
-
-    def rm(place, recursive=False):
-        if Path(place).is_dir():
-            raise PermissionError("not yours")
-        Path(place).unlink()
-
-    monkeypatch.setattr(kept.files, "rm", rm)
-    with pytest.raises(PermissionError):
-        kept.remove()
-    assert {path.name for path in Path(kept.above).iterdir()} == {"run.json", "kept"}
-    kept.fetch(tmp_path / "fetched")
-    assert not (tmp_path / "fetched").exists()
-
-
-def kept_in(folder: Path, near: dict[str, str]) -> KeptWork:
-    """Work with these files, copied up by this process."""
-    work = folder / "near"
-    for name, content in near.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text(content)
-    kept = KeptWork(fsspec.filesystem("file"), f"{folder}/far/.numbers.work")
-    kept.keep(work)
-    return kept
-
-
-def test_only_files_of_this_process_count_as_copied_up(tmp_path, monkeypatch):
-    kept = kept_in(tmp_path, {"old": "1234", "gates/new": "1234"})
-    puts = []
-    put = type(kept.files).put_file
-    monkeypatch.setattr(
-        kept.files, "put_file", lambda near, far: (puts.append(near), put(kept.files, near, far))
-    )
-    work, far = tmp_path / "near", Path(kept.above)
-
-    def copied() -> set[str]:
-        names = {Path(near).name for near in puts} - {SNAPSHOT}
-        puts.clear()
-        return names
-
-    kept.keep(work)
-    assert copied() == set()
-    (work / "gates" / "new").write_text("abcd")  # the same name and size
-    kept.keep(work)
-    assert copied() == {"new"}
-    assert (far / "gates" / "new").read_text() == "abcd"
-    fetched = KeptWork(kept.files, kept.above)
-    fetched.fetch(tmp_path / "fetched")
-    fetched.keep(tmp_path / "fetched")
-    assert copied() == set()
-    KeptWork(kept.files, kept.above).keep(work)  # of a run that knows nothing of this one
-    assert copied() == {"old", "new"}
-
-
-def test_a_snapshot_that_is_not_whole_counts_for_nothing_and_goes(tmp_path):
-    kept = kept_in(tmp_path, {"run.json": "{}", "gates/kept": "1234"})
-    work, above = tmp_path / "near", Path(kept.above)
-    kept.fetch(tmp_path / "whole")
-    assert (tmp_path / "whole" / "gates" / "kept").read_text() == "1234"
-    (work / "gates" / "kept").unlink()
-    (work / "gates" / "next").write_text("12345")
-    kept.keep(work)
-    assert {p.name for p in above.rglob("*")} == {"run.json", SNAPSHOT, "gates", "next"}
-    damages = {
-        "short": lambda: (above / "gates" / "next").write_text("12"),
-        "lost": lambda: (above / "gates" / "next").unlink(),
-        "cut": lambda: (above / SNAPSHOT).write_text('{"run.json":'),
-    }
-    for name, damage in damages.items():
-        damage()
-        kept.fetch(tmp_path / name)
-        assert not (tmp_path / name).exists()
-        assert not above.exists()
-        kept.keep(work)
-        assert (above / "gates" / "next").read_text() == "12345"
-
-
-def test_several_processes_are_told_at_once_that_a_url_is_for_one(tmp_path, monkeypatch):
-    kept = kept_in(tmp_path, {"run.json": "{}"})
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    folder = expert_folder(f"file://{tmp_path}/far")
-    with (
-        pytest.raises(ConfigError, match=r"far is for one process; 2 processes .* all of them see"),
-        folder.training("numbers", 0.0, restart=True),
-    ):
-        pytest.fail("the training began")
-    assert (Path(kept.above) / "run.json").exists()
-
-
-def test_what_a_killed_copy_left_of_an_expert_is_removed(url, job, llama, tmp_path):
-    files, root = fsspec.core.url_to_fs(url)
-    save_file({"embeddings": torch.eye(2)}, tmp_path / LAYOUT.embeddings)
-    left = {LAYOUT.embeddings, f"{LAYOUT.vectors}.unfinished-12", f"{LAYOUT.info}.unfinished-ab"}
-    others = {"notes.txt", f"own/{LAYOUT.embeddings}"}
-    for name in left | others:
-        files.makedirs(f"{root}/numbers/{name}".rpartition("/")[0], exist_ok=True)
-        files.put_file(str(tmp_path / LAYOUT.embeddings), f"{root}/numbers/{name}")
-    train_to(llama, job, url)
-    there = {path.partition("/numbers/")[2] for path in files.find(f"{root}/numbers")}
-    assert there & left == set()
-    assert others < there
-    files.rm(f"{root}/numbers/own", recursive=True)
-    assert tensors_of(url, "numbers", tmp_path / "fetched")
-
-
-def test_an_expert_is_not_there_while_left_overs_are(tmp_path, monkeypatch):
-    folder, place = expert_folder(f"file://{tmp_path}/far"), tmp_path / "far" / "numbers"
-    place.mkdir(parents=True)
-    (place / LAYOUT.embeddings).write_text("left")
-    (tmp_path / "near").mkdir()
-    for name in (LAYOUT.info, LAYOUT.vectors):
-        (tmp_path / "near" / name).write_text("new")
-
-    def rm_file(path):
-        raise PermissionError("not yours")
-
+def test_an_expert_is_at_a_url_whole_or_not_at_all(url, job, llama, monkeypatch):
+    folder, place = expert_folder(url), f"{expert_folder(url).root}/numbers"
+    for left in (LAYOUT.embeddings, "notes.txt"):
+        folder.files.makedirs(place, exist_ok=True)
+        folder.files.pipe_file(f"{place}/{left}", b"left")
     with monkeypatch.context() as patch:
-        patch.setattr(folder.files, "rm_file", rm_file)
-        with pytest.raises(PermissionError):
-            folder._send(tmp_path / "near", str(place))
+        patch.setattr(type(folder.files), "mv", refuse)
+        with pytest.raises(
+            ExpertError, match=rf"^{url}/numbers can't be written: no credentials\.$"
+        ):
+            train_to(llama, job, url)
     assert not folder.has("numbers")
-    folder._send(tmp_path / "near", str(place))
-    assert names_in(f"{folder.url}/numbers") == {LAYOUT.info, LAYOUT.vectors}
+    with pytest.raises(ExpertError, match=r"exists already; .* or resume to keep it"):
+        train_to(llama, job, url)
+    monkeypatch.setattr("phatgoose.training.train_expert.fit", refuse)  # it is only copied
+    train_to(llama, job.again(), url)
+    found = names_in(f"{url}/numbers")
+    assert {LAYOUT.info, LAYOUT.vectors, ADAPTER_WEIGHTS, "notes.txt"} <= found
+    assert LAYOUT.embeddings not in found
+    assert not any("unfinished" in name for name in found)
 
 
-def test_a_finished_expert_has_no_work_beside_it(tmp_path, monkeypatch):
-    kept = kept_in(tmp_path, {"run.json": "{}"})
-    folder = expert_folder(f"file://{tmp_path}/far")
-    (tmp_path / "far" / "numbers").mkdir()
-    about = '{"base": {"id": "tiny"}, "metrics": {"steps": 3}}'
-    (tmp_path / "far" / "numbers" / LAYOUT.info).write_text(about)
-
-    def rm(path, recursive):
-        raise PermissionError("not yours")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder.files, "rm", rm)
-        assert folder.finished("numbers").metrics == {"steps": 3}
-    assert Path(kept.above).exists()
-    assert folder.finished("numbers").metrics == {"steps": 3}
-    assert names_in(folder.url) == {"numbers"}
+def test_several_processes_are_told_at_once_that_a_url_is_for_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"far is for one process; .* all of them see"):
+        expert_folder("memory://far")
 
 
 def test_an_expert_is_there_when_its_description_is(tmp_path):
@@ -444,23 +257,9 @@ def refuse(*_, **__):
     raise StoreError("no credentials")
 
 
-def test_a_store_that_takes_nothing_is_told_before_the_work(url, job, llama, monkeypatch):
-    folder = expert_folder(url)
-    monkeypatch.setattr(type(folder.files), "put_file", refuse)
-    monkeypatch.setattr(
-        "phatgoose.training.pool_jobs.train_expert", lambda *_, **__: pytest.fail("trained")
-    )
-    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be written: no credentials\.$"):
-        train_to(llama, job, url)
-
-
-@pytest.mark.parametrize(
-    ("asked", "told"), [("exists", "read"), ("cat_file", "written"), ("mv", "written")]
-)
-def test_what_a_store_says_is_one_line(url, job, llama, monkeypatch, asked, told):
-    folder = expert_folder(url)
-    monkeypatch.setattr(type(folder.files), asked, refuse)
-    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be {told}: no credentials\.$"):
+def test_a_store_that_cannot_be_read_is_told_before_the_work(url, job, llama, monkeypatch):
+    monkeypatch.setattr(type(expert_folder(url).files), "exists", refuse)
+    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be read: no credentials\.$"):
         train_to(llama, job, url)
 
 

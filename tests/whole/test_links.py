@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -17,7 +16,7 @@ from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved
-from phatgoose.training.workdir import expert_folder, open_work
+from phatgoose.training.workdir import open_work
 
 
 def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_path, victim):
@@ -73,18 +72,6 @@ def test_unfinished_work_that_is_or_holds_a_link_is_refused(tmp_path, victim, pl
         ):
             pass
     assert victim.read_text() == (other / "kept").read_text() == KEPT
-
-
-def test_a_kept_training_that_names_files_elsewhere_is_not_fetched(tmp_path, victim):
-    folder = expert_folder(f"file://{tmp_path}/bucket")
-    kept = tmp_path / "bucket" / ".a.work"
-    kept.mkdir(parents=True)
-    (kept / "snapshot.json").write_text(json.dumps({"../../../planted": 1}))
-    (tmp_path / "bucket" / "planted").write_text("x")
-    context = folder.training("a", 0)
-    place = context.__enter__()
-    assert not list(place.out.parent.iterdir())
-    assert context.__exit__(ExpertError, ExpertError("enough"), None) in (None, False)
 
 
 def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):

@@ -20,7 +20,7 @@ from .train_expert import (
     warn_of_other_settings,
 )
 from .trainer import TrainingCallback, join_processes
-from .workdir import ExpertFolder, TrainedExpert, expert_folder
+from .workdir import ExpertFolder, TrainedExpert, expert_folder, wait_for_work
 
 PATIENCE = 60.0  # seconds to wait for the lock of a lost worker on another machine
 
@@ -115,21 +115,21 @@ class _ExpertWorkshop:
         def train(job: ExpertJob) -> TrainedExpert:
             if job.resume and self.folder.has(job.name):
                 return self.folder.finished(job.name)
-            opened = self.folder.training(job.name, self.patience, restart=job.restart)
-            with opened as destination:
-                expert = train_expert(
-                    base,
-                    job.task.load(),
-                    out=destination.out,
-                    name=job.name,
-                    peft=self.peft,
-                    training=job.training,
-                    gate_training=job.gate_training,
-                    formatting=self.formatting,
-                    resume=job.resume,
-                    restart=job.restart,
-                    callback=TrainingCallback(tell, destination.on_saved),
-                )
+            out = self.folder.path / job.name
+            wait_for_work(out, self.patience)
+            expert = train_expert(
+                base,
+                job.task.load(),
+                out=out,
+                peft=self.peft,
+                training=job.training,
+                gate_training=job.gate_training,
+                formatting=self.formatting,
+                resume=job.resume,
+                restart=job.restart,
+                callback=TrainingCallback(tell),
+            )
+            self.folder.send(job.name)
             return TrainedExpert.of(expert.info, self.folder.place(job.name))
 
         yield train

@@ -98,7 +98,7 @@ def train_expert(
         resume: Continue an interrupted run, or load a finished expert, with a warning if that has
             other settings. Its data aren't compared with `task`.
         restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
-        callback: A `TrainingCallback`, which hears of steps and of saved work.
+        callback: A `TrainingCallback`, which hears of steps.
         callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
 
     Raises:
@@ -357,7 +357,6 @@ def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
             (work / REPORT).write_text(json.dumps(metrics | cuts.record()), encoding="utf-8")
             os.rename(unfinished, finished)
             shutil.rmtree(work / "expert")
-            run.callback.on_saved()
         wait_for_all()
     return finished
 

@@ -87,12 +87,10 @@ class TrainingCallback:
     """Functions that hear of training progress; the defaults ignore it.
 
     `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
-    earlier runs. `on_saved` is called when a checkpoint or another part of the unfinished work is
-    complete on the disk. `shows_bar` False leaves the progress bar to the caller.
+    earlier runs. `shows_bar` False leaves the progress bar to the caller.
     """
 
     on_steps: Callable[[int], None] = lambda count: None
-    on_saved: Callable[[], None] = lambda: None
     shows_bar: bool = True
 
 
@@ -206,11 +204,9 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
 
-    def __init__(
-        self, *, label: str, order: list[int], callback: TrainingCallback, **arguments: Any
-    ) -> None:
+    def __init__(self, *, label: str, order: list[int], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._label, self._order, self._callback = label, order, callback
+        self._label, self._order = label, order
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
         self._loss_shifts_labels = False  # each label is at the position that predicts it
 
@@ -294,7 +290,6 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         wait_for_all()  # each has written its random state
         if is_first():
             (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
-            self._callback.on_saved()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -424,7 +419,6 @@ def fit(
         callbacks=[bar, *callbacks, *reporting, *at_validations],
         label=label,
         order=order,
-        callback=callback,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
     with warnings.catch_warnings(), contiguous_head(model):

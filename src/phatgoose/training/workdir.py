@@ -1,32 +1,29 @@
 """Where unfinished work and finished experts lie: in a directory, or at a URL (s3://…, gs://…).
 
 A run works in a folder beside its result, locked, and can resume there. Its name starts with a dot,
-so that nothing takes it for a finished result. For a URL that fsspec can open, experts are trained
-in a temporary directory, and each part is copied up as soon as it is complete: checkpoints, the
-trained adapter, the expert. An unfinished expert is copied down before its training resumes, so it
-can resume on any machine. Nothing locks a URL, and only one process trains an expert that goes to
-it.
+so that nothing takes it for a finished result. Experts for a URL that fsspec can open are trained
+in the user's cache, and a finished one is copied up. Nothing locks a URL.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import fsspec
 from filelock import FileLock, Timeout
 
 from ..base.fingerprint import BaseReference
-from ..errors import ConfigError, ExpertError, PhatgooseError
-from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files
-from ..files.atomic import WRITING_ERRORS, is_there, write_text
+from ..errors import ConfigError, ExpertError
+from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files, read_info
+from ..files.atomic import WRITING_ERRORS, is_there, user_cache, write_text
 from ..files.strict import first_line, reason
 from .trainer import is_first, process_count, wait_for_all
 
@@ -117,11 +114,6 @@ def _empty(work: Path) -> None:
             path.unlink()
 
 
-TRIAL = "trial"  # an empty file that shows that one can write
-SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
-UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it is whole
-
-
 @dataclass(frozen=True)
 class TrainedExpert:
     """What is reported of a finished expert: its name, where it is, base, metrics and settings."""
@@ -135,14 +127,6 @@ class TrainedExpert:
     @classmethod
     def of(cls, info: ExpertInfo, place: str) -> TrainedExpert:
         return cls(info.name, place, info.base, info.metrics, info.hyperparameters)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """The directory to train an expert in; `on_saved` is to be called when a part is complete."""
-
-    out: Path
-    on_saved: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -162,13 +146,8 @@ class LocalFolder:
         discard_work(self.path / name)
         return TrainedExpert.of(expert.info, self.place(name))
 
-    @contextmanager
-    def training(
-        self, name: str, patience: float, *, restart: bool = False
-    ) -> Iterator[Destination]:
-        """The directory itself; a lost worker's lock is waited for up to `patience` seconds."""
-        wait_for_work(self.path / name, patience)
-        yield Destination(self.path / name, lambda: None)
+    def send(self, name: str) -> None:
+        """Put the expert that was finished in `path` where it belongs; here it is there already."""
 
     def portable(self) -> LocalFolder:
         return LocalFolder(self.path.absolute())
@@ -182,6 +161,11 @@ class RemoteFolder:
     files: Any  # an fsspec file system
     root: str
 
+    @property
+    def path(self) -> Path:
+        """The directory of this machine where its experts are trained."""
+        return user_cache() / "training" / quote(self.url, safe="")
+
     def place(self, name: str) -> str:
         return f"{self.url}/{name}"
 
@@ -190,77 +174,36 @@ class RemoteFolder:
             return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
 
     def finished(self, name: str) -> TrainedExpert:
-        place = f"{self.root}/{name}/{LAYOUT.info}"
-        with self._reported(name, "read"):
-            info = json.loads(self.files.cat_file(place))
-            settings = info.get("hyperparameters", {})
-            base = BaseReference(**info["base"])
-            found = TrainedExpert(name, self.place(name), base, info["metrics"], settings)
-        with suppress(Exception):  # the expert is whole, whoever may remove what
-            self._kept_work(name).remove()
-        return found
+        with self._reported(name, "read"), tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / LAYOUT.info
+            self.files.get_file(f"{self.root}/{name}/{LAYOUT.info}", str(copy))
+            return TrainedExpert.of(read_info(copy), self.place(name))
 
-    @contextmanager
-    def training(
-        self, name: str, patience: float, *, restart: bool = False
-    ) -> Iterator[Destination]:
-        """A temporary directory with what was copied up of unfinished training."""
-        if process_count() > 1:
-            raise ConfigError(
-                f"{self.url} is for one process; {process_count()} processes that train one "
-                f"expert need a folder that all of them see."
-            )
-        kept = self._kept_work(name)
-        with tempfile.TemporaryDirectory(prefix="phatgoose-") as scratch:
-            out = Path(scratch) / name
-            work = work_of(out)
-
-            def keep() -> None:
-                with self._reported(name, "written"):
-                    kept.keep(work)
-
-            with self._reported(name, "written"):
-                if restart:
-                    kept.remove()
-                kept.fetch(work)
-                kept.try_out(Path(scratch))  # rather than after the first steps
-            yield Destination(out, keep)
-            with self._reported(name, "written"):
-                self._send(out, f"{self.root}/{name}")
-                kept.remove()
+    def send(self, name: str) -> None:
+        """Copy the expert that was finished in `path` to the URL, and remove it here."""
+        place, info = f"{self.root}/{name}", self.path / name / LAYOUT.info
+        with self._reported(name, "written"):
+            for left in expert_files():  # of a copy that was cut short
+                if self.files.exists(f"{place}/{left}"):
+                    self.files.rm_file(f"{place}/{left}")
+            self.files.makedirs(place, exist_ok=True)
+            for file in set((self.path / name).iterdir()) - {info}:
+                self.files.put_file(str(file), f"{place}/{file.name}")
+            # Whole and last: an expert is there when its description is.
+            self.files.put_file(str(info), f"{place}/{LAYOUT.info}.unfinished")
+            self.files.mv(f"{place}/{LAYOUT.info}.unfinished", f"{place}/{LAYOUT.info}")
+        shutil.rmtree(self.path / name)
 
     @contextmanager
     def _reported(self, name: str, done: str) -> Iterator[None]:
         try:
             yield
-        except PhatgooseError:
-            raise
         except Exception as error:
             told = f"{self.place(name)} can't be {done}: {first_line(error)}."
             raise ExpertError(told) from error
 
     def portable(self) -> RemoteFolder:
         return self  # a URL is the same everywhere
-
-    def _kept_work(self, name: str) -> KeptWork:
-        return KeptWork(self.files, f"{self.root}/.{name}.work")
-
-    def _send(self, directory: Path, place: str) -> None:
-        names = {path.name for path in directory.iterdir()}
-        for name in sorted(names - {LAYOUT.info}):
-            _put_whole(self.files, directory / name, f"{place}/{name}")
-        self._remove_left_overs(place, names)
-        # The description last: an expert is there when its description is.
-        _put_whole(self.files, directory / LAYOUT.info, f"{place}/{LAYOUT.info}")
-
-    def _remove_left_overs(self, place: str, names: set[str]) -> None:
-        # fsspec remembers listings, but other machines write here too.
-        self.files.invalidate_cache()
-        for entry in self.files.ls(place, detail=True):
-            name = entry["name"].rpartition("/")[2]
-            ours = name.partition(UNFINISHED)[0] in expert_files() and entry["type"] == "file"
-            if ours and name not in names:
-                self.files.rm_file(f"{place}/{name}")
 
 
 ExpertFolder = LocalFolder | RemoteFolder
@@ -270,117 +213,10 @@ def expert_folder(out: str | Path) -> ExpertFolder:
     """The folder at a path or URL. Raises ConfigError for a URL that can't be used."""
     if "://" not in str(out):
         return LocalFolder(Path(out))
+    if process_count() > 1:
+        raise ConfigError(f"{out} is for one process; several need a folder that all of them see.")
     try:
         files, root = fsspec.core.url_to_fs(str(out))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{out} can't be used as a folder: {error}") from error
     return RemoteFolder(str(out).rstrip("/"), files, root.rstrip("/"))
-
-
-class Stamp(NamedTuple):
-    """What changes with a file: its size, and when it was written, in nanoseconds."""
-
-    size: int
-    written: int
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns)
-
-
-@dataclass
-class KeptWork:
-    """The copy of one expert's unfinished work in the folder `above` of an fsspec file system.
-
-    `own` holds the files that this process has copied up or down, as they were then: another run's
-    file may have the same name and size, and other content.
-    """
-
-    files: Any
-    above: str
-    own: dict[str, Stamp] = field(default_factory=dict)
-
-    def fetch(self, work: Path) -> None:
-        """Copy it down to `work`; when its list or a listed file is incomplete, remove it all."""
-        try:
-            listed = json.loads(self.files.cat_file(f"{self.above}/{SNAPSHOT}"))
-        except FileNotFoundError:
-            return
-        except (ValueError, RecursionError):
-            listed = None
-        if not self._is_fetched(listed, work):
-            shutil.rmtree(work, ignore_errors=True)
-            self.remove()
-
-    def _is_fetched(self, listed: object, work: Path) -> bool:
-        if not isinstance(listed, dict) or not all(map(_is_inside, listed)):
-            return False
-        for file, size in listed.items():
-            (work / file).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.files.get_file(f"{self.above}/{file}", str(work / file))
-            except FileNotFoundError:
-                return False
-            self.own[file] = Stamp.of(work / file)
-            if self.own[file].size != size:
-                return False
-        return True
-
-    def try_out(self, scratch: Path) -> None:
-        trial = scratch / TRIAL
-        trial.touch()
-        _put(self.files, trial, f"{self.above}.{TRIAL}")
-        self.files.rm_file(f"{self.above}.{TRIAL}")
-        trial.unlink()
-
-    def keep(self, work: Path) -> None:
-        """Copy up what is new in `work`, then the list of its files; then remove what it lost."""
-        stamps = {
-            path.relative_to(work).as_posix(): Stamp.of(path)
-            for path in sorted(work.rglob("*"))
-            if path.is_file() and path.name != LOCK
-        }
-        there = self._sizes()
-        for file, stamp in stamps.items():
-            if self.own.get(file) != stamp or there.get(file) != stamp.size:
-                _put(self.files, work / file, f"{self.above}/{file}")
-                self.own[file] = stamp
-        sizes = {file: stamp.size for file, stamp in stamps.items()}
-        (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
-        # The list after what it lists, and before what it no longer lists goes.
-        _put_whole(self.files, work.parent / SNAPSHOT, f"{self.above}/{SNAPSHOT}")
-        for file in there.keys() - sizes.keys():
-            self.files.rm_file(f"{self.above}/{file}")
-
-    def remove(self) -> None:
-        self.own.clear()
-        self.files.invalidate_cache()
-        # The list first: without it the rest counts for nothing.
-        for place in (f"{self.above}/{SNAPSHOT}", self.above):
-            if self.files.exists(place):
-                self.files.rm(place, recursive=True)
-
-    def _sizes(self) -> dict[str, int]:
-        self.files.invalidate_cache()
-        if not self.files.exists(self.above):
-            return {}
-        found = self.files.find(self.above, detail=True)
-        sizes = {path[len(self.above) + 1 :]: entry["size"] for path, entry in found.items()}
-        return {path: size for path, size in sizes.items() if not path.startswith(SNAPSHOT)}
-
-
-def _put_whole(files: Any, path: Path, place: str) -> None:
-    unfinished = f"{place}{UNFINISHED}{secrets.token_hex(8)}"
-    _put(files, path, unfinished)
-    files.mv(unfinished, place)
-
-
-def _put(files: Any, path: Path, place: str) -> None:
-    files.makedirs(place.rpartition("/")[0], exist_ok=True)
-    files.put_file(str(path), place)
-
-
-def _is_inside(file: str) -> bool:
-    path = PurePosixPath(file)
-    return not path.is_absolute() and ".." not in path.parts

@@ -98,8 +98,9 @@ def main() -> None:
         tasks = write_tasks(Path(folder), options.experts, options.rows)
         planner = Planner(options.base, **planned_with)
         counted = planner.plan(tasks)
-        planner.speed = planner.measure(tasks)
-        plan = planner.plan(tasks)
+        speed = planner.measure(tasks)
+        plan = planner.plan(tasks, speed)
+        total = plan.total()
         files = [task.named for task in tasks]
         job = (options.base, files, training, gates, f"{folder}/experts", settings)
         # a process of its own, so that the trial's memory doesn't count
@@ -107,15 +108,15 @@ def main() -> None:
             seconds, memory, speeds = process.submit(train, *job).result()
         disk = size_of(Path(folder) / "experts")
     rows = {
-        "seconds": (plan.seconds_on(1), seconds),
-        "disk_bytes": (plan.totals()["disk_bytes"], disk),
+        "seconds": (total.seconds or 0.0, seconds),
+        "disk_bytes": (total.disk_bytes, disk),
         "memory_bytes": (plan.memory_bytes, memory),
         "memory_bytes, counted": (counted.memory_bytes, memory),
     }
     record = {
         "where": circumstances(),
         "recipe": {**vars(options), "out": None},
-        "speed": planner.speed._asdict(),
+        "speed": speed._asdict(),
         "tokens_per_second": speeds,
         "rows": {
             name: {"planned": planned, "measured": got, "ratio": planned / got}

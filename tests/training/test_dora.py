@@ -19,7 +19,6 @@ from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.dora.module import row_norms
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG
-from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.modules import fresh_expert
 from phatgoose.training.plan import Planner
 from tiny import assert_same_logits, copied_model, logits_of, make_ids, peft_model
@@ -147,7 +146,4 @@ def test_quantised_weights_are_refused_before_anything_is_written(llama, tmp_pat
         train(llama, tmp_path / "echo", peft=DORA, training=TRAINING)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="not on quantised ones"):
-        Planner("google/t5-xl-lm-adapt", peft=DORA, dtype="4bit")
-    notes = Planner("google/t5-xl-lm-adapt", peft=DORA).plan(open_tasks(["hub:a/b"])).notes
-    assert any("Settings that take less: --micro-batch-size 1" in note for note in notes)
-    assert not any("4bit" in note for note in notes)
+        Planner("google/t5-xl-lm-adapt", peft=DORA, dtype="4bit").plan([])

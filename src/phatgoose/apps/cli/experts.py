@@ -62,7 +62,7 @@ def train(
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
-    engine.check_engine()
+    engine.check()
     check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
@@ -82,7 +82,7 @@ def train(
     settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan.plan:
         settings |= {"training": training, "gate_training": gates}
-        plan_experts(plan, json, engine, name, missing, len(opened) - len(missing), settings)
+        plan_experts(plan, json, name, missing, len(opened) - len(missing), settings)
         return
     _read_files(missing, training.seed)
     jobs = [

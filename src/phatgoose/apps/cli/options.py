@@ -525,12 +525,9 @@ class EngineOptions:
         int | None, "With --engine ray: number of workers; default: all that fit.", {"min": 1}
     ] = None
 
-    def check_engine(self) -> None:
+    def check(self) -> None:
         if self.engine not in ("local", "ray"):
             raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
-
-    def check(self) -> None:
-        self.check_engine()
         others = {name: value for name, value in vars(self).items() if name != "engine"}
         only_with("--engine ray", self.engine == "ray", others)
 

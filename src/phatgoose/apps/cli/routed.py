@@ -14,7 +14,6 @@ from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free
 from ..console import check_report, report, say, say_summary, show
 from . import options
-from .plan import plan_pool
 
 if TYPE_CHECKING:
     from ...routing.saved.tensors import SavedModel
@@ -134,10 +133,7 @@ def audit(
 def compose(
     *,
     pool: options.PoolArgument,
-    out: Annotated[Path | None, "Folder of the routed model; left out with --plan."] = None,
-    plan: Annotated[
-        bool, "Write nothing: print memory and added computation, and what takes less."
-    ] = False,
+    out: Annotated[Path, "Folder of the routed model."],
     json: options.JsonOption = None,
     opening: options.ModelOptions,
     stored: options.StoredOption = None,
@@ -148,16 +144,8 @@ def compose(
     It is written layer by layer, so the pool may be larger than memory. Experts that look
     unlike the others are a warning ('phatgoose audit' says more).
     """
-    if (out is None) != plan:
-        raise ConfigError(
-            "--out FOLDER writes a routed model, --plan says its costs: give one of them."
-        )
     check_report(json, RoutingError)
     options.warn_of_unused_k(routing)
-    if out is None:
-        opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
-        plan_pool(opened, opening, routing, json)
-        return
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
     from ...routing.routers.router import router_of

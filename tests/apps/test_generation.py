@@ -12,7 +12,6 @@ from phatgoose.apps.generation import Sampling, recorded_tokens
 from phatgoose.apps.generation import generate as written
 from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.loading import texts_of
-from phatgoose.base.untrusted_text import render_chat
 from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
@@ -61,7 +60,9 @@ def test_the_question_of_a_chat_is_read_as_training_prompts_were(
     experts = [replace(each, info=replace(each.info, **changes)) for each in llama_pool.experts]
     model = compose_by("discriminant", Pool(tuple(experts)), llama)
     seen, question = read_prompts_of(model), PROMPTS[1]
-    wanted = render_chat(llama.tokenizer, [{"role": "user", "content": question}])
+    wanted = llama.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
     tokens = llama.tokenizer(wanted if in_chats else question, add_special_tokens=False)
     for turns in BEFORE.values():
         written(model, llama.tokenizer, Chat([*turns, ("user", question)]), None, Sampling(2))

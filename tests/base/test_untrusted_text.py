@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+import tiny
+from forked import forked, needs_fork
 from phatgoose.base import untrusted_text
-from phatgoose.base.untrusted_text import UntrustedText, chat_of, render_chat
-from phatgoose.errors import BaseModelError, EngineError
+from phatgoose.base.loading import SMOLLM2, load_tokenizer
+from phatgoose.base.untrusted_text import UntrustedText
+from phatgoose.errors import BaseModelError, EngineError, PhatgooseError
 from tiny import make_tokenizer, with_added
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
@@ -47,30 +50,28 @@ def opened():
         each.close()
 
 
+def chat(texts: UntrustedText, template: object, seconds: float = 10.0) -> str:
+    """What `template` writes of no messages."""
+    texts._tokenizer.chat_template = template
+    return texts.read([[]], seconds)[0][0]
+
+
 def works(texts: UntrustedText) -> None:
-    (found,) = texts.tokens(["ab"], most=9)
-    assert found == ([67, 68], 2)
-    assert texts.chat("{{ 1 }}", {}) == ("1", 1)
+    assert texts.read(["ab"]) == [["ab", 2, [67, 68]]]
+    assert chat(texts, "{{ 1 }}") == "1"
 
 
 @linux
 @pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        (LOOP, "more than 1 seconds of the processor"),
-        (HOLDS_THE_LOCK, "more than 1 seconds of the processor"),
-        (DOUBLED, "too much memory"),
-        (HUGE, "too much memory"),
-    ],
-    ids=["loop", "power", "doubled", "huge"],
+    "template", [LOOP, HOLDS_THE_LOCK, DOUBLED, HUGE], ids=["loop", "power", "doubled", "huge"]
 )
 def test_a_template_that_wants_everything_fails_and_the_next_question_is_answered(
-    short, opened, template, why
+    short, opened, template
 ):
     texts = opened()
     works(texts)
-    with pytest.raises(BaseModelError, match=f"^The base's chat template failed: .*{why}"):
-        texts.chat(template, {})
+    with pytest.raises(BaseModelError, match=r"template or tokenizer failed: it took too much"):
+        chat(texts, template, 60)
     assert texts.ended == 1
     works(texts)
 
@@ -79,8 +80,8 @@ def test_a_question_ends_at_its_deadline_while_this_process_goes_on(opened):
     texts = opened()
     texts.start()
     begun = time.monotonic()
-    with pytest.raises(BaseModelError, match="it took too long"):
-        texts.chat(HOLDS_THE_LOCK, {}, untrusted_text.TimeLeft(0.3))
+    with pytest.raises(BaseModelError, match="it took too much time"):
+        chat(texts, HOLDS_THE_LOCK, 0.3)
     assert time.monotonic() - begun < 10
     works(texts)
 
@@ -92,7 +93,7 @@ def test_closing_ends_a_question_and_refuses_others(opened):
 
     def ask() -> None:
         try:
-            texts.chat(LOOP, {})
+            chat(texts, LOOP)
         except EngineError as error:
             found.append(str(error))
 
@@ -104,7 +105,7 @@ def test_closing_ends_a_question_and_refuses_others(opened):
     assert len(found) == 1
     assert texts.ended == 0
     with pytest.raises(EngineError, match="stopped"):
-        texts.tokens(["a"], most=9)
+        texts.read(["a"])
     texts.start()  # an application may run again
     works(texts)
 
@@ -122,12 +123,12 @@ def tokenizer_with(*, normalizer=None, pre_tokenizer=None):
 @linux
 def test_a_tokenizer_that_wants_everything_fails(short, opened):
     grows = normalizers.Replace("a", "b" * 100_000)
-    with pytest.raises(BaseModelError, match=r"^The base's tokenizer failed: "):
-        opened(tokenizer_with(normalizer=grows)).tokens(["a" * 1000], most=10)
+    with pytest.raises(BaseModelError, match="too much time or memory"):
+        opened(tokenizer_with(normalizer=grows)).read(["a" * 1000], most=1000)
     splits = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
     texts = opened(tokenizer_with(pre_tokenizer=splits))
-    with pytest.raises(BaseModelError, match=r"^The base's tokenizer failed: "):
-        texts.tokens(["x" * 5000], most=10_000)
+    with pytest.raises(BaseModelError, match="template or tokenizer failed: "):
+        texts.read(["x" * 5000])
     works(texts)
 
 
@@ -148,10 +149,11 @@ def test_tokens_and_texts_are_those_of_the_tokenizer(opened, make, split):
     tokenizer.split_special_tokens = split
     texts = opened(tokenizer)
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    assert texts.tokens(TEXTS, most=9999) == [(each, len(each)) for each in wanted]
-    assert [each for each, _ in texts.tokens(TEXTS, most=2)] == [each[:2] for each in wanted]
-    decoded = [tokenizer.decode(each, skip_special_tokens=True) for each in wanted]
-    assert texts.texts(wanted) == decoded
+    assert texts.read(TEXTS) == [[t, len(t), each] for t, each in zip(TEXTS, wanted, strict=True)]
+    cut = [tokenizer(text[:2], add_special_tokens=False)["input_ids"][:2] for text in TEXTS]
+    assert texts.read(TEXTS, most=2) == [
+        [t[:2], len(t), each] for t, each in zip(TEXTS, cut, strict=True)
+    ]
 
 
 def test_a_tokenizer_that_no_file_describes_is_used_here(opened):
@@ -162,14 +164,13 @@ def test_a_tokenizer_that_no_file_describes_is_used_here(opened):
     own = pre_tokenizers.PreTokenizer.custom(Marked())
     texts = opened(tokenizer_with(pre_tokenizer=own))
     works(texts)
-    assert texts.texts([[67, 68]]) == ["ab"]
 
 
 def test_the_process_has_none_of_the_environment_s_secrets(opened, monkeypatch):
     monkeypatch.setenv("PHATGOOSE_API_KEYS", "secret")
     texts = opened()
     texts.start()
-    environment = Path(f"/proc/{texts._process._child.pid}/environ")
+    environment = Path(f"/proc/{texts._children[0].pid}/environ")
     if not environment.exists():
         pytest.skip("needs /proc")
     assert b"secret" not in environment.read_bytes()
@@ -178,42 +179,115 @@ def test_the_process_has_none_of_the_environment_s_secrets(opened, monkeypatch):
 def test_a_process_ends_with_its_owner_and_a_lost_one_is_replaced(opened):
     texts = opened()
     texts.start()
-    first = texts._process._child
+    first = texts._children[0]
     first.kill()
     first.wait()
     works(texts)
     assert texts.ended == 0
-    second = texts._process._child
+    second = texts._children[0]
     texts.close()
     assert second.poll() is not None
 
 
 def test_a_program_that_ends_leaves_no_process_behind():
     program = (
+        "from tiny import make_tokenizer\n"
         "from phatgoose.base.untrusted_text import UntrustedText\n"
-        "texts = UntrustedText()\ntexts.chat('a', {})\nprint(texts._process._child.pid)"
+        "texts = UntrustedText(make_tokenizer(final_eos=False))\n"
+        "texts.start()\nprint(texts._children[0].pid)"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=Path(tiny.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stderr == ""
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
 
 
-def test_a_chat_is_rendered_with_the_tokenizer_s_special_tokens():
-    tokenizer = make_tokenizer(final_eos=False)
-    tokenizer.chat_template = "{{ messages[0].content }}{{ eos_token }}{{ add_generation_prompt }}"
-    messages = [{"role": "user", "content": "é\ud800"}]
-    assert render_chat(tokenizer, messages) == "é\ud800</s>True"
-    tokenizer.chat_template = {"tool_use": "a", "rag": "b"}
-    with pytest.raises(BaseModelError, match="multiple chat templates with no default"):
-        chat_of(tokenizer, messages)
+# As models on the Hub have them: with a date, and with what transformers adds to jinja.
+TEMPLATES = {
+    "llama 3.2": (
+        "{{- bos_token }}\n{%- if strftime_now is defined %}\n    {%- set date_string = "
+        'strftime_now("%d %b %Y") %}\n{%- endif %}\n{{- "Today Date: " + date_string + "\n\n" }}\n'
+        "{%- for message in messages %}\n    {{- '<|' + message['role'] + '|>\n\n'+ "
+        "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{{ add_generation_prompt }}"
+    ),
+    "generation": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m | tojson(indent=1) }}{% continue %}{% endif %}"
+        "{% endfor %}{{ dict(a='ä', b='<&>') | tojson }}{{ namespace(self=1).self }}{{ eos_token }}"
+    ),
+}
+CHAT = [
+    {"role": "user", "content": "é\u2028<&>'\""},
+    {"role": "assistant", "content": "yes  "},
+    {"role": "user", "content": "😀 {{ 1 }}", "name": "Ann"},
+]
 
 
-def test_a_chat_that_a_template_makes_too_long_is_refused(monkeypatch):
-    monkeypatch.setattr(untrusted_text, "MOST_CHARACTERS", 10)
+def of_transformers(tokenizer, begins: bool) -> str:
+    return tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=begins)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_template_writes_what_transformers_does(opened, begins):
     tokenizer = make_tokenizer(final_eos=False)
-    tokenizer.chat_template = "{{ 'a' * 11 }}"
-    with pytest.raises(BaseModelError, match="writes 11 characters; at most 10 are read"):
-        render_chat(tokenizer, [])
+    texts = opened(tokenizer)
+    for template in TEMPLATES.values():
+        tokenizer.chat_template = {"default": template, "rag": ""}
+        ((found, *_),) = texts.read([CHAT], add_generation_prompt=begins)
+        assert found == of_transformers(tokenizer, begins)
+
+
+@pytest.mark.real
+def test_smollm2_s_template_writes_what_transformers_does(opened):
+    try:
+        tokenizer = load_tokenizer(SMOLLM2)
+    except PhatgooseError as error:
+        pytest.skip(f"needs phatgoose[smollm2]: {error}")
+    wanted = of_transformers(tokenizer, True)
+    tokens = tokenizer(wanted, add_special_tokens=False).input_ids
+    found = opened(tokenizer).read([CHAT], add_generation_prompt=True)
+    assert found == [[wanted, len(wanted), tokens]]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('a\nb') }}", "failed: TemplateError: a b"),
+        ("{{ 1 + '' }}", "failed: TypeError: "),
+        ("{% for m in messages %}", "failed: TemplateSyntaxError: "),
+        ("{{ messages.__class__.__mro__ }}", "failed: SecurityError: "),
+        ("{{ messages.append(1) }}", "failed: SecurityError: "),
+        ({"tool_use": "a", "rag": "b"}, "the base has no default chat template"),
+    ],
+)
+def test_a_template_s_own_error_is_told_and_ends_no_process(opened, template, words):
+    texts = opened()
+    with pytest.raises(BaseModelError, match=words):
+        chat(texts, template)
+    assert texts.ended == 0
+
+
+def test_a_reply_that_is_too_long_is_refused(opened, monkeypatch):
+    monkeypatch.setattr(untrusted_text, "MOST_BYTES", 100)
+    with pytest.raises(BaseModelError, match="too much time or memory"):
+        chat(opened(), "{{ 'a' * 101 }}")
+
+
+@needs_fork
+def test_a_forked_program_has_a_process_of_its_own(opened):
+    texts = opened()
+    texts.start()
+
+    def ask() -> None:
+        works(texts)
+        texts.close()
+
+    assert forked(ask) == 0
+    works(texts)
+    assert texts.ended == 0

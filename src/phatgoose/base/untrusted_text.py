@@ -2,7 +2,9 @@
 
 Both come with the base and are untrusted: a template can loop for hours or double a string until
 the memory is gone, and a normaliser or an expression can do so too. A thread can't be stopped, so a
-process runs them, within limits of time and memory, and is replaced when it exceeds them.
+process runs them, within limits of time and memory, and is replaced when it exceeds them. It
+answers a line of JSON with a line of JSON. Libraries' pools of processes would unpickle what it
+sends, run the user's script in it once more, and hand it the environment with the server's keys.
 """
 
 from __future__ import annotations
@@ -10,283 +12,168 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from ..errors import BaseModelError, EngineError
 from ..files.strict import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_SECONDS = 10.0  # for one answer, waiting for a processor included
 SECONDS = 3  # of processor time for one answer
 STARTING = 60.0  # seconds for the process to start and load the tokenizer
 MEMORY = 512 << 20  # bytes beyond those it has after its start
-MOST_CHARACTERS = 16 << 20  # of one conversation
-MOST_BYTES = 8 * MOST_CHARACTERS  # of a reply
-KEPT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # no keys, no tokens
-START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
-STOPPED = "The server was stopped."
-NO_START = "The process for the base's tokenizer didn't start: {}."
-MODULE = f"{__package__}.text_process"
-
-
-class Counted(NamedTuple):
-    """A text or tokens, cut to what was asked for, and the length of the whole."""
-
-    content: Any
-    length: int
-
-
-@dataclass
-class TimeLeft:
-    """The seconds that a request's questions may still take together."""
-
-    seconds: float = MOST_SECONDS
+MOST_BYTES = 128 << 20  # of a reply
+KEPT = {"TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}  # no keys, no tokens
+START = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"
+NO_TEMPLATE = "{{ raise_exception('the base has no default chat template') }}"
 
 
 class UntrustedText:
-    """Renders and tokenises for one tokenizer, or without one only renders.
+    """Reads texts and chats for one tokenizer. Threads take turns.
 
-    The process starts with the first question. Threads take turns. All questions raise
-    BaseModelError when the template refuses its messages, when template or tokenizer fail, and when
-    they take more than the time `left` or the process's limits; EngineError when there is no
-    process: it can't be started, or was closed.
+    The process starts with the first question.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self._described = None if tokenizer is None else _description(tokenizer)
-        # One of Python code is transformers' own, and is used in this process.
-        self._own = tokenizer if self._described is None else None
-        self._splits = bool(getattr(tokenizer, "split_special_tokens", False))
-        self._turn = threading.Lock()
-        self._process: _Process | None = None
-        self._finalizer: Any = None  # ends the process when this object or the program ends
-        self._is_closed = False
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from transformers import PreTrainedTokenizerFast as Fast
+
+        self._tokenizer, self._setup = tokenizer, ("", False)
+        # What no JSON describes, since it is of Python code, is transformers' own and used here.
+        with suppress(Exception):  # tokenizers raises plain ones for parts written in Python
+            if type(tokenizer)._encode_plus is Fast._encode_plus:
+                self._setup = tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens
+        self._turn, self._is_closed = threading.Lock(), False
+        self._children: list[Popen[str]] = []  # one or none
+        weakref.finalize(self, _end, self._children)  # also when the program ends
         self.ended = 0  # processes that exceeded a limit
 
     def start(self) -> None:
-        with self._turn:
-            self._is_closed = False
-            self._running()
+        self._is_closed = False
+        self.read([])
 
     def close(self) -> None:
         """End the process, whatever it is at; questions fail until `start`."""
         self._is_closed = True
-        process = self._process
-        if process is not None:
-            # Without the lock, which the thread that waits for an answer holds.
-            process.kill()  # whoever waits for its answer then gives up the turn
+        _end(self._children)
+
+    def read(
+        self, texts: list[Any], seconds: float = MOST_SECONDS, most: int = MOST_BYTES, **given: Any
+    ) -> list[Any]:
+        """[each text, its characters, its tokens]; text and tokens are cut to `most`.
+
+        A list of messages becomes text by the tokenizer's chat template, with the variables
+        `given`. Raises BaseModelError when template or tokenizer fail, or exceed the process's
+        limits or the `seconds`; EngineError when no process can be started, or it was closed.
+        """
+        given |= self._tokenizer.special_tokens_map | {"chat_template": NO_TEMPLATE}
+        with suppress(ValueError):  # also of several templates none may be the default
+            given["chat_template"] = self._tokenizer.get_chat_template()
         with self._turn:
-            self._end()
-
-    def chat(
-        self,
-        template: str,
-        variables: Mapping[str, Any],
-        left: TimeLeft | None = None,
-        *,
-        most: int = MOST_CHARACTERS,
-    ) -> Counted:
-        """What a chat `template` writes, cut to `most` characters."""
-        question = {"template": template, "variables": dict(variables), "most": most}
-        (found,) = self._ask(question, left, "chat template")
-        return found
-
-    def tokens(
-        self, texts: Sequence[str], left: TimeLeft | None = None, *, most: int
-    ) -> list[Counted]:
-        """The tokens of each text without added ones, cut to `most`."""
-        if self._own is not None:
-            found = [list(self._own(text, add_special_tokens=False).input_ids) for text in texts]
-            return [Counted(each[:most], len(each)) for each in found]
-        return self._ask({"texts": list(texts), "most": most}, left, "tokenizer")
-
-    def texts(self, tokens: Sequence[Sequence[int]], left: TimeLeft | None = None) -> list[str]:
-        if self._own is not None:
-            return [str(self._own.decode(list(each), skip_special_tokens=True)) for each in tokens]
-        question = {"tokens": [list(each) for each in tokens], "most": MOST_CHARACTERS}
-        return [str(each.content) for each in self._ask(question, left, "tokenizer")]
-
-    def _ask(self, question: Mapping[str, Any], left: TimeLeft | None, what: str) -> list[Counted]:
-        left = left or TimeLeft()
-        with self._turn:
-            process = self._running()
-            begun = time.monotonic()
-            reply = process.ask(question, left.seconds)
-            left.seconds -= time.monotonic() - begun
-            if process.is_over or "memory" in reply:
-                self._end()
+            reply = _reply(self._running(), (texts, most, given), seconds)
+            if not reply:
+                _end(self._children)
                 self.ended += not self._is_closed
-        if self._is_closed and process.is_over:
-            raise EngineError(STOPPED)
-        if "refused" in reply:
-            raise BaseModelError(f"The base's {what} refuses the messages: {reply['refused']}")
+                self._running()
         if "found" not in reply:
-            reason = process.reason if process.is_over else reply.get("failed", "too much memory")
-            raise BaseModelError(f"The base's {what} failed: {one_line(reason)}.")
-        return [Counted(*each) for each in reply["found"]]
+            reason = reply.get("failed", "it took too much time or memory")
+            raise BaseModelError(f"The base's chat template or tokenizer failed: {reason}.")
+        for each in reply["found"] if not self._setup[0] else ():
+            each[2] = self._tokenizer(each[0], add_special_tokens=False).input_ids[:most]
+        return list(reply["found"])
 
-    def _running(self) -> _Process:
+    def _running(self) -> Popen[str]:
         if self._is_closed:
-            raise EngineError(STOPPED)
-        if self._process is None or self._process.has_ended:
-            self._end()
+            raise EngineError("The server was stopped.")
+        if not self._children or self._children[0].poll() is not None:
+            _end(self._children)
+            # -I: neither the environment nor the working directory can put modules in its way.
+            run = [sys.executable, "-Iu", "-c", START, *sys.path]
+            kept = {name: os.environ[name] for name in KEPT & os.environ.keys()}
+            paths = {p: [*sys.modules[p].__path__] for p in ("transformers", "transformers.utils")}
             try:
-                process = self._process = _Process()
+                child = Popen(run, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=kept, text=True)
+                self._children.append(child)
+                if not _reply(child, (*self._setup, paths, MEMORY, SECONDS), STARTING):
+                    raise OSError("it ended at once")
             except OSError as error:  # no memory or processes left
-                raise EngineError(NO_START.format(one_line(error))) from error
-            # The finalizer holds the process, not this object, which could then never be collected.
-            self._finalizer = weakref.finalize(self, process.end)
-            setup = {
-                "tokenizer": self._described,
-                "split_special_tokens": self._splits,
-                "memory": MEMORY,
-                "seconds": SECONDS,
-            }
-            if "ready" not in process.ask(setup, STARTING):
-                self._end()
-                raise EngineError(NO_START.format(process.reason))
-        return self._process
-
-    def _end(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer()  # once: the finalizer is dead then, and holds the process no more
-        self._process = self._finalizer = None
+                raise EngineError(f"The tokenizer's process didn't start: {error}.") from error
+        return self._children[0]
 
 
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    begins_answer: bool = True,
-) -> str:
-    """`messages` as the tokenizer's chat template writes them, followed by the answer's beginning.
+def _reply(child: Any, question: Any, seconds: float) -> dict[str, Any]:
+    """The reply to `question`; an empty one when the process ends, as it does after `seconds`."""
+    until = time.monotonic() + seconds
+    # readline can't time out on every system, but it ends when the process does.
+    timer = threading.Timer(seconds, child.kill)
+    timer.start()
+    try:
+        child.stdin.write(json.dumps(question) + "\n")
+        child.stdin.flush()
+        reply: dict[str, Any] = json.loads(child.stdout.readline(MOST_BYTES))
+    except (OSError, ValueError):
+        reply = {}
+    finally:
+        timer.cancel()
+    return reply if time.monotonic() < until else {}
 
-    That beginning, the generation prompt, is left out unless `begins_answer`. Raises
-    BaseModelError when the template can't or doesn't within its limits.
+
+def _end(children: list[Popen[str]]) -> None:
+    """Nothing happens to a process that a forked copy of this program has from its parent."""
+    while children:
+        with suppress(OSError, IndexError), children.pop() as child:  # what it didn't read is lost
+            child.kill()
+
+
+def main() -> None:
+    """The process: answer questions, a line of JSON each, until standard input ends.
+
+    Memory is limited on Linux, processor time not on Windows; its parent limits the time.
     """
-    rendered = _shared(os.getpid()).chat(*chat_of(tokenizer, messages, begins_answer))
-    if rendered.length > MOST_CHARACTERS:
-        raise BaseModelError(
-            f"The base's chat template writes {rendered.length} characters; at most "
-            f"{MOST_CHARACTERS} are read."
-        )
-    return str(rendered.content)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent stops this process when it stops
+        signal.signal(number, signal.SIG_IGN)
+    described, splits, paths, memory, seconds = json.loads(sys.stdin.readline())
+    # Only the module of templates: importing all of its packages takes a second, torch another.
+    for name in paths:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = paths[name]
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    from transformers.utils.chat_template_utils import render_jinja_template as render
 
+    tokenizer = Tokenizer.from_str(described) if described else Tokenizer(BPE())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = splits
+    if sys.platform == "linux":
+        import resource
 
-def chat_of(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
-    begins_answer: bool = True,
-) -> tuple[str, dict[str, Any]]:
-    """(the tokenizer's chat template, its variables for `messages`). Raises BaseModelError."""
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:  # several templates and none of them the default
-        raise BaseModelError(one_line(error)) from error
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    given = {"messages": [dict(each) for each in messages], "add_generation_prompt": begins_answer}
-    return str(template), {**special, **given, "tools": None, "documents": None}
-
-
-@lru_cache(maxsize=1)
-def _shared(pid: int) -> UntrustedText:
-    """The command's own process for templates; a forked process `pid` gets another."""
-    return UntrustedText()
-
-
-def _description(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer as JSON; None for one of Python code, which no JSON describes."""
-    is_plain = isinstance(tokenizer, PreTrainedTokenizerFast) and (
-        type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
-    )
-    try:
-        return str(tokenizer.backend_tokenizer.to_str()) if is_plain else None
-    except Exception:  # tokenizers raises plain ones for parts written in Python
-        return None
-
-
-class _Process:
-    def __init__(self) -> None:
-        # -I: neither the environment nor the working directory can put modules in its way.
-        command = [sys.executable, "-I", "-c", START.format(module=MODULE), *map(str, sys.path)]
-        self._child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in KEPT if name in os.environ},
-        )
-        self._pid = os.getpid()
-        self._state = threading.Lock()
-        self._is_late = self._is_answered = False
-        self.is_over = False
-
-    def ask(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """The reply to `question`; an empty one when the process is over, also after `seconds`."""
-        self._is_answered = False
-        # readline can't time out on every system, but it ends when the process does.
-        timer = threading.Timer(max(seconds, 0.0), self._expire)
-        timer.daemon = True
-        timer.start()
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # users' prompts would be in such a file
+    sys.stdout.write('{"ready": true}\n')
+    for line in sys.stdin:
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor, then it is killed
+        texts, most, given = json.loads(line)
         try:
-            reply = self._exchange(json.dumps(question).encode() + b"\n")
-        except OSError:  # it has ended
-            reply = b""
-        finally:
-            timer.cancel()
-        with self._state:
-            self._is_answered = True
-            self.is_over = self.is_over or self._is_late or not reply.endswith(b"\n")
-        found: dict[str, Any] = {} if self.is_over else json.loads(reply)
-        return found
-
-    def _exchange(self, line: bytes) -> bytes:
-        if self._child.stdin is None or self._child.stdout is None:
-            return b""
-        self._child.stdin.write(line)
-        self._child.stdin.flush()
-        return self._child.stdout.readline(MOST_BYTES)
-
-    def _expire(self) -> None:
-        with self._state:
-            if not self._is_answered:
-                self._is_late = True
-                self._child.kill()
-
-    @property
-    def has_ended(self) -> bool:
-        return self.is_over or self._child.poll() is not None
-
-    @property
-    def reason(self) -> str:
-        code = self._child.wait()
-        if self._is_late:
-            return "it took too long"
-        if code == -getattr(signal, "SIGXCPU", 0):
-            return f"it took more than {SECONDS} seconds of the processor"
-        return "it took too much memory, or ended by itself"
-
-    def kill(self) -> None:
-        # A forked copy of this program has the pipes too, but the process isn't its child.
-        if os.getpid() == self._pid:
-            self._child.kill()
-
-    def end(self) -> None:
-        self.is_over = True
-        self.kill()
-        if os.getpid() == self._pid:
-            self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what it didn't read
-                    pipe.close()
+            texts = [t if isinstance(t, str) else render([t], **given)[0][0] for t in texts]
+            found = [tokenizer.encode(t[:most], add_special_tokens=False).ids for t in texts]
+            triples = [(t[:most], len(t), f[:most]) for t, f in zip(texts, found, strict=True)]
+            reply = json.dumps({"found": triples})
+        except MemoryError:
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            reply = json.dumps({"failed": one_line(f"{type(error).__name__}: {error}")})
+        sys.stdout.write(reply + "\n")

@@ -13,7 +13,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import median
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base
 from ..base.sites import Positions, positions_of
-from ..base.untrusted_text import render_chat
+from ..base.untrusted_text import UntrustedText
 from ..config import Formatting
 from ..errors import TaskError
 from ..files.strict import one_line
@@ -32,6 +32,8 @@ CONTEXT = 48  # characters before an answer that can influence its tokens
 CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
 WARN_FROM = 0.1  # warn from this share of cut inputs on
 HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the tail the rest
+
+text_process = lru_cache(maxsize=1)(UntrustedText)  # a command's, for its base
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ class Encoder:
         if not self.formatting.chat:
             raise TaskError("The generation prompt is the chat template's; turn chat on.")
         message = [{"role": "user", "content": "text"}]
-        before = self._tokens(render_chat(self.tokenizer, message, begins_answer=False))
+        before = self._tokens(self._rendered(message, begins_answer=False))
         whole = self._tokens(self._chat("text"))
         found = whole[len(before) :]
         if not found or whole[: len(before)] != before:
@@ -305,7 +307,11 @@ class Encoder:
                 "'{{ messages[0].content }} ||| {{ messages[-1].content }}' (--template)."
             )
         turns = text.turns if isinstance(text, Chat) else [("user", text)]
-        return render_chat(self.tokenizer, [{"role": r, "content": text} for r, text in turns])
+        return self._rendered([{"role": r, "content": text} for r, text in turns])
+
+    def _rendered(self, messages: list[dict[str, str]], *, begins_answer: bool = True) -> str:
+        found = text_process(self.tokenizer).read([messages], add_generation_prompt=begins_answer)
+        return str(found[0][0])
 
     def _in_template(self, text: str) -> bool:
         return self.formatting.chat or isinstance(text, Chat)

@@ -249,8 +249,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(client, app, monkeypatch):
     def read(*_, **__):
         raise AssertionError("the prompt was read")
 
-    for name in ("chat", "tokens", "texts"):
-        monkeypatch.setattr(untrusted_text.UntrustedText, name, read)
+    monkeypatch.setattr(untrusted_text.UntrustedText, "read", read)
     for prompt in ("a" * 40_000, [5] * 3000, ["a", "a" * 40_000]):
         error = error_of(client, **{**GREEDY, "prompt": prompt})
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
@@ -316,17 +315,18 @@ def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, mon
         error = reply.json()["error"]
         assert (reply.status_code, error["param"]) == (400, "messages")
         assert error["code"] == "prompt_unreadable"
-        assert error["message"].startswith("The base's chat template failed: it took ")
+        words = "The base's chat template or tokenizer failed: it took too much time or memory."
+        assert error["message"] == words
     numbers = {"waiting": 0, "running": 0, "reading": 0, "longest_reading": 0.0}
     assert health == {"status": "ok", **numbers, "readers_stuck": 0, "readers_ended": 3}
     assert template == SLOW["doubled"] or answered < whole
 
 
 def test_a_tokenizer_that_fails_is_an_error_of_its_request(client, monkeypatch):
-    monkeypatch.setattr(untrusted_text._Process, "ask", lambda *_: {"failed": "too much"})
+    monkeypatch.setattr(untrusted_text, "_reply", lambda *_: {"failed": "too much"})
     error = error_of(client, **GREEDY)
     assert (error["param"], error["code"]) == ("prompt", "prompt_unreadable")
-    assert error["message"] == "The base's tokenizer failed: too much."
+    assert error["message"] == "The base's chat template or tokenizer failed: too much."
 
 
 def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of):
@@ -357,14 +357,15 @@ def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, app, mon
         raise OSError("Resource temporarily unavailable")
 
     (texts,) = (each.process for each in app.state.service._texts.values())
-    texts._process.end()
+    texts._children[0].kill()
+    texts._children[0].wait()
     with monkeypatch.context() as patch:
         if problem == "no processes":
-            patch.setattr(untrusted_text.subprocess, "Popen", fails)
+            patch.setattr(untrusted_text, "Popen", fails)
         else:
-            patch.setattr(untrusted_text, "START", "raise SystemExit # {module}")
+            patch.setattr(untrusted_text, "START", "raise SystemExit")
         error = error_of(client, 503, **GREEDY)
-    assert error["message"].startswith("The process for the base's tokenizer didn't start: ")
+    assert error["message"].startswith("The tokenizer's process didn't start: ")
     assert error["type"] == "server_error"
     assert client.post(PATH, json=GREEDY).status_code == 200
 
@@ -378,23 +379,3 @@ def two_bases(pool_of, template):
     app = create_app([ServedModel(*each, dtype="float32") for each in places.items()])
     app.state.service.models["goose"].runner.tokenizer.chat_template = template
     return app
-
-
-def test_template_and_tokenizer_share_the_time_of_a_request(llama, monkeypatch):
-    """Of the ten seconds the tokenizer gets what the template has left."""
-    llama.tokenizer.chat_template = "{{ messages[0].content }}"
-    texts = untrusted_text.UntrustedText(llama.tokenizer)
-    texts.start()
-    given, ask = [], untrusted_text._Process.ask
-
-    def slow(process, question, seconds):
-        given.append(seconds)
-        time.sleep(0.2)
-        return ask(process, question, seconds)
-
-    monkeypatch.setattr(untrusted_text._Process, "ask", slow)
-    preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving(), texts)
-    preparer.prompts(ChatRequest(**CHAT))
-    texts.close()
-    assert given[0] == untrusted_text.MOST_SECONDS
-    assert given[1] <= given[0] - 0.2

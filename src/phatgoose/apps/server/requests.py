@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from transformers import PreTrainedTokenizerBase
 
-from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_of
+from ...base.untrusted_text import MOST_SECONDS, UntrustedText
 from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
@@ -192,18 +192,18 @@ class RequestReader:
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
-        left = TimeLeft(min(seconds, MOST_SECONDS))
+        seconds = min(seconds, MOST_SECONDS)
         try:
             if isinstance(request, ChatRequest):
-                return [self._chat_prompt(request, left)]
-            return self._completion_prompts(request, left)
+                return [self._chat_prompt(request, seconds)]
+            return self._completion_prompts(request, seconds)
         except BaseModelError as error:
             raise bad_request(for_clients(error), field, UNREADABLE) from error
         except EngineError as error:
             raise ApiError(503, for_clients(error)) from error
 
     def _completion_prompts(
-        self, request: CompletionRequest, left: TimeLeft
+        self, request: CompletionRequest, seconds: float
     ) -> list[RequestPrompt]:
         given, runner = request.prompt, self._runner
         is_one = isinstance(given, str) or isinstance(given[0], int)
@@ -214,38 +214,32 @@ class RequestReader:
         texts = [each for each in prompts if isinstance(each, str)]
         rows = [each for each in prompts if not isinstance(each, str)]
         if texts:
-            tokens = list(map(self._plain, self._tokens(texts, "prompt", left)))
+            tokens = [self._plain(each) for _, each in self._read(texts, "prompt", seconds)]
             return list(map(RequestPrompt, tokens, texts, tokens))
         for token in (token for row in rows for token in row if token >= runner.vocabulary):
             message = f"Token {token} is unknown; the model has {runner.vocabulary}."
             raise bad_request(message, "prompt")
         tokens = list(map(tuple, rows))
-        return list(map(RequestPrompt, tokens, self._texts.texts(rows, left), tokens))
+        texts = [runner.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return list(map(RequestPrompt, tokens, texts, tokens))
 
-    def _chat_prompt(self, request: ChatRequest, left: TimeLeft) -> RequestPrompt:
+    def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
         if not self._runner.tokenizer.chat_template:
             message = "The base model has no chat template; use /v1/completions."
             raise bad_request(message, "model", "no_chat_template")
         self._check_number(1, request.n or 1)
         self._check_length("".join(message.text for message in request.messages), "messages")
         messages = request.plain_messages
-        text = self._rendered(messages, left)
-        if not self._runner.looks_prompts_up:
-            (tokens,) = self._tokens([text], "messages", left)
-            return RequestPrompt(tuple(tokens), text, tuple(tokens))
-        question = question_of([(each["role"], each["content"]) for each in messages])
+        asked: Any = question_of([(each["role"], each["content"]) for each in messages])
         if in_chats := self._runner.in_chats:
-            question = self._rendered([{"role": "user", "content": question}], left)
-        tokens, found = self._tokens([text, question], "messages", left)
-        asked = tuple(found) if in_chats else self._plain(found)
+            asked = [{"role": "user", "content": asked}]
+        wanted = [messages, asked] if self._runner.looks_prompts_up else [messages]
+        (text, tokens), *found = self._read(wanted, "messages", seconds)
+        if not found:
+            return RequestPrompt(tuple(tokens), text, tuple(tokens))
+        asked = tuple(found[0][1]) if in_chats else self._plain(found[0][1])
         self._check_length(asked, "messages")
         return RequestPrompt(tuple(tokens), text, asked)
-
-    def _rendered(self, messages: Sequence[Mapping[str, str]], left: TimeLeft) -> str:
-        most = self._most_tokens * CHARACTERS
-        text = self._texts.chat(*chat_of(self._runner.tokenizer, messages), left, most=most)
-        self._check_count(text.length, "characters", CHARACTERS, "messages")
-        return str(text.content)
 
     def _plain(self, tokens: Sequence[int]) -> tuple[int, ...]:
         before, after = self._runner.added
@@ -276,12 +270,12 @@ class RequestReader:
             ignores_end=bool(request.ignore_eos),
         )
 
-    def _tokens(self, texts: Sequence[str], field: str, left: TimeLeft) -> list[list[int]]:
+    def _read(self, texts: list[Any], field: str, seconds: float) -> list[tuple[str, list[int]]]:
         most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
-        found = self._texts.tokens(texts, left, most=most)
-        for each in found:
-            self._check_count(each.length, "tokens", CHARACTERS, field)
-        return [each.content for each in found]
+        found = self._texts.read(texts, seconds, most, add_generation_prompt=True)
+        for _, characters, _ in found:
+            self._check_count(characters, "characters", CHARACTERS, field)
+        return [(text, tokens) for text, _, tokens in found]
 
     def _check_number(self, prompts: int, n: int) -> None:
         most = self._limits.max_choices

@@ -79,7 +79,7 @@ class UntrustedText:
         limits or the `seconds`; EngineError when no process can be started, or it was closed.
         """
         given |= self._tokenizer.special_tokens_map | {"chat_template": NO_TEMPLATE}
-        with suppress(ValueError):  # also of several templates none may be the default
+        with suppress(ValueError, NotImplementedError):  # of several, none may be the default
             given["chat_template"] = self._tokenizer.get_chat_template()
         with self._turn:
             reply = _reply(self._running(), (texts, most, given), seconds)

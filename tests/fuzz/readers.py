@@ -219,17 +219,13 @@ def description(data: bytes) -> None:
 
 
 def saved(data: bytes) -> None:
-    """A saved model of one file or several, whose hashes are right."""
-    described, *files = data.split(PARTS)
-    names = [ROUTED_WEIGHTS, *(f"routed-{z:012x}.safetensors" for z in range(1, len(files)))]
+    """A saved model whose hash is right."""
+    described, _, file = data.partition(PARTS)
     content = _json(described)
     if isinstance(content, dict):
-        for entry, name, file in zip(_entries(content), names, files, strict=False):
-            entry |= {"file": name, "sha256": hashlib.sha256(file).hexdigest()}
-            if "weights_sha256" in content:
-                content["weights_sha256"] = entry["sha256"]
+        content["weights_sha256"] = hashlib.sha256(file).hexdigest()
         described = json.dumps(content).encode()
-    folder = _folder({ROUTED_INFO: described, **dict(zip(names, files, strict=False))})
+    folder = _folder({ROUTED_INFO: described, ROUTED_WEIGHTS: file})
     try:
         model = read_saved(folder)
     except PhatgooseError as error:
@@ -242,11 +238,6 @@ def saved(data: bytes) -> None:
         least, most = acting.aminmax()
         _wanted(0 <= int(least) <= int(most) < len(model.names), "an expert that isn't there")
     return None
-
-
-def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
-    segments = content.get("segments", [{}])
-    return [e for e in segments if isinstance(e, dict)] if isinstance(segments, list) else []
 
 
 def _json(data: bytes) -> Any:

@@ -37,9 +37,9 @@ from phatgoose.routing.export.export import export
 from phatgoose.routing.export.shares import Texts
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.kernels.native import runs_natively
+from phatgoose.routing.saved.change import add_to_saved
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.routing.saved.tensors import read_saved
 from phatgoose.tasks import batching
 from phatgoose.tasks.task import Example, Task
@@ -531,21 +531,13 @@ def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, 
     plain = logits_of(compose(llama_pool, copy.deepcopy(llama), router=router), ids)
     assert (wanted - plain).abs().max() > 1e-3
     save(compose(pool, copy.deepcopy(llama), router=router), tmp_path / "saved")
-    first, rest = pool.select(["e0", "e1"]), pool.select(["e2", "e3"])
-    routing = Routing(router=router)
-    save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)
-    save_pool(first, tmp_path / "grown", copy.deepcopy(llama), routing=routing)
-    add_to_saved(tmp_path / "grown", rest)
-    for name in ("saved", "packed", "grown"):
-        folder = tmp_path / name
-        assert json.loads((folder / "routed.json").read_text())["format_version"] == 3
+    first = compose(pool.select(["e0", "e1"]), copy.deepcopy(llama), router=router)
+    save(first, tmp_path / "grown")
+    add_to_saved(tmp_path / "grown", pool.select(["e2", "e3"]))
+    for folder in (tmp_path / "saved", tmp_path / "grown"):
+        records = read_saved(folder).records
+        assert [ActsOn.of(record.get("acts_on")) for record in records] == [*MIXED]
         assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
-        again = compact(folder) if name == "grown" else read_saved(folder)
-        assert [ActsOn.of(record.get("acts_on")) for record in again.records] == [*MIXED]
-        assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
-    remove_from_saved(tmp_path / "grown", ["e1", "e2", "e3"])
-    compact(tmp_path / "grown")
-    assert json.loads((tmp_path / "grown" / "routed.json").read_text())["format_version"] < 3
     description = tmp_path / "saved" / "routed.json"
     content = json.loads(description.read_text())
     content["experts"][1]["acts_on"] = {"tail": -1}
@@ -611,6 +603,6 @@ def test_experts_of_other_ends_are_not_exported(llama, llama_pool, tmp_path, act
 def test_lm_eval_is_refused_by_name(llama_pool, tmp_path):
     harness = pytest.importorskip("phatgoose.apps.harness", reason="needs phatgoose[lm-eval]")
     pool = with_acting(llama_pool, MIXED)
-    save_pool(pool, tmp_path / "packed", routing=Routing(router="phatgoose"))
+    save(compose(pool, router="phatgoose"), tmp_path / "saved")
     with pytest.raises(ConfigError, match="lm_eval doesn't hand over where that is"):
-        harness.PhatgooseLM(pool=str(tmp_path / "packed"), dtype="float32")
+        harness.PhatgooseLM(pool=str(tmp_path / "saved"), dtype="float32")

@@ -17,9 +17,9 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.saved.change import add_to_saved
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import add_to_saved
 from routed_models import compose_by, with_embeddings
 from tiny import logits_of, make_ids, make_model
 

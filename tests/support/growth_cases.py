@@ -1,20 +1,13 @@
 """Pools of ranks and sites that differ, and models compared in everything that decides."""
 
 import copy
-import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from phatgoose.base.loading import Base
-from phatgoose.base.sites import find_sites
-from phatgoose.experts.expert import LAYOUT, ExpertInfo
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict import sha256_of
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
@@ -83,28 +76,3 @@ def assert_same_models(got, wanted) -> None:
         assert torch.equal(logits_of(got, ids), logits_of(wanted, ids))
     used, expected = one_told.usage(), other_told.usage()
     assert all(torch.equal(used[site], expected[site]) for site in expected)
-
-
-def write_small_experts(base: Base, folder: Path, count: int, rank: int) -> list[Path]:
-    """The folders of experts x0000, x0001, … of random numbers, with gates, at all sites."""
-    sites = find_sites(base.model).values()
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
-    generator, places = torch.Generator().manual_seed(0), []
-    for z in range(count):
-        place = folder / f"x{z:04}"
-        place.mkdir(parents=True)
-        weights, gates = {}, {}
-        for site in sites:
-            gates[f"gate.{site.name}"] = torch.randn(site.in_features, generator=generator)
-            prefix = f"base_model.model.{site.name}.lora_"
-            shapes = {"A": (rank, site.in_features), "B": (site.out_features, rank)}
-            for side, shape in shapes.items():
-                weights[f"{prefix}{side}.weight"] = torch.randn(shape, generator=generator)
-        (place / ADAPTER_CONFIG).write_text(json.dumps(config))
-        save_file(weights, place / ADAPTER_WEIGHTS)
-        save_file(gates, place / LAYOUT.vectors)
-        hashes = (sha256_of(place / file) for file in (ADAPTER_WEIGHTS, LAYOUT.vectors))
-        info = ExpertInfo(place.name, base.reference, *hashes)
-        (place / LAYOUT.info).write_text(json.dumps(asdict(info)))
-        places.append(place)
-    return places

@@ -58,13 +58,11 @@ TYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     "U8": torch.uint8,
 }
-NAMES = {dtype: name for name, dtype in TYPES.items()}
 DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
 LENGTH = struct.Struct("<Q")  # the header's length, which precedes it
 LONGEST_HEADER = 100_000_000  # bytes
 LONGEST_NAME = 500
 MOST_NUMBERS = 2**48  # of a tensor
-ALIGNMENT = 64  # of the data in files written here
 MOST_CACHED = 2**20  # bytes of a header that is parsed once for all files that share it
 AT_ONCE = 2**24  # bytes that are read before their pages are released
 FEW = 2**15 - 64  # numbers that torch sums in one thread: other threads may be busy
@@ -195,35 +193,6 @@ class Group(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], header: int) -> None:
-    """Write named `tensors` to a safetensors file, one after the other as they come.
-
-    `header` bytes are reserved for the header; ValueError when that was too little.
-    """
-    table: dict[str, Any] = {}
-    begin = -(-(LENGTH.size + header) // ALIGNMENT) * ALIGNMENT
-    with path.open("wb") as file:
-        file.seek(begin)
-        for name, tensor in tensors:
-            first = file.tell() - begin
-            file.write(_bytes_of(tensor))
-            table[name] = {
-                "dtype": NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [first, file.tell() - begin],
-            }
-        text = json.dumps(table, separators=(",", ":")).encode()
-        if len(text) > begin - LENGTH.size:
-            raise ValueError(f"a header of {len(text)} bytes in {begin - LENGTH.size}")
-        file.seek(0)
-        file.write(LENGTH.pack(begin - LENGTH.size) + text.ljust(begin - LENGTH.size))
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(plain.numpy())  # type: ignore[arg-type]
 
 
 def is_finite(tensor: Tensor) -> bool:

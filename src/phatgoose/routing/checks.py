@@ -19,13 +19,10 @@ from ..experts.kinds.kind import INDICES, Part
 from ..files.tensor_file import FLOATS
 from .stacks import SiteStack, declared
 
-LARGEST = 127  # of whole numbers in int8
-SCALE = "_scale"  # ends the name of the scales of a factor in int8
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
 UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
 SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square
-SHARED = "ndcbhfg"  # letters that stand for one size in all files
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,8 @@ class Form:
 
 def tensors_of_sites() -> dict[str, Form]:
     """The form of each tensor that a saved model may have at a site, but for its router's."""
-    found = {"experts": Form("E", INDICES), "folded": Form("dn")}
-    for name, held in declared().tensors.items():
-        found[name] = Form(held.sizes, held.types)
-        if held.dtype == "factor":
-            found[name + SCALE] = Form(held.sizes[:-1])
-    return found
+    held = {name: Form(each.sizes, each.types) for name, each in declared().tensors.items()}
+    return {"experts": Form("E", INDICES), "folded": Form("dn"), **held}
 
 
 def check_site(
@@ -73,9 +66,8 @@ def check_tensors(
     """The sizes of one site's tensors, by letter, which belong together and to known `sizes`.
 
     `held` are named as in `tensors_of_sites`, or in `form`: the router's, all of which must be
-    there unless the experts are folded. Indices of experts are below `pool_size`. Only sizes that
-    all files share come back. Raises RoutingError that begins with `where`, naming the tensor, what
-    was got and what was wanted.
+    there unless the experts are folded. Indices of experts are below `pool_size`. Raises
+    RoutingError that begins with `where`, naming the tensor, what was got and what was wanted.
     """
     if "experts" not in held:
         raise RoutingError(f"{where}: there are {_named(held)}, but no list of experts.")
@@ -90,45 +82,30 @@ def check_tensors(
         raise RoutingError(
             f"{where}: there are {', '.join(unknown)}, of no router or kind of expert here."
         )
-    stacked = [name for name in held if name.removesuffix(SCALE) in declared().tensors]
-    others = {name: tensor for name, tensor in held.items() if name not in stacked}
+    others = {name: tensor for name, tensor in held.items() if name not in declared().tensors}
     found = _sizes_of(where, others, forms, sizes)
     for part in declared().parts.values():
-        names = {each.name for each in part.held.values()}
-        own = {name: held[name] for name in stacked if name.removesuffix(SCALE) in names}
+        own = {each.name: held[each.name] for each in part.held.values() if each.name in held}
         known = {letter: found[letter] for letter in "nd" if letter in found}
         own_sizes = _sizes_of(where, own, forms, known)
         found |= {letter: own_sizes[letter] for letter in "nd" if letter in own_sizes}
     _check_range(where, "experts", held["experts"], pool_size, ascending=True)
     _check_parts(where, held)
-    for name in stacked:
-        if name.endswith(SCALE):
-            factor = name.removesuffix(SCALE)
-            if factor not in held or held[factor].dtype != torch.int8:
-                raise RoutingError(f"{where}: {name} belongs to {factor} in int8 only.")
-            _check_scale(where, name, held[name])
-        elif held[name].dtype == torch.int8 and name + SCALE not in held:
-            raise RoutingError(f"{where}: {name} is in int8, but there is no {name + SCALE}.")
     _check_numbers(where, held)
-    return {letter: size for letter, size in found.items() if letter in SHARED}
+    return found
 
 
 def check_lookup(
-    where: str,
-    held: Mapping[str, Tensor],
-    pool_size: int,
-    sizes: Mapping[str, int],
-    form: Mapping[str, str],
-) -> dict[str, int]:
+    where: str, held: Mapping[str, Tensor], pool_size: int, form: Mapping[str, str]
+) -> None:
     """As `check_tensors`, of the tensors of a prompt router (`ByPrompt.prompt_form`)."""
     if held.keys() != form.keys():
         raise RoutingError(f"{where}: there are {_named(held)}; wanted {' and '.join(form)}.")
     forms = {name: Form(form[name], INDICES if name == OWNERS else FLOATS) for name in form}
-    found = _sizes_of(where, held, forms, {**sizes, "E": pool_size})
+    _sizes_of(where, held, forms, {"E": pool_size})
     if OWNERS in held:
         _check_range(where, OWNERS, held[OWNERS], pool_size)
     _check_numbers(where, held)
-    return {letter: size for letter, size in found.items() if letter in SHARED}
 
 
 @torch.no_grad()
@@ -231,12 +208,6 @@ def _check_range(
         )
     if ascending and not bool((indices.diff() > 0).all()):
         raise RoutingError(f"{where}: {name} must be in order, each of them once.")
-
-
-def _check_scale(where: str, name: str, scale: Tensor) -> None:
-    least, most = scale.aminmax()
-    if least < 0 or most > torch.finfo(torch.float32).max / LARGEST:
-        raise RoutingError(f"{where}: {name} has numbers from {least} to {most}, no scale of rows.")
 
 
 def _check_numbers(where: str, held: Mapping[str, Tensor]) -> None:

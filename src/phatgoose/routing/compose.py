@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,10 +100,7 @@ def compose(
         given = _with_mixture(weights, given)
     if given:
         routing = from_mapping(Routing, {**vars(routing), **given}, "compose", ARGUMENTS)
-    prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
-    parts = prepared.parts
-    parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
-    return install(prepared.model, parts)
+    return composed(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
 
 
 def _with_mixture(weights: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,17 +111,7 @@ def _with_mixture(weights: Mapping[str, float], settings: Mapping[str, Any]) -> 
     return {**settings, "router": f"{WEIGHTS}:{mixture}" if mixture else WEIGHTS}
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """A pool that fits its base, with what its router needs; `parts` has no layers yet."""
-
-    pool: Pool
-    model: PreTrainedModel
-    sites: Mapping[str, Site]
-    parts: Composition
-
-
-def prepare(
+def composed(
     pool: Pool | str | Path,
     base: Base | PreTrainedModel | str | None,
     routing: Routing | None,
@@ -132,8 +119,9 @@ def prepare(
     scores: Scores | str | Path | None = None,
     keep: Iterable[str] | None = None,
     leave_out: Iterable[str] | None = None,
-) -> Preparation:
-    """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
+    may_fold: bool = True,
+) -> PreTrainedModel:
+    """`compose` with a `routing`; without `may_fold` no expert is folded into a weight."""
     pool = Pool.open(pool).select(keep, leave_out)
     routing = routing or Routing()
     # Only auto must know the base before the router; others are refused before it is loaded.
@@ -143,15 +131,17 @@ def prepare(
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = router.narrow(pool, scores)
     found = found or resolve_base(base, pool.base)
+    model = found.model
     check_base(pool.base, found.reference)
     tables = router.tables(pool, scores) if isinstance(router, ByPrompt) else None
     parts = parts_of(found, router, pool.names, pool.records(), tables)
-    sites = find_sites(found.model)
+    sites = find_sites(model)
     check_pool_fits(pool, sites)
-    check_acting(pool, is_encoder_decoder=bool(found.model.config.is_encoder_decoder))
+    check_acting(pool, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     # Before any layer is replaced: it is the base alone that is read.
-    parts.router.read_base(found.model, found.tokenizer, pool)
-    return Preparation(pool, found.model, sites, parts)
+    parts.router.read_base(model, found.tokenizer, pool)
+    _add_layers(parts, pool, model, sites, may_fold=may_fold)
+    return install(model, parts)
 
 
 def parts_of(
@@ -191,18 +181,26 @@ def check_acting(pool: Pool, *, is_encoder_decoder: bool) -> None:
         )
 
 
-def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
-    """The routed layer of each site, whose experts are read ahead; warns of constant vectors."""
-    pool, model, router = prepared.pool, prepared.model, prepared.parts.router
-    constant, read = {}, 0
+def _add_layers(
+    parts: Composition,
+    pool: Pool,
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    *,
+    may_fold: bool,
+) -> None:
+    """Add the routed layer of each site, whose experts are read ahead; warn of constant vectors."""
+    constant, read, router = {}, 0, parts.router
     # Sites ahead are read from the disk while this one is checked.
     stacks = prefetch(lambda name: stack_at(model, name, pool), pool.sites)
     states = prefetch(lambda name: router.state_at(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):
         if "vectors" in state:
             constant[name] = ~state["vectors"].any(dim=-1)
-        original, site = model.get_submodule(name), prepared.sites[name]
-        yield routed_layer(original, site, stack, state, prepared.parts)
+        original = model.get_submodule(name)
+        parts.layers[name] = routed_layer(
+            original, sites[name], stack, state, parts, may_fold=may_fold
+        )
         read += sum(tensor.nbytes for tensor in stack.tensors().values())
         # Pages of the experts' files are given back on the way, so that memory goes to the stacks.
         if read > READ_AT_ONCE:

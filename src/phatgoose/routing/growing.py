@@ -97,7 +97,7 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     return install(detach(model), smaller)
 
 
-# Who may join and leave, in memory and in a saved model (`saved.segments`).
+# Who may join and leave, in memory and in a saved model (`saved.change`).
 
 
 def check_growth(

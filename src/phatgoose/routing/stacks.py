@@ -274,7 +274,7 @@ def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
 class SitePart(NamedTuple):
     """Some experts at one site: their stack, and their rows of the router's tensors there.
 
-    Models in memory (`growing`) and in files (`saved.tensors`) grow and shrink by these alone.
+    Models in memory (`growing`) and in files (`saved.change`) grow and shrink by these alone.
     """
 
     stack: SiteStack

@@ -89,7 +89,7 @@ def test_the_console_script_tells_an_error_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("phatgoose com", ["compact", "compare", "compose"]),
+        ("phatgoose com", ["compare", "compose"]),
         ("phatgoose serve --max-b", ["--max-batch-tokens", "--max-body"]),
     ],
 )

@@ -113,7 +113,6 @@ compose experts => out
 add nowhere bare => nowhere holds no routed model
 add routed experts/reviews => 'reviews' is there already
 remove routed x9 => no expert 'x9'
-compact routed --stored int4 => not in 'int4'
 export experts --out new --prompt hi --task unseen.jsonl => give one of --prompt and --task
 export experts --out new --k 1 BASE => --prompt or --task, or route by merged or single
 export experts --out new --merged --rank 2 => --rank is for adapters

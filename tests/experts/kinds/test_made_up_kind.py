@@ -21,7 +21,7 @@ from oracle import token_weights
 from phatgoose.analysis.audit_signs import signs_of
 from phatgoose.analysis.findings import cosines, near_duplicates
 from phatgoose.base.sites import find_sites
-from phatgoose.config import GateTraining, Lora, Routing
+from phatgoose.config import GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
@@ -36,8 +36,9 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.export.export import export
 from phatgoose.routing.export.shares import neutral_texts
 from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.change import add_to_saved, remove_from_saved
 from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks import declared
 from phatgoose.training.modules import parameters_at
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
@@ -95,13 +96,13 @@ def test_it_is_mixed_with_other_kinds(pool, llama):
     )
 
 
-def test_it_is_saved_grown_shrunk_and_compacted(pool, llama, tmp_path):
+def test_it_is_saved_grown_and_shrunk(pool, llama, tmp_path):
     first, more = ["lora0", "shift8", "ia32"], ["bottleneck3", "shift9"]
     wanted = composed("phatgoose", ordered(pool, first + more), llama)
     grown = composed("phatgoose", ordered(pool, first), llama)
     assert_same_models(add_experts(grown, ordered(pool, more)), wanted)
     folder = tmp_path / "routed"
-    save_pool(ordered(pool, first), folder, copy.deepcopy(llama), routing=Routing("phatgoose"))
+    save(composed("phatgoose", ordered(pool, first), llama), folder)
     add_to_saved(folder, ordered(pool, more))
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
     left = ["lora0", "bottleneck3", "shift9"]
@@ -109,8 +110,6 @@ def test_it_is_saved_grown_shrunk_and_compacted(pool, llama, tmp_path):
     remove_experts(grown, ["shift8", "ia32"])
     assert_same_models(grown, wanted)
     remove_from_saved(folder, ["shift8", "ia32"])
-    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
-    compact(folder)
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
 
 
@@ -171,7 +170,7 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         register(known)
         pool = pool_with_shifts(llama_mixed, llama, tmp_path)
         stack = stack_at(llama.model, pool.sites[0], pool)
-        save_pool(pool, tmp_path / "routed", copy.deepcopy(llama), routing=Routing("phatgoose"))
+        save(composed("phatgoose", pool, llama), tmp_path / "routed")
     for look in (cosines, lambda pool: compose(pool, llama, router="phatgoose")):
         with pytest.raises(RoutingError, match="kind 'shift' can't be stacked"):
             look(pool)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 
-from phatgoose.config import Routing
+from growth_cases import composed
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import save_pool
 
 
 @pytest.fixture
@@ -22,12 +20,7 @@ def saved(llama, llama_pool, tmp_path) -> Path:
 
 
 @pytest.fixture
-def packed(llama, uneven, tmp_path) -> Path:
-    """A folder of e0 and e1, packed."""
-    save_pool(
-        uneven.select(["e0", "e1"]),
-        tmp_path / "packed",
-        copy.deepcopy(llama),
-        routing=Routing("phatgoose"),
-    )
-    return tmp_path / "packed"
+def pair(llama, uneven, tmp_path) -> Path:
+    """A folder of e0 and e1 under router phatgoose."""
+    save(composed("phatgoose", uneven.select(["e0", "e1"]), llama), tmp_path / "pair")
+    return tmp_path / "pair"

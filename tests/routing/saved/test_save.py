@@ -28,9 +28,9 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved import save as saving
+from phatgoose.routing.saved.change import remove_from_saved
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save, write_card
-from phatgoose.routing.saved.segments import remove_from_saved
 from tiny import logits_of, make_ids
 
 READ = {"routed.json", "routed.safetensors"}

@@ -54,7 +54,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": routed.demo,
     "add": routed.add,
     "remove": routed.remove,
-    "compact": routed.compact,
     "compare": evaluation.compare,
     "replay": evaluation.replay,
     "lm-eval": evaluation.lm_eval,

@@ -377,11 +377,6 @@ TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
 FourBits = Annotated[bool, "The same as --dtype 4bit: QLoRA (needs bitsandbytes)."]
-StoredOption = Annotated[
-    str | None,
-    "Type of the experts' factors in the file: float32, bfloat16, float16 or int8; "
-    "default: the type that they are computed in.",
-]
 
 
 def open_pool(places: list[Path]) -> Pool:

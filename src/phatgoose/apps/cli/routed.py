@@ -136,20 +136,19 @@ def compose(
     out: Annotated[Path, "Folder of the routed model."],
     json: options.JsonOption = None,
     opening: options.ModelOptions,
-    stored: options.StoredOption = None,
     routing: Routing,
 ) -> None:
     """Make a routed model of a pool and save it.
 
-    It is written layer by layer, so the pool may be larger than memory. Experts that look
-    unlike the others are a warning ('phatgoose audit' says more).
+    Experts that look unlike the others are a warning ('phatgoose audit' says more).
     """
     check_report(json, RoutingError)
     options.warn_of_unused_k(routing)
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
-    from ...routing.routers.router import router_of
-    from ...routing.saved.segments import save_pool
+    from ...routing.compose import composed
+    from ...routing.composition import composition_of
+    from ...routing.saved.save import save
 
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
@@ -159,19 +158,16 @@ def compose(
         unusual = f"The pool wasn't searched for unusual experts. {str(error).partition(';')[0]}."
     if unusual:
         warnings.warn(unusual, stacklevel=2)
-    packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)
-    used = packed.routing
-    count = len(packed.names)
-    k = min(router_of(used).k, count)
-    experts = f"{count} expert{'' if count == 1 else 's'} at {len(packed.sites)} sites"
-    made: dict[str, Any] = {
-        "folder": str(out),
-        "base": packed.base.id,
-        "experts": list(packed.names),
-    }
-    made |= {"sites": len(packed.sites), "router": used.router, "k": k or None}
+    model = composed(opened, base, routing, scores=opening.scores)
+    save(model, out)
+    parts = composition_of(model)
+    count, sites, name = len(parts.experts), len(parts.layers), parts.router.recorded.router
+    k = min(parts.router.k, count)
+    made: dict[str, Any] = {"folder": str(out), "base": parts.base.id}
+    made |= {"experts": list(parts.experts), "sites": sites, "router": name, "k": k or None}
     if not report(json, made, "report", RoutingError):
-        say(f"{experts}, router {used.router}{f', k = {k}' if k else ''} -> {out}")
+        experts = f"{count} expert{'' if count == 1 else 's'} at {sites} sites"
+        say(f"{experts}, router {name}{f', k = {k}' if k else ''} -> {out}")
 
 
 def generate(
@@ -259,7 +255,7 @@ FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")
 
 def add(model: FolderArgument, places: options.PoolArgument) -> None:
     """Add experts to a routed model's folder."""
-    from ...routing.saved.segments import add_to_saved
+    from ...routing.saved.change import add_to_saved
 
     _tell(add_to_saved(model, options.open_pool(places)), model)
 
@@ -267,25 +263,11 @@ def add(model: FolderArgument, places: options.PoolArgument) -> None:
 def remove(
     model: FolderArgument, names: Annotated[list[str], typer.Argument(help="The experts' names.")]
 ) -> None:
-    """Remove experts from a routed model's folder.
-
-    They stay in its files until it is compacted.
-    """
-    from ...routing.saved.segments import remove_from_saved
+    """Remove experts from a routed model's folder."""
+    from ...routing.saved.change import remove_from_saved
 
     _tell(remove_from_saved(model, names), model)
 
 
-def compact(model: FolderArgument, stored: options.StoredOption = None) -> None:
-    """Rewrite a routed model's folder without removed experts."""
-    from ...routing.saved.segments import compact as rewrite
-
-    _tell(rewrite(model, stored=stored), model)
-
-
-def _tell(packed: SavedModel, model: Path) -> None:
-    files = len(packed.segments)
-    say(
-        f"{len(packed.names)} experts at {len(packed.sites)} sites in {files} "
-        f"{'file' if files == 1 else 'files'} -> {model}"
-    )
+def _tell(saved: SavedModel, model: Path) -> None:
+    say(f"{len(saved.names)} experts at {len(saved.sites)} sites -> {model}")

@@ -32,7 +32,7 @@ from ...routing.routers.prompt_router import ByPrompt
 from ...routing.routers.registry import AUTO
 from ...routing.routers.router import Router, RouterSite, SiteRouter, check_routing, router_of
 from ...routing.saved.tensors import SavedModel, read_saved
-from ...routing.stacks import SiteStack, stack_of
+from ...routing.stacks import SitePart, SiteStack, stack_of
 
 MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
 ROUTER = "PHATGOOSE_ROUTER"  # of a pool
@@ -196,7 +196,7 @@ class Served:
 
         Raises RoutingError for experts that don't fit, or aren't plain LoRAs.
         """
-        stack, state = self._stack(part.site, dtype), self._state(part.site)
+        stack, state = self._at(part.site, dtype)
         lora = stack.plain_lora
         if lora is None:
             raise RoutingError(self._not_plain(stack))
@@ -225,9 +225,10 @@ class Served:
         saved = self._folded_in_file(part.site)
         if saved is not None:
             return part.of(saved, 0)[:, share.columns].to(weight)
-        lora = self._stack(part.site, weight.dtype).plain_lora
+        stack, _ = self._at(part.site, weight.dtype)
+        lora = stack.plain_lora
         if lora is None:
-            raise RoutingError(self._not_plain(self._stack(part.site, weight.dtype)))
+            raise RoutingError(self._not_plain(stack))
         A, B = lora.A[..., share.columns].to(weight.device), part.of(lora.B).to(weight.device)
         outputs, inputs = weight.shape
         layer = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
@@ -243,15 +244,12 @@ class Served:
             return self.source.tensors.get(f"folded.{site}")
         return None
 
-    def _stack(self, site: str, dtype: torch.dtype) -> SiteStack:
+    def _at(self, site: str, dtype: torch.dtype) -> SitePart:
         if isinstance(self.source, SavedModel):
-            return self.source.stack(site).to(CPU, dtype)
-        return stack_of(self.source, site, dtype, CPU)
-
-    def _state(self, site: str) -> dict[str, Tensor]:
-        if isinstance(self.source, SavedModel):
-            return {name: self.source.tensors[f"{name}.{site}"] for name in self.router.form}
-        return self.router.state_at(self.source, site)
+            stack, state = self.source.at(site)
+            return SitePart(stack.to(CPU, dtype), state)
+        stack = stack_of(self.source, site, dtype, CPU)
+        return SitePart(stack, self.router.state_at(self.source, site))
 
     def _sections(self, part: Part, share: Share) -> list[Section]:
         found, first = [], 0
@@ -287,9 +285,8 @@ def open_served() -> Served:
                 f"router: unset them, or name the pool."
             )
         saved = read_saved(Path(str(place)))
-        router = router_of(saved.routing)
-        check_router(router)
-        return Served(str(place), saved, router, saved.names, saved.sites, saved.base)
+        check_router(saved.router)
+        return Served(str(place), saved, saved.router, saved.names, saved.sites, saved.base)
     routing = _routing(text, k)
     if routing.router != AUTO:
         check_router(router_of(routing))  # before experts are read

@@ -342,9 +342,9 @@ class Held:
 
     `name` is its own among all kinds'. `sizes` has a letter for each dimension: first the experts
     of the part, n for the site's inputs, d for its outputs; zeros fill up a second size of another
-    letter where experts differ. `dtype` is "model" (that of the model), "factor" (the same, or int8
-    in a file), "float32" or "index" (int64). An `optional` one may be None, which means zeros, or,
-    for rows, that all rows of the stack are the part's.
+    letter where experts differ. `dtype` is "model" (that of the model), "float32" or
+    "index" (int64). An `optional` one may be None, which means zeros, or, for rows, that all rows
+    of the stack are the part's.
     """
 
     name: str
@@ -354,12 +354,11 @@ class Held:
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
-        more = {"index": INDICES, "factor": (*FLOATS, torch.int8)}
-        return more.get(self.dtype, FLOATS)
+        return INDICES if self.dtype == "index" else FLOATS
 
     @property
     def in_models_type(self) -> bool:
-        return self.dtype in ("model", "factor")
+        return self.dtype == "model"
 
     @property
     def is_filled_up(self) -> bool:

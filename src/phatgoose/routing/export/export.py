@@ -26,7 +26,7 @@ from ...experts.kinds.lora.module import LoraFactors
 from ...experts.kinds.peft import INVOCATION
 from ...experts.pool import Pool
 from ...files.atomic import new_directory, require_free
-from ..compose import install, prepare, routed_layers
+from ..compose import composed
 from ..composition import Composition, composition_of
 from ..open_model import is_pool, is_routed, loaded_base, open_model
 from ..routers.router import Scores
@@ -107,10 +107,8 @@ def open_routed(
     if not is_pool(place):
         raise RoutingError(f"{place} is neither a routed model nor a pool; there is no routing.")
     pool = Pool.open(place).select(keep, leave_out)
-    prepared = prepare(pool, loaded_base(pool, base, dtype), routing, scores=scores)
-    prepared.parts.router.folds = False
-    prepared.parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
-    return install(prepared.model, prepared.parts)
+    loaded = loaded_base(pool, base, dtype)
+    return composed(pool, loaded, routing, scores=scores, may_fold=False)
 
 
 # Export: a routed model with constant routing as a PEFT LoRA adapter, or as a plain model.

@@ -30,7 +30,6 @@ from ...tasks.embeddings import (
 from ...tasks.prompt_passes import PromptReading, read_prompts
 from ..choices import NOBODY, Choice
 from ..context import RoutingContext, base_alone
-from ..stacks import joined
 from .router import Router, RouterSite, RoutingDecision, Scores, SiteRouter, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
@@ -54,18 +53,19 @@ class Tables:
     def saved(self) -> dict[str, Tensor]:
         return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}
 
-    def grown(self, *new: Tables) -> Tables:
-        """These experts and those of `new`, in order. Raises PoolError when sizes differ."""
-        rows: dict[str, list[Tensor]] = {name: [old] for name, old in self.tensors.items()}
-        names = self.names
-        for more in new:
-            check_tables(self.tensors, more.tensors)
-            for name, held in rows.items():
-                added = more.tensors[name]
-                # Owners are indices, which go on from the experts before.
-                held.append(added + len(names) if name == OWNERS else added)
-            names += more.names
-        return Tables(names, {name: joined(held) for name, held in rows.items()}, self.info)
+    def grown(self, more: Tables) -> Tables:
+        """These experts and `more`, in order. Raises PoolError when sizes differ."""
+        tensors = {}
+        for name, old in self.tensors.items():
+            new = more.tensors[name]
+            if old.shape[1:] != new.shape[1:]:
+                raise PoolError(
+                    f"The new experts' {name} have shape {tuple(new.shape[1:])}, those of the "
+                    f"pool {tuple(old.shape[1:])}; measure them again."
+                )
+            # Owners are indices, which go on from the experts before.
+            tensors[name] = torch.cat([old, new + len(self.names) if name == OWNERS else new])
+        return Tables((*self.names, *more.names), tensors, self.info)
 
     def shrunk(self, place: Tensor) -> Tables:
         """The tables with experts at their new index in `place` [E]; -1 if an expert leaves."""
@@ -75,16 +75,6 @@ class Tables:
         if OWNERS in tensors:
             tensors[OWNERS] = owners[owners >= 0]
         return Tables(names, tensors, self.info)
-
-
-def check_tables(held: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Raise PoolError unless the tables `new` can join those that are `held`."""
-    for name, old in held.items():
-        if old.shape[1:] != new[name].shape[1:]:
-            raise PoolError(
-                f"The new experts' {name} have shape {tuple(new[name].shape[1:])}, those of the "
-                f"pool {tuple(old.shape[1:])}; measure them again."
-            )
 
 
 class PromptRouter:

@@ -62,7 +62,7 @@ def load(
     sites = find_sites(found.model)
     for name in saved.sites:
         if name not in sites:
-            acting = (shortened(saved.names[z]) for z in saved.stack(name).experts.tolist())
+            acting = (shortened(saved.names[z]) for z in saved.at(name).stack.experts.tolist())
             raise WrongBaseError(
                 f"In {directory}, {', '.join(acting)} act on {name}, which the base lacks; take "
                 f"them out (phatgoose remove)."
@@ -106,20 +106,17 @@ def _found_at(place: Path) -> str:
 def _layer(
     model: PreTrainedModel, site: Site, saved: SavedModel, parts: Composition
 ) -> RoutedLayer:
-    name, tensors, router = site.name, saved.tensors, parts.router
+    name, (stack, state) = site.name, saved.at(site.name)
     original: Any = model.get_submodule(name)
     device, dtype = execution_device(original), dtype_at(original, model)
-    experts = tensors[f"experts.{name}"].to(device)
-    if f"folded.{name}" in tensors:
-        folded = tensors[f"folded.{name}"].to(device, dtype)
-        if not router.folds or folded.shape != (site.out_features, site.in_features):
+    if f"folded.{name}" in saved.tensors:
+        folded = saved.tensors[f"folded.{name}"].to(device, dtype)
+        if not parts.router.folds or folded.shape != (site.out_features, site.in_features):
             raise RoutingError(
                 f"Experts at {name} are folded into a weight of shape {list(folded.shape)} for "
                 f"router {parts.routing.name}; wanted [{site.out_features}, {site.in_features}] "
                 f"for router merged."
             )
         check_folded(folded, name)
-        return FoldedLinear(original, site, folded, experts, len(parts.experts))
-    state = {kind: tensors[f"{kind}.{name}"] for kind in router.form}
-    stack = saved.stack(name).to(device, dtype)
-    return routed_layer(original, site, stack, state, parts, may_fold=False)
+        return FoldedLinear(original, site, folded, stack.experts.to(device), len(parts.experts))
+    return routed_layer(original, site, stack.to(device, dtype), state, parts, may_fold=False)

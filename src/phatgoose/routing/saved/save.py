@@ -27,17 +27,9 @@ from ...experts.hub import HubReference
 from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
 from ...files.strict import read_json_object, reason, sha256_of
 from ..composition import Composition, composition_of
-from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .tensors import (
-    ROUTED_INFO,
-    ROUTED_WEIGHTS,
-    removed_in,
-    routing_record,
-    shareable,
-    version_of,
-)
+from ..layers import FoldedLinear, RoutedLinear
+from .tensors import FORMAT_VERSION, ROUTED_INFO, ROUTED_WEIGHTS, routing_record, shareable
 
-FORMAT_VERSION = 1
 CONFIG, CARD = "config.json", "README.md"
 OTHERS = (CONFIG, "adapter_config.json")  # of models that from_pretrained would find
 LIBRARY = "library_name: phatgoose"  # stands in our cards, and so tells them from a user's README
@@ -121,7 +113,7 @@ def _check_base(model: PreTrainedModel, parts: Composition) -> None:
 def describe(model: PreTrainedModel, parts: Composition, folder: Path) -> None:
     """Write all but the experts' tensors, which are in `folder` already; the description last."""
     info = {
-        "format_version": version_of(parts.records, FORMAT_VERSION),
+        "format_version": FORMAT_VERSION,
         "base": asdict(parts.base),
         "routing": routing_record(parts.router.recorded),
         "experts": shareable(parts.records),
@@ -170,8 +162,7 @@ def write_card(folder: Path, info: Mapping[str, Any]) -> None:
     card = folder / CARD
     if card.exists() and LIBRARY not in card.read_text(encoding="utf-8", errors="replace"):
         return
-    removed, base = removed_in(info), info["base"]["id"]
-    experts = [record for z, record in enumerate(info["experts"]) if z not in removed]
+    base, experts = info["base"]["id"], info["experts"]
     lines = [
         f"- {name}" + (f" (`{code(path)}`)" if HubReference.is_one(path) else "")
         for name, path in ((record["name"], record.get("path") or "") for record in experts)
@@ -190,8 +181,13 @@ def write_card(folder: Path, info: Mapping[str, Any]) -> None:
 def _tensors(parts: Composition) -> dict[str, Tensor]:
     tensors = {f"experts.{name}": layer.experts for name, layer in parts.layers.items()}
     tensors |= parts.prompt_router.tables.saved() if parts.prompt_router else {}
-    for layer in parts.layers.values():
-        tensors |= layer_tensors(layer)
+    for name, layer in parts.layers.items():
+        held: dict[str, Tensor] = {}
+        if isinstance(layer, FoldedLinear):
+            held = {"folded": layer.folded}
+        elif isinstance(layer, RoutedLinear):
+            held = {**layer.stack.tensors(), **layer.router.state()}
+        tensors |= {f"{kind}.{name}": tensor for kind, tensor in held.items()}
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
@@ -204,13 +200,3 @@ def _said_in(config: Path, name: str) -> Any:
     with suppress(RoutingError, OSError):
         return read_json_object(config, RoutingError).get(name)
     return None
-
-
-def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
-    """The tensors of a routed layer by the names that files have for them."""
-    held: dict[str, Tensor] = {}
-    if isinstance(layer, FoldedLinear):
-        held = {"folded": layer.folded}
-    elif isinstance(layer, RoutedLinear):
-        held = {**layer.stack.tensors(), **layer.router.state()}
-    return {f"{name}.{layer.site.name}": tensor for name, tensor in held.items()}

@@ -21,8 +21,8 @@ class DoraStack(LoraStack):
 
     name: ClassVar[str] = "dora"
     held: ClassVar[Mapping[str, Held]] = {
-        "A": Held("dora_A", "Drn", "factor"),
-        "B": Held("dora_B", "Drd", "factor"),
+        "A": Held("dora_A", "Drn"),
+        "B": Held("dora_B", "Drd"),
         "bias": Held("dora_bias", "Dd", optional=True),
         "rows": Held("dora_rows", "D", "index", optional=True),
         "deltas": Held("dora_deltas", "Dd", "float32"),

@@ -20,8 +20,8 @@ class LoraStack(Part):
 
     name: ClassVar[str] = "lora"
     held: ClassVar[Mapping[str, Held]] = {
-        "A": Held("A", "Prn", "factor"),
-        "B": Held("B", "Prd", "factor"),
+        "A": Held("A", "Prn"),
+        "B": Held("B", "Prd"),
         "bias": Held("B_bias", "Pd", optional=True),
         "rows": Held("lora_rows", "P", "index", optional=True),
     }

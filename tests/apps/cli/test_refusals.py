@@ -108,7 +108,6 @@ compose experts twins/one --out new BASE => Two experts are named 'reviews'
 compose experts --out new --leave-out reviews --leave-out counting => No expert is left
 compose experts --out file/new BASE => can't be written
 compose experts --out none => none exists already
-compose experts --out new --stored int4 => not in 'int4'
 compose experts => out
 add nowhere bare => nowhere holds no routed model
 add routed experts/reviews => 'reviews' is there already

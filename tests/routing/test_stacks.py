@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from growth_cases import assert_same_models, composed
 from kernel_problems import bottleneck_arguments
 from mixed_experts import ACTIVATE, CPU, PRECISE, mixed_output
 from phatgoose.base.sites import Site
@@ -21,11 +20,9 @@ from phatgoose.experts.kinds.ia3.module import ScalingVector
 from phatgoose.experts.kinds.kind import weighted_rows
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.fixed import UniformRouter
-from phatgoose.routing.stacks import GROWTH, stack_modules, stack_of
+from phatgoose.routing.stacks import stack_modules, stack_of
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -101,20 +98,6 @@ def test_bottlenecks_of_several_sizes_are_filled_up_with_zeros():
     wanted = small.at(y).apply(nn.Identity(), y) - y
     got = stack.grouped(y, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
     torch.testing.assert_close(got, wanted, **PRECISE)
-
-
-def test_growth_is_copied_now_and_then_only(llama, make_expert):
-    experts = [make_expert(llama, f"x{z}", seed=z) for z in range(8)]
-    model = composed("phatgoose", Pool(tuple(experts[:4])), llama)
-    places = []
-    for expert in experts[4:]:
-        add_experts(model, Pool((expert,)))
-        layer = next(iter(composition_of(model).layers.values()))
-        places.append(layer.A.data_ptr())
-        assert len(layer.room["A"]) <= GROWTH * 8
-    assert places[0] == places[1] == places[2]  # room for 7 was made when the fifth came
-    assert places[3] != places[2]
-    assert_same_models(model, composed("phatgoose", Pool(tuple(experts)), llama))
 
 
 def bottleneck_loop(y, experts, weights, stack: BottleneckStack) -> Tensor:

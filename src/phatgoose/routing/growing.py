@@ -1,8 +1,6 @@
 """Experts that join and leave a routed model, without reading those that stay.
 
-Afterwards the model is, bit for bit, what composing the new pool from the start would have made. A
-site's stack grows into spare rows, which are made when they run out (`GROWTH`), so that adding
-costs what is added and, now and then, a copy; removing copies the rows that stay.
+Afterwards the model is, bit for bit, what composing the new pool from the start would have made.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.fingerprint import BaseReference, check_base
@@ -21,12 +18,12 @@ from ..base.sites import Site, check_in_place, find_sites
 from ..config import closest
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
-from . import stacks
 from .compose import check_acting, check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.prompt_router import ByPrompt
 from .routers.router import Router, check_measured, warn_of_lowered_k
+from .stacks import SitePart, grown_parts, kept_part, renumbered
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -49,9 +46,12 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
         router, prompt_router = parts.router, parts.prompt_router
         if isinstance(router, ByPrompt) and prompt_router is not None:
             prompt_router = router.grown(prompt_router, pool)
-        added = {name: stack_at(model, name, pool) for name in pool.sites}
-        states = {name: parts.router.state_at(pool, name) for name in pool.sites}
+        new = {
+            name: SitePart(stack_at(model, name, pool), router.state_at(pool, name))
+            for name in pool.sites
+        }
         pool.release()
+        joined = grown_parts(_stacked(parts), new, len(parts.experts))
         grown = replace(
             parts,
             experts=(*parts.experts, *pool.names),
@@ -59,10 +59,8 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
             layers={},
             prompt_router=prompt_router,
         )
-        for name in dict.fromkeys((*parts.layers, *added)):
-            grown.layers[name] = _grown(
-                model, sites[name], parts, grown, added.pop(name, None), states.get(name, {})
-            )
+        for name, part in joined.items():
+            grown.layers[name] = _layer(model.get_submodule(name), sites[name], part, grown)
     except BaseException:
         install(model, parts)
         raise
@@ -79,7 +77,7 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     parts = composition_of(model)
     left = check_removal(parts.router, parts.experts, names, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
-    place = stacks.renumbered(torch.tensor(left), len(parts.experts))
+    place = renumbered(torch.tensor(left), len(parts.experts))
     router, prompt_router = parts.router, parts.prompt_router
     if isinstance(router, ByPrompt) and prompt_router is not None:
         prompt_router = router.shrunk(prompt_router, place)
@@ -90,10 +88,10 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
         layers={},
         prompt_router=prompt_router,
     )
-    for name, layer in parts.layers.items():
-        shrunk = _shrunk(layer, smaller, place)
-        if shrunk is not None:
-            smaller.layers[name] = shrunk
+    for name, held in _stacked(parts).items():
+        if (part := kept_part(held, place)) is not None:
+            layer = parts.layers[name]
+            smaller.layers[name] = _layer(layer.base, layer.site, part, smaller)
     return install(detach(model), smaller)
 
 
@@ -155,56 +153,13 @@ def _has_folded(parts: Composition) -> bool:
     return any(isinstance(layer, FoldedLinear) for layer in parts.layers.values())
 
 
-def _grown(
-    model: PreTrainedModel,
-    site: Site,
-    old: Composition,
-    new: Composition,
-    added: stacks.SiteStack | None,
-    state: Mapping[str, Tensor],
-) -> RoutedLayer:
-    layer = old.layers.get(site.name)
-    if added is not None:
-        added = replace(added, experts=added.experts + len(old.experts))
-    if not isinstance(layer, RoutedLinear):
-        return _layer(model.get_submodule(site.name), site, added, state, new)
-    known, room = layer.router.state(), layer.room
-    if added is None:
-        return _layer(layer.base, site, layer.stack, known, new, room)
-    # Spare rows may be written although the old layer is a view of the same memory: it ends before
-    # them.
-    if layer.stack.plain_lora and added.plain_lora:  # into spare rows, without a copy of the others
-        room = {
-            name: stacks.appended(rows, added.tensors()[name], room.get(name))
-            for name, rows in layer.stack.tensors().items()
-        }
-        experts = torch.cat([layer.experts, added.experts])
-        stack = stacks.SiteStack.of(
-            {name: rows[: len(experts)] for name, rows in room.items()}, experts
-        )
-        return _layer(layer.base, site, stack, stacks.joined_state([known, state]), new, room)
-    part = stacks.joined_parts([stacks.SitePart(layer.stack, known), stacks.SitePart(added, state)])
-    return _layer(layer.base, site, *part, new, {})
+def _stacked(parts: Composition) -> dict[str, SitePart]:
+    return {
+        name: SitePart(layer.stack, layer.router.state())
+        for name, layer in parts.layers.items()
+        if isinstance(layer, RoutedLinear)
+    }
 
 
-def _shrunk(layer: RoutedLayer, new: Composition, place: Tensor) -> RoutedLayer | None:
-    if not isinstance(layer, RoutedLinear):
-        return None
-    part = stacks.kept_part(stacks.SitePart(layer.stack, layer.router.state()), place)
-    return part and _layer(layer.base, layer.site, *part, new, layer.room)
-
-
-def _layer(
-    base: Any,
-    site: Site,
-    stack: stacks.SiteStack | None,
-    state: Mapping[str, Tensor],
-    parts: Composition,
-    room: Mapping[str, Tensor] | None = None,
-) -> RoutedLayer:
-    if stack is None:
-        raise RoutingError(f"No expert acts at {site.name}.")
-    layer = routed_layer(base, site, stack, state, parts, may_fold=False)
-    if isinstance(layer, RoutedLinear) and room is not None:
-        layer.room = dict(room)
-    return layer
+def _layer(base: Any, site: Site, part: SitePart, parts: Composition) -> RoutedLayer:
+    return routed_layer(base, site, *part, parts, may_fold=False)

@@ -122,7 +122,6 @@ class RoutedLinear(RoutedLayer):
                 self.register_buffer(f"{part}_place", place, persistent=False)
         fused = kernel in ("auto", "native", "triton")
         self.one_call = self.is_plain and fused and router.one_call
-        self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
 
     @property
     def stack(self) -> SiteStack:

@@ -1,6 +1,6 @@
 """Stacks: the modules of all experts at one site, in a few tensors, part by part.
 
-Rows of experts: joined, appended into spare room, taken out. Glossary: E experts, r rank or another
+Rows of experts: joined, taken out. Glossary: E experts, r rank or another
 size of one's own, n inputs, d outputs of the site.
 """
 
@@ -19,8 +19,6 @@ from ..experts.kinds.kind import Held, Part, SiteModule
 from ..experts.kinds.lora.stack import LoraStack, widened
 from ..experts.kinds.registry import Kind, loaded_kinds
 from ..experts.pool import Pool
-
-GROWTH = 1.5  # how much room is made when a stack is full, as a multiple of what it must hold
 
 
 class Declared(NamedTuple):
@@ -72,24 +70,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
         rank = max(part.shape[1] for part in parts)
         parts = [widened(part, rank) for part in parts]
     return torch.cat(list(parts))
-
-
-def appended(old: Tensor, new: Tensor, room: Tensor | None) -> Tensor:
-    """A tensor with room to spare, whose first rows are those of `old` and `new`."""
-    total, rank = len(old) + len(new), max(old.shape[1], new.shape[1])
-    if not (
-        room is not None
-        and len(room) >= total
-        and room.shape[1] == rank
-        # By its address: only then are the old rows in it already, and only the new ones are
-        # copied.
-        and (room.data_ptr(), room.dtype) == (old.data_ptr(), old.dtype)
-    ):
-        # With room to spare: experts that come one by one are each copied a few times at most.
-        room = old.new_empty(int(GROWTH * total), rank, *old.shape[2:])
-        room[: len(old)] = widened(old, rank)
-    room[len(old) : total] = widened(new, rank)
-    return room
 
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -285,6 +265,20 @@ def joined_parts(parts: Sequence[SitePart]) -> SitePart:
     """All experts of the parts, in order; the router's tensors as the first part has them."""
     state = joined_state([part.state for part in parts])
     return SitePart(joined_stacks([part.stack for part in parts]), state)
+
+
+def grown_parts(
+    old: Mapping[str, SitePart], new: Mapping[str, SitePart], count: int
+) -> dict[str, SitePart]:
+    """By site: the experts of `old`, a pool of that `count`, and after them those of `new`."""
+    later = {
+        site: SitePart(replace(stack, experts=stack.experts + count), state)
+        for site, (stack, state) in new.items()
+    }
+    return {
+        site: joined_parts([each[site] for each in (old, later) if site in each])
+        for site in dict.fromkeys((*old, *new))
+    }
 
 
 def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..checks import check_numbers
 from ..compose import check_acting
 from ..growing import check_growth, check_removal
 from ..routers.prompt_router import ByPrompt, Tables
-from ..stacks import SitePart, joined_parts, kept_part, renumbered, stack_of
+from ..stacks import SitePart, grown_parts, kept_part, renumbered, stack_of
 from .save import is_encoder_decoder, write_card
 from .tensors import (
     ROUTED_INFO,
@@ -51,16 +50,14 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     check_acting(pool, is_encoder_decoder=is_encoder_decoder(folder))
     if isinstance(router, ByPrompt):
         tables = tables.grown(router.tables(pool, embedder=tables.info.get("embedder")))
-    sites = {site: [saved.at(site)] for site in saved.sites}
+    old, new = {site: saved.at(site) for site in saved.sites}, {}
     for site in pool.sites:
-        there = sites.setdefault(site, [])
         # Without a stack to go by, float32: the base rounds it when it is loaded.
-        dtype = there[0].stack.dtype if there else torch.float32
+        dtype = old[site].stack.dtype if site in old else torch.float32
         stack = stack_of(pool, site, dtype, torch.device("cpu"))
         check_numbers(stack, site, pool.names)
-        stack = replace(stack, experts=stack.experts + len(saved.names))
-        there.append(SitePart(stack, router.state_at(pool, site)))
-    joined = {site: joined_parts(parts) for site, parts in sites.items()}
+        new[site] = SitePart(stack, router.state_at(pool, site))
+    joined = grown_parts(old, new, len(saved.names))
     return _rewritten(folder, saved, joined, tables, [*saved.records, *pool.records()])
 
 

@@ -18,7 +18,6 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved.change import add_to_saved
-from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from routed_models import compose_by, with_embeddings
 from tiny import logits_of, make_ids, make_model
@@ -68,16 +67,6 @@ def test_the_base_comes_back_bit_for_bit(llama, uneven):
     remove_experts(model, ["e0"])
     assert torch.equal(logits_of(detach(model), ids), wanted)
     assert not any(isinstance(module, RoutedLinear) for module in model.modules())
-
-
-def test_a_grown_model_is_saved_and_loaded(llama, uneven, tmp_path):
-    model = composed("phatgoose", uneven.select(["e0", "e1"]), llama)
-    add_experts(model, uneven.select(["e2", "e3"]))
-    save(model, tmp_path / "routed")
-    loaded = load(tmp_path / "routed", copy.deepcopy(llama))
-    assert_same_models(loaded, composed("phatgoose", uneven, llama))
-    remove_experts(loaded, ["e3"])
-    assert composition_of(loaded).experts == ("e0", "e1", "e2")
 
 
 def test_what_can_not_join_leaves_the_model_as_it_was(llama, uneven, pool_of):

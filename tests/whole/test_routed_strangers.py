@@ -270,14 +270,6 @@ MIXED: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("how", MIXED)
-def test_tensors_of_other_kinds_are_held_against_each_other_too(strangers, bases, how, tmp_path):
-    folder = shutil.copytree(strangers / "folders" / "mixed", tmp_path / "model")
-    begin, change, said = MIXED[how]
-    tamper(folder, begin, change)
-    assert re.search(said, complaint(folder, bases["float32"]))
-
-
 OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
     "owners of another pool": ("retrieval", "lookup.owners", lambda t: t + 9, "owners has numbers"),
     "negative owners": ("retrieval", "lookup.owners", lambda t: t - 1, "owners has numbers"),
@@ -300,8 +292,11 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
 }
 
 
+OTHERS |= {how: ("mixed", *case) for how, case in MIXED.items()}
+
+
 @pytest.mark.parametrize("how", OTHERS)
-def test_tensors_of_other_routers_are_refused_too(strangers, bases, how, tmp_path):
+def test_tensors_of_other_routers_and_kinds_are_refused_too(strangers, bases, how, tmp_path):
     kind, begin, change, said = OTHERS[how]
     folder = shutil.copytree(strangers / "folders" / kind, tmp_path / "model")
     tamper(folder, begin, change)

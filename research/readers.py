@@ -19,6 +19,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.routers.router import router_of
+from phatgoose.tasks.batching import Collator
 from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.loading import load_task
 
@@ -72,6 +74,7 @@ class Readers:
     def __init__(self, pool: Pool, base: Base) -> None:
         self.pool, self.base = pool, base
         self.encoder = Encoder.for_model(base.model.eval(), base.tokenizer)
+        self.collate = Collator(base.model, base.tokenizer.pad_token_id)
         self.sites = {n: s for n, s in find_sites(base.model).items() if n in set(pool.sites)}
         self.routers = {
             (kind, site): PhatgooseRouter(standardise(pool.vectors(kind, site).float()), 1, EPS)
@@ -108,7 +111,8 @@ class Readers:
 
         modules: Mapping = self.pool.experts[reader].modules if reader is not None else {}
         reads = applied(self.base.model, modules, ModifiedLinear) if modules else nullcontext()
-        ids = torch.tensor([pair.prompt + pair.target[:-1]])
+        inputs = self.collate([replace(pair, target=pair.target[:-1])])  # the last predicts nothing
+        inputs.pop("labels")
         depth = range(self.discriminant.depth)
         with (
             reads,
@@ -116,7 +120,7 @@ class Readers:
             watch_inputs(self.base.model, self.sites, see),
             watch_blocks(self.base.model, depth, lambda b, h: blocks.update({b: h[0].float()})),
         ):
-            headless(self.base.model)(input_ids=ids, use_cache=False)
+            headless(self.base.model)(**inputs, use_cache=False)
         places = {
             "prompt": slice(0, n - 1),
             "last token": slice(n - 1, n),

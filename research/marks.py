@@ -106,7 +106,7 @@ def main() -> None:
             finished |= asked
             columns = examples_of(finished) | choices_of(pool, base, finished, given.out, basis)
             columns |= {k: v for model in models for k, v in answers(store, base, finished, model)}
-            write(given.out / f"{name}.parquet", metadata(name, pool, basis), columns)
+            write(given.out / f"{name}.parquet", metadata(name, base, pool, basis), columns)
             rows, seconds = len(columns["prompt"]), time.monotonic() - begun
             print(f"{rows} examples, {rows * len(models)} marks, {seconds:.0f} s", flush=True)
 
@@ -396,10 +396,10 @@ def _chosen(
     return found
 
 
-def metadata(name: str, pool: Pool, basis: Tensor | None) -> dict[str, str]:
+def metadata(name: str, base: Base, pool: Pool, basis: Tensor | None) -> dict[str, str]:
     """What the file says of all rows: `phatgoose` is JSON; `centres` are each expert's, base64."""
     about: dict[str, Any] = {"format": 1, "base": name, "experts": list(pool.names)}
-    about["code"] = code_version()
+    about |= {"code": code_version(), "dtype": number_format(base.model)}
     if basis is None:
         return {"phatgoose": json.dumps(about)}
     held = clusters_of(pool, CLUSTERS)

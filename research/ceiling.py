@@ -94,18 +94,14 @@ def best(scores: Array) -> Array:
 
 
 def told(columns: dict[str, list[Array]], *pairs: tuple[str, str]) -> dict[str, Any]:
-    """Points of each pair's first above its second: value, low, high."""
-    kind = ("accuracy",)
+    """Points of every column above the first one, and of `pairs`: value, low, high."""
+    kind, (base, *others) = ("accuracy",), columns
     samples = {n: [Sample(kind, (rows[:, None],)) for rows in c] for n, c in columns.items()}
     means, found = SharedMeans.of(samples), {}
-    for name, other in pairs:
+    for name, other in (*((name, base) for name in others), *pairs):
         more, within = means.gain(name, other)
         found[f"{name} - {other}"] = [round(100 * x, 2) for x in (more, within.low, within.high)]
     return found
-
-
-def above_base(columns: dict[str, list[Array]], *pairs: tuple[str, str]) -> dict[str, Any]:
-    return told(columns, *[(name, "base") for name in columns if name != "base"], *pairs)
 
 
 def ceiling(data: Datasets) -> dict[str, Any]:
@@ -117,7 +113,7 @@ def ceiling(data: Datasets) -> dict[str, Any]:
         "phatgoose": [each["phatgoose"] for each in data.values()],
         "discriminant": [chosen(each["experts"], each["discriminant"]) for each in data.values()],
     }
-    found = above_base(columns, ("best expert", "best twin"))
+    found = told(columns, ("best expert", "best twin"))
     apart = zip(data, columns["best expert"], columns["base"], strict=True)
     gains = {name: round(100 * (a.mean() - b.mean()), 1) for name, a, b in apart}
     found["by dataset"] = dict(sorted(gains.items(), key=lambda item: -item[1]))
@@ -138,7 +134,7 @@ def without_own(data: Datasets) -> dict[str, Any]:
         "discriminant": list(map(chosen, others, near)),
         "random other": [each.mean(axis=1) for each in others],
     }
-    return above_base(columns, ("discriminant", "random other"), ("best other", "random other"))
+    return told(columns, ("discriminant", "random other"), ("best other", "random other"))
 
 
 def trap(place: Path) -> dict[str, Any]:
@@ -146,13 +142,14 @@ def trap(place: Path) -> dict[str, Any]:
     found = {}
     for wording in ("known", "new"):
         asked = [each for each in read(place, wording).values() if (each["choices"] > 0).all()]
-        columns: dict[str, list[Array]] = {"likeliest answer": [], "discriminant": [], "0": []}
+        columns: dict[str, list[Array]] = {"0": [], "likeliest answer": [], "discriminant": []}
         for each in asked:
             top = np.array([[max(x) for x in rows] for rows in each["told"][:-1]])
-            for rule, by in (("likeliest answer", top.T), ("discriminant", each["discriminant"])):
-                columns[rule].append((by.argmax(axis=1) == each["own"]).astype(float))
-            columns["0"].append(np.zeros(len(each["base"])))
-        found[wording] = told(columns, ("likeliest answer", "0"), ("discriminant", "0"))
+            found_by = top.argmax(axis=0), each["discriminant"].argmax(axis=1)
+            right = [(rule == each["own"]).astype(float) for rule in found_by]
+            for held, rows in zip(columns.values(), (0 * right[0], *right), strict=True):
+                held.append(rows)
+        found[wording] = told(columns)
         found[wording] |= {"tasks": len(asked), "n": sum(map(len, columns["0"]))}
     return found
 

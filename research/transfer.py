@@ -71,7 +71,7 @@ def attempt(data: Datasets) -> dict[str, Any]:
     columns["ceiling"] = [best(data[name]["experts"]) for name in others]
     for rule, predict in rules.items():
         columns[rule] = [taken(data[n], predict(features(n, fitting)), draws[n]) for n in others]
-    found |= told(columns, *[(name, "base") for name in columns if name != "base"])
+    found |= told(columns)
     return found | {"datasets": len(others), "n": sum(map(len, columns["base"]))}
 
 

@@ -1,7 +1,7 @@
 # `phatgoose serve` on CPUs.
 #
 #   docker build -t phatgoose .
-#   docker run -p 127.0.0.1:8000:8000 -v "$PWD/routed:/models/routed:ro" -v phatgoose-cache:/home/goose/.cache phatgoose /models/routed
+#   docker run -p 127.0.0.1:8000:8000 -v "$PWD:/models:ro" -v phatgoose-cache:/home/goose/.cache phatgoose /models/routed
 #
 # The volume keeps the base that is fetched from the Hub. Without keys the server answers whoever
 # reaches the port: leave it at 127.0.0.1, or set PHATGOOSE_API_KEYS.

@@ -72,7 +72,8 @@ def main() -> int:
             if "--tighten" in sys.argv:
                 old = re.compile(rf'^"{re.escape(name)}" = \[[\d.]+', re.MULTILINE)
                 content = old.sub(f'"{name}" = [{min(now, most)}', content, count=1)
-    BUDGET.write_text(content, encoding="utf-8")
+    if "--tighten" in sys.argv:
+        BUDGET.write_text(content, encoding="utf-8")
     return int(above > 0)
 
 

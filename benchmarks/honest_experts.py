@@ -323,7 +323,6 @@ def _train(number: int, out: Path, bases: dict[str, Base], base: Path) -> None:
     gates = GateTraining(
         gate_steps=draw.choice([4, 8, 12]),
         gate_learning_rate=draw.choice([1e-3, 3e-3, 5e-3, 1e-2]),
-        gate_inputs=draw.choice(["raw", "raw", "raw", "standardised"]),
         statistics_examples=draw.choice([24, 40, 40, 100]),
         embeddings=True,
     )

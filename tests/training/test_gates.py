@@ -14,13 +14,12 @@ from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
-from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.modules import GatedLinear
 from phatgoose.training.statistics import mean_activations
 from phatgoose.training.train_expert import train_gates
-from tiny import logits_of, make_adapter, make_ids, pairs_of, random
+from tiny import logits_of, make_adapter, make_ids, pairs_of
 from training_runs import PASS, interrupt, on_call, target_nll, train, with_graph
 
 TASK = Task(
@@ -30,15 +29,6 @@ TASK = Task(
 )
 TRAINING = Training(batch_size=4, micro_batch_size=2, learning_rate=0.05)
 GATES = GateTraining(gate_steps=4)
-
-
-def make_gated_linear(gate: Tensor | None = None) -> tuple[GatedLinear, LoraFactors]:
-    torch.manual_seed(0)
-    lora = LoraFactors(random(3, 8), random(5, 3, seed=1), scale=1.5)
-    layer = GatedLinear(nn.Linear(8, 5).requires_grad_(False), lora)
-    if gate is not None:
-        layer.gate.data.copy_(gate)
-    return layer, lora
 
 
 def gated(base, adapter, out, **options):

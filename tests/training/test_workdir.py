@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import fsspec
@@ -217,9 +218,8 @@ def test_an_expert_is_at_a_url_whole_or_not_at_all(url, job, llama, monkeypatch)
         folder.files.pipe_file(f"{place}/{left}", b"left")
     with monkeypatch.context() as patch:
         patch.setattr(type(folder.files), "mv", refuse)
-        with pytest.raises(
-            ExpertError, match=rf"^{url}/numbers can't be written: no credentials\.$"
-        ):
+        wanted = rf"^{url}/numbers can't be written: no credentials\. .* --resume uploads it\.$"
+        with pytest.raises(ExpertError, match=wanted):
             train_to(llama, job, url)
     assert not folder.has("numbers")
     with pytest.raises(ExpertError, match=r"exists already; .* or resume to keep it"):
@@ -230,6 +230,26 @@ def test_an_expert_is_at_a_url_whole_or_not_at_all(url, job, llama, monkeypatch)
     assert {LAYOUT.info, LAYOUT.vectors, ADAPTER_WEIGHTS, "notes.txt"} <= found
     assert LAYOUT.embeddings not in found
     assert not any("unfinished" in name for name in found)
+
+
+def test_a_restart_takes_nothing_from_here_and_a_url_is_tried_before_the_work(
+    url, job, llama, monkeypatch
+):
+    folder = expert_folder(url)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder.files), "mv", refuse)
+        with pytest.raises(ExpertError, match="--resume uploads it"):
+            train_to(llama, job, url)
+    kept = folder.path / "numbers"
+    assert kept.is_dir()
+    train_to(llama, replace(job, restart=True), url)
+    assert folder.has("numbers")
+    assert not kept.exists()
+    folder.files.rm(f"{folder.root}/numbers", recursive=True)
+    monkeypatch.setattr(type(folder.files), "pipe_file", refuse)
+    monkeypatch.setattr("phatgoose.training.train_expert.fit", None)
+    with pytest.raises(ExpertError, match="numbers can't be written: no credentials"):
+        train_to(llama, job, url)
 
 
 def test_several_processes_are_told_at_once_that_a_url_is_for_one(monkeypatch):

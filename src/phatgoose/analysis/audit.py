@@ -167,7 +167,7 @@ class Limit:
 USUAL = "(median {median:.0%})"
 OUTWEIGHS = "it outweighs others wherever updates are added"
 TRIGGER = "(each against the pool's median there; {median:.3g} is usual): as with a hidden trigger"
-HIDES = "they hide differences between the others from routers named after discriminants"
+HIDES = "they hide differences between the others from router discriminant"
 
 LIMITS: dict[str, Limit] = {
     "update_size": Limit(
@@ -218,7 +218,7 @@ LIMITS: dict[str, Limit] = {
     "reading_distance": Limit(
         5.9,
         "the means of its readings are {value:.3g} times as far from the pool's as the median "
-        "expert's: they move routers named after discriminants",
+        "expert's: they move router discriminant",
         few=9.6,
     ),
     "reading_trace": Limit(1200, f"its readings vary {{value:.3g}} times the median: {HIDES}"),

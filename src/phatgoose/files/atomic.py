@@ -54,6 +54,7 @@ def new_directory(
             if not (overwrite and target.exists()):
                 os.rename(work, target)
                 return
+            work.chmod(stat.S_IMODE(target.stat().st_mode))  # what was private stays so
             with temporary_folder(target, REPLACED) as old:  # it restores `target` on failure
                 os.rename(target, old / target.name)
                 os.rename(work, target)
@@ -224,7 +225,8 @@ def being_replaced(folder: Path) -> list[Path]:
 def open_to_readers(folder: Path) -> None:
     """Give `folder` and all in it the permissions that new files, or programs, usually have."""
     for path in (folder, *folder.rglob("*")):
-        _give_default_mode(path)
+        if not path.is_symlink():  # chmod would follow it
+            _give_default_mode(path)
 
 
 def _give_default_mode(path: Path) -> None:

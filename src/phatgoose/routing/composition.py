@@ -114,7 +114,7 @@ def routing_for(
         return
     asked = None
     if parts and parts.prompt_router and examples and encoder:
-        asked = _asked(parts, prompts, examples, encoder)
+        asked = asked_of(parts, prompts, examples, encoder)
     found = context.routing_of(prompts, asked=asked, examples=examples, task=task)
 
     def use(rows: Sequence[int]) -> None:
@@ -125,7 +125,7 @@ def routing_for(
         yield use
 
 
-def _asked(
+def asked_of(
     parts: Composition,
     prompts: Sequence[Sequence[int]],
     examples: Sequence[Example],

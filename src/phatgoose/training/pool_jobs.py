@@ -116,6 +116,7 @@ class _ExpertWorkshop:
             if job.resume and self.folder.has(job.name):
                 return self.folder.finished(job.name)
             out = self.folder.path / job.name
+            self.folder.begin(job.name, restart=job.restart)
             wait_for_work(out, self.patience)
             expert = train_expert(
                 base,

@@ -146,6 +146,9 @@ class LocalFolder:
         discard_work(self.path / name)
         return TrainedExpert.of(expert.info, self.place(name))
 
+    def begin(self, name: str, *, restart: bool) -> None:
+        """What is to be done before the expert is trained in `path`: nothing."""
+
     def send(self, name: str) -> None:
         """Put the expert that was finished in `path` where it belongs; here it is there already."""
 
@@ -177,12 +180,25 @@ class RemoteFolder:
         with self._reported(name, "read"), tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch) / LAYOUT.info
             self.files.get_file(f"{self.root}/{name}/{LAYOUT.info}", str(copy))
-            return TrainedExpert.of(read_info(copy), self.place(name))
+            info = read_info(copy)
+        self._clear(name)
+        return TrainedExpert.of(info, self.place(name))
+
+    def begin(self, name: str, *, restart: bool) -> None:
+        """See that the URL can be written, before hours of work; with `restart` begin anew."""
+        trial = f"{self.root}/.{name}.trial"
+        with self._reported(name, "written"):
+            self.files.makedirs(self.root, exist_ok=True)
+            self.files.pipe_file(trial, b"")
+            self.files.rm_file(trial)
+        if restart:
+            self._clear(name)
 
     def send(self, name: str) -> None:
         """Copy the expert that was finished in `path` to the URL, and remove it here."""
         place, info = f"{self.root}/{name}", self.path / name / LAYOUT.info
-        with self._reported(name, "written"):
+        kept = f" The expert is kept in {self.path / name}: --resume uploads it."
+        with self._reported(name, "written", kept):
             for left in expert_files():  # of a copy that was cut short
                 if self.files.exists(f"{place}/{left}"):
                     self.files.rm_file(f"{place}/{left}")
@@ -192,14 +208,18 @@ class RemoteFolder:
             # Whole and last: an expert is there when its description is.
             self.files.put_file(str(info), f"{place}/{LAYOUT.info}.unfinished")
             self.files.mv(f"{place}/{LAYOUT.info}.unfinished", f"{place}/{LAYOUT.info}")
-        shutil.rmtree(self.path / name)
+        self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        discard_work(self.path / name)
 
     @contextmanager
-    def _reported(self, name: str, done: str) -> Iterator[None]:
+    def _reported(self, name: str, done: str, then: str = "") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            told = f"{self.place(name)} can't be {done}: {first_line(error)}."
+            told = f"{self.place(name)} can't be {done}: {first_line(error)}.{then}"
             raise ExpertError(told) from error
 
     def portable(self) -> RemoteFolder:

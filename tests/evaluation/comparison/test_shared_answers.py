@@ -7,6 +7,7 @@ from phatgoose.config import Routing
 from phatgoose.evaluation.comparison.cells import answered_by_experts
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Chat, Example, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -29,6 +30,20 @@ def test_other_models_and_unknown_answers_share_nothing(setting, tasks, llama, r
     elsewhere = {name: {"pick": result["choose"]} for name, result in everyones.items()}
     for unknown in ({}, elsewhere, {"somebody": everyones["e0"]}):
         assert answered_by_experts(unknown, model, chosen, questions) is None
+
+
+def test_a_chat_s_answers_are_of_the_expert_that_its_last_message_has(setting, llama, monkeypatch):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(llama.tokenizer, "chat_template", template)
+    model = by_hand("retrieval", setting, llama)
+    chat = Chat((("system", "5 + 6 = 11, 1 + 9"), ("user", "plums or apples")))
+    everyones = {name: {"chat": {"answers": [name], "tied": []}} for name in setting.pool.names}
+    found = []
+    for asked in (chat, "plums or apples"):
+        chosen, encoder = of(Task("chat", test=(Example(asked, "e0"),)), llama)
+        got = answered_by_experts(everyones, model, chosen, chosen.questions(encoder))
+        found.append(got[0].predictions[0].answer)
+    assert found[0] == found[1]
 
 
 def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path, computed):

@@ -37,7 +37,6 @@ DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 BODIES = [one_by_one, in_blocks]
 ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
 each_body = pytest.mark.parametrize("body", BODIES)
-each_dtype = pytest.mark.parametrize("dtype", list(ROUNDINGS))
 without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 

@@ -105,6 +105,29 @@ def test_what_else_is_in_the_folder_stays_there(uneven, pair):
     assert pair.is_symlink()
 
 
+def test_what_is_private_stays_so_and_no_link_s_target_changes(uneven, pair, tmp_path):
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "key").chmod(0o600)
+    (pair / "notes").symlink_to(tmp_path / "key")
+    (pair / "nothing").symlink_to(tmp_path / "gone")
+    pair.chmod(0o700)
+    add_to_saved(pair, uneven.select(["e2"]))
+    assert [oct(path.stat().st_mode & 0o777) for path in (tmp_path / "key", pair)] == [
+        oct(0o600),
+        oct(0o700),
+    ]
+    assert (pair / "nothing").is_symlink()
+
+
+def test_what_a_kill_left_out_of_its_place_is_found_through_a_link(uneven, pair, tmp_path):
+    (tmp_path / "current").symlink_to(pair)
+    kept = tmp_path / f".{pair.name}.replaced-x"
+    kept.mkdir()
+    pair.rename(kept / pair.name)
+    remove_from_saved(tmp_path / "current", ["e1"])
+    assert read_saved(pair).names == ("e0",)
+
+
 def test_folded_experts_stay_what_they_are(llama, pool_of, tmp_path):
     save(compose(pool_of("llama", (24, 9, 20)), llama, router="merged"), tmp_path / "routed")
     with pytest.raises(RoutingError, match="folded"):

@@ -27,7 +27,7 @@ from ...errors import EvaluationError
 from ...experts.expert import Expert
 from ...experts.kinds.registry import KINDS
 from ...jobs import BaseLocation
-from ...routing.composition import composition_if_any
+from ...routing.composition import asked_of, composition_if_any
 from ...routing.open_model import OpenedModel
 from ...routing.routers.discriminant import States
 from ...routing.routers.registry import ROUTERS
@@ -205,7 +205,8 @@ def answered_by_experts(
         return None
     if not known or "task" in parts.router.spec.given:
         return None
-    chosen = context.choose(questions.prompts, examples=dataset.examples).lone()
+    asked = asked_of(parts, questions.prompts, dataset.examples, questions.encoder)
+    chosen = context.choose(asked, examples=dataset.examples).lone()
     if chosen is None:
         return None
     names = [parts.experts[z] for z in chosen.tolist()]

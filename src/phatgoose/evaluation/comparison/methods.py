@@ -53,9 +53,7 @@ def label_of(router: str) -> str:
 
 
 def label_with_settings(identity: Mapping[str, Any]) -> str:
-    """The router of a row's `identity` with its settings, such as "Discriminant, place = end, k =
-    3".
-    """
+    """The router of a row's `identity` with its settings, such as "Arrow, form = peft, k = 3"."""
     now = routing_of(identity)
     spec = ROUTERS.get(now["router"].partition(":")[0])
     own = spec.k if spec else now.get("k")

@@ -40,7 +40,6 @@ class NearestCentroids(EmbeddingRouter):
 class Centroid(ByPrompt):
     """Router centroid."""
 
-    nearest: ClassVar[type[NearestCentroids]] = NearestCentroids
     prompt_form: ClassVar[Mapping[str, str]] = {"centroids": "Ec"}
 
     def tables(
@@ -50,7 +49,7 @@ class Centroid(ByPrompt):
         return Tables(pool.names, {"centroids": found.rows}, found.info())
 
     def chooser(self, tables: Tables) -> PromptRouter:
-        return self.nearest(tables, tables.tensors["centroids"], self.embedder(tables))
+        return NearestCentroids(tables, tables.tensors["centroids"], self.embedder(tables))
 
 
 def centroids_of(pool: Pool, embedder: str | None = None) -> Embeddings:

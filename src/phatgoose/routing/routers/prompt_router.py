@@ -212,7 +212,6 @@ class BaseRouter(PromptRouter):
         self,
         prompts: Sequence[Sequence[int]],
         base: PreTrainedModel | None,
-        reading: PromptReading | None = None,
         then: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         if not prompts or not all(prompts):
@@ -222,7 +221,7 @@ class BaseRouter(PromptRouter):
                 f"Router {self.name} reads prompts with a model; hand over the experts' base."
             )
         with base_alone(base):
-            return read_prompts(base, prompts, reading or self.reading(base), then=then)
+            return read_prompts(base, prompts, self.reading(base), then=then)
 
 
 class ByPrompt(Router):

@@ -337,7 +337,7 @@ def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, An
     for record in records:
         found = record.get("measured_in")
         # bfloat16, float16 and float32 differ by rounding only.
-        kind = str(found).partition(", ")[2] or "not quantised" if found else None
+        kind = shortened(str(found).partition(", ")[2]) or "not quantised" if found else None
         named.setdefault(kind, []).append(shortened(record["name"]))
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind)
     if len(named.keys() - {None}) > 1:

@@ -77,8 +77,9 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
 
 
 def _folder(directory: str | Path) -> Path:
-    bring_back(Path(directory))
-    return Path(directory).resolve()  # what a link leads to changes, not the link
+    folder = Path(directory).resolve()  # what a link leads to changes, not the link
+    bring_back(folder)
+    return folder
 
 
 def _has_folded(saved: SavedModel) -> bool:
@@ -112,4 +113,5 @@ def _rewritten(
         found = read_saved(work)
         if read_description(folder / ROUTED_INFO) != saved.info:
             raise RoutingError(f"Another process has changed {folder} meanwhile; try again.")
+    found.tensors.path = folder / ROUTED_WEIGHTS
     return found

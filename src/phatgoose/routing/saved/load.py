@@ -52,7 +52,7 @@ def load(
         ConfigError: The router needs an embedder that wasn't named.
     """
     directory = Path(directory)
-    bring_back(directory)
+    bring_back(directory.resolve())
     if not os.path.isfile(directory / ROUTED_INFO):
         raise RoutingError(f"{directory} holds no routed model: {_found_at(directory)}")
     saved = read_saved(directory)

@@ -99,7 +99,7 @@ def _check_experts(records: Any) -> None:
         check_name(name)
         names.add(name)
         ActsOn.of(record.get("acts_on"))
-        for key in ("path", *HASHES):
+        for key in ("path", "measured_in", *HASHES):
             if not isinstance(record.get(key), str | None):
                 raise ValueError(f"{key} of expert {name} is {shortened(record[key])}")
 

@@ -75,11 +75,11 @@ def first_tokens(runners: list[ModelRunner], shared: list[int], room: int) -> Ca
         for runner in runners:
             own = torch.randint(100, 20000, (ENDS,), generator=ends).tolist()
             prompt = [*shared, *own]
-            (turn,) = runner.routings_of([prompt])
+            (routed,) = runner.routings_of([prompt])
             wish = Decoding(max_tokens=1, temperature=0, ignores_end=True)
             with torch.inference_mode():
                 Batch(runner, store).join(
-                    [ActiveSequence(runner, prompt, wish, lambda _: None, turn=turn)]
+                    [ActiveSequence(runner, prompt, wish, lambda _: None, routed=routed)]
                 )
 
     return act

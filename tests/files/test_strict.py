@@ -20,6 +20,7 @@ from phatgoose.files.strict import (
     MOST_TOML_BYTES,
     half_character,
     one_line,
+    parse_yaml,
     read_json_object,
     read_toml,
     refuse_pipes,
@@ -154,6 +155,11 @@ def test_yaml_is_bounded_wherever_it_is_read(tmp_path, name, text, complaint):
     began = time.process_time()
     assert complaint in one_line_of(lambda: read(tmp_path / name))
     assert time.process_time() - began < 1
+
+
+def test_what_begins_as_a_number_is_a_text_where_it_goes_on():
+    text = "148e8e91-4f38-4427: 2e-4\nb: 1e5x\nc: -.5E+3"
+    assert parse_yaml(text) == {"148e8e91-4f38-4427": 2e-4, "b": "1e5x", "c": -500.0}
 
 
 def test_huge_toml_is_refused_unread(tmp_path):

@@ -107,6 +107,7 @@ class UntrustedText:
                 child = Popen(run, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=kept, text=True)
                 self._children.append(child)
                 if not _reply(child, (*self._setup, paths, MEMORY, SECONDS), STARTING):
+                    _end(self._children)
                     raise OSError("it ended at once")
             except OSError as error:  # no memory or processes left
                 raise EngineError(f"The tokenizer's process didn't start: {error}.") from error

@@ -202,7 +202,7 @@ def _no_constant(name: str) -> Any:
 
 
 MOST_TOML_BYTES = 2**20  # less than of JSON: the parser is slower
-YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 SEXAGESIMAL = re.compile(r":[\d:]{200}")  # 1:30 is 90; time grows with the square of the length
 MOST_DOTS = 1000  # in a line: the parser's time grows with the square of a dotted key's length
 

@@ -197,6 +197,21 @@ def test_an_endless_stream_waits_for_who_reads_it(place):
         serving.until(lambda: engine.open == 0)
 
 
+def test_a_client_that_reads_slowly_gets_no_more_than_its_time(place):
+    with (
+        engine_of("vllm", numbered()) as engine,
+        gateway(place, engine, Serving(timeout=1)) as client,
+        serving.running(client.app) as url,
+    ):
+        engine.mode = "endless"
+        with httpx2.stream("POST", url + PATH, json={**EXPERT, "stream": True}) as reply:
+            for number, line in enumerate(filter(None, reply.iter_lines())):
+                time.sleep(0.01)
+                if number > 800 or '"timeout"' in line:
+                    break
+        assert json.loads(line.removeprefix("data: "))["error"]["code"] == "timeout"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_repeats_its_key_shows_it_to_nobody(place, stream):
     key = 'very-"secret'

@@ -548,6 +548,8 @@ class ForwardedReply(OpenReply):
             yield f"data: {json.dumps(error.body)}\n\n"
 
     async def _next(self) -> tuple[int, Piece | ApiError | None]:
+        if not self._deadline.left:  # also where pieces wait for a slow reader
+            raise self._deadline.missed()
         if not self._found.empty():
             return self._found.get_nowait()
         try:

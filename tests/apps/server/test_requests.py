@@ -8,9 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from phatgoose.apps.server import requests as request_parsing
+from phatgoose.apps.server.gateway import Frame
 from phatgoose.apps.server.models import ModelRunner
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
-from phatgoose.apps.server.requests import RequestPreparer, parsed
+from phatgoose.apps.server.requests import RequestPreparer, RequestReader, parsed
 from phatgoose.base import untrusted_text
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
@@ -379,3 +380,12 @@ def two_bases(pool_of, template):
     app = create_app([ServedModel(*each, dtype="float32") for each in places.items()])
     app.state.service.models["goose"].runner.tokenizer.chat_template = template
     return app
+
+
+def test_a_prompt_of_tokens_is_their_very_text(tokenizer, monkeypatch):
+    for setting in ("", "_for_bpe_even_though_it_will_corrupt_output"):
+        monkeypatch.setattr(tokenizer, f"clean_up_tokenization_spaces{setting}", True)
+    tokens = tokenizer("you do n't , Sir .", add_special_tokens=False).input_ids
+    reader = RequestReader(Frame(tokenizer, None, in_chats=False), Serving(), None)
+    (prompt,) = reader.prompts(CompletionRequest(model="m", prompt=tokens), 1)
+    assert prompt.text == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

@@ -220,7 +220,8 @@ class RequestReader:
             message = f"Token {token} is unknown; the model has {runner.vocabulary}."
             raise bad_request(message, "prompt")
         tokens = list(map(tuple, rows))
-        texts = [runner.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = [runner.tokenizer.decode(row, **plain) for row in rows]
         return list(map(RequestPrompt, tokens, texts, tokens))
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:

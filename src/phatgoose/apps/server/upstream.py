@@ -194,7 +194,9 @@ class Engine:
         if self.contents.get(name, wanted.content) != wanted.content:
             return "from before it changed"
         place, at = found.places.get(name, ""), self.seen_at(wanted.folder)
-        return None if self.is_same(name, place, at) else f"from {place}, not from {at}"
+        if self.is_same(name, place, at):
+            return None
+        return f"from {one_line(place, MOST_SHOWN)}, not from {at}"
 
     def is_same(self, name: str, place: str, at: str) -> bool:
         """Whether an adapter that the engine has from `place` is the one `at` our folder.
@@ -338,7 +340,7 @@ class LlamaCpp(Engine):
             log.warning(
                 "llama.cpp has %s from %s, which is not beside %s: nothing here can tell whether "
                 "it holds the same weights.",
-                *(name, place, at),
+                *(name, one_line(place, MOST_SHOWN), at),
             )
         return True
 

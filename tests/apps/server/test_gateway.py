@@ -288,7 +288,9 @@ def test_vllm_keeps_beginnings_apart_by_what_an_adapter_holds(place):
     assert [each.get("cache_salt") for each in engine.requests] == [content, None]
 
 
-@pytest.mark.parametrize("listed", [[1], [{"id": 0}], [{"id": "x", "path": "/x/e0.gguf"}]])
+@pytest.mark.parametrize(
+    "listed", [[1], [{"id": 0}], *([{"id": i, "path": "/x/e0.gguf"}] for i in ("x", 1e999))]
+)
 def test_an_engine_that_lists_odd_adapters_is_an_error(place, listed):
     with engine_of("llama.cpp", numbered()) as engine:
         engine.listed = listed

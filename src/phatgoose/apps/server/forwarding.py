@@ -15,11 +15,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
 from ...errors import EngineAwayError
@@ -77,6 +77,10 @@ class _ScoredToken(_Token):
 
 class _Logprobs(_Form):
     content: list[_ScoredToken] | None = None  # of chats, and of all of llama.cpp's answers
+    tokens: list[str] | None = None  # of other completions, as what follows
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+    text_offset: list[int] | None = None
 
 
 class _Message(_Form):
@@ -92,7 +96,7 @@ class _Choice(_Form):
 
 
 class _Usage(_Form):
-    completion_tokens: NonNegativeInt | None = None
+    completion_tokens: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
 
 
 class _Answer(_Form):
@@ -457,7 +461,7 @@ class ForwardedRequest:
 
     def _content(self, number: int, found: _Choice) -> tuple[str, dict[str, Any]]:
         if self.is_chat:
-            key = "message" if found.delta is None else "delta"
+            key = "delta" if self.request.stream else "message"
             held = found.delta or found.message or _Message()
             said = held.model_dump(exclude_none=True)
             kept = {name: value for name, value in said.items() if value != []}

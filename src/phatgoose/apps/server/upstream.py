@@ -181,7 +181,7 @@ class Engine:
     def _looked(self, client: httpx2.Client) -> Adapters:
         try:
             return self.look(client)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"What answers at {self.upstream.root} has not the form of {self.label}: "
                 f"{type(error).__name__} {one_line(error, MOST_SHOWN)}."

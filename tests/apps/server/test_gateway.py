@@ -7,6 +7,7 @@ import pytest
 from fake_engine import BASE, PIECES, engine_of
 from gateways import ASK, NAMES, chosen_by, gateway, numbered
 from phatgoose.apps.server import Upstream
+from phatgoose.apps.server.upstream import Adapter, connected
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
@@ -298,6 +299,13 @@ def test_an_engine_that_lists_odd_adapters_is_an_error(place, listed):
             pass
 
 
+def test_what_was_planned_for_an_expert_that_left_lorax_s_pool_is_still_asked():
+    with engine_of("lorax", {}) as engine:
+        form = connected(Upstream(engine.url), {"e0": Adapter("/x/e0", "")})
+        form.prepare({"e1": Adapter("/x/e1", "")})
+    assert form.fields({"e0": 1.0})["model"] == "/x/e0"
+
+
 def test_the_engine_may_see_the_experts_elsewhere(place):
     elsewhere = {"experts_at": "/models/experts/"}
     with engine_of("vllm", {}) as engine, gateway(place, engine, upstream=elsewhere):
@@ -361,6 +369,7 @@ def test_readings_come_from_the_base_which_is_loaded_for_them_alone(place, monke
         ({"url": "ftp://me:secret@host"}, "must be the address"),
         ({"url": "http://host", "kind": "tgi"}, "vllm, sglang"),
         ({"url": "http://host", "key": "s\nt"}, "no header can carry"),
+        ({"url": "http://host", "key": "secret "}, "no header can carry, or a space"),
     ],
 )
 def test_odd_addresses_are_refused_without_their_secrets(options, message):

@@ -393,7 +393,8 @@ class Lorax(Engine):
         with client_of(self.upstream) as client:
             found = self._looked(client)
         held = {name: self.seen_at(each.folder) for name, each in wanted.items()}
-        self.adapters = Adapters(found.base, held, found.context)
+        # Requests may still be on their way to an expert that has left its pool.
+        self.adapters = Adapters(found.base, {**self.adapters.held, **held}, found.context)
         changed = [
             name
             for name, each in wanted.items()

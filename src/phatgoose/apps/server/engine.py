@@ -117,8 +117,9 @@ def prefill(
 def _reading_of(sequence: ActiveSequence) -> object:
     """What sequences have in common whose prompts are read alike."""
     chosen = None if sequence.routed is None else sequence.routed.choice
-    # Of one prompt these may differ: requests bring their own mixtures.
-    return sequence.prompt, None if chosen is None else chosen.key
+    # Of one prompt these may differ: requests bring their own mixtures. What is known before it is
+    # known to its client alone.
+    return sequence.client, sequence.prompt, None if chosen is None else chosen.key
 
 
 def reader_of(sequence: ActiveSequence) -> Reader:

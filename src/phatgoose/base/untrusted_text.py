@@ -78,7 +78,7 @@ class UntrustedText:
         `given`. Raises BaseModelError when template or tokenizer fail, or exceed the process's
         limits or the `seconds`; EngineError when no process can be started, or it was closed.
         """
-        given |= self._tokenizer.special_tokens_map | {"chat_template": NO_TEMPLATE}
+        given = self._tokenizer.special_tokens_map | given | {"chat_template": NO_TEMPLATE}
         with suppress(ValueError, NotImplementedError):  # of several, none may be the default
             given["chat_template"] = self._tokenizer.get_chat_template()
         with self._turn:

@@ -63,8 +63,12 @@ class Upstream:
             raise ConfigError(
                 f"--upstream-kind is {shortened(self.kind)}, but must be one of {known}."
             )
-        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
-            raise ConfigError("The upstream's key has characters that no header can carry.")
+        key = self.key or ""
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ConfigError(
+                f"The key for the engine ({UPSTREAM_KEY}) has characters that no header can "
+                f"carry, or a space around it."
+            )
 
     @property
     def root(self) -> str:

@@ -33,10 +33,13 @@ async def follow(service: Service | Gateway) -> None:
     while True:
         await asyncio.sleep(LOOKING)
         for name, place in places.items():
-            before, last[name] = last[name], await asyncio.to_thread(seen_at, place)
-            if before == last[name] != opened[name]:
-                opened[name] = before  # also where it fails: another change is awaited
-                await _reopen(service, name)
+            try:
+                before, last[name] = last[name], await asyncio.to_thread(seen_at, place)
+                if before == last[name] != opened[name]:
+                    opened[name] = before  # also where it fails: another change is awaited
+                    await _reopen(service, name)
+            except Exception as error:  # such as too many threads: it is looked at again
+                log.warning("%s can't be watched now: %s", name, one_line(error))
 
 
 async def _reopen(service: Service | Gateway, name: str) -> None:

@@ -266,6 +266,7 @@ def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer
         text = text_of(client, **saved)
         assert text == tokenizer.decode(wanted, skip_special_tokens=True)
         assert text_of(client, **saved, k=2) != text  # those of the pool
+        assert client.app.state.service.reopened("routed").pool.names == pool.names
         alone = {**GREEDY, "model": "base"}
         assert text_of(client, **alone) != text
         assert "base model alone" in error_of(client, **alone, routing=True)["message"]

@@ -296,14 +296,14 @@ class LoadedModel:
         """The model as its place has it now, over the same base."""
         return LoadedModel(self.settings, self._bases)
 
-    def find_experts(self, pools: Iterable[Pool]) -> None:
-        """Take a saved model's experts from the first of `pools` that has all of them."""
+    def find_experts(self, models: Iterable[LoadedModel]) -> None:
+        """Take a saved model's experts from the first pool of `models` that has all of them."""
         # The places that its own file names are not the operator's: they are neither opened nor
         # fetched.
         if self.parts is None or not is_routed(self.settings.place):
             return
         wanted = [_identity(record) for record in self.parts.records]
-        for pool in pools:
+        for pool in [each.pool for each in models if is_pool(each.settings.place)]:
             identities = map(_identity, pool.records())
             held = dict(zip(identities, pool.experts, strict=True))
             if all(identity in held for identity in wanted):
@@ -366,9 +366,8 @@ def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
         loaded = LoadedModel(settings, bases)
         share_factors(loaded.runner.model, [each.runner.model for each in models.values()])
         models[settings.name] = loaded
-    pools = [each.pool for each in models.values() if is_pool(each.settings.place)]
     for loaded in models.values():
-        loaded.find_experts(pools)
+        loaded.find_experts(models.values())
     return models
 
 

@@ -118,7 +118,9 @@ class Service:
 
     def reopened(self, name: str) -> LoadedModel:
         """The model of that name as its place has it now."""
-        return self.models[name].reopened()
+        opened = self.models[name].reopened()
+        opened.find_experts(self.models.values())
+        return opened
 
     def swap(self, name: str, opened: LoadedModel) -> None:
         """Serve `opened` by that name; requests that run finish on the one before."""

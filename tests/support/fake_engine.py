@@ -153,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(200, {"success": True})
         elif self.path == "/v1/unload_lora_adapter" and engine.loads:
             del engine.adapters[body["lora_name"]]
+            if engine.mode == "slow":
+                engine.go_on.wait(30)
             self.reply(200, {"success": True})
         elif self.path in ("/v1/completions", "/v1/chat/completions"):
             engine.requests.append(body)

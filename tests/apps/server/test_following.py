@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import serving
 from fake_engine import engine_of
 from gateways import ASK, gateway, numbered
-from phatgoose.apps.server import ServedModel, create_app, following
+from phatgoose.apps.server import ServedModel, Upstream, create_app, following
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
 from serving import GREEDY, PATH, ask, held, text_of, until
@@ -175,6 +176,34 @@ def test_a_gateway_has_what_changed_loaded_again_in_place(place, folder):
         assert engine.loaded == [{**wanted, "load_inplace": True}, wanted]
         ask(client, **{**ASK, "model": "e1"})
         assert engine.requests[-1]["cache_salt"] == content
+
+
+def test_requests_while_an_expert_is_loaded_again_do_not_bring_it_back_as_it_was(place, folder):
+    with (
+        engine_of("vllm", numbered(("e0", "e1"))) as engine,
+        gateway(folder, engine, Serving(watch=True)) as client,
+    ):
+        engine.mode = "slow"  # between giving e1 up and having it again
+        content = change(place, folder)
+        until(lambda: "e1" not in engine.adapters)
+        assert client.post(PATH, json={**ASK, "model": "e1"}).status_code == 503
+        thread, found = serving.in_a_thread(client.post, PATH, json={**ASK, "model": "e1"})
+        time.sleep(0.3)  # in which it could load e1
+        engine.mode = "well"
+        engine.go_on.set()
+        thread.join(30)
+        assert (found[0].status_code, engine.requests[-1]["cache_salt"]) == (200, content)
+        until(lambda: outcomes(client) == {"reopened": 1.0})
+        assert experts_of(client, "auto") == ["e0", "e1"]
+
+
+def test_an_expert_of_two_pools_is_wanted_as_it_is_now(place, folder):
+    with engine_of("vllm", numbered(("e0", "e1"))) as engine:
+        models = [ServedModel(name, str(folder), Routing("retrieval")) for name in ("one", "two")]
+        service = create_app(models, upstream=Upstream(engine.url)).state.service
+        content = change(place, folder)
+        service.swap("two", service.reopened("two"))
+        assert service.link.wanted["e1"].content == content
 
 
 @pytest.mark.parametrize("kind", ["sglang", "lorax"])

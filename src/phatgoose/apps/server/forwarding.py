@@ -211,7 +211,7 @@ class Link:
     async def look(self) -> None:
         """Look at what the engine holds, load what it lacks. Raises EngineAwayError."""
         if self._looking is None or self._looking.done():
-            _, self._looking = in_thread(lambda: self.engine.prepare(self.wanted))
+            _, self._looking = in_thread(self._prepare)
         try:
             await asyncio.shield(self._looking)
         except EngineAwayError:
@@ -224,6 +224,10 @@ class Link:
             self.is_well, self.problem = False, said
             raise EngineAwayError(said) from error
         self.is_well, self.problem, self._is_known = True, None, True
+
+    def _prepare(self) -> None:
+        with self.engine.lock:  # first: what is wanted may change with what is being loaded
+            self.engine.prepare(self.wanted)
 
     async def _known(self) -> None:
         # An engine that was restarted may hold other adapters, or number them otherwise.

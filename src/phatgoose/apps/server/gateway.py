@@ -322,19 +322,20 @@ class Gateway:
         before = self.models[name]
         opened = before.reopened()
         others = [each for key, each in self.models.items() if key != name]
-        try:
-            self.engine_form.prepare(wanted_of([opened, *others]))
-        except EngineRefusesError as error:
-            if error.names >= set(opened.experts):
-                raise
-            opened = before.reopened(error.names & set(opened.experts))
-            log.warning("%s is served without some experts: %s", name, one_line(error))
+        with self.engine_form.lock:
+            try:
+                self.engine_form.prepare(wanted_of([opened, *others]))
+            except EngineRefusesError as error:
+                if error.names >= set(opened.experts):
+                    raise
+                opened = before.reopened(error.names & set(opened.experts))
+                log.warning("%s is served without some experts: %s", name, one_line(error))
+            self.link.wanted = wanted_of([opened, *others])
         return opened
 
     def swap(self, name: str, opened: ChosenPool) -> None:
         self._texts.setdefault(id(opened.tokenizer), texts_of(opened.tokenizer))
         self.models[name] = opened
-        self.link.wanted = wanted_of(self.models.values())
         self.routings.forget(name)
 
     def cards(self) -> list[protocol.ModelCard]:

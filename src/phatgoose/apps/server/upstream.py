@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -125,6 +126,7 @@ class Engine:
         self.upstream = upstream
         self.adapters = Adapters("", {})
         self.contents: dict[str, str] = {}  # hashes of the adapters that it holds
+        self.lock = threading.Lock()  # for whoever prepares it
 
     def look(self, client: httpx2.Client) -> Adapters:
         """The adapters that the engine holds now. Raises EngineAwayError, ConfigError."""

@@ -22,9 +22,9 @@ def pool(pool_of):
     return on_base(pool_of("llama"), "me/base")
 
 
-def on_base(pool, named):
+def on_base(pool, named, revision=None):
     """The experts of `pool` where their files name the base `named`."""
-    base = BaseReference(named)
+    base = BaseReference(named, revision)
     return Pool(tuple(replace(e, info=replace(e.info, base=base)) for e in pool.experts))
 
 
@@ -82,6 +82,7 @@ def test_an_expert_s_own_files_are_handed_over_and_no_others(llama, tmp_path):
     [
         *("--tool-parser-plugin=experts/e0/evil.py", "-c", "/home/me/.ssh", "../up", "a/../b", ""),
         *("${HOME}/x", "$(id)", "me/base;id", "me/base --flag", "me/base\nFROM evil", "a/b/c"),
+        "experts/e0",  # a folder of the deployment, where an expert's files would be the base's
     ],
 )
 def test_a_base_that_is_named_by_an_expert_is_a_hub_id_and_nothing_else(pool, tmp_path, named):
@@ -99,6 +100,14 @@ def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
     assert not deploy(pool, "vllm", tmp_path / "out").own_base
     assert deploy(pool, "vllm", tmp_path / "named", "me/base").own_base
     assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_engine_loads_the_revision_that_the_experts_name(pool, tmp_path, engine):
+    deploy(on_base(pool, "me/base", "v1.2"), engine, tmp_path / "out")
+    assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--revision") == "v1.2"
+    deploy(on_base(pool, "me/base", "v1.2"), engine, tmp_path / "own", "me/base")
+    assert "--revision" not in command_in(tmp_path / "own" / "engine.sh")
 
 
 RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" >> "$RECORD"\n'

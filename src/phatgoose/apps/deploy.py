@@ -57,6 +57,7 @@ class Deployment:
     base: str
     own_base: bool  # lies in the deployment's folder
     outtype: str = "auto"  # of a GGUF file of the base
+    pinned: tuple[str, ...] = ()  # the engine's options for the base's revision
     notes: list[str] = field(default_factory=list)
 
 
@@ -75,10 +76,12 @@ def deploy(
         raise ConfigError(f"--engine is {engine!r}, but must be one of {', '.join(WRITERS)}.")
     rank = max(_rank_of(pool, name, engine) for name in pool.names)
     named = base or pool.base.id
-    if base is None and not is_hub_id(named):  # an expert may come from anyone, and say anything
+    # An expert may come from anyone, and say anything.
+    is_here = named.lower().split("/")[0] in ("experts", "gguf")  # the deployment's own folders
+    if base is None and (is_here or not is_hub_id(named)):
         raise ConfigError(
-            f"The experts name their base by {shortened(named)}, which is no Hub id (OWNER/NAME); "
-            f"give what {engine} is to load: --base FOLDER."
+            f"The experts name their base by {shortened(named)}, which is no Hub id (OWNER/NAME), "
+            f"or also a folder here; give what {engine} is to load: --base FOLDER."
         )
     with new_directory(out, ConfigError) as work:
         for each in pool.experts:
@@ -88,8 +91,10 @@ def deploy(
         own_base = named == SMOLLM2 or (base is not None and source.is_dir())
         if own_base:
             _copy([path for path in source.iterdir() if path.is_file()], work / "base")
+        revision = None if base or own_base else pool.base.revision
+        pinned = ("--revision", revision) if revision else ()
         base = "base" if own_base else named
-        found = Deployment(engine, pool.names, rank, base, own_base, outtype)
+        found = Deployment(engine, pool.names, rank, base, own_base, outtype, pinned)
         WRITERS[engine](found, work)
         _write(work / "README.md", _readme(found))
     if engine != "ollama" and not allows_choice_by_prompt(pool):
@@ -133,16 +138,16 @@ def _vllm(found: Deployment, work: Path) -> None:
         )
     count = len(found.experts)
     modules = [f"{name}=experts/{name}" for name in found.experts]
-    command = ["vllm", "serve", found.base, "--port", str(ENGINE_PORT), "--enable-lora"]
+    command = ["vllm", "serve", found.base, *found.pinned, "--port", str(ENGINE_PORT)]
     command += ["--max-lora-rank", str(allowed[0]), "--max-loras", str(min(count, MOST_AT_ONCE))]
-    command += ["--max-cpu-loras", str(count), "--lora-modules", *modules]
+    command += ["--enable-lora", "--max-cpu-loras", str(count), "--lora-modules", *modules]
     _start(found, work, command, image="vllm/vllm-openai:latest", arguments=command[2:])
 
 
 def _sglang(found: Deployment, work: Path) -> None:
     paths = [f"{name}=experts/{name}" for name in found.experts]
     command = ["python", "-m", "sglang.launch_server", "--model-path", found.base]
-    command += ["--port", str(ENGINE_PORT), "--enable-lora"]
+    command += [*found.pinned, "--port", str(ENGINE_PORT), "--enable-lora"]
     command += ["--max-loras-per-batch", str(min(len(paths), MOST_AT_ONCE))]
     command += ["--lora-paths", *paths]
     found.notes.append(NOT_RUN)

@@ -1,6 +1,7 @@
 """The gateway: who is chosen, what the engine is asked for in its form, what comes back."""
 
 import logging
+import shutil
 
 import pytest
 
@@ -9,7 +10,7 @@ from gateways import ASK, NAMES, chosen_by, gateway, numbered
 from phatgoose.apps.server import Upstream
 from phatgoose.apps.server.upstream import Adapter, connected
 from phatgoose.config import Routing, Serving
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.automatic import settled_by_prompt
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, events
@@ -359,6 +360,19 @@ def test_readings_come_from_the_base_which_is_loaded_for_them_alone(place, monke
         with gateway(place, engine, router="discriminant") as client:
             assert len(loaded) == 1
             assert text_of(ask(client, **ASK)).split()[0] in NAMES
+
+
+def test_a_base_of_other_weights_reads_no_prompts_for_a_pool(place, tmp_path):
+    shutil.copytree(place / "e1", tmp_path / "e1")
+    config = tmp_path / "e1" / "phatgoose.json"
+    known = Pool.open(place).base.fingerprint
+    config.write_text(config.read_text().replace(known, f"sha256:{'0' * 64}"))
+    with (
+        engine_of("vllm", numbered()) as engine,
+        pytest.raises(WrongBaseError),
+        gateway(tmp_path, engine, router="discriminant"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from fastapi import Request
 from starlette.responses import Response
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.loading import load_tokenizer
+from ...base.fingerprint import check_base
+from ...base.loading import Base, load_tokenizer
 from ...config import Routing, Serving, closest
 from ...errors import ConfigError, EngineRefusesError, PhatgooseError
 from ...experts.expert import trained_in_chats
@@ -165,21 +166,26 @@ class _ReadingBases:
     """Tokenizers, and weights of those bases that a router reads prompts with."""
 
     def __init__(self) -> None:
-        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-        self._weights: dict[str, PreTrainedModel] = {}
+        self._tokenizers: dict[tuple[str, str | None], PreTrainedTokenizerBase] = {}
+        self._bases: dict[tuple[str, str | None], Base] = {}
 
     def tokenizer(self, settings: ServedModel, pool: Pool) -> PreTrainedTokenizerBase:
-        name = settings.base or pool.base.id
-        if name not in self._tokenizers:
-            revision = None if settings.base else pool.base.revision
-            self._tokenizers[name] = load_tokenizer(name, revision=revision)
-        return self._tokenizers[name]
+        name, revision = key = _named(settings, pool)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(name, revision=revision)
+        return self._tokenizers[key]
 
     def weights(self, settings: ServedModel, pool: Pool) -> PreTrainedModel:
-        name = settings.base or pool.base.id
-        if name not in self._weights:
-            self._weights[name] = loaded_base(pool, settings.base, settings.dtype).model
-        return self._weights[name]
+        key = _named(settings, pool)
+        if key not in self._bases:
+            self._bases[key] = loaded_base(pool, settings.base, settings.dtype)
+        check_base(pool.base, self._bases[key].reference)
+        return self._bases[key].model
+
+
+def _named(settings: ServedModel, pool: Pool) -> tuple[str, str | None]:
+    """The base that the operator or else the pool names, and its revision."""
+    return (settings.base, None) if settings.base else (pool.base.id, pool.base.revision)
 
 
 @dataclass(eq=False)

@@ -33,7 +33,10 @@ def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     # uvicorn raises the signal that ended it again, which would end the process too.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server_of(app, host, port, limits).run()
+    server = server_of(app, host, port, limits)
+    server.run()
+    if not server.started:  # which older uvicorns don't tell by the status
+        sys.exit(3)
 
 
 def leave() -> NoReturn:

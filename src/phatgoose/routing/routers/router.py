@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config import Routing
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
-from ...files.strict import read_json_object, reason, shortened
+from ...files.strict import one_line, read_json_object, reason, shortened
 from ..context import RoutingContext
 from .registry import choice_of, spec_of
 
@@ -337,7 +337,7 @@ def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, An
     for record in records:
         found = record.get("measured_in")
         # bfloat16, float16 and float32 differ by rounding only.
-        kind = shortened(str(found).partition(", ")[2]) or "not quantised" if found else None
+        kind = one_line(str(found).partition(", ")[2], 80) or "not quantised" if found else None
         named.setdefault(kind, []).append(shortened(record["name"]))
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind)
     if len(named.keys() - {None}) > 1:

@@ -106,3 +106,11 @@ def naively_routed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def plain_scores(u: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """v̄ᵀū/√n with both standardised as the method's formula says, float64 [T, E]."""
+    u, v = u.double(), gates.double()
+    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
+    return u @ v.T / math.sqrt(u.shape[-1])

@@ -7,11 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from phatgoose.base.loading import Base
-from phatgoose.config import settings_of
+from phatgoose.config import Routing, settings_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.registry import spec_of
+from phatgoose.routing.routers.router import RouterSite, router_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
 from toy_embedders import toy_embed
@@ -84,3 +85,11 @@ def with_vectors(pool: Pool, name: str, value: float) -> Pool:
             for e in pool.experts
         )
     )
+
+
+def router_at(site: str, base: Base, pool: Pool, text: str):
+    """The router that `text` names at one site, where all experts of `pool` act."""
+    router = router_of(Routing(text))
+    router.read_base(base.model, base.tokenizer, pool)
+    state = router.state_at(pool, site)
+    return router.at(RouterSite(site, torch.arange(len(pool)), len(pool), state, None))

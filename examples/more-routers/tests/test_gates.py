@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from more_routers.neutral import over_neutral_text
 
+from oracle import plain_scores
 from phatgoose.base.sites import find_sites
-from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts
-from phatgoose.routing.routers.configs import EPS
-from phatgoose.routing.routers.router import RouterSite, router_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.neutral import neutral_examples
+from routed_models import router_at
 from tiny import logits_of, random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
@@ -46,21 +44,6 @@ def three(pool_of):
     return pool_of("llama", (4, 4, 4))
 
 
-def router_at(base, pool: Pool, text: str):
-    router = router_of(Routing(text))
-    router.read_base(base.model, base.tokenizer, pool)
-    state = router.state_at(pool, SITE)
-    return router.at(RouterSite(SITE, torch.arange(len(pool)), len(pool), state, None))
-
-
-def plain_scores(u: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """v̄ᵀū/√n with both standardised as the method's formula says, float64 [T, E]."""
-    u, v = u.double(), gates.double()
-    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
-    v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
-    return u @ v.T / math.sqrt(u.shape[-1])
-
-
 def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three):
     gates, u, seen = three.vectors("gates", SITE).float(), random(7, 32), []
     hook = llama.model.get_submodule(SITE).register_forward_pre_hook(
@@ -72,14 +55,14 @@ def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three)
     hook.remove()
     usual = plain_scores(torch.cat(seen), gates)
     expected = (plain_scores(u, gates) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
-    found = router_at(llama, three, "calibrated").affinities(u)
+    found = router_at(SITE, llama, three, "calibrated").affinities(u)
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three):
     gates = {name: torch.zeros_like(gate) for name, gate in three.experts[0].gates.items()}
     pool = Pool((replace(three.experts[0], gates=gates), *three.experts[1:]))
-    found = router_at(llama, pool, "calibrated").affinities(random(7, 32))
+    found = router_at(SITE, llama, pool, "calibrated").affinities(random(7, 32))
     assert not found[:, 0].any()
     assert found[:, 1:].isfinite().all()
 

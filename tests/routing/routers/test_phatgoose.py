@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from oracle import naively_routed
-from phatgoose.config import Routing
-from phatgoose.experts.pool import Pool
+from oracle import naively_routed, plain_scores
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.configs import EPS
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
-from phatgoose.routing.routers.router import RouterSite, router_of
-from routed_models import with_vectors
+from routed_models import router_at, with_vectors
 from tiny import assert_same_logits, logits_of, make_ids, random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs
@@ -23,14 +18,6 @@ SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs
 
 def scored(gates: torch.Tensor, k: int = 2) -> PhatgooseRouter:
     return PhatgooseRouter(standardise(gates), k, EPS)
-
-
-def plain_scores(u: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """v̄ᵀū/√n with both standardised as the method's formula says, float64 [T, E]."""
-    u, v = u.double(), gates.double()
-    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
-    v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
-    return u @ v.T / math.sqrt(u.shape[-1])
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
@@ -113,17 +100,12 @@ def three(pool_of):
     return pool_of("llama", (4, 4, 4))
 
 
-def router_at(base, pool: Pool, text: str):
-    router = router_of(Routing(text))
-    router.read_base(base.model, base.tokenizer, pool)
-    state = router.state_at(pool, SITE)
-    return router.at(RouterSite(SITE, torch.arange(len(pool)), len(pool), state, None))
-
-
 @pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow"])
 def test_a_temperature_divides_every_affinity_and_the_top_k_act(llama, three, router):
     u = random(7, 32)
-    one, half = (router_at(llama, three, f"{router}:temperature={value}") for value in (1, 0.5))
+    one, half = (
+        router_at(SITE, llama, three, f"{router}:temperature={value}") for value in (1, 0.5)
+    )
     torch.testing.assert_close(half.affinities(u), 2 * one.affinities(u))
     with torch.no_grad():
         decision = half(u)

@@ -19,10 +19,10 @@ import torch
 
 import phatgoose as pg
 from measuring import ratio, side_by_side
-from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.models import ModelRunner
-from phatgoose.apps.server.prefixes import MIB, PrefixStore
-from phatgoose.apps.server.sequences import ActiveSequence, Decoding
+from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.prefixes import MIB, PrefixStore
+from phatgoose.apps.server.local.runner import ModelRunner
+from phatgoose.apps.server.local.sequences import ActiveSequence, Decoding
 from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.loading import Base, load_base, twin
 from phatgoose.experts.pool import Pool

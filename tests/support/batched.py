@@ -5,8 +5,8 @@ import threading
 import torch
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.sequences import ActiveSequence, Decoding, Failure
+from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.sequences import ActiveSequence, Decoding, Failure
 from tiny import make_ids, make_tokenizer
 
 GREEDY = Decoding(max_tokens=12, temperature=0.0)

@@ -15,7 +15,7 @@ from phatgoose.analysis.analyse import analyse
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.generation import generate, recorded_tokens
 from phatgoose.apps.report.page import write_report
-from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites

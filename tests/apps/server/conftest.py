@@ -61,7 +61,7 @@ def no_gradients():
 @pytest.fixture(scope="module")
 def runner_of(pool_of):
     """`runner_of(kind, router)`: the pool of that kind of base, composed, without end tokens."""
-    from phatgoose.apps.server.models import ModelRunner
+    from phatgoose.apps.server.local.runner import ModelRunner
 
     made = {}
 

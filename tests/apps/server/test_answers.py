@@ -9,11 +9,11 @@ import pytest
 
 import serving
 from phatgoose.apps.server import create_app, served_models
-from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.local.runner import ModelRunner
+from phatgoose.apps.server.local.sequences import Progress, ScoredToken
 from phatgoose.apps.server.protocol import ChatRequest
+from phatgoose.apps.server.replies import builder_of
 from phatgoose.apps.server.requests import RequestPreparer
-from phatgoose.apps.server.responses import builder_of
-from phatgoose.apps.server.sequences import Progress, ScoredToken
 from phatgoose.base.loading import UNFINISHED, load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.compose import compose

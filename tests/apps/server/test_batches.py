@@ -8,10 +8,10 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server import engine
-from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.models import ModelRunner
-from phatgoose.apps.server.sequences import Decoding
+from phatgoose.apps.server.local import engine as engine
+from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.runner import ModelRunner
+from phatgoose.apps.server.local.sequences import Decoding
 from phatgoose.base.active_tokens import ActsOn
 from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool

@@ -21,7 +21,8 @@ import pytest
 import serving
 from phatgoose.apps.cli import main
 from phatgoose.apps.console import say
-from phatgoose.apps.server import check_address, connections
+from phatgoose.apps.server import app as connections
+from phatgoose.apps.server import check_address
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
 from serving import GREEDY, JSON, PATH

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
-from phatgoose.apps.server.engine import Batch, GenerationEngine
+from phatgoose.apps.server.local.engine import Batch, GenerationEngine
+from phatgoose.apps.server.local.sequences import Failure
 from phatgoose.apps.server.protocol import ApiError
-from phatgoose.apps.server.sequences import Failure
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
 

@@ -12,7 +12,8 @@ import pytest
 import serving
 from fake_engine import engine_of
 from gateways import ASK, gateway, numbered
-from phatgoose.apps.server import ServedModel, Upstream, create_app, following
+from phatgoose.apps.server import ServedModel, Upstream, create_app
+from phatgoose.apps.server import service as following
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
 from serving import GREEDY, PATH, ask, held, text_of, until

@@ -10,7 +10,7 @@ import pytest
 import serving
 from fake_engine import PIECES, engine_of
 from gateways import ASK, NAMES, gateway, numbered
-from phatgoose.apps.server import forwarding
+from phatgoose.apps.server.upstream import link as forwarding
 from phatgoose.config import Serving
 from serving import PATH, ask, error_of, events
 

@@ -8,7 +8,7 @@ import pytest
 from fake_engine import BASE, PIECES, engine_of
 from gateways import ASK, NAMES, chosen_by, gateway, numbered
 from phatgoose.apps.server import Upstream
-from phatgoose.apps.server.upstream import Adapter, connected
+from phatgoose.apps.server.upstream.engines import Adapter, connected
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.pool import Pool
@@ -231,7 +231,7 @@ def test_tokens_are_passed_on_as_tokens(place):
 
 
 def test_llama_cpp_s_log_probabilities_have_openai_s_form(place):
-    from phatgoose.apps.server.upstream import LlamaCpp
+    from phatgoose.apps.server.upstream.engines import LlamaCpp
 
     rows = [
         {"token": token, "id": 1, "bytes": [104], "logprob": -0.5, "top_logprobs": [
@@ -350,7 +350,7 @@ def test_a_router_for_tokens_is_refused(place):
 
 
 def test_readings_come_from_the_base_which_is_loaded_for_them_alone(place, monkeypatch):
-    from phatgoose.apps.server import gateway as module
+    from phatgoose.apps.server.upstream import choosing as module
 
     loaded, load = [], module.loaded_base
     monkeypatch.setattr(module, "loaded_base", lambda *a: loaded.append(a) or load(*a))

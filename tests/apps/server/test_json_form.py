@@ -6,7 +6,7 @@ import pytest
 
 from fake_engine import engine_of
 from gateways import ASK, gateway, numbered
-from phatgoose.apps.server import json_form
+from phatgoose.apps.server.local import json_form as json_form
 from phatgoose.errors import EngineError
 from serving import CHAT, CHATS, GREEDY, ask, error_of, events, text_of
 

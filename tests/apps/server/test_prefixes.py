@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from batched import GREEDY, alone, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.models import ModelRunner
-from phatgoose.apps.server.prefixes import SHORTEST, PrefixStore, Reader
+from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.prefixes import SHORTEST, PrefixStore, Reader
+from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.base.active_tokens import ActsOn
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from batched import GREEDY, alone, finish, prompt_of, row_of
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.sequences import (
+from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.sequences import (
     Alternative,
     Decoding,
     Sampler,

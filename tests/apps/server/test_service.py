@@ -9,10 +9,10 @@ import pytest
 
 import serving
 from phatgoose.apps.server import service
-from phatgoose.apps.server.models import LoadedModel
+from phatgoose.apps.server.local.runner import LoadedModel
+from phatgoose.apps.server.local.sequences import Progress
 from phatgoose.apps.server.protocol import ApiError, Deadline, RoutingOverride
-from phatgoose.apps.server.responses import PendingReply
-from phatgoose.apps.server.sequences import Progress
+from phatgoose.apps.server.replies import PendingReply
 from phatgoose.apps.server.service import Readers, RoutingCache
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError

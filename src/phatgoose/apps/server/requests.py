@@ -23,11 +23,11 @@ from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
 from ...files.strict import shortened
 from ...routing.choices import PromptRouting
 from ...tasks.task import question_of
-from .json_form import JsonForm, json_form
-from .models import ModelRunner
-from .prefixes import PrefixStore
+from .local.json_form import JsonForm, json_form
+from .local.prefixes import PrefixStore
+from .local.runner import ModelRunner
+from .local.sequences import Decoding, seed_of
 from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
-from .sequences import Decoding, seed_of
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
 MOST_FIELDS = 20_000  # of all objects together

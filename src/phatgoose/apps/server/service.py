@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import glob
+import logging
+import os
 import threading
 import time
 from collections import deque
@@ -23,13 +26,13 @@ from ...base.untrusted_text import UntrustedText
 from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
-from ...files.strict import shortened
+from ...files.strict import one_line, shortened
 from ...routing.routers.registry import WEIGHTS
 from ...tasks.embeddings import without_downloads
 from . import protocol
-from .engine import GenerationEngine
 from .guards import CLIENT, REQUEST_BODY, Metrics
-from .models import LoadedModel, ModelRunner
+from .local.engine import GenerationEngine
+from .local.runner import LoadedModel, ModelRunner
 from .protocol import (
     AnyRequest,
     ApiError,
@@ -39,8 +42,8 @@ from .protocol import (
     busy,
     for_clients,
 )
+from .replies import EventStream, PendingReply, builder_of
 from .requests import PreparedRequest, RequestPreparer, parsed
-from .responses import EventStream, PendingReply, builder_of
 from .settings import ServedModel
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
@@ -48,6 +51,8 @@ SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is starte
 READERS = 2  # requests for which experts are looked up at once
 STUCK = 30.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
+
+log = logging.getLogger(__name__)
 
 Wanted = TypeVar("Wanted", protocol.CompletionRequest, protocol.ChatRequest)
 Found = TypeVar("Found")
@@ -503,3 +508,54 @@ def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Futu
     thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
     thread.start()
     return thread, result
+
+
+# Following pools: what has changed on the disk is opened beside what is served, and takes its place
+# when it is complete. A pool that can't be opened leaves the old one where it is.
+
+LOOKING = 1.0  # seconds between two looks at whether something changed
+
+Seen = tuple[tuple[str, int, int], ...]  # files, their sizes and times
+
+
+async def follow(service: Any) -> None:
+    """Open each model again when the files at its place have changed, and have stopped to."""
+    places = {name: model.settings.place for name, model in service.models.items()}
+    opened = {name: seen_at(place) for name, place in places.items()}
+    last = dict(opened)
+    while True:
+        await asyncio.sleep(LOOKING)
+        for name, place in places.items():
+            try:
+                before, last[name] = last[name], await asyncio.to_thread(seen_at, place)
+                if before == last[name] != opened[name]:
+                    opened[name] = before  # also where it fails: another change is awaited
+                    await _reopen(service, name)
+            except Exception as error:  # such as too many threads: it is looked at again
+                log.warning("%s can't be watched now: %s", name, one_line(error))
+
+
+async def _reopen(service: Any, name: str) -> None:
+    try:
+        _, opening = in_thread(lambda: service.reopened(name))
+        opened: Any = await opening
+        service.swap(name, opened)
+    except Exception as error:
+        known = isinstance(error, (PhatgooseError, OSError))
+        words = "%s has changed, and is served as it was: %s"
+        log.warning(words, name, one_line(error), exc_info=not known)
+        service.metrics.reopened.labels("kept").inc()
+    else:
+        log.warning("%s has changed, and is served as it is now", name)
+        service.metrics.reopened.labels("reopened").inc()
+
+
+def seen_at(place: str) -> Seen:
+    """The files of a pool or a model, by which a change is noticed; nothing for one on the Hub."""
+    inside, found = glob.escape(place), []
+    for path in sorted([place, *glob.glob(f"{inside}/*"), *glob.glob(f"{inside}/*/*")]):
+        with suppress(OSError):  # it went away since it was listed
+            if os.path.isfile(path):
+                stat = os.stat(path)
+                found.append((path, stat.st_size, stat.st_mtime_ns))
+    return tuple(found)

@@ -17,23 +17,22 @@ from fastapi import Request
 from starlette.responses import Response
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.fingerprint import check_base
-from ...base.loading import Base, load_tokenizer
-from ...config import Routing, Serving, closest
-from ...errors import ConfigError, EngineRefusesError, PhatgooseError
-from ...experts.expert import trained_in_chats
-from ...experts.pool import Pool
-from ...files.strict import one_line, shortened
-from ...routing.open_model import loaded_base, open_prompt_router, require_pool
-from ...routing.routers.automatic import settled_by_prompt
-from ...routing.routers.prompt_router import PromptRouter
-from ...routing.routers.registry import AUTO, WEIGHTS, spec_of
-from ...tasks.encoding import added_tokens
-from . import protocol
-from .forwarding import ForwardedReply, ForwardedRequest, Link, Planned
-from .guards import CLIENT, GatewayMetrics
-from .models import numbered, overridden
-from .protocol import (
+from ....base.fingerprint import check_base
+from ....base.loading import Base, load_tokenizer
+from ....config import Routing, Serving, closest
+from ....errors import ConfigError, EngineRefusesError, PhatgooseError
+from ....experts.expert import trained_in_chats
+from ....experts.pool import Pool
+from ....files.strict import one_line, shortened
+from ....routing.open_model import loaded_base, open_prompt_router, require_pool
+from ....routing.routers.automatic import settled_by_prompt
+from ....routing.routers.prompt_router import PromptRouter
+from ....routing.routers.registry import AUTO, WEIGHTS, spec_of
+from ....tasks.encoding import added_tokens
+from .. import protocol
+from ..guards import CLIENT, GatewayMetrics
+from ..local.runner import numbered, overridden
+from ..protocol import (
     AnyRequest,
     ApiError,
     Deadline,
@@ -42,9 +41,9 @@ from .protocol import (
     busy,
     for_clients,
 )
-from .requests import RequestPrompt, RequestReader
-from .responses import EventStream
-from .service import (
+from ..replies import EventStream
+from ..requests import RequestPrompt, RequestReader
+from ..service import (
     SHOWN,
     RequestParser,
     RoutingCache,
@@ -56,8 +55,9 @@ from .service import (
     only_override,
     texts_of,
 )
-from .settings import ServedModel
-from .upstream import Adapter, Engine, Upstream, connected, first_of, names_of
+from ..settings import ServedModel
+from .engines import Adapter, Engine, Upstream, connected, first_of, names_of
+from .link import ForwardedReply, ForwardedRequest, Link, Planned
 
 ANY = "auto"  # the model that stands for the first pool
 EXPERTS, CHOSEN = "X-Phatgoose-Experts", "X-Phatgoose-Chosen"

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutput
 
-from ...analysis.traces import TraceKeeper, TraceStream
-from ...base.loading import texts_of
-from ...config import Serving
-from ...errors import PhatgooseError
-from ...tasks.batching import decoder_start, pad_left
-from .models import Cache, ModelRunner
+from ....analysis.traces import TraceKeeper, TraceStream
+from ....base.loading import texts_of
+from ....config import Serving
+from ....errors import PhatgooseError
+from ....tasks.batching import decoder_start, pad_left
+from ..protocol import bad_request, busy, for_clients
 from .prefixes import MIB, Prefix, PrefixStore, Reader, begin_with
-from .protocol import bad_request, busy, for_clients
+from .runner import Cache, ModelRunner
 from .sequences import ANSWER, PROMPT, ActiveSequence, Failure, TokenScores, token_scores
 
 

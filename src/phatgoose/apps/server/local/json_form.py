@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ...errors import EngineError
-from ...files.strict import first_line
-from .protocol import ApiError, ResponseFormat, bad_request
+from ....errors import EngineError
+from ....files.strict import first_line
+from ..protocol import ApiError, ResponseFormat, bad_request
 
 try:
     from llguidance import LLMatcher

@@ -18,33 +18,33 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from ...analysis.traces import TraceKeeper
-from ...base.active_tokens import ActsOn
-from ...base.fingerprint import BaseReference
-from ...base.loading import Base, load_base, load_tokenizer, settled_dtype, twin
-from ...base.sites import positions_of
-from ...base.token_masks import cache_argument
-from ...config import Routing
-from ...errors import BaseModelError, RoutingError
-from ...experts.pool import Pool
-from ...routing.choices import PromptRouting
-from ...routing.compose import compose
-from ...routing.composition import composition_if_any
-from ...routing.layers import RoutedLinear
-from ...routing.open_model import is_pool, is_routed, naming_all_places, require_pool
-from ...routing.recording import watch
-from ...routing.routers.automatic import settled
-from ...routing.routers.fixed import mixture_of
-from ...routing.routers.registry import AUTO
-from ...routing.routers.router import check_served, router_of
-from ...routing.saved.load import base_of, load
-from ...routing.saved.tensors import HASHES
-from ...tasks.batching import contiguous_head, position_ids
-from ...tasks.encoding import added_tokens
-from ...tasks.prompt_passes import end_tokens, keeping_caches
+from ....analysis.traces import TraceKeeper
+from ....base.active_tokens import ActsOn
+from ....base.fingerprint import BaseReference
+from ....base.loading import Base, load_base, load_tokenizer, settled_dtype, twin
+from ....base.sites import positions_of
+from ....base.token_masks import cache_argument
+from ....config import Routing
+from ....errors import BaseModelError, RoutingError
+from ....experts.pool import Pool
+from ....routing.choices import PromptRouting
+from ....routing.compose import compose
+from ....routing.composition import composition_if_any
+from ....routing.layers import RoutedLinear
+from ....routing.open_model import is_pool, is_routed, naming_all_places, require_pool
+from ....routing.recording import watch
+from ....routing.routers.automatic import settled
+from ....routing.routers.fixed import mixture_of
+from ....routing.routers.registry import AUTO
+from ....routing.routers.router import check_served, router_of
+from ....routing.saved.load import base_of, load
+from ....routing.saved.tensors import HASHES
+from ....tasks.batching import contiguous_head, position_ids
+from ....tasks.encoding import added_tokens
+from ....tasks.prompt_passes import end_tokens, keeping_caches
+from ..protocol import RoutingOverride
+from ..settings import ServedModel
 from .prefixes import PrefixStore, Reader
-from .protocol import RoutingOverride
-from .settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
 

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from ...errors import ConfigError, EngineAwayError, EngineRefusesError
-from ...files.strict import one_line, shortened
+from ....errors import ConfigError, EngineAwayError, EngineRefusesError
+from ....files.strict import one_line, shortened
 
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
 AUTO = "auto"

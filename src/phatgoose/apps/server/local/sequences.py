@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from ...analysis.traces import TraceStream
-from ...base.loading import Detokeniser, shown_as, text_of
-from ...errors import EngineError
-from ...routing.choices import PromptRouting
+from ....analysis.traces import TraceStream
+from ....base.loading import Detokeniser, shown_as, text_of
+from ....errors import EngineError
+from ....routing.choices import PromptRouting
+from ..protocol import Finish
 from .json_form import JsonForm
-from .models import ModelRunner
-from .protocol import Finish
+from .runner import ModelRunner
 
 
 def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:

@@ -23,10 +23,10 @@ from ...analysis.traces import Trace, TraceStream, chosen_for_whole, join_stream
 from ...base.loading import UNFINISHED
 from ...routing.composition import composition_of
 from . import protocol
-from .engine import GenerationEngine
+from .local.engine import GenerationEngine
+from .local.sequences import ActiveSequence, Failure, Progress, ScoredToken
 from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline
 from .requests import PreparedRequest
-from .sequences import ActiveSequence, Failure, Progress, ScoredToken
 
 Found = TypeVar("Found")
 LARGE = 256  # tokens in one event from which on JSON is written in a thread

@@ -22,15 +22,15 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
-from ...errors import EngineAwayError
-from ...files.strict import one_line
-from .guards import GatewayMetrics
-from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
-from .requests import RequestPrompt
-from .responses import OpenReply, unless_gone
-from .sequences import Decoding
-from .service import Turns, in_thread
-from .upstream import Adapter, Engine, client_of, is_well, said_by
+from ....errors import EngineAwayError
+from ....files.strict import one_line
+from ..guards import GatewayMetrics
+from ..local.sequences import Decoding
+from ..protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
+from ..replies import OpenReply, unless_gone
+from ..requests import RequestPrompt
+from ..service import Turns, in_thread
+from .engines import Adapter, Engine, client_of, is_well, said_by
 
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}  # by whether it is a chat
 CHECKING = 2.0  # seconds between two looks at whether the engine is well

@@ -1,0 +1,1 @@
+"""Answers of another engine: which it is, how it is reached, and who chooses its experts."""

@@ -7,11 +7,9 @@ import torch
 from transformers import GenerationConfig, pipeline
 
 from oracle import naively_routed
-from phatgoose.apps.console import expert_style
-from phatgoose.apps.generation import Sampling, recorded_tokens
+from phatgoose.apps.generation import Sampling
 from phatgoose.apps.generation import generate as written
 from phatgoose.base.active_tokens import ActsOn
-from phatgoose.base.loading import texts_of
 from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
@@ -101,56 +99,16 @@ def test_a_padded_batch_is_generated_as_its_rows_are_alone(base, pool, way):
 
 def test_a_text_is_generated_by_the_model_alone_whatever_its_base_would_have(base, pool):
     model = compose(pool, base, router="phatgoose")
-    plain = written(model, base.tokenizer, "a goose", None, Sampling(NEW), record=True)
+    plain = written(model, base.tokenizer, "a goose", None, Sampling(NEW))
     own = {"repetition_penalty": 1.3, "suppress_tokens": plain.tokens[-2:-1], "top_k": 1}
     model.generation_config = GenerationConfig(**own, stop_strings=["a"], eos_token_id=1)
-    again = written(model, base.tokenizer, "a goose", None, Sampling(NEW), record=True)
+    again = written(model, base.tokenizer, "a goose", None, Sampling(NEW))
     assert again.tokens == plain.tokens
     draws = [
         written(model, base.tokenizer, "a goose", None, Sampling(NEW, 100.0, seed)).tokens
         for seed in (0, 0, 1)
     ]
     assert draws[0] == draws[1] != draws[2]
-
-
-def told(base, make_expert, targets):
-    """A recorded answer of three experts at `targets`, its texts, and the style of each letter."""
-    experts = [make_expert(base, f"e{z}", seed=z, target_modules=targets) for z in range(3)]
-    model = compose(Pool(tuple(experts)), base, router="phatgoose")
-    result = written(
-        model, base.tokenizer, "a goose", sampling=Sampling(12, temperature=3.0), record=True
-    )
-    text = recorded_tokens(result, base.tokenizer)
-    styles = [""] * len(text.plain)
-    for span in text.spans:
-        styles[span.start : span.end] = [str(span.style)] * (span.end - span.start)
-    special = base.tokenizer.all_special_ids
-    pieces = zip(result.tokens, texts_of(base.tokenizer, result.tokens), strict=True)
-    texts = ["" if token in special else piece for token, piece in pieces]
-    assert text.plain.startswith("".join(texts) + "\n\n")
-    return result, texts, [each.removesuffix(" bold") for each in styles]
-
-
-@pytest.mark.parametrize(
-    ("kind", "targets"), [("llama", ["q_proj"]), ("t5", ["k", "v"])], indirect=["kind"]
-)
-def test_tokens_have_the_colours_of_the_experts_that_wrote_them(base, make_expert, targets):
-    """In T5 most of these sites read the encoder."""
-    result, texts, styles = told(base, make_expert, targets)
-    streams, weights = result.recording.streams, result.recording.weights
-    here = [torch.cat(weights[site], dim=1)[0] for site in weights if streams[site] == "decoder"]
-    top = torch.stack(here).mean(dim=0).argmax(dim=-1).tolist()
-    assert len(top) == len(texts) - 1  # the last was never routed
-    wanted = [expert_style(z) for z, piece in zip(top, texts, strict=False) for _ in piece]
-    assert len(set(wanted)) > 1
-    assert styles[: len("".join(texts))] == wanted + [""] * len(texts[-1])
-
-
-@pytest.mark.parametrize("kind", ["t5"], indirect=True)
-def test_nobody_wrote_a_token_where_experts_act_in_the_encoder_alone(base, make_expert):
-    sites = [f"encoder.block.{layer}.layer.0.SelfAttention.q" for layer in range(2)]
-    _, _, styles = told(base, make_expert, sites)
-    assert set(styles) == {""}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)

@@ -142,7 +142,7 @@ def test_rows_of_zeros_stay_zeros(llama):
 
 def test_quantised_weights_are_refused_before_anything_is_written(llama, tmp_path):
     llama.model.is_quantized = True
-    with pytest.raises(ConfigError, match="not on quantised ones: leave out --load-in-4bit"):
+    with pytest.raises(ConfigError, match="not on quantised ones: leave out --dtype 4bit"):
         train(llama, tmp_path / "echo", peft=DORA, training=TRAINING)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="not on quantised ones"):

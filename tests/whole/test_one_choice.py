@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
 
-from phatgoose.apps.cli.explanation import explain
-from phatgoose.apps.generation import Sampling, generate
+
+from phatgoose.apps.generation import Sampling, explain, generate
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.evaluate import evaluate
@@ -60,15 +60,15 @@ def test_a_prompt_gets_the_same_experts_however_it_is_asked(
 
     written = evaluated(Task("written", test=(Example(PROMPT, "pears"),)))
     ranked = evaluated(Task("ranked", test=(Example(PROMPT, "pears", CHOICES),)))[: len(written)]
-    result = generate(model, tokenizer, PROMPT, formatting, Sampling(2), record=True)
-    generated = result.recording.by_token().numpy()[: len(written)]
+    with record(model) as recording:
+        generate(model, tokenizer, PROMPT, formatting, Sampling(2))
+    generated = recording.by_token().numpy()[: len(written)]
     (stream,) = explain(model, tokenizer, PROMPT, "pears", formatting=formatting).trace.streams
     explained = stream.shares(written.shape[1])[: len(written)]
     shares = shares_for(model, tokenizer, prompt_texts([PROMPT], formatting))
     exported = torch.stack(list(shares.by_site.values())).mean(dim=0).numpy()
     detach(model)
 
-    assert result.prompt_length == len(written)
     np.testing.assert_allclose(ranked, written, atol=1e-6)
     np.testing.assert_allclose(generated, written, atol=1e-6)
     np.testing.assert_allclose(explained, written, atol=CLOSE)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from rich.segment import Segment
 from rich.text import Text
 from tqdm.std import tqdm
 
-from ..config import require_one_of
-from ..errors import ConfigError, PhatgooseError
+from ..errors import PhatgooseError
 from ..files.atomic import require_writable, write_text
 
 # Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
@@ -76,40 +74,13 @@ class _Harmless:
             yield Segment(harmless(segment.text), segment.style, segment.control)
 
 
-LEVELS = ("debug", "info", "warning", "error")
-
-
-def set_voice(quiet: bool, verbose: bool, level: str | None) -> None:
-    """How much the commands say on the way; results, warnings and errors in any case.
-
-    Raises ConfigError for options that contradict each other.
-    """
-    if quiet + verbose + (level is not None) > 1:
-        raise ConfigError("--quiet, --verbose and --log-level contradict each other; give one.")
-    if level is not None:
-        require_one_of(LEVELS, "--log-level", level)
-    chosen = level or ("warning" if quiet else "debug" if verbose else None)
-    if chosen is not None:
-        logging.getLogger("phatgoose").setLevel(chosen.upper())
+def set_voice(quiet: bool, verbose: bool) -> None:
+    """How much the commands say on the way; results, warnings and errors in any case."""
+    if quiet or verbose:
+        logging.getLogger("phatgoose").setLevel(logging.WARNING if quiet else logging.DEBUG)
     if quiet:
         shown = tqdm.__init__
-
-        def hidden(bar: tqdm, *given: Any, **options: Any) -> None:
-            shown(bar, *given, **{**options, "disable": True})
-
-        tqdm.__init__ = hidden
-
-
-@contextmanager
-def restored_voice() -> Iterator[None]:
-    """Say afterwards as much as before."""
-    ours, shown = logging.getLogger("phatgoose"), tqdm.__init__
-    level = ours.level
-    try:
-        yield
-    finally:
-        ours.setLevel(level)
-        tqdm.__init__ = shown
+        tqdm.__init__ = lambda *given, **options: shown(*given, **{**options, "disable": True})
 
 
 def check_report(path: Path | None, error: type[PhatgooseError]) -> None:

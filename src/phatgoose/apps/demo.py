@@ -41,7 +41,7 @@ from ..tasks.task import Suite, Task
 from ..training.train_expert import train_expert
 from ..training.trainer import TrainingCallback
 from .console import show
-from .generation import Sampling, generate, recorded_tokens
+from .generation import explain
 from .report.page import write_report
 from .tables import datasets_table, routers_table
 
@@ -167,9 +167,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(_written(written))
     write_gains(out / "gains.json", routing.router, gains, lifts, written)
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
-    sampling = Sampling(ANSWER_TOKENS)
-    routed = generate(model, base.tokenizer, PROMPT, sampling=sampling, record=True)
-    show(recorded_tokens(routed, base.tokenizer))
+    show(*explain(model, base.tokenizer, PROMPT, max_new_tokens=ANSWER_TOKENS).coloured())
     show(_step("5. Where the tokens of each unseen task went"))
     analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)
     show(routers_table(analysis))

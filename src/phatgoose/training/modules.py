@@ -56,7 +56,7 @@ def check_packed(peft: Peft, *, packed: bool) -> None:
     if packed and not kind.new_modules.on_packed:
         raise ConfigError(
             f"{kind.title} is trained on the base's own weights, not on quantised ones: leave out "
-            f"--load-in-4bit, or train a lora."
+            f"--dtype 4bit, or train a lora."
         )
 
 

@@ -1,7 +1,6 @@
 """`phatgoose analyse` and `explain`, on a tiny pool."""
 
 import json
-import re
 
 import pytest
 
@@ -57,7 +56,7 @@ def test_a_routed_models_folder_is_analysed_and_explained(
 
 
 def test_a_prompt_is_explained(told, analysed, tmp_path):
-    options = ("--dtype", "float32", "--layer", "1", "--kind", "q_proj", "--table")
+    options = ("--dtype", "float32", "--layer", "1", "--kind", "q_proj")
     options += ("--router", "phatgoose")
     answer = ("--answer", "yes\x1b[31m")  # it must not steer the terminal
     code, out, err = told(
@@ -75,8 +74,6 @@ def test_a_prompt_is_explained(told, analysed, tmp_path):
     assert data["trace"]["format"] == "phatgoose-trace-1"
     assert json.loads(out.splitlines()[-1]) == data["summary"]
     assert sum(data["summary"].values()) == pytest.approx(1, abs=1e-3)
-    first = next(iter(data["tokens"][0]["experts"].items()))
-    assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)
 
 
 @pytest.mark.parametrize("router", ["discriminant"])

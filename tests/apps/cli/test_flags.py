@@ -5,7 +5,6 @@ import typer
 
 from fake_packages import install
 from phatgoose.apps.cli import app
-from phatgoose.apps.cli.options import with_flags
 from phatgoose.config import (
     IA3,
     Bottleneck,
@@ -16,7 +15,6 @@ from phatgoose.config import (
     Training,
     settings_of,
 )
-from phatgoose.errors import ConfigError
 from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.configs import Discriminant
 from phatgoose.routing.routers.registry import ROUTERS
@@ -44,25 +42,6 @@ def test_every_setting_is_a_flag_with_its_help(command, configs):
         assert setting.help in parameter.help
         if isinstance(setting.default, bool):
             assert f"--no-{setting.name.replace('_', '-')}" in parameter.secondary_opts
-
-
-def test_joint_gates_take_no_notice_of_what_a_recipe_says_of_others(tmp_path):
-    found = []
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[gates]\ngate_learning_rate = 0.01\n")
-    flags = dict.fromkeys(setting.name for setting in settings_of(GateTraining))
-
-    def command(*, gates: GateTraining):
-        found.append(gates)
-
-    for joint, wanted in (
-        (True, GateTraining(joint=True)),
-        (None, GateTraining(gate_learning_rate=0.01)),
-    ):
-        with_flags(command)(recipe=recipe, **{**flags, "joint": joint})
-        assert found.pop() == wanted
-    with pytest.raises(ConfigError, match=r"gate_learning_rate is 0\.02"):
-        with_flags(command)(recipe=None, **{**flags, "joint": True, "gate_learning_rate": 0.02})
 
 
 def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings(phat, monkeypatch):

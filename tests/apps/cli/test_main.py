@@ -55,15 +55,10 @@ def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
 
     monkeypatch.setattr("phatgoose.experts.pool.Pool.open", interrupt)
     monkeypatch.setattr("phatgoose.tasks.suites.registry.open_tasks", interrupt)
-    for arguments, told in (
-        (["pool", "anywhere"], "interrupted\n"),
-        (["train", "anything"], "interrupted; it goes on with --resume\n"),
-        (["compare", "anywhere", "--suite", "bbh"], "interrupted; the same command again goes on"),
-    ):
+    for arguments in (["pool", "anywhere"], ["train", "anything"]):
         outcome = phat(*arguments)
         assert outcome.code == 130
-        assert outcome.err.startswith(told)
-        assert outcome.err.count("\n") == 1
+        assert outcome.err == "interrupted; train and gate go on with --resume, compare by itself\n"
 
 
 def process(*arguments: str, cwd: Path | None = None) -> Outcome:

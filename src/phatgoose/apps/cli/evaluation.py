@@ -301,12 +301,9 @@ def explain(
     answer: Annotated[str | None, "Explain this answer instead of the model's own."] = None,
     layer: Annotated[str | None, "Look at one layer: 7, or 'encoder 7'. Default: all."] = None,
     kind: Annotated[str | None, "Look at one kind of site, such as q_proj. Default: all."] = None,
-    table: Annotated[bool, "List every token with its experts' weights."] = False,
     json: options.JsonOption = None,
     opening: options.ModelOptions,
-    max_new_tokens: Annotated[
-        int | None, "Maximum tokens of the model's own answer; default: 16.", {"min": 1}
-    ] = None,
+    max_new_tokens: Annotated[int, "Maximum tokens of the model's own answer.", {"min": 1}] = 16,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -316,12 +313,8 @@ def explain(
     Each token of prompt and answer has the colour of the expert of greatest weight. The last line
     has each expert's share of the tokens.
     """
-    from .explanation import explain as run
+    from ..generation import explain as run
 
-    if answer is not None and max_new_tokens is not None:
-        raise ConfigError(
-            "--max-new-tokens is for the model's own answer; leave it out with --answer."
-        )
     check_report(json, EvaluationError)
     opened = opening.open(model, routing, given)
     explanation = run(
@@ -330,10 +323,10 @@ def explain(
         prompt,
         answer,
         formatting=formatting,
-        max_new_tokens=max_new_tokens or 16,
+        max_new_tokens=max_new_tokens,
         layer=layer,
         kind=kind,
     )
     if not report(json, explanation.to_dict(), "weights and trace", EvaluationError):
-        show(*explanation.coloured(), *(explanation.table() if table else ()))
+        show(*explanation.coloured())
         say_summary(explanation.summary)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +14,6 @@ from ...files.atomic import require_free, write_text
 from ..console import check_report, complain, report, say
 from . import options
 from .plan import PlanOptions, plan_experts
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
@@ -43,7 +38,6 @@ def train(
         int | None, "With --multitask: maximum training examples drawn from each task."
     ] = None,
     base: options.BaseOptions,
-    load_in_4bit: options.FourBits = False,
     template: options.TemplateOptions,
     source: options.SourceOptions,
     unfinished: options.RestartOptions,
@@ -78,8 +72,7 @@ def train(
     _refuse_taken_names(opened, folder, resume=unfinished.resume)
     missing = [task for task in opened if not folder.has(task.name)]
     name = base.base or options.EMBEDDED
-    dtype = base.packed(load_in_4bit).dtype
-    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
+    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": base.dtype}
     if plan.plan:
         settings |= {"training": training, "gate_training": gates}
         plan_experts(plan, json, name, missing, len(opened) - len(missing), settings)
@@ -89,10 +82,7 @@ def train(
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
     ]
-    effective = (shape, training, gates, formatting)
-    if is_first():
-        logger.info("settings: %s", _listed(effective, peft or "lora", name, dtype))
-    own: dict[str, Any] = {"base": name, "dtype": dtype, "peft": peft or "lora"}
+    own: dict[str, Any] = {"base": name, "dtype": base.dtype, "peft": peft or "lora"}
     own |= {"multitask": multitask, "mixture_most": mixture_most, **vars(source)}
 
     def recipe(task: TrainingTask) -> str:
@@ -128,13 +118,6 @@ def _reported(expert: TrainedExpert, *, is_new: bool) -> dict[str, Any]:
         "trained_now": is_new,
         "metrics": dict(expert.metrics),
     }
-
-
-def _listed(effective: Iterable[object], kind: str, base: str, dtype: str) -> str:
-    found = {"base": base, "dtype": dtype, "peft": kind}
-    for each in effective:
-        found |= {name: value for name, value in vars(each).items() if value is not None}
-    return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
 def _save_settings(place: Path, recipe: str | None) -> None:
@@ -187,7 +170,6 @@ def gate(
     task: options.TaskOption,
     out: options.ExpertOut,
     base: options.BaseOptions,
-    load_in_4bit: options.FourBits = False,
     template: options.TemplateOptions,
     name: options.ExpertName = None,
     unfinished: options.RestartOptions,
@@ -218,7 +200,7 @@ def gate(
     loaded = template.load(task)
     join_processes()  # each loads the base onto its own GPU
     expert = train_gates(
-        base.packed(load_in_4bit).load(None if base.base else base_named_in(adapter)),
+        base.load(None if base.base else base_named_in(adapter)),
         adapter,
         loaded,
         out=out,
@@ -236,8 +218,6 @@ def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: options.TaskOption,
-    means: Annotated[bool, "Compute mean activations."] = True,
-    readings: Annotated[bool, "Compute prompt statistics."] = True,
     embeddings: Annotated[
         bool | None,
         typer.Option(
@@ -245,15 +225,10 @@ def stats(
             help="Embed training inputs. By default it is done if the embedder is installed.",
         ),
     ] = None,
-    statistics_examples: Annotated[
-        int, "Training examples to use."
-    ] = GateTraining.statistics_examples,
-    embedder: Annotated[
-        str, "Sentence embedder: a Hub id or a local folder."
-    ] = GateTraining.embedder,
-    embedding_form: Annotated[
-        str, "What is embedded: prompt, or for router retrieval as in the paper: paper."
-    ] = GateTraining.embedding_form,
+    gates: Annotated[
+        GateTraining,
+        options.Without(("joint", "gate_steps", "gate_learning_rate", "embeddings")),
+    ],
     base: options.BaseOptions,
     template: options.TemplateOptions,
 ) -> None:
@@ -262,26 +237,22 @@ def stats(
     Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
-    from ...tasks.embeddings import load_embedder
-    from ...training.statistics import measure as measure_expert
+    from ...tasks.embeddings import can_embed
+    from ...training.statistics import measure
 
-    if embeddings is None and embedder == GateTraining.embedder:
-        try:
-            load_embedder(embedder)
-        except ConfigError as error:
-            warnings.warn(f"{error} They are left out, as with --no-embeddings.", stacklevel=2)
-            embeddings = False
+    if embeddings is None:
+        embeddings = can_embed() or gates.embedder != GateTraining.embedder
     loaded, data = Expert.load(expert), template.load(task)
-    measured = measure_expert(
+    measured = measure(
         loaded,
         base.load(loaded.info.base),
         data,
-        examples=statistics_examples,
-        means=means,
-        readings=readings,
-        embeddings=embeddings is not False,
-        embedder=embedder,
-        embedding_form=embedding_form,
+        examples=gates.statistics_examples,
+        means=gates.means,
+        readings=gates.readings,
+        embeddings=embeddings,
+        embedder=gates.embedder,
+        embedding_form=gates.embedding_form,
     )
     say(f"{_contents(measured)} -> {expert}")
 

@@ -17,7 +17,7 @@ from typer.exceptions import TyperException
 from ... import __version__
 from ...errors import EngineError, PhatgooseError, TrainingError
 from ...files.strict import first_line, reason, shortened
-from ..console import PlainFormatter, complain, restored_voice, say, set_voice
+from ..console import PlainFormatter, complain, say, set_voice
 from ..processor import set_threads
 from . import evaluation, experts, routed, serving, sharing
 from .options import VOICE, with_flags
@@ -30,12 +30,6 @@ compare, analyse, serve, export.
 
 FAILED_DISK = (errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it for SIGINT and SIGPIPE
-GOES_ON = {  # how, by the command that was interrupted
-    "train": "; it goes on with --resume",
-    "gate": "; it goes on with --resume",
-    "compare": "; the same command again goes on, with what is finished kept",
-}
-
 app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enable=False)
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": experts.train,
@@ -75,9 +69,8 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Print the version."),
     quiet: bool = typer.Option(False, "--quiet", help=VOICE["quiet"]),
     verbose: bool = typer.Option(False, "--verbose", help=VOICE["verbose"]),
-    log_level: str | None = typer.Option(None, "--log-level", help=VOICE["log_level"]),
 ) -> None:
-    set_voice(quiet, verbose, log_level)
+    set_voice(quiet, verbose)
     if version:
         typer.echo(f"phatgoose {__version__}")
         raise typer.Exit
@@ -93,11 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
     """
     set_threads()
     _quieten()
-    with restored_voice():
-        _run(arguments)
-
-
-def _run(arguments: list[str] | None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except PhatgooseError as error:
@@ -117,9 +105,7 @@ def _run(arguments: list[str] | None) -> None:
         what = f"{shortened(str(error.filename))} can't be used: {reason(error)}."
         code = _failed(what if named else first_line(error), 1 if _is_failure(error) else 2)
     if code == INTERRUPTED:
-        given = sys.argv[1:] if arguments is None else arguments
-        goes_on = next((GOES_ON[each] for each in given if each in GOES_ON), "")
-        say(f"interrupted{goes_on}", err=True)
+        say("interrupted; train and gate go on with --resume, compare by itself", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -8,15 +8,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from ...config import (
-    FOUR_BITS,
     POOL_SETTINGS,
     TASK_FILES,
     Formatting,
@@ -75,8 +73,12 @@ RECIPE_TABLES = {
 FOLDERS = ("data", "templates")
 MODELS = ("embedder",)  # settings that are a folder or a Hub id
 EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
-# What stands above the tables.
-RECIPE_OPTIONS = frozenset(each.name for each in fields(Recipe)) - {"tables"}
+ABOVE_TABLES: dict[str, type] = {  # what else a recipe may hold
+    "tasks": list,
+    "mixture_most": int,
+    **dict.fromkeys(("base", "dtype", "peft", "data", "templates", "multitask"), str),
+}
+WORDS = {str: "a text", int: "a whole number", dict: "a table", list: "a list of texts"}
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -88,36 +90,31 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     read = read_yaml if path.suffix in (".yaml", ".yml") else read_toml
     content = read(path, "Recipe", ConfigError)
-    known = {*RECIPE_OPTIONS, *RECIPE_TABLES}
-    for key in content:
+    known = {*ABOVE_TABLES, *RECIPE_TABLES}
+    for key, value in content.items():
         if key not in known:
             raise ConfigError(
                 f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
                 f"{closest(key, known)}"
             )
-    tables = {key: _table(path, content, key) for key in RECIPE_TABLES if key in content}
-    base, dtype, tasks = content.get("base"), content.get("dtype"), content.get("tasks", [])
-    if not isinstance(base, str | None):
-        raise ConfigError(f"{path}: base is {shortened(base)}, but must be a Hub id or a path.")
-    if not isinstance(dtype, str | None):
-        raise ConfigError(f"{path}: dtype is {shortened(dtype)}, but must be a name as in --dtype.")
-    if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
-        raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
-    base = base if base is None else _model(path.parent, base)
-    peft = content.get("peft")
-    require_one_of([None, *SHAPES], f"{path}: peft", peft)
-    tasks = tuple(_relative_to(path.parent, task) for task in tasks)
-    data, templates = (_folder(path, content, key) for key in FOLDERS)
-    multitask, most = content.get("multitask"), content.get("mixture_most")
-    if not isinstance(multitask, str | None) or type(most) not in (int, NoneType):
-        raise ConfigError(f"{path}: multitask must be a name, and mixture_most a whole number.")
-    return Recipe(base, dtype, tasks, peft, tables, data, templates, multitask, most)
+        wanted = ABOVE_TABLES.get(key, dict)
+        is_list_of_names = wanted is not list or all(isinstance(each, str) for each in value)
+        if type(value) is not wanted or not is_list_of_names:
+            raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be {WORDS[wanted]}.")
+    require_one_of([None, *SHAPES], f"{path}: peft", content.get("peft"))
+    above = {key: value for key, value in content.items() if key in ABOVE_TABLES}
+    if "base" in above:
+        above["base"] = _model(path.parent, above["base"])
+    above |= {key: path.parent / above[key] for key in FOLDERS if key in above}
+    tasks = tuple(_relative_to(path.parent, task) for task in above.pop("tasks", ()))
+    tables = {key: _table(path, content[key], key) for key in RECIPE_TABLES if key in content}
+    return Recipe(**above, tasks=tasks, tables=tables)
 
 
 def written_recipe(options: Mapping[str, Any], settings: Iterable[Settings]) -> str:
     """A recipe in YAML of these settings, all of them, which --config reads in any folder.
 
-    `options` are of `RECIPE_OPTIONS`; None is left out.
+    `options` are of `ABOVE_TABLES`; None is left out.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -138,20 +135,10 @@ def _is_here(table: Mapping[str, Any], name: str) -> bool:
     return name in table and os.path.isdir(table[name])
 
 
-def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    table = content[key]
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
+def _table(path: Path, table: dict[str, Any], key: str) -> dict[str, Any]:
     from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
     named = {name: _model(path.parent, table[name]) for name in MODELS if name in table}
     return {**table, **named}
-
-
-def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
-    value = content.get(key)
-    if not isinstance(value, str | None):
-        raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be a folder.")
-    return None if value is None else path.parent / value
 
 
 def _model(folder: Path, name: str) -> str:
@@ -189,10 +176,6 @@ RECIPE = Annotated[
 ]
 
 
-# Settings that a flag leaves without a use: joint gates have the expert's rate.
-IDLE = {"joint": ("gate_learning_rate",)}
-
-
 @dataclass(frozen=True)
 class ExpertShapes:
     by_kind: Mapping[str, Peft]
@@ -222,22 +205,20 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     Classes of settings are parameters named as in `RECIPE_TABLES`; `ExpertShapes` stands for those
     of all kinds of expert. A command with settings has --recipe, which also gives the options in
-    `RECIPE_OPTIONS` their default. A setting that several classes share is one flag. A parameter
+    `ABOVE_TABLES` their default. A setting that several classes share is one flag. A parameter
     `given` receives the names of the settings in recipe and command line.
     """
     parts = _Parameters(inspect.signature(command, eval_str=True))
-
     shown = list(parts.shown())
     # lm-eval's command has a context, and hands all options on.
-    voice = [] if "context" in {each.name for each in shown} else list(_voice())
+    if "context" not in {each.name for each in shown}:
+        shown += _voice()
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
-        quiet, verbose, level = (arguments.pop(name, None) for name in VOICE)
-        set_voice(bool(quiet), bool(verbose), level)
+        set_voice(*(arguments.pop(name, False) for name in VOICE))
         command(**parts.filled(arguments))
 
-    shown += voice
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
@@ -246,15 +227,13 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 VOICE = {  # what every command takes, and shows in the program's own help alone
     "quiet": "Print only results, warnings and errors.",
     "verbose": "Print more progress.",
-    "log_level": "debug, info (default), warning or error.",
 }
 
 
 def _voice() -> Iterator[inspect.Parameter]:
     for name, text in VOICE.items():
-        kind: Any = str | None if name == "log_level" else bool
         option = typer.Option(flag_of(name), help=text, hidden=True)
-        yield _option(name, Annotated[kind, option], None if name == "log_level" else False)
+        yield _option(name, Annotated[bool, option], False)
 
 
 class _Parameters:
@@ -305,12 +284,10 @@ class _Parameters:
         given: set[str] = set()
         for table, config in self.configs.items():
             typed = {s.name: flags[s.name] for s in self.settings[table] if s.name in flags}
-            idle = {each for name, value in typed.items() if value for each in IDLE.get(name, ())}
-            written = recipe.tables.get(table, {})
-            values = {name: written[name] for name in written if name not in idle} | typed
+            values = {**recipe.tables.get(table, {}), **typed}
             objects[table] = from_mapping(config, values, "command line")
             given |= values.keys()
-        for name in RECIPE_OPTIONS & arguments.keys():
+        for name in ABOVE_TABLES.keys() & arguments.keys():
             if arguments[name] in (None, []):  # and not 0, which may be refused
                 arguments[name] = getattr(recipe, name)
         for name, group in self.groups.items():
@@ -376,7 +353,6 @@ ExpertName = Annotated[str | None, "The expert's name; default: the name of --ou
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
-FourBits = Annotated[bool, "The same as --dtype 4bit: QLoRA (needs bitsandbytes)."]
 
 
 def open_pool(places: list[Path]) -> Pool:
@@ -400,9 +376,6 @@ class BaseOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or "auto")
-
-    def packed(self, load_in_4bit: bool) -> BaseOptions:
-        return replace(self, dtype=FOUR_BITS) if load_in_4bit else self
 
     def load(self, default: BaseReference | None) -> Base:
         from ...base.loading import SMOLLM2, load_base

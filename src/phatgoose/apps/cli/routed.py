@@ -176,11 +176,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
     opening: options.ModelOptions,
     max_new_tokens: Annotated[int, "Maximum new tokens.", {"min": 1}] = 64,
-    sample: Annotated[bool, "Sample instead of greedy."] = False,
     temperature: Annotated[
-        float | None, "Temperature when sampling; default: 1.", {"min": 1e-3}
+        float | None, "Sample with this temperature; default: greedy.", {"min": 1e-3}
     ] = None,
-    seed: Annotated[int | None, "Seed when sampling; default: 0."] = None,
+    seed: Annotated[int, "Seed of sampling."] = 0,
     show_experts: Annotated[
         bool, "Colour each token by its top expert, and print each expert's share of the tokens."
     ] = False,
@@ -191,24 +190,27 @@ def generate(
 ) -> None:
     """Generate text with a routed model."""
     check_report(json, RoutingError)
-    from ..generation import Sampling, recorded_tokens
+    from ..generation import Sampling, explain
     from ..generation import generate as run
 
-    options.only_with("--sample", sample, {"temperature": temperature, "seed": seed})
-    sampling = Sampling(max_new_tokens, (temperature or 1.0) if sample else None, seed or 0)
     opened = opening.open(model, routing, given)
-    result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
-    if not result.text:
+    routed, sampling = (
+        (opened.model, opened.tokenizer, prompt),
+        Sampling(max_new_tokens, temperature, seed),
+    )
+    text = run(*routed, formatting, sampling).text
+    if not text:
         say("the model ended its answer at once", err=True)
-    answer: dict[str, Any] = {"prompt": prompt, "text": result.text}
-    answer |= {"summary": result.summary} if show_experts else {}
+    explanation = explain(*routed, text, formatting=formatting) if show_experts else None
+    answer: dict[str, Any] = {"prompt": prompt, "text": text}
+    answer |= {"summary": explanation.summary} if explanation else {}
     if report(json, answer, "answer", RoutingError):
         return
-    if result.recording is None:
-        show(result.text, wrap=False)
+    if explanation is None:
+        show(text, wrap=False)
     else:
-        show(recorded_tokens(result, opened.tokenizer))
-        say_summary(result.summary)
+        show(*explanation.coloured())
+        say_summary(explanation.summary)
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from bench import Bench, Sizes
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
-from phatgoose.base.loading import twin
+from phatgoose.base import twin
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from routed_speed import prefill
 

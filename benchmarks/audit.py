@@ -31,10 +31,10 @@ from phatgoose.analysis.audit import (
     report_of,
 )
 from phatgoose.analysis.audit_signs import signs_of
-from phatgoose.base.loading import Base, load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base, load_base
 from phatgoose.evaluation.intervals import wilson_interval
 from phatgoose.experts.pool import Pool
+from phatgoose.sites import find_sites
 
 CALIBRATED = (0, 2, 4, 6, 8)  # pools that limits were set by
 STRENGTHS = (0, 1, 2)

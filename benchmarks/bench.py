@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import phatgoose as pg
-from phatgoose.base.active_tokens import ActsOn
-from phatgoose.base.loading import Base, load_base, twin
+from phatgoose.base import Base, load_base, twin
 from phatgoose.experts.expert import LAYOUT
+from phatgoose.passes import ActsOn
 from synthetic import random_pool
 
 __all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words", "write_base"]

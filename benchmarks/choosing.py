@@ -13,12 +13,12 @@ import phatgoose as pg
 from bench import VOCABULARY, Bench, words
 from findings import Finding, row
 from measuring import ratio, side_by_side
-from phatgoose.base.loading import twin
-from phatgoose.base.sites import blocks_of
+from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.composition import composition_of
+from phatgoose.sites import blocks_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 

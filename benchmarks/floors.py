@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from phatgoose.base.sites import Site, find_sites
+from phatgoose.sites import Site, find_sites
 
 __all__ = ["Work"]
 

@@ -29,7 +29,7 @@ import httpx2
 from engines import Engine, free_port, llama_server, vllm_server
 from phatgoose.apps import demo
 from phatgoose.apps.deploy import deploy
-from phatgoose.base.loading import smollm2_folder
+from phatgoose.base import smollm2_folder
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phatgoose.apps.demo import SKILLS, TASKS
-from phatgoose.base.loading import Base, load_base, smollm2_folder
+from phatgoose.base import Base, load_base, smollm2_folder
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft, Training
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Example, Task

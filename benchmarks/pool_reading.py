@@ -13,7 +13,7 @@ import phatgoose as pg
 from bench import Bench, Sizes
 from findings import Finding, at_most, row
 from measuring import peak_memory, ratio, side_by_side
-from phatgoose.base.loading import twin
+from phatgoose.base import twin
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.routing.composition import composition_of

@@ -23,9 +23,9 @@ from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.prefixes import MIB, PrefixStore
 from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.apps.server.local.sequences import ActiveSequence, Decoding
-from phatgoose.base.active_tokens import ActsOn
-from phatgoose.base.loading import Base, load_base, twin
+from phatgoose.base import Base, load_base, twin
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn
 
 TAIL = 4
 ENDS = 8  # tokens of each prompt's own

@@ -13,12 +13,12 @@ from bench import Bench, Sizes
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, ratio, side_by_side
-from phatgoose.base.loading import twin
-from phatgoose.base.sites import Site
+from phatgoose.base import twin
 from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.stacks import SiteStack
+from phatgoose.sites import Site
 from phatgoose.tasks.batching import contiguous_head
 
 __all__ = ["decoder", "prefill", "random_layer"]

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many as Ray gives a worker o
 import torch
 
 from phatgoose.apps.ray_engine import RayEngine, connected
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.expert import LAYOUT

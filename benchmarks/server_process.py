@@ -132,7 +132,7 @@ def tiny_base(folder: Path, template: str | None = None) -> str:
 def tiny_pool(folder: Path) -> str:
     """A pool of eight random experts on a tiny base, in `folder`."""
     tiny_base(folder / "base")
-    from phatgoose.base.loading import load_base
+    from phatgoose.base import load_base
     from tiny import write_expert
 
     base = load_base(folder / "base", dtype="float32")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from bench import write_base
 from engines import vllm_server
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
 from report import circumstances
 from server_process import ROOT, arguments, prompt_of, running, served_pool, server, write

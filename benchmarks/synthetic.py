@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from phatgoose.base.loading import Base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
+from phatgoose.sites import find_sites
 
 __all__ = ["random_pool"]
 

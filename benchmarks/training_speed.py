@@ -30,7 +30,7 @@ from bench import Bench, Sizes, words
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, in_turns, ratio
-from phatgoose.base.loading import Base, quiet_loading, twin
+from phatgoose.base import Base, quiet_loading, twin
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.batching import IGNORED
 from phatgoose.tasks.encoding import Encoder, TokenPair

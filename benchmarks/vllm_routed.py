@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.base is None:
-        from phatgoose.base.loading import smollm2_folder
+        from phatgoose.base import smollm2_folder
 
         options.base = str(smollm2_folder())
     if options.engine:

@@ -46,11 +46,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from phatgoose.base.fingerprint import number_format
+from phatgoose.base.loading import Base
+from phatgoose.files.atomic import new_file
+from phatgoose.files.strict import read_toml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phatgoose.base.fingerprint import number_format
-from phatgoose.base.loading import Base
 from phatgoose.errors import PoolError, TaskError
 from phatgoose.evaluation.comparison.cells import code_version
 from phatgoose.evaluation.comparison.result_store import ResultStore
@@ -59,8 +61,6 @@ from phatgoose.evaluation.metrics import metric
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.files.atomic import new_file
-from phatgoose.files.strict import read_toml
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from phatgoose.routing.routers.prompt_router import EmbeddingRouter, PromptRouter

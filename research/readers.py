@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
-from tqdm.auto import tqdm
-
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import Site, find_sites, headless
 from phatgoose.base.token_masks import watch_blocks, watch_inputs
+from torch import Tensor
+from tqdm.auto import tqdm
+
 from phatgoose.config import Routing
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import phatgoose
+from phatgoose import base as loading
 from phatgoose import errors
-from phatgoose.base import loading
 
 SOURCE = Path(phatgoose.__file__).parent
 
 # A module imports from its own entry and from those before it, wherever the import stands.
-ORDER = ("errors", "config", "files", "base", "tasks", "experts", "jobs")
-ORDER += ("training", "routing", "evaluation", "analysis", "apps", "__main__")
+ORDER = ("errors", "config", "files", "sites", "base", "passes", "untrusted_text", "tasks")
+ORDER += ("experts", "jobs", "training", "routing", "evaluation", "analysis", "apps", "__main__")
 
 ROOT_NAMES = {
     "Expert",

@@ -16,7 +16,7 @@ import yaml
 import phatgoose
 from paths import ROOT
 from phatgoose.errors import PhatgooseError
-from phatgoose.files.strict import read_toml
+from phatgoose.files import read_toml
 
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 YAML_FILES = [

@@ -13,7 +13,7 @@ from phatgoose.apps.cli.options import RECIPE_TABLES, read_recipe
 from phatgoose.config import from_mapping
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
-from phatgoose.files.strict import read_toml
+from phatgoose.files import read_toml
 from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
 from phatgoose.tasks.task import Suite
 from phatgoose.training import statistics as statistics_module

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-
 from phatgoose.base.loading import Base, load_base
+
 from phatgoose.evaluation.comparison.cells import cell_of
 from phatgoose.evaluation.comparison.methods import single_rows
 from phatgoose.evaluation.comparison.result_store import ResultStore

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from phatgoose.base.loading import load_base
+
 from phatgoose.evaluation.comparison.methods import routing_of
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.intervals import Sample, SharedMeans

@@ -126,18 +126,6 @@ def read_text(value: str, declared: Any) -> object:
         return value
 
 
-def given_or_default(kind: type[Config], given: Config | None, name: str) -> Config:
-    """The settings `given`, or the default ones. Raises ConfigError where they are no `kind`."""
-    if given is None:
-        return kind()
-    if not isinstance(given, kind):
-        raise ConfigError(
-            f"{name} is {given!r:.60}, but must be settings of class phatgoose.config."
-            f"{kind.__name__}."
-        )
-    return given
-
-
 def closest(name: object, known: Iterable[str | None]) -> str:
     """A question such as " Did you mean 'arrow'?", if one of `known` is like `name`; else ""."""
     found = difflib.get_close_matches(str(name), [each for each in known if each], n=1)

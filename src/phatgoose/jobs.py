@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from .base.fingerprint import BaseReference, check_base, dtype_name
-from .base.loading import SMOLLM2, Base, load_base, recorded_id
+from .base import SMOLLM2, Base, BaseReference, check_base, dtype_name, load_base, recorded_id
 from .experts.hub import HubReference
-from .files.strict import one_line
+from .files import one_line
 
 
 class Job(Protocol):

@@ -12,14 +12,14 @@ import phatgoose as pg
 from analysed import TASKS, task
 from phatgoose.analysis.measures import ORACLE, DecisionFiles, agreement, kl_divergence
 from phatgoose.apps.report.page import report_page, write_report
-from phatgoose.base.active_tokens import ActsOn
-from phatgoose.base.sites import Site
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.routing.watching import SitePass
+from phatgoose.sites import Site
 from phatgoose.tasks.encoding import Encoder
 from routed_models import SCORES
 from topic_prompts import OPEN, PROMPTS, experts_of

@@ -11,7 +11,7 @@ import yaml
 from command_line import refused
 from phatgoose.apps import deploy as module
 from phatgoose.apps.deploy import RANKS, deploy
-from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base import BaseReference
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from tiny import write_expert

@@ -9,10 +9,10 @@ from transformers import GenerationConfig, pipeline
 from oracle import naively_routed
 from phatgoose.apps.generation import Sampling
 from phatgoose.apps.generation import generate as written
-from phatgoose.base.active_tokens import ActsOn
 from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Chat
 from routed_models import compose_by, with_embeddings

@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from batched import TOKENIZER
-from phatgoose.base.loading import UNFINISHED, Detokeniser, texts_of
+from phatgoose.base import UNFINISHED, Detokeniser, texts_of
 
 
 @given(st.text(max_size=30), st.text(max_size=10))

@@ -5,9 +5,8 @@ import shutil
 import pytest
 import torch
 
-from phatgoose.base.fingerprint import fingerprint, fingerprint_of_files
-from phatgoose.base.loading import load_base, load_skeleton
-from phatgoose.files.tensor_file import TensorFile
+from phatgoose.base import fingerprint, fingerprint_of_files, load_base, load_skeleton
+from phatgoose.files import TensorFile
 from tiny import make_model
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from command_line import snapshot
 from fake_hub import contents
+from phatgoose import base as loading
 from phatgoose.apps.generation import generate
-from phatgoose.base import loading
-from phatgoose.base.loading import is_hub_id, load_base, load_skeleton, load_tokenizer
+from phatgoose.base import is_hub_id, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
 from tiny import make_model, make_tokenizer
 

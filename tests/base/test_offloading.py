@@ -11,9 +11,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from phatgoose.base.fingerprint import fingerprint
-from phatgoose.base.loading import Base, load_skeleton
-from phatgoose.base.sites import ROUTED
+from phatgoose.base import Base, fingerprint, load_skeleton
 from phatgoose.errors import BaseModelError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
@@ -21,6 +19,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.sites import ROUTED
 from phatgoose.tasks.task import Example, Task
 from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids

@@ -7,12 +7,12 @@ import pytest
 from transformers import AutoConfig
 
 from phatgoose.apps.generation import Sampling, generate
-from phatgoose.base.loading import load_skeleton
-from phatgoose.base.sites import Positions, positions_of
+from phatgoose.base import load_skeleton
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose
+from phatgoose.sites import Positions, positions_of
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
 from short_bases import BOTH, FEW, GPT2, IDS, KINDS_HERE, SMALL, few_places

@@ -10,10 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from architectures import random_expert
 from other_encoders import make_other
-from phatgoose.base.sites import CROSS_ATTENTION, find_sites
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
+from phatgoose.sites import CROSS_ATTENTION, find_sites
 from tiny import make_ids
 
 SITES_PER_BLOCK = {"llama": 7, "qwen2": 7, "gpt2": 4, "t5": 7 + 11}  # both of T5's kinds of block

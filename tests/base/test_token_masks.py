@@ -10,9 +10,9 @@ import torch
 from transformers import StaticCache
 
 from other_encoders import make_other
-from phatgoose.base.sites import find_sites
-from phatgoose.base.token_masks import real_tokens, token_masks, watch_inputs
 from phatgoose.errors import RoutingError
+from phatgoose.passes import real_tokens, token_masks, watch_inputs
+from phatgoose.sites import find_sites
 from tiny import logits_of, make_ids
 
 SITE = "layers.0.self_attn.q_proj"

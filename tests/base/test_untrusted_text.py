@@ -12,10 +12,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 import tiny
 from forked import forked, needs_fork
-from phatgoose.base import untrusted_text
-from phatgoose.base.loading import SMOLLM2, load_tokenizer
-from phatgoose.base.untrusted_text import UntrustedText
+from phatgoose import untrusted_text
+from phatgoose.base import SMOLLM2, load_tokenizer
 from phatgoose.errors import BaseModelError, EngineError, PhatgooseError
+from phatgoose.untrusted_text import UntrustedText
 from tiny import make_tokenizer, with_added
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
@@ -198,7 +198,7 @@ def test_a_process_ends_with_its_owner_and_a_lost_one_is_replaced(opened):
 def test_a_program_that_ends_leaves_no_process_behind():
     program = (
         "from tiny import make_tokenizer\n"
-        "from phatgoose.base.untrusted_text import UntrustedText\n"
+        "from phatgoose.untrusted_text import UntrustedText\n"
         "texts = UntrustedText(make_tokenizer(final_eos=False))\n"
         "texts.start()\nprint(texts._children[0].pid)"
     )

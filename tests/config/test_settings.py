@@ -19,7 +19,6 @@ from phatgoose.config import (
     Serving,
     Training,
     from_mapping,
-    given_or_default,
     settings_of,
 )
 from phatgoose.errors import ConfigError
@@ -149,15 +148,6 @@ def test_epochs_become_steps():
 
 def test_every_config_class_has_a_table_in_recipes():
     assert set(RECIPE_TABLES.values()) == set(CONFIGS)
-
-
-def test_settings_of_another_class_are_refused():
-    given = Training(steps=3)
-    assert given_or_default(Training, given, "training") is given
-    assert given_or_default(Training, None, "training") == Training()
-    for wrong in ({"steps": 3}, "fast", Formatting()):
-        with pytest.raises(ConfigError, match=r"training is .* class phatgoose\.config\.Training"):
-            given_or_default(Training, wrong, "training")
 
 
 def test_the_keywords_of_compose_are_the_settings_of_routing():

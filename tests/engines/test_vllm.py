@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import phatgoose
 from engines import vllm_server
-from phatgoose.base.loading import load_base, smollm2_folder
+from phatgoose.base import load_base, smollm2_folder
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool

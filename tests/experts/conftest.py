@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from changed_experts import make, vectors_for
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from tiny import make_adapter
 

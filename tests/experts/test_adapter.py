@@ -16,7 +16,7 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import adapter_files, read_modules
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG
-from phatgoose.files.strict import sha256_of
+from phatgoose.files import sha256_of
 
 SHAPES = [
     [0, 2**62],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from changed_adapters import set_config
 from changed_experts import SITE, change_vectors, make, problem_of, set_info, vectors_for
 from paths import GOLDEN
-from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base import BaseReference
 from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import (
@@ -31,8 +31,7 @@ from phatgoose.experts.expert import (
     warn_of_other_formatting,
 )
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.files.atomic import clear_left_overs
-from phatgoose.files.strict import sha256_of
+from phatgoose.files import clear_left_overs, sha256_of
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -312,7 +311,7 @@ def test_an_old_expert_that_cannot_even_be_brought_back_is_kept_beside_its_place
             original.save(directory, overwrite=True)
     (kept,) = directory.parent.iterdir()
     assert contents(kept / directory.name) == before
-    monkeypatch.setattr("phatgoose.files.atomic.YOUNG", -1.0)
+    monkeypatch.setattr("phatgoose.files.YOUNG", -1.0)
     clear_left_overs(directory)
     assert contents(directory) == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]

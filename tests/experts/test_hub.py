@@ -21,7 +21,7 @@ from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck.module import FILES as OUR_FILES
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict import sha256_of
+from phatgoose.files import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import is_pool

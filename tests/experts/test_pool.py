@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from phatgoose.apps.cli import main
-from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.sites import find_sites
+from phatgoose.base import BaseReference
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import MANIFEST_VERSION, Pool
+from phatgoose.sites import find_sites
 from tiny import TINY_BASE
 
 

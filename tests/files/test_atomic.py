@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from links import KEPT, hidden
+from phatgoose import files
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.files import atomic
-from phatgoose.files.atomic import (
+from phatgoose.files import (
     is_there,
     new_directory,
     new_file,
@@ -118,7 +118,7 @@ def test_a_name_that_has_no_room_for_a_temporary_one_is_told_before_the_work(tmp
 KILLED = """
 import os, sys
 from pathlib import Path
-from phatgoose.files.atomic import REPLACED, temporary_file, temporary_folder
+from phatgoose.files import REPLACED, temporary_file, temporary_folder
 target = Path(sys.argv[1])
 with temporary_folder(target) as folder, temporary_file(target) as file:
     (folder / "half").write_text("half")
@@ -142,9 +142,9 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_of_a_running_one
         assert running.stdout.readline() == b"there\n"
         before = hidden(tmp_path)
         assert len(before) == 5
-        atomic.clear_left_overs(target)  # too young to tell
-        monkeypatch.setattr(atomic, "YOUNG", -1)
-        atomic.clear_left_overs(target)  # and held
+        files.clear_left_overs(target)  # too young to tell
+        monkeypatch.setattr(files, "YOUNG", -1)
+        files.clear_left_overs(target)  # and held
         assert hidden(tmp_path) == before
         running.kill()
         running.wait()
@@ -160,18 +160,18 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_of_a_running_one
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
 def test_a_pipe_among_the_left_overs_is_not_waited_for(tmp_path, monkeypatch):
     """Whoever opens one waits for somebody who writes, for ever in a stranger's folder."""
-    monkeypatch.setattr(atomic, "YOUNG", -1)
-    monkeypatch.setattr(atomic.os, "open", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(files, "YOUNG", -1)
+    monkeypatch.setattr(files.os, "open", lambda *_: pytest.fail("opened"))
     os.mkfifo(tmp_path / ".routed.json.unfinished-pipe")
-    atomic.clear_left_overs(tmp_path / "routed.json")
+    files.clear_left_overs(tmp_path / "routed.json")
     assert hidden(tmp_path) == [".routed.json.unfinished-pipe"]
 
 
 def test_two_that_work_at_one_time_leave_each_other_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "YOUNG", -1)
+    monkeypatch.setattr(files, "YOUNG", -1)
     target = tmp_path / "a.json"
     with temporary_folder(target) as one, new_file(target) as two:
-        atomic.clear_left_overs(target)
+        files.clear_left_overs(target)
         assert one.is_dir()
         two.write_text("new")
     assert target.read_text() == "new"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fake_packages import install
-from phatgoose.files.entry_points import add_entry_points, load_entry_points
+from phatgoose.files import add_entry_points, load_entry_points
 
 
 def test_a_broken_entry_point_is_named_and_does_not_break_the_others(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES
-from phatgoose.files.regex_guard import check_config, check_patterns, matching, value_at
+from phatgoose.files import check_config, check_patterns, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"

@@ -15,9 +15,9 @@ from phatgoose.errors import ConfigError, EvaluationError, ExpertError, PoolErro
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.replay import read_marks
 from phatgoose.experts.pool import Pool
-from phatgoose.files.atomic import bring_back
-from phatgoose.files.strict import (
+from phatgoose.files import (
     MOST_TOML_BYTES,
+    bring_back,
     half_character,
     one_line,
     parse_yaml,

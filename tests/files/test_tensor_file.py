@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from phatgoose import files as mapped
 from phatgoose.errors import ExpertError
-from phatgoose.files import tensor_file as mapped
-from phatgoose.files.strict import MOST_JSON_BYTES
-from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, TensorFile, prefetch
+from phatgoose.files import AT_ONCE, FEW, MOST_JSON_BYTES, TYPES, TensorFile, prefetch
 
 STATUS = Path("/proc/self/status")
 

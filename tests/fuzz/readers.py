@@ -42,9 +42,14 @@ from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert, info_json, read_info
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files.regex_guard import check_patterns, matching
-from phatgoose.files.strict import MOST_NESTED, read_json_object, read_toml
-from phatgoose.files.tensor_file import TensorFile
+from phatgoose.files import (
+    MOST_NESTED,
+    TensorFile,
+    check_patterns,
+    matching,
+    read_json_object,
+    read_toml,
+)
 from phatgoose.routing.saved.tensors import (
     ROUTED_INFO,
     ROUTED_WEIGHTS,

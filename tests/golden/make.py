@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base import BaseReference
 from phatgoose.experts.expert import Expert
 
 HERE = Path(__file__).parent

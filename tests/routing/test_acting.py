@@ -21,15 +21,13 @@ from transformers import DynamicCache, PreTrainedModel
 from architectures import make_tiny, random_expert
 from oracle import naively_routed
 from phatgoose.apps.generation import Sampling, generate
-from phatgoose.base.active_tokens import NEVER, ActsOn, beginnings
-from phatgoose.base.sites import find_sites
-from phatgoose.base.token_masks import cache_argument
 from phatgoose.config import Routing, Training
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.evaluation.comparison.methods import pool_row
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import NEVER, ActsOn, beginnings, cache_argument
 from phatgoose.routing import layers
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
@@ -41,6 +39,7 @@ from phatgoose.routing.saved.change import add_to_saved
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.tensors import read_saved
+from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
 from phatgoose.tasks.task import Example, Task
 from tiny import logits_of, make_tokenizer, peft_model

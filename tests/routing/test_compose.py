@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from oracle import mixture, naively_routed
-from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.loading import load_base
+from phatgoose.base import BaseReference, load_base
 from phatgoose.errors import (
     BaseModelError,
     ConfigError,

@@ -11,10 +11,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from phatgoose.base.sites import prompt_stack
-from phatgoose.base.token_masks import cache_argument
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.passes import cache_argument
 from phatgoose.routing.choices import NOBODY, Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
@@ -24,6 +23,7 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.routers.router import RouterSite
+from phatgoose.sites import prompt_stack
 from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mixed_experts import ordered
-from phatgoose.base.loading import load_base
-from phatgoose.base.sites import replaced
+from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
@@ -31,6 +30,7 @@ from phatgoose.routing.export.updates import fixed_update, merged_layer
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.saved.save import save
+from phatgoose.sites import replaced
 from routed_models import SCORES, compose_by
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 

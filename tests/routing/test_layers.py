@@ -9,7 +9,7 @@ import torch
 
 from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed, renamed
 from oracle import token_weights
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool

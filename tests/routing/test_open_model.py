@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.importing.adapter import import_adapters

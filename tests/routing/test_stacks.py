@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from kernel_problems import bottleneck_arguments
 from mixed_experts import ACTIVATE, CPU, PRECISE, mixed_output
-from phatgoose.base.sites import Site
 from phatgoose.config import ACTIVATIONS
 from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
 from phatgoose.experts.kinds.bottleneck.stack import BottleneckStack
@@ -23,6 +22,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.stacks import stack_modules, stack_of
+from phatgoose.sites import Site
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

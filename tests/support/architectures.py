@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from phatgoose.base.fingerprint import BaseReference, fingerprint
-from phatgoose.base.sites import find_sites
+from phatgoose.base import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates, readings_of
 from phatgoose.routing.compose import compose
+from phatgoose.sites import find_sites
 from phatgoose.tasks.prompt_passes import read_prompts
 
 VOCABULARY = 300

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from odd_files import rewrite
-from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base import BaseReference
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.files.strict import sha256_of
+from phatgoose.files import sha256_of
 
 SITE = "model.layers.0.self_attn.q_proj"
 

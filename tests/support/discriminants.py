@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from phatgoose.base.sites import blocks_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates, readings_of
+from phatgoose.sites import blocks_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
 from routed_models import TOPICS

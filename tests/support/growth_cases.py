@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of

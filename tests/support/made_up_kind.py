@@ -10,10 +10,10 @@ import torch
 
 from mixed_experts import MAKERS, make_kind
 from paths import ROOT
-from phatgoose.base.loading import Base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base
 from phatgoose.experts.kinds.registry import KINDS
 from phatgoose.experts.pool import Pool
+from phatgoose.sites import find_sites
 
 DOCUMENT = ROOT / "docs" / "extending.md"
 

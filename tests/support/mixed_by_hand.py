@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oracle import update
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.batching import pad_left, pad_right
 from tiny import assert_same_logits, logits_of

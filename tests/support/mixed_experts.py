@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oracle import token_weights
-from phatgoose.base.loading import Base, load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base, load_base
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
@@ -26,6 +25,7 @@ from phatgoose.experts.kinds.ia3.training import scales_input
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
+from phatgoose.sites import find_sites
 from phatgoose.training.modules import placed_sites
 from tiny import make_adapter, make_readings
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from phatgoose.config import Routing, settings_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import server_of
 from phatgoose.apps.server.local.engine import Batch
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

@@ -21,7 +21,7 @@ from growth_cases import uneven_pool
 from links import KEPT
 from mixed_experts import mixed_pool_for
 from paths import GOLDEN
-from phatgoose.base.loading import load_base, smollm2_folder
+from phatgoose.base import load_base, smollm2_folder
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool

@@ -5,8 +5,7 @@ from functools import cache
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from phatgoose.base.fingerprint import fingerprint
-from phatgoose.base.loading import Base
+from phatgoose.base import Base, fingerprint
 from tiny import make_tokenizer
 
 FEW = {"vocab_size": 300, "max_position_embeddings": 40}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from phatgoose.config import Training
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
-from phatgoose.base.sites import find_sites
-from phatgoose.base.token_masks import watch_inputs
 from phatgoose.errors import BaseModelError
+from phatgoose.passes import watch_inputs
+from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import (
     IGNORED,
     BranchedText,

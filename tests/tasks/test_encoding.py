@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from phatgoose.base.sites import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
+from phatgoose.sites import Positions
 from phatgoose.tasks.encoding import CUTS, Cut, Cuts, Encoder, cut_tokens, recorded_share
 from phatgoose.tasks.task import Chat, Example
 from tiny import make_tokenizer, with_added

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from phatgoose.base.sites import find_sites
+from phatgoose.sites import find_sites
 from phatgoose.tasks.prompt_passes import (
     PromptReading,
     continued,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training.pool_jobs import ExpertJob
 from training_jobs import job_in

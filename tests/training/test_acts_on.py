@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from command_line import run, write_rows
-from phatgoose.base.active_tokens import ActsOn, acting_at
-from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck, Dora, Formatting, GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, TaskError
 from phatgoose.experts.adapter import ModifiedLinear, applied
@@ -18,8 +16,10 @@ from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, INVOCATION
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn, acting_at
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
 from phatgoose.tasks.batching import Collator, target_logits
 from phatgoose.tasks.encoding import Encoder

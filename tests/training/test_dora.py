@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from phatgoose.base.active_tokens import acting_at
-from phatgoose.base.loading import load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import load_base
 from phatgoose.config import Dora, GateTraining
 from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.dora.module import row_norms
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG
+from phatgoose.passes import acting_at
+from phatgoose.sites import find_sites
 from phatgoose.training.modules import fresh_expert
 from phatgoose.training.plan import Planner
 from tiny import assert_same_logits, copied_model, logits_of, make_ids, peft_model

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phatgoose.base.loading import load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import load_base
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
+from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.modules import GatedLinear

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from phatgoose.base.loading import load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import load_base
 from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
+from phatgoose.sites import find_sites
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.modules import fresh_expert
 from phatgoose.training.trainer import fit

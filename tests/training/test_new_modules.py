@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from changed_adapters import adapter_of
-from phatgoose.base.loading import load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import load_base
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import ModifiedLinear, applied
@@ -22,6 +21,7 @@ from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
 from phatgoose.experts.kinds.ia3.module import ScalingVector
 from phatgoose.experts.kinds.ia3.training import scales_input
 from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
 from phatgoose.training import trainer
 from phatgoose.training.modules import GatedLinear, fresh_expert, parameters_at, placed_sites

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError, ConfigError, TaskError
 from phatgoose.tasks.encoding import Encoder

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.loading import load_base
+from phatgoose.base import BaseReference, load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert

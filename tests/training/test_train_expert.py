@@ -15,9 +15,7 @@ from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
 from other_encoders import make_other
-from phatgoose.base.fingerprint import fingerprint
-from phatgoose.base.loading import Base, load_base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base, fingerprint, load_base
 from phatgoose.config import IA3, Formatting
 from phatgoose.errors import (
     BaseModelError,
@@ -31,6 +29,7 @@ from phatgoose.errors import (
 )
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
+from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Example, Task, draw
 from phatgoose.training.trainer import TrainingCallback
 from tiny import assert_same_logits, logits_of, make_ids, peft_model

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engines import free_port
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert

@@ -16,8 +16,7 @@ from transformers import (
     get_scheduler,
 )
 
-from phatgoose.base.fingerprint import quantisation
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base, quantisation
 from phatgoose.errors import BaseModelError, ConfigError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool

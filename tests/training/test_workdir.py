@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load
 
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS

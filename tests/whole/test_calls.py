@@ -15,16 +15,15 @@ import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import Tiny, make_tiny, reading_pool, tiny_of
-from phatgoose.base.active_tokens import ActsOn
-from phatgoose.base.fingerprint import fingerprint
-from phatgoose.base.loading import Base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
+from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task

@@ -13,7 +13,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
-from phatgoose.base.sites import Site
 from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
@@ -23,6 +22,7 @@ from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.stacks import SiteStack
+from phatgoose.sites import Site
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")

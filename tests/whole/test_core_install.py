@@ -23,7 +23,7 @@ from command_line import FLAGS, Outcome, open_row, review, write_rows
 from paths import ROOT
 from phatgoose.apps.cli.main import COMMANDS
 from phatgoose.errors import PhatgooseError
-from phatgoose.files.strict import read_toml
+from phatgoose.files import read_toml
 
 PROGRAM = """
 import contextlib, io, json, sys

@@ -19,7 +19,7 @@ from engines import llama_server, vllm_server
 from phatgoose.apps import demo
 from phatgoose.apps.deploy import converters, deploy
 from phatgoose.apps.server import ServedModel, Upstream, create_app
-from phatgoose.base.loading import load_base, smollm2_folder
+from phatgoose.base import load_base, smollm2_folder
 from phatgoose.config import GateTraining, Routing, Serving, Training
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool

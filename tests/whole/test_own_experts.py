@@ -15,14 +15,13 @@ from phatgoose.analysis.analyse import analyse
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.report.page import write_report
 from phatgoose.apps.server.local.runner import ModelRunner
-from phatgoose.base.fingerprint import fingerprint
-from phatgoose.base.loading import Base
-from phatgoose.base.sites import find_sites
+from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
+from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.statistics import mean_activations

@@ -12,14 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from oracle import naively_routed
-from phatgoose.base.fingerprint import fingerprint, number_format, quantisation
-from phatgoose.base.loading import Base, load_base
-from phatgoose.base.sites import find_sites, replace_module
+from phatgoose.base import Base, fingerprint, load_base, number_format, quantisation
 from phatgoose.errors import WrongBaseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.sites import find_sites, replace_module
 from tiny import assert_same_logits, logits_of, make_ids
 
 

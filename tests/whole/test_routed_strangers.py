@@ -31,7 +31,7 @@ from damage import content_of, damages, do_all, json_of, unexpected, watched
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from phatgoose.apps.cli import main
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base import Base, load_base
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

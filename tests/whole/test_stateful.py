@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from architectures import IDS, random_expert, reading_pool
-from phatgoose.base.fingerprint import fingerprint
-from phatgoose.base.loading import Base, load_skeleton
+from phatgoose.base import Base, fingerprint, load_skeleton
 from phatgoose.errors import BaseModelError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool

@@ -38,13 +38,13 @@ from mixed_experts import make_kind
 from odd_files import nested, one_line_of, rewrite
 from paths import GOLDEN, GOLDENS
 from phatgoose.apps.cli import main
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict import MOST_NESTED
+from phatgoose.files import MOST_NESTED
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save

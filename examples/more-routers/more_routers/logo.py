@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from phatgoose.base.sites import Site, blocks_of
 from phatgoose.errors import RoutingError
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables
 from phatgoose.routing.routers.router import highest
 from phatgoose.routing.stacks import SiteStack
+from phatgoose.sites import Site, blocks_of
 from phatgoose.tasks.prompt_passes import PromptReading, last_token
 
 QUERY = re.compile(r"(^|\.)(q|q_proj|q_lin|query|c_attn|query_key_value|qkv_proj|Wqkv)$")

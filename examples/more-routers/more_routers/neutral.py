@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.base.sites import Site, find_sites
+from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.neutral import neutral_examples
 from phatgoose.tasks.prompt_passes import read_pairs

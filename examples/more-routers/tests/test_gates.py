@@ -9,12 +9,12 @@ import torch
 from more_routers.neutral import over_neutral_text
 
 from oracle import plain_scores
-from phatgoose.base.sites import find_sites
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts
+from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.neutral import neutral_examples
 from routed_models import router_at

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import Base
-from ..config import Formatting, Routing, given_or_default
+from ..base import Base
+from ..config import Formatting, Routing
 from ..errors import ConfigError, EvaluationError, TaskError
 from ..evaluation import evaluate
 from ..evaluation.evaluate import Evaluation, ScoringSettings, TaskScore
 from ..experts.pool import Pool
-from ..files.atomic import write_text
+from ..files import write_text
 from ..routing.compose import compose, detach
 from ..routing.composition import composition_of, routing_for
 from ..routing.open_model import is_routed, loaded_base, open_model
@@ -271,7 +271,7 @@ def analyse(
     settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     routers = [routers] if isinstance(routers, str) else routers
-    routing = given_or_default(Routing, routing, "routing")
+    routing = routing or Routing()
     subject = _subject(source, routers, routing, base, tokenizer, scores)
     if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
         raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")

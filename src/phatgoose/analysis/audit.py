@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..base.loading import Base
-from ..base.sites import Site, execution_device, find_sites
+from ..base import Base
 from ..errors import PoolError
 from ..experts.kinds.kind import SiteModule
 from ..experts.kinds.registry import kinds
 from ..experts.pool import Pool
-from ..files.atomic import write_text
+from ..files import write_text
 from ..routing.compose import check_pool_fits
 from ..routing.routers.centroid import centroids_of
 from ..routing.routers.configs import EPS
 from ..routing.routers.phatgoose import PhatgooseRouter, standardise
 from ..routing.routers.prompt_router import best_of_each, embeddings_of
+from ..sites import Site, execution_device, find_sites
 from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ..tasks.encoding import Encoder
 from ..tasks.neutral import neutral_examples

@@ -18,13 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..base.sites import Stream
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.intervals import Interval, SharedMeans, Z
 from ..experts.kinds.kind import dense_weights
 from ..routing.routers.router import Scores, best_expert_by_task
 from ..routing.watching import SitePass
+from ..sites import Stream
 from .routing_distribution import Observer
 
 Array = NDArray[np.float64]

@@ -14,7 +14,7 @@ from ..errors import EvaluationError
 from ..evaluation.comparison.methods import METHODS, label_with_settings, routing_of
 from ..evaluation.comparison.result_store import ResultStore
 from ..evaluation.intervals import Sample
-from ..files.strict import one_line, shortened
+from ..files import one_line, shortened
 
 # What reading a result that compare didn't write may raise.
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)

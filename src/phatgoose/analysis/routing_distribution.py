@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..base.sites import Stream, headless, input_device
-from ..files.strict import one_line
+from ..files import one_line
 from ..routing.composition import routing_for
 from ..routing.recording import watch
 from ..routing.watching import SitePass
+from ..sites import Stream, headless, input_device
 from ..tasks.batching import Collator, batches_of_tokens, pad_right
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Example

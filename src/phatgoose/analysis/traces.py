@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.loading import texts_of
-from ..base.sites import Stream
+from ..base import texts_of
 from ..errors import RoutingError
 from ..routing.choices import Choice
 from ..routing.composition import Composition, composition_of
 from ..routing.routers.router import highest
 from ..routing.watching import SitePass
+from ..sites import Stream
 from ..tasks.batching import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
 from .routing_distribution import (

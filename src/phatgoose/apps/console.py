@@ -21,7 +21,7 @@ from rich.text import Text
 from tqdm.std import tqdm
 
 from ..errors import PhatgooseError
-from ..files.atomic import require_writable, write_text
+from ..files import require_writable, write_text
 
 # Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
 STEERING = ("Cc", "Cs", "Zl", "Zp")

@@ -21,7 +21,7 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from ..analysis.analyse import analyse
-from ..base.loading import Base, load_base
+from ..base import Base, load_base
 from ..config import GateTraining, Lora, Routing, Training
 from ..errors import EvaluationError
 from ..evaluation.comparison.compare import compare
@@ -30,7 +30,7 @@ from ..evaluation.comparison.tables import Comparison
 from ..evaluation.evaluate import evaluate
 from ..evaluation.intervals import Interval, SharedMeans
 from ..experts.pool import Pool
-from ..files.atomic import write_text
+from ..files import write_text
 from ..routing.compose import compose
 from ..routing.routers.automatic import settled
 from ..routing.routers.registry import AUTO

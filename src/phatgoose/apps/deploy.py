@@ -20,13 +20,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ..base.loading import SMOLLM2, is_hub_id, smollm2_folder
+from ..base import SMOLLM2, is_hub_id, smollm2_folder
 from ..errors import ConfigError, EngineError
 from ..experts.adapter import adapter_files
 from ..experts.expert import expert_files
 from ..experts.pool import Pool
-from ..files.atomic import new_directory, write_text
-from ..files.strict import one_line, read_json_object, regular_file, shortened
+from ..files import new_directory, one_line, read_json_object, regular_file, shortened, write_text
 from ..routing.routers.automatic import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..analysis.measures import heaviest
 from ..analysis.routing_distribution import PARTS
 from ..analysis.traces import Trace, TraceStream, trace
-from ..base.sites import input_device
 from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import Questions
-from ..files.strict import half_character
+from ..files import half_character
 from ..routing.composition import composition_if_any, routing_for
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
+from ..sites import input_device
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base.loading import load_base, settled_dtype
+from ..base import load_base, settled_dtype
 from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError, PoolError
 from ..experts.pool import Pool

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, EngineError, PhatgooseError
-from ..files.strict import first_line, one_line
+from ..files import first_line, one_line
 from ..jobs import AnyJob, AnyResult, Job, Workshop
 from .console import complain
 from .processor import bound_spinning, keep_to

@@ -19,14 +19,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import Base, load_tokenizer
-from ..base.sites import input_device
-from ..config import Formatting, given_or_default
+from ..base import Base, load_tokenizer
+from ..config import Formatting
 from ..errors import ConfigError, EvaluationError
 from ..experts.expert import warn_of_other_formatting
-from ..files.atomic import write_text
-from ..files.strict import one_line, shortened
+from ..files import one_line, shortened, write_text
 from ..routing.composition import composition_if_any, routing_for
+from ..sites import input_device
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
 from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
@@ -192,7 +191,6 @@ class ScoringSettings:
     token_budget: int = TOKEN_BUDGET
 
     def __post_init__(self) -> None:
-        given_or_default(Formatting, self.formatting, "formatting")
         for name in ("limit", "seed", "max_new_tokens", "token_budget"):
             value, least = getattr(self, name), -math.inf if name in ("limit", "seed") else 1
             if not isinstance(value, Integral) and not (name == "limit" and value is None):

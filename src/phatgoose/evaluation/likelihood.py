@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..base.sites import input_device
-from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
+from ..passes import cache_argument
+from ..sites import input_device
 from ..tasks import batching
 from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
 

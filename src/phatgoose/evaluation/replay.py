@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
-from ..files.strict import first_line, require_regular, shortened
+from ..files import first_line, require_regular, shortened
 from ..routing.routers.registry import AUTO, spec_of
 from .intervals import Interval, Sample, SharedMeans, interval_of
 

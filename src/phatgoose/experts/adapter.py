@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base.active_tokens import ActsOn, where_active
-from ..base.sites import Site, WrappedLinear, find_sites, linear_shape, replaced
 from ..errors import ExpertError
+from ..passes import ActsOn, where_active
+from ..sites import Site, WrappedLinear, find_sites, linear_shape, replaced
 from .kinds.kind import AdapterFiles, SiteModule
 from .kinds.peft import INVOCATION, PEFT_FILES
 from .kinds.registry import Kind, loaded_kinds

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.active_tokens import ActsOn
-from ..base.loading import is_hub_id
-from ..files.strict import one_line
+from ..base import is_hub_id
+from ..files import one_line
+from ..passes import ActsOn
 from .kinds.registry import kinds
 
 CARD = """\

@@ -25,14 +25,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base.active_tokens import ActsOn
-from ..base.fingerprint import REVISION, BaseReference
-from ..base.loading import Base, closest_beside
+from ..base import REVISION, Base, BaseReference, closest_beside
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError, ExpertError
-from ..files.atomic import bring_back, new_directory
-from ..files.strict import one_line, read_json_object, regular_file, sha256_of, shortened
-from ..files.tensor_file import Group, TensorFile, is_finite
+from ..files import (
+    Group,
+    TensorFile,
+    bring_back,
+    is_finite,
+    new_directory,
+    one_line,
+    read_json_object,
+    regular_file,
+    sha256_of,
+    shortened,
+)
+from ..passes import ActsOn
 from .adapter import adapter_file_names, adapter_files, invocation_of, named_base, read_modules
 from .card import model_card
 from .kinds.kind import SiteModule, read_tensors

@@ -22,11 +22,9 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-from ..base.fingerprint import REVISION
-from ..base.loading import is_hub_id
+from ..base import REVISION, is_hub_id
 from ..errors import ExpertError
-from ..files.atomic import new_directory, require_free
-from ..files.strict import one_line, regular_file, shortened
+from ..files import new_directory, one_line, regular_file, require_free, shortened
 from .expert import LAYOUT, Expert, expert_files
 
 PREFIX = "hub:"

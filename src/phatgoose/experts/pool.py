@@ -15,13 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.fingerprint import BaseReference, same_base
-from ..base.loading import closest_beside
+from ..base import BaseReference, closest_beside, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
-from ..files.atomic import being_replaced, bring_back, is_stream, write_text
-from ..files.strict import one_line, read_json_object, reason, sha256_of, shortened
-from ..files.tensor_file import prefetch
+from ..files import (
+    being_replaced,
+    bring_back,
+    is_stream,
+    one_line,
+    prefetch,
+    read_json_object,
+    reason,
+    sha256_of,
+    shortened,
+    write_text,
+)
 from .adapter import adapter_files
 from .expert import LAYOUT, Expert, format_record
 from .hub import HubReference, local_folder, reference_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..base.sites import blocks_of
+from ..sites import blocks_of
 from ..tasks.prompt_passes import PromptReading, last_token, mean_token
 
 PLACES = ("end", "whole")

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base.sites import Site
 from ..errors import RoutingError
 from ..experts.kinds.kind import INDICES, Part
-from ..files.tensor_file import FLOATS
+from ..sites import FLOATS, Site
 from .stacks import SiteStack, declared
 
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are

@@ -12,14 +12,21 @@ from typing import Any, Unpack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.fingerprint import (
+from ..base import (
+    Base,
     BaseReference,
     check_base,
+    check_heeds_masks,
     fingerprint,
+    load_base,
     quantisation,
 )
-from ..base.loading import Base, check_heeds_masks, load_base
-from ..base.sites import (
+from ..config import Routing, RoutingSettings, from_mapping
+from ..errors import BaseModelError, ConfigError, RoutingError
+from ..experts.adapter import check_fit
+from ..experts.pool import Pool
+from ..files import prefetch, shortened
+from ..sites import (
     ROUTED,
     Site,
     check_in_place,
@@ -28,12 +35,6 @@ from ..base.sites import (
     find_sites,
     replace_module,
 )
-from ..config import Routing, RoutingSettings, from_mapping, given_or_default
-from ..errors import BaseModelError, ConfigError, RoutingError
-from ..experts.adapter import check_fit
-from ..experts.pool import Pool
-from ..files.strict import shortened
-from ..files.tensor_file import prefetch
 from .checks import check_folded, check_numbers, check_site
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
@@ -94,7 +95,7 @@ def compose(
         ConfigError: A setting, router or kernel is unknown.
         RoutingError: The base is routed already.
     """
-    routing = given_or_default(Routing, routing, "routing")
+    routing = routing or Routing()
     given: dict[str, Any] = {**settings}
     if weights is not None:
         given = _with_mixture(weights, given)

@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.active_tokens import ActsOn
-from ..base.fingerprint import BaseReference
-from ..base.sites import ROUTED
+from ..base import BaseReference
 from ..config import Routing
 from ..errors import RoutingError
 from ..experts.expert import trained_in_chats
+from ..passes import ActsOn
+from ..sites import ROUTED
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
 from .context import RoutingContext

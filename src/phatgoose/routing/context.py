@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..base.active_tokens import IN_ANSWER, NEVER, ActsOn, beginnings
-from ..base.sites import ROUTED
-from ..base.token_masks import (
+from ..errors import RoutingError
+from ..passes import (
+    IN_ANSWER,
+    NEVER,
+    ActsOn,
+    beginnings,
     cache_of,
     cached_tokens,
     callable_parts,
@@ -29,7 +32,7 @@ from ..base.token_masks import (
     real_tokens,
     token_positions,
 )
-from ..errors import RoutingError
+from ..sites import ROUTED
 from .choices import NOBODY, Activity, Choice, PromptRouting
 from .watching import unwatched
 

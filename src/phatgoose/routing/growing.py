@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base.fingerprint import BaseReference, check_base
-from ..base.sites import Site, check_in_place, find_sites
+from ..base import BaseReference, check_base
 from ..config import closest
 from ..errors import PoolError, RoutingError
 from ..experts.pool import Pool
+from ..sites import Site, check_in_place, find_sites
 from .compose import check_acting, check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear

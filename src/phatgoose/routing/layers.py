@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..base.sites import Site
 from ..errors import RoutingError
 from ..experts.kinds.lora.stack import LoraStack
+from ..sites import Site
 from .context import RoutingContext, uncompiled
 from .kernels.choice import choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter

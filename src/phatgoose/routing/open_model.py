@@ -10,13 +10,12 @@ from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import WANTED, Base, closest_beside, load_base
-from ..config import Routing, RoutingSettings, from_mapping, given_or_default
+from ..base import WANTED, Base, closest_beside, load_base
+from ..config import Routing, RoutingSettings, from_mapping
 from ..errors import BaseModelError, ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
-from ..files.atomic import bring_back
-from ..files.strict import reason, shortened
+from ..files import bring_back, reason, shortened
 from .compose import compose
 from .routers.automatic import settled_by_prompt
 from .routers.prompt_router import ByPrompt, PromptRouter
@@ -137,7 +136,7 @@ def open_prompt_router(
     `choose`. Raises ConfigError for a router that looks at no prompt,
     and what composing or loading raises of the experts.
     """
-    routing = given_or_default(Routing, routing, "routing")
+    routing = routing or Routing()
     if settings:
         routing = from_mapping(Routing, {**vars(routing), **settings}, "open_prompt_router")
     if not isinstance(place, Pool) and is_routed(place):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.sites import Stream
 from ..errors import RoutingError
+from ..sites import Stream
 from .composition import composition_of
 from .watching import OnSitePass, SitePass, watching
 

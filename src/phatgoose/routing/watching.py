@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base.sites import Site
-from ..base.token_masks import TokenMasks, token_masks
 from ..experts.kinds.kind import dense_weights
+from ..passes import TokenMasks, token_masks
+from ..sites import Site
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ..base.active_tokens import ActsOn, acting_at, beginnings
 from ..errors import BaseModelError
-from ..files.strict import shortened
+from ..files import shortened
+from ..passes import ActsOn, acting_at, beginnings
 from .encoding import TokenPair
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..base.loading import quiet_loading
+from ..base import quiet_loading
 from ..config import EMBEDDING_FORMS, GateTraining
 from ..errors import ConfigError
-from ..files.strict import first_line, refuse_pipes, shortened
+from ..files import first_line, refuse_pipes, shortened
 from .encoding import cut_tokens
 from .task import Example
 

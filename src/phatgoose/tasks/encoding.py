@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import Base
-from ..base.sites import Positions, positions_of
-from ..base.untrusted_text import UntrustedText
+from ..base import Base
 from ..config import Formatting
 from ..errors import TaskError
-from ..files.strict import one_line
+from ..files import one_line
+from ..sites import Positions, positions_of
+from ..untrusted_text import UntrustedText
 from .task import Chat, Example, Span
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space

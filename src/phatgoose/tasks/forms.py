@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import TaskError
-from ..files.strict import shortened
+from ..files import shortened
 from .task import Chat
 
 OWN = ("input", "target")

@@ -19,7 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files.strict import first_line, half_character, one_line, reason, require_regular, shortened
+from ..files import first_line, half_character, one_line, reason, require_regular, shortened
 from .forms import KNOWN, in_our_form, stripped_answers, template_for
 from .task import Chat, Example, Span, Task
 

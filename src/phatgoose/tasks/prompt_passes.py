@@ -17,10 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..base.active_tokens import ActsOn, acting_at
-from ..base.sites import Site, headless, input_device, prompt_stack
-from ..base.token_masks import cache_argument, takes_argument, watch_blocks, watch_inputs
-from ..files.strict import one_line
+from ..files import one_line
+from ..passes import ActsOn, acting_at, cache_argument, takes_argument, watch_blocks, watch_inputs
+from ..sites import Site, headless, input_device, prompt_stack
 from .batching import Collator, batches_of_tokens, contiguous_head, decoder_start, pad_right
 from .encoding import TokenPair
 
@@ -31,7 +30,7 @@ PAIR_TOKENS = 4096  # the same with targets
 class PromptReading:
     """What is taken from a model's passes of prompts: one subclass for each use.
 
-    It sees inputs of `sites` (of the stack that reads prompts, see `base.sites`) and outputs of
+    It sees inputs of `sites` (of the stack that reads prompts, see `sites`) and outputs of
     `blocks`, by index; -1 is what enters the first.
     """
 

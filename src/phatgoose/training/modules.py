@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base.loading import Base
-from ..base.sites import Site, find_sites
+from ..base import Base
 from ..config import Peft
 from ..errors import ConfigError
 from ..experts.adapter import ModifiedLinear
 from ..experts.kinds.kind import FreshExpert, SiteModule, new_gate, openness
 from ..experts.kinds.registry import kind_for
+from ..sites import Site, find_sites
 
 
 def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:

@@ -19,14 +19,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, T5Config
 
-from ..base.fingerprint import dtype_name
-from ..base.loading import choose_dtype, load_base, load_skeleton, load_tokenizer
-from ..base.sites import find_sites
+from ..base import choose_dtype, dtype_name, load_base, load_skeleton, load_tokenizer
 from ..config import FOUR_BITS, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, TaskError
 from ..experts.expert import MOST_EMBEDDINGS
 from ..experts.kinds.registry import kind_for
 from ..experts.readings import readings_size
+from ..sites import find_sites
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
-from ..base.fingerprint import BaseReference
-from ..base.loading import Base, load_base, recorded_id
+from ..base import Base, BaseReference, load_base, recorded_id
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BaseLocation, Engine, LocalEngine
 from ..tasks.suites.registry import TrainingTask

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.active_tokens import ActsOn
-from ..base.fingerprint import check_base, number_format
-from ..base.loading import Base, load_base
-from ..base.sites import Site, find_sites
+from ..base import Base, check_base, load_base, number_format
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
 from ..experts.adapter import ModifiedLinear, applied
 from ..experts.expert import MOST_EMBEDDINGS, Expert, expert_files, recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
+from ..passes import ActsOn
+from ..sites import Site, find_sites
 from ..tasks.embeddings import (
     DEFAULT_EMBEDDER,
     PAPER_TEXT,

@@ -20,18 +20,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..base.active_tokens import ActsOn
-from ..base.fingerprint import BaseReference, check_base, number_format, same_base
-from ..base.loading import Base, fingerprint_here, load_base, recorded_id
-from ..base.sites import find_sites
-from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training, given_or_default
+from ..base import (
+    Base,
+    BaseReference,
+    check_base,
+    fingerprint_here,
+    load_base,
+    number_format,
+    recorded_id,
+    same_base,
+)
+from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
 from ..experts.adapter import adapter_files, applied, check_fit, invocation_of, read_modules
 from ..experts.expert import LAYOUT, Expert, check_name
 from ..experts.kinds.peft import record_invocation
 from ..experts.kinds.registry import kind_for
-from ..files.atomic import is_there
-from ..files.strict import sha256_of, shortened
+from ..files import is_there, sha256_of, shortened
+from ..passes import ActsOn
+from ..sites import find_sites
 from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import CUTS, Encoder, as_read
 from ..tasks.loading import given_task
@@ -110,9 +117,9 @@ def train_expert(
     """
     out, peft = Path(out), peft or Lora()
     kind_for(peft)  # refuses what is none
-    training = given_or_default(Training, training, "training")
-    gates = given_or_default(GateTraining, gate_training, "gate_training")
-    formatting = given_or_default(Formatting, formatting, "formatting")
+    training = training or Training()
+    gates = gate_training or GateTraining()
+    formatting = formatting or Formatting()
     settings = settings_of_training(peft, training, gates, formatting)
     finished = finished_expert(out, base, settings, resume=resume)
     if finished is not None:
@@ -185,9 +192,9 @@ def train_gates(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
-    training = given_or_default(Training, training, "training")
-    gates = given_or_default(GateTraining, gate_training, "gate_training")
-    formatting = given_or_default(Formatting, formatting, "formatting")
+    training = training or Training()
+    gates = gate_training or GateTraining()
+    formatting = formatting or Formatting()
     settings = _gate_settings(training, gates) | asdict(formatting)
     finished = finished_expert(out, base, settings, resume=resume)
     if finished is not None:
@@ -255,7 +262,7 @@ class TrainingRun:
         if not isinstance(base, Base):
             raise BaseModelError(
                 f"base is a {type(base).__name__}; wanted its name, its folder, or a loaded Base "
-                f"(phatgoose.base.loading.load_base)."
+                f"(phatgoose.base.load_base)."
             )
         split = task.with_validation(training.seed)
         encoder = Encoder.of(base, as_read(formatting, split.train))

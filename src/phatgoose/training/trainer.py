@@ -41,11 +41,11 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
-from ..base.active_tokens import ActsOn
-from ..base.loading import Base
+from ..base import Base
 from ..config import Training
 from ..errors import ConfigError, ExpertError, TrainingError
-from ..files.strict import first_line, one_line
+from ..files import first_line, one_line
+from ..passes import ActsOn
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits
 from ..tasks.encoding import TokenPair
 

@@ -20,11 +20,10 @@ from urllib.parse import quote
 import fsspec
 from filelock import FileLock, Timeout
 
-from ..base.fingerprint import BaseReference
+from ..base import BaseReference
 from ..errors import ConfigError, ExpertError
 from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files, read_info
-from ..files.atomic import WRITING_ERRORS, is_there, user_cache, write_text
-from ..files.strict import first_line, reason
+from ..files import WRITING_ERRORS, first_line, is_there, reason, user_cache, write_text
 from .trainer import is_first, process_count, wait_for_all
 
 IDENTITY, LOCK = "run.json", "lock"

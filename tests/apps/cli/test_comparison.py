@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import open_row, review, write_rows
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

@@ -23,7 +23,7 @@ from command_line import (
     write_rows,
 )
 from phatgoose.apps.cli.options import read_recipe
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.training import statistics as statistics_module
@@ -305,7 +305,7 @@ def test_gates_are_trained_on_the_base_at_the_revision_that_the_adapter_names(
         loaded.append((name, revision))
         return load_base(name, dtype=dtype, revision=revision)
 
-    monkeypatch.setattr("phatgoose.base.loading.load_base", spy)
+    monkeypatch.setattr("phatgoose.base.load_base", spy)
     gate = ["gate", "adapter", "--task", "reviews.jsonl", "--dtype", "float32", *GATE_FLAGS]
     assert phat(*gate, "--out", "named").code == 0
     assert Expert.load("named").info.base.revision == "abc123"

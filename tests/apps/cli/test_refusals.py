@@ -17,7 +17,7 @@ from command_line import snapshot as snapshot_of
 from phatgoose.apps.cli import main
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
-from phatgoose.files.strict import sha256_of
+from phatgoose.files import sha256_of
 
 SITE = "model.layers.0.self_attn.q_proj"
 WORDS = {  # what words in capitals stand for

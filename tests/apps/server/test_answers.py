@@ -14,7 +14,7 @@ from phatgoose.apps.server.local.sequences import Progress, ScoredToken
 from phatgoose.apps.server.protocol import ChatRequest
 from phatgoose.apps.server.replies import builder_of
 from phatgoose.apps.server.requests import RequestPreparer
-from phatgoose.base.loading import UNFINISHED, load_base
+from phatgoose.base import UNFINISHED, load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save

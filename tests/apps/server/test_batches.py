@@ -12,9 +12,9 @@ from phatgoose.apps.server.local import engine as engine
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.apps.server.local.sequences import Decoding
-from phatgoose.base.active_tokens import ActsOn
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn
 from routed_models import compose_by
 from tiny import VOCABULARY
 

@@ -8,8 +8,7 @@ import pytest
 import serving
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
 from phatgoose.apps.server.local.runner import _Bases
-from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.loading import load_base
+from phatgoose.base import BaseReference, load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.experts.pool import Pool

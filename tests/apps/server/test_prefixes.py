@@ -10,8 +10,8 @@ from batched import GREEDY, alone, by_generate, finish, prompt_of, row_of
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.prefixes import SHORTEST, PrefixStore, Reader
 from phatgoose.apps.server.local.runner import ModelRunner
-from phatgoose.base.active_tokens import ActsOn
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from tiny import VOCABULARY

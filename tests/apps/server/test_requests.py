@@ -7,13 +7,13 @@ import time
 import pytest
 from pydantic import ValidationError
 
+from phatgoose import untrusted_text
 from phatgoose.apps.server import requests as request_parsing
 from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import RequestPreparer, RequestReader, parsed
 from phatgoose.apps.server.upstream.choosing import Frame
-from phatgoose.base import untrusted_text
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.routers.automatic import settled
 from serving import (

@@ -18,7 +18,7 @@ from comparisons import (
     answers_of,
     write_rows,
 )
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.evaluation.comparison import cells as module
 from phatgoose.evaluation.evaluate import score
 from phatgoose.routing.compose import compose

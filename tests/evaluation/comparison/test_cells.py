@@ -14,7 +14,7 @@ import torch
 
 import phatgoose
 from comparisons import EXPERTS, REFERENCES, ROUTERS, TASKS, TOKENS, by_hand, stored_in
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.comparison import cells as module
 from phatgoose.evaluation.comparison.cells import circumstances, code_version
@@ -185,7 +185,7 @@ def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, fi
 
 DECISIVE = (
     *("evaluation.evaluate", "routing.open_model", "routing.compose", "routing.saved.load"),
-    *("experts.pool", "experts.expert", "experts.kinds.peft", "base.loading", "base.sites"),
+    *("experts.pool", "experts.expert", "experts.kinds.peft", "base", "sites"),
     *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
     *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
     *("routing.routers.phatgoose", "routing.routers.fixed", "routing.routers.configs"),

@@ -26,7 +26,7 @@ from comparisons import (
     write_rows,
 )
 from forked import forked, kill_self, needs_fork
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import ConfigError, EvaluationError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation.comparison import cells as module

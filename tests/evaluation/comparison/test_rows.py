@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
 from phatgoose.evaluation.comparison.methods import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.base.loading import Base
+from phatgoose.base import Base
 from tiny import make_adapter
 
 

@@ -15,8 +15,7 @@ from peft import PeftModel
 from changed_adapters import set_config
 from import_cases import CASES, KINDS, Case, NotInPeftError, make_tiny, write_case
 from paths import ROOT
-from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.loading import load_base
+from phatgoose.base import BaseReference, load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import BaseModelError, ExpertError, PoolError, WrongBaseError
 from phatgoose.experts.expert import check_expert

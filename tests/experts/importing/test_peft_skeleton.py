@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from changed_adapters import set_config
 from import_cases import make_tiny
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.importing import peft_skeleton as skeletons
 from phatgoose.experts.importing.adapter import import_adapter

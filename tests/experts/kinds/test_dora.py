@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert

@@ -20,7 +20,6 @@ from mixed_experts import make_kind, mixed_output, ordered, renamed
 from oracle import token_weights
 from phatgoose.analysis.audit_signs import signs_of
 from phatgoose.analysis.findings import cosines, near_duplicates
-from phatgoose.base.sites import find_sites
 from phatgoose.config import GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.adapter import ModifiedLinear, applied
@@ -40,6 +39,7 @@ from phatgoose.routing.saved.change import add_to_saved, remove_from_saved
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks import declared
+from phatgoose.sites import find_sites
 from phatgoose.training.modules import parameters_at
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import TASK, gated_loss, target_nll, train

@@ -14,7 +14,7 @@ from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from safetensors.torch import load_file, save_file
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.errors import ConfigError, PoolError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach

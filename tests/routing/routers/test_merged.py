@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from phatgoose.base.loading import load_base
+from phatgoose.base import load_base
 from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from growth_cases import EMBEDDED, NAMES, ROUTERS, composed
 from mixed_experts import ordered, renamed
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.ia3.module import ScalingVector

@@ -23,7 +23,7 @@ from transformers import (
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.files.atomic import new_file
+from phatgoose.files import new_file
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
@@ -86,7 +86,7 @@ def test_a_write_that_breaks_off_leaves_no_routed_model(model, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         return new_file(place)
 
-    monkeypatch.setattr("phatgoose.files.atomic.new_file", full)
+    monkeypatch.setattr("phatgoose.files.new_file", full)
     with pytest.raises(RoutingError, match="No space left on device"):
         model.save_pretrained(tmp_path)
     with pytest.raises(RoutingError, match="holds no routed model"):

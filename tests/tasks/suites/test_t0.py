@@ -12,7 +12,7 @@ import pytest
 from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
-from phatgoose.files.strict import read_toml
+from phatgoose.files import read_toml
 from phatgoose.tasks.suites import p3, t0
 from phatgoose.tasks.suites.p3 import P3Dataset
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out

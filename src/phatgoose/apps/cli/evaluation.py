@@ -12,8 +12,7 @@ from rich.table import Table
 
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
-from ...files.atomic import require_writable
-from ...files.strict import half_character, shortened
+from ...files import half_character, require_writable, shortened
 from ...routing.routers.registry import AUTO, ROUTERS, RouterSpec, spec_of, split_routers, written
 from ..console import check_report, report, say, say_summary, show
 from . import options
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...analysis.analyse import Analysis
-    from ...base.loading import Base
+    from ...base import Base
     from ...experts.pool import Pool
     from ...tasks.task import Task
 

@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import EngineError, PhatgooseError, TrainingError
-from ...files.strict import first_line, reason, shortened
+from ...files import first_line, reason, shortened
 from ..console import PlainFormatter, complain, say, set_voice
 from ..processor import set_threads
 from . import evaluation, experts, routed, serving, sharing

@@ -32,13 +32,12 @@ from ...config import (
 )
 from ...errors import ConfigError
 from ...experts.kinds.registry import kinds
-from ...files.strict import read_toml, read_yaml, shortened
+from ...files import read_toml, read_yaml, shortened
 from ...routing.routers.registry import AUTO, choice_of, known_names
 from ..console import set_voice
 
 if TYPE_CHECKING:
-    from ...base.fingerprint import BaseReference
-    from ...base.loading import Base
+    from ...base import Base, BaseReference
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...routing.open_model import OpenedModel
@@ -378,7 +377,7 @@ class BaseOptions:
         object.__setattr__(self, "dtype", self.dtype or "auto")
 
     def load(self, default: BaseReference | None) -> Base:
-        from ...base.loading import SMOLLM2, load_base
+        from ...base import SMOLLM2, load_base
 
         if self.base or default is None:
             return load_base(self.base or SMOLLM2, dtype=self.dtype)

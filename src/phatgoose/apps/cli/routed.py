@@ -11,7 +11,7 @@ import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
-from ...files.atomic import require_free
+from ...files import require_free
 from ..console import check_report, report, say, say_summary, show
 from . import options
 

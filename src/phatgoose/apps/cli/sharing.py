@@ -11,7 +11,7 @@ import typer
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.kinds.registry import kinds
-from ...files.atomic import require_free
+from ...files import require_free
 from ..console import say
 from . import options
 

@@ -22,7 +22,7 @@ from ...analysis.measures import Correlation, heaviest, margins
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import Measure, RoutingDistribution
 from ...errors import ConfigError
-from ...files.atomic import new_file
+from ...files import new_file
 from ..console import COLOURS
 
 try:

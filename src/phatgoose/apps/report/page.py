@@ -28,8 +28,7 @@ from ...analysis.routing_distribution import PARTS
 from ...errors import EvaluationError
 from ...evaluation.comparison.methods import label_of
 from ...evaluation.comparison.tables import in_per_cent
-from ...files.atomic import write_text
-from ...files.strict import reason
+from ...files import reason, write_text
 from . import figures as draw
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from starlette.responses import Response
 from ... import __version__
 from ...config import Serving
 from ...errors import ConfigError
-from ...files.strict import reason
+from ...files import reason
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from . import protocol
 from .guards import AccessControl, MetricsMiddleware, RequestGuard

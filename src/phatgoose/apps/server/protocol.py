@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from ...config import closest
 from ...errors import ConfigError
-from ...files.strict import one_line
+from ...files import one_line
 from ...routing.routers.registry import (
     AUTO,
     MOST_WEIGHT,

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from ...analysis.measures import heaviest
 from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
-from ...base.loading import UNFINISHED
+from ...base import UNFINISHED
 from ...routing.composition import composition_of
 from . import protocol
 from .local.engine import GenerationEngine

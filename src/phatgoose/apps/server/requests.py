@@ -17,12 +17,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from transformers import PreTrainedTokenizerBase
 
-from ...base.untrusted_text import MOST_SECONDS, UntrustedText
 from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
-from ...files.strict import shortened
+from ...files import shortened
 from ...routing.choices import PromptRouting
 from ...tasks.task import question_of
+from ...untrusted_text import MOST_SECONDS, UntrustedText
 from .local.json_form import JsonForm, json_form
 from .local.prefixes import PrefixStore
 from .local.runner import ModelRunner

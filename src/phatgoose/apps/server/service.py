@@ -22,13 +22,13 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
-from ...base.untrusted_text import UntrustedText
 from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
-from ...files.strict import one_line, shortened
+from ...files import one_line, shortened
 from ...routing.routers.registry import WEIGHTS
 from ...tasks.embeddings import without_downloads
+from ...untrusted_text import UntrustedText
 from . import protocol
 from .guards import CLIENT, REQUEST_BODY, Metrics
 from .local.engine import GenerationEngine

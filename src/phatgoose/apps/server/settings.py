@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, read_text, settings_of
 from ...errors import ConfigError
-from ...files.strict import shortened
+from ...files import shortened
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 

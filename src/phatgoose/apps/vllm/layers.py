@@ -28,10 +28,9 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
-from ...base.fingerprint import BaseReference, check_base, fingerprint_of_files, tensor_named
-from ...base.loading import load_skeleton
+from ...base import BaseReference, check_base, fingerprint_of_files, load_skeleton, tensor_named
 from ...errors import BaseModelError, ConfigError, ExpertError, RoutingError
-from ...files.tensor_file import TensorFile
+from ...files import TensorFile
 from . import op
 from .served import (
     GATEWAY,

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...base.fingerprint import BaseReference
-from ...base.sites import Site
+from ...base import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
 from ...experts.hub import HubReference
@@ -33,6 +32,7 @@ from ...routing.routers.registry import AUTO
 from ...routing.routers.router import Router, RouterSite, SiteRouter, check_routing, router_of
 from ...routing.saved.tensors import SavedModel, read_saved
 from ...routing.stacks import SitePart, SiteStack, stack_of
+from ...sites import Site
 
 MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
 ROUTER = "PHATGOOSE_ROUTER"  # of a pool

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import number_format
-from ...base.loading import Base
+from ...base import Base, number_format
 from ...errors import EvaluationError
 from ...experts.expert import Expert
 from ...experts.kinds.registry import KINDS

@@ -17,17 +17,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...base.fingerprint import check_base, dtype_name
-from ...base.loading import Base
-from ...base.sites import ROUTED
-from ...config import Formatting, Routing, given_or_default
+from ...base import Base, check_base, dtype_name
+from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...experts.expert import warn_of_other_formatting
 from ...experts.pool import Pool
-from ...files.strict import first_line
+from ...files import first_line
 from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.router import Scores, best_expert, best_expert_by_task
+from ...sites import ROUTED
 from ...tasks.encoding import Encoder, as_read
 from ...tasks.suites.registry import open_suite
 from ...tasks.task import Sources, Suite, Task
@@ -97,7 +96,7 @@ def compare(
         PhatgooseError: What opening pools, suites and models and scoring them raise.
     """
     pool = Pool.open(pool)
-    routing = given_or_default(Routing, routing, "routing")
+    routing = routing or Routing()
     wanted, notes = runnable_methods(pool, methods, routing)
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget

@@ -12,15 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...base.fingerprint import BaseReference, dtype_name
-from ...base.loading import Base, load_base
-from ...base.sites import ROUTED
+from ...base import Base, BaseReference, dtype_name, load_base
 from ...config import Routing, closest
 from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
 from ...experts.hub import local_folder
 from ...experts.pool import REMEDIES, Pool
-from ...files.strict import sha256_of, shortened
+from ...files import sha256_of, shortened
 from ...jobs import absolute
 from ...routing.compose import compose, detach
 from ...routing.open_model import OpenedModel, is_pool, is_routed, naming_all_places, open_model
@@ -28,6 +26,7 @@ from ...routing.routers.registry import ROUTERS, RouterSpec, choice_of, spec_of
 from ...routing.routers.router import router_of
 from ...routing.saved.load import base_of
 from ...routing.saved.tensors import ROUTED_INFO
+from ...sites import ROUTED
 
 BASE = "base"  # the method that routes nothing
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.

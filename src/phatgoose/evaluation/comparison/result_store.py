@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...errors import EvaluationError
-from ...files.strict import reason, require_regular
+from ...files import reason, require_regular
 
 LOCK = ".lock"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EvaluationError
-from ...files.atomic import write_text
+from ...files import write_text
 from ..intervals import CONFIDENCE, Interval, Sample, SharedMeans
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs

@@ -25,8 +25,8 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from ...base.fingerprint import BaseReference
-from ...base.loading import (
+from ...base import (
+    BaseReference,
     fingerprint_here,
     is_hub_id,
     load_base,
@@ -34,10 +34,9 @@ from ...base.loading import (
     published,
     recorded_id,
 )
-from ...base.sites import find_sites, linear_shape
 from ...errors import ConfigError, ExpertError, PhatgooseError
-from ...files.atomic import require_free
-from ...files.strict import one_line, read_json_object, sha256_of, shortened
+from ...files import one_line, read_json_object, require_free, sha256_of, shortened
+from ...sites import find_sites, linear_shape
 from ..adapter import adapter_files, check_fit, formats, kind_of, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
@@ -85,7 +84,7 @@ def import_adapter(
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
     `base` is the base model to check the adapter against; None takes the one that the adapter
     names, at the revision that it names. It is recorded by `base_id`, else by its Hub id where that
-    is known (`base.loading.published`), else by its folder's path, unless not `by_path`. Only the
+    is known (`base.published`), else by its folder's path, unless not `by_path`. Only the
     base's config is read. `fingerprint` None records that of its weights where they are on this
     machine, True loads the base for it, False leaves it out: the adapter is taken to be trained on
     them. `allow_loss` lets an adapter of another type be approximated by a LoRA that loses at

@@ -17,9 +17,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from ...base.loading import published
+from ...base import published
 from ...errors import PhatgooseError, PoolError
-from ...files.strict import MOST_JSON_BYTES, one_line, shortened
+from ...files import MOST_JSON_BYTES, one_line, shortened
 from ..adapter import adapter_file_names, adapter_files, formats
 from ..expert import LAYOUT, check_name, expert_files, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars

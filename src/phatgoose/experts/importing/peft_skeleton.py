@@ -2,7 +2,7 @@
 
 PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
 exclude_modules, rank_pattern, alpha_pattern and rsLoRA. Only regular expressions are matched here
-beforehand, without backtracking (`files.regex_guard`), and PEFT is given the names that match. The
+beforehand, without backtracking (`files`), and PEFT is given the names that match. The
 model is built on torch's meta device, once per distinct config.
 """
 
@@ -26,11 +26,10 @@ from peft.utils.transformers_weight_conversion import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...base.loading import load_skeleton
-from ...base.sites import Site, find_sites
+from ...base import load_skeleton
 from ...errors import ExpertError
-from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
-from ...files.strict import first_line, shortened
+from ...files import BY_PATTERN, NAMES, ByName, first_line, matching, shortened, value_at
+from ...sites import Site, find_sites
 from ..kinds.ia3.module import IA3_ENDING
 from ..kinds.lora.module import LORA_ENDINGS
 from ..kinds.peft import ADAPTER, CONFIGS

@@ -18,11 +18,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ...base.loading import load_base
-from ...base.sites import find_sites
+from ...base import load_base
 from ...errors import ExpertError
-from ...files.regex_guard import BY_PATTERN, check_config
-from ...files.strict import shortened
+from ...files import BY_PATTERN, check_config, shortened
+from ...sites import find_sites
 from ..kinds.lora.module import LoraFactors
 from ..kinds.peft import ADAPTER, ADAPTER_CONFIG, PEFT_FILES, PEFT_PREFIX, read_config
 from .peft_skeleton import peft_errors, spelled_out

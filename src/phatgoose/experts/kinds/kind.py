@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...base.active_tokens import where_active
-from ...base.loading import Base
-from ...base.sites import Site, WrappedLinear, dtype_at, replaced
+from ...base import Base
 from ...errors import ExpertError
-from ...files.strict import read_json_object, shortened
-from ...files.tensor_file import FLOATS, TensorFile
+from ...files import TensorFile, read_json_object, shortened
+from ...passes import where_active
+from ...sites import FLOATS, Site, WrappedLinear, dtype_at, replaced
 
 # One expert: its module at a site, and its files.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import IA3, Bottleneck, Dora, Lora, Peft
 from ...errors import ConfigError
-from ...files.entry_points import add_entry_points
+from ...files import add_entry_points
 
 if TYPE_CHECKING:
     from .kind import NewModules, Part, SiteModule

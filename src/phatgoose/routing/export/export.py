@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from ...base.active_tokens import ActsOn
-from ...base.loading import quiet_loading
-from ...base.sites import replaced
+from ...base import quiet_loading
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
 from ...experts.kinds.lora.module import LoraFactors
 from ...experts.kinds.peft import INVOCATION
 from ...experts.pool import Pool
-from ...files.atomic import new_directory, require_free
+from ...files import new_directory, require_free
+from ...passes import ActsOn
+from ...sites import replaced
 from ..compose import composed
 from ..composition import Composition, composition_of
 from ..open_model import is_pool, is_routed, loaded_base, open_model

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.sites import headless, input_device
 from ...config import Formatting
 from ...errors import ConfigError, RoutingError, TaskError
+from ...sites import headless, input_device
 from ...tasks.encoding import Cuts, Encoder
 from ...tasks.neutral import neutral_examples
 from ...tasks.prompt_passes import continued

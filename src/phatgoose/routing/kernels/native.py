@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, RoutingError
-from ...files.atomic import user_cache
-from ...files.strict import one_line
+from ...files import one_line, user_cache
 from .plain import belong_together, is_choice, misfit
 from .shipped import LINKED, OPTIMISED, load_shipped
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.sites import blocks_of
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.readings import PARTS, PLACES, PromptStates
-from ...files.tensor_file import is_finite
+from ...files import is_finite
+from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
 from .prompt_router import BaseRouter, ByPrompt, Prompt, PromptRouter, Tables
 from .router import Scores

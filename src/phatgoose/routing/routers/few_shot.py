@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.sites import input_device
 from ...config import Formatting, Routing
 from ...errors import ConfigError, PoolError, TaskError
 from ...experts.adapter import ModifiedLinear, applied
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.pool import Pool
+from ...sites import input_device
 from ...tasks.batching import IGNORED, Collator, batches_of_tokens, target_logits
 from ...tasks.encoding import Encoder, TokenPair
 from ...tasks.loading import load_task

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config import closest
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
-from ...files.strict import one_line
+from ...files import one_line
 from ..choices import NOBODY, Choice
 from .prompt_router import ByPrompt, Prompt, PromptRouter, Tables
 from .registry import read_mixture

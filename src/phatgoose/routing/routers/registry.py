@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from ...config import Settings, closest, from_mapping, read_text, settings_of
 from ...errors import ConfigError
-from ...files.entry_points import add_entry_points
-from ...files.strict import shortened
+from ...files import add_entry_points, shortened
 from . import configs
 
 AUTO = "auto"  # no router: `automatic` puts the name of one in its place

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config import Routing
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
-from ...files.strict import one_line, read_json_object, reason, shortened
+from ...files import one_line, read_json_object, reason, shortened
 from ..context import RoutingContext
 from .registry import choice_of, spec_of
 

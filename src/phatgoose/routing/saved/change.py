@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from ...errors import RoutingError
 from ...experts.pool import Pool, check_alike
-from ...files.atomic import bring_back, new_directory, write_text
-from ...files.strict import sha256_of
+from ...files import bring_back, new_directory, sha256_of, write_text
 from ..checks import check_numbers
 from ..compose import check_acting
 from ..growing import check_growth, check_removal

@@ -9,16 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import BaseReference, check_base
-from ...base.loading import Base
-from ...base.sites import Site, dtype_at, execution_device, find_sites
+from ...base import Base, BaseReference, check_base
 from ...errors import RoutingError, WrongBaseError
 from ...experts.expert import LAYOUT
 from ...experts.hub import HubReference
 from ...experts.kinds.peft import ADAPTER_CONFIG
 from ...experts.pool import MANIFEST
-from ...files.atomic import bring_back
-from ...files.strict import shortened
+from ...files import bring_back, shortened
+from ...sites import Site, dtype_at, execution_device, find_sites
 from ..checks import check_folded
 from ..compose import install, parts_of, resolve_base, routed_layer
 from ..composition import Composition

@@ -18,14 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import surely_differs
-from ...base.loading import is_hub_id
+from ...base import is_hub_id, surely_differs
 from ...config import MODEL_TYPE
 from ...errors import RoutingError
 from ...experts.card import code
 from ...experts.hub import HubReference
-from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
-from ...files.strict import read_json_object, reason, sha256_of
+from ...files import (
+    WRITING_ERRORS,
+    new_directory,
+    new_file,
+    read_json_object,
+    reason,
+    sha256_of,
+    write_text,
+)
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLinear
 from .tensors import FORMAT_VERSION, ROUTED_INFO, ROUTED_WEIGHTS, routing_record, shareable

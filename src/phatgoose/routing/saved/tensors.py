@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...base.active_tokens import ActsOn
-from ...base.fingerprint import BaseReference
+from ...base import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
 from ...experts.hub import HubReference
-from ...files.strict import one_line, read_json_object, shortened
-from ...files.tensor_file import Group, TensorFile, prefetch
+from ...files import Group, TensorFile, one_line, prefetch, read_json_object, shortened
+from ...passes import ActsOn
 from ..checks import check_lookup, check_tensors, tensors_of_sites
 from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.registry import choice_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TaskError
-from ...files.strict import read_toml
+from ...files import read_toml
 from ..task import Entry, Example, Sources, Suite, Task
 from .hub import read_rows
 

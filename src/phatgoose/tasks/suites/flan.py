@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
-from ...files.strict import read_toml
+from ...files import read_toml
 from ..task import Entry, Example, Sources, Suite, Task
 from .hub import read_rows
 from .t0 import held_in_entry, t0_held_in

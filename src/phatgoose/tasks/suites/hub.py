@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...errors import TaskError
-from ...files.strict import first_line
+from ...files import first_line
 from ..loading import datasets_library
 from ..task import Sources
 

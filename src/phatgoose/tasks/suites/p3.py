@@ -29,7 +29,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
-from ...files.strict import YamlLoader, first_line, parse_yaml, require_regular
+from ...files import YamlLoader, first_line, parse_yaml, require_regular
 from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field
 from ..task import Example, Sources
 from .hub import read_rows

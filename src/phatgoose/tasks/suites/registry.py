@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from ...config import TASK_FILES, Training, closest
 from ...errors import TaskError
-from ...files.entry_points import add_entry_points
-from ...files.strict import read_toml, shortened
+from ...files import add_entry_points, read_toml, shortened
 from ..loading import FILES, SPLITS, check_task_name, default_name, load_task
 from ..task import Entry, Sources, Suite, Task, mix
 from . import bigbench, flan, t0

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
-from ...files.strict import read_toml
+from ...files import read_toml
 from ..task import Entry, Sources, Suite, Task
 from .p3 import P3Dataset, Picker, PromptTemplate, Row, without
 

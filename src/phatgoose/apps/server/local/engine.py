@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper, TraceStream
-from ....base.loading import texts_of
+from ....base import texts_of
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....tasks.batching import decoder_start, pad_left

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....errors import EngineError
-from ....files.strict import first_line
+from ....files import first_line
 from ..protocol import ApiError, ResponseFormat, bad_request
 
 try:

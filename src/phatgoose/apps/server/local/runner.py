@@ -19,14 +19,11 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Pre
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper
-from ....base.active_tokens import ActsOn
-from ....base.fingerprint import BaseReference
-from ....base.loading import Base, load_base, load_tokenizer, settled_dtype, twin
-from ....base.sites import positions_of
-from ....base.token_masks import cache_argument
+from ....base import Base, BaseReference, load_base, load_tokenizer, settled_dtype, twin
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
+from ....passes import ActsOn, cache_argument
 from ....routing.choices import PromptRouting
 from ....routing.compose import compose
 from ....routing.composition import composition_if_any
@@ -39,6 +36,7 @@ from ....routing.routers.registry import AUTO
 from ....routing.routers.router import check_served, router_of
 from ....routing.saved.load import base_of, load
 from ....routing.saved.tensors import HASHES
+from ....sites import positions_of
 from ....tasks.batching import contiguous_head, position_ids
 from ....tasks.encoding import added_tokens
 from ....tasks.prompt_passes import end_tokens, keeping_caches

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ....analysis.traces import TraceStream
-from ....base.loading import Detokeniser, shown_as, text_of
+from ....base import Detokeniser, shown_as, text_of
 from ....errors import EngineError
 from ....routing.choices import PromptRouting
 from ..protocol import Finish

@@ -17,13 +17,12 @@ from fastapi import Request
 from starlette.responses import Response
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ....base.fingerprint import check_base
-from ....base.loading import Base, load_tokenizer
+from ....base import Base, check_base, load_tokenizer
 from ....config import Routing, Serving, closest
 from ....errors import ConfigError, EngineRefusesError, PhatgooseError
 from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
-from ....files.strict import one_line, shortened
+from ....files import one_line, shortened
 from ....routing.open_model import loaded_base, open_prompt_router, require_pool
 from ....routing.routers.automatic import settled_by_prompt
 from ....routing.routers.prompt_router import PromptRouter

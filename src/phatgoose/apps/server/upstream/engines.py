@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from ....errors import ConfigError, EngineAwayError, EngineRefusesError
-from ....files.strict import one_line, shortened
+from ....files import one_line, shortened
 
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
 AUTO = "auto"

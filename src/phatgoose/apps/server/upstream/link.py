@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 
 from ....errors import EngineAwayError
-from ....files.strict import one_line
+from ....files import one_line
 from ..guards import GatewayMetrics
 from ..local.sequences import Decoding
 from ..protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients

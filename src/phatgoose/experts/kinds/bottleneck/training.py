@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ....base.sites import Site
 from ....config import Bottleneck
+from ....sites import Site
 from ..kind import NewLayers
 from .module import BottleneckLayers
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ....base.active_tokens import where_active
-from ....base.loading import Base
-from ....base.sites import Site
+from ....base import Base
 from ....config import Lora
+from ....passes import where_active
+from ....sites import Site
 from ..kind import openness
 from ..lora.module import LoraFactors, plus_product
 from ..lora.training import NewLoras

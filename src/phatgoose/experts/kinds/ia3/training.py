@@ -20,11 +20,11 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPI
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ....base.active_tokens import active_share
-from ....base.loading import Base
-from ....base.sites import Site
+from ....base import Base
 from ....config import IA3
 from ....errors import ConfigError
+from ....passes import active_share
+from ....sites import Site
 from ..kind import FreshExpert, NewModules, new_gate, openness
 from ..peft import ADAPTER, peft_options, save_peft, under_peft
 from .module import ScalingVector

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ....errors import ExpertError
-from ....files.regex_guard import value_at
+from ....files import value_at
 from ..kind import AdapterFiles, SiteModule, are_floats
 from ..peft import ADAPTER_WEIGHTS, PEFT_FILES, PEFT_PREFIX, site_of, write_adapter
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ....base.active_tokens import where_active
-from ....base.loading import Base
-from ....base.sites import Site, dtype_at
+from ....base import Base
 from ....config import Lora
+from ....passes import where_active
+from ....sites import Site, dtype_at
 from ..kind import FreshExpert, NewModules, new_gate, openness
 from ..peft import ADAPTER, peft_options, save_peft, under_peft
 from .module import plus_product

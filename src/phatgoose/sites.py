@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import BaseModelError, ConfigError, RoutingError
+from .errors import BaseModelError, ConfigError, RoutingError
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as experts may be stored
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
 Stream = Literal["encoder", "decoder"]
 

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from ..errors import BaseModelError, EngineError
-from ..files.strict import one_line
+from .errors import BaseModelError, EngineError
+from .files import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,1 +1,0 @@
-"""Files of others read strictly, ours written all or nothing."""

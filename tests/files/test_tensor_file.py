@@ -28,7 +28,7 @@ tensors = st.dictionaries(
 
 def random_tensor(kind: str, shape: list[int], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-100, 100, shape, generator=generator).to(TYPES[kind])
+    return torch.randint(-100, 100, shape, generator=generator).to(getattr(torch, TYPES[kind]))
 
 
 def write_raw(path: Path, table: object, data: bytes, pad: int = 0) -> Path:

@@ -231,14 +231,6 @@ def test_the_drawing_of_imports_is_up_to_date():
     assert drawn.stdout in page, "run: python docs/site/import_graph.py --write"
 
 
-def test_the_pages_that_follow_from_the_code_are_up_to_date():
-    folder = ROOT / "docs" / "reference"
-    program = ROOT / "docs" / "site" / "reference_pages.py"
-    written = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
-    pages = [(folder / name).read_text(encoding="utf-8") for name in ("commands.md", "settings.md")]
-    assert written.stdout == "".join(pages), "run: python docs/site/reference_pages.py --write"
-
-
 def test_the_reference_has_every_name_of_the_package():
     page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
     names, results = (re.findall(r"^::: (\S+)$", part, re.M) for part in page.split("## Results"))
@@ -259,5 +251,6 @@ def pages_in(entry: object) -> list[str]:
 def test_every_document_is_in_the_sites_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     navigation = yaml.safe_load(text.partition("\nnav:\n")[2])
-    documents = [path.relative_to(ROOT / "docs") for path in ROOT.glob("docs/**/*.md")]
-    assert sorted(pages_in(navigation)) == sorted(map(str, documents))
+    documents = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
+    documents += ["reference/settings.md", "reference/commands.md"]  # by docs/site/hooks.py
+    assert sorted(pages_in(navigation)) == sorted(documents)

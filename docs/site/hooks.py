@@ -1,4 +1,4 @@
-"""For mkdocs: links to files that are no pages become their names; addresses of pyproject.toml."""
+"""For mkdocs: pages that follow from the code; links to files that are no pages; addresses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from mkdocs.structure.files import File
+from reference_pages import PAGES
 
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>\.\./[^)\s]+)\)")
 
@@ -18,6 +21,12 @@ def on_config(config: Any) -> None:
     urls = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["urls"]
     if "OWNER" not in urls["Repository"]:
         config.repo_url, config.site_url = urls["Repository"], urls["Documentation"]
+
+
+def on_files(files: Any, *, config: Any) -> None:
+    """Called by mkdocs: its files, with the pages of the reference that follow from the code."""
+    for name, page in PAGES.items():
+        files.append(File.generated(config, f"reference/{name}", content=page()))
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

@@ -1,7 +1,4 @@
-"""Write the pages of docs/reference that follow from the code: commands.md and settings.md.
-
-    python docs/site/reference_pages.py           prints them
-    python docs/site/reference_pages.py --write   writes them; a test compares
+"""The pages of docs/reference that follow from the code; hooks.py gives them to the site.
 
 Commands and flags are those that typer has, settings those of the classes in phatgoose.config and
 of the routers' records.
@@ -9,11 +6,9 @@ of the routers' records.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import typer
@@ -23,10 +18,8 @@ from phatgoose.apps.cli.options import RECIPE_TABLES, SHAPES, VOICE, flag_of
 from phatgoose.config import Settings, settings_of
 from phatgoose.routing.routers.registry import ROUTERS
 
-FOLDER = Path(__file__).parents[1] / "reference"
 TABLES = dict(sorted(RECIPE_TABLES.items(), key=lambda item: item[0] in SHAPES))  # kinds last
 COMMON = 3  # commands that have an option in the same words: it is described once, at the end
-WRITTEN = "\n<!-- written by docs/site/reference_pages.py -->\n\n"
 
 COMMANDS = """# Commands
 
@@ -95,7 +88,7 @@ def commands_page() -> str:
         rows[name] = [row_of(parameter) for parameter in others]
     uses = Counter(chain(*rows.values()))
     common = [row for row, count in uses.items() if count >= COMMON and row[0].startswith("`--")]
-    page = COMMANDS + WRITTEN
+    page = COMMANDS + "\n"
     for name, command in commands.items():
         usage = " ".join(command.collect_usage_pieces(typer.Context(command)))
         page += f"## {name}\n\n{command.help.strip()}\n\n```text\nphatgoose {name} {usage}\n```\n\n"
@@ -104,7 +97,7 @@ def commands_page() -> str:
         lines = {"Settings": settings_among(settings[name]), "[Common](#common-options)": shared}
         page += "".join(f"{kind}: {', '.join(each)}.\n\n" for kind, each in lines.items() if each)
     voice = [(f"`{flag_of(name)}`", text) for name, text in VOICE.items()]
-    page += "## Common options\n\nEvery command has the first three.\n\n"
+    page += "## Common options\n\nEvery command has the first two.\n\n"
     return (page + table(["", ""], [*voice, *common])).rstrip() + "\n"
 
 
@@ -121,7 +114,7 @@ def rows_of_class(config: type[Settings]) -> Iterator[list[str]]:
 
 def settings_page() -> str:
     """All settings, by class; then those of routers, a row for each that several share."""
-    page = SETTINGS + WRITTEN
+    page = SETTINGS + "\n"
     head = ["type", "default", ""]
     for name, config in TABLES.items():
         page += f"## {config.__name__}\n\n::: {config.__module__}.{config.__qualname__}\n"
@@ -139,10 +132,3 @@ def settings_page() -> str:
 
 
 PAGES = {"commands.md": commands_page, "settings.md": settings_page}
-
-if __name__ == "__main__":
-    for name, page in PAGES.items():
-        if sys.argv[1:] == ["--write"]:
-            (FOLDER / name).write_text(page(), encoding="utf-8")
-        else:
-            sys.stdout.write(page())

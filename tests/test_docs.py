@@ -17,7 +17,6 @@ from types import ModuleType
 
 import pytest
 import typer
-import yaml
 
 import phatgoose
 from paths import ROOT
@@ -142,10 +141,6 @@ def test_examples_that_say_so_run(document, reader, phat, monkeypatch):
         del KINDS[added]
 
 
-def test_the_readme_has_an_example_that_runs():
-    assert ROOT / "README.md" in RUNNABLE
-
-
 def links_of(document: Path) -> list[str]:
     links = [found["target"] for found in LINK.finditer(prose_of(document))]
     return sorted({link for link in links if not re.match(r"\w+:", link)})
@@ -238,19 +233,3 @@ def test_the_reference_has_every_name_of_the_package():
     for name in names:
         assert pkgutil.resolve_name(name) is getattr(phatgoose, name.rpartition(".")[2])
     assert all(pkgutil.resolve_name(name) for name in results)
-
-
-def pages_in(entry: object) -> list[str]:
-    """The pages of a part of the site's navigation."""
-    if isinstance(entry, str):
-        return [entry]
-    parts = entry.values() if isinstance(entry, dict) else entry
-    return [page for part in parts for page in pages_in(part)]  # type: ignore[union-attr]
-
-
-def test_every_document_is_in_the_sites_navigation():
-    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    navigation = yaml.safe_load(text.partition("\nnav:\n")[2])
-    documents = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
-    documents += ["reference/settings.md", "reference/commands.md"]  # by docs/site/hooks.py
-    assert sorted(pages_in(navigation)) == sorted(documents)

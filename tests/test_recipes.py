@@ -11,9 +11,7 @@ import pytest
 from paths import ROOT
 from phatgoose.apps.cli.options import RECIPE_TABLES, read_recipe
 from phatgoose.config import from_mapping
-from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
-from phatgoose.files import read_toml
 from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
 from phatgoose.tasks.task import Suite
 from phatgoose.training import statistics as statistics_module
@@ -39,11 +37,6 @@ def test_every_recipe_is_valid(path):
     recipe = read_recipe(path)
     for table, values in recipe.tables.items():
         from_mapping(RECIPE_TABLES[table], values, table)
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("suites/*.toml")), ids=lambda path: path.name)
-def test_suite_files_are_no_recipes_but_toml(path):
-    assert read_toml(path, "Suite", TaskError)["tasks"]
 
 
 # Embeddings are made on request, since they need an extra; inputs keep their question; readings
@@ -73,11 +66,6 @@ def test_the_papers_recipes_write_out_the_papers_settings(name):
     wanted |= {"eval_every", "gate_steps", "statistics_examples", "means", "embeddings"}
     assert wanted | {"max_input_tokens", "max_target_tokens"} <= written
     assert recipe.tables["training"]["micro_batch_size"] == 8  # of any length fits 80 GB
-
-
-def test_the_papers_recipes_differ_in_their_tasks_only():
-    t0, flan = (read_recipe(RECIPES / name) for name in ("t5xl-t0.toml", "t5xl-flan.toml"))
-    assert (t0.base, t0.tables) == (flan.base, flan.tables)
 
 
 @each_of_the_papers

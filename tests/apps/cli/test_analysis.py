@@ -29,19 +29,6 @@ def test_a_pool_is_analysed_under_several_routers(told, analysed, tmp_path):
     assert "Which experts matter" in page
 
 
-def test_a_suite_without_scores_or_texts(told, analysed, tmp_path):
-    suite = tmp_path / "suite"
-    suite.mkdir()
-    (tmp_path / "first.jsonl").rename(suite / "first.jsonl")
-    options = "--dtype float32 --no-score --examples 0 --keep e0 --keep e3 --out seen"
-    code, _, err = told("analyse", analysed, "--suite", suite, *options.split())
-    assert code == 0, err
-    numbers = json.loads((tmp_path / "seen" / "analysis.json").read_text())
-    assert numbers["experts"] == ["e0", "e3"]
-    assert numbers["routers"]["discriminant"]["scores"] == {}
-    assert "first 0 is" not in (tmp_path / "seen" / "report.html").read_text()
-
-
 def test_a_routed_models_folder_is_analysed_and_explained(
     told, analysed, llama, llama_pool, tmp_path
 ):

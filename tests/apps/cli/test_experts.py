@@ -3,14 +3,12 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from changed_adapters import set_config
 from command_line import (
     BASE,
     FLAGS,
@@ -25,7 +23,6 @@ from command_line import (
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.training import statistics as statistics_module
 from tiny import make_adapter
 from toy_embedders import embed
@@ -39,24 +36,6 @@ def untrained(base_folders, tmp_path, monkeypatch) -> Path:
     shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def trained(untrained, phat) -> Path:
-    """One trained expert in the current folder."""
-    assert phat("train", "reviews.jsonl", *TRAIN, "--joint").code == 0
-    return untrained / "new" / "reviews"
-
-
-def test_joint_trains_expert_and_gates_in_one_go(untrained, phat):
-    outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--joint")
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.count("gates: trained jointly -> new/") == 2
-    expert = Expert.load(untrained / "new" / "reviews")
-    assert expert.info.hyperparameters["joint"] is True
-    assert all(gate.any() for gate in expert.gates.values())
-    pooled = phat("compose", "new", "--out", "routed", *BASE)
-    assert pooled.code == 0, pooled.err
 
 
 def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, phat):
@@ -159,29 +138,6 @@ def test_stats_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
     assert len(after.embeddings) == 3
 
 
-@pytest.mark.parametrize("left_out", ["means", "embeddings"])
-def test_measure_leaves_out_what_is_not_wanted(trained, phat, monkeypatch, left_out):
-    monkeypatch.setattr(statistics_module, "embed_texts", embed)
-    before = Expert.load(trained)
-    options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 2]
-    left = ("--no-means", "--embeddings") if left_out == "means" else ("--no-embeddings",)
-    assert phat("stats", trained, *options, *left).code == 0
-    after = Expert.load(trained)
-    changed = any((after.means[site] != before.means[site]).any() for site in before.means)
-    assert changed == (left_out == "embeddings")
-    assert (after.embeddings is not None) == (left_out == "means")
-
-
-def test_stats_without_the_embedder_leave_embeddings_out(trained, phat, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    load_embedder.cache_clear()
-    options = ["stats", trained, "--task", "reviews.jsonl", "--dtype", "float32"]
-    outcome = phat(*options, "--statistics-examples", 2)
-    assert outcome.code == 0
-    assert "embeddings: no" in outcome.out
-    assert phat(*options, "--embeddings").code == 2
-
-
 def test_a_mixed_pool_from_the_command_line(untrained, phat):
     at = TRAIN.index("--rank")
     flags = TRAIN[:at] + TRAIN[at + 2 :]
@@ -216,16 +172,6 @@ def test_a_mixed_pool_from_the_command_line(untrained, phat):
     assert "none in 'again' (bottleneck), 'counting' (ia3)" in arrow.err
 
 
-def test_train_makes_complete_experts_with_the_settings_given(workshop):
-    expert = Expert.load(workshop / "experts" / "reviews")
-    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 4.0}
-    assert wanted.items() <= dict(expert.info.hyperparameters).items()
-    assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
-    assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
-    names = sorted(path.name for path in (workshop / "experts").iterdir())
-    assert names == ["counting", "counting.yaml", "reviews", "reviews.yaml"]
-
-
 def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
     (here / "recipes").mkdir()
     (here / "recipes" / "mine.toml").write_text(
@@ -244,13 +190,6 @@ def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
     assert {key: got[key] for key in wanted} == wanted
 
 
-def test_switches_on_the_command_line_win_over_a_recipe(here, phat):
-    (here / "r.toml").write_text("[gates]\nmeans = false\n")
-    options = ["--recipe", "r.toml", "--means", "--base", "tiny-base", "--out", "new", *FLAGS]
-    assert phat("train", "reviews.jsonl", *options).code == 0
-    assert Expert.load(here / "new" / "reviews").means
-
-
 def test_train_with_resume_keeps_what_is_finished(here, phat):
     before = snapshot(here / "experts")
     options = ["--base", "tiny-base", "--out", "experts", "--resume", *FLAGS]
@@ -264,23 +203,6 @@ def test_train_with_resume_keeps_what_is_finished(here, phat):
     assert snapshot(here / "experts") == before
 
 
-def test_train_with_resume_keeps_an_expert_that_it_has_not_trained(here, phat):
-    make_adapter(load_base("tiny-base", dtype="float32"), here / "adapter")
-    gate = ["gate", "adapter", "--task", "reviews.jsonl", "--out", "new/reviews"]
-    assert phat(*gate, *BASE, *GATE_FLAGS).code == 0
-    outcome = phat("train", "reviews.jsonl", *TRAIN, "--resume")
-    assert outcome.code == 0, outcome.err
-    assert "reviews: there already, and not trained here" in outcome.out
-
-
-def test_a_run_that_was_refused_can_be_repeated_with_better_settings(here, phat):
-    refused = phat("train", "reviews.jsonl", *TRAIN, "--sites", "nothing")
-    assert refused.code == 2
-    repeated = phat("train", "reviews.jsonl", *TRAIN, "--sites", "q_proj")
-    assert repeated.code == 0, repeated.err
-    assert len(Expert.load(here / "new" / "reviews").lora) == 2
-
-
 def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
     base = load_base("tiny-base", dtype="float32")
     make_adapter(base, here / "adapter")
@@ -292,28 +214,6 @@ def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
     expert = Expert.load(here / "experts" / "mine")
     assert expert.info.base.fingerprint == base.fingerprint
     assert any(gate.any() for gate in expert.gates.values())
-
-
-def test_gates_are_trained_on_the_base_at_the_revision_that_the_adapter_names(
-    here, phat, monkeypatch
-):
-    make_adapter(load_base("tiny-base", dtype="float32"), here / "adapter")
-    set_config(here / "adapter", revision="abc123")
-    loaded = []
-
-    def spy(name, *, dtype="auto", revision=None):
-        loaded.append((name, revision))
-        return load_base(name, dtype=dtype, revision=revision)
-
-    monkeypatch.setattr("phatgoose.base.load_base", spy)
-    gate = ["gate", "adapter", "--task", "reviews.jsonl", "--dtype", "float32", *GATE_FLAGS]
-    assert phat(*gate, "--out", "named").code == 0
-    assert Expert.load("named").info.base.revision == "abc123"
-    set_config(here / "adapter", revision=3)
-    refused(phat(*gate, "--out", "odd"), "names revision 3 of its base")
-    assert phat(*gate, "--out", "given", "--base", "tiny-base").code == 0
-    assert Expert.load("given").info.base.revision is None
-    assert loaded == [(str(here / "tiny-base"), "abc123"), ("tiny-base", None)]
 
 
 def test_the_recipe_of_a_training_names_its_data_from_anywhere(untrained, phat, monkeypatch):

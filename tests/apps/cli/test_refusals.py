@@ -251,14 +251,6 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(case, damaged, phat, m
     assert after.keys() == before.keys()
 
 
-def test_several_problems_are_told_in_a_line_each(damaged, phat):
-    places = [damaged / "damaged/cut", damaged / "experts/reviews", damaged / "damaged/gate"]
-    outcome = phat("check", *places)
-    assert outcome.code == 1
-    assert outcome.out.startswith("ok")
-    assert [line.split(":")[0] for line in outcome.err.splitlines()] == ["error", "error"]
-
-
 @pytest.mark.parametrize("place", ["routed", "tiny-base"])
 @pytest.mark.parametrize(
     "command",

@@ -31,15 +31,6 @@ def test_sampling_with_one_seed_gives_one_answer(here, phat):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_experts_are_kept_and_left_out_by_name(here, phat):
-    outcome = phat("compose", "experts", "--out", "a", "--keep", "reviews", "--k", 1, *BASE)
-    assert outcome.out.startswith("1 expert at")
-    outcome = phat("compose", "experts", "--out", "b", "--leave-out", "reviews", "--k", 1, *BASE)
-    assert outcome.out.startswith("1 expert at")
-    kept = [json.loads((here / name / "routed.json").read_text())["experts"] for name in "ab"]
-    assert [row["name"] for rows in kept for row in rows] == ["reviews", "counting"]
-
-
 def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
     outcome = phat("compose", "experts", "--out", "routed", "--k", 9, *BASE)
     assert outcome.code == 0
@@ -94,14 +85,6 @@ def test_audit_names_who_looks_unlike_the_others_and_exits_with_1(crowd, phat):
     clean = phat("audit", *sorted((crowd / "crowd").glob("e[!2]")), "--no-neutral")
     assert (clean.code, clean.err) == (0, "")
     assert "nothing found" in clean.out
-
-
-def test_audit_reads_neutral_text_with_the_base(here, phat):
-    outcome = phat("audit", "experts", *BASE)
-    assert outcome.code == 0, outcome.err
-    assert "too few to compare" in outcome.out
-    assert "effect" in outcome.out
-    assert "Neutral text was not read" not in outcome.out
 
 
 def test_compose_warns_of_experts_that_look_unlike_the_others(crowd, phat):

@@ -9,21 +9,6 @@ from tqdm import tqdm
 
 from command_line import BASE, TRAIN, refused
 from phatgoose.errors import EngineError, ExpertError, TaskError, TrainingError
-from phatgoose.training import trainer
-
-
-def test_away_from_a_terminal_training_says_how_far_it_is(here, phat, caplog, monkeypatch):
-    monkeypatch.setattr(trainer, "LINE_EVERY", 0.0)
-    caplog.set_level("INFO", "phatgoose")
-    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
-    lines = [line for line in caplog.messages if line.endswith(" left")]
-    assert [line.split(",")[0] for line in lines] == [
-        *("reviews: expert: step 1 of 2", "reviews: expert: step 2 of 2"),
-        *("reviews: gates: step 1 of 2", "reviews: gates: step 2 of 2"),
-    ]
-    assert ", loss " in lines[1]
-    assert ", rate 0.0002, " in lines[1]
-    assert lines[1].endswith(" tokens/s, 00:00 left")
 
 
 @pytest.mark.parametrize(

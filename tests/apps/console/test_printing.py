@@ -1,10 +1,8 @@
 """What commands print: nothing of others steers the terminal or is taken for markup."""
 
 import ast
-import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from phatgoose.apps.console import COLOURS, PlainFormatter, coloured, complain, 
 
 APPS = Path(phatgoose.apps.__file__).parent
 STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\u202e", "\u2028", "\ud800"]
-HARMLESS = "a b\u00a0c\u200dé漢🦆"
 
 
 def printed(capsys) -> str:
@@ -40,13 +37,6 @@ def test_what_could_steer_a_terminal_is_printed_as_an_escape(capsys, words):
     assert repr(words)[1:-1].rstrip("J") in told.replace("\n", "")
     record = logging.LogRecord("x", logging.INFO, "x", 1, "name%s", (words,), None)
     assert words not in PlainFormatter("%(message)s").format(record)
-
-
-def test_ordinary_text_and_line_ends_stay(capsys):
-    say(HARMLESS)
-    show(HARMLESS, wrap=False)
-    show("one\ntwo", wrap=False)
-    assert printed(capsys) == f"{HARMLESS}\n{HARMLESS}\none\ntwo\n"
 
 
 def test_a_name_of_several_lines_stays_on_one(capsys):
@@ -86,16 +76,6 @@ def test_names_of_folders_reach_no_terminal_raw(tmp_path, capsys, command, name)
     told = printed(capsys)
     assert told.replace("\n", "").isprintable()
     assert "\nerror: forged" not in told
-
-
-def test_names_of_tasks_reach_no_terminal_raw(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["phatgoose"])
-    task = tmp_path / "\x1b[31mred.jsonl"
-    task.write_text(json.dumps({"input": "a"}) + "\n")
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(task), "--out", str(tmp_path / "out"), "--base", str(tmp_path)])
-    assert caught.value.code == 2
-    assert "\x1b" not in printed(capsys)
 
 
 def test_tokens_have_their_experts_colours_above_a_legend():

@@ -14,15 +14,13 @@ from phatgoose.apps.demo import (
     TASKS,
     gains_of,
     lifts_of,
-    trained_task,
-    unseen_tasks,
 )
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.load import load
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.task import Example, Suite
+from phatgoose.tasks.task import Example
 
 EXPERTS = tuple(SKILLS)
 UNSEEN = tuple(SKILLS.values())
@@ -86,14 +84,6 @@ def rows_of(names: tuple[str, ...], split: str) -> dict[str, tuple[Example, ...]
     return {name: getattr(load_task(TASKS / f"{name}.csv"), split) for name in names}
 
 
-def test_the_unseen_tasks_are_a_suite_in_the_order_of_the_skills():
-    tasks = unseen_tasks(7)
-    assert [len(task.test) for task in tasks] == [7] * len(SKILLS)
-    assert Suite.of("unseen", tasks).names == UNSEEN
-    assert Suite.of("unseen", tasks).load() == tuple(tasks)
-    assert [trained_task(name).name for name in SKILLS] == list(EXPERTS)
-
-
 def test_its_rows_are_distinct_and_no_unseen_task_has_a_row_that_is_trained_on():
     trained, unseen = rows_of(EXPERTS, "train"), rows_of(UNSEEN, "test")
     for rows in trained.values():
@@ -120,14 +110,6 @@ def test_gains_are_over_the_base_and_each_single_expert_the_smallest_first():
         other = mean["base"] if rows is None else sum(row.score for row in rows.values())
         assert gain.difference == pytest.approx(100 * (mean["phatgoose"] - other) / 3)
         assert gain.interval.low <= gain.difference <= gain.interval.high
-
-
-def test_a_row_has_no_gain_over_its_equal():
-    comparison = made_comparison()
-    same = replace(comparison, experts={"twin": comparison.results["twin"]})
-    (twin,) = (gain for gain in gains_of(same, "phatgoose") if gain.over == "twin")
-    assert (twin.difference, twin.interval.low, twin.interval.high) == (0, 0, 0)
-    assert twin.in_words == "+0.0 [+0.0, +0.0] over twin"
 
 
 def test_lifts_are_points_above_the_base_on_the_unseen_task_of_each_skill():

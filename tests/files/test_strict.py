@@ -32,7 +32,7 @@ from phatgoose.files import (
 from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.p3 import read_templates
-from phatgoose.tasks.suites.registry import local_suite
+from phatgoose.tasks.suites.registry import open_suite
 
 
 def test_a_file_and_a_link_inside_its_folder_will_do(tmp_path):
@@ -65,7 +65,7 @@ def test_a_link_out_of_its_folder_is_refused_but_has_a_size(tmp_path, victim):
 
 READERS = {  # of files that a user names: what reads a path, and how it refuses
     "recipe.toml": (read_recipe, ConfigError),
-    "suite.toml": (local_suite, TaskError),
+    "suite.toml": (open_suite, TaskError),
     "task.jsonl": (load_task, TaskError),
     "task.csv": (load_task, TaskError),
     "results.jsonl": (ResultStore, EvaluationError),
@@ -125,7 +125,7 @@ def test_deep_toml_is_one_line(tmp_path, depth):
     for text in (f"base = {nested(depth)}", "a." * depth + "b = 1", f"base = {'{a=' * depth}"):
         file.write_text(text)
         one_line_of(lambda: read_recipe(file), ConfigError)
-        one_line_of(lambda: local_suite(file), TaskError)
+        one_line_of(lambda: open_suite(file), TaskError)
 
 
 YAML_READERS = {  # file names, and what reads a text that stands in the file
@@ -170,7 +170,7 @@ def test_huge_toml_is_refused_unread(tmp_path):
     assert "not valid TOML" in one_line_of(lambda: read_recipe(tmp_path / "a.toml"))
     (tmp_path / "a.toml").write_text(f"base = [{', '.join(['1'] * 100_000)}]")
     one_line_of(lambda: read_recipe(tmp_path / "a.toml"), ConfigError)
-    one_line_of(lambda: local_suite(tmp_path / "a.toml"), TaskError)
+    one_line_of(lambda: open_suite(tmp_path / "a.toml"), TaskError)
 
 
 @given(st.text())

@@ -49,16 +49,15 @@ def test_jsonl_rows_become_examples(tmp_path):
     lines = [json.dumps(row) for row in ROWS]
     path = write_lines(tmp_path / "a.jsonl", lines[0] + "\r", "", "  ", lines[1] + "\r")
     assert load_task(str(path)).train == EXAMPLES
+    example = Example("one\u2028two\u2029three\u0085four", "\u2028end")  # no ends of lines
+    path = write_rows(tmp_path / "b.jsonl", [{"input": example.input, "target": example.target}])
+    assert load_task(path).train == (example,)
 
 
 @pytest.mark.parametrize("choices", ['"yes ||| no"', '"[""yes"", ""no""]"'])
 def test_csv_rows_become_examples(tmp_path, choices):
-    path = write_lines(
-        tmp_path / "reviews.csv",
-        "input,target,choices",
-        f"Is it good?,yes,{choices}",
-        f"Is it bad?,no,{choices}",
-    )
+    lines = (f"Is it good?,yes,{choices}", f"Is it bad?,no,{choices}")
+    path = write_lines(tmp_path / "reviews.csv", "input,target,choices", *lines)
     assert load_task(path).train == EXAMPLES
 
 
@@ -78,37 +77,22 @@ def test_choices_may_begin_with_a_bracket(choices, wanted):
 @pytest.mark.parametrize(
     ("lines", "wanted"),
     [
-        ([f"{'word ' * 40_000},b"], ("word " * 40_000, "b")),
-        (['"a, ""b""', 'c",d'], ('a, "b"\nc', "d")),
+        (["input,target", f"{'word ' * 40_000},b"], ("word " * 40_000, "b")),
+        (["input,target", '"a, ""b""', 'c",d'], ('a, "b"\nc', "d")),
+        (["\ufeffinput,target,,", "a,b,,"], ("a", "b")),  # as spreadsheets save it
     ],
-    ids=["long", "quoted"],
+    ids=["long", "quoted", "spreadsheet"],
 )
-def test_csv_cells_may_be_long_and_hold_commas_quotes_and_line_breaks(tmp_path, lines, wanted):
-    path = write_lines(tmp_path / "a.csv", "input,target", *lines)
-    assert load_task(path).train == (Example(*wanted),)
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
-def test_files_that_begin_with_a_byte_order_mark_load(tmp_path, name):
-    text = "input,target\nx,y\n" if name == "a.csv" else '{"input": "x", "target": "y"}\n'
-    (tmp_path / name).write_text(text, encoding="utf-8-sig")  # as spreadsheets save it
-    assert load_task(tmp_path / name).train == (Example("x", "y"),)
-
-
-def test_rows_in_memory_become_examples():
-    task = load_task(iter(ROWS), name="mine")
-    assert (task.name, task.train, task.source) == ("mine", EXAMPLES, "memory")
+def test_csv_files_may_be_odd(tmp_path, lines, wanted):
+    assert load_task(write_lines(tmp_path / "a.csv", *lines)).train == (Example(*wanted),)
 
 
 def test_a_mapping_of_splits_becomes_splits_whatever_a_column_says():
     rows = [{**ROWS[0], "split": split} for split in ("train", "", "dev")]
-    task = load_task({"train": ROWS[1:], "test": rows})
+    with pytest.warns(UserWarning, match="splits left out: more"):
+        task = load_task({"train": ROWS[1:], "test": rows, "more": rows})
     assert (task.train, task.validation, task.test) == (EXAMPLES[1:], (), EXAMPLES[:1] * 3)
-
-
-def test_hub_sources_without_datasets_tell_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'phatgoose[datasets]'" in complaint_about("hub:owner/data")
+    assert (task.name, task.source) == ("task", "memory")
 
 
 def test_numbers_are_taken_as_texts():
@@ -140,10 +124,16 @@ def test_a_template_s_longest_field_is_known():
             Example("Great! bad or good?", "good", ("bad", "good")),
         ),
         (
-            {"input": "q", "target": "b", "other": "a"},
+            {"input": "q", "target": "b ", "other": "a"},
             None,
             "{{ other }} ||| b",
             Example("q", "b", ("a", "b")),
+        ),
+        (
+            {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]},
+            "{{ q }} ||| {% if a %}{{ a }}{% endif %}",
+            None,
+            Example("Good?", "yes", ("yes", "no")),
         ),
     ],
 )
@@ -152,20 +142,24 @@ def test_a_template_renders_input_target_and_choices(row, template, choices, wan
 
 
 @pytest.mark.parametrize(
-    ("template", "complaint"),
+    ("template", "choices", "complaint"),
     [
-        ("{{ question }}", "form 'input ||| target'"),
-        ("a ||| b ||| c", "form 'input ||| target'"),
-        ("{{ question ||| b", "not valid jinja2"),
-        ("{{ nothing }} ||| b", "row 1: the template can't be filled: 'nothing' is undefined"),
-        ("{{ question }} ||| {{ answer_choices[3] }}", "can't be filled"),
-        ("{{ 1 / 0 }} ||| b", "can't be filled"),
-        ("{{ question.__class__.__mro__ }} ||| b", "can't be filled"),
-        ("{{ question }} ||| ", "target is missing or empty"),
+        ("{{ question }}", None, "form 'input ||| target'"),
+        ("a ||| b ||| c", None, "form 'input ||| target'"),
+        ("{{ question ||| b", None, "not valid jinja2"),
+        ("{{ nothing }} ||| b", None, "row 1: the template can't be filled: 'nothing' is undef"),
+        ("{{ question }} ||| {{ answer_choices[3] }}", None, "can't be filled"),
+        ("{{ 1 / 0 }} ||| b", None, "can't be filled"),
+        ("{{ question.__class__.__mro__ }} ||| b", None, "can't be filled"),
+        ("{{ question }} ||| ", None, "target is missing or empty"),
+        ("{{ question }} ||| {{ none }}", None, "filled: a field that it prints is empty"),
+        ("{{ question }} ||| b", "b ||| {{ none }}", "filled: a field that it prints is empty"),
+        ("{{ question }} ||| b", "b ||| {{ empty }}", "one of the choices .* is empty"),
     ],
 )
-def test_a_bad_template_is_refused_with_the_reason(template, complaint):
-    assert complaint in complaint_about([{"question": "q"}], template=template)
+def test_a_bad_template_is_refused_with_the_reason(template, choices, complaint):
+    row = {"question": "q", "none": None, "empty": ""}
+    assert re.search(complaint, complaint_about([row], template=template, choices=choices))
 
 
 GOOD = '{"input": "Is it good?", "target": "yes"}'
@@ -187,6 +181,7 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
         ),
         ("a.jsonl", [GOOD, '{"target": "a", "i": 4}'], "line 2: input is missing or empty; the f"),
         ("a.jsonl", [GOOD, '{"input": "a", "i": 4}'], "target is missing .* there are input, i"),
+        ("a.jsonl", ['{"input": "a", "target": "b", "split": 3}'], "line 1: split is 3, but must"),
         ("a.csv", ["input,target", "a,b", "alone"], "line 3: target is missing"),
         *(
             ("a.csv", ["input,target", "a,b", row], "a.csv, line 3: more cells than the header")
@@ -196,16 +191,21 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
             ("a.csv", ["input,target", "a,b", *rows], "a.csv, the row from line 3: broken CSV")
             for rows in (['Who?,"Ann', "What?,a bird"], ['"To be" or not,yes'], ['Who?,"Ann" B'])
         ),
-        ("a.csv", ["input,target,target", "a,b,c"], "a.csv: 2 columns are named 'target'"),
+        ("a.csv", ["input,target,target", "a,b,c"], "a.csv: two columns have one name among input"),
+        ("a.json", ['[{"input": "a"'], "a.json can't be read"),
+        ("a.json", ["5"], "a.json can't be read"),
+        ("a.json", ['{"train": [5]}'], "a.json can't be read"),
+        ("a.json", ['{"input": ["a", "b"], "target": ["c"]}'], "a.json can't be read"),
+        ("a.json", ['[{"input": "a", "target": "b"}, 3]'], "a.json, row 2: wanted an object"),
+        ("a.json", ['{"input": "a"}'], "a.json, row 1: target is missing"),
+        ("a.json", ['{"messages": 5, "n": 1}'], "a.json, row 1: a message must have"),
+        ("a.parquet", ["PAR1"], "a.parquet can't be read"),
+        ("a.jsonl", [json.dumps({**ROWS[0], "input": "Is it \ud83d"})], "input holds '.ud83d', ha"),
+        ("a.jsonl", [json.dumps({**ROWS[0], "choices": ["yes", "\ude00"]})], "choices holds '.ude"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     assert re.search(complaint, complaint_about(write_lines(tmp_path / name, *lines)))
-
-
-def test_csv_columns_without_a_name_are_left_alone(tmp_path):
-    unnamed = write_lines(tmp_path / "b.csv", "input,target,,", "a,b,,")  # as spreadsheets save it
-    assert load_task(unnamed).train == (Example("a", "b"),)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,12 @@ def test_csv_columns_without_a_name_are_left_alone(tmp_path):
         ({"target": []}, r"target must be a text, got \[\]"),
         ({"target": " \t"}, "target is missing or empty"),
         ({"input": {"0": "Is it good?"}}, "input must be a text, got {'0': "),
-        ({"choices": ["yes", " "]}, "choice 2 of 2 is empty"),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "[yes]"}, "row 2: choices: broken JSON list"),
         ({"choices": 3}, "choices must be a list"),
-        ({"choices": "yes ||| no |||"}, "row 2: choice 3 of 3 is empty"),
-        ({"choices": "yes |||  ||| no"}, "row 2: choice 2 of 3 is empty"),
-        ({"references": '["yes", "", "no"]'}, "row 2: reference 2 of 3 is empty"),
+        ({"choices": "yes ||| no |||"}, r"one of the choices \['yes', 'no', ''\] is empty"),
+        ({"choices": ["yes", " "]}, "one of the choices"),
+        ({"references": '["yes", "", "no"]'}, "one of the references"),
         ({"split": "dev"}, "split is 'dev', but must be train, validation, test"),
         ({"split": ["train"]}, r"row 2: split is \['train'\], but must be train"),
     ],
@@ -230,30 +229,19 @@ def test_a_bad_field_is_refused_with_its_row(change, complaint):
     assert re.search(complaint, complaint_about([ROWS[0], {**ROWS[0], **change}]))
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"input": "Is it \ud83d"}, "input"),
-        ({"target": "\ude00"}, "target"),
-        ({"choices": ["yes", "n\ud83do"]}, "choices"),
-        ({"references": ["yes", "n\ud83do"]}, "references"),
-    ],
-)
-def test_half_a_character_is_refused_with_its_line(tmp_path, change, field):
-    lines = [json.dumps(row) for row in (ROWS[0], {**ROWS[0], **change})]
-    message = complaint_about(write_lines(tmp_path / "a.jsonl", *lines))
-    assert f"line 2: {field} holds '\\ud" in message
-    assert "half a character" in message
-    whole = json.dumps({**ROWS[0], "input": "\U0001f600"})  # both halves, as JSON may escape it
+def test_both_halves_of_a_character_are_one_as_json_may_escape_it(tmp_path):
+    whole = json.dumps({**ROWS[0], "input": "\U0001f600"})
     assert "\\ud83d" in whole
     assert load_task(write_lines(tmp_path / "b.jsonl", whole)).train[0].input == "\U0001f600"
 
 
-def test_an_empty_choice_of_a_template_is_refused():
-    choices = "yes ||| no ||| {{ third }}"
-    rows = [{**ROWS[0], "third": "perhaps"}, {**ROWS[0], "third": ""}]
-    assert "row 2: choice 3 of 3 is empty" in complaint_about(rows, choices=choices)
-    assert load_task(rows[:1], choices=choices).train[0].choices == ("yes", "no", "perhaps")
+@pytest.mark.parametrize("name", ["datasets", "pyarrow"])
+def test_a_missing_library_is_named_with_how_to_install_it(tmp_path, monkeypatch, name):
+    for module in (name, f"{name}.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    source = "hub:owner/data" if name == "datasets" else tmp_path / "a.parquet"
+    assert "pip install 'phatgoose[datasets]'" in complaint_about(source)
 
 
 COLUMNS = {"input": ["a", "b"], "target": ["x", "y"], "choices": [["x", "z"], ["y"]]}
@@ -263,117 +251,69 @@ def frame(columns):
     return pytest.importorskip("pandas").DataFrame(columns)
 
 
-def table(columns):
+def dataset(columns):
     return pytest.importorskip("datasets").Dataset.from_dict(columns)
 
 
-@pytest.mark.parametrize("made", [dict, frame, table])
-def test_columns_are_as_good_as_rows(made):
+def table(columns):
+    return pytest.importorskip("pyarrow").table(columns)
+
+
+@pytest.mark.parametrize("made", [dict, frame, dataset, table])
+def test_columns_are_as_good_as_rows(tmp_path, made):
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)]
-    wanted = load_task(rows)
+    wanted = load_task(iter(rows))
     assert load_task(made(COLUMNS)) == wanted
     split = load_task({"train": made(COLUMNS), "test": made(COLUMNS)})
     assert (split.train, split.test) == (wanted.train, wanted.train)
+    for indent, content in ((None, COLUMNS), (1, {"train": rows}), (1, rows)):
+        (tmp_path / "a.json").write_text(json.dumps(content, indent=indent))
+        assert load_task(tmp_path / "a.json").train == wanted.train
+    write_rows(tmp_path / "a.json", rows)  # JSON Lines, named otherwise
+    assert load_task(tmp_path / "a.json").train == wanted.train
 
 
 def test_cells_of_a_column_may_be_dicts():
     rows = {"question": ["Who?", "What?"], "answers": [{"text": ["me"]}, {"text": ["it"]}]}
     task = load_task(rows, template="{{question}} ||| {{answers.text[0]}}")
-    assert [(example.input, example.target) for example in task.train] == [
-        ("Who?", "me"),
-        ("What?", "it"),
-    ]
+    assert task.train == (Example("Who?", "me"), Example("What?", "it"))
 
 
-def test_empty_cells_of_a_frame_are_no_values():
-    rows = frame({"input": ["a", "b"], "target": ["x", "y"], "choices": [["x"], None]})
-    assert [example.choices for example in load_task(rows).train] == [("x",), ()]
-    split = frame({"input": ["a", "b"], "target": ["x", "y"], "split": ["test", float("nan")]})
-    assert [len(each) for each in (load_task(split).train, load_task(split).test)] == [1, 1]
-    with pytest.raises(TaskError, match="memory, row 2: target is missing or empty"):
-        load_task(frame({"input": ["a", "b"], "target": ["x", float("nan")]}))
-    with pytest.raises(TaskError, match="memory, row 2: completion is empty"):
-        load_task(frame({"prompt": ["a", "b"], "completion": ["x", float("nan")]}))
-
-
-@pytest.mark.parametrize("empty", ["nan", "<NA>"])
-def test_empty_inputs_beside_instructions_are_none(empty):
+def test_an_empty_cell_of_pandas_is_no_text():
+    """It is a float, NaN, whatever the column's other cells are, or one of pandas' own."""
+    numpy = pytest.importorskip("numpy")
     pandas = pytest.importorskip("pandas")
-    inputs = ["x", float("nan")] if empty == "nan" else pandas.array(["x", None], dtype="string")
-    rows = frame({"instruction": ["a", "b"], "input": inputs, "output": ["o", "p"]})
-    assert [each.input for each in load_task(rows).train] == ["a\n\nx", "b"]
+    for missing in (float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT):
+        row = {"input": "a", "target": "x", "choices": missing, "references": missing}
+        assert load_task([row | {"split": missing}]).train == (Example("a", "x"),)
+        for key in ("input", "target"):
+            assert f"row 1: {key} is missing" in complaint_about([{**row, key: missing}])
+        assert "one of the choices" in complaint_about([{**row, "choices": ["x", missing]}])
+        asked = {"instruction": "Do.", "input": missing, "output": "o"}
+        assert load_task([asked]).train == (Example("Do.", "o"),)
+    assert load_task([{"input": "nan", "target": "NaT"}]).train == (Example("nan", "NaT"),)
 
 
-def test_an_empty_field_that_a_template_prints_is_refused(tmp_path):
-    path = tmp_path / "short.csv"
-    path.write_text("q,a\nwhat,yes\nwho\n")  # the last row lacks a cell
-    refused = "the template can't be filled: a field that it prints is empty"
-    assert refused in complaint_about(path, template="{{ q }} ||| {{ a }}")
-    told = load_task(path, template="{{ q }} ||| {% if a %}{{ a }}{% else %}no one{% endif %}")
-    assert [each.target for each in told.train] == ["yes", "no one"]
-    rows = [{**ROWS[0], "third": None}]
-    assert refused in complaint_about(rows, choices="yes ||| no ||| {{ third }}")
-
-
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
-        ({"input": ["a"], "target": ["x", "y"]}, "different numbers of cells: input 1, target 2"),
-        ({"input": "a", "target": "x"}, "put a single row into a list"),
-        ({"input": 5}, "input is 5, but a dict holds a column"),
-        ({"text": ["a"]}, "the fields there are text"),
-        ({"train": {"input": "a", "target": "x"}}, "memory, train: input is 'a'"),
-        ({}, "has no examples"),
-        (5, "wanted rows .* got 5"),
-        (Task("t"), "wanted rows"),
-        ([5], "row 1: wanted a dict with fields, got 5"),
-    ],
-)
-def test_what_is_neither_rows_nor_columns_is_refused_in_words(rows, complaint):
-    with pytest.raises(TaskError, match=complaint):
-        load_task(rows)
-
-
-@pytest.mark.parametrize("name", ["template", "choices", "name"])
-def test_what_must_be_a_text_is_refused_as_anything_else(name):
-    with pytest.raises(TaskError, match=rf"{name} is \['a'\], but must be a text"):
-        load_task(COLUMNS, **{name: ["a"]})
-
-
-def test_columns_of_one_name_are_refused_in_a_frame_too():
-    both = frame({"input": ["a"], "target": ["x"], "more": ["y"]})
-    both.columns = ["input", "target", "target"]
-    with pytest.raises(TaskError, match="2 columns are named 'target'"):
-        load_task(both)
+def test_lists_may_be_arrays():
+    numpy = pytest.importorskip("numpy")
+    row = {"input": "a", "target": "x", "choices": numpy.array(["x", "y"])}
+    assert load_task([row]).train == (Example("a", "x", ("x", "y")),)
+    assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)
+    assert "input must be a text" in complaint_about([{**row, "input": numpy.array(["a", "b"])}])
 
 
 def test_tasks_may_be_named_where_they_are_wanted(tmp_path):
-    file = tmp_path / "one.jsonl"
-    file.write_text('{"input": "a", "target": "x"}\n')
+    file = write_lines(tmp_path / "one.jsonl", '{"input": "a", "target": "x"}')
     (one,) = given_tasks(file)
     other = Task("other", train=one.train)
     assert given_tasks(str(file)) == given_tasks([file]) == [one]
     assert given_tasks(other) == [other]
     assert given_tasks(iter([other, file])) == [other, one]
     assert given_task(file) == one
-
-
-@pytest.mark.parametrize(
-    ("named", "complaint"),
-    [
-        ("nosuch", "must be a .jsonl, .json, .csv or .parquet file"),
-        ("no/such.jsonl", "does not exist"),
-        (5, "not 5"),
-        ([5], "not 5"),
-        ([{"input": "a", "target": "x"}], "load_task makes a Task of rows"),
-        ({"input": ["a"]}, "not a dict; load_task makes a Task of that"),
-    ],
-)
-def test_what_names_no_task_is_refused_in_words(named, complaint):
-    with pytest.raises(TaskError, match=complaint):
-        given_tasks(named)
-    with pytest.raises(TaskError):
-        given_task(named)
+    with pytest.raises(TaskError, match=r"must be a .jsonl, .json, .csv or .parquet file"):
+        given_task("nosuch")
+    with pytest.raises(TaskError, match="does not exist"):
+        given_task("no/such.jsonl")
 
 
 @pytest.mark.parametrize("options", [{}, {"name": "cafe"}])
@@ -384,49 +324,13 @@ def test_a_file_whose_name_is_no_utf8_is_refused_in_a_line(tmp_path, options):
     except OSError:
         pytest.skip("this file system has no such names")
     message = complaint_about(path, **options)
-    assert "can't be a name in results, for it is not UTF-8; rename" in message
     assert r"caf\udce9" in message
+    assert "which is not UTF-8" in message
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"input": "\xff"}\n')
     assert "can't be read" in complaint_about(tmp_path / "a.jsonl")
-
-
-def test_line_separators_inside_strings_do_not_end_a_row(tmp_path):
-    example = Example("one\u2028two\u2029three\u0085four", "\u2028end")
-    row = {"input": example.input, "target": example.target}
-    path = write_rows(tmp_path / "a.jsonl", [row, row])
-    assert "one\u2028two" in path.read_text(encoding="utf-8")
-    assert load_task(path).train == (example, example)
-
-
-def test_an_empty_cell_of_pandas_is_no_text():
-    """It is a float, NaN, whatever the column's other cells are, or one of pandas' own."""
-    numpy = pytest.importorskip("numpy")
-    pandas = pytest.importorskip("pandas")
-    for missing in (float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT):
-        check_that_it_is_missing(missing)
-    assert load_task([{"input": "nan", "target": "NaT"}]).train == (Example("nan", "NaT"),)
-
-
-def check_that_it_is_missing(missing):
-    row = {"input": "a", "target": "x", "choices": missing, "references": missing}
-    assert load_task([row]).train == (Example("a", "x"),)
-    for key in ("input", "target"):
-        with pytest.raises(TaskError, match=f"row 1: {key} is missing"):
-            load_task([{**row, key: missing}])
-    with pytest.raises(TaskError, match="choice 2 of 2 is empty"):
-        load_task([{**row, "choices": ["x", missing]}])
-
-
-def test_lists_may_be_arrays():
-    numpy = pytest.importorskip("numpy")
-    row = {"input": "a", "target": "x", "choices": numpy.array(["x", "y"])}
-    assert load_task([row]).train == (Example("a", "x", ("x", "y")),)
-    assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)
-    with pytest.raises(TaskError, match="input must be a text"):
-        load_task([{**row, "input": numpy.array(["a", "b"])}])
 
 
 @pytest.mark.parametrize(
@@ -480,8 +384,6 @@ def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted
     (found,) = load_task([row]).train
     assert (found, found.content) == (wanted, wanted.content)
     assert load_task(write_rows(tmp_path / "a.jsonl", [row])).train == (wanted,)
-    (tmp_path / "a.json").write_text(json.dumps([row], indent=1))
-    assert load_task(tmp_path / "a.json").train == (wanted,)
     parquet = pytest.importorskip("pyarrow.parquet")
     if row.get("messages") is not PARTS:  # a column has one type
         import pyarrow
@@ -489,41 +391,6 @@ def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted
         parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
         (again,) = load_task(tmp_path / "a.parquet").train
         assert (again.input, again.content) == (wanted.input, wanted.content)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"input": ["a", "b"], "target": ["c", "d"]},
-        {"train": [{"input": "a", "target": "c"}, {"input": "b", "target": "d"}]},
-    ],
-)
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_object_has_columns_or_splits(tmp_path, content, indent):
-    (tmp_path / "a.json").write_text(json.dumps(content, indent=indent))
-    assert load_task(tmp_path / "a.json").train == (Example("a", "c"), Example("b", "d"))
-
-
-def test_a_table_of_pyarrow_has_rows():
-    pyarrow = pytest.importorskip("pyarrow")
-    assert load_task(pyarrow.Table.from_pylist(ROWS)).train == EXAMPLES
-
-
-def test_one_row_may_take_several_lines_of_json(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"messages": MESSAGES}, indent=1))
-    assert load_task(tmp_path / "a.json").train == (Example(Chat(TURNS), "green"),)
-
-
-def test_a_chat_in_which_no_one_asks_is_refused():
-    empty = [{"role": "user", "content": " "}, MESSAGES[-1]]
-    assert "nothing is said in messages before" in complaint_about([{"messages": empty}])
-
-
-@pytest.mark.parametrize("choices", [None, "yes ||| no"])
-def test_white_space_around_a_template_s_answers_is_no_difference(choices):
-    row = {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]}
-    task = load_task([row], template="{{ q }} ||| {{ a }}", choices=choices)
-    assert task.train == (Example("Good?", "yes", ("yes", "no"), passage=(0, 5)),)
 
 
 def test_a_chat_is_a_text_that_keeps_its_turns():
@@ -541,13 +408,15 @@ def test_a_chat_is_a_text_that_keeps_its_turns():
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        (MESSAGES[:-1], "must end with what the assistant says .* system, user, assistant, user"),
-        (MESSAGES[-1:], "must end with what the assistant says to others; the roles there are as"),
-        ([], "there are none"),
-        ("Sky?", "messages must be a list of turns, got 'Sky"),
-        (["Sky?"], "must have role and content, got 'Sky"),
+        (MESSAGES[:-1], "must end with what the assistant answers"),
+        (MESSAGES[-1:], "must end with what the assistant answers"),
+        ([{"role": "user", "content": " "}, MESSAGES[-1]], "must end with what the assistant ans"),
+        ([], "must end with what the assistant answers"),
+        ("Sky?", "must have a role and a content of text, .* got 'Sky"),
+        (["Sky?"], "must have a role and a content of text, .* got 'Sky"),
         ([{"role": "user", "content": None}], "a role and a content of text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "which tool calls and pictures are"),
+        ([{"role": "user", "content": ["text"]}], "which tool calls and pictures are"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "which tool calls and pict"),
     ],
 )
@@ -555,46 +424,6 @@ def test_a_chat_that_cannot_be_used_is_refused_with_its_row(messages, complaint)
     assert re.search(f"row 1: .*{complaint}", complaint_about([{"messages": messages}]))
 
 
-@pytest.mark.parametrize(
-    ("row", "wanted"),
-    [
-        ({"question": "Sky?", "answer": "blue"}, Example("Sky?", "blue")),
-        ({"text": "Great!", "category": "good"}, Example("Great!", "good")),
-        (
-            {
-                "conversations": [
-                    {"from": "human", "value": "Sky?"},
-                    {"from": "gpt", "value": "blue"},
-                ]
-            },
-            Example("Sky?", "blue"),
-        ),
-    ],
-)
-def test_an_unknown_form_is_refused_with_the_template_that_reads_it(row, wanted):
-    message = complaint_about([row])
-    assert (
-        f"the fields there are {', '.join(row)}. Known are input and target; messages;" in message
-    )
-    template = re.search("--template '(.*)'", message)[1]
-    assert load_task([row], template=template).train == (wanted,)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("a.json", '[{"input": "a"', "a.json: broken JSON"),
-        ("a.json", '[{"input": "a", "target": "b"}, 3]', "a.json, row 2: wanted a dict"),
-        ("a.json", '{"input": "a"}', "a.json, line 1: target is missing"),
-        ("a.parquet", "PAR1", "a.parquet can't be read"),
-    ],
-)
-def test_json_and_parquet_that_are_broken_are_refused_in_a_line(tmp_path, name, content, complaint):
-    (tmp_path / name).write_text(content)
-    assert complaint in complaint_about(tmp_path / name)
-
-
-def test_parquet_without_pyarrow_tells_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    assert "pip install 'phatgoose[datasets]'" in complaint_about(tmp_path / "a.parquet")
+def test_an_unknown_form_is_refused_with_the_known_ones():
+    message = complaint_about([{"question": "Sky?", "answer": "blue"}])
+    assert "the fields there are question, answer. Wanted input and target; messages;" in message

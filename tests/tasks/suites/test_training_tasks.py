@@ -72,12 +72,12 @@ def test_templates_are_for_files_and_the_hub(here):
 
 
 BAD_SOURCES = [
-    ("t1hi", "'t1hi' can't be trained on; wanted a task file"),
+    ("t1hi", "Suite 't1hi' is neither a known name"),
     ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
     ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
     ("nowhere.toml", "nowhere.toml can't be read"),
     ("t0ho", "Suite t0ho is only for evaluation"),
-    ("", "'' can't be trained on"),
+    ("", "Suite '' is neither a known name"),
 ]
 
 

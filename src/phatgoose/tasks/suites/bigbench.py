@@ -15,8 +15,8 @@ from typing import Any
 
 from ...errors import TaskError
 from ...files import read_toml
+from ..loading import read_rows
 from ..task import Entry, Example, Sources, Suite, Task
-from .hub import read_rows
 
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files import read_toml
+from ..loading import read_rows
 from ..task import Entry, Example, Sources, Suite, Task
-from .hub import read_rows
 from .t0 import held_in_entry, t0_held_in
 
 METRICS = ("rouge-l",)

@@ -30,9 +30,8 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
 from ...files import YamlLoader, first_line, parse_yaml, require_regular
-from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field
+from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field, read_rows
 from ..task import Example, Sources
-from .hub import read_rows
 
 FILE_NAME = "templates.yaml"
 # promptsource's own substitute for a separator inside a row: some templates name it.

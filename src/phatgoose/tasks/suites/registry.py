@@ -13,120 +13,9 @@ from typing import Any, Literal
 from ...config import TASK_FILES, Training, closest
 from ...errors import TaskError
 from ...files import add_entry_points, read_toml, shortened
-from ..loading import FILES, SPLITS, check_task_name, default_name, load_task
+from ..loading import FILES, HUB, SPLITS, default_name, load_task, whole_text
 from ..task import Entry, Sources, Suite, Task, mix
 from . import bigbench, flan, t0
-
-SUITE_KEYS = ("name", "suffix", "tasks")
-TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
-
-
-def local_suite(path: str | Path) -> Suite:
-    """The suite in `path`: a folder of task files, one such file, or a TOML file.
-
-    A folder's visible task files (.jsonl, .json, .csv, .parquet) are its tasks, in alphabetical
-    order. A TOML file has the keys `name` (default: the file's stem), `suffix` (appended to every
-    input) and, for each task, a table `[[tasks]]` with `file` (relative to the TOML file) and
-    optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
-
-    Entries read their files later. Raises TaskError, naming file and key, for anything else.
-    """
-    path = Path(path)
-    if path.suffix in TASK_FILES and not path.is_dir():
-        if not path.is_file():
-            raise TaskError(f"Task file {path} does not exist.")
-        suite = Suite(path.stem, (_entry(path, path.stem),))
-    elif path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in TASK_FILES and f.name[0] != ".")
-        suite = Suite(path.resolve().name, tuple(_entry(file, file.stem) for file in files))
-    else:
-        suite = _toml_suite(path)
-    if not suite.entries:
-        raise TaskError(f"{path} has no tasks; wanted a {FILES}, or [[tasks]] in TOML.")
-    for name in (suite.name, *suite.names):
-        check_task_name(name)
-    for name, count in Counter(suite.names).items():
-        if count > 1:
-            raise TaskError(
-                f"{path}: {count} tasks are called {name!r}; give them different names."
-            )
-    return suite
-
-
-def _entry(
-    file: Path,
-    name: str,
-    metrics: tuple[str, ...] = (),
-    max_new_tokens: int | None = None,
-    suffix: str = "",
-) -> Entry:
-    def read(_: Sources) -> Task:
-        task = load_task(file, name=name)
-        splits: dict[str, Any] = {
-            split: tuple(replace(each, input=each.input + suffix) for each in getattr(task, split))
-            for split in SPLITS
-        }
-        return replace(task, **splits, metrics=metrics, max_new_tokens=max_new_tokens)
-
-    return Entry(name, read, metrics, max_new_tokens, source=str(file))
-
-
-def _toml_suite(path: Path) -> Suite:
-    if path.suffix != ".toml":
-        raise TaskError(
-            f"Suite {path} must be a folder of task files, one of them, or a .toml file."
-        )
-    content = read_toml(path, "Suite", TaskError)
-    _require_known(content, SUITE_KEYS, str(path))
-    name = _text(content, "name", str(path), path.stem)
-    suffix = _text(content, "suffix", str(path), "")
-    tables = content.get("tasks", [])
-    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
-        raise TaskError(f"{path}: tasks must be tables, each headed [[tasks]].")
-    entries = (
-        _listed_entry(table, f"{path}, task {number}", path.parent, suffix)
-        for number, table in enumerate(tables, 1)
-    )
-    return Suite(name, tuple(entries))
-
-
-def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> Entry:
-    _require_known(table, TASK_KEYS, where)
-    file = folder / _text(table, "file", where)
-    if file.suffix not in TASK_FILES:
-        raise TaskError(f"{where}: file is {file}, but must be a {FILES}.")
-    if not file.is_file():
-        raise TaskError(f"{where}: file {file} does not exist.")
-    metrics = table.get("metrics", [])
-    if not (isinstance(metrics, list) and all(isinstance(metric, str) for metric in metrics)):
-        raise TaskError(
-            f'{where}: metrics is {shortened(metrics)}, but must be a list such as ["accuracy"].'
-        )
-    most = table.get("max_new_tokens")
-    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise TaskError(
-            f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
-        )
-    name = _text(table, "name", where, file.stem)
-    return _entry(file, name, tuple(metrics), most, _text(table, "suffix", where, suffix))
-
-
-def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
-
-
-def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    value = table.get(key, default)
-    if value is None:
-        raise TaskError(f"{where}: {key} is missing.")
-    if not isinstance(value, str):
-        raise TaskError(f"{where}: {key} is {shortened(value)}, but must be a text.")
-    if key == "name" and not value:
-        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
-    return value
-
 
 # A new suite is a module with a function, and a record here.
 
@@ -160,24 +49,92 @@ def known_suites() -> Mapping[str, SuiteRecord]:
 
 
 def open_suite(name_or_path: str | Path) -> Suite:
-    """The suite of this name in `known_suites`, or the one in a folder of task files or a file.
+    """The suite of this name in `known_suites`, or the one in a folder, a task file or a TOML file.
 
-    A known name wins over a folder ("./NAME"). Raises TaskError for anything else.
+    A known name wins over a folder ("./NAME"). A folder's visible task files (.jsonl, .json, .csv,
+    .parquet) are its tasks, in alphabetical order. A TOML file has the keys `name` (default: the
+    file's stem), `suffix` (appended to every input) and, for each task, a table `[[tasks]]` with
+    `file` (relative to the TOML file) and optionally `name`, `metrics`, `max_new_tokens` and a
+    `suffix` of its own.
+
+    Entries read their files later. Raises TaskError, naming file and key, for anything else.
     """
-    if isinstance(name_or_path, str) and name_or_path in known_suites():
-        return known_suites()[name_or_path].open()
-    if isinstance(name_or_path, str | Path):
-        path = Path(name_or_path)
-        if path.is_dir() or path.suffix in (".toml", *TASK_FILES):
-            return local_suite(path)
-    known = ", ".join(known_suites())
-    raise TaskError(
-        f"Suite {shortened(name_or_path)} is neither a known name ({known}) nor a folder of task "
-        f"files nor a .toml, {FILES}.{closest(name_or_path, known_suites())}"
-    )
+    known, path = known_suites(), Path(name_or_path)
+    if isinstance(name_or_path, str) and name_or_path in known:
+        return known[name_or_path].open()
+    if path.suffix == ".toml":
+        suite = _toml_suite(path)
+    elif name_or_path and path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in TASK_FILES and f.name[0] != ".")
+        suite = Suite(path.resolve().name, tuple(_entry(file, file.stem) for file in files))
+    elif path.suffix in TASK_FILES and path.is_file():
+        suite = Suite(path.stem, (_entry(path, path.stem),))
+    else:
+        raise TaskError(
+            f"Suite {shortened(str(name_or_path))} is neither a known name ({', '.join(known)}) "
+            f"nor a folder of task files nor a .toml, {FILES}.{closest(name_or_path, known)}"
+        )
+    whole_text(suite.name, f"The name {shortened(suite.name)}")
+    if not suite.entries:
+        raise TaskError(f"{path} has no tasks; wanted a {FILES}, or [[tasks]] in TOML.")
+    for name, count in Counter(suite.names).items():
+        if count > 1:
+            raise TaskError(f"{path}: {count} tasks are called {name!r}; rename all but one.")
+    return suite
 
 
-HUB = "hub:"
+def _entry(
+    file: Path,
+    name: str,
+    metrics: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    suffix: str = "",
+) -> Entry:
+    def read(_: Sources) -> Task:
+        task = load_task(file, name=name)
+        splits: dict[str, Any] = {
+            split: tuple(replace(each, input=each.input + suffix) for each in getattr(task, split))
+            for split in SPLITS
+        }
+        return replace(task, **splits, metrics=tuple(metrics), max_new_tokens=max_new_tokens)
+
+    return Entry(name, read, tuple(metrics), max_new_tokens, source=str(file))
+
+
+SUITE_KEYS: dict[str, type] = {"name": str, "suffix": str, "tasks": list}
+POSITIVE = ("name", "max_new_tokens")  # neither empty nor below 1
+TASK_KEYS: dict[str, type] = {
+    "file": str,
+    "name": str,
+    "metrics": list,
+    "max_new_tokens": int,
+    "suffix": str,
+}
+
+
+def _toml_suite(path: Path) -> Suite:
+    content = read_toml(path, "Suite", TaskError)
+    _require_known(content, SUITE_KEYS, str(path))
+    entries = []
+    for number, table in enumerate(content.get("tasks", ()), 1):
+        where = f"{path}, task {number}"
+        _require_known(table, TASK_KEYS, where)
+        file = path.parent / table.pop("file", "")
+        if not file.is_file():
+            raise TaskError(f"{where}: file {file} does not exist.")
+        table = {"name": file.stem, "suffix": content.get("suffix", ""), **table}
+        entries.append(_entry(file, **table))
+    return Suite(content.get("name", path.stem), tuple(entries))
+
+
+def _require_known(table: Any, kinds: Mapping[str, type], where: str) -> None:
+    fields: dict[str, Any] = table if isinstance(table, dict) else {"task": table}
+    for key, value in fields.items():
+        is_right = kinds.get(key) is type(value)
+        if not is_right or (key in POSITIVE and value <= type(value)()):
+            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise TaskError(f"{where}: {key} is {shortened(value)}; wanted {known}.")
+
 
 Origin = Literal["file", "copy", "hub"]
 
@@ -260,6 +217,10 @@ class _Mixture(TrainingTask):
         return mixture(tasks, self.name, most=self.most, seed=self.seed)
 
 
+def _read(name: str, template: str | None, choices: str | None, _: Sources) -> Task:
+    return load_task(name, template=template, choices=choices)
+
+
 def open_tasks(
     names: Sequence[str],
     sources: Sources | None = None,
@@ -274,54 +235,33 @@ def open_tasks(
     `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
     Raises TaskError for anything else, and for a suite to evaluate on only.
     """
-    sources = sources or Sources()
+    sources, known = sources or Sources(), known_suites()
     tasks: list[TrainingTask] = []
     for name in names:
+        whole, _, dataset = name.rpartition("/")
         if name.startswith(HUB) or name.endswith(TASK_FILES):
-            tasks.append(_single(name, sources, template, choices))
-        elif template or choices:
+            origin: Origin = "hub" if name.startswith(HUB) else "file"
+            if origin == "file" and not Path(name).is_file():
+                raise TaskError(f"Task file {name} does not exist.")
+            read = partial(_read, name, template, choices)
+            entry = Entry(default_name(name), read, source=name)
+            tasks.append(TrainingTask(entry, name, origin, sources))
+            continue
+        if template or choices:
             raise TaskError(
                 f"A template is for task files and hub:DATASET; {name} has prompts of its own."
             )
-        else:
-            tasks += _of_suite(name, sources)
+        is_one = whole in known or whole.endswith(".toml")
+        named = whole if is_one else name.rstrip("/")
+        trainable = [each for each in known if known[each].trainable]
+        if named in known and named not in trainable:
+            raise TaskError(
+                f"Suite {named} is only for evaluation; to train on are {', '.join(trainable)}."
+            )
+        suite = open_suite(named)
+        origin = "file" if named not in known else "hub" if sources.data is None else "copy"
+        tasks += (
+            TrainingTask(entry, f"{named}/{entry.name}", origin, sources)
+            for entry in ((suite.entry(dataset),) if is_one else suite.entries)
+        )
     return tasks
-
-
-def _single(name: str, sources: Sources, template: str | None, choices: str | None) -> TrainingTask:
-    origin: Origin = "hub" if name.startswith(HUB) else "file"
-    if origin == "file" and not Path(name).is_file():
-        raise TaskError(f"Task file {name} does not exist.")
-    read = partial(load_task, name, template=template, choices=choices)
-    return TrainingTask(
-        Entry(default_name(name), lambda _: read(), source=name), name, origin, sources
-    )
-
-
-def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
-    whole, _, dataset = name.rpartition("/")
-    if whole in known_suites() or whole.endswith(".toml"):
-        suite = whole
-        entries: tuple[Entry, ...] = (_trainable(suite).entry(dataset),)
-    else:
-        suite = name.rstrip("/")
-        entries = _trainable(name).entries
-    hub: Origin = "hub" if sources.data is None else "copy"
-    origin: Origin = hub if suite in known_suites() else "file"
-    return [TrainingTask(entry, f"{suite}/{entry.name}", origin, sources) for entry in entries]
-
-
-def _trainable(name: str) -> Suite:
-    trainable = [known for known, record in known_suites().items() if record.trainable]
-    if name in SUITES and name not in trainable:
-        raise TaskError(
-            f"Suite {name} is only for evaluation; suites to train on are {', '.join(trainable)}."
-        )
-    is_local = name.endswith(".toml") or (name and Path(name).is_dir())
-    if name not in SUITES and not is_local:
-        raise TaskError(
-            f"{name!r} can't be trained on; wanted a task file, hub:DATASET, "
-            f"{' or '.join(trainable)}, one of their datasets such as {trainable[0]}/ag_news, a "
-            f"suite file (.toml) or a folder of task files.{closest(name, trainable)}"
-        )
-    return open_suite(name)

@@ -24,7 +24,7 @@ from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
 from phatgoose.base import twin
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from routed_speed import prefill
 
 __all__ = ["arrow_of_peft", "measure_arrow"]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import MOST_EMBEDDINGS, Expert
-from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
-from phatgoose.experts.kinds.ia3.module import ScalingVector
-from phatgoose.experts.kinds.kind import SiteModule
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.ia3 import ScalingVector
+from phatgoose.experts.kind import SiteModule
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PLACES
+from phatgoose.experts.statistics import PLACES
 
 __all__ = ["ATTACKS", "HARMLESS", "Attack", "attacked"]
 

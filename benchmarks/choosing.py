@@ -15,7 +15,7 @@ from findings import Finding, row
 from measuring import ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import readings_of
+from phatgoose.experts.statistics import readings_of
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.composition import composition_of
 from phatgoose.sites import blocks_of

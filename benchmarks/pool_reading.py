@@ -15,7 +15,7 @@ from findings import Finding, at_most, row
 from measuring import peak_memory, ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.routing.composition import composition_of
 
 __all__ = ["measure_reading"]

@@ -14,7 +14,7 @@ from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, ratio, side_by_side
 from phatgoose.base import twin
-from phatgoose.experts.kinds.lora.stack import LoraStack
+from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.stacks import SiteStack

@@ -36,7 +36,7 @@ from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.jobs import Engine, LocalEngine
 from phatgoose.tasks.suites.registry import TrainingTask
 from phatgoose.training.pool_jobs import ExpertJob, train_experts

@@ -48,6 +48,7 @@ import pyarrow.parquet as pq
 import torch
 from phatgoose.base.fingerprint import number_format
 from phatgoose.base.loading import Base
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.files.atomic import new_file
 from phatgoose.files.strict import read_toml
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,6 @@ from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router

@@ -27,11 +27,11 @@ from matplotlib.figure import Figure
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import Site, find_sites, headless
 from phatgoose.base.token_masks import watch_blocks, watch_inputs
+from phatgoose.experts.adapter import ModifiedLinear, applied
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from phatgoose.config import Routing
-from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise

@@ -21,7 +21,7 @@ import typer
 import phatgoose
 from paths import ROOT
 from phatgoose.apps.cli import app
-from phatgoose.experts.kinds.registry import KINDS, OURS
+from phatgoose.experts.registry import KINDS, OURS
 from phatgoose.routing.routers.registry import ROUTERS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from phatgoose.base.loading import Base, load_base
+from phatgoose.experts.readings import PromptStates
 
 from phatgoose.evaluation.comparison.cells import cell_of
 from phatgoose.evaluation.comparison.methods import single_rows
@@ -22,7 +23,6 @@ from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PromptStates
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.configs import Discriminant
 from phatgoose.routing.routers.discriminant import PromptDiscriminant

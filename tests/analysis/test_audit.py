@@ -12,7 +12,7 @@ from phatgoose.analysis import audit as neutral
 from phatgoose.analysis.audit import LIMITS, audit, neutral_signs, read_neutral_text
 from phatgoose.analysis.audit_signs import over_sites, ratios, signs_of
 from phatgoose.errors import ExpertError
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from planted import ATTACKS, DIMS, HARMLESS, attacked, honest

@@ -11,8 +11,8 @@ from phatgoose.analysis import findings as duplicates
 from phatgoose.analysis.findings import cosines, near_duplicates, squared_norms
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.ia3.module import ScalingVector
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.ia3 import ScalingVector
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.stacks import stack_of
 

@@ -26,6 +26,12 @@ def original(adapter, tmp_path_factory) -> Expert:
 
 
 @pytest.fixture
+def own_adapter(adapter, tmp_path) -> Path:
+    """A plain adapter of one's own to damage; it names the tiny Llama as its base."""
+    return shutil.copytree(adapter, tmp_path / "adapter")
+
+
+@pytest.fixture
 def directory(original, tmp_path) -> Path:
     """An expert directory of one's own to damage."""
     return shutil.copytree(original.directory, tmp_path / "my-expert")

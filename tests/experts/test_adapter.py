@@ -13,9 +13,8 @@ import pytest
 from odd_files import one_line_of, rewrite
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
-from phatgoose.experts.adapter import adapter_files, read_modules
-from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG
+from phatgoose.experts.expert import LAYOUT, Expert, adapter_files, read_modules
+from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from phatgoose.files import sha256_of
 
 SHAPES = [

@@ -30,7 +30,7 @@ from phatgoose.experts.expert import (
     recorded_formatting,
     warn_of_other_formatting,
 )
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import clear_left_overs, sha256_of
 
 

@@ -15,11 +15,11 @@ from fake_hub import contents, pushed_now
 from mixed_experts import make_kind
 from paths import GOLDEN
 from phatgoose.errors import ExpertError
+from phatgoose.experts.bottleneck import FILES as OUR_FILES
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck.module import FILES as OUR_FILES
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_of
 from phatgoose.routing.compose import compose, detach

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from changed_experts import make
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.readings import PLACES, RANK, PromptStates, readings_of
+from phatgoose.experts.statistics import PLACES, RANK, PromptStates, readings_of
 from phatgoose.tasks.prompt_passes import read_prompts
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 8]]

@@ -16,8 +16,8 @@ from import_cases import Case, write_case
 from paths import GOLDEN
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.files import check_config, check_patterns, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model

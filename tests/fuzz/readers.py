@@ -40,7 +40,7 @@ from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequ
 from phatgoose.apps.server.requests import parsed
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert, info_json, read_info
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files import (
     MOST_NESTED,

@@ -11,7 +11,7 @@ from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed, renam
 from oracle import token_weights
 from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
-from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

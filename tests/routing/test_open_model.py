@@ -8,7 +8,7 @@ import torch
 from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
-from phatgoose.experts.importing.adapter import import_adapters
+from phatgoose.experts.importing import import_adapters
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import is_pool, is_routed, loaded_base, open_model
 from phatgoose.routing.saved.save import save

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from kernel_problems import bottleneck_arguments
 from mixed_experts import ACTIVATE, CPU, PRECISE, mixed_output
 from phatgoose.config import ACTIVATIONS
-from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
-from phatgoose.experts.kinds.bottleneck.stack import BottleneckStack
-from phatgoose.experts.kinds.ia3.module import ScalingVector
-from phatgoose.experts.kinds.kind import weighted_rows
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.bottleneck import BottleneckLayers, BottleneckStack
+from phatgoose.experts.ia3 import ScalingVector
+from phatgoose.experts.kind import weighted_rows
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.fixed import UniformRouter

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from phatgoose.base import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PromptStates, readings_of
+from phatgoose.experts.statistics import PromptStates, readings_of
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
 from phatgoose.tasks.prompt_passes import read_prompts

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from odd_files import rewrite
 from phatgoose.errors import ExpertError
-from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.expert import read_modules
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def adapter_of(expert: Path, to: Path) -> Path:

@@ -18,9 +18,9 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from phatgoose.experts.bottleneck import FILES
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.bottleneck.module import FILES
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Damage = Callable[[Path], None]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PromptStates, readings_of
+from phatgoose.experts.statistics import PromptStates, readings_of
 from phatgoose.sites import blocks_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts

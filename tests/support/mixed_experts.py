@@ -17,13 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from oracle import token_weights
 from phatgoose.base import Base, load_base
 from phatgoose.config import IA3, Bottleneck
+from phatgoose.experts.bottleneck import BottleneckLayers
+from phatgoose.experts.dora import DoraFactors
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
-from phatgoose.experts.kinds.dora.module import DoraFactors
-from phatgoose.experts.kinds.ia3.module import ScalingVector
-from phatgoose.experts.kinds.ia3.training import scales_input
-from phatgoose.experts.kinds.lora.module import LoraFactors
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.ia3 import ScalingVector, scales_input
+from phatgoose.experts.lora import LoraFactors
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from phatgoose.training.modules import placed_sites

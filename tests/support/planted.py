@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from paths import ROOT
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import readings_of
+from phatgoose.experts.statistics import readings_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

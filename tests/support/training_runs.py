@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Training
-from phatgoose.experts.adapter import applied
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kind import applied
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.modules import GatedLinear

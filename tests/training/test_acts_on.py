@@ -11,10 +11,10 @@ import torch
 from command_line import run, write_rows
 from phatgoose.config import IA3, Bottleneck, Dora, Formatting, GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, TaskError
-from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, INVOCATION
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, INVOCATION
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn, acting_at
 from phatgoose.routing.compose import compose

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from phatgoose.base import load_base
 from phatgoose.config import Dora, GateTraining
 from phatgoose.errors import ConfigError
-from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
-from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kinds.dora.module import row_norms
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG
+from phatgoose.experts.dora import row_norms
+from phatgoose.experts.expert import LAYOUT, Expert, read_modules
+from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from phatgoose.passes import acting_at
 from phatgoose.sites import find_sites
 from phatgoose.training.modules import fresh_expert

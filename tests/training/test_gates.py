@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from phatgoose.base import load_base
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
+from phatgoose.experts.expert import read_modules
+from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task

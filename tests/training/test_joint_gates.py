@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from phatgoose.base import load_base
 from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
-from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.modules import fresh_expert

@@ -14,13 +14,12 @@ from changed_adapters import adapter_of
 from phatgoose.base import load_base
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
-from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert, check_expert
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck.module import BottleneckLayers
-from phatgoose.experts.kinds.ia3.module import ScalingVector
-from phatgoose.experts.kinds.ia3.training import scales_input
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.ia3 import ScalingVector, scales_input
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
 from phatgoose.training import trainer

@@ -12,7 +12,7 @@ from phatgoose.base import BaseReference, load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import statistics as statistics_module
 from phatgoose.training.statistics import measure

@@ -20,7 +20,7 @@ from phatgoose.base import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task

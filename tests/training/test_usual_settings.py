@@ -18,7 +18,7 @@ from transformers import (
 
 from phatgoose.base import load_base, quantisation
 from phatgoose.errors import BaseModelError, ConfigError
-from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.training.trainer import PartialTrainer

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from phatgoose.base import Base
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.training.pool_jobs import ExpertJob, _ExpertWorkshop, train_experts
 from phatgoose.training.train_expert import train_gates
 from phatgoose.training.workdir import (

@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
-from phatgoose.experts.kinds.lora.stack import LoraStack
+from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight

@@ -12,7 +12,7 @@ import pytest
 
 from changed_adapters import adapter_of
 from phatgoose.experts.expert import Expert, check_expert
-from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save

@@ -42,7 +42,7 @@ from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.files import MOST_NESTED
 from phatgoose.routing.compose import compose, detach

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PARTS, moments_of
+from phatgoose.experts.statistics import PARTS, moments_of
 from phatgoose.routing.routers.discriminant import Discriminant, Line, PromptDiscriminant, States
 from phatgoose.routing.routers.prompt_router import (
     Embedder,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import ConfigError
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.router import Router, RouterSite, SiteRouter
 from phatgoose.routing.routers.spectr import DIRECTIONS, SpectrRouter, padded_rows

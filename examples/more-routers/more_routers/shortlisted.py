@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phatgoose.experts.kinds.kind import dense_weights
+from phatgoose.experts.kind import dense_weights
 from phatgoose.routing.context import RoutingContext
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter, TopKRouter

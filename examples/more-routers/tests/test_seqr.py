@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phatgoose.base import Base
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.experts.kinds.lora.module import LoraFactors
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from ..base import Base
 from ..errors import PoolError
-from ..experts.kinds.kind import SiteModule
-from ..experts.kinds.registry import kinds
+from ..experts.kind import SiteModule
 from ..experts.pool import Pool
+from ..experts.registry import kinds
 from ..files import write_text
 from ..routing.compose import check_pool_fits
 from ..routing.routers.centroid import centroids_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..experts.pool import Pool, check_alike
-from ..experts.readings import PLACES
+from ..experts.statistics import PLACES
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.prompt_router import best_of_each
 from ..routing.stacks import stack_of

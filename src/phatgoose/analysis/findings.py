@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, RoutingError
-from ..experts.kinds.kind import Part
+from ..experts.kind import Part
 from ..experts.pool import Pool
 from ..routing.composition import composition_of
 from ..routing.layers import RoutedLinear

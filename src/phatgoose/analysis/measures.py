@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.intervals import Interval, SharedMeans, Z
-from ..experts.kinds.kind import dense_weights
+from ..experts.kind import dense_weights
 from ..routing.routers.router import Scores, best_expert_by_task
 from ..routing.watching import SitePass
 from ..sites import Stream

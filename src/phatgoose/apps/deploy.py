@@ -22,8 +22,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ..base import SMOLLM2, is_hub_id, smollm2_folder
 from ..errors import ConfigError, EngineError
-from ..experts.adapter import adapter_files
-from ..experts.expert import expert_files
+from ..experts.expert import adapter_files, expert_files
 from ..experts.pool import Pool
 from ..files import new_directory, one_line, read_json_object, regular_file, shortened, write_text
 from ..routing.routers.automatic import NO_CHOICE, allows_choice_by_prompt

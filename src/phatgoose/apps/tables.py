@@ -16,9 +16,9 @@ from ..evaluation.comparison.methods import BASE, label_of
 from ..evaluation.comparison.tables import ANCHOR, Comparison, in_per_cent
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Estimate, Replay
-from ..experts.importing.hub_owner import Listing
-from ..experts.kinds.registry import kinds
+from ..experts.hub_owner import Listing
 from ..experts.pool import Pool
+from ..experts.registry import kinds
 
 
 def pool_table(pool: Pool) -> Table:

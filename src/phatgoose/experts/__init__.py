@@ -1,11 +1,16 @@
 """An expert, and a pool of them: an adapter on disk with its gates and statistics.
 
-kinds/       what an expert of each kind adds at a site: LoRA, DoRA, (IA)³, bottleneck adapter
-adapter.py   which kind a directory holds, and whether it fits a base
-expert.py    the expert directory
-card.py      its model card, which the Hub shows
-readings.py  what it shares of how the base reads its prompts
-hub.py       experts on the Hugging Face Hub
-pool.py      many experts of one base
-importing/   experts made of other people's adapters
+kind.py        what each kind has: modules at sites, new ones in training, a stack of many
+registry.py    the kinds as records, which load no torch
+lora.py, dora.py, ia3.py, bottleneck.py
+peft_files.py  PEFT's two files, and what is refused of them
+expert.py      the expert directory
+card.py        its model card, which the Hub shows
+statistics.py  what it shares of how the base reads its prompts
+importing.py   experts made of other people's adapters
+skeleton.py    where an adapter acts, as PEFT resolves its config on a model without weights
+convert.py     other types of adapter, approximated by a LoRA
+hub.py         experts on the Hugging Face Hub
+hub_owner.py   what of an owner's repositories can be routed on one base
+pool.py        many experts of one base
 """

@@ -11,7 +11,7 @@ from typing import Any
 from ..base import is_hub_id
 from ..files import one_line
 from ..passes import ActsOn
-from .kinds.registry import kinds
+from .registry import kinds
 
 CARD = """\
 ---

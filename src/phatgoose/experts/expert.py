@@ -41,13 +41,78 @@ from ..files import (
     shortened,
 )
 from ..passes import ActsOn
-from .adapter import adapter_file_names, adapter_files, invocation_of, named_base, read_modules
 from .card import model_card
-from .kinds.kind import SiteModule, read_tensors
-from .kinds.lora.module import LoraFactors
-from .kinds.peft import ADAPTER_CONFIG
-from .kinds.registry import kinds
-from .readings import readings_problems
+from .kind import AdapterFiles, SiteModule, read_tensors
+from .lora import LoraFactors
+from .peft_files import ADAPTER_CONFIG, INVOCATION, PEFT_FILES
+from .registry import Kind, kinds, loaded_kinds
+from .statistics import readings_problems
+
+
+def formats() -> tuple[AdapterFiles, ...]:
+    return tuple(dict.fromkeys(kind.site_module.files for kind in loaded_kinds()))
+
+
+def adapter_file_names() -> tuple[str, ...]:
+    return tuple(name for files in formats() for name in (files.config, files.weights))
+
+
+def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
+    """The kind whose adapters have these files; of PEFT's the one that the config names."""
+    peft_type = config.get("peft_type") if files is PEFT_FILES else None
+    return next(
+        kind
+        for kind in loaded_kinds()
+        if kind.site_module.files is files and kind.peft_type == peft_type
+    )
+
+
+def adapter_files(directory: Path) -> AdapterFiles:
+    """The files of the adapter in `directory`, by default PEFT's; ExpertError for several kinds."""
+    held = [
+        files
+        for files in formats()
+        if any((directory / name).exists() for name in (files.config, files.weights))
+    ]
+    beside = {name for files in held for name in files.beside}
+    held = [files for files in held if files.config not in beside]
+    if len(held) > 1:
+        raise ExpertError(
+            f"{directory} holds files of two adapters, as {held[0].config} and {held[1].config} "
+            f"describe them; an expert has one."
+        )
+    return held[0] if held else PEFT_FILES
+
+
+def read_modules(
+    directory: Path, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, SiteModule]:
+    """What the adapter in `directory` does, by site.
+
+    `tensors` are its weights where they have been read already. Raises ExpertError when its files
+    are missing or damaged or it is of no kind that can be routed.
+    """
+    files = adapter_files(directory)
+    config = files.read_config(directory)
+    tensors = files.read_weights(directory) if tensors is None else tensors
+    return dict(kind_of(files, config).site_module.read(directory, config, tensors))
+
+
+def named_base(directory: Path) -> str | None:
+    """The base that the adapter names, None without. Raises ExpertError without an adapter."""
+    files = adapter_files(directory)
+    named = files.read_config(directory).get(files.base_key)
+    return named if isinstance(named, str) and named else None
+
+
+def invocation_of(directory: Path) -> ActsOn | None:
+    """What an adapter of PEFT's aLoRA acts on; None for others, which act on all tokens."""
+    files = adapter_files(directory)
+    if files is not PEFT_FILES:
+        return None
+    tokens = files.read_config(directory).get(INVOCATION)
+    return ActsOn.of({"invocation_tokens": tokens}) if tokens else None
+
 
 SHOWN = 3  # experts named in a warning
 UNRECORDED = {"truncation": "right"}  # of experts made before it was recorded

@@ -30,10 +30,9 @@ from ..files import (
     shortened,
     write_text,
 )
-from .adapter import adapter_files
-from .expert import LAYOUT, Expert, format_record
+from .expert import LAYOUT, Expert, adapter_files, format_record
 from .hub import HubReference, local_folder, reference_of
-from .importing.adapter import adapters_in, read_adapters
+from .importing import adapters_in, read_adapters
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
-from ..experts.kinds.kind import INDICES, Part
+from ..experts.kind import INDICES, Part
 from ..sites import FLOATS, Site
 from .stacks import SiteStack, declared
 

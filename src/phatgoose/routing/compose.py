@@ -23,7 +23,7 @@ from ..base import (
 )
 from ..config import Routing, RoutingSettings, from_mapping
 from ..errors import BaseModelError, ConfigError, RoutingError
-from ..experts.adapter import check_fit
+from ..experts.kind import check_fit
 from ..experts.pool import Pool
 from ..files import prefetch, shortened
 from ..sites import (

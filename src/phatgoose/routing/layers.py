@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RoutingError
-from ..experts.kinds.lora.stack import LoraStack
+from ..experts.lora import LoraStack
 from ..sites import Site
 from .context import RoutingContext, uncompiled
 from .kernels.choice import choose_kernel, one_call

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
-from ..experts.kinds.kind import Held, Part, SiteModule
-from ..experts.kinds.lora.stack import LoraStack, widened
-from ..experts.kinds.registry import Kind, loaded_kinds
+from ..experts.kind import Held, Part, SiteModule
+from ..experts.lora import LoraStack, widened
 from ..experts.pool import Pool
+from ..experts.registry import Kind, loaded_kinds
 
 
 class Declared(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..experts.kinds.kind import dense_weights
+from ..experts.kind import dense_weights
 from ..passes import TokenMasks, token_masks
 from ..sites import Site
 

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from ..base import Base
 from ..config import Peft
 from ..errors import ConfigError
-from ..experts.adapter import ModifiedLinear
-from ..experts.kinds.kind import FreshExpert, SiteModule, new_gate, openness
-from ..experts.kinds.registry import kind_for
+from ..experts.kind import FreshExpert, ModifiedLinear, SiteModule, new_gate, openness
+from ..experts.registry import kind_for
 from ..sites import Site, find_sites
 
 
@@ -71,7 +70,7 @@ class GatedLinear(ModifiedLinear):
     """A linear layer with one expert's module behind a gate v, which starts at zeros.
 
     A LoRA's output is `W u + scale * B A u * sigmoid(v . u)`, without a bias in the sigmoid (paper
-    section 3). A module of another kind acts at the strength of the sigmoid (`experts.kinds`).
+    section 3). A module of another kind acts at the strength of the sigmoid (`experts.kind`).
     """
 
     def __init__(

@@ -23,8 +23,8 @@ from ..base import choose_dtype, dtype_name, load_base, load_skeleton, load_toke
 from ..config import FOUR_BITS, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, TaskError
 from ..experts.expert import MOST_EMBEDDINGS
-from ..experts.kinds.registry import kind_for
-from ..experts.readings import readings_size
+from ..experts.registry import kind_for
+from ..experts.statistics import readings_size
 from ..sites import find_sites
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask

@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 from ..base import Base, check_base, load_base, number_format
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
-from ..experts.adapter import ModifiedLinear, applied
 from ..experts.expert import MOST_EMBEDDINGS, Expert, expert_files, recorded_formatting
-from ..experts.kinds.kind import SiteModule
-from ..experts.readings import PromptStates, readings_of
+from ..experts.kind import ModifiedLinear, SiteModule, applied
+from ..experts.statistics import PromptStates, readings_of
 from ..passes import ActsOn
 from ..sites import Site, find_sites
 from ..tasks.embeddings import (

@@ -32,10 +32,10 @@ from ..base import (
 )
 from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
-from ..experts.adapter import adapter_files, applied, check_fit, invocation_of, read_modules
-from ..experts.expert import LAYOUT, Expert, check_name
-from ..experts.kinds.peft import record_invocation
-from ..experts.kinds.registry import kind_for
+from ..experts.expert import LAYOUT, Expert, adapter_files, check_name, invocation_of, read_modules
+from ..experts.kind import applied, check_fit
+from ..experts.peft_files import record_invocation
+from ..experts.registry import kind_for
 from ..files import is_there, sha256_of, shortened
 from ..passes import ActsOn
 from ..sites import find_sites

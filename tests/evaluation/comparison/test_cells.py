@@ -185,7 +185,7 @@ def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, fi
 
 DECISIVE = (
     *("evaluation.evaluate", "routing.open_model", "routing.compose", "routing.saved.load"),
-    *("experts.pool", "experts.expert", "experts.kinds.peft", "base", "sites"),
+    *("experts.pool", "experts.expert", "experts.peft_files", "base", "sites"),
     *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
     *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
     *("routing.routers.phatgoose", "routing.routers.fixed", "routing.routers.configs"),

@@ -21,7 +21,7 @@ from kernel_problems import (
 from phatgoose.config import KERNELS as NAMES
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
-from phatgoose.experts.kinds.kind import expert_products
+from phatgoose.experts.kind import expert_products
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import runs_natively
 

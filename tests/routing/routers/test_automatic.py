@@ -12,7 +12,7 @@ import torch
 from mixed_experts import make_ia3
 from phatgoose.analysis.analyse import analyse
 from phatgoose.config import Routing
-from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

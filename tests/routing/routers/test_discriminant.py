@@ -12,7 +12,7 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import readings_of
+from phatgoose.experts.statistics import readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base import load_base
-from phatgoose.experts.kinds.lora.stack import LoraStack
+from phatgoose.experts.lora import LoraStack
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

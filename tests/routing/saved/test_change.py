@@ -17,7 +17,7 @@ from mixed_experts import ordered, renamed
 from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.ia3.module import ScalingVector
+from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.change import add_to_saved, remove_from_saved

@@ -31,7 +31,7 @@ from ...config import (
     settings_of,
 )
 from ...errors import ConfigError
-from ...experts.kinds.registry import kinds
+from ...experts.registry import kinds
 from ...files import read_toml, read_yaml, shortened
 from ...routing.routers.registry import AUTO, choice_of, known_names
 from ..console import set_voice

@@ -13,7 +13,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from ...errors import ConfigError
-from ...experts.kinds.registry import kind_for
+from ...experts.registry import kind_for
 from ..console import report, show
 from .options import only_with
 

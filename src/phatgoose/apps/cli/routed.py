@@ -48,7 +48,7 @@ def pool(
     """
     check_report(json, PoolError)
     from ...analysis.findings import near_duplicates
-    from ...experts.importing.hub_owner import is_owner
+    from ...experts.hub_owner import is_owner
     from ...experts.pool import check_manifest_name
     from ..tables import duplicates_table, pool_table
 
@@ -81,7 +81,7 @@ def pool(
 
 
 def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
-    from ...experts.importing.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
+    from ...experts.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
     from ..tables import owner_table
 
     listing = list_owner(pattern, base)

@@ -10,14 +10,14 @@ import typer
 
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, ExpertError, RoutingError
-from ...experts.kinds.registry import kinds
+from ...experts.registry import kinds
 from ...files import require_free
 from ..console import say
 from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
-    from ...experts.importing.adapter import Imports
+    from ...experts.importing import Imports
     from ...routing.export.export import Export
     from ...routing.export.shares import Texts
 
@@ -74,7 +74,7 @@ def import_command(
 
 def _imports(source: list[str], out: Path, name: str | None, how: dict[str, Any]) -> Imports:
     """What comes of the adapters, or folders of adapters; one alone is an error if refused."""
-    from ...experts.importing import adapter as importing
+    from ...experts import importing
 
     inside = [(each, importing.adapters_in(Path(each))) for each in source]
     if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):

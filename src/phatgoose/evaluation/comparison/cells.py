@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ...base import Base, number_format
 from ...errors import EvaluationError
 from ...experts.expert import Expert
-from ...experts.kinds.registry import KINDS
+from ...experts.registry import KINDS
 from ...jobs import BaseLocation
 from ...routing.composition import asked_of, composition_if_any
 from ...routing.open_model import OpenedModel

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from ...base import quiet_loading
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
-from ...experts.kinds.lora.module import LoraFactors
-from ...experts.kinds.peft import INVOCATION
+from ...experts.lora import LoraFactors
+from ...experts.peft_files import INVOCATION
 from ...experts.pool import Pool
 from ...files import new_directory, require_free
 from ...passes import ActsOn

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import RoutingError
-from ...experts.kinds.kind import Constant
+from ...experts.kind import Constant
 from ...sites import WrappedLinear, linear_shape
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...experts.kinds.kind import is_one_call
+from ...experts.kind import is_one_call
 from .native import add_routed, native, runs_natively
 from .plain import concat, gather, grouped, reference
 from .triton_gpu import add_routed as add_routed_on_gpu

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RoutingError
-from ...experts.kinds.kind import dense_weights, expert_products
+from ...experts.kind import dense_weights, expert_products
 
 
 def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...experts.kinds.lora.module import LoraFactors
+from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
 from .phatgoose import ByVectors, TopKRouter, products
 from .router import RouterSite, SiteRouter

@@ -2,8 +2,8 @@
 
 Not in the paper. A decoder knows its task only when it has seen the whole prompt, so this router
 reads prompts with the base alone and chooses for the whole input. Experts share the mean and
-covariance of what each block of the base makes of their training prompts (`experts.readings`), and
-new prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of
+covariance of what each block of the base makes of their training prompts (`statistics`), and new
+prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of
 one task differ count little, wording among them.
 """
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
-from ...experts.readings import PARTS, PLACES, PromptStates
+from ...experts.statistics import PARTS, PLACES, PromptStates
 from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
@@ -80,7 +80,7 @@ def line_of(
     """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
-    prompts (`experts.readings`). What an expert adds to the means over experts is bounded
+    prompts (`experts.statistics`). What an expert adds to the means over experts is bounded
     (`bounded_means`). Raises RoutingError, naming `router`, where the covariance can't be
     inverted, or what comes of it is not finite.
     """

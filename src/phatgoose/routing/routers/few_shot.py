@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError, PoolError, TaskError
-from ...experts.adapter import ModifiedLinear, applied
 from ...experts.expert import Expert, recorded_formatting
+from ...experts.kind import ModifiedLinear, applied
 from ...experts.pool import Pool
 from ...sites import input_device
 from ...tasks.batching import IGNORED, Collator, batches_of_tokens, target_logits

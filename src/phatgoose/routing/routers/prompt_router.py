@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.expert import Expert
-from ...experts.kinds.kind import dense_weights
+from ...experts.kind import dense_weights
 from ...experts.pool import Pool
 from ...tasks.embeddings import (
     PAPER_TEXT,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...experts.kinds.lora.module import LoraFactors
+from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
 from .arrow import small_svd
 from .phatgoose import products

@@ -13,7 +13,7 @@ from ...base import Base, BaseReference, check_base
 from ...errors import RoutingError, WrongBaseError
 from ...experts.expert import LAYOUT
 from ...experts.hub import HubReference
-from ...experts.kinds.peft import ADAPTER_CONFIG
+from ...experts.peft_files import ADAPTER_CONFIG
 from ...experts.pool import MANIFEST
 from ...files import bring_back, shortened
 from ...sites import Site, dtype_at, execution_device, find_sites

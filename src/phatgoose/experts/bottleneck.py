@@ -1,4 +1,8 @@
-"""Bottleneck adapters, stacked, and the sum over chosen ones.
+"""Bottleneck adapters (Houlsby et al. 2019): y + σ scale (U f(D y + b_D) + b_U) for y = W u + b.
+
+Stored in a small format of our own, since PEFT has none (docs/format.md).
+
+Bottleneck adapters, stacked, and the sum over chosen ones.
 
     sum over z of w_z (U_z f_z(D_z y + b_z) + c_z)     for outputs y of a site
 
@@ -6,20 +10,115 @@ Two methods compute it, with the same numbers and gradients up to rounding:
 
     side_by_side  all experts for all tokens, static shapes  few experts
     grouped       tokens sorted by expert                    many
+
+New bottleneck adapters, before the residual is added.
+
+They stand on the output of attention's and of the feed-forward network's last linear layer
+(Houlsby et al. 2019), or of the latter alone (Pfeiffer et al. 2021). They are saved in the base's
+dtype: exactly the numbers that were validated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
-from ....config import ACTIVATIONS
-from ..kind import Held, Part, Product, dense_weights, expert_products, row_tensor, weighted_rows
-from .module import ACTIVATION, BottleneckLayers
+from ..config import ACTIVATIONS, Bottleneck
+from ..errors import ExpertError
+from ..sites import Site
+from .kind import (
+    Held,
+    NewLayers,
+    OwnFiles,
+    Part,
+    Product,
+    SiteModule,
+    dense_weights,
+    expert_products,
+    row_tensor,
+    weighted_rows,
+)
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
+LARGEST_SCALE = 1e9
+FILES = OwnFiles(
+    "bottleneck_config.json",
+    "bottleneck.safetensors",
+    parts={"down.weight": "md", "down.bias": "m", "up.weight": "dm", "up.bias": "d"},
+    settings={
+        "activation": lambda value: value in ACTIVATIONS,
+        "scale": lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SCALE,
+    },
+    version_key="bottleneck_version",
+)
+
+
+@dataclass(frozen=True, repr=False)
+class BottleneckLayers(SiteModule):
+    """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
+
+    kind: ClassVar[str] = "bottleneck"
+    files: ClassVar[OwnFiles] = FILES
+
+    down: Tensor  # [m, d]
+    down_bias: Tensor  # [m]
+    up: Tensor  # [d, m]
+    up_bias: Tensor  # [d]
+    activation: str
+    scale: float = 1.0
+
+    @property
+    def out_features(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.down.shape[0]
+
+    def at(self, weight: Tensor) -> BottleneckLayers:
+        up, up_bias = ((self.scale * t.float()).to(weight) for t in (self.up, self.up_bias))
+        down, down_bias = self.down.to(weight), self.down_bias.to(weight)
+        return replace(self, down=down, down_bias=down_bias, up=up, up_bias=up_bias, scale=1.0)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        y: Tensor = base(u)
+        inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
+        return y + strength * functional.linear(inner, self.up, self.up_bias)
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, BottleneckLayers]:
+        settings = {"activation": config["activation"], "scale": float(config["scale"])}
+        return {
+            site: cls(down, down_bias, up, up_bias, **settings)
+            for site, (down, down_bias, up, up_bias) in FILES.by_site(directory, tensors).items()
+        }
+
+    @classmethod
+    def write(
+        cls, folder: Path, modules: Mapping[str, BottleneckLayers], about: Mapping[str, Any]
+    ) -> Path:
+        """ExpertError unless the layers share one activation and scale."""
+        if len({layer.settings for layer in modules.values()}) != 1:
+            raise ExpertError(
+                "The layers of one bottleneck adapter share their activation and scale."
+            )
+        first = next(iter(modules.values()))
+        tensors = {s: (m.down, m.down_bias, m.up, m.up_bias) for s, m in modules.items()}
+        config = {**about, "activation": first.activation, "scale": first.scale}
+        return FILES.write(folder, tensors, config)
 
 
 @dataclass(frozen=True)
@@ -124,3 +223,34 @@ def _activated(inner: Tensor, activations: Tensor) -> Tensor:
         # Every function for all, since choosing by rows would read indices back.
         result = torch.where(activations == index, ACTIVATION[name](inner), result)
     return result
+
+
+# The last linear layers of attention and of feed-forward networks, by their names in transformers.
+ATTENTION_OUTPUT = r"(?i:[^.]*att[^.]*)\.(o|o_proj|out_proj|c_proj|dense)$"
+FEEDFORWARD_OUTPUT = r"\.(wo|down_proj|fc2|fc_out|dense_4h_to_h|w2)$|\bmlp\.c_proj$"
+OUTPUTS = {  # patterns of sites by placement
+    "houlsby": f"{ATTENTION_OUTPUT}|{FEEDFORWARD_OUTPUT}",
+    "pfeiffer": FEEDFORWARD_OUTPUT,
+}
+
+
+class NewBottlenecks(NewLayers):
+    def default_sites(self, model: PreTrainedModel, settings: Bottleneck) -> str:
+        return OUTPUTS[settings.placement]
+
+    def initial(self, settings: Bottleneck, site: Site) -> dict[str, Tensor]:
+        d, m = site.out_features, settings.size
+        down = torch.zeros(m, d)
+        nn.init.normal_(down, std=settings.init_std)
+        return {
+            "down": down,
+            "down_bias": torch.zeros(m),
+            "up": torch.zeros(d, m),
+            "up_bias": torch.zeros(d),
+        }
+
+    def module(self, settings: Bottleneck, parameters: Mapping[str, Tensor]) -> BottleneckLayers:
+        return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)
+
+    def strength(self, settings: Bottleneck) -> float:
+        return settings.scale

@@ -18,10 +18,10 @@ from paths import ROOT
 from phatgoose.base import BaseReference, load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import BaseModelError, ExpertError, PoolError, WrongBaseError
+from phatgoose.experts import importing
 from phatgoose.experts.expert import check_expert
-from phatgoose.experts.importing import adapter as importing
-from phatgoose.experts.importing.adapter import import_adapter, import_adapters
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.importing import import_adapter, import_adapters
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.task import Example, Task
@@ -119,8 +119,8 @@ def rewrite_document() -> None:
     DOCUMENT.write_text(before + MARKS[0] + inside + MARKS[1] + after, encoding="utf-8")
 
 
-def test_adapters_opened_again_are_the_same_and_change_with_their_files(adapter, tmp_path):
-    shutil.copytree(adapter, tmp_path / "adapters" / "mine")
+def test_adapters_opened_again_are_the_same_and_change_with_their_files(own_adapter, tmp_path):
+    shutil.copytree(own_adapter, tmp_path / "adapters" / "mine")
     first, again = (Pool.open(tmp_path / "adapters").experts[0] for _ in range(2))
     assert first is again
     config = tmp_path / "adapters" / "mine" / ADAPTER_CONFIG
@@ -139,87 +139,91 @@ def test_an_expert_is_not_imported(make_expert, llama, tmp_path):
     assert not (tmp_path / "imported").exists()
 
 
-def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(adapter, llama, tmp_path):
-    expert = import_adapter(adapter, tmp_path / "experts" / "mine")
+def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(
+    own_adapter, llama, tmp_path
+):
+    expert = import_adapter(own_adapter, tmp_path / "experts" / "mine")
     assert (expert.name, expert.gates, expert.means) == ("mine", {}, {})
     assert expert.info.base == llama.reference
     assert expert.info.hyperparameters == {"imported_from": "adapter"}
-    assert import_adapter(adapter, tmp_path / "b", name="other").name == "other"
+    assert import_adapter(own_adapter, tmp_path / "b", name="other").name == "other"
 
 
-def test_the_revision_of_the_base_is_recorded_where_the_adapter_names_one(adapter, llama, tmp_path):
-    set_config(adapter, revision="v2")
-    named = import_adapter(adapter, tmp_path / "named", fingerprint=False)
+def test_the_revision_of_the_base_is_recorded_where_the_adapter_names_one(
+    own_adapter, llama, tmp_path
+):
+    set_config(own_adapter, revision="v2")
+    named = import_adapter(own_adapter, tmp_path / "named", fingerprint=False)
     assert named.info.base == BaseReference(llama.id, "v2")
-    other = import_adapter(adapter, tmp_path / "other", base=llama.id, fingerprint=False)
+    other = import_adapter(own_adapter, tmp_path / "other", base=llama.id, fingerprint=False)
     assert other.info.base == BaseReference(llama.id)  # of the base that the user named instead
-    set_config(adapter, revision=2)
+    set_config(own_adapter, revision=2)
     with pytest.raises(ExpertError, match="revision 2 of its base"):
-        import_adapter(adapter, tmp_path / "numbered")
+        import_adapter(own_adapter, tmp_path / "numbered")
 
 
 def test_a_fingerprint_is_recorded_where_the_weights_are_here(
-    adapter, llama, tmp_path, monkeypatch
+    own_adapter, llama, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(importing, "load_base", None)  # which isn't needed
-    expert = import_adapter(adapter, tmp_path / "mine")
+    expert = import_adapter(own_adapter, tmp_path / "mine")
     assert expert.info.base.fingerprint == llama.fingerprint
     detach(compose(Pool((expert,)), llama, router="arrow", k=1))
-    without = import_adapter(adapter, tmp_path / "without", fingerprint=False)
+    without = import_adapter(own_adapter, tmp_path / "without", fingerprint=False)
     with pytest.warns(UserWarning, match="'phatgoose import --fingerprint' records one"):
         compose(Pool((without,)), llama, router="arrow", k=1)
 
 
 def test_a_base_without_its_weights_here_has_no_fingerprint(
-    adapter, base_folders, tmp_path, monkeypatch
+    own_adapter, base_folders, tmp_path, monkeypatch
 ):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((base_folders["llama"] / "config.json").read_bytes())
-    set_config(adapter, base_model_name_or_path=str(bare))
-    assert import_adapter(adapter, tmp_path / "mine").info.base == BaseReference(str(bare))
+    set_config(own_adapter, base_model_name_or_path=str(bare))
+    assert import_adapter(own_adapter, tmp_path / "mine").info.base == BaseReference(str(bare))
     with pytest.raises(BaseModelError):  # loaded for it
-        import_adapter(adapter, tmp_path / "other", fingerprint=True)
+        import_adapter(own_adapter, tmp_path / "other", fingerprint=True)
 
 
-def test_a_base_in_the_hubs_cache_is_recorded_by_its_id(adapter, base_folders, tmp_path):
+def test_a_base_in_the_hubs_cache_is_recorded_by_its_id(own_adapter, base_folders, tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--you--base" / "snapshots" / commit
     shutil.copytree(base_folders["llama"], cached)
-    set_config(adapter, base_model_name_or_path=str(cached))
-    found = import_adapter(adapter, tmp_path / "mine", by_path=False).info.base
+    set_config(own_adapter, base_model_name_or_path=str(cached))
+    found = import_adapter(own_adapter, tmp_path / "mine", by_path=False).info.base
     assert (found.id, found.revision) == ("you/base", commit)
     assert found.fingerprint is not None
 
 
-def test_a_path_is_refused_as_a_bases_name_with_what_to_pass(adapter, llama, tmp_path):
+def test_a_path_is_refused_as_a_bases_name_with_what_to_pass(own_adapter, llama, tmp_path):
     with pytest.raises(ExpertError, match=r"named by a path, .*give its id with --base-id"):
-        import_adapter(adapter, tmp_path / "mine", by_path=False)
-    found = import_adapter(adapter, tmp_path / "mine", by_path=False, base_id="you/base")
+        import_adapter(own_adapter, tmp_path / "mine", by_path=False)
+    found = import_adapter(own_adapter, tmp_path / "mine", by_path=False, base_id="you/base")
     assert found.info.base == BaseReference("you/base", None, llama.fingerprint)
     for bad in ("no id here", "a\nb", "/a/path"):
         with pytest.raises(ExpertError, match="is no Hub id, OWNER/NAME, to record the base by"):
-            import_adapter(adapter, tmp_path / "bad", base_id=bad)
+            import_adapter(own_adapter, tmp_path / "bad", base_id=bad)
         assert not (tmp_path / "bad").exists()
-    set_config(adapter, base_model_name_or_path="you/own")
+    set_config(own_adapter, base_model_name_or_path="you/own")
     with pytest.raises(ExpertError, match=r"on the Hub \(the adapter names you/own\)"):
-        import_adapter(adapter, tmp_path / "other", base=llama.id, by_path=False)
+        import_adapter(own_adapter, tmp_path / "other", base=llama.id, by_path=False)
 
 
-def test_a_base_of_other_shapes_is_refused_by_layer(adapter, tmp_path):
+def test_a_base_of_other_shapes_is_refused_by_layer(own_adapter, tmp_path):
     other = make_model("qwen2")
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ExpertError, match=r"k_proj: its config wants A .* and B of \(16, 4\)"):
-        import_adapter(adapter, tmp_path / "mine", base=str(tmp_path / "other"))
+        import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "other"))
 
 
-def test_a_base_that_is_not_named_or_not_there_is_told(adapter, base_folders, tmp_path):
+def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders, tmp_path):
     with pytest.raises(BaseModelError, match="nowhere"):
-        import_adapter(adapter, tmp_path / "mine", base="nowhere")
-    set_config(adapter, base_model_name_or_path=None)
+        import_adapter(own_adapter, tmp_path / "mine", base="nowhere")
+    set_config(own_adapter, base_model_name_or_path=None)
     with pytest.raises(ExpertError, match="--base"):
-        import_adapter(adapter, tmp_path / "mine")
-    assert import_adapter(adapter, tmp_path / "mine", base=str(base_folders["llama"])).lora
+        import_adapter(own_adapter, tmp_path / "mine")
+    assert import_adapter(own_adapter, tmp_path / "mine", base=str(base_folders["llama"])).lora
 
 
 @pytest.mark.parametrize(
@@ -235,23 +239,25 @@ def test_a_base_that_is_not_named_or_not_there_is_told(adapter, base_folders, tm
         ({"task_type": 7}, "PEFT can't apply its config"),
     ],
 )
-def test_a_config_that_fits_nothing_is_refused_in_one_line(adapter, tmp_path, options, complaint):
-    set_config(adapter, **options)
+def test_a_config_that_fits_nothing_is_refused_in_one_line(
+    own_adapter, tmp_path, options, complaint
+):
+    set_config(own_adapter, **options)
     with pytest.raises(ExpertError) as caught:
-        import_adapter(adapter, tmp_path / "mine")
+        import_adapter(own_adapter, tmp_path / "mine")
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mine").exists()
 
 
-def test_biases_that_act_on_all_tokens_are_refused_beside_an_invocation(adapter, tmp_path):
-    set_config(adapter, bias="lora_only", alora_invocation_tokens=[5, 6])
+def test_biases_that_act_on_all_tokens_are_refused_beside_an_invocation(own_adapter, tmp_path):
+    set_config(own_adapter, bias="lora_only", alora_invocation_tokens=[5, 6])
     with pytest.raises(ExpertError, match="trained biases of the base, which act on all tokens"):
-        import_adapter(adapter, tmp_path / "mine")
+        import_adapter(own_adapter, tmp_path / "mine")
 
 
-def test_gates_trained_for_an_import_keep_what_it_records(adapter, llama, tmp_path):
-    imported = import_adapter(adapter, tmp_path / "imported", fingerprint=True)
+def test_gates_trained_for_an_import_keep_what_it_records(own_adapter, llama, tmp_path):
+    imported = import_adapter(own_adapter, tmp_path / "imported", fingerprint=True)
     task = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(4)))
     few = {"training": Training(batch_size=4), "gate_training": GateTraining(gate_steps=1)}
     expert = train_gates(llama, imported.directory, task, out=tmp_path / "mine", **few)
@@ -284,20 +290,20 @@ def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(
     assert any(rank < exact[site].A.shape[0] for site, rank in ranks.items())
 
 
-def test_an_allowed_loss_changes_nothing_about_a_lora(adapter, tmp_path):
-    expert = import_adapter(adapter, tmp_path / "mine", allow_loss=0.5)
+def test_an_allowed_loss_changes_nothing_about_a_lora(own_adapter, tmp_path):
+    expert = import_adapter(own_adapter, tmp_path / "mine", allow_loss=0.5)
     assert (expert.directory / ADAPTER_WEIGHTS).read_bytes() == (
-        adapter / ADAPTER_WEIGHTS
+        own_adapter / ADAPTER_WEIGHTS
     ).read_bytes()
 
 
-def test_of_several_adapters_those_that_can_are_imported(adapter, llama, tmp_path):
-    prompts = shutil.copytree(adapter, tmp_path / "more" / "prompts")
+def test_of_several_adapters_those_that_can_are_imported(own_adapter, llama, tmp_path):
+    prompts = shutil.copytree(own_adapter, tmp_path / "more" / "prompts")
     set_config(prompts, peft_type="PROMPT_TUNING")
-    again = shutil.copytree(adapter, tmp_path / "again" / adapter.name)
-    found = import_adapters([adapter, prompts, again, tmp_path / "none"], tmp_path / "pool")
-    assert [expert.name for expert in found.experts] == [adapter.name]
-    assert Pool.open(tmp_path / "pool").names == (adapter.name,)
+    again = shutil.copytree(own_adapter, tmp_path / "again" / own_adapter.name)
+    found = import_adapters([own_adapter, prompts, again, tmp_path / "none"], tmp_path / "pool")
+    assert [expert.name for expert in found.experts] == [own_adapter.name]
+    assert Pool.open(tmp_path / "pool").names == (own_adapter.name,)
     assert list(found.refused) == [str(prompts), str(again), str(tmp_path / "none")]
     told = list(found.refused.values())
     assert "PROMPT_TUNING" in told[0]

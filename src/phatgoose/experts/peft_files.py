@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ...base import Base
-from ...errors import ExpertError
-from ...files import TensorFile, check_config, one_line, read_json_object, shortened
-from ...passes import ActsOn
-from ...sites import Site
+from ..base import Base
+from ..errors import ExpertError
+from ..files import TensorFile, check_config, one_line, read_json_object, shortened
+from ..passes import ActsOn
+from ..sites import Site
 from .kind import AdapterFiles
 
 # PEFT's types that are routed as they are.

@@ -26,13 +26,13 @@ from peft.utils.transformers_weight_conversion import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...base import load_skeleton
-from ...errors import ExpertError
-from ...files import BY_PATTERN, NAMES, ByName, first_line, matching, shortened, value_at
-from ...sites import Site, find_sites
-from ..kinds.ia3.module import IA3_ENDING
-from ..kinds.lora.module import LORA_ENDINGS
-from ..kinds.peft import ADAPTER, CONFIGS
+from ..base import load_skeleton
+from ..errors import ExpertError
+from ..files import BY_PATTERN, NAMES, ByName, first_line, matching, shortened, value_at
+from ..sites import Site, find_sites
+from .ia3 import IA3_ENDING
+from .lora import LORA_ENDINGS
+from .peft_files import ADAPTER, CONFIGS
 
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
 # What PEFT raises for odd values in a config.

@@ -18,13 +18,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ...base import load_base
-from ...errors import ExpertError
-from ...files import BY_PATTERN, check_config, shortened
-from ...sites import find_sites
-from ..kinds.lora.module import LoraFactors
-from ..kinds.peft import ADAPTER, ADAPTER_CONFIG, PEFT_FILES, PEFT_PREFIX, read_config
-from .peft_skeleton import peft_errors, spelled_out
+from ..base import load_base
+from ..errors import ExpertError
+from ..files import BY_PATTERN, check_config, shortened
+from ..sites import find_sites
+from .lora import LoraFactors
+from .peft_files import ADAPTER, ADAPTER_CONFIG, PEFT_FILES, PEFT_PREFIX, read_config
+from .skeleton import peft_errors, spelled_out
 
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 

@@ -11,9 +11,9 @@ from changed_adapters import set_config
 from import_cases import make_tiny
 from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
-from phatgoose.experts.importing import peft_skeleton as skeletons
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.experts import skeleton as skeletons
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
@@ -61,7 +61,7 @@ def test_a_target_that_transformers_5_has_fused_is_refused_by_name(tmp_path):
         import_adapter(adapter, tmp_path / "fused")
 
 
-def test_peft_is_asked_once_for_all_adapters_of_one_config(adapter, tmp_path, monkeypatch):
+def test_peft_is_asked_once_for_all_adapters_of_one_config(own_adapter, tmp_path, monkeypatch):
     skeletons._resolve.cache_clear()
     calls = []
     build = skeletons.get_peft_model
@@ -69,9 +69,9 @@ def test_peft_is_asked_once_for_all_adapters_of_one_config(adapter, tmp_path, mo
         skeletons, "get_peft_model", lambda *given: calls.append(given) or build(*given)
     )
     for name in ("a", "b", "c"):
-        import_adapter(adapter, tmp_path / name)
-    set_config(adapter, use_rslora=True)
-    import_adapter(adapter, tmp_path / "d")
+        import_adapter(own_adapter, tmp_path / name)
+    set_config(own_adapter, use_rslora=True)
+    import_adapter(own_adapter, tmp_path / "d")
     assert len(calls) == 2
 
 

@@ -10,7 +10,7 @@ from fake_hub import contents
 from phatgoose.errors import PoolError
 from phatgoose.experts.expert import expert_files
 from phatgoose.experts.hub import pull
-from phatgoose.experts.importing.hub_owner import import_listed, is_owner, list_owner
+from phatgoose.experts.hub_owner import import_listed, is_owner, list_owner
 from phatgoose.experts.pool import Pool
 from tiny import make_adapter
 

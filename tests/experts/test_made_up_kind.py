@@ -22,13 +22,12 @@ from phatgoose.analysis.audit_signs import signs_of
 from phatgoose.analysis.findings import cosines, near_duplicates
 from phatgoose.config import GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
-from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts import registry
 from phatgoose.experts.expert import Expert, check_expert
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds import registry
-from phatgoose.experts.kinds.kind import Held
-from phatgoose.experts.kinds.registry import KINDS, kind_for, kinds, loaded_kinds
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.kind import Held, ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.registry import KINDS, kind_for, kinds, loaded_kinds
 from phatgoose.routing.checks import check_site
 from phatgoose.routing.compose import compose, stack_at
 from phatgoose.routing.composition import composition_of
@@ -220,7 +219,7 @@ def unread(monkeypatch):
 def test_broken_kinds_of_other_packages_are_named_and_break_nothing(unread, monkeypatch, tmp_path):
     code = """
 from phatgoose.config import Lora
-from phatgoose.experts.kinds.registry import Kind
+from phatgoose.experts.registry import Kind
 TAKEN = Kind("lora", "", "", Lora, "", "", ())
 LATE = Kind("late", "late", "", Lora, "no_such_module:X", "", ())
 """

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
-from phatgoose.experts.adapter import ModifiedLinear, applied
+from phatgoose.experts import peft_files as peft
+from phatgoose.experts.dora import DoraFactors
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds import peft
-from phatgoose.experts.kinds.dora.module import DoraFactors
+from phatgoose.experts.importing import import_adapter
+from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.export.export import export

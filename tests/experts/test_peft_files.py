@@ -19,9 +19,8 @@ from torch import Tensor
 from changed_adapters import change_tensors, complaint_about, set_config
 from golden_sites import DOWN, QUERY
 from paths import GOLDENS
-from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INVOCATION, UNSUPPORTED
+from phatgoose.experts.expert import Expert, read_modules
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INVOCATION, UNSUPPORTED
 from tiny import make_adapter
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -111,10 +110,10 @@ def test_an_ia3_tensor_of_another_shape_is_refused(tmp_path, shape):
         ("model.layers.0.mlp.strange", "no part of a plain adapter."),
     ],
 )
-def test_a_tensor_that_is_left_over_is_refused_by_name(adapter, extra, reason):
+def test_a_tensor_that_is_left_over_is_refused_by_name(own_adapter, extra, reason):
     name = f"base_model.model.{extra}"
-    change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
-    message = complaint_about(adapter)
+    change_tensors(own_adapter, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
+    message = complaint_about(own_adapter)
     assert repr(name) in message
     assert reason in message
 
@@ -161,9 +160,9 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)
-def test_a_damaged_adapter_is_refused_with_the_reason(adapter, damage, reason):
-    damage(adapter)
-    assert reason in complaint_about(adapter)
+def test_a_damaged_adapter_is_refused_with_the_reason(own_adapter, damage, reason):
+    damage(own_adapter)
+    assert reason in complaint_about(own_adapter)
 
 
 REFUSED = [
@@ -195,9 +194,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("key", "value", "reason"), REFUSED)
-def test_what_is_no_plain_lora_is_refused_with_the_reason(adapter, key, value, reason):
-    set_config(adapter, **{key: value})
-    assert reason in complaint_about(adapter)
+def test_what_is_no_plain_lora_is_refused_with_the_reason(own_adapter, key, value, reason):
+    set_config(own_adapter, **{key: value})
+    assert reason in complaint_about(own_adapter)
 
 
 def test_every_lora_variant_that_peft_knows_is_refused_or_known_to_be_plain():

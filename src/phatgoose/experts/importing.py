@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from ...base import (
+from ..base import (
     BaseReference,
     fingerprint_here,
     is_hub_id,
@@ -34,17 +34,27 @@ from ...base import (
     published,
     recorded_id,
 )
-from ...errors import ConfigError, ExpertError, PhatgooseError
-from ...files import one_line, read_json_object, require_free, sha256_of, shortened
-from ...sites import find_sites, linear_shape
-from ..adapter import adapter_files, check_fit, formats, kind_of, named_base, read_modules
-from ..expert import LAYOUT, Expert, check_name, named_revision
-from ..hub import HubReference, fetch, reference_of
-from ..kinds.dora.module import DoraFactors
-from ..kinds.ia3.module import IA3_ENDING, ScalingVector
-from ..kinds.kind import AdapterFiles, SiteModule
-from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
-from ..kinds.peft import (
+from ..errors import ConfigError, ExpertError, PhatgooseError
+from ..files import one_line, read_json_object, require_free, sha256_of, shortened
+from ..sites import find_sites, linear_shape
+from .convert import convert
+from .dora import DoraFactors
+from .expert import (
+    LAYOUT,
+    Expert,
+    adapter_files,
+    check_name,
+    formats,
+    kind_of,
+    named_base,
+    named_revision,
+    read_modules,
+)
+from .hub import HubReference, fetch, reference_of
+from .ia3 import IA3_ENDING, ScalingVector
+from .kind import AdapterFiles, SiteModule, check_fit
+from .lora import LORA_ENDINGS, LoraFactors
+from .peft_files import (
     ADAPTER_WEIGHTS,
     CONVERTIBLE,
     INVOCATION,
@@ -54,8 +64,7 @@ from ..kinds.peft import (
     read_config,
     tensor_refusal,
 )
-from .peft_skeleton import Target, resolve
-from .to_lora import convert
+from .skeleton import Target, resolve
 
 WANTED = dict(  # for messages, by the end of a tensor's name
     zip(

@@ -17,14 +17,21 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from ...base import published
-from ...errors import PhatgooseError, PoolError
-from ...files import MOST_JSON_BYTES, one_line, shortened
-from ..adapter import adapter_file_names, adapter_files, formats
-from ..expert import LAYOUT, check_name, expert_files, read_info
-from ..hub import PREFIX, HubReference, pull, without_progress_bars
-from ..kinds.peft import PICKLED_WEIGHTS
-from .adapter import import_adapter, imported_kind, plain_config, require_named_base
+from ..base import published
+from ..errors import PhatgooseError, PoolError
+from ..files import MOST_JSON_BYTES, one_line, shortened
+from .expert import (
+    LAYOUT,
+    adapter_file_names,
+    adapter_files,
+    check_name,
+    expert_files,
+    formats,
+    read_info,
+)
+from .hub import PREFIX, HubReference, pull, without_progress_bars
+from .importing import import_adapter, imported_kind, plain_config, require_named_base
+from .peft_files import PICKLED_WEIGHTS
 
 MOST_REPOSITORIES = 1000  # of an owner, those that the Hub names first
 MOST_BYTES = 2 * 2**30  # of an adapter; a larger one is imported by its own name

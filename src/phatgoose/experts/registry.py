@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...config import IA3, Bottleneck, Dora, Lora, Peft
-from ...errors import ConfigError
-from ...files import add_entry_points
+from ..config import IA3, Bottleneck, Dora, Lora, Peft
+from ..errors import ConfigError
+from ..files import add_entry_points
 
 if TYPE_CHECKING:
     from .kind import NewModules, Part, SiteModule
@@ -68,7 +68,7 @@ def _class(place: str | type[Any]) -> type[Any]:
     return found
 
 
-HERE = "phatgoose.experts.kinds"
+HERE = "phatgoose.experts"
 
 KINDS: dict[str, Kind] = {
     "lora": Kind(
@@ -76,9 +76,9 @@ KINDS: dict[str, Kind] = {
         "LoRA",
         "A LoRA",
         Lora,
-        f"{HERE}.lora.module:LoraFactors",
-        f"{HERE}.lora.training:NewLoras",
-        (f"{HERE}.lora.stack:LoraStack",),
+        f"{HERE}.lora:LoraFactors",
+        f"{HERE}.lora:NewLoras",
+        (f"{HERE}.lora:LoraStack",),
         peft_type="LORA",
     ),
     "ia3": Kind(
@@ -86,9 +86,9 @@ KINDS: dict[str, Kind] = {
         "(IA)³",
         "An (IA)³",
         IA3,
-        f"{HERE}.ia3.module:ScalingVector",
-        f"{HERE}.ia3.training:NewScalings",
-        (f"{HERE}.ia3.stack:InputScalingStack", f"{HERE}.ia3.stack:OutputScalingStack"),
+        f"{HERE}.ia3:ScalingVector",
+        f"{HERE}.ia3:NewScalings",
+        (f"{HERE}.ia3:InputScalingStack", f"{HERE}.ia3:OutputScalingStack"),
         peft_type="IA3",
     ),
     "bottleneck": Kind(
@@ -96,18 +96,18 @@ KINDS: dict[str, Kind] = {
         "bottleneck",
         "A bottleneck-adapter",
         Bottleneck,
-        f"{HERE}.bottleneck.module:BottleneckLayers",
-        f"{HERE}.bottleneck.training:NewBottlenecks",
-        (f"{HERE}.bottleneck.stack:BottleneckStack",),
+        f"{HERE}.bottleneck:BottleneckLayers",
+        f"{HERE}.bottleneck:NewBottlenecks",
+        (f"{HERE}.bottleneck:BottleneckStack",),
     ),
     "dora": Kind(
         "dora",
         "DoRA",
         "A DoRA",
         Dora,
-        f"{HERE}.dora.module:DoraFactors",
-        f"{HERE}.dora.training:NewDoras",
-        (f"{HERE}.dora.stack:DoraStack",),
+        f"{HERE}.dora:DoraFactors",
+        f"{HERE}.dora:NewDoras",
+        (f"{HERE}.dora:DoraStack",),
     ),
 }
 

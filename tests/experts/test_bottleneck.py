@@ -17,10 +17,9 @@ from golden_sites import DOWN, QUERY
 from mixed_experts import make_bottleneck, make_kind
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
-from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
-from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.bottleneck.module import FILES, BottleneckLayers
+from phatgoose.experts.bottleneck import FILES, BottleneckLayers
+from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert, read_modules
+from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import logits_of, make_ids

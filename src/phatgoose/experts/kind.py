@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...base import Base
-from ...errors import ExpertError
-from ...files import TensorFile, read_json_object, shortened
-from ...passes import where_active
-from ...sites import FLOATS, Site, WrappedLinear, dtype_at, replaced
+from ..base import Base
+from ..errors import ExpertError
+from ..files import TensorFile, read_json_object, shortened
+from ..passes import where_active
+from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, linear_shape, replaced
 
 # One expert: its module at a site, and its files.
 
@@ -200,6 +200,76 @@ def read_tensors(path: Path) -> TensorFile:
 
 def are_floats(*tensors: Tensor) -> bool:
     return all(tensor.dtype in FLOATS for tensor in tensors)
+
+
+def check_fit(
+    name: str,
+    modules: Mapping[str, SiteModule],
+    sites: Mapping[str, Site],
+    vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Raise ExpertError unless the modules of expert `name` fit the base, which has `sites`.
+
+    `vectors` are its gates and means, if any, by what one of them is called in messages. Only here
+    are those checked whose module doesn't see the site's input.
+    """
+    for site, module in modules.items():
+        if site not in sites:
+            raise ExpertError(f"Expert {name!r} acts on {site}, which the base model lacks.")
+        wanted = (sites[site].in_features, sites[site].out_features)
+        got = (
+            wanted[0] if module.in_features is None else module.in_features,
+            wanted[1] if module.out_features is None else module.out_features,
+        )
+        if got != wanted:
+            raise ExpertError(
+                f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features, the base model "
+                f"{wanted[0]} to {wanted[1]}; it was trained on another base."
+            )
+        for kind, held in (vectors or {}).items():
+            if site in held and tuple(held[site].shape) != (wanted[0],):
+                raise ExpertError(
+                    f"Expert {name!r}, site {site}: the {kind} has shape "
+                    f"{tuple(held[site].shape)}, the base model wants {(wanted[0],)}."
+                )
+
+
+# One expert alone on its base: a layer with its module at each of its sites.
+
+Layer = TypeVar("Layer", bound="ModifiedLinear")
+
+
+class ModifiedLinear(WrappedLinear):
+    """A linear layer with one expert's module: `module.apply`, at `strength` per token (1 here)."""
+
+    def __init__(
+        self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype` is the module's type if the weights are packed and have none."""
+        super().__init__(base, *linear_shape(base))
+        like = self.weight
+        if dtype is not None and not like.is_floating_point():
+            like = torch.empty(0, dtype=dtype, device=like.device)
+        self.module = module.at(like)
+
+    def strength(self, u: Tensor) -> Tensor | float:
+        return 1.0
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.module.apply(self.base, u, where_active(self.strength(u), u))
+
+
+@contextmanager
+def applied(
+    model: PreTrainedModel, modules: Mapping[str, SiteModule], layer: type[Layer]
+) -> Iterator[dict[str, Layer]]:
+    """`layer`s with an expert's modules, by site, in `model`; ExpertError if one doesn't fit."""
+    check_fit("adapter", modules, find_sites(model))
+    layers = {
+        site: layer(model.get_submodule(site), each, model.dtype) for site, each in modules.items()
+    }
+    with replaced(model, layers):
+        yield layers
 
 
 # A new expert, about to be trained: a base with new modules at its sites.

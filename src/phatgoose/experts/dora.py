@@ -1,0 +1,201 @@
+"""DoRA (Liu et al. 2024) on a known base: a LoRA and a scale of the layer's outputs.
+
+A DoRA gives the layer the weight m ⊙ (W + s B A) / ‖W + s B A‖, with the norm of each output's row.
+With g = m / ‖W + s B A‖, which is constant, that is g ⊙ (W u) + (g s B) A u, and with the base's
+bias b, which it leaves alone:
+
+    (W u + b) ⊙ (1 + σ (g - 1)) + σ ((g s B) A u - (g - 1) ⊙ b)
+
+So experts add up as others do, and one alone is exactly PEFT's. g needs the base's weights, so it
+is computed when a DoRA is trained or imported, and stored in a format of our own (docs/format.md).
+
+DoRAs, stacked: their LoRAs, and what their scales of a site's outputs differ from 1 by.
+
+New DoRAs, as PEFT makes them, at every site (Liu et al. 2024).
+
+A magnitude m starts as the norm of its row of W. Unlike PEFT's, ours and the norms stay float32
+under a base of 16 bits, where g = m / ‖W + s B A‖ would have steps of 1/128 around 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..base import Base
+from ..config import Lora
+from ..passes import where_active
+from ..sites import Site
+from .kind import AdapterFiles, Constant, Held, OwnFiles, openness, weighted_rows
+from .lora import LoraFactors, LoraStack, NewLoras, plus_product
+from .peft_files import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+FILES = OwnFiles(
+    "dora_config.json",
+    "dora.safetensors",
+    parts={"lora_A": "rn", "lora_B": "dr", "bias": "d", "output_scale": "d"},
+    version_key="dora_version",
+    beside=(ADAPTER_CONFIG, ADAPTER_WEIGHTS),  # PEFT's own form of one that was trained here
+)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class DoraFactors(LoraFactors):
+    """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
+
+    kind: ClassVar[str] = "dora"
+    files: ClassVar[AdapterFiles] = FILES
+
+    output_scale: Tensor  # [d]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lora: LoraFactors, m: Tensor, layer: Any) -> DoraFactors:
+        """PEFT's DoRA of these factors and magnitudes m [d] on the base's linear `layer`."""
+        B, b = lora.scale * lora.B.float(), layer.bias
+        g = row_scales(layer, lora.A, B, m)
+        bias = torch.zeros_like(g) if b is None else (1 - g) * b.float()
+        return cls(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
+
+    def at(self, weight: Tensor) -> DoraFactors:
+        lora = super().at(weight)
+        # Not the weight's type: as for (IA)³, around 1 bfloat16 is too coarse.
+        scale = self.output_scale.to(weight.device, torch.float32)
+        return DoraFactors(**vars(lora), output_scale=scale)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        def scaled(u: Tensor) -> Tensor:
+            y: Tensor = base(u)
+            return (y * (1 + strength * (self.output_scale - 1))).to(y.dtype)
+
+        return super().apply(scaled, u, strength)  # type: ignore[arg-type]
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, LoraFactors]:
+        return {
+            site: cls(A=A, B=B, scale=1.0, bias=bias, output_scale=scale)
+            for site, (A, B, bias, scale) in FILES.by_site(directory, tensors).items()
+        }
+
+    @classmethod
+    def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+        tensors = {site: (m.A, m.B, m.bias, m.output_scale) for site, m in modules.items()}
+        return FILES.write(folder, tensors, about)
+
+
+def row_scales(layer: Any, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+    """The factor m / ‖W + B A‖ [d], float32, on the linear `layer`; 0 for rows of zeros.
+
+    As in PEFT, no gradient passes the norm (Liu et al. 2024, section 4.3).
+    """
+    return m.float() / row_norms(layer, A, B)
+
+
+@torch.no_grad()
+def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+    """‖W + B A‖ of each output [d], float32, and infinity for 0."""
+    W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    norms = torch.linalg.vector_norm(W.float() + B.float() @ A.float(), dim=1)
+    return torch.where(norms > 0, norms, torch.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoraStack(LoraStack):
+    """DoRAs. They aren't compared: without the base, an update's size can't be told."""
+
+    name: ClassVar[str] = "dora"
+    held: ClassVar[Mapping[str, Held]] = {
+        "A": Held("dora_A", "Drn"),
+        "B": Held("dora_B", "Drd"),
+        "bias": Held("dora_bias", "Dd", optional=True),
+        "rows": Held("dora_rows", "D", "index", optional=True),
+        "deltas": Held("dora_deltas", "Dd", "float32"),
+    }
+    compared: ClassVar[tuple[str, ...]] = ()
+
+    deltas: Tensor  # [E, d], float32
+
+    @classmethod
+    def of(
+        cls,
+        modules: Mapping[int, LoraFactors],
+        dtype: torch.dtype,
+        device: torch.device,
+        total: int,
+    ) -> DoraStack:
+        lora = LoraStack.of(modules, dtype, device, total)
+        scales = [m.output_scale.float() for m in modules.values() if isinstance(m, DoraFactors)]
+        return cls(**vars(lora), deltas=(torch.stack(scales) - 1).to(device))
+
+    def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
+        return 1 + weighted_rows(experts, weights, self.deltas)
+
+    def constant(self, weights: Tensor) -> Constant:
+        change = (weights.float()[:, None] * self.deltas).sum(dim=0)
+        factor = 1 + change if bool(change.any()) else None
+        return replace(super().constant(weights), output_factor=factor)
+
+
+class NewDoras(NewLoras):
+    use_dora = True
+    copies = 2  # PEFT's files, and ours made of them
+    on_packed = False  # what we store of W's norms would be those of other weights
+
+    def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
+        sites = list(sites)
+        return super().count(model, settings, sites) + sum(site.out_features for site in sites)
+
+    def prepare(self, layer: LoraLayer, settings: Lora, *, joint: bool) -> None:
+        super().prepare(layer, settings, joint=joint)
+        layer.lora_variant[ADAPTER] = _ScaledOutputs
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        norms = row_norms(layer.get_base_layer(), A, B)
+        norms[norms.isinf()] = 0
+        layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(norms)
+
+    def save(self, model: PeftModel, base: Base, folder: Path) -> None:
+        super().save(model, base, folder)  # in the dtype that is computed in
+        made = {}
+        for site, layer in base.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                lora = LoraFactors(A, B, layer.scaling[ADAPTER])
+                m = layer.lora_magnitude_vector[ADAPTER].weight
+                made[site] = DoraFactors.of(lora, m, layer.get_base_layer())
+        DoraFactors.write(folder, made, {FILES.base_key: base.id})
+
+
+class _ScaledOutputs(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's DoRA, at the strength of the joint gate and of the tokens that it acts on."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        base, lora_A = module.get_base_layer(), module.lora_A[active_adapter]
+        A = lora_A.weight.to(x.dtype)
+        B = module.lora_B[active_adapter].weight.to(x.dtype)  # as it is saved
+        B = module.scaling[active_adapter] * B.float()
+        m = module.lora_magnitude_vector[active_adapter].weight
+        g = row_scales(base, A, B, m)
+        u = module.lora_dropout[active_adapter](x)
+        y = result if u is x else base(u)  # dropout is on W u too, as in PEFT
+        y = y if base.bias is None else y - base.bias
+        gate = lora_A._parameters.get("gate")
+        strength: Any = where_active(1.0 if gate is None else openness(u, gate), x)
+        scaled = (result + strength * (g - 1) * y).to(x.dtype)
+        h = strength * functional.linear(u, A)
+        return plus_product(scaled, h, (g[:, None] * B).to(x.dtype))

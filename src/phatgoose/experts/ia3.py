@@ -1,0 +1,275 @@
+"""(IA)³ (Liu et al. 2022): a vector l that scales a layer's output or its input.
+
+    (W u + b) ⊙ (1 + σ (l - 1)), or with the input scaled W (u ⊙ (1 + σ (l - 1))) + b
+
+Stored in PEFT's files (`peft`).
+
+(IA)³ vectors, stacked: those that scale a site's input, and those that scale its output.
+
+New (IA)³ vectors, as PEFT makes them, where it puts them in models of the base's type.
+
+By default these are keys, values, and the input of the feed-forward network's last linear layer
+(Liu et al. 2022). Vectors stay float32, in use and on disk: bfloat16 has steps of 1/128 around 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from peft import IA3Config
+from peft.tuners.ia3 import Linear as PeftScaling
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..base import Base
+from ..config import IA3
+from ..errors import ConfigError, ExpertError
+from ..passes import active_share
+from ..sites import Site
+from .kind import (
+    AdapterFiles,
+    Constant,
+    FreshExpert,
+    Held,
+    NewModules,
+    Part,
+    SiteModule,
+    are_floats,
+    new_gate,
+    openness,
+    row_tensor,
+    weighted_rows,
+)
+from .peft_files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    PEFT_FILES,
+    peft_options,
+    save_peft,
+    site_of,
+    under_peft,
+    write_adapter,
+)
+
+IA3_ENDING = ".ia3_l"
+
+
+@dataclass(frozen=True, repr=False)
+class ScalingVector(SiteModule):
+    """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
+
+    kind: ClassVar[str] = "ia3"
+    files: ClassVar[AdapterFiles] = PEFT_FILES
+
+    vector: Tensor  # [n] or [d]
+    on_input: bool
+
+    @property
+    def in_features(self) -> int | None:
+        return len(self.vector) if self.on_input else None
+
+    @property
+    def out_features(self) -> int | None:
+        return None if self.on_input else len(self.vector)
+
+    def at(self, weight: Tensor) -> ScalingVector:
+        # Not the weight's type: around 1 bfloat16 has steps of 1/128, about as far as vectors move.
+        return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        factor = 1 + strength * (self.vector - 1)
+        if self.on_input:
+            scaled: Tensor = base((u * factor).to(u.dtype))
+            return scaled
+        y: Tensor = base(u)
+        return (y * factor).to(y.dtype)
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, ScalingVector]:
+        vectors = {}
+        for key, tensor in sorted(tensors.items()):
+            site = site_of(key, (IA3_ENDING,), directory)
+            if tensor.dim() != 2 or sorted(tensor.shape)[0] != 1 or not are_floats(tensor):
+                raise ExpertError(
+                    f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in "
+                    f"floating point, got {tuple(tensor.shape)} of {tensor.dtype}."
+                )
+            # PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n].
+            vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
+        if not vectors:
+            raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")
+        return vectors
+
+    @classmethod
+    def write(
+        cls, folder: Path, modules: Mapping[str, ScalingVector], about: Mapping[str, Any]
+    ) -> Path:
+        config = {
+            **about,
+            "peft_type": "IA3",
+            "feedforward_modules": sorted(site for site, each in modules.items() if each.on_input),
+        }
+        tensors = {
+            site + IA3_ENDING: each.vector.view((1, -1) if each.on_input else (-1, 1))
+            for site, each in modules.items()
+        }
+        return write_adapter(folder, config, modules, tensors)
+
+
+Stack = TypeVar("Stack", bound="ScalingStack")
+
+
+@dataclass(frozen=True)
+class ScalingStack(Part):
+    """(IA)³ vectors as what they differ from 1 by, l - 1, in float32."""
+
+    compared: ClassVar[tuple[str, ...]] = ("deltas",)
+
+    deltas: Tensor  # [E, n] or [E, d]
+    rows: Tensor  # [E] int64
+
+    @classmethod
+    def of(
+        cls: type[Stack],
+        modules: Mapping[int, ScalingVector],
+        dtype: torch.dtype,
+        device: torch.device,
+        total: int,
+    ) -> Stack:
+        deltas = torch.stack([scaling.vector.float() - 1 for scaling in modules.values()])
+        return cls(deltas.to(device), row_tensor(modules, device))
+
+    def factor(self, experts: Tensor, weights: Tensor) -> Tensor:
+        """1 + Σ w_z (l_z - 1) for every token, float32."""
+        return 1 + weighted_rows(experts, weights, self.deltas)
+
+    def constant_factor(self, weights: Tensor) -> Tensor | None:
+        change = (weights.float()[:, None] * self.deltas).sum(dim=0)
+        return 1 + change if bool(change.any()) else None
+
+
+@dataclass(frozen=True)
+class InputScalingStack(ScalingStack):
+    name: ClassVar[str] = "input_scaling"
+    held: ClassVar[Mapping[str, Held]] = {
+        "deltas": Held("input_deltas", "In", "float32"),
+        "rows": Held("input_rows", "I", "index"),
+    }
+
+    @classmethod
+    def stacks(cls, module: ScalingVector) -> bool:
+        return module.on_input
+
+    def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
+        return self.factor(experts, weights)
+
+    def constant(self, weights: Tensor) -> Constant:
+        return Constant(input_factor=self.constant_factor(weights))
+
+
+@dataclass(frozen=True)
+class OutputScalingStack(ScalingStack):
+    name: ClassVar[str] = "output_scaling"
+    held: ClassVar[Mapping[str, Held]] = {
+        "deltas": Held("output_deltas", "Od", "float32"),
+        "rows": Held("output_rows", "O", "index"),
+    }
+
+    @classmethod
+    def stacks(cls, module: ScalingVector) -> bool:
+        return not module.on_input
+
+    def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
+        return self.factor(experts, weights)
+
+    def constant(self, weights: Tensor) -> Constant:
+        return Constant(output_factor=self.constant_factor(weights))
+
+
+class NewScalings(NewModules):
+    dtype = torch.float32
+    acts_from_ends = True
+
+    def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
+        return _endings(_known(IA3_MODULES, model))
+
+    def count(self, model: PreTrainedModel, settings: IA3, sites: Iterable[Site]) -> int:
+        sites = list(sites)
+        inputs = scales_input(model, settings, [site.name for site in sites])
+        return sum(s.in_features if s.name in inputs else s.out_features for s in sites)
+
+    @contextmanager
+    def create(
+        self, base: Base, settings: IA3, sites: dict[str, Site], *, joint: bool
+    ) -> Iterator[FreshExpert]:
+        inputs = sorted(scales_input(base.model, settings, sites))
+        config = IA3Config(feedforward_modules=inputs, **peft_options(base, sites))
+        with under_peft(base, config) as model:
+            layers = {site: base.model.get_submodule(site) for site in sites}
+            for site, layer in layers.items():
+                # The class alone changes: PEFT's state, hooks and names stay.
+                layer.__class__ = _Scaling
+                if joint:
+                    layer.gate = new_gate(sites[site].in_features, layer.weight.device)
+            # PEFT shortens long lists of targets, but then misses the feed-forward's among them;
+            # and it writes sets in any order.
+            model.peft_config[ADAPTER].target_modules = sorted(sites)
+            model.peft_config[ADAPTER].feedforward_modules = inputs
+            yield FreshExpert(model, layers, lambda folder: save_peft(model, base, folder))
+
+
+def scales_input(model: PreTrainedModel, ia3: IA3, sites: Iterable[str]) -> set[str]:
+    """Those of `sites` whose input is scaled; ConfigError where settings and PEFT don't tell."""
+    pattern = ia3.feedforward
+    if pattern is None:
+        pattern = _endings(_known(IA3_FEEDFORWARD, model))
+    try:
+        matches = re.compile(pattern).search
+    except re.error as error:
+        raise ConfigError(
+            f"feedforward is {pattern!r}, not a regular expression: {error}."
+        ) from error
+    return {site for site in sites if matches(site)}
+
+
+class _Scaling(PeftScaling):  # type: ignore[misc]  # peft is untyped
+    """PEFT's (IA)³ layer whose distance from 1 passes the module's joint gate, if it has one.
+
+    It is 1 at tokens that the expert doesn't act on.
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        gate, active = self._parameters.get("gate"), active_share(u)
+        if gate is None and active is None:
+            plain: Tensor = super().forward(u)
+            return plain
+        strength: Tensor | float = 1.0 if gate is None else openness(u, gate)
+        module = ScalingVector(self.ia3_l[ADAPTER].flatten(), self.is_feedforward)
+        return module.apply(self.base_layer, u, strength if active is None else strength * active)
+
+
+def _known(mapping: dict[str, list[str]], model: PreTrainedModel) -> list[str]:
+    kind = model.config.model_type
+    if kind not in mapping:
+        raise ConfigError(
+            f"Where an (IA)³ belongs in a model of type {kind} isn't known to PEFT; name the "
+            f"layers with sites and feedforward."
+        )
+    return mapping[kind]
+
+
+def _endings(names: list[str]) -> str:
+    # (?!) matches nothing.
+    return rf"(^|\.)({'|'.join(map(re.escape, names))})$" if names else r"(?!)"

@@ -1,1 +1,0 @@
-"""Bottleneck adapters (Houlsby et al. 2019)."""

@@ -1,1 +1,0 @@
-"""DoRA (Liu et al. 2024), exact on its base."""

@@ -1,1 +1,0 @@
-"""LoRA (Hu et al. 2021; paper section 3)."""

@@ -1,0 +1,341 @@
+"""LoRA (Hu et al. 2021; paper section 3): W u + b + σ scale (B A u + b_B).
+
+b_B is there only where PEFT's lora_bias is on. Stored in PEFT's files (`peft`).
+
+LoRAs, stacked: all factors of a site in two tensors.
+
+New LoRAs, as PEFT makes them, at every site (paper section 3).
+
+They are saved in the base's dtype: exactly the numbers that were validated. (PEFT's default casts
+every activation up; docs/performance.md has the speeds.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ..base import Base
+from ..config import Lora
+from ..errors import ExpertError
+from ..files import value_at
+from ..passes import where_active
+from ..sites import Site, dtype_at
+from .kind import (
+    AdapterFiles,
+    Constant,
+    FreshExpert,
+    Held,
+    NewModules,
+    Part,
+    Product,
+    SiteModule,
+    are_floats,
+    new_gate,
+    openness,
+    row_tensor,
+    weighted_rows,
+)
+from .peft_files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    PEFT_FILES,
+    PEFT_PREFIX,
+    peft_options,
+    save_peft,
+    site_of,
+    under_peft,
+    write_adapter,
+)
+
+LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+
+
+@dataclass(frozen=True, repr=False)
+class LoraFactors(SiteModule):
+    """One site's LoRA: the update is `scale * (B @ A @ u + bias)`."""
+
+    kind: ClassVar[str] = "lora"
+    files: ClassVar[AdapterFiles] = PEFT_FILES
+
+    A: Tensor  # [r, n]
+    B: Tensor  # [d, r]
+    scale: float
+    bias: Tensor | None = None  # [d]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.A.shape[0]
+
+    def at(self, weight: Tensor) -> LoraFactors:
+        # Scaled in float32 and rounded once.
+        B = (self.scale * self.B.float()).to(weight)
+        bias = None if self.bias is None else (self.scale * self.bias.float()).to(weight)
+        return LoraFactors(self.A.to(weight), B, 1.0, bias)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        y: Tensor = base(u)
+        if self.bias is not None:
+            y = y + strength * self.bias
+        return plus_product(y, strength * functional.linear(u, self.A), self.B)
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, LoraFactors]:
+        scale_of, has_biases = _scale_rule(config), bool(config.get("lora_bias"))
+        factors = {}
+        for site in sorted({site_of(key, LORA_ENDINGS, directory) for key in tensors}):
+            A, B, bias = (tensors.get(f"{PEFT_PREFIX}{site}{ending}") for ending in LORA_ENDINGS)
+            if A is None or B is None or not _are_factors(A, B):
+                got = [None if side is None else tuple(side.shape) for side in (A, B)]
+                raise ExpertError(
+                    f"{directory}, site {site}: wanted A of shape (r, n) and B of (d, r), in "
+                    f"floating point, got {got[0]} and {got[1]}."
+                )
+            if (bias is None) == has_biases or (bias is not None and not _is_bias(bias, B)):
+                raise ExpertError(
+                    f"{directory}, site {site}: its config says lora_bias {has_biases}, but the "
+                    f"bias of B is {None if bias is None else tuple(bias.shape)}."
+                )
+            factors[site] = LoraFactors(A, B, scale_of(site, A.shape[0]), bias)
+        if not factors:
+            raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no LoRA factors.")
+        return factors
+
+    @classmethod
+    def write(
+        cls, folder: Path, modules: Mapping[str, LoraFactors], about: Mapping[str, Any]
+    ) -> Path:
+        ranks = {site: lora.A.shape[0] for site, lora in modules.items()}
+        alphas = {site: lora.scale * ranks[site] for site, lora in modules.items()}
+        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        has_biases = any(lora.bias is not None for lora in modules.values())
+        config = {
+            **about,
+            "peft_type": "LORA",
+            "bias": "none",
+            "lora_bias": has_biases,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {site: own for site, own in ranks.items() if own != rank},
+            "alpha_pattern": {site: own for site, own in alphas.items() if own != alpha},
+        }
+        tensors = {}
+        for site, lora in modules.items():
+            # PEFT's lora_bias is for all sites or none.
+            bias = lora.B.new_zeros(lora.B.shape[0]) if lora.bias is None else lora.bias
+            parts = (lora.A, lora.B, bias) if has_biases else (lora.A, lora.B)
+            for ending, part in zip(LORA_ENDINGS, parts, strict=False):
+                tensors[site + ending] = part
+        return write_adapter(folder, config, modules, tensors)
+
+
+def plus_product(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
+    """The sum y + B h, [.., d], of h [.., r] and B [d, r], in one call that rounds once."""
+    total = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t())
+    return total.view_as(y)
+
+
+def _are_factors(A: Tensor, B: Tensor) -> bool:
+    matrices = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] > 0
+    return matrices and are_floats(A, B)
+
+
+def _is_bias(bias: Tensor, B: Tensor) -> bool:
+    return bias.shape == B.shape[:1] and are_floats(bias)
+
+
+def _scale_rule(config: Mapping[str, Any]) -> Callable[[str, int], float]:
+    alphas = config.get("alpha_pattern") or {}
+    root = bool(config.get("use_rslora"))
+    default = float(config.get("lora_alpha", 8))
+
+    def scale(site: str, rank: int) -> float:
+        # Of several patterns the first that matches counts, as in PEFT.
+        alpha = value_at(alphas, site)
+        alpha = default if alpha is None else float(alpha)
+        return alpha / (math.sqrt(rank) if root else rank)
+
+    return scale
+
+
+@dataclass(frozen=True)
+class LoraStack(Part):
+    """LoRAs. Ranks that differ are filled up with zeros, which changes no number."""
+
+    name: ClassVar[str] = "lora"
+    held: ClassVar[Mapping[str, Held]] = {
+        "A": Held("A", "Prn"),
+        "B": Held("B", "Prd"),
+        "bias": Held("B_bias", "Pd", optional=True),
+        "rows": Held("lora_rows", "P", "index", optional=True),
+    }
+    compared: ClassVar[tuple[str, ...]] = ("A", "B")
+
+    A: Tensor  # [E, r, n]
+    B: Tensor  # [E, r, d], transposed, scale folded in
+    bias: Tensor | None = None  # [E, d], scale folded in; None when no expert has one
+    rows: Tensor | None = None  # [E] int64; None: all rows of the stack are LoRAs
+
+    @classmethod
+    def of(
+        cls,
+        modules: Mapping[int, LoraFactors],
+        dtype: torch.dtype,
+        device: torch.device,
+        total: int,
+    ) -> LoraStack:
+        loras = list(modules.values())
+        rank = max(lora.A.shape[0] for lora in loras)
+        A = torch.cat([widened(lora.A[None], rank) for lora in loras])
+        # Transposed: A and B then unfold to [E r, ..] without a copy.
+        B = torch.cat([widened(lora.B.T[None], rank) for lora in loras])
+        bias = None
+        if any(lora.bias is not None for lora in loras):
+            zeros = torch.zeros(B.shape[2])
+            bias = torch.stack([zeros if lora.bias is None else lora.bias for lora in loras])
+        scales = torch.tensor([lora.scale for lora in loras])
+        if bool((scales != 1).any()):
+            B = B.float() * scales[:, None, None]
+            bias = None if bias is None else bias.float() * scales[:, None]
+        return cls(
+            A.to(device, dtype),
+            B.to(device, dtype),
+            None if bias is None else bias.to(device, dtype),
+            None if len(loras) == total else row_tensor(modules, device),
+        )
+
+    def added(
+        self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
+    ) -> Tensor:
+        delta = product(u.to(self.A.dtype), experts, weights, self.A, self.B)
+        return delta if self.bias is None else delta + weighted_rows(experts, weights, self.bias)
+
+    def constant(self, weights: Tensor) -> Constant:
+        used = weights != 0
+        A, B, w = self.A[used], self.B[used], weights[used].float()
+        # Factors of weight 1 keep their type, and so their very numbers.
+        if bool((w != 1).any()):
+            A, B = A.float(), B.float() * w[:, None, None]
+        bias = None if self.bias is None else (w[:, None] * self.bias[used].float()).sum(dim=0)
+        A, B = A.flatten(0, 1), B.flatten(0, 1).T
+        # Ranks that were filled up with zeros go.
+        adds = A.any(dim=1) & B.any(dim=0)
+        return Constant(A[adds], B[:, adds], bias)
+
+
+def widened(tensor: Tensor, width: int) -> Tensor:
+    """A tensor [E, r, ..] with zeros up to `width` in its second dimension."""
+    missing = width - tensor.shape[1]
+    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
+
+
+class NewLoras(NewModules):
+    acts_from_ends = True
+    use_dora: ClassVar[bool] = False
+
+    def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
+        return sum(settings.rank * (site.in_features + site.out_features) for site in sites)
+
+    @contextmanager
+    def create(
+        self, base: Base, settings: Lora, sites: dict[str, Site], *, joint: bool
+    ) -> Iterator[FreshExpert]:
+        alpha = settings.alpha or 2.0 * settings.rank
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.rslora,
+            use_dora=self.use_dora,
+            **peft_options(base, sites),
+        )
+        with under_peft(base, config) as model:
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    self.prepare(layer, settings, joint=joint)
+            parts = {site: base.model.get_submodule(site).lora_A[ADAPTER] for site in sites}
+            yield FreshExpert(model, parts, lambda folder: self.save(model, base, folder))
+
+    def prepare(self, layer: LoraLayer, settings: Lora, *, joint: bool) -> None:
+        """Make PEFT's new layer ready to be trained."""
+        _use_master_copies(layer, settings.init_std, joint=joint)
+
+    def save(self, model: PeftModel, base: Base, folder: Path) -> None:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                dtype = dtype_at(layer.get_base_layer(), base.model)  # T5's differ in float16
+                for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                    factor.weight.data = factor.weight.data.to(dtype)
+        save_peft(model, base, folder)
+
+
+class _MasterLinear(nn.Linear):
+    """A linear layer whose float32 weight is cast to the dtype of its input."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return functional.linear(u, self.weight.to(u.dtype))
+
+
+class _JointlyGatedLinear(_MasterLinear):
+    """A LoRA's A whose output passes the joint gate: PEFT then has B (σ A u), which is σ B A u."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.gate = new_gate(in_features, device)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return openness(u, self.gate) * super().forward(u)
+
+
+class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's LoRA, whose update is scaled where it is small and added by the product itself."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        u = module.lora_dropout[active_adapter](x)
+        h: Any = where_active(module.scaling[active_adapter] * module.lora_A[active_adapter](u), x)
+        return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
+
+
+def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
+    # PEFT would cast activations up to the factors' float32; here factors are cast down.
+    layer.cast_input_dtype_enabled = False
+    # PEFT's own sum goes three more times over the output, and again in the backward pass.
+    layer.lora_variant[ADAPTER] = _AddedInOneCall
+    for factors in (layer.lora_A, layer.lora_B):
+        plain = factors[ADAPTER]
+        shape, device = (plain.in_features, plain.out_features), plain.weight.device
+        master = (
+            _JointlyGatedLinear(*shape, device)
+            if joint and factors is layer.lora_A
+            else _MasterLinear(*shape, bias=False, device="meta")
+        )
+        master.weight = nn.Parameter(plain.weight.detach().float())
+        factors[ADAPTER] = master
+    nn.init.normal_(layer.lora_A[ADAPTER].weight, std=init_std)
+    nn.init.zeros_(layer.lora_B[ADAPTER].weight)

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Twelve experts on another base and what its routers keep of them in new wordings, all resumable:
 #   research/bases.sh gemma-3-270m [ROWS]
-# Results are in runs/research/BASE. Hours of two cores; ROWS of each task (30 in docs/decoders.md).
+# Results are in runs/research/BASE. Hours of two cores; ROWS of each task (30 in research/decoders.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TQDM_DISABLE=1

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
 
-PAGE = 3  # repositories of an owner in one answer
 LARGE = (".safetensors", ".bin")  # uploaded as LFS objects, as the real Hub wants them
 
 
@@ -112,8 +111,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if parts[:2] == ["api", "validate-yaml"]:
             return self._send(200, {"errors": [], "warnings": []})
-        if parts == ["api", "models"]:
-            return self._list()
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:], body)
         if parts[0] == "api":
@@ -144,20 +141,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[name] = repository = Repository(private)
         repository.commit({".gitattributes": b""}, "initial commit")
         return self._send(200, {"url": f"{self.hub.url}/{name}", "name": name})
-
-    def _list(self) -> None:
-        """An owner's repositories, PAGE at a time, each page with a link to the next."""
-        query = parse_qs(urlsplit(self.path).query)
-        owner, start = query["author"][0], int(query.get("cursor", ["0"])[0])
-        names = [name for name in self.hub.repositories if name.startswith(f"{owner}/")]
-        page = [self.hub.repositories[name] for name in names[start : start + PAGE]]
-        infos = [
-            self._info(name, repository, repository.branches["main"])
-            for name, repository in zip(names[start:], page, strict=False)
-        ]
-        after = f"{self.hub.url}/api/models?author={owner}&full=true&cursor={start + PAGE}"
-        link = f'<{after}>; rel="next"' if names[start + PAGE :] else None
-        return self._send(200, infos, link=link)
 
     def _api(self, name: str, rest: list[str], body: bytes) -> None:
         what, revision = (rest[0], rest[1]) if len(rest) > 1 else ("revision", "main")
@@ -240,12 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
         code: str | None = None,
         sha: str | None = None,
         etag: str | None = None,
-        link: str | None = None,
     ) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
         headers = {"X-Error-Code": code, "X-Repo-Commit": sha, "ETag": etag and f'"{etag}"'}
-        headers["Link"] = link
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

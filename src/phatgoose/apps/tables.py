@@ -16,7 +16,6 @@ from ..evaluation.comparison.methods import BASE, label_of
 from ..evaluation.comparison.tables import ANCHOR, Comparison, in_per_cent
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Estimate, Replay
-from ..experts.hub_owner import Listing
 from ..experts.pool import Pool
 from ..experts.registry import kinds
 
@@ -81,26 +80,6 @@ def _sign(value: float | None, limit: float) -> Text:
     if value is None:
         return Text("")
     return Text(f"{value:.3g}*", style="bold red") if value > limit else Text(f"{value:.3g}")
-
-
-def owner_table(listing: Listing) -> Table:
-    """A row for each adapter or expert of a Hub owner: whether it can be routed, or why not."""
-    others = f"; {listing.others} other repositories" if listing.others else ""
-    able = f"{len(listing.routable)} of {len(listing.found)} can be routed"
-    table = Table(title=f"{able} on {listing.base or 'no base'}{others}")
-    for column in ("repository", "form", "kind", "base", "MB", "routed"):
-        table.add_column(column, overflow="fold")
-    for each in listing.found:
-        cells = (
-            each.place,
-            "expert" if each.is_expert else "adapter",
-            kinds()[each.kind].label if each.kind else "",
-            each.base or "",
-            f"{each.size / 1e6:.1f}",
-            "yes" if each.refusal is None else f"no: {each.refusal}",
-        )
-        table.add_row(*map(Text, cells))
-    return table
 
 
 def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:

@@ -11,6 +11,5 @@ importing.py   experts made of other people's adapters
 skeleton.py    where an adapter acts, as PEFT resolves its config on a model without weights
 convert.py     other types of adapter, approximated by a LoRA
 hub.py         experts on the Hugging Face Hub
-hub_owner.py   what of an owner's repositories can be routed on one base
 pool.py        many experts of one base
 """

@@ -59,29 +59,6 @@ def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path
     assert "--base-id" in path.err
 
 
-@pytest.mark.filterwarnings("ignore:No fingerprint")
-def test_a_pool_comes_from_an_owner_in_one_command(hub, phat, llama, base_folders, tmp_path):
-    adapter = contents(make_adapter(llama, tmp_path / "adapter"))
-    config = json.loads(adapter["adapter_config.json"]) | {"base_model_name_or_path": "you/base"}
-    adapter["adapter_config.json"] = json.dumps(config).encode()
-    hub.add("you/base", contents(base_folders["llama"]))
-    hub.add("you/lora", adapter)
-    hub.add("you/pickled", {**adapter, "adapter_model.safetensors": b"x"})
-    outcome = phat("pool", "hub:you/*")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "2 of 2 can be routed on you/base" in outcome.out
-    assert "phatgoose pool 'hub:you/*' --import DIR" in outcome.out
-    outcome = phat("pool", "hub:you/*", "--import", tmp_path / "pool", "--out", tmp_path / "p.json")
-    assert outcome.code == 0, outcome.err
-    assert "1 of 2 can be routed on you/base" in outcome.out
-    assert "1 experts for you/base" in outcome.out
-    assert (tmp_path / "p.json").is_file()
-    refused(phat("pool", "hub:nobody/*"), "Nothing of hub:nobody/* can be routed on any base")
-    refused(phat("pool", "hub:you/*", "--base", "my/base"), "can be routed on my/base")
-    refused(phat("pool", "hub:you/*", "hub:me/x"), "stands alone")
-    refused(phat("pool", tmp_path / "pool", "--import", "x"), "are for 'hub:OWNER/*'")
-
-
 def test_a_pool_leaves_as_an_adapter_or_a_model(here, phat):
     merged = ["export", "experts", "--router", "merged", *BASE]
     outcome = phat(*merged, "--out", "adapter", "--rank", 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config import Formatting, Routing
-from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
+from ...errors import EvaluationError, PoolError, RoutingError
 from ...files import require_free
 from ..console import check_report, report, say, say_summary, show
 from . import options
@@ -22,47 +22,20 @@ if TYPE_CHECKING:
 def pool(
     places: Annotated[
         list[Path],
-        typer.Argument(
-            help="Folders of experts, hub:OWNER/NAME, a manifest, or 'hub:OWNER/*' alone."
-        ),
+        typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest."),
     ],
     out: Annotated[Path | None, "Write a manifest (.json) here."] = None,
     duplicates: Annotated[
         float | None, "List pairs of experts whose updates have at least this cosine, such as 0.99."
     ] = None,
-    import_: Annotated[
-        Path | None,
-        typer.Option(
-            "--import", help="With 'hub:OWNER/*': fetch what can be routed to this folder."
-        ),
-    ] = None,
-    base: Annotated[
-        str | None, "With 'hub:OWNER/*': the base to route on; default: the most common one."
-    ] = None,
     json: options.JsonOption = None,
 ) -> None:
-    """List a pool's experts; with --out write a manifest.
-
-    'hub:OWNER/*' lists which of an owner's repositories on the Hub can be routed on one base, and
-    why the others can't.
-    """
+    """List a pool's experts; with --out write a manifest."""
     check_report(json, PoolError)
     from ...analysis.findings import near_duplicates
-    from ...experts.hub_owner import is_owner
     from ...experts.pool import check_manifest_name
     from ..tables import duplicates_table, pool_table
 
-    if any(map(is_owner, places)):
-        if len(places) > 1 or json or ((out or duplicates is not None) and import_ is None):
-            raise ConfigError(
-                "'hub:OWNER/*' stands alone, without --json; --out and --duplicates need "
-                "its --import."
-            )
-        places = _from_owner(str(places[0]), import_, base)
-        if not places:
-            return
-    elif import_ or base:
-        raise ConfigError("--import and --base are for 'hub:OWNER/*', which was not given.")
     if out:
         check_manifest_name(out)
     opened = options.open_pool(places)
@@ -78,26 +51,6 @@ def pool(
     if out:
         opened.write_manifest(out)
         say(f"manifest -> {out}", err=alone)
-
-
-def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
-    from ...experts.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
-    from ..tables import owner_table
-
-    listing = list_owner(pattern, base)
-    able = bool(listing.routable)
-    if folder is not None and able:
-        listing = import_listed(listing, folder)
-    show(owner_table(listing), width=140)
-    if not listing.is_whole:
-        say(f"only the first {MOST_REPOSITORIES} repositories were looked at", err=True)
-    if not able:
-        raise PoolError(f"Nothing of {pattern} can be routed on {base or 'any base'}.")
-    if folder is not None:
-        say(f"{len(listing.routable)} experts -> {folder}")
-        return [folder]
-    say(f"to fetch what can be routed: phatgoose pool '{pattern}' --import DIR")
-    return []
 
 
 def audit(

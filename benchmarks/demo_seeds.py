@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.apps.demo import SKILLS, run_demo
-from phatgoose.evaluation.comparison.methods import BASE, label_of
-from phatgoose.evaluation.comparison.tables import markdown_table
+from phatgoose.evaluation.results import markdown_table
+from phatgoose.evaluation.rows import BASE, label_of
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 
 from findings import ROWS, Finding
-from phatgoose.evaluation.comparison.cells import chip_of, commit_of
 
 __all__ = ["circumstances", "table", "write_json"]
 
@@ -29,7 +29,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit_of(PROJECT) or "unknown",
-        "cpu": chip_of(torch.device("cpu")),
+        "cpu": _chip(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -37,6 +37,30 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
     }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout of `folder`, with "+changes" if its files differ."""
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
+    head = _git(folder, "rev-parse", "--short=9", "HEAD")
+    return f"{head}+changes" if head and changed else head
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip() or None
+
+
+def _chip() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    names = (line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line)
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def table(found: Mapping[str, Sequence[Finding]], where: Mapping[str, Any]) -> str:

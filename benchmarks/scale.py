@@ -34,7 +34,7 @@ import torch
 from phatgoose.apps.ray_engine import RayEngine, connected
 from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.evaluation.compare import compare
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.jobs import Engine, LocalEngine

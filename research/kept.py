@@ -19,8 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from phatgoose.evaluation.comparison.methods import label_of
 from phatgoose.evaluation.intervals import interval_of
+from phatgoose.evaluation.rows import label_of
 
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")
 OTHERS = ("task", "metric", "n", "gain", "own")

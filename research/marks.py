@@ -55,10 +55,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phatgoose.errors import PoolError, TaskError
-from phatgoose.evaluation.comparison.cells import code_version
-from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.compare import code_version
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
+from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phatgoose.evaluation.comparison.methods import METHODS
-from phatgoose.evaluation.comparison.tables import ANCHOR, Summary, markdown_table
 from phatgoose.evaluation.intervals import Interval
+from phatgoose.evaluation.results import ANCHOR, Summary, markdown_table
+from phatgoose.evaluation.rows import METHODS
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "README.md"

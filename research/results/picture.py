@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import FOLDER, WITHDRAWN, Column
 
-from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
-from phatgoose.evaluation.comparison.tables import ANCHOR
+from phatgoose.evaluation.results import ANCHOR
+from phatgoose.evaluation.rows import DERIVED, METHODS
 
 OUT = FOLDER / "results.png"
 OURS, OTHERS, CHOSEN = "tab:blue", "0.35", "0.75"

@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 
 import torch
-from phatgoose.base.loading import Base, load_base
-from phatgoose.experts.readings import PromptStates
 
-from phatgoose.evaluation.comparison.cells import cell_of
-from phatgoose.evaluation.comparison.methods import single_rows
-from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.base import Base, load_base
+from phatgoose.evaluation.compare import run_of
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.evaluation.intervals import Sample, SharedMeans
+from phatgoose.evaluation.results import ResultStore
+from phatgoose.evaluation.rows import single_rows
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.statistics import PromptStates
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.configs import Discriminant
 from phatgoose.routing.routers.discriminant import PromptDiscriminant
@@ -75,7 +75,7 @@ def answers(store: ResultStore, pool: Pool, base: Base, dataset: EvaluationSet) 
     """The marks of each expert's answers. Ends when an expert hasn't answered."""
     found = []
     for row in single_rows(pool):
-        stored = store.get(cell_of(row, dataset, base).key)
+        stored = store.get(run_of(row, dataset, base).key)
         if stored is None:
             sys.exit(f"{row.name} has not answered {dataset.name} in this comparison.")
         found.append(stored["marks"])

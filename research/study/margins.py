@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from curves import routing_of
 from numpy.typing import NDArray
-from phatgoose.base.loading import load_base
 
-from phatgoose.evaluation.comparison.methods import routing_of
-from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.base import load_base
 from phatgoose.evaluation.intervals import Sample, SharedMeans
+from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.registry import ROUTERS, translated

@@ -38,14 +38,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from curves import label_with_settings, pool_size_curves, pool_size_figure
 from numpy.typing import NDArray
 
-from phatgoose.analysis.pool_sizes import pool_size_curves
-from phatgoose.apps.report.figures import pool_size_figure, write_png
-from phatgoose.evaluation.comparison.methods import DERIVED, METHODS, label_with_settings
-from phatgoose.evaluation.comparison.result_store import ResultStore
-from phatgoose.evaluation.comparison.tables import Summary
+from phatgoose.apps.report.figures import write_png
 from phatgoose.evaluation.intervals import Sample, SharedMeans
+from phatgoose.evaluation.results import ResultStore, Summary
+from phatgoose.evaluation.rows import DERIVED, METHODS
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Example, Sources
 

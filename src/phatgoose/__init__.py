@@ -30,7 +30,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from .analysis.analyse import analyse
-    from .evaluation.comparison.compare import compare
+    from .evaluation.compare import compare
     from .evaluation.evaluate import evaluate
     from .experts.expert import Expert
     from .experts.pool import Pool
@@ -59,7 +59,7 @@ _HOMES = {
     "Expert": "experts.expert",
     "Pool": "experts.pool",
     "analyse": "analysis.analyse",
-    "compare": "evaluation.comparison.compare",
+    "compare": "evaluation.compare",
     "compose": "routing.compose",
     "detach": "routing.compose",
     "evaluate": "evaluation.evaluate",

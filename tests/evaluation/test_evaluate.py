@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest
 
+from oracle import naively_routed
 from phatgoose.config import Formatting
-from phatgoose.errors import ConfigError, EvaluationError, TaskError
-from phatgoose.evaluation.evaluate import evaluate, metrics_of
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import Sample, wilson_interval
+from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.metrics import metric
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
-from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, with_targets
-from tiny import make_model
+from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, naive_scores, open_task, with_targets
+from tiny import logits_of, make_model
 
 
 def test_any_reference_is_a_right_answer(llama):
@@ -28,28 +31,6 @@ def test_any_reference_is_a_right_answer(llama):
         replace(e, references=(e.target, p.answer)) for e, p in zip(wrong.test, first, strict=True)
     )
     assert evaluate(llama, replace(wrong, test=references)).scores[0].score == 1
-
-
-@pytest.mark.parametrize("given", ["tiny-base", None, 5])
-def test_what_is_no_model_is_refused_in_words(given):
-    with pytest.raises(EvaluationError, match="A model is scored, not"):
-        evaluate(given, CHOICE_TASK)
-
-
-@pytest.mark.parametrize(
-    ("settings", "complaint"),
-    [
-        ({"limit": "3"}, "limit is '3', but must be a whole number"),
-        ({"limit": 2.5}, "limit is 2.5, but must be a whole number"),
-        ({"seed": []}, r"seed is \[\], but must be a whole number"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
-        ({"token_budget": -1}, "token_budget is -1, but must be at least 1"),
-        ({"formatting": {"chat": True}}, "formatting is .* class phatgoose.config.Formatting"),
-    ],
-)
-def test_settings_that_no_scoring_can_have_are_refused_in_words(llama, settings, complaint):
-    with pytest.raises(ConfigError, match=complaint):
-        evaluate(llama, CHOICE_TASK, **settings)
 
 
 def test_a_limit_and_a_seed_draw_the_same_examples_for_every_model(llama, pool_of):
@@ -80,39 +61,23 @@ def test_the_mean_over_tasks_is_unweighted(llama):
     assert evaluate(llama, tasks).mean == 0.5
 
 
-def test_tasks_are_looked_at_before_the_first_is_scored(llama, monkeypatch):
-    mixed = Task("mixed", test=(*CHOICE_TASK.test, Example("open", "end")))
-    monkeypatch.setattr("phatgoose.evaluation.evaluate.score", lambda *_: pytest.fail("scored"))
-    with pytest.raises(EvaluationError, match="'mixed'"):
-        evaluate(llama, [CHOICE_TASK, mixed])
-
-
-def test_an_empty_task_and_no_task_are_refused(llama):
-    with pytest.raises(TaskError, match="'empty'"):
-        evaluate(llama, Task("empty"))
-    with pytest.raises(EvaluationError, match="No task"):
-        evaluate(llama, [])
-
-
 def test_scores_that_are_not_numbers_are_refused(llama):
     llama.model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(EvaluationError, match=r"'choose'.*not numbers"):
         evaluate(llama, CHOICE_TASK)
 
 
-def test_a_model_of_unknown_origin_needs_its_tokenizer(llama):
+def test_a_model_of_unknown_origin_needs_its_tokenizer_unless_it_is_routed(llama, llama_pool):
     model = make_model("llama")
     with pytest.raises(EvaluationError, match="tokenizer"):
         evaluate(model, CHOICE_TASK)
-    given = evaluate(model, CHOICE_TASK, tokenizer=llama.tokenizer)
-    assert inputs_of(CHOICE_TASK, given) == inputs_of(CHOICE_TASK, evaluate(llama, CHOICE_TASK))
-
-
-def test_a_routed_model_knows_its_tokenizer(llama, llama_pool):
-    routed = compose(llama_pool, llama.model, router="phatgoose")  # a bare model, no Base
-    with_own = evaluate(routed, CHOICE_TASK)
-    given = evaluate(routed, CHOICE_TASK, tokenizer=llama.tokenizer)
-    assert inputs_of(CHOICE_TASK, with_own) == inputs_of(CHOICE_TASK, given)
+    scores = inputs_of(CHOICE_TASK, evaluate(model, CHOICE_TASK, tokenizer=llama.tokenizer))
+    assert scores == inputs_of(CHOICE_TASK, evaluate(llama, CHOICE_TASK))
+    routed = compose(llama_pool, llama.model, router="merged")  # a bare model, no Base
+    with_tokenizer = evaluate(routed, CHOICE_TASK, tokenizer=llama.tokenizer)
+    assert inputs_of(CHOICE_TASK, evaluate(routed, CHOICE_TASK)) == inputs_of(
+        CHOICE_TASK, with_tokenizer
+    )
 
 
 # Tasks that say how they are scored
@@ -188,10 +153,8 @@ ODD = (Example("Which?", "a", ("a", "b"), ("c",)),)
     [
         (CHOOSE, ("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
         (CHOOSE, ("rouge-l", "nothing"), "Metric 'nothing' is unknown"),
-        (CHOOSE, ("accuracy", "bleu"), "accuracy and bleu, but an answer is either chosen"),
-        (CHOOSE, ("squad-f1", "accuracy"), "squad-f1 and accuracy, but an answer is either"),
-        (OPEN, ("accuracy",), "'odd': accuracy needs choices in every example"),
-        ((*CHOOSE, *OPEN), ("accuracy",), "'odd': accuracy needs choices in every example"),
+        (CHOOSE, ("accuracy", "bleu"), "'odd' is scored by accuracy and bleu, but accuracy ranks"),
+        ((*CHOOSE, *OPEN), ("accuracy",), "'odd' is scored by accuracy, but accuracy ranks"),
         ((*CHOOSE, *OPEN), (), "'odd' has examples with and without choices"),
         ((*CHOOSE, *ODD), (), r"'odd' accepts \('c',\), none of which is among"),
     ],
@@ -199,19 +162,6 @@ ODD = (Example("Which?", "a", ("a", "b"), ("c",)),)
 def test_metrics_that_no_answer_can_serve_are_refused(llama, examples, metrics, match):
     with pytest.raises(EvaluationError, match=match):
         evaluate(llama, Task("odd", test=examples, metrics=metrics))
-
-
-@pytest.mark.parametrize(
-    ("examples", "metrics", "wanted"),
-    [
-        (CHOOSE, (), ("accuracy",)),
-        (OPEN, (), ("exact-match",)),
-        ((*CHOOSE, *OPEN), ("rouge-l", "bleu"), ("rouge-l", "bleu")),
-        ((*CHOOSE, *ODD), ("rouge-l",), ("rouge-l",)),
-    ],
-)
-def test_metrics_are_those_named_or_the_usual_ones(examples, metrics, wanted):
-    assert metrics_of(Task("t", metrics=metrics), examples) == wanted
 
 
 @pytest.mark.parametrize(
@@ -310,3 +260,113 @@ def test_scores_by_metric_are_written_as_json(llama, tmp_path):
     (row,) = json.loads((tmp_path / "more.json").read_text())["tasks"]
     marks = [[list(part) for part in p.marks] for p in result.scores[0].predictions]
     assert [prediction["marks"] for prediction in row["predictions"]] == marks
+
+
+# Answers: log-likelihoods of choices, or generated text
+
+
+def test_ties_are_counted_and_the_first_choice_is_taken(llama):
+    llama.model.lm_head.weight.data.zero_()  # all tokens equally likely
+    examples = (
+        Example("x", "cd", ("ab", "cd")),
+        Example("y", "ef", ("ef", "gh")),
+        Example("longer", "ef", ("ij", "ef", "gh")),
+    )
+    score = evaluate(llama, Task("ties", test=examples)).scores[0]
+    assert [prediction.answer for prediction in score.predictions] == ["ab", "ef", "ij"]
+    assert (score.ties, score.n) == (3, 3)
+    assert score.score == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
+    first = evaluate(base, CHOICE_TASK).scores[0].predictions
+    twice = tuple(
+        replace(e, choices=(*e.choices, p.answer))
+        for e, p in zip(CHOICE_TASK.test, first, strict=True)
+    )
+    score = evaluate(base, replace(CHOICE_TASK, test=twice)).scores[0]
+    assert [p.answer for p in score.predictions] == [p.answer for p in first]
+    assert score.ties == score.n
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_open_tasks_are_scored_by_generation_and_exact_match(base, budget):
+    task = open_task(base, tokens=5)
+    score = evaluate(base, task, max_new_tokens=5, token_budget=budget).scores[0]
+    assert [p.answer for p in score.predictions[:3]] == [e.target for e in task.test[:3]]
+    assert [p.correct for p in score.predictions] == [True, True, True, False]
+    assert (score.metric, score.score, score.ties) == ("exact match", 0.75, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)
+def test_dropout_plays_no_part(base):
+    base.model.train()
+    one, other = (inputs_of(CHOICE_TASK, evaluate(base, CHOICE_TASK)) for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_a_task_bounds_its_own_answers(base):
+    examples = tuple(Example(text, "x") for text in ("a", "some longer text", "b c d"))
+    tasks = [
+        Task("own", test=examples, max_new_tokens=2),
+        Task("the rest", test=examples),
+        Task("long", test=examples, max_new_tokens=9),
+    ]
+    scores = evaluate(base, tasks, max_new_tokens=4).scores
+    for score, tokens in zip(scores, (2, 4, 9), strict=True):
+        answers = [prediction.answer for prediction in score.predictions]
+        assert answers == [greedy_text(base.model, base, e.input, tokens) for e in examples]
+    usual = evaluate(base, tasks[1]).scores[0].predictions[0].answer
+    assert usual == greedy_text(base.model, base, "a", 64)
+
+
+@pytest.mark.parametrize("budget", [1, 90, 4096])
+def test_rank_classification_is_the_naive_one(base, budget):
+    score = evaluate(base, CHOICE_TASK, token_budget=budget).scores[0]
+    right = 0
+    for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
+        wanted = naive_scores(base.model, base, example)
+        assert prediction.scores == pytest.approx(wanted, abs=1e-4)
+        assert prediction.answer == example.choices[wanted.index(max(wanted))]
+        assert prediction.correct == (prediction.answer == example.target)
+        right += prediction.correct
+    assert (score.score, score.n) == (right / 5, 5)
+    assert score.metric == "rank classification accuracy"
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budget):
+    wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
+    monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
+    got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
+    for one, other in zip(got, wanted, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_a_prompt_without_tokens_is_refused(llama):
+    with pytest.raises(EvaluationError, match="no tokens"):
+        list(choice_log_likelihoods(llama.model, [([], [[7], [9]])], 0, 100))
+
+
+def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]
+    score = evaluate(compose(pool, base, router="phatgoose"), CHOICE_TASK).scores[0]
+    for prediction, scores in zip(score.predictions, wanted, strict=True):
+        assert prediction.scores == pytest.approx(scores, abs=1e-4)
+
+
+def test_choices_of_a_single_token_need_no_second_pass(base):
+    prompt = base.tokenizer("is it?")["input_ids"]
+    ((index, scores),) = choice_log_likelihoods(base.model, [(prompt, [[7], [9], [1]])], 0, 100)
+    if base.is_encoder_decoder:
+        start = torch.tensor([[0]])
+        row = logits_of(base.model, torch.tensor([prompt]), decoder_input_ids=start)[0, -1]
+    else:
+        row = logits_of(base.model, torch.tensor([prompt]))[0, -1]
+    assert index == 0
+    assert scores == pytest.approx(row.log_softmax(-1)[[7, 9, 1]].tolist(), abs=1e-5)

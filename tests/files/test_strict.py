@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from odd_files import nested, one_line_of
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.errors import ConfigError, EvaluationError, ExpertError, PoolError, TaskError
-from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.replay import read_marks
+from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.pool import Pool
 from phatgoose.files import (
     MOST_TOML_BYTES,

@@ -1,17 +1,18 @@
 """Small comparisons: experts, suites and references, and their cells by hand."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phatgoose.base import Base, load_base
-from phatgoose.evaluation.comparison.compare import compare
-from phatgoose.evaluation.comparison.methods import METHODS
-from phatgoose.evaluation.comparison.tables import Comparison
+from phatgoose.evaluation.compare import compare
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.results import Comparison
+from phatgoose.evaluation.rows import METHODS, single_rows
 from phatgoose.experts.pool import Pool
+from phatgoose.jobs import LocalEngine
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.tasks.task import Example, Task
@@ -85,8 +86,34 @@ class Done:
     comparison: Comparison
 
 
-def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
+def runs_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
     return [(row, task) for row in rows for task in tasks]
+
+
+def runs_in(folder: Path, pool: Pool) -> list[tuple[str, str]]:
+    """(router, expert or base; dataset) of every run that is stored, in their order."""
+    experts = {row.identity["pool"][0]: row.name for row in single_rows(pool)}
+    runs = []
+    for key in (line["key"] for line in stored_in(folder)):
+        method = key["method"]
+        name = method.get("router", "base")
+        runs.append((experts[method["pool"][0]] if name == "single" else name, key["task"]))
+    return runs
+
+
+@dataclass
+class Stopping(LocalEngine):
+    """An engine that stops after so many runs."""
+
+    after: int
+    stop: Callable[[], Any]
+
+    def run(self, workshop: Any, jobs: Any, bar: Any) -> Any:
+        for done in super().run(workshop, jobs, bar):
+            if self.after == 0:
+                self.stop()
+            self.after -= 1
+            yield done
 
 
 def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
@@ -103,11 +130,6 @@ def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
         "a routed model": lambda: load(place, base),
         "a base": lambda: load_base(place, dtype="float32"),
     }[row]()
-
-
-def with_first(pool: Pool, **parts: Any) -> Pool:
-    first, *rest = pool.experts
-    return Pool((replace(first, **parts), *rest))
 
 
 def stored_in(folder: Path) -> list[dict[str, Any]]:

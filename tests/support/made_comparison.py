@@ -1,7 +1,7 @@
 """A comparison written down by hand."""
 
-from phatgoose.evaluation.comparison.tables import Comparison, Result
 from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.results import Comparison, Result
 
 SUITES = {"one": ("a", "b"), "two": ("b", "c")}
 
@@ -29,6 +29,7 @@ SETTINGS = {
     "k": 2,
     "kernel": "gather",
     "code": "0.1.0+abc",
+    "machine": "a chip",
 }
 
 

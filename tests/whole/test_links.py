@@ -9,7 +9,7 @@ import pytest
 from links import KEPT
 from paths import GOLDEN, GOLDENS
 from phatgoose.errors import EvaluationError, ExpertError
-from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose

@@ -40,7 +40,7 @@ from paths import GOLDEN, GOLDENS
 from phatgoose.apps.cli import main
 from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, TaskError
-from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool

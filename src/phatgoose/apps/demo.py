@@ -24,11 +24,11 @@ from ..analysis.analyse import analyse
 from ..base import Base, load_base
 from ..config import GateTraining, Lora, Routing, Training
 from ..errors import EvaluationError
-from ..evaluation.comparison.compare import compare
-from ..evaluation.comparison.methods import BASE, METHODS, label_of
-from ..evaluation.comparison.tables import Comparison
+from ..evaluation.compare import compare
 from ..evaluation.evaluate import evaluate
 from ..evaluation.intervals import Interval, SharedMeans
+from ..evaluation.results import BASE, Comparison
+from ..evaluation.rows import METHODS, label_of
 from ..experts.pool import Pool
 from ..files import write_text
 from ..routing.compose import compose
@@ -43,7 +43,7 @@ from ..training.trainer import TrainingCallback
 from .console import show
 from .generation import explain
 from .report.page import write_report
-from .tables import datasets_table, routers_table
+from .tables import drawn, routers_table
 
 TASKS = Path(__file__).parent / "demo_tasks"
 SKILLS = {  # the training task, which names the expert: the unseen task
@@ -157,7 +157,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
         out=out,
         max_new_tokens=ANSWER_TOKENS,
     )
-    show(datasets_table(comparison, routing.router))
+    show(drawn(comparison.scores(routing.router)))
     gains, lifts = gains_of(comparison, routing.router), lifts_of(comparison, SKILLS)
     show(_verdict(routing.router, gains, lifts))
     model = compose(pool, base, routing=routing)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base, load_tokenizer
 from ..config import Formatting
-from ..errors import ConfigError, EvaluationError
+from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files import one_line, shortened, write_text
 from ..routing.composition import composition_if_any, routing_for
@@ -75,24 +73,19 @@ class Questions:
                 f"max_new_tokens is {most}, but the base has {places} positions for an input and "
                 f"its answer; ask for fewer."
             )
-        ranked = max_new_tokens is None
-        targets = [
-            [encoder.target(row.input, choice) for choice in (row.choices if ranked else ())]
-            for row in examples
-        ]
-        longest = [max((len(t.tokens) for t in each), default=most) for each in targets]
-        prompts = [
-            encoder.fitted(row.input, row.passage, followed_by=tokens)
-            for row, tokens in zip(examples, longest, strict=True)
-        ]
+        prompts, rows, lengths, targets = [], [], [], []
+        for row in examples:
+            choices = row.choices if max_new_tokens is None else ()
+            each = [encoder.target(row.input, choice) for choice in choices]
+            longest = max((len(target.tokens) for target in each), default=most)
+            prompt = encoder.fitted(row.input, row.passage, followed_by=longest)
+            prompts.append(prompt)
+            rows.append((prompt.tokens, [target.tokens for target in each]))
+            lengths.append(len(prompt.tokens) + longest)
+            targets += [target.cut for target in each]
         cuts = Cuts.of(
-            [prompt.cut for prompt in prompts],
-            [len(p.tokens) + tokens for p, tokens in zip(prompts, longest, strict=True)],
-            encoder.positions.trained,
-            targets=[target.cut for each in targets for target in each],
+            [prompt.cut for prompt in prompts], lengths, encoder.positions.trained, targets=targets
         )
-        choices = ([target.tokens for target in each] for each in targets)
-        rows = [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)]
         return cls(examples, encoder, rows, cuts, max_new_tokens)
 
     @property
@@ -119,53 +112,42 @@ def answers_to(
     The choice of the highest mean log-likelihood per target token, the first of equals, or greedily
     generated text. Raises EvaluationError for a log-likelihood that is not a number.
     """
-    find = _ranked if questions.max_new_tokens is None else _generated
+    answers_of = _ranked if questions.max_new_tokens is None else _generated
     answers: dict[int, Answer] = {}
     count = len(questions.rows)
     with tqdm(total=count, desc=one_line(label), unit="example", disable=None, leave=False) as bar:
-        for index, answer in find(questions, model, budget, label, before_pass):
+        for index, answer in answers_of(questions, model, budget, before_pass):
+            if any(score != score for score in answer.scores):
+                raise EvaluationError(
+                    f"Task {label!r}: the model's log-likelihoods are not numbers for the input "
+                    f"{questions.examples[index].input[:60]!r}…; try dtype float32."
+                )
             answers[index] = answer
             bar.update(1)
     return [answers[index] for index in range(count)]
 
 
 def _ranked(
-    questions: Questions,
-    model: PreTrainedModel,
-    budget: int,
-    label: str,
-    before_pass: BeforePass,
+    questions: Questions, model: PreTrainedModel, budget: int, before_pass: BeforePass
 ) -> Iterator[tuple[int, Answer]]:
     pad = questions.encoder.tokenizer.pad_token_id
-    means = choice_log_likelihoods(model, questions.rows, pad, budget, before_pass)
-    for index, scores in means:
-        example = questions.examples[index]
-        if any(score != score for score in scores):
-            raise EvaluationError(
-                f"Task {label!r}: the model's log-likelihoods are not numbers for the input "
-                f"{example.input[:60]!r}…; try dtype float32."
-            )
-        yield index, Answer(example.choices[scores.index(max(scores))], tuple(scores))
+    for index, scores in choice_log_likelihoods(model, questions.rows, pad, budget, before_pass):
+        best = scores.index(max(scores))
+        yield index, Answer(questions.examples[index].choices[best], tuple(scores))
 
 
 def _generated(
-    questions: Questions,
-    model: PreTrainedModel,
-    budget: int,
-    label: str,
-    before_pass: BeforePass,
+    questions: Questions, model: PreTrainedModel, budget: int, before_pass: BeforePass
 ) -> Iterator[tuple[int, Answer]]:
     encoder, longest = questions.encoder, questions.max_new_tokens or 0
     tokenizer, device = encoder.tokenizer, input_device(model)
-    prompts = questions.prompts
     pad = pad_right if encoder.is_encoder_decoder else pad_left
     for batch in questions.batches(budget):
-        rows = [prompts[i] for i in batch]
+        rows = [questions.rows[i][0] for i in batch]
         ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
-        ids, mask = ids.to(device), mask.to(device)
         before_pass(batch)
         with torch.inference_mode():
-            output = continued(model, tokenizer, ids, mask, longest)
+            output = continued(model, tokenizer, ids.to(device), mask.to(device), longest)
         start = 0 if encoder.is_encoder_decoder else ids.shape[1]
         for index, tokens in zip(batch, output, strict=True):
             text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
@@ -189,14 +171,6 @@ class ScoringSettings:
     seed: int = 0
     max_new_tokens: int = MAX_NEW_TOKENS
     token_budget: int = TOKEN_BUDGET
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "seed", "max_new_tokens", "token_budget"):
-            value, least = getattr(self, name), -math.inf if name in ("limit", "seed") else 1
-            if not isinstance(value, Integral) and not (name == "limit" and value is None):
-                raise ConfigError(f"{name} is {shortened(value)}, but must be a whole number.")
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}, but must be at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -295,9 +269,7 @@ class TaskScore:
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON; the answers only if `predictions`."""
         record = asdict(self if predictions else replace(self, predictions=()))
-        if not predictions:
-            del record["predictions"]
-        return record
+        return record if predictions else {k: v for k, v in record.items() if k != "predictions"}
 
 
 @dataclass(frozen=True)
@@ -320,8 +292,8 @@ class Evaluation:
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON; the answers only if `predictions`."""
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
-        found = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
-        return {**found, "tasks": tasks}
+        whole = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
+        return {**whole, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
         """Write `to_dict`. Raises EvaluationError if that can't be done."""
@@ -360,8 +332,7 @@ def evaluate(
 
     Raises:
         EvaluationError: A task mixes examples with and without choices, a metric is unknown or
-            can't serve these examples, a score is not a number, there is no tokenizer, or `model`
-            is no model.
+            can't serve these examples, a score is not a number, or there is no tokenizer.
         TaskError: A task is empty, or can't be read (`load_task`).
     """
     settings = ScoringSettings(
@@ -379,19 +350,12 @@ def score_tasks(
     """As `evaluate`, with the settings in one record."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
-    if not hasattr(model, "generate"):
-        raise EvaluationError(
-            f"A model is scored, not {shortened(model)}; make one with compose, load, or "
-            f"transformers."
-        )
     encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
     parts = composition_if_any(model)
     sets = [EvaluationSet.of(task, settings) for task in given_tasks(tasks)]  # refuses first
     examples = [example for each in sets for example in each.examples]
     formatting = as_read(settings.formatting, examples)
     warn_of_other_formatting(parts.records if parts else (), formatting)
-    if not sets:
-        raise EvaluationError("No task was given to evaluate on.")
     scores = []
     for chosen in sets:
         questions = chosen.questions(encoder)
@@ -420,49 +384,42 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     with_choices = {bool(example.choices) for example in examples}
     if not task.metrics and len(with_choices) > 1:
         raise EvaluationError(f"Task {task.name!r} has examples with and without choices.")
-    names = task.metrics or ((CHOSEN,) if True in with_choices else (WRITTEN,))
+    names = tuple(task.metrics or ((CHOSEN,) if True in with_choices else (WRITTEN,)))
     for name in names:
         metric(name).check_installed()
-    if CHOSEN in names and len(names) > 1:
+    if CHOSEN in names and (len(names) > 1 or False in with_choices):
         raise EvaluationError(
-            f"Task {task.name!r} is scored by {' and '.join(names)}, but an answer is either "
-            f"chosen ({CHOSEN}) or generated (the other metrics)."
+            f"Task {task.name!r} is scored by {' and '.join(names)}, but {CHOSEN} ranks choices: "
+            f"it stands alone, and every example needs some."
         )
-    if CHOSEN in names and False in with_choices:
-        raise EvaluationError(f"Task {task.name!r}: {CHOSEN} needs choices in every example.")
     for example in examples if CHOSEN in names else ():
         if not set(example.answers) & set(example.choices):
             raise EvaluationError(
                 f"Task {task.name!r} accepts {shortened(example.answers)}, none of which is among "
                 f"the choices {shortened(example.choices)}: no answer could be right."
             )
-    return tuple(names)
+    return names
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     parts = composition_if_any(model)
-    if parts and parts.tokenizer is not None:
-        return parts.tokenizer
-    name, revision = model.name_or_path, None
     if parts:
-        name, revision = parts.base.id, parts.base.revision
-    if not name:
+        if parts.tokenizer is not None:
+            return parts.tokenizer
+        return load_tokenizer(parts.base.id, revision=parts.base.revision)
+    if not model.name_or_path:
         raise EvaluationError("The model doesn't say where it came from; pass its tokenizer.")
-    return load_tokenizer(name, revision=revision)
+    return load_tokenizer(model.name_or_path)
 
 
 def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
     """The score and its interval, by an answer for each example."""
     predictions = []
     for example, answer in zip(chosen.examples, answers, strict=True):
-        accepted = example.answers
-        if not answer.scores:
-            accepted = tuple(text.strip() for text in accepted)
-        marks = tuple(
-            METRICS[name].measure(answer.text, example.answers) for name in chosen.metrics
-        )
-        correct = answer.text in accepted
-        predictions.append(Prediction(answer.text, correct, answer.scores, marks, example.row))
+        text, accepted = answer.text, example.answers
+        marks = tuple(METRICS[name].measure(text, accepted) for name in chosen.metrics)
+        correct = text in (accepted if answer.scores else map(str.strip, accepted))
+        predictions.append(Prediction(text, correct, answer.scores, marks, example.row))
     sample = _sample(chosen.metrics, predictions)
     first = sample.statistics[0]
     # Zeros and ones of one metric are a share of right answers. Nor does resampling say anything

@@ -149,7 +149,6 @@ analyse experts --task unseen.jsonl BASE --against nothing => router is 'nothing
 analyse experts --task unseen.jsonl BASE --smoothing 2 => smoothing is 2.0
 analyse experts --task unseen.jsonl --data copies => --data is for --suite, which was not given
 analyse experts --suite t0ho --choices a => --choices is for --task
-analyse experts --task unseen.jsonl --results none.jsonl => none.jsonl don't exist
 analyse experts --keep reviews --task unseen.jsonl BASE --leave-one-out => needs a pool of several
 analyse experts --task unseen.jsonl BASE --router arrow:expert=reviews => unknown setting 'expert'
 analyse experts --task unseen.jsonl BASE --against oracle => Router oracle needs the scores
@@ -158,7 +157,7 @@ analyse experts --task unseen.jsonl BASE --out file => file/report.html can't be
 COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
 COMPARE unseen.jsonl --methods arow => Did you mean 'arrow'?
 COMPARE unseen.jsonl --methods , => No method was given
-COMPARE unseen.jsonl --methods base --methods retrieval => Expert 'counting' has no embeddings
+COMPARE unseen.jsonl --methods base --methods retrieval => 'reviews' have no embeddings
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 COMPARE unseen.jsonl --reference a=x --reference a=y => Two references are called 'a'

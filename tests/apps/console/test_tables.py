@@ -7,8 +7,7 @@ from rich.console import Console
 
 from made_comparison import made_comparison
 from phatgoose.apps.tables import (
-    differences_table,
-    means_table,
+    drawn,
     pool_table,
     scores_table,
 )
@@ -50,29 +49,7 @@ def test_many_suites_lose_no_digit_in_a_narrow_terminal():
     comparison = made_comparison()
     names = ["t0ho", "bbh", "bbl", "bbh-23", "bbl-24", "a_suite_of_my_own"]
     many = replace(comparison, suites=dict.fromkeys(names, ("a", "b")))
-    (_, *rows), (_, *wide) = (printed(differences_table(many), width) for width in (80, 200))
+    (_, *rows), (_, *wide) = (printed(drawn(many.differences()), width) for width in (80, 200))
     for column in range(1, len(names) + 2):
         told = "".join(row[column].replace(" ", "") for row in rows)
         assert told.endswith("".join(row[column].replace(" ", "") for row in wide))
-
-
-def test_means_have_a_row_per_method_and_a_column_per_suite():
-    comparison = made_comparison()
-    head, *rows = printed(means_table(comparison))
-    assert head == ["method", "one (2)", "two (2)", "all datasets (3)"]
-    assert [row[0] for row in rows] == [comparison.title(name) for name in comparison.results]
-    summary = comparison.summaries["base"]["one"]
-    assert rows[0][1] == summary.in_per_cent
-    assert summary.in_per_cent.startswith(f"{100 * summary.mean:.1f} [")
-
-
-def test_differences_are_to_phatgoose_and_absent_without_it_or_others():
-    comparison = made_comparison()
-    head, *rows = printed(differences_table(comparison))
-    assert head == ["method", "one", "two", "all datasets"]
-    assert [row[0] for row in rows] == [
-        comparison.title(name) for name in comparison.results if name != "phatgoose"
-    ]
-    results = comparison.results
-    for left in ({"base": results["base"]}, {"phatgoose": results["phatgoose"]}):
-        assert differences_table(replace(comparison, results=left)) is None

@@ -15,7 +15,7 @@ from phatgoose.apps.demo import (
     gains_of,
     lifts_of,
 )
-from phatgoose.evaluation.comparison.methods import METHODS
+from phatgoose.evaluation.rows import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.load import load
@@ -73,7 +73,7 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     comparison = json.loads((out / "comparison.json").read_text())
     embedded = {"retrieval", "centroid"}
     assert set(METHODS) - set(comparison["rows"]) == embedded | {"few-shot"}  # needs a file
-    monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)  # all is there already
+    monkeypatch.setattr("phatgoose.evaluation.compare.score", None)  # all is there already
     assert phat(*words).code == 0
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, EngineError
-from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.evaluation.compare import compare
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool

@@ -9,14 +9,12 @@ from matplotlib.colors import to_hex, to_rgb
 from rich.color import Color, ColorSystem
 
 from phatgoose.analysis.measures import correlation
-from phatgoose.analysis.pool_sizes import PoolSizeCurve
 from phatgoose.apps.console import COLOURS
 from phatgoose.apps.report.figures import (
     Point,
     dataset_matrix,
     divergence_scatter,
     heat_maps,
-    pool_size_figure,
     prompt_choices,
     svg_of,
     usage_bars,
@@ -126,15 +124,6 @@ def test_the_scatter_names_datasets_and_tells_the_correlation():
     assert f"r = {found.pearson:.2f} [" in panel.get_title()
     few = divergence_scatter({"Arrow": points[:2]}, {"Arrow": correlation([1, 2], [1, 2])})
     assert "no correlation" in few.axes[0].get_title()
-
-
-def test_pool_size_curves_go_through_the_means_and_their_ticks_are_the_sizes():
-    curve = PoolSizeCurve("Arrow", ("x",), {2: (0.3, 0.5), 8: (0.6,)})
-    panel = pool_size_figure([curve]).axes[0]
-    assert panel.lines[0].get_xdata().tolist() == [2, 8]
-    assert panel.get_xticks().tolist() == [2, 8]
-    np.testing.assert_allclose(panel.lines[0].get_ydata(), [40, 60])
-    assert panel.get_ylabel() == "mean score over 1 dataset, in %"
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from browser import browser, page_at
-from phatgoose.analysis.pool_sizes import PoolSizeCurve
 from phatgoose.apps.report.page import (
     inline_json,
     report_page,
@@ -20,8 +19,7 @@ MANY = {"experts": 166, "tokens": 500, "layers": 24, "stacks": ("encoder", "deco
 
 
 def report_of(folder, experts=8, **options):
-    analysis = make_analysis(experts, **options)
-    return write_report(analysis, folder, [PoolSizeCurve("Arrow", ("a",), {2: (0.3,), 4: (0.4,)})])
+    return write_report(make_analysis(experts, **options), folder)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +63,7 @@ def test_the_page_tells_scores_findings_and_figures(few):
     for dataset in DATASETS:
         assert dataset in page
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 1 + 4 * 2 + 1 + 2 + 1  # usage, layers, divergence, datasets, sizes
+    assert len(labels) == 1 + 4 * 2 + 1 + 2  # usage, layers, divergence, datasets
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -277,7 +275,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(chromium, few):
 def test_a_report_keeps_no_figures_of_an_earlier_one(tmp_path):
     figures = tmp_path / "figures"
     figures.mkdir()
-    for name in ("layers-old.png", "usage-old.png", "pool-sizes.png", "mine.png"):
+    for name in ("layers-old.png", "usage-old.png", "mine.png"):
         (figures / name).touch()
     analysis = make_analysis(3, layers=2)
     write_report(analysis, tmp_path)

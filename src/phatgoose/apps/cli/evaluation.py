@@ -62,9 +62,9 @@ def compare(
 ) -> None:
     """Score many methods on whole suites, side by side; finished runs in --out are kept."""
     references = _references(reference or [])
-    from ...evaluation.comparison.compare import compare as run
+    from ...evaluation.compare import compare as run
     from ...tasks.suites.registry import open_suite
-    from ..tables import differences_table, means_table
+    from ..tables import drawn
 
     opened = options.open_pool(pool)
     named = [open_suite(name) for name in options.split(suites)]  # refuses before a base is loaded
@@ -82,9 +82,7 @@ def compare(
             engine=chosen,
             **vars(scoring),
         )
-    for table in (means_table(comparison), differences_table(comparison)):
-        if table is not None:
-            show(table)
+    show(*(drawn(each) for each in (comparison.means(), comparison.differences()) if each.rows))
     say(f"tables -> {out / 'comparison.md'}, .csv, .json; runs -> {out / 'results.jsonl'}")
 
 
@@ -155,7 +153,6 @@ def analyse(
     against: Annotated[
         list[str] | None, "Another router over the same pool; repeatable, or with commas."
     ] = None,
-    results: Annotated[Path | None, "results.jsonl of compare: for curves over pool sizes."] = None,
     leave_one_out: Annotated[bool, "Score the pool without each expert in turn."] = False,
     score: Annotated[bool, "Score the tasks too."] = True,
     examples: Annotated[int, "Texts of each task to show token by token.", {"min": 0}] = 1,
@@ -170,11 +167,9 @@ def analyse(
 ) -> None:
     """Report which experts served the tokens of tasks: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
-    from ...analysis.pool_sizes import pool_size_curves
     from ..report.page import REPORT, write_report
 
     tasks = _tasks(task, template, suite, source)
-    curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
         options.warn_of_unused_k(routing)
@@ -195,7 +190,7 @@ def analyse(
         **vars(scoring),
     )
     _show_analysis(analysis)
-    say(f"report -> {write_report(analysis, out, curves)}")
+    say(f"report -> {write_report(analysis, out)}")
 
 
 def _tasks(

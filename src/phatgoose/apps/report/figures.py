@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...analysis.measures import Correlation, heaviest, margins
-from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import Measure, RoutingDistribution
 from ...errors import ConfigError
 from ...files import new_file
@@ -29,13 +27,12 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
     raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
 
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LONGEST_LABEL = 28  # characters of a line in a legend
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
 STYLE = {
     "axes.edgecolor": INK,
@@ -255,31 +252,6 @@ def look_of(place: int) -> dict[str, Any]:
 
 def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-@styled
-def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
-    """Mean score by number of experts, a line per curve; faint points are single pools."""
-    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
-    panel = figure.subplots()
-    counts = {len(curve.datasets) for curve in curves}
-    for index, curve in enumerate(curves):
-        look = look_of(index)
-        sizes = list(curve.scores)
-        means = [100 * float(np.mean(curve.scores[size])) for size in sizes]
-        label = curve.label if len(counts) == 1 else f"{curve.label} ({len(curve.datasets)})"
-        label = textwrap.fill(label, LONGEST_LABEL)
-        panel.plot(sizes, means, **look, label=label)
-        for size in sizes:
-            pools = [100 * score for score in curve.scores[size]]
-            panel.plot([size] * len(pools), pools, **look, linestyle="", alpha=0.35, markersize=4)
-    every_size = sorted({size for curve in curves for size in curve.scores})
-    panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
-    panel.set_xlabel("experts in the pool")
-    of = "(n) datasets" if len(counts) > 1 else counted(counts.pop(), "dataset")
-    panel.set_ylabel(f"mean score over {of}, in %")
-    figure.legend(loc="outside right upper", fontsize=8)
-    return figure
 
 
 def write_png(figure: Figure, path: str | Path) -> None:

@@ -23,11 +23,10 @@ from ...analysis.measures import (
     load,
     margins,
 )
-from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import PARTS
 from ...errors import EvaluationError
-from ...evaluation.comparison.methods import label_of
-from ...evaluation.comparison.tables import in_per_cent
+from ...evaluation.results import in_per_cent
+from ...evaluation.rows import label_of
 from ...files import reason, write_text
 from . import figures as draw
 
@@ -102,7 +101,7 @@ class Section(NamedTuple):
     groups: Mapping[str, Sequence[PageFigure]] = {}
 
 
-def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
+def sections_of(analysis: Analysis) -> list[Section]:
     """The parts of the page below the token explorer, without those that have no numbers."""
     parts: Iterable[Section | None] = (
         _scores(analysis),
@@ -112,7 +111,6 @@ def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> lis
         _divergences(analysis),
         _datasets(analysis),
         _effects(analysis),
-        _sizes(curves),
     )
     return [part for part in parts if part is not None]
 
@@ -379,22 +377,11 @@ def _effects(analysis: Analysis) -> Section | None:
     return Section("effects", "Which experts matter", tables=[table])
 
 
-def _sizes(curves: Sequence[PoolSizeCurve]) -> Section | None:
-    if not curves:
-        return None
-    caption = "Mean score against the number of experts; faint points are single pools."
-    figure = PageFigure.of(draw.pool_size_figure(curves), "sizes", caption)
-    return Section("sizes", "Pools of different size", figures=[figure])
-
-
 REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
 PER_ROUTER = LAYERS, DATASETS, USAGE = "layers", "datasets", "usage"  # kinds of figures
-POOL_SIZES = "pool-sizes"
 
 
-def write_report(
-    analysis: Analysis, folder: str | Path, curves: Sequence[PoolSizeCurve] = ()
-) -> Path:
+def write_report(analysis: Analysis, folder: str | Path) -> Path:
     """The page that was written to `folder`, with analysis.json and figures/*.png beside it.
 
     Only the page holds texts of the data, where `analyse` traced some. Figures show all experts,
@@ -402,12 +389,12 @@ def write_report(
     """
     folder = Path(folder)
     analysis.write_json(folder / NUMBERS)
-    write_text(folder / REPORT, report_page(analysis, curves), EvaluationError)
+    write_text(folder / REPORT, report_page(analysis), EvaluationError)
     everyone = len(analysis.experts)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
-        for name in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
-            for old in (folder / FIGURES).glob(f"{name}.png"):
+        for kind in PER_ROUTER:
+            for old in (folder / FIGURES).glob(f"{kind}-*.png"):
                 old.unlink()
         varied = _varied(analysis)
         names = file_names(analysis.routers)
@@ -422,8 +409,6 @@ def write_report(
             draw.write_png(matrix, folder / FIGURES / f"{DATASETS}-{file}.png")
             bars = draw.usage_bars(shares, analysis.experts, most=everyone)
             draw.write_png(bars, folder / FIGURES / f"{USAGE}-{file}.png")
-        if curves:
-            draw.write_png(draw.pool_size_figure(curves), folder / FIGURES / f"{POOL_SIZES}.png")
     except OSError as error:
         raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
@@ -436,9 +421,9 @@ def file_names(routers: Iterable[str]) -> Iterator[str]:
         yield plain if plain == router else f"{plain}-{number}"
 
 
-def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:
+def report_page(analysis: Analysis) -> str:
     """The report of `analysis` as one HTML page that loads nothing else."""
-    parts = sections_of(analysis, curves)
+    parts = sections_of(analysis)
     findings = [
         (label_of(name), finding.message)
         for name, router in analysis.routers.items()

@@ -1,4 +1,4 @@
-"""The methods of a comparison: the base, and every router of the registry (paper section 4.2)."""
+"""The rows of a comparison: the base, every router of the registry (paper section 4.2), others."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from ..base import Base, BaseReference, dtype_name, load_base
+from ..config import Routing, closest
+from ..errors import ConfigError, PoolError
+from ..experts.expert import Expert
+from ..experts.hub import local_folder
+from ..experts.pool import Pool
+from ..files import sha256_of, shortened
+from ..jobs import absolute
+from ..routing.compose import compose, detach
+from ..routing.open_model import OpenedModel, is_pool, is_routed, naming_all_places, open_model
+from ..routing.routers.registry import ROUTERS, choice_of, spec_of
+from ..routing.routers.router import router_of
+from ..routing.saved.load import base_of
+from ..routing.saved.tensors import ROUTED_INFO
+from ..sites import ROUTED
+from .results import BASE
 
-from ...base import Base, BaseReference, dtype_name, load_base
-from ...config import Routing, closest
-from ...errors import ConfigError, PoolError
-from ...experts.expert import Expert
-from ...experts.hub import local_folder
-from ...experts.pool import REMEDIES, Pool
-from ...files import sha256_of, shortened
-from ...jobs import absolute
-from ...routing.compose import compose, detach
-from ...routing.open_model import OpenedModel, is_pool, is_routed, naming_all_places, open_model
-from ...routing.routers.registry import ROUTERS, RouterSpec, choice_of, spec_of
-from ...routing.routers.router import router_of
-from ...routing.saved.load import base_of
-from ...routing.saved.tensors import ROUTED_INFO
-from ...sites import ROUTED
-
-BASE = "base"  # the method that routes nothing
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
 METHODS = {
     BASE: "Base model",
@@ -39,7 +37,6 @@ DERIVED = tuple(name for name, spec in ROUTERS.items() if "scores" in spec.given
 # These need a file of the task's, so they are run by name only.
 WITH_EXAMPLES = {name for name, spec in ROUTERS.items() if "examples" in spec.given}
 EVERY = "all"  # stands for every method whose needs the pool meets
-NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name says too little
 
 
 def label_of(router: str) -> str:
@@ -47,27 +44,8 @@ def label_of(router: str) -> str:
     name, _, settings = router.partition(":")
     pairs = [each.partition("=") for each in settings.split(",")] if settings else []
     parts = [f"{key.replace('_', ' ')} = {value}" for key, _, value in pairs]
-    known = ROUTERS.get(name)
-    return ", ".join([known.label if known else METHODS.get(name, name), *parts])
-
-
-def label_with_settings(identity: Mapping[str, Any]) -> str:
-    """The router of a row's `identity` with its settings, such as "Arrow, form = peft, k = 3"."""
-    now = routing_of(identity)
-    spec = ROUTERS.get(now["router"].partition(":")[0])
-    own = spec.k if spec else now.get("k")
-    k = [] if now.get("k") in (None, own) else [f"k = {now['k']}"]
-    kernel = [] if now.get("kernel", "auto") == "auto" else [f"kernel = {now['kernel']}"]
-    return ", ".join([label_of(now["router"]), *k, *kernel])
-
-
-def routing_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row's `identity` says of router, k and kernel."""
-    now = {name: value for name, value in identity.items() if name not in ("pool", "given")}
-    spec = ROUTERS.get(now["router"].partition(":")[0])
-    if spec and now.get("k", spec.k) is None:
-        now["k"] = spec.k
-    return now
+    label = ROUTERS[name].label if name in ROUTERS else METHODS.get(name, name)
+    return ", ".join([label, *parts])
 
 
 def runnable_methods(
@@ -75,31 +53,27 @@ def runnable_methods(
 ) -> tuple[list[str], list[str]]:
     """(names of the methods to run, notes on those of "all" that were left out).
 
-    Raises ConfigError for an unknown name or settings that a named one can't have, else PoolError.
+    Raises ConfigError for an unknown name or settings that a named one can't have, and PoolError if
+    `pool` lacks what a named one needs.
     """
-    wanted = [methods] if isinstance(methods, str) else list(methods)
-    named = [_canonical(name) for name in wanted if name != EVERY]
-    lacks_of = lacking(pool)
-    without = {name: lacks for name, lacks in lacks_of.items() if lacks}
+    asked = [methods] if isinstance(methods, str) else list(methods)
+    named = [_canonical(name) for name in asked if name != EVERY]
     for name in named:
-        if name.partition(":")[0] in without:
-            raise PoolError(_refusal(name, without[name.partition(":")[0]]))
         _check_method(name, pool, routing)
-    if EVERY not in wanted:
-        return named, []
-    left_out = {name: _note(name, lacks) for name, lacks in without.items()}
-    for name in METHODS.keys() - left_out.keys() - WITH_EXAMPLES:
+    every, notes = [], []
+    for name in METHODS if EVERY in asked else ():
+        if name in WITH_EXAMPLES:
+            continue
         try:
             _check_method(name, pool, routing)
+            every.append(name)
         except (ConfigError, PoolError) as error:
-            left_out[name] = f"{METHODS[name]} was left out: {error}"
-    notes = [left_out[name] for name in METHODS if name in left_out]
-    every = [name for name in METHODS if name not in left_out and name not in WITH_EXAMPLES]
+            notes.append(f"{METHODS[name]} was left out: {error}")
     return list(dict.fromkeys([*every, *named])), notes
 
 
 def _canonical(method: str) -> str:
-    if method != BASE and method.partition(":")[0] not in METHODS:
+    if method.partition(":")[0] not in METHODS:
         raise ConfigError(
             f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             f"{closest(method.partition(':')[0], METHODS)}"
@@ -109,53 +83,13 @@ def _canonical(method: str) -> str:
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
-        check_routable(pool, replace(routing, router=name))
+        _check_routable(pool, replace(routing, router=name))
 
 
-def check_routable(pool: Pool, routing: Routing) -> None:
-    """Raise what composing `pool` by `routing` would, without its warnings."""
+def _check_routable(pool: Pool, routing: Routing) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         router_of(routing).check(pool)
-
-
-Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not
-
-
-def lacking(pool: Pool) -> dict[str, Lacks]:
-    """For each method that needs more than adapters, what experts lack of its needs."""
-    found: dict[str, Lacks] = {}
-    for name, spec in ROUTERS.items():
-        if spec.needs:
-            missing = {
-                expert.name: tuple(need for need in spec.needs if not expert.has(need))
-                for expert in pool.experts
-            }
-            found[name] = {expert: parts for expert, parts in missing.items() if parts}
-    return found
-
-
-def _refusal(method: str, lacks: Lacks) -> str:
-    expert, missing = next(iter(lacks.items()))
-    needs, command = _named(missing)
-    remedy = f"run 'phatgoose {command}' on it or " if command else ""
-    return f"Expert {expert!r} has no {needs}, which method {method} needs; {remedy}leave it out."
-
-
-def _note(method: str, lacks: Lacks) -> str:
-    every = {need for missing in lacks.values() for need in missing}
-    needs, command = _named(tuple(need for need in ROUTERS[method].needs if need in every))
-    remedy = f" (run 'phatgoose {command}' first)" if command else ""
-    return (
-        f"{METHODS[method]} was left out: {', '.join(lacks)} can't be routed by it without "
-        f"{needs}{remedy}."
-    )
-
-
-def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
-    """(the `needs` for people, the command that makes the first of them if there is one)."""
-    commands = [REMEDIES[need] for need in needs if need in REMEDIES]
-    return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]
 
 
 @dataclass(frozen=True)
@@ -175,17 +109,11 @@ class Row:
     locations: tuple[str, ...] = ()
 
     @property
-    def spec(self) -> RouterSpec | None:
-        """Its router's record; None for the base, and for the model at a place."""
-        # The routing beside the place of a saved model only has its embedder.
-        if self.routing is None or self.place is not None:
-            return None
-        return spec_of(self.routing.router)
-
-    @property
     def per_input(self) -> bool:
         """True if it leaves whole inputs to experts, who may have answered them alone."""
-        return self.spec is not None and self.spec.per_input
+        if self.pool is None or self.routing is None:
+            return False
+        return spec_of(self.routing.router).per_input
 
     @property
     def base(self) -> BaseReference | None:
@@ -215,22 +143,21 @@ class Row:
         row = pool_row(self.name, self.label, pool, self.routing or Routing())
         if row.identity != self.identity:
             raise PoolError(
-                f"{self.label}: the experts that this worker finds at {self.locations[0]} and the "
+                f"{self.label}: the experts that this worker has at {self.locations[0]} and the "
                 f"other places are not those that the comparison was begun with."
             )
         return row
 
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
-        if self.pool is None and self.place is not None:
+        """The row's model; afterwards the base is as it was."""
+        opened = OpenedModel(base.model, base.tokenizer)
+        if self.place is not None:
             dtype = dtype_name(base.model.dtype)
-            given = base if is_routed(self.place) else None
-            opened = open_model(self.place, given, dtype=dtype, routing=self.routing)
-        elif self.pool is None or self.routing is None:
-            opened = OpenedModel(base.model, base.tokenizer)
-        else:
-            model = compose(self.pool, base, routing=self.routing)
-            opened = OpenedModel(model, base.tokenizer)
+            onto = base if is_routed(self.place) else None
+            opened = open_model(self.place, onto, dtype=dtype, routing=self.routing)
+        elif self.pool is not None and self.routing is not None:
+            compose(self.pool, base, routing=self.routing)
         try:
             yield opened
         finally:
@@ -251,9 +178,9 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
 
 
 def single_rows(pool: Pool) -> list[Row]:
-    return [
-        pool_row(name, name, pool.select([name]), Routing(router="single")) for name in pool.names
-    ]
+    """A row for each expert alone."""
+    alone = Routing(router="single")
+    return [pool_row(name, name, pool.select([name]), alone) for name in pool.names]
 
 
 def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
@@ -274,7 +201,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     pool = Pool.open(place)
     alone = Routing(router="single")
     chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose")
-    check_routable(pool, chosen)
+    _check_routable(pool, chosen)
     return pool_row(label, label, pool, chosen)
 
 
@@ -298,10 +225,10 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
     if expert.acts_on is not None:
         digest.update(str(expert.acts_on.record()).encode())
     for part in shared:
-        tensors: dict[str, Tensor] = {}
+        tensors = {}
         if part == "embeddings" and expert.embeddings is not None:
-            made_by = f"{expert.info.embedder} {expert.info.embedding_form}"
-            tensors = {made_by: expert.embeddings}
+            form = f"{expert.info.embedder} {expert.info.embedding_form}"
+            tensors = {form: expert.embeddings}
         elif part in ("gates", "means", "readings"):
             tensors = dict(getattr(expert, part))
         for name in sorted(tensors):

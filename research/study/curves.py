@@ -1,21 +1,29 @@
-"""Scores against the size of the pool, from cells of comparisons (paper section 4.3)."""
+"""Scores against the size of the pool, from the runs of comparisons (paper section 4.3)."""
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EvaluationError
-from ..evaluation.comparison.methods import METHODS, label_with_settings, routing_of
-from ..evaluation.comparison.result_store import ResultStore
-from ..evaluation.intervals import Sample
-from ..files import one_line, shortened
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
+from phatgoose.apps.report.figures import counted, look_of, styled
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.results import ResultStore
+from phatgoose.evaluation.rows import METHODS, label_of
+from phatgoose.files import one_line, shortened
+from phatgoose.routing.routers.registry import ROUTERS
+
+LONGEST_LABEL = 28  # characters of a line in a legend
 # What reading a result that compare didn't write may raise.
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -88,3 +96,47 @@ def _curve(method: Mapping[str, Any], pools: Pools) -> PoolSizeCurve | None:
         tuple(sorted({task for task, _ in common})),
         {size: tuple(scores[size]) for size in sorted(scores)},
     )
+
+
+def label_with_settings(identity: Mapping[str, Any]) -> str:
+    """The router of a row's `identity` with its settings, such as "Arrow, form = peft, k = 3"."""
+    now = routing_of(identity)
+    spec = ROUTERS.get(now["router"].partition(":")[0])
+    own = spec.k if spec else now.get("k")
+    k = [] if now.get("k") in (None, own) else [f"k = {now['k']}"]
+    kernel = [] if now.get("kernel", "auto") == "auto" else [f"kernel = {now['kernel']}"]
+    return ", ".join([label_of(now["router"]), *k, *kernel])
+
+
+def routing_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row's `identity` says of router, k and kernel."""
+    now = {name: value for name, value in identity.items() if name not in ("pool", "given")}
+    spec = ROUTERS.get(now["router"].partition(":")[0])
+    if spec and now.get("k", spec.k) is None:
+        now["k"] = spec.k
+    return now
+
+
+@styled
+def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
+    """Mean score by number of experts, a line per curve; faint points are single pools."""
+    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+    panel = figure.subplots()
+    counts = {len(curve.datasets) for curve in curves}
+    for index, curve in enumerate(curves):
+        look = look_of(index)
+        sizes = list(curve.scores)
+        means = [100 * float(np.mean(curve.scores[size])) for size in sizes]
+        label = curve.label if len(counts) == 1 else f"{curve.label} ({len(curve.datasets)})"
+        label = textwrap.fill(label, LONGEST_LABEL)
+        panel.plot(sizes, means, **look, label=label)
+        for size in sizes:
+            pools = [100 * score for score in curve.scores[size]]
+            panel.plot([size] * len(pools), pools, **look, linestyle="", alpha=0.35, markersize=4)
+    every_size = sorted({size for curve in curves for size in curve.scores})
+    panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
+    panel.set_xlabel("experts in the pool")
+    of = "(n) datasets" if len(counts) > 1 else counted(counts.pop(), "dataset")
+    panel.set_ylabel(f"mean score over {of}, in %")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure

@@ -1,6 +1,5 @@
 """The rows of a comparison: their labels, what each composes, what tells their results apart."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,11 +9,10 @@ import torch
 from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
-from phatgoose.evaluation.comparison.methods import (
+from phatgoose.evaluation.rows import (
     DERIVED,
     METHODS,
     Row,
-    label_with_settings,
     reference_row,
     rows_of,
     single_rows,
@@ -30,13 +28,6 @@ from tiny import logits_of, make_adapter, make_ids, make_model, make_tokenizer
 def test_there_is_a_method_for_every_router_and_the_base():
     assert set(METHODS) == {"base", *ROUTERS} - {"single", "weights"}
     assert list(METHODS)[-2:] == list(DERIVED)
-
-
-def test_a_label_names_every_setting_that_is_not_the_usual_one():
-    own = {"router": "discriminant", "k": 1, "kernel": "auto", "pool": ["a"]}
-    assert label_with_settings(own) == "Discriminant"
-    changed = own | {"router": "discriminant:task_variance=0.1", "k": 3}
-    assert label_with_settings(changed) == "Discriminant, task variance = 0.1, k = 3"
 
 
 ROUTING = Routing(router="phatgoose")
@@ -79,12 +70,6 @@ def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, l
 # What tells results apart
 
 
-def test_every_row_has_an_identity_of_its_own(three):
-    rows = [*rows_of(three, WITHOUT_EXAMPLES, ROUTING), *single_rows(three)]
-    identities = {json.dumps(row.identity, sort_keys=True) for row in rows}
-    assert len(identities) == len(rows) == len(WITHOUT_EXAMPLES) - len(DERIVED) + len(three)
-
-
 def test_few_shot_depends_on_its_examples_and_on_what_reads_them(three, tmp_path):
     path = tmp_path / "few.jsonl"
     method = f"few-shot:examples={path},by=centroid"
@@ -95,7 +80,6 @@ def test_few_shot_depends_on_its_examples_and_on_what_reads_them(three, tmp_path
     assert row_of(method, other).identity != before
     path.write_text('{"input": "jazz"}\n')
     assert row_of(method, three).identity != before
-    assert label_with_settings(before).startswith("Few-shot, ")
 
 
 @pytest.mark.parametrize(
@@ -155,12 +139,6 @@ def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(three, part, matter
         for p in (three, other)
     )
     assert {name for name in KNOWN if others.get(name) != rows[name]} == matter_to
-
-
-def test_an_expert_alone_is_the_same_whatever_pool_it_is_in(three):
-    wanted = {row.name: row.identity for row in single_rows(three)}
-    smaller = {row.name: row.identity for row in single_rows(three.select(["e2", "e0"]))}
-    assert smaller == {name: wanted[name] for name in ("e0", "e2")}
 
 
 # References

@@ -19,8 +19,6 @@ from comparisons import (
     write_rows,
 )
 from phatgoose.base import load_base
-from phatgoose.evaluation.comparison import cells as module
-from phatgoose.evaluation.evaluate import score
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.suites.registry import open_suite
@@ -72,18 +70,3 @@ def out(done, tmp_path) -> Path:
 def tasks(setting) -> dict[str, Task]:
     loaded = [task for suite in setting.suites for task in open_suite(suite).load()]
     return {task.name: task for task in loaded}
-
-
-@pytest.fixture
-def computed(monkeypatch) -> list[tuple[str, str]]:
-    """(router, expert or base; dataset) of every cell that is computed from here on."""
-    cells = []
-
-    def watched(model, task, *arguments):
-        parts = getattr(model, "phatgoose", None)
-        router = "base" if parts is None else parts.routing.router
-        cells.append((parts.experts[0] if router == "single" else router, task.name))
-        return score(model, task, *arguments)
-
-    monkeypatch.setattr(module, "score", watched)
-    return cells

@@ -1,1 +1,0 @@
-"""Methods side by side on whole suites, as in the paper's Table 1."""

@@ -1,0 +1,429 @@
+"""Results of a comparison: the store of finished runs, what follows from them, and their tables.
+
+Tables are Markdown to read, CSV to compute with, and JSON for all.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import html
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import EvaluationError
+from ..files import first_line, reason, require_regular, write_text
+from .intervals import CONFIDENCE, Interval, Sample, SharedMeans
+
+BASE = "base"  # the row of the base alone
+ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
+FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how formulas of spreadsheets begin
+ALL = "all datasets"  # the column over every suite's datasets, if there are several suites
+HEAD = ("method", "suite", "dataset", "metric", "score", "low", "high", "n", "ties", "seconds")
+
+
+def in_per_cent(score: float, low: float, high: float, form: str = ".1f", ends: str = ".0f") -> str:
+    return f"{100 * score:{form}} [{100 * low:{ends}}, {100 * high:{ends}}]"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a head; `notes` come below. Rows that begin with `bold` stand out."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    bold: str | None = None
+
+    def markdown(self) -> str:
+        """A section of Markdown; names in it are of untrusted files, so nothing in it is HTML."""
+        rows = [[f"**{r[0]}**", *r[1:]] if r[0] == self.bold else r for r in self.rows]
+        lines = [f"## {self.title}\n", *markdown_table(self.head, rows), ""]
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        return html.escape("\n".join(lines) + notes, quote=False)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's score on one dataset, from 0 to 1, with its 95 % interval.
+
+    Attributes:
+        task: The dataset's name.
+        metric: Its metrics, in words.
+        low: The lower end of the interval.
+        high: The upper end.
+        ties: How many examples have best choices that scored equally; the first was taken.
+        seconds: How long scoring took.
+        sample: The examples' statistics.
+    """
+
+    task: str
+    metric: str
+    low: float
+    high: float
+    ties: int
+    seconds: float
+    sample: Sample
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Result:
+        """The result in a line of the store. Raises EvaluationError if it holds none."""
+        try:
+            plain = {n: stored[n] for n in ("task", "metric", "low", "high", "ties", "seconds")}
+            sample = Sample.of(stored["metrics"], stored["marks"], stored.get("rows"))
+            return cls(**plain, sample=sample)
+        except (LookupError, TypeError, ValueError) as error:
+            raise EvaluationError(
+                f"A stored line is no result of compare ({first_line(error)}); move results.jsonl "
+                f"away, and everything is scored again."
+            ) from error
+
+    @property
+    def score(self) -> float:
+        """The mean over the metrics."""
+        return self.sample.score
+
+    @property
+    def n(self) -> int:
+        """How many examples were scored."""
+        return self.sample.n
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        parts = {name: getattr(self, name) for name in ("metric", "low", "high", "ties", "seconds")}
+        return {**parts, "score": self.score, "by_metric": self.sample.by_metric, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One model's mean over a suite's datasets, unweighted, with its interval.
+
+    `difference` is this mean less PHATGOOSE's, in pairs; None for PHATGOOSE itself, or without it.
+    """
+
+    mean: float
+    interval: Interval
+    difference: float | None = None
+    difference_interval: Interval | None = None
+
+    @property
+    def in_per_cent(self) -> str:
+        return in_per_cent(self.mean, self.interval.low, self.interval.high)
+
+    @property
+    def difference_in_points(self) -> str:
+        between = self.difference_interval
+        if self.difference is None or between is None:
+            return ""
+        return in_per_cent(self.difference, between.low, between.high, "+.1f", "+.1f")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns.
+
+    Attributes:
+        suites: The datasets of each suite.
+        labels: Each row's name in tables.
+        results: Each row's results by dataset.
+        experts: The single experts' results by dataset.
+        choices: The experts that Oracle and Best Individual chose, by dataset.
+        notes: What was left out.
+        settings: How everything was scored.
+    """
+
+    suites: Mapping[str, tuple[str, ...]]
+    labels: Mapping[str, str]
+    results: Mapping[str, Mapping[str, Result]]
+    experts: Mapping[str, Mapping[str, Result]] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self.results)} (datasets: {len(self.datasets)})>"
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """The datasets that each column of the table is the mean of."""
+        several = {ALL: self.datasets} if len(self.suites) > 1 else {}
+        return {**self.suites, **several}
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The datasets of all suites, each once."""
+        return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
+
+    @property
+    def every(self) -> dict[str, Mapping[str, Result]]:
+        """The results of rows and single experts by dataset, the base's first."""
+        first = {BASE: self.results[BASE]} if BASE in self.results else {}
+        return {**first, **self.experts, **self.results}
+
+    def title(self, row: str) -> str:
+        """A row's name in tables, with a star if its experts were chosen by these very scores."""
+        return self.labels.get(row, row) + (" *" if row in self.choices else "")
+
+    @property
+    def _star(self) -> str:
+        return "; * not zero-shot" if self.choices else ""
+
+    @cached_property
+    def summaries(self) -> dict[str, dict[str, Summary]]:
+        """Summary by row and column. Intervals resample datasets and, within them, examples."""
+        rows: dict[str, dict[str, Summary]] = {name: {} for name in self.results}
+        for column, tasks in self.columns.items():
+            samples = {
+                name: [results[task].sample for task in tasks]
+                for name, results in self.results.items()
+            }
+            means = SharedMeans.of(samples)
+            for name, mean in means.value.items():
+                paired = name != ANCHOR and ANCHOR in samples
+                gain = means.gain(name, ANCHOR) if paired else ()
+                rows[name][column] = Summary(mean, means.interval(name), *gain)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: `comparison.json`."""
+        return {
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
+            "confidence": CONFIDENCE,
+            "suites": {name: list(tasks) for name, tasks in self.suites.items()},
+            "rows": {
+                name: {
+                    "label": self.labels[name],
+                    "summary": {
+                        column: asdict(summary) for column, summary in self.summaries[name].items()
+                    },
+                    "datasets": {task: result.to_dict() for task, result in results.items()},
+                }
+                for name, results in self.results.items()
+            },
+            "experts": {
+                name: {task: result.score for task, result in results.items()}
+                for name, results in self.experts.items()
+            },
+            "choices": {name: dict(chosen) for name, chosen in self.choices.items()},
+        }
+
+    def to_csv(self) -> str:
+        """One line per row and dataset, the single experts' included."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(HEAD)
+        for name, results in self.every.items():
+            for suite, tasks in self.suites.items():
+                for task in tasks:
+                    r = results[task]
+                    texts = (name, suite, task, r.metric)
+                    # Against formulas, as OWASP advises: datasets are named after untrusted files.
+                    names = [f"'{each}" if each.startswith(FORMULAS) else each for each in texts]
+                    numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
+                    writer.writerow([*names, *numbers, r.n, r.ties, r.seconds])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """Tables of means, of differences to PHATGOOSE, of datasets, and of costs."""
+        tables = (self.means(), self.differences(), self.scores(), self.costs())
+        return "\n".join(table.markdown() for table in tables if table.rows)
+
+    def means(self) -> Table:
+        """A row for each method: its mean on each suite, with the interval."""
+        notes = [
+            "Intervals resample the datasets and, within each, its examples; all methods share "
+            "the draws."
+        ]
+        if self.choices:
+            notes.append("Rows with a star chose experts by these results; intervals don't know.")
+        notes += [f"Note: {note}" for note in self.notes]
+        notes += [_how(self.settings)] if self.settings else []
+        columns = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
+        rows = [
+            [self.title(name), *(summary.in_per_cent for summary in summaries.values())]
+            for name, summaries in self.summaries.items()
+        ]
+        title = f"Means over datasets, in per cent, with 95 % intervals{self._star}"
+        return Table(title, ["method", *columns], rows, notes, self.title(ANCHOR))
+
+    def differences(self) -> Table:
+        """Differences to PHATGOOSE in pairs; no rows without its row, or another."""
+        rows = [
+            [self.title(name), *(each.difference_in_points for each in summaries.values())]
+            for name, summaries in self.summaries.items()
+            if name != ANCHOR and ANCHOR in self.results
+        ]
+        title = f"Difference to {self.labels.get(ANCHOR)}, in points, with 95 % intervals in pairs"
+        return Table(title, ["method", *self.columns], rows)
+
+    def scores(self, bold: str = ANCHOR) -> Table:
+        """A row per model and single expert, a column per dataset; row `bold` stands out."""
+        tasks, first = self.datasets, next(iter(self.every.values()))
+        rows = []
+        for row, results in self.every.items():
+            each = [results[task] for task in tasks]
+            cells = [f"{100 * r.score:.1f} ±{50 * (r.high - r.low):.0f}" for r in each]
+            mean = sum(r.score for r in each) / len(each)
+            rows.append([self.title(row), *cells, f"{100 * mean:.1f}"])
+        by_metric: dict[str, list[str]] = {}
+        for task in tasks:
+            by_metric.setdefault(first[task].metric, []).append(task)
+        listed = (f"{metric} ({', '.join(names)})" for metric, names in by_metric.items())
+        notes = [f"Scored by {'; '.join(listed)}."]
+        for name, chosen in self.choices.items():
+            said = ", ".join(f"{expert} for {task}" for task, expert in chosen.items())
+            everywhere = set(chosen.values())
+            notes.append(
+                f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
+            )
+        head = ["method", *(f"{task} (n={first[task].n})" for task in tasks), "mean"]
+        title = f"Per dataset, in per cent, ± half the 95 % interval{self._star}"
+        return Table(title, head, rows, notes, self.title(bold))
+
+    def costs(self) -> Table:
+        """The runs of each model and how long they took."""
+        rows = [
+            [self.title(name), str(len(results)), f"{sum(r.seconds for r in results.values()):.0f}"]
+            for name, results in self.every.items()
+            if name not in self.choices
+        ]
+        return Table("Runs and seconds of scoring", ["model", "runs", "seconds"], rows)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    yield line(head)
+    yield "|" + "---|" * len(head)
+    yield from map(line, rows)
+
+
+def write_tables(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.md, .csv and .json into `folder`. Raises EvaluationError."""
+    content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_text(folder / "comparison.md", comparison.to_markdown(), EvaluationError)
+    write_text(folder / "comparison.csv", comparison.to_csv(), EvaluationError)
+    write_text(folder / "comparison.json", content, EvaluationError)
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    limit, seed = settings["limit"], settings["seed"]
+    drawn = "all examples"
+    if limit is not None:
+        drawn = f"at most {limit} examples a dataset, drawn by seed {seed}"
+    routed = [f"k = {settings['k']}"] if settings["k"] is not None else []
+    routed += [f"kernel = {settings['kernel']}"] if settings["kernel"] != "auto" else []
+    experts = [
+        str(len(settings["experts"])),
+        *routed,
+        drawn if limit is not None else "all examples",
+    ]
+    return (
+        f"Base {settings['base']['id']} in {settings['dtype']}; experts: {'; '.join(experts)}; "
+        f"phatgoose {settings['code']}, {settings['machine']}."
+    )
+
+
+LOCK = ".lock"
+
+
+class ResultStore:
+    """Results by key (any JSON object) in the JSON Lines file `path`, made by the first result.
+
+    Every result is on the disk when `add` returns. Raises EvaluationError when the file can't be
+    read or written, is a symbolic link, or has a line that is no result.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._records: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+        self._cut_off_at: int | None = None
+        for line in self._complete_lines():
+            try:
+                record = json.loads(line)
+                self._records[_digest(record["key"])] = record["key"], record["result"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise EvaluationError(
+                    f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
+                ) from error
+
+    @classmethod
+    @contextmanager
+    def alone(cls, path: str | Path) -> Iterator[ResultStore]:
+        """The store at `path`, locked against other processes, or EvaluationError if one has it."""
+        folder = Path(path).parent
+        lock = FileLock(folder / LOCK)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise EvaluationError(
+                f"Another process is adding results to {path}; wait, or choose another --out."
+            ) from error
+        except OSError as error:
+            raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
+        try:
+            yield cls(path)
+        finally:
+            lock.release()
+
+    def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return self._records.get(_digest(key), (key, None))[1]
+
+    def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+                # Reading changed nothing: a last line that was cut off goes only now.
+                if self._cut_off_at is not None:
+                    file.truncate(self._cut_off_at)
+                    self._cut_off_at = None
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluationError(f"{self.path} can't be written: {reason(error)}.") from error
+        self._records[_digest(key)] = key, result
+
+    def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        return iter(self._records.values())
+
+    def _complete_lines(self) -> Iterator[str]:
+        if self.path.is_symlink():
+            raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
+        if not self.path.exists():
+            return
+        require_regular(self.path, EvaluationError)
+        try:
+            content = self.path.read_bytes()
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
+                self._cut_off_at = complete
+            # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
+            yield from content[:complete].decode("utf-8").split("\n")[:-1]
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"Results {self.path} can't be read: {reason(error)}.") from error
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

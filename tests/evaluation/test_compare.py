@@ -1,0 +1,495 @@
+"""`compare`: every run, what follows from them, and what is used again when it goes on."""
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phatgoose
+from comparisons import (
+    CHOOSE,
+    EXPERTS,
+    PICK,
+    REFERENCES,
+    ROUTERS,
+    SUITES,
+    TASKS,
+    TOKENS,
+    Stopping,
+    by_hand,
+    runs_in,
+    runs_of,
+    stored_in,
+    write_rows,
+)
+from forked import forked, kill_self, needs_fork
+from phatgoose.base import load_base
+from phatgoose.config import Formatting, Routing
+from phatgoose.errors import ConfigError, RoutingError, TaskError, WrongBaseError
+from phatgoose.evaluation import compare as comparing
+from phatgoose.evaluation.compare import answered_by_experts, code_version, compare
+from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, evaluate
+from phatgoose.evaluation.rows import METHODS
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.routers import prompt_router
+from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Chat, Entry, Example, Suite, Task
+
+pytestmark = pytest.mark.usefixtures("toy_embedder")
+
+
+def with_first(pool: Pool, **parts: Any) -> Pool:
+    first, *rest = pool.experts
+    return Pool((replace(first, **parts), *rest))
+
+
+# Every run
+
+
+@pytest.mark.parametrize("row", ["base", *ROUTERS, *REFERENCES, *EXPERTS])
+def test_a_run_is_what_evaluate_says_of_the_model_composed_by_hand(
+    done, setting, tasks, llama, row
+):
+    model = by_hand(row, setting, llama)
+    results = (done.comparison.experts if row in EXPERTS else done.comparison.results)[row]
+    stored = stored_in(done.folder)
+    assert list(results) == list(TASKS)
+    for name, result in results.items():
+        (score,) = evaluate(model, tasks[name], max_new_tokens=TOKENS).scores
+        for part in ("task", "metric", "score", "n", "low", "high", "ties"):
+            assert getattr(result, part) == getattr(score, part), (name, part)
+        assert result.sample.by_metric == score.by_metric
+        answers = [prediction.answer for prediction in score.predictions]
+        records = [line["result"] for line in stored if line["key"]["task"] == name]
+        assert answers in [record["answers"] for record in records]
+
+
+def test_no_run_is_computed_twice_and_all_are_asked_the_same_examples(done):
+    stored = stored_in(done.folder)
+    keys = {json.dumps(line["key"], sort_keys=True) for line in stored}
+    rows = 1 + len(ROUTERS) + len(EXPERTS) + 2  # of the references, two are rows already
+    assert len(stored) == len(keys) == rows * len(TASKS)
+    assert len({(line["key"]["task"], line["key"]["examples"]) for line in stored}) == len(TASKS)
+
+
+def test_a_sequence_to_sequence_base_is_compared_alike(
+    setting, tasks, base_folders, pool_of, tmp_path
+):
+    pool, base = pool_of("t5", (4, 4)), load_base(base_folders["t5"], dtype="float32")
+    methods = ["base", "merged", "oracle"]
+    options = {"pool": pool, "base": base, "suites": setting.suites[1], "limit": 4}
+    comparison = setting.run(tmp_path, methods, **options)
+    for row, router in (("base", None), ("merged", "merged"), ("e1", "single:expert=e1")):
+        model = compose(pool, base, router=router) if router else base
+        for name in ("choose", "count"):
+            (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
+            result = comparison.every[row][name]
+            assert (result.score, result.low, result.high) == (score.score, score.low, score.high)
+        if router:
+            detach(base.model)
+
+
+@pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
+def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
+    options = {"formatting": Formatting(max_input_tokens=3), "token_budget": 9}
+    options["max_new_tokens"] = 2
+    row, routing = "phatgoose:eps=0.5", Routing(k=1, router="phatgoose")
+    comparison = setting.run(tmp_path, [row], suites=setting.suites[1], routing=routing, **options)
+    model = compose(setting.pool, llama, router=row, k=1)
+    for name in ("choose", "count"):
+        (alone,) = evaluate(model, tasks[name], **options).scores
+        marks = [list(prediction.marks[0]) for prediction in alone.predictions]
+        assert comparison.results[row][name].sample.statistics[0].tolist() == marks
+
+
+def test_what_examples_were_made_of_is_kept_with_their_marks(setting, tmp_path):
+    examples = tuple(Example(f"a{i}", "yes", ("yes", "no"), row=i // 2) for i in range(6))
+    task = Task("templates", test=examples)
+    for _ in range(2):  # the second time from the store
+        (result,) = setting.run(tmp_path, ["base"], suites=task).results["base"].values()
+        assert result.sample.rows.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+# What follows
+
+
+def test_the_rows_stand_in_the_order_of_the_paper_then_references_then_those_that_know(done):
+    comparison = done.comparison
+    derived = ["best-individual", "oracle"]
+    assert list(comparison.results) == ["base", *ROUTERS, *REFERENCES, *derived]
+    assert list(comparison.experts) == list(EXPERTS)
+    labels = {name: label for name, label in METHODS.items() if name != "few-shot"}  # by name only
+    assert comparison.labels == {**labels, **{label: label for label in REFERENCES}}
+    assert comparison.columns == {**SUITES, "all datasets": TASKS}
+    assert comparison.notes == ()
+
+
+def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_all(done):
+    experts, results = done.comparison.experts, done.comparison.results
+    scores = {name: [row[task].score for task in TASKS] for name, row in experts.items()}
+    best = max(EXPERTS, key=lambda name: np.mean(scores[name]))
+    assert {task: row.score for task, row in results["oracle"].items()} == {
+        task: max(row[i] for row in scores.values()) for i, task in enumerate(TASKS)
+    }
+    assert dict(results["best-individual"]) == dict(experts[best])
+    choices = done.comparison.choices
+    assert choices["best-individual"] == dict.fromkeys(TASKS, best)
+    for task, chosen in choices["oracle"].items():
+        assert results["oracle"][task] == experts[chosen][task]
+    assert len(set(choices["oracle"].values())) > 1
+
+
+def test_the_tables_are_written_with_all_that_was_set(done, setting):
+    names = [".lock", "comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
+    assert sorted(path.name for path in done.folder.iterdir()) == names
+    assert (done.folder / "comparison.md").read_text() == done.comparison.to_markdown()
+    settings = json.loads((done.folder / "comparison.json").read_text())["settings"]
+    assert settings["base"]["id"] == str(setting.base)
+    assert settings["base"]["fingerprint"] == load_base(setting.base).fingerprint
+    expected = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0}
+    expected |= {"k": None, "kernel": "auto", "max_new_tokens": TOKENS, "token_budget": 4096}
+    expected |= {"code": code_version()}
+    assert expected.items() <= settings.items()
+    assert settings["machine"]
+
+
+# Going on
+
+
+SMALL = ("base", "phatgoose", "oracle")  # 5 rows on 4 datasets
+
+
+def without_seconds(folder: Path) -> list[Any]:
+    """All that a comparison stored and wrote, but for how long it took."""
+    text = (folder / "comparison.json").read_text() + (folder / "results.jsonl").read_text()
+    return [re.sub(r'"seconds": [\d.]+', "", text), (folder / "comparison.md").read_text()[:-200]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(setting, tmp_path_factory) -> list[Any]:
+    """What a small comparison made that nothing came between."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    setting.run(folder, SMALL, limit=2)
+    return without_seconds(folder)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("finished", [0, 6, 19])
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    setting, uninterrupted, tmp_path, finished
+):
+    with pytest.raises(KeyboardInterrupt):
+        setting.run(tmp_path, SMALL, limit=2, engine=Stopping(finished, interrupt))
+    assert not list(tmp_path.glob("comparison.*"))
+    begun = stored_in(tmp_path) if finished else []
+    assert len(begun) == finished
+    setting.run(tmp_path, SMALL, limit=2)
+    assert stored_in(tmp_path)[:finished] == begun
+    assert runs_in(tmp_path, setting.pool) == runs_of(*SMALL[:2], *EXPERTS)  # each once, in all
+    assert without_seconds(tmp_path) == uninterrupted
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_comparison_goes_on_where_it_stopped(setting, uninterrupted, tmp_path):
+    path = tmp_path / "results.jsonl"
+
+    def die() -> None:
+        os.truncate(path, path.stat().st_size - 40)  # not written to its end
+        kill_self()
+
+    def compare_and_die() -> None:
+        setting.run(tmp_path, SMALL, limit=2, engine=Stopping(4, die))
+
+    assert forked(compare_and_die) == -signal.SIGKILL
+    assert path.read_bytes().count(b"\n") == 3
+    with pytest.warns(UserWarning, match="the last result was cut off"):
+        setting.run(tmp_path, SMALL, limit=2)
+    assert without_seconds(tmp_path) == uninterrupted
+
+
+def test_a_finished_comparison_is_only_read(setting, done, out):
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    comparison = setting.run(out, references=setting.references)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert comparison.summaries == done.comparison.summaries
+
+
+def test_more_methods_references_and_suites_are_added(setting, tmp_path):
+    options = {"suites": setting.suites[1], "limit": 2}
+    out = tmp_path / "out"
+    setting.run(out, ["base", "merged"], **options)
+    references = {"expert": setting.references["an expert"]}
+    setting.run(out, ["base", "merged"], references=references, **options)
+    setting.run(out, ["merged", "best-individual"], **options)
+    expected = runs_of("base", "merged", "e1", "e0", "e2", tasks=("choose", "count"))
+    assert runs_in(out, setting.pool) == expected
+    new = write_rows(tmp_path / "third" / "new.jsonl", CHOOSE[:2]).parent
+    write_rows(new / "choose.jsonl", CHOOSE)
+    comparison = setting.run(out, ["base"], suites=[setting.suites[1], new], limit=2)
+    assert runs_in(out, setting.pool) == [*expected, ("base", "new")]
+    assert comparison.columns["third"] == ("choose", "new")
+    assert comparison.columns["all datasets"] == ("choose", "count", "new")
+
+
+@pytest.fixture
+def newly(setting, out):
+    """`newly(methods, …)`: the runs that this comparison adds to those of everything."""
+
+    def added(*arguments: Any, **options: Any) -> list[tuple[str, str]]:
+        count = len(stored_in(out))
+        setting.run(out, *arguments, **options)
+        return runs_in(out, setting.pool)[count:]
+
+    return added
+
+
+def test_another_k_leaves_what_does_not_depend_on_it(setting, newly):
+    routing = Routing(k=1, router="phatgoose")
+    rows = [name for name, spec in REGISTRY.items() if spec.k not in (None, 1)]
+    added = newly(routing=routing, suites=setting.suites[1])
+    assert sorted(added) == sorted(runs_of(*rows, tasks=SUITES["plain"]))
+
+
+LARGER = [name for name in TASKS if name != "count"]  # has three examples
+
+
+@pytest.mark.filterwarnings("ignore:.* cut to 7 tokens")
+@pytest.mark.parametrize(
+    ("options", "tasks"),
+    [
+        ({"limit": 3}, LARGER),
+        ({"limit": 3, "seed": 1}, LARGER),
+        ({"limit": 9}, []),
+        ({"max_new_tokens": TOKENS + 1}, ["count"]),  # choices and tasks of their own stay
+        ({"formatting": Formatting(max_input_tokens=7)}, TASKS),
+        ({"formatting": Formatting(truncation="right")}, TASKS),  # though none is cut
+    ],
+)
+def test_other_examples_or_forms_are_scored_again(newly, options, tasks):
+    assert newly(["base"], **options) == runs_of("base", tasks=tasks)
+
+
+def test_another_precision_base_or_code_leaves_nothing(setting, newly, monkeypatch):
+    for other in (
+        load_base(setting.base, dtype="bfloat16"),
+        load_base(setting.references["a base"], dtype="float32"),
+    ):
+        assert newly(["base"], base=other) == runs_of("base")
+    monkeypatch.setattr(comparing, "code_version", lambda: "0.1.0+edited")
+    assert newly(["base"]) == runs_of("base")
+
+
+def test_the_version_names_the_release_and_what_decides_a_score(tmp_path, monkeypatch):
+    version = code_version()
+    assert re.fullmatch(rf"{re.escape(phatgoose.__version__)}\+[0-9a-f]{{12}}", version)
+    package = tmp_path / "phatgoose"
+    for name in ("__init__.py", "evaluation/metrics.py", "apps/cli.py", "routing/kernels/n.cpp"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("x = 1\n")
+    (package / "routing/kernels/n.cpp").rename(package / "routing/kernels/native.cpp")
+    monkeypatch.setattr(comparing, "PACKAGE", package)
+    versions = []
+    for name, text in (
+        ("apps/cli.py", "x = 1\n"),
+        ("apps/cli.py", "x = 2\n"),
+        ("evaluation/metrics.py", "x = 1  # a comment\n"),
+        ("evaluation/metrics.py", "x = 2\n"),
+        ("routing/kernels/native.cpp", "x = 2\n"),
+    ):
+        (package / name).write_text(text)
+        versions.append(code_version.__wrapped__())
+    assert versions[0] == versions[1] == versions[2]
+    assert len(set(versions)) == 3
+
+
+# What rows share
+
+
+def test_rows_that_choose_by_readings_share_them(setting, tasks, tmp_path, monkeypatch):
+    """The base reads each prompt once for all of them; scores are those of each row alone."""
+    rows = ["discriminant", "discriminant:shrinkage=1", "discriminant:per_block=1"]
+    alone = [setting.run(tmp_path / str(i), row) for i, row in enumerate(rows)]
+    read, read_prompts = [], prompt_router.read_prompts
+
+    def counted(model, prompts, *arguments, **options):
+        read.extend(prompts)
+        return read_prompts(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(prompt_router, "read_prompts", counted)
+    together = setting.run(tmp_path / "together", rows)
+    assert len(read) == len({row.input for task in tasks.values() for row in task.test})
+    for row, one in zip(together.results.values(), alone, strict=True):
+        (other,) = one.results.values()
+        for task, result in row.items():
+            assert (result.score, result.ties) == (other[task].score, other[task].ties)
+
+
+def asked(task: Task, base: Any) -> tuple[EvaluationSet, Any]:
+    dataset = EvaluationSet.of(task, ScoringSettings(max_new_tokens=TOKENS))
+    return dataset, dataset.questions(Encoder.of(base))
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged", "retrieval"])
+def test_other_models_and_unknown_answers_share_nothing(setting, tasks, llama, router):
+    model = by_hand(router, setting, llama)
+    question = asked(tasks["choose"], llama)
+    everyones = {
+        name: {"choose": {"answers": ["good"] * 9, "tied": []}} for name in setting.pool.names
+    }
+    shares = answered_by_experts(everyones, model, *question) is not None
+    assert shares == (router == "retrieval")
+    elsewhere = {name: {"pick": result["choose"]} for name, result in everyones.items()}
+    for unknown in ({}, elsewhere, {"somebody": everyones["e0"]}):
+        assert answered_by_experts(unknown, model, *question) is None
+
+
+def test_a_chat_s_answers_are_of_the_expert_that_its_last_message_has(setting, llama, monkeypatch):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(llama.tokenizer, "chat_template", template)
+    model = by_hand("retrieval", setting, llama)
+    chat = Chat((("system", "5 + 6 = 11, 1 + 9"), ("user", "plums or apples")))
+    everyones = {name: {"chat": {"answers": [name], "tied": []}} for name in setting.pool.names}
+    answers = []
+    for text in (chat, "plums or apples"):
+        question = asked(Task("chat", test=(Example(text, "e0"),)), llama)
+        answers.append(answered_by_experts(everyones, model, *question)[0].predictions[0].answer)
+    assert answers[0] == answers[1]
+
+
+def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path):
+    shared = setting.run(tmp_path / "shared", ["retrieval", "oracle"])
+    alone = setting.run(tmp_path / "alone", ["retrieval"])
+    for task in TASKS:
+        one, other = shared.results["retrieval"][task], alone.results["retrieval"][task]
+        assert (one.score, one.ties) == (other.score, other.ties)
+        for mine, theirs in zip(one.sample.statistics, other.sample.statistics, strict=True):
+            assert (mine == theirs).all()
+
+
+# What can be asked for
+
+
+def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, tmp_path):
+    methods = ["arrow", "arrow:temperature=0.010,form=peft", "base"]
+    comparison = setting.run(tmp_path, methods, suites=setting.suites[1], limit=1)
+    assert comparison.labels == {
+        "base": "Base model",
+        "arrow": "Arrow",
+        "arrow:form=peft,temperature=0.01": "Arrow, form = peft, temperature = 0.01",
+    }
+    pool = with_first(setting.pool, embeddings=None)
+    with pytest.warns(UserWarning, match="was left out: Expert 'e0' has no embeddings"):
+        every = setting.run(
+            tmp_path, ["all", "random:seed=1"], pool=pool, suites=setting.suites[1], limit=1
+        )
+    assert {"random", "random:seed=1", "phatgoose"} <= every.results.keys()
+    assert "retrieval" not in every.results
+
+
+def test_suites_come_as_names_paths_tasks_or_suites_and_one_alone(setting, tasks, tmp_path):
+    entry = Entry("pick", lambda sources: tasks["pick"])
+    for suite in (Suite("own", (entry,)), [Suite("own", (entry,))]):
+        assert setting.run(tmp_path, "base", suites=suite).columns == {"own": ("pick",)}
+    for suite in (setting.suites[1], Path(setting.suites[1])):
+        comparison = setting.run(tmp_path, ["base"], suites=suite, limit=1)
+        assert comparison.columns == {"plain": ("choose", "count")}
+    task = next(iter(tasks.values()))
+    alone = setting.run(tmp_path / "out", "base", suites=task)
+    assert dict(alone.suites) == {task.name: (task.name,)}
+    assert repr(alone) == "<Comparison of base (datasets: 1)>"
+
+
+def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_run(setting, tmp_path):
+    cut = Formatting(max_input_tokens=7)
+    with pytest.warns(UserWarning, match="cut to 7 tokens") as told:
+        setting.run(tmp_path, ["base", "merged"], suites=setting.suites[1], formatting=cut)
+    assert [str(warning.message).split(":")[0] for warning in told] == ["choose"]
+    for result in (line["result"] for line in stored_in(tmp_path)):
+        assert result["cuts"]["cut"] == (9 if result["task"] == "choose" else 0)
+
+
+@pytest.fixture
+def refusals(setting, pool_of, tmp_path) -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
+    """(the error, its message, what was asked) by what is wrong."""
+    write_rows(tmp_path / "other" / "choose.jsonl", CHOOSE[:5])
+    write_rows(tmp_path / "other" / "plain" / "pick.jsonl", PICK)
+    (tmp_path / "s.toml").write_text(
+        f'[[tasks]]\nfile = "{setting.suites[1]}/choose.jsonl"\nmetrics = ["rouge-l"]\n'
+    )
+    foreign = pool_of("t5", (4, 4)).experts[0].directory
+    another = load_base(setting.references["a base"], dtype="float32")
+    old = {"old": setting.references["a routed model"]}
+    first = setting.pool.experts[0]
+    named = with_first(setting.pool, info=replace(first.info, name="random"))
+
+    def suites(name: str) -> dict[str, Any]:
+        return {"suites": [*setting.suites, tmp_path / name]}
+
+    of_both = "different datasets called 'choose'"
+    return {
+        "other examples": (TaskError, of_both, suites("other")),
+        "other metrics": (TaskError, of_both, suites("s.toml")),
+        "one name": (TaskError, "Two suites are called 'plain'", suites("other/plain")),
+        "an unknown setting": (
+            ConfigError,
+            "router phatgoose: unknown setting 'affinity'",
+            {"methods": ["base", "phatgoose:affinity=raw"]},
+        ),
+        "an unknown method": (ConfigError, "unknown; known are all", {"methods": ["phatgose"]}),
+        "an expert of another base": (
+            WrongBaseError,
+            "The base of joint is",
+            {"references": {"joint": foreign}},
+        ),
+        "another base": (WrongBaseError, "The base of Merged Experts is", {"base": another}),
+        "a routed model of another": (
+            WrongBaseError,
+            "The base of old is",
+            {"base": another, "references": old, "methods": ["base"]},
+        ),
+        "an expert called like a method": (
+            ConfigError,
+            "both called 'random'",
+            {"methods": ["random", "oracle"], "pool": named},
+        ),
+        "a reference called like a method": (
+            ConfigError,
+            "the name of a method",
+            {"references": {"oracle": foreign}},
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("other examples", "other metrics", "one name", "an unknown setting", "an unknown method"),
+        *("an expert of another base", "another base", "a routed model of another"),
+        *("an expert called like a method", "a reference called like a method"),
+    ],
+)
+def test_it_is_refused_before_anything_is_computed_or_written(setting, refusals, tmp_path, what):
+    error, message, options = refusals[what]
+    with pytest.raises(error, match=message):
+        setting.run(tmp_path / "refused", **{"methods": ["base", "merged"], **options})
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_base_that_is_routed_already_is_refused_and_stays_as_it_is(setting, llama, tmp_path):
+    compose(setting.pool, llama, router="phatgoose")
+    with pytest.raises(RoutingError, match="routed already"):
+        compare(setting.pool, setting.suites, "base", out=tmp_path / "out", base=llama)
+    assert hasattr(llama.model, "phatgoose")
+    assert not (tmp_path / "out").exists()

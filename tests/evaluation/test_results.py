@@ -1,0 +1,281 @@
+"""A comparison's numbers and tables, from results written by hand; the store of finished runs."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from made_comparison import EXPERTS, RIGHT, SETTINGS, SUITES, made_comparison
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.intervals import Interval
+from phatgoose.evaluation.results import Comparison, Result, ResultStore, write_tables
+from phatgoose.routing.routers.router import read_scores
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    """Four rows and two derived ones on two suites that share dataset b."""
+    return made_comparison()
+
+
+def score(row: str, task: str) -> float:
+    """A row's score on a dataset, by hand; of BLEU half the 10 n-grams match, of either order."""
+    marks = {**RIGHT, **EXPERTS}[row][task]
+    bleu = [0.5] if task == "c" else []
+    return float(np.mean([np.mean(marks), *bleu]))
+
+
+@pytest.mark.parametrize("row", list(RIGHT))
+def test_a_mean_is_that_of_datasets_unweighted(comparison, row):
+    for column, tasks in comparison.columns.items():
+        mean = comparison.summaries[row][column].mean
+        assert mean == pytest.approx(np.mean([score(row, task) for task in tasks]), abs=1e-12)
+
+
+def test_differences_are_to_phatgoose_which_has_none(comparison):
+    for column, own in comparison.summaries["phatgoose"].items():
+        assert (own.difference, own.difference_interval) == (None, None)
+        for row in ("base", "my|own", "oracle", "best-individual"):
+            other = comparison.summaries[row][column]
+            assert other.difference == other.mean - own.mean
+            assert other.difference_interval.low <= other.difference
+            assert other.difference <= other.difference_interval.high
+
+
+def test_equal_rows_differ_by_nothing_in_any_resample(comparison):
+    for column in comparison.columns:
+        twin, own = (comparison.summaries[row][column] for row in ("twin", "phatgoose"))
+        assert (twin.mean, twin.interval) == (own.mean, own.interval)
+        assert (twin.difference, twin.difference_interval) == (0, Interval(0, 0))
+
+
+def test_tables_have_a_cell_per_column_in_every_row(comparison):
+    means, differences, scores = (
+        comparison.means(),
+        comparison.differences(),
+        comparison.scores(),
+    )
+    assert means.head == ["method", "one (2)", "two (2)", "all datasets (3)"]
+    assert differences.head == ["method", "one", "two", "all datasets"]
+    assert scores.head == ["method", "a (n=4)", "b (n=6)", "c (n=2)", "mean"]
+    rows = ["Base model", "PHATGOOSE", "twin", "my|own", "Best Individual *", "Oracle *"]
+    assert [row[0] for row in means.rows] == rows
+    assert [row[0] for row in differences.rows] == [row for row in rows if row != "PHATGOOSE"]
+    assert [row[0] for row in scores.rows] == [rows[0], "e0", "e1", *rows[1:]]
+    for table in (means, differences, scores, comparison.costs()):
+        assert {len(row) for row in table.rows} == {len(table.head)}
+        assert all(line in comparison.to_markdown() for line in table.markdown().splitlines())
+
+
+def test_differences_are_absent_without_phatgoose_or_others(comparison):
+    for row in ("base", "phatgoose"):
+        alone = replace(comparison, results={row: comparison.results[row]})
+        assert not alone.differences().rows
+        assert "Difference" not in alone.to_markdown()
+
+
+def test_no_name_is_html_or_a_border_in_markdown(comparison):
+    """A dataset has its file's name, and a base the one that experts give it."""
+    odd = {**SETTINGS, "base": {"id": "<img src=x>"}}
+    text = replace(comparison, suites={"<scr|pt>": ("a", "b")}, settings=odd).to_markdown()
+    assert "<" not in text
+    assert "Base &lt;img src=x&gt; in" in text
+    assert r"| &lt;scr\|pt&gt; (2) |" in text
+    assert r"| my\|own |" in text
+
+
+def test_tables_give_per_cent_and_points(comparison):
+    means, differences, scores = (
+        table.rows for table in (comparison.means(), comparison.differences(), comparison.scores())
+    )
+    base, own = (comparison.summaries[row]["one"] for row in ("base", "phatgoose"))
+    low, high = 100 * base.interval.low, 100 * base.interval.high
+    assert means[0][1] == f"29.2 [{low:.0f}, {high:.0f}]"  # (1/4 + 2/6) / 2
+    assert (base.mean, own.mean) == pytest.approx((7 / 24, 17 / 24))
+    low, high = (100 * end for end in vars(base.difference_interval).values())
+    assert differences[0][1] == f"-41.7 [{low:+.1f}, {high:+.1f}]"
+    assert differences[1][1:] == ["+0.0 [+0.0, +0.0]"] * 3  # the twin
+    assert scores[0][1] == "25.0 ±50"
+
+
+def test_markdown_tells_notes_choices_and_what_the_star_means(comparison):
+    lines = comparison.to_markdown().splitlines()
+    assert "| **PHATGOOSE** |" in comparison.to_markdown()
+    assert "Note: Retrieval was left out." in lines
+    assert "Best Individual: e1." in lines
+    assert "Oracle: e1 for a, e0 for b, e1 for c." in lines
+    assert sum("not zero-shot" in line for line in lines) == 2
+    plain = replace(comparison, choices={}, experts={}, notes=())
+    assert "zero-shot" not in plain.to_markdown()
+    assert "Note" not in plain.to_markdown()
+    assert not any(line.startswith("* ") for line in lines)  # that would be a list
+
+
+def test_csv_has_a_line_for_every_row_and_dataset_of_every_suite(comparison):
+    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    everyone = comparison.every
+    wanted = [
+        (row, suite, task) for row in everyone for suite, tasks in SUITES.items() for task in tasks
+    ]
+    assert [(row["method"], row["suite"], row["dataset"]) for row in rows] == wanted
+    for row in rows:
+        result = everyone[row["method"]][row["dataset"]]
+        assert row["metric"] == result.metric
+        assert float(row["score"]) == pytest.approx(result.score, abs=1e-6)
+        assert (float(row["low"]), float(row["high"])) == (result.low, result.high)
+        assert (int(row["n"]), int(row["ties"])) == (result.n, result.ties)
+        assert float(row["seconds"]) == 1.5
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff20"])
+def test_no_cell_of_the_csv_is_a_formula(comparison, first):
+    name = f'{first}HYPERLINK("http://evil")'
+    results = {row: {name: found["a"]} for row, found in comparison.results.items()}
+    named = replace(comparison, suites={name: (name,)}, results=results, experts={}, choices={})
+    rows = list(csv.reader(io.StringIO(named.to_csv(), newline="")))[1:]
+    assert {tuple(row[1:3]) for row in rows} == {(f"'{name}", f"'{name}")}
+
+
+def test_json_holds_everything(comparison):
+    content = json.loads(json.dumps(comparison.to_dict()))
+    assert content["settings"] == SETTINGS
+    assert content["notes"] == ["Retrieval was left out."]
+    assert content["confidence"] == 0.95
+    assert content["suites"] == {"one": ["a", "b"], "two": ["b", "c"]}
+    assert content["choices"]["oracle"] == {"a": "e1", "b": "e0", "c": "e1"}
+    assert list(content["rows"]) == list(comparison.results)
+    row = content["rows"]["my|own"]
+    assert row["label"] == "my|own"
+    summary = comparison.summaries["my|own"]["two"]
+    assert row["summary"]["two"] == {
+        "mean": summary.mean,
+        "interval": vars(summary.interval),
+        "difference": summary.difference,
+        "difference_interval": vars(summary.difference_interval),
+    }
+    cell = row["datasets"]["c"]
+    assert cell["by_metric"] == pytest.approx({"rouge-l": 0.5, "bleu": 0.5})
+    assert cell["score"] == comparison.results["my|own"]["c"].score == pytest.approx(0.5)
+    assert {key: cell[key] for key in ("metric", "low", "high", "n", "ties", "seconds")} == {
+        "metric": "ROUGE-L + BLEU",
+        "low": 0.1,
+        "high": 0.9,
+        "n": 2,
+        "ties": 0,
+        "seconds": 1.5,
+    }
+
+
+def test_the_files_are_written_and_the_experts_scores_can_be_read_back(comparison, tmp_path):
+    write_tables(comparison, tmp_path / "new")
+    names = ["comparison.csv", "comparison.json", "comparison.md"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+    assert (tmp_path / "new/comparison.md").read_text() == comparison.to_markdown()
+    scores = read_scores(tmp_path / "new/comparison.json")
+    assert scores.keys() == EXPERTS.keys()
+    for expert, by_task in scores.items():
+        assert by_task == pytest.approx({task: score(expert, task) for task in "abc"})
+
+
+# The store
+
+KEY = {"task": "a", "method": {"k": 2, "pool": ["x", "y"]}}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "results.jsonl"
+
+
+def filled(path: Path, count: int) -> ResultStore:
+    store = ResultStore(path)
+    for number in range(count):
+        store.add({"n": number}, {"score": number / 7})
+    return store
+
+
+# Some of these end a line for str.splitlines.
+@pytest.mark.parametrize("mark", ["ü", "\n", "\u2028", "\x85", "\x1e", "\r", "\x0b"])
+def test_what_was_added_is_there_now_and_later(path, mark):
+    store = ResultStore(path)
+    assert (store.get(KEY), path.exists()) == (None, False)
+    store.add(KEY, {"score": 0.1, "answers": [f"before{mark}after"]})
+    for each in (store, ResultStore(path)):
+        assert each.get(KEY) == {"score": 0.1, "answers": [f"before{mark}after"]}
+    turned = {"method": {"pool": ("x", "y"), "k": 2}, "task": "a"}
+    assert ResultStore(path).get(turned) is not None
+    for other in ({**KEY, "task": "b"}, {**KEY, "method": {"k": 1, "pool": ["x", "y"]}}, {}):
+        assert ResultStore(path).get(other) is None
+
+
+def test_each_result_is_a_line_on_the_disk_when_add_returns(path):
+    store = ResultStore(path)
+    for number in range(3):
+        store.add({"n": number}, {"score": number})
+        lines = path.read_text().splitlines()
+        assert json.loads(lines[-1]) == {"key": {"n": number}, "result": {"score": number}}
+        assert len(lines) == number + 1
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_last_line_that_was_cut_off_goes_with_a_warning_once_something_is_added(path, cut):
+    filled(path, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])  # it may be another process that is writing it now
+    with pytest.warns(UserWarning, match=r"results\.jsonl: the last result was cut off; dropped"):
+        store = ResultStore(path)
+    assert [store.get({"n": n}) is None for n in range(3)] == [False, False, True]
+    assert path.read_bytes() == whole[:-cut]
+    store.add({"n": 2}, {"score": 2 / 7})
+    assert path.read_bytes() == whole
+
+
+def test_of_two_who_want_to_add_results_the_second_is_told(path):
+    with ResultStore.alone(path) as first:
+        first.add({"n": 0}, {})
+        with (
+            pytest.raises(EvaluationError, match=r"Another process is adding results to .*; wait"),
+            ResultStore.alone(path),
+        ):
+            pass
+        assert ResultStore(path).get({"n": 0}) == {}  # reading is for everyone
+    with ResultStore.alone(path) as second:
+        second.add({"n": 1}, {})
+
+
+@pytest.mark.parametrize(
+    "line", ["{not json", "", "[]", "7", '{"key": {}}', '{"result": {}}', '{"key": {"n": 0}, "re']
+)
+def test_a_broken_line_among_others_names_the_file(path, line):
+    filled(path, 2)
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{line}\n{second}\n")
+    with pytest.raises(EvaluationError, match=rf"{re.escape(str(path))} is no file of results"):
+        ResultStore(path)
+    assert path.read_text() == f"{first}\n{line}\n{second}\n"  # left as it was
+
+
+def test_a_place_that_cannot_be_read_or_written_is_told(path, tmp_path):
+    (tmp_path / "other").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(EvaluationError, match="can't be read"):
+        ResultStore(tmp_path / "other")
+    path.mkdir()
+    with pytest.raises(EvaluationError, match=r"results\.jsonl is not a regular file"):
+        ResultStore(path)
+    (path / "file").write_text("")
+    store = ResultStore(path / "file" / "results.jsonl")
+    with pytest.raises(EvaluationError, match="can't be written"), ResultStore.alone(store.path):
+        pass
+    with pytest.raises(EvaluationError, match=r"results\.jsonl can't be written"):
+        store.add(KEY, {})
+    assert store.get(KEY) is None
+
+
+def test_a_kept_result_without_its_parts_is_told():
+    with pytest.raises(EvaluationError, match="line is no result of compare"):
+        Result.of({"task": "pick", "metric": "accuracy"})

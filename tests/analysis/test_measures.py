@@ -66,12 +66,6 @@ def test_one_expert_and_all_alike_are_the_extremes(experts):
     assert overlap(one, np.eye(experts)[1]) == 0
 
 
-@pytest.mark.parametrize("values", [[0, 0], [1, -1], [math.nan, 1], [math.inf, 1]])
-def test_what_is_no_distribution_is_refused(values):
-    with pytest.raises(EvaluationError, match="nothing recorded"):
-        as_distribution(values)
-
-
 def test_a_divergence_from_oracle_is_finite_and_known():
     even, oracle = np.full(4, 0.25), np.eye(4)[0]
     s, low = (0.99 + 0.01 / 4), 0.01 / 4

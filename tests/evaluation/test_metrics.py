@@ -53,13 +53,6 @@ def test_an_unknown_metric_is_refused_with_the_known_ones():
 
 
 @each_metric
-@pytest.mark.parametrize("references", [(), [], "a bare text", ""])
-def test_answers_need_a_sequence_of_accepted_ones(name, references):
-    with pytest.raises(EvaluationError, match="a sequence of one or more texts, got "):
-        METRICS[name].measure("answer", references)
-
-
-@each_metric
 @given(corpora)
 def test_scores_lie_between_0_and_1(name, corpus):
     assert 0.0 <= score_of(name, corpus) <= 1.0
@@ -195,9 +188,3 @@ def test_bleu_by_hand():
     assert statistics_of(METRICS["bleu"], corpus).sum(0).tolist() == [*matches, *totals, *lengths]
     geometric = math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
     assert score_of("bleu", corpus) == pytest.approx(geometric, abs=1e-12)
-
-
-def test_bleu_refuses_fractions_of_examples():
-    counts = statistics_of(METRICS["bleu"], [("a b c d", ["a b c d"])])
-    with pytest.raises(EvaluationError, match="whole numbers"):
-        METRICS["bleu"].combine(0.3 * counts, 1)

@@ -72,17 +72,9 @@ def _best(score: Callable[[str, str], float]) -> Measure:
     """The measure whose one statistic is the highest `score` over the accepted answers."""
 
     def measure(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
-        return (max(float(score(prediction, answer)) for answer in _checked(references)),)
+        return (max(float(score(prediction, answer)) for answer in references),)
 
     return measure
-
-
-def _checked(references: Sequence[str]) -> Sequence[str]:
-    if isinstance(references, str) or not references:
-        raise EvaluationError(
-            f"An answer is compared with a sequence of one or more texts, got {references!r}."
-        )
-    return references
 
 
 def _mean(totals: Array, n: Array | int) -> Array:
@@ -154,7 +146,7 @@ def _missing(name: str, package: str) -> EvaluationError:
 
 def _bleu_counts(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
     """Matches and totals of n-grams, 1 to 4, then the lengths of answer and closest reference."""
-    score = _bleu().sentence_score(prediction, _checked(references))
+    score = _bleu().sentence_score(prediction, references)
     return (*score.counts, *score.totals, score.sys_len, score.ref_len)
 
 
@@ -163,10 +155,8 @@ def _corpus_bleu(counts: Array, n: Array | int) -> Array:
 
     Smoothed as by default there ("exp"), without effective order: a set without a single 4-gram,
     such as answers of up to three words, scores 0 even if they are right. Examples are counted a
-    whole number of times; a fraction raises EvaluationError.
+    whole number of times.
     """
-    if not np.array_equal(np.rint(counts), counts):
-        raise EvaluationError("BLEU needs whole counts: weigh examples by whole numbers, float64.")
     ngrams, sys_len, ref_len = counts[..., :-2], counts[..., -2], counts[..., -1]
     matches, totals = ngrams[..., :MAX_NGRAM_ORDER], ngrams[..., MAX_NGRAM_ORDER:]
     halved = 0.5 ** (matches == 0).cumsum(axis=-1)  # the k-th order without a match has 1/2^k

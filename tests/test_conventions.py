@@ -16,7 +16,7 @@ import yaml
 import phatgoose
 from paths import ROOT
 from phatgoose.errors import PhatgooseError
-from phatgoose.files import read_toml
+from phatgoose.files import read_table
 
 WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.yml"))
 PINNED = re.compile(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
@@ -86,7 +86,7 @@ def lowest_versions() -> list[str]:
 
 
 def test_the_lowest_versions_are_those_of_the_project():
-    project = read_toml(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
+    project = read_table(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["serve"], *extras["figures"]]
     names = {re.split(r"[\[>]", text)[0] for text in wanted}

@@ -47,12 +47,11 @@ from .config import FOUR_BITS, closest
 from .errors import BaseModelError, PhatgooseError, WrongBaseError
 from .files import (
     TensorFile,
-    clear_left_overs,
     first_line,
+    new_directory,
     one_line,
     read_json_object,
     shortened,
-    temporary_folder,
     user_cache,
 )
 from .sites import parameters_of
@@ -470,15 +469,12 @@ def smollm2_folder() -> Path:
     if folder.is_dir():
         return folder
     source = _package_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_left_overs(folder)
-    with temporary_folder(folder) as work:
-        _convert_gguf(source, work)
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have made it meanwhile
-                raise
+    try:
+        with new_directory(folder, BaseModelError) as work:
+            _convert_gguf(source, work)
+    except BaseModelError:
+        if not folder.is_dir():  # another process may have made it meanwhile
+            raise
     return folder
 
 

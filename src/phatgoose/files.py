@@ -1,4 +1,4 @@
-"""Files of others read strictly, ours written all or nothing: the only door for untrusted bytes."""
+"""The only door for untrusted bytes, which are read strictly; our own files are written whole."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import math
 import mmap
 import os
 import re
+import secrets
 import shutil
 import stat
 import struct
+import sys
 import tempfile
-import time
 import tomllib
 import warnings
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from itertools import groupby
@@ -32,9 +32,12 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import ExpertError, PhatgooseError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is imported by what needs it: the command line reads recipes without it
     import torch
     from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def one_line(text: object, most: int = 300) -> str:
@@ -59,239 +62,12 @@ def reason(problem: Exception) -> str:
 
 
 def half_character(text: str) -> str | None:
-    """The first character of `text` that UTF-8 can't encode, such as half an emoji in JSON, or
-    None.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return text[error.start]
-    return None
+    """The first character that UTF-8 can't encode, such as half an emoji in JSON, or None."""
+    half = re.search("[\ud800-\udfff]", text)
+    return half and half[0]
 
 
-# An expert may come from anywhere, so nothing outside its folder is read on its behalf. A symbolic
-# link must stay in the folder; in a Hub cache it may lead to the blobs of the same repository.
-
-HASHED_AT_ONCE = 2**20
-
-
-def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
-    """`path`, checked to be a regular file that lies in its own folder; raises as
-    `require_regular`.
-    """
-    require_regular(path, error)
-    place, folder = path.resolve(), path.parent.resolve()
-    if not any(place.is_relative_to(known) for known in (folder, *_blobs_of(folder))):
-        raise error(f"{path} is a symbolic link that leads out of its folder; copy the file there.")
-    return path
-
-
-def require_regular(path: Path, error: type[PhatgooseError], label: str | None = None) -> int:
-    """The size of the file at `path`, which messages call `label`.
-
-    Raises FileNotFoundError when there is none, `error` for a folder, a pipe or a device.
-    """
-    label = label or str(path)
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, ValueError) as problem:  # a loop of links, a name with a NUL
-        raise error(f"{label} can't be read: {reason(problem)}.") from problem
-    if not stat.S_ISREG(found.st_mode):
-        raise error(f"{label} is not a regular file.")
-    return found.st_size
-
-
-def refuse_pipes(place: str | Path, error: type[PhatgooseError]) -> None:
-    """Raise `error` if the folder `place` or a folder in it holds pipes or devices."""
-    for path in (*Path(place).glob("*"), *Path(place).glob("*/*")):
-        if path.is_fifo() or path.is_char_device():
-            raise error(f"{path} is not a regular file.")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a regular file, in hexadecimal. Raises ExpertError."""
-    digest = hashlib.sha256()
-    try:
-        with regular_file(path).open("rb") as file:
-            while part := file.read(HASHED_AT_ONCE):
-                digest.update(part)
-        return digest.hexdigest()
-    except OSError as error:
-        raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
-
-
-def _blobs_of(folder: Path) -> tuple[Path, ...]:
-    """Where huggingface_hub keeps the files of a cached snapshot, if `folder` is in one."""
-    for above in (folder, *folder.parents):
-        if above.parent.name == "snapshots" and above.parent.parent.name.startswith("models--"):
-            return (above.parent.parent / "blobs",)
-    return ()
-
-
-MOST_JSON_BYTES = 16 * 2**20
-MOST_NESTED = 100  # lists and objects inside each other; copying and writing recurse too
-
-
-def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> dict[str, Any]:
-    """The JSON object in the file `path`: UTF-8, no duplicate keys, no NaN or infinity, bounded.
-
-    Raises FileNotFoundError when there is no such file, `error` for anything else that is wrong.
-    """
-    regular_file(path, error)
-    content = parse_file(path, str(path), "JSON", MOST_JSON_BYTES, _parse_json, error)
-    if not isinstance(content, dict):
-        raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
-    return content
-
-
-def parse_file(
-    path: Path,
-    label: str,
-    kind: str,
-    most: int,
-    parse: Callable[[str], Any],
-    error: type[PhatgooseError],
-) -> Any:
-    """What `parse` makes of the text in `path`, of at most `most` bytes.
-
-    Messages call the file `label` and its format `kind`. Raises FileNotFoundError without a file,
-    `error` for anything else that is wrong.
-    """
-    try:
-        size = require_regular(path, error, label)
-        if size > most:
-            raise error(f"{label} has {size} bytes; at most {most} are read.")
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise error(f"{label} can't be read: {reason(problem)}.") from problem
-    except RecursionError as problem:
-        raise error(f"{label} is not valid {kind}: it is nested too deeply.") from problem
-    except ValueError as problem:
-        raise error(f"{label} is not valid {kind}: {one_line(problem)}.") from problem
-
-
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a repeated key."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        times = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {times.most_common(1)[0][0]!r} appears twice in one object")
-    return found
-
-
-def _parse_json(text: str) -> Any:
-    return _shallow(
-        json.loads(
-            text,
-            object_pairs_hook=distinct_keys,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-    )
-
-
-def _shallow(content: Any) -> Any:
-    """`content`, which has at most MOST_NESTED levels of lists and objects, else RecursionError."""
-    level = [content]  # by level, since recursion is what too deep a file would exhaust
-    for _ in range(MOST_NESTED):
-        parts = (
-            each.values() if isinstance(each, dict) else each
-            for each in level
-            if isinstance(each, dict | list)
-        )
-        level = [inner for part in parts for inner in part]
-    if any(isinstance(each, dict | list) for each in level):
-        raise RecursionError
-    return content
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is too large")
-    return number
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-MOST_TOML_BYTES = 2**20  # less than of JSON: the parser is slower
-YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+\Z")
-SEXAGESIMAL = re.compile(r":[\d:]{200}")  # 1:30 is 90; time grows with the square of the length
-MOST_DOTS = 1000  # in a line: the parser's time grows with the square of a dotted key's length
-
-
-def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
-    """The table in a TOML file, which messages call a `what`, such as "Recipe". Raises only
-    `error`.
-    """
-    return _table(path, what, "TOML", _parse_toml, error)
-
-
-def read_yaml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
-    """The mapping in a YAML file of plain types, without aliases. Raises as `read_toml`."""
-    return _table(path, what, "YAML", _yaml_mapping, error)
-
-
-def _table(
-    path: Path, what: str, kind: str, parse: Callable[[str], Any], error: type[PhatgooseError]
-) -> dict[str, Any]:
-    label = f"{what} {path}"
-    try:
-        return dict(parse_file(path, label, kind, MOST_TOML_BYTES, parse, error))
-    except FileNotFoundError as problem:
-        raise error(f"{label} can't be read: {reason(problem)}.") from problem
-
-
-def _parse_toml(text: str) -> Any:
-    if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
-        raise RecursionError
-    return _shallow(tomllib.loads(text))
-
-
-class YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # untyped
-    """YAML's plain types; 2e-4 is a number, as in YAML 1.2. libyaml's is ten times faster."""
-
-
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
-
-
-def parse_yaml(text: str, loader: Any = YamlLoader, aliases: int = 4) -> Any:
-    """What the YAML `text` holds, with at most so many `aliases` (*name; promptsource has two).
-
-    Raises ValueError, in one line, for what isn't YAML or would cost much time or memory.
-    """
-    if len(text) > MOST_TOML_BYTES:
-        raise ValueError(f"it has {len(text)} characters; at most {MOST_TOML_BYTES} are read")
-    depth = 0
-    try:
-        for event in yaml.parse(text, loader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            aliases -= isinstance(event, yaml.AliasEvent)
-            if depth > MOST_NESTED:
-                raise ValueError("it is nested too deeply")
-            if aliases < 0:  # aliases of aliases could make a file of a line into terabytes
-                raise ValueError("aliases (*name) are not read here")
-            if (getattr(event, "tag", None) or "").startswith("tag:yaml.org"):
-                raise ValueError(f"types such as !!{event.tag.split(':')[-1]} are not read here")
-            if SEXAGESIMAL.search(getattr(event, "value", "")):
-                raise ValueError("a number is too long")
-        return yaml.load(text, Loader=loader)
-    except yaml.YAMLError as error:
-        raise ValueError(one_line(" ".join(str(error).split()))) from error
-
-
-def _yaml_mapping(text: str) -> Any:
-    content = parse_yaml(text, aliases=0)
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError("wanted names with values, such as 'training:'")
-    return content
+# Where files may be, and what they are.
 
 
 def user_cache() -> Path:
@@ -301,266 +77,160 @@ def user_cache() -> Path:
     return home / "phatgoose"
 
 
-OPEN_FILES = re.compile(r"/dev/fd|/proc/[^/]+(/task/[^/]+)?/fd")  # folders of them
-MOST_LINKS = 40
-WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
+def require_regular(path: Path, error: type[PhatgooseError], label: str | None = None) -> int:
+    """The size of the file at `path`, which messages call `label`.
 
-
-@contextmanager
-def new_directory(
-    target: Path, error: type[PhatgooseError], *, overwrite: bool = False
-) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
-
-    With `overwrite` an existing `target` is replaced, and kept if that fails. Raises `error` if
-    `target` exists without it (even since a moment ago), or can't be written.
+    Raises FileNotFoundError when there is none, `error` for a folder, a pipe or a device.
     """
-    told = target
-    # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
-    has_name = target.name not in ("", "..")
-    target = target.parent.resolve() / target.name if has_name else target.resolve()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        clear_left_overs(target)
-        if not overwrite:
-            require_free(target, error)
-        with temporary_folder(target) as work:
-            yield work
-            open_to_readers(work)
-            if not (overwrite and target.exists()):
-                os.rename(work, target)
-                return
-            work.chmod(stat.S_IMODE(target.stat().st_mode))  # what was private stays so
-            with temporary_folder(target, REPLACED) as old:  # it restores `target` on failure
-                os.rename(target, old / target.name)
-                os.rename(work, target)
-    except WRITING_ERRORS as problem:
-        if not overwrite:
-            require_free(told, error)
-        raise error(f"{told} can't be written: {reason(problem)}.") from problem
+        status = path.stat()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as problem:  # a loop of links, a name with a NUL
+        raise error(f"{label or path} can't be read: {reason(problem)}.") from problem
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{label or path} is not a regular file.")
+    return status.st_size
 
 
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
+def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
+    """`path`, a regular file in its own folder, or in a Hub cache a link to the repository's blobs.
 
-    A link at `target` is replaced, never written through; a pipe or a device is written into.
+    An expert may come from anywhere, so nothing outside its folder is read on its behalf. Raises as
+    `require_regular`.
     """
-    if is_stream(target):
-        with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) / target.name
-            yield whole
-            # Appended, since others may have written to the same redirected file.
-            with whole.open("rb") as content, target.open("ab") as stream:
-                shutil.copyfileobj(content, stream)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clear_left_overs(target)
-    with temporary_file(target) as unfinished:
-        yield unfinished
-        os.replace(unfinished, target)
+    require_regular(path, error)
+    place, folder = path.resolve(), path.parent.resolve()
+    snapshots = (up for up in folder.parents if up.name == "snapshots")
+    blobs = [up.parent / "blobs" for up in snapshots if up.parent.name.startswith("models--")]
+    if not any(place.is_relative_to(known) for known in (folder, *blobs)):
+        raise error(f"{path} is a symbolic link that leads out of its folder; copy the file there.")
+    return path
 
 
-def is_stream(target: Path) -> bool:
-    """True for pipes, devices, open files by name (/dev/stdout), and links to these."""
-    # Link by link: resolved at once, /dev/stdout is the file that the shell redirected it to.
-    place = str(target)
-    for _ in range(MOST_LINKS):
-        if OPEN_FILES.fullmatch(os.path.dirname(os.path.abspath(place))):
-            return True
-        if not os.path.islink(place):
-            break
-        place = os.path.join(os.path.dirname(place), os.readlink(place))
-    return os.path.exists(place) and not os.path.isfile(place) and not os.path.isdir(place)
-
-
-def require_free(
-    target: Path, error: type[PhatgooseError], instead: str = "choose another place"
-) -> None:
-    """Raise `error` if something is at `target`; `instead` says what to do."""
-    if is_there(target):
-        raise error(f"{target} exists already; {instead}.")
-
-
-def require_writable(target: Path, error: type[PhatgooseError]) -> None:
-    """Raise `error` unless a file can be written at `target`; nothing is made there yet."""
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a regular file, in hexadecimal. Raises ExpertError."""
     try:
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder")
-        if is_stream(target):
-            return
-        # The nearest folder that exists; those between are made later.
-        folder = next(each for each in target.absolute().parents if each.exists())
-        with temporary_file(folder / target.name):
-            pass
+        with regular_file(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
+
+
+# JSON, which may be of others, and TOML and YAML, which users name.
+
+MOST_JSON_BYTES = 16 * 2**20
+YAML = (".yaml", ".yml")
+MOST_NESTED = 100  # lists and objects inside each other; copying and writing recurse too
+YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+
+
+def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> dict[str, Any]:
+    """The JSON object in the file `path`: UTF-8, no duplicate keys, no NaN or infinity, bounded.
+
+    Raises FileNotFoundError when there is no such file, `error` for anything else that is wrong.
+    """
+    size = require_regular(regular_file(path, error), error)
+    if size > MOST_JSON_BYTES:
+        raise error(f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read.")
+    content = _parsed(path, str(path), "JSON", _parse_json, error)
+    if not isinstance(content, dict):
+        raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
+    return content
+
+
+def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
+    """The table in a TOML or YAML file of the user's, which messages call a `what`, such as
+    "Recipe". Raises only `error`.
+    """
+    form, parse = ("YAML", parse_yaml) if path.suffix in YAML else ("TOML", tomllib.loads)
+    label = f"{what} {path}"
+    try:
+        require_regular(path, error, label)
+        content = _parsed(path, label, form, parse, error)
+    except FileNotFoundError as problem:
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise error(f"{label} is not valid {form} for this: wanted names with values.")
+    return content
+
+
+def _parsed(
+    path: Path,
+    label: str,
+    form: str,
+    parse: Callable[[str], Any],
+    error: type[PhatgooseError],
+) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
     except OSError as problem:
-        raise error(f"{target} can't be written: {reason(problem)}.") from problem
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
+    except RecursionError as problem:
+        raise error(f"{label} is not valid {form}: it is nested too deeply.") from problem
+    except ValueError as problem:
+        raise error(f"{label} is not valid {form}: {one_line(problem)}.") from problem
 
 
-def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
-    """Write `content` to `path`: all of it or nothing. Raises `error`."""
-    try:
-        with new_file(path) as unfinished:
-            unfinished.write_text(content, encoding="utf-8")
-    except OSError as problem:
-        raise error(f"{path} can't be written: {reason(problem)}.") from problem
+def _parse_json(text: str) -> Any:
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits} is not a JSON number, or too large")
+        return value
+
+    content = json.loads(
+        text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number
+    )
+    if _is_deep(content, MOST_NESTED):
+        raise RecursionError
+    return content
 
 
-# A process holds a lock (flock) on its temporary files and folders, so an unlocked one has no owner
-# any more and may be removed. On file systems without locks nothing is removed.
-try:
-    import fcntl
-except ImportError:  # on Windows leftovers stay
-    fcntl = None  # type: ignore[assignment]
-
-UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
-YOUNG = 60.0  # seconds; the process that made so new a file may not have locked it yet
-NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor wait for a pipe
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a repeated key."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} appears twice in one object")
+        content[key] = value
+    return content
 
 
-@contextmanager
-def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
-    """A new folder beside `target` for this process alone, removed when the context ends.
-
-    With kind REPLACED it holds the old `target`, which goes back if nothing took its place.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
-    with _held(folder):
-        try:
-            yield folder
-        finally:
-            with suppress(OSError):
-                _remove(folder, target)
-
-
-@contextmanager
-def temporary_file(target: Path) -> Iterator[Path]:
-    """A new empty file beside `target` with default modes, removed when the context ends."""
-    opened, name = tempfile.mkstemp(prefix=_prefix(target, UNFINISHED), dir=target.parent)
-    held = _lock(opened)
-    if not held:
-        os.close(opened)  # some systems can't rename an open file
-    try:
-        _give_default_mode(Path(name))
-        yield Path(name)
-    finally:
-        with suppress(OSError):
-            os.unlink(name)
-        if held:
-            os.close(opened)
-
-
-def clear_left_overs(target: Path) -> None:
-    """Remove what dead processes left beside `target`; bring back a folder without a successor."""
-    bring_back(target)
-    prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
-    for path in sorted(target.parent.iterdir()):
-        if not path.name.startswith(prefixes):
-            continue
-        with suppress(OSError):  # another process may clear it too
-            found = path.lstat()
-            ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # a pipe may block
-            if ours and time.time() - found.st_ctime >= YOUNG:
-                with _held(path) as is_ours:
-                    if is_ours:
-                        _remove(path, target)
-
-
-def bring_back(target: Path) -> None:
-    """Put what was at `target` back if the process that replaced it was killed."""
-    with suppress(OSError):
-        if os.path.exists(target):
-            return
-        for path in target.parent.iterdir():
-            if path.name.startswith(_prefix(target, REPLACED)):
-                with _held(path) as is_ours:
-                    if is_ours and _is_kept(path, target):
-                        os.rename(path / target.name, target)
-                        path.rmdir()
-
-
-def is_there(target: Path) -> bool:
-    """True when something is at `target`, brought back if need be, and may be seen."""
-    bring_back(target)
-    return os.path.exists(target)
-
-
-def being_replaced(folder: Path) -> list[Path]:
-    """The old results of `folder` that other processes replace just now, out of their place."""
-    kept = []
-    for name in sorted(os.listdir(folder)):
-        of, found, _ = name.rpartition(f".{REPLACED}-")
-        target = folder / of[1:]
-        if found and of.startswith("."):
-            bring_back(target)
-            if _is_kept(folder / name, target):
-                kept.append(folder / name / target.name)
-    return kept
-
-
-def open_to_readers(folder: Path) -> None:
-    """Give `folder` and all in it the permissions that new files, or programs, usually have."""
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():  # chmod would follow it
-            _give_default_mode(path)
-
-
-def _give_default_mode(path: Path) -> None:
-    # The mask can be read only by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if os.access(path, os.X_OK) else 0o666) & ~mask)
-
-
-def _remove(path: Path, target: Path) -> None:
-    if _is_kept(path, target):
-        os.rename(path / target.name, target)
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _is_kept(path: Path, target: Path) -> bool:
-    """True for a folder that holds a replaced result which has no successor."""
-    is_one = path.name.startswith(_prefix(target, REPLACED))
-    return is_one and os.path.exists(path / target.name) and not os.path.exists(target)
-
-
-def _prefix(target: Path, kind: str) -> str:
-    return f".{target.name}.{kind}-"
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """True while `path` is locked here; False if another process has it or it can't be locked."""
-    try:
-        opened = os.open(path, os.O_RDONLY | NO_LINK)
-    except OSError:
-        yield False
-        return
-    try:
-        yield _lock(opened)
-    finally:
-        os.close(opened)
-
-
-def _lock(opened: int) -> bool:
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):
+def _is_deep(content: Any, levels: int) -> bool:
+    if not isinstance(content, dict | list):
         return False
-    return True
+    inner = content.values() if isinstance(content, dict) else content
+    return levels == 0 or any(_is_deep(each, levels - 1) for each in inner)
 
 
-NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # a list, or one pattern
+class YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # untyped
+    """YAML's plain types; 2e-4 is a number, as in YAML 1.2. libyaml's is ten times faster."""
+
+
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
+
+
+def parse_yaml(text: str, loader: Any = YamlLoader) -> Any:
+    """What the YAML `text` holds. Raises ValueError, in one line, for what isn't YAML."""
+    try:
+        return yaml.load(text, Loader=loader)
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(" ".join(str(error).split()))) from error
+
+
+# Untrusted regular expressions, matched in linear time. PEFT matches patterns from an adapter's
+# config with Python's backtracking matcher, which a few nested repetitions can keep busy for ever.
+# Google's RE2 matches here instead. Patterns that RE2 can't match, or reads differently from
+# Python, are refused.
+
+LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # or one pattern
 BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
-
 MOST_PATTERNS = 2000
 MOST_CHARACTERS = 2000  # of one pattern
 MOST_NAMES = 20_000  # in a list
-MOST_TOGETHER = 200_000  # of all patterns: half of it names every layer of a large model
-PLAIN = re.compile(r"[\w.-]*")  # a name; in a pattern its dots match any character
+PLAIN = re.compile(r"[\w.-]*")  # a name
 # What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
 READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
 
@@ -578,7 +248,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         place = f"{where}: {key}"
         if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
             check_patterns(value, place)
-        elif key in NAMES and isinstance(value, str):
+        elif key in LISTS_OF_NAMES and isinstance(value, str):
             check_patterns([value], place)
         elif isinstance(value, list) and len(value) > MOST_NAMES:
             raise ExpertError(f"{place} lists {len(value)} values; at most {MOST_NAMES} are read.")
@@ -591,30 +261,24 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 def check_patterns(patterns: Iterable[str], where: str) -> None:
     """Raise ExpertError unless all `patterns`, which `where` holds, match in linear time."""
     listed = list(patterns)
-    if len(listed) > MOST_PATTERNS or sum(map(len, listed)) > MOST_TOGETHER:
+    if len(listed) > MOST_PATTERNS:
         raise ExpertError(
-            f"{where} holds {len(listed)} patterns of {sum(map(len, listed))} characters; at most "
-            f"{MOST_PATTERNS} and {MOST_TOGETHER} are read."
+            f"{where} holds {len(listed)} patterns; at most {MOST_PATTERNS} are read."
         )
     for pattern in listed:
-        if len(pattern) > MOST_CHARACTERS:
-            raise ExpertError(
-                f"{where} holds a regular expression of {len(pattern)} characters, "
-                f"{shortened(pattern)}; at most {MOST_CHARACTERS} are read."
-            )
-        if PLAIN.fullmatch(pattern):
-            continue
-        if READ_DIFFERENTLY.search(pattern):
-            raise ExpertError(
-                f"{where} holds {shortened(pattern)}, which can't be matched in linear time; "
-                f"write it without look-around, references, flags and classes such as \\p."
-            )
         try:
+            if len(pattern) > MOST_CHARACTERS:
+                raise ValueError(f"it has {len(pattern)} characters, at most {MOST_CHARACTERS}")
+            if READ_DIFFERENTLY.search(pattern):
+                raise ValueError("look-around, references, flags and \\p can't be matched quickly")
             _expression(pattern)
-        except (re2.error, UnicodeEncodeError) as error:
+        except (re2.error, ValueError) as error:
+            said = error.args[0] if error.args else error
+            # RE2's messages are bytes, and quote the pattern.
+            told = said.decode("utf-8", "backslashreplace") if isinstance(said, bytes) else error
             raise ExpertError(
-                f"{where} holds no regular expression that RE2 can match: {shortened(pattern)}, "
-                f"{_reason(error)}."
+                f"{where} holds no regular expression that RE2 can match: {shortened(pattern)} "
+                f"({one_line(told, 80)})."
             ) from error
 
 
@@ -642,13 +306,9 @@ class ByName(dict[str, Any]):
 
 
 def _ends(name: str, pattern: str) -> bool:
-    if not PLAIN.fullmatch(pattern):
-        return _expression(rf"(?:.*\.)?(?:{pattern})").fullmatch(name) is not None
-    begin = len(name) - len(pattern)
-    if begin < 0 or (begin and name[begin - 1] != "."):
-        return False
-    # To PEFT a plain name is a pattern, too, whose dots match any character.
-    return name.endswith(pattern) or _plain(pattern).fullmatch(name, begin) is not None
+    if PLAIN.fullmatch(pattern):  # the usual case, and much faster
+        return name == pattern or name.endswith(f".{pattern}")
+    return _expression(rf"(?:.*\.)?(?:{pattern})").fullmatch(name) is not None
 
 
 @lru_cache(maxsize=2 * MOST_PATTERNS)
@@ -656,56 +316,12 @@ def _expression(pattern: str) -> Any:
     return re2.compile(pattern, OPTIONS)
 
 
-@lru_cache(maxsize=2 * MOST_PATTERNS)
-def _plain(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern.replace("-", r"\-"))
+# Tensors, as views of a mapped file: what is used is what was checked.
 
-
-def _reason(error: Exception) -> str:
-    message = error.args[0] if error.args else error
-    # RE2's messages are bytes, and quote the pattern.
-    if isinstance(message, bytes):
-        message = message.decode("utf-8", "backslashreplace")
-    return one_line(message, 80)
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of every item, in order, computed in as many threads as torch has.
-
-    At most that many results wait to be taken. The first error is raised in its item's place; no
-    further item is started.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    if threads == 1:
-        # Handing a small result over takes longer than computing it.
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as workers:
-        try:
-            for item in items:
-                waiting.append(workers.submit(function, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-# torch is imported by what needs it, since the command line reads recipes and --help without it.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TYPES = {**FLOATS, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
+DAMAGE = (SafetensorError, struct.error, OSError, KeyError, TypeError, ValueError, RuntimeError)
 LENGTH = struct.Struct("<Q")  # the header's length, which precedes it
-LONGEST_HEADER = 100_000_000  # bytes
 LONGEST_NAME = 500
 MOST_NUMBERS = 2**48  # of a tensor
 MOST_CACHED = 2**20  # bytes of a header that is parsed once for all files that share it
@@ -734,17 +350,18 @@ class TensorFile(Mapping[str, "Tensor"]):
 
         self.path = path
         try:
-            _check_header(regular_file(path))
+            with regular_file(path).open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._data = LENGTH.size + LENGTH.unpack_from(self._map)[0]
+            # The library would parse a huge header for seconds and take gigabytes.
+            if self._data - LENGTH.size > MOST_JSON_BYTES:
+                raise ValueError(f"its header has {self._data - LENGTH.size} bytes")
             with safe_open(path, "pt"):
                 pass  # the library checks lengths, types, shapes and offsets strictly
-            size = path.stat().st_size
-            storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-            self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
-            (length,) = LENGTH.unpack(self._content(0, LENGTH.size))
-            self._data = LENGTH.size + length
-            header = bytes(self._content(LENGTH.size, self._data))
-            read = _records if length <= MOST_CACHED else _records.__wrapped__
-            self.records = read(header)
+            read = _records if self._data <= MOST_CACHED else _records.__wrapped__
+            self.records = read(self._map[LENGTH.size : self._data])
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+            storage: Any = self._bytes.untyped_storage()
             self._typed = {
                 dtype: torch.empty(0, dtype=dtype).set_(storage)
                 for dtype in {record.dtype for record in self.records.values()}
@@ -760,8 +377,12 @@ class TensorFile(Mapping[str, "Tensor"]):
         return name in self.records
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, strides, begin, _ = self.records[name]
-        return self._view(dtype, shape, strides, begin)
+        dtype, shape, strides, begin, end = self.records[name]
+        if (self._data + begin) % dtype.itemsize:
+            # Other writers need not align tensors to their type, and torch can't view such bytes.
+            part = self._bytes[self._data + begin : self._data + end]
+            return part.clone().view(dtype).view(shape)
+        return self._typed[dtype].as_strided(shape, strides, (self._data + begin) // dtype.itemsize)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.records)
@@ -770,10 +391,10 @@ class TensorFile(Mapping[str, "Tensor"]):
         return len(self.records)
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for begin in range(0, len(self._bytes), AT_ONCE):
-            digest.update(self._content(begin, begin + AT_ONCE))
-            self._release(begin, begin + AT_ONCE)
+        digest, content = hashlib.sha256(), memoryview(self._map)
+        for begin in range(0, len(content), AT_ONCE):
+            digest.update(content[begin : begin + AT_ONCE])
+            self.release(begin, begin + AT_ONCE)
         return digest.hexdigest()
 
     def check_finite(self) -> None:
@@ -781,36 +402,21 @@ class TensorFile(Mapping[str, "Tensor"]):
         for dtype, first, end in self._runs():
             for begin in range(first, end, AT_ONCE):
                 size = min(AT_ONCE, end - begin)
-                if not is_finite(self._view(dtype, (size // dtype.itemsize,), (1,), begin)):
+                part = self._bytes[begin : begin + size]
+                part = part.clone() if begin % dtype.itemsize else part
+                if not is_finite(part.view(dtype)):
                     bad = next(n for n, t in self.items() if t.dtype == dtype and not is_finite(t))
                     raise ExpertError(
                         f"{self.path}: tensor {bad} holds a value that is not finite."
                     )
-                self._release(self._data + begin, self._data + begin + size)
+                self.release(begin, begin + size)
 
-    def release(self) -> None:
-        self._release(0, len(self._bytes))
-
-    def _content(self, begin: int, end: int) -> memoryview:
-        return memoryview(self._bytes[begin:end].numpy())  # type: ignore[arg-type]
-
-    def _release(self, begin: int, end: int) -> None:
-        if _madvise is not None:
-            begin -= begin % mmap.PAGESIZE  # a mapping begins at a page
-            size = min(end, len(self._bytes)) - begin
-            # Pages of a private mapping are read from the file again, without what was written to
-            # them.
-            _madvise(self._bytes.data_ptr() + begin, size, mmap.MADV_DONTNEED)
-
-    def _view(
-        self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], begin: int
-    ) -> Tensor:
-        place = self._data + begin
-        if place % dtype.itemsize:
-            # Other writers need not align tensors to their type, and torch can't view such bytes.
-            size = math.prod(shape) * dtype.itemsize
-            return self._bytes[place : place + size].clone().view(dtype).view(shape)
-        return self._typed[dtype].as_strided(shape, strides, place // dtype.itemsize)
+    def release(self, begin: int = 0, end: int | None = None) -> None:
+        """Give the memory of these bytes back; they are read from the file again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin -= begin % mmap.PAGESIZE
+            size = min(end or len(self._map), len(self._map)) - begin
+            self._map.madvise(mmap.MADV_DONTNEED, begin, size)
 
     def _runs(self) -> Iterator[tuple[torch.dtype, int, int]]:
         """(type, first byte, end) of each run of adjacent tensors of one floating point type."""
@@ -818,7 +424,7 @@ class TensorFile(Mapping[str, "Tensor"]):
         for dtype, run in groupby(in_order, key=lambda record: record.dtype):
             together = list(run)
             if dtype.is_floating_point:
-                yield dtype, together[0].begin, together[-1].end
+                yield dtype, self._data + together[0].begin, self._data + together[-1].end
 
 
 class Group(Mapping[str, "Tensor"]):
@@ -851,17 +457,6 @@ def is_finite(tensor: Tensor) -> bool:
     )
 
 
-def _check_header(path: Path) -> None:
-    with path.open("rb") as file:
-        begin = file.read(LENGTH.size)
-        length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
-        # The library would parse a huge header for seconds and take gigabytes.
-        if MOST_JSON_BYTES < length <= LONGEST_HEADER:  # the library refuses longer ones
-            used = len(file.read(length).rstrip())  # padding costs nothing
-            if used > MOST_JSON_BYTES:
-                raise ValueError(f"its header has {used} bytes; at most {MOST_JSON_BYTES} are read")
-
-
 @lru_cache(maxsize=16)  # the experts of a pool mostly share one header
 def _records(header: bytes) -> dict[str, TensorRecord]:
     table: dict[str, Any] = json.loads(header, object_pairs_hook=distinct_keys)
@@ -869,7 +464,7 @@ def _records(header: bytes) -> dict[str, TensorRecord]:
     for name in table:
         if not name.isprintable() or len(name) > LONGEST_NAME:
             raise ValueError(f"it holds a tensor with an impossible name, {shortened(name)}")
-    return {name: _record(**held) for name, held in table.items()}
+    return {name: _record(**record) for name, record in table.items()}
 
 
 def _record(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorRecord:
@@ -877,58 +472,163 @@ def _record(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorReco
 
     if dtype not in TYPES:
         raise ValueError(f"it holds numbers of type {shortened(dtype)}, not {', '.join(TYPES)}")
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    begin, end = data_offsets
     if math.prod(max(size, 1) for size in shape) > MOST_NUMBERS:  # beside a 0, so it takes no room
         raise ValueError(f"it holds a tensor with an impossible shape, {shortened(shape)}")
-    return TensorRecord(getattr(torch, TYPES[dtype]), tuple(shape), strides, begin, end)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return TensorRecord(getattr(torch, TYPES[dtype]), tuple(shape), strides, *data_offsets)
 
 
-def _find_madvise() -> Any:
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return None
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of every item, in order, computed in as many threads as torch has."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        # Handing a small result over takes longer than computing it.
+        yield from map(function, items)
+    else:
+        with ThreadPoolExecutor(threads) as workers:
+            yield from workers.map(function, items)
 
 
-_madvise = _find_madvise()
+# Files and folders that appear whole or not at all. A killed process may leave a hidden one,
+# `.NAME.unfinished-…`, beside the result that it would have become.
+
+WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
 
 
-def load_entry_points(group: str) -> dict[str, Any]:
-    """The objects registered under `group`, by name and sorted; the first of several with one name.
+@contextmanager
+def new_directory(
+    target: Path, error: type[PhatgooseError], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
-    One that can't be loaded is left out with a warning that names its package.
+    With `overwrite` an existing `target` is replaced, and kept if that fails. Raises `error` if
+    `target` exists without it (even since a moment ago), or can't be written.
     """
-    loaded: dict[str, Any] = {}
-    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
-        try:
-            loaded.setdefault(point.name, point.load())
-        except Exception as error:  # whatever another package's import may raise
-            package = point.dist.name if point.dist else "an unknown package"
-            warnings.warn(
-                f"{group}: {point.name} of {package} can't be loaded: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
-            )
-    return loaded
+    # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
+    has_name = target.name not in ("", "..")
+    place = target.parent.resolve() / target.name if has_name else target.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not overwrite:
+            require_free(target, error)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{place.name}.unfinished-", dir=place.parent, ignore_cleanup_errors=True
+        ) as scratch:
+            work = Path(scratch) / "new"  # which has the usual permissions, unlike `scratch`
+            work.mkdir()
+            yield work
+            for path in work.rglob("*"):
+                _give_default_mode(path)
+            if overwrite and place.exists():
+                work.chmod(stat.S_IMODE(place.stat().st_mode))  # what was private stays so
+                _replace(work, place)
+            else:
+                os.rename(work, place)
+    except WRITING_ERRORS as problem:
+        if not overwrite:
+            require_free(target, error)
+        raise error(f"{target} can't be written: {reason(problem)}.") from problem
+
+
+def _replace(new: Path, target: Path) -> None:
+    # Linux and macOS exchange two names in one step, so no reader finds none and no kill leaves
+    # none. The flag 2 is RENAME_EXCHANGE or RENAME_SWAP; folder handles don't count, since both
+    # paths are absolute.
+    name = {"linux": "renameat2", "darwin": "renameatx_np"}.get(sys.platform)
+    exchange = getattr(ctypes.CDLL(None), name, None) if name else None
+    if exchange and exchange(0, os.fsencode(new), 0, os.fsencode(target), 2) == 0:
+        return
+    old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    os.rename(old, new)  # which is removed
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """The path of a file to write that becomes `target` when the context ends well.
+
+    A link at `target` is replaced, never written through; a pipe or a device is written into.
+    """
+    if is_stream(target):
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = Path(scratch) / target.name
+            yield whole
+            # Appended, since others may have written to the same redirected file.
+            with whole.open("rb") as content, target.open("ab") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished-{secrets.token_hex(4)}")
+    try:
+        yield unfinished
+        _give_default_mode(unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _give_default_mode(path: Path) -> None:
+    if not path.is_symlink():  # chmod would follow it
+        os.umask(mask := os.umask(0))  # which can be read only by setting it
+        path.chmod((0o777 if os.access(path, os.X_OK) else 0o666) & ~mask)
+
+
+def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
+    """Write `content` to `path`: all of it or nothing. Raises `error`."""
+    try:
+        with new_file(path) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
+    except OSError as problem:
+        raise error(f"{path} can't be written: {reason(problem)}.") from problem
+
+
+def is_stream(target: Path) -> bool:
+    """True for pipes, devices, and open files by name (/dev/stdout)."""
+    by_name = str(target).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return by_name or (target.exists() and not target.is_file() and not target.is_dir())
+
+
+def require_free(
+    target: Path, error: type[PhatgooseError], instead: str = "choose another place"
+) -> None:
+    """Raise `error` if something is at `target`; `instead` says what to do."""
+    if target.exists():
+        raise error(f"{target} exists already; {instead}.")
+
+
+def require_writable(target: Path, error: type[PhatgooseError]) -> None:
+    """Raise `error` unless a file can be written at `target`; nothing is made there."""
+    # The nearest folder that exists; those between are made later.
+    folder = next(each for each in target.absolute().parents if each.exists())
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) and not target.is_dir()
+    if not writable and not is_stream(target):
+        raise error(f"{target} can't be written.")
+
+
+# What other packages registered.
 
 
 def add_entry_points(group: str, known: dict[str, Any], record: type) -> None:
     """Add to `known` the objects of class `record` that are registered under `group`, by name.
 
-    One of another class, or whose name is taken or not its own, is left out with a warning.
+    One that can't be loaded, is of another class, or whose name is taken or not its own, is left
+    out with a warning that names its package.
     """
-    for name, found in load_entry_points(group).items():
-        if isinstance(found, record) and name not in known and getattr(found, "name", name) == name:
-            known[name] = found
-            continue
-        what = (
-            f"the name {name!r} is taken"
-            if name in known
-            else f"it is no {record.__name__} so named"
-        )
-        warnings.warn(f"{group}: {name} is left out: {what}.", stacklevel=3)
+    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
+        try:
+            thing = point.load()
+            if not isinstance(thing, record) or getattr(thing, "name", point.name) != point.name:
+                raise TypeError(f"it is no {record.__name__} of that name")
+            if known.setdefault(point.name, thing) is not thing:
+                raise ValueError("the name is taken")
+        except Exception as error:  # whatever another package's import may raise
+            package = point.dist.name if point.dist else "an unknown package"
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{group}: {point.name} of {package} is left out: {why}", stacklevel=3)

@@ -31,7 +31,7 @@ from phatgoose.experts.expert import (
     warn_of_other_formatting,
 )
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.files import clear_left_overs, sha256_of
+from phatgoose.files import sha256_of
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -273,48 +273,6 @@ def test_an_interrupted_save_leaves_nothing(original, tmp_path, monkeypatch, int
     with pytest.raises(wanted):
         original.save(tmp_path / "expert")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_overwriting_that_fails_at_the_last_moment_keeps_the_old_expert(
-    original, directory, monkeypatch
-):
-    rename = os.rename
-
-    def fail_into_place(source, target):
-        if Path(target) == directory and ".unfinished-" in str(source):
-            raise OSError(5, "Input/output error")
-        rename(source, target)
-
-    before = contents(directory)
-    monkeypatch.setattr("os.rename", fail_into_place)
-    with pytest.raises((OSError, ExpertError)):
-        original.save(directory, overwrite=True)
-    assert directory.is_dir()
-    assert contents(directory) == before
-    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
-
-
-def test_an_old_expert_that_cannot_even_be_brought_back_is_kept_beside_its_place(
-    original, directory, monkeypatch
-):
-    rename = os.rename
-
-    def fail_into_place(source, target):
-        if Path(target) == directory:
-            raise OSError(5, "Input/output error")
-        rename(source, target)
-
-    before = contents(directory)
-    with monkeypatch.context() as broken:
-        broken.setattr("os.rename", fail_into_place)
-        with pytest.raises((OSError, ExpertError)):
-            original.save(directory, overwrite=True)
-    (kept,) = directory.parent.iterdir()
-    assert contents(kept / directory.name) == before
-    monkeypatch.setattr("phatgoose.files.YOUNG", -1.0)
-    clear_left_overs(directory)
-    assert contents(directory) == before
-    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
 def test_the_golden_expert_is_read_with_the_numbers_it_was_written_with():

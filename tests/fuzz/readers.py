@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import parsed
-from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
+from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert, info_json, read_info
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
@@ -48,7 +48,6 @@ from phatgoose.files import (
     check_patterns,
     matching,
     read_json_object,
-    read_toml,
 )
 from phatgoose.routing.saved.tensors import (
     ROUTED_INFO,
@@ -118,16 +117,6 @@ def strict_json(data: bytes) -> None:
     except ExpertError as error:
         return _refused(error)
     _wanted(content == json.loads(data.decode()), "json reads something else")
-    _wanted(_depth(content) <= MOST_NESTED, "it is nested too deeply")
-    return None
-
-
-def strict_toml(data: bytes) -> None:
-    """A table of printable depth, or a ConfigError."""
-    try:
-        content = read_toml(_file(data, "a.toml"), "Recipe", ConfigError)
-    except ConfigError as error:
-        return _refused(error)
     _wanted(_depth(content) <= MOST_NESTED, "it is nested too deeply")
     return None
 
@@ -299,8 +288,7 @@ def _request(kind: Any, data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target
-    for target in (strict_json, strict_toml, tensor_file, expert_info, expert, manifest)
+    target.__name__: target for target in (strict_json, tensor_file, expert_info, expert, manifest)
 } | {target.__name__: target for target in (description, saved, patterns, completion, chat)}
 
 

@@ -23,7 +23,7 @@ from command_line import FLAGS, Outcome, open_row, review, write_rows
 from paths import ROOT
 from phatgoose.apps.cli.main import COMMANDS
 from phatgoose.errors import PhatgooseError
-from phatgoose.files import read_toml
+from phatgoose.files import read_table
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -116,7 +116,7 @@ def modules_of(one: Distribution) -> set[str]:
 
 def absent_modules() -> list[str]:
     """Top-level modules that are installed here, but not by a core install."""
-    project = read_toml(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
+    project = read_table(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
     core = with_their_needs(project["dependencies"]) | {"phatgoose"}
     assert {"torch", "transformers", "peft", "typer"} <= core
     inside: set[str] = set(sys.stdlib_module_names)

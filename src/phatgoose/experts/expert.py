@@ -31,7 +31,6 @@ from ..errors import ConfigError, ExpertError
 from ..files import (
     Group,
     TensorFile,
-    bring_back,
     is_finite,
     new_directory,
     one_line,
@@ -536,7 +535,6 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(directory: Path) -> Expert:
     # A process that was killed while it replaced the directory left it under another name.
-    bring_back(directory)
     info = read_info(directory / LAYOUT.info)
     files = {}
     if info.vectors_sha256 is not None:

@@ -19,8 +19,6 @@ from ..base import BaseReference, closest_beside, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import (
-    being_replaced,
-    bring_back,
     is_stream,
     one_line,
     prefetch,
@@ -307,7 +305,6 @@ def _check_inside(folder: Path, place: Path) -> None:
 def _expert_directories(place: Path) -> Iterator[Path]:
     if place.suffix == MANIFEST and place.is_file():
         raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
-    bring_back(place)
     if not place.is_dir():
         there = place.exists()
         what, hint = ("is no folder", "") if there else ("does not exist", closest_beside(place))
@@ -315,9 +312,6 @@ def _expert_directories(place: Path) -> Iterator[Path]:
     if (place / LAYOUT.info).is_file():
         yield place
         return
-    for away in being_replaced(place):
-        if (away / LAYOUT.info).is_file():
-            raise PoolError(f"{place / away.name} is being replaced by another process; try again.")
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
             _check_inside(folder, place)

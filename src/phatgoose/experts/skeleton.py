@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import load_skeleton
 from ..errors import ExpertError
-from ..files import BY_PATTERN, NAMES, ByName, first_line, matching, shortened, value_at
+from ..files import BY_PATTERN, LISTS_OF_NAMES, ByName, first_line, matching, shortened, value_at
 from ..sites import Site, find_sites
 from .ia3 import IA3_ENDING
 from .lora import LORA_ENDINGS
@@ -139,7 +139,7 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
             found = {name: value_at(value, name) for name in names}
             plain[key] = ByName({name: each for name, each in found.items() if each is not None})
-        elif key in NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+        elif key in LISTS_OF_NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
             # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
             plain[key] = matching(value, names)
             if key == "target_modules" and not plain[key]:

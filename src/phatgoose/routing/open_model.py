@@ -15,7 +15,7 @@ from ..config import Routing, RoutingSettings, from_mapping
 from ..errors import BaseModelError, ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
-from ..files import bring_back, reason, shortened
+from ..files import reason, shortened
 from .compose import compose
 from .routers.automatic import settled_by_prompt
 from .routers.prompt_router import ByPrompt, PromptRouter
@@ -38,7 +38,6 @@ class OpenedModel:
 def is_routed(place: str | Path) -> bool:
     """True for a folder that `save_pretrained` of a routed model wrote."""
     with _looking_at(place):
-        bring_back(Path(place))
         return (Path(place) / ROUTED_INFO).is_file()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base import quiet_loading
 from ..config import EMBEDDING_FORMS, GateTraining
 from ..errors import ConfigError
-from ..files import first_line, refuse_pipes, shortened
+from ..files import first_line, shortened
 from .encoding import cut_tokens
 from .task import Example
 
@@ -151,7 +151,6 @@ def load_embedder(embedder: str) -> SentenceTransformer:
             f"Embedder {shortened(embedder)} has a character in its name that can't be printed; "
             f"rename the folder."
         )
-    refuse_pipes(embedder, ConfigError)
     folder = embedder
     spec = importlib.util.find_spec(MINILM_PACKAGE) if embedder == DEFAULT_EMBEDDER else None
     if spec is not None and spec.submodule_search_locations:

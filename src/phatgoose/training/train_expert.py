@@ -36,7 +36,7 @@ from ..experts.expert import LAYOUT, Expert, adapter_files, check_name, invocati
 from ..experts.kind import applied, check_fit
 from ..experts.peft_files import record_invocation
 from ..experts.registry import kind_for
-from ..files import is_there, sha256_of, shortened
+from ..files import sha256_of, shortened
 from ..passes import ActsOn
 from ..sites import find_sites
 from ..tasks.embeddings import load_embedder
@@ -475,7 +475,7 @@ def finished_expert(
     Raises ExpertError when something is there and not to be resumed, and WrongBaseError when that
     is an expert of another base.
     """
-    if not is_there(out):
+    if not out.exists():
         return None
     if not resume:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")

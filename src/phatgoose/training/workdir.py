@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from ..base import BaseReference
 from ..errors import ConfigError, ExpertError
 from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files, read_info
-from ..files import WRITING_ERRORS, first_line, is_there, reason, user_cache, write_text
+from ..files import WRITING_ERRORS, first_line, reason, user_cache, write_text
 from .trainer import is_first, process_count, wait_for_all
 
 IDENTITY, LOCK = "run.json", "lock"
@@ -138,7 +138,7 @@ class LocalFolder:
         return str(self.path / name)
 
     def has(self, name: str) -> bool:
-        return is_there(self.path / name)
+        return (self.path / name).exists()
 
     def finished(self, name: str) -> TrainedExpert:
         expert = Expert.load(self.path / name)

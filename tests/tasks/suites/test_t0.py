@@ -12,13 +12,13 @@ import pytest
 from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
-from phatgoose.files import read_toml
+from phatgoose.files import read_table
 from phatgoose.tasks.suites import p3, t0
 from phatgoose.tasks.suites.p3 import P3Dataset
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
 from phatgoose.tasks.task import Example, Sources
 
-TABLES = read_toml(Path(t0.__file__).with_suffix(".toml"), "Suite", TaskError)
+TABLES = read_table(Path(t0.__file__).with_suffix(".toml"), "Suite", TaskError)
 
 # name, micro-batch, most new tokens (None where answers are ranked): the released code's table
 HELD_IN = """

@@ -32,7 +32,7 @@ from ...config import (
 )
 from ...errors import ConfigError
 from ...experts.registry import kinds
-from ...files import read_toml, read_yaml, shortened
+from ...files import read_table, shortened
 from ...routing.routers.registry import AUTO, choice_of, known_names
 from ..console import set_voice
 
@@ -87,8 +87,7 @@ def read_recipe(path: str | Path) -> Recipe:
     an embedder is a path where there is such a folder. Raises ConfigError for unknown keys.
     """
     path = Path(path)
-    read = read_yaml if path.suffix in (".yaml", ".yml") else read_toml
-    content = read(path, "Recipe", ConfigError)
+    content = read_table(path, "Recipe", ConfigError)
     known = {*ABOVE_TABLES, *RECIPE_TABLES}
     for key, value in content.items():
         if key not in known:

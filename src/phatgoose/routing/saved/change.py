@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ...errors import RoutingError
 from ...experts.pool import Pool, check_alike
-from ...files import bring_back, new_directory, sha256_of, write_text
+from ...files import new_directory, sha256_of, write_text
 from ..checks import check_numbers
 from ..compose import check_acting
 from ..growing import check_growth, check_removal
@@ -40,7 +40,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     Raises what `growing.add_experts` does; ExpertError when one doesn't fit the stacks that are
     there, RoutingError when the folder is damaged, can't be written, or changed meanwhile.
     """
-    pool, folder = Pool.open(pool), _folder(directory)
+    pool, folder = Pool.open(pool), Path(directory).resolve()  # a link stays
     saved = read_saved(folder)
     router, tables = saved.router, saved.tables
     check_growth(router, saved.records, pool, saved.base, folded=_has_folded(saved))
@@ -65,7 +65,7 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
 
     Raises what `growing.remove_experts` does, and RoutingError as `add_to_saved`.
     """
-    folder = _folder(directory)
+    folder = Path(directory).resolve()
     saved = read_saved(folder)
     left = check_removal(saved.router, saved.names, names, folded=_has_folded(saved))
     place = renumbered(torch.tensor(left), len(saved.names))
@@ -73,12 +73,6 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     sites = {site: part for site, part in kept.items() if part}
     records = [saved.records[z] for z in left]
     return _rewritten(folder, saved, sites, saved.tables.shrunk(place), records)
-
-
-def _folder(directory: str | Path) -> Path:
-    folder = Path(directory).resolve()  # what a link leads to changes, not the link
-    bring_back(folder)
-    return folder
 
 
 def _has_folded(saved: SavedModel) -> bool:

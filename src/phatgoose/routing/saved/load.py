@@ -15,7 +15,7 @@ from ...experts.expert import LAYOUT
 from ...experts.hub import HubReference
 from ...experts.peft_files import ADAPTER_CONFIG
 from ...experts.pool import MANIFEST
-from ...files import bring_back, shortened
+from ...files import shortened
 from ...sites import Site, dtype_at, execution_device, find_sites
 from ..checks import check_folded
 from ..compose import install, parts_of, resolve_base, routed_layer
@@ -50,7 +50,6 @@ def load(
         ConfigError: The router needs an embedder that wasn't named.
     """
     directory = Path(directory)
-    bring_back(directory.resolve())
     if not os.path.isfile(directory / ROUTED_INFO):
         raise RoutingError(f"{directory} holds no routed model: {_found_at(directory)}")
     saved = read_saved(directory)

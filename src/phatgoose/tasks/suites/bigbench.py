@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TaskError
-from ...files import read_toml
+from ...files import read_table
 from ..loading import read_rows
 from ..task import Entry, Example, Sources, Suite, Task
 
@@ -41,7 +41,7 @@ def bbl(*, complete: bool = False) -> Suite:
 
 
 def _suite(name: str, complete_name: str, complete: bool) -> Suite:
-    table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
+    table = read_table(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     names = [task for task in table[name] if complete or task not in table["not_evaluated"]]
     entries = tuple(_entry(task, table["tasks"][task], table["dataset"]) for task in names)
     return Suite(complete_name if complete else name, entries)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
-from ...files import read_toml
+from ...files import read_table
 from ..loading import read_rows
 from ..task import Entry, Example, Sources, Suite, Task
 from .t0 import held_in_entry, t0_held_in
@@ -36,7 +36,7 @@ def flan() -> Suite:
     The 36 + 7 of P3 are as in `t0_held_in`. Of the others' zero-shot rows a tenth (10 000 at most)
     is validation, the rest (500 000 at most) training: the same rows as in the released code.
     """
-    table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
+    table = read_table(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     entries = [*t0_held_in().entries]
     for group in ("flan2021", "niv2", "p3", "addition"):
         if group == "p3":

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ...config import TASK_FILES, Training, closest
 from ...errors import TaskError
-from ...files import add_entry_points, read_toml, shortened
+from ...files import add_entry_points, read_table, shortened
 from ..loading import FILES, HUB, SPLITS, default_name, load_task, whole_text
 from ..task import Entry, Sources, Suite, Task, mix
 from . import bigbench, flan, t0
@@ -113,7 +113,7 @@ TASK_KEYS: dict[str, type] = {
 
 
 def _toml_suite(path: Path) -> Suite:
-    content = read_toml(path, "Suite", TaskError)
+    content = read_table(path, "Suite", TaskError)
     _require_known(content, SUITE_KEYS, str(path))
     entries = []
     for number, table in enumerate(content.get("tasks", ()), 1):

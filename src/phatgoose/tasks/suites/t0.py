@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
-from ...files import read_toml
+from ...files import read_table
 from ..task import Entry, Sources, Suite, Task
 from .p3 import P3Dataset, Picker, PromptTemplate, Row, without
 
@@ -96,7 +96,7 @@ class _HeldOut(P3Dataset):
 
 @cache
 def _tables() -> dict[str, list[dict[str, Any]]]:
-    return read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
+    return read_table(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
 
 
 def _tupled(table: Mapping[str, Any]) -> dict[str, Any]:

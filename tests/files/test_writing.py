@@ -1,0 +1,171 @@
+"""Files and folders appear whole or not at all, and nothing is written through a link."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from links import KEPT
+from phatgoose.errors import ExpertError, PhatgooseError
+from phatgoose.experts.expert import Expert
+from phatgoose.files import new_directory, require_writable, user_cache, write_text
+from small_disks import everything, told
+
+
+def test_a_link_in_the_place_of_a_result_is_replaced(tmp_path, victim):
+    (tmp_path / "table.json").symlink_to(victim)
+    write_text(tmp_path / "table.json", "mine", PhatgooseError)
+    assert (tmp_path / "table.json").read_text() == "mine"
+    assert not (tmp_path / "table.json").is_symlink()
+    assert victim.read_text() == KEPT
+    assert everything(tmp_path) == {"table.json", victim.name} or victim.parent != tmp_path
+
+
+def test_of_two_that_write_one_expert_the_first_stays_and_the_other_is_told(llama_pool, tmp_path):
+    first, second = llama_pool.experts[:2]
+    target = tmp_path / "expert"
+
+    def late() -> None:
+        with new_directory(target, ExpertError) as work:
+            (work / "half").write_text("of the second")
+            first.save(target)
+
+    assert "exists already" in told(late)
+    assert Expert.load(target).name == first.name
+    assert everything(tmp_path) == {"expert", *(f"expert/{p.name}" for p in target.iterdir())}
+    assert "exists already" in told(lambda: second.save(target))
+    assert second.save(target, overwrite=True).name == second.name
+
+
+def test_new_folders_have_the_usual_permissions_and_replaced_ones_keep_theirs(tmp_path):
+    os.umask(mask := os.umask(0))
+    for target, wanted in ((tmp_path / "new", 0o777 & ~mask), (tmp_path / "private", 0o700)):
+        if wanted == 0o700:
+            target.mkdir(wanted)
+        with new_directory(target, ExpertError, overwrite=True) as work:
+            (work / "file").write_text("x")
+        assert stat.S_IMODE(target.stat().st_mode) == wanted
+        assert stat.S_IMODE((target / "file").stat().st_mode) == 0o666 & ~mask
+
+
+WAYS = [  # of replacing a folder: how its path is given, and whether names can be exchanged
+    *[(way, True) for way in ("../moods", ".", "../moods/../moods", "../link")],
+    *[(way, False) for way in ("../moods", "../link")],
+]
+
+
+@pytest.mark.parametrize(("way", "exchanged"), WAYS)
+def test_a_folder_is_replaced_by_any_path_that_leads_to_it(tmp_path, monkeypatch, way, exchanged):
+    (tmp_path / "moods").mkdir()
+    (tmp_path / "moods" / "old").touch()
+    (tmp_path / "link").symlink_to("moods")
+    monkeypatch.chdir(tmp_path / "moods")
+    if not exchanged:
+        monkeypatch.setattr("ctypes.CDLL", lambda _: None)
+    with new_directory(Path(way), ExpertError, overwrite=True) as work:
+        (work / "new").touch()
+    replaced, kept = ("link", ["old"]) if way == "../link" else ("moods", ["new"])
+    assert [path.name for path in (tmp_path / replaced).iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "moods").iterdir()] == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "moods"]
+
+
+@pytest.mark.parametrize("brought_back", [True, False])
+def test_a_replacement_that_fails_at_the_last_moment_keeps_the_old(
+    tmp_path, monkeypatch, brought_back
+):
+    target, rename = tmp_path / "expert", os.rename
+    target.mkdir()
+    (target / "old").write_text(KEPT)
+
+    def fail(source, place):
+        if Path(place) == target and (not brought_back or Path(source).name == "new"):
+            raise OSError(5, "Input/output error")
+        rename(source, place)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("ctypes.CDLL", lambda _: None)
+        broken.setattr("os.rename", fail)
+        with (
+            pytest.raises(ExpertError, match="Input/output error"),
+            new_directory(target, ExpertError, overwrite=True),
+        ):
+            pass
+    (place,) = tmp_path.iterdir()
+    assert (place == target) == brought_back
+    assert (place / "old").read_text() == KEPT
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from phatgoose.errors import ExpertError
+from phatgoose.files import new_directory
+with new_directory(Path(sys.argv[1]), ExpertError, overwrite=True) as work:
+    (work / "half").write_text("half")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_is_killed_leaves_what_was_there(tmp_path):
+    target = tmp_path / "expert"
+    target.mkdir()
+    (target / "old").write_text(KEPT)
+    words = [sys.executable, "-c", KILLED, str(target)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"there\n"
+        running.kill()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    (left,) = [path.name for path in tmp_path.iterdir() if path != target]
+    assert left.startswith(".expert.unfinished-")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_what_no_file_can_replace_is_written_into(tmp_path):
+    """So that `--json /dev/stdout` prints, and a superuser keeps the link of that name."""
+    (tmp_path / "sink").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("sink", "pipe"):
+        require_writable(tmp_path / name, PhatgooseError)
+        write_text(tmp_path / name, "mine", PhatgooseError)
+    assert os.read(reader, 100) == b"mine"
+    os.close(reader)
+    assert (tmp_path / "sink").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+    assert everything(tmp_path) == {"sink", "pipe"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files have no names here")
+def test_an_open_file_by_name_is_added_to(tmp_path):
+    """As /dev/stdout is by the shell's `>`."""
+    with (tmp_path / "out.txt").open("w") as out:
+        out.write("before\n")
+        out.flush()
+        write_text(Path(f"/proc/self/fd/{out.fileno()}"), "mine", PhatgooseError)
+    assert (tmp_path / "out.txt").read_text() == "before\nmine"
+
+
+@pytest.mark.parametrize("place", ["folder", "file/new.json", "file/in/new.json"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(PhatgooseError, match=f"{place} can't be written"):
+        require_writable(tmp_path / place, PhatgooseError)
+    require_writable(tmp_path / "new" / "folder" / "x.json", PhatgooseError)
+    assert everything(tmp_path) == {"folder", "file"}
+
+
+@pytest.mark.parametrize("named", ["/absolute", None, "here/relative"])
+def test_the_cache_is_where_xdg_says_or_below_home(tmp_path, monkeypatch, named):
+    monkeypatch.setattr(Path, "expanduser", lambda path: tmp_path / path.relative_to("~"))
+    if named is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+    place = Path(named) if named == "/absolute" else tmp_path / ".cache"
+    assert user_cache() == place / "phatgoose"

@@ -48,8 +48,7 @@ from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.tensors import SavedModel, read_saved
+from phatgoose.routing.saved import SavedModel, load, read_saved
 from phatgoose.training import train_expert  # noqa: F401  loaded before forking
 from tiny import make_model, make_tokenizer
 

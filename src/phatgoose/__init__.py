@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from .experts.expert import Expert
     from .experts.pool import Pool
     from .routing.compose import compose, detach
-    from .routing.saved.load import load
-    from .routing.saved.save import save
+    from .routing.saved import load, save
     from .tasks.loading import load_task
     from .training.train_expert import train_expert, train_gates
 
@@ -63,9 +62,9 @@ _HOMES = {
     "compose": "routing.compose",
     "detach": "routing.compose",
     "evaluate": "evaluation.evaluate",
-    "load": "routing.saved.load",
+    "load": "routing.saved",
     "load_task": "tasks.loading",
-    "save": "routing.saved.save",
+    "save": "routing.saved",
     "train_expert": "training.train_expert",
     "train_gates": "training.train_expert",
 }

@@ -27,7 +27,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Task
 

@@ -20,7 +20,7 @@ from comparisons import (
 )
 from phatgoose.base import load_base
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Task
 from routed_models import with_embeddings

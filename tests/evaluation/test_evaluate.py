@@ -16,8 +16,7 @@ from phatgoose.evaluation.intervals import Sample, wilson_interval
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.metrics import metric
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.task import Example, Task
 from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, naive_scores, open_task, with_targets
 from tiny import logits_of, make_model

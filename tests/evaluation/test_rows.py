@@ -20,7 +20,7 @@ from phatgoose.evaluation.rows import (
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from routed_models import with_embeddings
 from tiny import logits_of, make_adapter, make_ids, make_model, make_tokenizer
 

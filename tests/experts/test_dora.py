@@ -16,9 +16,7 @@ from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.export.export import export
-from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 
 ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
@@ -87,10 +85,12 @@ def test_a_routed_model_is_saved_and_grows(base, pool, tmp_path, router):
     assert torch.equal(logits_of(loaded, make_ids()), wanted)
     if router == "merged":
         return
-    fewer = remove_experts(loaded, ["a"])
-    kept = logits_of(fewer, make_ids())
-    again = add_experts(remove_experts(fewer, ["b"]), pool.select(["b"]))
-    detach(again)
+    detach(loaded)
+    remove_from_saved(tmp_path / "routed", ["a", "b"])
+    add_to_saved(tmp_path / "routed", pool.select(["b"]))
+    grown = load(tmp_path / "routed", base)
+    kept = logits_of(grown, make_ids())
+    detach(grown)
     other = logits_of(compose(pool.select(["b", "lora"]), base, router=router), make_ids())
     assert_same_logits(kept, other)
 

@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
     with atheris.instrument_imports(include=["phatgoose"]):
         import phatgoose.apps.server.requests
-        import phatgoose.routing.saved.tensors  # noqa: F401
+        import phatgoose.routing.saved  # noqa: F401
 
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import parsed
@@ -49,7 +49,7 @@ from phatgoose.files import (
     matching,
     read_json_object,
 )
-from phatgoose.routing.saved.tensors import (
+from phatgoose.routing.saved import (
     ROUTED_INFO,
     ROUTED_WEIGHTS,
     read_description,

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from architectures import make_tiny, random_expert
+from growth_cases import changed
 from oracle import naively_routed
 from phatgoose.apps.generation import Sampling, generate
 from phatgoose.config import Routing, Training
@@ -33,12 +34,8 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.export.export import export
 from phatgoose.routing.export.shares import Texts
-from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.kernels.native import runs_natively
-from phatgoose.routing.saved.change import add_to_saved
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.tensors import read_saved
+from phatgoose.routing.saved import add_to_saved, load, read_saved, save
 from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
 from phatgoose.tasks.task import Example, Task
@@ -385,17 +382,18 @@ def test_gradients_are_the_oracles(case):
     assert_close(got, wanted)
 
 
-def test_copies_and_pools_that_change(case):
+def test_copies_and_pools_that_change(case, tmp_path):
     prompt = PROMPTS[0]
     other = copy.deepcopy(case.routed)
     first, *rest = case.pool.experts
     with torch.no_grad():
         assert_close(other(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
     grown = compose(Pool((first,)), copy.deepcopy(case.base), router="phatgoose")
-    add_experts(grown, Pool(tuple(rest)))
+    grown = changed(grown, tmp_path / "grown", case.base, Pool(tuple(rest)))
     with torch.no_grad():
         assert_close(grown(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
-    remove_experts(grown, [expert.name for expert in rest])
+    names = [expert.name for expert in rest]
+    grown = changed(grown, tmp_path / "fewer", case.base, fewer=names)
     assert (composition_of(grown).context is None) == (first.acts_on is None)
     plain = detach(grown)
     assert "generate" not in vars(plain)
@@ -443,7 +441,7 @@ def test_evaluation_generates_what_generate_does(llama, llama_pool):
 
 def test_encoder_decoders_are_refused():
     base = make_tiny("t5")
-    with pytest.raises(RoutingError, match="decoder-only base"):
+    with pytest.raises(RoutingError, match="act from a prompt's end on, but in an"):
         compose(acting_pool(base, (None, ActsOn(tail=2))), base, router="phatgoose")
 
 

@@ -13,7 +13,6 @@ import torch
 from oracle import mixture, naively_routed
 from phatgoose.base import BaseReference, load_base
 from phatgoose.errors import (
-    BaseModelError,
     ConfigError,
     ExpertError,
     PoolError,
@@ -203,9 +202,6 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
         ({"kernel": None}, ConfigError, "kernel is None"),
         ({"router": "arrow:temperature=hot"}, ConfigError, "temperature is 'hot'"),
         ({"router": "phatgoose:eps=0"}, ConfigError, "eps is 0"),
-        ({"base": 5}, BaseModelError, "base is a int; wanted a name"),
-        ({"routing": "arrow"}, ConfigError, "routing is 'arrow', but must be settings of class"),
-        ({"routing": {"k": 2}}, ConfigError, "must be settings of class phatgoose.config.Routing"),
         ({"router": "oracle", "scores": {"e0": 5}}, PoolError, "wanted expert -> task -> score"),
         ({"keep": [["e0"]]}, PoolError, r"no expert \['e0'\]"),
     ],

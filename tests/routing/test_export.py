@@ -16,7 +16,7 @@ from phatgoose.errors import ConfigError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.export.export import EXPORT_INFO, export, fidelity, open_routed
+from phatgoose.routing.export.export import EXPORT_INFO, export, fidelity
 from phatgoose.routing.export.shares import (
     ANSWER_TOKENS,
     constant_shares,
@@ -28,8 +28,9 @@ from phatgoose.routing.export.shares import (
 )
 from phatgoose.routing.export.updates import fixed_update, merged_layer
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
+from phatgoose.routing.open_model import open_model
 from phatgoose.routing.recording import record
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from phatgoose.sites import replaced
 from routed_models import SCORES, compose_by
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
@@ -145,7 +146,9 @@ def test_ranks_beyond_a_layer_s_sizes_are_brought_down_without_loss(
         model = compose(pool, llama, router="merged")
     else:
         place = pool.experts[0].directory.parent
-        model = open_routed(place, llama.id, dtype="float32", routing=Routing("merged"))
+        model = open_model(
+            place, llama.id, dtype="float32", routing=Routing("merged"), may_fold=False
+        ).model
     kind = FoldedLinear if folds else RoutedLinear
     assert all(type(layer) is kind for layer in composition_of(model).layers.values())
     wanted = logits_of(model, ids)
@@ -264,14 +267,12 @@ def test_a_pool_is_opened_with_every_factor_and_a_saved_model_as_it_is(llama, po
     pool = pool_of("llama", (24, 9, 20))
     place = pool.experts[0].directory.parent
     options = {"dtype": "float32", "routing": Routing("merged")}
-    model = open_routed(place, llama.id, keep=["e0", "e1"], **options)
+    model = open_model(place, llama.id, keep=["e0", "e1"], may_fold=False, **options).model
     assert composition_of(model).experts == ("e0", "e1")
     assert {type(layer) for layer in composition_of(model).layers.values()} == {RoutedLinear}
     save(model, tmp_path / "routed")
-    again = open_routed(tmp_path / "routed", dtype="float32")
+    again = open_model(tmp_path / "routed", dtype="float32", may_fold=False).model
     assert composition_of(again).experts == ("e0", "e1")
-    with pytest.raises(RoutingError, match="neither a routed model nor a pool"):
-        open_routed(llama.id)
 
 
 def test_shares_are_means_over_tokens_then_prompts(llama, llama_pool):

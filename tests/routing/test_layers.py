@@ -17,8 +17,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from routed_models import compose_by, of_task
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 

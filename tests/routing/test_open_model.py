@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.importing import import_adapters
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.open_model import is_pool, is_routed, loaded_base, open_model
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.open_model import is_pool, is_routed, open_model
+from phatgoose.routing.saved import save
 from tiny import logits_of, make_adapter, make_ids
 
 
@@ -74,20 +73,8 @@ def test_experts_are_chosen_of_pools_alone(places, llama, name, given):
         open_model(where[name], llama, **given)
 
 
-@pytest.mark.parametrize("look", [is_routed, is_pool, open_model])
-def test_a_prompt_in_a_model_s_place_is_refused(look):
-    with pytest.raises(ConfigError, match=r"'Once Once .* can't be opened as a model: File name"):
-        look("Once " * 100)
-
-
 def test_a_base_is_opened_alone(places, llama):
     where, wanted = places
     got = logits_of(open_model(where["base"], dtype="float32").model, make_ids())
     assert torch.equal(got, logits_of(llama.model, make_ids()))
     assert not torch.equal(got, wanted)
-
-
-def test_a_base_that_is_loaded_is_not_loaded_again(llama, llama_pool):
-    assert loaded_base(llama_pool, llama) is llama
-    assert loaded_base(llama_pool, dtype="float32").id == llama_pool.base.id
-    assert load_base(llama.id, dtype="float32").id == loaded_base(llama_pool, llama.id).id

@@ -14,7 +14,7 @@ from phatgoose.evaluation.rows import METHODS, single_rows
 from phatgoose.experts.pool import Pool
 from phatgoose.jobs import LocalEngine
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved import load
 from phatgoose.tasks.task import Example, Task
 
 OTHERS = ("base", "best-individual", "oracle", "few-shot")  # few-shot needs a task's examples

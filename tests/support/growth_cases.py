@@ -2,9 +2,11 @@
 
 import copy
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from phatgoose.base import Base
 from phatgoose.experts.pool import Pool
@@ -12,7 +14,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.phatgoose import TopKRouter
-from phatgoose.routing.saved.tensors import shareable
+from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save, shareable
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids, write_expert
 
@@ -50,6 +52,18 @@ def composed(router: str, pool: Pool, base: Base, **options: object):
         warnings.simplefilter("ignore")  # of a k that is lowered
         pool = with_embeddings(pool) if router in EMBEDDED else pool
         return compose(pool, copy.deepcopy(base), **given)
+
+
+def changed(
+    model: PreTrainedModel, folder: Path, base: Base, more: Pool | None = None, fewer: Iterable = ()
+) -> PreTrainedModel:
+    """`model`, saved to `folder`, there with the experts of `more` and without `fewer`, loaded."""
+    save(model, folder)
+    if more:
+        add_to_saved(folder, more)
+    if fewer:
+        remove_from_saved(folder, fewer)
+    return load(folder, copy.deepcopy(base))
 
 
 def assert_same_models(got, wanted) -> None:

@@ -17,8 +17,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_model
 from phatgoose.routing.routers import prompt_router
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks import embeddings
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder, usable_embedder
 from routed_models import with_embeddings

@@ -15,7 +15,7 @@ from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from phatgoose.training.train_expert import train_gates
 from small_disks import FEW, TASK, everything, mount, told, train
 

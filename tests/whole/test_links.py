@@ -13,8 +13,7 @@ from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.change import add_to_saved, remove_from_saved
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import add_to_saved, remove_from_saved, save
 from phatgoose.training.workdir import open_work
 
 

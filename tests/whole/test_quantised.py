@@ -16,8 +16,7 @@ from phatgoose.base import Base, fingerprint, load_base, number_format, quantisa
 from phatgoose.errors import WrongBaseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.sites import find_sites, replace_module
 from tiny import assert_same_logits, logits_of, make_ids
 

@@ -46,8 +46,7 @@ from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.files import MOST_NESTED
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.loading import load_task
 from tiny import make_ids, make_model, make_tokenizer
 

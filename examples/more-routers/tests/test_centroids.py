@@ -7,13 +7,10 @@ from dataclasses import replace
 import torch
 from more_routers.centroids import clusters_of
 
+from growth_cases import changed, composed
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.centroid import centroids_of
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, experts_of, retrieving
 from toy_embedders import toy_embed
@@ -62,13 +59,8 @@ def clusters_by_hand(pool: Pool, clusters: int) -> list[torch.Tensor]:
 @retrieving
 def test_several_centroids_are_saved_and_experts_join_and_leave(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool)
-    model = compose(pool.select(["e0", "e1", "e2"]), llama, router="centroids:clusters=2", k=1)
-    add_experts(model, pool.select(["e3"]))
-    assert experts_of(model, PROMPTS).experts[:, 0].tolist() == [0, 1, 2, 3, 0]
-    remove_experts(model, ["e1"])
-    left = experts_of(model, PROMPTS[3:4]).experts
-    assert left[0, 0] == 2
-    save(model, tmp_path / "routed")
-    detach(model)
-    again = load(tmp_path / "routed", llama)
-    assert torch.equal(experts_of(again, PROMPTS[3:4]).experts, left)
+    model = composed("centroids:clusters=2", pool.select(["e0", "e1", "e2"]), llama, k=1)
+    grown = changed(model, tmp_path / "grown", llama, pool.select(["e3"]))
+    assert experts_of(grown, PROMPTS).experts[:, 0].tolist() == [0, 1, 2, 3, 0]
+    fewer = changed(grown, tmp_path / "fewer", llama, fewer=["e1"])
+    assert experts_of(fewer, PROMPTS[3:4]).experts[0, 0] == 2

@@ -7,12 +7,10 @@ from importlib import metadata
 import pytest
 import torch
 
-from growth_cases import assert_same_models, composed
+from growth_cases import assert_same_models, changed, composed
 from phatgoose.routing.compose import detach
-from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids
 from topic_prompts import retrieving
@@ -43,9 +41,8 @@ def test_a_saved_model_answers_the_same(name, llama, llama_pool, tmp_path):
 
 @retrieving
 @pytest.mark.parametrize("name", [name for name in NAMES if ROUTERS[name].grows])
-def test_a_pool_that_grew_and_shrank_is_the_pool_composed_at_once(name, llama, uneven):
+def test_a_pool_that_grew_and_shrank_is_the_pool_composed_at_once(name, llama, uneven, tmp_path):
     pool = with_embeddings(uneven)
     model = composed(name, pool.select(["e0", "e1", "e2"]), llama)
-    add_experts(model, pool.select(["e3"]))
-    remove_experts(model, ["e1"])
+    model = changed(model, tmp_path / "routed", llama, pool.select(["e3"]), ["e1"])
     assert_same_models(model, composed(name, pool.select(["e0", "e2", "e3"]), llama))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from more_routers.neutral import over_neutral_text
 
+from growth_cases import changed
 from oracle import plain_scores
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.neutral import neutral_examples
@@ -67,13 +67,13 @@ def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three):
     assert found[:, 1:].isfinite().all()
 
 
-def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three):
+def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three, tmp_path):
     text = "calibrated"
     with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
         compose(three, llama.model, router=text)
     model = compose(three.select(three.names[:2]), llama, router=text)
     with pytest.raises(RoutingError, match="compose the pool again"):
-        add_experts(model, three.select(three.names[2:]))
+        changed(model, tmp_path / "grown", llama, three.select(three.names[2:]))
     detach(model)
 
 

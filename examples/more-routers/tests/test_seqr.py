@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from growth_cases import changed
 from phatgoose.base import Base
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.neutral import neutral_examples
 from tiny import logits_of, make_ids, random
@@ -72,7 +71,7 @@ def test_it_is_saved_and_wants_a_tokenizer_and_the_base_to_stay(llama, llama_poo
         compose(llama_pool, llama.model, router="seqr")
     model, ids = compose(llama_pool.select(["e0", "e1"]), llama, router="seqr"), make_ids()
     with pytest.raises(RoutingError, match="compose the pool again"):
-        add_experts(model, llama_pool.select(["e2"]))
+        changed(model, tmp_path / "grown", llama, llama_pool.select(["e2"]))
     wanted = logits_of(model, ids)
     save(model, tmp_path / "routed")
     detach(model)

@@ -34,7 +34,7 @@ from ..files import write_text
 from ..routing.compose import compose
 from ..routing.routers.automatic import settled
 from ..routing.routers.registry import AUTO
-from ..routing.saved.save import save
+from ..routing.saved import save
 from ..tasks.embeddings import can_embed
 from ..tasks.loading import load_task
 from ..tasks.task import Suite, Task

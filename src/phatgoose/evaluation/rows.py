@@ -19,11 +19,10 @@ from ..experts.pool import Pool
 from ..files import sha256_of, shortened
 from ..jobs import absolute
 from ..routing.compose import compose, detach
-from ..routing.open_model import OpenedModel, is_pool, is_routed, naming_all_places, open_model
+from ..routing.open_model import OpenedModel, is_pool, is_routed, open_model
 from ..routing.routers.registry import ROUTERS, choice_of, spec_of
 from ..routing.routers.router import router_of
-from ..routing.saved.load import base_of
-from ..routing.saved.tensors import ROUTED_INFO
+from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from .results import BASE
 
@@ -195,8 +194,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
         return Row(label, label, identity, routing=routing, place=str(place))
     if not is_pool(place):
-        with naming_all_places(place):
-            identity = {"model": load_base(place).fingerprint}
+        identity = {"model": load_base(place).fingerprint}
         return Row(label, label, identity, place=str(place))
     pool = Pool.open(place)
     alone = Routing(router="single")

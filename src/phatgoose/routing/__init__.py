@@ -8,11 +8,9 @@ stacks.py       the modules of all experts at one site
 layers.py       the routed layer
 routers/        who chooses: one file for each router
 kernels/        how the sum of the chosen updates is computed
-checks.py       a site's tensors fit together
 watching.py     callbacks for what layers decide
 recording.py    every decision about a text
-growing.py      experts that join and leave
-saved/          routed models on disk
+saved.py        routed models on disk
 export/         constant routing as a PEFT adapter or a plain model
 open_model.py   a pool, a saved model or a base, opened alike
 """

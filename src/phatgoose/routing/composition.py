@@ -2,26 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import BaseReference
+from ..base import (
+    Base,
+    BaseReference,
+    check_heeds_masks,
+    fingerprint,
+    load_base,
+    quantisation,
+)
 from ..config import Routing
 from ..errors import RoutingError
 from ..experts.expert import trained_in_chats
 from ..passes import ActsOn
-from ..sites import ROUTED
+from ..sites import ROUTED, Site, execution_device, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
 from .context import RoutingContext
-from .layers import RoutedLayer, RoutedLinear
-from .routers.prompt_router import PromptRouter
-from .routers.router import Router, router_of
+from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
+from .routers.prompt_router import ByPrompt, PromptRouter, Tables
+from .routers.router import OWN_EXPERTS, Router, RouterSite
+from .stacks import SiteStack, check_numbers
+
+
+class ResolvedBase(NamedTuple):
+    """A base model to route in, not routed yet; `tokenizer` None means that none came with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    reference: BaseReference
+
+
+def resolve_base(
+    base: Base | PreTrainedModel | str | Path | None, wanted: BaseReference, dtype: str = "auto"
+) -> ResolvedBase:
+    """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
+
+    Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
+    """
+    if base is None:
+        base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
+    elif isinstance(base, str | Path):
+        base = load_base(base, dtype=dtype)
+    model = base.model if isinstance(base, Base) else base
+    check_heeds_masks(model.config)
+    if hasattr(model, ROUTED):
+        raise RoutingError("This base model is routed already; detach it first.")
+    tokenizer = base.tokenizer if isinstance(base, Base) else None
+    reference = (
+        base.reference
+        if isinstance(base, Base)
+        else BaseReference(wanted.id, wanted.revision, fingerprint(model))
+    )
+    kinds = quantisation(model)
+    if kinds and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
+        warnings.warn(
+            f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be "
+            f"compared with the experts' fingerprint; taking it on trust.",
+            stacklevel=3,
+        )
+        reference = replace(reference, fingerprint=wanted.fingerprint)
+    return ResolvedBase(model, tokenizer, reference)
 
 
 @dataclass
@@ -38,7 +88,7 @@ class Composition:
     tokenizer: PreTrainedTokenizerBase | None
     experts: tuple[str, ...]
     records: list[dict[str, Any]]
-    routing: Routing
+    router: Router
     layers: dict[str, RoutedLayer] = field(default_factory=dict)
     prompt_router: PromptRouter | None = None
     context: RoutingContext | None = field(init=False, default=None)
@@ -46,6 +96,88 @@ class Composition:
     def __post_init__(self) -> None:
         if self.prompt_router is not None or any(self.acting):
             self.context = RoutingContext(self.prompt_router, self.acting)
+
+    @classmethod
+    def on(
+        cls,
+        base: ResolvedBase,
+        router: Router,
+        experts: tuple[str, ...],
+        records: list[dict[str, Any]],
+        tables: Tables | None,
+    ) -> Composition:
+        """What a model routed on `base` is made of but its layers; `tables` for a router by prompt.
+
+        Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
+        """
+        late = [record["name"] for record in records if record.get("acts_on") is not None]
+        if late and base.model.config.is_encoder_decoder:
+            raise RoutingError(
+                f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
+                f"encoder-decoder prompts have a stack of their own; leave them out."
+            )
+        prompt_router = None
+        if isinstance(router, ByPrompt) and tables is not None:
+            prompt_router = router.for_model(tables, base.tokenizer)
+        return cls(
+            base.reference, base.tokenizer, experts, records, router, prompt_router=prompt_router
+        )
+
+    def add(
+        self,
+        original: Any,
+        site: Site,
+        stack: SiteStack,
+        state: Mapping[str, Tensor],
+        *,
+        may_fold: bool = False,
+    ) -> None:
+        """Add the layer that takes the place of `original` at `site`.
+
+        `state` are the router's tensors there; `may_fold` folds the mean of all experts into the
+        weight where that is cheaper. Raises RoutingError for numbers that can't be computed with.
+        """
+        router, plain, size = self.router, stack.plain_lora, len(self.experts)
+        columns = self._columns(site, stack.experts)
+        check_numbers(stack, site.name, self.experts)
+        foldable = plain and may_fold and router.folds and not any(columns)
+        if plain and foldable and is_cheaper_folded(original, plain):
+            folded = folded_weight(original, plain, size)
+            self.layers[site.name] = FoldedLinear(original, site, folded, stack.experts, size)
+            return
+        module = router.at(RouterSite(site.name, stack.experts, size, state, self.context))
+        # Of a quantised layer the type is of integers.
+        is_plain = original.weight.is_floating_point()
+        module.to(execution_device(original), original.weight.dtype if is_plain else stack.dtype)
+        self.layers[site.name] = RoutedLinear(
+            original, site, stack, module, self.routing.kernel, self.context, columns
+        )
+
+    def _columns(self, site: Site, experts: Tensor) -> list[int]:
+        """The columns of the `experts` [E] at `site` in an Activity of the context: 0 acts always.
+
+        Raises RoutingError where an expert that acts from a prompt's end on can't.
+        """
+        ends = self.context.acting if self.context else ()
+        if not ends:
+            return []
+        acting = self.acting
+        late = [z for z in experts.tolist() if acting[z]]
+        if late and OWN_EXPERTS in site.name.split("."):
+            raise RoutingError(
+                f"Expert {self.experts[late[0]]!r} acts from a prompt's end on, but {site.name} is "
+                f"inside one of the base's own experts, which see some tokens only; leave it out."
+            )
+        return [ends.index(end) + 1 if (end := acting[z]) else 0 for z in experts.tolist()]
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Put the layers into `model`."""
+        for name, layer in self.layers.items():
+            replace_module(model, name, layer)
+        if self.context is not None:
+            self.context.attach(model)
+        setattr(model, ROUTED, self)
+        model.tokenizer = self.tokenizer
 
     def __repr__(self) -> str:
         what = f"{self.routing.router} on {self.base.id!r}"
@@ -66,9 +198,9 @@ class Composition:
         """Whether the experts' statistics are of prompts in the base's chat template."""
         return trained_in_chats(self.records)
 
-    @cached_property
-    def router(self) -> Router:
-        return router_of(self.routing)
+    @property
+    def routing(self) -> Routing:
+        return self.router.routing
 
 
 def composition_if_any(model: PreTrainedModel) -> Composition | None:

@@ -271,8 +271,13 @@ class FoldedLinear(RoutedLayer):
     def __init__(
         self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor, pool_size: int
     ) -> None:
-        """Raises RoutingError for an offloaded bias."""
+        """Raises RoutingError for an offloaded bias, and for a weight that has overflowed."""
         super().__init__(base, site, experts)
+        if not bool(folded.isfinite().all()):
+            raise RoutingError(
+                f"The mean of all experts at {site.name}, added to the base's weight, is more than "
+                f"{folded.dtype} can hold; load the base in another type (--dtype)."
+            )
         if self.base.bias is not None and self.base.bias.is_meta:
             raise RoutingError(
                 f"The experts at {site.name} are folded into a weight, which needs the base's bias "

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import WANTED, Base, closest_beside, load_base
+from ..base import Base, closest_beside, load_base
 from ..config import Routing, RoutingSettings, from_mapping
-from ..errors import BaseModelError, ConfigError
+from ..errors import ConfigError
 from ..experts.hub import HubReference
-from ..experts.pool import Pool
-from ..files import reason, shortened
-from .compose import compose
+from ..experts.pool import MANIFEST, Pool
+from .compose import composed
 from .routers.automatic import settled_by_prompt
 from .routers.prompt_router import ByPrompt, PromptRouter
 from .routers.router import Scores, check_routing, check_served, router_of
-from .saved.load import load
-from .saved.tensors import ROUTED_INFO, read_saved
-
-ANY_WANTED = (
-    "Wanted: a pool (a folder of experts or of PEFT adapters, hub:OWNER/NAME, a manifest), a "
-    "routed model's folder, or a base model (a Hub id, a folder, or 'smollm2')."
-)
+from .saved import CONFIG, ROUTED_INFO, load, read_saved
 
 
 @dataclass(frozen=True)
@@ -36,30 +29,16 @@ class OpenedModel:
 
 
 def is_routed(place: str | Path) -> bool:
-    """True for a folder that `save_pretrained` of a routed model wrote."""
-    with _looking_at(place):
-        return (Path(place) / ROUTED_INFO).is_file()
+    """True for a folder that `save` of a routed model wrote."""
+    return os.path.isfile(os.path.join(place, ROUTED_INFO))
 
 
 def is_pool(place: str | Path) -> bool:
     """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
-    if HubReference.is_one(place):
+    if HubReference.is_one(place) or Path(place).suffix == MANIFEST:
         return True
-    path = Path(place)
-    with _looking_at(place):
-        is_model = (path / "config.json").is_file() or is_routed(path)
-        return path.suffix == ".json" or (path.is_dir() and not is_model)
-
-
-@contextmanager
-def _looking_at(place: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{shortened(str(place))} can't be opened as a model: {reason(error)}; wanted a pool, "
-            f"an expert, the folder of a routed model, or a base."
-        ) from error
+    is_model = os.path.isfile(os.path.join(place, CONFIG)) or is_routed(place)
+    return os.path.isdir(place) and not is_model
 
 
 def require_pool(place: str | Path) -> None:
@@ -73,18 +52,6 @@ def require_pool(place: str | Path) -> None:
         )
 
 
-@contextmanager
-def naming_all_places(place: str | Path) -> Iterator[None]:
-    """Errors of loading the base at `place`, if nothing is there, name all that could be."""
-    try:
-        yield
-    except BaseModelError as error:
-        if Path(place).exists():
-            raise
-        message = str(error).removeprefix("Base model ").replace(WANTED, ANY_WANTED)
-        raise BaseModelError(message) from error
-
-
 def open_model(
     place: str | Path,
     base: Base | str | None = None,
@@ -94,13 +61,14 @@ def open_model(
     keep: Iterable[str] | None = None,
     leave_out: Iterable[str] | None = None,
     scores: Scores | str | Path | None = None,
+    may_fold: bool = True,
 ) -> OpenedModel:
     """The model at `place`: a routed one, a pool composed by `routing`, or a base model alone.
 
     `base`, a loaded one or a name, serves pools and routed models; None loads the one they name.
     `keep`, `leave_out` and `scores` are those of `compose`, for pools alone; of `routing` a routed
-    model takes the embedder. Raises ConfigError when another place is given them, and what loading
-    or composing does.
+    model takes the embedder. Without `may_fold` a pool's experts keep their factors.
+    Raises ConfigError when another place is given them, and what loading or composing does.
     """
     if keep or leave_out or scores:
         require_pool(place)
@@ -109,10 +77,10 @@ def open_model(
         routed = load(place, base, dtype=dtype, embedder=embedder)
     elif is_pool(place):
         pool = Pool.open(place).select(keep, leave_out)
-        routed = compose(pool, loaded_base(pool, base, dtype), scores=scores, routing=routing)
+        loaded = loaded_base(pool, base, dtype)
+        routed = composed(pool, loaded, routing, scores=scores, may_fold=may_fold)
     else:
-        with naming_all_places(place):
-            alone = load_base(place, dtype=dtype)
+        alone = load_base(place, dtype=dtype)
         return OpenedModel(alone.model, alone.tokenizer)
     return OpenedModel(routed, routed.phatgoose.tokenizer)
 
@@ -140,7 +108,7 @@ def open_prompt_router(
         routing = from_mapping(Routing, {**vars(routing), **settings}, "open_prompt_router")
     if not isinstance(place, Pool) and is_routed(place):
         saved = read_saved(Path(place))
-        routing = replace(saved.routing, embedder=routing.embedder)
+        routing = replace(saved.router.routing, embedder=routing.embedder)
         router, tables = _by_prompt(routing), saved.tables
     else:
         pool = Pool.open(place)

@@ -186,6 +186,38 @@ def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) ->
     return stack_modules(present, modules, dtype, device)
 
 
+SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square
+
+
+@torch.no_grad()
+def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
+    """Raise RoutingError for an expert whose update at the site `where` can't be computed with.
+
+    Its numbers, the product of its factors and their squares must be finite. `names`: the pool's.
+    """
+    most = min(torch.finfo(stack.dtype).max, SQUARED)
+    for name, part in stack.parts.items():
+        factors = [getattr(part, field) for field in part.compared if len(part.compared) > 1]
+        tensors = [t for t in part.tensors().values() if t.is_floating_point()]
+        bounds = [_lengths(t) for t in tensors if all(t is not factor for factor in factors)]
+        if factors:  # no number of B A is above |A| |B|
+            bounds.append(_lengths(factors[0]) * _lengths(factors[1]))
+        bound = torch.stack(bounds).amax(dim=0)
+        for row in (~(bound <= most)).nonzero().flatten().tolist():  # so is NaN
+            expert = names[int(stack.experts[stack.rows()[name][row]])]
+            raise RoutingError(
+                f"Expert {expert!r} at {where}: its update may have numbers of {bound[row]:.1e}, "
+                f"more than a layer in {stack.dtype} can use ({most:.1e}); leave it out "
+                f"(--leave-out {expert})."
+            )
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The norm of each expert's numbers, float32 [E]: none of them, nor of a product, is larger."""
+    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
+    return lengths
+
+
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
     """One site's stacks as one, experts in the order of the stacks."""
     if len(stacks) == 1:
@@ -254,7 +286,7 @@ def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
 class SitePart(NamedTuple):
     """Some experts at one site: their stack, and their rows of the router's tensors there.
 
-    Models in memory (`growing`) and in files (`saved.change`) grow and shrink by these alone.
+    Saved models grow and shrink by these alone.
     """
 
     stack: SiteStack
@@ -265,20 +297,6 @@ def joined_parts(parts: Sequence[SitePart]) -> SitePart:
     """All experts of the parts, in order; the router's tensors as the first part has them."""
     state = joined_state([part.state for part in parts])
     return SitePart(joined_stacks([part.stack for part in parts]), state)
-
-
-def grown_parts(
-    old: Mapping[str, SitePart], new: Mapping[str, SitePart], count: int
-) -> dict[str, SitePart]:
-    """By site: the experts of `old`, a pool of that `count`, and after them those of `new`."""
-    later = {
-        site: SitePart(replace(stack, experts=stack.experts + count), state)
-        for site, (stack, state) in new.items()
-    }
-    return {
-        site: joined_parts([each[site] for each in (old, later) if site in each])
-        for site in dict.fromkeys((*old, *new))
-    }
 
 
 def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

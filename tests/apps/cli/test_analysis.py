@@ -5,7 +5,7 @@ import json
 import pytest
 
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 
 TASKS = ("--task", "first.jsonl", "--task", "second.jsonl", "--dtype", "float32")
 

@@ -13,7 +13,7 @@ from phatgoose.base import load_base
 from phatgoose.evaluation.rows import DERIVED, METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from tiny import make_model, make_tokenizer, write_expert
 
 SUITES = ["--suites", "a.toml,b"]

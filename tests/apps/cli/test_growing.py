@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.routing.saved.tensors import read_saved
+from phatgoose.routing.saved import read_saved
 from tiny import write_expert
 
 

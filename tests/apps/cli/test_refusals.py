@@ -162,7 +162,7 @@ COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 COMPARE unseen.jsonl --reference a=x --reference a=y => Two references are called 'a'
 COMPARE unseen.jsonl --reference mine=./nowhere => './nowhere' can't be loaded
-COMPARE unseen.jsonl --reference mine=./nowhere --methods base => Wanted: a pool (a folder of
+COMPARE unseen.jsonl --reference mine=./nowhere --methods base => Wanted: a Hub id or a local folder
 COMPARE unseen.jsonl --methods base --reference merged=bare => can't be called 'merged'
 COMPARE unseen.jsonl --methods oracle --reference reviews=bare => both called 'reviews'
 COMPARE unseen.jsonl --methods base --limit 0 => limit

@@ -17,7 +17,7 @@ from phatgoose.apps.server.requests import RequestPreparer
 from phatgoose.base import UNFINISHED, load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from serving import CHAT, CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
 from topic_prompts import BEFORE, OWNERS, PROMPTS
 

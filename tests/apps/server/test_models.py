@@ -13,7 +13,7 @@ from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from serving import GREEDY, ask, error_of, text_of
 
 

@@ -23,8 +23,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.arrow import ArrowRouter, arrow_vector
 from phatgoose.routing.routers.configs import ARROW_FORMS
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, random
 
 

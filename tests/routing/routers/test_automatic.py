@@ -24,7 +24,7 @@ from phatgoose.routing.routers.automatic import (
     settled_by_token,
 )
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import save
 from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids

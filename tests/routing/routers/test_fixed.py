@@ -15,8 +15,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.fixed import RandomRouter
 from phatgoose.routing.routers.registry import choice_of
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.task import Example, Task
 from routed_models import SCORES
 from tiny import assert_same_logits, logits_of, make_ids

@@ -9,16 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from growth_cases import changed
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.growing import add_experts
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers import discriminant, prompt_router
 from phatgoose.routing.routers.prompt_router import PromptRouter, Tables, embeddings_of
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, scores_of, tokens_of
@@ -90,12 +89,12 @@ def test_a_bare_model_has_no_tokenizer_to_read_prompts_with(llama, llama_pool, r
 # Saved, grown and shrunk
 
 
-def test_experts_of_other_sizes_do_not_join(llama, llama_pool):
+def test_experts_of_other_sizes_do_not_join(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool)
     model = compose(pool.select(["e0", "e1"]), llama, router="centroid")
     short = replace(pool.experts[2], embeddings=pool.experts[2].embeddings[:, :8])
     with pytest.raises(PoolError, match=r"new experts' centroids have shape \(8,\), .* \(64,\)"):
-        add_experts(model, Pool((short,)))
+        changed(model, tmp_path / "routed", llama, Pool((short,)))
 
 
 # Without a composed model

@@ -19,8 +19,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt_router import Tables
 from phatgoose.routing.routers.retrieval import Retriever
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of

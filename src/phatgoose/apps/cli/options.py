@@ -418,11 +418,13 @@ class ModelOptions(BaseOptions):
         Path | None, "comparison.json of a compare, for oracle and best-individual."
     ] = None
 
-    def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
+    def open(
+        self, model: str, routing: Routing, given: frozenset[str], *, may_fold: bool = True
+    ) -> OpenedModel:
         from ...routing.open_model import open_model
 
         check_routing_flags(model, routing, given)
-        return open_model(model, routing=routing, **vars(self))
+        return open_model(model, routing=routing, may_fold=may_fold, **vars(self))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..console import check_report, report, say, say_summary, show
 from . import options
 
 if TYPE_CHECKING:
-    from ...routing.saved.tensors import SavedModel
+    from ...routing.saved import SavedModel
 
 
 def pool(
@@ -101,7 +101,7 @@ def compose(
     from ...analysis.audit import audit as look
     from ...routing.compose import composed
     from ...routing.composition import composition_of
-    from ...routing.saved.save import save
+    from ...routing.saved import save
 
     opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
@@ -210,7 +210,7 @@ FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")
 
 def add(model: FolderArgument, places: options.PoolArgument) -> None:
     """Add experts to a routed model's folder."""
-    from ...routing.saved.change import add_to_saved
+    from ...routing.saved import add_to_saved
 
     _tell(add_to_saved(model, options.open_pool(places)), model)
 
@@ -219,7 +219,7 @@ def remove(
     model: FolderArgument, names: Annotated[list[str], typer.Argument(help="The experts' names.")]
 ) -> None:
     """Remove experts from a routed model's folder."""
-    from ...routing.saved.change import remove_from_saved
+    from ...routing.saved import remove_from_saved
 
     _tell(remove_from_saved(model, names), model)
 

@@ -200,10 +200,8 @@ def export(
     options.only_with("--prompt or --task", bool(prompt or task), form)
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
     from ...routing.export.export import export as run
-    from ...routing.export.export import open_routed
 
-    options.check_routing_flags(model, routing, given)
-    opened = open_routed(model, routing=routing, **vars(opening))
+    opened = opening.open(model, routing, given, may_fold=False).model  # every expert's factors
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):
         say(line)

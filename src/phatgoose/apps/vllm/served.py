@@ -22,7 +22,6 @@ from ...config import Routing
 from ...errors import ConfigError, RoutingError
 from ...experts.hub import HubReference
 from ...experts.pool import Pool
-from ...routing.checks import check_numbers, check_site
 from ...routing.layers import folded_weight
 from ...routing.open_model import is_pool, is_routed
 from ...routing.routers.automatic import settled_by_token
@@ -30,9 +29,8 @@ from ...routing.routers.fixed import Random
 from ...routing.routers.prompt_router import ByPrompt
 from ...routing.routers.registry import AUTO
 from ...routing.routers.router import Router, RouterSite, SiteRouter, check_routing, router_of
-from ...routing.saved.tensors import SavedModel, read_saved
-from ...routing.stacks import SitePart, SiteStack, stack_of
-from ...sites import Site
+from ...routing.saved import SavedModel, read_saved
+from ...routing.stacks import SitePart, SiteStack, check_numbers, stack_of
 
 MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
 ROUTER = "PHATGOOSE_ROUTER"  # of a pool
@@ -201,8 +199,11 @@ class Served:
         if lora is None:
             raise RoutingError(self._not_plain(stack))
         outputs = sum(section.total for section in self._sections(part, share))
-        site = Site(part.site, share.inputs, outputs, "decoder")
-        check_site(stack, site, len(self.names), state, self.router.form)
+        if (lora.A.shape[2], lora.B.shape[2]) != (share.inputs, outputs):
+            raise RoutingError(
+                f"{self.place}, {part.site}: the experts map {lora.A.shape[2]} to "
+                f"{lora.B.shape[2]} features, the layer {share.inputs} to {outputs}."
+            )
         check_numbers(stack, part.site, self.names)
         chosen = RouterSite(part.site, stack.experts, len(self.names), state, None)
         router = self.router.at(chosen).to(dtype)

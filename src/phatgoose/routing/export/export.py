@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ...base import quiet_loading
-from ...config import Routing
 from ...errors import ConfigError, RoutingError
 from ...experts.lora import LoraFactors
 from ...experts.peft_files import INVOCATION
-from ...experts.pool import Pool
 from ...files import new_directory, require_free
 from ...passes import ActsOn
 from ...sites import replaced
-from ..compose import composed
 from ..composition import Composition, composition_of
-from ..open_model import is_pool, is_routed, loaded_base, open_model
-from ..routers.router import Scores
 from .shares import Inputs, Shares, Texts, neutral_texts, passing, read_texts, shares_of
 from .updates import AddedUpdate, CutLoss, Update, cut, fixed_update, merged_layer, widened_to
 
@@ -73,42 +68,6 @@ def fidelity(
 def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0].float()
-
-
-# Opening a model to export it: as it always is, but with every expert's factors.
-
-
-def open_routed(
-    place: str | Path,
-    base: str | None = None,
-    *,
-    dtype: str = "auto",
-    routing: Routing | None = None,
-    keep: Iterable[str] | None = None,
-    leave_out: Iterable[str] | None = None,
-    scores: Scores | str | Path | None = None,
-) -> PreTrainedModel:
-    """The routed model, or the pool composed by `routing`, at `place`; the rest as `open_model`.
-
-    In a pool under router merged nothing is folded into weights, from which factors can't be had
-    back exactly. Raises RoutingError for a base model alone, and what `open_model` does.
-    """
-    if is_routed(place):
-        opened = open_model(
-            place,
-            base,
-            dtype=dtype,
-            routing=routing,
-            keep=keep,
-            leave_out=leave_out,
-            scores=scores,
-        )
-        return opened.model
-    if not is_pool(place):
-        raise RoutingError(f"{place} is neither a routed model nor a pool; there is no routing.")
-    pool = Pool.open(place).select(keep, leave_out)
-    loaded = loaded_base(pool, base, dtype)
-    return composed(pool, loaded, routing, scores=scores, may_fold=False)
 
 
 # Export: a routed model with constant routing as a PEFT LoRA adapter, or as a plain model.

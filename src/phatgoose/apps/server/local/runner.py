@@ -28,14 +28,13 @@ from ....routing.choices import PromptRouting
 from ....routing.compose import compose
 from ....routing.composition import composition_if_any
 from ....routing.layers import RoutedLinear
-from ....routing.open_model import is_pool, is_routed, naming_all_places, require_pool
+from ....routing.open_model import is_pool, is_routed, require_pool
 from ....routing.recording import watch
 from ....routing.routers.automatic import settled
 from ....routing.routers.fixed import mixture_of
 from ....routing.routers.registry import AUTO
 from ....routing.routers.router import check_served, router_of
-from ....routing.saved.load import base_of, load
-from ....routing.saved.tensors import HASHES
+from ....routing.saved import HASHES, base_of, load
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, position_ids
 from ....tasks.encoding import added_tokens
@@ -249,8 +248,7 @@ class LoadedModel:
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
         else:
-            with naming_all_places(place):
-                self.base = bases.get(BaseReference(place), settings.dtype)
+            self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
         self.parts = composition_if_any(model)
         self.routing = Routing()

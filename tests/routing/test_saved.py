@@ -1,0 +1,523 @@
+"""Saved models: what is written, read and changed. Damaged folders: whole/test_routed_strangers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from growth_cases import EMBEDDED, NAMES, ROUTERS, changed, composed
+from mixed_experts import ordered, renamed
+from phatgoose.base import Base, load_base
+from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.ia3 import ScalingVector
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.routers.registry import ROUTERS as ALL_ROUTERS
+from phatgoose.routing.saved import (
+    add_to_saved,
+    load,
+    read_saved,
+    remove_from_saved,
+    save,
+    shareable,
+    write_card,
+)
+from routed_models import compose_by, of_task, with_embeddings
+from tiny import logits_of, make_ids, make_model
+
+READ = {"routed.json", "routed.safetensors"}
+FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def model(llama, llama_pool):
+    return compose(llama_pool, llama, router="phatgoose")
+
+
+@pytest.fixture
+def pair(llama, uneven, tmp_path) -> Path:
+    """A folder of e0 and e1 under router phatgoose."""
+    save(composed("phatgoose", uneven.select(["e0", "e1"]), llama), tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+# Saved and loaded
+
+
+@pytest.mark.parametrize(
+    ("router", "ranks"),
+    [*((router, (2, 3, 4)) for router in ALL_ROUTERS), ("merged", (24, 9, 20))],
+    ids=[*ALL_ROUTERS, "merged and folded"],
+)
+def test_a_loaded_model_is_the_saved_one_without_the_experts_files(
+    base, kind, pool_of, toy_embedder, tmp_path, router, ranks
+):
+    experts = pool_of(kind, ranks).experts
+    pool = Pool(tuple(replace(e, directory=Path("gone") / e.name) for e in experts))
+    model, ids = compose_by(router, pool, base), make_ids(rows=2)
+    wanted = logits_of(model, ids)
+    kinds = {type(layer) for layer in composition_of(model).layers.values()}
+    assert (RoutedLinear in kinds) == (ranks[0] < 9)  # ranks that are large fold everywhere
+    save(model, tmp_path / "routed")
+    loaded = of_task(load(tmp_path / "routed", dtype="float32"), "second")
+    assert {type(layer) for layer in composition_of(loaded).layers.values()} == kinds
+    assert torch.equal(logits_of(loaded, ids), wanted)
+    save(loaded, tmp_path / "again")
+    for file in READ:
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "routed" / file).read_bytes()
+
+
+def test_settings_and_names_are_kept_and_no_place_on_this_machine(llama, llama_pool, tmp_path):
+    router = "phatgoose:eps=0.001"
+    given = {"k": 3, "kernel": "gather", "keep": ["e3", "e1", "e0"], "router": router}
+    model = compose(llama_pool, llama, **given)
+    save(model, tmp_path / "routed")
+    saved, parts = composition_of(model), composition_of(load(tmp_path / "routed", dtype="float32"))
+    assert (parts.routing, parts.base) == (saved.routing, saved.base)
+    assert parts.experts == saved.experts == ("e0", "e1", "e3")
+    assert parts.records == shareable(saved.records)
+    said = (tmp_path / "routed" / "routed.json").read_text()
+    assert [each["path"] for each in json.loads(said)["experts"]] == list(parts.experts)
+    assert str(llama_pool.experts[0].directory.parent) not in said
+
+
+def test_the_loaded_model_can_be_given_its_base_in_any_type(llama, model, tmp_path):
+    save(model, tmp_path / "routed")
+    wanted = logits_of(model, make_ids())
+    detach(model)
+    for base in (llama, llama.model):
+        loaded = load(tmp_path / "routed", base)
+        assert loaded is llama.model
+        assert torch.equal(logits_of(loaded, make_ids()), wanted)
+        with pytest.raises(RoutingError, match="routed already"):
+            load(tmp_path / "routed", base)
+        detach(loaded)
+    for name in (None, llama.id, Path(llama.id)):
+        assert load(tmp_path / "routed", name, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(WrongBaseError, match="fingerprint"):
+        load(tmp_path / "routed", make_model("llama", seed=1))
+
+
+def test_a_model_in_bfloat16_is_loaded_bit_for_bit(llama, llama_pool, tmp_path):
+    model = compose(llama_pool, load_base(llama.id, dtype="bfloat16"), router="phatgoose")
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", dtype="bfloat16")
+    assert torch.equal(logits_of(loaded, make_ids()), logits_of(model, make_ids()))
+
+
+def test_what_is_in_the_file_is_mapped_and_not_copied(pair):
+    tensors = read_saved(pair).tensors
+    storages = [tensors[name].untyped_storage() for name in tensors if name[1] == "."]
+    assert {each.data_ptr() for each in storages} == {storages[0].data_ptr()}
+    assert storages[0].nbytes() == (pair / "routed.safetensors").stat().st_size
+
+
+def test_nothing_is_overwritten_unless_asked_for(llama, llama_pool, model, tmp_path, monkeypatch):
+    place = tmp_path / "routed"
+    save(model, place)
+    detach(model)
+    before = contents(place)
+    other = compose(llama_pool, llama, k=1, router="phatgoose")
+    with pytest.raises(RoutingError, match="exists already"):
+        save(other, place)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.serialize_file", full)
+        with pytest.raises(RoutingError, match="No space left"):
+            save(other, place, overwrite=True)
+    assert contents(place) == before
+    save(other, place, overwrite=True)
+    assert composition_of(load(place, dtype="float32")).routing.k == 1
+    with pytest.raises(RoutingError, match="not routed"):
+        save(detach(other), tmp_path / "plain")
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+# save_pretrained, and who calls it
+
+
+def test_save_pretrained_writes_what_save_does(base, pool, tmp_path):
+    ids, model = make_ids(), compose(pool, base, router="phatgoose")
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "saved")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(str(tmp_path / "new"), max_shard_size="1GB", state_dict={})
+    mine = {"README.md": b"mine"}
+    assert contents(tmp_path / "new") == contents(tmp_path / "saved") | mine
+    assert contents(tmp_path / "new").keys() == FILES
+    detach(model)
+    assert torch.equal(logits_of(load(tmp_path / "new", base), ids), wanted)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_what_from_pretrained_would_find_instead_is_not_written_beside(model, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(RoutingError, match=rf"holds another model \({name}\)"):
+        model.save_pretrained(tmp_path)
+    assert contents(tmp_path).keys() == {name}
+
+
+def test_a_write_that_breaks_off_leaves_no_half_model(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "there")
+    before = contents(tmp_path / "there")
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.serialize_file", full)
+        with pytest.raises(RoutingError, match="No space left on device"):
+            model.save_pretrained(tmp_path / "there")
+    assert contents(tmp_path / "there") == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RoutingError, match=r"file can't be written: .*exists"):
+        model.save_pretrained(tmp_path / "file")
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_trainer_saves_a_routed_model(llama, model, tmp_path):
+    wanted = logits_of(model, make_ids())
+    options = TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True)
+    Trainer(model, options, processing_class=llama.tokenizer).save_model(tmp_path / "saved")
+    assert contents(tmp_path / "saved").keys() > FILES
+    assert "model.safetensors" not in contents(tmp_path / "saved")
+    detach(model)
+    assert torch.equal(logits_of(load(tmp_path / "saved", llama), make_ids()), wanted)
+
+
+def test_a_push_to_the_hub_takes_the_routed_model_along(model, monkeypatch):
+    pushed = set[str]()
+    url = type("Url", (), {"repo_id": "me/x"})
+    api = type("Api", (), {"create_repo": lambda *_, **__: url})
+    card = type("Card", (), {"save": lambda _, place: Path(place).write_text("card")})
+    monkeypatch.setattr("transformers.utils.hub.hf_api", api)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card())
+    monkeypatch.setattr(
+        type(model),
+        "_upload_modified_files",
+        lambda _, folder, *__, **___: pushed.update(contents(Path(folder))),
+    )
+    model.push_to_hub("me/x")
+    assert pushed == FILES
+    with pytest.raises(RoutingError, match=r"model\.push_to_hub"):
+        model.save_pretrained("x", push_to_hub=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_transformers_alone_takes_a_routed_folder_for_no_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("say a").input_ids == model.tokenizer("say a").input_ids
+    with pytest.raises(ValueError, match="model type `phatgoose`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_card_names_experts_and_a_stranger_s_holds_no_markdown(model, tmp_path):
+    save(model, tmp_path / "routed")
+    card = (tmp_path / "routed" / "README.md").read_text()
+    for text in ("4 experts", model.phatgoose.base.id, "- e3\n", "`phatgoose`", "pg.load"):
+        assert text in card
+    remove_from_saved(tmp_path / "routed", ["e3"])
+    assert "- e3\n" not in (tmp_path / "routed" / "README.md").read_text()
+    hostile = "`\n\n# Title\n<img src=x> `"
+    experts = [{"name": "a", "path": f"hub:me/a{hostile}"}]
+    routing = {"router": f"single:expert={hostile}"}
+    write_card(tmp_path, {"base": {"id": hostile}, "routing": routing, "experts": experts})
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("Title") == 3
+    assert "Title" not in re.sub(r"`[^`\n]*`", "", card)  # all of it is quoted, as code
+
+
+@pytest.mark.parametrize("moment", ["before composing", "afterwards"])
+def test_a_base_that_was_trained_is_not_lost_without_a_word(llama, llama_pool, moment, tmp_path):
+    def train() -> None:
+        llama.model.lm_head.weight.data.mul_(1.5)
+
+    if moment == "before composing":
+        train()
+    model = compose(llama_pool, llama, router="phatgoose")
+    if moment == "afterwards":
+        train()
+    for write in (lambda to: save(model, to), model.save_pretrained):
+        with pytest.raises(RoutingError, match=r"have changed since .* detach it and save the"):
+            write(tmp_path / "routed")
+    assert not (tmp_path / "routed").exists()
+    wanted = logits_of(detach(model), make_ids())
+    model.save_pretrained(tmp_path / "base")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert torch.equal(logits_of(found, make_ids()), wanted)
+
+
+def take_gradients(model) -> None:
+    model.requires_grad_(True)
+    model(make_ids()).logits.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(torch.bfloat16).half(),
+        lambda model: model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}),
+        lambda model: cpu_offload(model, execution_device="cpu"),
+        take_gradients,
+        lambda model: model.tie_weights(),
+    ],
+    ids=["types", "its own state", "offloaded", "gradients", "tying"],
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)  # gpt2's are tied
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_base_that_nobody_changed_is_saved(base, pool, change, tmp_path):
+    model = compose(pool, base, router="phatgoose")
+    change(model)
+    save(model, tmp_path / "routed")
+    assert contents(tmp_path / "routed").keys() == FILES
+
+
+# Experts that join and leave: byte for byte what the new pool, composed and saved, would be.
+
+
+def assert_is_that_of(folder: Path, router: str, pool: Pool, base: Base) -> None:
+    save(compose(pool, copy.deepcopy(base), router=router), folder.parent / "new", overwrite=True)
+    for name in ("routed.json", "routed.safetensors", "README.md"):
+        assert (folder / name).read_bytes() == (folder.parent / "new" / name).read_bytes()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_saved_model_grows_and_shrinks(llama, uneven, toy_embedder, tmp_path, router):
+    pool = with_embeddings(uneven) if router in EMBEDDED else uneven
+    folder = tmp_path / "routed"
+    save(compose(pool.select(["e0", "e1"]), copy.deepcopy(llama), router=router), folder)
+    add_to_saved(folder, pool.select(["e2"]))
+    assert add_to_saved(folder, pool.select(["e3"])).names == NAMES
+    assert_is_that_of(folder, router, pool, llama)
+    # The directions of spectr stay as many as they were: what is too many is zeros.
+    left = ("e1", "e2") if router == "spectr" else ("e1", "e3")
+    assert remove_from_saved(folder, set(NAMES) - set(left)).names == left
+    assert_is_that_of(folder, router, pool.select(left), llama)
+
+
+def test_experts_of_all_kinds_join_and_leave(llama, llama_mixed, tmp_path):
+    folder, first = tmp_path / "routed", ["lora0", "lora7", "bottleneck3"]
+    save(composed("phatgoose", ordered(llama_mixed, first), llama), folder)
+    second = ["ia32", "bottleneck4", "biased1", "bottleneck5"]
+    add_to_saved(folder, ordered(llama_mixed, second))
+    assert_is_that_of(folder, "phatgoose", ordered(llama_mixed, [*first, *second]), llama)
+    remove_from_saved(folder, ["bottleneck3", "lora7"])
+    assert_is_that_of(folder, "phatgoose", ordered(llama_mixed, ["lora0", *second]), llama)
+
+
+@torch.no_grad()
+def test_types_that_differ_from_site_to_site_stay(base_folders, pool_of, tmp_path):
+    pool = pool_of("t5")  # whose `wo` transformers keeps in float32
+    half = load_base(base_folders["t5"], dtype="float16")
+    save(composed("average-activation", Pool(pool.experts[:2]), half), tmp_path / "routed")
+    add_to_saved(tmp_path / "routed", Pool(pool.experts[2:]))
+    assert_is_that_of(tmp_path / "routed", "average-activation", pool, half)
+    types = {t.dtype for t in load_file(tmp_path / "routed" / "routed.safetensors").values()}
+    assert types >= {torch.float16, torch.float32}
+
+
+def test_an_expert_at_new_sites_is_rounded_once(llama, uneven, tmp_path):
+    base = load_base(llama.id, dtype="bfloat16")
+    model = composed("phatgoose", uneven.select(["e1"]), base)
+    grown = changed(model, tmp_path / "routed", base, uneven.select(["e2"]))
+    wanted = composed("phatgoose", uneven.select(["e1", "e2"]), base)
+    assert grown.phatgoose.layers.keys() == wanted.phatgoose.layers.keys()
+    assert torch.equal(logits_of(grown, make_ids()), logits_of(wanted, make_ids()))
+
+
+def test_what_else_is_in_the_folder_stays_as_it_is(llama, uneven, pair, tmp_path):
+    (pair / "notes").mkdir()
+    (pair / "notes" / "routed.safetensors").write_text("mine")
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "key").chmod(0o600)
+    (pair / "link").symlink_to(tmp_path / "key")
+    (pair / "nothing").symlink_to(tmp_path / "gone")
+    pair.chmod(0o700)
+    pair.rename(tmp_path / "kept")
+    pair.symlink_to("kept")
+    before = contents(pair)
+    add_to_saved(pair, uneven.select(["e2"]))
+    after = contents(tmp_path / "kept")
+    different = {name for name in before | after if before.get(name) != after.get(name)}
+    assert different == {*READ, "README.md"}
+    assert pair.is_symlink()
+    assert (pair / "nothing").is_symlink()
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "key", tmp_path / "kept")]
+    assert modes == [0o600, 0o700]
+
+
+def test_an_addition_that_is_killed_is_none(llama, uneven, pair, monkeypatch):
+    before = contents(pair)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ctypes.CDLL", killed)  # names are exchanged through it
+        with pytest.raises(KeyboardInterrupt):
+            add_to_saved(pair, uneven.select(["e2", "e3"]))
+    assert load(pair, copy.deepcopy(llama)).phatgoose.experts == ("e0", "e1")
+    assert contents(pair) == before
+
+
+def test_of_two_changes_at_once_one_is_refused(uneven, pair):
+    def names():
+        yield "e1"
+        add_to_saved(pair, uneven.select(["e2"]))
+
+    with pytest.raises(RoutingError, match=r"Another process has changed .* meanwhile"):
+        remove_from_saved(pair, names())
+    assert read_saved(pair).names == ("e0", "e1", "e2")
+
+
+def without_numbers(**change: Any):
+    """An expert e2 whose LoRAs are changed so."""
+    return lambda pool: replace(
+        pool["e2"],
+        modules={
+            site: replace(each, **{name: by(getattr(each, name)) for name, by in change.items()})
+            for site, each in pool["e2"].lora.items()
+        },
+    )
+
+
+def odd(pool: Pool) -> Expert:
+    # Such a module scales outputs, so that it can't tell how long the site's inputs are.
+    site, info = "model.layers.0.self_attn.k_proj", pool["e2"].info
+    scaling = {site: ScalingVector(torch.ones(32), on_input=False)}
+    return Expert(replace(info, name="odd"), Path("odd"), scaling, {site: torch.ones(7)}, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "joining"),
+    [
+        (PoolError, "'e1' is there already", lambda pool: pool["e1"]),
+        (
+            ExpertError,
+            r"'e2', site .* maps 96 to 32 features",
+            without_numbers(A=lambda A: torch.cat([A] * 2, dim=1)),
+        ),
+        (
+            RoutingError,
+            "'e2' at .*: its update may have numbers of",
+            without_numbers(A=lambda A: A * 1e25),
+        ),
+        (ExpertError, "mean of 7 numbers for 32 inputs", odd),
+    ],
+)
+def test_what_can_not_join_changes_nothing(uneven, pair, kind, said, joining):
+    before = contents(pair)
+    with pytest.raises(kind, match=said):
+        add_to_saved(pair, Pool((joining(uneven),)))
+    assert contents(pair) == before
+
+
+def test_experts_of_another_base_do_not_join(pool_of, pair):
+    with pytest.raises(WrongBaseError, match="fingerprint"):
+        add_to_saved(pair, Pool((renamed(pool_of("t5").experts[0], "new"),)))
+
+
+@pytest.mark.parametrize(
+    ("leaving", "said"),
+    [(["e9"], "no expert 'e9'; there are e0, e1"), (["e0", "e1"], "No expert would be left")],
+)
+def test_who_can_not_leave_changes_nothing(pair, leaving, said):
+    before = contents(pair)
+    with pytest.raises(PoolError, match=said):
+        remove_from_saved(pair, leaving)
+    assert contents(pair) == before
+
+
+def test_a_lowered_k_is_told(uneven, llama, tmp_path):
+    save(compose(uneven, llama, k=3, router="phatgoose"), tmp_path / "routed")
+    with pytest.warns(UserWarning, match="k is 3, but the pool then has 1 expert;"):
+        remove_from_saved(tmp_path / "routed", NAMES[1:])
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [("single", "Router single is made for"), ("oracle", "Router oracle is"), ("merged", "folded")],
+)
+def test_routers_made_for_their_experts_stay_as_they_are(llama, pool_of, router, said, tmp_path):
+    pool = pool_of("llama", (24, 9, 20))
+    save(compose_by(router, pool, llama), tmp_path / "routed")
+    for change in (
+        lambda: add_to_saved(tmp_path / "routed", Pool((renamed(pool["e0"], "new"),))),
+        lambda: remove_from_saved(tmp_path / "routed", ["e0"]),
+    ):
+        with pytest.raises(RoutingError, match=said):
+            change()
+
+
+# Numbers that a layer can't compute with
+
+
+def times(expert: Expert, factor: float, site: str) -> Expert:
+    """The expert with its B at one site times `factor`."""
+    lora = expert.lora[site]
+    return replace(expert, modules={**expert.modules, site: replace(lora, B=lora.B * factor)})
+
+
+@pytest.mark.parametrize("router", ["merged", "phatgoose"])
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(1e30, "float32"), (1e30, "bfloat16"), (1e6, "half")]
+)
+def test_an_update_that_overflows_is_refused_by_name(llama, llama_pool, router, factor, dtype):
+    site, (e0, e1, e2, e3) = llama_pool.sites[3], llama_pool.experts
+    llama.model.to(getattr(torch, dtype))
+    with pytest.raises(RoutingError, match=rf"Expert 'e2' at {site}: .* numbers of (\d|inf)"):
+        compose(Pool((e0, e1, times(e2, factor, site), e3)), llama, router=router)
+    compose(llama_pool, llama, router=router)
+
+
+def test_a_mean_that_overflows_in_a_weight_is_refused(llama, pool_of):
+    pool = pool_of("llama", (4,) * 9)
+    llama.model.half()
+    site = pool.sites[0]
+    llama.model.get_submodule(site).weight.data.fill_(65504)
+    larger = Pool(tuple(times(expert, 300, site) for expert in pool.experts))
+    with pytest.raises(RoutingError, match=f"The mean of all experts at {site}"):
+        compose(larger, llama, router="merged")
+
+
+def measured_in(pool: Pool, *formats: str | None) -> Pool:
+    """The pool whose experts record that they were measured on bases of these formats."""
+    pairs = zip(pool.experts, formats, strict=True)
+    return Pool(tuple(replace(e, info=replace(e.info, measured_in=each)) for e, each in pairs))
+
+
+@pytest.mark.parametrize("router", ["discriminant", "average-activation"])
+def test_statistics_of_quantised_and_plain_bases_are_not_mixed(llama, uneven, router, tmp_path):
+    plain = measured_in(uneven, *("torch.bfloat16", "torch.float32") * 2)
+    mixed = measured_in(uneven, *["torch.bfloat16"] * 3, "torch.bfloat16, Params4bit")
+    told = r"\(not quantised: .*'e2'; Params4bit: 'e3'\)\. .* phatgoose stats EXPERT --task"
+    with pytest.raises(PoolError, match=told):
+        compose(mixed, llama, router=router)
+    compose(mixed, llama, router="phatgoose")  # which compares none
+    detach(llama.model)
+    model = compose(plain.select(["e0", "e1", "e2"]), llama, router=router)
+    save(model, tmp_path / "routed")
+    with pytest.raises(PoolError, match="Params4bit: 'e3'"):
+        add_to_saved(tmp_path / "routed", mixed.select(["e3"]))
+    detach(model)
+    with pytest.warns(UserWarning, match=r"the statistics of 'e0' were .* \(not quantised: 'e1'"):
+        compose(measured_in(uneven, None, *["torch.float32"] * 3), llama, router=router)

@@ -199,11 +199,9 @@ class Served:
         if lora is None:
             raise RoutingError(self._not_plain(stack))
         outputs = sum(section.total for section in self._sections(part, share))
-        if (lora.A.shape[2], lora.B.shape[2]) != (share.inputs, outputs):
-            raise RoutingError(
-                f"{self.place}, {part.site}: the experts map {lora.A.shape[2]} to "
-                f"{lora.B.shape[2]} features, the layer {share.inputs} to {outputs}."
-            )
+        sizes = (lora.A.shape[2], lora.B.shape[2])
+        if sizes != (share.inputs, outputs):
+            raise RoutingError(f"{part.site}: the experts map {sizes[0]} to {sizes[1]} features.")
         check_numbers(stack, part.site, self.names)
         chosen = RouterSite(part.site, stack.experts, len(self.names), state, None)
         router = self.router.at(chosen).to(dtype)

@@ -1,4 +1,7 @@
-"""Replies: followed while they are computed, and written as whole responses or event streams."""
+"""Answers on their way to a client: what is new of them becomes chunks, or a whole response.
+
+Who computes them, here or in another engine, puts `Progress` into a `Reply`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,229 +20,176 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from ...analysis.measures import heaviest
-from ...analysis.routing_distribution import PARTS
-from ...analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ...base import UNFINISHED
-from ...routing.composition import composition_of
 from . import protocol
-from .local.engine import GenerationEngine
-from .local.sequences import ActiveSequence, Failure, Progress, ScoredToken
-from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline
-from .requests import PreparedRequest
+from .protocol import CLIENT_GONE, AnswerReply, AnyRequest, ApiError, Deadline, Finish
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
-class ResponseBuilder:
-    """Builds the response to one request, whole or as chunks; a subclass for each endpoint."""
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token as text with its log-probability (None: not asked for, or the prompt's first token).
 
-    prefix: str
-    whole_model: type[AnswerReply]
-    chunk_model: type[AnswerReply]
+    `place` is where that text begins in what is told, an echoed prompt included. `top` are the best
+    alternatives, best first, each with its text.
+    """
 
-    def __init__(self, prepared: PreparedRequest) -> None:
-        self.prepared, self.request = prepared, prepared.request
-        self.identity: dict[str, Any] = {
-            "id": self.prefix + secrets.token_hex(12),
+    text: str
+    place: int
+    logprob: float | None = None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is new of answer number `choice`.
+
+    `routing` is what its backend reports of the new tokens' experts. `finish` is None while more is
+    to come. `generated` counts all tokens so far. `more` has fields of a message that only its
+    engine knows.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    routing: tuple[Any, ...] = ()
+    finish: Finish | None = None
+    generated: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens) + sum(len(getattr(each, "tokens", ())) for each in self.routing)
+
+    @classmethod
+    def joined(cls, events: Sequence[Progress]) -> Progress:
+        """One answer's events as one."""
+        last, more = events[-1], {}
+        for each in events:
+            more |= each.more
+        return cls(
+            last.choice,
+            "".join(each.text for each in events),
+            tuple(token for each in events for token in each.tokens),
+            tuple(part for each in events for part in each.routing),
+            last.finish,
+            last.generated,
+            more,
+        )
+
+
+Reports = Callable[[Progress], protocol.RoutingReport | None]
+
+
+class Builder:
+    """Builds the response to one request, whole or as chunks.
+
+    `echoes` has for each answer the text that it begins with, `report` makes of its progress what
+    is told of its routing.
+    """
+
+    def __init__(
+        self, request: AnyRequest, prompt_tokens: int, echoes: Sequence[str], report: Reports
+    ) -> None:
+        self.request, self._report = request, report
+        self.is_chat = isinstance(request, protocol.ChatRequest)
+        self._prompt_tokens, self._echoes = prompt_tokens, list(echoes)
+        self.answers, self._generated = len(echoes), [0] * len(echoes)
+        prefix = "chatcmpl-" if self.is_chat else "cmpl-"
+        self._identity: dict[str, Any] = {
+            "id": prefix + secrets.token_hex(12),
             "created": int(time.time()),
-            "model": self.request.model,
+            "model": request.model,
         }
-        self._streams: dict[int, tuple[str, ...]] = {}  # of each choice's trace, once it was sent
-        self._summaries = [_Summary() for _ in prepared.answers]
-        self._generated = [0] * len(prepared.answers)
 
     @property
     def usage(self) -> protocol.Usage:
-        given = sum(len(prompt.tokens) for prompt in self.prepared.prompts)
-        made = sum(self._generated)
+        given, made = self._prompt_tokens, sum(self._generated)
         return protocol.Usage(
             prompt_tokens=given, completion_tokens=made, total_tokens=given + made
         )
 
     def opening(self) -> list[AnswerReply]:
-        return []
+        """The chunks before the first token: in chats, who speaks."""
+        role = protocol.Delta(role="assistant", content="")
+        numbers = range(self.answers if self.is_chat else 0)
+        choices = [protocol.ChatChunkChoice(index=number, delta=role) for number in numbers]
+        return [protocol.ChatChunk(**self._identity, choices=[choice]) for choice in choices]
 
     def chunk(self, progress: Progress) -> AnswerReply:
         self._generated[progress.choice] = progress.generated
-        return self.chunk_model(**self.identity, choices=[self._chunk_choice(progress)])
+        if not self.is_chat:
+            return protocol.CompletionReply(**self._identity, choices=[self._completion(progress)])
+        content = {"content": progress.text} if progress.text else {}
+        choice = protocol.ChatChunkChoice(
+            **self._common(progress), delta=protocol.Delta(**content, **progress.more)
+        )
+        return protocol.ChatChunk(**self._identity, choices=[choice])
 
     def closing(self) -> AnswerReply:
-        return self.chunk_model(**self.identity, choices=[], usage=self.usage)
+        model = protocol.ChatChunk if self.is_chat else protocol.CompletionReply
+        return model(**self._identity, choices=[], usage=self.usage)
 
     def whole(self, events: Sequence[Sequence[Progress]]) -> AnswerReply:
-        joined = [_joined(each) for each in events]
-        self._generated = [each.generated for each in joined]
-        choices = [self._choice(each) for each in joined]
-        return self.whole_model(**self.identity, choices=choices, usage=self.usage)
+        answers = [Progress.joined(each) for each in events]
+        self._generated = [each.generated for each in answers]
+        if not self.is_chat:
+            choices = [self._completion(each) for each in answers]
+            return protocol.CompletionReply(**self._identity, choices=choices, usage=self.usage)
+        chats = [
+            protocol.ChatChoice(
+                **self._common(each),
+                message=protocol.AssistantMessage(content=each.text, **each.more),
+            )
+            for each in answers
+        ]
+        return protocol.ChatReply(**self._identity, choices=chats, usage=self.usage)
 
-    def _choice(self, progress: Progress) -> Any:
-        raise NotImplementedError
+    def _common(self, progress: Progress) -> dict[str, Any]:
+        tokens = [_chat_token(token) for token in progress.tokens]
+        return {
+            "index": progress.choice,
+            "logprobs": protocol.ChatLogprobs(content=tokens) if self.request.logprobs else None,
+            "finish_reason": progress.finish,
+            "routing": self._report(progress),
+        }
 
-    def _chunk_choice(self, progress: Progress) -> Any:
-        raise NotImplementedError
-
-    def _routing(self, progress: Progress) -> protocol.RoutingReport | None:
-        if not progress.routing:
-            return None
-        detail = self.request.routing_detail
-        parts = composition_of(self.prepared.runner.model)
-        streams = join_streams(progress.routing)
-        report = protocol.RoutingReport(
-            router=parts.router.recorded.router,
-            k=parts.router.k or None,
-            experts=list(parts.experts),
-            tokens=[
-                token
-                for stream in streams
-                if stream.has(detail.layer, detail.kind)
-                for token in _token_routings(stream, parts.experts, detail)
-            ],
-        )
-        report.summary = self._summaries[progress.choice].with_(report.tokens)
-        sent = self._streams.get(progress.choice)
-        if detail.trace and sent:
-            report.more = [
-                {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
-            ]
-        elif detail.trace:
-            self._streams[progress.choice] = tuple(stream.name for stream in streams)
-            routed = self.prepared.answers[progress.choice].routed
-            whole = chosen_for_whole(parts, routed.choice if routed else None)
-            trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
-            report.trace = trace.to_dict()
-        return report
-
-
-class _Summary:
-    """Each expert's share of an answer's tokens so far."""
-
-    def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
-        self._tokens = 0
-
-    def with_(self, tokens: Sequence[protocol.TokenRouting]) -> dict[str, float]:
-        for token in tokens:
-            self._sums.update(token.experts)
-            self._tokens += bool(token.experts)
-        return {name: round(total / self._tokens, 4) for name, total in self._sums.most_common()}
-
-
-def builder_of(prepared: PreparedRequest) -> ResponseBuilder:
-    is_chat = isinstance(prepared.request, protocol.ChatRequest)
-    return (ChatBuilder if is_chat else CompletionBuilder)(prepared)
-
-
-def _joined(events: Sequence[Progress]) -> Progress:
-    last = events[-1]
-    return Progress(
-        last.choice,
-        "".join(each.text for each in events),
-        tuple(token for each in events for token in each.tokens),
-        tuple(stream for each in events for stream in each.routing),
-        last.finish,
-        last.generated,
-    )
-
-
-def _token_routings(
-    stream: TraceStream, experts: Sequence[str], detail: protocol.RoutingDetail
-) -> list[protocol.TokenRouting]:
-    shares = stream.shares(len(experts), detail.layer, detail.kind)
-    return [
-        protocol.TokenRouting(
-            token=token,
-            part=PARTS[part],
-            stream=stream.name,
-            experts={experts[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))},
-        )
-        for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True)
-    ]
-
-
-class CompletionBuilder(ResponseBuilder):
-    prefix = "cmpl-"
-    whole_model = chunk_model = protocol.CompletionReply
-    request: protocol.CompletionRequest
-
-    def __init__(self, prepared: PreparedRequest) -> None:
-        super().__init__(prepared)
-        answers = prepared.answers if self.request.echo else []
-        self._echoes = {choice: each.prompt.text for choice, each in enumerate(answers)}
-
-    def _choice(self, progress: Progress) -> protocol.CompletionChoice:
-        logprobs = None
+    def _completion(self, progress: Progress) -> protocol.CompletionChoice:
+        logprobs, tokens = None, progress.tokens
         if self.request.logprobs is not None:
             logprobs = protocol.TextLogprobs(
-                tokens=[token.text for token in progress.tokens],
-                token_logprobs=[token.logprob for token in progress.tokens],
-                top_logprobs=[_by_text(token) for token in progress.tokens],
-                text_offset=[token.place for token in progress.tokens],
+                tokens=[token.text for token in tokens],
+                token_logprobs=[token.logprob for token in tokens],
+                top_logprobs=[_by_text(token) for token in tokens],
+                text_offset=[token.place for token in tokens],
             )
+        echo, self._echoes[progress.choice] = self._echoes[progress.choice], ""  # once
         return protocol.CompletionChoice(
             index=progress.choice,
-            text=self._echoes.pop(progress.choice, "") + progress.text,  # once
+            text=echo + progress.text,
             logprobs=logprobs,
             finish_reason=progress.finish,
-            routing=self._routing(progress),
+            routing=self._report(progress),
         )
-
-    _chunk_choice = _choice
 
 
 def _by_text(token: ScoredToken) -> dict[str, float] | None:
     """Log-probabilities of the best tokens and the chosen one; the likelier of two of one text."""
     if token.logprob is None:
         return None
-    found: dict[str, float] = {}
+    by_text: dict[str, float] = {}
     for text, logprob in (*token.top, (token.text, token.logprob)):
-        found.setdefault(text, logprob)
-    return found
-
-
-class ChatBuilder(ResponseBuilder):
-    prefix = "chatcmpl-"
-    whole_model, chunk_model = protocol.ChatReply, protocol.ChatChunk
-    request: protocol.ChatRequest
-
-    def opening(self) -> list[AnswerReply]:
-        role = protocol.Delta(role="assistant", content="")
-        choices = [
-            protocol.ChatChunkChoice(index=index, delta=role)
-            for index in range(len(self.prepared.answers))
-        ]
-        return [protocol.ChatChunk(**self.identity, choices=[choice]) for choice in choices]
-
-    def _choice(self, progress: Progress) -> protocol.ChatChoice:
-        return protocol.ChatChoice(
-            index=progress.choice,
-            message=protocol.AssistantMessage(content=progress.text),
-            logprobs=self._logprobs(progress),
-            finish_reason=progress.finish or "stop",
-            routing=self._routing(progress),
-        )
-
-    def _chunk_choice(self, progress: Progress) -> protocol.ChatChunkChoice:
-        return protocol.ChatChunkChoice(
-            index=progress.choice,
-            delta=protocol.Delta(content=progress.text) if progress.text else protocol.Delta(),
-            logprobs=self._logprobs(progress),
-            finish_reason=progress.finish,
-            routing=self._routing(progress),
-        )
-
-    def _logprobs(self, progress: Progress) -> protocol.ChatLogprobs | None:
-        if not self.request.logprobs:
-            return None
-        return protocol.ChatLogprobs(content=[_chat_token(token) for token in progress.tokens])
+        by_text.setdefault(text, logprob)
+    return by_text
 
 
 def _chat_token(token: ScoredToken) -> protocol.ChatToken:
     best = [protocol.TopToken(token=t, logprob=p, bytes=_bytes_of(t)) for t, p in token.top]
-    own = token.logprob if token.logprob is not None else 0.0
+    logprob = token.logprob if token.logprob is not None else 0.0
     return protocol.ChatToken(
-        token=token.text, logprob=own, bytes=_bytes_of(token.text), top_logprobs=best
+        token=token.text, logprob=logprob, bytes=_bytes_of(token.text), top_logprobs=best
     )
 
 
@@ -248,111 +198,74 @@ def _bytes_of(text: str) -> list[int] | None:
     return None if UNFINISHED in text else list(text.encode())
 
 
-class OpenReply:
-    """The answers to one request while they come; `close` must be called in any case."""
+class Reply:
+    """The answers to one request while they come, due by `deadline`; made in the event loop.
+
+    Whoever computes them puts what is new into `events`, which holds `room` of them (0: any
+    number), or an error. `close` must be called in any case: it calls each of `on_close`, once.
+    """
+
+    def __init__(self, builder: Builder, deadline: Deadline, room: int = 0) -> None:
+        self.builder, self._deadline = builder, deadline
+        self.on_close: list[Callable[[], None]] = []
+        self.events: asyncio.Queue[Progress | ApiError] = asyncio.Queue(room)
+        self._first: Progress | ApiError | None = None
 
     def close(self) -> None:
         """Free the places of unfinished answers."""
-        raise NotImplementedError
+        while self.on_close:
+            self.on_close.pop(0)()
 
-    def events(self) -> AsyncIterator[str]:
-        """The answers as server-sent events."""
-        raise NotImplementedError
-
-    async def everything(self) -> str:
-        """All answers at once, as JSON."""
-        raise NotImplementedError
-
-    async def whole(self, request: Request) -> str:
-        """All answers at once, as JSON. A client that disconnects frees the reply's places."""
-        try:
-            return await unless_gone(request, self.everything())
-        finally:
-            self.close()
-
-
-class PendingReply(OpenReply):
-    """The answers to one request, due by `deadline`; `done` is called once, when it is closed.
-
-    Must be made in the event loop's thread. Raises ApiError when the queue has no room.
-    """
-
-    def __init__(
-        self,
-        engine: GenerationEngine,
-        builder: ResponseBuilder,
-        client: str,
-        deadline: Deadline,
-        done: Callable[[], None],
-    ) -> None:
-        self.builder, self._engine, self._done = builder, engine, done
-        self._deadline, loop = deadline, asyncio.get_running_loop()
-        self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
-
-        def deliver(event: Progress | Failure) -> None:
-            # Called in the engine's thread.
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        self._sequences = [
-            ActiveSequence(
-                builder.prepared.runner,
-                each.prompt.tokens,
-                each.decoding,
-                deliver,
-                choice,
-                client,
-                each.routed,
-                echoed=each.prompt.text if each.decoding.echo else "",
-            )
-            for choice, each in enumerate(builder.prepared.answers)
-        ]
-        engine.submit(self._sequences)
+    async def begun(self, http: Request) -> None:
+        """Wait for what is first. Raises ApiError when that is an error, or no one waits."""
+        self._first = await unless_gone(http, self._next())
+        if isinstance(self._first, ApiError):
+            raise self._first
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """What is new, until all answers are finished; ApiError when time is over or the engine
-        failed.
-        """
-        left = len(self._sequences)
+        """What is new, until all answers are finished. Raises ApiError."""
+        left = self.builder.answers
         while left:
-            try:
-                async with asyncio.timeout(self._deadline.left):
-                    event = await self._events.get()
-            except TimeoutError:
-                raise self._deadline.missed() from None
-            if isinstance(event, Failure):
-                raise ApiError(event.status, event.message)
+            event, self._first = self._first or await self._next(), None
+            if isinstance(event, ApiError):
+                raise event
             left -= event.finish is not None
             yield event
 
-    def close(self) -> None:
-        self._engine.cancel([each for each in self._sequences if each.finish is None])
-        done, self._done = self._done, lambda: None
-        done()
-
-    async def everything(self) -> str:
-        events: list[list[Progress]] = [[] for _ in self._sequences]
+    async def whole(self) -> str:
+        """All answers at once, as JSON."""
+        events: list[list[Progress]] = [[] for _ in range(self.builder.answers)]
         size = 0
         async for progress in self.progress():
             events[progress.choice].append(progress)
             size += progress.size
         return await _written(size, lambda: self.builder.whole(events).model_dump_json())
 
-    async def events(self) -> AsyncIterator[str]:
+    async def as_events(self) -> AsyncIterator[str]:
+        """The answers as server-sent events."""
         builder, options = self.builder, self.builder.request.stream_options
         try:
             for chunk in builder.opening():
                 yield _event(chunk)
-            async for progress in self.progress():
-                write = partial(_chunk_event, builder, progress)
-                yield await _written(progress.size, write)
+            async for new in self.progress():
+                yield await _written(new.size, partial(_chunk_event, builder, new))
             if options is not None and options.include_usage:
                 yield _event(builder.closing())
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
 
+    async def _next(self) -> Progress | ApiError:
+        if not self._deadline.left:  # also where pieces wait for a slow reader
+            raise self._deadline.missed()
+        try:
+            async with asyncio.timeout(self._deadline.left):
+                return await self.events.get()
+        except TimeoutError:
+            raise self._deadline.missed() from None
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Found]) -> Found:
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """What `work` returns; ApiError when the client disconnects before."""
     gone, task = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(work)
     try:
@@ -378,16 +291,16 @@ def _event(content: BaseModel) -> str:
     return f"data: {content.model_dump_json()}\n\n"
 
 
-def _chunk_event(builder: ResponseBuilder, progress: Progress) -> str:
+def _chunk_event(builder: Builder, progress: Progress) -> str:
     return _event(builder.chunk(progress))
 
 
 class EventStream(StreamingResponse):
     """A reply's events; closes it when the client has them or is gone."""
 
-    def __init__(self, reply: OpenReply, more: Mapping[str, str] | None = None) -> None:
-        headers = {"Cache-Control": "no-store", **(more or {})}
-        super().__init__(reply.events(), media_type="text/event-stream", headers=headers)
+    def __init__(self, reply: Reply, headers: Mapping[str, str]) -> None:
+        headers = {"Cache-Control": "no-store", **headers}
+        super().__init__(reply.as_events(), media_type="text/event-stream", headers=headers)
         self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

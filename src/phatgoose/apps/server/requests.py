@@ -8,29 +8,35 @@ every form that a field may have takes minutes and gigabytes. So they are counte
 from __future__ import annotations
 
 import json
+import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
-from ...config import Serving
-from ...errors import BaseModelError, EngineError, PhatgooseError, PoolError
-from ...files import shortened
-from ...routing.choices import PromptRouting
-from ...tasks.task import question_of
+from ...sites import Positions
 from ...untrusted_text import MOST_SECONDS, UntrustedText
-from .local.json_form import JsonForm, json_form
-from .local.prefixes import PrefixStore
-from .local.runner import ModelRunner
-from .local.sequences import Decoding, seed_of
-from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
+from ...config import Serving
+from ...errors import BaseModelError, EngineError
+from ...files import shortened
+from ...tasks.task import question_of
+from .protocol import (
+    AnyRequest,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Deadline,
+    bad_request,
+    for_clients,
+)
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
 MOST_FIELDS = 20_000  # of all objects together
+MOST_CHOICES = 64  # answers to one request
 SHOWN = 60  # characters of a field's name that an error repeats
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
@@ -73,39 +79,38 @@ def _check_keys(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _first_of(error: ValidationError, body: Any) -> ApiError:
-    """The first error of a request, `body`."""
-    found = [
-        (_place_of(each, body), each)
-        for each in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    # A field of several forms has an error for each. The one to report is of the form that the
-    # value fits best: it lies deepest, and isn't about the type.
-    at = len(found[0][0])
-    same = [each for each in found if each[0][:at] == found[0][0] and len(each[1]["loc"]) > at]
-    place, first = max(same or found[:1], key=_how_far)
+    """The first error of a request, `body`.
+
+    A field of several forms has an error for each. The one to report is of the form that the value
+    fits best: it lies deepest, and isn't about the type.
+    """
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    placed = [(_place_of(each["loc"], body, each["type"]), each) for each in errors]
+    of_one_field = [pair for pair in placed if pair[1]["loc"][:1] == errors[0]["loc"][:1]]
+
+    def how_far(pair: tuple[tuple[int | str, ...], Any]) -> tuple[int, int, bool]:
+        place, first = pair
+        item = place[-1] if place and isinstance(place[-1], int) else 0
+        return len(place), item, not first["type"].endswith("_type")
+
+    place, first = max(of_one_field, key=how_far)
     shown = [shortened(str(part), SHOWN)[1:-1] for part in place]
     message = f"{'.'.join(shown)}: {first['msg']}" if shown else str(first["msg"])
     return _invalid(message, shown[0] if shown else None)
 
 
-def _place_of(error: ErrorDetails, body: Any) -> tuple[int | str, ...]:
-    """Where in `body` an error is: its location without the names of the forms of a field."""
+def _place_of(path: Sequence[int | str], body: Any, kind: str) -> tuple[int | str, ...]:
+    """Where in `body` an error is: its path without the names of the forms of a field."""
     place, value = [], body
-    for part in error["loc"]:
-        inside = isinstance(value, dict) and part in value
-        if inside or (isinstance(value, list) and isinstance(part, int)):
+    for number, part in enumerate(path):
+        if (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int)
+        ):
             value = value[part]
-        elif error["type"] != "missing" or part != error["loc"][-1]:
+        elif kind != "missing" or number < len(path) - 1:
             continue
         place.append(part)
     return tuple(place)
-
-
-def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> tuple[int, int, bool]:
-    """How far a value was right: depth of the error, item of its list, whether its type fits."""
-    place, error = found
-    item = place[-1] if place and isinstance(place[-1], int) else 0
-    return len(place), item, not error["type"].endswith("_type")
 
 
 def _invalid(message: str, param: str | None = None) -> ApiError:
@@ -115,6 +120,26 @@ def _invalid(message: str, param: str | None = None) -> ApiError:
 TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
+SEEDS = 1 << 63
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What there is to know of a model to read prompts for it.
+
+    `context` is how many tokens it (or its encoder) can hold, None for any, `added` are those
+    before and after the text of a prompt. `looks_prompts_up` says that a router reads them,
+    `in_chats` that it read the experts' in the chat template, `encoder` which positions an
+    encoder-decoder model has.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    vocabulary: int
+    added: tuple[Sequence[int], Sequence[int]]
+    looks_prompts_up: bool
+    in_chats: bool
+    encoder: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -130,50 +155,46 @@ class RequestPrompt:
 
 
 @dataclass(frozen=True)
-class PreparedAnswer:
-    """One answer to generate; `routed` is what the model's context found for its prompt, if any."""
+class Decoding:
+    """How an answer is generated.
 
-    prompt: RequestPrompt
-    decoding: Decoding
-    routed: PromptRouting | None
+    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
+    the number of alternatives to each token (None: no log-probabilities at all).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    routing: bool = False
+    ignores_end: bool = False
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 @dataclass(frozen=True)
-class PreparedRequest:
-    """A request ready for the engine: its prompts, and its answers by number."""
+class Asked:
+    """A request to a model, read: answer i is to prompt i // n, as `decodings[i]` say.
+
+    A `mixture` of experts stands for what the router would choose.
+    """
 
     request: AnyRequest
-    runner: ModelRunner
+    model: Any
+    mixture: Mapping[str, float] | None
     prompts: list[RequestPrompt]
-    answers: list[PreparedAnswer]
+    decodings: list[Decoding]
+    client: str
+    deadline: Deadline
 
-
-class ReadsPrompts(Protocol):
-    """What a model is to those who read prompts for it: a `ModelRunner`, or an engine's frame."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-
-    @property
-    def is_encoder_decoder(self) -> bool: ...
-
-    @property
-    def context(self) -> int | None: ...
-
-    @property
-    def vocabulary(self) -> int: ...
-
-    @property
-    def added(self) -> Any: ...  # tokens before and after a text's
-
-    @property
-    def positions(self) -> Any: ...  # that an encoder-decoder model has
-
-    @property
-    def looks_prompts_up(self) -> bool: ...  # a router reads them
-
-    @property
-    def in_chats(self) -> bool: ...  # the experts' were in the chat template
+    def for_each_answer(self, rows: Sequence[Any]) -> list[Any]:
+        """The row of its prompt for each answer."""
+        return [row for row in rows for _ in range(self.request.n or 1)]
 
 
 class RequestReader:
@@ -182,22 +203,19 @@ class RequestReader:
     `texts` runs the base's chat template and tokenizer.
     """
 
-    def __init__(
-        self, runner: ReadsPrompts, limits: Serving, texts: UntrustedText | None = None
-    ) -> None:
-        self._runner, self._limits = runner, limits
-        self._texts = texts or UntrustedText(runner.tokenizer)
-        context = None if runner.is_encoder_decoder else runner.context
+    def __init__(self, frame: Frame, limits: Serving, texts: UntrustedText) -> None:
+        self._frame, self._limits, self._texts = frame, limits, texts
+        context = None if frame.encoder else frame.context
         self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
-        field = "messages" if isinstance(request, ChatRequest) else "prompt"
         seconds = min(seconds, MOST_SECONDS)
         try:
             if isinstance(request, ChatRequest):
                 return [self._chat_prompt(request, seconds)]
             return self._completion_prompts(request, seconds)
         except BaseModelError as error:
+            field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise bad_request(for_clients(error), field, UNREADABLE) from error
         except EngineError as error:
             raise ApiError(503, for_clients(error)) from error
@@ -205,65 +223,91 @@ class RequestReader:
     def _completion_prompts(
         self, request: CompletionRequest, seconds: float
     ) -> list[RequestPrompt]:
-        given, runner = request.prompt, self._runner
-        is_one = isinstance(given, str) or isinstance(given[0], int)
-        prompts = cast("list[str | list[int]]", [given] if is_one else given)
+        written, frame = request.prompt, self._frame
+        is_one = isinstance(written, str) or isinstance(written[0], int)
+        prompts = cast("list[str | list[int]]", [written] if is_one else written)
         self._check_number(len(prompts), request.n or 1)
         for prompt in prompts:
-            self._check_length(prompt, "prompt")
+            kind, each = ("characters", CHARACTERS) if isinstance(prompt, str) else ("tokens", 1)
+            self._check_length(len(prompt), kind, each, "prompt")
         texts = [each for each in prompts if isinstance(each, str)]
-        rows = [each for each in prompts if not isinstance(each, str)]
         if texts:
             tokens = [self._plain(each) for _, each in self._read(texts, "prompt", seconds)]
             return list(map(RequestPrompt, tokens, texts, tokens))
-        for token in (token for row in rows for token in row if token >= runner.vocabulary):
-            message = f"Token {token} is unknown; the model has {runner.vocabulary}."
+        rows = [tuple(each) for each in prompts if not isinstance(each, str)]
+        largest = max(token for row in rows for token in row)
+        if largest >= frame.vocabulary:
+            message = f"Token {largest} is unknown; the model has {frame.vocabulary}."
             raise bad_request(message, "prompt")
-        tokens = list(map(tuple, rows))
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        texts = [runner.tokenizer.decode(row, **plain) for row in rows]
-        return list(map(RequestPrompt, tokens, texts, tokens))
+        texts = [frame.tokenizer.decode(row, **plain) for row in rows]
+        return list(map(RequestPrompt, rows, texts, rows))
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
-        if not self._runner.tokenizer.chat_template:
+        frame = self._frame
+        if not frame.tokenizer.chat_template:
             message = "The base model has no chat template; use /v1/completions."
             raise bad_request(message, "model", "no_chat_template")
         self._check_number(1, request.n or 1)
-        self._check_length("".join(message.text for message in request.messages), "messages")
+        length = sum(len(message.text) for message in request.messages)
+        self._check_length(length, "characters", CHARACTERS, "messages")
         messages = request.plain_messages
         asked: Any = question_of([(each["role"], each["content"]) for each in messages])
-        if in_chats := self._runner.in_chats:
+        if frame.in_chats:
             asked = [{"role": "user", "content": asked}]
-        wanted = [messages, asked] if self._runner.looks_prompts_up else [messages]
-        (text, tokens), *found = self._read(wanted, "messages", seconds)
-        if not found:
+        texts = [messages, asked] if frame.looks_prompts_up else [messages]
+        (text, tokens), *questions = self._read(texts, "messages", seconds)
+        if not questions:
             return RequestPrompt(tuple(tokens), text, tuple(tokens))
-        asked = tuple(found[0][1]) if in_chats else self._plain(found[0][1])
-        self._check_length(asked, "messages")
-        return RequestPrompt(tuple(tokens), text, asked)
+        question = questions[0][1]
+        question = tuple(question) if frame.in_chats else self._plain(question)
+        self._check_length(len(question), "tokens", 1, "messages")
+        return RequestPrompt(tuple(tokens), text, question)
 
     def _plain(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        before, after = self._runner.added
-        return (*before, *tokens, *after) or (_first(self._runner.tokenizer),)
+        (before, after), tokenizer = self._frame.added, self._frame.tokenizer
+        if not (before or tokens or after):
+            first = tokenizer.bos_token_id
+            return (int(tokenizer.eos_token_id if first is None else first),)
+        return (*before, *tokens, *after)
+
+    def _read(self, texts: list[Any], field: str, seconds: float) -> list[tuple[str, list[int]]]:
+        most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
+        rows = self._texts.read(texts, seconds, most, add_generation_prompt=True)
+        for _, characters, _ in rows:
+            self._check_length(characters, "characters", CHARACTERS, field)
+        return [(text, tokens) for text, _, tokens in rows]
+
+    def _check_number(self, prompts: int, n: int) -> None:
+        if prompts * n > MOST_CHOICES:
+            raise bad_request(
+                f"Prompts times n are {prompts * n} answers; one request may have {MOST_CHOICES}.",
+                "n",
+            )
+
+    def _check_length(self, count: int, kind: str, each: int, field: str) -> None:
+        if count > self._most_tokens * each:
+            message = f"The prompt has {count} {kind}; the model can hold {self._most_tokens}"
+            raise bad_request(f"{message} tokens.", field, TOO_LONG)
 
     def decoding(self, request: AnyRequest, number: int, prompt: RequestPrompt) -> Decoding:
-        is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        """How answer `number` is generated."""
         if isinstance(request, ChatRequest):
-            asked = request.max_completion_tokens or request.max_tokens
+            asked, is_echo = request.max_completion_tokens or request.max_tokens, False
             logprobs = (request.top_logprobs or 0) if request.logprobs else None
             if request.top_logprobs and not request.logprobs:
                 raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
         else:
             asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
-            logprobs = request.logprobs
-            if is_echo and self._runner.is_encoder_decoder:
+            logprobs, is_echo = request.logprobs, bool(request.echo)
+            if is_echo and self._frame.encoder:
                 raise bad_request("An encoder-decoder model doesn't echo its prompt.", "echo")
-        stop = request.stop or []
+        stop, seed = request.stop or [], request.seed
         return Decoding(
             max_tokens=self._length(asked, prompt),
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
-            seed=seed_of(request.seed, number),
+            seed=secrets.randbelow(SEEDS) if seed is None else (seed + number) % SEEDS,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             logprobs=logprobs,
             echo=is_echo,
@@ -271,111 +315,25 @@ class RequestReader:
             ignores_end=bool(request.ignore_eos),
         )
 
-    def _read(self, texts: list[Any], field: str, seconds: float) -> list[tuple[str, list[int]]]:
-        most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
-        found = self._texts.read(texts, seconds, most, add_generation_prompt=True)
-        for _, characters, _ in found:
-            self._check_count(characters, "characters", CHARACTERS, field)
-        return [(text, tokens) for text, _, tokens in found]
-
-    def _check_number(self, prompts: int, n: int) -> None:
-        most = self._limits.max_choices
-        if prompts * n > most:
-            message = f"Prompts times n are {prompts * n} answers; one request may have {most}."
-            raise bad_request(message, "n")
-
-    def _check_length(self, given: str | Sequence[int], field: str) -> None:
-        kind, each = ("characters", CHARACTERS) if isinstance(given, str) else ("tokens", 1)
-        self._check_count(len(given), kind, each, field)
-
-    def _check_count(self, count: int, kind: str, each: int, field: str) -> None:
-        if count > self._most_tokens * each:
-            message = f"The prompt has {count} {kind}; the model can hold {self._most_tokens}"
-            raise bad_request(f"{message} tokens.", field, TOO_LONG)
-
     def _length(self, asked: int | None, prompt: RequestPrompt) -> int:
-        limit = self._limits.max_tokens
+        """How many tokens an answer may have."""
+        limit, count = self._limits.max_tokens, len(prompt.tokens)
         if asked is not None and asked > limit:
             message = f"max_tokens is {asked}; this server generates {limit} at most."
             raise bad_request(message, "max_tokens")
-        self._check_positions(asked or 0, prompt)
-        given, wanted = len(prompt.tokens), 1 if asked is None else asked
-        room = self._most_tokens - given
+        encoder = self._frame.encoder or Positions()
+        if encoder.prompt is not None and count > encoder.prompt:
+            message = f"The prompt has {count} tokens; the model's encoder can hold"
+            raise bad_request(f"{message} {encoder.prompt}.", "prompt", TOO_LONG)
+        if encoder.answer is not None and (asked or 0) > encoder.answer:
+            message = f"max_tokens is {asked}; the model's decoder can hold {encoder.answer}."
+            raise bad_request(message, "max_tokens", TOO_LONG)
+        room, wanted = self._most_tokens - count, 1 if asked is None else asked
         if room < wanted:
             raise bad_request(
-                f"The prompt has {given} tokens and the answer {wanted}; the model can hold "
+                f"The prompt has {count} tokens and the answer {wanted}; the model can hold "
                 f"{self._most_tokens} together.",
                 {None: "messages", 0: "prompt"}.get(asked, "max_tokens"),
                 TOO_LONG,
             )
-        if self._runner.is_encoder_decoder and self._runner.positions.answer is not None:
-            room = min(room, self._runner.positions.answer)
-        return min(room, limit) if asked is None else asked
-
-    def _check_positions(self, asked: int, prompt: RequestPrompt) -> None:
-        if not self._runner.is_encoder_decoder:
-            return
-        given, positions = len(prompt.tokens), self._runner.positions
-        if positions.prompt is not None and given > positions.prompt:
-            held = f"the model's encoder can hold {positions.prompt}."
-            raise bad_request(f"The prompt has {given} tokens; {held}", "prompt", TOO_LONG)
-        if positions.answer is not None and asked > positions.answer:
-            held = f"the model's decoder can hold {positions.answer}."
-            raise bad_request(f"max_tokens is {asked}; {held}", "max_tokens", TOO_LONG)
-
-
-class RequestPreparer(RequestReader):
-    """Prepares requests for the engine."""
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        limits: Serving,
-        texts: UntrustedText | None = None,
-        prefixes: PrefixStore | None = None,
-        client: str = "",
-    ) -> None:
-        super().__init__(runner, limits, texts)
-        self._model, self._prefixes, self._client = runner, prefixes, client
-        self._form: JsonForm | None = None
-
-    def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
-        # Made here too, in a thread: a schema may take as long as a prompt.
-        model = self._model
-        asked = request.response_format
-        self._form = json_form(asked, model.tokenizer, model.vocabulary, model.ends)
-        return super().prompts(request, seconds)
-
-    def prepare(
-        self,
-        request: AnyRequest,
-        prompts: list[RequestPrompt],
-        mixture: Mapping[str, float] | None = None,
-    ) -> PreparedRequest:
-        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1.
-
-        A `mixture` stands for what the router would choose.
-        """
-        owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
-        decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
-        if self._form is not None:
-            decodings = [replace(each, form=self._form.copy()) for each in decodings]
-        tokens = [prompt.tokens for prompt in prompts]
-        try:
-            if mixture is not None:
-                found = self._model.mixed(mixture, tokens)
-            else:
-                asked = [prompt.asked for prompt in prompts]
-                found = self._model.routings_of(tokens, self._prefixes, asked, self._client)
-        except PoolError as error:
-            raise bad_request(for_clients(error), "weights") from error
-        except PhatgooseError as error:
-            raise ApiError(500, for_clients(error)) from error
-        routed = [each for each in found for _ in range(request.n or 1)]
-        answers = list(map(PreparedAnswer, owners, decodings, routed))
-        return PreparedRequest(request, self._model, prompts, answers)
-
-
-def _first(tokenizer: PreTrainedTokenizerBase) -> int:
-    bos = tokenizer.bos_token_id
-    return int(tokenizer.eos_token_id if bos is None else bos)
+        return min(room, limit, encoder.answer or room) if asked is None else asked

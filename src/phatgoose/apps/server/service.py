@@ -22,6 +22,7 @@ from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
+from ...untrusted_text import UntrustedText
 from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool

@@ -1,19 +1,22 @@
-"""What a server serves, as plain values that travel between processes."""
+"""What a server serves, and the engine behind it, as an operator writes them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from ...config import Routing, from_mapping, read_text, settings_of
 from ...errors import ConfigError
 from ...files import shortened
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
+UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
+AUTO = "auto"
+ENGINES = ("vllm", "sglang", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,53 @@ class ServedModel:
     scores: str | None = None
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """Where an engine is.
+
+    `kind` is one of `ENGINES` or "auto". `experts_at` is the folder of the experts as the engine
+    sees it, None where it is the same. The engine may take `wait` seconds to start.
+    """
+
+    url: str
+    kind: str = AUTO
+    key: str | None = field(default=None, repr=False)
+    experts_at: str | None = None
+    wait: float = 600.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.username or parts.password:
+            raise ConfigError(
+                f"--upstream must not hold a password; set {UPSTREAM_KEY} in the environment."
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            raise ConfigError(
+                f"--upstream is {shortened(self.url)}, but must be the address of an engine, such "
+                f"as http://localhost:8000."
+            )
+        if self.kind not in (AUTO, *ENGINES):
+            raise ConfigError(
+                f"--upstream-kind is {shortened(self.kind)}, but must be one of "
+                f"{', '.join((AUTO, *ENGINES))}."
+            )
+        key = self.key or ""
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ConfigError(
+                f"The key for the engine ({UPSTREAM_KEY}) has characters that no header can "
+                f"carry, or a space around it."
+            )
+
+    @property
+    def root(self) -> str:
+        """The address without a slash, and without the "/v1" that OpenAI's clients want."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+
 def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     """The models in `places`: "PLACE", "NAME=PLACE", or either with a pool's routing after it.
 
@@ -41,16 +91,13 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     file's name, or what follows "hub:".
     """
     models = [_served(place, options) for place in places]
-    names = [model.name for model in models]
-    if not names:
-        raise ConfigError("There is no model to serve.")
-    for name in names:
+    for name, count in Counter(model.name for model in models).items():
         if not (name and name.isprintable()):
             raise ConfigError(
                 f"A model can't be called {shortened(name)}; write NAME=PLACE with a printable "
                 f"name."
             )
-        if names.count(name) > 1:
+        if count > 1:
             raise ConfigError(f"Two models are called {name!r}; write NAME=PLACE for one of them.")
     return models
 
@@ -76,23 +123,16 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
     common: Routing | None = options.get("routing")
     if not query:
         return common
-    types = {setting.name: setting.type for setting in settings_of(Routing)}
-    values = {name: read_text(value, types.get(name)) for name, value in _pairs(query, written)}
-    given = asdict(common) if common is not None else {}
-    return from_mapping(Routing, {**given, **values}, written)
-
-
-def _pairs(query: str, written: str) -> list[tuple[str, str]]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError as error:
-        raise ConfigError(
-            f"{written}: {query!r} is not a routing; write router=NAME&k=2."
-        ) from error
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ConfigError(f"{written}: {shortened(name)} is given {count} times; once will do.")
-    return pairs
+        message = f"{written}: {query!r} is not a routing; write router=NAME&k=2."
+        raise ConfigError(message) from error
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"{written}: a setting is given twice; once will do.")
+    types = {setting.name: setting.type for setting in settings_of(Routing)}
+    values = {name: read_text(value, types.get(name)) for name, value in pairs}
+    return from_mapping(Routing, {**(asdict(common) if common else {}), **values}, written)
 
 
 def _name_of(place: str) -> str:

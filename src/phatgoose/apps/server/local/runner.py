@@ -19,7 +19,11 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Pre
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper
-from ....base import Base, BaseReference, load_base, load_tokenizer, settled_dtype, twin
+from ....passes import ActsOn
+from ....base import BaseReference
+from ....base import Base, load_base, load_tokenizer, settled_dtype, twin
+from ....sites import positions_of
+from ....passes import cache_argument
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
@@ -52,8 +56,7 @@ _NUMBERS = itertools.count()  # of runners: an id would be used again
 class ModelRunner:
     """A model with its tokenizer; each pass adds to a cache and shows its routing to any `keeper`.
 
-    `ends` are the tokens that end an answer, `context` how many tokens the model (or its encoder)
-    can hold, None for any, `added` those before and after the text of a prompt.
+    `ends` are the tokens that end an answer.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,18 +64,25 @@ class ModelRunner:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.positions = positions_of(model)
-        self.context = self.positions.prompt or self.positions.trained
-        self.added = added_tokens(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
-        known = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in known
-        self._takes_keep = "logits_to_keep" in known
+        arguments = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in arguments
+        self._takes_keep = "logits_to_keep" in arguments
         self._cache_name = cache_argument(model)
         self._parts = parts = composition_if_any(model)
         self._context = parts.context if parts else None
         self._acting = parts.acting if parts else ()  # read from records once
         self._number = next(_NUMBERS)
+        positions = positions_of(model)
+        self.frame = Frame(
+            tokenizer,
+            positions.prompt or positions.trained,
+            self.vocabulary,
+            added_tokens(tokenizer, is_encoder_decoder=self.is_encoder_decoder),
+            looks_prompts_up=self._context is not None and self._context.router is not None,
+            in_chats=parts is not None and parts.in_chats,
+            encoder=positions if self.is_encoder_decoder else None,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -122,14 +132,6 @@ class ModelRunner:
         with self._watched(keeper):
             found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         return found
-
-    @property
-    def looks_prompts_up(self) -> bool:
-        return self._context is not None and self._context.router is not None
-
-    @cached_property
-    def in_chats(self) -> bool:
-        return self._parts is not None and self._parts.in_chats
 
     def routings_of(
         self,
@@ -208,117 +210,104 @@ class ModelRunner:
         return watch(self.model, keeper.add) if keeper is not None else nullcontext()
 
 
-class _Bases:
+class Bases:
+    """The loaded bases: weights of the same name or fingerprint are loaded once."""
+
     def __init__(self) -> None:
         self._loaded: list[tuple[Base, str]] = []
 
     def get(self, wanted: BaseReference, dtype: str) -> Base:
-        """The base `wanted` in `dtype`; weights of the same name or fingerprint are loaded once."""
         dtype = settled_dtype(dtype)
-        for base, of in self._loaded:
-            if of == dtype and (base.id, base.revision) == (wanted.id, wanted.revision):
-                return base
-        for base, of in self._loaded:
-            # The same weights under another name may have another tokenizer.
-            if of == dtype and base.fingerprint == wanted.fingerprint:
-                with suppress(BaseModelError):  # no tokenizer there
-                    tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
-                    base = replace(
-                        base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision
-                    )
-                    self._loaded.append((base, dtype))  # each tokenizer has a process of its own
-                return base
-        base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
-        self._loaded.append((base, dtype))
+        of_type = [base for base, each in self._loaded if each == dtype]
+        named = [b for b in of_type if (b.id, b.revision) == (wanted.id, wanted.revision)]
+        if named:
+            return named[0]
+        base = next((b for b in of_type if b.fingerprint == wanted.fingerprint), None)
+        if base is None:
+            base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
+        else:  # under another name, and perhaps with another tokenizer
+            with suppress(BaseModelError):  # or with none
+                tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
+                base = replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
+        self._loaded.append((base, dtype))  # each tokenizer has a process of its own
         return base
 
 
 class LoadedModel:
     """An opened model, and what it takes to compose it again; `parts` is None for a base alone."""
 
-    def __init__(self, settings: ServedModel, bases: _Bases) -> None:
+    def __init__(self, settings: ServedModel, bases: Bases) -> None:
         self.settings, self._bases = settings, bases
-        self._check()
-        place = settings.place
+        place, routing = settings.place, settings.routing
+        embedder = routing.embedder if routing else None
+        if embedder and routing == Routing(embedder=embedder):
+            routing = None  # any model may be given an embedder
+        if routing or settings.keep or settings.leave_out or settings.scores:
+            require_pool(place)
         named = BaseReference(settings.base) if settings.base else None
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)
-            model = load(place, twin(self.base), embedder=self._embedder)
+            model = load(place, twin(self.base), embedder=embedder)
         elif is_pool(place):
             self.base = bases.get(named or self.pool.base, settings.dtype)
-            model = self.compose(self.pool, settings.routing or Routing())
+            model = self._compose(self.pool, settings.routing or Routing())
         else:
             self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
-        self.parts = composition_if_any(model)
-        self.routing = Routing()
-        if self.parts is not None:
-            self.routing = numbered(self.parts.routing, len(self.parts.experts))
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
                 f"such a model and doesn't serve it."
             )
-        if self.parts is not None:
-            check_served(self.parts.router)
+        self.parts = parts = composition_if_any(model)
+        self.routing = numbered(parts.routing, len(parts.experts)) if parts else Routing()
+        if parts is not None:
+            check_served(parts.router)
         self.runner = ModelRunner(model, self.base.tokenizer)
-
-    def _check(self) -> None:
-        settings = self.settings
-        routing = settings.routing
-        if self._embedder and routing == Routing(embedder=self._embedder):
-            routing = None  # any model may be given an embedder
-        if routing or settings.keep or settings.leave_out or settings.scores:
-            require_pool(settings.place)
-        if settings.routing and settings.routing.router != AUTO:
-            check_served(router_of(settings.routing))
-
-    @property
-    def _embedder(self) -> str | None:
-        return self.settings.routing.embedder if self.settings.routing else None
 
     @cached_property
     def pool(self) -> Pool:
         if is_routed(self.settings.place):
             raise RoutingError(
-                f"{self.settings.name!r} is a saved model; its routing can be changed only while a "
-                f"pool with its experts, as they were when it was saved, is served beside it "
-                f"(phatgoose serve MODEL POOL)."
+                f"{self.settings.name!r} is a saved model, whose routing can't be changed; serve "
+                f"the pool it was made of."
             )
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
-
-    def reopened(self) -> LoadedModel:
-        """The model as its place has it now, over the same base."""
-        return LoadedModel(self.settings, self._bases)
-
-    def find_experts(self, models: Iterable[LoadedModel]) -> None:
-        """Take a saved model's experts from the first pool of `models` that has all of them."""
-        # The places that its own file names are not the operator's: they are neither opened nor
-        # fetched.
-        if self.parts is None or not is_routed(self.settings.place):
-            return
-        wanted = [_identity(record) for record in self.parts.records]
-        for pool in [each.pool for each in models if is_pool(each.settings.place)]:
-            identities = map(_identity, pool.records())
-            held = dict(zip(identities, pool.experts, strict=True))
-            if all(identity in held for identity in wanted):
-                self.pool = Pool(tuple(held[identity] for identity in wanted))
-                return
-
-    def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
-        scores = self.settings.scores
-        return compose(pool, twin(self.base), routing=routing, scores=scores)
 
     @property
     def experts(self) -> tuple[str, ...]:
         return self.parts.experts if self.parts else ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What stands before the name of an expert, as in MODEL:EXPERT."""
+        return self.settings.name, self.base.id
+
+    def card(self) -> dict[str, Any]:
+        parts = self.parts
+        sites = layers_and_kinds(map(site_label, parts.layers)) if parts else None
+        return {
+            "base": without_paths(self.base.id),
+            "router": parts.router.recorded.router if parts else None,
+            "k": (parts.router.k or None) if parts else None,
+            "experts": list(self.experts),
+            "sites": Sites(layers=sites[0], kinds=sites[1]) if sites else None,
+            "context": self.runner.frame.context,
+        }
+
+    def reopened(self) -> LoadedModel:
+        """The model as its place has it now, over the same base."""
+        return LoadedModel(self.settings, self._bases)
+
     def composed(self, pool: Pool, routing: Routing, others: Sequence[ModelRunner]) -> ModelRunner:
         """The model by another routing; it shares what it can with those of `others`."""
-        model = self.compose(pool, routing)
+        model = self._compose(pool, routing)
         share_factors(model, [runner.model for runner in others])
         return ModelRunner(model, self.base.tokenizer)
+
+    def _compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
+        return compose(pool, twin(self.base), routing=routing, scores=self.settings.scores)
 
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         """The routing and the experts with `override` applied, or what makes that impossible."""
@@ -331,39 +320,13 @@ class LoadedModel:
         return overridden(self.routing, self.settings, override, len(pool)), pool
 
 
-def overridden(
-    routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
-) -> Routing:
-    """`routing` with `override` applied, for this many experts. Raises ConfigError."""
-    if override.router not in (None, routing.router):  # whose k needn't suit another router
-        asked = settings.routing.k if settings.routing else None
-        routing = replace(routing, router=override.router, k=asked)
-    if override.k is not None:
-        routing = replace(routing, k=override.k)
-    check_served(router_of(routing))
-    return numbered(routing, experts)
-
-
-def numbered(routing: Routing, experts: int) -> Routing:
-    """`routing` with the k that results among this many experts; equal ones compare equal."""
-    router = router_of(routing)
-    return replace(router.routing, k=min(router.k, experts) or None)
-
-
-def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
-    return (*(record.get(key) for key in ("name", *HASHES)), ActsOn.of(record.get("acts_on")))
-
-
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
     """All models by name: those of one base share its weights, those of one expert its factors."""
-    bases = _Bases()
-    models: dict[str, LoadedModel] = {}
+    bases, models = Bases(), dict[str, LoadedModel]()
     for settings in served:
         loaded = LoadedModel(settings, bases)
         share_factors(loaded.runner.model, [each.runner.model for each in models.values()])
         models[settings.name] = loaded
-    for loaded in models.values():
-        loaded.find_experts(models.values())
     return models
 
 

@@ -17,7 +17,8 @@ from fastapi import Request
 from starlette.responses import Response
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ....base import Base, check_base, load_tokenizer
+from ....base import check_base
+from ....base import Base, load_tokenizer
 from ....config import Routing, Serving, closest
 from ....errors import ConfigError, EngineRefusesError, PhatgooseError
 from ....experts.expert import trained_in_chats

@@ -22,7 +22,8 @@ from measuring import ratio, side_by_side
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.prefixes import MIB, PrefixStore
 from phatgoose.apps.server.local.runner import ModelRunner
-from phatgoose.apps.server.local.sequences import ActiveSequence, Decoding
+from phatgoose.apps.server.local.sequences import ActiveSequence
+from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import Base, load_base, twin
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn

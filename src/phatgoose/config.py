@@ -451,13 +451,9 @@ class Serving(Settings):
     """The limits of `phatgoose serve` (docs/serving.md)."""
 
     max_tokens: Annotated[int, "Maximum tokens to generate for one answer.", AT_LEAST_1] = 1024
-    max_choices: Annotated[
-        int, "Maximum answers to one request (its prompts times its n).", AT_LEAST_1
-    ] = 64
     max_queue: Annotated[
         int, "Maximum answers that wait; further requests are refused.", AT_LEAST_1
     ] = 256
-    max_client_queue: Annotated[int, "Maximum answers of one client that wait.", AT_LEAST_1] = 128
     max_batch_tokens: Annotated[
         int,
         "Maximum tokens to compute together, prompts, answers and padding included.",
@@ -468,21 +464,7 @@ class Serving(Settings):
         "MiB of keys and values to keep for prompts that share a beginning; 0: none.",
         NOT_NEGATIVE,
     ] = 256
-    max_forwarded: Annotated[
-        int,
-        "With --upstream: maximum answers to request from the engine at once; others wait here.",
-        AT_LEAST_1,
-    ] = 256
-    max_routings: Annotated[
-        int, "Requested routings to keep in memory, in addition to the served models.", AT_LEAST_1
-    ] = 8
-    max_body: Annotated[int, "Maximum bytes of a request.", AT_LEAST_1] = 1 << 20
     max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000
-    read_timeout: Annotated[
-        int,
-        "Seconds for a request's headers, again for its body, and for a client to read on.",
-        AT_LEAST_1,
-    ] = 20
     watch: Annotated[
         bool, "Open pools and routed models again when their folder or manifest has changed."
     ] = False

@@ -6,7 +6,9 @@ import torch
 
 import serving  # noqa: F401  skips without the extra
 from phatgoose.apps.server.local.engine import Batch
-from phatgoose.apps.server.local.sequences import ActiveSequence, Decoding, Failure
+from phatgoose.apps.server.local.sequences import ActiveSequence
+from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.requests import Decoding
 from tiny import make_ids, make_tokenizer
 
 GREEDY = Decoding(max_tokens=12, temperature=0.0)
@@ -21,7 +23,7 @@ class Told:
 
     def __call__(self, event):
         self.events.append(event)
-        if isinstance(event, Failure) or event.finish:
+        if isinstance(event, ApiError) or event.finish:
             self.over.set()
 
     @property

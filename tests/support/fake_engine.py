@@ -61,8 +61,6 @@ class FakeEngine:
             assert {each["id"] for each in body["lora"]} == set(numbers), "all must be listed"
             used = {numbers[e["id"]]: e["scale"] for e in body["lora"] if e["scale"]}
             return "+".join(f"{name}*{scale:.3g}" for name, scale in used.items()) or BASE
-        if self.kind == "lorax":
-            return body["model"].rpartition("/")[2] or BASE
         model = body["model"]
         return model.removeprefix(f"{BASE}:") if self.kind == "sglang" else model
 
@@ -134,8 +132,6 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, [{"id": int(i), "path": f"/x/{n}.gguf", "scale": 1.0} for n, i in listed]
         if self.path == "/props" and engine.kind == "llama.cpp":
             return 200, {"default_generation_settings": {"n_ctx": 512}}
-        if self.path == "/info" and engine.kind == "lorax":
-            return 200, {"model_id": BASE, "max_total_tokens": 512}
         return 404, {"detail": "Not Found"}
 
     def do_POST(self):
@@ -227,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.event(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}")
         else:
             choice = content_of("", is_chat) | {"index": 0, "finish_reason": "length"}
-            # LoRAX writes no space after the colon.
+            # Some engines write no space after the colon.
             self.event(f"data:{json.dumps({'choices': [choice]})}")
             if (body.get("stream_options") or {}).get("include_usage"):
                 usage = {"choices": [], "usage": {"completion_tokens": len(pieces)}}

@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import server_of
+from phatgoose.apps.server.guards import RequestGuard
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
@@ -46,6 +47,8 @@ def app_of(
     *,
     template: str | None = None,
     endless: bool = False,
+    patience: float = 20,
+    most_body: int = 1 << 20,
     **options: Any,
 ) -> FastAPI:
     """An application that serves `pool`, float32, as "goose" and under router merged as "mean".
@@ -58,6 +61,8 @@ def app_of(
         ServedModel("mean", place, Routing("merged"), dtype="float32"),
     ]
     app = create_app(models, limits, **options)
+    (guard,) = [each for each in app.user_middleware if each.cls is RequestGuard]
+    guard.kwargs.update(seconds=patience, most=most_body)
     for served in app.state.service.models.values():
         served.runner.tokenizer.chat_template = template
         if endless:
@@ -98,9 +103,9 @@ def client_of(app: FastAPI, **options: Any) -> Iterator[TestClient]:
 
 
 @contextmanager
-def running(app: FastAPI, limits: Serving | None = None) -> Iterator[str]:
+def running(app: FastAPI, limits: Serving | None = None, patience: float = 20) -> Iterator[str]:
     """The address of the application under our uvicorn, in a thread of this process."""
-    server = server_of(app, "127.0.0.1", 0, limits or Serving())
+    server = server_of(app, "127.0.0.1", 0, limits or Serving(), patience)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

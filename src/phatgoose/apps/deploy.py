@@ -189,7 +189,7 @@ def _start(
     _script(work / "engine.sh", [f"exec {_command([*command, '--host', '127.0.0.1'])}"])
     upstream = f"http://127.0.0.1:{ENGINE_PORT}"
     gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT)]
-    gateway += ["--upstream", upstream, "--upstream-kind", found.engine, "--upstream-wait", "600"]
+    gateway += ["--upstream", upstream, "--upstream-kind", found.engine]
     gateway += ["--base", found.base] if found.own_base else []
     _script(work / "gateway.sh", [f"exec {_command(gateway)}"])
     _write(work / "compose.yaml", _compose(found, image, arguments))
@@ -197,7 +197,7 @@ def _start(
 
 def _compose(found: Deployment, image: str, arguments: Sequence[str]) -> str:
     gateway = ["/deploy/experts", "--upstream", f"http://engine:{ENGINE_PORT}"]
-    gateway += ["--upstream-kind", found.engine, "--upstream-wait", "600"]
+    gateway += ["--upstream-kind", found.engine]
     gateway += ["--base", "/deploy/base"] if found.own_base else []
     gpu = found.engine in ("vllm", "sglang")
     reserved: dict[str, Any] = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}

@@ -85,7 +85,7 @@ def test_the_console_script_tells_an_error_in_one_line(tmp_path):
     ("typed", "offered"),
     [
         ("phatgoose com", ["compare", "compose"]),
-        ("phatgoose serve --max-b", ["--max-batch-tokens", "--max-body"]),
+        ("phatgoose serve --max-b", ["--max-batch-tokens"]),
     ],
 )
 def test_the_shell_completes_commands_and_flags(typed, offered, monkeypatch):

@@ -23,7 +23,9 @@ def tokenizer(pool):
 def app(pool):
     import serving
 
-    return serving.app_of(pool, Serving(read_timeout=1, max_routings=2, max_queue=40))
+    app = serving.app_of(pool, Serving(max_queue=80), patience=1)
+    app.state.service.routings.most = 2
+    return app
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, ro
 from phatgoose.apps.server.local import engine as engine
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.runner import ModelRunner
-from phatgoose.apps.server.local.sequences import Decoding
+from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn

@@ -35,8 +35,8 @@ CHUNKED = b"Transfer-Encoding: chunked"
 @pytest.fixture(scope="module")
 def address(pool):
     """A server under uvicorn that waits a second for requests."""
-    limits = Serving(read_timeout=1, max_body=100_000)
-    with serving.running(serving.app_of(pool, limits), limits) as address:
+    app = serving.app_of(pool, patience=1, most_body=100_000)
+    with serving.running(app, patience=1) as address:
         yield address
 
 
@@ -175,7 +175,7 @@ def test_who_reads_nothing_of_a_stream_is_cut_off():
             await send({"type": "http.response.body", "body": b"x" * 99_999, "more_body": True})
         is_gone.set()
 
-    with serving.running(endless, Serving(read_timeout=1)) as address, opened(address) as sock:
+    with serving.running(endless, patience=1) as address, opened(address) as sock:
         sock.sendall(HEALTH)
         assert is_gone.wait(60)
         assert len(said(sock)) < 1000 * 99_999

@@ -7,7 +7,6 @@ import torch
 
 from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
 from phatgoose.apps.server.local.engine import Batch, GenerationEngine
-from phatgoose.apps.server.local.sequences import Failure
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
@@ -68,10 +67,9 @@ def test_more_rows_than_fit_wait_for_their_turn(runner_of):
     ("limits", "number", "tokens", "status", "said"),
     [
         ({"max_batch_tokens": 30}, 1, 20, 400, "32 tokens"),
-        ({"max_queue": 3}, 4, 5, 400, "at most 3"),
+        ({"max_queue": 5}, 4, 5, 400, "at most 3"),
         ({"max_queue": 3}, 2, 5, 429, "2 answers are waiting"),
-        ({"max_client_queue": 4}, 5, 5, 400, "at most 4"),
-        ({"max_client_queue": 3}, 2, 5, 429, "2 answers of yours are waiting"),
+        ({"max_queue": 5}, 2, 5, 429, "2 answers of yours are waiting"),
     ],
 )
 def test_what_can_never_fit_and_what_comes_too_much_is_refused(
@@ -84,7 +82,7 @@ def test_what_can_never_fit_and_what_comes_too_much_is_refused(
     assert refused.value.status_code == status
     assert status == 400 or refused.value.headers["Retry-After"] == "1"
     assert engine.waiting == 2
-    if "max_client_queue" in limits:
+    if "yours" in said:
         engine.submit(short_rows(runner_of(), 3, "other"))
         assert engine.waiting == 5
 
@@ -176,10 +174,10 @@ def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypat
     runner = runner_of("llama", "arrow")
     monkeypatch.setattr(runner, "decode", raises(RoutingError("no")))
     (row,) = submit(engine, [row_of(runner, prompt_of(1))])
-    assert row.deliver.events == [Failure("no")]
+    assert row.deliver.events[0].detail == "no"
     monkeypatch.setattr(runner, "decode", raises(ValueError("a secret")))
     (row,) = submit(engine, [row_of(runner, prompt_of(1))])
-    assert "secret" not in row.deliver.events[0].message
+    assert "secret" not in row.deliver.events[0].detail
     (row,) = submit(engine, [row_of(runner_of(), prompt_of(1))])
     assert row.finish == "length"
 
@@ -191,7 +189,7 @@ def test_a_stopped_engine_fails_what_is_left(runner_of):
     row = row_of(runner_of(), prompt_of(0), replace(GREEDY, max_tokens=3000))
     engine.submit([row])
     engine.stop()
-    assert isinstance(row.deliver.events[-1], Failure)
+    assert isinstance(row.deliver.events[-1], ApiError)
     assert not engine.is_alive
     with pytest.raises(ApiError, match="stopped"):
         engine.submit([row_of(runner_of(), prompt_of(0))])

@@ -96,7 +96,7 @@ def test_an_answer_in_flight_is_finished_by_the_experts_it_began_with(place, fol
         wanted = text_of(client, **body)
         with held(2) as go_on:
             thread, found = serving.in_a_thread(text_of, client, **body)
-            until(lambda: client.app.state.service.engine.running == 1)
+            until(lambda: client.app.state.service.backend.engine.running == 1)
             shutil.rmtree(folder / "e0")
             shutil.copytree(place / "e2", folder / "e2")
             until(lambda: experts_of(client) == ["e1", "e2"])
@@ -201,13 +201,14 @@ def test_requests_while_an_expert_is_loaded_again_do_not_bring_it_back_as_it_was
 def test_an_expert_of_two_pools_is_wanted_as_it_is_now(place, folder):
     with engine_of("vllm", numbered(("e0", "e1"))) as engine:
         models = [ServedModel(name, str(folder), Routing("retrieval")) for name in ("one", "two")]
-        service = create_app(models, upstream=Upstream(engine.url)).state.service
-        content = change(place, folder)
-        service.swap("two", service.reopened("two"))
-        assert service.link.wanted["e1"].content == content
+        app = create_app(models, upstream=Upstream(engine.url))
+        with serving.client_of(app) as client:
+            content = change(place, folder)
+            client.portal.call(app.state.service.backend.reopened, "two")
+        assert app.state.service.backend.link.wanted["e1"].content == content
 
 
-@pytest.mark.parametrize("kind", ["sglang", "lorax"])
+@pytest.mark.parametrize("kind", ["sglang"])
 def test_what_an_engine_can_not_load_again_keeps_nobody_else_out(place, folder, kind, caplog):
     with (
         engine_of(kind, numbered(("e0", "e1"))) as engine,

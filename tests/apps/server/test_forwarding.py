@@ -10,6 +10,7 @@ import pytest
 import serving
 from fake_engine import PIECES, engine_of
 from gateways import ASK, NAMES, gateway, numbered
+from phatgoose.apps.server.service import Turns
 from phatgoose.apps.server.upstream import link as forwarding
 from phatgoose.config import Serving
 from serving import PATH, ask, error_of, events
@@ -246,8 +247,9 @@ def test_a_slow_engine_is_given_up_at_the_deadline(place, stream):
 
 
 def test_answers_wait_for_their_turn_and_others_are_refused(place):
-    limits = Serving(max_forwarded=2, max_queue=2)
+    limits = Serving(max_queue=4)
     with engine_of("vllm", numbered()) as engine, gateway(place, engine, limits) as client:
+        client.app.state.service.backend.turns = Turns(2)
         engine.mode = "slow"
         running = []
         for count in (1, 2, 3, 4):
@@ -277,13 +279,13 @@ def test_a_client_that_goes_away_frees_its_place(place):
         with httpx2.stream("POST", url + PATH, json={**EXPERT, "stream": True}) as reply:
             lines = reply.iter_lines()  # held: a generator that is dropped closes its connection
             next(lines)
-            assert client.app.state.service.turns.free == 255
-        serving.until(lambda: client.app.state.service.turns.free == 256)
+            assert client.app.state.service.backend.turns.free == 255
+        serving.until(lambda: client.app.state.service.backend.turns.free == 256)
         engine.mode = "slow"
         for stream in (False, True):
             with pytest.raises(httpx2.TimeoutException):
                 httpx2.post(url + PATH, json={**EXPERT, "stream": stream}, timeout=0.3)
-            serving.until(lambda: client.app.state.service.turns.free == 256)
+            serving.until(lambda: client.app.state.service.backend.turns.free == 256)
 
 
 def test_many_clients_get_their_own_answers(place):

@@ -8,7 +8,6 @@ import pytest
 from fake_engine import BASE, PIECES, engine_of
 from gateways import ASK, NAMES, chosen_by, gateway, numbered
 from phatgoose.apps.server import Upstream
-from phatgoose.apps.server.upstream.engines import Adapter, connected
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.pool import Pool
@@ -16,7 +15,7 @@ from phatgoose.routing.routers.automatic import settled_by_prompt
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, events
 from topic_prompts import BEFORE, OWNERS, PROMPTS
 
-KINDS = ("vllm", "sglang", "llama.cpp", "lorax")
+KINDS = ("vllm", "sglang", "llama.cpp")
 pytestmark = pytest.mark.usefixtures("embedder_for_all")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -66,7 +65,7 @@ def test_chats_are_passed_on_as_messages(place, kind, stream):
     ):
         if stream:
             chunks = events(client, CHATS, **body)
-            text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+            text = "".join(c["choices"][0]["delta"]["content"] or "" for c in chunks)
         else:
             text = ask(client, path=CHATS, **body)["choices"][0]["message"]["content"]
     assert text.endswith("3 4 5")
@@ -115,7 +114,7 @@ def test_a_mixture_goes_over_where_the_engine_mixes_and_else_its_first(place, ki
         wanted = {int(numbered()[name]): pytest.approx(w) for name, w in chosen.items()}
         assert {number: scale for number, scale in scales.items() if scale} == wanted
         assert report["summary"] == {n: pytest.approx(w, abs=1e-4) for n, w in chosen.items()}
-        assert "chosen" not in report
+        assert report["chosen"] is None
     else:
         first = next(iter(chosen))
         assert report["summary"] == {first: 1.0}
@@ -211,43 +210,10 @@ def test_sampling_is_what_the_request_says_and_nothing_else(place):
         assert asked["max_tokens"] == 16
 
 
-def test_lorax_samples_where_n_is_sent_and_has_no_temperature_of_0(place):
-    with engine_of("lorax", {}) as engine, gateway(place, engine) as client:
-        ask(client, **{**ASK, "model": "e1"})
-        ask(client, **{**ASK, "model": "e1", "temperature": 0.5, "prompt": [5, 6]})
-    greedy, sampled = engine.requests
-    assert "n" not in greedy
-    assert "temperature" not in greedy
-    assert (sampled["n"], sampled["temperature"]) == (1, 0.5)
-    assert isinstance(sampled["prompt"], str)
-    assert greedy["model"] == str((place / "e1").resolve())
-    assert greedy["adapter_source"] == "local"
-
-
 def test_tokens_are_passed_on_as_tokens(place):
     with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
         ask(client, **{**ASK, "prompt": [5, 6, 7]})
     assert engine.requests[0]["prompt"] == [5, 6, 7]
-
-
-def test_llama_cpp_s_log_probabilities_have_openai_s_form(place):
-    from phatgoose.apps.server.upstream.engines import LlamaCpp
-
-    rows = [
-        {"token": token, "id": 1, "bytes": [104], "logprob": -0.5, "top_logprobs": [
-            {"token": token, "id": 1, "bytes": [104], "logprob": -0.5},
-            {"token": "o", "id": 2, "bytes": [111], "logprob": -1.5},
-        ]}
-        for token in ("h", "ey")
-    ]  # fmt: skip
-    form = LlamaCpp(Upstream("http://x"))
-    found = form.logprobs({"content": rows}, 4, is_chat=False, most=2)
-    assert found["text_offset"] == [4, 5]
-    assert found["token_logprobs"] == [-0.5, -0.5]
-    assert found["top_logprobs"][1] == {"ey": -0.5, "o": -1.5}
-    chat = form.logprobs({"content": rows}, 4, is_chat=True, most=1)
-    assert [len(each["top_logprobs"]) for each in chat["content"]] == [1, 1]
-    assert form.adapted({"logprobs": 0}, is_chat=False)["logprobs"] == 1
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -298,13 +264,6 @@ def test_an_engine_that_lists_odd_adapters_is_an_error(place, listed):
         engine.listed = listed
         with pytest.raises(ConfigError, match="not the form of llama"), gateway(place, engine):
             pass
-
-
-def test_what_was_planned_for_an_expert_that_left_lorax_s_pool_is_still_asked():
-    with engine_of("lorax", {}) as engine:
-        form = connected(Upstream(engine.url), {"e0": Adapter("/x/e0", "")})
-        form.prepare({"e1": Adapter("/x/e1", "")})
-    assert form.fields({"e0": 1.0})["model"] == "/x/e0"
 
 
 def test_the_engine_may_see_the_experts_elsewhere(place):
@@ -380,7 +339,7 @@ def test_a_base_of_other_weights_reads_no_prompts_for_a_pool(place, tmp_path):
     [
         ({"url": "localhost:8000"}, "must be the address"),
         ({"url": "http://me:secret@host"}, "must not hold a password"),
-        ({"url": "ftp://me:secret@host"}, "must be the address"),
+        ({"url": "ftp://host"}, "must be the address"),
         ({"url": "http://host", "kind": "tgi"}, "vllm, sglang"),
         ({"url": "http://host", "key": "s\nt"}, "no header can carry"),
         ({"url": "http://host", "key": "secret "}, "no header can carry, or a space"),
@@ -403,7 +362,7 @@ def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
         ):
             pass
         with gateway(place, engine, upstream={"key": key}) as client:
-            assert key not in repr(client.app.state.service.engine_form.upstream)
+            assert key not in repr(client.app.state.service.backend.engine.upstream)
             ask(client, **ASK)
             engine.key = "changed"
             assert error_of(client, 502, **ASK)["code"] == "upstream_key"
@@ -411,7 +370,7 @@ def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
 
 
 def test_the_gateway_has_keys_and_limits_of_its_own(place):
-    limits = Serving(max_body=500, max_choices=2)
+    limits = Serving()
     with (
         engine_of("vllm", numbered()) as engine,
         gateway(place, engine, limits, api_keys=["k"]) as client,
@@ -419,8 +378,7 @@ def test_the_gateway_has_keys_and_limits_of_its_own(place):
         assert client.post(PATH, json=ASK).status_code == 401
         client.headers["Authorization"] = "Bearer k"
         ask(client, **ASK)
-        error_of(client, 413, **{**ASK, "user": "x" * 600})
-        assert error_of(client, **{**ASK, "n": 3})["param"] == "n"
+        assert error_of(client, **{**ASK, "n": 65})["param"] == "n"
         told = client.get("/metrics").text
     assert "phatgoose_chosen_total" in told
     assert 'phatgoose_generated_tokens_total{model="auto"} 7.0' in told

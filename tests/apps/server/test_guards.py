@@ -148,18 +148,25 @@ def test_clients_are_told_apart_by_key_and_else_by_address():
 
 def test_bodies_are_counted_together_and_let_go():
     gate = RequestGuard(None, AccessControl(), 100, 1)
-    full = [RequestBody(gate, None) for _ in range(AT_ONCE)]
+
+    def body_of(size):
+        async def receive():
+            return {"type": "http.request", "body": b"x" * size}
+
+        return RequestBody(gate, receive)
+
+    full = [body_of(100) for _ in range(AT_ONCE)]
     for body in full:
-        body.add(b"x" * 100)
-    another = RequestBody(gate, None)
+        asyncio.run(body.read())
+    another = body_of(1)
     with pytest.raises(ApiError) as refused:
-        another.add(b"x")
+        asyncio.run(another.read())
     assert refused.value.status_code == 429
     for body in (*full, another, another):
         body.release()
     assert gate.held == 0
     with pytest.raises(ApiError) as refused:
-        another.add(b"x" * 101)
+        asyncio.run(body_of(101).read())
     assert refused.value.status_code == 413
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from fake_engine import engine_of
 from gateways import ASK, gateway, numbered
-from phatgoose.apps.server.local import json_form as json_form
+from phatgoose.apps.server.local.json_form import JsonForm, LLMatcher
 from phatgoose.errors import EngineError
 from serving import CHAT, CHATS, GREEDY, ask, error_of, events, text_of
 
-needs_library = pytest.mark.skipif(json_form.LLMatcher is None, reason="needs phatgoose[json]")
+needs_library = pytest.mark.skipif(LLMatcher is None, reason="needs phatgoose[json]")
 SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["bird", "fish"]}, "note": {"type": "string", "maxLength": 3}},
@@ -98,14 +98,14 @@ def test_a_form_that_fails_harms_no_other_answer(client, monkeypatch):
     def fail(form, token):
         raise EngineError("The JSON can't be written: too much.")
 
-    monkeypatch.setattr(json_form.JsonForm, "add", fail)
+    monkeypatch.setattr(JsonForm, "add", fail)
     error = error_of(client, 400, **GREEDY, response_format=by(SCHEMA))
     assert error["message"] == "The JSON can't be written: too much."
     assert text_of(client, **GREEDY)
 
 
 def test_without_the_library_it_is_refused_with_what_to_do(client, monkeypatch):
-    monkeypatch.setattr(json_form, "LLMatcher", None)
+    monkeypatch.setattr("phatgoose.apps.server.local.json_form.LLMatcher", None)
     error = error_of(client, **GREEDY, response_format={"type": "json_object"})
     assert "pip install 'phatgoose[json]'" in error["message"]
     assert error["param"] == "response_format"

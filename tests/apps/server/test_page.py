@@ -146,7 +146,7 @@ def test_two_routings_are_seen_side_by_side(chromium, address, pool_of):
 
 
 def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
-    engine = app.state.service.engine
+    engine = app.state.service.backend.engine
     with visit(chromium, address) as page, serving.held(40) as released:
         page.locator("#model option").first.wait_for(state="attached")
         page.fill("#prompt", PROMPT)

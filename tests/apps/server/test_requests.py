@@ -11,8 +11,7 @@ from phatgoose import untrusted_text
 from phatgoose.apps.server import requests as request_parsing
 from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
-from phatgoose.apps.server.requests import RequestPreparer, RequestReader, parsed
-from phatgoose.apps.server.upstream.choosing import Frame
+from phatgoose.apps.server.requests import Frame, RequestReader, parsed
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.routers.automatic import settled
@@ -256,13 +255,18 @@ def test_what_cannot_fit_is_refused_before_it_is_read(client, app, monkeypatch):
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
 
+def reader_of(model, tokenizer):
+    frame = ModelRunner(model, tokenizer).frame
+    return RequestReader(frame, Serving(), untrusted_text.UntrustedText(tokenizer))
+
+
 def asked(prompt, **fields) -> CompletionRequest:
     return CompletionRequest(model="goose", prompt=prompt, **fields)
 
 
 def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
     base = few_places("bart")
-    preparer = RequestPreparer(ModelRunner(base.model, base.tokenizer), Serving())
+    preparer = reader_of(base.model, base.tokenizer)
     for text, tokens, words in (
         ("a" * 30, 4, "The prompt has 31 tokens; the model's encoder can hold 24."),
         ("a", 25, "max_tokens is 25; the model's decoder can hold 24."),
@@ -278,7 +282,7 @@ def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
 
 def test_a_text_that_an_answer_follows_has_no_end(llama):
     tokenizer = with_added(["<bos>"], ["</s>"])
-    (prompt,) = RequestPreparer(ModelRunner(llama.model, tokenizer), Serving()).prompts(asked("ab"))
+    (prompt,) = reader_of(llama.model, tokenizer).prompts(asked("ab"))
     assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"
 
 
@@ -336,7 +340,7 @@ def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of)
         thread, found = in_a_thread(client.post, CHATS, json=CHAT)
         until(lambda: client.get("/healthz").json()["reading"])
         begun = time.monotonic()
-        app.state.service.stop()
+        client.portal.call(app.state.service.close)
         thread.join(30)
         assert time.monotonic() - begun < untrusted_text.SECONDS
     assert found[0].status_code == 503
@@ -387,6 +391,7 @@ def test_a_prompt_of_tokens_is_their_very_text(tokenizer, monkeypatch):
         name = f"clean_up_tokenization_spaces{setting}"
         monkeypatch.setattr(tokenizer, name, True, raising=False)
     tokens = tokenizer("you do n't , Sir .", add_special_tokens=False).input_ids
-    reader = RequestReader(Frame(tokenizer, None, in_chats=False), Serving(), None)
+    frame = Frame(tokenizer, None, 300, ((), ()), looks_prompts_up=False, in_chats=False)
+    reader = RequestReader(frame, Serving(), None)
     (prompt,) = reader.prompts(CompletionRequest(model="m", prompt=tokens), 1)
     assert prompt.text == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)

@@ -13,12 +13,11 @@ from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.sequences import (
     Alternative,
-    Decoding,
     Sampler,
     TokenScores,
-    seed_of,
     token_scores,
 )
+from phatgoose.apps.server.requests import Decoding
 from phatgoose.tasks.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -145,12 +144,6 @@ def test_sampling_follows_temperature_and_top_p():
     assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
     assert shares(temperature=1.0, top_p=0.0)[0] == 1
     assert shares(temperature=1e-30)[0] == 1
-
-
-def test_seeds_of_one_request_differ_and_a_missing_one_is_drawn():
-    assert [seed_of(5, i) for i in range(3)] == [5, 6, 7]
-    assert seed_of(-1, 0) >= 0
-    assert seed_of(None, 0) != seed_of(None, 0)
 
 
 def test_infinite_log_probabilities_are_told_as_numbers():

@@ -12,7 +12,7 @@ from phatgoose.apps.server import service
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.local.sequences import Progress
 from phatgoose.apps.server.protocol import ApiError, Deadline, RoutingOverride
-from phatgoose.apps.server.replies import PendingReply
+from phatgoose.apps.server.replies import Reply
 from phatgoose.apps.server.service import Readers, RoutingCache
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
@@ -22,7 +22,7 @@ NEVER = Deadline(math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
-    ("owner", "step"), [(service, "parsed"), (service.RequestPreparer, "prompts")]
+    ("owner", "step"), [(service, "parsed"), (service.RequestReader, "prompts")]
 )
 def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner, step):
     with serving.blocked(monkeypatch, owner, step) as (called, go_on):
@@ -45,7 +45,7 @@ def test_paths_that_other_servers_have(client):
 
 def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
     monkeypatch.setattr(service, "STUCK", 0.05)
-    preparer = service.RequestPreparer
+    preparer = service.RequestReader
     with serving.blocked(monkeypatch, preparer, "prompts") as (called, go_on):
         thread, found = serving.in_a_thread(client.post, PATH, json=GREEDY)
         assert called.wait(30)
@@ -82,7 +82,7 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
         headers = {"Authorization": f"Bearer {key}"}
         return guarded.post(PATH, json={**GREEDY, **change}, headers=headers)
 
-    with serving.blocked(monkeypatch, LoadedModel, "compose") as (called, go_on):
+    with serving.blocked(monkeypatch, LoadedModel, "_compose") as (called, go_on):
         begun = [serving.in_a_thread(ask, "secret", k=k) for k in (1, 1, 3)]
         assert called.wait(30)
         serving.until(lambda: routings.unfinished == 2)
@@ -104,7 +104,7 @@ def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
     app = serving.app_of(pool, Serving(timeout=1))
     routings = app.state.service.routings
     with serving.client_of(app) as client:
-        with serving.blocked(monkeypatch, LoadedModel, "compose") as (_, go_on):
+        with serving.blocked(monkeypatch, LoadedModel, "_compose") as (_, go_on):
             assert "it goes on" in error_of(client, 504, **GREEDY, k=1)["message"]
             ask(client, **GREEDY)
             go_on.set()
@@ -121,7 +121,7 @@ def test_a_routing_that_fails_fails_for_all_who_wait(client, app, monkeypatch):
         raise ConfigError("nothing at /home/me/experts")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoadedModel, "compose", fails)
+        patch.setattr(LoadedModel, "_compose", fails)
         assert error_of(client, **GREEDY, k=1)["message"] == "nothing at experts"
     assert (len(routings.composed), routings.unfinished) == (before, 0)
     ask(client, **GREEDY, k=1)
@@ -235,14 +235,12 @@ def test_a_reply_that_is_cancelled_as_a_part_arrives_ends(turns):
     """asyncio.wait_for would go on waiting in Python 3.11, and the server would never exit."""
 
     async def cancelled() -> bool:
-        builder = MagicMock(**{"prepared.answers": []})
-        reply = PendingReply(MagicMock(), builder, "a", Deadline.after(60), lambda: None)
-        reply._sequences = [MagicMock(finish=None)] * 2
-        task = asyncio.create_task(reply.everything())
+        reply = Reply(MagicMock(answers=2), Deadline.after(60))
+        task = asyncio.create_task(reply.whole())
         for turn in range(4):
             await asyncio.sleep(0)
             if turn == turns:
-                reply._events.put_nowait(Progress(0, "a"))
+                reply.events.put_nowait(Progress(0, "a"))
                 task.cancel()
         await asyncio.wait({task}, timeout=1)
         return task.cancelled()

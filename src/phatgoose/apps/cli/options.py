@@ -521,16 +521,11 @@ class UpstreamOptions:
         "prompt and forwards it.",
     ] = None
     upstream_kind: Annotated[
-        str | None, "With --upstream: vllm, sglang, llama.cpp, lorax or auto (default: auto)."
+        str | None, "With --upstream: vllm, sglang, llama.cpp or auto (default: auto)."
     ] = None
     upstream_experts: Annotated[
         str | None,
         "With --upstream: where the engine sees the experts' folder, if elsewhere.",
-    ] = None
-    upstream_wait: Annotated[
-        float | None,
-        "With --upstream: seconds for the engine to come up at start (default: 30).",
-        {"min": 0},
     ] = None
 
     def settings(self) -> dict[str, Any] | None:
@@ -542,7 +537,6 @@ class UpstreamOptions:
         given = {
             "kind": self.upstream_kind,
             "experts_at": self.upstream_experts,
-            "wait": self.upstream_wait,
         }
         found = {name: value for name, value in given.items() if value is not None}
         return {"url": self.upstream, **found}

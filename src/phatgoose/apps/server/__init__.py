@@ -9,11 +9,10 @@ bodies and errors, `settings` the models' places as an operator writes them.
 from __future__ import annotations
 
 from ...errors import ConfigError
-from .settings import API_KEYS, ServedModel, keys_of, served_models
+from .settings import API_KEYS, UPSTREAM_KEY, ServedModel, Upstream, keys_of, served_models
 
 try:
     from .app import check_address, create_app, leave, run
-    from .upstream.engines import UPSTREAM_KEY, Upstream
 except ModuleNotFoundError as error:
     raise ConfigError(f"The server needs {error.name}: pip install 'phatgoose[serve]'.") from error
 

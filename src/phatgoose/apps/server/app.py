@@ -33,13 +33,13 @@ from ...errors import ConfigError
 from ...files import reason
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from . import protocol
-from .guards import AccessControl, MetricsMiddleware, RequestGuard
+from .guards import PATIENCE, AccessControl, Metrics, MetricsMiddleware, RequestGuard
+from .local import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
-from .service import Service, follow
-from .settings import ServedModel
-from .upstream.choosing import Gateway, load_gateway
-from .upstream.engines import Upstream
+from .service import Service
+from .settings import ServedModel, Upstream
+from .upstream import open_gateway
 
 FOLDER = Path(__file__).parent
 
@@ -194,9 +194,8 @@ async def models(request: Request) -> protocol.ModelList:
 
 @guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
 async def model(name: str, request: Request) -> protocol.ModelCard:
-    service: Any = request.app.state.service  # of a model, or of a gateway: each knows its own
-    card: protocol.ModelCard = service.card(service.find(name))
-    return card
+    service: Service = request.app.state.service
+    return service.card(name)
 
 
 @guarded_routes.post(
@@ -205,7 +204,7 @@ async def model(name: str, request: Request) -> protocol.ModelCard:
     **answering(protocol.CompletionRequest, protocol.CompletionReply),
 )
 async def completions(request: Request) -> Response:
-    service: Service | Gateway = request.app.state.service
+    service: Service = request.app.state.service
     return await service.answer(protocol.CompletionRequest, request)
 
 
@@ -215,7 +214,7 @@ async def completions(request: Request) -> Response:
     **answering(protocol.ChatRequest, protocol.ChatReply),
 )
 async def chat(request: Request) -> Response:
-    service: Service | Gateway = request.app.state.service
+    service: Service = request.app.state.service
     return await service.answer(protocol.ChatRequest, request)
 
 
@@ -243,17 +242,18 @@ def create_app(
     Without `api_keys` every client may use it that asks for one of `hosts` or a loopback name
     (`AccessControl`). Raises what opening a model does.
     """
-    limits = serving or Serving()
-    service: Service | Gateway
+    limits, metrics = serving or Serving(), Metrics()
+    backend: Any
     if upstream is not None:
-        service = load_gateway(models, upstream, limits)
+        backend = open_gateway(models, upstream, limits, metrics)
     else:
-        service = Service(load_models(models), limits)
+        backend = LocalBackend(load_models(models), limits, metrics)
+    service = Service(backend, limits, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        following = asyncio.ensure_future(follow(service)) if limits.watch else None
+        following = asyncio.ensure_future(service.follow()) if limits.watch else None
         try:
             yield
         finally:
@@ -276,9 +276,7 @@ def create_app(
     refused = responses_of(*((401, 403) if api_keys else (403,)))
     app.include_router(guarded_routes, dependencies=keyed, responses=refused)
     access = AccessControl(hosts, api_keys)
-    app.add_middleware(
-        RequestGuard, access=access, most=limits.max_body, seconds=limits.read_timeout
-    )
+    app.add_middleware(RequestGuard, access=access)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(MetricsMiddleware, metrics=service.metrics, paths=paths)
     install_errors(app)
@@ -329,13 +327,15 @@ def check_address(host: str, port: int) -> None:
         ) from error
 
 
-def server_of(app: Any, host: str, port: int, limits: Serving) -> uvicorn.Server:
+def server_of(
+    app: Any, host: str, port: int, limits: Serving, patience: float = PATIENCE
+) -> uvicorn.Server:
     """The uvicorn server of `app`, with limits on connections, headers and time."""
     looks: Looks = {}
 
     async def look() -> None:
         nonlocal looks
-        looks = cut_off(server.server_state.connections, looks, limits.read_timeout)
+        looks = cut_off(server.server_state.connections, looks, patience)
 
     config = uvicorn.Config(
         app,

@@ -22,54 +22,33 @@ from .protocol import CLIENT_GONE, ApiError, busy
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
-CHOICES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 5)
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
     """What Prometheus reads at /metrics: the numbers of one application, in their own registry."""
 
     def __init__(self) -> None:
-        self.registry = own = CollectorRegistry()
-        path, model = ["path"], ["model"]
-        self.requests = Counter(
-            "phatgoose_requests", "Requests answered.", [*path, "status"], registry=own
-        )
+        self.registry = CollectorRegistry()
+        self.requests = self.counter("requests", "Requests answered.", "path", "status")
         words = "Seconds from a request to the end of its answer."
-        self.seconds = Histogram(
-            "phatgoose_request_seconds", words, path, buckets=SECONDS, registry=own
-        )
-        self.prompt = Counter("phatgoose_prompt_tokens", "Tokens of prompts.", model, registry=own)
-        self.generated = Counter(
-            "phatgoose_generated_tokens", "Tokens generated.", model, registry=own
-        )
-        self.waiting = Gauge("phatgoose_waiting", "Answers in the queue.", registry=own)
-        self.running = Gauge("phatgoose_running", "Answers being computed.", registry=own)
-        words = "Prompt tokens not read again, since a prompt before began so; whole thousands."
-        self.reused = Gauge("phatgoose_prefix_tokens_reused", words, registry=own)
-        words = "Bytes of prompts' beginnings that are kept."
-        self.prefixes = Gauge("phatgoose_prefix_bytes", words, registry=own)
-        words = "Answers in a batch when it read prompts or made a step."
-        self.batch = Histogram("phatgoose_batch_rows", words, buckets=SIZES, registry=own)
+        self.seconds = self.histogram("request_seconds", words, SECONDS, "path")
+        self.prompt = self.counter("prompt_tokens", "Tokens of prompts.", "model")
+        self.generated = self.counter("generated_tokens", "Tokens generated.", "model")
+        self.waiting = self.gauge("waiting", "Answers in the queue.")
+        self.running = self.gauge("running", "Answers being computed.")
         words = "Changed pools: reopened, or kept as they were because the new one can't be served."
-        self.reopened = Counter("phatgoose_reopened", words, ["outcome"], registry=own)
+        self.reopened = self.counter("reopened", words, "outcome")
 
+    def counter(self, name: str, words: str, *labels: str) -> Counter:
+        return Counter(f"phatgoose_{name}", words, labels, registry=self.registry)
 
-class GatewayMetrics(Metrics):
-    """The metrics of a gateway, which has no batches."""
+    def gauge(self, name: str, words: str) -> Gauge:
+        return Gauge(f"phatgoose_{name}", words, registry=self.registry)
 
-    def __init__(self) -> None:
-        super().__init__()
-        for unused in (self.batch, self.reused, self.prefixes):
-            self.registry.unregister(unused)
-        own = self.registry
-        words = "Seconds for the choice of experts, waiting included."
-        self.choice = Histogram("phatgoose_choice_seconds", words, buckets=CHOICES, registry=own)
-        self.chosen = Counter(
-            "phatgoose_chosen", "Answers by the expert that counts most.", ["expert"], registry=own
+    def histogram(self, name: str, words: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(
+            f"phatgoose_{name}", words, labels, buckets=buckets, registry=self.registry
         )
-        words = "Requests that the engine didn't answer: away, broken (off), busy or failed."
-        self.failures = Counter("phatgoose_upstream_failures", words, ["how"], registry=own)
 
 
 class MetricsMiddleware:
@@ -128,37 +107,27 @@ class AccessControl:
         """The client, by key or by address. Raises ApiError if the request is not allowed."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
-        self._check_hosts(hosts)
-        if scope["method"] not in SAFE:
-            self._check_origins(headers.getlist("origin"), hosts)
+        for name in map(host_of, hosts):
+            # A page whose name was made to resolve here (DNS rebinding) asks for that name.
+            if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
+                message = (
+                    "This server doesn't answer to the name in the Host header; its operator can "
+                    "add names with --allow-host."
+                )
+                raise ApiError(403, message, code="unknown_host")
+        # A browser names the page that asks; pages of other servers may only read.
+        origins = [each.partition("://")[2].lower() for each in headers.getlist("origin")]
+        if scope["method"] not in SAFE and set(origins) - {host.lower() for host in hosts}:
+            message = "Pages of other servers may not use this one."
+            raise ApiError(403, message, code="foreign_origin")
         if not self._digests or scope["path"] in OPEN:
             return f"address {_network_of(scope.get('client'))}"
         bearer = (value.partition(" ") for value in headers.getlist("authorization"))
         keys = (key.strip() for scheme, _, key in bearer if scheme.lower() == "bearer")
-        return f"key {self._known(next(keys, None))}"
-
-    def _check_hosts(self, hosts: Sequence[str]) -> None:
-        # A page whose name was made to resolve here (DNS rebinding) asks for that name.
-        for name in map(host_of, hosts):
-            if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
-                raise ApiError(
-                    403,
-                    "This server doesn't answer to the name in the Host header; its operator can "
-                    "add names with --allow-host.",
-                    code="unknown_host",
-                )
-
-    def _check_origins(self, origins: Sequence[str], hosts: Sequence[str]) -> None:
-        # A browser names the page that asks; pages of other servers may only read.
-        own = [host.lower() for host in hosts]
-        if any(origin.partition("://")[2].lower() not in own for origin in origins):
-            message = "Pages of other servers may not use this one."
-            raise ApiError(403, message, code="foreign_origin")
-
-    def _known(self, key: str | None) -> str:
         # All keys are compared, by digest and in constant time, so that timing reveals nothing.
-        given = hashlib.sha256((key or "").encode(errors="replace")).digest()
-        same = [hmac.compare_digest(given, digest) for digest in self._digests]
+        key = next(keys, None)
+        digest = hashlib.sha256((key or "").encode(errors="replace")).digest()
+        same = [hmac.compare_digest(digest, each) for each in self._digests]
         if key is None or not sum(same):
             raise ApiError(
                 401,
@@ -166,7 +135,7 @@ class AccessControl:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return given.hex()[:16]
+        return f"key {digest.hex()[:16]}"
 
 
 def host_of(written: str) -> str:
@@ -196,7 +165,9 @@ def _network_of(client: Sequence[Any] | None) -> str:
 
 CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
 REQUEST_BODY = "phatgoose.body"  # and its RequestBody
+MOST_BODY = 1 << 20  # bytes
 AT_ONCE = 64  # bodies of the greatest size that are held together
+PATIENCE = 20.0  # seconds for a body, for headers, and for a client to read on
 
 
 class RequestBody:
@@ -212,21 +183,18 @@ class RequestBody:
         return b"".join(self._pieces)
 
     async def read(self) -> None:
-        more = True
+        guard, more = self._guard, True
         while more:
             message = await self._receive()
             self.is_gone = message["type"] == "http.disconnect"
-            self.add(message.get("body", b""))
-            more = message.get("more_body", False)
-
-    def add(self, piece: bytes) -> None:
-        self._size += len(piece)
-        self._guard.held += len(piece)
-        self._pieces.append(piece)
-        if self._size > self._guard.most:
-            raise self._guard.too_large()
-        if self._guard.held > AT_ONCE * self._guard.most:
-            raise busy("Too many requests are being read; try again in a while.")
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            self._pieces.append(piece)
+            self._size += len(piece)
+            guard.held += len(piece)
+            if self._size > guard.most:
+                raise guard.too_large()
+            if guard.held > AT_ONCE * guard.most:
+                raise busy("Too many requests are being read; try again in a while.")
 
     def release(self) -> None:
         self._guard.held -= self._size
@@ -240,7 +208,13 @@ class RequestGuard:
     and its body.
     """
 
-    def __init__(self, app: ASGIApp, access: AccessControl, most: int, seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: AccessControl,
+        most: int = MOST_BODY,
+        seconds: float = PATIENCE,
+    ) -> None:
         self._app, self._access, self.most, self._seconds = app, access, most, seconds
         self.held = 0  # bytes of all bodies
 
@@ -248,7 +222,7 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_begun = False
+        is_begun, body = False, RequestBody(self, receive)
 
         async def noted(message: Message) -> None:
             nonlocal is_begun
@@ -256,28 +230,19 @@ class RequestGuard:
             await send(message)
 
         try:
-            await self._answer(scope, receive, noted)
-        except asyncio.CancelledError:  # the server stops, and its patience is over
-            if is_begun:
-                return
-            stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
-            await JSONResponse(stopped.body, stopped.status_code)(scope, receive, send)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = RequestBody(self, receive)
-        try:
-            try:
-                scope[CLIENT] = self._access.check(scope)
-                if scope["method"] == "POST":
-                    scope[REQUEST_BODY] = body
-                    await self._read(scope, body)
-            except ApiError as refusal:
-                body.release()
-                answer = JSONResponse(refusal.body, refusal.status_code, refusal.headers)
-                await answer(scope, receive, send)
-                return
+            scope[CLIENT], scope[REQUEST_BODY] = self._access.check(scope), body
+            if scope["method"] == "POST":
+                await self._read(scope, body)
             if not body.is_gone:
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, noted)
+        except ApiError as refusal:
+            body.release()
+            answer = JSONResponse(refusal.body, refusal.status_code, refusal.headers)
+            await answer(scope, receive, send)
+        except asyncio.CancelledError:  # the server stops, and its patience is over
+            if not is_begun:
+                stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
+                await JSONResponse(stopped.body, stopped.status_code)(scope, receive, send)
         finally:
             body.release()
 

@@ -60,6 +60,11 @@ def busy(message: str, seconds: int = 1) -> ApiError:
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
+def client_share(queue: int) -> int:
+    """How many of the answers that may wait may be one client's: half of them."""
+    return (queue + 1) // 2
+
+
 def error_body(
     status: int, message: str, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
@@ -96,6 +101,8 @@ class Deadline:
         message = f"The answer took longer than {self.seconds:g} seconds."
         return ApiError(504, message, code="timeout")
 
+
+ANY_MODEL = "auto"  # the first model of a gateway
 
 # Requests.
 
@@ -490,7 +497,9 @@ class ChatLogprobs(Reply):
 
 
 class AssistantMessage(Reply):
-    """A message of the model."""
+    """A message of the model; an engine behind a gateway may have fields of its own."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -516,7 +525,9 @@ class ChatReply(AnswerReply):
 
 
 class Delta(Reply):
-    """What is new of a message."""
+    """What is new of a message; an engine behind a gateway may have fields of its own."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["assistant"] | None = None
     content: str | None = None

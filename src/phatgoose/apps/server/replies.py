@@ -66,7 +66,7 @@ class Progress:
     @classmethod
     def joined(cls, events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
-        last, more = events[-1], {}
+        last, more = events[-1], dict[str, Any]()
         for each in events:
             more |= each.more
         return cls(
@@ -122,10 +122,8 @@ class Builder:
         self._generated[progress.choice] = progress.generated
         if not self.is_chat:
             return protocol.CompletionReply(**self._identity, choices=[self._completion(progress)])
-        content = {"content": progress.text} if progress.text else {}
-        choice = protocol.ChatChunkChoice(
-            **self._common(progress), delta=protocol.Delta(**content, **progress.more)
-        )
+        delta = protocol.Delta(content=progress.text or None, **progress.more)
+        choice = protocol.ChatChunkChoice(**self._common(progress), delta=delta)
         return protocol.ChatChunk(**self._identity, choices=[choice])
 
     def closing(self) -> AnswerReply:
@@ -207,7 +205,7 @@ class Reply:
 
     def __init__(self, builder: Builder, deadline: Deadline, room: int = 0) -> None:
         self.builder, self._deadline = builder, deadline
-        self.on_close: list[Callable[[], None]] = []
+        self.on_close: list[Callable[[], object]] = []
         self.events: asyncio.Queue[Progress | ApiError] = asyncio.Queue(room)
         self._first: Progress | ApiError | None = None
 

@@ -18,12 +18,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
-from ...sites import Positions
-from ...untrusted_text import MOST_SECONDS, UntrustedText
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
 from ...files import shortened
+from ...sites import Positions
 from ...tasks.task import question_of
+from ...untrusted_text import MOST_SECONDS, UntrustedText
 from .protocol import (
     AnyRequest,
     ApiError,
@@ -101,11 +101,11 @@ def _first_of(error: ValidationError, body: Any) -> ApiError:
 
 def _place_of(path: Sequence[int | str], body: Any, kind: str) -> tuple[int | str, ...]:
     """Where in `body` an error is: its path without the names of the forms of a field."""
-    place, value = [], body
+    place: list[int | str] = []
+    value: Any = body
     for number, part in enumerate(path):
-        if (isinstance(value, dict) and part in value) or (
-            isinstance(value, list) and isinstance(part, int)
-        ):
+        is_key = isinstance(value, dict) and part in value
+        if is_key or (isinstance(value, list) and isinstance(part, int)):
             value = value[part]
         elif kind != "missing" or number < len(path) - 1:
             continue
@@ -259,8 +259,8 @@ class RequestReader:
         (text, tokens), *questions = self._read(texts, "messages", seconds)
         if not questions:
             return RequestPrompt(tuple(tokens), text, tuple(tokens))
-        question = questions[0][1]
-        question = tuple(question) if frame.in_chats else self._plain(question)
+        read = questions[0][1]
+        question = tuple(read) if frame.in_chats else self._plain(read)
         self._check_length(len(question), "tokens", 1, "messages")
         return RequestPrompt(tuple(tokens), text, question)
 

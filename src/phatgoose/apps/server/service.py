@@ -1,4 +1,7 @@
-"""What the routes call: it finds the model and its routing, has the request read, and starts it."""
+"""What the routes call: it finds the model and its routing, has the request read, and starts it.
+
+A `Backend` computes the answers: models here (`local`), or an engine behind a gateway (`upstream`).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import anyio
 from fastapi import Request
@@ -21,19 +24,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
-from ...analysis.routing_distribution import layers_and_kinds, site_label
-from ...untrusted_text import UntrustedText
 from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
 from ...routing.routers.registry import WEIGHTS
+from ...routing.routers.router import check_served, router_of
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol
 from .guards import CLIENT, REQUEST_BODY, Metrics
-from .local.engine import GenerationEngine
-from .local.runner import LoadedModel, ModelRunner
 from .protocol import (
     AnyRequest,
     ApiError,
@@ -43,255 +43,348 @@ from .protocol import (
     busy,
     for_clients,
 )
-from .replies import EventStream, PendingReply, builder_of
-from .requests import PreparedRequest, RequestPreparer, parsed
+from .replies import EventStream, Reply, unless_gone
+from .requests import Asked, Frame, RequestReader, parsed
 from .settings import ServedModel
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
-READERS = 2  # requests for which experts are looked up at once
 STUCK = 30.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
+LOOKING = 1.0  # seconds between two looks at whether a pool has changed
 
 log = logging.getLogger(__name__)
 
-Wanted = TypeVar("Wanted", protocol.CompletionRequest, protocol.ChatRequest)
-Found = TypeVar("Found")
+Kind = TypeVar("Kind", protocol.CompletionRequest, protocol.ChatRequest)
+Result = TypeVar("Result")
 
 
-class RequestParser:
-    """Parses bodies: small ones at once, large ones in a thread, a few at a time."""
+class Runner(Protocol):
+    """What a routing is composed to: a model, or what chooses experts for an engine."""
 
-    def __init__(self) -> None:
-        self._limiter = anyio.CapacityLimiter(PARSERS)
+    @property
+    def frame(self) -> Frame: ...
 
-    async def read(self, wanted: type[Wanted], http: Request) -> Wanted:
-        body = http.scope[REQUEST_BODY]
-        content = body.content
-        if len(content) > SMALL:
-            request = await anyio.to_thread.run_sync(parsed, wanted, content, limiter=self._limiter)
-        else:
-            request = parsed(wanted, content)
-        body.release()
-        return request
+
+class Served(Protocol):
+    """A served model whose routing a request can change."""
+
+    settings: ServedModel
+    routing: Routing
+    runner: Any
+
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # that stand before an expert's, as in MODEL:EXPERT
+
+    def card(self) -> dict[str, Any]: ...
+
+    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]: ...
+
+    def composed(self, pool: Pool, routing: Routing, others: Sequence[Any]) -> Runner: ...
+
+
+class Backend(Protocol):
+    """Who computes the answers of `models`. Methods are called in the event loop."""
+
+    models: dict[str, Any]
+    upstream: bool  # another program computes
+
+    def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    @property
+    def is_well(self) -> bool: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def readers(self) -> list[Readers]: ...
+
+    def limits_of(self, limits: Serving) -> Serving: ...
+
+    def check(self, request: AnyRequest, model: Any) -> None:
+        """Raise ApiError for what can't be answered."""
+
+    def prepare(self, request: AnyRequest, runner: Any) -> Any:
+        """What takes as long as reading a prompt; done in its thread, and handed to `begin`."""
+        ...
+
+    async def begin(self, asked: Asked, runner: Any, prepared: Any) -> tuple[Reply, dict[str, str]]:
+        """The answers, begun, and headers for their client. Raises ApiError."""
+        ...
+
+    async def reopened(self, name: str) -> Any:
+        """The model of that name as its place has it now."""
+
+
+class Target(NamedTuple):
+    """What a request's `model` means: a model, or `fixed` experts of it."""
+
+    model: Any
+    fixed: Mapping[str, float] | None = None
 
 
 class Service:
-    def __init__(self, models: dict[str, LoadedModel], limits: Serving) -> None:
-        self.models, self.limits = models, limits
-        self.metrics = Metrics()
-        self.engine = engine = GenerationEngine(limits, self.metrics.batch.observe)
-        self.metrics.waiting.set_function(lambda: engine.waiting)
-        self.metrics.running.set_function(lambda: engine.running)
-        # Rounded: the exact number would tell how much of a prompt was known.
-        self.metrics.reused.set_function(lambda: engine.prefixes.tokens_reused // 1000 * 1000)
-        self.metrics.prefixes.set_function(lambda: engine.prefixes.bytes)
+    def __init__(self, backend: Backend, limits: Serving, metrics: Metrics) -> None:
+        self.backend, self.limits, self.metrics = backend, limits, metrics
+        metrics.waiting.set_function(lambda: backend.waiting)
+        metrics.running.set_function(lambda: backend.running)
         self.begun = int(time.time())
-        self.routings: RoutingCache[ModelRunner] = RoutingCache(models, limits.max_routings)
-        self._parser = RequestParser()
-        self._lookups = Readers(READERS)
-        tokenizers = [loaded.runner.tokenizer for loaded in models.values()]
+        self.routings = RoutingCache(backend.models)
+        self._parsing = anyio.CapacityLimiter(PARSERS)
         # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts = {id(each): texts_of(each) for each in tokenizers}
+        self._texts: dict[int, Texts] = {}
+        for model in self.models.values():
+            self._texts_of(model.runner.frame.tokenizer)
+
+    @property
+    def models(self) -> dict[str, Any]:
+        return self.backend.models
 
     def start(self) -> None:
-        self.engine.start()
+        self.backend.start()
         for each in self._texts.values():
             each.process.start()
 
     async def close(self) -> None:
-        self.stop()
-
-    def stop(self) -> None:
         for each in self._texts.values():
             each.process.close()
-        self.engine.stop()
+        await self.backend.close()
         self.routings.stop(self.limits.shutdown_timeout)
 
     def health(self) -> protocol.Health:
-        readers = [self._lookups, *(each.readers for each in self._texts.values())]
+        readers = [*self.backend.readers, *(each.readers for each in self._texts.values())]
         running = [seconds for each in readers for seconds in each.running()]
-        stuck = sum(seconds > STUCK for seconds in running)
+        stuck, is_well = sum(seconds > STUCK for seconds in running), self.backend.is_well
         return protocol.Health(
-            status="ok" if self.engine.is_alive and not stuck else "failing",
-            waiting=self.engine.waiting,
-            running=self.engine.running,
+            status="ok" if is_well and not stuck else "failing",
+            waiting=self.backend.waiting,
+            running=self.backend.running,
             reading=len(running) + sum(each.waiting for each in readers),
             longest_reading=round(max(running, default=0.0), 1),
             readers_stuck=stuck,
             readers_ended=sum(each.process.ended for each in self._texts.values()),
+            upstream=("ok" if is_well else "away") if self.backend.upstream else None,
         )
-
-    def reopened(self, name: str) -> LoadedModel:
-        """The model of that name as its place has it now."""
-        opened = self.models[name].reopened()
-        opened.find_experts(self.models.values())
-        return opened
-
-    def swap(self, name: str, opened: LoadedModel) -> None:
-        """Serve `opened` by that name; requests that run finish on the one before."""
-        self._texts.setdefault(id(opened.runner.tokenizer), texts_of(opened.runner.tokenizer))
-        self.models[name] = opened
-        self.routings.forget(name)
 
     def cards(self) -> list[protocol.ModelCard]:
-        return [self.card(loaded) for loaded in self.models.values()]
+        return [self.card(name) for name in self._all_names()]
 
-    def card(self, loaded: LoadedModel) -> protocol.ModelCard:
-        parts, runner = loaded.parts, loaded.runner
-        return protocol.ModelCard(
-            id=loaded.settings.name,
-            created=self.begun,
-            base=protocol.without_paths(loaded.base.id),
-            router=parts.router.recorded.router if parts else None,
-            k=(parts.router.k or None) if parts else None,
-            experts=list(parts.experts) if parts else [],
-            sites=_sites_of(loaded),
-            context=runner.context,
-            chat=bool(runner.tokenizer.chat_template),
-        )
+    def card(self, name: str) -> protocol.ModelCard:
+        """What is told of a model, or of one expert. Raises ApiError."""
+        target = self.find(name)
+        told: dict[str, Any] = target.model.card()
+        if target.fixed is not None:
+            told |= {"router": None, "k": None, "experts": list(target.fixed), "sites": None}
+        chats = bool(target.model.runner.frame.tokenizer.chat_template)
+        return protocol.ModelCard(id=name, created=self.begun, chat=chats, **told)
 
-    def find(self, name: str) -> LoadedModel:
-        loaded = self.models.get(name)
-        if loaded is None:
-            raise no_such_model(name, list(self.models))
-        return loaded
+    def _all_names(self) -> list[str]:
+        if not self.backend.upstream:
+            return list(self.models)
+        experts = dict.fromkeys(name for each in self.models.values() for name in each.experts)
+        return [protocol.ANY_MODEL, *self.models, *experts]
 
-    def _named(self, request: AnyRequest) -> tuple[LoadedModel, Mapping[str, float] | None]:
-        """The model that a request names, and the mixture where it names one of its experts.
+    def find(self, name: str) -> Target:
+        """The model that a request names, or some of its experts. Raises ApiError.
 
-        As SGLang has it: MODEL:EXPERT, with the name of a model here or of its base.
+        An expert is EXPERT or, as SGLang has it, MODEL:EXPERT, with the name of a model or its
+        base. In front of an engine there are also its base alone, and "auto", the first model.
         """
-        before, sign, expert = request.model.rpartition(":")
-        if request.model not in self.models and sign:
-            for name, loaded in self.models.items():
-                if before in (name, loaded.base.id) and expert in loaded.experts:
-                    if request.override != RoutingOverride():
-                        message = f"{shortened(request.model, SHOWN)} is one expert; ask for {name}"
-                        raise bad_request(f"{message} to have others chosen.", "model")
-                    return loaded, {expert: 1.0}
-        return self.find(request.model), request.mixture
+        if name in self.models:
+            return Target(self.models[name])
+        if self.backend.upstream and name == protocol.ANY_MODEL:
+            return Target(next(iter(self.models.values())))
+        for model in self.models.values():
+            names = {name, *(name.removeprefix(f"{each}:") for each in model.names)}
+            for expert in names & {*model.experts}:
+                return Target(model, {expert: 1.0})
+            if self.backend.upstream and name in model.names[1:]:
+                return Target(model, {})
+        names_here = self._all_names()
+        listed = shortened(", ".join(names_here), 300)[1:-1]
+        message = f"There is no model {shortened(name, SHOWN)}; there are {listed}."
+        hint = closest(name[:SHOWN], names_here)  # bounded: it compares the name with each
+        raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
-    async def answer(self, wanted: type[Wanted], http: Request) -> Response:
+    async def answer(self, kind: type[Kind], http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline.after(self.limits.timeout), http.scope[CLIENT]
-        request = await self._parser.read(wanted, http)
-        loaded, mixture = self._named(request)
-        _check_routing(request, loaded)
-        override = request.override if mixture is None else RoutingOverride(WEIGHTS)
+        request = await self._parsed(kind, http)
+        model, fixed = self.find(request.model)
+        override = request.override
+        if fixed is not None and override != RoutingOverride():
+            message = f"{shortened(request.model, SHOWN)} is one expert; ask for its model to have"
+            raise bad_request(f"{message} others chosen.", only_override(request))
+        self.backend.check(request, model)
+        mixture = request.mixture if fixed is None else fixed
+        if mixture is not None:  # which an engine is sent as it is
+            override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
         try:
-            found = await self.routings.acquire(loaded, override, client, deadline)
+            acquired = await self.routings.acquire(model, override, client, deadline)
         except PhatgooseError as error:
             raise bad_request(for_clients(error), only_override(request)) from error
         try:
-            prepared = await self._prepared(request, found.runner, mixture, client, deadline)
-            builder = builder_of(prepared)
+            runner, texts = acquired.runner, self._texts_of(acquired.runner.frame.tokenizer)
+            limits = self.backend.limits_of(self.limits)
+            reader = RequestReader(runner.frame, limits, texts.process)
 
-            def done() -> None:
-                found.release()
-                usage = builder.usage
-                self.metrics.prompt.labels(request.model).inc(usage.prompt_tokens)
-                self.metrics.generated.labels(request.model).inc(usage.completion_tokens)
+            def read(seconds: float) -> tuple[Any, Any]:
+                return self.backend.prepare(request, runner), reader.prompts(request, seconds)
 
-            reply = PendingReply(self.engine, builder, client, deadline, done)
+            prepared, prompts = await texts.readers.run(client, deadline, read)
+            owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
+            decodings = [reader.decoding(request, *pair) for pair in enumerate(owners)]
+            asked = Asked(request, model, mixture, prompts, decodings, client, deadline)
+            reply, headers = await self.backend.begin(asked, runner, prepared)
         except BaseException:
-            found.release()
+            acquired.release()
             raise
-        if request.stream:
-            return EventStream(reply)
-        return Response(await reply.whole(http), media_type="application/json")
+        reply.on_close += [acquired.release, lambda: self._count(reply)]
+        try:
+            if request.stream:
+                await reply.begun(http)
+                return EventStream(reply, headers)
+            content = await unless_gone(http, reply.whole())
+        except BaseException:
+            reply.close()
+            raise
+        reply.close()
+        return Response(content, media_type="application/json", headers=headers)
 
-    async def _prepared(
-        self,
-        request: AnyRequest,
-        runner: ModelRunner,
-        mixture: Mapping[str, float] | None,
-        client: str,
-        deadline: Deadline,
-    ) -> PreparedRequest:
-        texts = self._texts[id(runner.tokenizer)]
-        kept = self.engine.prefixes
-        preparer = RequestPreparer(runner, self.limits, texts.process, kept, client)
-        prompts = await texts.readers.run(
-            client, deadline, lambda seconds: preparer.prompts(request, seconds)
-        )
-        if mixture is not None or not runner.looks_prompts_up:
-            return preparer.prepare(request, prompts, mixture)
-        return await self._lookups.run(
-            client, deadline, lambda _: preparer.prepare(request, prompts)
-        )
+    async def _parsed(self, kind: type[Kind], http: Request) -> Kind:
+        """The request in a body: small ones at once, large ones in a thread, a few at a time."""
+        body = http.scope[REQUEST_BODY]
+        content = body.content
+        if len(content) > SMALL:
+            request = await anyio.to_thread.run_sync(parsed, kind, content, limiter=self._parsing)
+        else:
+            request = parsed(kind, content)
+        body.release()
+        return request
+
+    def _count(self, reply: Reply) -> None:
+        usage, name = reply.builder.usage, reply.builder.request.model
+        self.metrics.prompt.labels(name).inc(usage.prompt_tokens)
+        self.metrics.generated.labels(name).inc(usage.completion_tokens)
+
+    def _texts_of(self, tokenizer: PreTrainedTokenizerBase) -> Texts:
+        if id(tokenizer) not in self._texts:
+            self._texts[id(tokenizer)] = Texts(UntrustedText(tokenizer), Readers(1))
+        return self._texts[id(tokenizer)]
+
+    async def follow(self) -> None:
+        """Open each model again when the files at its place have changed, and have stopped to.
+
+        The new one takes the old one's place when it is complete: requests that run finish on the
+        old one, and a pool that can't be opened leaves it where it is.
+        """
+        places = {name: model.settings.place for name, model in self.models.items()}
+        opened = {name: seen_at(place) for name, place in places.items()}
+        last = dict(opened)
+        while True:
+            await asyncio.sleep(LOOKING)
+            for name, place in places.items():
+                try:
+                    before, last[name] = last[name], await asyncio.to_thread(seen_at, place)
+                    if before == last[name] != opened[name]:
+                        opened[name] = before  # also where it fails: another change is awaited
+                        await self._reopen(name)
+                except Exception as error:  # such as too many threads: it is looked at again
+                    log.warning("%s can't be watched now: %s", name, one_line(error))
+
+    async def _reopen(self, name: str) -> None:
+        try:
+            opened = await self.backend.reopened(name)
+            self._texts_of(opened.runner.frame.tokenizer)
+        except Exception as error:
+            is_ours = isinstance(error, (PhatgooseError, OSError))
+            words = "%s has changed, and is served as it was: %s"
+            log.warning(words, name, one_line(error), exc_info=not is_ours)
+            self.metrics.reopened.labels("kept").inc()
+        else:
+            self.models[name] = opened
+            self.routings.forget(name)
+            log.warning("%s has changed, and is served as it is now", name)
+            self.metrics.reopened.labels("reopened").inc()
 
 
-def no_such_model(name: str, known: Sequence[str]) -> ApiError:
-    """The error 404, with the names that are there and the closest of them."""
-    there = shortened(", ".join(known), 300)[1:-1]
-    message = f"There is no model {shortened(name, SHOWN)}; there are {there}."
-    hint = closest(name[:SHOWN], known)  # bounded: it compares the name with each
-    return ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
+Seen = tuple[tuple[str, int, int], ...]  # files, their sizes and times
+
+
+def seen_at(place: str) -> Seen:
+    """The files of a pool or a model, by which a change is noticed; nothing for one on the Hub."""
+    inside, files = glob.escape(place), []
+    for path in sorted([place, *glob.glob(f"{inside}/*"), *glob.glob(f"{inside}/*/*")]):
+        with suppress(OSError):  # it went away since it was listed
+            if os.path.isfile(path):
+                stat = os.stat(path)
+                files.append((path, stat.st_size, stat.st_mtime_ns))
+    return tuple(files)
 
 
 class Texts(NamedTuple):
-    """A base's chat template and tokenizer, and the thread that waits for them."""
+    """A base's chat template and tokenizer, in a process with limits, and who waits for them."""
 
     process: UntrustedText
     readers: Readers
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """A service's only reader of clients' texts: a process with limits."""
-    return Texts(UntrustedText(tokenizer), Readers(1))
-
-
-def _sites_of(loaded: LoadedModel) -> protocol.Sites | None:
-    if loaded.parts is None:
-        return None
-    layers, kinds = layers_and_kinds(map(site_label, loaded.parts.layers))
-    return protocol.Sites(layers=layers, kinds=kinds)
-
-
 def only_override(request: AnyRequest) -> str | None:
     """The one field with which a request changes the routing, None where there are several."""
-    changes = [field.name for field in fields(RoutingOverride)]
-    given = [name for name in changes if getattr(request, name) is not None]
-    return given[0] if len(given) == 1 else None
+    names = [field.name for field in fields(RoutingOverride)]
+    changed = [name for name in [*names, "weights"] if getattr(request, name) is not None]
+    return changed[0] if len(changed) == 1 else None
 
 
-def _check_routing(request: AnyRequest, loaded: LoadedModel) -> None:
-    if not request.routing:
-        return
-    sites, detail = _sites_of(loaded), request.routing_detail
-    if sites is None:
-        raise bad_request(f"{request.model!r} is a base model alone; it has no routing.", "routing")
-    if detail.layer is not None and detail.layer not in sites.layers:
-        layer, layers = shortened(detail.layer, SHOWN), ", ".join(sites.layers)
-        raise bad_request(f"There is no layer {layer}; layers are {layers}.", "routing")
-    if detail.kind is not None and not any(
-        f".{kind}".endswith(f".{detail.kind}") for kind in sites.kinds
-    ):
-        kind, kinds = shortened(detail.kind, SHOWN), ", ".join(sites.kinds)
-        raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")
+def overridden(
+    routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
+) -> Routing:
+    """`routing` with `override` applied, for this many experts. Raises ConfigError."""
+    if override.router not in (None, routing.router):  # whose k needn't suit another router
+        asked = settings.routing.k if settings.routing else None
+        routing = replace(routing, router=override.router, k=asked)
+    if override.k is not None:
+        routing = replace(routing, k=override.k)
+    check_served(router_of(routing))
+    return numbered(routing, experts)
 
 
+def numbered(routing: Routing, experts: int) -> Routing:
+    """`routing` with the k that results among this many experts; equal ones compare equal."""
+    router = router_of(routing)
+    return replace(router.routing, k=min(router.k, experts) or None)
+
+
+MOST_ROUTINGS = 8  # that requests asked for are kept
 FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
 
 Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
 
 
 @dataclass(frozen=True)
-class Acquired(Generic[Found]):
-    """A model for one request, which calls `release` when it is done."""
+class Acquired:
+    """A model by its routing for one request, which calls `release` when it is done."""
 
-    runner: Found
+    runner: Any
     release: Callable[[], None] = lambda: None
 
 
 @dataclass(eq=False)
-class CachedRouting(Generic[Found]):
+class CachedRouting:
     """A routing, composed or being composed for `client`, and how many `requests` need it."""
 
     client: str
-    runner: asyncio.Future[Found]
+    runner: asyncio.Future[Any]
     requests: int = 0
 
     @property
@@ -302,39 +395,21 @@ class CachedRouting(Generic[Found]):
         self.requests -= 1
 
 
-Runner = TypeVar("Runner")
-
-
-class Composable(Protocol[Runner]):
-    """A served model whose routing a request can change."""
-
-    settings: ServedModel
-    routing: Routing
-    runner: Runner
-
-    @property
-    def experts(self) -> tuple[str, ...]: ...
-
-    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]: ...
-
-    def composed(self, pool: Pool, routing: Routing, others: Sequence[Runner]) -> Runner: ...
-
-
-class RoutingCache(Generic[Runner]):
+class RoutingCache:
     """At most `most` routings of `models`, composed off the engine's thread.
 
     A request waits for its own routing while others are served. The least recently used one that no
     request needs makes room. Methods but `_compose` run in the event loop's thread.
     """
 
-    def __init__(self, models: Mapping[str, Composable[Runner]], most: int) -> None:
-        self._models, self._most = models, most
-        self._cached: dict[Key, CachedRouting[Runner]] = {}
+    def __init__(self, models: Mapping[str, Served], most: int = MOST_ROUTINGS) -> None:
+        self._models, self.most = models, most
+        self._cached: dict[Key, CachedRouting] = {}
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
         self._threads: list[threading.Thread] = []
 
     @property
-    def composed(self) -> list[Runner]:
+    def composed(self) -> list[Any]:
         return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
 
     @property
@@ -346,21 +421,21 @@ class RoutingCache(Generic[Runner]):
         return sum(each.requests for each in self._cached.values())
 
     async def acquire(
-        self, loaded: Composable[Runner], override: RoutingOverride, client: str, deadline: Deadline
-    ) -> Acquired[Runner]:
-        """`loaded` with `override` applied, composed if it isn't cached.
+        self, model: Served, override: RoutingOverride, client: str, deadline: Deadline
+    ) -> Acquired:
+        """`model` with `override` applied, composed if it isn't cached.
 
         Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
         once or it isn't there by the `deadline`.
         """
         if override == RoutingOverride():
-            return Acquired(loaded.runner)
-        routing, pool = await run_in_threadpool(loaded.overridden, override)
-        if (routing, pool.names) == (loaded.routing, loaded.experts):
-            return Acquired(loaded.runner)
-        key = (loaded.settings.name, routing, pool.names, id(loaded))
+            return Acquired(model.runner)
+        routing, pool = await run_in_threadpool(model.overridden, override)
+        if (routing, pool.names) == (model.routing, model.experts):
+            return Acquired(model.runner)
+        key = (model.settings.name, routing, pool.names, id(model))
         if key not in self._cached:
-            self._begin(key, loaded, pool, client)
+            self._begin(key, model, pool, client)
         cached = self._cached[key] = self._cached.pop(key)  # now the last
         cached.requests += 1
         try:
@@ -386,32 +461,32 @@ class RoutingCache(Generic[Runner]):
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
-    def _begin(self, key: Key, loaded: Composable[Runner], pool: Pool, client: str) -> None:
+    def _begin(self, key: Key, model: Served, pool: Pool, client: str) -> None:
         clients = [each.client for each in self._cached.values() if not each.is_ready]
-        if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
+        if len(clients) >= self.most or clients.count(client) >= FOR_EACH:
             raise busy("Too many routings are being composed; try again in a while.", 5)
-        if len(self._cached) >= self._most:
+        if len(self._cached) >= self.most:
             unused = (k for k, each in self._cached.items() if each.is_ready and not each.requests)
             if (oldest := next(unused, None)) is None:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
             del self._cached[oldest]
-        thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
+        thread, runner = in_thread(lambda: self._compose(model, pool, key[1]))
         self._threads = [each for each in self._threads if each.is_alive()] + [thread]
         # One that failed may be tried again.
         runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key, None))
         self._cached[key] = CachedRouting(client, runner)
 
-    def _compose(self, loaded: Composable[Runner], pool: Pool, routing: Routing) -> Runner:
+    def _compose(self, model: Served, pool: Pool, routing: Routing) -> Any:
         with self._composing, without_downloads():  # a client must not start downloads
             runners = [*(each.runner for each in self._models.values()), *self.composed]
-            return loaded.composed(pool, routing, runners)
+            return model.composed(pool, routing, runners)
 
 
 class Turns:
     """Up to `most` works at once; the client served longest ago is next."""
 
     def __init__(self, most: int) -> None:
-        self.free = most
+        self.most = self.free = most
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of turns
 
     @property
@@ -464,7 +539,7 @@ class Readers(Turns):
         now = asyncio.get_running_loop().time()
         return [now - begun for begun in self._begun.values()]
 
-    async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
+    async def run(self, client: str, deadline: Deadline, work: Callable[[float], Result]) -> Result:
         """What `work(seconds left)` returns; ApiError at the deadline, while the work keeps its
         place.
         """
@@ -489,7 +564,7 @@ class Readers(Turns):
         self.pass_on()
 
 
-def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Future[Found]]:
+def in_thread(work: Callable[[], Result]) -> tuple[threading.Thread, asyncio.Future[Result]]:
     """A daemon thread that does `work`, and what comes of it. For the event loop's thread."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
@@ -509,54 +584,3 @@ def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Futu
     thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
     thread.start()
     return thread, result
-
-
-# Following pools: what has changed on the disk is opened beside what is served, and takes its place
-# when it is complete. A pool that can't be opened leaves the old one where it is.
-
-LOOKING = 1.0  # seconds between two looks at whether something changed
-
-Seen = tuple[tuple[str, int, int], ...]  # files, their sizes and times
-
-
-async def follow(service: Any) -> None:
-    """Open each model again when the files at its place have changed, and have stopped to."""
-    places = {name: model.settings.place for name, model in service.models.items()}
-    opened = {name: seen_at(place) for name, place in places.items()}
-    last = dict(opened)
-    while True:
-        await asyncio.sleep(LOOKING)
-        for name, place in places.items():
-            try:
-                before, last[name] = last[name], await asyncio.to_thread(seen_at, place)
-                if before == last[name] != opened[name]:
-                    opened[name] = before  # also where it fails: another change is awaited
-                    await _reopen(service, name)
-            except Exception as error:  # such as too many threads: it is looked at again
-                log.warning("%s can't be watched now: %s", name, one_line(error))
-
-
-async def _reopen(service: Any, name: str) -> None:
-    try:
-        _, opening = in_thread(lambda: service.reopened(name))
-        opened: Any = await opening
-        service.swap(name, opened)
-    except Exception as error:
-        known = isinstance(error, (PhatgooseError, OSError))
-        words = "%s has changed, and is served as it was: %s"
-        log.warning(words, name, one_line(error), exc_info=not known)
-        service.metrics.reopened.labels("kept").inc()
-    else:
-        log.warning("%s has changed, and is served as it is now", name)
-        service.metrics.reopened.labels("reopened").inc()
-
-
-def seen_at(place: str) -> Seen:
-    """The files of a pool or a model, by which a change is noticed; nothing for one on the Hub."""
-    inside, found = glob.escape(place), []
-    for path in sorted([place, *glob.glob(f"{inside}/*"), *glob.glob(f"{inside}/*/*")]):
-        with suppress(OSError):  # it went away since it was listed
-            if os.path.isfile(path):
-                stat = os.stat(path)
-                found.append((path, stat.st_size, stat.st_mtime_ns))
-    return tuple(found)

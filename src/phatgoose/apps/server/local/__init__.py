@@ -1,1 +1,228 @@
-"""A served model computed here: the engine, its batches, and what they keep."""
+"""The backend that computes answers here: the engine, its batches, and what they keep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+from ....analysis.measures import heaviest
+from ....analysis.routing_distribution import PARTS
+from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
+from ....config import Serving
+from ....errors import PhatgooseError, PoolError
+from ....files import shortened
+from ....routing.choices import PromptRouting
+from ....routing.composition import composition_of
+from ..guards import Metrics
+from ..protocol import (
+    AnyRequest,
+    ApiError,
+    RoutingDetail,
+    RoutingReport,
+    TokenRouting,
+    bad_request,
+    for_clients,
+)
+from ..replies import Builder, Progress, Reply
+from ..requests import Asked
+from ..service import SHOWN, Readers, in_thread
+from .engine import GenerationEngine
+from .json_form import JsonForm, form_of
+from .runner import LoadedModel, ModelRunner
+from .sequences import ActiveSequence
+
+LOOKUPS = 2  # requests for which experts are looked up at once
+
+
+class LocalBackend:
+    """The engine, which answers with `models`."""
+
+    upstream = False
+
+    def __init__(self, models: dict[str, LoadedModel], limits: Serving, metrics: Metrics) -> None:
+        self.models = models
+        words = "Answers in a batch when it read prompts or made a step."
+        batch = metrics.histogram("batch_rows", words, (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        self.engine = engine = GenerationEngine(limits, batch.observe)
+        # Rounded: the exact number would tell how much of a prompt was known.
+        words = "Prompt tokens not read again, since a prompt before began so; whole thousands."
+        reused = metrics.gauge("prefix_tokens_reused", words)
+        reused.set_function(lambda: engine.prefixes.tokens_reused // 1000 * 1000)
+        kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
+        kept.set_function(lambda: engine.prefixes.bytes)
+        self._lookups = Readers(LOOKUPS)
+
+    def start(self) -> None:
+        self.engine.start()
+
+    async def close(self) -> None:
+        self.engine.stop()
+
+    @property
+    def is_well(self) -> bool:
+        return self.engine.is_alive
+
+    @property
+    def waiting(self) -> int:
+        return self.engine.waiting
+
+    @property
+    def running(self) -> int:
+        return self.engine.running
+
+    @property
+    def readers(self) -> list[Readers]:
+        return [self._lookups]
+
+    def limits_of(self, limits: Serving) -> Serving:
+        return limits
+
+    async def reopened(self, name: str) -> LoadedModel:
+        return await in_thread(self.models[name].reopened)[1]
+
+    def check(self, request: AnyRequest, model: LoadedModel) -> None:
+        """Raise ApiError where the request wants to know the routing of what isn't there."""
+        if not request.routing:
+            return
+        sites, detail = model.card()["sites"], request.routing_detail
+        if sites is None:
+            message = f"{request.model!r} is a base model alone; it has no routing."
+            raise bad_request(message, "routing")
+        if detail.layer is not None and detail.layer not in sites.layers:
+            layer, layers = shortened(detail.layer, SHOWN), ", ".join(sites.layers)
+            raise bad_request(f"There is no layer {layer}; layers are {layers}.", "routing")
+        if detail.kind is not None and not any(
+            f".{kind}".endswith(f".{detail.kind}") for kind in sites.kinds
+        ):
+            kind, kinds = shortened(detail.kind, SHOWN), ", ".join(sites.kinds)
+            raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")
+
+    def prepare(self, request: AnyRequest, runner: ModelRunner) -> JsonForm | None:
+        schema = request.response_format and request.response_format.schema_asked
+        if schema is None:
+            return None
+        return form_of(schema, runner.tokenizer, runner.vocabulary, runner.ends)
+
+    async def begin(
+        self, asked: Asked, runner: ModelRunner, form: JsonForm | None
+    ) -> tuple[Reply, dict[str, str]]:
+        if asked.mixture is None and runner.frame.looks_prompts_up:
+            routed = await self._lookups.run(
+                asked.client, asked.deadline, lambda _: self._routed(asked, runner)
+            )
+        else:
+            routed = self._routed(asked, runner)
+        prompts = asked.for_each_answer(asked.prompts)
+        echoes = [
+            prompt.text if decoding.echo else ""
+            for prompt, decoding in zip(prompts, asked.decodings, strict=True)
+        ]
+        count = sum(len(prompt.tokens) for prompt in asked.prompts)
+        report = Reporter(runner, asked.request.routing_detail, routed)
+        reply = Reply(Builder(asked.request, count, echoes, report), asked.deadline)
+        loop, events = asyncio.get_running_loop(), reply.events
+
+        def deliver(event: Progress | ApiError) -> None:
+            # Called in the engine's thread.
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        sequences = [
+            ActiveSequence(
+                runner,
+                prompt.tokens,
+                asked.decodings[choice],
+                deliver,
+                choice,
+                asked.client,
+                routed[choice],
+                echoed=echoes[choice],
+                form=form and form.copy(),
+            )
+            for choice, prompt in enumerate(prompts)
+        ]
+        self.engine.submit(sequences)
+        reply.on_close.append(
+            lambda: self.engine.cancel([each for each in sequences if each.finish is None])
+        )
+        return reply, {}
+
+    def _routed(self, asked: Asked, runner: ModelRunner) -> list[PromptRouting | None]:
+        """What each answer's model knows of its prompt."""
+        try:
+            rows = runner.routings_of(
+                [prompt.tokens for prompt in asked.prompts],
+                self.engine.prefixes,
+                [prompt.asked for prompt in asked.prompts],
+                asked.client,
+                asked.mixture,
+            )
+        except PoolError as error:
+            raise bad_request(for_clients(error), "weights") from error
+        except PhatgooseError as error:
+            raise ApiError(500, for_clients(error)) from error
+        return asked.for_each_answer(rows)
+
+
+class Reporter:
+    """Reports the routing of the tokens that answers come to, as a request wants it."""
+
+    def __init__(
+        self, runner: ModelRunner, detail: RoutingDetail, routed: Sequence[PromptRouting | None]
+    ) -> None:
+        self._runner, self._detail, self._routed = runner, detail, routed
+        self._streams: dict[int, tuple[str, ...]] = {}  # of each answer's trace, once it was sent
+        self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
+        self._tokens: Counter[int] = Counter()
+
+    def __call__(self, progress: Progress) -> RoutingReport | None:
+        if not progress.routing:
+            return None
+        choice, detail = progress.choice, self._detail
+        parts = composition_of(self._runner.model)
+        streams = join_streams(progress.routing)
+        tokens = [
+            token
+            for stream in streams
+            if stream.has(detail.layer, detail.kind)
+            for token in _token_routings(stream, parts.experts, detail)
+        ]
+        sums = self._sums.setdefault(choice, Counter())
+        for token in tokens:
+            sums.update(token.experts)
+            self._tokens[choice] += bool(token.experts)
+        count = self._tokens[choice]
+        report = RoutingReport(
+            router=parts.router.recorded.router,
+            k=parts.router.k or None,
+            experts=list(parts.experts),
+            tokens=tokens,
+            summary={name: round(total / count, 4) for name, total in sums.most_common()},
+        )
+        if detail.trace and choice in self._streams:
+            sent = self._streams[choice]
+            report.more = [
+                {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
+            ]
+        elif detail.trace:
+            self._streams[choice] = tuple(stream.name for stream in streams)
+            routed = self._routed[choice]
+            whole = chosen_for_whole(parts, routed.choice if routed else None)
+            trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
+            report.trace = trace.to_dict()
+        return report
+
+
+def _token_routings(
+    stream: TraceStream, experts: Sequence[str], detail: RoutingDetail
+) -> list[TokenRouting]:
+    shares = stream.shares(len(experts), detail.layer, detail.kind)
+    return [
+        TokenRouting(
+            token=token,
+            part=PARTS[part],
+            stream=stream.name,
+            experts={experts[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))},
+        )
+        for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True)
+    ]

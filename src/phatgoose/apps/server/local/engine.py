@@ -18,10 +18,10 @@ from ....base import texts_of
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....tasks.batching import decoder_start, pad_left
-from ..protocol import bad_request, busy, for_clients
+from ..protocol import ApiError, bad_request, busy, client_share, for_clients
 from .prefixes import MIB, Prefix, PrefixStore, Reader, begin_with
 from .runner import Cache, ModelRunner
-from .sequences import ANSWER, PROMPT, ActiveSequence, Failure, TokenScores, token_scores
+from .sequences import ANSWER, PROMPT, ActiveSequence, TokenScores, token_scores
 
 
 class FairQueue:
@@ -384,7 +384,7 @@ class GenerationEngine:
                 "max_tokens",
                 "context_length_exceeded",
             )
-        most = min(limits.max_queue, limits.max_client_queue)
+        most = client_share(limits.max_queue)
         if new > most:
             raise bad_request(f"{new} answers were asked for at once; at most {most} can wait.")
         with self._changed:
@@ -393,7 +393,7 @@ class GenerationEngine:
             if len(self._queue) + new > limits.max_queue:
                 raise busy(f"{len(self._queue)} answers are waiting already; try again in a while.")
             own = self._queue.count(sequences[0].client)
-            if own + new > limits.max_client_queue:
+            if own + new > most:
                 raise busy(f"{own} answers of yours are waiting already; try again in a while.")
             self._queue.add(sequences)
             self._changed.notify()
@@ -519,4 +519,4 @@ def _fail(sequences: Iterable[ActiveSequence], message: str) -> None:
     for each in sequences:
         if not each.is_over:
             each.is_cancelled = True
-            each.deliver(Failure(message))
+            each.deliver(ApiError(500, message))

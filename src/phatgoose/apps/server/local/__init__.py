@@ -99,8 +99,8 @@ class LocalBackend:
             raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")
 
     def prepare(self, request: AnyRequest, runner: ModelRunner) -> JsonForm | None:
-        schema = request.response_format and request.response_format.schema_asked
-        if schema is None:
+        form = request.response_format
+        if form is None or (schema := form.schema_asked) is None:
             return None
         return form_of(schema, runner.tokenizer, runner.vocabulary, runner.ends)
 

@@ -270,12 +270,7 @@ def asked_of(
     is_other = encoder.formatting.chat and not parts.in_chats
     if not is_other and not any(isinstance(each.input, Chat) for each in examples):
         return prompts
-    reads = Encoder(
-        encoder.tokenizer,
-        is_encoder_decoder=encoder.is_encoder_decoder,
-        formatting=replace(encoder.formatting, chat=parts.in_chats),
-        positions=encoder.positions,
-    )
+    reads = replace(encoder, formatting=replace(encoder.formatting, chat=parts.in_chats))
 
     def asked(example: Example, prompt: Sequence[int]) -> Sequence[int]:
         if isinstance(example.input, Chat):

@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,16 +119,14 @@ def decoder_start(model: PreTrainedModel) -> int:
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """`rows` as [B, longest], with `value` before the shorter ones."""
-    longest = max((len(row) for row in rows), default=0)
-    padded = [[value] * (longest - len(row)) + list(row) for row in rows]
-    return torch.tensor(padded, dtype=torch.long)
+    longest = max(map(len, rows), default=0)
+    return torch.tensor([[value] * (longest - len(r)) + list(r) for r in rows], dtype=torch.long)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """`rows` as [B, longest], with `value` after the shorter ones."""
-    longest = max((len(row) for row in rows), default=0)
-    padded = [list(row) + [value] * (longest - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=torch.long)
+    longest = max(map(len, rows), default=0)
+    return torch.tensor([list(r) + [value] * (longest - len(r)) for r in rows], dtype=torch.long)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -218,8 +216,8 @@ def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[in
         # A nearly full batch may leave its last texts to the next one: all of them could take long
         # rows.
         ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
-        found = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
-        _, rows = min(found, key=lambda each: each[0])
+        costs = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
+        _, rows = min(costs, key=lambda each: each[0])
         yield rows
         order = order[sum(map(len, rows)) :]
 
@@ -233,23 +231,19 @@ def _rows(
     for count in range(-(-total // lengths[order[0]]), 0, -1):
         if 1 + total / count / COSTLY_ROW >= 0.98 * best:
             break  # even without padding, fewer and longer rows would save almost nothing
-        shared = _distributed(order, lengths, count)
-        columns = max(sum(lengths[i] for i in row) for row in shared)
+        heap = [(0, row, list[int]()) for row in range(count)]
+        for index in order:  # each to the shortest row
+            length, row, indices = heap[0]
+            indices.append(index)
+            heapq.heapreplace(heap, (length + lengths[index], row, indices))
+        shared = [(length, indices) for length, _, indices in heap if indices]
+        columns = max(length for length, _ in shared)
         tokens = len(shared) * columns
         cost = tokens / total * (1 + columns / COSTLY_ROW)
         # One row has no padding and so always fits, but its attention is seldom cheap.
         if cost < best and (tokens <= budget or count == 1):
-            best, rows = cost, shared
+            best, rows = cost, [indices for _, indices in shared]
     return best, rows
-
-
-def _distributed(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    rows = [(0, row, list[int]()) for row in range(count)]
-    for index in order:
-        filled, row, indices = rows[0]
-        indices.append(index)
-        heapq.heapreplace(rows, (filled + lengths[index], row, indices))
-    return [indices for _, _, indices in rows if indices]
 
 
 def pack_rows(
@@ -271,23 +265,19 @@ def pack_rows(
                 positions[row, place] = torch.arange(begin, begin + len(part))
                 owners[row, place], branches[row, place] = len(starts) - 1, branch
                 at += len(part)
-    mask = torch.zeros(len(rows), 1, columns, columns, dtype=dtype)
-    mask.masked_fill_(~_visible(owners, branches).unsqueeze(1), torch.finfo(dtype).min)
-    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
-    return PackedBatch(inputs, owners, torch.tensor(starts))
-
-
-def _visible(owners: Tensor, branches: Tensor) -> Tensor:
-    """Whether each token (row of the result) sees each (column), [rows, columns, columns]."""
-    columns = owners.shape[1]
+    # Whether each token (row of the mask) sees each (column).
     earlier = torch.ones(columns, columns, dtype=torch.bool).tril()
     same_text = owners.unsqueeze(2) == owners.unsqueeze(1)
     same_branch = branches.unsqueeze(2) == branches.unsqueeze(1)
     in_stem = (branches == 0).unsqueeze(1)
-    padding = owners.eq(-1).unsqueeze(2)
     first = torch.arange(columns) == 0
     # Padding sees its row's first token and not itself: `token_masks` recognises it by that.
-    return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
+    seen = earlier & same_text & (same_branch | in_stem)
+    seen = torch.where(owners.eq(-1).unsqueeze(2), first, seen)
+    mask = torch.zeros(len(rows), 1, columns, columns, dtype=dtype)
+    mask.masked_fill_(~seen.unsqueeze(1), torch.finfo(dtype).min)
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+    return PackedBatch(inputs, owners, torch.tensor(starts))
 
 
 # Up to so many tokens in a row, keeping all attention probabilities takes no more memory than the
@@ -297,32 +287,22 @@ SHORT_ROW = 256
 
 def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The logits that predict `batch["labels"]` of a `Collator`: its shape and the vocabulary's."""
-    inputs: dict[str, Any] = {
-        key: value for key, value in batch.items() if key not in ("labels", "places", "active")
-    }
-    with acting_at(batch.get("active")):
-        return _target_logits(model, batch, inputs)
-
-
-def _target_logits(model: nn.Module, batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+    ours = ("labels", "places", "active")
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in ours}
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    if "places" in batch:
-        columns = batch["input_ids"].shape[1]
-        with head_at(inner, batch["places"]), quick_backward(inner, columns):
-            return _logits(model, inputs)
-    if "decoder_input_ids" in batch:
-        return _logits(model, inputs)
     # The position before the first label predicts it; the last position predicts nothing here.
     kept = batch["labels"].shape[1] + 1
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        inputs["logits_to_keep"] = kept
-    return _logits(model, inputs)[:, -kept:-1]
-
-
-def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits
+    is_causal = "places" not in batch and "decoder_input_ids" not in batch
+    with ExitStack() as stack:
+        stack.enter_context(acting_at(batch.get("active")))
+        if "places" in batch:
+            stack.enter_context(head_at(inner, batch["places"]))
+            stack.enter_context(quick_backward(inner, batch["input_ids"].shape[1]))
+        elif is_causal and "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            inputs["logits_to_keep"] = kept
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits[:, -kept:-1] if is_causal else logits
 
 
 @contextmanager

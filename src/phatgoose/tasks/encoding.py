@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from statistics import median
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the ta
 text_process = lru_cache(maxsize=1)(UntrustedText)  # a command's, for its base
 
 T = TypeVar("T")
+Turn = tuple[str, str, list[int]]  # role, content, its tokens
 logger = logging.getLogger(__name__)
 
 
@@ -83,29 +84,22 @@ class TokenPair:
         return len(self.prompt) + len(self.target)
 
 
+@dataclass(frozen=True, eq=False)
 class Encoder:
     """Turns texts into tokens for one base model; `positions` limits their number.
 
-    Raises TaskError when the formatting asks for a chat template and the base has none.
+    Raises TaskError for a tokenizer without an end of sequence, and when a text needs a chat
+    template and there is none.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        is_encoder_decoder: bool,
-        formatting: Formatting | None = None,
-        positions: Positions | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.is_encoder_decoder = is_encoder_decoder
-        self.formatting = formatting or Formatting()
-        self.positions = positions or Positions()
-        if tokenizer.eos_token_id is None:
+    tokenizer: PreTrainedTokenizerBase
+    is_encoder_decoder: bool
+    formatting: Formatting = field(default_factory=Formatting)
+    positions: Positions = field(default_factory=Positions)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
             raise TaskError("The base model's tokenizer has no end-of-sequence token.")
-        if self.formatting.chat and not tokenizer.chat_template:
-            raise TaskError("chat is on, but the base model's tokenizer has no chat template.")
-        self._before, self._after = added_tokens(tokenizer, is_encoder_decoder=is_encoder_decoder)
 
     @classmethod
     def of(cls, base: Base, formatting: Formatting | None = None) -> Encoder:
@@ -118,12 +112,8 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         formatting: Formatting | None = None,
     ) -> Encoder:
-        return cls(
-            tokenizer,
-            is_encoder_decoder=bool(model.config.is_encoder_decoder),
-            formatting=formatting,
-            positions=positions_of(model),
-        )
+        is_seq2seq = bool(model.config.is_encoder_decoder)
+        return cls(tokenizer, is_seq2seq, formatting or Formatting(), positions_of(model))
 
     def pair(self, input_text: str, target: str, passage: Span | None = None) -> TokenPair:
         answer = self.target(input_text, target)
@@ -143,16 +133,15 @@ class Encoder:
         """
         if not self.formatting.chat:
             raise TaskError("The generation prompt is the chat template's; turn chat on.")
-        message = [{"role": "user", "content": "text"}]
-        before = self._tokens(self._rendered(message, begins_answer=False))
-        whole = self._tokens(self._chat("text"))
-        found = whole[len(before) :]
-        if not found or whole[: len(before)] != before:
+        chat = Chat([("user", "text")])
+        before = self._tokens(self._rendered(chat, begins_answer=False))
+        whole = self._tokens(self._rendered(chat))
+        if whole == before or whole[: len(before)] != before:
             raise TaskError(
                 "The base's chat template adds no generation prompt whose tokens are its own; name "
                 "a number of tokens for acts_on."
             )
-        return found
+        return whole[len(before) :]
 
     def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Fitted:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
@@ -163,19 +152,38 @@ class Encoder:
         text. Raises TaskError when no position is left.
         """
         text = self.prompt_text(text)
-        if isinstance(text, Chat):
-            return self._fitted_chat(text, followed_by)
-        tokens = self._tokens(text)
-        most = self._most(followed_by, self._around, self.formatting.chat)
-        room = most - (0 if self.formatting.chat else len(self._before) + len(self._after))
-        if len(tokens) <= room:
-            return Fitted(self._wrapped(tokens, text))
+        if self._in_template(text):
+            return self._fitted_chat(text, passage, followed_by)
+        tokens, (before, after) = self._tokens(text), self._added
+        around = len(before) + len(after)
+        most = self._most(followed_by, around)
+        left = self._cut(text, tokens, passage, max(most - around, 0))
+        cut = Cut(most, len(tokens) - len(left)) if len(left) < len(tokens) else None
+        return Fitted([*before, *left, *after], cut)
 
-        def cut(room: int) -> tuple[list[int], int]:
-            left = self._cut(text, tokens, passage, room)
-            return self._wrapped(left), len(tokens) - len(left)
-
-        return self._shrunk(cut, room, most + self._around, most)
+    def _fitted_chat(self, text: str, passage: Span | None, followed_by: int) -> Fitted:
+        passage = None if isinstance(text, Chat) else passage
+        turns, around, prompt = self._chat(text)
+        lengths = [len(tokens) for _, _, tokens in turns]
+        room = most = self._most(followed_by, around, around)
+        sizes, lost = range(max(lengths) + 1), 0
+        beyond = max(sum(lengths) - most, 0)
+        while beyond > 0:
+            # The longest turns are cut to one length: the most with which all together fit.
+            level = bisect_right(
+                sizes, max(room, 0), key=lambda n: sum(min(n, each) for each in lengths)
+            )
+            contents, lost = [], 0
+            for role, content, tokens in turns:
+                left = self._cut(content, tokens, passage, level - 1)
+                lost += len(tokens) - len(left)
+                is_whole = len(left) == len(tokens)
+                contents.append((role, content if is_whole else str(self.tokenizer.decode(left))))
+            prompt = self._tokens(self._rendered(Chat(contents)))
+            # A text that was cut inside a character may have more tokens when it is text again.
+            beyond = len(prompt) - most - around if room > 0 else 0
+            room -= beyond
+        return Fitted(prompt, Cut(most, lost) if lost else None)
 
     def target(self, input_text: str, text: str) -> Fitted:
         """The tokens of a target that follows `input_text`, cut on the right to what fits.
@@ -184,13 +192,13 @@ class Encoder:
         wrapped in a chat template. Warns if prompt and target together have other tokens.
         """
         prompt, space = self._apart(input_text)
-        apart = self.is_encoder_decoder
-        tokens = self._tokens(text) if apart else self._following(prompt, space + text)
+        tokens = self._following(prompt, space + text)
         tokens = [*tokens, int(self.tokenizer.eos_token_id)]
         most, places = self.formatting.max_target_tokens, self.positions.answer
-        if places is not None and not self.is_encoder_decoder:
-            places -= self._around_of(input_text) + 1  # for one token of the input
         if places is not None:
+            if not self.is_encoder_decoder:  # beside the prompt and one token of the input
+                is_chat = self._in_template(input_text)
+                places -= 1 + (self._chat(input_text)[1] if is_chat else len(self._added[0]))
             most = min(most, max(places, 1))
         if len(tokens) <= most:
             return Fitted(tokens)
@@ -201,56 +209,19 @@ class Encoder:
 
     def continuation(self, context: str, text: str) -> list[int]:
         """The tokens of `text` right after `context`, without an end. Warns as `target` does."""
-        if self.is_encoder_decoder:
-            return self._tokens(text)
         prompt = self.prompt_text(context)
         return self._following(prompt, context[len(prompt) :] + text)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
-        lengths = [pair.length for pair in pairs]
-        targets = [pair.target_cut for pair in pairs]
-        cuts = [pair.cut for pair in pairs]
-        return Cuts.of(cuts, lengths, self.positions.trained, targets=targets)
+        return Cuts.of(
+            [pair.cut for pair in pairs],
+            [pair.length for pair in pairs],
+            self.positions.trained,
+            targets=[pair.target_cut for pair in pairs],
+        )
 
-    def _fitted_chat(self, chat: Chat, followed_by: int) -> Fitted:
-        whole = self._tokens(self._chat(chat))
-        most = self._most(followed_by, self._around_of(chat), True)
-        turns = [self._tokens(content) for _, content in chat.turns]
-        lengths = [len(turn) for turn in turns]
-        if sum(lengths) <= most:
-            return Fitted(whole)
-        sizes = range(max(lengths) + 1)
-
-        def cut(room: int) -> tuple[list[int], int]:
-            # The longest turns are cut to one length: the most with which all together fit.
-            level = bisect_right(sizes, room, key=lambda n: sum(min(n, each) for each in lengths))
-            left = [cut_tokens(turn, level - 1, self.formatting.truncation) for turn in turns]
-            contents = [
-                content if len(kept) == length else str(self.tokenizer.decode(kept))
-                for (_, content), kept, length in zip(chat.turns, left, lengths, strict=True)
-            ]
-            roles = (role for role, _ in chat.turns)
-            tokens = self._tokens(self._chat(Chat(zip(roles, contents, strict=True))))
-            return tokens, sum(lengths) - sum(map(len, left))
-
-        return self._shrunk(cut, most, most + self._around_of(chat), most)
-
-    def _shrunk(
-        self, cut: Callable[[int], tuple[list[int], int]], room: int, longest: int, most: int
-    ) -> Fitted:
-        """`cut` to `room` tokens of text, or to fewer until the prompt has at most `longest`.
-
-        `cut` gives the prompt and how many tokens were lost. A text that was cut inside a character
-        may have more tokens when a chat template takes it as text again.
-        """
-        while True:
-            tokens, lost = cut(max(room, 0))
-            beyond = len(tokens) - longest
-            if beyond <= 0 or room <= 0:
-                return Fitted(tokens, Cut(most, lost))
-            room -= beyond
-
-    def _most(self, followed_by: int, around: int, in_template: bool) -> int:
+    def _most(self, followed_by: int, around: int, outside: int = 0) -> int:
+        """How many tokens an input may have, of those `around` it some being `outside`."""
         most, places = self.formatting.max_input_tokens, self.positions.prompt
         if places is None:
             return most
@@ -261,11 +232,11 @@ class Encoder:
                 f"The base has {self.positions.prompt} positions, and the answer takes "
                 f"{followed_by} of them, which leaves none for an input; ask for a shorter answer."
             )
-        return min(most, places - (around if in_template else 0))
+        return min(most, places - outside)
 
     def _cut(self, text: str, tokens: list[int], passage: Span | None, room: int) -> list[int]:
         how = self.formatting.truncation
-        if passage is not None and how == "middle" and self.tokenizer.is_fast:
+        if len(tokens) > room and passage and how == "middle" and self.tokenizer.is_fast:
             places = self._encoded(text, return_offsets_mapping=True)["offset_mapping"]
             inside = [i for i, (a, b) in enumerate(places) if passage[0] <= a < b <= passage[1]]
             first, end = (inside[0], inside[-1] + 1) if inside else (0, 0)
@@ -274,47 +245,34 @@ class Encoder:
                 return [*tokens[:first], *cut_tokens(tokens[first:end], space, how), *tokens[end:]]
         return cut_tokens(tokens, room, how)
 
-    def _wrapped(self, tokens: list[int], text: str | None = None) -> list[int]:
-        """The prompt around `tokens`, which are all of `text` unless that is None."""
-        if not self.formatting.chat:
-            return [*self._before, *tokens, *self._after]
-        # The template takes text, so tokens that were cut become text again.
-        return self._tokens(self._chat(self.tokenizer.decode(tokens) if text is None else text))
+    @cached_property
+    def _added(self) -> tuple[list[int], list[int]]:
+        return added_tokens(self.tokenizer, is_encoder_decoder=self.is_encoder_decoder)
 
     @cached_property
     def _keeps_spaces(self) -> bool:
         return not any(len(t) > 1 and t[0] in SPACES for t in self.tokenizer.get_vocab())
 
-    @cached_property
-    def _around(self) -> int:
-        return len(self._wrapped([]))
-
-    def _around_of(self, text: str) -> int:
-        if not isinstance(text, Chat):
-            return self._around
-        said = sum(len(self._tokens(content)) for _, content in text.turns)
-        return len(self._tokens(self._chat(text))) - said
-
-    @cached_property
-    def _end_of_chat(self) -> str:
-        return _end_of(self._chat(""))
-
-    def _chat(self, text: str) -> str:
-        if not self.tokenizer.chat_template:
-            raise TaskError(
-                "The rows are chats (messages), but the base model's tokenizer has no chat "
-                "template; choose a base that has one, or read the rows with the template "
-                "'{{ messages[0].content }} ||| {{ messages[-1].content }}' (--template)."
-            )
-        turns = text.turns if isinstance(text, Chat) else [("user", text)]
-        return self._rendered([{"role": r, "content": text} for r, text in turns])
-
-    def _rendered(self, messages: list[dict[str, str]], *, begins_answer: bool = True) -> str:
-        found = text_process(self.tokenizer).read([messages], add_generation_prompt=begins_answer)
-        return str(found[0][0])
-
     def _in_template(self, text: str) -> bool:
         return self.formatting.chat or isinstance(text, Chat)
+
+    def _chat(self, text: str) -> tuple[list[Turn], int, list[int]]:
+        """(turns, how many tokens are around what they say, the whole prompt)."""
+        chat = text if isinstance(text, Chat) else Chat([("user", text)])
+        turns = [(role, content, self._tokens(content)) for role, content in chat.turns]
+        prompt = self._tokens(self._rendered(chat))
+        return turns, len(prompt) - sum(len(tokens) for _, _, tokens in turns), prompt
+
+    def _rendered(self, chat: Chat, *, begins_answer: bool = True) -> str:
+        if not self.tokenizer.chat_template:
+            raise TaskError(
+                "Chats (messages, or chat is on) need a chat template, and the base model's "
+                "tokenizer has no chat template; choose a base that has one, or read the rows with "
+                "the template '{{ messages[0].content }} ||| {{ messages[-1].content }}'."
+            )
+        messages = [{"role": role, "content": content} for role, content in chat.turns]
+        process = text_process(self.tokenizer)
+        return str(process.read([messages], add_generation_prompt=begins_answer)[0][0])
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""
@@ -326,8 +284,10 @@ class Encoder:
         return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
 
     def _following(self, prompt: str, text: str) -> list[int]:
+        if self.is_encoder_decoder:
+            return self._tokens(text)
         # Only the prompt's last words are tokenised again: they decide the answer's tokens.
-        end = self._end_of_chat if self._in_template(prompt) else _end_of(prompt)
+        end = _end_of(self._end_of_chat if self._in_template(prompt) else prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:
             return list(joined[len(context) :])
@@ -339,6 +299,10 @@ class Encoder:
             stacklevel=3,
         )
         return self._tokens(text)
+
+    @cached_property
+    def _end_of_chat(self) -> str:
+        return self._rendered(Chat([("user", "")]))
 
     def _tokens(self, text: str) -> list[int]:
         return list(self._encoded(text)["input_ids"])
@@ -404,34 +368,33 @@ class Cuts:
             targets=cls.of(targets) if targets else None,
         )
 
-    @property
-    def share(self) -> float:
-        return self.cut / self.inputs if self.inputs else 0.0
-
     def text(self, what: str = "input") -> str:
         """In words: "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
         return (
             f"{self.cut} of {self.inputs} {what}{'' if self.inputs == 1 else 's'} "
-            f"({_percent(self.share)}) cut to {self.most} tokens, by {self.median} in the median"
+            f"({_percent(self.cut / self.inputs)}) cut to {self.most} tokens, by {self.median} in "
+            f"the median"
         )
 
     def report(self, task: str) -> None:
         """Log the cuts of `task`; warn from WARN_FROM on, of cut targets, and beyond the trained
         length.
         """
-        if self.cut and self.share < WARN_FROM:
-            logger.info("%s: %s", one_line(task), self.text())
-        elif self.cut:
-            warnings.warn(f"{one_line(task)}: {self.text()}.", stacklevel=2)
+        told = [self.text()] if self.cut else []
+        if self.cut < WARN_FROM * self.inputs:
+            for text in told:
+                logger.info("%s: %s", one_line(task), text)
+            told = []
         if self.targets is not None and self.targets.cut:
-            warnings.warn(f"{one_line(task)}: {self.targets.text('target')}.", stacklevel=2)
+            told.append(self.targets.text("target"))
         if self.beyond:
-            warnings.warn(
-                f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "
-                f"longer than the {self.trained} tokens that the base was trained for; lower "
-                f"max_input_tokens, or max_new_tokens where answers are generated.",
-                stacklevel=2,
+            told.append(
+                f"{self.beyond} of {self.inputs} inputs and their answers are longer than the "
+                f"{self.trained} tokens that the base was trained for; lower max_input_tokens, or "
+                f"max_new_tokens where answers are generated"
             )
+        for text in told:
+            warnings.warn(f"{one_line(task)}: {text}.", stacklevel=2)
 
     def record(self) -> dict[str, int]:
         values = (self.inputs, self.cut, self.most, self.median)

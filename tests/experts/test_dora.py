@@ -15,7 +15,7 @@ from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.export.export import export
+from phatgoose.routing.export import export
 from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 

@@ -30,8 +30,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.registry import KINDS, kind_for, kinds, loaded_kinds
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.export.export import export
-from phatgoose.routing.export.shares import neutral_texts
+from phatgoose.routing.export import export, neutral_texts
 from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
 from phatgoose.routing.stacks import declared
 from phatgoose.training.modules import parameters_at

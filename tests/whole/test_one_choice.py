@@ -17,7 +17,7 @@ from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.export.shares import prompt_texts, shares_for
+from phatgoose.routing.export import prompt_texts, shares_for
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.task import Example, Task

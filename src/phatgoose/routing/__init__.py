@@ -11,6 +11,6 @@ kernels/        how the sum of the chosen updates is computed
 watching.py     callbacks for what layers decide
 recording.py    every decision about a text
 saved.py        routed models on disk
-export/         constant routing as a PEFT adapter or a plain model
+export.py       constant routing as a PEFT adapter or a plain model
 open_model.py   a pool, a saved model or a base, opened alike
 """

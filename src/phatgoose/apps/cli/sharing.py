@@ -18,8 +18,7 @@ from . import options
 if TYPE_CHECKING:
     from ...experts.expert import Expert
     from ...experts.importing import Imports
-    from ...routing.export.export import Export
-    from ...routing.export.shares import Texts
+    from ...routing.export import Export, Texts
 
 
 def import_command(
@@ -199,7 +198,7 @@ def export(
     form = dict.fromkeys(given & {setting.name for setting in settings_of(Formatting)}, True)
     options.only_with("--prompt or --task", bool(prompt or task), form)
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
-    from ...routing.export.export import export as run
+    from ...routing.export import export as run
 
     opened = opening.open(model, routing, given, may_fold=False).model  # every expert's factors
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
@@ -233,7 +232,7 @@ def _texts(
     template: options.TemplateOptions,
     formatting: Formatting,
 ) -> Texts | None:
-    from ...routing.export.shares import Texts, prompt_texts
+    from ...routing.export import Texts, prompt_texts
     from ..generation import check_text
 
     for each in prompt or ():
@@ -247,7 +246,7 @@ def _texts(
 
 
 def _told(result: Export) -> list[str]:
-    from ...routing.export.export import EXPORT_INFO
+    from ...routing.export import EXPORT_INFO
 
     shares = sorted(result.shares.whole().items(), key=lambda pair: -pair[1])
     mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)

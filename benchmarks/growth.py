@@ -11,7 +11,7 @@ from bench import Bench, Sizes
 from findings import Finding, row
 from floors import Work
 from measuring import Timing, linear_fit, peak_memory, side_by_side
-from phatgoose.routing.kernels.choice import choose_kernel
+from phatgoose.routing.kernels import choose_kernel
 from phatgoose.routing.layers import RoutedLinear
 from routed_speed import random_layer
 

@@ -22,7 +22,7 @@ from phatgoose.errors import (
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.kernels.choice import KERNELS
+from phatgoose.routing.kernels import KERNELS
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}

@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from phatgoose.config import ACTIVATIONS
-from phatgoose.routing.kernels.choice import KERNELS
+from phatgoose.routing.kernels import KERNELS
 
 ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file, test_triton.py
 DIFFERENTIABLE = [name for name in ON_CPUS if name != "native"]

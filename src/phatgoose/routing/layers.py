@@ -30,7 +30,7 @@ from ..errors import RoutingError
 from ..experts.lora import LoraStack
 from ..sites import Site
 from .context import RoutingContext, uncompiled
-from .kernels.choice import choose_kernel, one_call
+from .kernels import choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
 from .stacks import SiteStack, renumbered
 from .watching import watches_over
@@ -114,7 +114,8 @@ class RoutedLinear(RoutedLayer):
         for name, tensor in stack.tensors().items():
             if hasattr(self, name):
                 raise RoutingError(f"A kind names a tensor {name!r}, which layers have already.")
-            self.register_buffer(name, tensor, persistent=False)
+            # Kernels take addresses, and trust that there are no gaps.
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
         self.is_plain = stack.plain_lora is not None
         if not self.is_plain:
             for part, rows in stack.rows().items():

@@ -1,9 +1,6 @@
-"""Whatever tensors are handed to it, the native kernel stays inside them or isn't called."""
+"""The native kernel: its numbers, its threads, and which tensors it takes."""
 
 from __future__ import annotations
-
-import importlib
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,157 +9,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import phatgoose.routing.kernels.native as native_module
 from kernel_problems import ROUNDINGS, assert_close, magnitudes, make_problem
-from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.routing.kernels.choice import KERNELS
-from phatgoose.routing.kernels.native import add_routed, native, top_experts
-from phatgoose.routing.kernels.triton_gpu import triton_gpu
+from phatgoose.errors import ConfigError
+from phatgoose.routing.kernels import KERNELS, choose_kernel
+from phatgoose.routing.kernels.native import add_routed, top_experts
+from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.arrow import ArrowRouter
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter
-
-native_module = importlib.import_module(
-    "phatgoose.routing.kernels.native"
-)  # the name is the kernel's too
-
+from phatgoose.routing.stacks import SiteStack, stack_of
+from phatgoose.sites import Site
 
 load_library = native_module._library.__wrapped__  # as in a fresh process
 
 
 needs_native = pytest.mark.skipif(native_module._library() is None, reason="no C++ compiler")
-T, E, k, r, n, d = 3, 6, 2, 4, 16, 24
-Change = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture
-def _no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def tensors() -> dict[str, Tensor]:
-    """What the kernels take, by letter, of sizes that belong together."""
-    return {
-        "y": torch.zeros(T, d),
-        "u": torch.randn(T, n),
-        "experts": torch.tensor([[0, 5], [1, 2], [3, 4]]),
-        "weights": torch.rand(T, k),
-        "vectors": torch.randn(E, n),
-        "A": torch.randn(E, r, n),
-        "B": torch.randn(E, r, d),
-    }
-
-
-def multiply(held: dict[str, Tensor]) -> Tensor:
-    return native(*(held[name] for name in ("u", "experts", "weights", "A", "B")))
-
-
-def choose(held: dict[str, Tensor], chosen: int = k) -> Tensor:
-    return top_experts(held["u"], held["vectors"], chosen, 1e-5)[0]
-
-
-def add(held: dict[str, Tensor], chosen: int = k) -> Tensor:
-    add_routed(held["y"], held["u"], held["vectors"], held["A"], held["B"], chosen, 1e-5)
-    return held["y"]
-
-
-CHANGES: dict[str, Change] = {
-    "narrowed": lambda t: t[..., :-1].contiguous(),
-    "widened": lambda t: torch.cat([t, t], dim=-1),
-    "fewer rows": lambda t: t[:-1].contiguous(),
-    "another dimension": lambda t: t[None],
-    "flat": lambda t: t.flatten(),
-    "empty": lambda t: t[..., :0],
-    "of another type": lambda t: t.half() if t.is_floating_point() else t.int(),
-    "elsewhere": lambda t: t.to("meta"),
-}
-TAKEN = {
-    multiply: ("u", "experts", "weights", "A", "B"),
-    choose: ("u", "vectors"),
-    add: ("y", "u", "vectors", "A", "B"),
-}
-
-
-ALLOWED = {  # what a call can't tell from other sizes of T, E or d, or converts
-    *((multiply, "B", change) for change in ("narrowed", "widened")),
-    (multiply, "weights", "of another type"),
-    *((choose, name, "fewer rows") for name in ("u", "vectors")),
-    *((add, name, "another dimension") for name in ("y", "u")),
-}
-
-
-@pytest.mark.usefixtures("_no_gradients")
 @needs_native
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(
-    ("call", "name"), [(call, name) for call, names in TAKEN.items() for name in names]
-)
-def test_tensors_that_do_not_belong_together_are_refused(call, name, change):
-    held = tensors()
-    assert call(held).isfinite().all()
-    held[name] = CHANGES[change](held[name])
-    if (call, name, change) in ALLOWED:
-        assert call(held).isfinite().all()
-        return
-    with pytest.raises((RoutingError, ConfigError), match="Kernel native") as caught:
-        call(held)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("index", [-1, 6, 2**62, -(2**62)])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_an_index_of_no_expert_is_refused_whatever_its_weight(index, weight):
+    problem = make_problem(E=6)
+    problem.experts[-1, -1], problem.weights[-1, -1] = index, weight
+    with pytest.raises(IndexError, match="not among the 6 experts"):
+        problem.value_by("native")
 
 
-@pytest.mark.usefixtures("_no_gradients")
 @needs_native
 @pytest.mark.parametrize("name", ["A", "B"])
-@pytest.mark.parametrize("ranks", [r - 1, r + 1])
-def test_ranks_that_differ_are_refused(name, ranks):
-    held = tensors()
-    held[name] = torch.randn(E, ranks, held[name].shape[2])
-    for call in (multiply, add):
-        with pytest.raises(RoutingError, match="Kernel native"):
-            call(held)
-
-
-@pytest.mark.usefixtures("_no_gradients")
-@needs_native
-@pytest.mark.parametrize("index", [-1, E, 2**62, -(2**62)])
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_an_index_of_no_expert_is_refused_whatever_its_weight(index, tokens, weight):
-    held = tensors()
-    held = {name: held[name][:tokens] for name in ("u", "experts", "weights")} | {
-        name: held[name] for name in ("A", "B")
-    }
-    held["experts"][-1, -1], held["weights"][-1, -1] = index, weight
-    with pytest.raises(RoutingError, match=f"Experts .*{index}.* there are 6, from 0 on"):
-        multiply(held)
-
-
-@pytest.mark.usefixtures("_no_gradients")
-@needs_native
-@pytest.mark.parametrize("chosen", [0, -1, E + 1, 2**40])
-def test_more_experts_than_there_are_can_not_be_chosen(chosen):
-    for call in (choose, add):
-        with pytest.raises(RoutingError, match=f"k = {chosen}"):
-            call(tensors(), chosen)
-
-
-@pytest.mark.usefixtures("_no_gradients")
-@needs_native
-@pytest.mark.parametrize("name", ["y", "u", "vectors", "A", "B"])
-def test_what_is_added_to_in_place_must_be_contiguous(name):
-    held = tensors()
-    held[name] = held[name].repeat_interleave(2, dim=-1)[..., ::2]
-    with pytest.raises(RoutingError, match="contiguous"):
-        add(held)
-
-
-@pytest.mark.usefixtures("_no_gradients")
-@needs_native
-@pytest.mark.parametrize("name", ["u", "experts", "weights", "A", "B"])
-def test_triton_is_not_handed_addresses_of_other_shapes_either(name):
-    held = tensors()
-    cut = held[name][:, :-1] if name == "B" else held[name][..., :-1]  # any d would do
-    held[name] = cut.contiguous()
-    with pytest.raises((RoutingError, ConfigError), match="ernel triton"):
-        triton_gpu(*(held[part] for part in ("u", "experts", "weights", "A", "B")))
+def test_gaps_in_factors_are_closed_before_their_addresses_are_taken(name, llama_pool):
+    stack = stack_of(llama_pool, llama_pool.sites[0], torch.float32, torch.device("cpu"))
+    n, d = stack.lora.A.shape[2], stack.lora.B.shape[2]
+    gaps = {n: t.repeat_interleave(2, dim=-1)[..., ::2] for n, t in stack.tensors().items()}
+    router = PhatgooseRouter(torch.randn(4, n), 2, 1e-5)
+    site = Site("site", n, d, "decoder")
+    layer = RoutedLinear(
+        torch.nn.Linear(n, d), site, SiteStack.of(gaps, stack.experts), router, "native"
+    )
+    assert getattr(layer, name).is_contiguous()
 
 
 def test_the_native_kernel_ignores_experts_nobody_chose():
@@ -260,13 +145,10 @@ def test_the_library_leaves_the_processor_as_it_was():
     assert float(np.float32(1e-40) * np.float32(1.0)) > 0
 
 
-def test_the_native_kernel_says_what_it_needs(monkeypatch):
-    problem = make_problem(E=8)
-    with pytest.raises(ConfigError, match=r"Kernel native needs .* torch.float16 on cpu; use kern"):
-        problem.mapped(Tensor.half).value_by("native")
-    problem.u = problem.u.requires_grad_()
-    with pytest.raises(ConfigError, match="no_grad"):
-        KERNELS["native"](problem.u, problem.experts, problem.weights, problem.A, problem.B)
-    monkeypatch.setattr(native_module, "_library", lambda: None)
-    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
-        problem.value_by("native")
+@pytest.mark.parametrize("kernel", ["native", "triton"])
+def test_a_kernel_that_can_t_take_a_tensor_is_refused_by_name(kernel):
+    p = make_problem(E=8)
+    with pytest.raises(ConfigError, match=rf"Kernel {kernel} can't take torch.int64 on cpu"):
+        choose_kernel(kernel, p.u.long(), p.experts, p.A, p.B)
+    with pytest.raises(ConfigError, match="without gradients"):
+        choose_kernel(kernel, p.u.requires_grad_(), p.experts, p.A, p.B)

@@ -22,7 +22,7 @@ from phatgoose.config import KERNELS as NAMES
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.kind import expert_products
-from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
+from phatgoose.routing.kernels import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import runs_natively
 
 
@@ -116,7 +116,7 @@ def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monke
     problem = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
     if runs_natively(problem.u, problem.A):
         assert chosen_by_auto(problem) == "native"
-    monkeypatch.setattr("phatgoose.routing.kernels.choice.runs_natively", lambda *_: False)
+    monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
     assert chosen_by_auto(problem) == name
 
 

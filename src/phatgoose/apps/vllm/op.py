@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...routing.kernels.choice import choose_kernel, one_call
+from ...routing.kernels import choose_kernel, one_call
 from ...routing.routers.router import SiteRouter
 
 FACTORS = ("A", "B")  # of one site's tensors the last ones

@@ -2,7 +2,7 @@
 
 Nothing here needs vLLM. A layer of vLLM may hold several of the base's layers, packed one after the
 other (queries, keys and values), and only this process's share of each: some of the outputs, or
-some of the inputs. Glossary of `routing.kernels.choice`: E experts, r rank, n inputs, d outputs.
+some of the inputs. Glossary of `routing.kernels`: E experts, r rank, n inputs, d outputs.
 """
 
 from __future__ import annotations

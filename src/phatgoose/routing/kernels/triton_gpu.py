@@ -22,9 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
-from .plain import belong_together, is_choice, misfit
-
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,22 +36,14 @@ MOST_SEARCHED = 4096  # scores that each program of a pair looks through itself,
 def runs_on_triton(*tensors: Tensor) -> bool:
     """True when Triton can take `tensors`: of one type, on one GPU that it knows, no gradients."""
     # torch.compile sees through the other kernels, but not through these.
-    return tensors[0].is_cuda and not torch.compiler.is_compiling() and _takes(*tensors)
+    return tensors[0].is_cuda and not torch.compiler.is_compiling() and takes(*tensors)
 
 
 def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The routed product of `kernels.choice`, one by one or in blocks, [T, d].
+    """The routed product of `kernels`, one by one or in blocks, [T, d]; where it `takes` u, A, B.
 
-    Raises ConfigError where Triton can't take the tensors, RoutingError when shapes don't belong
-    together. Indices are believed: looking at them would wait for the device.
+    Indices are believed: looking at them would wait for the device.
     """
-    if not _takes(u, A, B):
-        raise ConfigError(
-            f"Kernel triton needs tensors of one type on a GPU, the package triton and "
-            f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
-        )
-    if not (is_choice(u, experts, weights) and belong_together(u.shape[1], A.shape, B.shape)):
-        raise misfit("triton", u=u, experts=experts, weights=weights, A=A, B=B)
     if u.numel() == 0 or experts.numel() == 0:
         return u.new_zeros(len(u), B.shape[2])
     return _product(u, experts, weights, A, B, None)
@@ -62,13 +51,6 @@ def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
 
 def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
     """As `native.top_experts`, on the device of `u`: call it where `runs_on_triton(u, vectors)`."""
-    if not (
-        u.dim() == vectors.dim() == 2
-        and u.shape[1] == vectors.shape[1] > 0
-        and u.device == vectors.device
-        and 1 <= k <= vectors.shape[0]
-    ):
-        raise misfit("triton", k, u=u, vectors=vectors)
     u, vectors = _contiguous(u, vectors)
     tokens, (E, n) = len(u), vectors.shape
     experts = u.new_empty(tokens, k, dtype=torch.int64)
@@ -123,21 +105,11 @@ def _scoring(u: Tensor, eps: float | None) -> dict[str, Any]:
 def add_routed(
     y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int, eps: float | None
 ) -> None:
-    """Add to y [.., d] in place, rounded once, the weighted updates of experts.
+    """Add to y [.., d], contiguous, in place, rounded once, the weighted updates of experts.
 
-    Call it where `runs_on_triton(y, u, vectors, A, B)`. Raises RoutingError where shapes don't
-    belong together or y is not contiguous.
+    Call it where `runs_on_triton(y, u, vectors, A, B)`.
     """
     n, d, E = u.shape[-1], y.shape[-1], len(A)
-    if not (
-        belong_together(n, A.shape, B.shape)
-        and d == B.shape[2]
-        and vectors.shape == (E, n)
-        and 1 <= k <= E
-        and u.numel() * d == y.numel() * n
-        and y.is_contiguous()
-    ):
-        raise misfit("triton", k, y=y, u=u, vectors=vectors, A=A, B=B)
     tokens, sums = u.reshape(-1, n), y.view(-1, d)
     if u.numel() == 0:
         return
@@ -278,7 +250,8 @@ def _block(size: int, least: int = 1, most: int | None = None) -> int:
     return wanted if most is None else min(wanted, most)
 
 
-def _takes(*tensors: Tensor) -> bool:
+def takes(*tensors: Tensor) -> bool:
+    """As `runs_on_triton`, also in Triton's interpreter."""
     first = tensors[0]
     return (
         first.dtype in DTYPES

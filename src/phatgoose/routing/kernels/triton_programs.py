@@ -1,6 +1,6 @@
 """What runs on the GPU, written in Triton; `triton_gpu` beside this calls it.
 
-Glossary of `kernels.choice`. A *pair* is a token and one of its k experts, numbered t k + j; a
+Glossary of `kernels`. A *pair* is a token and one of its k experts, numbered t k + j; a
 *block* is some of one expert's pairs, multiplied together. Pointers are named after what they point
 at; all tensors are contiguous. Sums are float32, and so is `inner` [T k, r], which holds w A u.
 Offsets that grow with tokens or experts are 64-bit. Tensor cores multiply float32 as three products

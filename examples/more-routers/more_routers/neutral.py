@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral import neutral_examples
 from phatgoose.tasks.prompt_passes import read_pairs
+from phatgoose.tasks.task import neutral_examples
 
 
 def over_neutral_text(

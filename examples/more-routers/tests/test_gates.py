@@ -16,7 +16,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral import neutral_examples
+from phatgoose.tasks.task import neutral_examples
 from routed_models import router_at
 from tiny import logits_of, random
 

@@ -17,7 +17,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral import neutral_examples
+from phatgoose.tasks.task import neutral_examples
 from tiny import logits_of, make_ids, random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama

@@ -32,8 +32,8 @@ from ..routing.routers.prompt_router import best_of_each, embeddings_of
 from ..sites import Site, execution_device, find_sites
 from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ..tasks.encoding import Encoder
-from ..tasks.neutral import neutral_examples
 from ..tasks.prompt_passes import read_pairs
+from ..tasks.task import neutral_examples
 from .audit_signs import LEAST, TINY, over_sites, ratios, signs_of
 from .findings import Finding
 

@@ -36,7 +36,7 @@ from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
 from ..sites import WrappedLinear, headless, input_device, linear_shape, replaced
 from ..tasks.encoding import Cuts, Encoder
-from ..tasks.neutral import neutral_examples
+from ..tasks.task import neutral_examples
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
 from .composition import Composition, composition_of, routing_for

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ..config import closest
 from ..errors import TaskError
 
+PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
 T = TypeVar("T")
@@ -137,10 +138,8 @@ class Task:
         """The examples to score on: test, else validation, else train.
 
         `limit` draws that many of them, the same ones for a given `seed`, in file order; None keeps
-        all. Raises TaskError when the task is empty or `limit` is below 1.
+        all. Raises TaskError when the task is empty.
         """
-        if limit is not None and limit < 1:
-            raise TaskError(f"limit is {limit}, but must be at least 1.")
         examples = self.test or self.validation or self.train
         if not examples:
             raise TaskError(f"Task {self.name!r} has no examples.")
@@ -155,31 +154,16 @@ def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
     return tuple(examples[i] for i in chosen)
 
 
-def named_apart(tasks: Iterable[Task]) -> list[Task]:
-    """All `tasks`. Raises TaskError if two have one name."""
-    found = list(tasks)
-    names = [task.name for task in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskError(f"Two tasks are called {name!r}; give them different names.")
-    return found
-
-
 def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:
     """One task with the training examples of all `tasks`, at most `most` of each, and no test
     split.
 
     Validation examples are each task's own or set apart by `seed`, up to VALIDATION_MOST of each,
-    so that the few that training draws are not all of the largest task. Raises TaskError when there
-    are no tasks, one can't be trained on, or `most` is below 1.
+    so that the few that training draws are not all of the largest task. Raises TaskError when one
+    can't be trained on, or `most` is below 1.
     """
-    if not tasks:
-        raise TaskError(f"The mixture {name!r} has no tasks.")
     if most is not None and most < 1:
         raise TaskError(f"most is {most}, but must be at least 1.")
-    for task in tasks:
-        if not task.train:
-            raise TaskError(f"Task {task.name!r} has no training examples to mix.")
     divided = [task.with_validation(seed) for task in tasks]
     parts = [draw(task.train, most, seed) for task in divided]
     sizes = (f"{task.source} ({len(part)})" for task, part in zip(tasks, parts, strict=True))
@@ -227,6 +211,18 @@ class Entry:
     source: str = ""
 
 
+Named = TypeVar("Named", Task, Entry)
+
+
+def named_apart(tasks: Iterable[Named]) -> list[Named]:
+    """All `tasks`. Raises TaskError if two have one name."""
+    by_name: dict[str, Named] = {}
+    for task in tasks:
+        if by_name.setdefault(task.name, task) is not task:
+            raise TaskError(f"Two tasks are called {task.name!r}; give them different names.")
+    return list(by_name.values())
+
+
 @dataclass(frozen=True)
 class Suite:
     name: str
@@ -256,3 +252,16 @@ class Suite:
 
     def load(self, sources: Sources | None = None) -> tuple[Task, ...]:
         return tuple(entry.read(sources or Sources()) for entry in self.entries)
+
+
+def neutral_examples() -> list[Example]:
+    """Forty passages of many kinds that belong to no task, the same for everybody.
+
+    Each is cut in two at the space nearest its middle: input and target.
+    """
+    examples = []
+    for passage in PASSAGES.read_text(encoding="utf-8").strip().split("\n\n"):
+        spaces = [place for place, letter in enumerate(passage) if letter.isspace()]
+        middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
+        examples.append(Example(passage[:middle].rstrip(), passage[middle:].lstrip()))
+    return examples

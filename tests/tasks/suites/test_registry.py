@@ -105,7 +105,7 @@ TASK = '[[tasks]]\nfile = "b.jsonl"\n'
         (TASK + "metrics = 'accuracy'", "metrics is 'accuracy'; wanted"),
         (TASK + "max_new_tokens = 0", "max_new_tokens is 0; wanted"),
         (TASK + "max_new_tokens = true", "max_new_tokens is True; wanted"),
-        (TASK + TASK, "2 tasks are called 'b'; rename all but one."),
+        (TASK + TASK, "Two tasks are called 'b'; give them different names."),
     ],
 )
 def test_a_suite_that_can_not_be_meant_is_refused(folder, text, message):

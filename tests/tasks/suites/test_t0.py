@@ -318,7 +318,8 @@ def test_wiki_hop_copies_may_call_the_question_query(written, served):
         ("w", "{{question}} ||| {{answer}}", "{{candidates | join('|||')}}", True),
     )
     row = {"answer": "x", "candidates": ["x", "y"]}
-    served(train=[{"query": "Q", **row}], validation=[{"question": "Q", **row}])
+    table = pytest.importorskip("datasets").Dataset.from_list([{"query": "Q", **row}])
+    served(train=table, validation=[{"question": "Q", **row}])
     task = read("wiki_hop", sources)
     assert task.train == task.validation == (Example("Q", "x", ("x", "y")),)
 

@@ -17,12 +17,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
-from jinja2 import Template, TemplateError, pass_context
+from jinja2 import Template, pass_context
 from jinja2.filters import do_truncate
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
@@ -71,11 +71,10 @@ class PromptTemplate:
         lines 133 to 143). The same row always gives the same text. Raises TaskError if an
         expression fails.
         """
-        if "answer_choices" in row:
-            raise TaskError(f"Template {self.name!r}: a row has a field answer_choices of its own.")
         # A separator in a row must not split the text that it is rendered to.
         values: dict[str, Any] = {key: _protect(value) for key, value in row.items()}
-        values[DRAWS] = _Draws(self.name, row)
+        # Random, but the same for the same row; most templates never draw.
+        values[DRAWS] = cache(lambda: random.Random(f"{self.name} {dict(row)!r}"))
         choices: list[str] | None = None
         try:
             if self.answer_choices is not None:
@@ -101,16 +100,12 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     file = folder / dataset / FILE_NAME
     try:
         require_regular(file, TaskError, f"Template file {file}")
+        nodes = parse_yaml(file.read_text(encoding="utf-8"), _Loader)["templates"].values()
+        templates = [_template(node) for node in nodes]
     except FileNotFoundError as error:
         raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}") from error
-    try:
-        loaded = parse_yaml(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError) as error:
+    except (OSError, *TEMPLATE_FAILURES) as error:
         raise TaskError(f"Template file {file} can't be read: {first_line(error)}.") from error
-    listed = loaded.get("templates") if isinstance(loaded, dict) else None
-    if not isinstance(listed, dict) or not listed:
-        raise TaskError(f"Template file {file} has no templates; wanted promptsource's format.")
-    templates = [_template(node, file) for node in listed.values()]
     return tuple(sorted(templates, key=lambda template: template.name))
 
 
@@ -128,24 +123,9 @@ def templates_folder(sources: Sources) -> Path:
     raise TaskError(f"Prompt templates are missing; {HOW_TO_GET}")
 
 
-class _Draws:
-    """The draws of the filter `choice` for one row: random, but repeatable."""
-
-    def __init__(self, name: str, row: Mapping[str, Any]) -> None:
-        self._name, self._row = name, row
-        self._random: random.Random | None = None
-
-    def __call__(self, items: Sequence[Any]) -> Any:
-        if self._random is None:  # most templates never draw
-            self._random = random.Random(f"{self._name} {dict(self._row)!r}")
-        if len(items) == 0:
-            raise IndexError("cannot choose from an empty sequence")  # as Python does from 3.11 on
-        return self._random.choice(items)
-
-
 @pass_context
 def _choice(context: Context, items: Sequence[Any]) -> Any:
-    return context[DRAWS](items)
+    return context[DRAWS]().choice(items)
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
@@ -199,29 +179,17 @@ for _tag in ("!Template", "!TemplateMetadata"):
     _Loader.add_constructor(_tag, _mapping)
 
 
-def _template(node: Any, file: Path) -> PromptTemplate:
-    name = node.get("name") if isinstance(node, dict) else None
-    if not isinstance(name, str):
-        raise TaskError(f"Template file {file}: wanted a template with a name, got {node!r:.60}.")
-    where = f"Template file {file}, template {name!r}"
-    jinja, choices = node.get("jinja"), node.get("answer_choices")
-    if not isinstance(jinja, str) or not isinstance(choices, str | None):
-        raise TaskError(f"{where}: jinja and answer_choices must be texts.")
-    metadata = node.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise TaskError(f"{where}: metadata must be fields, got {metadata!r:.60}.")
-    template = PromptTemplate(
-        name, jinja, choices or None, original_task=bool(metadata.get("original_task"))
-    )
-    try:
-        for source in (template.answer_choices or "", _truncating(template.jinja)):
-            _compiled(source)
-    except TemplateError as error:
-        raise TaskError(f"{where} is not valid jinja2: {error}.") from error
+def _template(node: Mapping[str, Any]) -> PromptTemplate:
+    is_original = bool((node.get("metadata") or {}).get("original_task"))
+    choices = node.get("answer_choices") or None
+    template = PromptTemplate(node["name"], node["jinja"], choices, is_original)
+    for source in (choices or "", _truncating(template.jinja)):  # a broken one is told now
+        _compiled(source)
     return template
 
 
 Row = Mapping[str, Any]
+Pairs = Iterable[tuple[Row, PromptTemplate]]
 
 
 @dataclass(frozen=True)
@@ -262,8 +230,9 @@ class P3Dataset:
         rows = read_rows(sources, self.hub, self.config, split)
         if not len(rows):
             raise TaskError(f"Split {split} of {self.hub} has no rows.")
-        if self.rename:
-            rows = _Renamed(rows, self.rename)
+        names = {old: new for old, new in self.rename.items() if old in rows[0]}
+        if names:
+            rows = cast(Any, rows).rename_columns(names)
         fields = rows[0].keys()
         for template in templates:
             if missing := template.fields - fields:
@@ -278,25 +247,14 @@ def without(
     templates: Iterable[PromptTemplate], ignored: Sequence[str], dataset: P3Dataset
 ) -> list[PromptTemplate]:
     """`templates` without those called `ignored`. Raises TaskError if one of these is missing."""
-    templates = list(templates)
-    missing = [name for name in ignored if name not in {each.name for each in templates}]
-    if missing:
-        raise TaskError(
-            f"The templates of {dataset.templates} have no {missing[0]!r}, which {dataset.name} "
-            f"leaves out; use those of promptsource 0.2.3."
-        )
-    return [template for template in templates if template.name not in ignored]
-
-
-class _Renamed(Sequence[Row]):
-    def __init__(self, rows: Sequence[Row], names: Mapping[str, str]) -> None:
-        self._rows, self._names = rows, names
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return {self._names.get(name, name): value for name, value in self._rows[index].items()}
+    by_name = {template.name: template for template in templates}
+    for name in ignored:
+        if by_name.pop(name, None) is None:
+            raise TaskError(
+                f"The templates of {dataset.templates} have no {name!r}, which {dataset.name} "
+                f"leaves out; use those of promptsource 0.2.3."
+            )
+    return list(by_name.values())
 
 
 class Picker:
@@ -314,10 +272,10 @@ class Picker:
         self._left_out: Counter[str] = Counter()
         self._failure = ""
 
-    def training(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
+    def training(self, pairs: Pairs) -> tuple[Example, ...]:
         return self._some("training", (self._example(row, template) for row, template in pairs))
 
-    def graded(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
+    def graded(self, pairs: Pairs) -> tuple[Example, ...]:
         return self._some("evaluation", (self._graded(row, template) for row, template in pairs))
 
     def graded_in_all(
@@ -380,5 +338,5 @@ class Picker:
             if not isinstance(value, Mapping) or name not in value:
                 raise TaskError(f"{self._name}: a row has no field {path}, wanted its answers.")
             value = value[name]
-        texts = [value] if isinstance(value, str) else value or []
+        texts = [value] if isinstance(value, str) else value or ()
         return tuple(text for text in texts if text.strip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -14,7 +13,7 @@ from ...config import TASK_FILES, Training, closest
 from ...errors import TaskError
 from ...files import add_entry_points, read_table, shortened
 from ..loading import FILES, HUB, SPLITS, default_name, load_task, whole_text
-from ..task import Entry, Sources, Suite, Task, mix
+from ..task import Entry, Sources, Suite, Task, mix, named_apart
 from . import bigbench, flan, t0
 
 # A new suite is a module with a function, and a record here.
@@ -77,9 +76,7 @@ def open_suite(name_or_path: str | Path) -> Suite:
     whole_text(suite.name, f"The name {shortened(suite.name)}")
     if not suite.entries:
         raise TaskError(f"{path} has no tasks; wanted a {FILES}, or [[tasks]] in TOML.")
-    for name, count in Counter(suite.names).items():
-        if count > 1:
-            raise TaskError(f"{path}: {count} tasks are called {name!r}; rename all but one.")
+    named_apart(suite.entries)
     return suite
 
 

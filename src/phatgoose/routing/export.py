@@ -36,9 +36,8 @@ from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
 from ..sites import WrappedLinear, headless, input_device, linear_shape, replaced
 from ..tasks.encoding import Cuts, Encoder
-from ..tasks.task import neutral_examples
 from ..tasks.prompt_passes import continued
-from ..tasks.task import Example
+from ..tasks.task import Example, neutral_examples
 from .composition import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 from .recording import watch

@@ -120,8 +120,9 @@ def engine_of(asked: argparse.Namespace, pool: Pool, folder: Path) -> Engine:
     if asked.vllm:
         adapters = [asked.experts / name for name in pool.names]
         return vllm_server(smollm2_folder(), folder / "log", adapters=adapters, python=asked.vllm)
-    deploy(pool, "llama.cpp", folder / "deploy", outtype="f32")
     made = folder / "deploy"
+    deploy(pool, "llama.cpp", made)
+    subprocess.run([made / "convert.sh", "--outtype", "f32"], check=True)
     adapters = [made / "gguf" / f"{name}.gguf" for name in pool.names]
     return llama_server(made / "base.gguf", adapters, slots=asked.slots, context=512 * asked.slots)
 

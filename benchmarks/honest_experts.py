@@ -22,7 +22,6 @@ from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft, Training
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
-from phatgoose.training.trainer import TrainingCallback
 
 __all__ = ["POOL", "fresh_prompts", "honest_pools", "small_base"]
 
@@ -336,5 +335,4 @@ def _train(number: int, out: Path, bases: dict[str, Base], base: Path) -> None:
             training=training,
             gate_training=gates,
             resume=out.with_name(f".{out.name}.work").is_dir(),
-            callback=TrainingCallback(shows_bar=False),
         )

@@ -16,14 +16,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from phatgoose.apps.plan import measured, most_memory, plan_of
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.suites.registry import TrainingTask, open_tasks
-from phatgoose.training.plan import Planner, most_memory
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
+from phatgoose.training.trainer import Hyperparameters
 from report import circumstances
 
 WITHIN = 0.25
@@ -56,17 +56,12 @@ def size_of(folder: Path) -> int:
 
 
 def train(
-    base: str,
-    files: list[str],
-    training: Training,
-    gates: GateTraining,
-    out: str,
-    settings: dict[str, Any],
+    base: str, files: list[str], settings: Hyperparameters, out: str
 ) -> tuple[float, int, list[float]]:
     """Seconds of training all experts, most bytes of memory taken, tokens a second of each."""
-    jobs = [ExpertJob(task, training, gates) for task in open_tasks(files)]
+    jobs = [ExpertJob(task, settings) for task in open_tasks(files)]
     begun = time.perf_counter()
-    trained = list(train_experts(base, jobs, out=out, **settings))
+    trained = list(train_experts(base, jobs, out=out))
     seconds = time.perf_counter() - begun
     memory = most_memory()
     assert memory is not None
@@ -84,7 +79,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
-    settings = {"peft": Lora(rank=16, alpha=16)}
     training = Training(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -93,16 +87,14 @@ def main() -> None:
         eval_examples=20,
     )
     gates = GateTraining(gate_steps=options.gate_steps, statistics_examples=40)
-    planned_with = {**settings, "training": training, "gate_training": gates}
+    settings = Hyperparameters(Lora(rank=16, alpha=16), training, gates)
     with tempfile.TemporaryDirectory() as folder:
         tasks = write_tasks(Path(folder), options.experts, options.rows)
-        planner = Planner(options.base, **planned_with)
-        counted = planner.plan(tasks)
-        speed = planner.measure(tasks)
-        plan = planner.plan(tasks, speed)
+        speed = measured(options.base, "auto", settings, tasks)
+        plan = plan_of(options.base, "auto", settings, tasks, speed)
         total = plan.total()
         files = [task.named for task in tasks]
-        job = (options.base, files, training, gates, f"{folder}/experts", settings)
+        job = (options.base, files, settings, f"{folder}/experts")
         # a process of its own, so that the trial's memory doesn't count
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             seconds, memory, speeds = process.submit(train, *job).result()
@@ -110,8 +102,7 @@ def main() -> None:
     rows = {
         "seconds": (total.seconds or 0.0, seconds),
         "disk_bytes": (total.disk_bytes, disk),
-        "memory_bytes": (plan.memory_bytes, memory),
-        "memory_bytes, counted": (counted.memory_bytes, memory),
+        "memory_bytes": (plan.memory_bytes or 0, memory),
     }
     record = {
         "where": circumstances(),

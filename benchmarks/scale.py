@@ -40,6 +40,7 @@ from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.jobs import Engine, LocalEngine
 from phatgoose.tasks.suites.registry import TrainingTask
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
+from phatgoose.training.trainer import Hyperparameters
 from plan_check import write_tasks
 from report import circumstances
 
@@ -116,9 +117,10 @@ def trained(
 ) -> Times:
     """The times of one engine, as far as training goes."""
     times, shape = Times(label), Lora(rank=16, alpha=16)
-    jobs = [ExpertJob(task, sizes.training, sizes.gates) for task in tasks]
+    settings = Hyperparameters(shape, sizes.training, sizes.gates)
+    jobs = [ExpertJob(task, settings) for task in tasks]
     begun = time.perf_counter()
-    list(train_experts(sizes.base, jobs, out=str(out / "experts"), peft=shape, engine=engine))
+    list(train_experts(sizes.base, jobs, out=str(out / "experts"), engine=engine))
     times.training_seconds = time.perf_counter() - begun
     times.experts = digests(out / "experts")
     return times

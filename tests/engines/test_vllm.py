@@ -72,7 +72,7 @@ def experts(smollm2, tmp_path_factory) -> Path:
     folder, base = tmp_path_factory.mktemp("pool"), load_base("smollm2", dtype="float32")
     few = {
         "peft": Lora(rank=16, alpha=16.0),
-        "training": Training(steps=8, batch_size=4, warmup_ratio=0.5, eval_examples=4),
+        "training": Training(steps=8, batch_size=4, eval_examples=4),
         "gate_training": GateTraining(gate_steps=1, statistics_examples=16),
     }
     for name in ("sentiment", "archive", "village"):

@@ -39,7 +39,7 @@ def make_ia3(base: Base, folder: Path, *, seed: int = 0, **options: object) -> P
     settings = {
         "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
         "target_modules": list(sites),
-        "feedforward_modules": sorted(scales_input(fresh, shape, sites)),
+        "feedforward_modules": sorted(scales_input(fresh, sites)),
         "fan_in_fan_out": isinstance(fresh.get_submodule(next(iter(sites))), Conv1D),
     }
     with warnings.catch_warnings():

@@ -25,7 +25,6 @@ from phatgoose.base import load_base, smollm2_folder
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.tasks.suites.registry import open_tasks
 from routed_models import with_embeddings
 from suite_data import write_hub
 from tiny import KINDS, TINY_BASE, make_adapter, make_model, make_tokenizer, write_expert
@@ -240,13 +239,6 @@ def planned_here(tmp_path, base_folders, monkeypatch):
     shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def three_tasks(tmp_path):
-    for name in ("one", "two", "three"):
-        write_rows(tmp_path / f"{name}.jsonl", [open_row(i) for i in range(20)])
-    return open_tasks([str(tmp_path / f"{name}.jsonl") for name in ("one", "two", "three")])
 
 
 @pytest.fixture

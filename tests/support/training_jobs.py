@@ -6,17 +6,12 @@ from pathlib import Path
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob
+from phatgoose.training.trainer import Hyperparameters
 
 LORA = Lora(rank=2)
 TRAINING = Training(steps=4, batch_size=4, micro_batch_size=4, eval_every=1)
 GATES = GateTraining(gate_steps=2, statistics_examples=4)
-
-
-SETTINGS = {
-    "peft": LORA,
-    "training": Training(steps=20, batch_size=4, micro_batch_size=2, eval_every=10),
-    "gate_training": GateTraining(gate_steps=5, statistics_examples=6),
-}
+SETTINGS = Hyperparameters(LORA, TRAINING, GATES)
 
 
 def job_in(folder: Path) -> ExpertJob:
@@ -25,4 +20,4 @@ def job_in(folder: Path) -> ExpertJob:
     file = folder / "numbers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (task,) = open_tasks([str(file)])
-    return ExpertJob(task, TRAINING, GATES)
+    return ExpertJob(task, SETTINGS)

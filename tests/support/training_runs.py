@@ -28,9 +28,7 @@ TASK = Task(
     "echo", words("a", "bee", "seedy", "of", "gee", "ice"), validation=words("yes", "no", "maybe")
 )
 LORA = Lora(rank=2, alpha=4)
-TRAINING = Training(
-    steps=4, batch_size=4, micro_batch_size=2, learning_rate=0.02, eval_every=2, warmup_ratio=0.25
-)
+TRAINING = Training(steps=4, batch_size=4, micro_batch_size=2, learning_rate=0.02, eval_every=2)
 GATES = GateTraining(gate_steps=2)
 ADAPTER = "adapter_model.safetensors"
 
@@ -93,8 +91,8 @@ def without_dropout(model: nn.Module) -> None:
 def spying_on_fit(monkeypatch, look):
     """Call `look(model)` right after the LoRA was fitted, before it is saved and taken off."""
 
-    def spy(model, *arguments, **options):
-        report = fit(model, *arguments, **options)
+    def spy(run, model, *arguments):
+        report = fit(run, model, *arguments)
         look(model)
         return report
 

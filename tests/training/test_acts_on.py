@@ -126,7 +126,7 @@ def test_means_are_those_of_the_tokens_that_are_acted_on(llama, tmp_path):
         torch.testing.assert_close(
             expert.means[site], torch.cat(inputs).mean(dim=0), rtol=1e-4, atol=1e-5
         )
-    again = measure(expert, llama, TASK, embeddings=False, readings=False)
+    again = measure(expert, llama, TASK, GateTraining(readings=False))
     assert again.acts_on == expert.acts_on
     for site in expert.means:
         assert torch.equal(again.means[site], expert.means[site])
@@ -181,7 +181,7 @@ def test_an_imported_alora_keeps_its_invocation_through_gates_and_measuring(llam
     gated = train_gates(
         llama, imported.directory, TASK, out=tmp_path / "e", gate_training=GATES, training=TRAINING
     )
-    again = measure(gated, llama, TASK, embeddings=False)
+    again = measure(gated, llama, TASK, GateTraining())
     plain = train_gates(
         llama, adapter, TASK, out=tmp_path / "plain", gate_training=GATES, training=TRAINING
     )

@@ -20,7 +20,6 @@ from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from phatgoose.passes import acting_at
 from phatgoose.sites import find_sites
 from phatgoose.training.modules import fresh_expert
-from phatgoose.training.plan import Planner
 from tiny import assert_same_logits, copied_model, logits_of, make_ids, peft_model
 from training_runs import GATES, TASK, TRAINING, gated_loss, target_nll, train, without_dropout
 
@@ -43,7 +42,7 @@ def drawn(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}], ids=str)
 def test_loss_and_gradients_are_pefts(base, kind, options):
     config = LoraConfig(
         r=DORA.rank,
@@ -51,7 +50,6 @@ def test_loss_and_gradients_are_pefts(base, kind, options):
         use_dora=True,
         target_modules=list(find_sites(base.model)),
         fan_in_fan_out=kind == "gpt2",
-        use_rslora=options.get("rslora", False),
         lora_dropout=options.get("lora_dropout", 0.0),
     )
     theirs = get_peft_model(copied_model(kind), config)
@@ -98,13 +96,13 @@ def test_joint_gates_and_tokens_that_are_not_acted_on_weigh_the_whole_change(lla
 
 def test_pefts_files_stay_beside_ours_whatever_is_measured_anew(llama, tmp_path):
     training = replace(TRAINING, acts_on="1000")  # all tokens of prompts that are shorter
-    expert = train(llama, tmp_path / "echo", peft=replace(DORA, rslora=True), training=training)
+    expert = train(llama, tmp_path / "echo", peft=DORA, training=training)
     again = expert.save(tmp_path / "again")
     card = (again.directory / LAYOUT.card).read_text()
     assert "PeftModel.from_pretrained" in card
     assert "PEFT alone doesn't know this" in card
     config = json.loads((again.directory / ADAPTER_CONFIG).read_text())
-    assert (config["use_dora"], config["use_rslora"]) == (True, True)
+    assert config["use_dora"] is True
     assert Expert.load(again.directory).kind == "dora"
     with applied(llama.model, read_modules(again.directory), ModifiedLinear):
         got = logits_of(llama.model, make_ids())
@@ -145,5 +143,3 @@ def test_quantised_weights_are_refused_before_anything_is_written(llama, tmp_pat
     with pytest.raises(ConfigError, match="not on quantised ones: leave out --dtype 4bit"):
         train(llama, tmp_path / "echo", peft=DORA, training=TRAINING)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match="not on quantised ones"):
-        Planner("google/t5-xl-lm-adapt", peft=DORA, dtype="4bit").plan([])

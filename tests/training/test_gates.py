@@ -109,11 +109,10 @@ def test_what_was_cut_of_the_gates_inputs_is_told_and_recorded(llama, adapter, t
 def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, tmp_path):
     expert = train(llama, tmp_path / "expert")  # TRAINING and GATES of training_runs
     first = dict(expert.info.hyperparameters)
-    other = replace(TRAINING, batch_size=2, warmup_ratio=0.5, seed=3)
+    other = replace(TRAINING, batch_size=2, seed=3)
     again = gated(llama, expert.directory, tmp_path / "again", training=other)
     wanted = {**first, "gate_steps": 4, "gate_learning_rate": 0.005, "seed": 3}
-    wanted |= {"gate_batch_size": 2, "gate_micro_batch_size": 2, "gate_warmup_ratio": 0.5}
-    wanted |= {"gate_weight_decay": 0.0, "gate_max_grad_norm": 1.0}
+    wanted |= {"gate_batch_size": 2, "gate_micro_batch_size": 2}
     wanted |= {"gate_lr_schedule": "constant_with_warmup"}
     assert again.info.hyperparameters == wanted
     assert (wanted["steps"], wanted["learning_rate"], wanted["eval_every"]) == (4, 0.02, 2)
@@ -160,7 +159,7 @@ def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Te
 
 def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
     rate = 0.05
-    training = replace(TRAINING, batch_size=len(TASK.train), warmup_ratio=0.0)
+    training = replace(TRAINING, batch_size=len(TASK.train))
     settings = GateTraining(gate_steps=3, gate_learning_rate=rate)
     expert = gated(llama, adapter, tmp_path / "e", training=training, gate_training=settings)
     naive = naive_gates(llama, adapter, 3, rate)
@@ -250,7 +249,7 @@ def test_an_adapter_for_another_base_is_refused(base_folders, adapter, tmp_path)
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(
     llama, adapter, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("phatgoose.training.train_expert.GATE_CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("phatgoose.training.trainer.GATE_CHECKPOINT_EVERY", 2)
     wanted = gated(llama, adapter, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(*on_call(PASS, 8, interrupt))  # in the fourth of four steps of two passes

@@ -157,12 +157,12 @@ def test_an_expert_and_its_gates_are_those_of_a_naive_loop(base, tmp_path, monke
     without_dropout(base.model)
     started: list[Factors] = []
 
-    def spy(model, *arguments, **options):
+    def spy(run, model, *arguments):
         started.append(copies_of(factors_in(model)))
-        return fit(model, *arguments, **options)
+        return fit(run, model, *arguments)
 
     monkeypatch.setattr(training_module, "fit", spy)
-    training = replace(TRAINING, steps=steps, batch_size=6, eval_every=steps, warmup_ratio=0.0)
+    training = replace(TRAINING, steps=steps, batch_size=6, eval_every=steps)
     expert = train(base, tmp_path / "echo", training=training)
     (factors,) = started
     naive_training(base, factors, steps, training.learning_rate)
@@ -204,11 +204,6 @@ def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
     assert not any(key.startswith("gate_") for key in expert.info.metrics)
     assert expert.means.keys() == expert.lora.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["echo"]
-
-
-def test_joint_gates_have_no_learning_rate_of_their_own():
-    with pytest.raises(ConfigError, match=r"gate_learning_rate is 0\.001, .* turn joint off"):
-        GateTraining(joint=True, gate_learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ from phatgoose.experts.ia3 import ScalingVector, scales_input
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.lora import LoraFactors
+from phatgoose.experts.registry import kind_for
 from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
 from phatgoose.training import trainer
-from phatgoose.training.modules import GatedLinear, fresh_expert, parameters_at, placed_sites
+from phatgoose.training.modules import GatedLinear, fresh_expert, placed_sites
 from phatgoose.training.train_expert import train_gates
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 from training_runs import (
@@ -81,7 +82,7 @@ def test_experts_act_where_the_papers_put_them(base, kind, shape):
     assert set(sites) == {site for site in every if any(site.endswith(f".{end}") for end in ends)}
     if shape == "ia3":
         last = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "t5": "wo"}[kind]
-        inputs = scales_input(base.model, IA3(), sites)
+        inputs = scales_input(base.model, sites)
         assert inputs == {site for site in sites if site.endswith(f".{last}")}
 
 
@@ -98,7 +99,8 @@ def assert_same_modules(got: Expert, wanted: Expert) -> None:
 def test_only_the_experts_parameters_are_trained_and_they_start_at_nothing(base, shape, joint):
     ids = make_ids()
     wanted, modules = logits_of(base.model, ids), dict(base.model.named_modules())
-    sites, count = placed_sites(base.model, SHAPES[shape]), parameters_at(base.model, SHAPES[shape])
+    sites, new = placed_sites(base.model, SHAPES[shape]), kind_for(SHAPES[shape]).new_modules
+    count = new.count(base.model, SHAPES[shape], sites.values())
     with fresh_expert(base, SHAPES[shape], joint=joint) as fresh:
         parameters = [p for p in fresh.model.parameters() if p.requires_grad]
         assert all(parameter.dtype == torch.float32 for parameter in parameters)
@@ -227,9 +229,9 @@ def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path
     files = {path.name: path.read_bytes() for path in bare.directory.iterdir()}
     handed, fit = [], trainer.fit
 
-    def spy(model, *arguments, **options):
+    def spy(run, model, *arguments):
         handed.extend(name for name, p in model.named_parameters() if p.requires_grad)
-        return fit(model, *arguments, **options)
+        return fit(run, model, *arguments)
 
     monkeypatch.setattr("phatgoose.training.train_expert.fit", spy)
     before = {key: value.clone() for key, value in llama.model.state_dict().items()}
@@ -262,14 +264,11 @@ def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
 
 
 def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):
-    queries = IA3(sites="q_proj", feedforward="layers.1")
-    sites = placed_sites(llama.model, queries)
+    sites = placed_sites(llama.model, IA3(sites="q_proj"))
     assert set(sites) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert scales_input(llama.model, queries, sites) == {"model.layers.1.self_attn.q_proj"}
+    assert scales_input(llama.model, sites) == set()
     gates = Bottleneck(sites="gate_proj", size=2)
     assert {site.rpartition(".")[2] for site in placed_sites(llama.model, gates)} == {"gate_proj"}
-    with pytest.raises(ConfigError, match="feedforward is"):
-        scales_input(llama.model, IA3(feedforward="("), sites)
     llama.model.config.model_type = "new"
     with pytest.raises(ConfigError, match="of type new isn't known to PEFT"):
         placed_sites(llama.model, IA3())

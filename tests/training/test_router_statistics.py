@@ -43,6 +43,11 @@ def train(base, out: Path, formatting: Formatting | None = None, **statistics) -
     )
 
 
+def measured(expert, base, examples: int = 1000, **parts) -> Expert:
+    """The expert measured on TASK, without embeddings unless `parts` say otherwise."""
+    return measure(expert, base, TASK, GateTraining(statistics_examples=examples, **parts))
+
+
 def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -57,7 +62,7 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     assert not bare.means
     assert not bare.readings
     assert bare.embeddings is None
-    got = measure(bare.directory, base, TASK, examples=7)
+    got = measured(bare.directory, base, examples=7, embeddings=True)
     assert same(got.means, wanted.means)
     assert same(got.readings, wanted.readings)
     assert torch.equal(got.embeddings, wanted.embeddings)
@@ -72,7 +77,7 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
 def test_measuring_changes_neither_adapter_nor_gates(llama, tmp_path):
     expert = trained(llama, tmp_path / "count", train)
     before = files_of(expert.directory)
-    got = measure(expert, llama, TASK, examples=5)
+    got = measured(expert, llama, examples=5)
     after = files_of(expert.directory)
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         assert after[name] == before[name]
@@ -86,18 +91,18 @@ def test_measuring_changes_neither_adapter_nor_gates(llama, tmp_path):
 
 def test_what_is_not_asked_for_stays(llama, tmp_path):
     expert = train(llama, tmp_path / "count", embeddings=True)
-    got = measure(expert, llama, TASK, examples=3, embeddings=False)
+    got = measured(expert, llama, examples=3)
     assert torch.equal(got.embeddings, expert.embeddings)
     assert got.info.embedder == expert.info.embedder
     assert not same(got.means, expert.means)
-    again = measure(got, llama, TASK, examples=4, means=False, embedder="other")
+    again = measured(got, llama, examples=4, means=False, embeddings=True, embedder="other")
     assert same(again.means, got.means)
     assert (len(again.embeddings), again.info.embedder) == (4, "other")
     assert again.info.measured_in == expert.info.measured_in == "torch.float32"
     packed = torch.nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
     llama.model.lm_head.register_parameter("packed", packed)  # as quantised layers have some
     for means, wanted in ((False, None), (True, "torch.float32, Parameter")):  # None: of two bases
-        found = measure(again, llama, TASK, examples=4, means=means, embeddings=False)
+        found = measured(again, llama, examples=4, means=means)
         assert Expert.load(found.directory).info.measured_in == wanted
     recorded = again.info.hyperparameters
     assert (recorded["means"], recorded["embeddings"]) == (True, True)
@@ -107,7 +112,7 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
 def test_experts_without_gates_and_record_can_be_measured(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
     expert = Expert.from_peft(adapter, {}, base=llama).save(tmp_path / "plain")
-    got = measure(expert, llama.id, TASK, embeddings=False)
+    got = measured(expert, llama.id)
     assert got.means.keys() == expert.lora.keys()
     assert not got.gates
 
@@ -122,14 +127,14 @@ def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path)
             gate_training=GateTraining(joint=True, statistics_examples=5),
             formatting=Formatting(max_input_tokens=6),
         )
-    options = {"examples": 5, "embeddings": False}
+    options = GateTraining(statistics_examples=5)
     with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
-        again = measure(first, llama, TASK, **options)
+        again = measure(first, llama, TASK, options)
     assert same(again.means, first.means)
     with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
-        other = measure(first, llama, TASK, seed=8, **options)
+        other = measure(first, llama, TASK, options, seed=8)
     assert not same(other.means, first.means)
-    longer = measure(first, llama, TASK, formatting=Formatting(), **options)
+    longer = measure(first, llama, TASK, options, formatting=Formatting())
     assert not same(longer.means, first.means)
 
 
@@ -138,7 +143,7 @@ def test_a_record_that_is_no_formatting_is_refused(llama, tmp_path):
     odd = {"max_input_tokens": "many"}
     expert = Expert.from_peft(adapter, {}, base=llama, hyperparameters=odd).save(tmp_path / "odd")
     with pytest.raises(ConfigError, match="'adapter', hyperparameters: max_input_tokens is 'many'"):
-        measure(expert, llama, TASK)
+        measured(expert, llama)
 
 
 def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
@@ -154,8 +159,9 @@ def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
         statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
     )
     cut = Formatting(max_input_tokens=3, truncation="right")
+    settings = GateTraining(means=False, embeddings=True, embedding_form=form)
     with pytest.warns(UserWarning, match="cut to 3 tokens"):
-        found = measure(expert, base, TASK, means=False, embedding_form=form, formatting=cut)
+        found = measure(expert, base, TASK, settings, formatting=cut)
     assert Expert.load(found.directory).info.embedding_form == form
     assert found.info.hyperparameters["embedding_form"] == form
     whole = [each.input for each in TASK.with_validation(TRAINING.seed).train]
@@ -166,10 +172,10 @@ def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
         assert len(set(map(len, seen)) - set(map(len, whole))) > 0
 
 
-def refused(error: type[Exception], match: str, expert: Expert, *arguments, **options) -> None:
+def refused(error: type[Exception], match: str, expert: Expert, base) -> None:
     before = files_of(expert.directory)
     with pytest.raises(error, match=match):
-        measure(expert, *arguments, **options)
+        measured(expert, base)
     assert files_of(expert.directory) == before
 
 
@@ -179,18 +185,18 @@ def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_f
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
     changed = replace(other, fingerprint="sha256:" + "0" * 64)
-    refused(WrongBaseError, "The base of expert 'count' is", expert, changed, TASK)
+    refused(WrongBaseError, "The base of expert 'count' is", expert, changed)
     reference = BaseReference(llama.id, None, None)
     adapter = make_adapter(llama, tmp_path / "adapter")
     old = Expert.from_peft(adapter, {}, name="old", base=reference).save(tmp_path / "old")
     with pytest.warns(UserWarning, match="No fingerprint is recorded of the base of expert 'old'"):
-        assert measure(old, llama, TASK, embeddings=False).means
+        assert measured(old, llama).means
 
 
 def test_foreign_files_are_not_lost(llama, tmp_path):
     expert = trained(llama, tmp_path / "count", train)
     (expert.directory / "notes.txt").write_text("mine")
-    refused(ExpertError, "also holds notes.txt", expert, llama, TASK)
+    refused(ExpertError, "also holds notes.txt", expert, llama)
 
 
 def test_two_measurements_at_one_time_both_count(llama, tmp_path, monkeypatch):
@@ -200,13 +206,13 @@ def test_two_measurements_at_one_time_both_count(llama, tmp_path, monkeypatch):
     def slow(*arguments, **options):
         with monkeypatch.context() as patch:
             patch.setattr(statistics_module, "statistics_of", statistics_of)
-            measure(expert.directory, llama, TASK, means=False, readings=False)
+            measured(expert.directory, llama, means=False, readings=False, embeddings=True)
         return statistics_of(*arguments, **options)
 
     monkeypatch.setattr(statistics_module, "statistics_of", slow)
-    measured = measure(expert.directory, llama, TASK, embeddings=False)
-    assert measured.means
-    assert measured.embeddings is not None
+    both = measured(expert.directory, llama)
+    assert both.means
+    assert both.embeddings is not None
 
 
 def test_an_expert_that_was_replaced_meanwhile_is_left_alone(llama, tmp_path, monkeypatch):
@@ -220,5 +226,5 @@ def test_an_expert_that_was_replaced_meanwhile_is_left_alone(llama, tmp_path, mo
 
     monkeypatch.setattr(statistics_module, "statistics_of", replaced_meanwhile)
     with pytest.raises(ExpertError, match="has become another expert"):
-        measure(expert.directory, llama, TASK, embeddings=False)
+        measured(expert.directory, llama)
     assert Expert.load(expert.directory).info.adapter_sha256 == other.info.adapter_sha256

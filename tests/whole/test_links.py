@@ -14,7 +14,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import add_to_saved, remove_from_saved, save
-from phatgoose.training.workdir import open_work
+from phatgoose.training.train_expert import open_work
 
 
 def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_path, victim):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from rich.text import Text
-from tqdm.auto import tqdm
 
 from ..analysis.analyse import analyse
 from ..base import Base, load_base
@@ -39,7 +38,6 @@ from ..tasks.embeddings import can_embed
 from ..tasks.loading import load_task
 from ..tasks.task import Suite, Task
 from ..training.train_expert import train_expert
-from ..training.trainer import TrainingCallback
 from .console import show
 from .generation import explain
 from .report.page import write_report
@@ -188,21 +186,16 @@ def _shown(router: str) -> list[str]:
 
 def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
     training, gates = replace(TRAINING, seed=seed), replace(GATES, embeddings=can_embed())
-    missing = [name for name in SKILLS if not (folder / name).is_dir()]
-    steps = len(missing) * (training.steps + gates.gate_steps)
-    with tqdm(total=steps, desc="experts", unit="step", disable=None) as bar:
-        for name in SKILLS:
-            bar.set_postfix_str(name)
-            train_expert(
-                base,
-                trained_task(name),
-                out=folder / name,
-                peft=LORA,
-                training=training,
-                gate_training=gates,
-                resume=True,
-                callback=TrainingCallback(on_steps=bar.update, shows_bar=False),
-            )
+    for name in SKILLS:
+        train_expert(
+            base,
+            trained_task(name),
+            out=folder / name,
+            peft=LORA,
+            training=training,
+            gate_training=gates,
+            resume=True,
+        )
     return Pool.open([folder / name for name in SKILLS])
 
 

@@ -336,7 +336,7 @@ class RunWorkshop:
     code: str = ""
 
     @contextmanager
-    def open(self, tell: Callable[[int], None]) -> Iterator[Callable[[Run], dict[str, Any]]]:
+    def open(self) -> Iterator[Callable[[Run], dict[str, Any]]]:
         """A function that does a run and returns its result as it is stored.
 
         Closing the context restores the base. Raises EvaluationError for another version of the

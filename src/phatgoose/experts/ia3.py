@@ -203,18 +203,24 @@ class NewScalings(NewModules):
     acts_from_ends = True
 
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
-        return _endings(_known(IA3_MODULES, model))
+        kind = model.config.model_type
+        if kind not in IA3_MODULES:
+            raise ConfigError(
+                f"Where an (IA)³ belongs in a model of type {kind} isn't known to PEFT; name the "
+                f"layers with sites."
+            )
+        return _endings(IA3_MODULES[kind])
 
     def count(self, model: PreTrainedModel, settings: IA3, sites: Iterable[Site]) -> int:
         sites = list(sites)
-        inputs = scales_input(model, settings, [site.name for site in sites])
+        inputs = scales_input(model, [site.name for site in sites])
         return sum(s.in_features if s.name in inputs else s.out_features for s in sites)
 
     @contextmanager
     def create(
         self, base: Base, settings: IA3, sites: dict[str, Site], *, joint: bool
     ) -> Iterator[FreshExpert]:
-        inputs = sorted(scales_input(base.model, settings, sites))
+        inputs = sorted(scales_input(base.model, sites))
         config = IA3Config(feedforward_modules=inputs, **peft_options(base, sites))
         with under_peft(base, config) as model:
             layers = {site: base.model.get_submodule(site) for site in sites}
@@ -230,18 +236,10 @@ class NewScalings(NewModules):
             yield FreshExpert(model, layers, lambda folder: save_peft(model, base, folder))
 
 
-def scales_input(model: PreTrainedModel, ia3: IA3, sites: Iterable[str]) -> set[str]:
-    """Those of `sites` whose input is scaled; ConfigError where settings and PEFT don't tell."""
-    pattern = ia3.feedforward
-    if pattern is None:
-        pattern = _endings(_known(IA3_FEEDFORWARD, model))
-    try:
-        matches = re.compile(pattern).search
-    except re.error as error:
-        raise ConfigError(
-            f"feedforward is {pattern!r}, not a regular expression: {error}."
-        ) from error
-    return {site for site in sites if matches(site)}
+def scales_input(model: PreTrainedModel, sites: Iterable[str]) -> set[str]:
+    """Those of `sites` whose input is scaled; none in a model whose type PEFT doesn't list."""
+    pattern = _endings(IA3_FEEDFORWARD.get(model.config.model_type, []))
+    return {site for site in sites if re.search(pattern, site)}
 
 
 class _Scaling(PeftScaling):  # type: ignore[misc]  # peft is untyped
@@ -258,16 +256,6 @@ class _Scaling(PeftScaling):  # type: ignore[misc]  # peft is untyped
         strength: Tensor | float = 1.0 if gate is None else openness(u, gate)
         module = ScalingVector(self.ia3_l[ADAPTER].flatten(), self.is_feedforward)
         return module.apply(self.base_layer, u, strength if active is None else strength * active)
-
-
-def _known(mapping: dict[str, list[str]], model: PreTrainedModel) -> list[str]:
-    kind = model.config.model_type
-    if kind not in mapping:
-        raise ConfigError(
-            f"Where an (IA)³ belongs in a model of type {kind} isn't known to PEFT; name the "
-            f"layers with sites and feedforward."
-        )
-    return mapping[kind]
 
 
 def _endings(names: list[str]) -> str:

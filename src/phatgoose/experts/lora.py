@@ -268,7 +268,6 @@ class NewLoras(NewModules):
             r=settings.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
             lora_dropout=settings.lora_dropout,
-            use_rslora=settings.rslora,
             use_dora=self.use_dora,
             **peft_options(base, sites),
         )

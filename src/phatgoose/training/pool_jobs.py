@@ -1,29 +1,98 @@
-"""The experts of a pool, each trained as one job that resumes when its worker is lost."""
+"""The experts of a pool, each trained as one job that resumes when its worker is lost.
+
+They go to a folder, or to a URL that fsspec can open (s3://…): then they are trained in the user's
+cache, and finished ones are copied up. Nothing locks a URL.
+"""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
+import fsspec
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..base import Base, BaseReference, load_base, recorded_id
-from ..config import Formatting, GateTraining, Lora, Peft, Training
+from ..errors import ExpertError
+from ..experts.expert import LAYOUT, ExpertInfo, read_info
+from ..files import first_line, user_cache
 from ..jobs import BaseLocation, Engine, LocalEngine
 from ..tasks.suites.registry import TrainingTask
-from .train_expert import (
-    check_trained_on,
-    settings_of_training,
-    train_expert,
-    warn_of_other_settings,
-)
-from .trainer import TrainingCallback, join_processes
-from .workdir import ExpertFolder, TrainedExpert, expert_folder, wait_for_work
+from .train_expert import LOCK, check_finished, finished_expert, train_expert
+from .trainer import Hyperparameters, is_first, join_processes, wait_for_all, work_of
 
 PATIENCE = 60.0  # seconds to wait for the lock of a lost worker on another machine
 
-TrainJob = Callable[["ExpertJob"], TrainedExpert]
+
+@dataclass(frozen=True)
+class ExpertFolder:
+    """A folder of experts at a path or an fsspec URL; raises ExpertError where a URL fails."""
+
+    at: str
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.at
+
+    @property
+    def path(self) -> Path:
+        """The directory of this machine where experts are trained."""
+        if self.is_url:
+            return user_cache() / "training" / quote(self.at, safe="")
+        return Path(self.at)
+
+    def place(self, name: str) -> str:
+        return f"{self.at.rstrip('/')}/{name}" if self.is_url else str(self.path / name)
+
+    def has(self, name: str) -> bool:
+        if not self.is_url:
+            return (self.path / name).exists()
+        with self._store("read") as (files, root):
+            return bool(files.exists(f"{root}/{name}/{LAYOUT.info}"))
+
+    def finished(self, name: str, base: Base | str, settings: Hyperparameters) -> ExpertInfo:
+        """What a finished expert records; raises and warns as `check_finished`."""
+        if not self.is_url:
+            return finished_expert(self.path / name, base, settings, resume=True).info
+        with self._store("read") as (files, root), tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / LAYOUT.info
+            files.get_file(f"{root}/{name}/{LAYOUT.info}", str(copy))
+            info = read_info(copy)
+        check_finished(info, self.place(name), base, settings)
+        return info
+
+    def put(self, name: str) -> None:
+        """Copy the expert that was finished in `path` to the URL, if it is one, and remove it."""
+        wait_for_all()
+        if not self.is_url or not is_first():
+            return
+        with self._store("written") as (files, root):
+            files.makedirs(f"{root}/{name}", exist_ok=True)
+            # The description last: an expert is there when that is.
+            for file in sorted(
+                (self.path / name).iterdir(), key=lambda file: file.name == LAYOUT.info
+            ):
+                files.put_file(str(file), f"{root}/{name}/{file.name}")
+        shutil.rmtree(self.path / name)
+
+    @contextmanager
+    def _store(self, done: str) -> Iterator[tuple[Any, str]]:
+        try:
+            files, root = fsspec.core.url_to_fs(self.at)
+            yield files, root.rstrip("/")
+        except Exception as error:  # of any class: a store's own
+            kept = f" Experts are kept in {self.path}: --resume uploads them."
+            raise ExpertError(
+                f"{self.at} can't be {done}: {first_line(error)}."
+                f"{kept if done == 'written' else ''}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -31,8 +100,7 @@ class ExpertJob:
     """The job of training one expert; `resume` and `restart` as in `train_expert`."""
 
     task: TrainingTask
-    training: Training
-    gate_training: GateTraining
+    settings: Hyperparameters
     resume: bool = False
     restart: bool = False
 
@@ -46,9 +114,7 @@ class ExpertJob:
 
     @property
     def size(self) -> int:
-        gates, examples = self.gate_training, self.task.entry.train_examples
-        training = self.training if examples is None else self.training.on(examples)
-        return training.steps + (0 if gates.joint else gates.gate_steps)
+        return self.settings.training.steps + self.settings.gate_steps
 
     def again(self) -> ExpertJob:
         return replace(self, resume=True, restart=False)
@@ -60,37 +126,30 @@ def train_experts(
     *,
     out: str,
     dtype: str = "auto",
-    peft: Peft | None = None,
-    formatting: Formatting | None = None,
     engine: Engine | None = None,
-) -> Iterator[TrainedExpert]:
-    """The finished experts of `jobs` in the folder or fsspec URL `out`, each as soon as it is done.
+) -> Iterator[ExpertInfo]:
+    """The records of the finished experts of `jobs` in the folder or fsspec URL `out`.
 
-    Those in `out` already come first, with a warning where their settings differ. `engine` None
-    trains one after the other here. `dtype` is for a base given by name. Raises as `train_expert`.
+    Each comes as soon as it is done, those in `out` already first, with a warning where their
+    settings differ. `engine` None trains one after the other here. `dtype` is for a base given by
+    name. Raises as `train_expert`.
     """
-    engine, peft, formatting = engine or LocalEngine(), peft or Lora(), formatting or Formatting()
-    folder = expert_folder(out)
+    engine, folder = engine or LocalEngine(), ExpertFolder(out)
     if engine.remote:
         jobs = [replace(job, task=job.task.portable()) for job in jobs]
     there = [job for job in jobs if folder.has(job.name)]
     for job in there:
-        found = folder.finished(job.name)
-        check_trained_on(base, found.base, found.place)
-        settings = settings_of_training(peft, job.training, job.gate_training, formatting)
-        warn_of_other_settings(found.place, found.hyperparameters, settings)
-        yield found
+        yield folder.finished(job.name, base, job.settings)
     missing = [job for job in jobs if job not in there]
-    patience = PATIENCE if engine.remote else 0.0
-    workshop = _ExpertWorkshop(base, dtype, folder, peft, formatting, patience)
+    workshop = _ExpertWorkshop(base, dtype, folder, PATIENCE if engine.remote else 0.0)
     steps = sum(job.size for job in missing)
-    own_bar = None if engine.remote else True  # in this process each training shows its own
+    hidden = None if engine.remote else True  # in this process each training shows its own
     with (
-        tqdm(total=steps, desc=f"{len(missing)} experts", unit="step", disable=own_bar) as bar,
+        tqdm(total=steps, desc=f"{len(missing)} experts", unit="step", disable=hidden) as bar,
         closing(engine.run(workshop, missing, bar)) as results,
     ):
-        for job, trained in results:
-            yield replace(trained, place=folder.place(job.name))
+        for _, info in results:
+            yield info
 
 
 @dataclass(frozen=True)
@@ -98,12 +157,10 @@ class _ExpertWorkshop:
     base: Base | BaseLocation | str
     dtype: str
     folder: ExpertFolder
-    peft: Peft
-    formatting: Formatting
     patience: float
 
     @contextmanager
-    def open(self, tell: Callable[[int], None]) -> Iterator[TrainJob]:
+    def open(self) -> Iterator[Callable[[ExpertJob], ExpertInfo]]:
         base = self.base
         join_processes()  # each loads it onto its own GPU
         if isinstance(base, BaseLocation):
@@ -111,33 +168,37 @@ class _ExpertWorkshop:
         elif isinstance(base, str):
             base = load_base(base, dtype=self.dtype)
 
-        def train(job: ExpertJob) -> TrainedExpert:
+        def train(job: ExpertJob) -> ExpertInfo:
             if job.resume and self.folder.has(job.name):
-                return self.folder.finished(job.name)
-            out = self.folder.path / job.name
-            self.folder.begin(job.name, restart=job.restart)
-            wait_for_work(out, self.patience)
+                return self.folder.finished(job.name, base, job.settings)
+            out, settings = self.folder.path / job.name, job.settings
+            lock = work_of(out) / LOCK
+            if self.patience and lock.exists():
+                # A process on another machine may need a moment to notice that it lost its master.
+                with suppress(Timeout), FileLock(lock).acquire(timeout=self.patience):
+                    pass
             expert = train_expert(
                 base,
                 job.task.load(),
                 out=out,
-                peft=self.peft,
-                training=job.training,
-                gate_training=job.gate_training,
-                formatting=self.formatting,
+                peft=settings.peft,
+                training=settings.training,
+                gate_training=settings.gates,
+                formatting=settings.formatting,
                 resume=job.resume,
                 restart=job.restart,
-                callback=TrainingCallback(tell),
             )
-            self.folder.send(job.name)
-            return TrainedExpert.of(expert.info, self.folder.place(job.name))
+            self.folder.put(job.name)
+            return expert.info
 
         yield train
 
     def portable(self) -> _ExpertWorkshop:
-        base = self.base
+        base, folder = self.base, self.folder
         if isinstance(base, Base):
             base = BaseLocation.of(base)
         elif isinstance(base, str):
             base = BaseLocation(recorded_id(base), self.dtype, BaseReference(base))
-        return replace(self, base=base, folder=self.folder.portable())
+        if not folder.is_url:
+            folder = ExpertFolder(str(folder.path.absolute()))
+        return replace(self, base=base, folder=folder)

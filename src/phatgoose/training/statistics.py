@@ -17,63 +17,44 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base import Base, check_base, load_base, number_format
-from ..config import Formatting, GateTraining
+from ..config import Formatting, GateTraining, Training
 from ..errors import ConfigError, ExpertError
 from ..experts.expert import MOST_EMBEDDINGS, Expert, expert_files, recorded_formatting
 from ..experts.kind import ModifiedLinear, SiteModule, applied
 from ..experts.statistics import PromptStates, readings_of
 from ..passes import ActsOn
 from ..sites import Site, find_sites
-from ..tasks.embeddings import (
-    DEFAULT_EMBEDDER,
-    PAPER_TEXT,
-    PROMPT,
-    embed_texts,
-    paper_texts,
-    prompt_texts,
-)
+from ..tasks.embeddings import PAPER_TEXT, embed_texts, paper_texts, prompt_texts
 from ..tasks.encoding import Cuts, Encoder, TokenPair
 from ..tasks.prompt_passes import read_pairs, read_prompts
 from ..tasks.task import Task, draw
+from .trainer import Hyperparameters, Run
 
 
 def measure(
     expert: Expert | str | Path,
     base: Base | str | Path,
     task: Task,
+    settings: GateTraining,
     *,
-    examples: int = 1000,
-    means: bool = True,
-    readings: bool = True,
-    embeddings: bool = True,
-    embedder: str = DEFAULT_EMBEDDER,
-    embedding_form: str = PROMPT,
     seed: int | None = None,
     formatting: Formatting | None = None,
 ) -> Expert:
-    """The expert with its statistics measured on `task`, its directory rewritten.
+    """The expert with the statistics of `settings` measured on `task`, its directory rewritten.
 
     `task` should be the data that the expert was trained on. A random sample of its training split
-    is measured: at most `examples`, for embeddings at most 1000. `seed` (of the sample and of the
-    validation split) and `formatting` default to what the expert records of its training, which
-    gives the same numbers as then. What isn't asked for stays as it is in the directory by then, as
-    do adapter and gates; the model card is written again.
+    is measured: at most `statistics_examples`, for embeddings at most 1000. `seed` (of the sample
+    and of the validation split) and `formatting` default to what the expert records of its
+    training, which gives the same numbers as then. What isn't asked for stays as it is in the
+    directory by then, as do adapter and gates; the model card is written again.
 
     Raises ConfigError when nothing is asked for or embedding isn't possible, WrongBaseError when
     `base` isn't the expert's, ExpertError when the directory holds foreign files, which rewriting
     would lose, or has become another expert meanwhile, TaskError when the task can't be used.
     """
     expert = expert if isinstance(expert, Expert) else Expert.load(expert)
-    if not (means or readings or embeddings):
+    if not (settings.means or settings.readings or settings.embeddings):
         raise ConfigError("There is nothing to measure: ask for means, readings or embeddings.")
-    settings = GateTraining(
-        statistics_examples=examples,
-        means=means,
-        readings=readings,
-        embeddings=embeddings,
-        embedder=embedder,
-        embedding_form=embedding_form,
-    )
     foreign = {path.name for path in expert.directory.iterdir()} - set(expert_files())
     if foreign:
         raise ExpertError(
@@ -87,22 +68,16 @@ def measure(
         seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
     if formatting is None:
         formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
-    encoder = Encoder.of(base, formatting)
-    found = statistics_of(
-        base,
-        expert.modules,
-        task.with_validation(seed),
-        encoder,
-        settings,
-        seed,
-        acting=expert.acts_on,
-    )
-    found.cuts.report(task.name)
-    place = expert.directory.resolve()  # where a link leads, rather than in its place
+    hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
+    encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
+    task = task.with_validation(seed)
+    run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.acts_on)
+    measured = statistics_of(run, expert.modules)
+    measured.cuts.report(task.name)
     now = Expert.load(place)  # another process may have measured something else meanwhile
     if now.info.adapter_sha256 != expert.info.adapter_sha256:
         raise ExpertError(f"{place} has become another expert while it was measured.")
-    return _with_statistics(now, found, settings).save(place, overwrite=True)
+    return _with_statistics(now, measured, settings).save(place, overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -120,76 +95,56 @@ class Statistics:
     measured_in: str | None = None
 
 
-def statistics_of(
-    base: Base,
-    modules: Mapping[str, SiteModule],
-    task: Task,
-    encoder: Encoder,
-    settings: GateTraining,
-    seed: int,
-    *,
-    shows_bars: bool = True,
-    acting: ActsOn | None = None,
-) -> Statistics:
-    """The statistics that `settings` asks for, of the expert `modules` on a sample of `task.train`.
+def statistics_of(run: Run, modules: Mapping[str, SiteModule]) -> Statistics:
+    """The statistics that the run's settings ask for, of the expert `modules` on a sample.
 
     Means are measured with the expert at full strength, as it acts when it is routed to, readings
-    without it. Of an expert that is `acting` on prompts' ends, means are those of the tokens that
-    it acts on. `shows_bars` False shows no progress. Raises ExpertError when the expert doesn't fit
-    the base, ConfigError when embedding isn't possible.
+    without it. Of an expert that acts on prompts' ends, means are those of the tokens that it acts
+    on. Raises ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't
+    possible.
     """
-    means, readings, embeddings, cuts = None, None, None, Cuts()
-    label = task.name if shows_bars else None
-    examples, pairs = draw(task.train, settings.statistics_examples, seed), []
-    in_papers_form = settings.embedding_form == PAPER_TEXT
-    if settings.means or settings.readings or not in_papers_form:
-        pairs = encoder.pairs(examples)
-        cuts = encoder.cuts(pairs)
+    settings, seed = run.settings.gates, run.settings.training.seed
+    model, label, encoder = run.base.model, run.task.name, run.encoder
+    means, readings, embeddings = None, None, None
+    examples = draw(run.task.train, settings.statistics_examples, seed)
+    pairs = encoder.pairs(examples)
+    prompts = [pair.prompt for pair in pairs]
     if settings.embeddings:
-        texts = (
-            paper_texts(examples)
-            if in_papers_form
-            else prompt_texts(encoder.tokenizer, [pair.prompt for pair in pairs])
-        )
+        texts = paper_texts(examples)
+        if settings.embedding_form != PAPER_TEXT:
+            texts = prompt_texts(encoder.tokenizer, prompts)
         embeddings = embed_texts(draw(tuple(texts), MOST_EMBEDDINGS, seed), settings.embedder)
     if settings.readings:
-        base.model.eval()
-        prompts = [pair.prompt for pair in pairs]
-        states = read_prompts(base.model, prompts, PromptStates(base.model), label)
-        readings = readings_of(states)
+        model.eval()
+        readings = readings_of(read_prompts(model, prompts, PromptStates(model), label))
     if settings.means:
-        sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
-        padding = base.tokenizer.pad_token_id
-        with applied(base.model, modules, ModifiedLinear):
-            means = mean_activations(base.model, sites, pairs, padding, label, acting)
-    measured_in = number_format(base.model) if settings.means or settings.readings else None
-    return Statistics(means, readings, embeddings, cuts, measured_in)
+        sites = {name: site for name, site in find_sites(model).items() if name in modules}
+        padding = run.base.tokenizer.pad_token_id
+        with applied(model, modules, ModifiedLinear):
+            means = mean_activations(model, sites, pairs, padding, label, run.acting)
+    measured_in = number_format(model) if settings.means or settings.readings else None
+    return Statistics(means, readings, embeddings, encoder.cuts(pairs), measured_in)
 
 
-def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
-    measured = replace(
-        expert,
-        means=expert.means if found.means is None else found.means,
-        readings=expert.readings if found.readings is None else found.readings,
-        embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
-    )
-    measured_in = found.measured_in or expert.info.measured_in
-    kept = (found.means is None and expert.means) or (found.readings is None and expert.readings)
+def _with_statistics(expert: Expert, measured: Statistics, settings: GateTraining) -> Expert:
+    parts = ("means", "readings", "embeddings")
+    new = {part: value for part in parts if (value := getattr(measured, part)) is not None}
+    result = replace(expert, **new)
+    measured_in = measured.measured_in or expert.info.measured_in
+    kept = any(part not in new and expert.has(part) for part in ("means", "readings"))
     if kept and measured_in != expert.info.measured_in:
         measured_in = None  # of two bases
     how: dict[str, Any] = {}
-    if found.embeddings is not None:
+    if "embeddings" in new:
         how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
     recorded = {
         **expert.info.hyperparameters,
         "statistics_examples": settings.statistics_examples,
-        "means": bool(measured.means),
-        "readings": bool(measured.readings),
-        "embeddings": measured.embeddings is not None,
+        **{part: result.has(part) for part in parts},
         **how,
     }
     info = replace(expert.info, hyperparameters=recorded, measured_in=measured_in, **how)
-    return replace(measured, info=info)
+    return replace(result, info=info)
 
 
 def mean_activations(

@@ -1,7 +1,7 @@
 """Training an expert: an adapter on a task, then its gates, then statistics (paper section 3).
 
-Each stage leaves its result in the work folder (`workdir`), where an interrupted run resumes. The
-expert's directory is written last, whole or not at all.
+Each stage leaves its result in the work folder, where an interrupted run resumes. The expert's
+directory is written last, whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -30,43 +32,36 @@ from ..base import (
     recorded_id,
     same_base,
 )
-from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training
-from ..errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
-from ..experts.expert import LAYOUT, Expert, adapter_files, check_name, invocation_of, read_modules
+from ..config import Formatting, GateTraining, Lora, Peft, Training
+from ..errors import ConfigError, ExpertError, WrongBaseError
+from ..experts.expert import (
+    LAYOUT,
+    Expert,
+    ExpertInfo,
+    adapter_files,
+    check_name,
+    invocation_of,
+    read_modules,
+)
 from ..experts.kind import applied, check_fit
 from ..experts.peft_files import record_invocation
 from ..experts.registry import kind_for
-from ..files import sha256_of, shortened
+from ..files import WRITING_ERRORS, reason, sha256_of, shortened, write_text
 from ..passes import ActsOn
 from ..sites import find_sites
 from ..tasks.embeddings import load_embedder
-from ..tasks.encoding import CUTS, Encoder, as_read
+from ..tasks.encoding import CUTS, Encoder, TokenPair, as_read
 from ..tasks.loading import given_task
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
-from .modules import GatedLinear, fresh_expert, parameters_at, take_gates
+from .modules import GatedLinear, fresh_expert, placed_sites
 from .statistics import statistics_of
-from .trainer import TrainingCallback, fit, is_first, join_processes, reporters, wait_for_all
-from .workdir import discard_work, open_work, work_of
+from .trainer import Hyperparameters, Run, fit, is_first, join_processes, wait_for_all, work_of
 
-REPORT = "report.json"
-JOINT_GATES = "gates.safetensors"
-GATE_CHECKPOINT_EVERY = 25
-# Settings of `Training` that gates are trained with, too.
-SHARED = (
-    *("batch_size", "micro_batch_size", "lr_schedule", "warmup_ratio", "weight_decay"),
-    "max_grad_norm",
-)
+IDENTITY, LOCK = "run.json", "lock"
+REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapter, beside its files
 # Settings that unfinished work may differ in: statistics are measured at the end.
-FREE = (
-    "report_to",
-    "statistics_examples",
-    "means",
-    "readings",
-    "embeddings",
-    "embedder",
-    "embedding_form",
-)
+FREE = (*("statistics_examples", "means", "readings", "embeddings", "embedder", "embedding_form"),)
 
 
 def train_expert(
@@ -81,7 +76,6 @@ def train_expert(
     name: str | None = None,
     resume: bool = False,
     restart: bool = False,
-    callback: TrainingCallback | None = None,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> Expert:
     """A finished expert for `task`, written to `out`, with gates and statistics (paper section 3).
@@ -105,7 +99,6 @@ def train_expert(
         resume: Continue an interrupted run, or load a finished expert, with a warning if that has
             other settings. Its data aren't compared with `task`.
         restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
-        callback: A `TrainingCallback`, which hears of steps.
         callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
 
     Raises:
@@ -116,32 +109,17 @@ def train_expert(
         TaskError: The task can't be used.
     """
     out, peft = Path(out), peft or Lora()
-    kind_for(peft)  # refuses what is none
-    training = training or Training()
-    gates = gate_training or GateTraining()
-    formatting = formatting or Formatting()
-    settings = settings_of_training(peft, training, gates, formatting)
-    finished = finished_expert(out, base, settings, resume=resume)
-    if finished is not None:
-        return finished
-    run = TrainingRun.of(base, task, out, training, gates, formatting, name, callback)
-    acting = acting_for(run.base, run.encoder, training.acts_on)
-    run = replace(run, acting=acting, callbacks=tuple(callbacks))
-    if run.acting is not None and not kind_for(peft).new_modules.acts_from_ends:
-        raise ConfigError(
-            f"Experts of the kind {kind_for(peft).name} can't be trained to act from a prompt's "
-            f"end on; leave acts_on out."
-        )
-    parameters_at(run.base.model, peft)  # refuses bad settings before anything is written
-    with open_work(out, run.identity(peft), resume=resume, restart=restart) as work:
+    rest = (training or Training(), gate_training or GateTraining(), formatting or Formatting())
+    settings = Hyperparameters(peft, *rest)
+    if out.exists():
+        return finished_expert(out, base, settings, resume=resume)
+    run = _begun(base, task, settings, out, name, callbacks)
+    placed_sites(run.base.model, peft)  # refuses bad settings before anything is written
+    with open_work(out, _identity(run), resume=resume, restart=restart):
         adapter = _trained_adapter(run, peft)
-        record = Record(
-            hyperparameters=settings_of_training(peft, run.training, gates, run.encoder.formatting),
-            metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
-            gates=load_file(work / JOINT_GATES) if gates.joint else None,
-            cuts_told=True,
-        )
-        return _with_gates_and_statistics(run, adapter, record)
+        metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
+        gates = load_file(adapter / JOINT_GATES) if settings.gates.joint else None
+        return _finished(run, adapter, {}, metrics, gates)
 
 
 def train_gates(
@@ -187,220 +165,201 @@ def train_gates(
         TaskError: The task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
-    if gate_training is not None and gate_training.joint:
+    rest = (training or Training(), gate_training or GateTraining(), formatting or Formatting())
+    settings = Hyperparameters(None, *rest)
+    if settings.gates.joint:
         raise ConfigError(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
-    training = training or Training()
-    gates = gate_training or GateTraining()
-    formatting = formatting or Formatting()
-    settings = _gate_settings(training, gates) | asdict(formatting)
-    finished = finished_expert(out, base, settings, resume=resume)
-    if finished is not None:
-        return finished
+    if out.exists():
+        return finished_expert(out, base, settings, resume=resume)
     modules = read_modules(adapter)
-    run = TrainingRun.of(base, task, out, training, gates, formatting, name)
-    hyperparameters: Mapping[str, Any] = {}
-    metrics: Mapping[str, Any] = {}
+    run = _begun(base, task, settings, out, name, callbacks)
+    earlier, metrics = dict[str, Any](), dict[str, Any]()
     acting = invocation_of(adapter)
     if (adapter / LAYOUT.info).is_file():
-        earlier = Expert.load(adapter)
-        check_base(earlier.info.base, run.base.reference, f"expert {earlier.name!r}")
-        hyperparameters, metrics = earlier.info.hyperparameters, earlier.info.metrics
-        acting = earlier.acts_on
-    check_acting(run.base, acting)
-    run = replace(run, acting=acting, callbacks=tuple(callbacks))
-    settings = _gate_settings(run.training, gates) | asdict(run.encoder.formatting)
-    record = Record({**hyperparameters, **settings}, metrics)
+        expert = Expert.load(adapter)
+        check_base(expert.info.base, run.base.reference, f"expert {expert.name!r}")
+        earlier, metrics = dict(expert.info.hyperparameters), dict(expert.info.metrics)
+        acting = expert.acts_on
+    run = replace(run, acting=acting)
     check_fit(adapter.name, modules, find_sites(run.base.model))
-    identity = run.identity(adapter=sha256_of(adapter / adapter_files(adapter).weights))
-    with open_work(out, identity, resume=resume, restart=restart):
-        return _with_gates_and_statistics(run, adapter, record)
+    weights = sha256_of(adapter / adapter_files(adapter).weights)
+    with open_work(out, _identity(run, weights), resume=resume, restart=restart):
+        return _finished(run, adapter, earlier, metrics, None)
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """The training of the expert `name`, to be written to `out`.
+def _begun(
+    base: Base | str | Path,
+    task: Task | str | Path,
+    settings: Hyperparameters,
+    out: Path,
+    name: str | None,
+    callbacks: Iterable[TrainerCallback],
+) -> Run:
+    """The run with these settings; what would fail after hours is refused now."""
+    check_name(name or out.name)
+    task = given_task(task)
+    if settings.gates.embeddings:
+        load_embedder(settings.gates.embedder)
+    join_processes()
+    base = load_base(base) if isinstance(base, str | Path) else base
+    task = task.with_validation(settings.training.seed)
+    encoder = Encoder.of(base, as_read(settings.formatting, task.train))
+    settings = replace(settings, formatting=encoder.formatting)
+    acting = None if settings.peft is None else acting_for(encoder, settings.training.acts_on)
+    run = Run(base, task, encoder, settings, out, name or out.name, acting, tuple(callbacks))
+    if settings.gates.means:  # read one example as they will be measured
+        model, padding = base.model, base.tokenizer.pad_token_id
+        pairs = encoder.pairs(task.validation[:1])
+        read_pairs(model, find_sites(model), pairs, padding, lambda *_: None)
+    return run
 
-    `task` has a validation split; `digest` is that of the task as it was given. `acting` is the end
-    of prompts that the expert acts on, None for all tokens. `callbacks` are transformers' own.
+
+def _identity(run: Run, weights: str | None = None) -> dict[str, Any]:
+    """What a run must share to resume another's work; `weights`: of the adapter that was given."""
+    record = run.settings.record()
+    return {
+        "base": run.base.fingerprint,
+        "dtype": number_format(run.base.model),
+        "adapter": weights,
+        "task": run.task.digest,
+        "settings": {name: record[name] for name in record if name not in FREE},
+    }
+
+
+@contextmanager
+def open_work(
+    out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool
+) -> Iterator[Path]:
+    """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
+
+    Its name starts with a dot, so that nothing takes it for a finished result. It is locked while
+    the context is open, or until the process is killed; of several processes of one training the
+    first holds the lock. When the context ends and `out` is there, the work is removed. Raises
+    ExpertError when `out` is there at first, when there is unfinished work and neither `resume` nor
+    `restart` is set, another process holds the lock, or the folder can't be written; ConfigError
+    when the work to resume has another identity.
     """
+    work = work_of(out)
+    if not is_first():
+        wait_for_all()
+        yield work
+        return
+    try:
+        if work.is_symlink() or any(path.is_symlink() for path in work.rglob("*")):
+            raise ExpertError(f"{work} is or holds a symbolic link, as no work of ours; remove it.")
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work / LOCK).acquire(timeout=0):
+            if out.exists():
+                raise ExpertError(f"Another process has made {out} meanwhile.")
+            _claim(work, json.dumps(identity, indent=2), resume=resume, restart=restart)
+            wait_for_all()
+            yield work
+        if out.exists():  # the lock is free: some file systems remove no open file
+            shutil.rmtree(work, ignore_errors=True)
+    except Timeout as problem:
+        raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
+    except WRITING_ERRORS as problem:
+        raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
 
-    base: Base
-    task: Task
-    digest: str
-    encoder: Encoder
-    training: Training
-    gate_training: GateTraining
-    out: Path
-    name: str
-    callback: TrainingCallback
-    acting: ActsOn | None = None
-    callbacks: tuple[TrainerCallback, ...] = ()
 
-    @classmethod
-    def of(
-        cls,
-        base: Base | str | Path,
-        task: Task | str | Path,
-        out: Path,
-        training: Training,
-        gate_training: GateTraining,
-        formatting: Formatting,
-        name: str | None,
-        callback: TrainingCallback | None = None,
-    ) -> TrainingRun:
-        """The run with these settings; what would fail after hours is refused now."""
-        check_name(name or out.name)
-        task = given_task(task)
-        if gate_training.embeddings:
-            load_embedder(gate_training.embedder)
-        reporters(training.report_to, "")
-        join_processes()
-        base = load_base(base) if isinstance(base, str | Path) else base
-        if not isinstance(base, Base):
-            raise BaseModelError(
-                f"base is a {type(base).__name__}; wanted its name, its folder, or a loaded Base "
-                f"(phatgoose.base.load_base)."
+def _claim(work: Path, identity: str, *, resume: bool, restart: bool) -> None:
+    file = work / IDENTITY
+    if file.is_file() and not restart:
+        if not resume:
+            raise ExpertError(
+                f"Unfinished work was found in {work}; use resume to continue it or restart to "
+                f"throw it away."
             )
-        split = task.with_validation(training.seed)
-        encoder = Encoder.of(base, as_read(formatting, split.train))
-        if gate_training.means:  # read one example as they will be measured
-            model, padding = base.model, base.tokenizer.pad_token_id
-            pairs = encoder.pairs(split.validation[:1])
-            read_pairs(model, find_sites(model), pairs, padding, lambda *_: None)
-        return cls(
-            base=base,
-            task=split,
-            digest=task.digest,
-            encoder=encoder,
-            training=training.on(len(split.train)),
-            gate_training=gate_training,
-            out=out,
-            name=name or out.name,
-            callback=callback or TrainingCallback(),
-        )
-
-    @property
-    def work(self) -> Path:
-        return work_of(self.out)
-
-    def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
-        settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
-        return {
-            "base": self.base.fingerprint,
-            "dtype": number_format(self.base.model),
-            **more,
-            "task": self.digest,
-            "settings": [
-                {name: value for name, value in asdict(each).items() if name not in FREE}
-                for each in settings
-            ],
-        }
+        if file.read_text(encoding="utf-8") != identity:
+            raise ConfigError(
+                f"The unfinished work in {work} had other settings, data or another base; "
+                f"repeat them, or use restart to throw it away."
+            )
+        return
+    # First of all: if it is killed here, what is left counts as no work, without an identity.
+    file.unlink(missing_ok=True)
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    write_text(file, identity, ExpertError)
 
 
-def check_acting(base: Base, acting: ActsOn | None) -> None:
-    """Raise ConfigError where no expert on `base` can act from a prompt's end on."""
-    if acting is not None and base.is_encoder_decoder:
-        raise ConfigError(
-            f"{base.id!r} is an encoder-decoder, whose prompts have a stack of their own; experts "
-            f"that act from a prompt's end on need a decoder-only base."
-        )
-
-
-def acting_for(base: Base, encoder: Encoder, acts_on: str) -> ActsOn | None:
-    """What the setting `acts_on` means on `base`; None for all tokens. Raises ConfigError."""
+def acting_for(encoder: Encoder, acts_on: str) -> ActsOn | None:
+    """What the setting `acts_on` means; None for all tokens."""
     if acts_on == "all":
         return None
     if acts_on == "generation-prompt":
-        found = ActsOn(invocation=tuple(encoder.generation_prompt()))
-    else:
-        found = ActsOn(tail=1 if acts_on == "answer" else int(acts_on))
-    check_acting(base, found)
-    return found
+        return ActsOn(invocation=tuple(encoder.generation_prompt()))
+    return ActsOn(tail=1 if acts_on == "answer" else int(acts_on))
 
 
-def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
-    task, training, work, joint = run.task, run.training, run.work, run.gate_training.joint
-    finished = work / "adapter"
+def _encoded(run: Run, *, tells: bool) -> tuple[list[TokenPair], dict[str, int]]:
+    """The training examples, and the record of how many were cut."""
+    pairs = run.encoder.pairs(run.task.train)
+    cuts = run.encoder.cuts(pairs)
+    if tells and is_first():
+        cuts.report(run.task.name)
+    return pairs, cuts.record()
+
+
+def _trained_adapter(run: Run, peft: Peft) -> Path:
+    """The folder of the trained adapter's files, its metrics and its joint gates."""
+    training, joint = run.settings.training, run.settings.gates.joint
+    finished, unfinished = run.work / "adapter", run.work / "adapter.unfinished"
     if finished.is_dir():
-        run.callback.on_steps(training.steps)
         return finished
-    validated = draw(task.validation, training.eval_examples, training.seed)
-    train, validation = map(run.encoder.pairs, (task.train, validated))
-    cuts = run.encoder.cuts(train)
-    if is_first():
-        cuts.report(task.name)
+    pairs, cuts = _encoded(run, tells=True)
+    drawn = draw(run.task.validation, training.eval_examples, training.seed)
+    validation = run.encoder.pairs(drawn)
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
-        report = fit(
-            fresh.model,
-            run.base,
-            train=train,
-            validation=validation,
-            training=training,
-            steps=training.steps,
-            learning_rate=training.learning_rate,
-            checkpoint_every=min(training.eval_every, training.steps),
-            work=work / "expert",
-            label=f"{task.name}: expert",
-            callback=run.callback,
-            acting=run.acting,
-            callbacks=run.callbacks,
-        )
-        gates = take_gates(fresh.parts) if joint else None
+        found = fit(run, fresh.model, "expert", pairs, validation)
+        gates: dict[str, Tensor] = {}
+        for site, module in fresh.parts.items() if joint else ():
+            gates[site] = module.gate.detach().cpu()  # type: ignore[operator]
+            del module.gate  # PEFT would save it with its layer
         if is_first():
-            if gates is not None:
-                save_file(gates, work / JOINT_GATES)
-            unfinished = work / "adapter.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             fresh.save(unfinished)
             invocation = run.acting.invocation if run.acting else None
             if invocation and kind_for(peft).holds_invocation:
                 record_invocation(unfinished, invocation)
-            metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
-            (work / REPORT).write_text(json.dumps(metrics | cuts.record()), encoding="utf-8")
+            if joint:
+                save_file(gates, unfinished / JOINT_GATES)
+            metrics = {f"expert_{name}": value for name, value in found.items()} | cuts
+            (unfinished / REPORT).write_text(json.dumps(metrics), encoding="utf-8")
             os.rename(unfinished, finished)
-            shutil.rmtree(work / "expert")
+            shutil.rmtree(run.work / "expert")
         wait_for_all()
     return finished
 
 
-@dataclass(frozen=True)
-class Record:
-    """What an expert records: all its hyper-parameters, and the metrics so far.
+def _finished(
+    run: Run,
+    adapter: Path,
+    earlier: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    gates: Mapping[str, Tensor] | None,
+) -> Expert:
+    """The expert with its statistics, and with gates unless it has joint ones.
 
-    `gates` are those trained jointly with the expert; None means that they are still to be trained.
-    `cuts_told` means that the user knows how many of the task's inputs were cut.
+    `earlier` are the hyper-parameters of an adapter that was given, `metrics` those so far.
     """
-
-    hyperparameters: Mapping[str, object]
-    metrics: Mapping[str, object]
-    gates: Mapping[str, Tensor] | None = None
-    cuts_told: bool = False
-
-
-def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) -> Expert:
-    modules, settings, task = read_modules(adapter), run.gate_training, run.task
-    metrics, gates = dict(record.metrics), record.gates
+    modules, task = read_modules(adapter), run.task
     if gates is None:
-        gates, found = _trained_gates(run, modules, tell_cuts=not record.cuts_told)
-        metrics = {key: value for key, value in metrics.items() if key not in CUTS} | found
+        gates, found = _trained_gates(run, modules)
+        metrics = {name: metrics[name] for name in metrics if name not in CUTS} | found
     if not is_first():
         wait_for_all()
         return Expert.load(run.out)
-    measured = statistics_of(
-        run.base,
-        modules,
-        task,
-        run.encoder,
-        settings,
-        run.training.seed,
-        shows_bars=run.callback.shows_bar,
-        acting=run.acting,
-    )
+    measured = statistics_of(run, modules)
+    embeds = run.settings.gates.embeddings
     expert = Expert.from_peft(
         adapter,
         gates,
@@ -409,8 +368,8 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
         means=measured.means,
         readings=measured.readings,
         embeddings=measured.embeddings,
-        embedder=settings.embedder if settings.embeddings else None,
-        embedding_form=settings.embedding_form if settings.embeddings else None,
+        embedder=run.settings.gates.embedder if embeds else None,
+        embedding_form=run.settings.gates.embedding_form if embeds else None,
         measured_in=measured.measured_in,
         task={
             "name": task.name,
@@ -419,7 +378,7 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
             "validation_examples": len(task.validation),
             "validation_origin": task.validation_origin,
         },
-        hyperparameters=dict(record.hyperparameters),
+        hyperparameters={**earlier, **run.settings.record()},
         metrics=metrics,
         acts_on=run.acting,
     )
@@ -429,107 +388,60 @@ def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) 
 
 
 def _trained_gates(
-    run: TrainingRun, modules: Mapping[str, Any], *, tell_cuts: bool
-) -> tuple[Mapping[str, Tensor], dict[str, object]]:
+    run: Run, modules: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """Gates trained for the frozen `modules`, and their metrics (paper section 3)."""
-    base, settings = run.base, run.gate_training
-    pairs = run.encoder.pairs(run.task.train)
-    cuts = run.encoder.cuts(pairs)
-    if is_first() and tell_cuts:
-        cuts.report(run.task.name)
-    with applied(base.model, modules, GatedLinear) as layers:
-        base.model.requires_grad_(False)
+    model = run.base.model
+    pairs, cuts = _encoded(run, tells=run.settings.peft is None)
+    with applied(model, modules, GatedLinear) as layers:
+        model.requires_grad_(False)
         for layer in layers.values():
             layer.gate.requires_grad_(True)
-        report = fit(
-            base.model,
-            base,
-            train=pairs,
-            validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
-            training=run.training,
-            steps=settings.gate_steps,
-            learning_rate=settings.gate_learning_rate or GATE_RATE,
-            checkpoint_every=min(GATE_CHECKPOINT_EVERY, settings.gate_steps),
-            work=run.work / "gates",
-            label=f"{run.task.name}: gates",
-            callback=run.callback,
-            acting=run.acting,
-            callbacks=run.callbacks,
-        )
-        gates = {site: layer.vector() for site, layer in layers.items()}
-    known = {f"gate_{key}": value for key, value in asdict(report).items() if value is not None}
-    return gates, cuts.record() | known
-
-
-def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]:
-    shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
-    rate = gates.gate_learning_rate or GATE_RATE
-    return {"seed": training.seed, **asdict(gates), **shared, "gate_learning_rate": rate}
+        # The paper selects no checkpoint: the last step's gates are kept.
+        found = fit(run, model, "gates", pairs)
+        gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
+    return gates, cuts | {f"gate_{name}": value for name, value in found.items()}
 
 
 def finished_expert(
-    out: Path, base: Base | str | Path, settings: Mapping[str, Any], *, resume: bool
-) -> Expert | None:
-    """The expert that an earlier run finished at `out`, if any; warns of other settings.
+    out: Path, base: Base | str | Path, settings: Hyperparameters, *, resume: bool
+) -> Expert:
+    """The expert that an earlier run finished at `out`; warns of other settings.
 
-    Raises ExpertError when something is there and not to be resumed, and WrongBaseError when that
-    is an expert of another base.
+    Raises ExpertError when what is there isn't to be resumed, and WrongBaseError when that is an
+    expert of another base.
     """
-    if not out.exists():
-        return None
     if not resume:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
-    check_trained_on(base, expert.info.base, out)
-    discard_work(out)  # not before: it may be all that there is
-    warn_of_other_settings(str(out), expert.info.hyperparameters, settings)
+    check_finished(expert.info, str(out), base, settings)
+    shutil.rmtree(work_of(out), ignore_errors=True)  # not before: it may be all that there is
     return expert
 
 
-def check_trained_on(base: Base | str | Path, recorded: BaseReference, place: str | Path) -> None:
-    """Raise WrongBaseError if the finished expert at `place` is surely not one of `base`."""
-    if isinstance(base, Base):
-        found = base.reference
-    elif recorded_id(base) == recorded.id:
-        return
-    else:
-        found = BaseReference(str(base), fingerprint=fingerprint_here(str(base)))
-    if found.fingerprint and recorded.fingerprint and not same_base(found, recorded):
-        raise WrongBaseError(
-            f"{place} is an expert of {recorded.id!r}, not of {found.id!r}; choose another place."
-        )
-
-
-def settings_of_training(
-    peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
-) -> dict[str, Any]:
-    """All settings by their flat names, as an expert records them; rates are those used."""
-    own = asdict(gates) | {"gate_learning_rate": gates.gate_learning_rate or GATE_RATE}
-    if gates.joint:  # they have the expert's
-        del own["gate_steps"], own["gate_learning_rate"]
-    shape = {"peft": kind_for(peft).name, **asdict(peft)}
-    return {**shape, **asdict(training), **own, **asdict(formatting)}
-
-
-def warn_of_other_settings(
-    place: str, recorded: Mapping[str, Any], settings: Mapping[str, Any]
+def check_finished(
+    info: ExpertInfo, place: str, base: Base | str | Path, settings: Hyperparameters
 ) -> None:
-    """Warn that the finished expert at `place` is kept, if it has other `settings`."""
+    """Raise WrongBaseError if the finished expert at `place` is surely not one of `base`.
 
-    def value(name: str, held: Mapping[str, Any]) -> Any:
-        follows_expert = name == "gate_learning_rate" and held[name] is None
-        return held.get("learning_rate") if follows_expert else held[name]
-
-    ignored = {*FREE}
-    if recorded.get("chat") is True:  # rows that are chats need no setting to be read as such
-        ignored.add("chat")
-    if settings.get("epochs") is not None:  # they decide the steps
-        ignored.add("steps")
-    names = [name for name in settings if name in recorded and name not in ignored]
+    Warns that it is kept, if it has other `settings`.
+    """
+    if isinstance(base, Base):
+        known = base.reference
+    elif recorded_id(base) == info.base.id:
+        known = info.base
+    else:
+        known = BaseReference(str(base), fingerprint=fingerprint_here(str(base)))
+    if known.fingerprint and info.base.fingerprint and not same_base(known, info.base):
+        raise WrongBaseError(
+            f"{place} is an expert of {info.base.id!r}, not of {known.id!r}; choose another place."
+        )
+    recorded = info.hyperparameters
     other = [
-        f"{name} {shortened(value(name, recorded), 40)}, not {shortened(value(name, settings), 40)}"
-        for name in names
-        if value(name, recorded) != value(name, settings)
+        f"{name} {shortened(recorded[name], 40)}, not {shortened(value, 40)}"
+        for name, value in settings.record().items()
+        # Rows that are chats need no setting to be read as such.
+        if name in recorded and name not in (*FREE, "chat") and recorded[name] != value
     ]
     if other:
         warnings.warn(

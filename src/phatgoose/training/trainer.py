@@ -15,11 +15,10 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,22 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import (
-    TensorBoardCallback,
-    get_reporting_integration_callbacks,
-)
 
 from ..base import Base
-from ..config import Training
+from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TrainingError
+from ..experts.registry import kind_for
 from ..files import first_line, one_line
 from ..passes import ActsOn
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits
-from ..tasks.encoding import TokenPair
+from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.task import Task
 
 TRAINABLE = "trainable.safetensors"
 LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar
 COMPLETE = "complete"  # written last: a checkpoint without it was cut short
+GATE_CHECKPOINT_EVERY = 25
+WARMUP = 0.06  # share of the steps in which the rate rises (paper section 4.1)
 logger = logging.getLogger(__name__)
 
 
@@ -70,47 +69,90 @@ def is_first() -> bool:
 def join_processes() -> None:
     """Meet the other processes of a launch by accelerate or torchrun; alone, do nothing."""
     if process_count() > 1:
-        _state()
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def wait_for_all() -> None:
     if process_count() > 1:
-        _state().wait_for_everyone()
-
-
-def _state() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())
+        PartialState().wait_for_everyone()
 
 
 @dataclass(frozen=True)
-class TrainingCallback:
-    """Functions that hear of training progress; the defaults ignore it.
+class Hyperparameters:
+    """All settings of a training; `peft` None if the adapter is there already."""
 
-    `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
-    earlier runs. `shows_bar` False leaves the progress bar to the caller.
+    peft: Peft | None = field(default_factory=Lora)
+    training: Training = field(default_factory=Training)
+    gates: GateTraining = field(default_factory=GateTraining)
+    formatting: Formatting = field(default_factory=Formatting)
+
+    @property
+    def gate_steps(self) -> int:
+        """The steps of the gates' own training, 0 for joint gates."""
+        return 0 if self.gates.joint else self.gates.gate_steps
+
+    def record(self) -> dict[str, Any]:
+        """All of them by their flat names, as an expert records them; rates are those used."""
+        gates = asdict(self.gates) | {"gate_learning_rate": self.gate_rate}
+        if self.peft is None:
+            shared = ("batch_size", "micro_batch_size", "lr_schedule")
+            gates |= {f"gate_{name}": getattr(self.training, name) for name in shared}
+            return {"seed": self.training.seed, **gates, **asdict(self.formatting)}
+        if self.gates.joint:  # they have the expert's
+            del gates["gate_steps"], gates["gate_learning_rate"]
+        shape = {"peft": kind_for(self.peft).name, **asdict(self.peft)}
+        return {**shape, **asdict(self.training), **gates, **asdict(self.formatting)}
+
+    @property
+    def gate_rate(self) -> float:
+        return self.gates.gate_learning_rate or GATE_RATE
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training of one expert, to be written to `out`; unfinished work lies in `work`.
+
+    `task` has a validation split. `acting` is the end of prompts that the expert acts on, None for
+    all tokens. `callbacks` are transformers' own.
     """
 
-    on_steps: Callable[[int], None] = lambda count: None
-    shows_bar: bool = True
+    base: Base
+    task: Task
+    encoder: Encoder
+    settings: Hyperparameters
+    out: Path
+    name: str
+    acting: ActsOn | None = None
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.acting is not None and self.base.is_encoder_decoder:
+            raise ConfigError(
+                f"{self.base.id!r} is an encoder-decoder, whose prompts have a stack of their own; "
+                f"experts that act from a prompt's end on need a decoder-only base."
+            )
+
+    @property
+    def work(self) -> Path:
+        return work_of(self.out)
 
 
-class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """One line on the terminal (steps, loss, tokens per second); a log line per validation.
+def work_of(out: Path) -> Path:
+    """The folder of unfinished work on `out`, beside it."""
+    return out.parent / f".{out.name}.work"
 
-    Away from a terminal a log line every LINE_EVERY seconds takes the bar's place. `lengths` are
-    the tokens of each example in the order of training.
+
+class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """A bar on a terminal, else a log line every LINE_EVERY seconds; a line for each validation.
+
+    `lengths` are the tokens of each example in the order of training. If it `validates`, the last
+    step is a candidate even if it isn't a multiple of the validation interval.
     """
 
-    def __init__(
-        self, label: str, lengths: list[int], batch: int, callback: TrainingCallback
-    ) -> None:
+    def __init__(self, label: str, lengths: list[int], batch: int, *, validates: bool) -> None:
         self.label, self.tokens, self.seconds = label, 0, 0.0
-        self._callback = callback
-        self._lengths, self._batch = lengths, batch
-        self._bar: Any = None
-        self._begun = 0.0
-        self._done, self._told = 0, 0.0
-        self._logs: dict[str, float] = {}
+        self._lengths, self._batch, self._validates = lengths, batch, validates
+        self._loss = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -120,8 +162,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         if state.best_global_step:  # transformers forgets its checkpoint if the folder moved
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
-        self._callback.on_steps(state.global_step)
-        self._told = time.monotonic()
+        self._first, self._told = state.global_step, time.perf_counter()
         if is_first():
             logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
@@ -129,53 +170,46 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             initial=state.global_step,
             desc=one_line(self.label),
             unit="step",
-            disable=None if is_first() and self._callback.shows_bar else True,
+            disable=None if is_first() else True,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += time.perf_counter() - self._begun
+        now = time.perf_counter()
+        self.seconds += now - self._begun
         start = (state.global_step - 1) * self._batch
         self.tokens += sum(self._lengths[start : start + self._batch])
         self._bar.update(1)
-        self._callback.on_steps(1)
-        self._done += 1
         # Logged losses are means since the last log, of which a run that resumes knows nothing.
         control.should_log |= control.should_save
-        if is_first() and self._callback.shows_bar and self._bar.disable:
-            self._tell(state)
-
-    def _tell(self, state: Any) -> None:
-        now = time.monotonic()
-        if now - self._told < LINE_EVERY:
-            return
-        self._told = now
-        left = (state.max_steps - state.global_step) * self.seconds / self._done
-        logger.info(
-            "%s: step %d of %d%s, %.0f tokens/s, %s left",
-            self.label,
-            state.global_step,
-            state.max_steps,
-            "".join(f", {name} {value:.4g}" for name, value in self._logs.items()),
-            self.tokens_per_second,
-            tqdm.format_interval(left),
-        )
+        if self._validates and (
+            state.global_step >= state.max_steps or control.should_training_stop
+        ):
+            control.should_evaluate = control.should_save = True
+        if is_first() and self._bar.disable and now - self._told >= LINE_EVERY:
+            self._told = now
+            line = tqdm.format_meter(
+                state.global_step,
+                state.max_steps,
+                self.seconds,
+                ncols=0,  # no bar
+                prefix=self.label,
+                unit="step",
+                initial=self._first,
+                postfix=self._loss,
+            )
+            logger.info("%s", line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self._logs = {"loss": logs["loss"], "rate": logs.get("learning_rate", 0.0)}
-            speed = f"{self.tokens_per_second:.0f} tokens/s"
-            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}")
+            rate, speed = logs.get("learning_rate", 0.0), self.tokens_per_second
+            self._loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed:.0f} tokens/s"
+            self._bar.set_postfix_str(self._loss)
         if logs and "eval_loss" in logs and is_first():
-            logger.info(
-                "%s: step %d of %d, validation loss %.4f",
-                self.label,
-                state.global_step,
-                state.max_steps,
-                logs["eval_loss"],
-            )
+            where = (self.label, state.global_step, state.max_steps)
+            logger.info("%s: step %d of %d, validation loss %.4f", *where, logs["eval_loss"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.close()
@@ -307,116 +341,57 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return (named for named in self.model.named_parameters() if named[1].requires_grad)
 
 
-class ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Makes the last step a candidate even if it isn't a multiple of the validation interval."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps or control.should_training_stop:
-            control.should_evaluate = control.should_save = True
-
-
-class StopsEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers is untyped
-    """Stops as transformers does, also where a run resumes that had stopped already."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = (
-            self.early_stopping_patience_counter >= self.early_stopping_patience
-        )
-
-
-def reporters(report_to: str, label: str) -> list[TrainerCallback]:
-    """The callbacks of transformers that log to the services in `report_to`. Raises ConfigError.
-
-    TensorBoard's files go to runs/`label` unless TENSORBOARD_LOGGING_DIR says otherwise.
-    """
-    names = [name.strip() for name in report_to.split(",")]
-    if names == ["none"]:
-        return []
-    try:
-        found = [make() for make in get_reporting_integration_callbacks(names)]
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"report_to is {report_to!r}: {first_line(error)}.") from error
-    for callback in found:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(Path("runs", *label.split(": ")))
-    return found
-
-
 def newest_checkpoint(work: Path) -> str | None:
     """The last complete checkpoint; those that were cut short are deleted."""
     complete = {}
     for folder in work.glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():
             complete[int(folder.name.split("-")[1])] = folder
-        # One without its marker was cut short.
         elif is_first():
             shutil.rmtree(folder)
     return str(complete[max(complete)]) if complete else None
 
 
-@dataclass(frozen=True)
-class FitReport:
-    """The result of a training run; `best_step` and `validation_loss` are None without validation.
-
-    `tokens` counts prompt and target tokens without padding. `seconds` leaves out validation; it
-    and `tokens_per_second` cover this run only, not what was done before a resume.
-    """
-
-    steps: int
-    train_loss: float | None
-    validation_loss: float | None
-    best_step: int | None
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-
-
 def fit(
+    run: Run,
     model: nn.Module,
-    base: Base,
-    *,
+    stage: str,
     train: Sequence[TokenPair],
-    validation: Sequence[TokenPair],
-    training: Training,
-    steps: int,
-    learning_rate: float,
-    checkpoint_every: int,
-    work: Path,
-    label: str,
-    callback: TrainingCallback,
-    acting: ActsOn | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> FitReport:
+    validation: Sequence[TokenPair] = (),
+) -> dict[str, Any]:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
-    `steps` and `learning_rate` take the place of those of `training`. Training continues from the
-    newest complete checkpoint in `work`, to the same result. `acting` is the end of prompts that
-    the expert acts on. `callbacks` are transformers' own, and may end the training. With an empty
-    `validation` the last state stays, and nothing stops early. Raises TrainingError as soon as a
-    loss is not finite, ExpertError if what was trained isn't in the end.
+    `stage` is "expert" or "gates", whose steps and rate are used. Training continues from the
+    newest complete checkpoint in the run's work, to the same result. Without `validation` the last
+    state stays. Raises TrainingError as soon as a loss is not finite, or what was trained isn't in
+    the end, ExpertError if a checkpoint can't be written.
+
+    Returned are the metrics that the expert records: `tokens` counts prompt and target tokens
+    without padding; `seconds`, which leaves out validation, and `tokens_per_second` cover this call
+    only, not what was done before a resume.
     """
+    training, work = run.settings.training, run.work / stage
+    label = f"{run.task.name}: {stage}"
+    steps, rate, every = training.steps, training.learning_rate, training.eval_every
+    if stage == "gates":
+        steps, rate = run.settings.gate_steps, run.settings.gate_rate
+        every = GATE_CHECKPOINT_EVERY
     order = visiting_order(train, training.batch_size, steps, training.seed)
     lengths = [train[index].length for index in order]
-    bar = ProgressBar(label, lengths, training.batch_size, callback)
-    reporting = reporters(training.report_to, label)
-    at_validations: list[TrainerCallback] = []
-    if validation:
-        at_validations.append(ValidateLastStep())
-        if training.patience is not None:
-            at_validations.append(StopsEarly(training.patience))
-    else:  # as for gates: transformers' own refuse to train without one
+    progress = Progress(label, lengths, training.batch_size, validates=bool(validation))
+    callbacks: list[TrainerCallback] = [*run.callbacks, progress]
+    if not validation:  # transformers' own refuse to train without one
         callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
     if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    padding = run.base.tokenizer.pad_token_id
     trainer = PartialTrainer(
         model=model,
-        args=_arguments(
-            training, steps, learning_rate, work, checkpoint_every, select=bool(validation)
-        ),
+        args=_arguments(training, steps, rate, min(every, steps), work, validates=bool(validation)),
         train_dataset=train,
         eval_dataset=validation or None,
-        data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True, acting=acting),
-        callbacks=[bar, *callbacks, *reporting, *at_validations],
+        data_collator=Collator(run.base.model, padding, packs=True, acting=run.acting),
+        callbacks=callbacks,
         label=label,
         order=order,
     )
@@ -428,29 +403,21 @@ def fit(
     trainer.check_trained()
     model.__dict__.pop("_hf_peft_config_loaded", None)
     model.eval()
-    if reporting and "wandb" in sys.modules:
-        sys.modules["wandb"].finish()  # each training is a run of its own
-    best = trainer.state.best_metric
+    best, done = trainer.state.best_metric, trainer.state.global_step
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return FitReport(
-        steps=trainer.state.global_step,
-        train_loss=float(logged[-1] if logged else result.training_loss),
-        validation_loss=None if best is None else float(best),
-        best_step=trainer.state.best_global_step if best is not None else None,
-        tokens=sum(lengths[: trainer.state.global_step * training.batch_size]),
-        seconds=round(bar.seconds, 1),
-        tokens_per_second=round(bar.tokens_per_second, 1),
-    )
+    return {
+        "steps": done,
+        "train_loss": float(logged[-1] if logged else result.training_loss),
+        **({} if best is None else {"validation_loss": float(best)}),
+        **({} if best is None else {"best_step": trainer.state.best_global_step}),
+        "tokens": sum(lengths[: done * training.batch_size]),
+        "seconds": round(progress.seconds, 1),
+        "tokens_per_second": round(progress.tokens_per_second, 1),
+    }
 
 
 def _arguments(
-    training: Training,
-    steps: int,
-    learning_rate: float,
-    work: Path,
-    checkpoint_every: int,
-    *,
-    select: bool,
+    training: Training, steps: int, rate: float, every: int, work: Path, *, validates: bool
 ) -> TrainingArguments:
     micro = _micro_batch(training)
     arguments = TrainingArguments(
@@ -459,19 +426,16 @@ def _arguments(
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=2 * micro,
         gradient_accumulation_steps=training.batch_size // (micro * process_count()),
-        learning_rate=learning_rate,
-        warmup_steps=round(training.warmup_ratio * steps),
+        learning_rate=rate,
+        warmup_steps=round(WARMUP * steps),
         lr_scheduler_type=training.lr_schedule,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        eval_strategy="steps" if select else "no",
-        eval_steps=checkpoint_every,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=every,
         save_strategy="steps",
-        save_steps=checkpoint_every,
+        save_steps=every,
         save_total_limit=2,
-        restore_callback_states_from_checkpoint=select and training.patience is not None,
-        load_best_model_at_end=select,
-        metric_for_best_model="loss" if select else None,
+        load_best_model_at_end=validates,
+        metric_for_best_model="loss" if validates else None,
         logging_steps=max(1, min(10, steps // 10)),
         seed=training.seed,
         use_cpu=not torch.cuda.is_available(),

@@ -54,7 +54,7 @@ def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, 
     expert = Expert.load(untrained / "new" / "chats")
     assert expert.info.hyperparameters["chat"] is True
     assert phat("train", "chats.jsonl", *TRAIN, "--resume").err == ""
-    measured = ["--task", "chats.jsonl", "--statistics-examples", 4, "--no-embeddings", *BASE]
+    measured = ["--task", "chats.jsonl", "--statistics-examples", 4, *BASE]
     assert phat("stats", "new/chats", *measured).code == 0
     again = Expert.load(untrained / "new" / "chats")
     assert all(torch.equal(again.means[site], mean) for site, mean in expert.means.items())
@@ -116,7 +116,7 @@ def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
     assert outcome.err.count("inputs") == 1
     assert "; inputs cut: 100 % ->" in outcome.out
     assert "embeddings: no, inputs cut: 100 %" in phat("check", "new/reviews").out
-    again = phat("stats", "new/reviews", "--task", "reviews.jsonl", *BASE, "--no-embeddings")
+    again = phat("stats", "new/reviews", "--task", "reviews.jsonl", *BASE)
     assert "cut to 5 tokens" in again.err
 
 
@@ -239,13 +239,12 @@ def test_the_recipe_of_a_training_names_its_data_from_anywhere(untrained, phat, 
 
 
 def test_the_settings_of_a_training_are_saved_and_can_be_given_again(untrained, phat):
-    usual = ["--target-modules", "q_proj|v_proj", "--rslora", "--lr-schedule", "cosine"]
-    usual += ["--epochs", 0.5, "--patience", 2]
+    usual = ["--sites", "q_proj|v_proj", "--lora-dropout", 0.1, "--lr-schedule", "cosine"]
     assert phat("train", "reviews.jsonl", *TRAIN, *usual).code == 0
     first = Expert.load(untrained / "new" / "reviews")
     assert {site.rpartition(".")[2] for site in first.modules} == {"q_proj", "v_proj"}
     recipe = yaml.safe_load((untrained / "new" / "reviews.yaml").read_text())
-    assert (recipe["lora"]["rslora"], recipe["training"]["epochs"]) == (True, 0.5)
+    assert (recipe["lora"]["lora_dropout"], recipe["training"]["seed"]) == (0.1, 0)
     assert recipe["tasks"] == [str(untrained / "reviews.jsonl")]
     assert recipe["dtype"] == "float32"
     again = phat("train", "--config", "new/reviews.yaml", "--out", "again")

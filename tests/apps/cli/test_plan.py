@@ -49,22 +49,6 @@ def test_a_plan_is_written_as_json(planned_here, phat):
     assert record()["total"]["seconds"] is None
 
 
-@pytest.mark.parametrize(("task", "own"), [("t0hi/ag_news", 16), ("t0hi/wiki_hop", 2)])
-def test_a_dataset_is_planned_as_it_is_trained_at_its_own_micro_batch(
-    planned_here, phat, task, own
-):
-    (planned_here / "r.toml").write_text("[training]\nmicro_batch_size = 8\n")
-
-    def memory(*flags):
-        options = [*flags, "--base", "google/t5-xl-lm-adapt", "--dtype", "bfloat16", "--plan"]
-        assert phat("train", task, *options, "--json", "plan.json").code == 0
-        return json.loads((planned_here / "plan.json").read_text())["memory_bytes"]
-
-    assert memory() == memory("--micro-batch-size", own)
-    assert memory() != memory("--micro-batch-size", 8)  # the settings' default
-    assert memory("--recipe", "r.toml") == memory("--micro-batch-size", 8)
-
-
 def test_a_mixture_is_planned_as_one_expert(planned_here, phat):
     flags = ["--base", "tiny-base", "--multitask", "all", "--mixture-most", 10, "--plan"]
     outcome = phat("train", "counting.jsonl", "reviews.jsonl", *flags)

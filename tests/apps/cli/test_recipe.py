@@ -92,7 +92,7 @@ def test_a_recipe_may_be_yaml(tmp_path):
         ("data = 3", "data is 3"),
         ("dtype = 3", "dtype is 3, but must be a text"),
         ("peft = 'oft'", "peft is 'oft', but must be one of lora, ia3, bottleneck, dora"),
-        ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
+        ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites"),
         ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),
     ],
 )

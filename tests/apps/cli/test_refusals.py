@@ -279,7 +279,7 @@ def test_a_router_is_chosen_for_pools_alone(damaged, phat, monkeypatch, place, c
 def test_a_file_that_cannot_be_written_is_told_before_the_work(damaged, phat, monkeypatch, command):
     monkeypatch.chdir(damaged)
     work = ("apps.cli.options.ModelOptions.open", "analysis.analyse.analyse")
-    for each in (*work, "training.plan.Planner.measure"):
+    for each in (*work, "apps.plan.measured"):
         monkeypatch.setattr(f"phatgoose.{each}", lambda *_, **__: pytest.fail("worked"))
     place = ["--out", "file"] if command[0] == "analyse" else ["--json", "file/x.json"]
     refused(phat(*command, "--base", "tiny-base", *place), "can't be written")

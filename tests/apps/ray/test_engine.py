@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, EngineError
@@ -30,7 +28,7 @@ from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
-from phatgoose.training.trainer import COMPLETE
+from phatgoose.training.trainer import COMPLETE, Hyperparameters, Progress
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 
@@ -87,9 +85,8 @@ class Naps:
     """What naps are taken with."""
 
     @contextmanager
-    def open(self, tell: Any) -> Iterator[Any]:
+    def open(self) -> Iterator[Any]:
         def nap(job: Nap) -> tuple[int, int]:
-            tell(1)
             if job.deadly:
                 time.sleep(1.5)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -124,7 +121,7 @@ def test_fractions_of_gpus_decide_how_many_workers_fit(cluster):
     assert RayEngine(gpus_per_worker=0.25, cpus_per_worker=0).room() == 4
     assert RayEngine(workers=5, gpus_per_worker=0).room() == 5
     with pytest.raises(EngineError, match=r"No machine of the cluster has 1 CPU and 3 GPU"):
-        RayEngine(gpus_per_worker=3).room()
+        list(RayEngine(gpus_per_worker=3).run(Naps(), [Nap("one")], Bar()))
 
 
 def test_a_lost_worker_is_replaced_and_its_job_done_again(cluster, caplog):
@@ -184,14 +181,13 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
 ):
     training = Training(steps=60, batch_size=4, micro_batch_size=4, eval_every=5, eval_examples=4)
     gates = GateTraining(gate_steps=30, statistics_examples=4)
-    jobs = [ExpertJob(t, training, gates) for t in open_tasks(write_tasks(tmp_path))]
-    settings = {"dtype": "float32", "peft": Lora(rank=2)}
+    settings = Hyperparameters(Lora(rank=2), training, gates)
+    jobs = [ExpertJob(task, settings) for task in open_tasks(write_tasks(tmp_path))]
     far, here = tmp_path / "far", tmp_path / "here"
     gate = tmp_path / "gate"
     engine = HeldHalfway(RayEngine(3, gpus_per_worker=0), gate)
-    running = train_experts(
-        str(base_folders["llama"]), jobs, out=str(far), engine=engine, **settings
-    )
+    place = str(base_folders["llama"])
+    running = train_experts(place, jobs, out=str(far), dtype="float32", engine=engine)
 
     # The machine with the GPU holds one of three workers. It goes when all three are in the middle,
     # where they wait for it, and everything on it at once: a worker may not finish its job before
@@ -215,7 +211,7 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     assert caplog.text.count("A worker was lost at") == 1
     assert sorted(p.name for p in far.iterdir()) == ["apples", "pears", "plums"]
 
-    list(train_experts(llama, jobs, out=str(here), **settings))
+    list(train_experts(llama, jobs, out=str(here)))
     for name in ("apples", "pears", "plums"):
         wanted, got = tensors_of(here / name), tensors_of(far / name)
         assert wanted.keys() == got.keys()
@@ -260,15 +256,16 @@ class HeldWorkshop:
     workshop: Any
     gate: Path
 
-    def open(self, tell: Any) -> Any:
-        told = itertools.count()
+    def open(self) -> Any:
+        steps, step = itertools.count(), Progress.on_step_end
 
-        def held(units: int) -> None:
-            tell(units)
-            while next(told) >= 10 and not self.gate.exists():
+        def held(*arguments: Any, **options: Any) -> None:
+            step(*arguments, **options)
+            while next(steps) >= 10 and not self.gate.exists():
                 time.sleep(0.02)
 
-        return self.workshop.open(held)
+        Progress.on_step_end = held  # in the worker's process alone
+        return self.workshop.open()
 
     def portable(self) -> HeldWorkshop:
         return replace(self, workshop=self.workshop.portable())
@@ -297,24 +294,3 @@ def test_a_connection_that_exists_is_used_and_a_wrong_address_is_told(cluster):
     with connected("nowhere:1"):
         assert ray.is_initialized()
     assert ray.is_initialized()
-    assert tqdm
-
-
-DYING = """
-import sys, time, psutil
-from phatgoose.apps.ray_engine import connected
-with connected():
-    for each in psutil.Process().children(recursive=True):
-        if each.name() == sys.argv[1]:
-            each.kill()
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
-def test_a_command_whose_node_dies_ends_with_a_line(server):
-    ended = subprocess.run(
-        [sys.executable, "-c", DYING, server], capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 1
-    assert "error: Ray's node died" in ended.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +15,43 @@ from ...experts.registry import kinds
 from ...files import require_free, write_text
 from ..console import check_report, complain, report, say
 from . import options
-from .plan import PlanOptions, plan_experts
 
 if TYPE_CHECKING:
-    from ...experts.expert import Expert
+    from ...experts.expert import Expert, ExpertInfo
     from ...tasks.suites.registry import TrainingTask
-    from ...training.workdir import ExpertFolder, TrainedExpert
+    from ...training.pool_jobs import ExpertFolder
+    from ...training.trainer import Hyperparameters
+    from ..plan import Speed
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    plan: Annotated[
+        bool,
+        "Train nothing and download nothing: print steps, tokens and disk, and at a known speed "
+        "one worker's time.",
+    ] = False
+    tokens_per_second: Annotated[
+        float | None, "With --plan: a worker's speed as training reports it.", {"min": 1e-3}
+    ] = None
+    measure: Annotated[
+        bool, "With --plan: train a few steps here to find a worker's speed and memory."
+    ] = False
+
+    def check(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not False}
+        options.only_with("--plan", self.plan, given)
+        if self.measure and self.tokens_per_second is not None:
+            raise ConfigError("--tokens-per-second gives a speed, and --measure finds one: choose.")
+
+    def speed(
+        self, base: str, dtype: str, settings: Hyperparameters, tasks: list[TrainingTask]
+    ) -> Speed | None:
+        from ..plan import Speed, measured
+
+        if self.measure:
+            return measured(base, dtype, settings, tasks)
+        return None if self.tokens_per_second is None else Speed(self.tokens_per_second)
 
 
 def train(
@@ -59,46 +92,54 @@ def train(
     engine.check()
     check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
-    from ...training.pool_jobs import ExpertJob, train_experts
-    from ...training.trainer import is_first
-    from ...training.workdir import expert_folder
+    from ...training.pool_jobs import ExpertFolder, ExpertJob, train_experts
+    from ...training.trainer import Hyperparameters, is_first
 
     opened = open_tasks(tasks, source.sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
     if "micro_batch_size" in given:  # wins over those that suites name for their datasets
         opened = [task.without_micro_batch() for task in opened]
-    folder = expert_folder(out)
+    folder = ExpertFolder(out)
     _refuse_taken_names(opened, folder, resume=unfinished.resume)
     missing = [task for task in opened if not folder.has(task.name)]
     name = base.base or options.EMBEDDED
-    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": base.dtype}
+    settings = Hyperparameters(shape, training, gates, formatting)
     if plan.plan:
-        settings |= {"training": training, "gate_training": gates}
-        plan_experts(plan, json, name, missing, len(opened) - len(missing), settings)
+        from ..plan import plan_of, print_plan
+
+        speed = plan.speed(name, base.dtype, settings, missing)
+        planned = plan_of(name, base.dtype, settings, missing, speed)
+        print_plan(planned, json, len(opened) - len(missing))
         return
     _read_files(missing, training.seed)
-    jobs = [
-        ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
-        for task in opened
-    ]
+    own_settings = {
+        task.name: replace(settings, training=task.settings(training)) for task in opened
+    }
+    jobs = [ExpertJob(task, own_settings[task.name], **vars(unfinished)) for task in opened]
     own: dict[str, Any] = {"base": name, "dtype": base.dtype, "peft": peft or "lora"}
     own |= {"multitask": multitask, "mixture_most": mixture_most, **vars(source)}
-
-    def recipe(task: TrainingTask) -> str:
-        used = (shape, task.settings(training), gates, formatting)
-        return options.written_recipe({**own, "tasks": task.places}, used)
 
     reported: list[dict[str, Any]] = []
     new = {task.name: task for task in missing}
     with engine.open() as chosen:
-        for expert in train_experts(name, jobs, out=out, engine=chosen, **settings):
-            task = new.get(expert.name)
-            reported.append(_reported(expert, is_new=task is not None))
+        for expert in train_experts(name, jobs, out=out, dtype=base.dtype, engine=chosen):
+            task, place = new.get(expert.name), folder.place(expert.name)
+            reported.append(
+                {
+                    "name": expert.name,
+                    "folder": place,
+                    "base": expert.base.id,
+                    "trained_now": task is not None,
+                    "metrics": dict(expert.metrics),
+                }
+            )
             if is_first():
-                told = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {expert.place}"
-                say(told, err=str(json) == "-")
-                _save_settings(Path(expert.place), recipe(task) if task else None)
+                line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {place}"
+                say(line, err=str(json) == "-")
+                if task is not None:
+                    used = {**own, "tasks": task.places}
+                    _save_recipe(place, used, own_settings[task.name])
     if is_first():
         report(json, {"base": name, "experts": reported}, "report", ConfigError)
 
@@ -110,20 +151,11 @@ def _read_files(tasks: list[TrainingTask], seed: int) -> None:
             task.load().with_validation(seed)
 
 
-def _reported(expert: TrainedExpert, *, is_new: bool) -> dict[str, Any]:
-    return {
-        "name": expert.name,
-        "folder": expert.place,
-        "base": expert.base.id,
-        "trained_now": is_new,
-        "metrics": dict(expert.metrics),
-    }
-
-
-def _save_settings(place: Path, recipe: str | None) -> None:
-    """Write the `recipe` of an expert beside its folder; None if it was there already."""
-    if recipe is not None and place.is_dir():  # and not at a URL
-        write_text(place.with_name(f"{place.name}.yaml"), recipe, ExpertError)
+def _save_recipe(place: str, used: Mapping[str, Any], settings: Hyperparameters) -> None:
+    """Write the recipe of an expert beside its folder, unless that is at a URL."""
+    if "://" not in place:
+        recipe = options.written_recipe(used, vars(settings).values())
+        write_text(Path(f"{place}.yaml"), recipe, ExpertError)
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
@@ -144,7 +176,7 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
             )
 
 
-def _summary(expert: TrainedExpert) -> str:
+def _summary(expert: ExpertInfo) -> str:
     from ...tasks.encoding import recorded_share
 
     metrics = expert.metrics
@@ -175,17 +207,7 @@ def gate(
     unfinished: options.RestartOptions,
     training: Annotated[
         Training,
-        options.Without(
-            (
-                "steps",
-                "epochs",
-                "learning_rate",
-                "eval_every",
-                "eval_examples",
-                "patience",
-                "acts_on",
-            )
-        ),
+        options.Without(("steps", "learning_rate", "eval_every", "eval_examples", "acts_on")),
     ],
     gates: GateTraining,
     formatting: Formatting,
@@ -218,17 +240,7 @@ def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: options.TaskOption,
-    embeddings: Annotated[
-        bool | None,
-        typer.Option(
-            "--embeddings/--no-embeddings",
-            help="Embed training inputs. By default it is done if the embedder is installed.",
-        ),
-    ] = None,
-    gates: Annotated[
-        GateTraining,
-        options.Without(("joint", "gate_steps", "gate_learning_rate", "embeddings")),
-    ],
+    gates: Annotated[GateTraining, options.Without(("joint", "gate_steps", "gate_learning_rate"))],
     base: options.BaseOptions,
     template: options.TemplateOptions,
 ) -> None:
@@ -237,23 +249,10 @@ def stats(
     Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
-    from ...tasks.embeddings import can_embed
     from ...training.statistics import measure
 
-    if embeddings is None:
-        embeddings = can_embed() or gates.embedder != GateTraining.embedder
     loaded, data = Expert.load(expert), template.load(task)
-    measured = measure(
-        loaded,
-        base.load(loaded.info.base),
-        data,
-        examples=gates.statistics_examples,
-        means=gates.means,
-        readings=gates.readings,
-        embeddings=embeddings,
-        embedder=gates.embedder,
-        embedding_form=gates.embedding_form,
-    )
+    measured = measure(loaded, base.load(loaded.info.base), data, gates)
     say(f"{_contents(measured)} -> {expert}")
 
 

@@ -326,8 +326,7 @@ def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
     shown += "" if setting.default is None else f" (default: {setting.default})"
     flag = flag_of(setting.name)
     flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    also = map(flag_of, setting.also)
-    option = typer.Option(flags, *also, help=shown, rich_help_panel=f"Settings: {panel}")
+    option = typer.Option(flags, help=shown, rich_help_panel=f"Settings: {panel}")
     return _option(setting.name, Annotated[kind | None, option], None)
 
 

@@ -168,7 +168,7 @@ def export(
     engine: Annotated[
         str | None,
         "Write a folder that starts this engine with all experts of a pool, and the gateway that "
-        "chooses among them: vllm, sglang, llama.cpp or ollama.",
+        "chooses among them: vllm, sglang or llama.cpp.",
     ] = None,
     template: options.TemplateOptions,
     opening: options.ModelOptions,
@@ -220,8 +220,8 @@ def _hand_over(
     pool = Pool.open(model).select(opening.keep, opening.leave_out)
     done = deploy(pool, engine, out, opening.base)
     say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
-    for note in done.notes:
-        say(f"note: {note}")
+    if done.note:
+        say(f"note: {done.note}")
 
 
 def _texts(

@@ -236,7 +236,6 @@ SCHEDULES = (
     *("constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts"),
     *("polynomial", "inverse_sqrt"),
 )
-GATE_RATE = 5e-3  # the paper's: gates begin at zero, and have few steps
 
 
 def is_acts_on(value: str) -> bool:
@@ -299,8 +298,8 @@ class GateTraining(Settings):
     ] = False
     gate_steps: Annotated[int, "Optimiser steps of gate training.", AT_LEAST_1] = 100
     gate_learning_rate: Annotated[
-        float | None, f"Learning rate of gate training; default: {GATE_RATE}.", POSITIVE
-    ] = None
+        float, "Learning rate of gate training; joint gates have the expert's.", POSITIVE
+    ] = 5e-3  # the paper's: gates begin at zero, and have few steps
     statistics_examples: Annotated[
         int, "Training examples to use for the statistics below.", AT_LEAST_1
     ] = 1000

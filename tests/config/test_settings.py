@@ -36,7 +36,7 @@ DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for
         **{"lr_schedule": "constant_with_warmup", "eval_every": 100},
     },
     GateTraining: {
-        **{"gate_steps": 100, "gate_learning_rate": None, "statistics_examples": 1000},
+        **{"gate_steps": 100, "gate_learning_rate": 5e-3, "statistics_examples": 1000},
         **{"means": True, "embedder": "sentence-transformers/all-MiniLM-L6-v2"},
     },
     Formatting: {"max_input_tokens": 512, "chat": False},

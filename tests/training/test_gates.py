@@ -168,14 +168,14 @@ def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
 
 
 def test_the_learning_rate_of_gates_is_the_papers_unless_given(llama, adapter, tmp_path):
-    def trained(out: str, training: Training, rate: float | None):
-        settings = GateTraining(gate_steps=2, gate_learning_rate=rate)
+    def trained(out: str, training: Training, **rate: float):
+        settings = GateTraining(gate_steps=2, **rate)
         options = {"training": training, "gate_training": settings}
         return gated(llama, adapter, tmp_path / out, **options).gates
 
-    default = trained("a", replace(TRAINING, learning_rate=0.02), None)
-    given = trained("b", TRAINING, 0.005)
-    other = trained("c", TRAINING, 0.02)
+    default = trained("a", replace(TRAINING, learning_rate=0.02))
+    given = trained("b", TRAINING, gate_learning_rate=0.005)
+    other = trained("c", TRAINING, gate_learning_rate=0.02)
     assert all(torch.equal(default[site], given[site]) for site in default)
     assert not any(torch.equal(default[site], other[site]) for site in default)
 

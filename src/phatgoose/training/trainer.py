@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from ..base import Base
-from ..config import GATE_RATE, Formatting, GateTraining, Lora, Peft, Training
+from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TrainingError
 from ..experts.registry import kind_for
 from ..files import first_line, one_line
@@ -93,7 +93,7 @@ class Hyperparameters:
 
     def record(self) -> dict[str, Any]:
         """All of them by their flat names, as an expert records them; rates are those used."""
-        gates = asdict(self.gates) | {"gate_learning_rate": self.gate_rate}
+        gates = asdict(self.gates)
         if self.peft is None:
             shared = ("batch_size", "micro_batch_size", "lr_schedule")
             gates |= {f"gate_{name}": getattr(self.training, name) for name in shared}
@@ -102,10 +102,6 @@ class Hyperparameters:
             del gates["gate_steps"], gates["gate_learning_rate"]
         shape = {"peft": kind_for(self.peft).name, **asdict(self.peft)}
         return {**shape, **asdict(self.training), **gates, **asdict(self.formatting)}
-
-    @property
-    def gate_rate(self) -> float:
-        return self.gates.gate_learning_rate or GATE_RATE
 
 
 @dataclass(frozen=True)
@@ -374,7 +370,7 @@ def fit(
     label = f"{run.task.name}: {stage}"
     steps, rate, every = training.steps, training.learning_rate, training.eval_every
     if stage == "gates":
-        steps, rate = run.settings.gate_steps, run.settings.gate_rate
+        steps, rate = run.settings.gate_steps, run.settings.gates.gate_learning_rate
         every = GATE_CHECKPOINT_EVERY
     order = visiting_order(train, training.batch_size, steps, training.seed)
     lengths = [train[index].length for index in order]

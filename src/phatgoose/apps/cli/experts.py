@@ -41,8 +41,6 @@ class PlanOptions:
     def check(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not False}
         options.only_with("--plan", self.plan, given)
-        if self.measure and self.tokens_per_second is not None:
-            raise ConfigError("--tokens-per-second gives a speed, and --measure finds one: choose.")
 
     def speed(
         self, base: str, dtype: str, settings: Hyperparameters, tasks: list[TrainingTask]

@@ -109,12 +109,12 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
 def _rank_of(pool: Pool, name: str, engine: str) -> int:
     """The rank of an expert's LoRA. Raises ConfigError where engines would apply it otherwise."""
     expert = pool[name]
-    if expert.kind != "lora":
-        raise ConfigError(f"Expert {name!r} is no LoRA, which engines apply; leave it out.")
     config = read_json_object(
         expert.directory / adapter_files(expert.directory).config, ConfigError
     )
     odd = [words for key, words in UNREAD.items() if config.get(key)]
+    if expert.kind not in ("lora", "dora"):
+        odd.append("no LoRA")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         odd.append("biases")
     if config.get("use_rslora") and engine == "llama.cpp":
@@ -147,13 +147,8 @@ def _command(made: Deployment) -> list[str]:
         command = ["python", "-m", "sglang.launch_server", "--model-path", made.base, *made.pinned]
         lora = ["--enable-lora", "--max-loras-per-batch", at_once, "--lora-paths", *folders]
         return [*command, *port, *lora]
-    allowed = [rank for rank in RANKS if rank >= made.rank]
-    if not allowed:
-        raise ConfigError(
-            f"The experts' rank {made.rank} is beyond vLLM's greatest, {RANKS[-1]}; cut them "
-            f"(phatgoose export --rank)."
-        )
-    lora = ["--enable-lora", "--max-lora-rank", str(allowed[0]), "--max-loras", at_once]
+    rank = next((rank for rank in RANKS if rank >= made.rank), made.rank)
+    lora = ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", at_once]
     lora += ["--max-cpu-loras", str(count), "--lora-modules", *folders]
     return ["vllm", "serve", made.base, *made.pinned, *port, *lora]
 

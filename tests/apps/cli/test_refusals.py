@@ -64,7 +64,6 @@ train reviews.jsonl TRAIN --tokens-per-second 3 => --tokens-per-second is for --
 train reviews.jsonl PLAN --tokens-per-second 0 => --tokens-per-second
 train reviews.jsonl PLAN --base nobody/nothing => nobody/nothing
 train reviews.jsonl PLAN --json file/p.json => can't be written
-train reviews.jsonl PLAN --measure --tokens-per-second 3 => --measure finds one: choose
 train reviews.jsonl TRAIN --workers 2 => --workers is for --engine ray
 train reviews.jsonl TRAIN --engine slurm => --engine is 'slurm', but must be local or ray
 train reviews.jsonl PLAN --engine slurm => --engine is 'slurm', but must be local or ray

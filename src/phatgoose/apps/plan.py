@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import T5Config, TrainerCallback
 
 from ..base import choose_dtype, dtype_name, load_base, load_skeleton, load_tokenizer
+from ..config import Lora
 from ..errors import BaseModelError, ConfigError, TaskError
 from ..experts.expert import MOST_EMBEDDINGS
 from ..experts.registry import kind_for
@@ -131,9 +132,9 @@ def plan_of(
         encoder = Encoder.for_model(model, tokenizer, settings.formatting)
     except BaseModelError:
         encoder = None
-    assert settings.peft is not None
-    kind, sites = kind_for(settings.peft), placed_sites(model, settings.peft).values()
-    expert = kind.new_modules.count(model, settings.peft, sites)
+    peft = settings.peft or Lora()
+    kind, sites = kind_for(peft), placed_sites(model, peft).values()
+    expert = kind.new_modules.count(model, peft, sites)
     gate, gates = sum(site.in_features for site in sites), settings.gates
     stored = kind.new_modules.dtype or choose_dtype(dtype)
     adapter = kind.new_modules.copies * stored.itemsize * expert  # bytes of its files

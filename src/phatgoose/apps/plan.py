@@ -268,12 +268,11 @@ def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
         steps = f"{row.steps:,} + {row.gate_steps:,}"
         table.add_row(*map(Text, (row.name, row.source, examples, steps, tokens, disk, needed)))
     show(table, width=WIDE)
-    memory = plan.memory_bytes
-    peak = f"peak memory {format_sizeof(memory)}B, and " if memory else ""
+    peak = plan.memory_bytes and f"peak memory {format_sizeof(plan.memory_bytes)}B, and "
     lines = [
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {plan.label} parameters (kept "
         f"in {plan.dtype}), {plan.gate_parameters:,} gate parameters.",
-        f"A worker: {peak}{format_sizeof(plan.working_bytes)}B of disk for checkpoints.",
+        f"A worker: {peak or ''}{format_sizeof(plan.working_bytes)}B of disk for checkpoints.",
     ]
     if rows[-1].is_bound:
         lines.append("≤: data or tokenizer aren't here, so sequences count as long as they may be.")

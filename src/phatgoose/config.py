@@ -17,7 +17,11 @@ from .errors import ConfigError
 Config = TypeVar("Config", bound="Settings")
 
 SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+# What each type of settings accepts, and in words. Numbers of numpy become Python's.
+ACCEPTED: dict[Any, tuple[Any, str]] = {
+    **{int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "a text")},
+    **{bool: (bool, "true or false"), NoneType: (NoneType, "")},
+}
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,6 @@ def one_of(known: Sequence[str]) -> Limit:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Base of all settings: checks each value against the type of its field.
-
-    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
-    as a third part where not every value will do. Numbers of other libraries (numpy's) become
-    Python's, and integers given for a float become floats.
-    """
-
-    def __post_init__(self) -> None:
-        for setting in settings_of(type(self)):
-            value = _typed(setting, getattr(self, setting.name))
-            limit = setting.limit
-            if limit is not None and value is not None and not limit.holds(value):
-                raise ConfigError(f"{setting.name} is {value!r:.80}, but must be {limit.words}.")
-            object.__setattr__(self, setting.name, value)
-
-
-@dataclass(frozen=True)
 class Setting:
     """One field of a config class, for the command line and the recipes."""
 
@@ -67,19 +53,56 @@ class Setting:
     default: Any
     limit: Limit | None = None
 
+    def checked(self, value: Any) -> Any:
+        """`value` in the setting's type. Raises ConfigError if it has another, or breaks the limit.
+
+        Integers given for a float become floats.
+        """
+        kinds = get_args(self.type) or (self.type,)
+        words = " or ".join(filter(None, (ACCEPTED[kind][1] for kind in kinds)))
+        for kind in kinds:
+            is_one = isinstance(value, ACCEPTED[kind][0])
+            if not is_one or isinstance(value, bool) != (kind is bool):
+                continue
+            if value is None:
+                return None
+            try:
+                typed = kind(value)
+            except OverflowError:
+                typed = math.inf
+            if kind is float and not math.isfinite(typed):
+                words = "a finite number"
+            elif self.limit is None or self.limit.holds(typed):
+                return typed
+            else:
+                words = self.limit.words
+        raise ConfigError(f"{self.name} is {value!r:.80}, but must be {words}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings: checks each value against type and limit of its field.
+
+    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
+    as a third part where not every value will do.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in settings_of(type(self)):
+            value = setting.checked(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+
 
 def settings_of(config: type) -> tuple[Setting, ...]:
-    return _read_off(config)
+    return _settings_of(config)
 
 
 @cache
-def _read_off(config: type) -> tuple[Setting, ...]:
-    hints = get_type_hints(config, include_extras=True)
-    settings = []
-    for item in dataclasses.fields(config):
-        annotated, help_text, *limits = get_args(hints[item.name])
-        limit: Limit | None = limits[0] if limits else None
-        settings.append(Setting(item.name, annotated, help_text, item.default, limit))
+def _settings_of(config: type) -> tuple[Setting, ...]:
+    hints, settings = get_type_hints(config, include_extras=True), []
+    for field in dataclasses.fields(config):
+        kind, text, *limit = get_args(hints[field.name])
+        settings.append(Setting(field.name, kind, text, field.default, *limit))
     return tuple(settings)
 
 
@@ -91,12 +114,11 @@ def from_mapping(
     `others` are known there too, but aren't settings. Raises ConfigError, naming `where`, for an
     unknown key or a value that `config` refuses.
     """
-    known = [setting.name for setting in settings_of(config)]
+    known = [*(setting.name for setting in settings_of(config)), *others]
     for key in values:
         if key not in known:
-            named = ", ".join([*known, *others]) or "none"
-            hint = closest(key, [*known, *others])
-            raise ConfigError(f"{where}: unknown setting {key!r:.80}; known are {named}.{hint}")
+            named = f"known are {', '.join(known) or 'none'}.{closest(key, known)}"
+            raise ConfigError(f"{where}: unknown setting {key!r:.80}; {named}")
     try:
         return config(**values)
     except ConfigError as error:
@@ -117,37 +139,8 @@ def read_text(value: str, declared: Any) -> object:
 
 def closest(name: object, known: Iterable[str | None]) -> str:
     """A question such as " Did you mean 'arrow'?", if one of `known` is like `name`; else ""."""
-    found = difflib.get_close_matches(str(name), [each for each in known if each], n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
-
-
-def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
-    """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
-    if got not in known:
-        names = ", ".join(name for name in known if name is not None)
-        hint = closest(got, known)
-        raise ConfigError(f"{name} is {got!r:.80}, but must be one of {names}.{hint}")
-
-
-def _typed(setting: Setting, value: Any) -> Any:
-    kinds = get_args(setting.type) or (setting.type,)
-    if isinstance(value, bool | NoneType) and type(value) in kinds:
-        return value
-    if not isinstance(value, bool):
-        if int in kinds and isinstance(value, Integral):
-            return int(value)
-        if float in kinds and isinstance(value, Real):
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            if not math.isfinite(number):
-                raise ConfigError(f"{setting.name} is {number!r}, but must be a finite number.")
-            return number
-        if str in kinds and isinstance(value, str):
-            return value
-    wanted = " or ".join(TYPE_NAMES[kind] for kind in kinds if kind in TYPE_NAMES)
-    raise ConfigError(f"{setting.name} is {value!r:.80}, but must be {wanted}.")
+    like = difflib.get_close_matches(str(name), filter(None, known), n=1)
+    return f" Did you mean {like[0]!r}?" if like else ""
 
 
 # The shapes of experts, one class for each kind.

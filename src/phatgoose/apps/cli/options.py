@@ -27,7 +27,6 @@ from ...config import (
     Training,
     closest,
     from_mapping,
-    require_one_of,
     settings_of,
 )
 from ...errors import ConfigError
@@ -99,7 +98,9 @@ def read_recipe(path: str | Path) -> Recipe:
         is_list_of_names = wanted is not list or all(isinstance(each, str) for each in value)
         if type(value) is not wanted or not is_list_of_names:
             raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be {WORDS[wanted]}.")
-    require_one_of([None, *SHAPES], f"{path}: peft", content.get("peft"))
+    if (peft := content.get("peft")) not in (None, *SHAPES):
+        names = f"{', '.join(SHAPES)}.{closest(peft, SHAPES)}"
+        raise ConfigError(f"{path}: peft is {peft!r:.80}, but must be one of {names}")
     above = {key: value for key, value in content.items() if key in ABOVE_TABLES}
     if "base" in above:
         above["base"] = _model(path.parent, above["base"])

@@ -17,7 +17,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from ..base import SMOLLM2, is_hub_id, smollm2_folder
-from ..config import require_one_of
 from ..errors import ConfigError
 from ..experts.expert import adapter_files, expert_files
 from ..experts.pool import Pool
@@ -78,7 +77,8 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
     experts that it can't apply, without `base` for those that name theirs otherwise, and when `out`
     can't be written.
     """
-    require_one_of(tuple(IMAGES), "--engine", engine)
+    if engine not in IMAGES:
+        raise ConfigError(f"--engine is {engine!r:.80}, but must be one of {', '.join(IMAGES)}.")
     rank = max(_rank_of(pool, name, engine) for name in pool.names)
     named = base or pool.base.id
     # An expert may come from anyone, and say anything.

@@ -99,8 +99,7 @@ def read_recipe(path: str | Path) -> Recipe:
         if type(value) is not wanted or not is_list_of_names:
             raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be {WORDS[wanted]}.")
     if (peft := content.get("peft")) not in (None, *SHAPES):
-        names = f"{', '.join(SHAPES)}.{closest(peft, SHAPES)}"
-        raise ConfigError(f"{path}: peft is {peft!r:.80}, but must be one of {names}")
+        raise ConfigError(f"{path}: peft is {peft!r:.80}, but must be one of {', '.join(SHAPES)}.")
     above = {key: value for key, value in content.items() if key in ABOVE_TABLES}
     if "base" in above:
         above["base"] = _model(path.parent, above["base"])

@@ -16,7 +16,8 @@ from measuring import Timing, ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
+from phatgoose.routing.routers.phatgoose import Phatgoose, standardise
+from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
 from phatgoose.tasks.batching import contiguous_head
@@ -198,9 +199,9 @@ def random_layer(n: int, d: int, experts: int, sizes: Sizes) -> RoutedLinear:
     base = nn.Linear(n, d, bias=False, dtype=dtype)
     loras = LoraStack(normal(experts, rank, n), normal(experts, rank, d))
     stack = SiteStack(torch.arange(experts), {"lora": loras})
-    router = PhatgooseRouter(
-        standardise(torch.randn(experts, n, generator=generator)), sizes.k, 1e-5
-    )
+    gates = standardise(torch.randn(experts, n, generator=generator))
+    table = {"vectors": gates}
+    router = SiteRouter(Phatgoose(k=sizes.k), "layer", torch.arange(experts), experts, table)
     router.to(dtype)
     layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router)
     return layer.requires_grad_(False)

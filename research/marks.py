@@ -63,7 +63,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
-from phatgoose.routing.routers.prompt_router import EmbeddingRouter, PromptRouter
+from phatgoose.routing.routers.prompt import PromptRouter
+from phatgoose.routing.routers.retrieval import Embeds
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 
@@ -386,11 +387,13 @@ def _chosen(
     found: dict[str, Tensor] = {}
     read: dict[tuple[int, ...], Tensor] = {}  # what the base makes of a prompt, for all routers
     for router, chooser in choosers.items():
-        chooser.remember(read)
-        if isinstance(chooser, EmbeddingRouter):
+        chooser.states = read
+        if isinstance(chooser.router, Embeds):
             if "embedding" not in found:
-                found["embedding"] = chooser.features(prompts)
-            found[f"choice/{router}"] = chooser.scores(found["embedding"])
+                found["embedding"] = chooser.router.features(chooser, prompts, None)
+            found[f"choice/{router}"] = chooser.router.prompt_scores(
+                found["embedding"], chooser.ready
+            )
         else:
             found[f"choice/{router}"] = chooser.score(prompts, base.model)
     return found

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from phatgoose.evaluation.intervals import interval_of
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of
-from phatgoose.routing.routers.prompt_router import Tables
+from phatgoose.routing.routers.prompt import Tables
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from phatgoose.tasks.prompt_passes import read_prompts
 

@@ -16,7 +16,7 @@ import typer
 from phatgoose.apps.cli import app
 from phatgoose.apps.cli.options import RECIPE_TABLES, SHAPES, VOICE, flag_of
 from phatgoose.config import Settings, settings_of
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.registry import all_routers
 
 TABLES = dict(sorted(RECIPE_TABLES.items(), key=lambda item: item[0] in SHAPES))  # kinds last
 COMMON = 3  # commands that have an option in the same words: it is described once, at the end
@@ -123,8 +123,8 @@ def settings_page() -> str:
         page += f"      show_root_toc_entry: false\n\nIn a recipe: `[{name}]`.\n\n"
         page += table(["setting", *head], list(rows_of_class(config)))
     owners: dict[tuple[str, ...], list[str]] = {}
-    for name, spec in ROUTERS.items():
-        for row in rows_of_class(spec.config):
+    for name, kind in all_routers().items():
+        for row in rows_of_class(kind):
             owners.setdefault(tuple(row), []).append(name)
     rows = [[row[0], ", ".join(names), *row[1:]] for row, names in owners.items()]
     page += ROUTERS_HEAD + table(["setting", "routers", *head], sorted(rows))

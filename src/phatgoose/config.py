@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -101,8 +101,9 @@ def settings_of(config: type) -> tuple[Setting, ...]:
 def _settings_of(config: type) -> tuple[Setting, ...]:
     hints, settings = get_type_hints(config, include_extras=True), []
     for field in dataclasses.fields(config):
-        kind, text, *limit = get_args(hints[field.name])
-        settings.append(Setting(field.name, kind, text, field.default, *limit))
+        if get_origin(hints[field.name]) is Annotated:  # else it is no setting of the user's
+            kind, text, *limit = get_args(hints[field.name])
+            settings.append(Setting(field.name, kind, text, field.default, *limit))
     return tuple(settings)
 
 

@@ -11,7 +11,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.registry import OURS
 from phatgoose.tasks.task import Example
 from routed_models import compose_by
 from tiny import make_ids
@@ -100,7 +100,7 @@ def test_the_distribution_before_top_k_is_the_softmax_over_all(base, pool):
 
 
 @pytest.mark.usefixtures("toy_embedder")
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", OURS)
 def test_every_router_has_a_distribution(llama, llama_pool, router):
     model = compose_by(router, llama_pool, llama)
     profile = tallied(model, llama)

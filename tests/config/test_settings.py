@@ -22,7 +22,8 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.errors import ConfigError
-from phatgoose.routing.routers.configs import Phatgoose, Random
+from phatgoose.routing.routers.fixed import Random
+from phatgoose.routing.routers.phatgoose import Phatgoose
 
 CONFIGS = (Lora, Dora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 

@@ -38,8 +38,8 @@ from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, evalua
 from phatgoose.evaluation.rows import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers import prompt_router
-from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
+from phatgoose.routing.routers import prompt as base_reader
+from phatgoose.routing.routers.registry import OURS
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Chat, Entry, Example, Suite, Task
 
@@ -257,7 +257,7 @@ def newly(setting, out):
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, newly):
     routing = Routing(k=1, router="phatgoose")
-    rows = [name for name, spec in REGISTRY.items() if spec.k not in (None, 1)]
+    rows = [name for name, listed in OURS.items() if listed.k not in (None, 1)]
     added = newly(routing=routing, suites=setting.suites[1])
     assert sorted(added) == sorted(runs_of(*rows, tasks=SUITES["plain"]))
 
@@ -321,13 +321,13 @@ def test_rows_that_choose_by_readings_share_them(setting, tasks, tmp_path, monke
     """The base reads each prompt once for all of them; scores are those of each row alone."""
     rows = ["discriminant", "discriminant:shrinkage=1", "discriminant:per_block=1"]
     alone = [setting.run(tmp_path / str(i), row) for i, row in enumerate(rows)]
-    read, read_prompts = [], prompt_router.read_prompts
+    read, read_prompts = [], base_reader.read_prompts
 
     def counted(model, prompts, *arguments, **options):
         read.extend(prompts)
         return read_prompts(model, prompts, *arguments, **options)
 
-    monkeypatch.setattr(prompt_router, "read_prompts", counted)
+    monkeypatch.setattr(base_reader, "read_prompts", counted)
     together = setting.run(tmp_path / "together", rows)
     assert len(read) == len({row.input for task in tasks.values() for row in task.test})
     for row, one in zip(together.results.values(), alone, strict=True):

@@ -14,7 +14,7 @@ from made_comparison import EXPERTS, RIGHT, SETTINGS, SUITES, made_comparison
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.intervals import Interval
 from phatgoose.evaluation.results import Comparison, Result, ResultStore, write_tables
-from phatgoose.routing.routers.router import read_scores
+from phatgoose.routing.routers.scores import read_scores
 
 
 @pytest.fixture(scope="module")

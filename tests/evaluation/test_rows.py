@@ -19,14 +19,14 @@ from phatgoose.evaluation.rows import (
 )
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.registry import OURS
 from phatgoose.routing.saved import save
 from routed_models import with_embeddings
 from tiny import logits_of, make_adapter, make_ids, make_model, make_tokenizer
 
 
 def test_there_is_a_method_for_every_router_and_the_base():
-    assert set(METHODS) == {"base", *ROUTERS} - {"single", "weights"}
+    assert set(METHODS) == {"base", *OURS} - {"single", "weights"}
     assert list(METHODS)[-2:] == list(DERIVED)
 
 

@@ -20,9 +20,9 @@ from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.context import RoutingContext, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.prompt_router import ChosenExperts, PromptRouter, Tables
-from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.routers.router import RouterSite
+from phatgoose.routing.routers.prompt import ByPrompt, PromptRouter, Tables
+from phatgoose.routing.routers.registry import OURS
+from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.sites import prompt_stack
 from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids
@@ -72,12 +72,13 @@ def test_lone_experts_are_those_of_weight_one(choice, lone):
     assert (None if found is None else found.tolist()) == lone
 
 
-def site_of(experts: list[int], *rows: dict[int, float]) -> ChosenExperts:
+def site_of(experts: list[int], *rows: dict[int, float]) -> SiteRouter:
     """The router of a site where these of four experts act, with the choice of a batch."""
-    context = RoutingContext(PromptRouter(Tables(("e0", "e1", "e2", "e3"))))
-    context.use(choice_of(*rows) if rows else None)
-    site = RouterSite("blocks.1.linear", torch.tensor(experts), 4, {}, context)
-    return ChosenExperts(site, context)
+    chooser = PromptRouter(ByPrompt(), Tables(("e0", "e1", "e2", "e3")))
+    router = SiteRouter(chooser.router, "blocks.1.linear", torch.tensor(experts), 4, {})
+    router.context = RoutingContext(chooser)
+    router.context.use(choice_of(*rows) if rows else None)
+    return router
 
 
 def test_tokens_belong_to_the_rows_in_turn():
@@ -412,7 +413,7 @@ def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mo
 
 def prompt_readers(pool, base):
     """The models of all routers that read prompts, by name."""
-    for router in ROUTERS:
+    for router in OURS:
         model = compose_by(router, pool, base)
         if composition_of(model).context and not composition_of(model).router.unserved:
             yield router, model

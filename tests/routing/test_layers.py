@@ -16,7 +16,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.registry import OURS
 from phatgoose.routing.saved import load, save
 from routed_models import compose_by, of_task
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
@@ -62,7 +62,7 @@ def test_merged_is_the_mean_of_what_each_adds(base, mixed_pool):
 
 @pytest.mark.usefixtures("toy_embedder")
 @pytest.mark.parametrize(
-    "router", [name for name, spec in ROUTERS.items() if "lora" not in spec.needs]
+    "router", [name for name, listed in OURS.items() if "lora" not in listed.needs]
 )
 def test_every_router_that_needs_no_loras_routes_a_mixed_pool(llama, llama_mixed, router, tmp_path):
     four = llama_mixed.select(["lora0", "ia32", "bottleneck3", "biased1"]).experts

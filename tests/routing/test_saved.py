@@ -25,7 +25,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.registry import ROUTERS as ALL_ROUTERS
+from phatgoose.routing.routers.registry import OURS as ALL_ROUTERS
 from phatgoose.routing.saved import (
     add_to_saved,
     load,

@@ -19,7 +19,8 @@ from phatgoose.experts.kind import weighted_rows
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.fixed import UniformRouter
+from phatgoose.routing.routers.fixed import Merged
+from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.routing.stacks import stack_modules, stack_of
 from phatgoose.sites import Site
 
@@ -54,7 +55,7 @@ def test_any_stack_of_modules_is_their_sum(seed, tokens):
     stack = stack_modules(range(len(modules)), modules, torch.float32, CPU)
     rows = [row for rows in stack.rows().values() for row in rows.tolist()]
     assert sorted(rows) == list(range(len(modules)))
-    router = UniformRouter(len(modules), len(modules) + 1)
+    router = SiteRouter(Merged(), "site", stack.experts, len(modules) + 1, {})
     layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router, "auto")
     weights = dict.fromkeys(range(len(modules)), 1 / (len(modules) + 1))
     experts = [SimpleNamespace(modules={"site": module}) for module in modules]

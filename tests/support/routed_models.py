@@ -11,8 +11,8 @@ from phatgoose.config import Routing, settings_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.registry import spec_of
-from phatgoose.routing.routers.router import RouterSite, router_of
+from phatgoose.routing.routers.registry import class_of, router_of
+from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
 from toy_embedders import toy_embed
@@ -53,7 +53,7 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
 
     `options` are settings of the router, too.
     """
-    known = {setting.name for setting in settings_of(spec_of(router).config)}
+    known = {setting.name for setting in settings_of(class_of(router))}
     router = text_of(router, **{name: options.pop(name) for name in known & options.keys()})
     router = f"single:expert={pool.names[-1]}" if router == "single" else router
     router = f"few-shot:examples={FEW_EXAMPLES},by=centroid" if router == "few-shot" else router
@@ -87,9 +87,14 @@ def with_vectors(pool: Pool, name: str, value: float) -> Pool:
     )
 
 
+def by_vectors(text: str, vectors: torch.Tensor, k: int = 2) -> SiteRouter:
+    """The router that `text` names, where an expert acts for each of `vectors`, its table."""
+    router, E = router_of(Routing(text, k=k)), len(vectors)
+    table = {"vectors": vectors} if router.sizes else {}
+    return SiteRouter(router, "blocks.0.linear", torch.arange(E), E, table)
+
+
 def router_at(site: str, base: Base, pool: Pool, text: str):
     """The router that `text` names at one site, where all experts of `pool` act."""
-    router = router_of(Routing(text))
-    router.read_base(base.model, base.tokenizer, pool)
-    state = router.state_at(pool, site)
-    return router.at(RouterSite(site, torch.arange(len(pool)), len(pool), state, None))
+    router = router_of(Routing(text)).settled(pool, base.model, base.tokenizer)
+    return SiteRouter(router, site, torch.arange(len(pool)), len(pool), router.table(pool, site))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phatgoose.routing.routers import prompt_router
+from phatgoose.routing.routers import retrieval
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 
 
@@ -21,8 +21,8 @@ def toy_embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> torch.T
 
 def use_toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fixture `toy_embedder` does, for longer than a test."""
-    monkeypatch.setattr(prompt_router, "embed_texts", toy_embed)
-    monkeypatch.setattr(prompt_router, "load_embedder", lambda embedder: None)
+    monkeypatch.setattr(retrieval, "embed_texts", toy_embed)
+    monkeypatch.setattr(retrieval, "load_embedder", lambda embedder: None)
 
 
 def embed(texts: Sequence[str], embedder: str = "none") -> Tensor:

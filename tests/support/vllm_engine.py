@@ -22,7 +22,6 @@ from transformers import (
 
 from engines import vllm_environment
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.phatgoose import TopKRouter
 from tiny import make_tokenizer
 
 ASKING = Path(__file__).parents[1] / "engines" / "ask_vllm.py"
@@ -116,8 +115,9 @@ def tied(model: PreTrainedModel, prompts: list[list[int]], answers: Answers) -> 
 
     def look(layer, arguments) -> None:
         router, u = layer.router, arguments[0]
-        if isinstance(router, TopKRouter) and router.k < len(router.vectors):
-            ranked = router.affinities(u.reshape(-1, u.shape[-1])).sort(-1, descending=True).values
+        if router.router.fused and router.k < router.E:
+            scores = router.router.scores(u.reshape(-1, u.shape[-1]), router)
+            ranked = scores.sort(-1, descending=True).values
             gaps.append(float((ranked[:, router.k - 1] - ranked[:, router.k]).min()))
 
     layers = composition_of(model).layers.values()

@@ -16,7 +16,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_model
-from phatgoose.routing.routers import prompt_router
+from phatgoose.routing.routers import retrieval
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks import embeddings
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder, usable_embedder
@@ -29,8 +29,8 @@ from toy_embedders import toy_embed
 def loaded(monkeypatch) -> Iterator[list[str]]:
     """The embedders that were loaded, in place of loading them."""
     names: list[str] = []
-    monkeypatch.setattr(prompt_router, "load_embedder", names.append)
-    monkeypatch.setattr(prompt_router, "embed_texts", toy_embed)
+    monkeypatch.setattr(retrieval, "load_embedder", names.append)
+    monkeypatch.setattr(retrieval, "embed_texts", toy_embed)
     return names
 
 
@@ -78,7 +78,7 @@ def test_no_other_embedder_is_loaded_because_a_record_names_it(llama, llama_pool
     assert str(caught.value).isprintable()
     assert loaded == []
     model = compose(pool, llama, router="retrieval", embedder=recorded)
-    assert composition_of(model).prompt_router.embedder.name == recorded
+    assert composition_of(model).prompt_router.ready.embedder == recorded
     assert loaded == [recorded]
 
 
@@ -103,7 +103,7 @@ def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp
     load(tmp_path / "routed", dtype="float32", embedder="a/b")
     routing = Routing(embedder="a/b", router="phatgoose")
     opened = open_model(tmp_path / "routed", dtype="float32", routing=routing)
-    assert composition_of(opened.model).prompt_router.embedder.name == "a/b"
+    assert composition_of(opened.model).prompt_router.ready.embedder == "a/b"
     assert loaded == ["a/b", "a/b"]
 
 

@@ -5,7 +5,7 @@ The backends here need no compiler; on CPUs torch's kernels take the native one'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,20 +18,15 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.arrow import ArrowRouter
-from phatgoose.routing.routers.fixed import UniformRouter
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
+from phatgoose.routing.routers.phatgoose import standardise
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
+from routed_models import by_vectors
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50
-ROUTERS: dict[str, Callable[[Tensor], nn.Module]] = {
-    "phatgoose": lambda vectors: PhatgooseRouter(vectors, 2, 1e-5),
-    "arrow": lambda vectors: ArrowRouter(vectors, 2),
-    "merged": lambda vectors: UniformRouter(len(vectors), len(vectors)),
-}
+ROUTERS = ("phatgoose", "arrow", "merged")
 each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 
@@ -54,7 +49,7 @@ def make_stack(dtype: torch.dtype) -> SiteStack:
 def make_layer(router: str, dtype: torch.dtype = torch.float32) -> RoutedLinear:
     stack = make_stack(dtype)
     vectors = torch.randn(EXPERTS, SITE.in_features, generator=torch.Generator().manual_seed(1))
-    chosen = ROUTERS[router](standardise(vectors)).to(dtype)
+    chosen = by_vectors(router, standardise(vectors)).to(dtype)
     base = nn.Linear(SITE.in_features, SITE.out_features, dtype=dtype)
     return RoutedLinear(base, SITE, stack, chosen, "auto")
 

@@ -19,7 +19,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.export import prompt_texts, shares_for
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.registry import OURS
 from phatgoose.tasks.task import Example, Task
 from routed_models import SCORES, with_embeddings
 from serving import CHAT_TEMPLATE, client_of
@@ -28,7 +28,7 @@ PROMPT = "WHO? 5 + 6 = 11, or plums"
 CHOICES = ("pears", "5 + 6", "zigzag jazz; zigzag")  # which no served prompt has
 CLOSE = 1.5 / 255  # traces and the server give weights in 255ths
 # random draws lots, oracle is told the task's name, few-shot reads a file of examples
-SERVED = [name for name in ROUTERS if name not in ("random", "oracle", "few-shot")]
+SERVED = [name for name in OURS if name not in ("random", "oracle", "few-shot")]
 
 
 @pytest.fixture(scope="module")

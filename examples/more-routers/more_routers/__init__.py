@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, Settings, one_of
 from phatgoose.routing.routers.configs import Centroid, Discriminant, Phatgoose
+
+from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, Settings, one_of
 from phatgoose.routing.routers.registry import RouterSpec
 
 

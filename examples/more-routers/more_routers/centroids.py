@@ -11,10 +11,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.centroid import Centroid
 from phatgoose.routing.routers.prompt_router import (
     OWNERS,
@@ -25,6 +21,10 @@ from phatgoose.routing.routers.prompt_router import (
     best_of_each,
     embeddings_of,
 )
+from torch import Tensor
+from torch.nn import functional
+
+from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.router import Scores
 
 STEPS = 20  # of k-means

@@ -19,13 +19,13 @@ divides the whole logit.
 from __future__ import annotations
 
 import torch
+from phatgoose.routing.routers.centroid import Centroid, NearestCentroids
+from phatgoose.routing.routers.prompt_router import PromptRouter, Tables
 from torch import Tensor
 
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.context import RoutingContext
-from phatgoose.routing.routers.centroid import Centroid, NearestCentroids
 from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter
-from phatgoose.routing.routers.prompt_router import PromptRouter, Tables
 from phatgoose.routing.routers.router import RouterSite
 
 from . import GliderSettings

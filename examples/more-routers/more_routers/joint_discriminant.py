@@ -15,12 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import PARTS, moments_of
-from phatgoose.routing.routers.discriminant import Discriminant, Line, PromptDiscriminant, States
 from phatgoose.routing.routers.prompt_router import (
     Embedder,
     Prompt,
@@ -28,6 +22,12 @@ from phatgoose.routing.routers.prompt_router import (
     Tables,
     embeddings_of,
 )
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.statistics import PARTS, moments_of
+from phatgoose.routing.routers.discriminant import Discriminant, Line, PromptDiscriminant, States
 from phatgoose.routing.routers.router import Scores
 
 

@@ -21,13 +21,13 @@ import re
 from dataclasses import dataclass
 
 import torch
+from phatgoose.routing.routers.prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables
 from phatgoose.routing.routers.router import highest
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site, blocks_of

@@ -8,13 +8,13 @@ each prompt, and at every site PHATGOOSE's k experts of them act.
 from __future__ import annotations
 
 import torch
+from phatgoose.routing.routers.prompt_router import rows_at
 from torch import Tensor
 
 from phatgoose.experts.kind import dense_weights
 from phatgoose.routing.context import RoutingContext
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter, TopKRouter
-from phatgoose.routing.routers.prompt_router import rows_at
 from phatgoose.routing.routers.router import RouterSite, RoutingDecision, SiteRouter, highest
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 from more_routers.centroids import clusters_of
+from phatgoose.routing.routers.centroid import centroids_of
 
 from growth_cases import changed, composed
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
-from phatgoose.routing.routers.centroid import centroids_of
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, experts_of, retrieving
 from toy_embedders import toy_embed

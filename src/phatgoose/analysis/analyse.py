@@ -27,10 +27,11 @@ from ..files import write_text
 from ..routing.compose import compose, detach
 from ..routing.composition import composition_of, routing_for
 from ..routing.open_model import is_routed, loaded_base, open_model
-from ..routing.routers.automatic import settled
-from ..routing.routers.prompt_router import ByPrompt
-from ..routing.routers.registry import WEIGHTS, spec_of
-from ..routing.routers.router import Scores, check_routing, read_scores, router_of
+from ..routing.routers.auto import settled
+from ..routing.routers.prompt import ByPrompt
+from ..routing.routers.registry import WEIGHTS, class_of, router_of
+from ..routing.routers.router import check_routing
+from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
@@ -275,7 +276,7 @@ def analyse(
     subject = _subject(source, routers, routing, base, tokenizer, scores)
     if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
         raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if without_each and (named := spec_of(subject.routers[0]).name) in ("single", WEIGHTS):
+    if without_each and (named := class_of(subject.routers[0]).name) in ("single", WEIGHTS):
         raise ConfigError(
             f"Router {named} can't do without the experts that it names; put another one first."
         )
@@ -369,9 +370,9 @@ def _check_router(
         check_routing(router, pool)
         narrowed = router.narrow(pool, scores)
         # Others are made of vectors and readings alone, which have been checked.
-        by_more = router.spec.given or "embeddings" in router.spec.needs
+        by_more = router.given or "embeddings" in router.needs
         if isinstance(router, ByPrompt) and by_more:
-            router.for_model(router.tables(narrowed, scores), tokenizer)
+            router.ready(router.tables(narrowed, scores))
 
 
 def _composed_subject(

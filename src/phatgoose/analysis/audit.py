@@ -25,10 +25,8 @@ from ..experts.pool import Pool
 from ..experts.registry import kinds
 from ..files import write_text
 from ..routing.compose import check_pool_fits
-from ..routing.routers.centroid import centroids_of
-from ..routing.routers.configs import EPS
-from ..routing.routers.phatgoose import PhatgooseRouter, standardise
-from ..routing.routers.prompt_router import best_of_each, embeddings_of
+from ..routing.routers.phatgoose import Phatgoose, affinities, standardise
+from ..routing.routers.retrieval import best_of_each, centroids_of, embeddings_of
 from ..sites import Site, execution_device, find_sites
 from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ..tasks.encoding import Encoder
@@ -83,7 +81,7 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
         stored = embeddings_of(pool)
         best = best_of_each(text.vectors @ stored.rows.T, stored.owners, len(pool))
         found["retrieval_neutral"] = _shares(best)
-        found["centroid_neutral"] = _shares(text.vectors @ centroids_of(pool).rows.T)
+        found["centroid_neutral"] = _shares(text.vectors @ centroids_of(stored).T)
     pool.release()
     return found
 
@@ -127,7 +125,7 @@ def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
         if len(gated) < 2:
             continue
         gates = standardise(torch.stack([pool.experts[z].gates[name] for z in gated]))
-        best = PhatgooseRouter(gates, 1, EPS).affinities(u).argmax(dim=1)
+        best = affinities(u, gates, Phatgoose.eps).argmax(dim=1)
         first[gated] += torch.bincount(best, minlength=len(gated)).double()
         seen[gated] += len(u)
     return first / seen.masked_fill(seen == 0, math.nan)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import PLACES
 from ..routing.routers.phatgoose import standardise
-from ..routing.routers.prompt_router import best_of_each
+from ..routing.routers.retrieval import best_of_each
 from ..routing.stacks import stack_of
 from .findings import squared_norms
 

@@ -21,6 +21,7 @@ from ..experts.kind import Part
 from ..experts.pool import Pool
 from ..routing.composition import composition_of
 from ..routing.layers import RoutedLinear
+from ..routing.routers.router import ABSOLUTE
 from ..routing.stacks import stack_of
 from .measures import effective_experts
 from .routing_distribution import RoutingDistribution
@@ -208,12 +209,13 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     size = len(parts.experts)
     total, met = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size)
     for layer in parts.layers.values():
-        if not (isinstance(layer, RoutedLinear) and "vectors" in layer.router.kept):
+        if not (isinstance(layer, RoutedLinear) and "vectors" in layer.router.state()):
             return None
+        is_unsigned = layer.router.router.fused == ABSOLUTE
         unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T
         experts = layer.experts.cpu()
         rows = experts[:, None]
-        total[rows, experts] += (cosines.abs() if layer.router.unsigned else cosines).double()
+        total[rows, experts] += (cosines.abs() if is_unsigned else cosines).double()
         met[rows, experts] += 1
     return np.asarray((total / met.clamp(min=1)).numpy())

@@ -22,7 +22,7 @@ from ..errors import ConfigError, EvaluationError
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.intervals import Interval, SharedMeans, Z
 from ..experts.kind import dense_weights
-from ..routing.routers.router import Scores, best_expert_by_task
+from ..routing.routers.scores import Scores, best_expert_by_task
 from ..routing.watching import SitePass
 from ..sites import Stream
 from .routing_distribution import Observer

@@ -188,7 +188,7 @@ def chosen_for_whole(parts: Composition, known: Choice | None) -> tuple[tuple[st
 
 def _chosen_rows(parts: Composition, known: Choice | None) -> list[dict[str, float]]:
     """The experts of each row of `known`; none for a router that doesn't choose for prompts."""
-    if known is None or parts.prompt_router is None or not parts.prompt_router.chooses:
+    if known is None or parts.prompt_router is None or not parts.prompt_router.router.chooses:
         return []
     return known.named(parts.experts)
 

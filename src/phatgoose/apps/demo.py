@@ -31,7 +31,7 @@ from ..evaluation.rows import METHODS, label_of
 from ..experts.pool import Pool
 from ..files import write_text
 from ..routing.compose import compose
-from ..routing.routers.automatic import settled
+from ..routing.routers.auto import settled
 from ..routing.routers.registry import AUTO
 from ..routing.saved import save
 from ..tasks.embeddings import can_embed

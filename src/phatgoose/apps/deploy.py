@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..experts.expert import adapter_files, expert_files
 from ..experts.pool import Pool
 from ..files import new_directory, read_json_object, regular_file, shortened, write_text
-from ..routing.routers.automatic import NO_CHOICE, allows_choice_by_prompt
+from ..routing.routers.auto import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows
 ENGINE_PORT, GATEWAY_PORT = 8001, 8000

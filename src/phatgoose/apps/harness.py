@@ -23,7 +23,7 @@ from ..errors import ConfigError, PoolError
 from ..experts.pool import Pool
 from ..routing.composition import composition_of
 from ..routing.open_model import is_pool, is_routed, open_model
-from ..routing.routers.automatic import settled_by_token
+from ..routing.routers.auto import BY_TOKEN, first_allowed
 from ..tasks.batching import pad_left, pad_right
 from ..tasks.encoding import Encoder, added_tokens, cut_tokens
 
@@ -214,7 +214,7 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     routing, keep = arguments.routing, _names(arguments.keep)
     left = _names(arguments.leave_out)
     if is_pool(arguments.pool):  # contexts come in pieces, so that auto can't go by prompts
-        routing = settled_by_token(routing, Pool.open(arguments.pool).select(keep, left))
+        routing = first_allowed(routing, Pool.open(arguments.pool).select(keep, left), BY_TOKEN)
     model = open_model(
         arguments.pool,
         base,

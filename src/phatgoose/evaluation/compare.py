@@ -32,8 +32,8 @@ from ..experts.pool import Pool
 from ..jobs import BaseLocation, Engine, LocalEngine
 from ..routing.composition import asked_of, composition_if_any
 from ..routing.open_model import OpenedModel, loaded_base
-from ..routing.routers.discriminant import States
-from ..routing.routers.router import best_expert, best_expert_by_task
+from ..routing.routers.prompt import States
+from ..routing.routers.scores import best_expert, best_expert_by_task
 from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
 from ..tasks.suites.registry import open_suite
@@ -358,7 +358,7 @@ class RunWorkshop:
                     at = run.row
                     parts = composition_if_any(base.model)
                     if parts is not None and parts.prompt_router is not None:
-                        parts.prompt_router.remember(states)
+                        parts.prompt_router.states = states
                 dataset = self.datasets[run.dataset]
                 asked = questions.get(dataset.name) if opened.model is base.model else None
                 if asked is None:
@@ -427,7 +427,7 @@ def answered_by_experts(
     context = parts.context if parts is not None else None
     if parts is None or context is None or context.router is None or context.router.k > 1:
         return None
-    if not answered or "task" in parts.router.spec.given:
+    if not answered or "task" in parts.router.given:
         return None
     asked = asked_of(parts, questions.prompts, dataset.examples, questions.encoder)
     chosen = context.choose(asked, examples=dataset.examples).lone()

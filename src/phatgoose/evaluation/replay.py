@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
 from ..files import first_line, require_regular, shortened
-from ..routing.routers.registry import AUTO, spec_of
+from ..routing.routers.registry import AUTO, class_of
 from .intervals import Interval, Sample, SharedMeans, interval_of
 
 Array = NDArray[Any]
@@ -178,7 +178,7 @@ def router_rule(router: str) -> Rule:
 
 
 def _lack_of(router: str) -> str:
-    if router != AUTO and not spec_of(router).per_input:
+    if router != AUTO and not class_of(router).per_input:
         return "It doesn't choose by the prompt alone, so it can't be replayed."
     return "research/marks.py stores these, where the experts have what a router needs."
 

@@ -20,21 +20,21 @@ from ..files import sha256_of, shortened
 from ..jobs import absolute
 from ..routing.compose import compose, detach
 from ..routing.open_model import OpenedModel, is_pool, is_routed, open_model
-from ..routing.routers.registry import ROUTERS, choice_of, spec_of
-from ..routing.routers.router import router_of
+from ..routing.routers.registry import all_routers, canonical, class_of, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from .results import BASE
 
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
+ROUTERS = all_routers()
 METHODS = {
     BASE: "Base model",
-    **{name: spec.label for name, spec in ROUTERS.items() if name not in ("single", "weights")},
+    **{name: kind.label for name, kind in ROUTERS.items() if name not in ("single", "weights")},
 }
 # These follow from the single experts' results, which they know: they are not zero-shot.
-DERIVED = tuple(name for name, spec in ROUTERS.items() if "scores" in spec.given)
+DERIVED = tuple(name for name, kind in ROUTERS.items() if "scores" in kind.given)
 # These need a file of the task's, so they are run by name only.
-WITH_EXAMPLES = {name for name, spec in ROUTERS.items() if "examples" in spec.given}
+WITH_EXAMPLES = {name for name, kind in ROUTERS.items() if "examples" in kind.given}
 EVERY = "all"  # stands for every method whose needs the pool meets
 
 
@@ -77,7 +77,7 @@ def _canonical(method: str) -> str:
             f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             f"{closest(method.partition(':')[0], METHODS)}"
         )
-    return method if method == BASE else choice_of(method).text
+    return method if method == BASE else canonical(method)
 
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
@@ -112,7 +112,7 @@ class Row:
         """True if it leaves whole inputs to experts, who may have answered them alone."""
         if self.pool is None or self.routing is None:
             return False
-        return spec_of(self.routing.router).per_input
+        return class_of(self.routing.router).per_input
 
     @property
     def base(self) -> BaseReference | None:
@@ -208,7 +208,7 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
     router = router_of(routing)
     identity = {
         "router": router.routing.router,
-        **({"k": router.k} if router.uses_k else {}),
+        **({"k": router.k} if router.k else {}),
         "kernel": routing.kernel,
         "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
         **({} if router.file_digest is None else {"given": router.file_digest}),

@@ -24,16 +24,11 @@ from ..sites import (
     replace_module,
 )
 from .composition import Composition, composition_of, resolve_base
-from .routers.automatic import settled
-from .routers.prompt_router import ByPrompt
-from .routers.registry import AUTO, WEIGHTS, checked_mixture, written_mixture
-from .routers.router import (
-    Scores,
-    check_routing,
-    read_scores,
-    router_of,
-    warn_of_constant_vectors,
-)
+from .routers.auto import settled
+from .routers.prompt import ByPrompt
+from .routers.registry import AUTO, WEIGHTS, checked_mixture, router_of, written_mixture
+from .routers.router import check_routing, warn_of_constant_vectors
+from .routers.scores import Scores, read_scores
 from .saved import save_pretrained
 from .stacks import SiteStack, stack_of
 
@@ -111,11 +106,11 @@ def composed(
     model = found.model
     check_base(pool.base, found.reference)
     tables = router.tables(pool, scores) if isinstance(router, ByPrompt) else None
-    parts = Composition.on(found, router, pool.names, pool.records(), tables)
     sites = find_sites(model)
     check_pool_fits(pool, sites)
     # Before any layer is replaced: it is the base alone that is read.
-    router.read_base(model, found.tokenizer, pool)
+    router = router.settled(pool, model, found.tokenizer)
+    parts = Composition.on(found, router, pool.names, pool.records(), tables)
     _add_layers(parts, pool, model, sites, may_fold=may_fold)
     parts.install(model)
     model.save_pretrained = partial(save_pretrained, model)
@@ -145,7 +140,7 @@ def _add_layers(
         return stack_of(pool, name, dtype_at(layer, model), execution_device(layer))
 
     stacks = prefetch(stack_at, pool.sites)
-    states = prefetch(lambda name: router.state_at(pool, name), pool.sites)
+    states = prefetch(lambda name: router.table(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):
         if "vectors" in state:
             constant[name] = ~state["vectors"].any(dim=-1)

@@ -21,7 +21,7 @@ from ..base import (
     quantisation,
 )
 from ..config import Routing
-from ..errors import RoutingError
+from ..errors import ConfigError, RoutingError
 from ..experts.expert import trained_in_chats
 from ..passes import ActsOn
 from ..sites import ROUTED, Site, execution_device, replace_module
@@ -29,8 +29,8 @@ from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
 from .context import RoutingContext
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
-from .routers.prompt_router import ByPrompt, PromptRouter, Tables
-from .routers.router import OWN_EXPERTS, Router, RouterSite
+from .routers.prompt import ByPrompt, PromptRouter, Tables
+from .routers.router import OWN_EXPERTS, Router, SiteRouter
 from .stacks import SiteStack, check_numbers
 
 
@@ -118,7 +118,11 @@ class Composition:
             )
         prompt_router = None
         if isinstance(router, ByPrompt) and tables is not None:
-            prompt_router = router.for_model(tables, base.tokenizer)
+            if base.tokenizer is None and router.reads_prompts:
+                raise ConfigError(
+                    f"Router {router.name} reads prompts; hand the base over with its tokenizer."
+                )
+            prompt_router = PromptRouter(router, tables, base.tokenizer)
         return cls(
             base.reference, base.tokenizer, experts, records, router, prompt_router=prompt_router
         )
@@ -145,12 +149,13 @@ class Composition:
             folded = folded_weight(original, plain, size)
             self.layers[site.name] = FoldedLinear(original, site, folded, stack.experts, size)
             return
-        module = router.at(RouterSite(site.name, stack.experts, size, state, self.context))
+        module = SiteRouter(router, site.name, stack.experts, size, state)
+        module.context = self.context
         # Of a quantised layer the type is of integers.
         is_plain = original.weight.is_floating_point()
         module.to(execution_device(original), original.weight.dtype if is_plain else stack.dtype)
         self.layers[site.name] = RoutedLinear(
-            original, site, stack, module, self.routing.kernel, self.context, columns
+            original, site, stack, module, router.kernel, self.context, columns
         )
 
     def _columns(self, site: Site, experts: Tensor) -> list[int]:

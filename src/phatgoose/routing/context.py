@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class Chooser(Protocol):
-    """What a context asks: a `routers.prompt_router.PromptRouter`."""
+    """What a context asks: a `routers.prompt.PromptRouter`."""
 
     name: str
     k: int

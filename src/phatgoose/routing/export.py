@@ -41,8 +41,8 @@ from ..tasks.task import Example, neutral_examples
 from .composition import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 from .recording import watch
-from .routers.few_shot import OneExpert
-from .routers.fixed import GivenWeights, UniformRouter
+from .routers.fixed import Weights
+from .routers.router import SiteRouter
 from .watching import SitePass
 
 EXPORT_INFO = "phatgoose_export.json"
@@ -306,20 +306,23 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
     return shares_for(model, parts.tokenizer, texts)
 
 
+def _constant(layer: RoutedLayer) -> Tensor | None:
+    router: SiteRouter | None = getattr(layer, "router", None)
+    return router.constant() if router is not None else None
+
+
 def constant_shares(parts: Composition) -> Shares | None:
     """The shares where routing depends on no input, or there is one expert; else None."""
-    router, shares = parts.prompt_router, {}
+    router, shares = parts.router, {}
     for site, layer in parts.layers.items():
         weight: float | Tensor
-        if isinstance(router, GivenWeights):
+        if isinstance(router, Weights) and router.weights:
             mixture = [router.weights.get(name, 0.0) for name in parts.experts]
             weight = torch.tensor(mixture, dtype=torch.float64)[layer.experts.cpu()]
         elif isinstance(layer, FoldedLinear):
             weight = layer.weight_of_each
-        elif isinstance(layer, RoutedLinear) and isinstance(layer.router, OneExpert):
-            weight = layer.router.share.double().cpu()
-        elif isinstance(layer, RoutedLinear) and isinstance(layer.router, UniformRouter):
-            weight = layer.router.weight
+        elif (constant := _constant(layer)) is not None:
+            weight = constant.double().cpu()
         elif len(parts.experts) == 1:
             weight = 1.0
         else:

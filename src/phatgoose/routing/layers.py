@@ -122,7 +122,7 @@ class RoutedLinear(RoutedLayer):
                 place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
         fused = kernel in ("auto", "native", "triton")
-        self.one_call = self.is_plain and fused and router.one_call
+        self.one_call = self.is_plain and fused and bool(router.router.fused)
 
     @property
     def stack(self) -> SiteStack:
@@ -140,9 +140,7 @@ class RoutedLinear(RoutedLayer):
         """The experts of each token of u [.., n] and their weights; calls the watches back."""
         tokens = u.reshape(-1, u.shape[-1])
         active = self._active(len(tokens)) if self.context is not None else None
-        decision: RoutingDecision = (
-            self.router(tokens) if active is None else self.router.among(tokens, active)
-        )
+        decision: RoutingDecision = self.router(tokens, active)
         if watches := watches_over(self, self.site):
             chosen, router = self.experts[decision.experts], self.router
             for watch in watches:
@@ -187,7 +185,8 @@ class RoutedLinear(RoutedLayer):
         if context is None or found is None or watches_over(self, self.site):
             return None
         places, all_act = found[0].to(u.device), found[1]
-        by_token, some, flat = self.router.by_token, tokens[places], y.reshape(-1, y.shape[-1])
+        by_token, flat = self.router.router.by_token, y.reshape(-1, y.shape[-1])
+        some = tokens[places]
         if all_act and by_token and self.one_call:
             changed = flat[places]
             if self._added_in_one_call(changed, some):
@@ -202,14 +201,14 @@ class RoutedLinear(RoutedLayer):
     def _decision_at(
         self, context: RoutingContext, tokens: Tensor, places: Tensor, all_act: bool
     ) -> RoutingDecision:
-        router, by_token = self.router, self.router.by_token
+        router, by_token = self.router, self.router.router.by_token
         # Not one token more: gates of many experts cost as much as the rest of the layer.
         some = tokens[places] if by_token else tokens
         active = None
         if not (by_token and all_act):
             here = places if by_token else None
             active = context.active(self.activity_columns, len(tokens), here)
-        decision: RoutingDecision = router(some) if active is None else router.among(some, active)
+        decision: RoutingDecision = router(some, active)
         if by_token:
             return decision
         return RoutingDecision(decision.experts[places], decision.weights[places])

@@ -16,9 +16,11 @@ from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import MANIFEST, Pool
 from .compose import composed
-from .routers.automatic import settled_by_prompt
-from .routers.prompt_router import ByPrompt, PromptRouter
-from .routers.router import Scores, check_routing, check_served, router_of
+from .routers.auto import BY_PROMPT, first_allowed
+from .routers.prompt import ByPrompt, PromptRouter
+from .routers.registry import router_of
+from .routers.router import check_routing, check_served
+from .routers.scores import Scores
 from .saved import CONFIG, ROUTED_INFO, load, read_saved
 
 
@@ -112,10 +114,10 @@ def open_prompt_router(
         router, tables = _by_prompt(routing), saved.tables
     else:
         pool = Pool.open(place)
-        router = _by_prompt(settled_by_prompt(routing, pool))
+        router = _by_prompt(first_allowed(routing, pool, BY_PROMPT))
         check_routing(router, pool)
         tables = router.tables(pool)
-    return router.prompt_router(tables, tokenizer)
+    return PromptRouter(router, tables, tokenizer)
 
 
 def _by_prompt(routing: Routing) -> ByPrompt:

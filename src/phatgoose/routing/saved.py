@@ -48,9 +48,9 @@ from ..passes import ActsOn
 from ..sites import FLOATS, dtype_at, execution_device, find_sites
 from .composition import Composition, composition_of, resolve_base
 from .layers import FoldedLinear, RoutedLinear
-from .routers.prompt_router import ByPrompt, Tables
-from .routers.registry import choice_of
-from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
+from .routers.prompt import ByPrompt, Tables
+from .routers.registry import router_of
+from .routers.router import Router, check_measured, warn_of_lowered_k
 from .stacks import (
     SitePart,
     SiteStack,
@@ -274,10 +274,10 @@ class SavedModel:
 
     def at(self, site: str) -> SitePart:
         """The experts at `site`, and their router's tensors there."""
-        names = ("experts", "folded", *declared().tensors, *self.router.form)
+        names = ("experts", "folded", *declared().tensors, *self.router.sizes)
         full = {name: f"{name}.{site}" for name in names}
         tensors = {name: self.tensors[key] for name, key in full.items() if key in self.tensors}
-        state = {name: tensors[name] for name in ("folded", *self.router.form) if name in tensors}
+        state = {name: tensors[name] for name in ("folded", *self.router.sizes) if name in tensors}
         return SitePart(SiteStack.of(tensors, tensors["experts"]), state)
 
     @property
@@ -322,7 +322,7 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         if problem := _problem(info):
             raise ValueError(problem)
-        choice_of(Routing(**info["routing"]).router)
+        router_of(Routing(**info["routing"]))
         BaseReference(**info["base"])
     except (TypeError, KeyError, ValueError, ConfigError, ExpertError) as error:
         raise RoutingError(
@@ -382,13 +382,13 @@ def _forms(router: Router) -> dict[str, Form]:
         for each in part.held.values():
             letters = [x if x in "nd" else f"{part.name}.{x}" for x in each.sizes]
             forms[each.name] = Form(letters, each.types)
-    return forms | {name: Form(letters) for name, letters in router.form.items()}
+    return forms | {name: Form(letters) for name, letters in router.sizes.items()}
 
 
 def _checked(file: TensorFile, experts: int, router: Router) -> dict[str, dict[str, int]]:
     """The sizes of each site's tensors, by letter, of that many experts. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    prompt_form = router.prompt_form if isinstance(router, ByPrompt) else {}
+    prompt_form = router.prompt_sizes if isinstance(router, ByPrompt) else {}
     forms, lookup = _forms(router), {name: Form(each) for name, each in prompt_form.items()}
     if OWNERS in lookup:
         lookup[OWNERS] = Form(lookup[OWNERS].letters, INDICES)
@@ -428,7 +428,7 @@ def _check_site(
 ) -> dict[str, int]:
     """The sizes of one site's tensors, by letter, which belong together; else RoutingError."""
     is_folded = "folded" in tensors
-    needed = ["experts"] if is_folded else ["experts", *router.form]
+    needed = ["experts"] if is_folded else ["experts", *router.sizes]
     for part in declared().parts.values():
         if any(each.name in tensors for each in part.held.values()):
             needed += [each.name for each in part.held.values() if not each.optional]
@@ -454,7 +454,7 @@ def _check_site(
     if not is_whole:
         raise RoutingError(
             f"{where}: {_named(tensors)} are not one module for each of the {sizes['E']} experts "
-            f"there under router {router.routing.name}."
+            f"there under router {router.name}."
         )
     return sizes
 
@@ -576,7 +576,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     sizes = [{s: each[x] for s, each in saved.sizes.items() if x in each} for x in "nd"]
     check_alike(pool.experts, *sizes)
     if isinstance(router, ByPrompt):
-        tables = tables.grown(router.tables(pool, embedder=tables.info.get("embedder")))
+        tables = tables.grown(router.tables(pool))
     parts = {site: saved.at(site) for site in saved.sites}
     for site in pool.sites:
         # Without a stack to go by, float32: the base rounds it when it is loaded.
@@ -584,7 +584,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         stack = stack_of(pool, site, dtype, torch.device("cpu"))
         check_numbers(stack, site, pool.names)
         later = replace(stack, experts=stack.experts + len(saved.names))
-        joining = SitePart(later, router.state_at(pool, site))
+        joining = SitePart(later, router.table(pool, site))
         parts[site] = joined_parts([parts[site], joining]) if site in parts else joining
     return _rewritten(folder, saved, parts, tables, records)
 

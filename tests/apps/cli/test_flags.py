@@ -16,8 +16,8 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.routing.routers import registry
-from phatgoose.routing.routers.configs import Discriminant
-from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.discriminant import Discriminant
+from phatgoose.routing.routers.router import Router
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -50,7 +50,7 @@ def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings
     assert len(help_text.splitlines()) <= 64
     listed = phat("routers")
     assert (listed.code, listed.err) == (0, "")
-    assert all(name in listed.out for name in ROUTERS)
+    assert all(name in listed.out for name in registry.OURS)
     assert (
         "auto on decoders: the first that experts allow of discriminant, retrieval,"
         in phat("routers", "auto").out
@@ -64,12 +64,12 @@ def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings
 
 
 def test_a_router_of_another_package_is_known_to_commands(phat, tmp_path, monkeypatch):
-    spec = "from phatgoose.routing.routers.registry import RouterSpec\n"
-    spec += "SPEC = RouterSpec('theirs', 'Theirs', 'none of ours', 'their_router.Router')\n"
-    points = {registry.ENTRY_POINTS: {"theirs": "their_spec:SPEC", "lost": "their_spec:LOST"}}
-    install(tmp_path, monkeypatch, "their_spec", spec, points)
-    monkeypatch.setattr(registry, "ROUTERS", registry._Registry())
+    code = "from phatgoose.routing.routers.fixed import Merged\n"
+    code += "class Theirs(Merged):\n    'None of ours.'\n    name = 'theirs'\n"
+    points = {registry.ENTRY_POINTS: {"theirs": "their_router:Theirs", "lost": "their_router:Lost"}}
+    install(tmp_path, monkeypatch, "their_router", code, points)
+    monkeypatch.setattr(Router, "defined", {})
     told = phat("routers", "theirs")
-    assert told.out == "theirs: none of ours\n"
-    assert told.err.startswith("warning: phatgoose.routers: lost of their-spec can't be loaded")
+    assert told.out == "theirs: None of ours\n"
+    assert told.err.startswith("warning: phatgoose.routers: lost of their-router can't be loaded")
     assert "Router lost can't be loaded" in phat("routers", "lost").err

@@ -11,7 +11,7 @@ from phatgoose.apps.server import Upstream
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.routers.automatic import settled_by_prompt
+from phatgoose.routing.routers.auto import BY_PROMPT, first_allowed
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, events
 from topic_prompts import BEFORE, OWNERS, PROMPTS
 
@@ -164,7 +164,7 @@ def test_a_request_chooses_another_router_and_other_experts(place):
 
 
 def test_router_auto_is_the_first_that_the_experts_allow(place):
-    wanted = settled_by_prompt(Routing("auto"), Pool.open(place)).router
+    wanted = first_allowed(Routing("auto"), Pool.open(place), BY_PROMPT).router
     assert wanted != "centroid"
     with (
         engine_of("vllm", numbered()) as engine,

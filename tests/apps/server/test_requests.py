@@ -14,7 +14,7 @@ from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequ
 from phatgoose.apps.server.requests import Frame, RequestReader, parsed
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
-from phatgoose.routing.routers.automatic import settled
+from phatgoose.routing.routers.auto import settled
 from serving import (
     CHAT,
     CHATS,

@@ -5,9 +5,8 @@ import torch
 
 from phatgoose.apps.vllm import op
 from phatgoose.routing.kernels.plain import reference
-from phatgoose.routing.routers.arrow import ArrowRouter
-from phatgoose.routing.routers.configs import EPS
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
+from phatgoose.routing.routers.phatgoose import standardise
+from routed_models import by_vectors
 from tiny import random
 
 N, E, R = 24, 6, 4
@@ -25,16 +24,17 @@ def made(rule, widths=WIDTHS, seed=0, split=None):
         )
         tensors += [vectors, *factors]
         router = rule(vectors)
-        sites.append(op.SiteUpdate(router.over({}), ("vectors",), first, width, "auto"))
+        numbers = {"k": router.k, "eps": router.eps}
+        sites.append(op.SiteUpdate(router.router, numbers, ("vectors",), first, width, "auto"))
         first += width
     update = op.LayerUpdate(tuple(sites), split)
     return tensors, op.place_of_update(object(), lambda: update)
 
 
 RULES = {
-    "phatgoose": lambda v: PhatgooseRouter(v, 2, EPS),
-    "arrow": lambda v: ArrowRouter(v, 2),
-    "all": lambda v: PhatgooseRouter(v, E, EPS),
+    "phatgoose": lambda v: by_vectors("phatgoose", v),
+    "arrow": lambda v: by_vectors("arrow", v),
+    "all": lambda v: by_vectors("phatgoose", v, E),
 }
 
 
@@ -65,18 +65,23 @@ def test_a_layer_split_over_processes_sums_the_scores_and_nothing_else():
     tensors, _ = made(rule, (16,))
     vectors, A, B = tensors
     halves = [slice(0, N // 2), slice(N // 2, N)]
-    scores = sum(rule(vectors[:, half]).sums(u[:, half]) for half in halves)
-    seen, total = [], torch.zeros(9, 16)
+    seen = []
 
-    def reduce(mine):
+    def noted(mine):
         seen.append(mine)
-        return scores
+        return mine
 
-    _, update = made(rule, (16,), split=op.Split(N, reduce))
+    def mine_of(half):
+        return [vectors[:, half].contiguous(), A[..., half].contiguous(), B]
+
+    _, update = made(rule, (16,), split=op.Split(N, noted))
+    for half in halves:  # what each process would sum
+        op.add_routed(torch.zeros(9, 16), u[:, half].contiguous(), mine_of(half), update)
+    scores, total = sum(seen), torch.zeros(9, 16)
+    _, update = made(rule, (16,), split=op.Split(N, lambda _: scores))
     for half in halves:
         y = torch.zeros(9, 16)
-        mine = [vectors[:, half], A[..., half].contiguous(), B]
-        op.add_routed(y, u[:, half].contiguous(), mine, update)
+        op.add_routed(y, u[:, half].contiguous(), mine_of(half), update)
         total += y
     assert [each.shape for each in seen] == [(9, E + 2)] * 2
     torch.testing.assert_close(total, wanted_of(rule, u, tensors), rtol=1e-4, atol=1e-4)

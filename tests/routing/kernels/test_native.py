@@ -15,10 +15,9 @@ from phatgoose.errors import ConfigError
 from phatgoose.routing.kernels import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import add_routed, top_experts
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.arrow import ArrowRouter
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter
 from phatgoose.routing.stacks import SiteStack, stack_of
 from phatgoose.sites import Site
+from routed_models import by_vectors
 
 load_library = native_module._library.__wrapped__  # as in a fresh process
 
@@ -42,7 +41,7 @@ def test_gaps_in_factors_are_closed_before_their_addresses_are_taken(name, llama
     stack = stack_of(llama_pool, llama_pool.sites[0], torch.float32, torch.device("cpu"))
     n, d = stack.lora.A.shape[2], stack.lora.B.shape[2]
     gaps = {n: t.repeat_interleave(2, dim=-1)[..., ::2] for n, t in stack.tensors().items()}
-    router = PhatgooseRouter(torch.randn(4, n), 2, 1e-5)
+    router = by_vectors("phatgoose", torch.randn(4, n))
     site = Site("site", n, d, "decoder")
     layer = RoutedLinear(
         torch.nn.Linear(n, d), site, SiteStack.of(gaps, stack.experts), router, "native"
@@ -82,7 +81,7 @@ def test_threads_share_out_columns_without_a_gap(threads, sizes):
 
 
 @needs_native
-@pytest.mark.parametrize("router", [PhatgooseRouter, ArrowRouter])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow"])
 @settings(max_examples=40, derandomize=True)
 @given(
     T=st.integers(0, 9),
@@ -97,10 +96,10 @@ def test_the_native_top_experts_are_those_of_the_formula(router, T, E, n, k, dty
     u = (3 * torch.randn(T, n, generator=generator) + 1).to(dtype)
     vectors = torch.randn(E, n, generator=generator)
     vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
-    plain = router(vectors, k, 1e-5) if router is PhatgooseRouter else router(vectors, k)
-    wanted = plain.affinities(u).topk(plain.k, dim=-1)
+    plain = by_vectors(router, vectors, k)
+    wanted = plain.router.scores(u, plain).topk(plain.k, dim=-1)
     experts, weights = top_experts(u, vectors, plain.k, plain.eps)
-    got = plain.affinities(u).gather(1, experts)
+    got = plain.router.scores(u, plain).gather(1, experts)
     slack = 0.02 if dtype is torch.bfloat16 else 1e-4  # vectors rounded to bfloat16 have a mean
     torch.testing.assert_close(got, wanted.values, rtol=slack, atol=slack)
     torch.testing.assert_close(weights, got.softmax(dim=-1), rtol=2 * slack, atol=2 * slack)

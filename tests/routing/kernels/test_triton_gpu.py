@@ -28,8 +28,7 @@ from phatgoose.routing.kernels.triton_gpu import (
     top_experts,
     triton_gpu,
 )
-from phatgoose.routing.routers.arrow import ArrowRouter
-from phatgoose.routing.routers.phatgoose import PhatgooseRouter
+from routed_models import by_vectors
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
@@ -143,7 +142,7 @@ def test_few_tokens_go_one_by_one_and_many_in_blocks(tokens, wanted, monkeypatch
 
 
 @needs_triton
-@pytest.mark.parametrize("router", [PhatgooseRouter, ArrowRouter])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow"])
 @settings(max_examples=25, derandomize=True)
 @given(
     T=st.integers(0, 20),
@@ -159,11 +158,11 @@ def test_the_top_experts_are_those_of_the_formula(router, T, E, n, k, dtype, off
     u = (3 * torch.randn(T, n, generator=generator) + offset).to(dtype)
     vectors = torch.randn(E, n, generator=generator)
     vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
-    plain = router(vectors, k, 1e-5) if router is PhatgooseRouter else router(vectors, k)
+    plain = by_vectors(router, vectors, k)
     experts, weights = top_experts(u.to(DEVICE), vectors.to(DEVICE), plain.k, plain.eps)
-    wanted = plain.affinities(u).topk(plain.k, dim=-1).values
-    got = plain.affinities(u).gather(1, experts.cpu())
-    slack = 1e-4 * max(1.0, float(plain.affinities(u).abs().max()) if T else 0.0)
+    wanted = plain.router.scores(u, plain).topk(plain.k, dim=-1).values
+    got = plain.router.scores(u, plain).gather(1, experts.cpu())
+    slack = 1e-4 * max(1.0, float(plain.router.scores(u, plain).abs().max()) if T else 0.0)
     torch.testing.assert_close(got, wanted, rtol=0, atol=slack)
     torch.testing.assert_close(weights.cpu(), got.softmax(dim=-1), rtol=0, atol=slack)
     assert all(len(set(row)) == plain.k for row in experts.tolist())
@@ -216,9 +215,9 @@ def test_pairs_that_choose_for_themselves_choose_what_one_program_does(E, k):
 @needs_triton
 def test_eight_of_a_thousand_experts_are_found():
     u, vectors = torch.randn(5, 40), torch.randn(1030, 40)
-    router = ArrowRouter(vectors, 8)
+    router = by_vectors("arrow", vectors, 8)
     experts, weights = top_experts(u.to(DEVICE), vectors.to(DEVICE), 8, None)
-    wanted = router.affinities(u).topk(8, dim=-1)
+    wanted = router.router.scores(u, router).topk(8, dim=-1)
     assert torch.equal(experts.cpu(), wanted.indices)
     torch.testing.assert_close(weights.cpu(), wanted.values.softmax(dim=-1))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, TaskError
@@ -18,8 +20,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import few_shot
-from phatgoose.routing.routers.router import router_of
-from phatgoose.routing.saved import load, save
+from phatgoose.routing.routers.registry import router_of
 from phatgoose.tasks.encoding import Encoder
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids
@@ -35,7 +36,7 @@ def written(folder: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def chosen(model) -> str | None:
-    return composition_of(model).router.chosen
+    return composition_of(model).router.chosen or None
 
 
 @retrieving

@@ -10,6 +10,8 @@ from functools import cache
 
 import pytest
 import torch
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.errors import RoutingError
@@ -17,9 +19,8 @@ from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.prompt_router import Tables
-from phatgoose.routing.routers.retrieval import Retriever
-from phatgoose.routing.saved import load, save
+from phatgoose.routing.routers.prompt import PromptRouter, Tables
+from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of
@@ -47,11 +48,9 @@ def test_copies_of_all_others_win_no_more_than_two_experts_worth():
     owners = torch.cat([torch.zeros(32).long(), torch.arange(1, 5).repeat_interleave(8)])
     reader = retriever_of(copied, owners)
     queries = rows.flatten(0, 1) + 0.01 * torch.randn(32, 64, generator=_seeded(1))
-    for k in (1, 2):
-        reader.k = k
-        first = reader.choice(reader.scores(queries)).experts[:, 0]
-        assert int((first == 0).sum()) <= 16
-        assert torch.equal(first[first > 0], owners[32:][first > 0])
+    first = scores_by(reader, queries).argmax(dim=1)
+    assert int((first == 0).sum()) <= 16
+    assert torch.equal(first[first > 0], owners[32:][first > 0])
 
 
 @retrieving
@@ -59,16 +58,21 @@ def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike():
     rows = torch.nn.functional.normalize(torch.randn(18, 64, generator=_seeded(0)), dim=-1)
     owners = torch.tensor([0] * 8 + [1] * 4 + [2] * 6)
     reader = retriever_of(rows, owners)
-    assert reader.scores(rows).argmax(dim=1).tolist() == owners.tolist()
+    assert scores_by(reader, rows).argmax(dim=1).tolist() == owners.tolist()
     longer = torch.cat([owners, torch.full((40,), 3)])
     flooded = retriever_of(torch.cat([rows, rows[:1].expand(40, -1)]), longer)
-    assert len(flooded.rows) == 18 + 14
+    assert len(flooded.ready.rows) == 18 + 14
     assert len(flooded.tables.saved()["lookup.embeddings"]) == 58  # one that grows has new bounds
 
 
-def retriever_of(rows: torch.Tensor, owners: torch.Tensor) -> Retriever:
-    tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners})
-    return Retriever(tables, DEFAULT_EMBEDDER)
+def retriever_of(rows: torch.Tensor, owners: torch.Tensor) -> PromptRouter:
+    info = {"embedder": DEFAULT_EMBEDDER, "embedding_form": "prompt"}
+    tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners}, info)
+    return PromptRouter(Retrieval(), tables)
+
+
+def scores_by(reader: PromptRouter, vectors: torch.Tensor) -> torch.Tensor:
+    return reader.router.prompt_scores(vectors, reader.ready)
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -177,7 +181,7 @@ def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, kind, pool
 def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "phatgoose.routing.routers.prompt_router.embed_texts",
+        "phatgoose.routing.routers.retrieval.embed_texts",
         lambda texts, embedder: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)

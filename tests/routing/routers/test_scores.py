@@ -11,7 +11,7 @@ from odd_files import nested, one_line_of
 from phatgoose.errors import PoolError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.router import best_expert, best_expert_by_task, read_scores
+from phatgoose.routing.routers.scores import best_expert, best_expert_by_task, read_scores
 from routed_models import SCORES
 
 NAMES = ("e0", "e1", "e2", "e3")

@@ -14,7 +14,8 @@ from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.spectr import SpectrRouter, right_singular_vectors
+from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.spectr import Spectr, right_singular_vectors
 from tiny import random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
@@ -104,19 +105,22 @@ def test_one_expert_adds_what_it_adds_in_the_released_code(llama, llama_pool):
 def test_the_best_of_a_shortlist_are_those_of_lag():
     directions = torch.linalg.qr(random(6, 9, 3))[0].transpose(1, 2)  # [6, 3, 9]
     u = random(40, 9, seed=1)
-    decision = SpectrRouter(directions, 1, shortlist=2)(u)
-    free = SpectrRouter(directions, 1)(u)
+
+    def router(k: int, **settings: int) -> SiteRouter:
+        return SiteRouter(
+            Spectr(k=k, **settings), "s", torch.arange(6), 6, {"directions": directions}
+        )
+
+    decision = router(1, shortlist=2)(u)
     for t in range(40):
         first = sorted(range(6), key=lambda z: -abs(float(directions[z, 0] @ u[t])))[:2]
         best = max(first, key=lambda z: float((directions[z] @ u[t]).norm()))
         assert decision.experts[t].tolist() == [best]
-    assert not torch.equal(decision.experts, free.experts)
-    spread = SpectrRouter(directions, 1, shortlist=2).distribution(u)
+    assert not torch.equal(decision.experts, router(1)(u).experts)
+    spread = router(1, shortlist=2).distribution(u)
     assert (spread > 0).sum(dim=1).tolist() == [2] * 40
-    torch.testing.assert_close(spread.sum(dim=1), torch.ones(40))
-    every = SpectrRouter(directions, 2, shortlist=6)(u)
-    assert torch.equal(every.experts, SpectrRouter(directions, 2)(u).experts)
-    assert SpectrRouter(directions, 3, shortlist=1)(u).experts.shape == (40, 3)  # never below k
+    assert torch.equal(router(2, shortlist=6)(u).experts, router(2)(u).experts)
+    assert router(3, shortlist=1)(u).experts.shape == (40, 3)  # never below k
 
 
 def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
@@ -125,6 +129,3 @@ def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
     pool = Pool((replace(first, modules=lora), *llama_pool.experts[1:]))
     layer = composition_of(compose(pool, llama, router="spectr", k=3)).layers[SITE]
     assert not (layer.router(random(20, 32)).experts == 0).any()
-
-
-# Whole models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from rich.table import Table
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...files import half_character, require_writable, shortened
-from ...routing.routers.registry import AUTO, ROUTERS, RouterSpec, spec_of, split_routers, written
+from ...routing.routers.registry import AUTO, all_routers, class_of, listing, split_routers
 from ..console import check_report, report, say, say_summary, show
 from . import options
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...analysis.analyse import Analysis
     from ...base import Base
     from ...experts.pool import Pool
+    from ...routing.routers.router import Router
     from ...tasks.task import Task
 
 
@@ -243,49 +245,56 @@ def routers(
 ) -> None:
     """List the routers, or describe one with its settings."""
     if name == AUTO:
-        from ...routing.routers.automatic import DECODER_ONLY, ENCODER_DECODER
+        from ...routing.routers.auto import BY_TOKEN, DECODER_ONLY
 
-        orders = {"decoders": DECODER_ONLY, "encoder-decoders": ENCODER_DECODER}
+        orders = {"decoders": DECODER_ONLY, "encoder-decoders": BY_TOKEN}
         if not report(json, orders, "routers", ConfigError):
             for bases, order in orders.items():
                 say(f"auto on {bases}: the first that experts allow of {', '.join(order)}")
-        return
-    chosen = ROUTERS.values() if name is None else [spec_of(name)]
-    if report(json, [_described(spec) for spec in chosen], "routers", ConfigError):
-        return
-    if name is None:
+    elif name is None and json is None:
         show(_routers_table())
         say("settings of one: phatgoose routers NAME; choose with --router NAME:SETTING=VALUE,…")
-        return
-    spec = spec_of(name)
-    say(f"{spec.name}: {spec.summary}")
-    if _needs(spec):
-        say(f"needs: {_needs(spec)}")
-    if spec.k is not None:
-        say(f"k: experts for each {'input' if spec.per_input else 'token'} (default: {spec.k})")
-    for setting in settings_of(spec.config):
+    else:
+        chosen = list(all_routers().values()) if name is None else [class_of(name)]
+        described = [_described(router) for router in chosen]
+        if not report(json, described, "routers", ConfigError):
+            _describe(chosen[0])
+
+
+def _describe(router: type[Router]) -> None:
+    from ...routing.routers.router import written
+
+    say(f"{router.name}: {listing()[router.name].summary}")
+    if router.needs:
+        say(f"needs: {_named(router.needs)}")
+    if router.usual_k is not None:
+        turn = "input" if router.per_input else "token"
+        say(f"k: experts for each {turn} (default: {router.usual_k})")
+    for setting in settings_of(router):
         default = "none" if setting.default is None else written(setting.default)
         say(f"{setting.name}: {setting.help} (default: {default})")
 
 
-def _described(spec: RouterSpec) -> dict[str, object]:
-    settings = {each.name: each.default for each in settings_of(spec.config)}
-    told = {"name": spec.name, "summary": spec.summary, "needs": list(spec.needs)}
-    return {**told, "k": spec.k, "per_input": spec.per_input, "settings": settings}
+def _described(router: type[Router]) -> dict[str, object]:
+    settings = {each.name: each.default for each in settings_of(router)}
+    listed = listing()[router.name]
+    return {
+        **{"name": router.name, "summary": listed.summary, "needs": list(router.needs)},
+        **{"k": router.usual_k, "per_input": router.per_input, "settings": settings},
+    }
 
 
 def _routers_table() -> Table:
     table = Table(title="Routers")
     for column in ("router", "experts that act", "needs", "k"):
         table.add_column(column, no_wrap=column == "router")
-    for spec in ROUTERS.values():
-        table.add_row(spec.name, spec.summary, _needs(spec), str(spec.k or ""))
+    for name, listed in listing().items():
+        table.add_row(name, listed.summary, _named(listed.needs), str(listed.k or ""))
     return table
 
 
-def _needs(spec: RouterSpec) -> str:
-    needs = ["LoRAs" if need == "lora" else need for need in spec.needs]
-    return ", ".join([*needs, *(f"--{name}" for name in spec.given if name == "scores")])
+def _named(needs: Iterable[str]) -> str:
+    return ", ".join("LoRAs" if need == "lora" else need for need in needs)
 
 
 def explain(

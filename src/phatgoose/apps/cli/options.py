@@ -32,7 +32,7 @@ from ...config import (
 from ...errors import ConfigError
 from ...experts.registry import kinds
 from ...files import read_table, shortened
-from ...routing.routers.registry import AUTO, choice_of, known_names
+from ...routing.routers.registry import AUTO, class_of, known_names
 from ..console import set_voice
 
 if TYPE_CHECKING:
@@ -395,9 +395,9 @@ def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
 
 def warn_of_unused_k(routing: Routing) -> None:
     if routing.router != AUTO:
-        spec = choice_of(routing.router).spec
-        if routing.k is not None and spec.k is None:
-            warnings.warn(f"Router {spec.name} doesn't use --k.", stacklevel=3)
+        router = class_of(routing.router)
+        if routing.k is not None and router.usual_k is None:
+            warnings.warn(f"Router {router.name} doesn't use --k.", stacklevel=3)
 
 
 def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> None:

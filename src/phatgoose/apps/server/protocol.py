@@ -21,9 +21,9 @@ from ...files import one_line
 from ...routing.routers.registry import (
     AUTO,
     MOST_WEIGHT,
-    ROUTERS,
     WEIGHTS,
-    choice_of,
+    all_routers,
+    canonical,
     read_mixture,
 )
 
@@ -114,7 +114,7 @@ MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
 # Not those that need a task, or a file: which files the server reads is not a client's to say.
 REQUESTABLE_ROUTERS = (
     AUTO,
-    *(name for name, spec in ROUTERS.items() if not {"task", "examples"} & {*spec.given}),
+    *(name for name, kind in all_routers().items() if not {"task", "examples"} & {*kind.given}),
 )
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
@@ -133,7 +133,7 @@ def _requestable(router: str) -> str:
         if name not in REQUESTABLE_ROUTERS:
             hint = closest(name, REQUESTABLE_ROUTERS)
             raise ConfigError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}")
-        return router if router == AUTO else choice_of(router).text
+        return router if router == AUTO else canonical(router)
     except ConfigError as error:  # of a ValueError pydantic would say "Value error, ..."
         raise PydanticCustomError("router", "{why}", {"why": str(error)}) from error
 

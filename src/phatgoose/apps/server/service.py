@@ -28,8 +28,8 @@ from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
-from ...routing.routers.registry import WEIGHTS
-from ...routing.routers.router import check_served, router_of
+from ...routing.routers.registry import WEIGHTS, router_of
+from ...routing.routers.router import check_served
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol

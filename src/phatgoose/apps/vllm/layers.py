@@ -126,7 +126,7 @@ class Loading:
         self.is_checked = False
         # Part of the key under which vLLM keeps compiled graphs: which layers call the operator,
         # and with how many tensors.
-        graph = f"{self.served.router.spec.name}: {sorted(self.sites.items())}"
+        graph = f"{self.served.router.name}: {sorted(self.sites.items())}"
         if isinstance(config.additional_config, dict):
             config.additional_config["phatgoose"] = sha256(graph.encode()).hexdigest()
 
@@ -213,8 +213,8 @@ class Loading:
             len(self.served.names),
             self.served.place,
             len(self.sites),
-            router.spec.name,
-            f" (k = {router.k})" if router.uses_k else "",
+            router.name,
+            f" (k = {router.k})" if router.k else "",
             "verified by its files' fingerprint" if verified else "taken on trust",
         )
 
@@ -274,11 +274,12 @@ def _update(
     router = served.router
     sites = tuple(
         op.SiteUpdate(
-            experts.router,
+            router,
+            experts.numbers,
             tuple(experts.state),
             part.first,
             part.width,
-            router.routing.kernel,
+            router.kernel,
         )
         for part, experts in zip(parts, found, strict=True)
     )

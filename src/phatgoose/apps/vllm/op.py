@@ -8,15 +8,16 @@ place in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...routing.kernels import choose_kernel, one_call
-from ...routing.routers.router import SiteRouter
+from ...routing.routers.router import Router, RoutingDecision, highest, products
 
 FACTORS = ("A", "B")  # of one site's tensors the last ones
 
@@ -27,10 +28,12 @@ Reduce = Callable[[Tensor], Tensor]
 class SiteUpdate:
     """What is added to the outputs from `first` on, `width` of them.
 
-    Its tensors are those of `names`, the router's own, then A and B.
+    Its tensors are those of `names`, the router's own, then A and B. `numbers` are what else a
+    `SiteRouter` has: k, E, eps and pool_size.
     """
 
-    router: SiteRouter
+    router: Router
+    numbers: Mapping[str, Any]
     names: tuple[str, ...]
     first: int
     width: int
@@ -39,18 +42,16 @@ class SiteUpdate:
     def add(self, y: Tensor, u: Tensor, tensors: Sequence[Tensor], over: Split | None) -> None:
         """Add to y [T, width], contiguous, in place, what the experts of u [T, n'] come to."""
         *state, A, B = tensors
-        router: Any = self.router.over(dict(zip(self.names, state, strict=True)))
+        tensors_here = dict(zip(self.names, state, strict=True))
+        table: Any = SimpleNamespace(**self.numbers, **tensors_here)
         u = u.to(A.dtype)
-        if over is None and router.one_call:
-            vectors, k = router.vectors, router.k
+        if over is None and self.router.fused:
+            vectors, k = table.vectors, table.k
             add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
             if add_routed is not None:
-                add_routed(y, u, vectors, A, B, k, router.eps)
+                add_routed(y, u, vectors, A, B, k, table.eps)
                 return
-        if over is None:
-            decision = router(u)
-        else:
-            decision = router.decide(over.reduce(router.sums(u)), over.inputs)
+        decision = self.router.decision(u, table) if over is None else over.decision(u, table)
         kernel = choose_kernel(self.kernel, u, decision.experts, A, B)
         y.add_(kernel(u, decision.experts, decision.weights, A, B))
 
@@ -64,6 +65,20 @@ class Split:
 
     inputs: int
     reduce: Reduce
+
+    def decision(self, u: Tensor, table: Any) -> RoutingDecision:
+        """What router phatgoose decides by all inputs, of which u [T, n'] is the share here.
+
+        Summed are v̄ᵀu, Σ u and Σ u², in float64, in which a mean may be far above deviations.
+        """
+        exact = u.double()
+        moments = (exact.sum(-1, keepdim=True), exact.square().sum(-1, keepdim=True))
+        sums = self.reduce(torch.cat([products(u, table.vectors).double(), *moments], dim=-1))
+        product, first, second = torch.split(sums, [sums.shape[-1] - 2, 1, 1], dim=-1)
+        variance = (second / self.inputs - (first / self.inputs).square()).clamp(min=0)
+        scores = (product / ((variance + table.eps) * self.inputs).sqrt()).float()
+        experts = highest(scores, table.k)
+        return RoutingDecision(experts, scores.gather(-1, experts).softmax(dim=-1))
 
 
 @dataclass(frozen=True)

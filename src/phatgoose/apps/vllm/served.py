@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ from ...experts.hub import HubReference
 from ...experts.pool import Pool
 from ...routing.layers import folded_weight
 from ...routing.open_model import is_pool, is_routed
-from ...routing.routers.automatic import settled_by_token
+from ...routing.routers.auto import BY_TOKEN, first_allowed
 from ...routing.routers.fixed import Random
-from ...routing.routers.prompt_router import ByPrompt
-from ...routing.routers.registry import AUTO
-from ...routing.routers.router import Router, RouterSite, SiteRouter, check_routing, router_of
+from ...routing.routers.prompt import ByPrompt
+from ...routing.routers.registry import AUTO, router_of
+from ...routing.routers.router import STANDARDISED, Router, SiteRouter, check_routing
 from ...routing.saved import SavedModel, read_saved
 from ...routing.stacks import SitePart, SiteStack, check_numbers, stack_of
 
@@ -165,13 +165,12 @@ def _as_usual() -> Iterator[None]:
 
 
 class Experts(NamedTuple):
-    """The experts of one part of a layer, in this process: a rule and its tensors.
+    """The experts of one part of a layer, in this process: the router's tensors and numbers there.
 
-    `router` holds no tensors; `state` are its, A and B those of the kernels. `folded` is a weight
-    [d, n] with the mean of all experts in it, in whose place nothing is added.
+    `state` are its tensors, A and B those of the kernels.
     """
 
-    router: SiteRouter
+    numbers: dict[str, Any]
     state: dict[str, Tensor]
     A: Tensor
     B: Tensor
@@ -203,20 +202,19 @@ class Served:
         if sizes != (share.inputs, outputs):
             raise RoutingError(f"{part.site}: the experts map {sizes[0]} to {sizes[1]} features.")
         check_numbers(stack, part.site, self.names)
-        chosen = RouterSite(part.site, stack.experts, len(self.names), state, None)
-        router = self.router.at(chosen).to(dtype)
-        kept = router.state()
+        table = SiteRouter(self.router, part.site, stack.experts, len(self.names), state)
+        tensors = {**table.to(dtype).state(), "members": table.members}
         if share.splits_inputs:
-            if not _can_split(router):
+            if self.router.fused != STANDARDISED:
                 raise ConfigError(
-                    f"Router {self.router.spec.name} reads all inputs of a layer at once, and "
+                    f"Router {self.router.name} reads all inputs of a layer at once, and "
                     f"{part.site} is split over {share.size} processes; use "
-                    f"--tensor-parallel-size 1, or another router."
+                    f"--tensor-parallel-size 1, or router phatgoose."
                 )
-            letters = self.router.form
-            kept = {n: _along(t, letters[n], share.columns) for n, t in kept.items()}
+            tensors["vectors"] = tensors["vectors"][..., share.columns].contiguous()
         A, B = lora.A[..., share.columns], part.of(lora.B)
-        return Experts(router.over({}), kept, A.contiguous(), B.contiguous())
+        numbers = {name: getattr(table, name) for name in ("k", "E", "eps", "pool_size")}
+        return Experts(numbers, tensors, A.contiguous(), B.contiguous())
 
     @_as_usual()
     def folded(self, part: Part, share: Share, weight: Tensor) -> Tensor:
@@ -248,7 +246,7 @@ class Served:
             stack, state = self.source.at(site)
             return SitePart(stack.to(CPU, dtype), state)
         stack = stack_of(self.source, site, dtype, CPU)
-        return SitePart(stack, self.router.state_at(self.source, site))
+        return SitePart(stack, self.router.table(self.source, site))
 
     def _sections(self, part: Part, share: Share) -> list[Section]:
         found, first = [], 0
@@ -290,12 +288,12 @@ def open_served() -> Served:
     if routing.router != AUTO:
         check_router(router_of(routing))  # before experts are read
     pool = Pool.open(str(place))
-    router = router_of(settled_by_token(routing, pool))
+    router = router_of(first_allowed(routing, pool, BY_TOKEN))
     check_routing(router, pool)
-    if "scores" in router.spec.given:
+    if asked := {"scores", "examples"} & {*router.given}:
         raise ConfigError(
-            f"Router {router.spec.name} needs scores: compose and save the pool first (phatgoose "
-            f"compose POOL --router {router.spec.name} --scores FILE --out FOLDER)."
+            f"Router {router.name} needs {asked.pop()}: compose and save the pool first (phatgoose "
+            f"compose POOL --router {router.name} --out FOLDER)."
         )
     pool = router.narrow(pool, None)
     return Served(str(place), pool, router, pool.names, pool.sites, pool.base)
@@ -314,7 +312,7 @@ def check_place(place: str | None) -> None:
 
 def check_router(router: Router) -> None:
     """Raise ConfigError for a router that vLLM can't run token by token."""
-    name = router.spec.name
+    name = router.name
     if isinstance(router, ByPrompt):
         raise ConfigError(
             f"Router {name} reads the whole prompt before its first token, and vLLM's layers see "
@@ -332,16 +330,6 @@ def _routing(text: str | None, k: str | None) -> Routing:
         raise ConfigError(f"{K} is {k!r:.80}, but must be a whole number.")
     given = {} if text is None else {"router": text}
     return Routing(**given, k=None if k is None else int(k))
-
-
-def _can_split(router: SiteRouter) -> bool:
-    return type(router).sums is not SiteRouter.sums
-
-
-def _along(tensor: Tensor, letters: str, columns: slice) -> Tensor:
-    if not letters.endswith("n"):
-        return tensor
-    return tensor[..., columns].contiguous()
 
 
 def _elsewhere() -> str:

@@ -2,7 +2,8 @@
 
 Ostapenko et al. 2024; Muqeeth et al. 2024, section 4.2. The vector is the first right singular
 vector of B A, found without forming the d x n product: with Aᵀ = Q R, B A = (B Rᵀ) Qᵀ, so the SVD
-of the small d x r matrix B Rᵀ gives it; a second QR makes that r x r.
+of the small d x r matrix B Rᵀ gives it; a second QR makes that r x r. The k experts with the
+highest |vᵀu| act, weighted by the softmax of these numbers over those k.
 
 Forms, chosen by the setting `form`:
     svd   exact vectors, top k, outputs mixed: the paper's form, and the default
@@ -12,42 +13,39 @@ Forms, chosen by the setting `form`:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...config import one_of
 from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
-from .phatgoose import ByVectors, TopKRouter, products
-from .router import RouterSite, SiteRouter
+from .phatgoose import Temperature
+from .router import ABSOLUTE, Router, SiteRouter, products
 
 POWER_STEPS = 15
 SMALLEST = 1e-8
 
 
-class Arrow(ByVectors):
-    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+@dataclass(frozen=True)
+class Arrow(Router):
+    """Router arrow."""
+
+    name, label, needs, usual_k = "arrow", "Arrow", ("lora",), 2
+    sizes, fused = {"vectors": "En"}, ABSOLUTE
+
+    form: Annotated[str, "The variant: svd (the paper's) or peft.", one_of(("svd", "peft"))] = "svd"
+    temperature: Temperature = 1.0
+
+    def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
-        return torch.stack([arrow_vector(lora, self.config.form) for lora in factors])
+        vectors = torch.stack([arrow_vector(lora, self.form) for lora in factors])
+        return {"vectors": vectors if self.temperature == 1 else vectors / self.temperature}
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        return ArrowRouter(site.state["vectors"], self.k)
-
-
-class ArrowRouter(TopKRouter):
-    """The top k of |vᵀu|, softmax of the same numbers over those k."""
-
-    fused = one_call = unsigned = True
-
-    def affinities(self, u: Tensor) -> Tensor:
-        return products(u, self.vectors).abs()
-
-    def sums(self, u: Tensor) -> Tensor:
-        return products(u, self.vectors).double()
-
-    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
-        return sums.abs().float()
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        return products(u, table.vectors).abs()
 
 
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:

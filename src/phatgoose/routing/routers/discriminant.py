@@ -2,82 +2,138 @@
 
 Not in the paper. A decoder knows its task only when it has seen the whole prompt, so this router
 reads prompts with the base alone and chooses for the whole input. Experts share the mean and
-covariance of what each block of the base makes of their training prompts (`statistics`), and new
-prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of
+covariance of what each block of the base makes of their training prompts (`statistics`), and
+new prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of
 one task differ count little, wording among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...config import NOT_NEGATIVE, RATIO
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, PLACES, PromptStates
 from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
-from .prompt_router import BaseRouter, ByPrompt, Prompt, PromptRouter, Tables
-from .router import Scores
+from .phatgoose import Temperature
+from .prompt import ReadsBase, Tables
+from .scores import Scores
 
 READ = "whole"  # of `PLACES`: the mean over a prompt's tokens
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
-MOST_BYTES = 2**30  # of remembered states: some 7,000 prompts of a base of 30 blocks of 576 numbers
-
-Line = tuple[Tensor, Tensor]  # slopes [d, E] and offsets [E] of scores
-States = dict[tuple[int, ...], Tensor]  # of all blocks [2, blocks, d], by a prompt's tokens
 
 
-class Discriminant(ByPrompt):
-    """Router discriminant."""
+class Lines(NamedTuple):
+    """Scores as functions of x: slopes [.., d, E] and offsets [.., E]."""
 
+    slopes: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Discriminant(ReadsBase):
+    """Router discriminant: scores an expert z by the discriminants of all blocks, on average.
+
+    With x the mean over the prompt's tokens of what a block makes of them, m_z the mean of the same
+    over z's training prompts, m and S the means over experts of the m_z and of their covariances,
+    d_z = m_z - m, B the mean of d_z d_zᵀ, and Σ = (1 - λ) S + λ diag(S) + τ B for the shrinkage λ
+    and the task variance τ:
+
+        s_z = (d_zᵀ Σ⁻¹ (x - m) - ½ d_zᵀ Σ⁻¹ d_z) / D,  D the mean over experts of d_zᵀ Σ⁻¹ d_z
+
+    The numerator is z's log-likelihood but for what all experts share. D makes blocks and pools
+    alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
+    mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
+    that what tells the experts' own tasks apart most can't outweigh everything else. What one
+    expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`).
+
+    With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for its
+    discriminant s_zb.
+    """
+
+    name, label, needs, usual_k = "discriminant", "Discriminant", ("readings",), 1
     # b blocks of size h, and f rows of a covariance's factor
-    prompt_form: ClassVar[Mapping[str, str]] = {
+    prompt_sizes: ClassVar[Mapping[str, str]] = {
         f"readings.{READ}.{part}": letters
         for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
     }
 
+    shrinkage: Annotated[
+        float, "How far the experts' covariance is shrunk to its diagonal.", RATIO
+    ] = 0.3
+    task_variance: Annotated[
+        float,
+        "Assumed distance of a new wording or task from an expert's own, as a share of the "
+        "distance between the experts' tasks.",
+        NOT_NEGATIVE,
+    ] = 1.0
+    per_block: Annotated[
+        float,
+        "How much a block's own statistics decide which experts act in it: 0 is one choice for the "
+        "whole model, by the mean over blocks; 1 lets each block choose alone.",
+        RATIO,
+    ] = 0.0
+    temperature: Temperature = 0.1
+
     def check(self, pool: Pool) -> None:
         super().check(pool)
         first = pool.experts[0]
-        wanted = {part: tensor.shape for part, tensor in first.readings.items()}
         for expert in pool.experts:
             for part, tensor in expert.readings.items():
-                if tensor.shape != wanted[part]:
+                if tensor.shape != first.readings[part].shape:
                     raise PoolError(
                         f"Expert {expert.name!r} has readings {part} of shape "
-                        f"{tuple(tensor.shape)}, {first.name!r} of {tuple(wanted[part])}: they "
-                        f"can't be of one base; measure them again."
+                        f"{tuple(tensor.shape)}, {first.name!r} of "
+                        f"{tuple(first.readings[part].shape)}: they can't be of one base; measure "
+                        f"them again."
                     )
 
-    def tables(
-        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
-    ) -> Tables:
-        stacked = {
-            name: torch.stack([e.readings[name.removeprefix("readings.")] for e in pool.experts])
-            for name in Discriminant.prompt_form
-        }
-        return Tables(pool.names, stacked)
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        parts = [f"{READ}.{part}" for part in PARTS]
+        stacked = {part: torch.stack([e.readings[part] for e in pool.experts]) for part in parts}
+        return Tables(pool.names, {f"readings.{part}": rows for part, rows in stacked.items()})
 
-    def chooser(self, tables: Tables) -> PromptRouter:
-        return self.discriminant(tables)
+    def ready(self, tables: Tables) -> Lines:
+        moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
+        lines = [
+            self.line({part: of_blocks[:, block] for part, of_blocks in moments.items()})
+            for block in range(moments["mean"].shape[1])
+        ]
+        return Lines(*(torch.stack(each) for each in zip(*lines, strict=True)))
 
-    def discriminant(self, tables: Tables) -> PromptDiscriminant:
-        return PromptDiscriminant(tables, self.line, self.config.per_block)
+    def line(self, moments: Mapping[str, Tensor]) -> Lines:
+        return line_of(moments, self.shrinkage, self.task_variance, self.name)
 
-    def line(self, moments: Mapping[str, Tensor]) -> Line:
-        return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
+    def reading(self, base: PreTrainedModel, ready: Lines) -> PromptReading:
+        blocks, size, _ = ready.slopes.shape
+        hidden = getattr(base.config.get_text_config(), "hidden_size", size)
+        if (len(blocks_of(base)), hidden) != (blocks, size):
+            raise RoutingError(
+                f"Router {self.name} has readings of {blocks} blocks of {size} numbers; the model "
+                f"has {len(blocks_of(base))} of {hidden}."
+            )
+        return PromptStates(base)
+
+    def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:
+        read = features[:, PLACES.index(READ)]  # [prompts, blocks, d]
+        by_block = torch.einsum("pbd,bde->pbe", read, ready.slopes) + ready.offsets
+        scores: Tensor = by_block.mean(dim=1)
+        return torch.lerp(scores[:, None], by_block, self.per_block) if self.per_block else scores
 
 
 def line_of(
     moments: Mapping[str, Tensor], shrinkage: float, task_variance: float, router: str
-) -> Line:
-    """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
+) -> Lines:
+    """The slopes [d, E] and offsets [E] of s_z, as Discriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
     prompts (`experts.statistics`). What an expert adds to the means over experts is bounded
@@ -107,7 +163,7 @@ def line_of(
     scale = (_within(distances) * distances).mean().clamp(min=torch.finfo(torch.float32).tiny)
     # The m of x - m is in here, so that scores are one product with x.
     offsets = -0.5 * distances - centre @ slopes
-    line = (slopes / scale).float(), (offsets / scale).float()
+    line = Lines((slopes / scale).float(), (offsets / scale).float())
     if failed or not all(map(is_finite, line)):
         raise RoutingError(
             f"Router {router} can't invert the covariance of the experts' prompts: they "
@@ -119,78 +175,6 @@ def line_of(
 
 def _within(values: Tensor) -> Tensor:
     return torch.where(values > bound_of(values), bound_of(values) / values, 1.0)
-
-
-class PromptDiscriminant(BaseRouter):
-    """Scores an expert z by the discriminants of all blocks, on average.
-
-    With x the mean over the prompt's tokens of what a block makes of them, m_z the mean of the same
-    over z's training prompts, m and S the means over experts of the m_z and of their covariances,
-    d_z = m_z - m, B the mean of d_z d_zᵀ, and Σ = (1 - λ) S + λ diag(S) + τ B for the shrinkage λ
-    and the task variance τ:
-
-        s_z = (d_zᵀ Σ⁻¹ (x - m) - ½ d_zᵀ Σ⁻¹ d_z) / D,  D the mean over experts of d_zᵀ Σ⁻¹ d_z
-
-    The numerator is z's log-likelihood but for what all experts share. D makes blocks and pools
-    alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
-    mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
-    that what tells the experts' own tasks apart most can't outweigh everything else. What one
-    expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`).
-
-    With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for its
-    discriminant s_zb.
-    """
-
-    name = "discriminant"
-    remembered: States | None = None  # None: every prompt is read when it comes
-
-    def __init__(self, tables: Tables, line: Callable[..., Line], per_block: float = 0.0) -> None:
-        """`line` is `line_of` with its settings."""
-        super().__init__(tables)
-        self.per_block = per_block
-        moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
-        self.depth, self.size = moments["mean"].shape[1:]
-        lines = [
-            line({part: of_blocks[:, block] for part, of_blocks in moments.items()})
-            for block in range(self.depth)
-        ]
-        self.slopes, self.offsets = (torch.stack(parts) for parts in zip(*lines, strict=True))
-
-    def remember(self, states: States) -> None:
-        self.remembered = states
-
-    def reading(self, base: PreTrainedModel) -> PromptReading:
-        text = base.config.get_text_config()
-        depth, size = len(blocks_of(base)), getattr(text, "hidden_size", self.size)
-        if (depth, size) != (self.depth, self.size):
-            raise RoutingError(
-                f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
-                f"the model has {depth} of {size}."
-            )
-        return PromptStates(base)
-
-    def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        if self.remembered is None or base is None:
-            return super().features(prompts, base)
-        known = self.remembered
-        asked = [tuple(prompt) for prompt in self.tokens(prompts)]
-        new = [prompt for prompt in dict.fromkeys(asked) if prompt not in known]
-        read = dict(zip(new, self.read(new, base) if new else (), strict=True))
-        for prompt, states in read.items():
-            if (len(known) + 1) * states.nbytes <= MOST_BYTES:
-                known[prompt] = states.clone()  # not a view, which would keep all
-        return torch.stack([known[each] if each in known else read[each] for each in asked])
-
-    def scores(self, features: Tensor) -> Tensor:
-        read = features[:, PLACES.index(READ)]  # [prompts, blocks, d]
-        own = torch.einsum("pbd,bde->pbe", read, self.slopes) + self.offsets
-        scores: Tensor = own.mean(dim=1)
-        return torch.lerp(scores[:, None], own, self.per_block) if self.per_block else scores
-
-    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        if self.remembered is None:
-            return super().score(prompts, base)
-        return self.scores(self.features(prompts, base))
 
 
 # Bounds on what one expert adds to the statistics that a pool shares.

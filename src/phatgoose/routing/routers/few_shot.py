@@ -13,17 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...config import Formatting, Routing
+from ...config import AT_LEAST_1, Formatting, one_of
 from ...errors import ConfigError, PoolError, TaskError
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.kind import ModifiedLinear, applied
@@ -34,67 +35,77 @@ from ...tasks.encoding import Encoder, TokenPair
 from ...tasks.loading import load_task
 from ...tasks.prompt_passes import PAIR_TOKENS
 from ...tasks.task import Example
-from .prompt_router import ByPrompt
-from .registry import RouterChoice, spec_of
-from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
+from .discriminant import Discriminant
+from .prompt import ByPrompt, PromptRouter
+from .retrieval import Centroid, Retrieval
+from .router import Router, RoutingDecision, SiteRouter, highest
 
-BY = ("discriminant", "centroid")  # the first whose needs the pool has
+BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
 SHARE = "share"  # the name of weights in files
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class FewShot(Router):
-    """Router few-shot."""
+    """Router few-shot: `chosen` is the expert's name, "" the base alone."""
 
-    chosen: str | None = None  # None: the base alone
+    name, label, given = "few-shot", "Few-shot", ("examples",)
+    sizes, grows, private = {SHARE: "E"}, False, ("examples",)
 
-    @property
-    def form(self) -> Mapping[str, str]:
-        return {SHARE: "E"}
+    examples: Annotated[
+        str | None,
+        "A task file (.jsonl, .json, .csv, .parquet) of five or more inputs, with or without "
+        "targets and choices.",
+    ] = None
+    by: Annotated[
+        str | None,
+        "The router that scores its prompts: discriminant, retrieval or centroid; default: "
+        "discriminant or centroid, as experts allow.",
+        one_of(tuple(BY)),
+    ] = None
+    shortlist: Annotated[
+        int, "Experts compared by targets, in addition to the base.", AT_LEAST_1
+    ] = 5
+    chosen: str = ""
 
     @cached_property
-    def examples(self) -> tuple[Example, ...]:
+    def rows(self) -> tuple[Example, ...]:
         """The file's examples of split train. Raises ConfigError and TaskError."""
-        if self.config.examples is None:
+        if self.examples is None:
             raise ConfigError("Router few-shot needs few-shot:examples=FILE of the task.")
-        found = load_task(self.config.examples, targets=False).train
-        if not found:
-            raise TaskError(f"{self.config.examples} has no examples of split train.")
-        return found
+        rows = load_task(self.examples, targets=False).train
+        if not rows:
+            raise TaskError(f"{self.examples} has no examples of split train.")
+        return rows
 
     @property
     def has_targets(self) -> bool:
         """True where every example has a target; else no target and no choice counts."""
-        return all(example.target for example in self.examples)
-
-    @property
-    def recorded(self) -> Routing:
-        # The choice is in the model, and the file's place is the user's own business.
-        choice = RouterChoice(self.spec, replace(self.config, examples=None))
-        return replace(self.routing, router=choice.text)
-
-    def check(self, pool: Pool) -> None:
-        super().check(pool)
-        self.by(pool)
-
-    def used(self, pool: Pool) -> tuple[str, ...]:
-        by = self.by(pool)
-        return () if by is None else by.spec.needs
+        return all(example.target for example in self.rows)
 
     @property
     def file_digest(self) -> str:
         kept = ("input", "target", "choices") if self.has_targets else ("input",)
-        rows = [{name: getattr(example, name) for name in kept} for example in self.examples]
+        rows = [{name: getattr(example, name) for name in kept} for example in self.rows]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def by(self, pool: Pool) -> ByPrompt | None:
+    def check(self, pool: Pool) -> None:
+        super().check(pool)
+        self.scoring(pool)
+
+    def used(self, pool: Pool) -> tuple[str, ...]:
+        by = self.scoring(pool)
+        return () if by is None else by.needs
+
+    def scoring(self, pool: Pool) -> ByPrompt | None:
         """The router that scores prompts; None if the pool allows none, and targets decide alone.
 
         Raises PoolError without any and without targets.
         """
-        fit = (name for name in BY if not any(map(pool.lacking, spec_of(name).needs)))
-        name = self.config.by or next(fit, None)
+        usual = (Discriminant.name, Centroid.name)
+        fit = (name for name in usual if not any(map(pool.lacking, BY[name].needs)))
+        name = self.by or next(fit, None)
         if name is None and not self.has_targets:
             raise PoolError(
                 "Router few-shot chooses by statistics of prompts or by targets, and there is "
@@ -102,56 +113,46 @@ class FewShot(Router):
             )
         if name is None:
             return None
-        found: ByPrompt = spec_of(name).router(Routing(name, embedder=self.routing.embedder))
-        found.check(pool)
-        return found
+        by = BY[name](embedder=self.embedder)
+        by.check(pool)
+        return by
 
-    def read_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
-    ) -> None:
+    def settled(
+        self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Self:
         if tokenizer is None:
             raise ConfigError("Router few-shot reads prompts; hand over the base with a tokenizer.")
-        examples = self.examples
         form = recorded_formatting(pool.records()[0].get("formatting") or {}, "formatting")
         encoder = Encoder.for_model(model, tokenizer, form or Formatting())
-        listed, by = list(pool.experts), self.by(pool)
+        listed, by = list(pool.experts), self.scoring(pool)
         if by is not None:
-            prompts = [encoder.prompt(row.input) for row in examples]
-            scores = by.prompt_router(by.tables(pool), tokenizer).score(prompts, model).mean(dim=0)
-            best = highest(scores[None], min(self.config.shortlist, len(pool)))[0]
+            prompts = [encoder.prompt(row.input) for row in self.rows]
+            chooser = PromptRouter(by, by.tables(pool), tokenizer)
+            scores = chooser.score(prompts, model).mean(dim=0)
+            best = highest(scores[None], min(self.shortlist, len(pool)))[0]
             listed = [pool.experts[z] for z in best.tolist()]
-        self.chosen = listed[0].name
+        chosen = listed[0].name
         if self.has_targets:
-            found = {each.name: solved(model, encoder, examples, each) for each in listed}
-            best_name = max(found, key=found.__getitem__)
-            alone = solved(model, encoder, examples, None)
-            self.chosen = best_name if found[best_name] > alone else None
-        logger.info("few-shot: %s, by %d examples", self.chosen or "no expert", len(examples))
+            by_expert = {each.name: solved(model, encoder, self.rows, each) for each in listed}
+            chosen = max(by_expert, key=by_expert.__getitem__)
+            alone = solved(model, encoder, self.rows, None)
+            chosen = chosen if by_expert[chosen] > alone else ""
+        logger.info("few-shot: %s, by %d examples", chosen or "no expert", len(self.rows))
+        return replace(self, chosen=chosen)
 
-    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+    def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         acting = [expert.name for expert in pool.experts if site in expert.modules]
         return {SHARE: torch.tensor([float(name == self.chosen) for name in acting])}
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        return OneExpert(site.state[SHARE])
+    def constant(self, table: SiteRouter) -> Tensor:
+        return table.get_buffer(SHARE).float()
 
-
-class OneExpert(SiteRouter):
-    """The expert of the highest `share` [E] for every token, with its share as the weight."""
-
-    kept = (SHARE,)
-    share: Tensor
-
-    def __init__(self, share: Tensor) -> None:
-        super().__init__()
-        self.register_buffer(SHARE, share, persistent=False)
-
-    def forward(self, u: Tensor) -> RoutingDecision:
-        weights, experts = self.share.float().max(dim=0, keepdim=True)
-        return RoutingDecision(experts.expand(len(u), 1), weights.expand(len(u), 1))
-
-    def distribution(self, u: Tensor) -> Tensor:
-        return self.share.float().expand(len(u), -1)
+    def decision(
+        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+    ) -> RoutingDecision:
+        weight, expert = self.constant(table).max(dim=0, keepdim=True)
+        experts, weights = expert.expand(len(u), 1), weight.expand(len(u), 1)
+        return RoutingDecision(experts, weights if active is None else weights * active[:, expert])
 
 
 def solved(
@@ -167,8 +168,8 @@ def solved(
         for each, listed in zip(examples, answers, strict=True)
         for answer in listed
     ]
-    found = iter(likelihoods(model, encoder, pairs, expert))
-    likely = [[next(found) for _ in listed] for listed in answers]
+    numbers = iter(likelihoods(model, encoder, pairs, expert))
+    likely = [[next(numbers) for _ in listed] for listed in answers]
     return fmean(each[0] == max(each) for each in likely), fmean(each[0] for each in likely)
 
 
@@ -178,7 +179,7 @@ def likelihoods(
     """The targets' mean log-likelihoods per token, in the order of `pairs`, under one expert."""
     modules, acting = (expert.modules, expert.acts_on) if expert else ({}, None)
     collator = Collator(model, encoder.tokenizer.pad_token_id, acting=acting)
-    found = [0.0] * len(pairs)
+    numbers = [0.0] * len(pairs)
     with applied(model, modules, ModifiedLinear), torch.inference_mode():
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             batch = collator([pairs[row] for row in rows])
@@ -187,5 +188,5 @@ def likelihoods(
             losses = functional.cross_entropy(logits, labels, reduction="none")  # 0 if IGNORED
             means = -losses.sum(dim=1) / labels.ne(IGNORED).sum(dim=1)
             for row, mean in zip(rows, means.tolist(), strict=True):
-                found[row] = mean
-    return found
+                numbers[row] = mean
+    return numbers

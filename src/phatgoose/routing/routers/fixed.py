@@ -4,162 +4,125 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ...config import closest
-from ...errors import PoolError, RoutingError
+from ...config import SEED, closest
+from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files import one_line
 from ..choices import NOBODY, Choice
-from .prompt_router import ByPrompt, Prompt, PromptRouter, Tables
-from .registry import read_mixture
-from .router import (
-    Router,
-    RouterSite,
-    RoutingDecision,
-    Scores,
-    SiteRouter,
-    best_expert,
-    best_expert_by_task,
-    equal_shares,
-    given_scores,
-    highest,
-    highest_active,
-)
+from .prompt import ByPrompt, Prompt, PromptRouter, Tables
+from .registry import WEIGHTS, read_mixture, written_mixture
+from .router import Router, SiteRouter
+from .scores import Scores, best_expert, best_expert_by_task, checked_scores
 
 
+@dataclass(frozen=True)
 class Random(Router):
-    """Router random: the floor of a comparison."""
+    """Router random, the floor of a comparison: k different experts drawn for each token.
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        seed = self.config.seed + zlib.crc32(site.name.encode())
-        return RandomRouter(len(site.experts), self.k, seed)
-
-
-class RandomRouter(SiteRouter):
-    """k different experts drawn for each token, with equal weights.
-
-    Draws depend on `seed` and how many tokens passed since `restart`.
+    Draws depend on `seed`, the site, and how many tokens passed since `restart`.
     """
 
-    def __init__(self, experts: int, k: int, seed: int) -> None:
-        super().__init__()
-        self.experts, self.k, self.seed = experts, min(k, experts), seed
-        self.restart()
+    name, label, usual_k = "random", "Random", 2
+    equal, by_token = True, False
 
-    def restart(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
+    seed: Annotated[int, "Seed of the draws.", SEED] = 0
 
-    def forward(self, u: Tensor) -> RoutingDecision:
-        lots = torch.rand(len(u), self.experts, generator=self._generator)
-        experts = highest(lots, self.k).to(u.device)
-        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
+    def restart(self, table: SiteRouter) -> None:
+        seed = self.seed + zlib.crc32(table.place.encode())
+        table.generator = torch.Generator().manual_seed(seed)
 
-    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
-        lots = torch.rand(len(u), self.experts, generator=self._generator).to(u.device)
-        experts, acts = highest_active(lots, self.k, active)
-        return RoutingDecision(experts, equal_shares(acts))
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        return torch.rand(len(u), table.E, generator=table.generator).to(u.device)
 
-    def distribution(self, u: Tensor) -> Tensor:
-        return torch.full((len(u), self.experts), 1 / self.experts, device=u.device)
+    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
+        return torch.full((len(u), table.E), 1 / table.E, device=u.device)
 
 
+@dataclass(frozen=True)
 class Merged(Router):
-    """Router merged (Muqeeth et al. 2024, section 4.2)."""
+    """Router merged (Muqeeth et al. 2024, section 4.2): the exact mean of all updates B A.
 
-    folds = True
-
-    def at(self, site: RouterSite) -> SiteRouter:
-        return UniformRouter(len(site.experts), site.pool_size)
-
-
-class UniformRouter(SiteRouter):
-    """All experts of the site with the weight 1 / pool size each, for every token.
-
-    The exact mean of all updates B A. An expert that does not act at the site counts with zero, so
-    that weights sum to less than 1 there. A pool of one is that expert alone.
+    All experts of a site have the weight 1 / pool size there. An expert that does not act at the
+    site counts with zero, so that weights sum to less than 1. A pool of one is that expert alone.
     """
 
-    def __init__(self, experts: int, pool_size: int) -> None:
-        super().__init__()
-        self.experts, self.weight = experts, 1 / pool_size
+    name, label, folds = "merged", "Merged Experts", True
 
-    def forward(self, u: Tensor) -> RoutingDecision:
-        experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
-        return RoutingDecision(experts, torch.full(experts.shape, self.weight, device=u.device))
-
-    def sums(self, u: Tensor) -> Tensor:
-        return u.new_zeros(len(u), 1, dtype=torch.float64)  # nothing: it doesn't look
-
-    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
-        return self.forward(sums)
-
-    def distribution(self, u: Tensor) -> Tensor:
-        return torch.full((len(u), self.experts), self.weight, device=u.device)
+    def constant(self, table: SiteRouter) -> Tensor:
+        return torch.full((table.E,), 1 / table.pool_size, device=table.members.device)
 
 
+@dataclass(frozen=True)
 class Single(Merged):
     """Router single: the expert that the user names, as a pool of one."""
 
-    folds = False
+    name, label, given = "single", "Single expert", ("expert",)
+    folds = grows = False
+
+    expert: Annotated[str | None, "The expert's name; a pool of one needs none."] = None
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        name = self.config.expert
-        if name is None and len(pool) > 1:
+        if self.expert is None and len(pool) > 1:
             raise PoolError(
                 f"Router single needs the name of its expert (single:expert=NAME): one of "
                 f"{', '.join(pool.names)}."
             )
-        return pool.select([name or pool.names[0]])
+        return pool.select([self.expert or pool.names[0]])
 
 
+@dataclass(frozen=True)
 class BestIndividual(Merged):
     """Router best-individual (paper section 4.2): the expert with the best mean over all tasks.
 
     It knows the tasks' answers beforehand: not zero-shot.
     """
 
-    folds = False
+    name, label, given = "best-individual", "Best Individual", ("scores",)
+    folds = grows = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        return pool.select([best_expert(given_scores(scores, self.routing), pool.names)])
+        return pool.select([best_expert(_given(scores, self.name), pool.names)])
 
 
+@dataclass(frozen=True)
 class Oracle(ByPrompt):
     """Router oracle (paper section 4.2): for every task the expert with the best score on it.
 
     It knows the tasks' answers beforehand: not zero-shot.
     """
 
+    name, label, given = "oracle", "Oracle", ("scores", "task")
+    grows = per_input = reads_prompts = False
     unserved = "Router oracle goes by the task's name, which evaluate and compare tell it."
 
-    def tables(
-        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
-    ) -> Tables:
-        best = best_expert_by_task(given_scores(scores, self.routing), pool.names)
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        best = best_expert_by_task(_given(scores, self.name), pool.names)
         chosen = {task: pool.names.index(expert) for task, expert in best.items()}
         return Tables(pool.names, info={"experts_by_task": chosen})
 
-    def chooser(self, tables: Tables) -> PromptRouter:
+    def ready(self, tables: Tables) -> dict[str, int]:
         if "experts_by_task" not in tables.info:
             raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
-        return ByTask(tables)
-
-
-class ByTask(PromptRouter):
-    name = "oracle"
+        return dict(tables.info["experts_by_task"])
 
     def choose(
-        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+        self,
+        chooser: PromptRouter,
+        prompts: Sequence[Prompt],
+        base: PreTrainedModel | None,
+        known: Mapping[str, Any],
     ) -> Choice:
-        task, best = known.get("task"), dict[str, int](self.tables.info["experts_by_task"])
+        task, best = known.get("task"), chooser.ready
         if task is None:
-            raise RoutingError(str(self.unserved))
+            raise RoutingError(self.unserved)
         if task not in best:
             tasks = one_line(", ".join(sorted(best)))
             raise RoutingError(
@@ -168,47 +131,59 @@ class ByTask(PromptRouter):
         return Choice.alone(torch.full((len(prompts),), best[task]))
 
 
+def _given(scores: Scores | None, router: str) -> Scores:
+    if scores is None:
+        raise ConfigError(
+            f"Router {router} needs the scores of every single expert: those of a finished "
+            f"'phatgoose compare' (--scores comparison.json)."
+        )
+    return checked_scores(scores)
+
+
+@dataclass(frozen=True)
 class Weights(ByPrompt):
     """Router weights: a mixture that the user names; a server's requests may each have their own.
 
     LoRAuter and others (arXiv 2601.21795) compose such mixtures by hand; here it is the sum of
-    w_z B_z A_z, whatever the weights sum to.
+    w_z B_z A_z, whatever the weights sum to. Its settings are names of experts:
+    weights:reviews=0.7,trivia=0.3.
     """
+
+    name, label, given = WEIGHTS, "Given weights", ("weights",)
+    grows = per_input = reads_prompts = False
+
+    mixture: Annotated[
+        str | None,
+        "Each expert and its weight, NAME=WEIGHT; requests to a server may bring their own.",
+    ] = None
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        return cls(mixture=written_mixture(read_mixture(text)) or None)
+
+    def _text(self, without: tuple[str, ...]) -> str:
+        return ":".join([self.name, *filter(None, [self.mixture])])
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        return read_mixture(self.config.mixture or "")
+        return read_mixture(self.mixture or "")
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        if not self.weights:
-            return pool
-        return pool.select(self.weights)
-
-    def chooser(self, tables: Tables) -> PromptRouter:
-        return GivenWeights(tables, self.weights)
-
-    def for_model(self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None) -> PromptRouter:
-        return self.prompt_router(tables, tokenizer)  # no prompt is read
-
-
-class GivenWeights(PromptRouter):
-    """The same `weights`, by name, for every prompt."""
-
-    name = "weights"
-
-    def __init__(self, tables: Tables, weights: Mapping[str, float]) -> None:
-        super().__init__(tables)
-        self.weights = weights
+        return pool.select(self.weights) if self.weights else pool
 
     def choose(
-        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+        self,
+        chooser: PromptRouter,
+        prompts: Sequence[Prompt],
+        base: PreTrainedModel | None,
+        known: Mapping[str, Any],
     ) -> Choice:
         if not self.weights:
             raise RoutingError(
                 "Router weights needs the experts and their weights: weights:NAME=WEIGHT,…, or a "
                 "request's own."
             )
-        return mixture_of(self.weights, self.experts).repeated(len(prompts))
+        return mixture_of(self.weights, chooser.experts).repeated(len(prompts))
 
 
 def mixture_of(weights: Mapping[str, float], names: Sequence[str]) -> Choice:
@@ -223,8 +198,8 @@ def mixture_of(weights: Mapping[str, float], names: Sequence[str]) -> Choice:
                 f"The pool has no expert {one_line(name, 80)!r}; it has {', '.join(names)}."
                 f"{closest(name[:80], names)}"
             )
-    held = sorted((pair for pair in weights.items() if pair[1]), key=lambda pair: -abs(pair[1]))
-    if not held:
+    acting = sorted((pair for pair in weights.items() if pair[1]), key=lambda pair: -abs(pair[1]))
+    if not acting:
         return Choice(torch.tensor([[NOBODY]]), torch.zeros(1, 1))
-    experts = torch.tensor([[names.index(name) for name, _ in held]])
-    return Choice(experts, torch.tensor([[weight for _, weight in held]]))
+    experts = torch.tensor([[names.index(name) for name, _ in acting]])
+    return Choice(experts, torch.tensor([[weight for _, weight in acting]]))

@@ -1,268 +1,162 @@
-"""The registry: every router as one record, from which help, tables, checks and files are derived.
+"""The names of all routers, and routers made of what a user writes. Loads no torch by itself.
 
-A router is one file and one record (docs/extending.md): here, or registered by another package
-under the entry points `phatgoose.routers`. Reading the records loads no torch.
+A router is one class (docs/extending.md): in a file of this folder and with a line in OURS, or in
+another package that names it under the entry points `phatgoose.routers`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections import UserDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...config import Settings, closest, from_mapping, read_text, settings_of
+from ...config import Routing, closest, read_text
 from ...errors import ConfigError
 from ...files import add_entry_points, shortened
-from . import configs
 
-AUTO = "auto"  # no router: `automatic` puts the name of one in its place
+if TYPE_CHECKING:
+    from .router import Router
+
+AUTO = "auto"  # no router: `auto` puts the name of one in its place
 WEIGHTS = "weights"  # the router whose mixture is the user's own
 ENTRY_POINTS = "phatgoose.routers"
 
 
-@dataclass(frozen=True)
-class RouterSpec:
-    """One router: its names, what it needs, its settings, and where its code is.
+class Listed(NamedTuple):
+    """What a list of routers shows: `needs` and `k` are those of the class at `place`."""
 
-    `needs` are the attributes of every `Expert` that it can't do without (gates, means, readings,
-    embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task,
-    examples). `k` is its own number of experts, for each token or, if it is `per_input`, for each
-    input; None if the user can't choose it. `config` is the class of its settings. A router that
-    `grows` can take experts in, or leave some out, without being composed again. `home` is its
-    `Router`: the class, or "module.Class", in this folder if `home` begins with a dot.
-    """
-
-    name: str
-    label: str
+    place: str  # "module:Class" in this folder
     summary: str
-    home: str | type[Any]
     needs: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
     k: int | None = None
-    config: type[Settings] = configs.NoSettings
-    per_input: bool = False
-    grows: bool = True
-
-    @property
-    def router(self) -> type[Any]:
-        """The class of the router, a `router.Router`."""
-        if isinstance(self.home, type):
-            return self.home
-        module, _, name = self.home.rpartition(".")
-        found: type[Any] = getattr(importlib.import_module(module, __package__), name)
-        return found
 
 
-_OURS = (
-    RouterSpec(
-        "random",
-        "Random",
-        "k experts drawn for every token, with equal weights",
-        ".fixed.Random",
-        k=2,
-        config=configs.Random,
-    ),
-    RouterSpec(
-        "retrieval",
-        "Retrieval",
+OURS: Mapping[str, Listed] = {  # in the order of the tables
+    "random": Listed("fixed:Random", "k experts drawn for every token, with equal weights", k=2),
+    "retrieval": Listed(
+        "retrieval:Retrieval",
         "per prompt, the expert with the nearest training input",
-        ".retrieval.Retrieval",
-        needs=("embeddings",),
-        k=1,
-        config=configs.Retrieval,
-        per_input=True,
+        ("embeddings",),
+        1,
     ),
-    RouterSpec(
-        "centroid",
-        "Centroid",
+    "centroid": Listed(
+        "retrieval:Centroid",
         "per prompt, the experts with the nearest mean of training inputs",
-        ".centroid.Centroid",
-        needs=("embeddings",),
-        k=3,
-        config=configs.Centroid,
-        per_input=True,
+        ("embeddings",),
+        3,
     ),
-    RouterSpec(
-        "average-activation",
-        "Average Activation",
+    "average-activation": Listed(
+        "phatgoose:AverageActivation",
         "the k experts with the mean training activation most like the token's",
-        ".phatgoose.AverageActivation",
-        needs=("means",),
-        k=2,
-        config=configs.Phatgoose,
+        ("means",),
+        2,
     ),
-    RouterSpec(
-        "arrow",
-        "Arrow",
+    "arrow": Listed(
+        "arrow:Arrow",
         "the k experts that would stretch the token's activation most",
-        ".arrow.Arrow",
-        needs=("lora",),
-        k=2,
-        config=configs.Arrow,
+        ("lora",),
+        2,
     ),
-    RouterSpec(
-        "spectr",
-        "SpectR",
+    "spectr": Listed(
+        "spectr:Spectr",
         "the k experts with the largest projection of the token onto their LoRA's input space",
-        ".spectr.Spectr",
-        needs=("lora",),
-        k=2,
-        config=configs.Spectr,
+        ("lora",),
+        2,
     ),
-    RouterSpec(
-        "merged",
-        "Merged Experts",
-        "the mean of all experts' updates",
-        ".fixed.Merged",
-    ),
-    RouterSpec(
-        "phatgoose",
-        "PHATGOOSE",
+    "merged": Listed("fixed:Merged", "the mean of all experts' updates"),
+    "phatgoose": Listed(
+        "phatgoose:Phatgoose",
         "the k experts with the gates that best fit the token's activation",
-        ".phatgoose.Phatgoose",
-        needs=("gates",),
-        k=2,
-        config=configs.Phatgoose,
+        ("gates",),
+        2,
     ),
-    RouterSpec(
-        "discriminant",
-        "Discriminant",
+    "discriminant": Listed(
+        "discriminant:Discriminant",
         "per prompt, the expert with the most similar training prompts, by hidden states",
-        ".discriminant.Discriminant",
-        needs=("readings",),
-        k=1,
-        config=configs.Discriminant,
-        per_input=True,
+        ("readings",),
+        1,
     ),
-    RouterSpec(
-        "few-shot",
-        "Few-shot",
-        "for all prompts, the expert that best fits a few examples of the task",
-        ".few_shot.FewShot",
-        given=("examples",),
-        grows=False,
-        config=configs.FewShot,
+    "few-shot": Listed(
+        "few_shot:FewShot", "for all prompts, the expert that best fits a few examples of the task"
     ),
-    RouterSpec(
-        "best-individual",
-        "Best Individual",
-        "the one expert with the best mean score over all tasks",
-        ".fixed.BestIndividual",
-        given=("scores",),
-        grows=False,
+    "best-individual": Listed(
+        "fixed:BestIndividual", "the one expert with the best mean of --scores over all tasks"
     ),
-    RouterSpec(
-        "oracle",
-        "Oracle",
-        "for every task, the expert with the best score on it",
-        ".fixed.Oracle",
-        given=("scores", "task"),
-        grows=False,
-    ),
-    RouterSpec(
-        "single",
-        "Single expert",
-        "the one expert that the setting `expert` names",
-        ".fixed.Single",
-        given=("expert",),
-        grows=False,
-        config=configs.Single,
-    ),
-    RouterSpec(
-        "weights",
-        "Given weights",
-        "your own mixture: experts and their weights",
-        ".fixed.Weights",
-        given=("weights",),
-        grows=False,
-        config=configs.Weights,
-    ),
-)
-
-
-class _Registry(UserDict[str, RouterSpec]):
-    """Our routers in the order of the tables, then those of other packages."""
-
-    def __init__(self) -> None: ...
-
-    @cached_property
-    def data(self) -> dict[str, RouterSpec]:  # type: ignore[override]
-        found: dict[str, Any] = {AUTO: None, **{spec.name: spec for spec in _OURS}}
-        add_entry_points(ENTRY_POINTS, found, RouterSpec)
-        del found[AUTO]  # a name that none may take
-        return found
-
-
-ROUTERS = _Registry()
-
-
-class RouterChoice(NamedTuple):
-    """A router's record, and its settings."""
-
-    spec: RouterSpec
-    config: Settings
-
-    @property
-    def text(self) -> str:
-        """As the user writes it: settings that aren't the usual ones, in the order of the class."""
-        if isinstance(self.config, configs.Weights):  # whose settings are names of experts
-            return ":".join([self.spec.name, *filter(None, [self.config.mixture])])
-        usual = self.spec.config()
-        changed = [
-            f"{setting.name}={written(value)}"
-            for setting in settings_of(self.spec.config)
-            if (value := getattr(self.config, setting.name)) != getattr(usual, setting.name)
-        ]
-        return ":".join([self.spec.name, *([",".join(changed)] if changed else [])])
+    "oracle": Listed("fixed:Oracle", "for every task, the expert with the best of --scores on it"),
+    "single": Listed("fixed:Single", "the one expert that the setting `expert` names"),
+    WEIGHTS: Listed("fixed:Weights", "your own mixture: experts and their weights"),
+}
 
 
 def known_names() -> list[str]:
     """The names of all routers, without loading those of other packages."""
-    others = {point.name for point in metadata.entry_points(group=ENTRY_POINTS)}
-    return list(dict.fromkeys([*(spec.name for spec in _OURS), *sorted(others)]))
+    others = sorted(point.name for point in metadata.entry_points(group=ENTRY_POINTS))
+    return list(dict.fromkeys([*OURS, *others]))
 
 
-def spec_of(router: str) -> RouterSpec:
-    """The record of a router, named with or without settings. Raises ConfigError without one."""
+def all_routers() -> dict[str, type[Router]]:
+    """The classes of all routers by name, ours first. What can't be loaded is a warning."""
+    from .router import Router
+
+    known: dict[str, type] = {AUTO: Router, **{name: class_of(name) for name in OURS}}
+    add_entry_points(ENTRY_POINTS, known, type)
+    known = {**known, **Router.defined, **known}
+    return {name: kind for name, kind in known.items() if issubclass(kind, Router) and kind.name}
+
+
+def listing() -> dict[str, Listed]:
+    """What a list of routers shows; those of other packages alone are imported for it."""
+    if not metadata.entry_points(group=ENTRY_POINTS):
+        return dict(OURS)
+    return {
+        name: OURS.get(name) or Listed("", kind.summary(), kind.needs, kind.usual_k)
+        for name, kind in all_routers().items()
+    }
+
+
+def class_of(router: str) -> type[Router]:
+    """The class of a router, named with or without settings. Raises ConfigError without one."""
+    from .router import Router
+
     name = router.partition(":")[0]
-    if name in ROUTERS:
-        return ROUTERS[name]
+    if name in OURS:
+        module, _, kind = OURS[name].place.partition(":")
+        ours: type[Router] = getattr(importlib.import_module(f".{module}", __package__), kind)
+        return ours
     for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
-        raise ConfigError(
-            f"Router {name} can't be loaded from {point.value}, where "
-            f"{point.dist.name if point.dist else 'another package'} registered it."
-        )
-    known = ", ".join((AUTO, *ROUTERS))
-    hint = closest(name, (AUTO, *ROUTERS))
-    raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.{hint}")
+        try:
+            point.load()
+        except Exception as error:  # whatever another package's import may raise
+            package = point.dist.name if point.dist else "another package"
+            raise ConfigError(
+                f"Router {name} can't be loaded from {point.value} of {package}: {error!r:.200}"
+            ) from error
+    if name in Router.defined:
+        return Router.defined[name]
+    known = (AUTO, *known_names())
+    raise ConfigError(
+        f"router is {shortened(name)}, but must be one of {', '.join(known)}.{closest(name, known)}"
+    )
 
 
-def choice_of(router: str) -> RouterChoice:
-    """The router and the settings that a text such as "arrow:form=peft" says.
+def router_of(routing: Routing) -> Router:
+    """The router that `routing` asks for, such as "arrow:form=peft".
 
     Raises ConfigError, in a line, for unknown routers and settings and for values that can't be.
     """
-    name, _, rest = router.partition(":")
+    name, _, rest = routing.router.partition(":")
     if name == AUTO:
         raise ConfigError("Router auto has no settings of its own; name the router to set.")
-    spec = spec_of(name)
-    if spec.config is configs.Weights:
-        return RouterChoice(spec, configs.Weights(written_mixture(read_mixture(rest)) or None))
-    types = {setting.name: setting.type for setting in settings_of(spec.config)}
-    values: dict[str, object] = {}
-    for part in rest.split(",") if rest else ():
-        key, sign, value = part.partition("=")
-        if not sign or key in values:
-            raise ConfigError(
-                f"router is {shortened(router)}, but must be a name, or a name and settings, each "
-                f"once: {name}:SETTING=VALUE,SETTING=VALUE."
-            )
-        values[key] = read_text(value, types.get(key))
-    return RouterChoice(spec, from_mapping(spec.config, values, f"router {name}"))
+    router = class_of(name).read(rest)
+    k, kernel, embedder = routing.k or 0, routing.kernel, routing.embedder
+    return replace(router, k=k, kernel=kernel, embedder=embedder)
+
+
+def canonical(router: str) -> str:
+    """`router` with settings that aren't the usual ones, in the order of its class."""
+    return router_of(Routing(router)).text
 
 
 MOST_WEIGHT = 100.0  # of one expert in a mixture, either way
@@ -270,26 +164,24 @@ MOST_WEIGHT = 100.0  # of one expert in a mixture, either way
 
 def read_mixture(text: str) -> dict[str, float]:
     """The experts and weights of "NAME=WEIGHT,NAME=WEIGHT". Raises ConfigError."""
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for part in text.split(",") if text else ():
         name, sign, value = part.partition("=")
         weight = read_text(value, float)
-        if not sign or name in found or not isinstance(weight, float):
+        if not sign or name in weights or not isinstance(weight, float):
             raise ConfigError(
                 f"weights are {shortened(text)}, but must be experts, each once, with numbers: "
                 f"weights:NAME=WEIGHT,NAME=WEIGHT."
             )
-        found[name] = weight
-    return checked_mixture(found)
+        weights[name] = weight
+    return checked_mixture(weights)
 
 
 def checked_mixture(weights: Mapping[str, float]) -> dict[str, float]:
     """`weights` as plain numbers. Raises ConfigError for any that can't be weights."""
-    if not isinstance(weights, Mapping):
-        raise ConfigError(f"weights are {shortened(weights)}; wanted expert -> weight.")
     for name, weight in weights.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not isinstance(name, str) or not is_number or not abs(weight) <= MOST_WEIGHT:
+        if not is_number or not abs(weight) <= MOST_WEIGHT:
             raise ConfigError(
                 f"The weight of expert {shortened(name)} is {shortened(weight)}, but must be a "
                 f"number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}."
@@ -302,21 +194,14 @@ def written_mixture(weights: Mapping[str, float]) -> str:
     return ",".join(f"{name}={weight!r}" for name, weight in weights.items())
 
 
-def written(value: object) -> str:
-    """The `value` of a setting as `choice_of` reads it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
 def split_routers(texts: Iterable[str]) -> list[str]:
     """The routers in texts that hold some, with commas between them and between their settings."""
-    found: list[str] = []
+    routers: list[str] = []
     for text in texts:
         for part in filter(None, text.split(",")):
             name, sign, _ = part.partition("=")
-            if sign and name.isidentifier() and found and ":" in found[-1]:
-                found[-1] += f",{part}"
+            if sign and name.isidentifier() and routers and ":" in routers[-1]:
+                routers[-1] += f",{part}"
             else:
-                found.append(part)
-    return found
+                routers.append(part)
+    return routers

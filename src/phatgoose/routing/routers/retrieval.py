@@ -1,102 +1,244 @@
-"""Retrieval: for every input the expert of the nearest training input.
+"""Retrieval and centroid: per input, the experts with the nearest embeddings of training inputs.
 
-Muqeeth et al. 2024, section 4.2; Jang et al. 2023. Experts share embeddings of up to 1000 of their
-training inputs (`training.statistics`); nearness is the cosine. Inputs are embedded as the
-model reads them. The released code embeds their answer choices too, which no served prompt has:
-the setting form=paper does so in comparisons. With k above 1 the k experts that have the
-nearest training inputs act together, weighted by the softmax of these cosines over
-`temperature`: that is ours.
+Retrieval (Muqeeth et al. 2024, section 4.2; Jang et al. 2023) takes the expert of the nearest
+training input. Experts share embeddings of up to 1000 of theirs (`training.statistics`); nearness
+is the cosine. Inputs are embedded as the model reads them. The released code embeds their answer
+choices too, which no served prompt has: the setting form=paper does so in comparisons. With k above
+1 the k experts that have the nearest training inputs act together, weighted by the softmax of these
+cosines over `temperature`: that is ours.
 
 An expert that stores more than BOUND times as many embeddings as the pool's median is searched by
 that many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
 That is ours too, and acts only where numbers differ so much.
+
+Centroid (LoRAuter, arXiv 2601.21795; ARIADNE, arXiv 2606.19079) takes the experts with the nearest
+means of the same embeddings: the k with the highest cosines act together, weighted by the softmax
+of the cosines over a temperature: 3 and 0.2, as LoRAuter has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...errors import RoutingError
+from ...config import EMBEDDING_FORMS, one_of
+from ...errors import PoolError, RoutingError
+from ...experts.expert import Expert
 from ...experts.pool import Pool
-from ...tasks.embeddings import PROMPT, paper_texts
-from ..choices import Choice
-from .prompt_router import (
-    OWNERS,
-    ByPrompt,
-    EmbeddingRouter,
-    Prompt,
-    PromptRouter,
-    Tables,
-    best_of_each,
-    embeddings_of,
+from ...tasks.embeddings import (
+    PAPER_TEXT,
+    PROMPT,
+    TEXTS,
+    embed_texts,
+    load_embedder,
+    paper_texts,
+    usable_embedder,
 )
-from .router import Scores
+from ..choices import Choice
+from .phatgoose import Temperature
+from .prompt import OWNERS, ByPrompt, Prompt, PromptRouter, Tables
+from .scores import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
+MOST_CHARACTERS = 1 << 20  # a model of 100,000 tokens of context is given fewer
 
 
-class Retrieval(ByPrompt):
-    """Router retrieval."""
+class Searched(NamedTuple):
+    """Unit vectors `rows` [M, columns] by `embedder`, whose owners they are [M], of E `experts`."""
 
-    prompt_form: ClassVar[Mapping[str, str]] = {"embeddings": "Mc", OWNERS: "M"}
+    rows: Tensor
+    embedder: str
+    owners: Tensor
+    experts: int
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """The unit vectors of texts; RoutingError for too long ones, and for other columns."""
+        longest = max(map(len, texts), default=0)
+        if longest > MOST_CHARACTERS:
+            raise RoutingError(
+                f"The base's tokenizer makes {longest} characters of a prompt's tokens, more than "
+                f"the {MOST_CHARACTERS} that are embedded; use a router without an embedder."
+            )
+        vectors = embed_texts(texts, self.embedder)
+        if vectors.shape[1] != self.rows.shape[1]:
+            raise RoutingError(
+                f"The experts' embeddings have {self.rows.shape[1]} columns, those of "
+                f"{self.embedder} {vectors.shape[1]}; they are another embedder's."
+            )
+        return vectors
+
+
+@dataclass(frozen=True)
+class Embeds(ByPrompt):
+    """The base of routers whose features are embeddings of text."""
+
+    needs = ("embeddings",)
+    rows: ClassVar[str] = "embeddings"  # the table with what is searched
+
+    @property
+    def embedded(self) -> str:
+        """What is embedded: one of EMBEDDING_FORMS."""
+        return PROMPT
+
+    def ready(self, tables: Tables) -> Searched:
+        if "embedder" not in tables.info:
+            raise RoutingError(f"Router {self.name} needs lookup.embedder in routed.json.")
+        form = tables.info.get("embedding_form", PAPER_TEXT)
+        if form != self.embedded:
+            raise RoutingError(
+                f"This model's embeddings are {TEXTS.get(form, form)}, but router {self.name} "
+                f"compares {TEXTS[self.embedded]}. Measure its experts' embeddings again "
+                f"(phatgoose stats), then compose and save the pool again."
+            )
+        embedder = usable_embedder(tables.info["embedder"], self.embedder)
+        load_embedder(embedder)  # not with the first prompt
+        rows = tables.tensors[self.rows]
+        owners = tables.tensors.get(OWNERS, torch.arange(len(rows)))
+        return Searched(rows, embedder, owners, len(tables.names))
+
+    def features(
+        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+    ) -> Tensor:
+        vectors: Tensor = chooser.ready.embed(chooser.texts(prompts))
+        return vectors
+
+    def prompt_scores(self, features: Tensor, ready: Searched) -> Tensor:
+        return best_of_each(features @ ready.rows.T, ready.owners, ready.experts)
+
+
+@dataclass(frozen=True)
+class Retrieval(Embeds):
+    """Router retrieval: scores an expert by its nearest stored training input."""
+
+    name, label, usual_k = "retrieval", "Retrieval", 1
+    prompt_sizes: ClassVar[Mapping[str, str]] = {"embeddings": "Mc", OWNERS: "M"}
+
+    form: Annotated[
+        str,
+        "What is embedded: the prompt or, for experts with embeddings of that form, the paper's "
+        "text: answer choices, then the input (paper; only in comparisons).",
+        one_of(EMBEDDING_FORMS),
+    ] = "prompt"
+    temperature: Temperature = 0.2
+
+    @property
+    def embedded(self) -> str:
+        return self.form
 
     @property
     def unserved(self) -> str | None:  # type: ignore[override]
-        if self.config.form == PROMPT:
+        if self.form == PROMPT:
             return None
         return (
             "Router retrieval:form=paper embeds answer choices, which a prompt alone doesn't have: "
             "use it in compare, or leave form=paper out."
         )
 
-    def tables(
-        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
-    ) -> Tables:
-        form = self.config.form
-        found = embeddings_of(pool, embedder, form)
-        tensors = {"embeddings": found.rows, OWNERS: found.owners}
-        return Tables(pool.names, tensors, found.info(form))
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        stored = embeddings_of(pool, self.form)
+        info = {"embedder": stored.embedder, "embedding_form": self.form}
+        return Tables(pool.names, {"embeddings": stored.rows, OWNERS: stored.owners}, info)
 
-    def chooser(self, tables: Tables) -> PromptRouter:
-        return Retriever(tables, self.embedder(tables, self.config.form))
-
-
-class Retriever(EmbeddingRouter):
-    """Scores an expert by its nearest stored training input, by cosine."""
-
-    name = "retrieval"
-
-    def __init__(self, tables: Tables, embedder: str) -> None:
-        owners = tables.tensors[OWNERS]
-        searched = _within_bound(owners)
-        super().__init__(tables, tables.tensors["embeddings"][searched], embedder)
-        self._theirs = owners[searched]
+    def ready(self, tables: Tables) -> Searched:
+        every = super().ready(tables)
+        some = _within_bound(every.owners)
+        return every._replace(rows=every.rows[some], owners=every.owners[some])
 
     def choose(
-        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+        self,
+        chooser: PromptRouter,
+        prompts: Sequence[Prompt],
+        base: PreTrainedModel | None,
+        known: Mapping[str, Any],
     ) -> Choice:
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
-            return super().choose(prompts)
+            return super().choose(chooser, prompts, base, known)
         if known.get("examples") is None:
             raise RoutingError(self.unserved)
-        return self.choice(self.scores(self.embedder.vectors(paper_texts(known["examples"]))))
+        vectors = chooser.ready.embed(paper_texts(known["examples"]))
+        return self.choice(self.prompt_scores(vectors, chooser.ready))
 
-    def scores(self, features: Tensor) -> Tensor:
-        return best_of_each(features @ self.rows.T, self._theirs, len(self.experts))
+
+@dataclass(frozen=True)
+class Centroid(Embeds):
+    """Router centroid: scores an expert by the cosine of its centroid."""
+
+    name, label, usual_k, rows = "centroid", "Centroid", 3, "centroids"
+    prompt_sizes: ClassVar[Mapping[str, str]] = {"centroids": "Ec"}
+
+    temperature: Temperature = 0.2
+
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        stored = embeddings_of(pool)
+        info = {"embedder": stored.embedder, "embedding_form": PROMPT}
+        return Tables(pool.names, {"centroids": centroids_of(stored)}, info)
+
+    def prompt_scores(self, features: Tensor, ready: Searched) -> Tensor:
+        cosines: Tensor = features @ ready.rows.T
+        return cosines
+
+
+def centroids_of(stored: Searched) -> Tensor:
+    """Each expert's mean embedding as a unit vector, [E, columns]."""
+    sums = torch.zeros(stored.experts, stored.rows.shape[1])
+    return functional.normalize(sums.index_add(0, stored.owners, stored.rows), dim=-1)
+
+
+def best_of_each(scores: Tensor, owners: Tensor, experts: int) -> Tensor:
+    """The highest of each expert's `scores` [B, M], -inf without any, [B, experts].
+
+    `owners` [M] are the experts that columns belong to.
+    """
+    best = scores.new_full((len(scores), experts), -torch.inf)
+    return best.scatter_reduce(1, owners.expand_as(scores), scores, "amax")
+
+
+def embeddings_of(pool: Pool, form: str = PROMPT) -> Searched:
+    """The embeddings of all experts of `pool`: one embedder's, one `form`'s; else PoolError."""
+    rows = [_embeddings(expert, form) for expert in pool.experts]
+    kinds = {
+        (str(expert.info.embedder), row.shape[1])
+        for expert, row in zip(pool.experts, rows, strict=True)
+    }
+    if len(kinds) > 1:
+        named = ", ".join(f"{name} ({width} numbers each)" for name, width in sorted(kinds))
+        raise PoolError(f"The experts' embeddings can't be compared, for they are of {named}.")
+    owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([*map(len, rows)]))
+    unit = functional.normalize(torch.cat(rows).float(), dim=-1)
+    return Searched(unit, kinds.pop()[0], owners, len(pool))
+
+
+def _embeddings(expert: Expert, form: str) -> Tensor:
+    if expert.embeddings is None or expert.info.embedder is None:
+        lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
+        raise PoolError(
+            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose stats' on it, with "
+            f"--task its data, or leave it out."
+        )
+    stored = expert.info.embedding_form or PAPER_TEXT  # before it was recorded
+    if stored != form:
+        flag = "" if form == PROMPT else f" --embedding-form {form}"
+        raise PoolError(
+            f"Expert {expert.name!r} has embeddings of {TEXTS.get(stored, stored)}, but this "
+            f"router compares {TEXTS[form]}; measure them again: phatgoose stats "
+            f"{expert.directory} --task ITS-DATA --embeddings --no-means --no-readings{flag}"
+        )
+    return expert.embeddings
 
 
 def _within_bound(owners: Tensor) -> Tensor:
     counts = owners.bincount()
-    held = counts[counts > 0].double()
-    most = max(1, int(BOUND * held.quantile(0.5)))
-    if held.max() <= most:
+    stored = counts[counts > 0].double()
+    most = max(1, int(BOUND * stored.quantile(0.5)))
+    if stored.max() <= most:
         return torch.arange(len(owners))
-    own = [(owners == z).nonzero().flatten() for z in counts.nonzero().flatten()]
-    spaced = [rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()] for rows in own]
+    rows = [(owners == z).nonzero().flatten() for z in counts.nonzero().flatten()]
+    spaced = [each[torch.linspace(0, len(each) - 1, min(len(each), most)).long()] for each in rows]
     return torch.cat(spaced).sort().values

@@ -1,25 +1,32 @@
-"""What a router is, for a whole model and at each site: experts and weights for each token."""
+"""What a router is: one class for a whole model, and a module at each site with its table there."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...config import Routing
-from ...errors import ConfigError, PoolError, RoutingError
+from ...config import Routing, Settings, from_mapping, read_text, settings_of
+from ...errors import ConfigError, PoolError
 from ...experts.pool import Pool
-from ...files import one_line, read_json_object, reason, shortened
+from ...files import one_line, shortened
+from ..choices import NOBODY
 from ..context import RoutingContext
-from .registry import choice_of, spec_of
+from ..kernels import native, triton_gpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .scores import Scores
+
+OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
+STANDARDISED, ABSOLUTE = "v̄ᵀū/√n", "|vᵀu|"  # scores that kernels know
 
 
 @dataclass(frozen=True)
@@ -49,239 +56,126 @@ def highest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
-def highest_active(scores: Tensor, k: int, active: Tensor) -> tuple[Tensor, Tensor]:
-    """As `highest`, of the experts that are `active` [T, E], and which of the k are, [T, k]."""
-    experts = highest(scores.masked_fill(~active, -torch.inf), k)
-    return experts, active.gather(1, experts)
-
-
-def equal_shares(active: Tensor) -> Tensor:
-    """The weights [T, k], float32, that are equal for all active experts; 0 for the others."""
-    return active.float() / active.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-# Scores of every single expert on every task, which Oracle and Best Individual choose by.
-
-Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
-EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
-
-
-def read_scores(path: str | Path) -> Scores:
-    """Single experts' scores, expert -> task -> score, of a comparison.json. Raises PoolError."""
-    path = Path(path)
-    try:
-        scores = read_json_object(path, PoolError)[EXPERTS]
-        return _finite(scores)
-    except OSError as error:
-        raise PoolError(f"Scores {path} can't be read: {reason(error)}.") from error
-    except (PoolError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PoolError(
-            f"{path} holds no scores of single experts; wanted the comparison.json of a 'phatgoose "
-            f"compare' that ran every single expert."
-        ) from error
-
-
-def given_scores(scores: Scores | None, routing: Routing) -> Scores:
-    """`scores`, checked. Raises ConfigError if missing, PoolError if they are no scores."""
-    if scores is None:
-        raise ConfigError(
-            f"Router {routing.name} needs the scores of every single expert: those of a finished "
-            f"'phatgoose compare' (--scores comparison.json)."
-        )
-    try:
-        return _finite(scores)
-    except (ValueError, TypeError, AttributeError) as error:
-        told = f"scores are {shortened(scores)}; wanted expert -> task -> score, finite numbers."
-        raise PoolError(told) from error
-
-
-def _finite(scores: Any) -> Scores:
-    """`scores` as Scores. Raises ValueError, TypeError or AttributeError if they are none."""
-    found = {
-        str(expert): {str(task): float(score) for task, score in tasks.items()}
-        for expert, tasks in scores.items()
-    }
-    numbers = [list(tasks.values()) for tasks in found.values()]
-    if not numbers or not all(row and all(map(math.isfinite, row)) for row in numbers):
-        raise ValueError("no finite scores")
-    return found
-
-
-def best_expert(scores: Scores, names: Sequence[str]) -> str:
-    """The one of `names` with the best mean over all tasks; PoolError where scores are missing."""
-    tasks = _common_tasks(scores, names)
-    return max(names, key=lambda name: sum(scores[name][task] for task in tasks))
-
-
-def best_expert_by_task(scores: Scores, names: Sequence[str]) -> dict[str, str]:
-    """For each task the best one of `names`; PoolError where scores are missing."""
-    tasks = _common_tasks(scores, names)
-    return {task: max(names, key=lambda name: scores[name][task]) for task in tasks}
-
-
-def _common_tasks(scores: Scores, names: Sequence[str]) -> list[str]:
-    for name in names:
-        if name not in scores:
-            raise PoolError(f"Expert {name!r} has no scores; they are of {', '.join(scores)}.")
-        if set(scores[name]) != set(scores[names[0]]):
-            raise PoolError(f"Experts {names[0]!r} and {name!r} were scored on different tasks.")
-    return list(scores[names[0]])
-
-
-# What a router is: `Router` for a whole model, `SiteRouter` at each of its sites.
-
-OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
-
-
-class SiteRouter(nn.Module):
-    """Chooses the experts of every token at one site.
-
-    `kept` names the buffers that belong to the routed model: they are saved with it and change when
-    experts join or leave. `one_call` says that the router is nothing but the top k of an affinity,
-    so that a kernel can choose experts and add their updates in one call.
-    """
-
-    kept: ClassVar[tuple[str, ...]] = ()
-    unsigned: ClassVar[bool] = False  # only the lines of its vectors matter, not their signs
-    one_call: ClassVar[bool] = False
-    by_token: ClassVar[bool] = False  # a token's decision depends on nothing but the token
-
-    context: RoutingContext | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether no expert acts in the present pass, whatever its tokens are."""
-        return self.context is not None and self.context.no_expert_acts
-
-    def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for activations u [T, n]."""
-        raise NotImplementedError
-
-    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
-        """The decision where only the experts that are `active` [T, E] may act on each token.
-
-        By default that of `forward`, in which the others weigh 0; routers that score each token
-        choose among the active ones.
-        """
-        decision: RoutingDecision = self(u)
-        return RoutingDecision(
-            decision.experts, decision.weights * active.gather(1, decision.experts)
-        )
-
-    def distribution(self, u: Tensor) -> Tensor:
-        """The probabilities of all experts of the site before the choice of k, [T, E]."""
-        raise NotImplementedError
-
-    def sums(self, u: Tensor) -> Tensor:
-        """What `decide` needs of a share of the features, float64 [T, ..].
-
-        For layers whose input is split over processes: u [T, n'] is one's share, `kept` holds the
-        same share of n, and the sums of all processes are added before `decide`. Raises
-        RoutingError where the rule needs all features at once.
-        """
-        raise RoutingError(f"{type(self).__name__} can't choose by shares of an activation.")
-
-    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
-        """The decision of `forward` by the `sums` over all n features."""
-        raise NotImplementedError
-
-    def over(self, state: Mapping[str, Tensor]) -> SiteRouter:
-        """The same rule over other tensors, those of `kept` by name; copies nothing."""
-        twin: SiteRouter = object.__new__(type(self))
-        twin.__dict__ = {**self.__dict__, "_buffers": dict(state)}
-        return twin
-
-    def restart(self) -> None:
-        """Reset the random state for a new dataset."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The buffers in `kept`, by name."""
-        return {name: getattr(self, name) for name in self.kept}
+def products(u: Tensor, vectors: Tensor) -> Tensor:
+    """vᵀu for each token of u [T, n] and each of `vectors` [E, n], float32 [T, E]; ties stay so."""
+    if u.device.type == "cpu":
+        # Equal vectors must score equally, but how BLAS rounds in float32 depends on a vector's
+        # place. Float64's roundings don't show in float32.
+        return (u.double() @ vectors.double().T).float()
+    # On a GPU only single tokens are rounded by place (gemv): so one goes as two.
+    tokens = u.float() if len(u) != 1 else u.float().expand(2, -1)
+    return (tokens @ vectors.float().T)[: len(u)]
 
 
 @dataclass(frozen=True)
-class RouterSite:
-    """What a router is given to make its `SiteRouter` at one site.
+class Router(Settings):
+    """How a routed model chooses experts: the base of all routers, whose settings are fields.
 
-    `experts` [E] are the pool's indices of those that act there, `state` what `Router.state_at`
-    gave, and `context` what all sites share where experts are chosen for whole prompts.
+    A router says which `table` it makes of the experts at each site, and how it `scores` tokens by
+    that. The k best act, of equals the first, weighted by the softmax of their scores. A subclass
+    changes what it does otherwise; its settings may not be called as anything here is.
+    (`prompt.ByPrompt` is the base of routers that choose for whole prompts.)
+
+    `k`, `kernel` and `embedder` are the user's choices for any router (`config.Routing`), and no
+    settings of this one: k is 0 where it can't be chosen.
     """
 
-    name: str
-    experts: Tensor
-    pool_size: int
-    state: Mapping[str, Tensor]
-    context: RoutingContext | None
+    defined: ClassVar[dict[str, type[Router]]] = {}  # all that are imported, by name
+
+    name: ClassVar[str] = ""
+    label: ClassVar[str] = ""  # in tables
+    needs: ClassVar[tuple[str, ...]] = ()  # of gates, means, readings, embeddings, lora
+    given: ClassVar[tuple[str, ...]] = ()  # of scores, expert, weights, task, examples: by the user
+    usual_k: ClassVar[int | None] = None  # experts a token or, if `per_input`, an input
+    per_input: ClassVar[bool] = False
+    grows: ClassVar[bool] = True  # experts can join and leave without composing again
+    folds: ClassVar[bool] = False  # the same weights for all tokens, to be folded into the base's
+    private: ClassVar[tuple[str, ...]] = ()  # settings that are no business of files and clients
+    unserved: ClassVar[str | None] = None  # why a prompt alone isn't enough, as a sentence
+
+    # A letter for each size of the table's tensors, by name: E experts, n inputs (see `checks`).
+    sizes: ClassVar[Mapping[str, str]] = {}
+    fused: ClassVar[str] = ""  # scores that are STANDARDISED or ABSOLUTE, by the table's "vectors"
+    equal: ClassVar[bool] = False  # the chosen weigh 1/k each
+    by_token: ClassVar[bool] = True  # a token's decision depends on nothing but the token
+
+    k: int = 0
+    kernel: str = "auto"
+    embedder: str | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        frame = [base for base in cls.__mro__[1:] if issubclass(base, Settings)]
+        settings = {setting.name for base in frame for setting in settings_of(base)}
+        for name, kind in vars(cls).get("__annotations__", {}).items():
+            is_taken = name not in settings and any(name in vars(base) for base in frame)
+            if is_taken and "ClassVar" not in str(kind):
+                raise TypeError(f"{cls.__name__}.{name} can't be a setting: routers have {name}.")
+        if "name" in vars(cls):
+            cls.defined[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "k", (self.k or self.usual_k) if self.usual_k else 0)
+
+    # As text.
+
+    @classmethod
+    def summary(cls) -> str:
+        """A line about a router of another package, the first of its docstring; ours are listed."""
+        return (cls.__doc__ or cls.name).partition("\n")[0].rstrip(".")
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """The router with the settings in "SETTING=VALUE,SETTING=VALUE". Raises ConfigError."""
+        types = {setting.name: setting.type for setting in settings_of(cls)}
+        values: dict[str, object] = {}
+        for part in text.split(",") if text else ():
+            key, sign, value = part.partition("=")
+            if not sign or key in values:
+                raise ConfigError(
+                    f"router is {shortened(f'{cls.name}:{text}')}, but must be a name, or a name "
+                    f"and settings, each once: {cls.name}:SETTING=VALUE,SETTING=VALUE."
+                )
+            values[key] = read_text(value, types.get(key))
+        return from_mapping(cls, values, f"router {cls.name}")
 
     @property
-    def sees_all(self) -> bool:
-        """False inside one of the base's own experts, which sees some of a batch's tokens only."""
-        return OWN_EXPERTS not in self.name.split(".")
+    def text(self) -> str:
+        """As the user writes it: settings that aren't the usual ones, in the order of the class."""
+        return self._text(())
 
-    @property
-    def block(self) -> int:
-        """The index of the block that holds the site: the first number in its name."""
-        return int(next(part for part in self.name.split(".") if part.isdigit()))
+    @cached_property
+    def routing(self) -> Routing:
+        """How experts are chosen, as `compose` takes it."""
+        return Routing(self.text, self.k or None, self.kernel, self.embedder)
 
+    @cached_property
+    def recorded(self) -> Routing:
+        """The same as files and clients see it: nothing of the user's own machine."""
+        return replace(self.routing, router=self._text(self.private))
 
-class Router:
-    """How a routed model chooses experts, made of its settings; one subclass for each router."""
+    def _text(self, without: tuple[str, ...]) -> str:
+        changed = [
+            f"{each.name}={written(value)}"
+            for each in settings_of(type(self))
+            if (value := getattr(self, each.name)) != each.default and each.name not in without
+        ]
+        return ":".join([self.name, *([",".join(changed)] if changed else [])])
 
-    unserved: str | None = None  # why it can't choose by a prompt alone, as a sentence
-    folds = False  # True: the same weights for all tokens, which can be folded into the base's
-
-    config: Any  # its own settings, of the class that its record in the registry names
-
-    def __init__(self, routing: Routing) -> None:
-        choice = choice_of(routing.router)
-        self.spec, self.config = choice
-        self.routing = replace(routing, router=choice.text, k=routing.k or self.spec.k)
-
-    @property
-    def uses_k(self) -> bool:
-        """True if the user can choose the number of experts that a token, or an input, gets."""
-        return self.spec.k is not None
-
-    @property
-    def k(self) -> int:
-        """That number, as set or the router's own; 0 if the user can't choose it."""
-        return (self.routing.k or 0) if self.uses_k else 0
-
-    @property
-    def why_fixed(self) -> str | None:
-        """None where experts can join and leave, else why not and what to do, as a sentence."""
-        each = all(letters.startswith("E") for letters in self.form.values())
-        if self.spec.grows and each:
-            return None
-        return (
-            f"Router {self.spec.name} is made for the experts that it has; compose the pool again."
-        )
+    # What it is made of.
 
     def check(self, pool: Pool) -> None:
         """Raise PoolError, naming them, when experts of `pool` lack what the router needs."""
-        check_needs(pool, self.spec.needs, f"Router {self.spec.name} needs")
-
-    def used(self, pool: Pool) -> tuple[str, ...]:
-        """The parts of the experts of `pool` that its choices depend on; its needs by default."""
-        return self.spec.needs
-
-    @property
-    def file_digest(self) -> str | None:
-        """A hash of what is in the file that a setting names; None by default."""
-        return None
-
-    @property
-    def recorded(self) -> Routing:
-        """What files and clients see of its `routing`: nothing of the user's own machine."""
-        return self.routing
-
-    def read_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
-    ) -> None:
-        """Look at the base that `pool` is composed with, before `state_at`; nothing by default.
-
-        Raises ConfigError without a `tokenizer` where one is needed.
-        """
+        for need in self.needs:
+            without = [f"{e.name!r} ({e.kind})" for e in pool.experts if not e.lora]
+            if need != "lora":
+                pool.check_vectors(need)
+            elif without:
+                raise PoolError(
+                    f"Router {self.name} needs the factors of LoRAs, and there are none in "
+                    f"{', '.join(without)}: leave these out, or use another router."
+                )
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         """The experts of `pool` that can ever be chosen; all of them by default.
@@ -290,24 +184,147 @@ class Router:
         """
         return pool
 
+    def settled(
+        self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Self:
+        """The router after a look at the base that `pool` is composed with; itself by default.
+
+        Raises ConfigError without a `tokenizer` where one is needed.
+        """
+        return self
+
+    def used(self, pool: Pool) -> tuple[str, ...]:
+        """The parts of the experts of `pool` that its choices depend on."""
+        return self.needs
+
     @property
-    def form(self) -> Mapping[str, str]:
-        """A letter for each size of what `state_at` gives (see `checks`), by name."""
+    def file_digest(self) -> str | None:
+        """A hash of what is in the file that a setting names; None by default."""
+        return None
+
+    @property
+    def why_fixed(self) -> str | None:
+        """None where experts can join and leave, else why not and what to do, as a sentence."""
+        each = all(letters.startswith("E") for letters in self.sizes.values())
+        if self.grows and each:
+            return None
+        return f"Router {self.name} is made for the experts that it has; compose the pool again."
+
+    def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        """The tensors to choose by at `site`, of the experts of `pool` that act there."""
         return {}
 
-    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        """The tensors that the router needs at `site`, made of the experts of `pool`, by name."""
-        return {}
+    # How it chooses. `table` is the module of a site, with the table's tensors by name.
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        """The module that chooses experts at `site`."""
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        """The scores of all experts for each token of u [T, n], float32 [T, E]."""
         raise NotImplementedError
 
+    def constant(self, table: SiteRouter) -> Tensor | None:
+        """The weights [E], float32, that all tokens have; None where experts are chosen."""
+        return None
 
-def router_of(routing: Routing) -> Router:
-    """The router that `routing` asks for. Raises ConfigError when there is none of that name."""
-    found: Router = spec_of(routing.router).router(routing)
-    return found
+    def decision(
+        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+    ) -> RoutingDecision:
+        """The experts of each token of u [T, n], of those that are `active` [T, E] if given."""
+        constant = self.constant(table)
+        if constant is not None:
+            weights = constant.expand(len(u), -1)
+            experts = torch.arange(table.E, device=u.device).expand(len(u), -1)
+            return RoutingDecision(experts, weights if active is None else weights * active)
+        if self.fused and active is None:
+            given = u, table.vectors, table.k, table.eps
+            if native.runs_natively(u, table.vectors):
+                return RoutingDecision(*native.top_experts(*given))
+            if triton_gpu.runs_on_triton(u, table.vectors):
+                return RoutingDecision(*triton_gpu.top_experts(*given))
+        scores = self.scores(u, table)
+        if active is not None:
+            scores = scores.masked_fill(~active, -torch.inf)
+        experts = highest(scores, table.k)  # E_t
+        chosen = scores.gather(-1, experts)
+        if self.equal:
+            acting = chosen != -torch.inf
+            return RoutingDecision(
+                experts, acting.float() / acting.sum(-1, keepdim=True).clamp(min=1)
+            )
+        weights = chosen.softmax(dim=-1)
+        return RoutingDecision(experts, weights if active is None else weights.nan_to_num(0.0))
+
+    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
+        """The probabilities of all experts before the choice of k, [T, E]."""
+        constant = self.constant(table)
+        if constant is not None:
+            return constant.expand(len(u), -1)
+        return self.scores(u, table).softmax(dim=-1)
+
+    def restart(self, table: SiteRouter) -> None:
+        """Reset the random state for a new dataset."""
+
+
+class SiteRouter(nn.Module):
+    """A router at one site, where E experts of the pool act: its table, and where they are.
+
+    `members` [E] are their indices in the pool, `position` [pool_size + 1] the other way round.
+    The `context` has the choice for whole prompts, and whether any expert acts at all.
+    """
+
+    members: Tensor
+    position: Tensor
+    generator: torch.Generator  # of router random
+    vectors: Tensor
+    context: RoutingContext | None = None
+
+    def __init__(
+        self,
+        router: Router,
+        place: str,
+        members: Tensor,
+        pool_size: int,
+        table: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.router, self.place, self.pool_size, self.E = router, place, pool_size, len(members)
+        self.k = min(router.k, self.E)
+        self.eps: float | None = getattr(router, "eps", None)
+        parts = place.split(".")
+        # Inside one of the base's own experts, which sees some of a batch's tokens only.
+        self.sees_all = OWN_EXPERTS not in parts
+        self.block = int(next((part for part in parts if part.isdigit()), "0"))
+        position = torch.full((pool_size + 1,), NOBODY)
+        position[members.cpu()] = torch.arange(self.E)
+        for name, tensor in {**table, "members": members, "position": position}.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.restart()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no expert acts in the present pass, whatever its tokens are."""
+        return self.context is not None and self.context.no_expert_acts
+
+    def forward(self, u: Tensor, active: Tensor | None = None) -> RoutingDecision:
+        return self.router.decision(u, self, active)
+
+    def distribution(self, u: Tensor) -> Tensor:
+        return self.router.distribution(u, self)
+
+    def constant(self) -> Tensor | None:
+        return self.router.constant(self)
+
+    def restart(self) -> None:
+        self.router.restart(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """The table, which is saved with the model and changes when experts join or leave."""
+        return {name: getattr(self, name) for name in self.router.sizes}
+
+
+def written(value: object) -> str:
+    """The `value` of a setting as users write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def check_served(router: Router) -> None:
@@ -317,10 +334,7 @@ def check_served(router: Router) -> None:
 
 
 def check_routing(router: Router, pool: Pool) -> None:
-    """Refuse a routing that can't be; warn when `k` exceeds the pool.
-
-    Raises PoolError naming the experts that lack what the router needs.
-    """
+    """Raise PoolError for experts that lack what `router` needs; warn when `k` exceeds the pool."""
     router.check(pool)
     check_measured(router, pool, pool.records())
     warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
@@ -335,21 +349,21 @@ def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, An
         return
     named: dict[str | None, list[str]] = {}
     for record in records:
-        found = record.get("measured_in")
+        measured = record.get("measured_in")
         # bfloat16, float16 and float32 differ by rounding only.
-        kind = one_line(str(found).partition(", ")[2], 80) or "not quantised" if found else None
-        named.setdefault(kind, []).append(shortened(record["name"]))
-    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind)
+        kind = one_line(str(measured).partition(", ")[2], 80) or "not quantised"
+        named.setdefault(kind if measured else None, []).append(shortened(record["name"]))
+    kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind)
     if len(named.keys() - {None}) > 1:
         raise PoolError(
-            f"Router {router.spec.name} compares the experts' statistics, but they were measured "
-            f"on a base in different precisions ({told}). Measure those of one kind again, on a "
-            f"base of the other: phatgoose stats EXPERT --task ITS-DATA --no-embeddings."
+            f"Router {router.name} compares the experts' statistics, but they were measured on a "
+            f"base in different precisions ({kinds}). Measure those of one kind again, on a base "
+            f"of the other: phatgoose stats EXPERT --task ITS-DATA --no-embeddings."
         )
     if len(named) > 1:
         warnings.warn(
             f"Nothing records in which precision the statistics of {', '.join(named[None])} were "
-            f"measured, but of others ({told}). If it differs, wrong experts are chosen: "
+            f"measured, but of others ({kinds}). If it differs, wrong experts are chosen: "
             f"phatgoose stats measures again.",
             stacklevel=4,
         )
@@ -357,36 +371,21 @@ def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, An
 
 def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:
     """Warn if a `k` that the user chose is more than the `size` experts of `of`."""
-    if router.uses_k and router.k != router.spec.k and router.k > size:
+    if router.k not in (0, router.usual_k) and router.k > size:
         experts = "1 expert" if size == 1 else f"{size} experts"
         warnings.warn(f"k is {router.k}, but {of} {experts}; k is lowered.", stacklevel=stacklevel)
 
 
-def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:
-    """Raise PoolError, naming them, when experts of `pool` lack one of `needs`."""
-    for need in needs:
-        if need == "lora":
-            without = [f"{e.name!r} ({e.kind})" for e in pool.experts if not e.lora]
-            if without:
-                raise PoolError(
-                    f"{what} the factors of LoRAs, and there are none in {', '.join(without)}: "
-                    f"leave these out, or use another router."
-                )
-        else:
-            pool.check_vectors(need)
-
-
 def warn_of_constant_vectors(pool: Pool, router: Router, constant: Mapping[str, Tensor]) -> None:
     """Warn of experts whose vectors are 0 at some sites; `constant` marks them by site."""
-    found = Counter[str]()
+    sites = Counter[str]()
     for site, rows in constant.items():
-        if rows.any():
-            present = [expert.name for expert in pool.experts if site in expert.modules]
-            found.update(present[row] for row in rows.nonzero().flatten().tolist())
+        present = [expert.name for expert in pool.experts if site in expert.modules]
+        sites.update(present[row] for row in rows.nonzero().flatten().tolist())
     for name in pool.names:
-        if found[name]:
+        if sites[name]:
             warnings.warn(
-                f"Expert {name!r} has a constant vector for router {router.spec.name!r} at "
-                f"{found[name]} of {len(constant)} sites (never trained?); it scores 0 there.",
+                f"Expert {name!r} has a constant vector for router {router.name!r} at "
+                f"{sites[name]} of {len(constant)} sites (never trained?); it scores 0 there.",
                 stacklevel=3,
             )

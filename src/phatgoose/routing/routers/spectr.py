@@ -19,85 +19,59 @@ that; here all are computed, for the same result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...config import AT_LEAST_1
 from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
 from .arrow import small_svd
-from .phatgoose import products
-from .router import (
-    Router,
-    RouterSite,
-    RoutingDecision,
-    SiteRouter,
-    equal_shares,
-    highest,
-    highest_active,
-)
+from .router import Router, SiteRouter, highest, products
 
 NOTHING = 1e-6  # singular values below this share of the largest are rounding
 DIRECTIONS = "directions"  # the name of A* in files
 
 
-def padded_rows(pool: Pool, site: str, rows_of: Callable[[LoraFactors], Tensor]) -> Tensor:
-    """`rows_of` each LoRA at `site`, [E, q, n], with zeros up to the highest rank q."""
-    held = [rows_of(expert.lora[site]) for expert in pool.experts if site in expert.lora]
-    rank = max(len(rows) for rows in held)
-    return torch.stack([functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in held])
-
-
+@dataclass(frozen=True)
 class Spectr(Router):
-    @property
-    def form(self) -> Mapping[str, str]:
-        return {DIRECTIONS: "Eqn"}
+    """Router spectr: the top k of |A* u|, each with the weight 1/k."""
 
-    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+    name, label, needs, usual_k = "spectr", "SpectR", ("lora",), 2
+    sizes, equal = {DIRECTIONS: "Eqn"}, True
+
+    shortlist: Annotated[
+        int | None, "Experts to choose among, the best by Arrow's scores; default: all.", AT_LEAST_1
+    ] = None
+
+    def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         return {DIRECTIONS: padded_rows(pool, site, right_singular_vectors)}
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        return SpectrRouter(site.state[DIRECTIONS], self.k, self.config.shortlist)
-
-
-class SpectrRouter(SiteRouter):
-    """The top k of |A* u|, each with the weight 1/k; among a shortlist if there is one."""
-
-    kept: ClassVar[tuple[str, ...]] = (DIRECTIONS,)
-    by_token = True
-    directions: Tensor
-
-    def __init__(self, directions: Tensor, k: int, shortlist: int | None = None) -> None:
-        """`directions` [E, q, n] are the rows of A*; by the first `shortlist` are left."""
-        super().__init__()
-        self.register_buffer(DIRECTIONS, directions.float(), persistent=False)
-        self.k = min(k, len(directions))
-        self.shortlist = None if shortlist is None else max(self.k, shortlist)
-
-    def scores(self, u: Tensor) -> Tensor:
-        E, q, n = self.directions.shape
-        along = products(u, self.directions.reshape(E * q, n)).view(len(u), E, q)
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        along = along_directions(u, table.get_buffer(DIRECTIONS))
         scores: Tensor = along.norm(dim=-1)
-        if self.shortlist is None or self.shortlist >= E:
+        if self.shortlist is None or max(table.k, self.shortlist) >= table.E:
             return scores
-        listed = highest(along[..., 0].abs(), self.shortlist)
+        listed = highest(along[..., 0].abs(), max(table.k, self.shortlist))
         off = torch.full_like(scores, -torch.inf)
         return off.scatter(1, listed, scores.gather(1, listed))
 
-    def forward(self, u: Tensor) -> RoutingDecision:
-        experts = highest(self.scores(u), self.k)
-        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
 
-    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
-        scores = self.scores(u)
-        experts, acts = highest_active(scores, self.k, active & (scores > -torch.inf))
-        return RoutingDecision(experts, equal_shares(acts))
+def along_directions(u: Tensor, directions: Tensor) -> Tensor:
+    """The products of tokens u [T, n] with `directions` [E, q, n], float32 [T, E, q]."""
+    E, q, n = directions.shape
+    return products(u, directions.reshape(E * q, n)).view(len(u), E, q)
 
-    def distribution(self, u: Tensor) -> Tensor:
-        return self.scores(u).softmax(dim=-1)
+
+def padded_rows(pool: Pool, site: str, rows_of: Callable[[LoraFactors], Tensor]) -> Tensor:
+    """`rows_of` each LoRA at `site`, [E, q, n], with zeros up to the highest rank q."""
+    rows = [rows_of(expert.lora[site]) for expert in pool.experts if site in expert.lora]
+    rank = max(map(len, rows))
+    return torch.stack([functional.pad(each, (0, 0, 0, rank - len(each))) for each in rows])
 
 
 def right_singular_vectors(lora: LoraFactors) -> Tensor:

@@ -31,10 +31,10 @@ from ....routing.composition import composition_if_any
 from ....routing.layers import RoutedLinear
 from ....routing.open_model import is_pool, is_routed, require_pool
 from ....routing.recording import watch
-from ....routing.routers.automatic import settled
+from ....routing.routers.auto import settled
 from ....routing.routers.fixed import mixture_of
-from ....routing.routers.registry import AUTO
-from ....routing.routers.router import check_served, router_of
+from ....routing.routers.registry import AUTO, router_of
+from ....routing.routers.router import check_served
 from ....routing.saved import base_of, load
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, position_ids

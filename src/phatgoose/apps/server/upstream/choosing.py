@@ -15,9 +15,9 @@ from ....errors import ConfigError
 from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
 from ....routing.open_model import loaded_base, open_prompt_router, require_pool
-from ....routing.routers.automatic import settled_by_prompt
-from ....routing.routers.prompt_router import PromptRouter
-from ....routing.routers.registry import AUTO, WEIGHTS, spec_of
+from ....routing.routers.auto import BY_PROMPT, first_allowed
+from ....routing.routers.prompt import PromptRouter
+from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
 from ..protocol import Deadline, RoutingOverride, without_paths
 from ..requests import Frame
@@ -69,7 +69,7 @@ class ChosenPool:
         self.tokenizer = bases.tokenizer(settings, self.pool)
         self.in_chats = trained_in_chats(self.pool.records())
         self.engine: Engine | None = None
-        routing = settled_by_prompt(settings.routing or Routing(), self.pool)
+        routing = first_allowed(settings.routing or Routing(), self.pool, BY_PROMPT)
         self.routing = numbered(routing, len(self.pool))
         self.runner = self.composed(self.pool, self.routing)
 
@@ -111,13 +111,12 @@ class ChosenPool:
 
     def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
-        spec = spec_of(routing.router)
-        if spec.name != WEIGHTS and not spec.per_input:
+        if router.name != WEIGHTS and not router.router.per_input:
             raise ConfigError(
-                f"Router {spec.name} also chooses for every token, which engines can't do; use "
+                f"Router {router.name} also chooses for every token, which engines can't do; use "
                 f"discriminant, retrieval or another that chooses by the prompt alone."
             )
-        base = self._bases.weights(self.settings, pool) if router.reads_base else None
+        base = self._bases.weights(self.settings, pool) if router.router.reads_base else None
         if base is not None:
             router.choose([[self.tokenizer.eos_token_id or 0]], base)  # it fits, or is refused now
         return PromptChooser(router, base, self)
@@ -125,7 +124,8 @@ class ChosenPool:
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         pool = self.pool.select(override.keep, override.leave_out)
         if override.router == AUTO:
-            override = replace(override, router=settled_by_prompt(Routing(AUTO), pool).router)
+            usual = first_allowed(Routing(AUTO), pool, BY_PROMPT)
+            override = replace(override, router=usual.router)
         return overridden(self.routing, self.settings, override, len(pool)), pool
 
 

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from phatgoose.routing.growing import add_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 from transformers import PreTrainedModel
 
-from growth_cases import changed
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_prompt_router
-from phatgoose.routing.routers import discriminant, prompt_router
-from phatgoose.routing.routers.prompt_router import PromptRouter, Tables, embeddings_of
-from phatgoose.routing.saved import load, save
+from phatgoose.routing.routers import prompt, retrieval
+from phatgoose.routing.routers.prompt import best_of
+from phatgoose.routing.routers.retrieval import embeddings_of
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, scores_of, tokens_of
@@ -39,29 +41,13 @@ def same(one, other) -> bool:
 
 
 def test_the_best_are_weighted_by_the_softmax_of_their_scores():
-    router = PromptRouter(Tables(("a", "b", "c")))
-    router.k, router.temperature = 2, 0.5
     scores = torch.tensor([[0.1, 0.7, 0.3], [2.0, -1.0, 2.0]])
-    found = router.choice(scores)
+    found = best_of(scores, 2, 0.5)
     assert found.experts.tolist() == [[1, 2], [0, 2]]  # of equals the first
     expected = torch.tensor([[1.4, 0.6], [4.0, 4.0]]).exp()
     torch.testing.assert_close(found.weights, expected / expected.sum(1, keepdim=True))
-    router.k = 9
-    assert router.choice(scores).experts.shape == (2, 3)
-    router.k = 1
-    assert torch.equal(router.choice(torch.randn(5, 4)).weights, torch.ones(5, 1))
-
-
-@both_streams
-@each_router
-def test_features_give_the_scores_and_these_the_choice(base, pool, router):
-    model = compose(with_embeddings(pool), base, router=router, k=3)
-    chooser, prompts = composition_of(model).prompt_router, tokens_of(model, PROMPTS)
-    scores = chooser.scores(chooser.features(prompts, model))
-    torch.testing.assert_close(scores, chooser.score(prompts, model), atol=1e-5, rtol=1e-5)
-    assert torch.equal(chooser.choice(scores).experts, experts_of(model, PROMPTS).experts)
-    alone = torch.cat([scores_of(model, [text]) for text in PROMPTS])
-    torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-3)
+    assert best_of(scores, 9).experts.shape == (2, 3)
+    assert torch.equal(best_of(torch.randn(5, 4), 1).weights, torch.ones(5, 1))
 
 
 @both_streams
@@ -89,12 +75,16 @@ def test_a_bare_model_has_no_tokenizer_to_read_prompts_with(llama, llama_pool, r
 # Saved, grown and shrunk
 
 
-def test_experts_of_other_sizes_do_not_join(llama, llama_pool, tmp_path):
+def test_experts_of_other_sizes_do_not_join(llama, llama_pool):
     pool = with_embeddings(llama_pool)
     model = compose(pool.select(["e0", "e1"]), llama, router="centroid")
     short = replace(pool.experts[2], embeddings=pool.experts[2].embeddings[:, :8])
+    expert = pool.experts[2]
+    other = replace(expert, info=replace(expert.info, embedder="another/one"))
+    with pytest.raises(PoolError, match="come from another/one, those there from sent"):
+        add_experts(model, Pool((other,)))
     with pytest.raises(PoolError, match=r"new experts' centroids have shape \(8,\), .* \(64,\)"):
-        changed(model, tmp_path / "routed", llama, Pool((short,)))
+        add_experts(model, Pool((short,)))
 
 
 # Without a composed model
@@ -136,9 +126,9 @@ def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
     chooser = open_prompt_router(pool, router="centroid")
     other = open_prompt_router(pool, llama.tokenizer, router="centroid")
     assert same(chooser.choose(PROMPTS), other.choose(PROMPTS))
-    with pytest.raises(ConfigError, match="Router centroid needs the base's tokenizer"):
+    with pytest.raises(ConfigError, match="Router centroid reads prompts"):
         chooser.choose([[1, 2]])
-    with pytest.raises(ConfigError, match="needs the base's tokenizer"):
+    with pytest.raises(ConfigError, match="reads prompts; hand the base over"):
         open_prompt_router(pool, router="discriminant").choose(PROMPTS, llama.model)
 
 
@@ -178,7 +168,7 @@ def test_texts_are_embedded_as_training_inputs_are(llama, llama_pool, monkeypatc
     seen = []
     model = compose(with_embeddings(llama_pool), llama, router=router)
     monkeypatch.setattr(
-        prompt_router, "embed_texts", lambda *given: seen.append(given) or toy_embed(given[0])
+        retrieval, "embed_texts", lambda *given: seen.append(given) or toy_embed(given[0])
     )
     experts_of(model, PROMPTS[:1])
     example = Example("a", "b", ("b", "c"))
@@ -188,7 +178,7 @@ def test_texts_are_embedded_as_training_inputs_are(llama, llama_pool, monkeypatc
 
 def test_embeddings_of_another_size_are_refused(llama, llama_pool, monkeypatch):
     model = compose(with_embeddings(llama_pool), llama, router="centroid")
-    monkeypatch.setattr(prompt_router, "embed_texts", lambda texts, *_: torch.ones(len(texts), 3))
+    monkeypatch.setattr(retrieval, "embed_texts", lambda texts, *_: torch.ones(len(texts), 3))
     with pytest.raises(RoutingError, match=r"have 64 columns, those of .* 3; they are another"):
         experts_of(model, PROMPTS)
 
@@ -198,8 +188,6 @@ def test_the_pools_embeddings_are_told_apart_by_owner_and_embedder(llama_pool):
     found = embeddings_of(pool)
     assert found.owners.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
     torch.testing.assert_close(found.rows, torch.cat([e.embeddings for e in pool.experts]))
-    with pytest.raises(PoolError, match=r"come from .*, those there from another/one"):
-        embeddings_of(Pool(pool.experts[:1]), "another/one")
 
 
 @pytest.mark.parametrize("router", BY_TEXT)
@@ -263,18 +251,18 @@ def test_discriminants_choose_alike_by_what_others_read(base, pool, room, monkey
     for router in routings:
         wanted.append(scores_of(compose(pool, base, router=router), PROMPTS))
         detach(base.model)
-    passes, read = [], prompt_router.read_prompts
+    passes, read = [], prompt.read_prompts
 
     def counted(model, prompts, *rest, **how):
         passes.extend(prompts)
         return read(model, prompts, *rest, **how)
 
-    monkeypatch.setattr(prompt_router, "read_prompts", counted)
-    monkeypatch.setattr(discriminant, "MOST_BYTES", room)
+    monkeypatch.setattr(prompt, "read_prompts", counted)
+    monkeypatch.setattr(prompt, "MOST_BYTES", room)
     states = {}
     for router, scores in zip(routings, wanted, strict=True):
         model = compose(pool, base, router=router)
-        composition_of(model).prompt_router.remember(states)
+        composition_of(model).prompt_router.states = states
         torch.testing.assert_close(
             scores_of(model, [*PROMPTS, PROMPTS[0]])[:-1], scores, atol=1e-5, rtol=1e-5
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from phatgoose.routing.saved.save import save
 
 from mixed_experts import make_ia3
 from phatgoose.analysis.analyse import analyse
@@ -16,15 +17,9 @@ from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers import automatic
-from phatgoose.routing.routers.automatic import (
-    DECODER_ONLY,
-    ENCODER_DECODER,
-    settled,
-    settled_by_token,
-)
-from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.saved import save
+from phatgoose.routing.routers import auto
+from phatgoose.routing.routers.auto import BY_TOKEN, DECODER_ONLY, first_allowed, settled
+from phatgoose.routing.routers.registry import class_of
 from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids
@@ -41,7 +36,7 @@ def stripped(pool: Pool, *parts: str) -> Pool:
 @pytest.fixture
 def embedded(llama_pool, monkeypatch) -> Pool:
     """The pool, whose experts have embeddings of an embedder that is on this machine."""
-    monkeypatch.setattr(automatic, "can_embed", lambda: True)
+    monkeypatch.setattr(auto, "can_embed", lambda: True)
     return with_embeddings(llama_pool)
 
 
@@ -86,7 +81,7 @@ def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
     assert settled(routing, unread, llama.model, llama.tokenizer).router == "retrieval"
     found = settled(routing, Pool((other, *rest)), llama.model, llama.tokenizer)
     assert found.router == "phatgoose"
-    monkeypatch.setattr(automatic, "can_embed", lambda: False)
+    monkeypatch.setattr(auto, "can_embed", lambda: False)
     assert settled(routing, unread, llama.model, llama.tokenizer).router == "phatgoose"
 
 
@@ -124,14 +119,16 @@ def test_one_expert_with_statistics_is_composed(llama, llama_pool):
 
 
 def test_where_prompts_come_in_pieces_auto_goes_by_tokens(llama_pool, embedded):
-    assert settled_by_token(Routing(), embedded).router == "phatgoose"
-    assert settled_by_token(Routing(), stripped(llama_pool, "gates", "means")).router == "arrow"
+    assert first_allowed(Routing(), embedded, BY_TOKEN).router == "phatgoose"
+    assert (
+        first_allowed(Routing(), stripped(llama_pool, "gates", "means"), BY_TOKEN).router == "arrow"
+    )
 
 
 def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can_give():
-    for names in (DECODER_ONLY, ENCODER_DECODER):
-        assert not ROUTERS[names[-1]].needs
-        assert not any(ROUTERS[name].given for name in names)
+    for names in (DECODER_ONLY, BY_TOKEN):
+        assert not class_of(names[-1]).needs
+        assert not any(class_of(name).given for name in names)
 
 
 def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog):

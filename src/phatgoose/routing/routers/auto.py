@@ -13,7 +13,7 @@ from ...config import Routing
 from ...errors import PoolError
 from ...experts.pool import REMEDIES, Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
-from .registry import AUTO, ROUTERS
+from .registry import AUTO, OURS
 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 BY_PROMPT = ("discriminant", "retrieval")  # by the prompt alone
@@ -22,8 +22,7 @@ NO_CHOICE = (
     "stats' on each, with its data, for readings and embeddings."
 )
 BY_TOKEN = ("phatgoose", "average-activation", "arrow", "merged")
-ENCODER_DECODER: tuple[str, ...] = BY_TOKEN
-DECODER_ONLY: tuple[str, ...] = (*BY_PROMPT, *BY_TOKEN)
+DECODER_ONLY = (*BY_PROMPT, *BY_TOKEN)
 
 logger = logging.getLogger(__name__)
 
@@ -34,30 +33,16 @@ def settled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Routing:
-    """`routing` with the first router that the experts of `pool` allow in place of auto.
+    """`routing` with the first router that base and experts allow, if it is auto."""
+    no_prompts = model.config.is_encoder_decoder or tokenizer is None
+    return first_allowed(routing, pool, BY_TOKEN if no_prompts else DECODER_ONLY)
 
-    The choice is logged in one line. Each list ends with a router that needs nothing.
+
+def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:
+    """`routing` with the first router of `order` that the experts of `pool` allow, if it is auto.
+
+    The choice is logged in one line. Raises PoolError when they allow none.
     """
-    order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
-    if tokenizer is None:
-        order = BY_TOKEN
-    return _settled(routing, pool, order)
-
-
-def settled_by_token(routing: Routing, pool: Pool) -> Routing:
-    """As `settled`, by a router that looks at tokens only."""
-    return _settled(routing, pool, BY_TOKEN)
-
-
-def settled_by_prompt(routing: Routing, pool: Pool) -> Routing:
-    """As `settled`, by a router that looks at the prompt alone.
-
-    Raises PoolError when the experts allow none.
-    """
-    return _settled(routing, pool, BY_PROMPT)
-
-
-def _settled(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:
     if routing.router != AUTO:
         return routing
     missing: dict[str, None] = {}
@@ -65,7 +50,7 @@ def _settled(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:
         if unmet := _unmet(pool, name):
             missing |= dict.fromkeys(unmet)
             continue
-        if routing.k is not None and ROUTERS[name].k is None:
+        if routing.k is not None and OURS[name].k is None:
             warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=4)
         logger.info("Router auto is %s%s.", name, _why(missing, pool))
         return replace(routing, router=name)
@@ -79,25 +64,21 @@ def allows_choice_by_prompt(pool: Pool) -> bool:
 
 def _unmet(pool: Pool, router: str) -> list[str]:
     """What `router` needs that not every expert has, or this machine."""
-    needs = ROUTERS[router].needs
+    needs = OURS[router].needs
     unmet = [need for need in needs if pool.lacking(need)]
-    if "embeddings" in needs and "embeddings" not in unmet and not _embeds_here(pool):
+    made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
+    embeds_here = can_embed() and made == {(DEFAULT_EMBEDDER, PROMPT)}
+    if needs == ("embeddings",) and not unmet and not embeds_here:
         unmet.append("their embedder on this machine")
     return unmet
 
 
 def _why(missing: Iterable[str], pool: Pool) -> str:
-    def told(need: str) -> str:
+    named, commands = [], dict[str, None]()
+    for need in missing:
         lack = len(pool.lacking(need)) if need in REMEDIES else 0
         some = f" of all experts ({lack} of {len(pool)} lack them)" if 0 < lack < len(pool) else ""
-        return {"lora": "LoRAs"}.get(need, need) + some
-
-    named = [told(need) for need in missing]
-    commands = dict.fromkeys(f"phatgoose {REMEDIES[need]}" for need in missing if need in REMEDIES)
+        named.append({"lora": "LoRAs"}.get(need, need) + some)
+        commands |= {f"phatgoose {REMEDIES[need]}": None} if need in REMEDIES else {}
     adds = f" ({', '.join(commands)})" if commands else ""
     return f"; routers tried before it need {', '.join(named)}{adds}" if named else ""
-
-
-def _embeds_here(pool: Pool) -> bool:
-    made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
-    return can_embed() and made == {(DEFAULT_EMBEDDER, PROMPT)}

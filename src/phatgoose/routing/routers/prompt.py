@@ -1,0 +1,286 @@
+"""Routers that choose for a whole prompt: features of it, scores of them, experts and weights.
+
+A `PromptRouter` needs no composed model (`open_model.open_prompt_router` makes one of a pool or a
+saved model). In a routed model the sites follow it through a `RoutingContext`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import ConfigError, PoolError, RoutingError
+from ...experts.kind import dense_weights
+from ...experts.pool import Pool
+from ...tasks.embeddings import prompt_texts
+from ...tasks.prompt_passes import PromptReading, read_prompts
+from ..choices import Choice
+from ..context import base_alone
+from .router import Router, RoutingDecision, SiteRouter, highest
+from .scores import Scores
+
+OWNERS = "owners"  # among tables, whose experts the rows of the others are
+
+Prompt = str | Sequence[int]  # text, or tokens as the model reads them
+States = dict[tuple[int, ...], Tensor]  # what a base makes of prompts, by their tokens
+MOST_BYTES = 2**30  # of remembered states: some 7,000 prompts of a base of 30 blocks of 576 numbers
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a prompt router knows of its experts, as it is saved with a model (docs/format.md).
+
+    `names` are the pool's in order. `tensors` have a row for each expert, or any number of rows
+    whose experts are `owners` among them; `info` is JSON.
+    """
+
+    names: tuple[str, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def saved(self) -> dict[str, Tensor]:
+        return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}
+
+    def grown(self, more: Tables) -> Tables:
+        """These experts and `more`, in order. Raises PoolError when they can't be compared."""
+        theirs, ours = (info.get("embedder") for info in (more.info, self.info))
+        if theirs != ours:
+            raise PoolError(f"The experts' embeddings come from {theirs}, those there from {ours}.")
+        tensors = {}
+        for name, old in self.tensors.items():
+            new = more.tensors[name]
+            if old.shape[1:] != new.shape[1:]:
+                raise PoolError(
+                    f"The new experts' {name} have shape {tuple(new.shape[1:])}, those of the "
+                    f"pool {tuple(old.shape[1:])}; measure them again."
+                )
+            # Owners are indices, which go on from the experts before.
+            tensors[name] = torch.cat([old, new + len(self.names) if name == OWNERS else new])
+        return Tables((*self.names, *more.names), tensors, self.info)
+
+    def shrunk(self, place: Tensor) -> Tables:
+        """The tables with experts at their new index in `place` [E]; -1 if an expert leaves."""
+        names = tuple(name for name, z in zip(self.names, place.tolist(), strict=True) if z >= 0)
+        owners = place[self.tensors[OWNERS]] if OWNERS in self.tensors else place
+        tensors = {name: rows[owners >= 0] for name, rows in self.tensors.items()}
+        if OWNERS in tensors:
+            tensors[OWNERS] = owners[owners >= 0]
+        return Tables(names, tensors, self.info)
+
+
+@dataclass(frozen=True)
+class ByPrompt(Router):
+    """The base of routers that choose experts for a whole prompt.
+
+    They make `tables` of a pool, which are saved with a model; `ready` turns them into whatever
+    scores are made with. Of prompts they make `features`, and of these `prompt_scores`. The k best
+    act, weighted by the softmax of their scores over the setting `temperature`, if there is one.
+    """
+
+    per_input, by_token = True, False
+    prompt_sizes: ClassVar[Mapping[str, str]] = {}  # of the tables, as `sizes`; M if by "owners"
+    reads_prompts: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = False  # True where `features` need the base
+    chooses: ClassVar[bool] = True  # False where weights are scores of all experts
+
+    @property
+    def prompt_k(self) -> int:
+        """How many experts a prompt gets."""
+        return self.k
+
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        """What there is to know of the experts of `pool`.
+
+        Raises PoolError when an expert lacks what it needs, ConfigError without `scores` where they
+        are needed.
+        """
+        return Tables(pool.names)
+
+    def ready(self, tables: Tables) -> Any:
+        """What to score with. Raises RoutingError and ConfigError for tables that are no use."""
+        return tables
+
+    def features(
+        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+    ) -> Any:
+        """What scores go by: a tensor [prompts, ..], or a pair of them."""
+        raise NotImplementedError
+
+    def prompt_scores(self, features: Any, ready: Any) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E], or [prompts, blocks, E]."""
+        raise NotImplementedError
+
+    def score(
+        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+    ) -> Tensor:
+        return self.prompt_scores(self.features(chooser, prompts, base), chooser.ready)
+
+    def choice(self, scores: Tensor) -> Choice:
+        """The k best of each of `scores` [.., E]; k is lowered to E. One has weight 1 exactly."""
+        return best_of(scores, self.prompt_k, getattr(self, "temperature", 1.0))
+
+    def choose(
+        self,
+        chooser: PromptRouter,
+        prompts: Sequence[Prompt],
+        base: PreTrainedModel | None,
+        known: Mapping[str, Any],
+    ) -> Choice:
+        """The choice for each prompt; evaluations say what else is `known` of them."""
+        return self.choice(self.score(chooser, prompts, base))
+
+    # At a site: the experts that the context has for each row, as it weighs them.
+
+    def decision(
+        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+    ) -> RoutingDecision:
+        choice = choice_at(u, table)
+        experts = table.position[choice.experts]
+        # Absent here, or NOBODY (the base): row 0 with weight 0.
+        weights, experts = choice.weights * (experts >= 0), experts.clamp(min=0)
+        if active is not None:
+            weights = weights * active.gather(1, experts)
+        return RoutingDecision(experts, weights)
+
+    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
+        decision = self.decision(u, table)
+        return dense_weights(decision.experts, decision.weights, table.E)
+
+
+def choice_at(u: Tensor, table: SiteRouter) -> Choice:
+    """The experts that were chosen for the prompt of each token of u [T, n]."""
+    if table.context is None:
+        raise RoutingError(f"{table.place} is in no model that has read a prompt.")
+    return table.context.of_each(u, table.sees_all, table.block)
+
+
+def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
+    """The k best of `scores` [.., E], by the softmax of these over the `temperature`."""
+    experts = highest(scores, min(k, scores.shape[-1]))
+    return Choice(experts, (scores.gather(-1, experts).float() / temperature).softmax(dim=-1))
+
+
+@dataclass(frozen=True)
+class ReadsBase(ByPrompt):
+    """The base of routers whose features are what the base alone makes of a prompt.
+
+    In a routed model every prompt passes once with no expert at work, before it passes with its
+    experts.
+    """
+
+    reads_base = True
+
+    def reading(self, base: PreTrainedModel, ready: Any) -> PromptReading:
+        """What takes the features from passes of `base`."""
+        raise NotImplementedError
+
+    def features(
+        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+    ) -> Tensor:
+        states, tokens = chooser.states, [tuple(each) for each in chooser.tokens(prompts)]
+        if states is None:
+            return self.read_features(chooser, tokens, base)
+        new = [prompt for prompt in dict.fromkeys(tokens) if prompt not in states]
+        read = dict(zip(new, self.read_features(chooser, new, base) if new else (), strict=True))
+        for prompt, features in read.items():
+            if (len(states) + 1) * features.nbytes <= MOST_BYTES:
+                states[prompt] = features.clone()  # not a view, which would keep all
+        return torch.stack([states[each] if each in states else read[each] for each in tokens])
+
+    def score(
+        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+    ) -> Tensor:
+        if chooser.states is not None:
+            return super().score(chooser, prompts, base)
+        # Batch by batch: the features of a whole dataset can be gigabytes.
+        return self.read_features(
+            chooser,
+            chooser.tokens(prompts),
+            base,
+            then=lambda features: self.prompt_scores(features, chooser.ready),
+        )
+
+    def read_features(
+        self,
+        chooser: PromptRouter,
+        prompts: Sequence[Sequence[int]],
+        base: PreTrainedModel | None,
+        then: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        if not prompts or not all(prompts):
+            raise RoutingError(f"Router {self.name} can't choose for an empty prompt, or for none.")
+        if base is None:
+            raise RoutingError(
+                f"Router {self.name} reads prompts with a model; hand over the experts' base."
+            )
+        with base_alone(base):
+            return read_prompts(base, prompts, self.reading(base, chooser.ready), then=then)
+
+
+class PromptRouter:
+    """Chooses experts for prompts by a `router`, among the experts in `tables`.
+
+    Some features are of a prompt's text, others what the base makes of it; only these need `base`,
+    a model, which may be routed by this router. Prompts are tokens as the model reads them; text is
+    tokenised plainly, or where there is no `tokenizer` embedded as it is. `states`, if it is a
+    dictionary, is shared with others who read prompts with the base.
+    """
+
+    def __init__(
+        self,
+        router: ByPrompt,
+        tables: Tables,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.router, self.tables, self.tokenizer = router, tables, tokenizer
+        self.ready = router.ready(tables)
+        self.states: States | None = None
+        self.name, self.k, self.unserved = router.name, router.prompt_k, router.unserved
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of the experts whose indices a choice has."""
+        return self.tables.names
+
+    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E]."""
+        return self.router.score(self, prompts, base)
+
+    def choose(
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
+    ) -> Choice:
+        """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
+
+        Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
+        RoutingError where `base` is needed and missing or another one than the experts read, or
+        where it has nothing to read, ConfigError where a `tokenizer` is needed and missing.
+        """
+        return self.router.choose(self, prompts, base, known)
+
+    def with_tables(self, tables: Tables) -> PromptRouter:
+        return PromptRouter(self.router, tables, self.tokenizer)
+
+    def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The prompts' tokens. Raises ConfigError for text without a tokenizer."""
+        return [
+            list(self._needed()(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+            for prompt in prompts
+        ]
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The prompts as text without special tokens, which is what was embedded of experts'."""
+        if self.tokenizer is None and all(isinstance(prompt, str) for prompt in prompts):
+            return [str(prompt) for prompt in prompts]
+        return prompt_texts(self._needed(), self.tokens(prompts))
+
+    def _needed(self) -> Any:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"Router {self.name} reads prompts; hand the base over with its tokenizer."
+            )
+        return self.tokenizer

@@ -1,0 +1,376 @@
+"""What every router promises: for each that is installed, by brute force.
+
+`make test-more-routers` runs these tests for the routers of examples/more-routers too.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.change import add_to_saved, remove_from_saved
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from torch import Tensor
+
+from growth_cases import NAMES as EXPERTS
+from growth_cases import assert_same_models
+from mixed_experts import ordered
+from phatgoose.config import Routing, settings_of
+from phatgoose.errors import PoolError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.layers import FoldedLinear
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.prompt import ByPrompt
+from phatgoose.routing.routers.registry import OURS, class_of, known_names, listing, router_of
+from phatgoose.routing.routers.router import Router, SiteRouter
+from phatgoose.tasks.batching import pad_left, pad_right
+from routed_models import compose_by, of_task, with_embeddings
+from tiny import logits_of, make_ids, random
+from topic_prompts import PROMPTS, both_streams, experts_of
+
+NAMES = known_names()
+KINDS = {name: class_of(name) for name in NAMES}
+BY_PROMPT = [name for name in NAMES if issubclass(KINDS[name], ByPrompt)]
+GROWING = [name for name in NAMES if KINDS[name].grows]
+FIXED = [name for name in NAMES if not KINDS[name].grows]
+SCORING = [  # those that choose for each token by scores of their own
+    name
+    for name in NAMES
+    if KINDS[name].scores is not Router.scores
+    and KINDS[name].decision is Router.decision
+    and name != "random"
+]
+each_router = pytest.mark.parametrize("name", NAMES)
+pytestmark = [
+    pytest.mark.usefixtures("toy_embedder"),
+    pytest.mark.filterwarnings("ignore:k is", "ignore:Expert .* has a constant vector"),
+]
+
+
+def layers_of(model) -> list:
+    """The routed layers of `model` that aren't folded."""
+    layers = composition_of(model).layers.values()
+    return [layer for layer in layers if not isinstance(layer, FoldedLinear)]
+
+
+def told(model):
+    """`model`, whose next passes are about three prompts if its router chooses by prompts."""
+    context = composition_of(model).context
+    if context is not None and composition_of(model).router.name != "oracle":
+        context.use(experts_of(model, PROMPTS[:3]))
+    return model
+
+
+def restarted(router: SiteRouter) -> SiteRouter:
+    router.restart()
+    return router
+
+
+# What is declared
+
+
+@each_router
+def test_its_line_in_the_list_is_that_of_its_class(name):
+    kind, listed = KINDS[name], listing()[name]
+    assert (kind.name, kind.needs, kind.usual_k) == (name, listed.needs, listed.k)
+    assert kind.label
+    assert listed.summary
+    assert name not in OURS or kind.__module__.endswith(listed.place.partition(":")[0])
+    assert kind.fused in ("", "v̄ᵀū/√n", "|vᵀu|")
+
+
+@each_router
+def test_its_settings_are_read_as_they_are_written(name):
+    kind = KINDS[name]
+    assert router_of(Routing(name, k=3)).k == (3 if kind.usual_k else 0)
+    assert router_of(Routing(name)).k == (kind.usual_k or 0)
+    for setting in settings_of(kind):
+        value = other_than(setting, kind)
+        router = replace(kind(), **{setting.name: value})
+        assert router_of(Routing(router.text)) == router
+        assert router.text != name
+        hidden = setting.name in kind.private
+        assert (router.recorded == name) == hidden
+
+
+def other_than(setting, kind):
+    """A value that the setting may have and that isn't its default."""
+    named = re.search(r"one of ([\w, -]+)", setting.limit.words if setting.limit else "")
+    if setting.name == "mixture":
+        return "e0=0.5,e1=-2.0"
+    if named:
+        return next(v for v in named[1].split(", ") if v != setting.default)
+    if isinstance(setting.default, int | float):
+        return setting.default / 2 if isinstance(setting.default, float) and setting.default else 1
+    return 2 if "int" in str(setting.type) else "text"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if KINDS[name].needs])
+def test_experts_that_lack_what_it_needs_are_named(name, llama, llama_pool, llama_mixed):
+    for need in KINDS[name].needs:
+        if need == "lora":
+            others, message = with_embeddings(llama_mixed), r"'ia32' \(ia3\), 'bottleneck3'"
+        else:
+            pool = with_embeddings(llama_pool)
+            bare = replace(pool.experts[0], **{need: None if need == "embeddings" else {}})
+            others, message = Pool((bare, *pool.experts[1:])), f"'e0' has no {need}"
+        with pytest.raises(PoolError, match=message):
+            router_of(Routing(name)).check(others)
+        with pytest.raises(PoolError, match=message):
+            compose_as_it_is(name, others, llama)
+    assert not hasattr(llama.model, "phatgoose")
+
+
+def compose_as_it_is(name: str, pool: Pool, base):
+    from phatgoose.routing.compose import compose
+
+    return compose(pool, base, router=name)
+
+
+@each_router
+def test_a_k_above_the_pool_is_lowered_and_told_where_k_matters(name, llama, llama_pool):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = compose_by(name, llama_pool, llama, k=90)
+    said = [str(each.message) for each in caught]
+    expected = "k is 90, but the pool has 4 experts; k is lowered."
+    assert (expected in said) == (KINDS[name].usual_k is not None)
+    assert all(layer.router.k <= 4 for layer in layers_of(model))
+
+
+# What is decided at a site
+
+
+@each_router
+def test_weights_are_of_different_experts_and_sum_to_one(name, llama, llama_pool):
+    model = told(compose_by(name, llama_pool, llama))
+    for layer in layers_of(model):
+        decision = layer.router(random(6, layer.in_features))
+        assert decision.experts.shape == decision.weights.shape
+        assert decision.experts.dtype == torch.int64
+        assert decision.weights.dtype == torch.float32
+        torch.testing.assert_close(decision.weights.sum(dim=-1), torch.ones(6))
+        assert decision.experts.sort(dim=-1).values.diff(dim=-1).ne(0).all()
+        none = layer.router(random(0, layer.in_features))
+        assert none.experts.shape == (0, decision.experts.shape[1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("name", SCORING)
+def test_the_best_by_score_act_the_first_of_equals_first(name, llama, llama_pool, k):
+    """Experts 0 and 2, and 1 and 3, are alike, so that all scores are ties."""
+    first, second = with_embeddings(llama_pool).experts[:2]
+    twins = [replace(e, info=replace(e.info, name=f"{e.name}b")) for e in (first, second)]
+    model = told(compose_by(name, Pool((first, second, *twins)), llama, k=k))
+    for layer in layers_of(model)[:3]:
+        u = random(7, layer.in_features)
+        with torch.no_grad():
+            decision = layer.router(u)
+        scores = layer.router.router.scores(u, layer.router)
+        assert torch.equal(scores[:, :2], scores[:, 2:])
+        for row, chosen in zip(scores.tolist(), decision.experts.tolist(), strict=True):
+            assert chosen == sorted(range(4), key=lambda z: -row[z])[:k]
+        assert_weights(layer.router, scores, decision)
+
+
+def assert_weights(router: SiteRouter, scores: Tensor, decision) -> None:
+    chosen = scores.gather(1, decision.experts)
+    wanted = chosen.softmax(dim=-1)
+    if router.router.equal:
+        wanted = torch.full_like(chosen, 1 / router.k)
+    torch.testing.assert_close(decision.weights, wanted, rtol=1e-4, atol=1e-6)
+
+
+@each_router
+def test_only_experts_that_are_active_act(name, llama, llama_pool):
+    model = told(compose_by(name, llama_pool, llama))
+    active = torch.rand(6, 4, generator=torch.Generator().manual_seed(3)) < 0.5
+    active[0], active[1] = False, True
+    for layer in layers_of(model)[:4]:
+        u = random(6, layer.in_features)
+        E = len(layer.experts)
+        free = restarted(layer.router)(u)
+        decision = restarted(layer.router)(u, active[:, :E])
+        dense = torch.zeros(6, E).scatter_add(1, decision.experts, decision.weights)
+        assert not dense[~active[:, :E]].any()
+        torch.testing.assert_close(decision.weights[1], free.weights[1])
+        if name in SCORING or name == "random":
+            some = active[:, :E].any(dim=1)
+            torch.testing.assert_close(dense[some].sum(dim=1), torch.ones(int(some.sum())))
+            scores = restarted(layer.router).router.scores(u, layer.router)
+            for t in some.nonzero().flatten().tolist():
+                allowed = [z for z in range(E) if active[t, z]]
+                best = sorted(allowed, key=lambda z: -float(scores[t, z]))[: layer.router.k]
+                assert {z for z in range(E) if dense[t, z]} == {z for z in best if dense[t, z]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in SCORING if KINDS[name].by_token])
+def test_a_token_alone_chooses_as_in_a_batch(name, llama, llama_pool, dtype):
+    model = compose_by(name, llama_pool, llama)
+    for layer in layers_of(model)[:3]:
+        router, u = copy.deepcopy(layer.router).to(dtype), random(9, layer.in_features).to(dtype)
+        for tokens in (u, u.clone().requires_grad_()):  # the native kernel, and torch
+            together = router(tokens)
+            alone = [router(tokens[t : t + 1]) for t in range(len(u))]
+            assert torch.equal(torch.cat([each.experts for each in alone]), together.experts)
+            weights = torch.cat([each.weights for each in alone])
+            torch.testing.assert_close(weights, together.weights, rtol=1e-6, atol=1e-6)
+
+
+@each_router
+def test_a_layer_adds_its_experts_updates_by_their_weights(name, llama, llama_pool):
+    model = told(compose_by(name, llama_pool, llama))
+    for layer in layers_of(model)[:4]:
+        u = random(6, layer.in_features)
+        decision = restarted(layer.router)(u)
+        wanted = layer.base(u).double()
+        for t in range(6):
+            for z, weight in zip(decision.experts[t], decision.weights[t], strict=True):
+                lora = llama_pool[composition_of(model).experts[layer.experts[z]]].lora
+                factors = lora[layer.site.name]
+                update = factors.scale * factors.B.double() @ (factors.A.double() @ u[t].double())
+                wanted[t] += weight.double() * update
+        layer.router.restart()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(u).double(), wanted, rtol=1e-4, atol=1e-4)
+        probabilities = restarted(layer.router).distribution(u)
+        assert probabilities.shape == (6, len(layer.experts))
+        torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(6))
+
+
+# In a model
+
+
+@each_router
+@both_streams
+def test_it_leaves_the_base_as_it_was(name, base, pool):
+    ids, plain = make_ids(rows=2), dict(base.model.named_modules())
+    attributes, wanted = set(vars(base.model)), logits_of(base.model, ids)
+    assert not torch.equal(logits_of(compose_by(name, pool, base), ids), wanted)
+    detach(base.model)
+    assert dict(base.model.named_modules()) == plain
+    assert set(vars(base.model)) == attributes
+    for module in base.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert torch.equal(logits_of(base.model, ids), wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
+@both_streams
+def test_it_generates_a_padded_batch_as_its_rows_alone(name, base, pool):
+    model = compose_by(name, pool, base)
+    long, short = make_ids(tokens=9), make_ids(tokens=5, seed=1)
+    pad = pad_right if base.is_encoder_decoder else pad_left
+    ids = pad([long[0].tolist(), short[0].tolist()], 0)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    got = model.generate(ids, attention_mask=ids.ne(0).long(), **options)
+    for row, alone in zip(got, (long, short), strict=True):
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(row[-5:], wanted[0, -5:])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "lora" not in KINDS[name].needs])
+def test_it_routes_experts_of_every_kind_and_saves_them(name, llama, llama_mixed, tmp_path):
+    if name in ("best-individual", "oracle"):
+        pytest.skip("their scores are of LoRAs")
+    pool = ordered(llama_mixed, ["lora0", "bottleneck3", "ia32", "biased1"])
+    model, ids = compose_by(name, pool, llama), make_ids(rows=2)
+    with record(model) as recording:
+        wanted = logits_of(model, ids)
+    assert wanted.isfinite().all()
+    assert any(shares.any() for shares in recording.usage().values())
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = load(tmp_path / "routed", llama)
+    assert torch.equal(logits_of(loaded, ids), wanted)
+
+
+# Saved, grown and shrunk
+
+
+@each_router
+@both_streams
+def test_a_saved_model_is_the_same(name, base, pool, tmp_path):
+    model, ids = compose_by(name, pool, base), make_ids(rows=2)
+    with record(model) as recording:
+        wanted = logits_of(model, ids)
+    parts = composition_of(model)
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = of_task(load(tmp_path / "routed", base), "second")
+    with record(loaded) as again:
+        assert torch.equal(logits_of(loaded, ids), wanted)
+    assert all(torch.equal(again.usage()[s], used) for s, used in recording.usage().items())
+    assert composition_of(loaded).router.recorded == parts.router.recorded
+    assert composition_of(loaded).experts == parts.experts
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_model_that_grows_and_shrinks_is_the_one_composed_at_once(name, llama, uneven):
+    pool = with_embeddings(uneven)
+
+    def composed(names):
+        return compose_as_it_is(name, pool.select(names), copy.deepcopy(llama))
+
+    model = composed(["e0"])
+    assert add_experts(model, pool.select(["e1"])) is model
+    add_experts(model, pool.select(["e2", "e3"]))
+    assert_same_models(model, composed(EXPERTS))
+    remove_experts(model, ["e1"])
+    assert_same_models(model, composed(["e0", "e2", "e3"]))
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_folder_that_grows_and_shrinks_is_the_one_saved_at_once(name, llama, uneven, tmp_path):
+    pool, folder = with_embeddings(uneven), tmp_path / "routed"
+
+    def saved(names, folder):
+        model = compose_as_it_is(name, pool.select(names), copy.deepcopy(llama))
+        save(model, folder, overwrite=True)
+
+    def assert_same(names):
+        saved(names, tmp_path / "wanted")
+        for file in ("routed.json", "routed.safetensors", "README.md"):
+            assert (folder / file).read_bytes() == (tmp_path / "wanted" / file).read_bytes()
+
+    saved(["e0", "e1"], folder)
+    add_to_saved(folder, pool.select(["e2"]))
+    assert add_to_saved(folder, pool.select(["e3"])).names == EXPERTS
+    assert_same(EXPERTS)
+    # Directions of spectr stay as many as they were, filled up with zeros.
+    left = ("e1", "e2") if name == "spectr" else ("e1", "e3")
+    assert remove_from_saved(folder, set(EXPERTS) - set(left)).names == left
+    assert_same(left)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_is_made_for_its_experts_neither_grows_nor_shrinks(name, llama, llama_pool):
+    model = compose_by(name, llama_pool, llama)
+    for change in (lambda: add_experts(model, llama_pool), lambda: remove_experts(model, ["e0"])):
+        with pytest.raises(RoutingError, match=f"Router {name} is made for"):
+            change()
+
+
+# For whole prompts
+
+
+@pytest.mark.parametrize("name", [n for n in BY_PROMPT if KINDS[n].per_input])
+@both_streams
+def test_it_chooses_for_a_prompt_as_for_that_prompt_in_a_batch(name, base, pool):
+    model = compose_by(name, pool, base, k=2)
+    together = experts_of(model, PROMPTS)
+    alone = [experts_of(model, [prompt]) for prompt in PROMPTS]
+    assert torch.equal(torch.cat([each.experts for each in alone]), together.experts)
+    weights = torch.cat([each.weights for each in alone])
+    torch.testing.assert_close(weights, together.weights, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.weights.sum(dim=-1), torch.ones(len(PROMPTS)))

@@ -1,0 +1,145 @@
+"""Routers as text, texts that are none, and routers of other packages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+
+from fake_packages import install
+from phatgoose.errors import ConfigError
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers import registry
+from phatgoose.routing.routers.registry import all_routers, canonical, class_of, split_routers
+from phatgoose.routing.routers.router import Router
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("merged", "merged"),
+        ("arrow:form=svd", "arrow"),
+        ("phatgoose:temperature=0.50,eps=1e-3", "phatgoose:eps=0.001,temperature=0.5"),
+        ("discriminant:task_variance=2.0,shrinkage=0.3", "discriminant:task_variance=2"),
+        ("single:expert=7", "single:expert=7"),
+        ("weights:e0=1", "weights:e0=1.0"),
+    ],
+)
+def test_a_text_has_only_what_is_not_usual_in_the_order_of_the_fields(text, wanted):
+    assert canonical(text) == wanted
+    assert canonical(wanted) == wanted
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("best", "router is 'best', but must be one of auto, random"),
+        ("arrow:frm=peft", "router arrow: unknown setting 'frm'; known are form, temperature"),
+        ("merged:k=2", "router merged: unknown setting 'k'; known are none"),
+        ("phatgoose:embedder=x", "unknown setting 'embedder'"),
+        ("few-shot:chosen=e0", "unknown setting 'chosen'"),
+        ("arrow:form=qr", "router arrow: form is 'qr', but must be one of svd, peft"),
+        ("arrow:peft", "arrow:SETTING=VALUE"),
+        ("arrow:form=peft,form=svd", "each once"),
+        ("random:seed=one", "seed is 'one', but must be a whole number"),
+        ("spectr:shortlist=0", "shortlist is 0, but must be at least 1"),
+        ("phatgoose:eps=0", "eps is 0.0, but must be above 0"),
+        ("auto:form=peft", "Router auto has no settings"),
+        ("weights:e0", "weights are 'e0', but must be experts, each once"),
+        ("weights:e0=1,e0=2", "each once, with numbers"),
+        ("weights:=1,", "weights are '=1,'"),
+        (LONG, "router is 'xxx"),
+        (f"arrow:{LONG}", "router is 'arrow:xxx"),
+        (f"arrow:{LONG}=1", "unknown setting 'xxx"),
+        (f"arrow:form={LONG}", "form is 'xxx"),
+        (f"random:seed={LONG}", "seed is 'xxx"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_can_not_be_is_refused_in_a_line(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        canonical(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_model_keeps_the_canonical_text(llama, llama_pool):
+    model = compose(llama_pool, llama, router="arrow:temperature=2,form=peft", k=3)
+    assert composition_of(model).routing.router == "arrow:form=peft,temperature=2"
+    detach(model)
+    with pytest.raises(ConfigError, match="unknown setting 'arrow'; known are router, k, kernel"):
+        compose(llama_pool, llama, arrow="peft")
+
+
+def test_lists_of_routers_are_split_between_them_only():
+    texts = ["arrow:form=peft,temperature=2,phatgoose,all", "random:seed=1", "k=2"]
+    wanted = ["arrow:form=peft,temperature=2", "phatgoose", "all", "random:seed=1,k=2"]
+    assert split_routers(texts) == wanted
+
+
+@pytest.mark.parametrize("taken", ["scores", "text", "k", "needs", "decision"])
+def test_a_setting_is_not_called_as_something_that_every_router_has(taken):
+    with pytest.raises(TypeError, match=f"Odd.{taken} can't be a setting"):
+        dataclass(frozen=True)(
+            type("Odd", (Router,), {"__annotations__": {taken: Annotated[int, "x"]}, taken: 1})
+        )
+
+
+THEIRS = """
+from dataclasses import dataclass
+from typing import Annotated
+from phatgoose.routing.routers.fixed import Merged
+
+@dataclass(frozen=True)
+class First(Merged):
+    "The first expert."
+
+    name, label, folds = "first", "First", False
+    share: Annotated[float, "A share."] = 0.5
+
+    def narrow(self, pool, scores):
+        assert self.share == 0.25
+        return pool.select(pool.names[:1])
+
+@dataclass(frozen=True)
+class Clash(Merged):
+    name = "arrow"
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """An installed package with a router, one that can't be loaded, and one of a taken name."""
+    points = {"first": "their_code:First", "lost": "their_code:Lost", "arrow": "their_code:Clash"}
+    monkeypatch.setattr(Router, "defined", {})
+    install(tmp_path, monkeypatch, "their_code", THEIRS, {registry.ENTRY_POINTS: points})
+
+
+def test_a_router_of_another_package_is_one_like_ours(theirs, llama, llama_pool, tmp_path):
+    assert registry.known_names()[-2:] == ["first", "lost"]
+    model = compose(llama_pool, llama, router="first:share=0.25")
+    assert composition_of(model).experts == ("e0",)
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = load(tmp_path / "routed", llama)
+    assert composition_of(loaded).router == class_of("first")(share=0.25)
+
+
+@pytest.mark.filterwarnings("ignore:phatgoose.routers")
+def test_what_can_not_be_loaded_is_named_and_breaks_nothing_else(theirs):
+    with pytest.warns(UserWarning) as warned:  # noqa: PT030
+        assert list(all_routers())[-1] == "first"
+    said = sorted(str(warning.message) for warning in warned)
+    assert "arrow is left out" in said[0]
+    assert "lost of their-code can't be loaded" in said[1]
+    assert class_of("arrow").label == "Arrow"
+    assert registry.listing()["first"].summary == "The first expert"
+    with pytest.raises(ConfigError, match="Router lost can't be loaded from their_code:Lost"):
+        class_of("lost")

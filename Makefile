@@ -25,7 +25,7 @@ test-heavy: $(VENV)/.installed-heavy
 # Routers of an outside package, registered by its entry points.
 test-more-routers: install-dev
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/more-routers examples/more-routers
-	PYTHONPATH=$(VENV)/more-routers OMP_NUM_THREADS=1 $(BIN)/python -m pytest examples/more-routers/tests
+	PYTHONPATH=$(VENV)/more-routers OMP_NUM_THREADS=1 $(BIN)/python -m pytest examples/more-routers/tests tests/contracts/test_routers.py
 
 # Other programs' engines, each in an environment of its own. PHATGOOSE_ENGINE_POOL names the folder of
 # a pool to test with (the demo's); without it some experts are trained for a minute.

@@ -12,14 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.saved.change import add_to_saved, remove_from_saved
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from torch import Tensor
 
 from growth_cases import NAMES as EXPERTS
-from growth_cases import assert_same_models
 from mixed_experts import ordered
 from phatgoose.config import Routing, settings_of
 from phatgoose.errors import PoolError, RoutingError
@@ -31,6 +26,7 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import ByPrompt
 from phatgoose.routing.routers.registry import OURS, class_of, known_names, listing, router_of
 from phatgoose.routing.routers.router import Router, SiteRouter
+from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, of_task, with_embeddings
 from tiny import logits_of, make_ids, random
@@ -316,21 +312,6 @@ def test_a_saved_model_is_the_same(name, base, pool, tmp_path):
 
 
 @pytest.mark.parametrize("name", GROWING)
-def test_a_model_that_grows_and_shrinks_is_the_one_composed_at_once(name, llama, uneven):
-    pool = with_embeddings(uneven)
-
-    def composed(names):
-        return compose_as_it_is(name, pool.select(names), copy.deepcopy(llama))
-
-    model = composed(["e0"])
-    assert add_experts(model, pool.select(["e1"])) is model
-    add_experts(model, pool.select(["e2", "e3"]))
-    assert_same_models(model, composed(EXPERTS))
-    remove_experts(model, ["e1"])
-    assert_same_models(model, composed(["e0", "e2", "e3"]))
-
-
-@pytest.mark.parametrize("name", GROWING)
 def test_a_folder_that_grows_and_shrinks_is_the_one_saved_at_once(name, llama, uneven, tmp_path):
     pool, folder = with_embeddings(uneven), tmp_path / "routed"
 
@@ -354,11 +335,12 @@ def test_a_folder_that_grows_and_shrinks_is_the_one_saved_at_once(name, llama, u
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_what_is_made_for_its_experts_neither_grows_nor_shrinks(name, llama, llama_pool):
-    model = compose_by(name, llama_pool, llama)
-    for change in (lambda: add_experts(model, llama_pool), lambda: remove_experts(model, ["e0"])):
+def test_what_is_made_for_its_experts_neither_grows_nor_shrinks(name, llama, llama_pool, tmp_path):
+    folder = tmp_path / "routed"
+    save(compose_by(name, llama_pool, llama), folder)
+    for change in (add_to_saved, remove_from_saved):
         with pytest.raises(RoutingError, match=f"Router {name} is made for"):
-            change()
+            change(folder, llama_pool if change is add_to_saved else ["e0"])
 
 
 # For whole prompts

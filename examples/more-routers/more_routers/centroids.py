@@ -8,65 +8,50 @@ experts share, made when the pool is composed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
-from phatgoose.routing.routers.centroid import Centroid
-from phatgoose.routing.routers.prompt_router import (
-    OWNERS,
-    EmbeddingRouter,
-    Embeddings,
-    PromptRouter,
-    Tables,
-    best_of_each,
-    embeddings_of,
-)
 from torch import Tensor
 from torch.nn import functional
 
+from phatgoose.config import AT_LEAST_1
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.routers.router import Scores
+from phatgoose.routing.routers.prompt import OWNERS, Tables
+from phatgoose.routing.routers.retrieval import Centroid, Searched, embeddings_of
+from phatgoose.routing.routers.scores import Scores
 
 STEPS = 20  # of k-means
 SAME = 1e-6  # rows are the same vector if their cosine is this near to 1
 
 
+@dataclass(frozen=True)
 class Centroids(Centroid):
-    """Router centroids."""
+    """Per prompt, the experts with the nearest of several means of training inputs."""
 
-    prompt_form: ClassVar[Mapping[str, str]] = {"centroids": "Mc", OWNERS: "M"}
+    name, label = "centroids", "Centroids"
+    prompt_sizes: ClassVar[Mapping[str, str]] = {"centroids": "Mc", OWNERS: "M"}
 
-    def tables(
-        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
-    ) -> Tables:
-        found = clusters_of(pool, self.config.clusters, embedder)
+    clusters: Annotated[
+        int, "Maximum centroids of each expert; the nearest counts.", AT_LEAST_1
+    ] = 3
+
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        found = clusters_of(pool, self.clusters)
         tensors = {"centroids": found.rows, OWNERS: found.owners}
-        return Tables(pool.names, tensors, found.info())
-
-    def chooser(self, tables: Tables) -> PromptRouter:
-        return NearestOfSeveral(tables, tables.tensors["centroids"], self.embedder(tables))
+        return Tables(pool.names, tensors, super().tables(pool).info)
 
 
-class NearestOfSeveral(EmbeddingRouter):
-    """Scores an expert by the highest cosine of its `rows` [M, columns]."""
-
-    name = "centroids"
-
-    def scores(self, features: Tensor) -> Tensor:
-        owners = self.tables.tensors[OWNERS]
-        return best_of_each(features @ self.rows.T, owners, len(self.experts))
-
-
-def clusters_of(pool: Pool, clusters: int, embedder: str | None = None) -> Embeddings:
+def clusters_of(pool: Pool, clusters: int) -> Searched:
     """Up to `clusters` centroids of each expert, unit vectors [M, dims], with their owners [M].
 
     Raises as `embeddings_of`.
     """
-    found = embeddings_of(pool, embedder)
+    found = embeddings_of(pool)
     rows = [_means_of_clusters(found.rows[found.owners == z], clusters) for z in range(len(pool))]
     counts = torch.tensor([len(each) for each in rows])
     owners = torch.arange(len(pool)).repeat_interleave(counts)
-    return Embeddings(torch.cat(rows), owners, found.embedder)
+    return found._replace(rows=torch.cat(rows), owners=owners)
 
 
 def _means_of_clusters(rows: Tensor, clusters: int) -> Tensor:

@@ -7,104 +7,54 @@ with norms).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter
-from phatgoose.routing.routers.router import (
-    RouterSite,
-    RoutingDecision,
-    SiteRouter,
-    equal_shares,
-    highest_active,
-)
+from phatgoose.routing.routers.phatgoose import Phatgoose, affinities
+from phatgoose.routing.routers.router import SiteRouter
 
-from .neutral import over_neutral_text
+from .neutral import Moments, over_neutral_text
 
 
+@dataclass(frozen=True)
 class UniformTopK(Phatgoose):
-    """Router uniform-top-k: PHATGOOSE's experts with equal weights, the softmax left out."""
+    """PHATGOOSE's k experts with equal weights, the softmax left out."""
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        return UniformTopKRouter(site.state["vectors"], self.k, self.config.eps)
-
-
-class UniformTopKRouter(PhatgooseRouter):
-    """The same k experts as PHATGOOSE's, each with the weight 1/k."""
-
-    one_call = False
-
-    def forward(self, u: Tensor) -> RoutingDecision:
-        return self._equal(super().forward(u))
-
-    def decide(self, sums: Tensor, n: int) -> RoutingDecision:
-        return self._equal(super().decide(sums, n))
-
-    def _equal(self, decision: RoutingDecision) -> RoutingDecision:
-        return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))
-
-    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
-        experts, acts = highest_active(self.affinities(u), self.k, active)
-        return RoutingDecision(experts, equal_shares(acts))
+    name, label = "uniform-top-k", "Uniform top-k"
+    fused, equal = "", True
 
 
+@dataclass(frozen=True)
 class Calibrated(Phatgoose):
-    """Router calibrated."""
+    """PHATGOOSE's k experts, by scores relative to each gate's own on neutral text."""
 
-    calibration: Mapping[str, tuple[Tensor, Tensor]] = {}  # a and s [E] by site
+    name, label, fused, grows = "calibrated", "Calibrated", "", False
+    sizes: ClassVar = {**Phatgoose.sizes, "usual": "E", "spread": "E"}
 
-    @property
-    def form(self) -> Mapping[str, str]:
-        return {**super().form, "usual": "E", "spread": "E"}
+    calibration: Moments = field(default_factory=dict, compare=False, repr=False)
 
-    def read_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
-    ) -> None:
-        if tokenizer is None:
-            raise ConfigError(
-                "Router calibrated reads neutral text; hand the base over with its tokenizer."
-            )
-        vectors = {name: self.vectors_at(pool, name) for name in pool.sites}
+    def settled(
+        self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Self:
+        vectors = {
+            name: super(Calibrated, self).table(pool, name)["vectors"] for name in pool.sites
+        }
+        moments = over_neutral_text(
+            model,
+            tokenizer,
+            vectors,
+            lambda name, u: affinities(u, vectors[name].to(u.device), self.eps),
+        )
+        return replace(self, calibration=moments)
 
-        def affinities(name: str, u: Tensor) -> Tensor:
-            router = PhatgooseRouter(vectors[name], self.k, self.config.eps)
-            return router.to(u.device).affinities(u)
-
-        self.calibration = over_neutral_text(model, tokenizer, vectors, affinities)
-
-    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+    def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         usual, spread = self.calibration[site]
         spread = spread.masked_fill(spread == 0, 1.0)  # a constant vector scores 0 everywhere
-        usual = usual / self.config.temperature
-        return {**super().state_at(pool, site), "usual": usual, "spread": spread}
+        return {**super().table(pool, site), "usual": usual, "spread": spread}
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        return CalibratedRouter(site.state, self.k, self.config.eps)
-
-
-class CalibratedRouter(PhatgooseRouter):
-    """The top k of (α/√n − a) / s, softmax of the same over those k."""
-
-    kept = ("vectors", "usual", "spread")
-    fused = one_call = False
-    usual: Tensor
-    spread: Tensor
-
-    def __init__(self, state: Mapping[str, Tensor], k: int, eps: float) -> None:
-        super().__init__(state["vectors"], k, eps)
-        for name in ("usual", "spread"):
-            self.register_buffer(name, state[name].float(), persistent=False)
-
-    def affinities(self, u: Tensor) -> Tensor:
-        return self._calibrated(super().affinities(u))
-
-    def affinities_of(self, sums: Tensor, n: int) -> Tensor:
-        return self._calibrated(super().affinities_of(sums, n))
-
-    def _calibrated(self, affinities: Tensor) -> Tensor:
-        return (affinities - self.usual) / self.spread
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        return (super().scores(u, table) - table.usual) / table.spread

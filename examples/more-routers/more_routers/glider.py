@@ -18,54 +18,37 @@ divides the whole logit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
-from phatgoose.routing.routers.centroid import Centroid, NearestCentroids
-from phatgoose.routing.routers.prompt_router import PromptRouter, Tables
 from torch import Tensor
 
+from phatgoose.config import NOT_NEGATIVE
 from phatgoose.routing.choices import Choice
-from phatgoose.routing.context import RoutingContext
-from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter
-from phatgoose.routing.routers.router import RouterSite
+from phatgoose.routing.routers.phatgoose import Phatgoose
+from phatgoose.routing.routers.prompt import choice_at
+from phatgoose.routing.routers.retrieval import Centroid
+from phatgoose.routing.routers.router import Router, SiteRouter
 
-from . import GliderSettings
 
+@dataclass(frozen=True)
+class Glider(Phatgoose, Centroid):
+    """PHATGOOSE's scores plus the prompt's similarity to each expert's training inputs."""
 
-class AllCentroids(NearestCentroids):
-    """The cosines of a prompt to all centroids, in place of weights."""
+    name, label, needs = "glider", "GLIDER", ("gates", "embeddings")
+    # The choice for a prompt is the cosines to all centroids; a token's experts depend on both.
+    fused, chooses, per_input, by_token = "", False, False, False
 
-    name = "glider"
-    chooses = False
+    weight: Annotated[
+        float, "λ, the weight of the prompt's cosines relative to the gates.", NOT_NEGATIVE
+    ] = 3.0
+
+    decision, distribution = Router.decision, Router.distribution
 
     def choice(self, scores: Tensor) -> Choice:
         return Choice(torch.arange(scores.shape[1]).expand_as(scores), scores)
 
-
-class GliderRouter(PhatgooseRouter):
-    """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
-
-    fused = one_call = by_token = False  # a token's experts depend on its prompt, too
-    acting: Tensor
-    context: RoutingContext
-
-    def __init__(
-        self, site: RouterSite, k: int, config: GliderSettings, context: RoutingContext
-    ) -> None:
-        super().__init__(site.state["vectors"], k, config.eps)
-        self.context, self.scale = context, config.weight / config.temperature
-        self.sees_all = site.sees_all
-        self.register_buffer("acting", site.experts, persistent=False)
-
-    def affinities(self, u: Tensor) -> Tensor:
-        cosines = self.context.of_each(u, self.sees_all).weights[:, self.acting]
-        return super().affinities(u) + self.scale * cosines
-
-
-class Glider(Phatgoose, Centroid):
-    """Router glider."""
-
-    def chooser(self, tables: Tables) -> PromptRouter:
-        return AllCentroids(tables, tables.tensors["centroids"], self.embedder(tables))
-
-    def at(self, site: RouterSite) -> GliderRouter:
-        return GliderRouter(site, self.k, self.config, self.context_of(site))
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        cosines = choice_at(u, table).weights[:, table.members]
+        return super().scores(u, table) + self.weight / self.temperature * cosines

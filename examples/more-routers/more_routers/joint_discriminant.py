@@ -12,83 +12,76 @@ act; a prompt of one expert's own task leaves next to no weight to the other two
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
-from phatgoose.routing.routers.prompt_router import (
-    Embedder,
-    Prompt,
-    PromptRouter,
-    Tables,
-    embeddings_of,
-)
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from phatgoose.config import RATIO
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PARTS, moments_of
-from phatgoose.routing.routers.discriminant import Discriminant, Line, PromptDiscriminant, States
-from phatgoose.routing.routers.router import Scores
+from phatgoose.routing.routers.discriminant import Discriminant, Lines
+from phatgoose.routing.routers.phatgoose import Temperature
+from phatgoose.routing.routers.prompt import Prompt, PromptRouter, Tables
+from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
+from phatgoose.routing.routers.scores import Scores
+from phatgoose.tasks.prompt_passes import PromptReading
 
 
-class JointDiscriminant(Discriminant):
-    """Router joint-discriminant."""
+class Both(NamedTuple):
+    """What the base's readings and what embeddings are scored with."""
 
+    lines: Lines
+    embedded: Lines
+    embedder: Searched
+
+
+@dataclass(frozen=True)
+class JointDiscriminant(Discriminant, Embeds):
+    """Per prompt, the experts with the most similar training prompts, by base and embedder.
+
+    An expert's score is (1 - w) s_z of the base's readings + w s_z of embeddings.
+    """
+
+    name, label, usual_k = "joint-discriminant", "Joint Discriminant", 3
+    needs, rows = ("readings", "embeddings"), "embedded.mean"
     # readings, and mean and covariance of embeddings: c columns, g rows of a factor
-    prompt_form: ClassVar[Mapping[str, str]] = {
-        **Discriminant.prompt_form,
+    prompt_sizes: ClassVar[Mapping[str, str]] = {
+        **Discriminant.prompt_sizes,
         **{"embedded.mean": "Ec", "embedded.factor": "Egc", "embedded.rest": "Ec"},
     }
 
-    def tables(
-        self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
-    ) -> Tables:
-        found = embeddings_of(pool, embedder)
+    embedding_share: Annotated[
+        float, "Weight of the embeddings, as opposed to the base's hidden states.", RATIO
+    ] = 0.5
+    temperature: Temperature = 0.05
+
+    def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        found = embeddings_of(pool)
         rows = (found.rows[found.owners == z] for z in range(len(pool)))
         own = [moments_of(each[:, None], dtype=torch.float32) for each in rows]  # of one block
         moments = {f"embedded.{part}": torch.cat([each[part] for each in own]) for part in PARTS}
-        readings = super().tables(pool).tensors
-        return Tables(pool.names, {**readings, **moments}, found.info())
+        info = {"embedder": found.embedder, "embedding_form": self.embedded}
+        return Tables(pool.names, {**super().tables(pool).tensors, **moments}, info)
 
-    def chooser(self, tables: Tables) -> PromptRouter:
+    def ready(self, tables: Tables) -> Both:
         moments = {part: tables.tensors[f"embedded.{part}"] for part in PARTS}
-        embedder = Embedder(self.embedder(tables), moments["mean"].shape[1])
-        by_base, line = self.discriminant(tables), self.line(moments)
-        return JointRouter(by_base, embedder, line, self.config.embedding_share)
+        return Both(super().ready(tables), self.line(moments), Embeds.ready(self, tables))
 
+    def reading(self, base: PreTrainedModel, ready: Both) -> PromptReading:
+        return super().reading(base, ready.lines)
 
-class JointRouter(PromptRouter):
-    """Scores an expert by (1 - w) s_z of the base's readings + w s_z of embeddings."""
+    def prompt_scores(self, features: Tensor, ready: Both) -> Tensor:
+        return super().prompt_scores(features, ready.lines)
 
-    name = "joint-discriminant"
-    reads_base = True
-
-    def __init__(
-        self, by_base: PromptDiscriminant, embedder: Embedder, line: Line, share: float
-    ) -> None:
-        super().__init__(by_base.tables)
-        self.by_base, self.embedder, self.line, self.share = by_base, embedder, line, share
-
-    def remember(self, states: States) -> None:
-        self.by_base.remember(states)
-
-    def features(
-        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.by_base.features(self.tokens(prompts), base), self._vectors(prompts)
-
-    def scores(self, features: tuple[Tensor, Tensor]) -> Tensor:
-        states, vectors = features
-        return self._joined(self.by_base.scores(states), vectors)
-
-    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        return self._joined(self.by_base.score(self.tokens(prompts), base), self._vectors(prompts))
-
-    def _vectors(self, prompts: Sequence[Prompt]) -> Tensor:
-        return self.embedder.vectors(self.texts(prompts))
-
-    def _joined(self, read: Tensor, vectors: Tensor) -> Tensor:
-        slopes, offsets = self.line
-        embedded = vectors @ slopes + offsets
+    def score(
+        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+    ) -> Tensor:
+        ready, by_base = chooser.ready, super().score(chooser, prompts, base)
+        vectors = ready.embedder.embed(chooser.texts(prompts))
+        embedded = vectors @ ready.embedded.slopes + ready.embedded.offsets
         # With per_block the base's scores are [prompts, blocks, E].
-        return torch.lerp(read, embedded if read.dim() == 2 else embedded[:, None], self.share)
+        by_embedder = embedded if by_base.dim() == 2 else embedded[:, None]
+        return torch.lerp(by_base, by_embedder, self.embedding_share)

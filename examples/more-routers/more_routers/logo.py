@@ -19,15 +19,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from phatgoose.routing.routers.prompt_router import BaseRouter, ByPrompt, PromptRouter, Tables
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from phatgoose.config import one_of
 from phatgoose.errors import RoutingError
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.routers.prompt import ReadsBase, Tables
 from phatgoose.routing.routers.router import highest
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site, blocks_of
@@ -37,26 +39,22 @@ QUERY = re.compile(r"(^|\.)(q|q_proj|q_lin|query|c_attn|query_key_value|qkv_proj
 SMALLEST = 1e-20  # of a sum of scores
 
 
-class Logo(ByPrompt):
-    """Router logo."""
+@dataclass(frozen=True)
+class Logo(ReadsBase):
+    """Per prompt, the experts with the longest updates of one layer at the prompt's end."""
 
-    def chooser(self, tables: Tables) -> PromptRouter:
-        return LogoRouter(tables, at_site=self.config.reads == "site")
+    name, label, needs, usual_k = "logo", "LoGo", ("lora",), 20
 
+    reads: Annotated[
+        str,
+        "Which input is read: the layer's (site) or its block's (block).",
+        one_of(("block", "site")),
+    ] = "block"
 
-class LogoRouter(BaseRouter):
-    """The k experts with the longest updates at one site, weighted by their lengths."""
+    def reading(self, base: PreTrainedModel, ready: Tables) -> PromptReading:
+        return _Lengths(_probe(base), len(ready.names), at_site=self.reads == "site")
 
-    name = "logo"
-
-    def __init__(self, tables: Tables, *, at_site: bool) -> None:
-        super().__init__(tables)
-        self.at_site = at_site
-
-    def reading(self, base: PreTrainedModel) -> PromptReading:
-        return _Lengths(_probe(base), len(self.experts), at_site=self.at_site)
-
-    def scores(self, features: Tensor) -> Tensor:
+    def prompt_scores(self, features: Tensor, ready: Tables) -> Tensor:
         return features
 
     def choice(self, scores: Tensor) -> Choice:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from phatgoose.errors import ConfigError
 from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_pairs
 from phatgoose.tasks.task import neutral_examples
 
+Moments = Mapping[str, tuple[Tensor, Tensor]]  # mean and deviation [m] by site
+
 
 def over_neutral_text(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     names: Iterable[str],
     numbers: Callable[[str, Tensor], Tensor],
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> Moments:
     """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
 
     `numbers(name, u)` [tokens, m] are those for the inputs u [tokens, n] of a site. A site that no
-    token reaches, inside one of the base's own experts, has 0 and 1.
+    token reaches, inside one of the base's own experts, has 0 and 1. Raises ConfigError without a
+    tokenizer.
     """
+    if tokenizer is None:
+        raise ConfigError("This router reads neutral text; hand the base over with its tokenizer.")
     every = find_sites(model)
     sites = {name: every[name] for name in names}
     sums: dict[str, Tensor] = {}

@@ -10,68 +10,54 @@ to us. The score is (|scale B A u| - a) / s, and the k highest get the weight 1/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.errors import ConfigError
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.routers.router import Router, RouterSite, SiteRouter
-from phatgoose.routing.routers.spectr import DIRECTIONS, SpectrRouter, padded_rows
+from phatgoose.routing.routers.router import Router, SiteRouter
+from phatgoose.routing.routers.spectr import DIRECTIONS, along_directions, padded_rows
 
-from .neutral import over_neutral_text
+from .neutral import Moments, over_neutral_text
 
 
+@dataclass(frozen=True)
 class Seqr(Router):
-    """Router seqr."""
+    """The k experts with the longest updates of the token, relative to neutral text."""
 
-    @property
-    def form(self) -> Mapping[str, str]:
-        return {DIRECTIONS: "Eqn", "usual": "E", "spread": "E"}
+    name, label, needs, usual_k = "seqr", "SEQR", ("lora",), 1
+    grows, equal = False, True
+    sizes: ClassVar = {DIRECTIONS: "Eqn", "usual": "E", "spread": "E"}
 
-    def read_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
-    ) -> None:
-        if tokenizer is None:
-            raise ConfigError("Router seqr reads neutral text; hand over the base's tokenizer.")
+    calibration: Moments = field(default_factory=dict, compare=False, repr=False)
+
+    def settled(
+        self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Self:
         rows = {site: padded_rows(pool, site, stretching_rows) for site in pool.sites}
-        self.calibration = over_neutral_text(
-            model,
-            tokenizer,
-            rows,
-            lambda site, u: SpectrRouter(rows[site], 1).to(u.device).scores(u),
+        moments = over_neutral_text(
+            model, tokenizer, rows, lambda site, u: lengths(u, rows[site].to(u.device))
         )
+        return replace(self, calibration=moments)
 
-    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+    def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         usual, spread = self.calibration[site]
         spread = spread.masked_fill(spread == 0, 1.0)  # an update of zero scores 0 everywhere
-        return {
-            DIRECTIONS: padded_rows(pool, site, stretching_rows),
-            "usual": usual,
-            "spread": spread,
-        }
+        rows = padded_rows(pool, site, stretching_rows)
+        return {DIRECTIONS: rows, "usual": usual, "spread": spread}
 
-    def at(self, site: RouterSite) -> SiteRouter:
-        return SeqrRouter(site.state, self.k)
+    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+        return (lengths(u, table.get_buffer(DIRECTIONS)) - table.usual) / table.spread
 
 
-class SeqrRouter(SpectrRouter):
-    """The top k of (|R A u| - a) / s, each with the weight 1/k."""
-
-    kept = (DIRECTIONS, "usual", "spread")
-    usual: Tensor
-    spread: Tensor
-
-    def __init__(self, state: Mapping[str, Tensor], k: int) -> None:
-        super().__init__(state[DIRECTIONS], k)
-        for name in ("usual", "spread"):
-            self.register_buffer(name, state[name].float(), persistent=False)
-
-    def scores(self, u: Tensor) -> Tensor:
-        return (super().scores(u) - self.usual) / self.spread
+def lengths(u: Tensor, rows: Tensor) -> Tensor:
+    """The length of `rows` [E, q, n] times each token of u [T, n], float32 [T, E]."""
+    found: Tensor = along_directions(u, rows).norm(dim=-1)
+    return found
 
 
 def stretching_rows(lora: LoraFactors) -> Tensor:

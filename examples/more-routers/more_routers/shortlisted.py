@@ -7,82 +7,66 @@ each prompt, and at every site PHATGOOSE's k experts of them act.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
-from phatgoose.routing.routers.prompt_router import rows_at
 from torch import Tensor
 
+from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE
 from phatgoose.experts.kind import dense_weights
-from phatgoose.routing.context import RoutingContext
+from phatgoose.routing.choices import Choice
 from phatgoose.routing.routers.discriminant import Discriminant
-from phatgoose.routing.routers.phatgoose import Phatgoose, PhatgooseRouter, TopKRouter
-from phatgoose.routing.routers.router import RouterSite, RoutingDecision, SiteRouter, highest
+from phatgoose.routing.routers.phatgoose import Phatgoose, Temperature
+from phatgoose.routing.routers.prompt import best_of, choice_at
+from phatgoose.routing.routers.router import RoutingDecision, SiteRouter, highest
 
 
+@dataclass(frozen=True)
 class ByDiscriminant(Phatgoose, Discriminant):
-    """Router discriminant-phatgoose: the context has a shortlist, gates choose."""
+    """PHATGOOSE's k experts, among those that discriminant shortlists for the prompt.
 
-    @property
-    def input_k(self) -> int:
-        return int(self.config.shortlist)
-
-    @property
-    def input_temperature(self) -> float:
-        return float(self.config.shortlist_temperature)
-
-    def at(self, site: RouterSite) -> SiteRouter:
-        gates = PhatgooseRouter(site.state["vectors"], self.k, self.config.eps)
-        context = self.context_of(site)
-        return ShortlistedRouter(gates, site, context, self.config.prior)
-
-
-class ShortlistedRouter(SiteRouter):
-    """At one site: the top k of α/√n + λ log p over the row's shortlist, softmax of the same.
-
-    α/√n is what `gates` score a token and expert with, p the expert's share in the row's choice,
-    and λ the `prior`: with 0 the gates alone choose within the shortlist.
+    At a site: the top k of α/√n + λ log p over the row's shortlist, softmax of the same. α/√n is
+    what gates score a token and expert with, p the expert's share in the row's choice, and λ the
+    `prior`: with 0 the gates alone choose within the shortlist.
     """
 
-    kept = ("vectors",)
-    position: Tensor
-    context: RoutingContext
+    name, label, needs = "discriminant-phatgoose", "Discriminant + PHATGOOSE", ("gates", "readings")
+    fused, per_input, by_token = "", False, False
 
-    def __init__(
-        self, gates: TopKRouter, site: RouterSite, context: RoutingContext, prior: float
-    ) -> None:
-        super().__init__()
-        position = rows_at(site.experts, site.pool_size)
-        self.register_buffer("position", position, persistent=False)
-        self.gates, self.context, self.prior = gates, context, prior
-        self.sees_all, self.block = site.sees_all, site.block
+    temperature: Temperature = 1.0
+    shortlist: Annotated[int, "Experts to choose among, for each input.", AT_LEAST_1] = 5
+    shortlist_temperature: Temperature = 0.1
+    prior: Annotated[
+        float, "Weight of an expert's share of the shortlist, relative to its gates.", NOT_NEGATIVE
+    ] = 1.0
 
     @property
-    def vectors(self) -> Tensor:
-        return self.gates.vectors
+    def prompt_k(self) -> int:
+        return self.shortlist
 
-    def state(self) -> dict[str, Tensor]:
-        return self.gates.state()
+    def choice(self, scores: Tensor) -> Choice:
+        return best_of(scores, self.shortlist, self.shortlist_temperature)
 
-    def forward(self, u: Tensor) -> RoutingDecision:
-        return self._best(*self._shortlist(u))
-
-    def among(self, u: Tensor, active: Tensor) -> RoutingDecision:
-        experts, logits = self._shortlist(u)
-        return self._best(experts, logits.masked_fill(~active.gather(1, experts), -torch.inf))
-
-    def _best(self, experts: Tensor, logits: Tensor) -> RoutingDecision:
-        best = highest(logits, min(self.gates.k, logits.shape[-1]))
+    def decision(
+        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+    ) -> RoutingDecision:
+        experts, logits = self._shortlisted(u, table)
+        if active is not None:
+            logits = logits.masked_fill(~active.gather(1, experts), -torch.inf)
+        best = highest(logits, min(table.k, logits.shape[-1]))
         weights = logits.gather(-1, best).softmax(dim=-1).nan_to_num(0.0)  # nobody acts here: 0
         return RoutingDecision(experts.gather(-1, best), weights)
 
-    def distribution(self, u: Tensor) -> Tensor:
-        experts, logits = self._shortlist(u)
-        return dense_weights(experts, logits.softmax(dim=-1).nan_to_num(0.0), len(self.vectors))
+    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
+        experts, logits = self._shortlisted(u, table)
+        return dense_weights(experts, logits.softmax(dim=-1).nan_to_num(0.0), table.E)
 
-    def _shortlist(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        choice = self.context.of_each(u, self.sees_all, self.block)
-        found = self.position[choice.experts]
+    def _shortlisted(self, u: Tensor, table: SiteRouter) -> tuple[Tensor, Tensor]:
+        choice = choice_at(u, table)
+        found = table.position[choice.experts]
         experts = found.clamp(min=0)
-        logits = self.gates.affinities(u).gather(-1, experts)
+        logits = self.scores(u, table).gather(-1, experts)
         if self.prior:
             least = torch.finfo(choice.weights.dtype).tiny  # of 0 there is no logarithm
             logits = logits + self.prior * choice.weights.clamp(min=least).log()

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 from more_routers.centroids import clusters_of
-from phatgoose.routing.routers.centroid import centroids_of
 
 from growth_cases import changed, composed
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.open_model import open_prompt_router
+from phatgoose.routing.routers.retrieval import centroids_of, embeddings_of
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, experts_of, retrieving
 from toy_embedders import toy_embed
@@ -37,7 +37,7 @@ def test_several_centroids_are_the_unit_means_of_clusters(llama_pool):
     # e1 has two rows; more clusters than different rows would have nobody in them.
     assert found.owners.bincount().tolist() == [2, 2, 2, 2]
     assert clusters_of(pool, 3).owners.bincount()[1] == 2
-    torch.testing.assert_close(clusters_of(pool, 1).rows, centroids_of(pool).rows)
+    torch.testing.assert_close(clusters_of(pool, 1).rows, centroids_of(embeddings_of(pool)))
 
 
 @retrieving

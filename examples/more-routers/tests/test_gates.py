@@ -38,6 +38,10 @@ def test_uniform_top_k_takes_the_experts_of_phatgoose_and_weighs_them_alike(base
         torch.testing.assert_close(got.weights, torch.full((9, k), 1 / k))
 
 
+def scored(router, u):
+    return router.router.scores(u, router)
+
+
 @pytest.fixture
 def three(pool_of):
     """Three experts of the tiny Llama."""
@@ -55,14 +59,14 @@ def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three)
     hook.remove()
     usual = plain_scores(torch.cat(seen), gates)
     expected = (plain_scores(u, gates) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
-    found = router_at(SITE, llama, three, "calibrated").affinities(u)
+    found = scored(router_at(SITE, llama, three, "calibrated"), u)
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three):
     gates = {name: torch.zeros_like(gate) for name, gate in three.experts[0].gates.items()}
     pool = Pool((replace(three.experts[0], gates=gates), *three.experts[1:]))
-    found = router_at(SITE, llama, pool, "calibrated").affinities(random(7, 32))
+    found = scored(router_at(SITE, llama, pool, "calibrated"), random(7, 32))
     assert not found[:, 0].any()
     assert found[:, 1:].isfinite().all()
 

@@ -45,7 +45,9 @@ def test_scores_are_lengths_of_updates_in_units_of_neutral_text(llama, llama_poo
     usual, u = lengths(llama_pool, read_neutrally(llama)), random(30, 32)
     wanted = (lengths(llama_pool, u) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
     router = composition_of(compose(llama_pool, llama, router="seqr")).layers[SITE].router
-    torch.testing.assert_close(router.scores(u).double(), wanted, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(
+        router.router.scores(u, router).double(), wanted, atol=2e-3, rtol=2e-3
+    )
     decision = router(u)
     assert torch.equal(decision.experts[:, 0], wanted.argmax(dim=1))
     assert len(decision.experts.unique()) > 1
@@ -58,16 +60,18 @@ def test_the_size_of_an_update_does_not_count_and_one_of_zero_scores_0(llama, ll
     big = {s: LoraFactors(f.A, 8 * f.B, f.scale) for s, f in second.lora.items()}
     u = random(20, 32)
     model = compose(llama_pool, llama, router="seqr")
-    wanted = composition_of(model).layers[SITE].router.scores(u)
+    router = composition_of(model).layers[SITE].router
+    wanted = router.router.scores(u, router)
     detach(model)
     changed = Pool((replace(first, modules=none), replace(second, modules=big), *rest))
-    found = composition_of(compose(changed, llama, router="seqr")).layers[SITE].router.scores(u)
+    router = composition_of(compose(changed, llama, router="seqr")).layers[SITE].router
+    found = router.router.scores(u, router)
     assert not found[:, 0].any()
     torch.testing.assert_close(found[:, 1:], wanted[:, 1:], atol=1e-3, rtol=1e-3)
 
 
 def test_it_is_saved_and_wants_a_tokenizer_and_the_base_to_stay(llama, llama_pool, tmp_path):
-    with pytest.raises(ConfigError, match="reads neutral text; hand over the base's tokenizer"):
+    with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
         compose(llama_pool, llama.model, router="seqr")
     model, ids = compose(llama_pool.select(["e0", "e1"]), llama, router="seqr"), make_ids()
     with pytest.raises(RoutingError, match="compose the pool again"):

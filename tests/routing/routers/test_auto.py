@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from phatgoose.routing.saved.save import save
 
 from mixed_experts import make_ia3
 from phatgoose.analysis.analyse import analyse
@@ -20,6 +19,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import auto
 from phatgoose.routing.routers.auto import BY_TOKEN, DECODER_ONLY, first_allowed, settled
 from phatgoose.routing.routers.registry import class_of
+from phatgoose.routing.saved import save
 from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, TaskError
@@ -21,6 +19,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import few_shot
 from phatgoose.routing.routers.registry import router_of
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.encoding import Encoder
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids

@@ -7,8 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 
 from phatgoose.base import load_base
 from phatgoose.errors import ConfigError, PoolError
@@ -18,6 +16,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.fixed import Random
 from phatgoose.routing.routers.registry import canonical
 from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.task import Example, Task
 from routed_models import SCORES
 from tiny import assert_same_logits, logits_of, make_ids

@@ -7,9 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from phatgoose.routing.growing import add_experts
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 from transformers import PreTrainedModel
 
 from phatgoose.errors import ConfigError, PoolError, RoutingError
@@ -20,6 +17,7 @@ from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers import prompt, retrieval
 from phatgoose.routing.routers.prompt import best_of
 from phatgoose.routing.routers.retrieval import embeddings_of
+from phatgoose.routing.saved import add_to_saved, load, save
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, scores_of, tokens_of
@@ -75,16 +73,16 @@ def test_a_bare_model_has_no_tokenizer_to_read_prompts_with(llama, llama_pool, r
 # Saved, grown and shrunk
 
 
-def test_experts_of_other_sizes_do_not_join(llama, llama_pool):
+def test_experts_of_other_sizes_do_not_join(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool)
-    model = compose(pool.select(["e0", "e1"]), llama, router="centroid")
-    short = replace(pool.experts[2], embeddings=pool.experts[2].embeddings[:, :8])
+    save(compose(pool.select(["e0", "e1"]), llama, router="centroid"), tmp_path / "routed")
     expert = pool.experts[2]
     other = replace(expert, info=replace(expert.info, embedder="another/one"))
     with pytest.raises(PoolError, match="come from another/one, those there from sent"):
-        add_experts(model, Pool((other,)))
+        add_to_saved(tmp_path / "routed", Pool((other,)))
+    short = replace(expert, embeddings=expert.embeddings[:, :8])
     with pytest.raises(PoolError, match=r"new experts' centroids have shape \(8,\), .* \(64,\)"):
-        add_experts(model, Pool((short,)))
+        add_to_saved(tmp_path / "routed", Pool((short,)))
 
 
 # Without a composed model

@@ -10,8 +10,6 @@ from functools import cache
 
 import pytest
 import torch
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 
 from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.errors import RoutingError
@@ -21,6 +19,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import PromptRouter, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
+from phatgoose.routing.saved import load, save
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of

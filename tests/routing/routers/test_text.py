@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
 
 from fake_packages import install
 from phatgoose.errors import ConfigError
@@ -16,6 +14,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.registry import all_routers, canonical, class_of, split_routers
 from phatgoose.routing.routers.router import Router
+from phatgoose.routing.saved import load, save
 
 
 @pytest.mark.parametrize(
@@ -137,8 +136,8 @@ def test_what_can_not_be_loaded_is_named_and_breaks_nothing_else(theirs):
     with pytest.warns(UserWarning) as warned:  # noqa: PT030
         assert list(all_routers())[-1] == "first"
     said = sorted(str(warning.message) for warning in warned)
-    assert "arrow is left out" in said[0]
-    assert "lost of their-code can't be loaded" in said[1]
+    assert "arrow of their-code is left out: ValueError: the name is taken" in said[0]
+    assert "lost of their-code is left out" in said[1]
     assert class_of("arrow").label == "Arrow"
     assert registry.listing()["first"].summary == "The first expert"
     with pytest.raises(ConfigError, match="Router lost can't be loaded from their_code:Lost"):

@@ -127,12 +127,14 @@ def class_of(router: str) -> type[Router]:
         return ours
     for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
         try:
-            point.load()
+            theirs = point.load()
         except Exception as error:  # whatever another package's import may raise
             package = point.dist.name if point.dist else "another package"
             raise ConfigError(
                 f"Router {name} can't be loaded from {point.value} of {package}: {error!r:.200}"
             ) from error
+        if isinstance(theirs, type) and issubclass(theirs, Router) and theirs.name == name:
+            return theirs
     if name in Router.defined:
         return Router.defined[name]
     known = (AUTO, *known_names())

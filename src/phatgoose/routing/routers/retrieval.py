@@ -180,10 +180,6 @@ class Centroid(Embeds):
         info = {"embedder": stored.embedder, "embedding_form": PROMPT}
         return Tables(pool.names, {"centroids": centroids_of(stored)}, info)
 
-    def prompt_scores(self, features: Tensor, ready: Searched) -> Tensor:
-        cosines: Tensor = features @ ready.rows.T
-        return cosines
-
 
 def centroids_of(stored: Searched) -> Tensor:
     """Each expert's mean embedding as a unit vector, [E, columns]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -107,7 +108,7 @@ class Router(Settings):
         super().__init_subclass__(**options)
         frame = [base for base in cls.__mro__[1:] if issubclass(base, Settings)]
         settings = {setting.name for base in frame for setting in settings_of(base)}
-        for name, kind in vars(cls).get("__annotations__", {}).items():
+        for name, kind in inspect.get_annotations(cls).items():
             is_taken = name not in settings and any(name in vars(base) for base in frame)
             if is_taken and "ClassVar" not in str(kind):
                 raise TypeError(f"{cls.__name__}.{name} can't be a setting: routers have {name}.")

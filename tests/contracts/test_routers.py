@@ -167,7 +167,7 @@ def test_the_best_by_score_act_the_first_of_equals_first(name, llama, llama_pool
     twins = [replace(e, info=replace(e.info, name=f"{e.name}b")) for e in (first, second)]
     model = told(compose_by(name, Pool((first, second, *twins)), llama, k=k))
     for layer in layers_of(model)[:3]:
-        u = random(7, layer.in_features)
+        u = random(6, layer.in_features)
         with torch.no_grad():
             decision = layer.router(u)
         scores = layer.router.router.scores(u, layer.router)

@@ -40,9 +40,8 @@ class Calibrated(Phatgoose):
     def settled(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        vectors = {
-            name: super(Calibrated, self).table(pool, name)["vectors"] for name in pool.sites
-        }
+        plain = super().table
+        vectors = {name: plain(pool, name)["vectors"] for name in pool.sites}
         moments = over_neutral_text(
             model,
             tokenizer,

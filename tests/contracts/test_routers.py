@@ -94,7 +94,7 @@ def test_its_settings_are_read_as_they_are_written(name):
         assert router_of(Routing(router.text)) == router
         assert router.text != name
         hidden = setting.name in kind.private
-        assert (router.recorded == name) == hidden
+        assert (router.recorded.router == name) == hidden
 
 
 def other_than(setting, kind):

@@ -51,7 +51,7 @@ class Seqr(Router):
         return {DIRECTIONS: rows, "usual": usual, "spread": spread}
 
     def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return (lengths(u, table.get_buffer(DIRECTIONS)) - table.usual) / table.spread
+        return (lengths(u, getattr(table, DIRECTIONS)) - table.usual) / table.spread
 
 
 def lengths(u: Tensor, rows: Tensor) -> Tensor:

@@ -145,11 +145,6 @@ def test_odd_mixtures_are_refused(llama_pool, weights, error):
         compose(llama_pool, weights=weights)
 
 
-def test_weights_are_for_their_router(llama_pool):
-    with pytest.raises(ConfigError, match="are for router weights"):
-        compose(llama_pool, router="arrow", weights={"e0": 1})
-
-
 @pytest.mark.parametrize("text", ["weights:e0", "weights:e0=1,e0=2", "weights:e0=x", "weights:=1,"])
 def test_odd_texts_of_a_mixture_are_refused(text):
     with pytest.raises(ConfigError):

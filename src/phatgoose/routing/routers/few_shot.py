@@ -145,7 +145,8 @@ class FewShot(Router):
         return {SHARE: torch.tensor([float(name == self.chosen) for name in acting])}
 
     def constant(self, table: SiteRouter) -> Tensor:
-        return table.get_buffer(SHARE).float()
+        share: Tensor = getattr(table, SHARE)
+        return share.float()
 
     def decision(
         self, u: Tensor, table: SiteRouter, active: Tensor | None = None

@@ -52,7 +52,7 @@ class Spectr(Router):
         return {DIRECTIONS: padded_rows(pool, site, right_singular_vectors)}
 
     def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        along = along_directions(u, table.get_buffer(DIRECTIONS))
+        along = along_directions(u, getattr(table, DIRECTIONS))
         scores: Tensor = along.norm(dim=-1)
         if self.shortlist is None or max(table.k, self.shortlist) >= table.E:
             return scores

@@ -18,7 +18,7 @@ from phatgoose.experts.expert import LAYOUT
 from phatgoose.passes import ActsOn
 from synthetic import random_pool
 
-__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words", "write_base"]
+__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words"]
 
 VOCABULARY = (
     "the", "a", "green", "old", "ship", "tree", "rain", "went", "over", "under", "far", "home",
@@ -41,16 +41,12 @@ class Sizes:
     linear_tokens: int = 1024
     decoded_after: int = 64
     decoded: int = 16
-    decoded_by_reference: int = 2
     ranked: int = 24
     ranked_batch: int = 8
-    compared: int = 6  # experts
     tail: int = 4  # tokens of a prompt that experts act on where they act from its end on
     training_batch: int = 8
     training_steps: int = 3
     gate_steps: int = 3
-    growth: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
-    growth_width: int = 2048
     calls: int = 10  # of one linear layer, in a row
 
     @property
@@ -76,16 +72,12 @@ SMOKE = Sizes(
     linear_tokens=32,
     decoded_after=4,
     decoded=2,
-    decoded_by_reference=1,
     ranked=4,
     ranked_batch=2,
-    compared=2,
     tail=2,
     training_batch=2,
     training_steps=2,
     gate_steps=2,
-    growth=(4, 16),
-    growth_width=32,
     calls=2,
 )
 
@@ -147,13 +139,6 @@ class Bench:
         most = self.base.model.config.vocab_size
         tokens = torch.randint(3, most, (rows, columns), generator=generator)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def write_base(base: Base, folder: Path) -> str:
-    """`folder`, in which any library now finds the base and its tokenizer."""
-    base.model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def words(generator: random.Random, count: int) -> str:

@@ -8,38 +8,19 @@ from dataclasses import dataclass, field
 from bench import Bench
 from measuring import Ratio
 
-__all__ = ["ROWS", "Finding", "Row", "Target", "at_least", "at_most", "row"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is wanted: at most or at least `value`."""
-
-    value: float
-    most: bool
-
-    def met_by(self, measured: float) -> bool:
-        """Whether `measured` is good enough."""
-        return measured <= self.value if self.most else measured >= self.value
-
-    def __str__(self) -> str:
-        return f"{'≤' if self.most else '≥'} {self.value:g}"
+__all__ = ["ROWS", "Finding", "Row", "row"]
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of the table.
 
-    `measured` is in `unit` ("×" for ratios). `floor` is the arithmetic floor in the same unit: the
-    value if only multiply-adds took time (`floors`); None where there are none. `target` is None
-    for a mere comparison. `spread` is the lowest and highest round. `note` is for the reader of the
-    table; `details` are the underlying numbers.
+    `measured` is in `unit` ("×" for ratios), `spread` is the lowest and highest round. `note` is
+    for the reader of the table; `details` are the underlying numbers.
     """
 
     case: str
     measured: float
-    target: Target | None = None
-    floor: float | None = None
     spread: tuple[float, float] | None = None
     unit: str = "×"
     note: str = ""
@@ -48,7 +29,7 @@ class Finding:
     @classmethod
     def of(cls, case: str, found: Ratio, **others: object) -> Finding:
         """The finding that is a ratio of times."""
-        return cls(case, found.value, spread=(found.low, found.high), **others)  # type: ignore[arg-type]
+        return cls(case, found.value, (found.low, found.high), **others)  # type: ignore[arg-type]
 
 
 Measure = Callable[[Bench], Iterator[Finding]]
@@ -56,7 +37,7 @@ Measure = Callable[[Bench], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the issue's table: its name on the command line, its title, how it is measured."""
+    """A row of the table: its name on the command line, its title, how it is measured."""
 
     name: str
     title: str
@@ -74,13 +55,3 @@ def row(name: str, title: str) -> Callable[[Measure], Measure]:
         return measure
 
     return enter
-
-
-def at_most(value: float) -> Target:
-    """The target of something that should be small."""
-    return Target(value, most=True)
-
-
-def at_least(value: float) -> Target:
-    """The target of something that should be large."""
-    return Target(value, most=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import mmap
 import multiprocessing
 import os
@@ -27,7 +26,6 @@ __all__ = [
     "Timing",
     "clocked",
     "in_turns",
-    "linear_fit",
     "peak_memory",
     "ratio",
     "side_by_side",
@@ -169,10 +167,3 @@ def _status(field: str) -> int:
     """A field of the kernel's status of this process, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return 1024 * int(line.split()[1])
-
-
-def linear_fit(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """Slope, intercept and the share of the variance of y that the line explains."""
-    slope, intercept = statistics.linear_regression(x, y)
-    correlation = statistics.correlation(x, y)
-    return slope, intercept, math.copysign(correlation**2, correlation)

@@ -10,8 +10,7 @@ routed model in its place (add, remove) must leave it as it was, or changed.
 Every command runs in a process forked from this one, which has loaded what the commands load, so
 that moments fall into their work. They are moments of the processor's time that the process has
 taken, so that they fall everywhere however busy the machine is. This process has one thread, for a
-forked one could wait for ever for what another thread held; so the Hub, tests/support/fake_hub.py,
-has a process of its own.
+forked one could wait for ever for what another thread held.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -39,13 +37,10 @@ os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import torch
-from huggingface_hub import constants
 
-from fake_hub import serving_hub
 from phatgoose.apps import tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
 from phatgoose.experts.expert import LAYOUT, check_expert
-from phatgoose.experts.hub import pull
 from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.routing.saved import SavedModel, load, read_saved
@@ -55,7 +50,7 @@ from tiny import make_model, make_tokenizer
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
 GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"
 PATIENCE = 600  # seconds until a command is taken to hang: it says where in its log, and ends
-REFUSE_WHAT_IS_DONE = ("import", "pull", "compose", "add", "remove")
+REFUSE_WHAT_IS_DONE = ("import", "compose", "add", "remove")
 
 
 @dataclass
@@ -140,21 +135,6 @@ def comparison_of(folder: Path) -> Any:
     return json.loads(table.read_text()) if table.exists() else None
 
 
-def pushed_of(folder: Path) -> Any:
-    """What the hub has under the folder's name, pulled; None when it has no expert there."""
-    target = folder / "look"
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        pull(f"me/{folder.name}", target)
-    except Exception as error:
-        if "no expert" in str(error) or "404" in str(error):
-            return None
-        raise
-    found = contents(target)
-    shutil.rmtree(target)
-    return found
-
-
 def trials(world: Path) -> dict[str, Trial]:
     """The commands that are killed, over the tiny world in `world`."""
     base, task, suite = world / "base", world / "task.jsonl", world / "suite"
@@ -174,21 +154,12 @@ def trials(world: Path) -> dict[str, Trial]:
         command = of(words, "routed")
         return Trial(command, command, lambda f: changed_of(f, is_as_before), world / before)
 
-    def push(folder: Path) -> list[str]:
-        return ["push", str(world / "named"), f"me/{folder.name}"]
-
     return {
         "train": Trial(of(train), of(f"{train} --resume"), lambda f: weights_of(f / "task")),
         "gate": Trial(
             of(gate, "mine"), of(f"{gate} --resume", "mine"), lambda f: weights_of(f / "mine")
         ),
         "import": Trial(of(imports, "mine"), of(imports, "mine"), lambda f: weights_of(f / "mine")),
-        "push": Trial(push, push, pushed_of),
-        "pull": Trial(
-            of("pull me/there --out OUT", "mine"),
-            of("pull me/there --out OUT", "mine"),
-            lambda f: weights_of(f / "mine"),
-        ),
         "compose": Trial(
             of(compose, "routed"), of(compose, "routed"), lambda f: routed_of(f / "routed")
         ),
@@ -278,26 +249,6 @@ def try_moment(
     shutil.rmtree(folder)
 
 
-@contextmanager
-def hub_apart() -> Iterator[str]:
-    """The address of a fake Hub in a process of its own."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        with serving_hub() as hub, os.fdopen(writer, "w") as told:
-            told.write(hub.url)
-            told.close()
-            signal.pause()
-    os.close(writer)
-    try:
-        with os.fdopen(reader) as address:
-            yield address.read()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        finish(child)
-
-
 def run(command: str, world: Path) -> None:
     """Run a command to its end. Exits with what it said when it failed."""
     log = world / "make.log"
@@ -306,11 +257,7 @@ def run(command: str, world: Path) -> None:
 
 
 def make_world(world: Path) -> None:
-    """A tiny base, a task, a suite, an adapter, three experts, one on the hub too, routed models.
-
-    The one on the hub is `named`, a copy that names its base as if that was there as well. The
-    routed models are of `two` experts and of all `three`.
-    """
+    """A tiny base, a task, a suite, an adapter, three experts, models of `two` and all `three`."""
     make_model("llama").save_pretrained(world / "base")
     make_tokenizer(final_eos=False).save_pretrained(world / "base")
     rows = [
@@ -330,12 +277,6 @@ def make_world(world: Path) -> None:
         add {world}/three {world}/third"""
     for command in commands.strip().splitlines():
         run(command, world)
-    shutil.copytree(world / "experts" / "first", world / "named")
-    info = world / "named" / LAYOUT.info
-    described = json.loads(info.read_text())
-    described["base"]["id"] = "me/base"
-    info.write_text(json.dumps(described))
-    run(f"push {world}/named me/there", world)
     (world / "adapter").mkdir()
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(world / "experts" / "first" / file, world / "adapter")
@@ -353,14 +294,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     draw = random.Random(options.seed)
     counts: dict[str, Counts] = {}
-    with tempfile.TemporaryDirectory() as place, hub_apart() as hub:
+    with tempfile.TemporaryDirectory() as place:
         world = Path(place)
-        constants.ENDPOINT = hub
-        constants.HUGGINGFACE_CO_URL_TEMPLATE = (
-            f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
-        constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
-        constants.HF_HUB_CACHE = str(world / "cache")
         make_world(world)
         for name, trial in trials(world).items():
             if options.only and name not in options.only.split(","):

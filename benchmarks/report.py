@@ -21,7 +21,7 @@ __all__ = ["circumstances", "table", "write_json"]
 
 PROJECT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
-HEAD = ("what", "target", "measured", "floor", "")
+HEAD = ("what", "measured", "")
 
 
 def circumstances() -> dict[str, Any]:
@@ -86,7 +86,7 @@ def write_json(
     """
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name, findings in found.items():
-        rows[name] = {**where, "findings": [_plain(finding) for finding in findings]}
+        rows[name] = {**where, "findings": [asdict(finding) for finding in findings]}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -96,30 +96,14 @@ def write_json(
 def _cells(found: Mapping[str, Sequence[Finding]]) -> Iterator[tuple[str, ...]]:
     for name, findings in found.items():
         for finding in findings:
-            low, high = finding.spread or (None, None)
-            spread = f" ({_number(low)}–{_number(high)})" if low is not None else ""
-            floor = "–" if finding.floor is None else _number(finding.floor) + finding.unit
-            remarks = [_verdict(finding), finding.note]
+            spread = "–".join(map(_number, finding.spread or ()))
+            measured = f"{_number(finding.measured)}{finding.unit}"
             yield (
                 f"{ROWS[name].title}: {finding.case}",
-                f"{finding.target}{finding.unit}" if finding.target else "–",
-                f"{_number(finding.measured)}{finding.unit}{spread}",
-                floor,
-                "; ".join(remark for remark in remarks if remark),
+                f"{measured} ({spread})" if spread else measured,
+                finding.note,
             )
 
 
-def _verdict(finding: Finding) -> str:
-    if finding.target is None:
-        return ""
-    return "met" if finding.target.met_by(finding.measured) else "**not met**"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _plain(finding: Finding) -> dict[str, Any]:
-    met = finding.target.met_by(finding.measured) if finding.target else None
-    target = str(finding.target) if finding.target else None
-    return {**asdict(finding), "target": target, "met": met}
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

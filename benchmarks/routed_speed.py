@@ -1,4 +1,4 @@
-"""A routed model beside its base: prefill, one linear layer, decoding; and beside a loop."""
+"""A routed model beside its base: prefill, one linear layer, decoding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from bench import Bench, Sizes
-from findings import Finding, at_least, at_most, row
-from floors import Work
+from findings import Finding, row
 from measuring import Timing, ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.lora import LoraStack
@@ -23,15 +22,6 @@ from phatgoose.sites import Site
 from phatgoose.tasks.batching import contiguous_head
 
 __all__ = ["decoder", "prefill", "random_layer"]
-
-TARGETS = {  # at few and many experts, in bfloat16 and in float32
-    ("prefill", "bfloat16"): (1.7, 2.2),
-    ("prefill", "float32"): (1.3, 1.5),
-    ("linear", "bfloat16"): (1.35, 1.6),
-    ("linear", "float32"): (1.2, 1.3),
-    ("decoding", "bfloat16"): (1.6, 1.8),
-    ("decoding", "float32"): (1.3, 1.4),
-}
 
 
 @row("prefill", "prefill, routed / base")
@@ -53,31 +43,22 @@ def measure_prefill(bench: Bench) -> Iterator[Finding]:
         },
         sizes.rounds,
     )
-    work = Work.of(bench.base.model, sizes.rank)
-    base = work.base(1 / sizes.prefill[1])
     what = f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens"
     note = f"base {timings['base'].median * 1e3:.0f} ms"
-    targets = TARGETS["prefill", sizes.dtype]
-    for name, count, target in zip(("few", "many"), sizes.pools, targets, strict=True):
+    for name, count in zip(("few", "many"), sizes.pools, strict=True):
         yield Finding.of(
             f"{what}, E = {count}",
             ratio(timings[name], timings["base"]),
-            target=at_most(target),
-            floor=1 + work.routed(count, sizes.k) / base,
             note=note,
             details=_medians(timings),
         )
     yield Finding.of(
         f"{what}, E = {many}, which act on the last {sizes.tail} tokens",
         ratio(timings["ends"], timings["base"]),
-        target=at_most(1.05),
-        floor=1 + work.routed(many, sizes.k) * sizes.tail / sizes.prefill[1] / base,
     )
     yield Finding.of(
         f"{what}, one PEFT LoRA, not merged",
         ratio(timings["peft"], timings["base"]),
-        floor=1 + work.lora / base,
-        note="for comparison; an earlier measurement: 1.15",
     )
 
 
@@ -92,13 +73,10 @@ def measure_linear(bench: Bench) -> Iterator[Finding]:
         contenders = {"base": _applied(layers[few].base, u)}
         contenders |= {str(count): _applied(layer, u) for count, layer in layers.items()}
         timings = side_by_side(contenders, sizes.rounds, calls=sizes.calls)
-        work = Work.at([layers[few].site], sizes.rank)
-        for count, target in zip(sizes.pools, TARGETS["linear", sizes.dtype], strict=True):
+        for count in sizes.pools:
             yield Finding.of(
                 f"{n}→{d}, {sizes.linear_tokens} tokens, E = {count}",
                 ratio(timings[str(count)], timings["base"]),
-                target=at_most(target),
-                floor=1 + work.routed(count, sizes.k) / work.base(),
                 note=f"base {timings['base'].median * 1e3:.1f} ms",
                 details=_medians(timings),
             )
@@ -115,41 +93,13 @@ def measure_decoding(bench: Bench) -> Iterator[Finding]:
         {name: decoder(model, prompt, sizes.decoded) for name, model in models.items()},
         sizes.rounds,
     )
-    work = Work.of(bench.base.model, sizes.rank)
-    for count, target in zip(sizes.pools, TARGETS["decoding", sizes.dtype], strict=True):
+    for count in sizes.pools:
         yield Finding.of(
             f"{sizes.base}, batch 1, {sizes.decoded} tokens, E = {count}",
             ratio(timings[str(count)], timings["base"]),
-            target=at_most(target),
-            floor=1 + work.routed(count, sizes.k) / work.base(1),
             note=f"base {timings['base'].median / sizes.decoded * 1e3:.1f} ms a token",
             details=_medians(timings),
         )
-
-
-@row("reference", "a loop over experts / routed, decoding")
-def measure_reference(bench: Bench) -> Iterator[Finding]:
-    """The kernel `reference`, which computes every expert as the released code does."""
-    sizes = bench.sizes
-    many, tokens = sizes.pools[-1], sizes.decoded_by_reference
-    prompt = bench.prompts(1, 2)  # the loop reads the prompt too, outside the clock
-    timings = side_by_side(
-        {
-            "loop": decoder(bench.routed(many, kernel="reference"), prompt, tokens),
-            "routed": decoder(bench.routed(many), prompt, tokens),
-        },
-        sizes.rounds,
-    )
-    work = Work.of(bench.base.model, sizes.rank)
-    base = work.base(1)
-    yield Finding.of(
-        f"{sizes.base}, batch 1, {tokens} tokens, E = {many}",
-        ratio(timings["loop"], timings["routed"]),
-        target=at_least(30),
-        floor=(base + work.dense(many)) / (base + work.routed(many, sizes.k)),
-        note="the floor is the ratio of multiply-adds",
-        details=_medians(timings),
-    )
 
 
 def prefill(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Callable[[], object]:

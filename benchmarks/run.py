@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--rows prefill,linear] [--dtype float32] [--rounds 7] [--smoke]
 
-The numbers go to a JSON file and a figure in `--out`. Only a quiet machine gives numbers worth
+The numbers go to a JSON file in `--out`. Only a quiet machine gives numbers worth
 keeping; --smoke tries everything in tiny sizes, where they mean nothing.
 """
 
@@ -21,14 +21,11 @@ import torch
 
 import against_arrow  # noqa: F401  # importing a subject enters its rows
 import choosing  # noqa: F401
-import comparing  # noqa: F401
-import growth  # noqa: F401
 import pool_reading  # noqa: F401
 import routed_speed  # noqa: F401
 import scoring  # noqa: F401
 import training_speed  # noqa: F401
 from bench import FULL, SMOKE, Bench
-from figure import draw_growth
 from findings import ROWS, Finding
 from report import circumstances, table, write_json
 
@@ -57,10 +54,6 @@ def main() -> int:
             traceback.print_exc()
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
         write_json(options.out / f"{stem}.json", found, where)
-    if "growth" in found:
-        caption = f"{found['growth'][0].case.split(':')[0]}, {sizes.dtype}, "
-        caption += f"{where['threads']} threads, {where['cpu']}, commit {where['commit']}"
-        draw_growth(found["growth"][0].details, caption, options.out / f"{stem}-growth.png")
     print(table(found, where))
     if options.smoke:
         print("\nTiny sizes: these numbers mean nothing.")

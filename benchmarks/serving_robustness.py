@@ -5,9 +5,8 @@
 
 `phatgoose serve` runs in its own process; everything is sent to 127.0.0.1. It gets bodies of 1 MiB
 that are costly to parse, a client that asks for 16 answers of 1,000 tokens again and again beside
-others that ask for one of 16, requests one after another on one connection, chats with bases whose
-templates take all time or memory, and SIGTERM while 20 answers stream and such templates run.
-Meanwhile /healthz is polled.
+others that ask for one of 16, chats with bases whose templates take all time or memory, and SIGTERM
+while 20 answers stream and such templates run. Meanwhile /healthz is polled.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,40 +85,29 @@ def hostile_bodies() -> dict[str, bytes]:
     }
 
 
-class Prober:
-    """Polls /healthz ten times a second on new connections."""
+@contextmanager
+def probed(address: str) -> Iterator[dict[str, Any]]:
+    """How /healthz answers, asked ten times a second on new connections, in an open context."""
+    found: dict[str, Any] = {"asked": 0, "failed": 0, "longest": 0.0}
+    over = threading.Event()
 
-    def __init__(self, address: str) -> None:
-        self._address, self._over = address, threading.Event()
-        self.seconds: list[float] = []
-        self.failed = 0
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-
-    def __enter__(self) -> Prober:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _ask(self) -> None:
-        while not self._over.wait(0.1):
+    def ask() -> None:
+        while not over.wait(0.1):
             begun = time.perf_counter()
+            found["asked"] += 1
             try:
-                urllib.request.urlopen(f"{self._address}/healthz", timeout=GIVE_UP).read()
+                urllib.request.urlopen(f"{address}/healthz", timeout=GIVE_UP).read()
             except OSError:
-                self.failed += 1
-            self.seconds.append(time.perf_counter() - begun)
+                found["failed"] += 1
+            found["longest"] = max(found["longest"], round(time.perf_counter() - begun, 3))
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        """How /healthz answered."""
-        return {
-            "asked": len(self.seconds),
-            "failed": self.failed,
-            "longest": round(max(self.seconds, default=0.0), 3),
-        }
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
 
 
 def exchange(
@@ -153,7 +142,7 @@ def bodies(address: str, pid: int) -> dict[str, Any]:
         def twice(body: bytes = body, answers: list[tuple[int, int]] = answers) -> None:
             answers.extend(exchange(address, body) for _ in range(2))
 
-        with Prober(address) as prober:
+        with probed(address) as healthz:
             at_once([twice, twice])
             time.sleep(0.25)
         most = max(memory.stop())
@@ -161,7 +150,7 @@ def bodies(address: str, pid: int) -> dict[str, Any]:
             "statuses": sorted({status for status, _ in answers}),
             "longest_answer": max(size for _, size in answers),
             "seconds": round(time.perf_counter() - begun, 2),
-            "healthz": prober.summary,
+            "healthz": healthz,
             "mib_more": max(0, most - (before >> 20)),
         }
     return found
@@ -194,7 +183,7 @@ def templates(address: str, pid: int) -> dict[str, Any]:
             if status != 200:
                 lost.append(status)
 
-    with Prober(address) as prober:
+    with probed(address) as healthz:
         asker = threading.Thread(target=polite)
         asker.start()
         begun = time.perf_counter()
@@ -208,43 +197,16 @@ def templates(address: str, pid: int) -> dict[str, Any]:
         "asked_meanwhile": len(waits),
         "lost": lost,
         "longest_wait": round(max(waits, default=0.0), 3),
-        "healthz": prober.summary,
+        "healthz": healthz,
         "mib_more": max(0, max(memory.stop()) - (before >> 20)),
     }
 
 
 def at_once(works: list[Callable[[], None]]) -> None:
     """Run all of `works`, each in a thread."""
-    threads = [threading.Thread(target=work) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def one_after_the_other(address: str, number: int = 60) -> dict[str, Any]:
-    """Milliseconds of requests for one token on one connection."""
-    host, port = place_of(address)
-    connection = http.client.HTTPConnection(host, port, timeout=GIVE_UP)
-    body = json.dumps({"model": "pool", "prompt": "a", "max_tokens": 1, "temperature": 0})
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEYS[1]}"}
-    seconds = []
-    for _ in range(number):
-        begun = time.perf_counter()
-        connection.request("POST", "/v1/completions", body, headers)
-        connection.getresponse().read()
-        seconds.append(time.perf_counter() - begun)
-    connection.close()
-    cuts = statistics.quantiles(seconds, n=20)
-    return {"median_ms": round(cuts[9] * 1e3, 1), "p95_ms": round(cuts[18] * 1e3, 1)}
-
-
-def fairness(address: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds that polite clients wait for 16 tokens, alone and beside a greedy one."""
-    return {
-        "without": asyncio.run(polite_ones(address, rounds)),
-        "beside": asyncio.run(polite_ones(address, rounds, greedy=tokens)),
-    }
+    with ThreadPoolExecutor(len(works)) as threads:
+        for done in [threads.submit(work) for work in works]:
+            done.result()
 
 
 async def polite_ones(address: str, rounds: int, greedy: int | None = None) -> dict[str, Any]:
@@ -341,67 +303,49 @@ def is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def measure(place: str, parts: set[str], greedy: int, rounds: int) -> dict[str, Any]:
+def measure(place: str, greedy: int, rounds: int) -> dict[str, Any]:
     """All results, ready for JSON."""
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "server.log"
         places = [f"pool={place}?router=phatgoose"]
         for name, template in TEMPLATES.items():
             places.append(f"{name}={tiny_base(Path(folder) / name, template)}")
-        with server(places, None, KEYS, log) as (address, pid):
-            one_after_the_other(address, 3)  # warm
-            if "latency" in parts:
-                found["one after the other"] = one_after_the_other(address)
-            if "bodies" in parts:
-                found["bodies"] = bodies(address, pid)
-            if "templates" in parts:
-                found["templates"] = templates(address, pid)
-            if "fairness" in parts:
-                found["polite clients"] = fairness(address, greedy, rounds)
-            if "sigterm" in parts:
-                found["sigterm"] = stopped_at_work(address, pid)
-        found["log_lines"] = len(log.read_text().splitlines())
-    return found
+        with server(places, None, KEYS, Path(folder) / "server.log") as (address, pid):
+            return {
+                "alone": asyncio.run(polite_ones(address, rounds)),
+                "beside a greedy client": asyncio.run(polite_ones(address, rounds, greedy)),
+                "bodies": bodies(address, pid),
+                "templates": templates(address, pid),
+                "sigterm": stopped_at_work(address, pid),
+            }
 
 
 def faults(found: dict[str, Any]) -> list[str]:
     """What must not happen on any machine."""
-    wrong = [f"/healthz failed beside {name}" for name, got in healths(found) if got["failed"]]
-    for kind, got in found.get("polite clients", {}).items():
-        wrong += [f"a polite client's request was lost {kind}: {error}" for error in got["lost"]]
-    streams = found.get("sigterm", {"streams": 0, "finished": 0})
+    streams, hostile = found["sigterm"], found["templates"]
+    asked = {**found["bodies"], "hostile templates": hostile}
+    wrong = [f"/healthz failed beside {n}" for n, got in asked.items() if got["healthz"]["failed"]]
+    for kind in ("alone", "beside a greedy client"):
+        wrong += [f"a polite client's request was lost {kind}: {e}" for e in found[kind]["lost"]]
     if streams["finished"] < streams["streams"]:
         wrong.append(f"{streams['finished']} of {streams['streams']} streams were finished")
-    if streams.get("ended_after", 0) > PROMPTLY:
+    if streams["ended_after"] > PROMPTLY:
         wrong.append(f"the process ended {streams['ended_after']} seconds after the streams")
-    if hostile := found.get("templates"):
-        wrong += [
-            f"a chat with base {name} was answered with {statuses}"
-            for name, statuses in hostile["statuses"].items()
-            if set(statuses) != {400}
-        ]
-        if hostile["lost"] or not hostile["asked_meanwhile"]:
-            wrong.append(f"requests beside hostile templates were lost: {hostile['lost']}")
+    for name, statuses in hostile["statuses"].items():
+        if set(statuses) != {400}:
+            wrong.append(f"a chat with base {name} was answered with {statuses}")
+    if hostile["lost"] or not hostile["asked_meanwhile"]:
+        wrong.append(f"requests beside hostile templates were lost: {hostile['lost']}")
     return wrong
-
-
-def healths(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What was sent, and how /healthz answered meanwhile."""
-    measured = {**found.get("bodies", {}), "hostile templates": found.get("templates")}
-    return [(name, got["healthz"]) for name, got in measured.items() if got]
 
 
 def main() -> None:
     """Measure, print, write everything to a file."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", default="latency,bodies,templates,fairness,sigterm")
     parser.add_argument("--greedy", type=int, default=1000, help="tokens of a greedy answer")
     parser.add_argument("--rounds", type=int, default=8, help="requests of each polite client")
     given = parser.parse_args()
     with served_pool(parser, given) as place:
-        parts = set(given.only.split(","))
-        found = measure(place, parts, given.greedy, given.rounds)
+        found = measure(place, given.greedy, given.rounds)
     write({**circumstances(), **found}, given.out)
     if wrong := faults(found):
         sys.exit("\n".join(wrong))

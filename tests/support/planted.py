@@ -1,19 +1,15 @@
-"""A pool of honest experts made of random numbers, and the attackers of benchmarks/attackers.py."""
+"""A pool of honest experts made of random numbers, for the attackers beside it."""
 
-import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paths import ROOT
+from attackers import ATTACKS, HARMLESS, attacked
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from attackers import ATTACKS, HARMLESS, attacked
 
 __all__ = ["ATTACKS", "HARMLESS", "attacked", "honest"]
 

@@ -6,8 +6,8 @@ from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.tasks.suites.bigbench import bbh, bbl
 from phatgoose.tasks.task import Example, Sources
+from suite_data import save_copy
 
-datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 BBH_22 = """
@@ -40,43 +40,29 @@ GENERATED = {
 }
 
 
-def question(text: str, targets: list[str], scores: dict[str, int] | None = None) -> dict:
-    """A row of tasksource/bigbench."""
-    return {
-        "idx": 0,
-        "inputs": text,
-        "targets": targets,
-        "multiple_choice_targets": list(scores or {}),
-        "multiple_choice_scores": list((scores or {}).values()),
-    }
-
-
-def save(folder, name: str, split: str, rows: list[dict], dataset="tasksource/bigbench") -> None:
-    path = folder / dataset / name / f"{split}-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(rows).to_parquet(path)
+def question(text: str, targets: list[str], scores: str = "") -> dict:
+    """A row of tasksource/bigbench; `scores` are "CHOICE:SCORE …"."""
+    pairs = [pair.split(":") for pair in scores.split()]
+    choices, marks = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
+    choices = {"multiple_choice_targets": choices, "multiple_choice_scores": marks}
+    return {"idx": 0, "inputs": text, "targets": targets, **choices}
 
 
 def read(folder, name: str, rows: list[dict], suite=None):
     """The task `name` of two rows or more, the last of them in the validation split."""
-    save(folder, name, "train", rows[:-1])
-    save(folder, name, "validation", rows[-1:])
+    save_copy(folder, "tasksource/bigbench", name, train=rows[:-1], validation=rows[-1:])
     return (suite or bbh()).entry(name).read(Sources(folder))
 
 
-def test_the_lists_are_those_of_the_papers_code_and_of_the_paper():
+def test_the_suites_are_those_of_the_papers_code_and_of_the_paper():
     left_out = set(LEFT_OUT_OF_BBL.split())
+    hard, lite = bbh(complete=True), bbl(complete=True)
     assert list(bbh().names) == BBH_22.split()
     assert list(bbl().names) == BBL_17.split()
-    hard, lite = bbh(complete=True).names, bbl(complete=True).names
-    assert (len(hard), len(lite)) == (23, 24)
-    assert [name for name in hard if name != "dyck_languages"] == BBH_22.split()
-    assert [name for name in lite if name not in left_out] == BBL_17.split()
-    assert {*lite} - {*BBL_17.split()} == left_out
-
-
-def test_metrics_and_lengths_are_those_of_the_papers_code():
-    for entry in (*bbh(complete=True).entries, *bbl(complete=True).entries):
+    assert [name for name in hard.names if name != "dyck_languages"] == BBH_22.split()
+    assert [name for name in lite.names if name not in left_out] == BBL_17.split()
+    assert {*lite.names} - {*BBL_17.split()} == left_out
+    for entry in (*hard.entries, *lite.entries):
         metric, max_new_tokens = GENERATED.get(entry.name, ("accuracy", None))
         assert (entry.metrics, entry.max_new_tokens) == ((metric,), max_new_tokens)
         assert metric in METRICS
@@ -84,18 +70,13 @@ def test_metrics_and_lengths_are_those_of_the_papers_code():
 
 
 def test_all_rows_are_test_examples_with_the_papers_prompt(tmp_path):
-    rows = [
-        question("Is it?", ["Yes"], {"Yes": 1, "No": 0}),
-        question("", ["No"], {"Yes": 0, "No": 1}),
-        question("Q: Was it?\nA:", ["No"], {"Yes": 0, "No": 1}),
-    ]
+    rows = [question("Is it?", ["Yes"], "Yes:1 No:0"), question("", ["No"], "Yes:0 No:1")]
     task = read(tmp_path, "navigate", rows)
-    assert (task.name, task.train, task.validation) == ("navigate", (), ())
     assert task.test == (
         Example("Is it?\nAnswer:", "Yes", ("Yes", "No"), ("Yes",)),
         Example("\nAnswer:", "No", ("Yes", "No"), ("No",)),
-        Example("Q: Was it?\nA:\nAnswer:", "No", ("Yes", "No"), ("No",)),
     )
+    assert (task.name, task.train, task.validation) == ("navigate", (), ())
     assert (task.metrics, task.max_new_tokens) == (("accuracy",), None)
     assert task.source == "tasksource/bigbench, navigate"
 
@@ -117,9 +98,7 @@ def test_all_rows_are_test_examples_with_the_papers_prompt(tmp_path):
     ],
 )
 def test_right_answers(tmp_path, name, suite, targets, scores, wanted):
-    pairs = (pair.split(":") for pair in scores.split())
-    rows = [question("?", targets, {choice: int(score) for choice, score in pairs})] * 2
-    task = read(tmp_path, name, rows, suite())
+    task = read(tmp_path, name, [question("?", targets, scores)] * 2, suite())
     assert task.test[0].answers == wanted
     assert bool(task.test[0].choices) == (name not in GENERATED)
     assert task.test[0].target == (max(targets, key=len) if name in GENERATED else wanted[-1])
@@ -135,7 +114,7 @@ def test_right_answers(tmp_path, name, suite, targets, scores, wanted):
 )
 def test_three_tasks_are_those_of_bbhs_authors(tmp_path, name, targets, choices):
     rows = [{"input": f"{target}?", "target": target} for target in targets]
-    save(tmp_path, name, "test", rows, "lukaemon/bbh")
+    save_copy(tmp_path, "lukaemon/bbh", name, test=rows)
     task = bbh().entry(name).read(Sources(tmp_path))
     assert task.test == tuple(Example(f"{t}?\nAnswer:", t, choices) for t in targets)
     assert task.source == "lukaemon/bbh, " + name
@@ -151,20 +130,14 @@ def test_three_tasks_are_those_of_bbhs_authors(tmp_path, name, targets, choices)
     ],
 )
 def test_rows_that_can_not_be_scored_are_refused(tmp_path, change, words):
-    good = question("?", ["a"], {"a": 1, "b": 0})
-    where = "tasksource/bigbench, snarks, validation row 1"
-    with pytest.raises(TaskError, match=f"{where}: {words}"):
+    good = question("?", ["a"], "a:1 b:0")
+    with pytest.raises(TaskError, match=f"bigbench, snarks, validation row 1: {words}"):
         read(tmp_path, "snarks", [good, good | change])
 
 
-def test_what_is_missing_or_no_choice_is_refused(tmp_path):
-    save(tmp_path, "web_of_lies", "test", [{"input": "?", "target": "Maybe"}], "lukaemon/bbh")
-    save(tmp_path, "snarks", "train", [question("?", ["a"], {"a": 1})])
-    for name, words in (
-        ("web_of_lies", "row 1: target 'Maybe' is not among the choices"),
-        ("snarks", "Split validation of dataset tasksource/bigbench"),
-        ("navigate", "Couldn't find any data file at .*navigate"),
-        ("dyck_languages", "Suite bbh has no dataset 'dyck_languages'"),
-    ):
-        with pytest.raises(TaskError, match=words):
-            bbh().entry(name).read(Sources(tmp_path))
+def test_a_target_that_is_no_choice_is_refused(tmp_path):
+    save_copy(tmp_path, "lukaemon/bbh", "web_of_lies", test=[{"input": "?", "target": "Maybe"}])
+    with pytest.raises(TaskError, match="row 1: target 'Maybe' is not among the choices"):
+        bbh().entry("web_of_lies").read(Sources(tmp_path))
+    with pytest.raises(TaskError, match="Suite bbh has no dataset 'dyck_languages'"):
+        bbh().entry("dyck_languages")

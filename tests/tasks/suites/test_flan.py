@@ -4,30 +4,25 @@ import numpy as np
 import pytest
 
 from phatgoose.errors import TaskError
+from phatgoose.tasks.suites import flan as suites_flan
 from phatgoose.tasks.suites.flan import flan
 from phatgoose.tasks.suites.t0 import t0_held_in
 from phatgoose.tasks.task import Example, Sources
+from suite_data import save_copy
 
-datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("private_cache")
 
 REPOSITORY = "r-three/Phatgoose_flanv2_offline"
 IRONY = "FLANV2/NIV2/Irony Detection"
 
 
-def row(number: int, kind: str = "zs_noopt") -> dict[str, str]:
+def row(number: int, kind: str | None = "zs_noopt") -> dict[str, str | None]:
     return {"inputs": f"Q{number}", "targets": f"A{number}", "_template_type": kind, "_task": "t"}
 
 
-def save(folder, rows) -> Sources:
-    """A copy of one dataset of the repository, saved as its authors did."""
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
-    splits.save_to_disk(folder / REPOSITORY / IRONY)
-    return Sources(folder)
-
-
-def irony(sources: Sources):
-    return flan().entry("niv2_irony_detection").read(sources)
+def irony(folder, rows):
+    save_copy(folder, REPOSITORY, IRONY, train=rows)
+    return flan().entry("niv2_irony_detection").read(Sources(folder))
 
 
 def test_the_suite_has_the_papers_166_datasets_in_its_order():
@@ -41,78 +36,63 @@ def test_the_suite_has_the_papers_166_datasets_in_its_order():
     added = "wsc copa hellaswag wic race_high race_middle web_questions"
     assert " ".join(suite.names[147:154]) == added
     assert families[154:] == ["dialog"] * 4 + ["flan2021"] * 8
+    race, questions = suite.entry("race_high"), suite.entry("web_questions")
+    assert (race.metrics, race.max_new_tokens, race.micro_batch_size) == (("accuracy",), None, 2)
+    assert race.train_examples == 62445 * 8
+    assert (questions.metrics, questions.max_new_tokens) == (("rouge-l",), 31)
+    assert all(entry.train_examples for entry in suite.entries[147:154])
 
 
 @pytest.mark.parametrize(
     ("index", "name", "max_new_tokens", "micro_batch_size"),
     [
         (36, "flan2021_ai2_arc_easy", 63, 16),
-        (42, "flan2021_drop", 511, 2),
         (65, "flan2021_squad_v2", 63, 16),
-        (72, "niv2_translation", 511, 4),
         (108, "niv2_negotiation_strategy_detection", 1, 16),
-        (146, "niv2_misc", 255, 8),
         (154, "dialog_qrecc", 127, 4),
         (165, "flan2021_wmt14_translate_fr_en", 511, 2),
     ],
 )
 def test_entries_have_the_papers_settings(index, name, max_new_tokens, micro_batch_size):
     entry = flan().entries[index]
-    assert entry.name == name
-    assert entry.metrics == ("rouge-l",)
+    assert (entry.name, entry.metrics, entry.train_examples) == (name, ("rouge-l",), None)
     assert entry.max_new_tokens == max_new_tokens  # the paper's code counts the start token too
     assert entry.micro_batch_size == micro_batch_size
-    assert entry.train_examples is None
 
 
-def test_the_added_p3_datasets_are_entries_like_those_of_t0():
-    race, questions = flan().entry("race_high"), flan().entry("web_questions")
-    assert (race.metrics, race.max_new_tokens, race.micro_batch_size) == (("accuracy",), None, 2)
-    assert race.train_examples == 62445 * 8
-    assert (questions.metrics, questions.max_new_tokens) == (("rouge-l",), 31)
-    assert all(entry.train_examples for entry in flan().entries[147:154])
-
-
-def test_rows_become_examples_as_they_are(tmp_path):
-    rows = [{**row(0), "inputs": " Is this\nirony? ", "targets": "no "}, row(1)]
-    task = irony(save(tmp_path, rows))
-    assert task.name == "niv2_irony_detection"
-    assert (task.metrics, task.max_new_tokens) == (("rouge-l",), 3)
-    assert set(task.train) == {Example(" Is this\nirony? ", "no "), Example("Q1", "A1")}
-    assert (task.validation, task.test) == ((), ())  # a tenth of two is none
-    assert task.source == f"{REPOSITORY}, {IRONY}"
-
-
-def test_only_zero_shot_rows_with_input_and_target_are_kept(tmp_path):
+def test_only_zero_shot_rows_with_input_and_target_are_kept_as_they_are(tmp_path):
     kinds = ["zs_opt", "fs_opt", "zs_noopt", "fs_noopt", None]
     rows = [row(i, kind) for i, kind in enumerate(kinds)]
     rows += [{**row(5), "inputs": " \n"}, {**row(6), "targets": ""}, {**row(7), "targets": None}]
-    task = irony(save(tmp_path, rows))
-    assert {example.input for example in task.train} == {"Q0", "Q2"}
+    rows += [{**row(0), "inputs": " Is this\nirony? ", "targets": "no "}]
+    task = irony(tmp_path, rows)
+    wanted = {Example("Q0", "A0"), Example("Q2", "A2"), Example(" Is this\nirony? ", "no ")}
+    assert set(task.train) == wanted
+    assert (task.name, task.metrics, task.max_new_tokens) == (
+        "niv2_irony_detection",
+        ("rouge-l",),
+        3,
+    )
+    assert (task.validation, task.test) == ((), ())  # a tenth of three is none
+    assert task.source == f"{REPOSITORY}, {IRONY}"
 
 
-def test_the_division_is_that_of_the_papers_code(tmp_path):
-    task = irony(save(tmp_path, [row(i) for i in range(57)]))
+def test_the_division_is_that_of_the_papers_code(tmp_path, monkeypatch):
+    task = irony(tmp_path / "small", [row(i) for i in range(57)])
     order = np.random.RandomState(1234).choice(57, size=57, replace=False)  # its src/data/flat.py
     assert [example.input for example in task.validation] == [f"Q{i}" for i in order[:5]]
     assert [example.input for example in task.train] == [f"Q{i}" for i in order[5:]]
     assert task.validation_origin == "5 of 57 examples, seed 1234"
-
-
-def test_large_datasets_are_limited_as_in_the_papers_code(tmp_path, monkeypatch):
-    monkeypatch.setattr("phatgoose.tasks.suites.flan.VALIDATION_MOST", 3)
-    monkeypatch.setattr("phatgoose.tasks.suites.flan.TRAIN_MOST", 20)
-    task = irony(save(tmp_path, [row(i) for i in range(57)]))
-    order = np.random.RandomState(1234).permutation(57)
+    monkeypatch.setattr(suites_flan, "VALIDATION_MOST", 3)  # as if the dataset was large
+    monkeypatch.setattr(suites_flan, "TRAIN_MOST", 20)
+    task = irony(tmp_path / "large", [row(i) for i in range(57)])
     drawn = np.random.default_rng(42).choice(54, size=20, replace=False)
     assert [example.input for example in task.validation] == [f"Q{i}" for i in order[:3]]
     assert [example.input for example in task.train] == [f"Q{i}" for i in order[3:][drawn]]
 
 
-def test_a_missing_dataset_a_missing_field_and_no_examples_are_refused(tmp_path):
-    with pytest.raises(TaskError, match="isn't there"):
-        irony(Sources(tmp_path))
+def test_a_missing_field_and_no_examples_are_refused(tmp_path):
     with pytest.raises(TaskError, match="row 1: field 'targets' is missing; the fields there are"):
-        irony(save(tmp_path / "a", [{"inputs": "Q", "_template_type": "zs_opt"}]))
+        irony(tmp_path / "a", [{"inputs": "Q", "_template_type": "zs_opt"}])
     with pytest.raises(TaskError, match=r"Irony Detection of dataset .* has no zero-shot examples"):
-        irony(save(tmp_path / "b", [row(0, "fs_opt")]))
+        irony(tmp_path / "b", [row(0, "fs_opt")])

@@ -1,4 +1,4 @@
-"""Attackers on a pool, for `audit.py` and the tests: honest experts with something planted.
+"""Attackers on a pool: honest experts with something planted.
 
 An attack is a function of the pool, the index of the expert that turns, a random generator and a
 strength from 0 (as quiet as it may be and still work) to 2 (as loud as it comes). It returns the

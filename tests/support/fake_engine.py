@@ -196,7 +196,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             finish = "abort" if engine.mode == "aborting" else "stop"
             choice = content_of("".join(pieces), is_chat, whole=True) | {"finish_reason": finish}
+            choice |= self.logprobs(body, pieces, is_chat)
             self.reply(200, {"choices": [choice], "usage": {"completion_tokens": len(pieces)}})
+
+    def logprobs(self, body, pieces, is_chat):
+        """Each piece is a token of log-probability -0.5, and the next best is "o" of -1.5."""
+        if body.get("logprobs") in (None, False):
+            return {}
+        if is_chat or self.engine.kind == "llama.cpp":
+            rows = [{"token": piece, "logprob": -0.5} for piece in pieces]
+            tops = [[row, {"token": "o", "logprob": -1.5}] for row in rows]
+            told = zip(rows, tops, strict=True)
+            return {"logprobs": {"content": [{**row, "top_logprobs": top} for row, top in told]}}
+        told = {"tokens": pieces, "token_logprobs": [-0.5] * len(pieces)}
+        return {"logprobs": {**told, "top_logprobs": [{p: -0.5, "o": -1.5} for p in pieces]}}
 
     def stream(self, body: dict[str, Any], pieces: list[str], is_chat: bool) -> None:
         engine = self.engine
@@ -220,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     break
             choice = content_of(piece, is_chat) | {"index": 0, "finish_reason": None}
+            choice |= self.logprobs(body, [piece], is_chat)
             self.event(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}")
         else:
             choice = content_of("", is_chat) | {"index": 0, "finish_reason": "length"}

@@ -55,24 +55,6 @@ def test_several_answers_differ_and_the_same_seed_gives_the_same_ones(client):
     assert text_of(client, **{**wish, "n": 1, "seed": 8}) == first[1]["text"]
 
 
-def test_a_stream_makes_the_whole_answer(client):
-    wish = {**GREEDY, "max_tokens": 20, "n": 2, "temperature": 1.2, "seed": 3, "logprobs": 1}
-    whole = ask(client, **wish)
-    chunks = events(client, **wish, stream_options={"include_usage": True})
-    assert chunks[-1]["usage"] == whole["usage"]
-    assert chunks[-1]["choices"] == []
-    for index in (0, 1):
-        parts = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == index]
-        wanted = whole["choices"][index]
-        assert "".join(part["text"] for part in parts) == wanted["text"]
-        assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
-        assert parts[-1]["finish_reason"] == wanted["finish_reason"]
-        assert joined(part["logprobs"]["tokens"] for part in parts) == wanted["logprobs"]["tokens"]
-        offsets = joined(part["logprobs"]["text_offset"] for part in parts)
-        assert offsets == wanted["logprobs"]["text_offset"]
-    assert len({chunk["id"] for chunk in chunks}) == 1
-
-
 def test_echo_tells_the_prompt_and_its_log_probabilities(client, tokenizer):
     count = len(tokenizer(PROMPT)["input_ids"])
     (choice,) = ask(client, **{**GREEDY, "echo": True, "logprobs": 2})["choices"]
@@ -104,28 +86,15 @@ def test_stop_ends_an_answer(client):
 
 
 def test_a_chat_is_the_completion_of_its_template(chat):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
-    ]
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    messages = [{"role": "developer", "content": "Brief."}, {"role": "user", "content": parts}]
     wish = {"model": "goose", "messages": messages, "temperature": 0, "max_completion_tokens": 6}
-    reply = ask(chat, path=CHATS, **wish, logprobs=True, top_logprobs=2)
-    text = "[system] Be brief.\n[user] hi\n[assistant] "
-    wanted = ask(chat, **{**GREEDY, "prompt": text})
+    reply = ask(chat, path=CHATS, **wish)
+    wanted = ask(chat, **{**GREEDY, "prompt": "[system] Brief.\n[user] hi\n[assistant] "})
     assert reply["usage"] == wanted["usage"]
-    assert reply["object"] == "chat.completion"
-    (choice,) = reply["choices"]
     content = wanted["choices"][0]["text"]
-    assert choice["message"] == {"role": "assistant", "content": content, "refusal": None}
-    assert len(choice["logprobs"]["content"]) == 6
-    token = choice["logprobs"]["content"][0]
-    assert token["logprob"] == token["top_logprobs"][0]["logprob"]
-    assert bytes(token["bytes"]).decode() == token["token"]
-    *chunks, last = events(chat, CHATS, **wish, stream_options={"include_usage": True})
-    assert (last["choices"], last["usage"]) == ([], reply["usage"])
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert "".join(c["choices"][0]["delta"]["content"] or "" for c in chunks) == content
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    message = reply["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": content, "refusal": None}
 
 
 def test_without_a_limit_a_chat_takes_what_the_server_gives(pool):
@@ -136,27 +105,15 @@ def test_without_a_limit_a_chat_takes_what_the_server_gives(pool):
         assert ask(client, path=CHATS, **body)["usage"]["completion_tokens"] == 9
 
 
-def test_a_developer_speaks_as_the_system_and_answers_may_be_sent_back(chat):
-    told = {"role": "assistant", "content": "ho", "refusal": None, "tool_calls": None}
-    talk = [{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}, told]
-    asked = {"model": "goose", "messages": talk, "max_tokens": 4, "temperature": 0}
-    first = ask(chat, path=CHATS, **asked)
-    asked["messages"] = [{**talk[0], "role": "system"}, talk[1], {**told, "annotations": []}]
-    second = ask(chat, path=CHATS, **asked)
-    assert first["choices"] == second["choices"]
-
-
 @pytest.mark.parametrize(
     "wish",
     [
         {"router": "merged"},
-        {"router": "arrow", "k": 1},
+        {"router": "arrow:temperature=0.01,form=peft", "k": 1},
         {"k": 1},
         {"keep": ["e1", "e2"]},
         {"leave_out": ["e0"]},
-        {"router": "single", "keep": ["e3"]},
         {"router": "single:expert=e2"},
-        {"router": "arrow:temperature=0.01,form=peft"},
     ],
     ids=str,
 )
@@ -168,18 +125,9 @@ def test_a_request_may_have_its_own_routing(client, pool, tokenizer, wish):
     assert text_of(client, **GREEDY, **wish) == text
 
 
-def test_models_by_name_are_told_apart(client):
-    mean = text_of(client, **{**GREEDY, "model": "mean"})
-    assert mean == text_of(client, **GREEDY, router="merged") != text_of(client, **GREEDY)
-    listed = {card["id"]: card["router"] for card in client.get("/v1/models").json()["data"]}
-    assert listed == {"goose": "phatgoose", "mean": "merged"}
-    assert client.get("/v1/models/goose").json()["experts"] == ["e0", "e1", "e2", "e3"]
-
-
 def test_routing_tells_each_tokens_experts(client, tokenizer):
     count = len(tokenizer(PROMPT)["input_ids"])
-    wish = {**GREEDY, "routing": {"layer": "1", "kind": "q_proj", "trace": True}}
-    (choice,) = ask(client, **wish)["choices"]
+    (choice,) = ask(client, **GREEDY, routing={"trace": True})["choices"]
     routing = choice["routing"]
     assert (routing["router"], routing["k"]) == ("phatgoose", 2)
     parts = [token["part"] for token in routing["tokens"]]
@@ -187,24 +135,18 @@ def test_routing_tells_each_tokens_experts(client, tokenizer):
     assert "".join(token["token"] for token in routing["tokens"][:count]) == PROMPT
     for token in routing["tokens"][:-1]:
         assert sum(token["experts"].values()) == pytest.approx(1, abs=0.01)
-        assert len(token["experts"]) == 2
         assert list(token["experts"].values()) == sorted(token["experts"].values(), reverse=True)
-    assert routing["tokens"][-1]["experts"] == {}
+    assert routing["tokens"][-1]["experts"] == {}  # it never passed the model
     assert routing["trace"]["format"] == "phatgoose-trace-1"
-    everywhere = ask(client, **GREEDY, routing=True)["choices"][0]["routing"]
-    assert everywhere["trace"] is None
-    assert max(len(token["experts"]) for token in everywhere["tokens"]) > 2
+    assert routing["trace"]["whole"] == []
 
 
-def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client, pool):
+def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client):
     wish = {**GREEDY, "router": "discriminant", "routing": {"trace": True}}
     (choice,) = ask(client, **wish)["choices"]
     ((expert, weight),) = choice["routing"]["trace"]["whole"]
-    assert expert in pool.names
     assert weight == 1
     assert {expert} == set(choice["routing"]["tokens"][0]["experts"])
-    (choice,) = ask(client, **GREEDY, routing={"trace": True})["choices"]
-    assert choice["routing"]["trace"]["whole"] == []
 
 
 @pytest.fixture(scope="module")
@@ -228,13 +170,6 @@ def experts_of(client, turns):
 def test_a_chat_gets_the_expert_of_its_last_user_message(choosing, before):
     for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
         assert experts_of(choosing, [*before, ("user", prompt)]) == [owner]
-
-
-def test_a_message_may_be_of_parts_and_no_users(choosing):
-    parts = [{"type": "text", "text": text} for text in (PROMPTS[1][:5], PROMPTS[1][5:])]
-    assert experts_of(choosing, [("user", PROMPTS[0]), ("user", parts)]) == [OWNERS[1]]
-    turns = [("assistant", PROMPTS[0] * 9), ("assistant", PROMPTS[1])]
-    assert experts_of(choosing, turns) == [OWNERS[1]]
 
 
 def test_a_stream_tells_its_routing_piece_by_piece(client):

@@ -104,25 +104,6 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
     assert [row.generated for row in rows] == single
 
 
-def test_a_prompt_that_several_answers_share_is_read_once(runner_of, monkeypatch):
-    runner = runner_of()
-    seen, decode = [], runner.decode
-
-    def watched(ids, *arguments, **options):
-        seen.append(tuple(ids.shape))
-        return decode(ids, *arguments, **options)
-
-    monkeypatch.setattr(runner, "decode", watched)
-    batch = Batch(runner)
-    rows = [row_of(runner, prompt_of(0, 6), choice=i) for i in range(3)]
-    rows.append(row_of(runner, prompt_of(1, 8)))
-    batch.join(rows)
-    finish(batch)
-    assert seen[0] == (2, 8)
-    assert seen[1] == (4, 1)
-    assert rows[0].generated == rows[2].generated == by_generate(runner, prompt_of(0, 6), 12)
-
-
 def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
     runner = runner_of()
     wish = Decoding(2, 0.0, logprobs=1, echo=True, routing=True)

@@ -62,14 +62,6 @@ def test_a_watched_pool_takes_an_expert_in_and_gives_one_up(place, folder):
         assert outcomes(client) == {"reopened": 2.0}
 
 
-def test_a_pool_that_is_not_watched_stays_as_it_was(place, folder):
-    with client_at(folder) as client:
-        shutil.copytree(place / "e3", folder / "e3")
-        for _ in range(3):
-            text_of(client, **GREEDY)
-        assert experts_of(client) == ["e0", "e1"]
-
-
 def test_a_manifest_is_followed(place, folder, tmp_path):
     manifest = tmp_path / "pool.json"
     Pool.open(folder).write_manifest(manifest)
@@ -134,16 +126,6 @@ def test_reloads_leave_no_process_behind_where_the_base_has_another_name(folder,
             text_of(client, **GREEDY)
             counts.append(len(children()))
     assert counts[0] == counts[1] == counts[2]
-
-
-def test_a_gateway_follows_a_pool_whose_base_has_another_name(folder, tmp_path):
-    with (
-        engine_of("vllm", numbered()) as engine,
-        gateway(folder, engine, Serving(watch=True)) as client,
-    ):
-        renamed_base(folder, tmp_path / "twin")
-        until(lambda: outcomes(client) == {"reopened": 1.0})
-        ask(client, **ASK)
 
 
 def test_a_gateway_loads_what_joins_into_its_engine(place, folder):
@@ -223,14 +205,3 @@ def test_what_an_engine_can_not_load_again_keeps_nobody_else_out(place, folder, 
         touch(folder, 1)  # it still holds the old one
         until(lambda: outcomes(client) == {"reopened": 2.0})
         assert experts_of(client, "auto") == ["e0", "e3"]
-
-
-def test_what_an_engine_can_not_load_is_not_served(place, folder):
-    with (
-        engine_of("vllm", numbered(("e0", "e1")), loads=False) as engine,
-        gateway(folder, engine, Serving(watch=True)) as client,
-    ):
-        shutil.copytree(place / "e3", folder / "e3")
-        until(lambda: outcomes(client) == {"reopened": 1.0})
-        assert experts_of(client, "auto") == ["e0", "e1"]
-        ask(client, **ASK)

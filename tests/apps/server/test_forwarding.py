@@ -49,18 +49,6 @@ def test_an_engine_that_is_away_is_a_503_and_comes_back(place, stream):
         assert ask(client, **EXPERT)["choices"][0]["text"].startswith("e1")
 
 
-def test_a_request_that_was_not_sent_waits_for_an_engine_that_is_restarted(place, monkeypatch):
-    monkeypatch.setattr(forwarding, "RETRYING", 20)
-    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
-        engine.stop()
-        thread, found = serving.in_a_thread(client.post, PATH, json=EXPERT)
-        time.sleep(0.2)
-        engine.start()
-        thread.join(30)
-        assert found[0].status_code == 200
-        assert len(engine.requests) == 1
-
-
 def test_an_engine_that_was_restarted_gets_its_adapters_again(place):
     with engine_of("vllm", {}) as engine, gateway(place, engine) as client:
         assert len(engine.loaded) == 4
@@ -80,14 +68,6 @@ def test_adapters_that_have_other_numbers_after_a_restart_are_found(place):
         serving.until(lambda: client.get("/healthz").status_code == 503)
         engine.start()
         assert ask(client, **EXPERT)["choices"][0]["text"].startswith("e1*1 ")
-
-
-def test_an_engine_that_lost_its_adapters_for_good_is_not_well(place):
-    with engine_of("vllm", numbered(), loads=False) as engine, gateway(place, engine) as client:
-        engine.adapters.clear()
-        assert error_of(client, 503, **EXPERT)["code"] == "upstream_unavailable"
-        serving.until(lambda: client.get("/healthz").status_code == 503)
-        error_of(client, 503, **EXPERT)
 
 
 @pytest.mark.parametrize(("mode", "said"), [("broken", 3), ("unfinished", 3)])
@@ -151,13 +131,9 @@ def test_an_error_of_the_engine_is_passed_on_and_nothing_sent_twice(place, mode,
     "content",
     [
         b"[" * 100_000,
-        b'{"choices": [{"text": 5}]}',
         b'{"choices": [{"text": "\\ud800"}]}',
-        b'{"choices": {"text": "a"}}',
-        b'{"choices": [{"text": "a", "logprobs": {"content": [1]}}]}',
         b'{"choices": [{"text": "a", "logprobs": {"content": [{"token": "a", "logprob": NaN}]}}]}',
         b'{"choices": [{"text": "a", "logprobs": {"tokens": [1], "token_logprobs": [-1]}}]}',
-        b'{"choices": [{"text": "a"}], "usage": {"completion_tokens": -3}}',
         b'{"choices": [{"text": "a"}], "usage": {"completion_tokens": 1%s}}' % (b"0" * 400),
         b"\xff",
     ],

@@ -57,17 +57,6 @@ def test_chats_and_streams_keep_to_it_too(chat):
 
 
 @needs_library
-def test_an_object_of_any_kind_is_one(client):
-    body = {**GREEDY, "max_tokens": 200, "response_format": {"type": "json_object"}}
-    choice = ask(client, **body)["choices"][0]
-    assert choice["text"].startswith("{")
-    if choice["finish_reason"] == "stop":
-        assert isinstance(json.loads(choice["text"]), dict)
-    text = text_of(client, **GREEDY)
-    assert text_of(client, **GREEDY, response_format={"type": "text"}) == text
-
-
-@needs_library
 @pytest.mark.parametrize(
     ("format_", "said"),
     [

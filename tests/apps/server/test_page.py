@@ -165,22 +165,6 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         assert len(row.generated) <= 42
 
 
-def test_the_keyboard_does_all(chromium, address):
-    with visit(chromium, address) as page:
-        page.locator("#model option").first.wait_for(state="attached")
-        page.locator("#prompt").focus()
-        page.keyboard.type(PROMPT)
-        page.keyboard.press("Control+Enter")
-        page.locator("#pane-a .tx-token").nth(len(PROMPT) + 5).wait_for()
-        page.locator("#panes[aria-busy=false]").wait_for()
-        page.locator("#pane-a .tx-text").focus()
-        page.keyboard.press("ArrowRight")
-        assert "token 2 of" in page.locator("#pane-a .tx-details").inner_text()
-        for role, name in (("combobox", "Model"), ("textbox", "Prompt"), ("button", "Answer")):
-            assert page.get_by_role(role, name=name).count() == 1
-        assert page.get_by_role("region", name="First answer").count() == 1
-
-
 def test_no_prompt_is_proposed_and_what_cannot_act_is_hidden(chromium, address):
     with visit(chromium, address) as page:
         shown = page.locator("button:visible").all_inner_texts()
@@ -188,7 +172,7 @@ def test_no_prompt_is_proposed_and_what_cannot_act_is_hidden(chromium, address):
         assert page.locator("#compare").is_visible()
         assert not page.locator("#stop").is_visible()
         page.locator("#model option").first.wait_for(state="attached")
-        page.evaluate("page.models.forEach((model) => { model.router = model.sites = null; })")
+        page.evaluate("page.models.forEach((model) => { model.router = model.traces = null; })")
         page.evaluate("page.choose()")  # as for a base alone
         assert not page.locator("#compare").is_visible()
         assert not page.locator("#router-a").is_visible()

@@ -5,7 +5,6 @@ import sys
 import time
 
 import pytest
-from pydantic import ValidationError
 
 from phatgoose import untrusted_text
 from phatgoose.apps.server import requests as request_parsing
@@ -29,58 +28,8 @@ from serving import (
     until,
 )
 from short_bases import few_places
-from tiny import with_added
 
 MIB = 1 << 20
-ALL = ["e0", "e1", "e2", "e3"]
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "said"),
-    [
-        ({"max_tokens": "5"}, "max_tokens", "valid integer"),
-        ({"max_tokens": 5000}, "max_tokens", "this server generates 1024 at most"),
-        ({"temperature": 3}, "temperature", "less than or equal to 2"),
-        ({"frequency_penalty": 1}, "frequency_penalty", "less than or equal to 0"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "at most 0 items"),
-        ({"tools": []}, "tools", "Extra inputs are not permitted"),
-        ({"n": 100}, "n", "one request may have 64"),
-        # Of several forms of a field the fault of the one that the value has is told.
-        ({"prompt": []}, "prompt", "prompt: List should have at least 1 item"),
-        ({"prompt": [[1, 2], []]}, "prompt", "prompt.1: List should have at least 1 item"),
-        ({"prompt": [5000]}, "prompt", "Token 5000 is unknown"),
-        ({"stop": ["a", ""]}, "stop", "stop.1: String should have at least 1 character"),
-        ({"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items"),
-        ({"str": 1}, "str", "str: Extra inputs are not permitted"),
-        ({"prompt": "x" * 3000}, "max_tokens", "the model can hold 2048 together"),
-        # Routings.
-        ({"routing": {"layr": "1"}}, "routing", "routing.layr: Extra inputs are not permitted"),
-        ({"routing": {"layer": "7"}}, "routing", "layers are 0, 1"),
-        ({"routing": {"kind": "wq"}}, "routing", "mlp.up_proj"),
-        ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
-        ({"leave_out": ALL}, "leave_out", "No expert is left"),
-        ({"router": "oracle"}, "router", "router: Input should be one of auto"),
-        ({"router": "arow"}, "router", "weights. Did you mean 'arrow'?"),
-        ({"router": "auto:k=2"}, "router", "router: Router auto has no settings of its own"),
-        ({"weights": {"e00": 1}}, "weights", "it has e0, e1, e2, e3. Did you mean 'e0'?"),
-        ({"router": "few-shot:examples=/etc/hosts"}, "router", "router: Input should be one of"),
-        ({"router": "arrow:form={%s}"}, "router", "router: router arrow: form is '{%s}', but"),
-        ({"router": "best-individual"}, "router", "comparison"),
-        ({"router": "retrieval"}, "router", "embeddings"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_what_is_wrong_is_named(client, pool, change, param, said):
-    error = error_of(client, **{**GREEDY, **change})
-    assert said in error["message"]
-    assert error["param"] == param
-    assert error["type"] == "invalid_request_error"
-    assert str(pool.experts[0].directory.parent) not in error["message"]
-
-
-def test_an_unknown_model_is_told_with_the_nearest_name(client):
-    said = error_of(client, 404, **{**GREEDY, "model": "gose"})["message"]
-    assert said == "There is no model 'gose'; there are goose, mean. Did you mean 'goose'?"
 
 
 def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):
@@ -93,30 +42,6 @@ def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):
         found = ask(client, **asked, router="auto")["choices"][0]
         assert found["routing"]["router"] == wanted
         assert found == ask(client, **asked, router=wanted)["choices"][0]
-
-
-def message(**fields):
-    return {"role": "user", "content": "a", **fields}
-
-
-PICTURE = [{"type": "image_url", "text": ""}]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
-        ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [message(content=[])]}, "messages.0.content: List should have at least 1"),
-        ({"messages": [message(content=PICTURE)]}, "content.0.type: Input should be 'text'"),
-        ({"messages": [message(tool_calls=[{}])]}, "messages.0.tool_calls: Tools are not supp"),
-        ({"tools": [{"type": "function"}]}, "tools: Tools are not supported. Leave them out"),
-        ({"messages": [message(), message(role="system")]}, "The system speaks first."),
-    ],
-    ids=str,
-)
-def test_what_is_wrong_with_a_chat_is_named(chat, change, said):
-    assert said in error_of(chat, path=CHATS, **{**CHAT, **change})["message"]
 
 
 def test_without_a_chat_template_there_are_no_chats(client):
@@ -220,16 +145,6 @@ def test_what_a_body_of_a_mib_costs_is_bounded_and_nothing_of_it_is_repeated(cli
     assert "input" not in reply.json()["error"]
 
 
-@pytest.mark.parametrize("wanted", [CompletionRequest, ChatRequest])
-@pytest.mark.parametrize("fault", [{}, [], "", 0.5, [{}], {"x": {}}], ids=str)
-def test_lists_are_looked_through_to_their_first_fault_alone(wanted, fault):
-    """However long they are, few errors are made of them: each costs a KiB."""
-    lists = {name: [fault] * 300 for name in ("prompt", "messages", "keep", "stop", "tools")}
-    with pytest.raises(ValidationError) as wrong:
-        wanted.model_validate({"model": "goose", **lists, "logit_bias": {"1": 1}})
-    assert wrong.value.error_count() < 16
-
-
 def test_lists_are_counted_before_they_are_made(monkeypatch):
     monkeypatch.setattr(request_parsing, "from_json", None)
     for name in ("objects", "lists", "fields", "biases", "deep", "deep objects"):
@@ -243,16 +158,6 @@ def test_lists_are_counted_before_they_are_made(monkeypatch):
 def test_what_stands_in_texts_is_not_counted(text):
     body = json.dumps({"model": text[:9], "prompt": text}).encode()
     assert parsed(CompletionRequest, body).prompt == text
-
-
-def test_what_cannot_fit_is_refused_before_it_is_read(client, app, monkeypatch):
-    def read(*_, **__):
-        raise AssertionError("the prompt was read")
-
-    monkeypatch.setattr(untrusted_text.UntrustedText, "read", read)
-    for prompt in ("a" * 40_000, [5] * 3000, ["a", "a" * 40_000]):
-        error = error_of(client, **{**GREEDY, "prompt": prompt})
-        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
 
 def reader_of(model, tokenizer):
@@ -278,12 +183,6 @@ def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
         assert (refusal.value.status_code, refusal.value.detail) == (400, words)
     chat = ChatRequest(model="goose", messages=[{"role": "user", "content": "a"}])
     assert preparer.decoding(chat, 0, prompt).max_tokens == 24
-
-
-def test_a_text_that_an_answer_follows_has_no_end(llama):
-    tokenizer = with_added(["<bos>"], ["</s>"])
-    (prompt,) = reader_of(llama.model, tokenizer).prompts(asked("ab"))
-    assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"
 
 
 # Chat templates and tokenizers that take all time or memory, or aren't there.

@@ -15,7 +15,6 @@ from phatgoose.apps.server.local.sequences import (
     Alternative,
     Sampler,
     TokenScores,
-    token_scores,
 )
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.tasks.encoding import Encoder
@@ -144,9 +143,3 @@ def test_sampling_follows_temperature_and_top_p():
     assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
     assert shares(temperature=1.0, top_p=0.0)[0] == 1
     assert shares(temperature=1e-30)[0] == 1
-
-
-def test_infinite_log_probabilities_are_told_as_numbers():
-    logits = torch.tensor([[0.0, -torch.inf]])
-    ((own, top),) = token_scores(logits, [1], 2)
-    assert own.logprob == top[1].logprob == -9999

@@ -11,11 +11,10 @@ import serving
 from phatgoose.apps.server import service
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.local.sequences import Progress
-from phatgoose.apps.server.protocol import ApiError, Deadline, RoutingOverride
+from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Reply
 from phatgoose.apps.server.service import Readers, RoutingCache
 from phatgoose.config import Serving
-from phatgoose.errors import ConfigError
 from serving import GREEDY, PATH, ask, error_of
 
 NEVER = Deadline(math.inf, math.inf)
@@ -34,13 +33,6 @@ def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner,
         go_on.set()
         thread.join()
     assert found[0].status_code == 200
-
-
-def test_paths_that_other_servers_have(client):
-    assert client.get("/health").json() == client.get("/healthz").json()
-    answer = client.post("/v1/responses", json={"model": "goose", "input": "a"})
-    assert answer.status_code == 404
-    assert "send messages to /v1/chat/completions" in answer.json()["error"]["message"]
 
 
 def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
@@ -113,20 +105,6 @@ def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
         ask(client, **GREEDY, k=1)
 
 
-def test_a_routing_that_fails_fails_for_all_who_wait(client, app, monkeypatch):
-    routings = app.state.service.routings
-    before = len(routings.composed)
-
-    def fails(*_):
-        raise ConfigError("nothing at /home/me/experts")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LoadedModel, "_compose", fails)
-        assert error_of(client, **GREEDY, k=1)["message"] == "nothing at experts"
-    assert (len(routings.composed), routings.unfinished) == (before, 0)
-    ask(client, **GREEDY, k=1)
-
-
 def test_routings_are_kept_and_make_room_for_each_other(app, client):
     goose, routings = app.state.service.models["goose"], app.state.service.routings
 
@@ -172,23 +150,6 @@ def test_clients_take_turns():
     asyncio.run(ask_all())
     assert served.index("polite") <= 2
     assert sorted(served) == ["greedy 1", "greedy 2", "greedy 3", "greedy 4", "polite"]
-
-
-def test_work_that_outlives_its_request_keeps_its_place_and_no_other():
-    go_on = threading.Event()
-
-    async def ask():
-        readers = Readers(1)
-        for number in range(3):  # the first is stuck; the others wait for its place in vain
-            with pytest.raises(ApiError) as late:
-                await readers.run("a", Deadline.after(0.05), lambda _: go_on.wait(30))
-            assert late.value.status_code == 504, number
-        assert (readers.waiting, len(readers.running())) == (0, 1)
-        go_on.set()
-        assert await readers.run("a", Deadline.after(30), lambda left: 0 < left <= 30)
-        assert readers.running() == []
-
-    asyncio.run(ask())
 
 
 class Panic(BaseException):

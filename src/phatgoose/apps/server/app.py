@@ -1,4 +1,4 @@
-"""The server's application: its routes, errors, OpenAPI schema and page."""
+"""The server's application: its routes, errors, OpenAPI schema and page, and its way to run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,82 +67,39 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-
-DESCRIPTIONS = {
-    400: "The request is invalid, or the model can't answer it.",
-    401: "There is no valid API key.",
-    403: "The host name is unknown, or the request comes from another server's page.",
-    404: "There is no such model.",
-    408: "The request took too long to arrive.",
-    413: "The request is too large.",
-    415: "The content type is not JSON.",
-    429: "Too many requests are waiting.",
-    500: "The answer could not be computed.",
-    502: "The engine behind a gateway failed.",
-    503: "The server does not work.",
-    504: "The answer took too long.",
-}
-RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
-CHALLENGE = {
-    "WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}}
-}
-OPENAPI_HEADERS: dict[int, dict[str, Any]] = {429: RETRY, 401: CHALLENGE}
 PLACE = "#/components/schemas/{model}"
-EVENTS = {
-    "schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."},
-    "example": 'data: {"id": …}\n\ndata: [DONE]\n\n',
-}
+EVENTS = {"schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."}}
 
 
 def responses_of(
     *statuses: int, model: type[BaseModel] = protocol.ErrorReply
 ) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI is told of answers with these `statuses`, for the OpenAPI page."""
-    return {
-        status: {
-            "description": DESCRIPTIONS[status],
-            "model": model,
-            **({"headers": OPENAPI_HEADERS[status]} if status in OPENAPI_HEADERS else {}),
-        }
-        for status in statuses
-    }
+    """What FastAPI is told of answers with these `statuses`, for the OpenAPI schema."""
+    return {each: {"description": HTTPStatus(each).phrase, "model": model} for each in statuses}
 
 
-def answering(wanted: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
-    """Options of a route that reads `wanted` itself and answers with `reply` or a stream."""
+def answering(request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
+    """Options of a route that reads `request` itself and answers with `reply` or a stream."""
     description = "The answer, or with stream a chunk in each event."
     streams = {"description": description, "content": {"text/event-stream": EVENTS}}
+    form = {"schema": {"$ref": PLACE.format(model=request.__name__)}}
     statuses = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
-    form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
-    body = {"requestBody": {"required": True, "content": {"application/json": form}}}
     return {
         "response_model": reply,
         "responses": {**responses_of(*statuses), 200: streams},
-        "openapi_extra": body,
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": form}}},
     }
 
 
-def install_errors(app: FastAPI) -> None:
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(Exception, _refused)
-    app.openapi = _schema_of(app)  # type: ignore[method-assign]
+class Application(FastAPI):
+    """FastAPI whose schema has the bodies that routes read themselves, and no 422."""
 
-
-async def _refused(_: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, HTTPException):
-        return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
-    plain = error_body(error.status_code, str(error.detail))
-    body = error.body if isinstance(error, ApiError) else plain
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    def schema() -> dict[str, Any]:
-        found = FastAPI.openapi(app)
-        for path in found["paths"].values():
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
-        models = found["components"]["schemas"]
+        models = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             models.pop(name, None)
         _, bodies = models_json_schema(
@@ -149,13 +107,25 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
             ref_template=PLACE,
         )
         models.update(bodies["$defs"])
-        return found
+        return schema
 
-    return schema
+
+async def refused(_: Request, error: Exception) -> JSONResponse:
+    """Every error as the protocol has it."""
+    if not isinstance(error, HTTPException):
+        return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
+    plain = error_body(error.status_code, str(error.detail))
+    body = error.body if isinstance(error, ApiError) else plain
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 open_routes = APIRouter()  # without a key: they say nothing of the models
 guarded_routes = APIRouter()
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
 
 
 @open_routes.get("/", response_class=HTMLResponse, summary="A page to try the models on")
@@ -171,7 +141,7 @@ async def page() -> HTMLResponse:
     responses=responses_of(503, model=protocol.Health),
 )
 async def health(request: Request) -> JSONResponse:
-    health = request.app.state.service.health()
+    health = service_of(request).health()
     content = health.model_dump(exclude_none=True)  # without an engine there is no upstream
     return JSONResponse(content, 200 if health.status == "ok" else 503)
 
@@ -183,19 +153,18 @@ async def health(request: Request) -> JSONResponse:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    content = generate_latest(request.app.state.service.metrics.registry)
+    content = generate_latest(service_of(request).metrics.registry)
     return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 @guarded_routes.get("/v1/models", summary="What is served")
 async def models(request: Request) -> protocol.ModelList:
-    return protocol.ModelList(data=request.app.state.service.cards())
+    return protocol.ModelList(data=service_of(request).cards())
 
 
 @guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
 async def model(name: str, request: Request) -> protocol.ModelCard:
-    service: Service = request.app.state.service
-    return service.card(name)
+    return service_of(request).card(name)
 
 
 @guarded_routes.post(
@@ -204,8 +173,7 @@ async def model(name: str, request: Request) -> protocol.ModelCard:
     **answering(protocol.CompletionRequest, protocol.CompletionReply),
 )
 async def completions(request: Request) -> Response:
-    service: Service = request.app.state.service
-    return await service.answer(protocol.CompletionRequest, request)
+    return await service_of(request).answer(protocol.CompletionRequest, request)
 
 
 @guarded_routes.post(
@@ -214,19 +182,17 @@ async def completions(request: Request) -> Response:
     **answering(protocol.ChatRequest, protocol.ChatReply),
 )
 async def chat(request: Request) -> Response:
-    service: Service = request.app.state.service
-    return await service.answer(protocol.ChatRequest, request)
+    return await service_of(request).answer(protocol.ChatRequest, request)
 
 
 @guarded_routes.post("/v1/responses", include_in_schema=False)
 async def no_responses() -> Response:
     """Say what to use instead of OpenAI's newer protocol."""
-    raise ApiError(
-        404,
+    message = (
         "There is no /v1/responses here; send messages to /v1/chat/completions, or text to "
-        "/v1/completions.",
-        code="unsupported_endpoint",
+        "/v1/completions."
     )
+    raise ApiError(404, message, code="unsupported_endpoint")
 
 
 def create_app(
@@ -261,7 +227,7 @@ def create_app(
                 following.cancel()
             await service.close()
 
-    app = FastAPI(
+    app = Application(
         title="phatgoose",
         version=__version__,
         description="Routed models under OpenAI's protocol; see docs/serving.md.",
@@ -273,13 +239,13 @@ def create_app(
     app.include_router(open_routes)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
     keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
-    refused = responses_of(*((401, 403) if api_keys else (403,)))
-    app.include_router(guarded_routes, dependencies=keyed, responses=refused)
-    access = AccessControl(hosts, api_keys)
-    app.add_middleware(RequestGuard, access=access)
+    statuses = (401, 403) if api_keys else (403,)
+    app.include_router(guarded_routes, dependencies=keyed, responses=responses_of(*statuses))
+    app.add_middleware(RequestGuard, access=AccessControl(hosts, api_keys))
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(MetricsMiddleware, metrics=service.metrics, paths=paths)
-    install_errors(app)
+    for kind in (HTTPException, Exception):
+        app.add_exception_handler(kind, refused)
     return app
 
 

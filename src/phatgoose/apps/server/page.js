@@ -176,11 +176,11 @@ class Page {
   }
 
   choose() {
-    const {chat, experts, router, sites} = this.model;
+    const {chat, experts, router, traces} = this.model;
     at("as").value = chat ? "chat" : "text";
     at("as").closest("label").hidden = !chat;
     at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
-    const fixed = !sites && !router; // a base or one expert alone: there is nothing to route
+    const fixed = !traces && !router; // a base or one expert alone: there is nothing to route
     for (const pane of this.panes) pane.find("fields").hidden = fixed;
     at("compare").closest("label").hidden = fixed;
     if (fixed) at("compare").checked = false;
@@ -209,7 +209,7 @@ class Page {
         max_tokens: Number(at("length").value),
         temperature: Number(at("temperature").value),
         seed: Number(at("seed").value),
-        ...(this.model.experts.length && {routing: this.model.sites ? {trace: true} : true}),
+        ...(this.model.experts.length && {routing: this.model.traces ? {trace: true} : true}),
       },
     };
   }

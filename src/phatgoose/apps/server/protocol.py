@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...config import closest
@@ -143,18 +143,7 @@ Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
 Mixture = Annotated[dict[Name, Weight], Field(min_length=1, max_length=MOST_MIXED)]
 
 
-def _no_tools(given: Any) -> Any:
-    if isinstance(given, list) and given:
-        raise PydanticCustomError(
-            "tools",
-            "Tools are not supported. Leave them out, and describe in a message what to write; for "
-            "an answer in JSON use response_format",
-        )
-    return given
-
-
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
-NoTools = Annotated[Nothing, BeforeValidator(_no_tools)]
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 JSON_SCHEMAS = {"text": None, "json_object": ANY_OBJECT}
 Finish = Literal["stop", "length"]
@@ -183,14 +172,10 @@ class StreamOptions(Strict):
 
 
 class RoutingDetail(Strict):
-    """Which part of the routing is reported."""
+    """How the routing is reported."""
 
-    layer: str | None = Field(default=None, description="Only sites of this layer; null: all.")
-    kind: str | None = Field(
-        default=None, description="Only sites of this kind, by its last words (q_proj); null: all."
-    )
     trace: bool = Field(
-        default=False, description="Report every site, in the form of docs/analysis.md."
+        default=False, description="Report every site too, in the form of docs/analysis.md."
     )
 
 
@@ -267,8 +252,8 @@ class GenerationRequest(Strict):
     )
 
     @property
-    def routing_detail(self) -> RoutingDetail:
-        return self.routing if isinstance(self.routing, RoutingDetail) else RoutingDetail()
+    def wants_trace(self) -> bool:
+        return isinstance(self.routing, RoutingDetail) and self.routing.trace
 
     @model_validator(mode="after")
     def _weights_alone(self) -> GenerationRequest:
@@ -336,7 +321,7 @@ class Message(Strict):
     refusal: None = Field(None, description="As in answers, which may be sent back.")
     audio: None = Field(None, description="Not supported.")
     function_call: None = Field(None, description="Not supported.")
-    tool_calls: NoTools | None = Field(None, description="Not supported.")
+    tool_calls: Nothing | None = Field(None, description="Not supported.")
     annotations: Nothing | None = Field(None, description="Not supported.")
 
     @property
@@ -357,7 +342,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(
         None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
     )
-    tools: NoTools | None = Field(None, description="Not supported.")
+    tools: Nothing | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 
     @property
@@ -550,15 +535,8 @@ class ChatChunk(AnswerReply):
     choices: list[ChatChunkChoice]
 
 
-class Sites(Reply):
-    """Layers and kinds of site whose routing can be asked for."""
-
-    layers: list[str]
-    kinds: list[str]
-
-
 class ModelCard(Reply):
-    """A served model; router, k and sites are None for a base alone."""
+    """A served model; router and k are None for a base alone. `traces` can be asked for."""
 
     id: str
     object: Literal["model"] = "model"
@@ -568,7 +546,7 @@ class ModelCard(Reply):
     router: str | None = None
     k: int | None = None
     experts: list[str] = []
-    sites: Sites | None = None
+    traces: bool = False
     context: int | None = None
     chat: bool = False
 

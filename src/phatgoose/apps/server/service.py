@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 from fastapi import Request
@@ -44,7 +44,7 @@ from .protocol import (
     for_clients,
 )
 from .replies import EventStream, Reply, unless_gone
-from .requests import Asked, Frame, RequestReader, parsed
+from .requests import Asked, RequestReader, parsed
 from .settings import ServedModel
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
@@ -59,70 +59,55 @@ Kind = TypeVar("Kind", protocol.CompletionRequest, protocol.ChatRequest)
 Result = TypeVar("Result")
 
 
-class Runner(Protocol):
-    """What a routing is composed to: a model, or what chooses experts for an engine."""
+class State(NamedTuple):
+    """Whether a backend works, and how many answers wait for it and are computed."""
 
-    @property
-    def frame(self) -> Frame: ...
-
-
-class Served(Protocol):
-    """A served model whose routing a request can change."""
-
-    settings: ServedModel
-    routing: Routing
-    runner: Any
-
-    @property
-    def experts(self) -> tuple[str, ...]: ...
-
-    @property
-    def names(self) -> tuple[str, ...]: ...  # that stand before an expert's, as in MODEL:EXPERT
-
-    def card(self) -> dict[str, Any]: ...
-
-    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]: ...
-
-    def composed(self, pool: Pool, routing: Routing, others: Sequence[Any]) -> Runner: ...
+    is_well: bool
+    waiting: int
+    running: int
 
 
-class Backend(Protocol):
-    """Who computes the answers of `models`. Methods are called in the event loop."""
+class Backend:
+    """Who computes the answers of `models`; its methods are called in the event loop.
+
+    A model has `settings`, a `routing` and its `runner`, which has a `Frame`; the names of its
+    `experts`, and the `names` that may stand before one, as in MODEL:EXPERT; a `card`; and it is
+    `overridden` and `composed` by requests.
+    """
 
     models: dict[str, Any]
-    upstream: bool  # another program computes
-
-    def start(self) -> None: ...
-
-    async def close(self) -> None: ...
+    upstream = False  # another program computes
 
     @property
-    def is_well(self) -> bool: ...
+    def state(self) -> State:
+        raise NotImplementedError
 
     @property
-    def waiting(self) -> int: ...
+    def readers(self) -> list[Readers]:
+        return []
 
-    @property
-    def running(self) -> int: ...
+    def start(self) -> None:
+        raise NotImplementedError
 
-    @property
-    def readers(self) -> list[Readers]: ...
+    async def close(self) -> None:
+        raise NotImplementedError
 
-    def limits_of(self, limits: Serving) -> Serving: ...
+    def limits_of(self, limits: Serving) -> Serving:
+        return limits
 
     def check(self, request: AnyRequest, model: Any) -> None:
         """Raise ApiError for what can't be answered."""
 
     def prepare(self, request: AnyRequest, runner: Any) -> Any:
         """What takes as long as reading a prompt; done in its thread, and handed to `begin`."""
-        ...
 
     async def begin(self, asked: Asked, runner: Any, prepared: Any) -> tuple[Reply, dict[str, str]]:
         """The answers, begun, and headers for their client. Raises ApiError."""
-        ...
+        raise NotImplementedError
 
     async def reopened(self, name: str) -> Any:
         """The model of that name as its place has it now."""
+        raise NotImplementedError
 
 
 class Target(NamedTuple):
@@ -135,8 +120,8 @@ class Target(NamedTuple):
 class Service:
     def __init__(self, backend: Backend, limits: Serving, metrics: Metrics) -> None:
         self.backend, self.limits, self.metrics = backend, limits, metrics
-        metrics.waiting.set_function(lambda: backend.waiting)
-        metrics.running.set_function(lambda: backend.running)
+        metrics.waiting.set_function(lambda: backend.state.waiting)
+        metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
         self.routings = RoutingCache(backend.models)
         self._parsing = anyio.CapacityLimiter(PARSERS)
@@ -158,21 +143,20 @@ class Service:
         for each in self._texts.values():
             each.process.close()
         await self.backend.close()
-        self.routings.stop(self.limits.shutdown_timeout)
 
     def health(self) -> protocol.Health:
         readers = [*self.backend.readers, *(each.readers for each in self._texts.values())]
         running = [seconds for each in readers for seconds in each.running()]
-        stuck, is_well = sum(seconds > STUCK for seconds in running), self.backend.is_well
+        stuck, state = sum(seconds > STUCK for seconds in running), self.backend.state
         return protocol.Health(
-            status="ok" if is_well and not stuck else "failing",
-            waiting=self.backend.waiting,
-            running=self.backend.running,
+            status="ok" if state.is_well and not stuck else "failing",
+            waiting=state.waiting,
+            running=state.running,
             reading=len(running) + sum(each.waiting for each in readers),
             longest_reading=round(max(running, default=0.0), 1),
             readers_stuck=stuck,
             readers_ended=sum(each.process.ended for each in self._texts.values()),
-            upstream=("ok" if is_well else "away") if self.backend.upstream else None,
+            upstream=("ok" if state.is_well else "away") if self.backend.upstream else None,
         )
 
     def cards(self) -> list[protocol.ModelCard]:
@@ -183,7 +167,7 @@ class Service:
         target = self.find(name)
         told: dict[str, Any] = target.model.card()
         if target.fixed is not None:
-            told |= {"router": None, "k": None, "experts": list(target.fixed), "sites": None}
+            told |= {"router": None, "k": None, "experts": list(target.fixed), "traces": False}
         chats = bool(target.model.runner.frame.tokenizer.chat_template)
         return protocol.ModelCard(id=name, created=self.begun, chat=chats, **told)
 
@@ -402,11 +386,10 @@ class RoutingCache:
     request needs makes room. Methods but `_compose` run in the event loop's thread.
     """
 
-    def __init__(self, models: Mapping[str, Served], most: int = MOST_ROUTINGS) -> None:
+    def __init__(self, models: Mapping[str, Any], most: int = MOST_ROUTINGS) -> None:
         self._models, self.most = models, most
         self._cached: dict[Key, CachedRouting] = {}
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
-        self._threads: list[threading.Thread] = []
 
     @property
     def composed(self) -> list[Any]:
@@ -421,7 +404,7 @@ class RoutingCache:
         return sum(each.requests for each in self._cached.values())
 
     async def acquire(
-        self, model: Served, override: RoutingOverride, client: str, deadline: Deadline
+        self, model: Any, override: RoutingOverride, client: str, deadline: Deadline
     ) -> Acquired:
         """`model` with `override` applied, composed if it isn't cached.
 
@@ -456,12 +439,7 @@ class RoutingCache:
         for key in [key for key in self._cached if key[0] == model]:
             del self._cached[key]
 
-    def stop(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-
-    def _begin(self, key: Key, model: Served, pool: Pool, client: str) -> None:
+    def _begin(self, key: Key, model: Any, pool: Pool, client: str) -> None:
         clients = [each.client for each in self._cached.values() if not each.is_ready]
         if len(clients) >= self.most or clients.count(client) >= FOR_EACH:
             raise busy("Too many routings are being composed; try again in a while.", 5)
@@ -470,13 +448,12 @@ class RoutingCache:
             if (oldest := next(unused, None)) is None:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
             del self._cached[oldest]
-        thread, runner = in_thread(lambda: self._compose(model, pool, key[1]))
-        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        runner = in_thread(lambda: self._compose(model, pool, key[1]))
         # One that failed may be tried again.
         runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key, None))
         self._cached[key] = CachedRouting(client, runner)
 
-    def _compose(self, model: Served, pool: Pool, routing: Routing) -> Any:
+    def _compose(self, model: Any, pool: Pool, routing: Routing) -> Any:
         with self._composing, without_downloads():  # a client must not start downloads
             runners = [*(each.runner for each in self._models.values()), *self.composed]
             return model.composed(pool, routing, runners)
@@ -547,7 +524,7 @@ class Readers(Turns):
         try:
             if not (seconds := deadline.left):
                 raise deadline.missed()
-            _, result = in_thread(lambda: work(seconds))
+            result = in_thread(lambda: work(seconds))
         except BaseException:  # also where no more threads can be started
             self.pass_on()
             raise
@@ -564,8 +541,8 @@ class Readers(Turns):
         self.pass_on()
 
 
-def in_thread(work: Callable[[], Result]) -> tuple[threading.Thread, asyncio.Future[Result]]:
-    """A daemon thread that does `work`, and what comes of it. For the event loop's thread."""
+def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
+    """What comes of `work` in a daemon thread. For the event loop's thread."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
     result.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be unseen
@@ -581,6 +558,5 @@ def in_thread(work: Callable[[], Result]) -> tuple[threading.Thread, asyncio.Fut
             loop.call_soon_threadsafe(end)
 
     # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
-    thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
-    thread.start()
-    return thread, result
+    threading.Thread(target=run, name="phatgoose-work", daemon=True).start()
+    return result

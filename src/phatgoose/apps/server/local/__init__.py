@@ -11,14 +11,12 @@ from ....analysis.routing_distribution import PARTS
 from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError, PoolError
-from ....files import shortened
 from ....routing.choices import PromptRouting
 from ....routing.composition import composition_of
 from ..guards import Metrics
 from ..protocol import (
     AnyRequest,
     ApiError,
-    RoutingDetail,
     RoutingReport,
     TokenRouting,
     bad_request,
@@ -26,7 +24,7 @@ from ..protocol import (
 )
 from ..replies import Builder, Progress, Reply
 from ..requests import Asked
-from ..service import SHOWN, Readers, in_thread
+from ..service import Backend, Readers, State, in_thread
 from .engine import GenerationEngine
 from .json_form import JsonForm, form_of
 from .runner import LoadedModel, ModelRunner
@@ -35,10 +33,8 @@ from .sequences import ActiveSequence
 LOOKUPS = 2  # requests for which experts are looked up at once
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """The engine, which answers with `models`."""
-
-    upstream = False
 
     def __init__(self, models: dict[str, LoadedModel], limits: Serving, metrics: Metrics) -> None:
         self.models = models
@@ -60,43 +56,20 @@ class LocalBackend:
         self.engine.stop()
 
     @property
-    def is_well(self) -> bool:
-        return self.engine.is_alive
-
-    @property
-    def waiting(self) -> int:
-        return self.engine.waiting
-
-    @property
-    def running(self) -> int:
-        return self.engine.running
+    def state(self) -> State:
+        return State(self.engine.is_alive, self.engine.waiting, self.engine.running)
 
     @property
     def readers(self) -> list[Readers]:
         return [self._lookups]
 
-    def limits_of(self, limits: Serving) -> Serving:
-        return limits
-
     async def reopened(self, name: str) -> LoadedModel:
-        return await in_thread(self.models[name].reopened)[1]
+        return await in_thread(self.models[name].reopened)
 
     def check(self, request: AnyRequest, model: LoadedModel) -> None:
-        """Raise ApiError where the request wants to know the routing of what isn't there."""
-        if not request.routing:
-            return
-        sites, detail = model.card()["sites"], request.routing_detail
-        if sites is None:
+        if request.routing and model.parts is None:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
-        if detail.layer is not None and detail.layer not in sites.layers:
-            layer, layers = shortened(detail.layer, SHOWN), ", ".join(sites.layers)
-            raise bad_request(f"There is no layer {layer}; layers are {layers}.", "routing")
-        if detail.kind is not None and not any(
-            f".{kind}".endswith(f".{detail.kind}") for kind in sites.kinds
-        ):
-            kind, kinds = shortened(detail.kind, SHOWN), ", ".join(sites.kinds)
-            raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")
 
     def prepare(self, request: AnyRequest, runner: ModelRunner) -> JsonForm | None:
         form = request.response_format
@@ -119,7 +92,7 @@ class LocalBackend:
             for prompt, decoding in zip(prompts, asked.decodings, strict=True)
         ]
         count = sum(len(prompt.tokens) for prompt in asked.prompts)
-        report = Reporter(runner, asked.request.routing_detail, routed)
+        report = Reporter(runner, asked.request.wants_trace, routed)
         reply = Reply(Builder(asked.request, count, echoes, report), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 
@@ -168,9 +141,9 @@ class Reporter:
     """Reports the routing of the tokens that answers come to, as a request wants it."""
 
     def __init__(
-        self, runner: ModelRunner, detail: RoutingDetail, routed: Sequence[PromptRouting | None]
+        self, runner: ModelRunner, trace: bool, routed: Sequence[PromptRouting | None]
     ) -> None:
-        self._runner, self._detail, self._routed = runner, detail, routed
+        self._runner, self._trace, self._routed = runner, trace, routed
         self._streams: dict[int, tuple[str, ...]] = {}  # of each answer's trace, once it was sent
         self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
         self._tokens: Counter[int] = Counter()
@@ -178,15 +151,10 @@ class Reporter:
     def __call__(self, progress: Progress) -> RoutingReport | None:
         if not progress.routing:
             return None
-        choice, detail = progress.choice, self._detail
+        choice = progress.choice
         parts = composition_of(self._runner.model)
         streams = join_streams(progress.routing)
-        tokens = [
-            token
-            for stream in streams
-            if stream.has(detail.layer, detail.kind)
-            for token in _token_routings(stream, parts.experts, detail)
-        ]
+        tokens = [token for stream in streams for token in _token_routings(stream, parts.experts)]
         sums = self._sums.setdefault(choice, Counter())
         for token in tokens:
             sums.update(token.experts)
@@ -199,12 +167,12 @@ class Reporter:
             tokens=tokens,
             summary={name: round(total / count, 4) for name, total in sums.most_common()},
         )
-        if detail.trace and choice in self._streams:
+        if self._trace and choice in self._streams:
             sent = self._streams[choice]
             report.more = [
                 {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
             ]
-        elif detail.trace:
+        elif self._trace:
             self._streams[choice] = tuple(stream.name for stream in streams)
             routed = self._routed[choice]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
@@ -213,10 +181,8 @@ class Reporter:
         return report
 
 
-def _token_routings(
-    stream: TraceStream, experts: Sequence[str], detail: RoutingDetail
-) -> list[TokenRouting]:
-    shares = stream.shares(len(experts), detail.layer, detail.kind)
+def _token_routings(stream: TraceStream, experts: Sequence[str]) -> list[TokenRouting]:
+    shares = stream.shares(len(experts))
     return [
         TokenRouting(
             token=token,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutput
 
-from ....analysis.traces import TraceKeeper, TraceStream
+from ....analysis.traces import TraceKeeper
 from ....base import texts_of
 from ....config import Serving
 from ....errors import PhatgooseError
@@ -218,25 +218,23 @@ class _DistinctPrompts:
         return Prefilled(cache, self._mask, logits[:, -1].float(), encoded)
 
     def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
+        runner = self._runner
         for name, stream in keeper.streams().items() if keeper is not None else ():
-            # The decoder has read the token that begins an answer instead of the prompt's.
-            is_start = self._runner.is_encoder_decoder and name == "decoder"
             for row, group in enumerate(self._owners):
-                if is_start:
-                    pieces = texts_of(self._runner.tokenizer, [decoder_start(self._runner.model)])
+                if runner.is_encoder_decoder and name == "decoder":
+                    # It has read the token that begins an answer instead of the prompt's.
+                    pieces = texts_of(runner.tokenizer, [decoder_start(runner.model)])
                     part = stream.some(slice(row, row + 1), pieces, [ANSWER])
                 else:
-                    part = self._part(stream, row, begin, end)
+                    padding, width = self._padding[row], end - begin
+                    first = max(begin, padding)
+                    pieces = texts_of(runner.tokenizer, group[0].prompt)
+                    pieces = pieces[first - padding : max(0, end - padding)]
+                    chosen = slice(row * width + first - begin, (row + 1) * width)
+                    part = stream.some(chosen, pieces, [PROMPT] * len(pieces))
                 for each in group:
                     if each.decoding.routing and part.tokens:
                         each.routing.append(part)
-
-    def _part(self, stream: TraceStream, row: int, begin: int, end: int) -> TraceStream:
-        pad, width, sequence = self._padding[row], end - begin, self._owners[row][0]
-        first = max(begin, pad)
-        pieces = texts_of(self._runner.tokenizer, sequence.prompt)[first - pad : max(0, end - pad)]
-        chosen = slice(row * width + first - begin, (row + 1) * width)
-        return stream.some(chosen, pieces, [PROMPT] * len(pieces))
 
 
 class Batch:
@@ -471,24 +469,18 @@ class GenerationEngine:
                 head.runner is not group[0].runner or _padded_tokens(together) > most_read
             ):
                 continue
-            held = self._held_by(head.client, group)
-            if held and is_short:
+            running = [each for each in (*self._running(), *group) if each.client == head.client]
+            if running and is_short:
                 continue
-            free = self._limits.max_batch_tokens - self._tokens_with(together)
+            batch = self._batch_for(head.runner)
+            others = sum(each.tokens_with() for each in self._batches if each is not batch)
+            free = self._limits.max_batch_tokens - others - batch.tokens_with(together)
+            taken = sum(each.most_tokens for each in running)
             if free < 0:
                 is_short = True
-            elif not held or held + head.most_tokens <= SHARE * free:
+            elif not taken or taken + head.most_tokens <= SHARE * free:
                 return head
         return None
-
-    def _held_by(self, client: str, group: Sequence[ActiveSequence]) -> int:
-        own = (each for each in (*self._running(), *group) if each.client == client)
-        return sum(each.most_tokens for each in own)
-
-    def _tokens_with(self, group: Sequence[ActiveSequence]) -> int:
-        batch = self._batch_for(group[0].runner)
-        others = sum(each.tokens_with() for each in self._batches if each is not batch)
-        return others + batch.tokens_with(group)
 
     def _batch_for(self, runner: ModelRunner) -> Batch:
         for batch in self._batches:

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from ....analysis.routing_distribution import layers_and_kinds, site_label
 from ....analysis.traces import TraceKeeper
 from ....base import Base, BaseReference, load_base, load_tokenizer, settled_dtype, twin
 from ....config import Routing
@@ -40,7 +39,7 @@ from ....sites import positions_of
 from ....tasks.batching import contiguous_head, position_ids
 from ....tasks.encoding import added_tokens
 from ....tasks.prompt_passes import end_tokens, keeping_caches
-from ..protocol import RoutingOverride, Sites, without_paths
+from ..protocol import RoutingOverride, without_paths
 from ..requests import Frame
 from ..service import numbered, overridden
 from ..settings import ServedModel
@@ -282,13 +281,12 @@ class LoadedModel:
 
     def card(self) -> dict[str, Any]:
         parts = self.parts
-        sites = layers_and_kinds(map(site_label, parts.layers)) if parts else None
         return {
             "base": without_paths(self.base.id),
             "router": parts.router.recorded.router if parts else None,
             "k": (parts.router.k or None) if parts else None,
             "experts": list(self.experts),
-            "sites": Sites(layers=sites[0], kinds=sites[1]) if sites else None,
+            "traces": parts is not None,
             "context": self.runner.frame.context,
         }
 

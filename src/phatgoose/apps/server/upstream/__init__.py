@@ -29,7 +29,7 @@ from ..protocol import (
 )
 from ..replies import Builder, Progress, Reply
 from ..requests import Asked
-from ..service import SHOWN, Readers, Turns, in_thread
+from ..service import SHOWN, Backend, State, Turns, in_thread
 from ..settings import ServedModel, Upstream
 from .choosing import Choosing, ChosenPool, PromptChooser, ReadingBases, Weights, adapters_of
 from .engines import Engine, connected
@@ -57,7 +57,7 @@ def open_gateway(
     return EngineBackend(pools, connected(upstream, adapters_of(pools.values())), limits, metrics)
 
 
-class EngineBackend:
+class EngineBackend(Backend):
     """The pools, and the engine that has their experts."""
 
     upstream = True
@@ -84,20 +84,8 @@ class EngineBackend:
         await self.link.close()
 
     @property
-    def is_well(self) -> bool:
-        return self.link.is_well
-
-    @property
-    def waiting(self) -> int:
-        return self.turns.waiting
-
-    @property
-    def running(self) -> int:
-        return self.turns.most - self.turns.free
-
-    @property
-    def readers(self) -> list[Readers]:
-        return []
+    def state(self) -> State:
+        return State(self.link.is_well, self.turns.waiting, self.turns.most - self.turns.free)
 
     def limits_of(self, limits: Serving) -> Serving:
         context = self.engine.adapters.context
@@ -110,7 +98,7 @@ class EngineBackend:
         answer by their names.
         """
         before = self.models[name]
-        opened = await in_thread(before.reopened)[1]
+        opened: ChosenPool = await in_thread(before.reopened)
         others = [each for key, each in self.models.items() if key != name]
         async with self.engine.lock:
             try:
@@ -119,7 +107,7 @@ class EngineBackend:
                 refused = error.names & set(opened.experts)
                 if refused == set(opened.experts):
                     raise
-                opened = await in_thread(lambda: before.reopened(refused))[1]
+                opened = await in_thread(lambda: before.reopened(refused))
                 log.warning("%s is served without some experts: %s", name, one_line(error))
             self.link.wanted = adapters_of([opened, *others])
         opened.engine = self.engine
@@ -127,12 +115,8 @@ class EngineBackend:
 
     def check(self, request: AnyRequest, model: ChosenPool) -> None:
         """Raise ApiError for what engines don't do."""
-        detail = request.routing_detail
-        if detail.trace or detail.layer is not None or detail.kind is not None:
-            raise bad_request(
-                "An engine behind a gateway doesn't report layers; routing may be true or false.",
-                "routing",
-            )
+        if request.wants_trace:
+            raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
         if request.max_tokens == 0:
             raise bad_request("max_tokens must be at least 1 behind a gateway.", "max_tokens")
         if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
@@ -148,9 +132,6 @@ class EngineBackend:
         if not self.engine.mixes and weights not in ([], [1.0]):
             message = f"{self.engine.label} applies one expert with the weight 1; it can't mix."
             raise bad_request(message, "weights")
-
-    def prepare(self, request: AnyRequest, runner: PromptChooser) -> None:
-        pass
 
     async def begin(
         self, asked: Asked, runner: PromptChooser, prepared: None

@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar, NamedTuple
 
@@ -89,18 +87,13 @@ class Adapter(NamedTuple):
     content: str
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """What an engine holds: adapters by the name that a request gives them, and its base.
-
-    `places` are the files or folders that it says they are from.
-    """
+class Adapters(NamedTuple):
+    """What an engine holds: adapters by the name that a request gives them, and its base."""
 
     base: str
     ids: Mapping[str, str]
     context: int | None = None
     numbers: tuple[int, ...] = ()  # of all adapters, where a request names them so
-    places: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine:
@@ -141,36 +134,32 @@ class Engine:
         return {**self.plain, **body}
 
     async def prepare(self, client: httpx2.AsyncClient, wanted: Mapping[str, Adapter]) -> None:
-        """Look again, and load the experts that the engine lacks, or holds otherwise.
+        """Look again, and load the experts that the engine lacks, or has from before they changed.
 
-        Otherwise is from another place, or as they were before they changed. Raises
-        EngineAwayError, and EngineRefusesError that names every expert that isn't there after all.
+        Raises EngineAwayError, and EngineRefusesError that names every expert that isn't there
+        after all.
         """
-        here = await self._looked(client)
-        why = {name: self._differs(name, each, here) for name, each in wanted.items()}
-        refused: dict[str, str] = {}
-        for name, reason in why.items():
-            if reason is not None:
-                at = self.seen_at(wanted[name].folder)
-                try:
-                    if not await self.load(client, name, at, again=bool(reason)):
-                        refused[name] = ""
-                except ConfigError as error:
-                    refused[name] = f": {one_line(error, MOST_SHOWN)}"
-        if any(reason is not None for reason in why.values()):
-            here = await self._looked(client)
-        self.adapters = here
+        here, refused = await self._looked(client), dict[str, str]()
+        for name, adapter in wanted.items():
+            again = name in here.ids
+            if again and self.contents.get(name, adapter.content) == adapter.content:
+                continue
+            try:
+                if not await self.load(client, name, self.seen_at(adapter.folder), again=again):
+                    refused[name] = ""
+            except ConfigError as error:
+                refused[name] = one_line(error, MOST_SHOWN)
+        self.adapters = here = await self._looked(client)
         missing = [name for name in wanted if name not in here.ids]
-        others = [name for name in refused if why[name] and name not in missing]
-        names = frozenset([*missing, *others])
+        changed = [name for name in refused if name not in missing]
+        names = frozenset([*missing, *changed])
         self.contents |= {n: each.content for n, each in wanted.items() if n not in names}
-        faults = [f"holds another {name} ({why[name]}{refused[name]})" for name in others]
-        if missing:
-            said = next((refused[name] for name in missing if refused.get(name)), "")
-            faults.insert(0, f"lacks {', '.join(missing)}{said}")
+        faults = [f"lacks {', '.join(missing)}"] if missing else []
+        faults += [f"has {', '.join(changed)} from before it changed"] if changed else []
         if faults:
+            why = next((f" ({said})" for said in refused.values() if said), "")
             where = f"{self.label} at {self.upstream.root}"
-            raise EngineRefusesError(f"{where} {', '.join(faults)}. {self.remedy}", names)
+            raise EngineRefusesError(f"{where} {' and '.join(faults)}{why}. {self.remedy}", names)
 
     async def _looked(self, client: httpx2.AsyncClient) -> Adapters:
         try:
@@ -180,28 +169,6 @@ class Engine:
                 f"What answers at {self.upstream.root} has not the form of {self.label}: "
                 f"{type(error).__name__} {one_line(error, MOST_SHOWN)}."
             ) from error
-
-    def _differs(self, name: str, wanted: Adapter, here: Adapters) -> str | None:
-        """Why an expert must be loaded: "" for one that isn't there, None where it needn't be."""
-        if name not in here.ids:
-            return ""
-        if self.contents.get(name, wanted.content) != wanted.content:
-            return "from before it changed"
-        place, at = here.places.get(name, ""), self.seen_at(wanted.folder)
-        if self.is_same(name, place, at):
-            return None
-        return f"from {one_line(place, MOST_SHOWN)}, not from {at}"
-
-    def is_same(self, name: str, place: str, at: str) -> bool:
-        """Whether an adapter that the engine has from `place` is the one `at` our folder.
-
-        A relative path is to the engine's working directory, so only its end can be compared.
-        """
-        paths = [PurePosixPath(each.replace("\\", "/")).parts for each in (place, at)]
-        one, other = ([part for part in parts if part != ".."] for parts in paths)
-        ends = min(len(one), len(other))
-        is_end = one[-ends:] == other[-ends:]
-        return not ends or is_end or os.path.realpath(place) == os.path.realpath(at)
 
     def seen_at(self, folder: str) -> str:
         """Where the engine sees an expert's `folder`."""
@@ -224,8 +191,7 @@ class ByModel(Engine):
         by_name = {str(card["id"]).removeprefix(f"{base['id']}:"): card for card in cards}
         del by_name[str(base["id"])]
         ids = {name: str(card["id"]) for name, card in by_name.items()}
-        places = {name: str(card.get("root") or "") for name, card in by_name.items()}
-        return Adapters(str(base["id"]), ids, _number(base.get("max_model_len")), places=places)
+        return Adapters(str(base["id"]), ids, _number(base.get("max_model_len")))
 
     async def load(self, client: httpx2.AsyncClient, name: str, at: str, *, again: bool) -> bool:
         body = {"lora_name": name, "lora_path": at}
@@ -300,34 +266,16 @@ class LlamaCpp(Engine):
         listed = await _asked(client, "/lora-adapters")
         if not isinstance(listed, list):
             raise ConfigError(f"{self.label} lists no adapters, but {shortened(listed)}.")
-        by_folder, by_file = dict[str, Any](), dict[str, Any]()
+        by_folder, by_file = dict[str, str](), dict[str, str]()
         for each in listed:
             path = PurePosixPath(str(each["path"]).replace("\\", "/"))
-            by_folder.setdefault(path.parent.name, (each["id"], path))
-            by_file[path.stem] = each["id"], path  # a file's own name counts before its folder's
-        named = {**by_folder, **by_file}
+            by_folder.setdefault(path.parent.name, str(each["id"]))
+            by_file[path.stem] = str(each["id"])  # a file's own name counts before its folder's
         props = await _asked(client, "/props")
         context = dict(props.get("default_generation_settings") or {}).get("n_ctx")
         cards = _cards(await _asked(client, "/v1/models"))
-        return Adapters(
-            str(cards[0]["id"]),
-            {name: str(number) for name, (number, _) in named.items()},
-            _number(context),
-            tuple(int(each["id"]) for each in listed),
-            {name: str(path) for name, (_, path) in named.items()},
-        )
-
-    def is_same(self, name: str, place: str, at: str) -> bool:
-        # It has converted files, which may lie anywhere: beside the experts, as export writes them,
-        # or in their folder. Nothing in such a file says of which weights it was made.
-        beside = str(PurePosixPath(at.replace("\\", "/")).parent.parent)
-        if PurePosixPath(place).is_absolute() and not PurePosixPath(place).is_relative_to(beside):
-            log.warning(
-                "llama.cpp has %s from %s, which is not beside %s: nothing here can tell whether "
-                "it holds the same weights.",
-                *(name, one_line(place, MOST_SHOWN), at),
-            )
-        return True
+        numbers = tuple(int(each["id"]) for each in listed)
+        return Adapters(str(cards[0]["id"]), {**by_folder, **by_file}, _number(context), numbers)
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         scales = {int(self.adapters.ids[name]): weight for name, weight in weights.items()}

@@ -140,7 +140,6 @@ class Link:
         self.is_well = True
         self._problem: str | None = None  # why the engine can't be used although it is well
         self._is_known = True  # what it holds: not since it was away
-        self._looking: asyncio.Task[None] | None = None
         self._timer: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -215,10 +214,10 @@ class Link:
 
     async def look(self) -> None:
         """Look at what the engine holds, load what it lacks. Raises EngineAwayError."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.ensure_future(self._prepare())
         try:
-            await asyncio.shield(self._looking)
+            async with self.engine.lock:  # what is wanted may change with what is being loaded
+                if not self._is_known or not self.is_well:
+                    await self.engine.prepare(self.client, self.wanted)
         except EngineAwayError:
             self.is_well = False
             raise
@@ -229,10 +228,6 @@ class Link:
             self.is_well, self._problem = False, said
             raise EngineAwayError(said) from error
         self.is_well, self._problem, self._is_known = True, None, True
-
-    async def _prepare(self) -> None:
-        async with self.engine.lock:  # first: what is wanted may change with what is being loaded
-            await self.engine.prepare(self.client, self.wanted)
 
     async def _watch(self) -> None:
         while True:

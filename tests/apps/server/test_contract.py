@@ -1,0 +1,239 @@
+"""The protocol, which models here and engines behind a gateway keep alike."""
+
+import itertools
+import json
+
+import pytest
+
+import serving
+from fake_engine import BASE, engine_of
+from gateways import gateway, numbered
+from phatgoose.config import Serving
+from serving import CHAT_TEMPLATE, CHATS, GREEDY, JSON, PATH, ask, error_of, events
+
+BACKENDS = ("here", "vllm", "sglang", "llama.cpp")
+LIMITS = Serving(max_tokens=200)
+MIXED = {**GREEDY, "prompt": ["to be or not", "who?"], "n": 2, "temperature": 1.2, "seed": 3}
+TALK = [{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}]
+CHAT = {"model": "goose", "messages": TALK, "max_tokens": 5, "temperature": 0}
+
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def client(request, pool, place, embedder_for_all):
+    """A client of one of the backends; `client.engine` is the stand-in for an engine, or None."""
+    if request.param == "here":
+        app = serving.app_of(pool, LIMITS, template=CHAT_TEMPLATE)
+        with serving.client_of(app, raise_server_exceptions=False) as client:
+            client.engine, client.base = None, pool.base.id
+            yield client
+    else:
+        with (
+            engine_of(request.param, numbered()) as engine,
+            gateway(place, engine, LIMITS, template=CHAT_TEMPLATE) as client,
+        ):
+            client.engine, client.base = engine, BASE
+            yield client
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def test_a_completion_has_openais_form(client):
+    reply = ask(client, **MIXED)
+    named = (reply["object"], reply["id"][:5], reply["model"])
+    assert named == ("text_completion", "cmpl-", "goose")
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert {choice["finish_reason"] for choice in reply["choices"]} <= {"stop", "length"}
+    usage = reply["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens"] == len("to be or not") + len("who?")  # a byte a token
+    assert usage["completion_tokens"] >= 4
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_makes_the_whole_completion(client, logprobs, echo):
+    if echo and logprobs is not None and client.engine:
+        assert error_of(client, **MIXED, echo=True, logprobs=1)["param"] == "echo"
+        return
+    body = {**MIXED, "echo": echo, "logprobs": logprobs}
+    whole, chunks = ask(client, **body), events(client, **body)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for choice in whole["choices"]:
+        parts = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert choice["text"].startswith(MIXED["prompt"][choice["index"] // 2]) == echo
+        assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1]["finish_reason"] in ("stop", "length")
+        for name, told in (choice["logprobs"] or {}).items():
+            assert joined(part["logprobs"][name] for part in parts) == told
+            assert len(told) == len(choice["logprobs"]["tokens"])
+    if logprobs is not None and not echo:
+        told = whole["choices"][0]["logprobs"]
+        for token, place in zip(told["tokens"], told["text_offset"], strict=True):
+            assert client.engine is None or whole["choices"][0]["text"][place:].startswith(token)
+        assert all(len(top) <= 2 for top in told["top_logprobs"])
+
+
+def test_a_stream_of_a_chat_makes_the_whole_chat(client):
+    body = {**CHAT, "logprobs": True, "top_logprobs": 1}
+    reply = ask(client, path=CHATS, **body)
+    (choice,) = reply["choices"]
+    assert (reply["object"], reply["id"][:9]) == ("chat.completion", "chatcmpl-")
+    assert choice["message"]["role"] == "assistant"
+    options = {"stream_options": {"include_usage": True}}
+    first, *chunks, last = events(client, CHATS, **body, **options)
+    assert (last["choices"], last["usage"]) == ([], reply["usage"])
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    parts = [chunk["choices"][0] for chunk in chunks]
+    text = "".join(part["delta"]["content"] or "" for part in parts)
+    assert text == choice["message"]["content"]
+    told = joined(part["logprobs"]["content"] for part in parts if part["logprobs"])
+    shown = [[each["token"] for each in rows] for rows in (told, choice["logprobs"]["content"])]
+    assert shown[0] == shown[1]
+    token = choice["logprobs"]["content"][0]
+    assert token["top_logprobs"][0]["logprob"] == token["logprob"]
+    assert token["bytes"] in (None, list(token["token"].encode()))  # None: a part of a character
+
+
+def test_experts_are_named_alone_or_after_their_model_or_base(client):
+    texts = [
+        ask(client, **{**GREEDY, "model": name})["choices"][0]["text"]
+        for name in ("e2", "goose:e2", f"{client.base}:e2")
+    ]
+    assert len(set(texts)) == 1
+    assert texts[0] != ask(client, **{**GREEDY, "model": "e1"})["choices"][0]["text"]
+    assert error_of(client, **{**GREEDY, "model": "e2", "k": 1})["param"] == "k"
+    error = error_of(client, 404, **{**GREEDY, "model": "gose"})
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert error["message"].endswith("Did you mean 'goose'?")
+
+
+def test_models_are_listed(client):
+    cards = client.get("/v1/models").json()["data"]
+    names, experts = [card["id"] for card in cards], ["e0", "e1", "e2", "e3"]
+    assert names == (["auto", "goose", *experts] if client.engine else ["goose", "mean"])
+    assert cards[1]["experts"] == experts
+    assert client.get("/v1/models/goose").json() == cards[names.index("goose")]
+    assert client.get("/v1/models/e1").json()["experts"] == ["e1"]
+    assert client.get("/v1/models/duck").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_routing_reports_who_answered(client, stream):
+    body = {**GREEDY, "weights": {"e2": 1}, "routing": True}
+    replies = events(client, **body) if stream else [ask(client, **body)]
+    reports = [each["choices"][0]["routing"] for each in replies]
+    reports = [report for report in reports if report]
+    assert (reports[-1]["summary"], reports[-1]["router"][:7]) == ({"e2": 1.0}, "weights")
+    answer = [t for report in reports for t in report["tokens"] if t["part"] == "answer"]
+    assert "".join(token["token"] for token in answer)
+    assert all(token["experts"] in ({"e2": 1.0}, {}) for token in answer)
+
+
+def test_a_mixture_of_ones_own(client):
+    body = {**GREEDY, "weights": {"e0": 0.25, "e2": 0.75, "e3": 0}}
+    if client.engine and client.engine.kind != "llama.cpp":
+        assert "can't mix" in error_of(client, **body)["message"]
+        body["weights"] = {"e3": 1}
+    named = {name: weight for name, weight in body["weights"].items() if weight}
+    report = ask(client, **body, routing=True)["choices"][0]["routing"]
+    assert report["summary"] == pytest.approx(named, abs=0.01)
+    error = error_of(client, **{**GREEDY, "weights": {"e00": 1}})
+    assert error["param"] == "weights"
+    assert error["message"].endswith("Did you mean 'e0'?")
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"max_tokens": "5"}, "max_tokens", "valid integer"),
+        ({"max_tokens": 5000}, "max_tokens", "this server generates 200 at most"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"frequency_penalty": 1}, "frequency_penalty", "less than or equal to 0"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "at most 0 items"),
+        ({"tools": []}, "tools", "Extra inputs are not permitted"),
+        ({"n": 100}, "n", "one request may have 64"),
+        # Of several forms of a field the fault of the one that the value has is told.
+        ({"prompt": []}, "prompt", "prompt: List should have at least 1 item"),
+        ({"prompt": [[1, 2], []]}, "prompt", "prompt.1: List should have at least 1 item"),
+        ({"prompt": [5000]}, "prompt", "Token 5000 is unknown"),
+        ({"stop": ["a", ""]}, "stop", "stop.1: String should have at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items"),
+        ({"prompt": "x" * 3000}, "max_tokens", "the model can hold"),
+        ({"prompt": "x" * 99_000}, "prompt", "the model can hold"),
+        ({"routing": {"layr": "1"}}, "routing", "routing.layr: Extra inputs are not permitted"),
+        ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
+        ({"leave_out": ["e0", "e1", "e2", "e3"]}, "leave_out", "No expert is left"),
+        ({"router": "oracle"}, "router", "router: Input should be one of auto"),
+        ({"router": "arow"}, "router", "Did you mean 'arrow'?"),
+        ({"router": "auto:k=2"}, "router", "router: Router auto has no settings of its own"),
+        ({"router": "few-shot:examples=/etc/hosts"}, "router", "Input should be one of"),
+        ({"weights": {"e0": 1}, "router": "arrow"}, None, "weights are for router weights"),
+        ({"weights": {"e0": 1}, "k": 2}, None, "weights name their experts"),
+        ({"weights": {"e0": 1e9}}, "weights", "less than or equal"),
+        ({"router": "weights"}, None, "needs weights"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_named(client, place, pool, change, param, said):
+    error = error_of(client, **{**GREEDY, **change})
+    assert said in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert str(serving.folder_of(pool)) not in error["message"]
+    assert str(place) not in error["message"]
+
+
+PICTURE = [{"type": "image_url", "text": ""}]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content: List should have"),
+        ({"messages": [{"role": "user", "content": PICTURE}]}, "content.0.type: Input should be"),
+        ({"messages": [{**TALK[1], "tool_calls": [{}]}]}, "tool_calls: List should have at most 0"),
+        ({"tools": [{"type": "function"}]}, "tools: List should have at most 0 items"),
+        ({"messages": [*TALK[1:], TALK[0]]}, "The system speaks first."),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_chat_is_named(client, change, said):
+    assert said in error_of(client, path=CHATS, **{**CHAT, **change})["message"]
+
+
+def test_answers_may_be_sent_back_as_they_came(client):
+    said = ask(client, path=CHATS, **CHAT)["choices"][0]["message"]
+    ask(client, path=CHATS, **{**CHAT, "messages": [*TALK, said, TALK[1]]})
+
+
+def test_paths_beside_the_protocol_s_main_ones(client):
+    assert client.get("/health").json() == client.get("/healthz").json()
+    assert client.get("/healthz").json()["status"] == "ok"
+    error = error_of(client, 404, "/v1/responses", model="goose", input="a")
+    assert "send messages to /v1/chat/completions" in error["message"]
+    assert client.get("/nowhere").json()["error"]["type"] == "not_found_error"
+
+
+def test_metrics_count_what_happened(client):
+    def counts():
+        lines = client.get("/metrics").text.splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+    name = 'phatgoose_requests_total{path="/v1/completions",status="%d"}'
+    serving.until(lambda: counts()["phatgoose_running"] == "0.0")
+    before = counts()
+    used = ask(client, **GREEDY)["usage"]
+    client.post(PATH, content=json.dumps({**GREEDY, "n": -1}), headers=JSON)
+    after = counts()
+    for status in (200, 400):
+        assert float(after[name % status]) == float(before.get(name % status, 0)) + 1
+    tokens = 'phatgoose_generated_tokens_total{model="goose"}'
+    assert float(after[tokens]) == float(before.get(tokens, 0)) + used["completion_tokens"]
+    serving.until(lambda: counts()["phatgoose_running"] == "0.0")

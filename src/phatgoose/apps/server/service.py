@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -67,7 +68,7 @@ class State(NamedTuple):
     running: int
 
 
-class Backend:
+class Backend(ABC):
     """Who computes the answers of `models`; its methods are called in the event loop.
 
     A model has `settings`, a `routing` and its `runner`, which has a `Frame`; the names of its
@@ -79,35 +80,37 @@ class Backend:
     upstream = False  # another program computes
 
     @property
-    def state(self) -> State:
-        raise NotImplementedError
+    @abstractmethod
+    def state(self) -> State: ...
 
     @property
     def readers(self) -> list[Readers]:
         return []
 
-    def start(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def start(self) -> None: ...
 
-    async def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def close(self) -> None: ...
 
     def limits_of(self, limits: Serving) -> Serving:
         return limits
 
+    @abstractmethod
     def check(self, request: AnyRequest, model: Any) -> None:
         """Raise ApiError for what can't be answered."""
 
     def prepare(self, request: AnyRequest, runner: Any) -> Any:
         """What takes as long as reading a prompt; done in its thread, and handed to `begin`."""
+        return None
 
+    @abstractmethod
     async def begin(self, asked: Asked, runner: Any, prepared: Any) -> tuple[Reply, dict[str, str]]:
         """The answers, begun, and headers for their client. Raises ApiError."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def reopened(self, name: str) -> Any:
         """The model of that name as its place has it now."""
-        raise NotImplementedError
 
 
 class Target(NamedTuple):

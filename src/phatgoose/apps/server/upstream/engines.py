@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import PurePosixPath, PureWindowsPath
@@ -96,7 +97,7 @@ class Adapters(NamedTuple):
     numbers: tuple[int, ...] = ()  # of all adapters, where a request names them so
 
 
-class Engine:
+class Engine(ABC):
     """One engine's form: `look` at it, `load` into it, and the `fields` that choose experts.
 
     `mixes` says whether a request may name several adapters with weights. `plain` are the fields
@@ -114,9 +115,9 @@ class Engine:
         self.contents: dict[str, str] = {}  # hashes of the adapters that it holds
         self.lock = asyncio.Lock()  # for whoever prepares it
 
+    @abstractmethod
     async def look(self, client: httpx2.AsyncClient) -> Adapters:
         """The adapters that the engine holds now. Raises EngineAwayError, ConfigError."""
-        raise NotImplementedError
 
     async def load(self, client: httpx2.AsyncClient, name: str, at: str, *, again: bool) -> bool:
         """Have the engine load the adapter `at` a folder; False if it can't at run time.
@@ -125,9 +126,9 @@ class Engine:
         """
         return False
 
+    @abstractmethod
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         """The fields of a request that has these experts, by name; the base's for none."""
-        raise NotImplementedError
 
     def adapted(self, body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
         """A request of OpenAI's protocol as this engine takes it."""

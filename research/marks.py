@@ -46,21 +46,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from phatgoose.base.fingerprint import number_format
-from phatgoose.base.loading import Base
-from phatgoose.experts.kinds.lora.module import LoraFactors
-from phatgoose.files.atomic import new_file
-from phatgoose.files.strict import read_toml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phatgoose.base import Base, number_format
 from phatgoose.errors import PoolError, TaskError
 from phatgoose.evaluation.compare import code_version
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
 from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
+from phatgoose.files import new_file, read_table
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from phatgoose.routing.routers.prompt import PromptRouter
@@ -175,7 +173,7 @@ def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:
     """The tables of the study's tasks: file, and perhaps metrics, max_new_tokens and a suffix."""
     found = []
     for suite in suites:
-        content = read_toml(SUITES / f"{suite}.toml", "Suite", TaskError)
+        content = read_table(SUITES / f"{suite}.toml", "Suite", TaskError)
         common = {"suffix": content.get("suffix", "")}
         found += [{**common, **table} for table in content["tasks"]]
     return found

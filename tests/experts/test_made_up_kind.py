@@ -225,9 +225,9 @@ LATE = Kind("late", "late", "", Lora, "no_such_module:X", "", ())
     told = sorted(str(warning.message) for warning in warned)
     parts = (
         "kind 'late' can't be",
-        "lora is left out",
-        "none is left out",
-        "odd of theirs can't be",
+        "lora of theirs is left out",
+        "none of theirs is left out",
+        "odd of theirs is left out",
     )
     assert all(part in text for part, text in zip(parts, told, strict=True)), told
     assert kind_for(Lora()).name == "lora"

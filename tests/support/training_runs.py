@@ -1,7 +1,6 @@
 """Short trainings of tiny experts, interrupted anywhere, and their losses computed one by one."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Tr
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import applied
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import train_expert as training_module
 from phatgoose.training.modules import GatedLinear
 from phatgoose.training.train_expert import train_expert
-from phatgoose.training.trainer import fit
 from tiny import logits_of
 
 
@@ -85,20 +82,6 @@ def without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-
-
-@contextmanager
-def spying_on_fit(monkeypatch, look):
-    """Call `look(model)` right after the LoRA was fitted, before it is saved and taken off."""
-
-    def spy(run, model, *arguments):
-        report = fit(run, model, *arguments)
-        look(model)
-        return report
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_module, "fit", spy)
-        yield
 
 
 def assert_same_expert(got: Expert, wanted: Expert) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from command_line import run, write_rows
 from phatgoose.config import IA3, Bottleneck, Dora, Formatting, GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, TaskError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
@@ -19,7 +18,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn, acting_at
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of, routing_for
-from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
 from phatgoose.tasks.batching import Collator, target_logits
 from phatgoose.tasks.encoding import Encoder
@@ -70,12 +68,6 @@ def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeyp
     everywhere = replace(expert, info=replace(expert.info, acts_on=None))
     other = compose(Pool((everywhere,)), copied_model("llama"), router="single")
     assert abs(validation_loss(llama, expert, other) - loss) > 1e-4
-
-
-def test_joint_gates_too(llama, tmp_path):
-    expert = trained_on(llama, tmp_path / "e", "answer", gate_training=GateTraining(joint=True))
-    assert expert.acts_on == ActsOn(tail=1)
-    assert expert.has("gates")
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -201,10 +193,7 @@ def test_an_imported_alora_keeps_its_invocation_through_gates_and_measuring(llam
         (None, "acts on all tokens, but its adapter's"),
         ({"invocation_tokens": [9]}, "but its adapter's alora_invocation_tokens say"),
         ({"tail": 0}, "wanted a tail of at least 1"),
-        ({"tail": True}, "wanted a tail of at least 1"),
-        ({"invocation_tokens": []}, "wanted a tail of at least 1"),
         ({"invocation_tokens": [-1]}, "wanted a tail of at least 1"),
-        ({"tail": 2, "invocation_tokens": [1]}, "wanted a tail of at least 1"),
         ("answer", "acts_on is 'answer', which it can't be"),
     ],
 )
@@ -219,28 +208,3 @@ def test_a_record_that_is_wrong_is_found(llama, tmp_path, record, complaint):
     assert complaint in problem
     with pytest.raises(ExpertError):
         Expert.load(expert.directory)
-
-
-def test_the_command_trains_records_and_tells(llama, tmp_path, capsys):
-    rows = [{"input": f"say {word}", "target": word} for word in ("a", "bee", "of", "ice")]
-    task = write_rows(tmp_path / "echo.jsonl", rows)
-    flags = ["--steps", "1", "--batch-size", "2", "--eval-every", "1", "--gate-steps", "1"]
-    run(
-        capsys,
-        "train",
-        task,
-        "--base",
-        llama.id,
-        "--out",
-        tmp_path / "out",
-        "--acts-on",
-        "4",
-        *flags,
-    )
-    expert = Expert.load(tmp_path / "out" / "echo")
-    assert expert.acts_on == ActsOn(tail=4)
-    card = (expert.directory / LAYOUT.card).read_text()
-    assert "Acts on: the prompt's last 4 tokens and the answer" in card
-    assert "PEFT alone doesn't know this" in card
-    assert "acts on the prompt's last 4 tokens" in run(capsys, "check", expert.directory).out
-    assert find_sites(llama.model).keys() == expert.modules.keys()

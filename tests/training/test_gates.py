@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from phatgoose.base import load_base
-from phatgoose.config import Formatting, GateTraining, Training
+from phatgoose.config import GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import read_modules
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.modules import GatedLinear
-from phatgoose.training.statistics import mean_activations
 from phatgoose.training.train_expert import train_gates
-from tiny import logits_of, make_adapter, make_ids, pairs_of
+from tiny import logits_of, make_adapter, pairs_of
 from training_runs import PASS, interrupt, on_call, target_nll, train, with_graph
 
 TASK = Task(
@@ -52,38 +49,6 @@ def adapter(llama, tmp_path):
     return make_adapter(llama, tmp_path / "adapter")
 
 
-def test_gates_of_a_whole_model_agree_with_finite_differences(base, kind, tmp_path):
-    lora = read_modules(make_adapter(base, tmp_path / "adapter"))
-    name = list(lora)[-1]
-    with applied(base.model, lora, GatedLinear) as layers:
-        layer, ids = layers[name], make_ids()
-        inputs = {"decoder_input_ids": ids} if base.is_encoder_decoder else {}
-
-        def loss() -> Tensor:
-            return base.model(ids, **inputs).logits.double().log_softmax(-1)[0, :, 5].sum()
-
-        (got,) = torch.autograd.grad(loss(), [layer.gate])
-        direction = got / got.norm()
-        step = 1e-2
-        with torch.no_grad():
-            layer.gate.copy_(step * direction)
-            above = loss().item()
-            layer.gate.copy_(-step * direction)
-            slope = (above - loss().item()) / (2 * step)
-    assert slope == pytest.approx(got.norm().item(), rel=1e-2)
-
-
-def test_gated_layers_leave_with_their_context_even_after_an_error(base, tmp_path):
-    lora = read_modules(make_adapter(base, tmp_path / "adapter"))
-    modules = dict(base.model.named_modules())
-    name = next(iter(lora))
-    with applied(base.model, lora, GatedLinear) as layers:
-        assert base.model.get_submodule(name) is layers[name]
-    with suppress(LookupError), applied(base.model, lora, GatedLinear):
-        raise LookupError
-    assert dict(base.model.named_modules()) == modules
-
-
 def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
     folder = make_adapter(base, tmp_path / "adapter")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -96,14 +61,6 @@ def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
     assert saved == files["adapter_model.safetensors"]
     assert expert.gates.keys() == find_sites(base.model).keys()
     assert all(gate.any() for gate in expert.gates.values())
-
-
-def test_what_was_cut_of_the_gates_inputs_is_told_and_recorded(llama, adapter, tmp_path):
-    cut = Formatting(max_input_tokens=5, truncation="left")
-    with pytest.warns(UserWarning, match="echo: 5 of 6 inputs .83 %. cut to 5 tokens, by 2"):
-        expert = gated(llama, adapter, tmp_path / "expert", formatting=cut)
-    assert expert.info.metrics["inputs_cut"] == 5
-    assert expert.info.hyperparameters["truncation"] == "left"
 
 
 def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, tmp_path):
@@ -121,14 +78,6 @@ def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, t
     options = {"training": other, "gate_training": given}
     third = gated(llama, again.directory, tmp_path / "third", **options)
     assert third.info.hyperparameters == {**wanted, "gate_learning_rate": 0.01}
-
-
-def test_gates_of_a_plain_adapter_record_no_training_that_nobody_made(llama, adapter, tmp_path):
-    expert = gated(llama, adapter, tmp_path / "expert")
-    got = expert.info.hyperparameters
-    assert not {field.name for field in fields(Training)} - {"seed"} & got.keys()
-    assert (got["gate_steps"], got["gate_learning_rate"], got["gate_batch_size"]) == (4, 0.005, 4)
-    assert (got["seed"], got["max_input_tokens"]) == (0, 512)
 
 
 def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Tensor]:
@@ -216,28 +165,12 @@ def assert_same_means(got, wanted) -> None:
         torch.testing.assert_close(got[site].double(), wanted[site], rtol=1e-4, atol=1e-5)
 
 
-def test_mean_activations_are_those_of_one_example_at_a_time(base, monkeypatch):
-    monkeypatch.setattr("phatgoose.tasks.prompt_passes.PAIR_TOKENS", 40)  # batches of two or three
-    sites, pairs = find_sites(base.model), pairs_of(base, TASK)
-    got = mean_activations(base.model, sites, pairs, 0)
-    assert_same_means(got, naive_means(base.model, sites, pairs))
-
-
-def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp_path):
+def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp_path, monkeypatch):
     folder = make_adapter(base, tmp_path / "adapter")
+    monkeypatch.setattr("phatgoose.tasks.prompt_passes.PAIR_TOKENS", 40)  # batches of two or three
     expert = gated(base, folder, tmp_path / "expert")
     with applied(base.model, expert.lora, ModifiedLinear):
         assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base, TASK)))
-
-
-def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path):
-    settings = replace(GATES, statistics_examples=1)
-    expert = gated(llama, adapter, tmp_path / "e", gate_training=settings)
-    site = next(iter(expert.means))
-    with applied(llama.model, expert.lora, ModifiedLinear):
-        singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama, TASK)]
-    gaps = [(expert.means[site] - single).abs().max().item() for single in singles]
-    assert sorted(gaps)[0] < 1e-5 < sorted(gaps)[1]
 
 
 def test_an_adapter_for_another_base_is_refused(base_folders, adapter, tmp_path):

@@ -22,13 +22,9 @@ from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.registry import kind_for
 from phatgoose.sites import find_sites
-from phatgoose.tasks.task import Task
-from phatgoose.training import trainer
 from phatgoose.training.modules import GatedLinear, fresh_expert, placed_sites
-from phatgoose.training.train_expert import train_gates
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 from training_runs import (
-    GATES,
     PASS,
     SHAPES,
     TASK,
@@ -39,7 +35,6 @@ from training_runs import (
     target_nll,
     trained,
     without_dropout,
-    words,
 )
 from training_runs import train as train_default
 
@@ -223,46 +218,6 @@ def test_a_gate_scales_the_whole_change_and_alone_has_a_gradient(name):
         torch.testing.assert_close(layer(u[:1])[0], wanted.float(), rtol=1e-5, atol=1e-5)
 
 
-@each_shape
-def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path, monkeypatch):
-    bare = trained(llama, tmp_path / "echo", train, shape=SHAPES[shape])
-    files = {path.name: path.read_bytes() for path in bare.directory.iterdir()}
-    handed, fit = [], trainer.fit
-
-    def spy(run, model, *arguments):
-        handed.extend(name for name, p in model.named_parameters() if p.requires_grad)
-        return fit(run, model, *arguments)
-
-    monkeypatch.setattr("phatgoose.training.train_expert.fit", spy)
-    before = {key: value.clone() for key, value in llama.model.state_dict().items()}
-    gated_expert = train_gates(
-        llama, bare.directory, TASK, out=tmp_path / "again", training=TRAINING, gate_training=GATES
-    )
-    assert sorted(handed) == sorted(f"{site}.gate" for site in bare.modules)
-    after = llama.model.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert gated_expert.info.adapter_sha256 == bare.info.adapter_sha256
-    assert {path.name: path.read_bytes() for path in bare.directory.iterdir()} == files
-
-
-def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
-    """At one site all experts' gates and means must be of the same input."""
-    expert = trained(llama, tmp_path / "echo", train, shape=SHAPES["ia3"])
-    site = next(s for s, module in expert.modules.items() if module.on_input)
-    seen = []
-    original = llama.model.get_submodule(site)
-    handle = original.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with applied(llama.model, {site: expert.modules[site]}, GatedLinear) as layers:
-        layers[site].gate.data.fill_(0.1)
-        layers[site].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        logits_of(llama.model, make_ids())
-    handle.remove()
-    outer, inner = seen
-    strength = torch.sigmoid(outer @ torch.full((48,), 0.1)).unsqueeze(-1)
-    wanted = outer * (1 + strength * (expert.modules[site].vector - 1))
-    torch.testing.assert_close(inner, wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):
     sites = placed_sites(llama.model, IA3(sites="q_proj"))
     assert set(sites) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
@@ -284,19 +239,6 @@ def test_lora_starts_as_the_method_says(llama):
     assert A.std().item() == pytest.approx(0.01, rel=0.05)
     assert not B.any()
     assert len(held) == 2 * len(find_sites(llama.model))
-
-
-@pytest.mark.parametrize("joint", [False, True])
-def test_a_base_is_as_it_was_after_training(base, tmp_path, joint):
-    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
-    modules, attributes = dict(base.model.named_modules()), set(vars(base.model))
-    gates = GateTraining(joint=True) if joint else GATES
-    task = Task("other", words("x", "y", "z"))
-    train_default(base, tmp_path / "first", task, gate_training=gates)
-    assert dict(base.model.named_modules()) == modules
-    assert set(vars(base.model)) - attributes <= {"_is_accelerate_prepared"}  # accelerate's mark
-    assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
-    assert not base.model.training
 
 
 @pytest.mark.parametrize("peft", [Lora(rank=2), Bottleneck(size=2)], ids=["lora", "bottleneck"])

@@ -10,7 +10,7 @@ import torch
 
 from phatgoose.base import BaseReference, load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
-from phatgoose.errors import ConfigError, ExpertError, WrongBaseError
+from phatgoose.errors import ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
@@ -109,14 +109,6 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
     assert (recorded["statistics_examples"], recorded["embedder"]) == (4, "other")
 
 
-def test_experts_without_gates_and_record_can_be_measured(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "adapter")
-    expert = Expert.from_peft(adapter, {}, base=llama).save(tmp_path / "plain")
-    got = measured(expert, llama.id)
-    assert got.means.keys() == expert.lora.keys()
-    assert not got.gates
-
-
 def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path):
     with pytest.warns(UserWarning, match="count: .* of .* inputs .* cut to 6 tokens"):
         first = train_expert(
@@ -136,20 +128,6 @@ def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path)
     assert not same(other.means, first.means)
     longer = measure(first, llama, TASK, options, formatting=Formatting())
     assert not same(longer.means, first.means)
-
-
-def test_a_record_that_is_no_formatting_is_refused(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "adapter")
-    odd = {"max_input_tokens": "many"}
-    expert = Expert.from_peft(adapter, {}, base=llama, hyperparameters=odd).save(tmp_path / "odd")
-    with pytest.raises(ConfigError, match="'adapter', hyperparameters: max_input_tokens is 'many'"):
-        measured(expert, llama)
-
-
-def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics_module, "MOST_EMBEDDINGS", 6)
-    expert = train(llama, tmp_path / "count", embeddings=True, statistics_examples=9)
-    assert len(expert.embeddings) == 6
 
 
 @pytest.mark.parametrize("form", ["prompt", "paper"])

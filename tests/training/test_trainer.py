@@ -66,14 +66,6 @@ def test_the_validation_loss_is_the_mean_over_all_target_tokens(base, tmp_path, 
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_the_last_step_is_validated_whatever_the_interval(llama, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    expert = train(llama, tmp_path / "echo", training=replace(TRAINING, steps=5, eval_every=3))
-    steps = re.findall(r"step (\d+) of 5, validation loss", caplog.text)
-    assert steps == ["3", "5"]
-    assert expert.info.metrics["expert_best_step"] in (3, 5)
-
-
 def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     task = Task("liar", words("yes", "yes", "yes", "yes"), validation=words("no", "maybe"))
     training = replace(TRAINING, steps=10, learning_rate=0.1)

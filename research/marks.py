@@ -58,7 +58,11 @@ from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
+<<<<<<< HEAD
 from phatgoose.files import new_file, read_table
+=======
+from phatgoose.files import new_file, read_toml
+>>>>>>> 3715f6b1 (analysis: the report joins it, the audit reads files alone; agreement, overlaps, Spearman, --smoothing, replay --choices leave)
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from phatgoose.routing.routers.prompt import PromptRouter

@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from phatgoose.base.loading import Base, load_base
-from phatgoose.experts.readings import PARTS, PromptStates, moments_of, readings_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from phatgoose.base import Base, load_base
 from phatgoose.evaluation.intervals import interval_of
+from phatgoose.experts.statistics import PARTS, PromptStates, moments_of, readings_of
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of
 from phatgoose.routing.routers.prompt import Tables
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts

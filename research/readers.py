@@ -24,18 +24,18 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from phatgoose.base.loading import Base
-from phatgoose.base.sites import Site, find_sites, headless
-from phatgoose.base.token_masks import watch_blocks, watch_inputs
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from phatgoose.base import Base
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
+from phatgoose.passes import watch_blocks, watch_inputs
 from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.routers.router import router_of
+from phatgoose.sites import Site, find_sites, headless
 from phatgoose.tasks.batching import Collator
 from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.loading import load_task

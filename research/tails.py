@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from phatgoose.base.loading import Base, load_base
 
 from phatgoose.apps.demo import EVALUATED, LORA, SKILLS, TRAINING, trained_task, unseen_tasks
+from phatgoose.base import Base, load_base
 from phatgoose.config import GateTraining
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from phatgoose.apps.report.figures import counted, look_of, styled
+from phatgoose.analysis.figures import counted, look_of, styled
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.intervals import Sample
 from phatgoose.evaluation.results import ResultStore

@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 
 from held_in import routing_of
-from phatgoose.base.loading import load_base
 
+from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

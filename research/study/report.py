@@ -41,7 +41,7 @@ import numpy as np
 from curves import label_with_settings, pool_size_curves, pool_size_figure
 from numpy.typing import NDArray
 
-from phatgoose.apps.report.figures import write_png
+from phatgoose.analysis.figures import write_png
 from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.evaluation.results import ResultStore, Summary
 from phatgoose.evaluation.rows import DERIVED, METHODS
@@ -52,7 +52,7 @@ Model = str
 Pool = tuple[str, ...]
 Scores = dict[Model, dict[str, "Cell"]]  # by model and dataset
 KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds", "rows")
-OF_WHOLE_MODELS = ("settings", "oracle", "divergences", "correlations", "agreements")
+OF_WHOLE_MODELS = ("settings", "oracle", "divergences", "correlations")
 REFERENCE = METHODS["phatgoose"]
 ZERO_SHOT = [label for name, label in METHODS.items() if name not in DERIVED]
 

@@ -1,26 +1,22 @@
 """The analysis as a whole: routers over a pool, Oracle, agreement, effects, findings, JSON."""
 
 import json
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import phatgoose as pg
 from analysed import TASKS, task
-from phatgoose.analysis.measures import ORACLE, DecisionFiles, agreement, kl_divergence
-from phatgoose.apps.report.page import report_page, write_report
+from phatgoose.analysis.analyse import findings_of
+from phatgoose.analysis.distribution import RoutingDistribution
+from phatgoose.analysis.measures import ORACLE, kl_divergence
+from phatgoose.analysis.report import report_page, write_report
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
-from phatgoose.routing.recording import record
-from phatgoose.routing.watching import SitePass
-from phatgoose.sites import Site
-from phatgoose.tasks.encoding import Encoder
 from routed_models import SCORES
 from topic_prompts import OPEN, PROMPTS, experts_of
 
@@ -44,7 +40,6 @@ def test_routers_whose_settings_hold_a_path_keep_their_files_apart(llama, llama_
     few.write_text('{"input": "5 + 6 = 11"}\n')
     routers = ["phatgoose", f"few-shot:by=discriminant,examples={few}"]
     found = pg.analyse(llama_pool, TASKS, routers=routers, base=llama, score=False)
-    assert len(found.agreements) == 1
     write_report(found, tmp_path / "out" / "report")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report"}
     drawn = sorted(path.name for path in (tmp_path / "out" / "report" / "figures").iterdir())
@@ -89,16 +84,20 @@ SINGLE = Routing(router="single:expert=e0")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [  # beside those that the command line's tests have
-        ({"tasks": [TASKS[0], TASKS[0]]}, TaskError, "Two tasks are called 'first'"),
+        (
+            {"tasks": [TASKS[0], replace(TASKS[1], name="first")]},
+            TaskError,
+            "Two tasks are called 'first'",
+        ),
         (
             {"without_each": True, "routing": SINGLE},
             ConfigError,
-            "without the experts that it names",
+            "can do without the experts",
         ),
         (
             {"without_each": True, "routing": Routing("weights:e0=1,e1=0.5")},
             ConfigError,
-            "Router weights can't do without the experts",
+            "can do without the experts",
         ),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
     ],
@@ -122,10 +121,7 @@ def test_what_cannot_be_analysed_is_refused(llama, llama_pool, options, error, m
 def test_a_router_that_cannot_be_is_refused_before_others_read(
     llama, llama_pool, monkeypatch, router, error, message
 ):
-    monkeypatch.setattr(
-        "phatgoose.analysis.routing_distribution.read_examples",
-        lambda *_: pytest.fail("read something"),
-    )
+    monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("read something"))
     with pytest.raises(error, match=message):
         pg.analyse(llama_pool, TASKS, routers=["phatgoose", router], base=llama)
 
@@ -138,12 +134,6 @@ def test_what_only_a_pool_can_do(llama, llama_pool):
         pg.analyse(model, TASKS, without_each=True)
     with pytest.raises(RoutingError, match="not routed"):
         pg.analyse(pg.detach(model), TASKS)
-
-
-def test_an_oracle_without_scores_of_a_task_leaves_the_base_unrouted(llama, llama_pool):
-    with suppress(RoutingError, ConfigError):
-        pg.analyse(llama_pool, [task("third")], routers=["oracle"], base=llama, scores=SCORES)
-    compose(llama_pool, llama, router="phatgoose")
 
 
 def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
@@ -172,62 +162,6 @@ def test_effects_are_differences_of_scores(found, llama, llama_pool):
     assert effect.interval.low <= effect.mean <= effect.interval.high
 
 
-def test_agreement_is_that_of_recordings(found, llama, llama_pool):
-    tops, weights = {}, {}
-    for router in ("phatgoose", "arrow"):
-        model = compose(llama_pool, llama, router=router)
-        encoder = Encoder(llama.tokenizer, is_encoder_decoder=False)
-        pairs = [encoder.pair(e.input, e.target) for t in TASKS for e in t.evaluation_examples()]
-        with record(model) as recording, torch.no_grad():
-            for pair in pairs:
-                model(input_ids=torch.tensor([pair.prompt + pair.target[:-1]]))
-        rows = [torch.cat([part[0] for part in passes]) for passes in recording.weights.values()]
-        weights[router] = torch.cat(rows)
-        tops[router] = weights[router].argmax(dim=1)
-        pg.detach(model)
-    common = found.agreements["phatgoose", "arrow"]
-    same = (tops["phatgoose"] == tops["arrow"]).float().mean().item()
-    shared = torch.minimum(*weights.values()).sum(dim=1).mean().item()
-    assert common.decisions == len(weights["arrow"])
-    assert common.first == pytest.approx(same, abs=0.01)
-    assert common.overlap == pytest.approx(shared, abs=0.01)
-
-
-def decided(folder, weights, experts=(0, 1, 2)):
-    """The file of one pass of tokens with these `weights` [T, k] of these experts, in `folder`."""
-    site, weights = Site("a", 2, 2, "decoder"), torch.tensor(weights)
-    files = DecisionFiles(folder, torch.arange(3))
-    files.begin_pass({})
-    chosen = torch.tensor([experts[: weights.shape[1]]] * len(weights))
-    files.add(SitePass(site, chosen, weights, None, (1, len(weights)), lambda: weights))
-    files.end_pass()
-    return folder
-
-
-def test_routers_without_a_choice_in_common_have_no_agreement(tmp_path):
-    one, other = decided(tmp_path / "one", [[0.0]]), decided(tmp_path / "other", [[1.0]])
-    assert agreement(one, other, 2) is None
-    same = agreement(other, other, 2)
-    assert (same.first, same.overlap, same.decisions) == (1, 1, 1)
-
-
-def test_equals_share_the_first_choice(tmp_path):
-    tied = decided(tmp_path / "tied", [[0.5, 0.5]])
-    first = decided(tmp_path / "first", [[0.7, 0.3]])
-    last = decided(tmp_path / "last", [[0.3, 0.7]])
-    three = decided(tmp_path / "three", [[1 / 3, 1 / 3, 1 / 3]])
-    assert agreement(tied, tied, 3).first == 1
-    assert agreement(tied, first, 3).first == agreement(tied, last, 3).first == 0.5
-    assert agreement(three, tied, 3).first == pytest.approx(2 / 3)
-    assert agreement(first, last, 3).first == 0
-
-
-def test_close_weights_are_no_equals(tmp_path):
-    close = decided(tmp_path / "close", [[0.5, 0.5 + 1e-5]])  # equal in half precision
-    first = decided(tmp_path / "first", [[0.7, 0.3]])
-    assert agreement(close, first, 3).first == 0
-
-
 def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
     found = pg.analyse(
         llama_pool, OPEN, routers=["discriminant", "phatgoose"], base=llama, score=False
@@ -243,5 +177,54 @@ def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
     assert "Which prompts went where" in both
     assert "Discriminant on open: mean weight" not in both  # all layers are alike
     assert "PHATGOOSE on open: mean weight" in both
-    alone = replace(found, routers={"discriminant": found.routers["discriminant"]}, agreements={})
+    alone = replace(found, routers={"discriminant": found.routers["discriminant"]})
     assert "Experts by layer" not in report_page(alone)
+
+
+# What looks wrong
+
+
+def profile_with(first, probability=None, tokens=1000):
+    """A profile of one site with these shares of first choices and of probability."""
+    names = tuple(f"e{z}" for z in range(len(first)))
+    probability = first if probability is None else probability
+    rows = {
+        measure: {"model.layers.0.q": np.array([tokens * np.array(share, float), [0] * len(first)])}
+        for measure, share in (
+            ("probability", probability),
+            ("weight", first),
+            ("chosen", first),
+            ("first", first),
+        )
+    }
+    present = np.array(probability)[np.array(probability) > 0]
+    entropy = -(present * np.log(present)).sum()
+    site = {"model.layers.0.q": np.array([tokens, 0.0])}
+    return RoutingDistribution(
+        names, site, rows, {"model.layers.0.q": np.array([tokens * entropy, 0.0])}
+    )
+
+
+ONE = profile_with([0.6, 0.4, 0.0], [0.5, 0.4, 0.1])
+OTHER = profile_with([0.0, 0.4, 0.6], [0.1, 0.4, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("profiles", "kinds"),
+    [
+        ([profile_with([0.5, 0.3, 0.2])], []),
+        ([profile_with([0.85, 0.1, 0.05])], [("takes-everything", ("e0",))]),
+        ([profile_with([0.75, 0.2, 0.05])], []),
+        ([ONE], [("never-wins", ("e2",))]),
+        ([ONE, OTHER], []),  # it wins on one of several datasets
+    ],
+)
+def test_what_looks_wrong_is_found_once_and_nothing_else(profiles, kinds):
+    findings = findings_of({f"d{i}": each for i, each in enumerate(profiles)})
+    assert [(finding.kind, finding.experts) for finding in findings] == kinds
+
+
+def test_routers_that_compare_nothing_are_not_judged(llama, llama_pool):
+    routers = ["merged", "random", "single:expert=e0"]
+    read = pg.analyse(llama_pool, TASKS, routers=routers, base=llama, score=False)
+    assert not any(router.findings for router in read.routers.values())

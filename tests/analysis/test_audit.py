@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from mixed_experts import mixed_pool_for
-from phatgoose.analysis import audit as neutral
-from phatgoose.analysis.audit import LIMITS, audit, neutral_signs, read_neutral_text
-from phatgoose.analysis.audit_signs import over_sites, ratios, signs_of
+from phatgoose.analysis.audit import (
+    SIGNS,
+    audit,
+    over_sites,
+    ratios,
+    signs_of,
+)
 from phatgoose.errors import ExpertError
-from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.sites import find_sites
-from planted import ATTACKS, DIMS, HARMLESS, attacked, honest
+from planted import ATTACKS, HARMLESS, attacked, honest
 
 
 @pytest.fixture
@@ -23,10 +25,8 @@ def pool(pool_of) -> Pool:
     return honest(pool_of("llama", (4,) * 8))
 
 
-def test_honest_experts_are_not_accused(pool, llama, monkeypatch):
-    monkeypatch.setattr(neutral, "can_embed", lambda: False)
-    assert audit(pool).findings == ()
-    whole = audit(pool, llama)
+def test_honest_experts_are_not_accused(pool):
+    whole = audit(pool)
     assert whole.findings == ()
     assert whole.summary == ""
     assert whole.notes == ()
@@ -42,7 +42,7 @@ def test_an_attacker_is_found_and_no_one_else(pool, name, strength):
         assert report.unusual == (pool.names[z],), report.findings
         assert pool.names[z] in report.summary
         for finding in report.findings:
-            assert finding.kind in LIMITS
+            assert finding.kind in {sign.name for sign in SIGNS}
             assert f"--leave-out {pool.names[z]}" in finding.message
 
 
@@ -86,58 +86,6 @@ def test_numbers_that_json_lacks_are_null(pool):
     assert few.signs["update_size"] == (None, None)
     assert few.median("update_size") is None
     assert all(math.isfinite(v) for row in few.signs.values() for v in row if v is not None)
-
-
-@pytest.fixture
-def text(llama, monkeypatch):
-    def embed(examples):
-        rows = torch.randn(len(examples), DIMS, generator=torch.Generator().manual_seed(1))
-        return torch.nn.functional.normalize(rows, dim=-1)
-
-    monkeypatch.setattr(neutral, "can_embed", lambda: True)
-    monkeypatch.setattr(neutral, "embed_texts", embed)
-    return read_neutral_text(llama, list(find_sites(llama.model)))
-
-
-def test_shares_are_of_everything_and_effects_relative(llama, pool_of, text):
-    pool = honest(pool_of("llama", (4,) * 6))
-    found = neutral_signs(pool, llama, text)
-    for name in ("gate_neutral", "retrieval_neutral", "centroid_neutral"):
-        assert found[name].sum() == pytest.approx(1), name
-    assert float(found["update_effect"].quantile(0.5)) == pytest.approx(1, rel=0.5)
-
-
-@pytest.mark.parametrize("odd", [1, 6])
-def test_embeddings_of_another_length_are_left_out_not_the_audit(llama, pool_of, text, odd):
-    """`odd` experts have half of the numbers that the embedder gives."""
-    experts = list(honest(pool_of("llama", (4,) * 6)).experts)
-    experts[:odd] = [replace(e, embeddings=e.embeddings[:, : DIMS // 2]) for e in experts[:odd]]
-    found = neutral_signs(Pool(tuple(experts)), llama, text)
-    assert found.keys().isdisjoint({"retrieval_neutral", "centroid_neutral"})
-    assert found["gate_neutral"].sum() == pytest.approx(1)
-
-
-def test_a_larger_update_has_a_larger_effect_in_proportion(llama, pool_of, text):
-    pool = honest(pool_of("llama", (4,) * 6))
-    before = neutral_signs(pool, llama, text)["update_effect"]
-    z = int(before.argmax())
-    larger = {s: replace(m, scale=50 * m.scale) for s, m in pool.experts[z].lora.items()}
-    assert all(isinstance(module, LoraFactors) for module in larger.values())
-    experts = list(pool.experts)
-    experts[z] = replace(experts[z], modules=larger)
-    after = neutral_signs(Pool(tuple(experts)), llama, text)["update_effect"]
-    assert after[z] == pytest.approx(50 * float(before[z]), rel=0.05)  # the median moves a little
-
-
-def test_kinds_are_compared_by_what_they_change(llama, tmp_path, text):
-    found = neutral_signs(mixed_pool_for(llama, tmp_path), llama, text)
-    assert not found["update_effect"].isnan().any()
-    assert "centroid_neutral" not in found  # without embeddings
-
-
-def test_without_an_embedder_nothing_is_embedded(llama, monkeypatch):
-    monkeypatch.setattr(neutral, "can_embed", lambda: False)
-    assert read_neutral_text(llama, list(find_sites(llama.model))[:1]).vectors is None
 
 
 @pytest.fixture

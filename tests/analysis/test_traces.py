@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from phatgoose.analysis.routing_distribution import PARTS, site_label
+from phatgoose.analysis.distribution import PARTS, site_label
 from phatgoose.analysis.traces import trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool

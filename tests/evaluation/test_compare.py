@@ -461,12 +461,12 @@ def refusals(setting, pool_of, tmp_path) -> dict[str, tuple[type[Exception], str
         ),
         "an expert called like a method": (
             ConfigError,
-            "both called 'random'",
+            "Two rows would be called 'random'",
             {"methods": ["random", "oracle"], "pool": named},
         ),
         "a reference called like a method": (
             ConfigError,
-            "the name of a method",
+            "Two rows would be called 'oracle'",
             {"references": {"oracle": foreign}},
         ),
     }

@@ -18,8 +18,8 @@ from growth_cases import assert_same_models, composed
 from made_up_kind import SHIFTS, code_of_the_kind, make_shift, pool_with_shifts, register
 from mixed_experts import make_kind, mixed_output, ordered, renamed
 from oracle import token_weights
-from phatgoose.analysis.audit_signs import signs_of
-from phatgoose.analysis.findings import cosines, near_duplicates
+from phatgoose.analysis.audit import signs_of
+from phatgoose.analysis.duplicates import cosines, near_duplicates
 from phatgoose.config import GateTraining, Lora
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts import registry

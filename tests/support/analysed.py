@@ -1,7 +1,7 @@
 """Small tasks to analyse, and examples whose routing is summed up."""
 
 import phatgoose as pg
-from phatgoose.analysis.routing_distribution import RoutingTally, read_examples
+from phatgoose.analysis.distribution import RoutingTally, read_examples
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
@@ -22,11 +22,6 @@ def encoder_of(base):
     return Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
 
 
-def new_tally(model):
-    parts = composition_of(model)
-    return RoutingTally(parts.experts, {s: layer.experts for s, layer in parts.layers.items()})
-
-
 def example(number):
     return Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
 
@@ -34,7 +29,8 @@ def example(number):
 EXAMPLES = [example(number) for number in range(5)]
 
 
-def tallied(model, base, examples=EXAMPLES, budget=4096):
-    tally = new_tally(model)
-    read_examples(model, encoder_of(base), "second", examples, [tally], budget)
+def tallied(model, base, examples=EXAMPLES, budget=4096, experts=()):
+    parts = composition_of(model)
+    tally = RoutingTally(experts or parts.experts, parts)
+    read_examples(model, encoder_of(base), "second", examples, tally, budget)
     return tally.distribution

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from phatgoose.analysis.analyse import Analysis, RouterAnalysis
-from phatgoose.analysis.findings import Finding
-from phatgoose.analysis.measures import Agreement, Effect
-from phatgoose.analysis.routing_distribution import RoutingDistribution, site_label
+from phatgoose.analysis.distribution import RoutingDistribution, site_label
+from phatgoose.analysis.measures import Effect, Finding
 from phatgoose.analysis.traces import Trace, TraceStream
 from phatgoose.evaluation.evaluate import TaskScore
 from phatgoose.evaluation.intervals import Interval
@@ -95,7 +94,6 @@ def make_analysis(
             },
             (Finding("never-wins", f"{names[-1]} never wins <anything>.", (names[-1],)),),
             {d: [make_trace(experts, tokens, stacks, layers, i)] for i, d in enumerate(DATASETS)},
-            np.eye(experts),
         )
     effects = tuple(
         Effect(name, 0.05 - 0.01 * z, Interval(-0.03 - 0.01 * z, 0.1 - 0.01 * z), {"reviews": 0.1})
@@ -106,6 +104,5 @@ def make_analysis(
         DATASETS,
         found,
         {d: names[i % experts] for i, d in enumerate(DATASETS)},
-        {tuple(routers[:2]): Agreement(0.4, 0.5, 1000)} if len(routers) > 1 else {},
         effects,
     )

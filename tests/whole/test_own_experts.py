@@ -12,8 +12,8 @@ from architectures import random_expert, reading_pool
 from batched import GREEDY, alone, prompt_of
 from other_encoders import make_other
 from phatgoose.analysis.analyse import analyse
+from phatgoose.analysis.report import write_report
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.report.page import write_report
 from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base
 from ..config import Formatting, Routing
 from ..errors import ConfigError, EvaluationError, TaskError
-from ..evaluation import evaluate
-from ..evaluation.evaluate import Evaluation, ScoringSettings, TaskScore
+from ..evaluation.evaluate import (
+    MAX_NEW_TOKENS,
+    TOKEN_BUDGET,
+    Evaluation,
+    ScoringSettings,
+    TaskScore,
+    score_tasks,
+    tokenizer_of,
+)
 from ..experts.pool import Pool
 from ..files import write_text
 from ..routing.compose import compose, detach
@@ -35,11 +39,30 @@ from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
-from . import measures, routing_distribution
-from .findings import Finding, findings_of, vector_similarity
-from .measures import ORACLE, SMOOTHING, Agreement, Correlation, Divergence, Effect
-from .routing_distribution import MEASURES, PARTS, Measure, RoutingDistribution, RoutingTally
-from .traces import ChoiceKeeper, Trace, trace
+from .distribution import (
+    MEASURES,
+    PARTS,
+    Measure,
+    RoutingDistribution,
+    RoutingTally,
+    read_examples,
+)
+from .measures import (
+    ORACLE,
+    SMOOTHING,
+    Correlation,
+    Divergence,
+    Effect,
+    Finding,
+    concentration,
+    correlation,
+    effective_experts,
+    entropy,
+    kl_divergence,
+    leave_one_out,
+    oracle_experts,
+)
+from .traces import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,6 @@ class RouterAnalysis:
         scores: By dataset, empty if not scored.
         findings: Warnings about the routing.
         traces: Texts token by token, by dataset.
-        similarity: `findings.vector_similarity`, [E, E].
         choices: Weights of each prompt's experts by dataset, [prompts, E], in no order of the
             data's; empty for a router that chooses for every token.
     """
@@ -60,12 +82,11 @@ class RouterAnalysis:
     scores: Mapping[str, TaskScore] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
-    similarity: NDArray[Any] | None = None
     choices: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def by_dataset(self, measure: Measure = "weight") -> dict[str, NDArray[np.float64]]:
         """The whole-model distribution on each dataset, [E]."""
-        return {name: found.whole(measure) for name, found in self.distributions.items()}
+        return {name: each.whole(measure) for name, each in self.distributions.items()}
 
     def mean(self, measure: Measure = "weight") -> NDArray[np.float64]:
         """Its unweighted mean over datasets, [E]."""
@@ -81,9 +102,7 @@ class Analysis:
         datasets: The tasks' names.
         routers: What was found for each router.
         oracle: The best single expert of each dataset, empty without scores of single experts.
-        agreements: How far two routers agree, by pairs of routers.
         effects: Those of leaving experts out, if asked for.
-        smoothing: The share of the uniform distribution in divergences.
         settings: How everything was read.
     """
 
@@ -91,9 +110,7 @@ class Analysis:
     datasets: tuple[str, ...]
     routers: Mapping[str, RouterAnalysis]
     oracle: Mapping[str, str] = field(default_factory=dict)
-    agreements: Mapping[tuple[str, str], Agreement] = field(default_factory=dict)
     effects: tuple[Effect, ...] = ()
-    smoothing: float = SMOOTHING
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -111,8 +128,7 @@ class Analysis:
     def divergence(self, router: str, other: str, dataset: str) -> Divergence:
         """The KL divergences between two routers, or a router and ORACLE, on a dataset."""
         p, q = self.distribution(router, dataset), self.distribution(other, dataset)
-        to, back = (measures.kl_divergence(*each, self.smoothing) for each in ((p, q), (q, p)))
-        return Divergence(to, back)
+        return Divergence(kl_divergence(p, q), kl_divergence(q, p))
 
     def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
         """The correlation of KL(router‖other) with the router's score over datasets (paper 4.4), or
@@ -121,40 +137,30 @@ class Analysis:
         scores = self.routers[router].scores
         if not scores or (other == ORACLE and not self.oracle):
             return None
-        pairs = [
-            (self.divergence(router, other, dataset).to, scores[dataset].score)
-            for dataset in self.datasets
-        ]
-        return measures.correlation(*zip(*pairs, strict=True))
-
-    def overlaps(self, router: str) -> NDArray[np.float64]:
-        """Overlap of a router's distributions on every two datasets, by weight, [D, D]."""
-        whole = self.routers[router].by_dataset().values()
-        return np.array([[measures.overlap(p, q) for q in whole] for p in whole])
+        divergences = [self.divergence(router, other, dataset).to for dataset in self.datasets]
+        return correlation(divergences, [scores[dataset].score for dataset in self.datasets])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: all numbers, no text of the data."""
-        pairs = [(a, b) for a in self.routers for b in self._others(a)]
+        oracle = [ORACLE] if self.oracle and ORACLE not in self.routers else []
+        pairs = [(a, b) for a in self.routers for b in (*self.routers, *oracle) if a != b]
         return {
             "format": "phatgoose-analysis-1",
             "settings": dict(self.settings),
-            "smoothing": self.smoothing,
+            "smoothing": SMOOTHING,
             "experts": list(self.experts),
             "datasets": list(self.datasets),
             "oracle": dict(self.oracle),
-            "routers": {name: self._router(name) for name in self.routers},
+            "routers": {name: _plain_router(router) for name, router in self.routers.items()},
             "divergences": [
                 {"router": a, "other": b, "dataset": d, **asdict(self.divergence(a, b, d))}
                 for a, b in pairs
                 for d in self.datasets
             ],
             "correlations": [
-                {"router": a, "other": b, **asdict(found)}
+                {"router": a, "other": b, **asdict(each)}
                 for a, b in pairs
-                if (found := self.correlation(a, b)) is not None
-            ],
-            "agreements": [
-                {"routers": list(pair), **asdict(found)} for pair, found in self.agreements.items()
+                if (each := self.correlation(a, b)) is not None
             ],
             "leave_one_out": [asdict(effect) for effect in self.effects],
         }
@@ -164,56 +170,62 @@ class Analysis:
         content = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
         write_text(Path(path), content, EvaluationError)
 
-    def _others(self, router: str) -> list[str]:
-        oracle = [ORACLE] if self.oracle and ORACLE not in self.routers else []
-        return [name for name in [*self.routers, *oracle] if name != router]
 
-    def _router(self, name: str) -> dict[str, Any]:
-        router = self.routers[name]
-        scores = {
-            task: {"metric": s.metric, "score": s.score, "low": s.low, "high": s.high, "n": s.n}
-            for task, s in router.scores.items()
-        }
-        return {
-            "scores": scores,
-            "datasets": {task: _numbers(found) for task, found in router.distributions.items()},
-            "overlaps": self.overlaps(name).tolist(),
-            "findings": [asdict(finding) for finding in router.findings],
-            "similarity": None if router.similarity is None else router.similarity.tolist(),
-            "choices": {task: found.tolist() for task, found in router.choices.items()},
-        }
+def _plain_router(router: RouterAnalysis) -> dict[str, Any]:
+    scores = {
+        task: {"metric": s.metric, "score": s.score, "low": s.low, "high": s.high, "n": s.n}
+        for task, s in router.scores.items()
+    }
+    return {
+        "scores": scores,
+        "datasets": {task: _numbers(each) for task, each in router.distributions.items()},
+        "findings": [asdict(finding) for finding in router.findings],
+        "choices": {task: weights.tolist() for task, weights in router.choices.items()},
+    }
 
 
-def _numbers(found: RoutingDistribution) -> dict[str, Any]:
+def _numbers(spread: RoutingDistribution) -> dict[str, Any]:
     def plain(rows: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
         return {name: row.tolist() for name, row in rows.items()}
 
-    whole, groups = found.whole("weight"), {"layer": found.by_layer(), "kind": found.by_kind()}
-    numbers: dict[str, Any] = {
-        "tokens": {part: found.passed(part) for part in PARTS},
-        "token_entropy": found.token_entropy(),
-        **{measure: found.whole(measure).tolist() for measure in MEASURES},
-        "by_part": {part: found.whole("weight", part).tolist() for part in PARTS},
-        **{f"by_{group}": plain(rows) for group, rows in groups.items()},
-        "by_site": {
-            "probability": plain(found.by_site("probability")),
-            "weight": plain(found.by_site("weight")),
-        },
+    whole = spread.whole("weight")
+    return {
+        "tokens": {part: spread.passed(part) for part in PARTS},
+        "token_entropy": spread.token_entropy(),
+        **{measure: spread.whole(measure).tolist() for measure in MEASURES},
+        "by_part": {part: spread.whole("weight", part).tolist() for part in PARTS},
+        "by_layer": plain(spread.by_layer()),
+        "by_kind": plain(spread.by_kind()),
+        "by_site": {m: plain(spread.by_site(m)) for m in ("probability", "weight")},
+        "entropy": entropy(whole),
+        "effective_experts": effective_experts(whole),
+        "concentration": concentration(whole),
     }
-    if whole.any():
-        numbers |= {
-            "load": measures.load(whole).tolist(),
-            "effective_experts_by": {
-                group: {
-                    name: measures.effective_experts(row) for name, row in rows.items() if row.any()
-                }
-                for group, rows in groups.items()
-            },
-            "entropy": measures.entropy(whole),
-            "effective_experts": measures.effective_experts(whole),
-            "concentration": measures.concentration(whole),
-        }
-    return numbers
+
+
+DOMINANT = 0.8  # an expert that is first choice more often than this takes everything
+
+
+def findings_of(distributions: Mapping[str, RoutingDistribution]) -> Iterator[Finding]:
+    """What looks wrong in one router's `distributions` by dataset, worst first."""
+    experts = next(iter(distributions.values())).experts
+    first = np.mean([each.whole("first") for each in distributions.values()], axis=0)
+    where = f"on {len(distributions)} dataset{'s' if len(distributions) > 1 else ''}"
+    best = experts[int(first.argmax())]
+    if len(experts) > 1 and first.max() > DOMINANT:
+        yield Finding(
+            "takes-everything",
+            f"{best} is the first choice of {first.max():.0%} of all decisions {where}: the pool "
+            f"is routed almost as {best} alone. Compare with --router single:expert={best}.",
+            (best,),
+        )
+    for name in (name for name, share in zip(experts, first, strict=True) if share == 0):
+        yield Finding(
+            "never-wins",
+            f"{name} is never the first choice {where}. Its gate may be untrained, or its data far "
+            f"from these; train the gate again (phatgoose gate) or --leave-out {name}.",
+            (name,),
+        )
 
 
 def analyse(
@@ -231,9 +243,8 @@ def analyse(
     score: bool = True,
     without_each: bool = False,
     examples: int = 1,
-    smoothing: float = SMOOTHING,
-    max_new_tokens: int = evaluate.MAX_NEW_TOKENS,
-    token_budget: int = evaluate.TOKEN_BUDGET,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    token_budget: int = TOKEN_BUDGET,
 ) -> Analysis:
     """Which experts serve the tokens of `tasks` in a routed model, or a pool under `routers`.
 
@@ -253,7 +264,6 @@ def analyse(
         score: Evaluate each router on the examples too.
         without_each: Evaluate the first router without each expert in turn (pools only).
         examples: Texts of each task to trace token by token.
-        smoothing: The share of the uniform distribution in KL divergences.
         max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
         token_budget: Maximum tokens of a batch.
 
@@ -267,31 +277,42 @@ def analyse(
     tasks = named_apart(given_tasks(tasks))
     if not tasks:
         raise TaskError("No task was given to analyse.")
-    measures.smoothed([1.0], smoothing)  # refuse a bad one before the work
     scoring = ScoringSettings(formatting or Formatting(), limit, seed, max_new_tokens, token_budget)
-    settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
-    routers = [routers] if isinstance(routers, str) else routers
-    routing = routing or Routing()
+    routers, routing = [routers] if isinstance(routers, str) else routers, routing or Routing()
     subject = _subject(source, routers, routing, base, tokenizer, scores)
-    if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
-        raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if without_each and (named := class_of(subject.routers[0]).name) in ("single", WEIGHTS):
+    able = subject.is_pool and score and len(subject.experts) > 1
+    if without_each and not (able and class_of(subject.routers[0]).name not in ("single", WEIGHTS)):
         raise ConfigError(
-            f"Router {named} can't do without the experts that it names; put another one first."
+            "Leaving experts out in turn needs a pool of several, scores, and a first router that "
+            "can do without the experts that it names."
         )
     datasets = tuple(task.name for task in tasks)
-    oracle = measures.oracle_experts(scores, subject.experts, datasets)
-    found, agreements = _read_routers(subject, tasks, settings)
-    effects = _effects(subject, tasks, settings, found) if without_each else []
+    oracle = oracle_experts(scores, subject.experts, datasets)
+
+    def evaluated(model: PreTrainedModel) -> Evaluation:
+        return score_tasks(model, tasks, scoring, subject.tokenizer)
+
+    def without(expert: str) -> Evaluation:
+        with subject.opened(subject.routers[0], expert) as model:
+            return evaluated(model)
+
+    read: dict[str, RouterAnalysis] = {}
+    for name in subject.routers:
+        with subject.opened(name) as model:
+            result = _read(model, subject, tasks, scoring, examples)
+            scored = evaluated(model).scores if score else ()
+            read[name] = replace(result, scores={each.task: each for each in scored})
+    effects: list[Effect] = []
+    if without_each:
+        everyone = Evaluation(tuple(read[subject.routers[0]].scores.values()))
+        effects = leave_one_out(everyone, subject.experts, without)
     return Analysis(
         experts=subject.experts,
         datasets=datasets,
-        routers=found,
+        routers=read,
         oracle=oracle,
-        agreements=agreements,
         effects=tuple(effects),
-        smoothing=smoothing,
         settings={
             "routing": asdict(subject.routing),
             "limit": limit,
@@ -299,13 +320,6 @@ def analyse(
             "formatting": asdict(scoring.formatting),
         },
     )
-
-
-@dataclass(frozen=True)
-class ReadingSettings:
-    scoring: ScoringSettings
-    score: bool
-    traced: int
 
 
 @dataclass(frozen=True)
@@ -339,14 +353,14 @@ def _subject(
         return _composed_subject(source, routing, base, tokenizer)
     pool = Pool.open(source)
     loaded = loaded_base(pool, base)
-    found = [
+    routings = [
         settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
         for name in dict.fromkeys(routers or (routing.router,))
     ]
-    names, routing = [each.router for each in found], found[0]
+    names, routing = [each.router for each in routings], routings[0]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
-        _check_router(replace(routing, router=name), pool, scores, loaded.tokenizer)
+        _check_router(replace(routing, router=name), pool, scores)
 
     @contextmanager
     def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
@@ -360,19 +374,15 @@ def _subject(
     return _Subject(pool.names, tuple(dict.fromkeys(names)), routing, tokenizer, opened)
 
 
-def _check_router(
-    routing: Routing, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _check_router(routing: Routing, pool: Pool, scores: Scores | None) -> None:
     """Raise what composing `pool` by `routing` would, before other routers have been read."""
     router = router_of(routing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         check_routing(router, pool)
         narrowed = router.narrow(pool, scores)
-        # Others are made of vectors and readings alone, which have been checked.
-        by_more = router.given or "embeddings" in router.needs
-        if isinstance(router, ByPrompt) and by_more:
-            router.ready(router.tables(narrowed, scores))
+        if isinstance(router, ByPrompt) and "scores" in router.given:
+            router.tables(narrowed, scores)
 
 
 def _composed_subject(
@@ -385,9 +395,7 @@ def _composed_subject(
         opened = open_model(source, base, routing=routing)
         source, tokenizer = opened.model, tokenizer or opened.tokenizer
     model, parts = source, composition_of(source)
-    tokenizer = tokenizer or parts.tokenizer
-    if tokenizer is None:
-        raise ConfigError("The model came without its tokenizer; pass it.")
+    tokenizer = tokenizer or tokenizer_of(model)
 
     def already(_: str) -> AbstractContextManager[PreTrainedModel]:
         return nullcontext(model)
@@ -396,100 +404,50 @@ def _composed_subject(
     return _Subject(parts.experts, names, parts.routing, tokenizer, already, is_pool=False)
 
 
-def _read_routers(
-    subject: _Subject, tasks: Sequence[Task], settings: ReadingSettings
-) -> tuple[dict[str, RouterAnalysis], dict[tuple[str, str], Agreement]]:
-    found: dict[str, RouterAnalysis] = {}
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        # By number: a router's name can hold a path.
-        places = {name: Path(folder) / str(i) for i, name in enumerate(subject.routers)}
-        for name, place in places.items():
-            with subject.opened(name) as model:
-                files = place if len(places) > 1 else None
-                found[name] = _one_router(model, subject, tasks, settings, files)
-        agreements = {
-            (a, b): measures.agreement(places[a], places[b], len(subject.experts))
-            for a, b in combinations(found, 2)
-        }
-    return found, {pair: common for pair, common in agreements.items() if common}
-
-
-def _one_router(
+def _read(
     model: PreTrainedModel,
     subject: _Subject,
     tasks: Sequence[Task],
-    settings: ReadingSettings,
-    files: Path | None,
+    scoring: ScoringSettings,
+    traced: int,
 ) -> RouterAnalysis:
-    parts, scoring = composition_of(model), settings.scoring
+    """All but the scores of the router of `model`."""
+    parts = composition_of(model)
     encoder = Encoder.for_model(model, subject.tokenizer, scoring.formatting)
     model.eval()
-    index = torch.tensor([subject.experts.index(expert) for expert in parts.experts])
-    decisions = [measures.DecisionFiles(files, index)] if files is not None else []
-    present = {site: layer.experts for site, layer in parts.layers.items()}
     distributions: dict[str, RoutingDistribution] = {}
     choices: dict[str, NDArray[np.float64]] = {}
     for task in tasks:
-        chosen = task.evaluation_examples(scoring.limit, scoring.seed)
-        tally, kept = RoutingTally(parts.experts, present), ChoiceKeeper(parts)
-        observers: list[routing_distribution.Observer] = [tally, kept, *decisions]
-        routing_distribution.read_examples(
-            model, encoder, task.name, chosen, observers, scoring.token_budget
-        )
-        distributions[task.name] = tally.distribution.over(subject.experts)
+        examples = task.evaluation_examples(scoring.limit, scoring.seed)
+        tally = RoutingTally(subject.experts, parts)
+        chosen = read_examples(model, encoder, task.name, examples, tally, scoring.token_budget)
+        distributions[task.name] = tally.distribution
         if not distributions[task.name].whole("weight").any():
             raise EvaluationError(
                 f"No expert acts on any token of task {task.name!r}: experts that act from certain "
                 f"tokens on need these in the prompt (--chat for those of a chat template)."
             )
-        found = kept.weights(subject.experts)
-        if len(found):
-            choices[task.name] = found
-    scores = (
-        evaluate.score_tasks(model, tasks, scoring, subject.tokenizer).scores
-        if settings.score
-        else ()
-    )
-    similarity = vector_similarity(model)
+        if len(chosen):
+            choices[task.name] = chosen
+    kind = class_of(parts.routing.router)
     return RouterAnalysis(
         distributions,
-        {score.task: score for score in scores},
-        tuple(findings_of(distributions, similarity)),
-        {task.name: _traces(model, encoder, task, settings) for task in tasks},
-        similarity,
-        choices,
+        findings=tuple(findings_of(distributions)) if kind.needs and not kind.per_input else (),
+        traces={task.name: _traces(model, encoder, task, scoring, traced) for task in tasks},
+        choices=choices,
     )
 
 
 def _traces(
-    model: PreTrainedModel, encoder: Encoder, task: Task, settings: ReadingSettings
+    model: PreTrainedModel, encoder: Encoder, task: Task, scoring: ScoringSettings, most: int
 ) -> list[Trace]:
-    scoring = settings.scoring
-    chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
-    if not chosen:
-        return []
-    pairs, traces = encoder.pairs(chosen), []
+    examples = task.evaluation_examples(scoring.limit, scoring.seed)[:most]
+    pairs, traces = encoder.pairs(examples), []
     prompts = [pair.prompt for pair in pairs]
     with routing_for(
-        model, prompts, task=task.name, examples=chosen, encoder=encoder
+        model, prompts, task=task.name, examples=examples, encoder=encoder
     ) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))
     return traces
-
-
-def _effects(
-    subject: _Subject,
-    tasks: Sequence[Task],
-    settings: ReadingSettings,
-    found: Mapping[str, RouterAnalysis],
-) -> list[Effect]:
-    router = subject.routers[0]
-
-    def without(expert: str) -> Evaluation:
-        with subject.opened(router, expert) as model:
-            return evaluate.score_tasks(model, tasks, settings.scoring, subject.tokenizer)
-
-    everyone = Evaluation(tuple(found[router].scores.values()))
-    return measures.leave_one_out(everyone, subject.experts, without)

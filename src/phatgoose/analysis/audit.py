@@ -1,251 +1,90 @@
 """The audit of a pool: which experts don't look like the others.
 
-Their files show some signs (`audit_signs`). Neutral text shows others: who wins where no expert's
-task is asked, and who changes what.
+A sign is a vector [E] that an attack would change, one number for each expert, made of its files;
+NaN where the expert or the pool lacks what the sign is made of. Glossary: E experts, n inputs of a
+site, b blocks, d their width.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..base import Base
 from ..errors import PoolError
-from ..experts.kind import SiteModule
-from ..experts.pool import Pool
-from ..experts.registry import kinds
+from ..experts.pool import Pool, check_alike
+from ..experts.statistics import PLACES
 from ..files import write_text
-from ..routing.compose import check_pool_fits
-from ..routing.routers.phatgoose import Phatgoose, affinities, standardise
-from ..routing.routers.retrieval import best_of_each, centroids_of, embeddings_of
-from ..sites import Site, execution_device, find_sites
-from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
-from ..tasks.encoding import Encoder
-from ..tasks.prompt_passes import read_pairs
-from ..tasks.task import neutral_examples
-from .audit_signs import LEAST, TINY, over_sites, ratios, signs_of
-from .findings import Finding
+from ..routing.routers.phatgoose import standardise
+from ..routing.routers.retrieval import best_of_each
+from ..routing.stacks import stack_of
+from .duplicates import squared_norms
+from .measures import Finding
 
-EVERY = 12  # of the tokens of neutral text one is kept at each site
+LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
+MANY = 8  # experts whose median hardly wanders
+SAME = 0.9999  # cosine of two embeddings that are one
+TINY = 1e-30
+ASKED = 4096  # embeddings of all experts that are asked for their neighbours
+COSINES = 2**25  # at once
 
 
-@dataclass(frozen=True)
-class NeutralText:
-    """A base's activations on neutral text, `inputs` [tokens, n] by site, and its embeddings.
+class Sign(NamedTuple):
+    """A sign, and `what` to say of a value above `most`.
 
-    `vectors` [texts, dims] are None without an embedder.
+    `few` is the limit in pools of fewer than MANY experts, whose medians wander. `title` heads its
+    column in the audit's table, if it has one.
     """
 
-    inputs: Mapping[str, Tensor]
-    vectors: Tensor | None
+    name: str
+    most: float
+    few: float
+    title: str
+    what: str
 
-
-@torch.no_grad()
-def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -> NeutralText:
-    """What the sites called `names` see of the neutral text, with its embeddings.
-
-    Every EVERYth token's input is kept. `vectors` is None without `embed`, or without an embedder.
-    """
-    every, kept = find_sites(base.model), dict[str, list[Tensor]]()
-
-    def see(site: Site, u: Tensor) -> None:
-        kept.setdefault(site.name, []).append(u[::EVERY].cpu())
-
-    pairs = Encoder.for_model(base.model, base.tokenizer).pairs(neutral_examples())
-    prompts = [pair.prompt for pair in pairs]
-    sites = {name: every[name] for name in names}
-    read_pairs(base.model, sites, pairs, base.tokenizer.pad_token_id, see)
-    texts = prompt_texts(base.tokenizer, prompts)
-    vectors = embed_texts(texts) if embed and can_embed() else None
-    return NeutralText({name: torch.cat(parts) for name, parts in kept.items()}, vectors)
-
-
-def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
-    """The signs of the experts of `pool` over neutral text, by name, float64 [E] each.
-
-    `update_effect` is the change of a layer's output under an expert's module, over the pool's
-    median, `effect_spread` how far the site that stands out most is above that. The others are the
-    shares of tokens and sites (`gate_neutral`) or passages that routers would give to each expert.
-    """
-    found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
-    if text.vectors is not None and len(pool) > 1 and _are_like(pool, text.vectors):
-        stored = embeddings_of(pool)
-        best = best_of_each(text.vectors @ stored.rows.T, stored.owners, len(pool))
-        found["retrieval_neutral"] = _shares(best)
-        found["centroid_neutral"] = _shares(text.vectors @ centroids_of(stored).T)
-    pool.release()
-    return found
-
-
-def _are_like(pool: Pool, vectors: Tensor) -> bool:
-    """True if all experts have embeddings made as `vectors` were, and of their length."""
-    return all(
-        (expert.info.embedder, expert.info.embedding_form) == (DEFAULT_EMBEDDER, PROMPT)
-        and expert.embeddings is not None
-        and expert.embeddings.shape[1] == vectors.shape[1]
-        for expert in pool.experts
-    )
-
-
-@torch.no_grad()
-def _effects(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
-    rows = []
-    for name, u in text.inputs.items():
-        row = torch.full((len(pool),), math.nan, dtype=torch.float64)
-        for z, expert in enumerate(pool.experts):
-            if len(u) and name in expert.modules:
-                row[z] = _change(base.model.get_submodule(name), u, expert.modules[name])
-        rows.append(ratios(row))
-    size, spread = over_sites(torch.stack(rows, dim=1))
-    return {"update_effect": size, "effect_spread": spread}
-
-
-def _change(layer: torch.nn.Module, u: Tensor, module: SiteModule) -> float:
-    """The norm of what `module` adds to the output of `layer` for u [T, n], over the output's."""
-    u = u.to(execution_device(layer))
-    plain = layer(u)
-    changed = module.at(torch.empty(0, dtype=u.dtype, device=u.device)).apply(layer, u)
-    difference = (changed.double() - plain.double()).norm()
-    return float(difference / plain.double().norm().clamp(min=TINY))
-
-
-def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
-    first, seen = (torch.zeros(len(pool), dtype=torch.float64) for _ in range(2))
-    for name, u in text.inputs.items():
-        gated = [z for z, expert in enumerate(pool.experts) if name in expert.gates]
-        if len(gated) < 2:
-            continue
-        gates = standardise(torch.stack([pool.experts[z].gates[name] for z in gated]))
-        best = affinities(u, gates, Phatgoose.eps).argmax(dim=1)
-        first[gated] += torch.bincount(best, minlength=len(gated)).double()
-        seen[gated] += len(u)
-    return first / seen.masked_fill(seen == 0, math.nan)
-
-
-def _shares(scores: Tensor) -> Tensor:
-    return functional.one_hot(scores.argmax(dim=1), scores.shape[1]).double().mean(dim=0)
+    def limit(self, experts: int) -> float:
+        return self.most if experts >= MANY else self.few
 
 
 # Limits come from half of a hundred honest experts made for that, never from the other half, on
-# which `benchmarks/audit.py` reports: a ratio may be twice the largest that was seen there, a
+# which research/audit.md reports: a ratio may be twice the largest that was seen there, a
 # share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
 # five. Copied embeddings and wins at others' embeddings were not seen, and have limits by meaning;
 # a pull may be twice the largest that was seen in pools of ten.
 # An expert beyond a limit is unusual, and not shown to be an attack.
-
-MANY = 8  # experts whose median hardly wanders
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The largest value of a sign that isn't reported, and the `message` about a larger one.
-
-    `few` is the limit in pools of fewer than MANY experts, whose medians wander. `small` signs have
-    a meaning in pools of any size; others need LEAST experts.
-    """
-
-    most: float
-    message: str
-    small: bool = False
-    few: float | None = None
-
-    def of(self, experts: int) -> float:
-        return self.most if self.few is None or experts >= MANY else self.few
-
-
-USUAL = "(median {median:.0%})"
-OUTWEIGHS = "it outweighs others wherever updates are added"
-TRIGGER = "(each against the pool's median there; {median:.3g} is usual): as with a hidden trigger"
-HIDES = "they hide differences between the others from router discriminant"
-
-LIMITS: dict[str, Limit] = {
-    "update_size": Limit(
-        20, f"its update is {{value:.3g}} times its kind's median: {OUTWEIGHS}", few=78
-    ),
-    "update_effect": Limit(
-        21,
-        f"its modules change outputs on neutral text {{value:.3g}} times the median: {OUTWEIGHS}",
-        few=280,
-    ),
-    "update_spread": Limit(
-        6.7, f"one module's update is {{value:.3g}} times as large as its others are {TRIGGER}"
-    ),
-    "effect_spread": Limit(
-        32, f"one module changes outputs {{value:.3g}} times as much as its others do {TRIGGER}"
-    ),
-    "gate_size": Limit(
-        35,
-        "its gates are {value:.3g} times as long as the median: harmless with router phatgoose, "
-        "which standardises them",
-        few=54,
-    ),
-    "gate_own_mean": Limit(
-        0.74,
-        "its gates have a cosine of {value:.2f} with its own mean activations (median "
-        "{median:.2f}): trained gates don't, and such ones win tokens of others",
-        small=True,
-    ),
-    "gate_pull": Limit(
-        0.13,
-        "its gates lean towards what sites usually see, and win at the others' mean activations "
-        "(cosine times share: {value:.2f}, median {median:.2f}): they win by a constant, whatever "
-        "a prompt asks",
-        few=0.17,
-    ),
-    "gate_wins": Limit(
-        0.64, f"its gates win at {{value:.0%}} of the others' mean activations {USUAL}", few=0.87
-    ),
-    "gate_neutral": Limit(
-        0.69, f"its gates fit {{value:.0%}} of the tokens of neutral text best {USUAL}", few=0.84
-    ),
-    "mean_distance": Limit(
-        4.9,
-        "its mean activations are {value:.3g} times as far from the pool's as the median expert's: "
-        "router average-activation goes by them",
-        few=7,
-    ),
-    "reading_distance": Limit(
-        5.9,
-        "the means of its readings are {value:.3g} times as far from the pool's as the median "
-        "expert's: they move router discriminant",
-        few=9.6,
-    ),
-    "reading_trace": Limit(1200, f"its readings vary {{value:.3g}} times the median: {HIDES}"),
-    "reading_masks": Limit(
-        380, f"its readings vary {{value:.3g}} times the median where the others differ: {HIDES}"
-    ),
-    "embedding_count": Limit(
-        5,
-        "it stores {value:.3g} times as many embeddings as the median expert: more chances to be "
-        "nearest with router retrieval",
-    ),
-    "embedding_copies": Limit(
-        0.1,
-        f"{{value:.0%}} of its embeddings are also those of other experts {USUAL}: copied, or made "
-        f"of the same data",
-        small=True,
-    ),
-    "embedding_wins": Limit(
-        0.2, f"one of its embeddings is nearest to {{value:.0%}} of the others' own {USUAL}"
-    ),
-    "centroid_wins": Limit(
-        0.2, f"the mean of its embeddings is nearest to {{value:.0%}} of the others' own {USUAL}"
-    ),
-    "retrieval_neutral": Limit(
-        0.79, f"router retrieval would give it {{value:.0%}} of neutral prompts {USUAL}", few=0.88
-    ),
-    "centroid_neutral": Limit(
-        0.83, f"router centroid would give it {{value:.0%}} of neutral prompts {USUAL}", few=0.85
-    ),
+SIGNS = (
+    Sign("update_size", 20, 78, "update", "its update is {:.3g} times its kind's median"),
+    Sign("update_spread", 6.7, 6.7, "module", "one module's update is {:.3g} times the others'"),
+    Sign("gate_size", 35, 54, "gate", "its gates are {:.3g} times as long as the median"),
+    Sign("gate_own_mean", 0.74, 0.74, "cosine", "its gates have a cosine of {:.2f} with its means"),
+    Sign("gate_pull", 0.13, 0.17, "", "its gates lean to the usual by {:.2f} (cosine times share)"),
+    Sign("gate_wins", 0.64, 0.87, "wins", "its gates win at {:.0%} of the others' means"),
+    Sign("mean_distance", 4.9, 7, "means", "its means are {:.3g} times as far as the median's"),
+    Sign("reading_distance", 5.9, 9.6, "readings", "its readings are {:.3g} times as far away"),
+    Sign("reading_trace", 1200, 1200, "varying", "its readings vary {:.3g} times the median"),
+    Sign("reading_masks", 380, 380, "masking", "they vary {:.3g} times where others differ"),
+    Sign("embedding_count", 5, 5, "", "it stores {:.3g} times the median's embeddings"),
+    Sign("embedding_copies", 0.1, 0.1, "copied", "{:.0%} of its embeddings are also others'"),
+    Sign("embedding_wins", 0.2, 0.2, "nearest", "its embeddings win at {:.0%} of the others'"),
+    Sign("centroid_wins", 0.2, 0.2, "", "its mean embedding wins at {:.0%} of the others'"),
+)
+SMALL = ("gate_own_mean", "embedding_copies")  # have a meaning in pools of any size
+GAINS = {  # what an expert beyond a limit may gain, by the first word of a sign
+    "update": "it may outweigh others wherever updates are added, or hide a trigger in few modules",
+    "gate": "gates that aren't trained may win tokens of others by a constant",
+    "mean": "router average-activation goes by them",
+    "reading": "they move router discriminant, or hide differences between others from it",
+    "embedding": "it may take prompts from others with router retrieval",
+    "centroid": "it may take prompts from others with router centroid",
 }
 
 
@@ -281,7 +120,7 @@ class Audit:
         return {
             "experts": list(self.experts),
             "signs": {name: list(values) for name, values in self.signs.items()},
-            "limits": {name: limit.of(len(self.experts)) for name, limit in LIMITS.items()},
+            "limits": {sign.name: sign.limit(len(self.experts)) for sign in SIGNS},
             "findings": [asdict(finding) for finding in self.findings],
             "notes": list(self.notes),
         }
@@ -290,66 +129,245 @@ class Audit:
         write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n", PoolError)
 
 
-def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
-    """The audit of `pool`: every expert against the pool's median.
+def audit(pool: Pool | str | Path) -> Audit:
+    """The audit of `pool`: every expert's files against the pool's median.
 
-    With the `base` neutral text is read too: a pass over forty passages. Without it only files are.
-    Raises as `Pool.open` does, ExpertError if an expert doesn't fit the base.
+    Raises as `Pool.open` does, and RoutingError for a kind of expert that can't be compared.
     """
     opened = Pool.open(pool)
-    if base is not None:
-        check_pool_fits(opened, find_sites(base.model))
-    found = signs_of(opened)
-    if base is not None:
-        embed = any(expert.has("embeddings") for expert in opened.experts)
-        text = read_neutral_text(base, opened.sites, embed=embed)
-        found |= neutral_signs(opened, base, text)
-    return report_of(opened, found)
+    return report_of(opened, signs_of(opened))
 
 
 def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
     """The audit of `pool` by its `signs` [E]: findings beyond a limit, and notes."""
-    findings = [
-        finding for name in LIMITS if name in signs for finding in _beyond(pool, name, signs)
-    ]
+    findings = [finding for sign in SIGNS for finding in _beyond(pool, sign, signs)]
     findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
     plain = {
         name: tuple(value if math.isfinite(value) else None for value in values.tolist())
         for name, values in signs.items()
     }
-    return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool, signs)))
+    return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool)))
 
 
-def _beyond(pool: Pool, name: str, signs: Mapping[str, Tensor]) -> Iterator[Finding]:
-    limit, values = LIMITS[name], signs[name]
-    if len(pool) < LEAST and not limit.small:
+def _beyond(pool: Pool, sign: Sign, signs: Mapping[str, Tensor]) -> Iterator[Finding]:
+    if sign.name not in signs or (len(pool) < LEAST and sign.name not in SMALL):
         return
-    usual = float(values.nanquantile(0.5))
-    for z in (values > limit.of(len(pool))).nonzero().flatten().tolist():
-        what = limit.message.format(value=float(values[z]), median=usual)
-        message = (
-            f"{pool.names[z]}: {what}. Look at where it comes from, compare the pool without it "
-            f"(--leave-out {pool.names[z]})."
-        )
-        yield Finding(name, message, (pool.names[z],))
+    values, gain = signs[sign.name], GAINS[sign.name.partition("_")[0]]
+    usual = f"median {float(values.nanquantile(0.5)):.3g}"
+    for z in (values > sign.limit(len(pool))).nonzero().flatten().tolist():
+        name, what = pool.names[z], sign.what.format(float(values[z]))
+        look = f"Look at where it comes from, compare the pool without it (--leave-out {name})."
+        yield Finding(sign.name, f"{name}: {what} ({usual}): {gain}. {look}", (name,))
 
 
-def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
+def _notes(pool: Pool) -> Iterator[str]:
     if len(pool) < LEAST:
         yield (
             f"{len(pool)} experts are too few to compare with a median ({LEAST} are needed): only "
             f"gates that equal means and copied embeddings are looked for."
         )
-    for kind in dict.fromkeys(expert.kind for expert in pool.experts):
-        count = sum(expert.kind == kind for expert in pool.experts)
+    for kind, count in Counter(expert.kind for expert in pool.experts).items():
         if count < LEAST <= len(pool):
-            yield (
-                f"{count} of kind {kinds()[kind].label} are too few to compare the sizes of "
-                f"updates with their own kind"
-                f"{'' if 'update_effect' in signs else '; a base compares all'}."
-            )
+            yield f"{count} of kind {kind} are too few to compare the sizes of updates."
     for part in ("gates", "means", "readings", "embeddings"):
         if without := pool.lacking(part):
             yield f"No {part}, so nothing to look at: {', '.join(without)}."
-    if "update_effect" not in signs:
-        yield "Neutral text was not read: that needs the base."
+
+
+def signs_of(pool: Pool) -> dict[str, Tensor]:
+    """The signs of the experts of `pool`, by name, float64 [E] each."""
+    check_alike(pool.experts, {}, {})
+    found = {**_of_updates(pool), **_of_vectors(pool)}
+    sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
+    usual = Counter(size for size in sizes if size).most_common(1)
+    readers = [z for z, size in enumerate(sizes) if size and size == usual[0][0]]
+    embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
+    found |= _spread_out(_of_readings, pool, readers)
+    found |= _spread_out(_of_embeddings, pool, embedded)
+    pool.release()
+    return found
+
+
+def ratios(values: Tensor) -> Tensor:
+    """How many times the median each of `values` [.., E] is, float64; none counts below TINY.
+
+    NaN for NaN, with under LEAST numbers, or if the median is 0.
+    """
+    known = values.isfinite() | values.isinf()
+    middle = values.double().clamp(min=TINY).nanquantile(0.5, dim=-1, keepdim=True)
+    enough = (known.sum(dim=-1, keepdim=True) >= LEAST) & (middle > TINY)
+    return (values.double().clamp(min=TINY) / middle).masked_fill(~enough, math.nan)
+
+
+def over_sites(relative: Tensor) -> tuple[Tensor, Tensor]:
+    """The median over sites of ratios [E, sites], and how far the largest is above it, [E] each."""
+    size = relative.nanquantile(0.5, dim=1)
+    most = relative.nan_to_num(0.0, math.inf, 0.0).amax(dim=1)
+    return size, most / size
+
+
+def _spread_out(
+    sign: Callable[[Pool], dict[str, Tensor]], pool: Pool, members: Sequence[int]
+) -> dict[str, Tensor]:
+    if len(members) < 2:
+        return {}
+    found = sign(Pool(tuple(pool.experts[z] for z in members)))
+    whole = {name: torch.full((len(pool),), math.nan, dtype=torch.float64) for name in found}
+    for name, values in found.items():
+        whole[name][list(members)] = values
+    return whole
+
+
+def _of_updates(pool: Pool) -> dict[str, Tensor]:
+    """Norms of updates, against those of experts of the same kind at the same site."""
+    rows = []
+    for site in pool.sites:
+        stack = stack_of(pool, site, torch.float64, torch.device("cpu"))
+        row = torch.full((len(pool),), math.nan, dtype=torch.float64)
+        for part, members in stack.rows().items():
+            row[stack.experts[members]] = ratios(squared_norms(stack.parts[part]).sqrt())
+        rows.append(row)
+        pool.release()
+    size, spread = over_sites(torch.stack(rows, dim=1))
+    return {"update_size": size, "update_spread": spread}
+
+
+def _of_vectors(pool: Pool) -> dict[str, Tensor]:
+    """Gates and mean activations: norms, who looks like whom, who wins at whose means."""
+    sites = [_vectors_at(pool, site) for site in pool.sites]
+    pool.release()
+    found = {}
+    for name in sites[0]:
+        values = torch.stack([each[name] for each in sites], dim=1)
+        own = name in ("gate_size", "mean_distance")
+        found[name] = values.nanquantile(0.5, dim=1) if own else values.nanmean(dim=1)
+    # Either alone may be an honest gate's: one that leans to the usual, or one in a pool of few.
+    found["gate_pull"] = found.pop("gate_usual") * found["gate_wins"]
+    return found
+
+
+def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
+    nothing = torch.full((len(pool),), math.nan, dtype=torch.float64)
+    names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "mean_distance")
+    found = {name: nothing.clone() for name in names}
+    gated = [z for z, expert in enumerate(pool.experts) if site in expert.gates]
+    meant = [z for z, expert in enumerate(pool.experts) if site in expert.means]
+    if gated:
+        gates = torch.stack([pool.experts[z].gates[site] for z in gated])
+        found["gate_size"][gated] = ratios(gates.double().norm(dim=1))
+    if meant:
+        means = torch.stack([pool.experts[z].means[site] for z in meant])
+        away = means.double() - means.double().quantile(0.5, dim=0)
+        found["mean_distance"][meant] = ratios(away.norm(dim=1))
+    if not (gated and meant):
+        return found
+    V, U, n = standardise(gates).double(), standardise(means).double(), gates.shape[1]
+    cosines = V @ U.T / n  # [gates, means], both standardised
+    same = torch.tensor(gated)[:, None] == torch.tensor(meant)
+    own = cosines.where(same, torch.tensor(math.nan, dtype=torch.float64))
+    found["gate_own_mean"][gated] = own.nanmean(dim=1)
+    usual = standardise(means.quantile(0.5, dim=0)[None]).double()[0]
+    found["gate_usual"][gated] = V @ usual / n
+    if len(gated) > 1:
+        found["gate_wins"][gated] = _wins(cosines.T, same.T)
+    return found
+
+
+def _wins(scores: Tensor, own: Tensor) -> Tensor:
+    """The share of others' rows of `scores` [rows, E] that each expert wins; `own` marks own."""
+    first = functional.one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
+    others = (~own).sum(dim=0).double()
+    return (first & ~own).sum(dim=0) / others.masked_fill(others == 0, math.nan)
+
+
+def _of_readings(pool: Pool) -> dict[str, Tensor]:
+    """Readings: how far from others', how much they vary, and how much along the others' means."""
+    distances, traces, masks = [], [], []
+    for place in PLACES:
+        parts = ("mean", "factor", "rest")
+        means, factors, rests = (
+            torch.stack([e.readings[f"{place}.{part}"] for e in pool.experts]) for part in parts
+        )
+        for block in range(means.shape[1]):
+            mean, factor, rest = (t[:, block].double() for t in (means, factors, rests))
+            away = mean - mean.quantile(0.5, dim=0)
+            distances.append(ratios(away.norm(dim=1)))
+            traces.append(ratios(factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)))
+            masks.append(_masking(away, factor, rest))
+    found = {"reading_distance": distances, "reading_trace": traces, "reading_masks": masks}
+    return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in found.items()}
+
+
+def _masking(away: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
+    """The variance of each expert along the directions to the others, against the median, [E]."""
+    unit = functional.normalize(away, dim=1)  # [E, d]
+    along = torch.einsum("zfd,wd->zwf", factor, unit).square().sum(dim=-1)
+    along += rest @ unit.square().T
+    against = ratios(along.T).T  # [E, directions]
+    against.fill_diagonal_(math.nan)
+    return against.nanquantile(0.5, dim=1)
+
+
+def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
+    """Embeddings: how many, how concentrated, whose rows they copy and at whose rows they win."""
+    stored = [torch.empty(0) if e.embeddings is None else e.embeddings for e in pool.experts]
+    held = [functional.normalize(rows.float(), dim=-1) for rows in stored]
+    infos = [expert.info for expert in pool.experts]
+    made = {(info.embedder, info.embedding_form) for info in infos}
+    if len(made) > 1 or len({rows.shape[1] for rows in held}) > 1:
+        return {}  # of several embedders or forms: nothing to compare
+    counts = torch.tensor([len(rows) for rows in held])
+    owners, rows = torch.arange(len(held)).repeat_interleave(counts), torch.cat(held)
+    asked = _sample(counts)
+    own = functional.one_hot(owners[asked], len(held)).double()  # [asked, E]
+    equals, nearest = _neighbours(rows, owners, asked)
+    centroids = torch.stack([each.mean(dim=0) for each in held])
+    at_centroid = (rows[asked] @ functional.normalize(centroids, dim=1).T).argmax(dim=1)
+    return {
+        "embedding_count": ratios(counts.double()),
+        "embedding_copies": _copies(equals, own) / own.sum(dim=0),
+        "embedding_wins": _taken(nearest, own),
+        "centroid_wins": _taken(at_centroid, own),
+    }
+
+
+def _sample(counts: Tensor) -> Tensor:
+    # Evenly spaced rows of each: everyone's neighbours among 36,000 would take a minute.
+    most = max(ASKED // len(counts), 2)
+    ends = counts.cumsum(dim=0).tolist()
+    spaced = [
+        torch.linspace(end - count, end - 1, min(count, most)).long()
+        for end, count in zip(ends, counts.tolist(), strict=True)
+    ]
+    return torch.cat(spaced)
+
+
+def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows `asked`: who else has an equal one, bool [asked, E], and whose is nearest."""
+    equals, nearest = [], []
+    step = max(1, COSINES // len(rows))
+    for first in range(0, len(asked), step):
+        some = asked[first : first + step]
+        cosines = rows[some] @ rows.T
+        # No row is its own neighbour.
+        cosines[torch.arange(len(some)), some] = -torch.inf
+        best = best_of_each(cosines, owners, int(owners[-1]) + 1)
+        nearest.append(best.argmax(dim=1))
+        equals.append((best > SAME).scatter(1, owners[some][:, None], False))
+    return torch.cat(equals), torch.cat(nearest)
+
+
+def _copies(equals: Tensor, own: Tensor) -> Tensor:
+    """How many rows of each expert are also others', [E]."""
+    shares = own.T @ equals.double() > 0  # [E, E]
+    partners = shares.sum(dim=1)
+    # The expert that shares rows with more others is blamed, or both if these are as many.
+    blamed = partners[:, None] >= partners  # [expert, other]
+    return own.T @ (equals & blamed[own.argmax(dim=1)]).any(dim=1).double()
+
+
+def _taken(winners: Tensor, own: Tensor) -> Tensor:
+    """How much of the others' rows each expert wins, on average over them, [E]."""
+    E = own.shape[1]
+    shares = own.T @ functional.one_hot(winners, E).double() / own.sum(dim=0)[:, None]
+    return (shares.sum(dim=0) - shares.diagonal()) / (E - 1)

@@ -24,10 +24,10 @@ from ..routing.watching import SitePass
 from ..sites import Stream
 from ..tasks.batching import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
-from .routing_distribution import (
+from .distribution import (
     PARTS,
-    Observer,
     SiteLabel,
+    chosen_for_prompts,
     layers_and_kinds,
     pass_through,
     site_label,
@@ -62,7 +62,7 @@ class TraceStream:
         A kind may be given by its last words ("q_proj"). Raises RoutingError when there is no such
         site.
         """
-        sites = self._sites(layer, kind)
+        sites = self.places(layer, kind)
         if not sites:
             layers, kinds = layers_and_kinds(self.sites)
             raise RoutingError(
@@ -74,10 +74,8 @@ class TraceStream:
         np.add.at(dense, (rows, self.experts[:, sites]), self.weights[:, sites] / FULL)
         return dense / len(sites)
 
-    def has(self, layer: str | None = None, kind: str | None = None) -> bool:
-        return bool(self._sites(layer, kind))
-
-    def _sites(self, layer: str | None, kind: str | None) -> list[int]:
+    def places(self, layer: str | None = None, kind: str | None = None) -> list[int]:
+        """The indices of the sites of a layer and a kind."""
         return [
             index
             for index, site in enumerate(self.sites)
@@ -168,9 +166,8 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
 
 def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
     """The trace of a prompt and the answer after it through the routed `model`, in one pass."""
-    parts = composition_of(model)
-    keeper = TraceKeeper()
-    pass_through(model, encoder, [pair], [keeper])
+    parts, keeper = composition_of(model), TraceKeeper()
+    pass_through(model, encoder, [pair], lambda passed, _: keeper.add(passed))
     passed = keeper.streams()
     streams = (
         passed[name].some(slice(None), tokens, marks)
@@ -181,16 +178,9 @@ def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
     return Trace(parts.experts, parts.routing.router, tuple(streams), whole)
 
 
-def chosen_for_whole(parts: Composition, known: Choice | None) -> tuple[tuple[str, float], ...]:
-    """A trace's `whole`, where the model's context has the choice `known` for one text."""
-    return tuple(item for row in _chosen_rows(parts, known) for item in row.items())
-
-
-def _chosen_rows(parts: Composition, known: Choice | None) -> list[dict[str, float]]:
-    """The experts of each row of `known`; none for a router that doesn't choose for prompts."""
-    if known is None or parts.prompt_router is None or not parts.prompt_router.router.chooses:
-        return []
-    return known.named(parts.experts)
+def chosen_for_whole(parts: Composition, choice: Choice | None) -> tuple[tuple[str, float], ...]:
+    """A trace's `whole`, where the model's context has this `choice` for one text."""
+    return tuple(item for row in chosen_for_prompts(parts, choice) for item in row.items())
 
 
 def _streams(
@@ -208,24 +198,7 @@ def _streams(
     return [("decoder", texts_of(encoder.tokenizer, prompt + answer), marks)]
 
 
-class ChoiceKeeper(Observer):
-    """Keeps what a router that reads prompts has chosen for each prompt that passed."""
-
-    def __init__(self, parts: Composition) -> None:
-        self._parts = parts
-        self._rows: list[dict[str, float]] = []
-
-    def end_pass(self) -> None:
-        context = self._parts.context
-        self._rows += _chosen_rows(self._parts, context.choice if context else None)
-
-    def weights(self, experts: Sequence[str]) -> Array:
-        """[prompts, E] over `experts`; no rows for a router that chooses for tokens."""
-        rows = [[row.get(name, 0.0) for name in experts] for row in self._rows]
-        return np.array(rows, dtype=float).reshape(-1, len(experts))
-
-
-class TraceKeeper(Observer):
+class TraceKeeper:
     """Keeps the experts of greatest weight at each site, from one pass of one row or many."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ import torch
 from rich.text import Text
 
 from ..analysis.analyse import analyse
+from ..analysis.report import write_report
 from ..base import Base, load_base
 from ..config import GateTraining, Lora, Routing, Training
 from ..errors import EvaluationError
@@ -40,7 +41,6 @@ from ..tasks.task import Suite, Task
 from ..training.train_expert import train_expert
 from .console import show
 from .generation import explain
-from .report.page import write_report
 from .tables import drawn, routers_table
 
 TASKS = Path(__file__).parent / "demo_tasks"

@@ -11,8 +11,8 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..analysis.distribution import PARTS
 from ..analysis.measures import heaviest
-from ..analysis.routing_distribution import PARTS
 from ..analysis.traces import Trace, TraceStream, trace
 from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
@@ -152,7 +152,7 @@ class Explanation:
 
     def _views(self) -> Iterator[tuple[TraceStream, Any]]:
         """(stream, weights [T, E]) of those streams that have sites of the layer and kind."""
-        streams = [s for s in self.trace.streams if s.has(self.layer, self.kind)]
+        streams = [s for s in self.trace.streams if s.places(self.layer, self.kind)]
         for stream in streams or self.trace.streams[:1]:  # which then says what there is
             yield stream, stream.shares(len(self.trace.experts), self.layer, self.kind)
 

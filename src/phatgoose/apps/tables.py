@@ -9,8 +9,8 @@ from rich import table as rich
 from rich.text import Text
 
 from ..analysis.analyse import Analysis
-from ..analysis.audit import LIMITS, Audit
-from ..analysis.findings import Duplicate
+from ..analysis.audit import SIGNS, Audit
+from ..analysis.duplicates import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Estimate, Replay
@@ -49,39 +49,22 @@ def pool_table(pool: Pool) -> rich.Table:
     return drawn(Table(f"{len(pool)} experts for {pool.base.id}", head, rows))
 
 
-AUDITED = {  # the signs of an audit that its table shows; --json has all
-    "update_size": "update",
-    "update_effect": "effect",
-    "update_spread": "module",
-    "gate_size": "gate",
-    "gate_own_mean": "cosine",
-    "gate_wins": "wins",
-    "mean_distance": "means",
-    "reading_distance": "readings",
-    "reading_trace": "varying",
-    "reading_masks": "masking",
-    "embedding_copies": "copied",
-    "embedding_wins": "nearest",
-    "centroid_neutral": "neutral",
-}
-
-
 def audit_table(report: Audit) -> rich.Table:
-    """A row for each expert with its signs, then medians and limits."""
-    shown = [name for name in AUDITED if name in report.signs]
-    limits = {name: LIMITS[name].of(len(report.experts)) for name in shown}
+    """A row for each expert with its signs, then medians and limits; --json has all signs."""
+    shown = [sign for sign in SIGNS if sign.title and sign.name in report.signs]
+    limits = {sign.name: sign.limit(len(report.experts)) for sign in shown}
 
     def cell(value: float | None, limit: float) -> str:
         return "" if value is None else f"{value:.3g}{'*' if value > limit else ''}"
 
     rows = [
-        [expert, *(cell(report.signs[name][z], limits[name]) for name in shown)]
+        [expert, *(cell(report.signs[name][z], limit) for name, limit in limits.items())]
         for z, expert in enumerate(report.experts)
     ]
-    rows.append(["median", *(cell(report.median(name), math.inf) for name in shown)])
+    rows.append(["median", *(cell(report.median(name), math.inf) for name in limits)])
     rows.append(["limit", *(f"{limit:.3g}" for limit in limits.values())])
     title = f"Audit of {len(report.experts)} experts; * is beyond the limit"
-    return drawn(Table(title, ["expert", *(AUDITED[name] for name in shown)], rows))
+    return drawn(Table(title, ["expert", *(sign.title for sign in shown)], rows))
 
 
 def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> rich.Table:

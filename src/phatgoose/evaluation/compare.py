@@ -13,6 +13,7 @@ import logging
 import platform
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -118,10 +119,10 @@ def compare(
     )
     columns, datasets = _load(suites, sources, settings)
     base = loaded_base(pool, base)
-    rows = rows_of(pool, chosen, routing)
-    rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
+    others = [reference_row(label, place, routing) for label, place in (references or {}).items()]
+    rows = [*rows_of(pool, chosen, routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
-    _check(base, rows, singles)
+    _check(base, rows, others, singles)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
     _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
@@ -169,15 +170,14 @@ def chip_of(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
+def _check(base: Base, rows: Sequence[Row], others: Sequence[Row], singles: Sequence[Row]) -> None:
     if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if not rows and not singles:
         raise ConfigError("No method was given to compare.")
-    taken = {*METHODS, *(row.name for row in rows)}
-    for name in (row.name for row in singles):
-        if name in taken:
-            raise ConfigError(f"An expert and another row are both called {name!r}; rename one.")
+    names = Counter([*METHODS, *(row.name for row in (*others, *singles))])
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(f"Two rows would be called {twice[0]!r}; rename an expert or reference.")
     for row in (*rows, *singles):
         if row.base is not None and row.base.fingerprint:
             check_base(row.base, base.reference, row.label)
@@ -201,8 +201,6 @@ def _load(
             if datasets.setdefault(task.name, dataset).digest != dataset.digest:
                 raise TaskError(f"Two suites have different datasets called {task.name!r}.")
         columns[opened.name] = opened.names
-    if not datasets:
-        raise TaskError("No suite was given to compare on.")
     return columns, datasets
 
 

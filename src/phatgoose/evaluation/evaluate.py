@@ -350,7 +350,7 @@ def score_tasks(
     """As `evaluate`, with the settings in one record."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
-    encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
+    encoder = Encoder.for_model(model, tokenizer or tokenizer_of(model), settings.formatting)
     parts = composition_if_any(model)
     sets = [EvaluationSet.of(task, settings) for task in given_tasks(tasks)]  # refuses first
     examples = [example for each in sets for example in each.examples]
@@ -401,7 +401,7 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     return names
 
 
-def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     parts = composition_if_any(model)
     if parts:
         if parts.tokenizer is not None:

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
 from ..files import first_line, require_regular, shortened
-from ..routing.routers.registry import AUTO, class_of
 from .intervals import Interval, Sample, SharedMeans, interval_of
 
 Array = NDArray[Any]
@@ -65,16 +64,9 @@ class Marks:
     columns: Mapping[str, Array]
     centres: Mapping[str, Array]
 
-    def scores(self, *models: str) -> Array:
-        """The scores of `models`, [examples, models]. Raises EvaluationError if one has none."""
-        for model in models:
-            if f"score/{model}" not in self.columns:
-                raise EvaluationError(f"The marks of {self.base} lack scores of {model}.")
-        return np.stack([self.columns[f"score/{model}"] for model in models], axis=1)
-
     def alone(self, kind: str) -> Array:
         """The scores of each expert ("expert") or its random twin ("random"), [examples, E]."""
-        return self.scores(*(f"{kind}/{name}" for name in self.experts))
+        return np.stack([self.columns[f"score/{kind}/{name}"] for name in self.experts], axis=1)
 
     def prompts(self) -> Iterator[Prompt]:
         """What rules may know of each prompt."""
@@ -92,14 +84,12 @@ class Marks:
 def read_marks(place: str | Path) -> list[Marks]:
     """The marks in a Parquet file, or in every one of a folder. Raises EvaluationError."""
     path = Path(place)
-    if not path.exists():
-        raise EvaluationError(
-            f"Marks {path} don't exist; wanted a .parquet file or a folder of some, as "
-            "'python research/marks.py' makes them in a clone of phatgoose."
-        )
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise EvaluationError(f"{path} holds no .parquet files of marks.")
+    if not files or not path.exists():
+        raise EvaluationError(
+            f"{path} holds no marks; wanted a .parquet file or a folder of some, as 'python "
+            f"research/marks.py' makes them in a clone of phatgoose."
+        )
     return [_read(file) for file in files]
 
 
@@ -110,57 +100,56 @@ def _read(path: Path) -> Marks:
         raise ConfigError("Marks need pyarrow: pip install 'phatgoose[replay]'.") from error
     require_regular(path, EvaluationError)
     try:
-        held = parquet.read_metadata(path)
-        schema = held.schema.to_arrow_schema()
+        size = parquet.read_metadata(path)
+        schema = size.schema.to_arrow_schema()
         about = json.loads((schema.metadata or {})[b"phatgoose"])
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}; this phatgoose reads {FORMAT}")
-        experts = about["experts"]
-        if not isinstance(experts, list) or len({*map(str, experts)}) < max(len(experts), 1):
-            raise ValueError(f"experts {shortened(experts)}, not a list of names")
-        read = [name for name in schema.names if name.partition("/")[0] in READ]
-        if lacks := NEEDED - set(read):
-            raise ValueError(f"no column {', '.join(sorted(lacks))}")
-        _refuse_too_many(held, [schema.field(name).type for name in read])
-        table = parquet.read_table(path, columns=read, read_dictionary=TEXTS)
-        if not table.num_rows:
-            raise ValueError("no examples")
-        columns = {name: _values(name, table[name], len(experts)) for name in read}
+        experts = list(map(str, about["experts"]))
+        names = [name for name in schema.names if name.partition("/")[0] in READ]
+        lacks = {*NEEDED, *(f"score/expert/{name}" for name in experts)} - set(names)
+        cells = _cells(size, [schema.field(name).type for name in names])
+        for wrong, what in (
+            (about["format"] != FORMAT, f"format {about['format']}; this phatgoose reads {FORMAT}"),
+            (len({*experts}) < len(about["experts"]), f"experts {shortened(experts)}"),
+            (lacks, f"no column {', '.join(sorted(lacks))}"),
+            (not 0 < cells <= MOST_CELLS, f"it says that it holds {cells} numbers"),
+        ):
+            if wrong:
+                raise ValueError(what)
+        table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
+        columns = {name: _values(name, table[name], len(experts)) for name in names}
         if odd := set(columns["wording"]) - set(WORDINGS):
             raise ValueError(f"wording {shortened(odd.pop())}, not {' or '.join(WORDINGS)}")
         centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
         if "owners" in about:
             owners = np.array(about["owners"])
             rows = np.frombuffer(flat, np.float16).reshape(len(owners), -1).astype(np.float32)
-            centres = {str(name): rows[owners == z] for z, name in enumerate(experts)}
-        return Marks(str(about["base"]), tuple(map(str, experts)), columns, centres)
+            centres = {name: rows[owners == z] for z, name in enumerate(experts)}
+        return Marks(str(about["base"]), tuple(experts), columns, centres)
     except Exception as error:  # any of pyarrow's, json's or numpy's: who made the file is unknown
         raise EvaluationError(f"{path} holds no marks: {first_line(error)}.") from error
 
 
-def _refuse_too_many(held: Any, types: list[Any]) -> None:
-    """Raise ValueError if columns of `types` would take much memory, by what the file says."""
-    groups = [held.row_group(i) for i in range(held.num_row_groups)]
+def _cells(size: Any, types: list[Any]) -> int:
+    """The numbers in columns of `types`, or their bytes if these are more, by what a file says."""
+    groups = [size.row_group(i) for i in range(size.num_row_groups)]
     rows = sum(group.num_rows for group in groups)
     numbers = rows * sum(getattr(each, "list_size", 1) for each in types)
-    most = max(numbers, sum(group.total_byte_size for group in groups))
-    if most > MOST_CELLS:
-        raise ValueError(f"it says that it holds {most} numbers; at most {MOST_CELLS} are read")
+    return max(numbers, sum(group.total_byte_size for group in groups)) if rows else 0
 
 
 def _values(name: str, column: Any, experts: int) -> Array:
     """A column's texts [rows], numbers [rows], or rows of numbers [rows, columns]."""
-    if column.null_count:
-        raise ValueError(f"column {name} has empty cells")
     cells = column.combine_chunks()
-    if name in TEXTS:  # one object for all that are alike: a text of 1 MB may stand in all rows
-        return np.asarray(cells.dictionary.to_numpy(zero_copy_only=False)[cells.indices])
-    shape = {"score": (), "choice": (experts,)}.get(name.partition("/")[0], (-1,))
-    flat = (cells.flatten() if shape else cells).to_numpy(zero_copy_only=False)
-    values = np.asarray(flat.reshape(len(cells), *shape).astype(np.float32))
-    if shape == () and np.isnan(values).any():
+    is_text, is_score = name in TEXTS, name.startswith("score/")
+    if is_text:  # one object for all that are alike: a text of 1 MB may stand in all rows
+        values = np.asarray(cells.dictionary.to_numpy(zero_copy_only=False)[cells.indices])
+    else:
+        flat = (cells if is_score else cells.flatten()).to_numpy(zero_copy_only=False)
+        width = {"score": (), "choice": (experts,)}.get(name.partition("/")[0], (-1,))
+        values = flat.reshape(len(cells), *width).astype(np.float32)
+    if column.null_count or (is_score and np.isnan(values).any()):
         raise ValueError(f"column {name} has empty cells")
-    return values
+    return np.asarray(values)
 
 
 def router_rule(router: str) -> Rule:
@@ -170,53 +159,27 @@ def router_rule(router: str) -> Rule:
         if router not in prompt.scores:
             raise ConfigError(
                 f"The marks have no choices of {shortened(router)}, but of "
-                f"{', '.join(prompt.scores) or 'no router'}. {_lack_of(router)}"
+                f"{', '.join(prompt.scores) or 'no router'}; research/marks.py stores those of "
+                f"routers that choose by the prompt alone, where the experts have what they need."
             )
         return max(prompt.scores[router], key=prompt.scores[router].__getitem__)
 
     return rule
 
 
-def _lack_of(router: str) -> str:
-    if router != AUTO and not class_of(router).per_input:
-        return "It doesn't choose by the prompt alone, so it can't be replayed."
-    return "research/marks.py stores these, where the experts have what a router needs."
-
-
-def file_rule(path: Path) -> Rule:
-    """The choices in lines such as {"prompt": HASH, "expert": NAME}; null is the base."""
-    try:
-        lines = filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
-        chosen: dict[str, str | None] = {r["prompt"]: r["expert"] for r in map(json.loads, lines)}
-        if not all(isinstance(each, str | None) for pair in chosen.items() for each in pair):
-            raise TypeError("a prompt or an expert is no text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f'{path} has no choices ({first_line(error)}); wanted lines such as {{"prompt": '
-            f'"0123456789abcdef", "expert": "reviews"}}.'
-        ) from error
-
-    def rule(prompt: Prompt) -> str | None:
-        if prompt.hash not in chosen:
-            raise ConfigError(f"{path} has no choice for prompt {prompt.hash}.")
-        return chosen[prompt.hash]
-
-    return rule
-
-
 def imported_rule(name: str) -> Rule:
     """The function that "package.module:function" names, from the working folder or installed."""
-    module, sign, function = name.partition(":")
-    if not (module and sign and function):
-        raise ConfigError(f"rule is {shortened(name)}, but must be package.module:function.")
+    module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())  # a console script's own path lacks it
     try:
-        found: Rule = getattr(importlib.import_module(module), function)
+        rule: Rule = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # a user's own code runs
-        raise ConfigError(f"Rule {name} can't be imported: {first_line(error)}.") from error
+        raise ConfigError(
+            f"Rule {name} can't be imported: {first_line(error)}; wanted package.module:function."
+        ) from error
     finally:
         sys.path.pop(0)
-    return found
+    return rule
 
 
 def chosen_by(marks: Marks, rule: Rule) -> Array:
@@ -233,7 +196,7 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
             if isinstance(name, Mapping):
                 mixed += len(name) > 1
                 name = max(name, key=name.__getitem__, default=None)
-            known = name in place
+            chosen.append(place.get(name, len(place)))
         except ConfigError:
             raise
         except (Exception, SystemExit) as error:  # a user's own code, or what it gave
@@ -242,10 +205,9 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
                 f"The rule failed on prompt {prompt.hash}: {first_line(error)}."
                 f"{' These marks have no embeddings.' if blind else ''}"
             ) from error
-        if not known:
+        if chosen[-1] == len(place):
             experts = ", ".join(marks.experts)
             raise ConfigError(f"A rule chose {shortened(name)}; {marks.base} has {experts}.")
-        chosen.append(place[name])
     if mixed:
         warnings.warn(
             f"{mixed} of {len(chosen)} choices are mixtures, which marks can't score; the heaviest "
@@ -307,7 +269,10 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
     asked = np.flatnonzero(marks.columns["wording"] == wording)
     tasks = marks.columns["task"][asked]
     choices = {name: chosen[asked] for name, chosen in rules.items()}
-    rows, own = _rows(marks, asked, choices)
+    own = None  # the own experts' indices, if all tasks have some
+    if set(tasks) <= set(marks.experts):
+        own = np.array([marks.experts.index(task) for task in tasks])
+    rows = _rows(marks, asked, choices, own)
     samples: dict[str, list[Sample]] = {name: [] for name in rows}
     for task in dict.fromkeys(tasks):
         for name, scores in rows.items():
@@ -315,17 +280,23 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
             samples[name].append(Sample(("exact-match",), (some,)))  # any metric that is a mean
     means, lines = SharedMeans.of(samples), []
     for name, mean in means.value.items():
-        score = Estimate.of(mean, means.interval(name))
-        gain = Estimate.of(*means.gain(name, "base"))
-        kept = found = apart = None
+        over_random = kept = None
         if (twin := _twin(name)) in samples:
-            apart = Estimate.of(*means.gain(name, twin))
+            over_random = Estimate.of(*means.gain(name, twin))
         if OWN in samples and means.drawn[OWN].all():
             shares = means.drawn[name] / means.drawn[OWN]
             kept = Estimate.of(mean / means.value[OWN], interval_of(shares))
-        if own is not None and name in choices:
-            found = float((choices[name] == own).mean())
-        lines.append(Line(name, score, gain, apart, kept, found))
+        is_rule = own is not None and name in choices
+        lines.append(
+            Line(
+                name,
+                score=Estimate.of(mean, means.interval(name)),
+                gain=Estimate.of(*means.gain(name, "base")),
+                over_random=over_random,
+                kept=kept,
+                own=float((choices[name] == own).mean()) if is_rule else None,
+            )
+        )
     return Replay(marks.base, wording, len(set(tasks)), len(asked), tuple(lines))
 
 
@@ -336,26 +307,24 @@ def _twin(name: str) -> str:
 
 
 def _rows(
-    marks: Marks, asked: Array, choices: Mapping[str, Array]
-) -> tuple[dict[str, Array], Array | None]:
-    """(the scores of each line [asked], the own experts' indices if all tasks have some)."""
-    tasks, base = marks.columns["task"][asked], marks.scores("base")[asked]
+    marks: Marks, asked: Array, choices: Mapping[str, Array], own: Array | None
+) -> dict[str, Array]:
+    """The scores of each line, [asked]."""
+    tasks, base = marks.columns["task"][asked], marks.columns["score/base"][asked, None]
     alone = np.concatenate([marks.alone("expert")[asked], base], axis=1)  # BASE is the last
-    every = np.arange(len(asked))
-    best = np.zeros(len(asked), int)
+    every, best = np.arange(len(asked)), np.zeros(len(asked), int)
     for task in set(tasks):
         best[tasks == task] = alone[tasks == task, :-1].mean(axis=0).argmax()
     rows = {"base": base[:, 0], "random expert": alone[:, :-1].mean(axis=1)}
     rows["oracle*"] = alone[every, best]
-    own = None
-    if set(tasks) <= set(marks.experts):
-        own = np.array([marks.experts.index(task) for task in tasks])
+    if own is not None:
         rows[OWN] = alone[every, own]
     routed = [name for name in marks.columns if name.startswith("score/routed/")]
     rows |= {name.partition("/routed/")[2] + RUN: marks.columns[name][asked] for name in routed}
+    has_random = f"score/random/{marks.experts[0]}" in marks.columns
     for name, chosen in choices.items():
         rows[name] = alone[every, chosen]
-        if f"score/random/{marks.experts[0]}" in marks.columns:
+        if has_random:
             random = np.concatenate([marks.alone("random")[asked], base], axis=1)
             rows[_twin(name)] = random[every, chosen]
-    return rows, own
+    return rows

@@ -188,8 +188,6 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     A pool is routed by phatgoose, not by auto: the paper's row is one of gates trained jointly, and
     a row's rule must not depend on what else the experts share or what this machine has.
     """
-    if label in METHODS:
-        raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
     if is_routed(place):
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
         return Row(label, label, identity, routing=routing, place=str(place))

@@ -1,6 +1,6 @@
 """Recordings: every decision of a routed model about a text, token by token.
 
-For whole datasets `analysis.routing_distribution` sums decisions up in constant memory.
+For whole datasets `analysis.distribution` sums decisions up in constant memory.
 """
 
 from __future__ import annotations

@@ -97,7 +97,6 @@ pool reviews.jsonl => reviews.jsonl is no folder
 pool LONG => File name too long
 pool experts --out file/pool.json => can't be written
 pool experts --colour red => --colour
-pool experts --duplicates 2 => above 0 and at most 1
 compose experts --out new --router best BASE => router is 'best', but must be one of
 compose experts --out new --kernel fast BASE => kernel is 'fast'
 compose experts --out new --k 0 BASE => k is 0
@@ -145,7 +144,6 @@ explain experts hi BASE --router oracle --scores scores.json => goes by the task
 analyse experts => Name what to read with --task or --suite
 analyse tiny-base --task unseen.jsonl => neither a pool nor a routed model
 analyse experts --task unseen.jsonl BASE --against nothing => router is 'nothing'
-analyse experts --task unseen.jsonl BASE --smoothing 2 => smoothing is 2.0
 analyse experts --task unseen.jsonl --data copies => --data is for --suite, which was not given
 analyse experts --suite t0ho --choices a => --choices is for --task
 analyse experts --keep reviews --task unseen.jsonl BASE --leave-one-out => needs a pool of several
@@ -162,8 +160,8 @@ COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MOD
 COMPARE unseen.jsonl --reference a=x --reference a=y => Two references are called 'a'
 COMPARE unseen.jsonl --reference mine=./nowhere => './nowhere' can't be loaded
 COMPARE unseen.jsonl --reference mine=./nowhere --methods base => Wanted: a Hub id or a local folder
-COMPARE unseen.jsonl --methods base --reference merged=bare => can't be called 'merged'
-COMPARE unseen.jsonl --methods oracle --reference reviews=bare => both called 'reviews'
+COMPARE unseen.jsonl --methods base --reference merged=bare => Two rows would be called 'merged'
+COMPARE unseen.jsonl --methods oracle --reference reviews=bare => Two rows would be called 'reviews'
 COMPARE unseen.jsonl --methods base --limit 0 => limit
 COMPARE unseen.jsonl --methods merged --base other-base => The base of Merged Experts is
 COMPARE unseen.jsonl --router arrow => --router

@@ -104,9 +104,6 @@ def replay(
     rule: Annotated[
         list[str] | None, "package.module:function, from a prompt to an expert (repeatable)."
     ] = None,
-    choices: Annotated[
-        list[Path] | None, "JSON Lines: a prompt's hash and its expert (repeatable)."
-    ] = None,
     json: options.JsonOption = None,
 ) -> None:
     """Score a rule that chooses one expert per prompt, from marks and without a model."""
@@ -116,7 +113,6 @@ def replay(
     check_report(json, EvaluationError)
     rules = {name: scoring.router_rule(name) for name in split_routers(router or [])}
     rules |= {name: scoring.imported_rule(name) for name in rule or []}
-    rules |= {str(path): scoring.file_rule(path) for path in choices or []}
     found, held = [], scoring.read_marks(marks)
     for each in held:
         chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
@@ -127,7 +123,7 @@ def replay(
         routers = {name[7:] for each in held for name in each.columns if name[:7] == "choice/"}
         say(
             f"Next, score a rule: --router NAME ({', '.join(sorted(routers)) or 'none here'}), "
-            f"--rule package.module:function or --choices FILE (docs/comparing.md).",
+            f"or --rule package.module:function (docs/comparing.md).",
             err=True,
         )
 
@@ -158,7 +154,6 @@ def analyse(
     leave_one_out: Annotated[bool, "Score the pool without each expert in turn."] = False,
     score: Annotated[bool, "Score the tasks too."] = True,
     examples: Annotated[int, "Texts of each task to show token by token.", {"min": 0}] = 1,
-    smoothing: Annotated[float, "Share of the uniform distribution in KL divergences."] = 0.01,
     opening: options.ModelOptions,
     scoring: options.ScoringOptions,
     template: options.TemplateOptions,
@@ -169,7 +164,7 @@ def analyse(
 ) -> None:
     """Report which experts served the tokens of tasks: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
-    from ..report.page import REPORT, write_report
+    from ...analysis.report import REPORT, write_report
 
     tasks = _tasks(task, template, suite, source)
     subject, base = _subject(model, opening, routing, given)
@@ -188,7 +183,6 @@ def analyse(
         score=score,
         without_each=leave_one_out,
         examples=examples,
-        smoothing=smoothing,
         **vars(scoring),
     )
     _show_analysis(analysis)

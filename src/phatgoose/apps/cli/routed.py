@@ -32,7 +32,7 @@ def pool(
 ) -> None:
     """List a pool's experts; with --out write a manifest."""
     check_report(json, PoolError)
-    from ...analysis.findings import near_duplicates
+    from ...analysis.duplicates import near_duplicates
     from ...experts.pool import check_manifest_name
     from ..tables import duplicates_table, pool_table
 
@@ -56,9 +56,7 @@ def pool(
 def audit(
     *,
     pool: options.PoolArgument,
-    neutral: Annotated[bool, "Read neutral text too, which needs the base."] = True,
     json: options.JsonOption = None,
-    base: options.BaseOptions,
 ) -> None:
     """Find experts that look unlike the others of a pool.
 
@@ -69,8 +67,7 @@ def audit(
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    opened = options.open_pool(pool)
-    found = run(opened, base.load_for(opened) if neutral else None)
+    found = run(options.open_pool(pool))
     if not report(json, found.to_dict(), "numbers and findings", PoolError):
         show(audit_table(found), width=140)
         for note in found.notes:

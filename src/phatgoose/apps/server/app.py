@@ -29,10 +29,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ... import __version__
+from ...analysis.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from ...config import Serving
 from ...errors import ConfigError
 from ...files import reason
-from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from . import protocol
 from .guards import PATIENCE, AccessControl, Metrics, MetricsMiddleware, RequestGuard
 from .local import LocalBackend

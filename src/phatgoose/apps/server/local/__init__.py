@@ -6,8 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
+from ....analysis.distribution import PARTS
 from ....analysis.measures import heaviest
-from ....analysis.routing_distribution import PARTS
 from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError, PoolError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..files import one_line
-from ..routing.composition import routing_for
+from ..routing.choices import Choice
+from ..routing.composition import Composition, composition_of, routing_for
 from ..routing.recording import watch
 from ..routing.watching import SitePass
 from ..sites import Stream, headless, input_device
@@ -63,17 +64,8 @@ def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]
     return list(layers), list(dict.fromkeys(label.kind for label in found))
 
 
-class Observer:
-    """Callback for the passes of a routed model; this base class ignores every event."""
-
-    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
-
-    def add(self, passed: SitePass) -> None:
-        """At each site of a pass."""
-
-    def end_pass(self) -> None:
-        """After a pass."""
+Seer = Callable[[SitePass, Mapping[Stream, Tensor]], None]
+"""Called at each site of a pass, with 0 for prompt and 1 for answer, [rows, tokens] by stream."""
 
 
 def read_examples(
@@ -81,45 +73,47 @@ def read_examples(
     encoder: Encoder,
     task: str,
     examples: Sequence[Example],
-    observers: Sequence[Observer],
+    tally: RoutingTally,
     budget: int,
-) -> None:
+) -> NDArray[np.float64]:
     """Pass every example's prompt and right answer through the routed `model`, once each.
 
-    So all routers read the same tokens, and their decisions can be compared token by token. (The
-    released code's distributions take the answer that the model chose.)
+    So all routers read the same tokens. (The released code's distributions take the answer that the
+    model chose.) Returns the weights [prompts, E] of the experts that were chosen for each prompt;
+    no rows for a router that chooses for tokens.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
-    prompts = [pair.prompt for pair in pairs]
-    with routing_for(model, prompts, task=task, examples=examples, encoder=encoder) as before_pass:
-        bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
+    prompts, chosen = [pair.prompt for pair in pairs], list[dict[str, float]]()
+    parts = composition_of(model)
+    bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
+    with (
+        bar,
+        routing_for(model, prompts, task=task, examples=examples, encoder=encoder) as before_pass,
+    ):
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)
-            pass_through(model, encoder, [pairs[index] for index in batch], observers)
+            pass_through(model, encoder, [pairs[index] for index in batch], tally.add)
+            chosen += chosen_for_prompts(parts, parts.context.choice if parts.context else None)
             bar.update(len(batch))
-        bar.close()
+    rows = [[row.get(name, 0.0) for name in tally.experts] for row in chosen]
+    return np.array(rows, dtype=float).reshape(-1, len(tally.experts))
+
+
+def chosen_for_prompts(parts: Composition, choice: Choice | None) -> list[dict[str, float]]:
+    """The experts of each prompt in `choice`; none if the router chooses for tokens."""
+    if choice is None or parts.prompt_router is None or not parts.prompt_router.router.chooses:
+        return []
+    return choice.named(parts.experts)
 
 
 def pass_through(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    pairs: Sequence[TokenPair],
-    observers: Sequence[Observer],
+    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair], see: Seer
 ) -> None:
-    """Show `observers` what the routed sites decide on `pairs`, in one pass without gradients."""
+    """Show `see` what the routed sites decide on `pairs`, in one pass without gradients."""
     inputs, parts = _inputs(model, encoder, pairs)
-    for observer in observers:
-        observer.begin_pass(parts)
-
-    def notify(passed: SitePass) -> None:
-        for observer in observers:
-            observer.add(passed)
-
-    with watch(model, notify), torch.inference_mode():
+    with watch(model, lambda passed: see(passed, parts)), torch.inference_mode():
         device = input_device(model)
         headless(model)(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
-    for observer in observers:
-        observer.end_pass()
 
 
 def _inputs(
@@ -206,29 +200,6 @@ class RoutingDistribution:
         """Tokens of `part` at the site that most of them passed."""
         return int(max((_of(count, part) for count in self.tokens.values()), default=0))
 
-    def over(self, experts: Sequence[str]) -> RoutingDistribution:
-        """The same over a larger pool of `experts` (names), 0 for those that were not routed to."""
-        columns = [list(experts).index(name) for name in self.experts]
-
-        def spread(sums: Array) -> Array:
-            rows = np.zeros((len(PARTS), len(experts)))
-            rows[:, columns] = sums
-            return rows
-
-        sums = {
-            measure: {site: spread(rows) for site, rows in sites.items()}
-            for measure, sites in self.sums.items()
-        }
-        return replace(self, experts=tuple(experts), sums=sums)
-
-    def __add__(self, other: RoutingDistribution) -> RoutingDistribution:
-        return RoutingDistribution(
-            self.experts,
-            _added(self.tokens, other.tokens),
-            {measure: _added(self.sums[measure], other.sums[measure]) for measure in MEASURES},
-            _added(self.entropies, other.entropies),
-        )
-
     def _grouped(
         self, key: Callable[[SiteLabel], str], measure: Measure, part: Part | None = None
     ) -> dict[str, Array]:
@@ -238,23 +209,24 @@ class RoutingDistribution:
         return {name: np.mean(rows, axis=0) for name, rows in groups.items()}
 
 
-class RoutingTally(Observer):
-    """Adds up routing decisions: a few numbers per site and expert, however many tokens pass."""
+class RoutingTally:
+    """Adds up routing decisions: a few numbers per site and expert, however many tokens pass.
 
-    def __init__(self, experts: Sequence[str], present: Mapping[str, Tensor]) -> None:
+    `experts` are a pool's, of which the routed model may have some only.
+    """
+
+    def __init__(self, experts: Sequence[str], parts: Composition) -> None:
         self.experts = tuple(experts)
-        self._present = {site: indices.cpu() for site, indices in present.items()}
-        self._parts: Mapping[Stream, Tensor] = {}
+        columns = torch.tensor([self.experts.index(name) for name in parts.experts])
+        self._count, self._columns = len(columns), columns
+        self._present = {s: columns[layer.experts.cpu()] for s, layer in parts.layers.items()}
         names = (*MEASURES, "tokens", "entropies")
         self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
 
-    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        # Without parts, or if shapes differ, all tokens count as prompt.
-        self._parts = parts
-
-    def add(self, passed: SitePass) -> None:
-        site, groups = passed.site.name, self._groups(passed)  # [2, T]
-        used = passed.dense_weights(len(self.experts)).abs()  # a mixture may subtract an expert
+    def add(self, passed: SitePass, parts: Mapping[Stream, Tensor]) -> None:
+        site, groups = passed.site.name, _groups(passed, parts)  # [2, T]
+        dense = passed.dense_weights(self._count).abs()  # a mixture may subtract an expert
+        used = torch.zeros(len(dense), len(self.experts)).index_copy_(1, self._columns, dense)
         probabilities = torch.zeros_like(used).index_copy_(
             1, self._present[site], passed.distribution().detach().float().cpu()
         )
@@ -272,13 +244,6 @@ class RoutingTally(Observer):
             # In float64: float32 sums over millions of tokens lose what single ones add.
             self._sums[name][site] = self._sums[name].get(site, 0) + groups @ row.double()
 
-    def _groups(self, passed: SitePass) -> Tensor:
-        part, counted = self._parts.get(passed.site.stream), passed.is_real()
-        if part is None or part.shape != counted.shape:
-            part = torch.zeros(counted.shape, dtype=torch.long)
-        groups = torch.stack([(part.cpu() == index) & counted for index in (0, 1)])
-        return groups.flatten(1).double()
-
     @property
     def distribution(self) -> RoutingDistribution:
         sums = {
@@ -293,12 +258,13 @@ class RoutingTally(Observer):
         return RoutingDistribution(self.experts, tokens, by_measure, entropies)
 
 
+def _groups(passed: SitePass, parts: Mapping[Stream, Tensor]) -> Tensor:
+    part, counted = parts.get(passed.site.stream), passed.is_real()
+    if part is None or part.shape != counted.shape:
+        part = torch.zeros(counted.shape, dtype=torch.long)  # all tokens count as prompt
+    groups = torch.stack([(part.cpu() == index) & counted for index in (0, 1)])
+    return groups.flatten(1).double()
+
+
 def _of(sums: Array, part: Part | None) -> Array:
     return np.asarray(sums.sum(axis=0) if part is None else sums[PARTS.index(part)])
-
-
-def _added(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
-    return {
-        site: np.asarray(first.get(site, 0) + second.get(site, 0))
-        for site in dict.fromkeys([*first, *second])
-    }

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from browser import browser, page_at
-from phatgoose.apps.report.page import (
-    inline_json,
-    report_page,
-    write_report,
-)
+from phatgoose.analysis.page import inline_json
+from phatgoose.analysis.report import report_page, write_report
 from routing_samples import DATASETS, make_analysis, make_trace
 
 MANY = {"experts": 166, "tokens": 500, "layers": 24, "stacks": ("encoder", "decoder")}
@@ -33,9 +30,7 @@ def many(tmp_path_factory):
     """A page of 166 experts and texts of 500 tokens in an encoder-decoder model."""
     analysis = make_analysis(166, tokens=10, layers=2, stacks=MANY["stacks"])
     router = replace(analysis.routers["phatgoose"], traces={DATASETS[0]: [make_trace(**MANY)]})
-    analysis = replace(
-        analysis, datasets=DATASETS[:1], routers={"phatgoose": router}, agreements={}
-    )
+    analysis = replace(analysis, datasets=DATASETS[:1], routers={"phatgoose": router})
     page = tmp_path_factory.mktemp("many") / "report.html"
     page.write_text(report_page(analysis), encoding="utf-8")
     return page
@@ -159,7 +154,7 @@ def by_prompt(tmp_path_factory):
                 sums[site] = profile.tokens[site][:, None] * np.array([0.0, 1.0, 0.0])
     choices = {d: np.tile([0.0, 1.0, 0.0], (5, 1)) for d in DATASETS}
     router = replace(router, choices=choices, scores={})
-    analysis = replace(analysis, routers={"discriminant": router}, agreements={})
+    analysis = replace(analysis, routers={"discriminant": router})
     return write_report(analysis, tmp_path_factory.mktemp("by-prompt"))
 
 
@@ -244,7 +239,7 @@ def test_there_is_no_gap_below_a_short_text(chromium, tmp_path, width):
         analysis.routers["phatgoose"],
         traces={DATASETS[0]: [make_trace(experts=3, tokens=14, layers=2)]},
     )
-    one = replace(analysis, datasets=DATASETS[:1], routers={"phatgoose": router}, agreements={})
+    one = replace(analysis, datasets=DATASETS[:1], routers={"phatgoose": router})
     path = tmp_path / "report.html"
     path.write_text(report_page(replace(one, effects=())), encoding="utf-8")
     assert "Over 1 dataset; 3 experts" in path.read_text(encoding="utf-8")
@@ -297,7 +292,7 @@ def test_an_analysis_without_scores_or_oracle_has_a_page_too(tmp_path):
         name: replace(router, scores={}, findings=(), traces={})
         for name, router in analysis.routers.items()
     }
-    found = replace(analysis, routers=bare, oracle={}, effects=(), agreements={})
+    found = replace(analysis, routers=bare, oracle={}, effects=())
     page = write_report(found, tmp_path / "new" / "folder").read_text(encoding="utf-8")
     assert "How far from Oracle" not in page
     assert "Token by token" not in page

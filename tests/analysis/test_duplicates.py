@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mixed_experts import renamed
-from phatgoose.analysis import findings as duplicates
-from phatgoose.analysis.findings import cosines, near_duplicates, squared_norms
-from phatgoose.errors import ConfigError
+from phatgoose.analysis import duplicates
+from phatgoose.analysis.duplicates import cosines, near_duplicates, squared_norms
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.lora import LoraFactors
@@ -99,12 +98,6 @@ def test_an_update_of_zero_is_like_no_other(uneven):
     found = cosines(Pool((uneven.experts[0], zero, also)))
     assert torch.equal(found[1], torch.zeros(3, dtype=torch.float64))
     assert near_duplicates(Pool((zero, also))) == []
-
-
-@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan")])
-def test_a_threshold_that_is_none_is_refused(uneven, threshold):
-    with pytest.raises(ConfigError, match="above 0 and at most 1"):
-        near_duplicates(uneven, threshold)
 
 
 def test_near_duplicates_are_found_among_all_kinds(llama_mixed):

@@ -1,7 +1,7 @@
 """Figures of an analysis: which experts served which tokens, and how that goes with the scores.
 
-Colours are safe for colour-blind readers: cividis for amounts, those of `console` for experts,
-which have them by their places in the pool, and for lines of pools.
+Colours are safe for colour-blind readers: cividis for amounts, those of the token explorer for
+experts, which have them by their places in the pool.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...analysis.measures import Correlation, heaviest, margins
-from ...analysis.routing_distribution import Measure, RoutingDistribution
-from ...errors import ConfigError
-from ...files import new_file
-from ..console import COLOURS
+from ..errors import ConfigError
+from ..files import new_file
+from .distribution import RoutingDistribution
+from .measures import Correlation, heaviest, margins
+from .page import EXPLORER_CSS, asset
 
 try:
     import matplotlib
@@ -32,6 +32,7 @@ except ImportError as error:
     raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
 
 
+COLOURS = re.findall(r"--tx-c\d: (#\w+);", asset(EXPLORER_CSS))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
 STYLE = {
@@ -68,24 +69,21 @@ class Point:
 @styled
 def heat_maps(
     distributions: Mapping[str, RoutingDistribution],
-    *,
     oracle: Mapping[str, str] | None = None,
-    measure: Measure = "weight",
     most: int = MOST_EXPERTS,
 ) -> Figure:
     """The paper's Figure 3: experts down, layers across, a row of panels for each dataset.
 
     Encoder and decoder stand beside each other, and Oracle's expert where `oracle` has it. A cell
-    is the mean of `measure` over the layer's tokens and sites. Of more than `most` experts those
-    with the highest cells are shown.
+    is the mean weight over the layer's tokens and sites. Of more than `most` experts those with the
+    highest cells are shown.
     """
     oracle = oracle or {}
-    grids = {name: _grids(found, measure) for name, found in distributions.items()}
+    grids = {name: _grids(each) for name, each in distributions.items()}
     experts = next(iter(distributions.values())).experts
     every = [grid for each in grids.values() for grid in each.values()]
     peaks = np.nanmax([np.nanmax(grid, axis=1) for grid in every], axis=0)
     shown = _shown(experts, peaks, most, set(oracle.values()))
-    stacks = list(next(iter(grids.values())))
     widths = [grid.shape[1] for grid in next(iter(grids.values())).values()]
     widths += [1.5] if oracle else []
     height = 0.8 + len(shown.labels) * (0.2 if shown.is_few else 0.135)
@@ -96,8 +94,8 @@ def heat_maps(
     )
     highest = max(float(np.nanmax(shown.of(grid))) for grid in every)
     for row, (name, each) in zip(panels, grids.items(), strict=True):
-        for panel, stack in zip(row, stacks, strict=False):
-            image = _heat_map(panel, shown.of(each[stack]), highest)
+        for panel, (stack, grid) in zip(row, each.items(), strict=False):
+            image = _heat_map(panel, shown.of(grid), highest)
             panel.set_xlabel(f"{stack} layer".strip(), labelpad=1)
             panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if oracle:
@@ -106,14 +104,14 @@ def heat_maps(
             row[-1].set_xticks([0], ["Oracle"])
         row[0].set_yticks(range(len(shown.labels)), shown.labels, fontsize=shown.font_size)
         row[0].set_title(name, loc="left", fontsize=10)
-        row[0].set_ylabel(shown.said(distributions[name].whole(measure)), fontsize=8)
-    figure.colorbar(image, ax=panels, label=f"mean {measure}", pad=0.01, aspect=30, shrink=0.9)
+        row[0].set_ylabel(shown.said(distributions[name].whole()), fontsize=8)
+    figure.colorbar(image, ax=panels, label="mean weight", pad=0.01, aspect=30, shrink=0.9)
     return figure
 
 
 @styled
 def usage_bars(
-    shares: Mapping[str, Array], experts: Sequence[str], *, most: int = MOST_EXPERTS
+    shares: Mapping[str, Array], experts: Sequence[str], most: int = MOST_EXPERTS
 ) -> Figure:
     """Each expert's share of the weight, a panel per router; the dashed line is an even share."""
     first = next(iter(shares.values()))
@@ -173,7 +171,6 @@ def prompt_choices(choices: Mapping[str, Array], experts: Sequence[str]) -> Figu
 def dataset_matrix(
     shares: Mapping[str, Array],
     experts: Sequence[str],
-    *,
     oracle: Mapping[str, str] | None = None,
     most: int = MOST_EXPERTS,
 ) -> Figure:
@@ -186,14 +183,8 @@ def dataset_matrix(
     figure = Figure(figsize=(width, 1.6 + 0.3 * len(grid)), layout="constrained")
     panel = figure.subplots()
     image = _heat_map(panel, grid, float(grid.max()))
-    panel.set_xticks(
-        range(grid.shape[1]),
-        shown.labels,
-        rotation=45 if few else 90,
-        ha="right" if few else "center",
-        rotation_mode="anchor" if few else "default",
-        fontsize=shown.font_size,
-    )
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    panel.set_xticks(range(grid.shape[1]), shown.labels, fontsize=shown.font_size, **turned)
     panel.set_yticks(range(len(grid)), list(shares))
     for row, dataset in enumerate(shares):
         for column in range(grid.shape[1]) if few else ():
@@ -203,15 +194,8 @@ def dataset_matrix(
         if dataset in oracle:
             at = shown.labels.index(oracle[dataset])
             for colour, width in (("white", 4.0), ("black", 2.0)):  # seen on any cell
-                panel.plot(
-                    at,
-                    row,
-                    "o",
-                    markersize=17 if few else 8,
-                    markerfacecolor="none",
-                    markeredgecolor=colour,
-                    markeredgewidth=width,
-                )
+                size = 17 if few else 8
+                panel.plot(at, row, "o", ms=size, mfc="none", mec=colour, mew=width)
     panel.set_xlabel(shown.said(values.mean(axis=0)), fontsize=8)
     figure.colorbar(image, ax=panel, label="share of the weight", pad=0.01, aspect=15)
     return figure
@@ -228,15 +212,9 @@ def divergence_scatter(
         x, y = [p.divergence for p in datasets], [100 * p.score for p in datasets]
         panel.scatter(x, y, color=INK, s=36)
         for point, across, up in zip(datasets, x, y, strict=True):
-            right = across > (min(x) + max(x)) / 2
-            panel.annotate(
-                point.dataset,
-                (across, up),
-                xytext=(-6 if right else 6, 4),
-                fontsize=7,
-                textcoords="offset points",
-                ha="right" if right else "left",
-            )
+            place, side = ((-6, 4), "right") if across > (min(x) + max(x)) / 2 else ((6, 4), "left")
+            named = {"xytext": place, "textcoords": "offset points", "ha": side, "fontsize": 7}
+            panel.annotate(point.dataset, (across, up), **named)
         panel.margins(0.15)
         panel.set_title(f"{router}\n{_said(correlations[router])}", fontsize=9)
     panels[0].set_ylabel("score in %")
@@ -309,15 +287,16 @@ def _shown(
     return _Shown([experts[z] for z in rows], rows)
 
 
-def _grids(distribution: RoutingDistribution, measure: Measure) -> dict[str, Array]:
+def _grids(distribution: RoutingDistribution) -> dict[str, Array]:
+    """The mean weights by layer, [E, layers] of each stack."""
     layers: dict[str, dict[int, Array]] = {}
     labels = {label.layer_name: label for label in distribution.labels.values()}
-    for name, mean in distribution.by_layer(measure).items():
+    for name, mean in distribution.by_layer().items():
         layers.setdefault(labels[name].stack, {})[labels[name].layer] = mean
     empty = np.full(len(distribution.experts), math.nan)
     return {
-        stack: np.array([found.get(layer, empty) for layer in range(max(found) + 1)]).T
-        for stack, found in layers.items()
+        stack: np.array([rows.get(layer, empty) for layer in range(max(rows) + 1)]).T
+        for stack, rows in layers.items()
     }
 
 
@@ -331,8 +310,5 @@ def _heat_map(panel: Axes, grid: Array, highest: float) -> Any:
 def _said(found: Correlation) -> str:
     if found.pearson is None:
         return f"n = {found.n}: no correlation is defined"
-    text = f"r = {found.pearson:.2f}"
-    if found.pearson_interval is not None:
-        low, high = found.pearson_interval.low, found.pearson_interval.high
-        text += f" [{low:.2f}, {high:.2f}]"
-    return f"{text}, ρ = {found.spearman:.2f}, n = {found.n}"
+    ends = f" [{found.interval.low:.2f}, {found.interval.high:.2f}]" if found.interval else ""
+    return f"r = {found.pearson:.2f}{ends}, n = {found.n}"

@@ -8,9 +8,8 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from rich.color import Color, ColorSystem
 
-from phatgoose.analysis.measures import correlation
-from phatgoose.apps.console import COLOURS
-from phatgoose.apps.report.figures import (
+from phatgoose.analysis import figures
+from phatgoose.analysis.figures import (
     Point,
     dataset_matrix,
     divergence_scatter,
@@ -20,7 +19,8 @@ from phatgoose.apps.report.figures import (
     usage_bars,
     write_png,
 )
-from phatgoose.apps.report.page import EXPLORER_CSS, asset
+from phatgoose.analysis.measures import correlation
+from phatgoose.apps.console import COLOURS
 from routing_samples import make_profile, names_of
 
 
@@ -129,12 +129,12 @@ def test_the_scatter_names_datasets_and_tells_the_correlation():
 def test_names_with_dollars_are_no_formulas(tmp_path):
     """Two dollars made matplotlib read what lies between them, and refuse it."""
     name = r"a $\nothing$ b"
-    figures = [
+    drawn = [
         heat_maps({name: make_profile(2, layers=2)}),
         dataset_matrix({name: np.array([0.5, 0.5])}, [name, "other"]),
         divergence_scatter({name: [Point(name, 0.5, 0.5)]}, {name: correlation([0.5], [0.5])}),
     ]
-    for figure in figures:
+    for figure in drawn:
         write_png(figure, tmp_path / "figure.png")
         assert name in svg_of(figure, "a", name)
 
@@ -161,8 +161,7 @@ DEFICIENCIES = {
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_colours_differ_for_colour_blind_readers_and_plain_terminals(deficiency):
     matrix = np.array(DEFICIENCIES[deficiency])
-    in_pages = re.findall(r"--tx-c\d: (#\w+);", asset(EXPLORER_CSS))
-    assert in_pages == [colour.lower() for colour in COLOURS]
+    assert [colour.lower() for colour in COLOURS] == figures.COLOURS
     plain = {Color.parse(colour).downgrade(ColorSystem.STANDARD).number for colour in COLOURS}
     assert len(plain) == 7
     seen = [np.clip(matrix @ np.array(to_rgb(c)) ** 2.2, 0, 1) ** (1 / 2.2) for c in COLOURS]

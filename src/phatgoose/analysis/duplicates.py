@@ -1,0 +1,97 @@
+"""Near-duplicates in a pool: experts whose updates point the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import RoutingError
+from ..experts.kind import Part
+from ..experts.pool import Pool
+from ..routing.stacks import stack_of
+
+BLOCK = 2048  # rows of factors at once
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two experts whose updates point the same way; `cosine` is between them as matrices."""
+
+    one: str
+    other: str
+    cosine: float
+    identical: bool
+
+
+def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
+    """Pairs of experts whose updates have a cosine of at least `threshold`, the nearest first."""
+    hashes = [expert.info.adapter_sha256 for expert in pool.experts]
+    file = torch.tensor([hashes.index(sha256) for sha256 in hashes])
+    identical = file[:, None] == file
+    found = cosines(pool).masked_fill(identical, 1.0)
+    near = (found >= threshold).triu(diagonal=1)
+    pairs = [
+        Duplicate(pool.names[i], pool.names[j], float(found[i, j]), bool(identical[i, j]))
+        for i, j in near.nonzero().tolist()
+    ]
+    return sorted(pairs, key=lambda pair: (-pair.identical, -pair.cosine, pair.one, pair.other))
+
+
+def cosines(pool: Pool) -> Tensor:
+    """The cosine of every two experts' whole updates, float64 [E, E]; 0 for an update that is zero.
+
+    All B A of all sites are one long vector, scales included. No B A is ever formed: <B A, B' A'> =
+    sum of (Bᵀ B') ⊙ (A A'ᵀ). For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1.
+    Experts of different kinds have the cosine 0. Raises RoutingError for a kind that can't be
+    compared.
+    """
+    products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
+    for site in pool.sites:
+        stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
+        for part, rows in stack.rows().items():
+            at = stack.experts[rows]
+            products[at[:, None], at] += _products_of(stack.parts[part])
+        pool.release()
+    norms = products.diagonal().clamp(min=0).sqrt()
+    norms = norms.where(norms > 0, torch.inf)
+    return (products / norms[:, None] / norms).clamp(-1, 1)
+
+
+def squared_norms(part: Part) -> Tensor:
+    """The squared Frobenius norm of each update of a part of a stack, float64 [E]."""
+    first, *last = (each.double() for each in _factors_of(part))
+    if not last:
+        return first.square().sum(dim=1)
+    grams = first @ first.mT, last[0] @ last[0].mT
+    return (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
+
+
+def _products_of(part: Part) -> Tensor:
+    first, *last = _factors_of(part)
+    return _products(first, last[0]) if last else (first @ first.T).double()
+
+
+def _factors_of(part: Part) -> list[Tensor]:
+    if not part.compared:
+        raise RoutingError(
+            f"Experts of the kind {part.name!r} can't be compared with others; leave them out."
+        )
+    return [getattr(part, field) for field in part.compared]
+
+
+def _products(A: Tensor, B: Tensor) -> Tensor:
+    """The scalar products of all updates of a stack, A [E, r, n] and B [E, r, d], [E, E]."""
+    E, r = A.shape[:2]
+    products = torch.empty(E, E, dtype=torch.float64)
+    step = max(1, BLOCK // r)
+    for first in range(0, E, step):
+        # Products are symmetric: those below the diagonal are copied.
+        block, rest = slice(first, first + step), slice(first, E)
+        inner = A[block].flatten(0, 1) @ A[rest].flatten(0, 1).T  # [b r, E' r]
+        inner *= B[block].flatten(0, 1) @ B[rest].flatten(0, 1).T
+        sums = inner.view(len(A[block]), r, len(A[rest]), r).sum(dim=(1, 3))
+        products[block, rest] = sums.double()
+        products[rest, block] = sums.double().T
+    return products

@@ -1,0 +1,317 @@
+"""The report of an analysis: a page that needs no network, its numbers and figures beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import EvaluationError
+from ..evaluation.results import Table, in_per_cent
+from ..evaluation.rows import label_of
+from ..files import reason, write_text
+from . import figures as draw
+from .analyse import Analysis, RouterAnalysis
+from .distribution import PARTS
+from .measures import ORACLE, SMOOTHING, concentration, effective_experts, heaviest, margins
+from .page import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+
+TERMS = {  # what a column's name means, shown where one points at it; before any " ("
+    "effective experts": "exp of the entropy of the mean weights: as many experts as, if they had "
+    "equal shares, would be spread as much",
+    "concentration": "the sum of the squared shares: 1 where one expert has all",
+    "most often first": "the experts that most often have the greatest weight",
+    "decidedness of a token": "1 less a token's mean entropy over ln E: 1 where one expert has all",
+    "median margin": "the first expert's weight less the second's, of the prompt in the middle",
+}
+
+
+class PageFigure(NamedTuple):
+    svg: str
+    caption: str
+
+    @classmethod
+    def of(cls, figure: Figure, name: str, caption: str) -> PageFigure:
+        return cls(draw.svg_of(figure, name, caption), caption)
+
+
+class Section(NamedTuple):
+    id: str
+    name: str
+    texts: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[PageFigure] = ()
+    groups: Mapping[str, Sequence[PageFigure]] = {}
+
+
+def sections_of(analysis: Analysis) -> list[Section]:
+    """The parts of the page below the token explorer, without those that have no numbers."""
+    parts = (_scores, _prompts, _usage, _layers, _divergences, _datasets, _effects)
+    sections = [part(analysis) for part in parts]
+    return [each for each in sections if each.tables or each.figures or each.groups]
+
+
+def _scores(analysis: Analysis) -> Section:
+    rows, counts = [], {}
+    for name, router in analysis.routers.items():
+        scores = [router.scores[d] for d in analysis.datasets if d in router.scores]
+        if scores:
+            counts = {score.task: score.n for score in scores}
+            cells = [in_per_cent(s.score, s.low, s.high) for s in scores]
+            mean = sum(s.score for s in scores) / len(scores)
+            rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
+    if rows and analysis.oracle:
+        rows.append(["Oracle's expert", *(analysis.oracle[d] for d in analysis.datasets), ""])
+    header = ["router", *(f"{d} (n = {n})" for d, n in counts.items()), "mean"]
+    tables = [Table("Zero-shot score in %, with 95 % intervals", header, rows)] if rows else []
+    return Section("scores", "Scores", tables=tables)
+
+
+def _prompts(analysis: Analysis) -> Section:
+    """Which prompts went where, of the routers that choose for whole prompts."""
+    tables, figures = list[Table](), list[PageFigure]()
+    for name, router in analysis.routers.items():
+        rows = []
+        for dataset, weights in router.choices.items():
+            share = np.bincount(weights.argmax(1), minlength=len(analysis.experts)) / len(weights)
+            first = _most(analysis, share, 3)
+            rows.append([dataset, str(len(weights)), first, f"{np.median(margins(weights)):.2f}"])
+        if rows:
+            header = ["dataset", "prompts", "most often first", "median margin"]
+            tables.append(Table(f"{label_of(name)}: where prompts went", header, rows))
+            every = np.concatenate([margins(each) for each in router.choices.values()])
+            if np.ptp(every) > 1e-6:
+                caption = f"{label_of(name)}: a point per prompt, by its first expert and margin."
+                figure = draw.prompt_choices(router.choices, analysis.experts)
+                figures.append(PageFigure.of(figure, f"prompts-{len(figures)}", caption))
+    return Section("prompts", "Which prompts went where", tables=tables, figures=figures)
+
+
+def _most(analysis: Analysis, shares: Array, count: int) -> str:
+    best = heaviest(shares, count)
+    return ", ".join(f"{analysis.experts[z]} {100 * shares[z]:.0f} %" for z in best)
+
+
+def _varied(analysis: Analysis) -> dict[str, RouterAnalysis]:
+    """The routers that differ from token to token or from layer to layer."""
+
+    def is_flat(router: RouterAnalysis) -> bool:
+        layers = (list(each.by_layer().values()) for each in router.distributions.values())
+        return bool(router.choices) and all(np.allclose(each, each[0]) for each in layers)
+
+    return {name: router for name, router in analysis.routers.items() if not is_flat(router)}
+
+
+def _usage(analysis: Analysis) -> Section:
+    shares = {label_of(name): router.mean() for name, router in analysis.routers.items()}
+    figure = PageFigure.of(
+        draw.usage_bars(shares, analysis.experts),
+        "usage",
+        "Each expert's share of the weight, mean over datasets and sites; dashed: an even share.",
+    )
+    rows = []
+    highest = math.log(max(2, len(analysis.experts)))  # one expert alone has no entropy anyway
+    for name, router in analysis.routers.items():
+        weight = router.mean()
+        entropies = [each.token_entropy() for each in router.distributions.values()]
+        rows.append(
+            [
+                label_of(name),
+                f"{effective_experts(weight):.1f}",
+                f"{effective_experts(router.mean('probability')):.1f}",
+                f"{concentration(weight):.3f}",
+                _most(analysis, router.mean("first"), 1),
+                f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
+            ]
+        )
+    header = ["router", "effective experts (weights)", "effective experts (before top-k)"]
+    header += ["concentration", "most often first", "decidedness of a token"]
+    title = (
+        f"Over {'all ' if len(analysis.datasets) > 1 else ''}"
+        f"{draw.counted(len(analysis.datasets), 'dataset')}; "
+        f"{draw.counted(len(analysis.experts), 'expert')}"
+    )
+    text = (
+        "Decidedness is 1 less the mean entropy of a single token's distribution over ln E: 0 "
+        "where a router finds all experts alike, 1 where it knows just one."
+    )
+    tables = [Table(title, header, rows), *_groups(analysis)]
+    return Section("usage", "Who is used", [text], tables, [figure])
+
+
+def _groups(analysis: Analysis) -> Iterator[Table]:
+    """Who serves prompts, answers and each kind of site."""
+    rows: dict[str, list[str]] = {}
+    routers = _varied(analysis)
+    for router in routers.values():
+        every = list(router.distributions.values())
+        groups = {f"{part}s": [each.whole(part=part) for each in every] for part in PARTS}
+        for each in every:
+            for kind, weights in each.by_kind().items():
+                groups.setdefault(kind, []).append(weights)
+        for name, parts in groups.items():
+            weight = np.mean(parts, axis=0)
+            cell = ""
+            if weight.any():
+                share = weight / weight.sum()
+                cell = f"{effective_experts(share):.1f}, {_most(analysis, share, 1)}"
+            rows.setdefault(name, [name]).append(cell)
+    if rows:
+        title = "Effective experts and the most used one, by kind of token and of site"
+        yield Table(title, ["", *map(label_of, routers)], list(rows.values()))
+
+
+def _layers(analysis: Analysis) -> Section:
+    groups: dict[str, list[PageFigure]] = {}
+    for name, router in _varied(analysis).items():
+        for index, dataset in enumerate(analysis.datasets):
+            figures = groups.setdefault(dataset, [])
+            figure = draw.heat_maps({dataset: router.distributions[dataset]}, analysis.oracle)
+            caption = f"{label_of(name)} on {dataset}: mean weight of each expert at each layer."
+            figures.append(PageFigure.of(figure, f"layers-{index}-{len(figures)}", caption))
+    return Section("layers", "Experts by layer", groups=groups)
+
+
+def _divergences(analysis: Analysis) -> Section:
+    rows, points, correlations = [], {}, {}
+    for name in analysis.routers if analysis.oracle else ():
+        if name == ORACLE:
+            continue
+        each = {d: analysis.divergence(name, ORACLE, d) for d in analysis.datasets}
+        label, correlation = label_of(name), analysis.correlation(name)
+        rows.append([label, *(f"{e.to:.2f} / {e.back:.2f}" for e in each.values())])
+        if correlation is not None:
+            scores = analysis.routers[name].scores
+            correlations[label] = correlation
+            points[label] = [draw.Point(d, each[d].to, scores[d].score) for d in each]
+    figures: list[PageFigure] = []
+    if points:
+        figure = draw.divergence_scatter(points, correlations)
+        caption = (
+            "Score against KL(router ‖ Oracle), a point per dataset; r is Pearson's with Fisher's "
+            "95 % interval. The paper finds r = −0.2."
+        )
+        figures.append(PageFigure.of(figure, "divergence", caption))
+    text = (
+        "Divergence of a router's whole-model distribution before top-k from Oracle's, which has "
+        f"all weight on one expert; both are mixed with {SMOOTHING:g} of the uniform one."
+    )
+    title = "KL(router ‖ Oracle) / KL(Oracle ‖ router) in nats"
+    tables = [Table(title, ["router", *analysis.datasets], rows)] if rows else []
+    return Section("divergence", "How far from Oracle", [text], tables, figures)
+
+
+def _datasets(analysis: Analysis) -> Section:
+    figures: list[PageFigure] = []
+    # The others' table of prompts has these shares already.
+    for name, router in _varied(analysis).items():
+        shares = router.by_dataset()
+        figure = draw.dataset_matrix(shares, analysis.experts, analysis.oracle)
+        ring = " A ring marks Oracle's expert." if analysis.oracle else ""
+        caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
+        figures.append(PageFigure.of(figure, f"datasets-{len(figures)}", caption))
+    return Section("datasets", "Datasets beside each other", figures=figures)
+
+
+def _effects(analysis: Analysis) -> Section:
+    rows = [
+        [
+            effect.expert,
+            in_per_cent(effect.mean, effect.interval.low, effect.interval.high, "+.1f"),
+            *(f"{100 * effect.by_task.get(d, math.nan):+.1f}" for d in analysis.datasets),
+        ]
+        for effect in analysis.effects
+    ]
+    title = (
+        f"{label_of(next(iter(analysis.routers)))}: score with all experts less that without this "
+        f"one, in points, with 95 % intervals over datasets and examples"
+    )
+    tables = [Table(title, ["left out", "mean", *analysis.datasets], rows)] if rows else []
+    return Section("effects", "Which experts matter", tables=tables)
+
+
+REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
+
+
+def write_report(analysis: Analysis, folder: str | Path) -> Path:
+    """The page that was written to `folder`, with analysis.json and figures/*.png beside it.
+
+    Only the page holds texts of the data, where `analyse` traced some. Figures show all experts,
+    the page's the most used ones. Raises EvaluationError when a file can't be written.
+    """
+    folder = Path(folder)
+    analysis.write_json(folder / NUMBERS)
+    write_text(folder / REPORT, report_page(analysis), EvaluationError)
+    figures, every, oracle = folder / FIGURES, len(analysis.experts), analysis.oracle
+    try:
+        figures.mkdir(exist_ok=True)
+        for kind in ("layers", "datasets", "usage"):
+            for old in figures.glob(f"{kind}-*.png"):
+                old.unlink()
+        varied = _varied(analysis)
+        names = file_names(analysis.routers)
+        for file, (name, router) in zip(names, analysis.routers.items(), strict=True):
+            shares = router.by_dataset()
+            drawn = {
+                "datasets": draw.dataset_matrix(shares, analysis.experts, oracle, every),
+                "usage": draw.usage_bars(shares, analysis.experts, every),
+            }
+            if name in varied:
+                drawn["layers"] = draw.heat_maps(router.distributions, oracle, every)
+            for kind, figure in drawn.items():
+                draw.write_png(figure, figures / f"{kind}-{file}.png")
+    except OSError as error:
+        raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
+    return folder / REPORT
+
+
+def file_names(routers: Iterable[str]) -> Iterator[str]:
+    """A part of a file's name for each of `routers`, whose settings may hold paths and colons."""
+    for number, router in enumerate(routers):
+        plain = re.sub(r"[^\w.=,-]+", "-", router)
+        yield plain if plain == router else f"{plain}-{number}"
+
+
+def report_page(analysis: Analysis) -> str:
+    """The report of `analysis` as one HTML page that loads nothing else."""
+    parts = sections_of(analysis)
+    findings = [
+        (label_of(name), finding.message)
+        for name, router in analysis.routers.items()
+        for finding in router.findings
+    ]
+    traces = [
+        {"name": f"{dataset} {number}, {label_of(name)}", "json": inline_json(trace.to_dict())}
+        for dataset in analysis.datasets
+        for name, router in analysis.routers.items()
+        for number, trace in enumerate(router.traces.get(dataset, ()), 1)
+    ]
+    sections = [("findings", "What looks wrong")] if findings else []
+    sections += [("tokens", "Token by token")] if traces else []
+    sections += [(part.id, part.name) for part in parts]
+    limit = analysis.settings.get("limit")
+    routers = ", ".join(map(label_of, analysis.routers))
+    most = f", {limit} examples each at most" if limit else ""
+    return render(
+        "report.html.jinja",
+        title=f"Routing of {draw.counted(len(analysis.experts), 'expert')}",
+        summary=f"{routers} on {', '.join(analysis.datasets)}{most}.",
+        css=asset("report.css") + asset(EXPLORER_CSS),
+        script=asset(EXPLORER_JS) + asset("report.js"),
+        sections=sections,
+        findings=findings,
+        traces=traces,
+        parts=parts,
+        terms=TERMS,
+    )

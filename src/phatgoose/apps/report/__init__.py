@@ -1,1 +1,0 @@
-"""The report of an analysis: one page, its numbers and figures (`phatgoose analyse`)."""

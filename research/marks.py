@@ -35,7 +35,6 @@ import json
 import random
 import sys
 import time
-import tomllib
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phatgoose.base import Base, number_format
-from phatgoose.errors import PoolError
+from phatgoose.errors import PoolError, TaskError
 from phatgoose.evaluation.compare import code_version
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
@@ -59,15 +58,7 @@ from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-<<<<<<< HEAD
-<<<<<<< HEAD
 from phatgoose.files import new_file, read_table
-=======
-from phatgoose.files import new_file, read_toml
->>>>>>> 3715f6b1 (analysis: the report joins it, the audit reads files alone; agreement, overlaps, Spearman, --smoothing, replay --choices leave)
-=======
-from phatgoose.files import new_file
->>>>>>> d7cec0ea (research/marks.py reads TOML by itself)
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from phatgoose.routing.routers.prompt import PromptRouter
@@ -182,11 +173,7 @@ def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:
     """The tables of the study's tasks: file, and perhaps metrics, max_new_tokens and a suffix."""
     found = []
     for suite in suites:
-<<<<<<< HEAD
         content = read_table(SUITES / f"{suite}.toml", "Suite", TaskError)
-=======
-        content = tomllib.loads((SUITES / f"{suite}.toml").read_text(encoding="utf-8"))
->>>>>>> d7cec0ea (research/marks.py reads TOML by itself)
         common = {"suffix": content.get("suffix", "")}
         found += [{**common, **table} for table in content["tasks"]]
     return found

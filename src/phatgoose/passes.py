@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,37 +48,25 @@ _WHOLE: Mapping[Stream, _Names] = {
 class _Tokens:
     """A stream's tokens in one call: mask, (rows, columns) if known, tokens in the cache."""
 
-    mask: Any
-    shape: Sequence[int] | None
+    mask: Tensor | None
+    shape: tuple[int, ...] | None
     past: int | None
-    found: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
-
-    def grid(self, u: Tensor) -> tuple[int, ...]:
-        if u.dim() == 2 and self.shape is not None and len(u) == self.shape[0] * self.shape[1]:
-            return tuple(self.shape)
-        return tuple(u.shape[:-1])
-
-    def has_moved(self, grid: tuple[int, ...]) -> bool:
-        """True where the model itself padded or transposed its tokens, so that no mask fits."""
-        if self.shape is None or len(grid) != 2 or grid == (shape := tuple(self.shape)):
-            return False
-        return grid[0] == shape[0] or grid[::-1] == shape
+    masks: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)  # by their shape
 
     def real(self, grid: tuple[int, ...]) -> Tensor | None:
-        if grid not in self.found:
-            self.found[grid] = _unless_all_real(self._real(grid))
-        return self.found[grid]
+        if grid not in self.masks:
+            real = self._real(*grid) if len(grid) == 2 else None
+            # On other devices the look would wait for them.
+            is_hidden = real is not None and (real.device.type != "cpu" or not real.all())
+            self.masks[grid] = real if is_hidden else None
+        return self.masks[grid]
 
-    def _real(self, grid: tuple[int, ...]) -> Tensor | None:
+    def _real(self, rows: int, columns: int) -> Tensor | None:
         mask = self.mask
-        if isinstance(mask, Mapping):  # one mask per kind of attention layer
-            mask = mask.get("full_attention", next(iter(mask.values()), None))
-        if not isinstance(mask, Tensor) or len(grid) != 2:
+        if mask is None:
             return None
-        rows, columns = grid
-        keys = mask.shape[-1]
-        first = keys - columns
-        if self.past is not None and self.past + columns <= keys:
+        first = mask.shape[-1] - columns
+        if self.past is not None and self.past <= first:
             first = self.past  # the mask covers a whole static cache
         if mask.dim() == 2 and mask.shape[0] == rows and first >= 0:
             return mask[:, first : first + columns].bool()
@@ -109,16 +98,17 @@ class TokenMasks:
 
         Raises RoutingError where a model pads or transposes its tokens inside.
         """
-        tokens = self._of(stream)
-        if tokens is None:
-            return tuple(u.shape[:-1])
-        grid = tokens.grid(u)
-        if tokens.has_moved(grid):
+        tokens, grid = self._of(stream), tuple(u.shape[:-1])
+        if tokens is None or tokens.shape is None or grid == tokens.shape:
+            return grid
+        rows, columns = tokens.shape
+        if grid == (rows * columns,):
+            return tokens.shape
+        if len(grid) == 2 and (grid[0] == rows or grid == (columns, rows)):
             raise RoutingError(
-                f"{self.architecture} pads or transposes its tokens inside: a call of "
-                f"{_by(tokens.shape)} tokens has {_by(grid)} activations, so padding can't be told "
-                f"from tokens. Recordings and analyses need another base; so do mean activations, "
-                f"which --no-means leaves out."
+                f"{self.architecture} pads or transposes its tokens inside: a call of {rows} x "
+                f"{columns} tokens has {grid[0]} x {grid[1]} activations, so padding can't be told "
+                f"from tokens. Recordings, analyses and mean activations need another base."
             )
         return grid
 
@@ -151,18 +141,15 @@ _OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
 def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
     """While it is open, the masks of the pass that `model` is in."""
     masks = TokenMasks(type(model).__name__)
-    handles = []
-    for module, names in callable_parts(model).items():
-        handles.append(module.register_forward_pre_hook(masks._begin(names), with_kwargs=True))
-        # always_call: a pass that raises must not leave its masks on top.
-        handles.append(module.register_forward_hook(masks._end, always_call=True))
-    before = _OPEN.set((*_OPEN.get(), masks))
-    try:
+    with ExitStack() as hooks:
+        for part, names in callable_parts(model).items():
+            begin, end = masks._begin(names), masks._end
+            hooks.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            # always_call: a pass that raises must not leave its masks on top.
+            hooks.callback(part.register_forward_hook(end, always_call=True).remove)
+        before = _OPEN.set((*_OPEN.get(), masks))
+        hooks.callback(_OPEN.reset, before)
         yield masks
-    finally:
-        _OPEN.reset(before)
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -176,27 +163,50 @@ def watch_inputs(
     `u` is the site's input, usually [rows, tokens, n]; `real` [rows, tokens] is the mask of its
     non-padding tokens, None for all. Raises RoutingError as `TokenMasks.grid` does.
     """
-    with token_masks(model) as masks:
+    with token_masks(model) as masks, ExitStack() as hooks:
 
-        def watcher(site: Site) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if masks.are_ours:
-                    u = args[0]
-                    real = masks.real_tokens(u, site.stream)
-                    grid = masks.grid(u, site.stream)
-                    see(site, u.reshape(*grid, u.shape[-1]), real)
+        def look(site: Site, _: nn.Module, args: tuple[Any, ...]) -> None:
+            if masks.are_ours:
+                u, grid = args[0], masks.grid(args[0], site.stream)
+                see(site, u.reshape(*grid, u.shape[-1]), masks.real_tokens(u, site.stream))
 
-            return hook
+        for name, site in sites.items():
+            layer = model.get_submodule(name)
+            hooks.callback(layer.register_forward_pre_hook(partial(look, site)).remove)
+        yield
 
-        handles = [
-            model.get_submodule(site.name).register_forward_pre_hook(watcher(site))
-            for site in sites.values()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+@contextmanager
+def watch_blocks(
+    model: PreTrainedModel, indices: Sequence[int], see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(index, hidden)` for each pass through each of these blocks in this context.
+
+    `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
+    the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
+    Raises RoutingError as `TokenMasks.grid` does.
+    """
+    blocks = blocks_of(model) if indices else []
+    stream: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
+    with token_masks(model) as masks, ExitStack() as hooks:
+
+        def look(index: int, _: nn.Module, __: object, output: Any) -> None:
+            if masks.are_ours:
+                hidden = output if isinstance(output, Tensor) else output[0]
+                masks.grid(hidden, stream)  # refuses a model that pads inside
+                see(index, hidden)
+
+        def enter(_: nn.Module, args: tuple[Tensor, ...], given: Mapping[str, Tensor]) -> None:
+            if masks.are_ours:
+                see(-1, args[0] if args else given["hidden_states"])
+
+        for index in indices:
+            if index == -1:
+                handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+            else:
+                handle = blocks[index].register_forward_hook(partial(look, index))
+            hooks.callback(handle.remove)
+        yield
 
 
 def given_arguments(
@@ -210,7 +220,7 @@ def given_arguments(
 def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
     """Which of the `input_ids` in a call's arguments `given` are real, None for all of them."""
     tokens = _streams(_STACK, given)["decoder"]
-    return None if tokens.shape is None else tokens.real(tuple(tokens.shape))
+    return None if tokens.shape is None else tokens.real(tokens.shape)
 
 
 def token_positions(given: Mapping[str, Any]) -> Tensor | None:
@@ -223,17 +233,14 @@ def token_positions(given: Mapping[str, Any]) -> Tensor | None:
     if tokens.shape is None:
         return None
     (rows, columns), past, mask = tokens.shape, tokens.past or 0, tokens.mask
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        keys = mask.shape[1]
-        first = past if past + columns <= keys else keys - columns
+    if mask is not None and mask.dim() == 2:
+        first = min(past, mask.shape[1] - columns)
         counted = mask.long().cumsum(dim=-1) - 1
         return counted[:, first : first + columns].clamp(min=0).expand(rows, -1)
-    given_positions = given.get("position_ids")
-    if isinstance(given_positions, Tensor) and given_positions.dim() == 2:
-        return given_positions.expand(rows, -1)
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == columns:
+    position_ids = given.get("position_ids")
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        return position_ids.expand(rows, -1)
+    if mask is not None and mask.dim() == 4 and mask.shape[2] == columns:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
         return (seen.sum(dim=-1) - 1).clamp(min=0).expand(rows, -1)
     ids = next(given[name] for name in _OWN.tokens if given.get(name) is not None)
@@ -280,63 +287,15 @@ def cached_tokens(given: Mapping[str, Any]) -> int | None:
 
 def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mapping[Stream, _Tokens]:
     streams: dict[Stream, _Tokens] = {}
-    for stream, known in names.items():
-        forms = (given.get(form) for form in known.tokens)
-        shape = next((form.shape[:2] for form in forms if form is not None), None)
+    for stream, (mask_name, token_names) in names.items():
+        forms = (given.get(name) for name in token_names)
+        shape = next((tuple(form.shape[:2]) for form in forms if form is not None), None)
+        mask = given.get(mask_name)
+        if isinstance(mask, Mapping):  # one mask for each kind of attention layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
         past = cached_tokens(given) if stream == "decoder" else None
-        streams[stream] = _Tokens(given.get(known.mask), shape, past)
+        streams[stream] = _Tokens(mask if isinstance(mask, Tensor) else None, shape, past)
     return streams
-
-
-def _by(shape: Sequence[int] | None) -> str:
-    return " x ".join(map(str, shape or ()))
-
-
-def _unless_all_real(mask: Tensor | None) -> Tensor | None:
-    # Elsewhere the look would wait for the device.
-    if mask is None or mask.device.type != "cpu":
-        return mask
-    return None if mask.all() else mask
-
-
-@contextmanager
-def watch_blocks(
-    model: PreTrainedModel, indices: Sequence[int], see: Callable[[int, Tensor], None]
-) -> Iterator[None]:
-    """Call `see(index, hidden)` for each pass through each of these blocks in this context.
-
-    `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
-    the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
-    Raises RoutingError as `TokenMasks.grid` does.
-    """
-    blocks = blocks_of(model) if indices else []
-    stream: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
-    with token_masks(model) as masks:
-
-        def watcher(index: int) -> Callable[..., None]:
-            def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-                if masks.are_ours:
-                    hidden = output if isinstance(output, Tensor) else output[0]
-                    masks.grid(hidden, stream)  # refuses a model that pads inside
-                    see(index, hidden)
-
-            return hook
-
-        def enter(_: nn.Module, args: tuple[Tensor, ...], given: Mapping[str, Tensor]) -> None:
-            if masks.are_ours:
-                see(-1, args[0] if args else given["hidden_states"])
-
-        handles = [
-            blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
-            if index == -1
-            else blocks[index].register_forward_hook(watcher(index))
-            for index in indices
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 # Which tokens an expert acts on: all, or those from its prompt's end on (Activated LoRA).

@@ -519,5 +519,4 @@ def test_statistics_of_quantised_and_plain_bases_are_not_mixed(llama, uneven, ro
     with pytest.raises(PoolError, match="Params4bit: 'e3'"):
         add_to_saved(tmp_path / "routed", mixed.select(["e3"]))
     detach(model)
-    with pytest.warns(UserWarning, match=r"the statistics of 'e0' were .* \(not quantised: 'e1'"):
-        compose(measured_in(uneven, None, *["torch.float32"] * 3), llama, router=router)
+    compose(measured_in(uneven, None, *["torch.float32"] * 3), llama, router=router)

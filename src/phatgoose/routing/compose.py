@@ -26,7 +26,7 @@ from ..sites import (
 from .composition import Composition, composition_of, resolve_base
 from .routers.auto import settled
 from .routers.prompt import ByPrompt
-from .routers.registry import AUTO, WEIGHTS, checked_mixture, router_of, written_mixture
+from .routers.registry import AUTO, WEIGHTS, router_of, written_mixture
 from .routers.router import check_routing, warn_of_constant_vectors
 from .routers.scores import Scores, read_scores
 from .saved import save_pretrained
@@ -76,7 +76,7 @@ def compose(
     routing = routing or Routing()
     given: dict[str, Any] = {**settings}
     if weights is not None:
-        mixture = written_mixture(checked_mixture(weights))
+        mixture = written_mixture(weights)
         given |= {"router": f"{WEIGHTS}:{mixture}" if mixture else WEIGHTS}
     if given:
         routing = from_mapping(Routing, {**vars(routing), **given}, "compose", ARGUMENTS)

@@ -72,4 +72,4 @@ def test_a_router_of_another_package_is_known_to_commands(phat, tmp_path, monkey
     told = phat("routers", "theirs")
     assert told.out == "theirs: None of ours\n"
     assert told.err.startswith("warning: phatgoose.routers: lost of their-router is left out")
-    assert "Router lost can't be loaded" in phat("routers", "lost").err
+    assert "router is 'lost', but must be one of" in phat("routers", "lost").err

@@ -185,7 +185,7 @@ def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
 def test_readings_of_another_base_are_refused(llama, llama_pool):
     first, second = llama_pool.experts[:2]
     deep = {part: tensor[:1] for part, tensor in second.readings.items()}
-    with pytest.raises(PoolError, match=r"'e1' has readings end\.\w+ of shape \(1, .*'e0'"):
+    with pytest.raises(PoolError, match=r"different shapes .*can't be of one base"):
         compose(Pool((first, replace(second, readings=deep))), llama, router="discriminant")
     for cut, told in (((slice(1),), "1 blocks of 32 numbers"), ((..., slice(16)), "2 .* of 16")):
         both = [

@@ -140,5 +140,5 @@ def test_what_can_not_be_loaded_is_named_and_breaks_nothing_else(theirs):
     assert "lost of their-code is left out" in said[1]
     assert class_of("arrow").label == "Arrow"
     assert registry.listing()["first"].summary == "The first expert"
-    with pytest.raises(ConfigError, match="Router lost can't be loaded from their_code:Lost"):
+    with pytest.raises(ConfigError, match="router is 'lost', but must be one of auto, random"):
         class_of("lost")

@@ -86,16 +86,12 @@ class Discriminant(ReadsBase):
 
     def check(self, pool: Pool) -> None:
         super().check(pool)
-        first = pool.experts[0]
-        for expert in pool.experts:
-            for part, tensor in expert.readings.items():
-                if tensor.shape != first.readings[part].shape:
-                    raise PoolError(
-                        f"Expert {expert.name!r} has readings {part} of shape "
-                        f"{tuple(tensor.shape)}, {first.name!r} of "
-                        f"{tuple(first.readings[part].shape)}: they can't be of one base; measure "
-                        f"them again."
-                    )
+        shapes = {tuple(each.readings[f"{READ}.factor"].shape) for each in pool.experts}
+        if len(shapes) > 1:
+            raise PoolError(
+                f"The experts' readings have different shapes {sorted(shapes)}: they can't be of "
+                f"one base; measure them again (phatgoose stats)."
+            )
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         parts = [f"{READ}.{part}" for part in PARTS]

@@ -6,18 +6,17 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ...config import SEED, closest
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files import one_line
 from ..choices import NOBODY, Choice
-from .prompt import ByPrompt, Prompt, PromptRouter, Tables
+from .prompt import Base, ByPrompt, Known, PromptRouter, Prompts, Tables
 from .registry import WEIGHTS, read_mixture, written_mixture
 from .router import Router, SiteRouter
 from .scores import Scores, best_expert, best_expert_by_task, checked_scores
@@ -113,13 +112,7 @@ class Oracle(ByPrompt):
             raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
         return dict(tables.info["experts_by_task"])
 
-    def choose(
-        self,
-        chooser: PromptRouter,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None,
-        known: Mapping[str, Any],
-    ) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         task, best = known.get("task"), chooser.ready
         if task is None:
             raise RoutingError(self.unserved)
@@ -171,13 +164,7 @@ class Weights(ByPrompt):
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         return pool.select(self.weights) if self.weights else pool
 
-    def choose(
-        self,
-        chooser: PromptRouter,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None,
-        known: Mapping[str, Any],
-    ) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         if not self.weights:
             raise RoutingError(
                 "Router weights needs the experts and their weights: weights:NAME=WEIGHT,…, or a "

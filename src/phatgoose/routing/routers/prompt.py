@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +27,11 @@ from .scores import Scores
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
 
-Prompt = str | Sequence[int]  # text, or tokens as the model reads them
+Prompts = Sequence[str | Sequence[int]]  # text, or tokens as the model reads them
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
+Then: TypeAlias = "Callable[[Tensor], Tensor] | None"
+Base: TypeAlias = "PreTrainedModel | None"
+Known = Mapping[str, Any]  # what an evaluation says of prompts: their task and examples
 States = dict[tuple[int, ...], Tensor]  # what a base makes of prompts, by their tokens
 MOST_BYTES = 2**30  # of remembered states: some 7,000 prompts of a base of 30 blocks of 576 numbers
 
@@ -105,9 +110,7 @@ class ByPrompt(Router):
         """What to score with. Raises RoutingError and ConfigError for tables that are no use."""
         return tables
 
-    def features(
-        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
-    ) -> Any:
+    def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Any:
         """What scores go by: a tensor [prompts, ..], or a pair of them."""
         raise NotImplementedError
 
@@ -115,22 +118,14 @@ class ByPrompt(Router):
         """The score of each prompt and expert, float32 [prompts, E], or [prompts, blocks, E]."""
         raise NotImplementedError
 
-    def score(
-        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
-    ) -> Tensor:
+    def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
         return self.prompt_scores(self.features(chooser, prompts, base), chooser.ready)
 
     def choice(self, scores: Tensor) -> Choice:
         """The k best of each of `scores` [.., E]; k is lowered to E. One has weight 1 exactly."""
         return best_of(scores, self.prompt_k, getattr(self, "temperature", 1.0))
 
-    def choose(
-        self,
-        chooser: PromptRouter,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None,
-        known: Mapping[str, Any],
-    ) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
         return self.choice(self.score(chooser, prompts, base))
 
@@ -154,9 +149,8 @@ class ByPrompt(Router):
 
 def choice_at(u: Tensor, table: SiteRouter) -> Choice:
     """The experts that were chosen for the prompt of each token of u [T, n]."""
-    if table.context is None:
-        raise RoutingError(f"{table.place} is in no model that has read a prompt.")
-    return table.context.of_each(u, table.sees_all, table.block)
+    choice: Choice = table.context.of_each(u, table.sees_all, table.block)
+    return choice
 
 
 def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
@@ -180,46 +174,32 @@ class ReadsBase(ByPrompt):
         raise NotImplementedError
 
     def features(
-        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
+        self, chooser: PromptRouter, prompts: Prompts, base: Base, then: Then = None
     ) -> Tensor:
-        states, tokens = chooser.states, [tuple(each) for each in chooser.tokens(prompts)]
-        if states is None:
-            return self.read_features(chooser, tokens, base)
-        new = [prompt for prompt in dict.fromkeys(tokens) if prompt not in states]
-        read = dict(zip(new, self.read_features(chooser, new, base) if new else (), strict=True))
-        for prompt, features in read.items():
-            if (len(states) + 1) * features.nbytes <= MOST_BYTES:
-                states[prompt] = features.clone()  # not a view, which would keep all
-        return torch.stack([states[each] if each in states else read[each] for each in tokens])
-
-    def score(
-        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
-    ) -> Tensor:
-        if chooser.states is not None:
-            return super().score(chooser, prompts, base)
-        # Batch by batch: the features of a whole dataset can be gigabytes.
-        return self.read_features(
-            chooser,
-            chooser.tokens(prompts),
-            base,
-            then=lambda features: self.prompt_scores(features, chooser.ready),
-        )
-
-    def read_features(
-        self,
-        chooser: PromptRouter,
-        prompts: Sequence[Sequence[int]],
-        base: PreTrainedModel | None,
-        then: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        if not prompts or not all(prompts):
+        """What the base makes of `prompts`, and `then` of that, batch by batch."""
+        tokens = chooser.tokens(prompts)
+        if not tokens or not all(tokens):
             raise RoutingError(f"Router {self.name} can't choose for an empty prompt, or for none.")
         if base is None:
             raise RoutingError(
                 f"Router {self.name} reads prompts with a model; hand over the experts' base."
             )
         with base_alone(base):
-            return read_prompts(base, prompts, self.reading(base, chooser.ready), then=then)
+            return read_prompts(base, tokens, self.reading(base, chooser.ready), then=then)
+
+    def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
+        states = chooser.states
+        if states is None:  # the features of a whole dataset can be gigabytes
+            then = partial(self.prompt_scores, ready=chooser.ready)
+            return self.features(chooser, prompts, base, then)
+        tokens = [tuple(each) for each in chooser.tokens(prompts)]
+        new = [prompt for prompt in dict.fromkeys(tokens) if prompt not in states]
+        read = dict(zip(new, self.features(chooser, new, base) if new else (), strict=True))
+        for prompt, features in read.items():
+            if (len(states) + 1) * features.nbytes <= MOST_BYTES:
+                states[prompt] = features.clone()  # not a view, which would keep all
+        found = [states[each] if each in states else read[each] for each in tokens]
+        return self.prompt_scores(torch.stack(found), chooser.ready)
 
 
 class PromptRouter:
@@ -231,12 +211,7 @@ class PromptRouter:
     dictionary, is shared with others who read prompts with the base.
     """
 
-    def __init__(
-        self,
-        router: ByPrompt,
-        tables: Tables,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
+    def __init__(self, router: ByPrompt, tables: Tables, tokenizer: Tokenizer = None) -> None:
         self.router, self.tables, self.tokenizer = router, tables, tokenizer
         self.ready = router.ready(tables)
         self.states: States | None = None
@@ -247,13 +222,11 @@ class PromptRouter:
         """The names of the experts whose indices a choice has."""
         return self.tables.names
 
-    def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
+    def score(self, prompts: Prompts, base: Base = None) -> Tensor:
         """The score of each prompt and expert, float32 [prompts, E]."""
         return self.router.score(self, prompts, base)
 
-    def choose(
-        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
-    ) -> Choice:
+    def choose(self, prompts: Prompts, base: Base = None, **known: Any) -> Choice:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
         Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
@@ -262,17 +235,14 @@ class PromptRouter:
         """
         return self.router.choose(self, prompts, base, known)
 
-    def with_tables(self, tables: Tables) -> PromptRouter:
-        return PromptRouter(self.router, tables, self.tokenizer)
-
-    def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def tokens(self, prompts: Prompts) -> list[list[int]]:
         """The prompts' tokens. Raises ConfigError for text without a tokenizer."""
         return [
             list(self._needed()(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
             for prompt in prompts
         ]
 
-    def texts(self, prompts: Sequence[Prompt]) -> list[str]:
+    def texts(self, prompts: Prompts) -> list[str]:
         """The prompts as text without special tokens, which is what was embedded of experts'."""
         if self.tokenizer is None and all(isinstance(prompt, str) for prompt in prompts):
             return [str(prompt) for prompt in prompts]

@@ -54,10 +54,7 @@ OURS: Mapping[str, Listed] = {  # in the order of the tables
         2,
     ),
     "arrow": Listed(
-        "arrow:Arrow",
-        "the k experts that would stretch the token's activation most",
-        ("lora",),
-        2,
+        "arrow:Arrow", "the k experts that would stretch the token's activation most", ("lora",), 2
     ),
     "spectr": Listed(
         "spectr:Spectr",
@@ -118,26 +115,15 @@ def listing() -> dict[str, Listed]:
 
 def class_of(router: str) -> type[Router]:
     """The class of a router, named with or without settings. Raises ConfigError without one."""
-    from .router import Router
-
     name = router.partition(":")[0]
     if name in OURS:
         module, _, kind = OURS[name].place.partition(":")
         ours: type[Router] = getattr(importlib.import_module(f".{module}", __package__), kind)
         return ours
-    for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
-        try:
-            theirs = point.load()
-        except Exception as error:  # whatever another package's import may raise
-            package = point.dist.name if point.dist else "another package"
-            raise ConfigError(
-                f"Router {name} can't be loaded from {point.value} of {package}: {error!r:.200}"
-            ) from error
-        if isinstance(theirs, type) and issubclass(theirs, Router) and theirs.name == name:
-            return theirs
-    if name in Router.defined:
-        return Router.defined[name]
-    known = (AUTO, *known_names())
+    others = all_routers()
+    if name in others:
+        return others[name]
+    known = (AUTO, *others)
     raise ConfigError(
         f"router is {shortened(name)}, but must be one of {', '.join(known)}.{closest(name, known)}"
     )
@@ -176,24 +162,17 @@ def read_mixture(text: str) -> dict[str, float]:
                 f"weights:NAME=WEIGHT,NAME=WEIGHT."
             )
         weights[name] = weight
-    return checked_mixture(weights)
-
-
-def checked_mixture(weights: Mapping[str, float]) -> dict[str, float]:
-    """`weights` as plain numbers. Raises ConfigError for any that can't be weights."""
-    for name, weight in weights.items():
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not abs(weight) <= MOST_WEIGHT:
+        if not abs(weight) <= MOST_WEIGHT:
             raise ConfigError(
-                f"The weight of expert {shortened(name)} is {shortened(weight)}, but must be a "
-                f"number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}."
+                f"The weight of expert {shortened(name)} is {weight}, but must be a number from "
+                f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}."
             )
-    return {name: float(weight) for name, weight in weights.items()}
+    return weights
 
 
 def written_mixture(weights: Mapping[str, float]) -> str:
     """`weights` as `read_mixture` reads them."""
-    return ",".join(f"{name}={weight!r}" for name, weight in weights.items())
+    return ",".join(f"{name}={float(weight)!r}" for name, weight in weights.items())
 
 
 def split_routers(texts: Iterable[str]) -> list[str]:

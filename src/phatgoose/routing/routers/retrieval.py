@@ -20,19 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from ...config import EMBEDDING_FORMS, one_of
 from ...errors import PoolError, RoutingError
 from ...experts.expert import Expert
 from ...experts.pool import Pool
 from ...tasks.embeddings import (
-    PAPER_TEXT,
     PROMPT,
     TEXTS,
     embed_texts,
@@ -42,7 +40,7 @@ from ...tasks.embeddings import (
 )
 from ..choices import Choice
 from .phatgoose import Temperature
-from .prompt import OWNERS, ByPrompt, Prompt, PromptRouter, Tables
+from .prompt import OWNERS, Base, ByPrompt, Known, PromptRouter, Prompts, Tables
 from .scores import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
@@ -58,20 +56,14 @@ class Searched(NamedTuple):
     experts: int
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """The unit vectors of texts; RoutingError for too long ones, and for other columns."""
+        """The unit vectors of texts; RoutingError for too long ones."""
         longest = max(map(len, texts), default=0)
         if longest > MOST_CHARACTERS:
             raise RoutingError(
                 f"The base's tokenizer makes {longest} characters of a prompt's tokens, more than "
                 f"the {MOST_CHARACTERS} that are embedded; use a router without an embedder."
             )
-        vectors = embed_texts(texts, self.embedder)
-        if vectors.shape[1] != self.rows.shape[1]:
-            raise RoutingError(
-                f"The experts' embeddings have {self.rows.shape[1]} columns, those of "
-                f"{self.embedder} {vectors.shape[1]}; they are another embedder's."
-            )
-        return vectors
+        return embed_texts(texts, self.embedder)
 
 
 @dataclass(frozen=True)
@@ -81,30 +73,16 @@ class Embeds(ByPrompt):
     needs = ("embeddings",)
     rows: ClassVar[str] = "embeddings"  # the table with what is searched
 
-    @property
-    def embedded(self) -> str:
-        """What is embedded: one of EMBEDDING_FORMS."""
-        return PROMPT
-
     def ready(self, tables: Tables) -> Searched:
         if "embedder" not in tables.info:
             raise RoutingError(f"Router {self.name} needs lookup.embedder in routed.json.")
-        form = tables.info.get("embedding_form", PAPER_TEXT)
-        if form != self.embedded:
-            raise RoutingError(
-                f"This model's embeddings are {TEXTS.get(form, form)}, but router {self.name} "
-                f"compares {TEXTS[self.embedded]}. Measure its experts' embeddings again "
-                f"(phatgoose stats), then compose and save the pool again."
-            )
         embedder = usable_embedder(tables.info["embedder"], self.embedder)
         load_embedder(embedder)  # not with the first prompt
         rows = tables.tensors[self.rows]
         owners = tables.tensors.get(OWNERS, torch.arange(len(rows)))
         return Searched(rows, embedder, owners, len(tables.names))
 
-    def features(
-        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
-    ) -> Tensor:
+    def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
         vectors: Tensor = chooser.ready.embed(chooser.texts(prompts))
         return vectors
 
@@ -128,10 +106,6 @@ class Retrieval(Embeds):
     temperature: Temperature = 0.2
 
     @property
-    def embedded(self) -> str:
-        return self.form
-
-    @property
     def unserved(self) -> str | None:  # type: ignore[override]
         if self.form == PROMPT:
             return None
@@ -150,13 +124,7 @@ class Retrieval(Embeds):
         some = _within_bound(every.owners)
         return every._replace(rows=every.rows[some], owners=every.owners[some])
 
-    def choose(
-        self,
-        chooser: PromptRouter,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None,
-        known: Mapping[str, Any],
-    ) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
             return super().choose(chooser, prompts, base, known)
@@ -218,7 +186,7 @@ def _embeddings(expert: Expert, form: str) -> Tensor:
             f"Expert {expert.name!r} has no {lacks}; run 'phatgoose stats' on it, with "
             f"--task its data, or leave it out."
         )
-    stored = expert.info.embedding_form or PAPER_TEXT  # before it was recorded
+    stored = str(expert.info.embedding_form)
     if stored != form:
         flag = "" if form == PROMPT else f" --embedding-form {form}"
         raise PoolError(

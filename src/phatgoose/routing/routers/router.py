@@ -18,7 +18,6 @@ from ...errors import ConfigError, PoolError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
 from ..choices import NOBODY
-from ..context import RoutingContext
 from ..kernels import native, triton_gpu
 
 if TYPE_CHECKING:
@@ -232,7 +231,7 @@ class Router(Settings):
         constant = self.constant(table)
         if constant is not None:
             weights = constant.expand(len(u), -1)
-            experts = torch.arange(table.E, device=u.device).expand(len(u), -1)
+            experts = torch.arange(table.E, device=u.device).expand_as(weights)
             return RoutingDecision(experts, weights if active is None else weights * active)
         if self.fused and active is None:
             given = u, table.vectors, table.k, table.eps
@@ -245,11 +244,8 @@ class Router(Settings):
             scores = scores.masked_fill(~active, -torch.inf)
         experts = highest(scores, table.k)  # E_t
         chosen = scores.gather(-1, experts)
-        if self.equal:
-            acting = chosen != -torch.inf
-            return RoutingDecision(
-                experts, acting.float() / acting.sum(-1, keepdim=True).clamp(min=1)
-            )
+        if self.equal:  # softmax of equal numbers
+            chosen = torch.where(chosen == -torch.inf, chosen, 0.0)
         weights = chosen.softmax(dim=-1)
         return RoutingDecision(experts, weights if active is None else weights.nan_to_num(0.0))
 
@@ -275,7 +271,7 @@ class SiteRouter(nn.Module):
     position: Tensor
     generator: torch.Generator  # of router random
     vectors: Tensor
-    context: RoutingContext | None = None
+    context: Any = None  # a RoutingContext
 
     def __init__(
         self,
@@ -344,29 +340,22 @@ def check_routing(router: Router, pool: Pool) -> None:
 def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, Any]]) -> None:
     """Raise PoolError where `router` would compare statistics of plain and quantised bases.
 
-    `records` are of all experts, those of `pool` among them. Warns where some don't tell.
+    `records` are of all experts, those of `pool` among them.
     """
     if not {"means", "readings"} & set(router.used(pool)):
         return
-    named: dict[str | None, list[str]] = {}
+    named: dict[str, list[str]] = {}
     for record in records:
-        measured = record.get("measured_in")
-        # bfloat16, float16 and float32 differ by rounding only.
-        kind = one_line(str(measured).partition(", ")[2], 80) or "not quantised"
-        named.setdefault(kind if measured else None, []).append(shortened(record["name"]))
-    kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind)
-    if len(named.keys() - {None}) > 1:
+        if measured := record.get("measured_in"):
+            # bfloat16, float16 and float32 differ by rounding only.
+            kind = one_line(str(measured).partition(", ")[2], 80) or "not quantised"
+            named.setdefault(kind, []).append(shortened(record["name"]))
+    if len(named) > 1:
+        kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items())
         raise PoolError(
             f"Router {router.name} compares the experts' statistics, but they were measured on a "
             f"base in different precisions ({kinds}). Measure those of one kind again, on a base "
             f"of the other: phatgoose stats EXPERT --task ITS-DATA --no-embeddings."
-        )
-    if len(named) > 1:
-        warnings.warn(
-            f"Nothing records in which precision the statistics of {', '.join(named[None])} were "
-            f"measured, but of others ({kinds}). If it differs, wrong experts are chosen: "
-            f"phatgoose stats measures again.",
-            stacklevel=4,
         )
 
 

@@ -19,7 +19,7 @@ from mixed_experts import ordered
 from phatgoose.config import Routing, settings_of
 from phatgoose.errors import PoolError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import detach
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear
 from phatgoose.routing.recording import record
@@ -121,14 +121,8 @@ def test_experts_that_lack_what_it_needs_are_named(name, llama, llama_pool, llam
         with pytest.raises(PoolError, match=message):
             router_of(Routing(name)).check(others)
         with pytest.raises(PoolError, match=message):
-            compose_as_it_is(name, others, llama)
+            compose(others, llama, router=name)
     assert not hasattr(llama.model, "phatgoose")
-
-
-def compose_as_it_is(name: str, pool: Pool, base):
-    from phatgoose.routing.compose import compose
-
-    return compose(pool, base, router=name)
 
 
 @each_router
@@ -165,7 +159,7 @@ def test_the_best_by_score_act_the_first_of_equals_first(name, llama, llama_pool
     """Experts 0 and 2, and 1 and 3, are alike, so that all scores are ties."""
     first, second = with_embeddings(llama_pool).experts[:2]
     twins = [replace(e, info=replace(e.info, name=f"{e.name}b")) for e in (first, second)]
-    model = told(compose_by(name, Pool((first, second, *twins)), llama, k=k))
+    model = told(compose(Pool((first, second, *twins)), llama, router=name, k=k))
     for layer in layers_of(model)[:3]:
         u = random(6, layer.in_features)
         with torch.no_grad():
@@ -316,7 +310,7 @@ def test_a_folder_that_grows_and_shrinks_is_the_one_saved_at_once(name, llama, u
     pool, folder = with_embeddings(uneven), tmp_path / "routed"
 
     def saved(names, folder):
-        model = compose_as_it_is(name, pool.select(names), copy.deepcopy(llama))
+        model = compose(pool.select(names), copy.deepcopy(llama), router=name)
         save(model, folder, overwrite=True)
 
     def assert_same(names):

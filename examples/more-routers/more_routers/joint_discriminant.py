@@ -11,7 +11,7 @@ act; a prompt of one expert's own task leaves next to no weight to the other two
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -24,9 +24,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PARTS, moments_of
 from phatgoose.routing.routers.discriminant import Discriminant, Lines
 from phatgoose.routing.routers.phatgoose import Temperature
-from phatgoose.routing.routers.prompt import Prompt, PromptRouter, Tables
+from phatgoose.routing.routers.prompt import Base, PromptRouter, Prompts, Tables
 from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
 from phatgoose.routing.routers.scores import Scores
+from phatgoose.tasks.embeddings import PROMPT
 from phatgoose.tasks.prompt_passes import PromptReading
 
 
@@ -63,7 +64,7 @@ class JointDiscriminant(Discriminant, Embeds):
         rows = (found.rows[found.owners == z] for z in range(len(pool)))
         own = [moments_of(each[:, None], dtype=torch.float32) for each in rows]  # of one block
         moments = {f"embedded.{part}": torch.cat([each[part] for each in own]) for part in PARTS}
-        info = {"embedder": found.embedder, "embedding_form": self.embedded}
+        info = {"embedder": found.embedder, "embedding_form": PROMPT}
         return Tables(pool.names, {**super().tables(pool).tensors, **moments}, info)
 
     def ready(self, tables: Tables) -> Both:
@@ -76,9 +77,7 @@ class JointDiscriminant(Discriminant, Embeds):
     def prompt_scores(self, features: Tensor, ready: Both) -> Tensor:
         return super().prompt_scores(features, ready.lines)
 
-    def score(
-        self, chooser: PromptRouter, prompts: Sequence[Prompt], base: PreTrainedModel | None
-    ) -> Tensor:
+    def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
         ready, by_base = chooser.ready, super().score(chooser, prompts, base)
         vectors = ready.embedder.embed(chooser.texts(prompts))
         embedded = vectors @ ready.embedded.slopes + ready.embedded.offsets

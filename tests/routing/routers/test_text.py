@@ -122,7 +122,7 @@ def theirs(tmp_path, monkeypatch):
 
 
 def test_a_router_of_another_package_is_one_like_ours(theirs, llama, llama_pool, tmp_path):
-    assert registry.known_names()[-2:] == ["first", "lost"]
+    assert {"first", "lost"} <= set(registry.known_names())
     model = compose(llama_pool, llama, router="first:share=0.25")
     assert composition_of(model).experts == ("e0",)
     save(model, tmp_path / "routed")
@@ -134,7 +134,7 @@ def test_a_router_of_another_package_is_one_like_ours(theirs, llama, llama_pool,
 @pytest.mark.filterwarnings("ignore:phatgoose.routers")
 def test_what_can_not_be_loaded_is_named_and_breaks_nothing_else(theirs):
     with pytest.warns(UserWarning) as warned:  # noqa: PT030
-        assert list(all_routers())[-1] == "first"
+        assert "first" in all_routers()
     said = sorted(str(warning.message) for warning in warned)
     assert "arrow of their-code is left out: ValueError: the name is taken" in said[0]
     assert "lost of their-code is left out" in said[1]

@@ -17,16 +17,14 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from architectures import Tiny, make_tiny, reading_pool, tiny_of
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
-from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
 from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
-from phatgoose.tasks.task import Example, Task
 from phatgoose.training.statistics import mean_activations
 from tiny import assert_same_logits, make_tokenizer
 
@@ -75,9 +73,6 @@ def in_thread(work) -> None:
     thread.join()
 
 
-READERS = {"retrieval", "centroid", "discriminant"}  # by hooks
-
-
 @each_model
 def test_padding_is_recorded_nowhere(name):
     model = tiny_of(name).routed
@@ -95,19 +90,6 @@ def test_padding_is_recorded_nowhere(name):
             got = torch.cat([part[row] for part in weights])
             torch.testing.assert_close(got[real], wanted, rtol=0, atol=2e-4)
             assert not got[~real].any()
-
-
-@each_model
-def test_a_static_cache_is_recorded_like_a_growing_one(name):
-    model = tiny_of(name).routed
-    with record(model) as wanted:
-        answers(model)
-    with record(model) as got:
-        answers(model, cache_implementation="static", disable_compile=True)
-    assert got.real.keys() == wanted.real.keys()
-    for site, masks in wanted.real.items():
-        assert [mask.tolist() for mask in got.real[site]] == [mask.tolist() for mask in masks]
-        torch.testing.assert_close(got.usage()[site], wanted.usage()[site], rtol=0, atol=1e-4)
 
 
 @each_model
@@ -143,23 +125,6 @@ def test_other_threads_are_not_recorded(name):
         answers(model, PROMPTS[1:2])
     assert {passed.grid[0] for passed in inside} == {4}
     assert all(part.shape[0] == 1 for passes in recording.weights.values() for part in passes)
-
-
-def test_a_copy_made_while_recording_is_not_recorded():
-    model = tiny_of("llama").routed
-    with record(model) as recording:
-        answers(copy.deepcopy(model))
-    assert not recording.weights
-
-
-def test_a_base_that_wants_static_caches_is_evaluated_with_experts():
-    task = Task("task", test=tuple(Example(text, "yes") for text in ("one", "another one")))
-    base = base_of("llama")
-    model = compose(tiny_of("llama").pool, base, router="phatgoose")
-    wanted = evaluate(model, task, tokenizer=base.tokenizer, max_new_tokens=5)
-    model.generation_config.cache_implementation = "static"
-    got = evaluate(model, task, tokenizer=base.tokenizer, max_new_tokens=5)
-    assert got.scores == wanted.scores
 
 
 # Routers that choose an expert for a whole input
@@ -203,33 +168,6 @@ def test_threads_have_votes_of_their_own(name):
     for first, each in found.items():
         assert len(each) == 3
         assert all(torch.equal(one, wanted[first]) for one in each)
-
-
-def test_a_copy_votes_with_its_own_model():
-    model = voting("opt")
-    wanted = answers(model)
-    other = copy.deepcopy(model)
-    detach(model)
-    assert_same_logits(answers(other), wanted)
-    assert composition_of(other).context._model is other
-    assert composition_of(other).context is not composition_of(voting("opt")).context
-    detach(other)
-    for module in (*model.modules(), *other.modules()):
-        assert not module._forward_pre_hooks
-
-
-def test_a_pass_that_broke_off_does_not_keep_the_next_from_being_read():
-    model = voting("llama")
-    wanted = answers(model, PROMPTS[1:2])
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        answers(model, PROMPTS[:1])
-    handle.remove()
-    assert torch.equal(answers(model, PROMPTS[1:2]), wanted)
 
 
 @pytest.mark.parametrize("router", ["discriminant", "phatgoose"])

@@ -9,15 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
-from phatgoose.routing.recording import record
 from phatgoose.routing.routers.phatgoose import standardise
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
@@ -102,40 +99,3 @@ def test_a_whole_routed_t5_is_one_graph():
     wanted = logits_of(model, ids, **inputs)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     assert_same_logits(logits_of(compiled, ids, **inputs), wanted)
-
-
-@pytest.fixture
-def small() -> Tiny:
-    """A Llama of one layer."""
-    return Tiny(make_tiny("llama", num_hidden_layers=1))
-
-
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.9"),
-    reason="graphs of torch 2.8 don't see what a thread has of its own",
-)
-def test_an_announced_expert_is_one_graph_with_the_rest(small):
-    scores = {f"e{z}": {"one": z, "other": -z} for z in range(3)}
-    model = compose(small.pool, small.base, router="oracle", scores=scores)
-    compiled, ids = torch.compile(model, fullgraph=True, backend="eager"), make_ids(rows=2)
-    found = []
-    for task in ("one", "other"):
-        composition_of(model).context.use(composition_of(model).context.choose([[]], task=task))
-        found.append(logits_of(compiled, ids, use_cache=False))
-        assert_same_logits(found[-1], logits_of(model, ids, use_cache=False))
-    assert not torch.equal(*found)
-
-
-def test_a_compiled_model_is_recorded_like_its_original(small):
-    model, ids = small.routed, make_ids(rows=2)
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    logits_of(compiled, ids, use_cache=False)
-    with record(model) as wanted:
-        logits_of(model, ids, use_cache=False)
-    with record(compiled) as outer, record(model) as inner:
-        logits_of(compiled, ids, use_cache=False)
-    logits_of(compiled, ids, use_cache=False)
-    for got in (outer, inner):
-        assert got.weights.keys() == wanted.weights.keys()
-        for site, passes in wanted.weights.items():
-            assert torch.equal(torch.cat(got.weights[site]), torch.cat(passes))

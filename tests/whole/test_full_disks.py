@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 
 from changed_adapters import adapter_of
-from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
-from phatgoose.training.train_expert import train_gates
-from small_disks import FEW, TASK, everything, mount, told, train
+from small_disks import everything, mount, told, train
 
 
 @pytest.fixture
@@ -59,15 +56,6 @@ def test_a_full_disk_leaves_no_half_of_anything(disk, llama_pool, llama, tmp_pat
     assert everything(folder) > {"expert", "import", "routed"}
 
 
-def test_an_expert_is_kept_when_there_is_no_space_for_its_successor(disk, llama_pool):
-    folder = disk(60)
-    kept = llama_pool.experts[0].save(folder / "expert")
-    before = {path.name: path.read_bytes() for path in kept.directory.iterdir()}
-    assert "No space left" in told(lambda: kept.save(folder / "expert", overwrite=True))
-    assert {path.name: path.read_bytes() for path in kept.directory.iterdir()} == before
-    assert everything(folder) == {"expert", *(f"expert/{name}" for name in before)}
-
-
 def test_training_on_a_full_disk_is_told_and_goes_on_when_there_is_space(disk, llama, tmp_path):
     whole = train(llama, tmp_path / "whole")
     sizes = [8, 40, 120]
@@ -83,23 +71,3 @@ def test_training_on_a_full_disk_is_told_and_goes_on_when_there_is_space(disk, l
     }
     for file in ("adapter_model.safetensors", "phatgoose.safetensors"):
         assert (expert.directory / file).read_bytes() == (whole.directory / file).read_bytes()
-
-
-def test_read_only_folders_are_told(disk, llama_pool, llama, tmp_path):
-    folder = disk(1000)
-    kept = llama_pool.experts[0].save(folder / "kept")
-    adapter = adapter_of(kept.directory, tmp_path / "adapter")
-    mount(folder, "-o", "remount,ro")
-    before = everything(folder)
-    for action in (
-        lambda: kept.save(folder / "expert"),
-        lambda: kept.save(folder / "kept", overwrite=True),
-        lambda: import_adapter(adapter, folder / "import"),
-        lambda: train_gates(llama, kept.directory, TASK, out=folder / "gated", **FEW),
-        lambda: save(compose(llama_pool, llama, router="phatgoose"), folder / "routed"),
-        lambda: Pool.open(folder).write_manifest(folder / "pool.json"),
-    ):
-        assert "Read-only file system" in told(action)
-    assert everything(folder) == before
-    assert check_expert(kept.directory) == []
-    assert Expert.load(kept.directory).name == kept.name

@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from architectures import random_expert, reading_pool
-from batched import GREEDY, alone, prompt_of
 from other_encoders import make_other
-from phatgoose.analysis.analyse import analyse
-from phatgoose.analysis.report import write_report
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
@@ -23,7 +19,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Example
 from phatgoose.training.statistics import mean_activations
 from scored_tasks import CHOICE_TASK, naive_scores
 from tiny import logits_of, make_tokenizer
@@ -50,16 +46,6 @@ def test_choices_are_scored(base, routed):
         assert prediction.scores == pytest.approx(naive_scores(routed, base, example), abs=1e-4)
 
 
-def test_the_server_answers_and_tells_who_did(base, routed):
-    runner = ModelRunner(routed, base.tokenizer)
-    runner.ends = frozenset()
-    row = alone(runner, prompt_of(1), GREEDY)
-    ids = torch.tensor([prompt_of(1)])
-    options = {"max_new_tokens": GREEDY.max_tokens, "do_sample": False}
-    wanted = routed.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert row.generated == wanted[0, 1:].tolist()
-
-
 def test_sites_that_see_some_tokens_are_left_out_of_what_is_told_of_tokens(base, routed):
     encoder = Encoder(base.tokenizer, is_encoder_decoder=True)
     whole = Counter(layer.site.stream for layer in composition_of(routed).layers.values())
@@ -67,12 +53,6 @@ def test_sites_that_see_some_tokens_are_left_out_of_what_is_told_of_tokens(base,
         assert len(stream.tokens) == len(stream.experts)
         if base.model.config.model_type == "switch_transformers":  # one expert for each token
             assert 0 < len(stream.sites) < whole[stream.name]
-
-
-def test_it_is_analysed(base, routed, tmp_path):
-    tasks = [Task(name, test=(Example(f"{name} {name}", "b"),)) for name in ("one", "two")]
-    found = analyse(routed, tasks, tokenizer=base.tokenizer)
-    assert write_report(found, tmp_path).is_file()
 
 
 @pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)

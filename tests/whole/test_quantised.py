@@ -8,13 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from oracle import naively_routed
 from phatgoose.base import Base, fingerprint, load_base, number_format, quantisation
-from phatgoose.errors import WrongBaseError
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved import load, save
 from phatgoose.sites import find_sites, replace_module
@@ -72,14 +69,6 @@ def test_a_pool_routes_over_quantised_linears(quantised, llama_pool, tmp_path):
     assert_same_logits(logits_of(again, ids), wanted)
 
 
-def test_merged_experts_stay_factors_over_a_weight_they_can_not_be_folded_into(quantised, pool_of):
-    pool, base, ids = pool_of("llama", (4,) * 9), quantised(), make_ids()
-    alone = logits_of(base.model, ids)
-    model = compose(pool, base, router="merged")
-    assert not torch.allclose(logits_of(model, ids), alone, atol=1e-3)
-    assert torch.equal(logits_of(detach(model), ids), alone)
-
-
 def test_a_model_that_came_quantised_is_taken_on_trust_with_a_warning(quantised, llama_pool):
     with pytest.warns(UserWarning, match=r"is quantised \(\w+\), so its weights can't be held"):
         model = compose(llama_pool, quantised().model, router="phatgoose")
@@ -92,10 +81,3 @@ def test_a_quantised_model_is_told_from_the_plain_one(quantised, llama):
     assert quantisation(model)
     assert number_format(model) == f"torch.float32, {quantisation(model)}"
     assert fingerprint(model) == fingerprint(quantised().model) != llama.fingerprint
-
-
-def test_a_plain_base_of_other_weights_is_refused_as_ever(base_folders, llama_pool):
-    base = load_base(base_folders["llama"], dtype="float32").model
-    nn.init.ones_(base.get_input_embeddings().weight)
-    with pytest.raises(WrongBaseError, match="The base of the experts"):
-        compose(Pool(llama_pool.experts), base, router="phatgoose")

@@ -86,13 +86,6 @@ def test_experts_act_from_a_prompts_end_on(mamba):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_tokens_are_recorded_as_they_come(mamba):
-    model = routed(mamba)
-    with record(model) as recording:
-        tokens = generated(model)
-    assert len(recording.by_token()) == tokens.shape[1] - 1
-
-
 def test_a_model_that_reads_padding_is_refused():
     config = AutoConfig.for_model("rwkv", **IDS, **RWKV)
     with pytest.raises(BaseModelError, match="type rwkv read padding as if it were text"):

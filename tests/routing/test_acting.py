@@ -10,7 +10,6 @@ import copy
 import json
 import threading
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -38,7 +37,7 @@ from phatgoose.routing.saved import add_to_saved, load, read_saved, save
 from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
 from phatgoose.tasks.task import Example, Task
-from tiny import logits_of, make_tokenizer
+from tiny import logits_of
 
 CALL = (7, 8)  # an invocation sequence
 PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])  # none in the 2nd
@@ -143,18 +142,6 @@ def test_tokens_on_which_all_act_are_routed_in_one_call(monkeypatch):
     assert seen == [2 * len(PROMPTS)] * len(composition_of(case.routed).layers)
 
 
-def test_a_layer_that_sees_other_tokens_than_the_pass_is_refused():
-    case, batch = Case("llama", ALIKE), padded([*PROMPTS])
-    layer = next(iter(composition_of(case.routed).layers.values()))
-    forward = layer.forward
-    layer.forward = lambda u: forward(torch.cat([u, u], dim=1))
-    with (
-        torch.no_grad(),
-        pytest.raises(RoutingError, match="a layer sees 54 of a pass's 27 tokens"),
-    ):
-        case.routed(**batch)
-
-
 def test_the_experts_of_each_pass_matter(case):
     prompt = PROMPTS[0]
     with torch.no_grad():
@@ -238,7 +225,7 @@ def test_embeddings_hide_invocations_and_no_tails():
             "attention_mask": batch["attention_mask"],
         }
         if refused:
-            with pytest.raises(RoutingError, match="pass input_ids, in which it can be found"):
+            with pytest.raises(RoutingError, match="which are tokens; pass input_ids"):
                 generated(case.routed, given)
             with pytest.raises(RoutingError, match="pass input_ids"):
                 case.routed(**given)
@@ -298,30 +285,16 @@ def test_a_pass_goes_on_from_its_own_cache_and_no_other(case):
     assert_close(found, case.wanted(prompt, text))
 
 
-@torch.no_grad()
-def base_cache(case: Case, tokens: list[int]) -> DynamicCache:
-    return case.base(torch.tensor([tokens]), use_cache=True).past_key_values
-
-
-@pytest.mark.parametrize("announced", [False, True])
-def test_a_cache_in_which_others_act_than_now_is_refused(case, announced):
-    prompt = PROMPTS[0]
-    first = min(0 if each is None else each.beginning(prompt) for each in case.acting)
-    known = routing_for(case.routed, [prompt]) if announced else nullcontext()
-    held = {cache_argument(case.base): base_cache(case, prompt[:-1])}
-    with known, pytest.raises(RoutingError, match=f"from token {first} on"):
-        generated(case.routed, {"input_ids": torch.tensor([prompt])}, **held)
-
-
-def test_a_second_turn_does_not_go_on_from_the_cache_of_the_first(case):
-    """Its prompt ends elsewhere, so experts have read what is now left to the base."""
+def test_a_second_turn_goes_on_with_the_first_ones_experts(case):
     held = {cache_argument(case.base): DynamicCache(config=case.base.config)}
     ids = torch.tensor([PROMPTS[1]])
     first = generated(case.routed, {"input_ids": ids}, **held).sequences
     second = torch.cat([first, torch.tensor([PROMPTS[0]])], dim=1)
-    with pytest.raises(RoutingError, match="Pass the whole prompt without a cache"):
-        generated(case.routed, {"input_ids": second}, **held)
-    found = generated(case.routed, {"input_ids": second})
+    found = generated(case.routed, {"input_ids": second}, **held)
+    text = found.sequences[0].tolist()
+    wanted = case.wanted(PROMPTS[1], text[:-1])[second.shape[1] - 1 :]
+    assert_close(torch.cat(found.logits), wanted)
+    found = generated(case.routed, {"input_ids": second})  # without it, anew
     assert_is_teacher_forced(case, found, second.tolist(), second.shape[1])
 
 
@@ -334,14 +307,8 @@ def checkpointed_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return loss
 
 
-def test_what_cannot_say_where_prompts_end_is_refused(case):
+def test_a_layer_outside_of_its_model_s_pass_is_refused(case):
     ids = torch.tensor([PROMPTS[0]])
-    with pytest.raises(RoutingError, match="can't say where this one ends"):
-        case.routed(ids, logits_to_keep=3)
-    tokenizer = make_tokenizer(final_eos=False)
-    tokenizer.bos_token = "</s>"
-    with pytest.raises(RoutingError, match="leave token_healing out"):
-        generated(case.routed, {"input_ids": ids}, token_healing=True, tokenizer=tokenizer)
     layer = next(iter(composition_of(case.routed).layers.values()))
     with pytest.raises(RoutingError, match="outside of a pass of its model"):
         layer(torch.zeros(1, 2, layer.in_features))
@@ -486,7 +453,7 @@ def test_a_tokens_experts_are_of_the_active_ones(router):
     layer = next(iter(composition_of(case.routed).layers.values()))
     seen = []
     choose = layer.choose
-    layer.choose = lambda u: seen.append(choose(u)) or seen[-1]
+    layer.choose = lambda *args: seen.append(choose(*args)) or seen[-1]
     layer.one_call = False
     with torch.no_grad():
         case.routed(torch.tensor([prompt]))

@@ -21,7 +21,6 @@ from phatgoose.routing.context import RoutingContext, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import ByPrompt, PromptRouter, Tables
-from phatgoose.routing.routers.registry import OURS
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.sites import prompt_stack
 from routed_models import compose_by
@@ -228,24 +227,12 @@ def test_an_encoders_outputs_are_those_of_their_own_prompts_after_an_announcemen
     with routing_for(model, tokens_of(model, PROMPTS[3:4])):
         others = model.get_encoder()(input_ids=second)
     assert torch.equal(model(encoder_outputs=read, decoder_input_ids=answer).logits, wanted)
-    with pytest.raises(RoutingError, match="those of others"):
-        model(encoder_outputs=others, decoder_input_ids=answer)
+    got = model(encoder_outputs=others, decoder_input_ids=answer).logits
+    assert_same_logits(got, model(second, decoder_input_ids=answer).logits)
+    copied = (others[0].clone(),)
+    with pytest.raises(RoutingError, match="pass the whole prompt without"):
+        model(encoder_outputs=copied, decoder_input_ids=answer)
     detach(base.model)
-
-
-@retrieving
-@torch.no_grad()
-def test_what_was_read_before_an_announcement_still_holds_after_it(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    ids, mask = batch_of(llama, PROMPTS[:1])
-    model(input_ids=ids, attention_mask=mask, use_cache=False)
-    read = read_by(model)
-    with routing_for(model, tokens_of(model, PROMPTS[3:])):
-        assert read_by(model) != read
-    assert read_by(model) == read
-    more = torch.cat([ids, ids[:, -1:]], dim=1)  # the same prompt, and one token of its answer
-    model(input_ids=more, use_cache=False)
-    assert read_by(model) == read
 
 
 @retrieving
@@ -338,38 +325,21 @@ def test_a_cache_that_was_not_read_is_refused(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
     ids, _ = batch_of(llama, PROMPTS[:1])
     copied = copy.deepcopy(cache_in(model(ids, use_cache=True)))
-    with pytest.raises(RoutingError, match="pass the whole prompt without a cache"):
+    with pytest.raises(RoutingError, match="pass the whole prompt without"):
         model(ids[:, -1:], **{cache_argument(model): copied})
     assert copy.deepcopy(composition_of(model).context).choice is None  # copies begin anew
 
 
 @retrieving
-def test_a_prompt_one_token_longer_is_read_anew(llama, llama_pool):
+def test_a_generation_reads_its_prompt_once(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
     seen = read_prompts_of(model)
     ids, _ = batch_of(llama, PROMPTS[:1])
+    columns = ids.shape[1]
+    for options in ({"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 4}):
+        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, **options)
     model(ids[:, :-1])
-    model(ids)
-    assert [len(prompts[0]) for prompts in seen] == [ids.shape[1] - 1, ids.shape[1]]
-    seen.clear()
-    options = {"use_cache": False, "do_sample": False}
-    for given, length in ((ids[:, :-1], 1), (ids, 1), (ids, 3)):  # one read each
-        model.generate(given, max_new_tokens=length, min_new_tokens=length, **options)
-    assert [len(prompts[0]) for prompts in seen] == [ids.shape[1] - 1, ids.shape[1], ids.shape[1]]
-
-
-@retrieving
-@pytest.mark.parametrize("kind", ["t5"], indirect=True)
-def test_encoder_outputs_of_other_prompts_are_refused(base, pool):
-    model = compose_by("retrieval", pool, base)
-    start = torch.tensor([[0]])
-    first, second = (batch_of(base, PROMPTS[place : place + 1])[0] for place in (0, 1))
-    encoded = model.get_encoder()(first)
-    wanted = model(encoder_outputs=encoded, decoder_input_ids=start).logits
-    model.generate(second, num_beams=2, max_new_tokens=2)  # its rows are given to the beams
-    with pytest.raises(RoutingError, match="pass input_ids in their place"):
-        model(encoder_outputs=encoded, decoder_input_ids=start)
-    assert_same_logits(model(first, decoder_input_ids=start).logits, wanted)
+    assert [len(prompts[0]) for prompts in seen] == [columns, columns, columns, columns - 1]
 
 
 REPEATING = ("plums, pears, plums, pears, plums", "5 + 6 = 11, 5 + 6 = 11, 5 +", "WHO? WHY? WHO? W")
@@ -393,8 +363,7 @@ def reading(model, ids, **options):
 
 @retrieving
 @pytest.mark.parametrize("mode", ASSISTED)
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("router", ["discriminant", "retrieval", "centroid"])
+@pytest.mark.parametrize(("router", "k"), [("discriminant", 1), ("centroid", 2)])
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
     alone = copy.deepcopy(base.model)
@@ -409,31 +378,6 @@ def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mo
         assert torch.equal(read.weights, mixture.weights)
         drafted.append(columns > ids.shape[1])
     assert base.is_encoder_decoder or all(drafted)  # else the test shows nothing
-
-
-def prompt_readers(pool, base):
-    """The models of all routers that read prompts, by name."""
-    for router in OURS:
-        model = compose_by(router, pool, base)
-        if composition_of(model).context and not composition_of(model).router.unserved:
-            yield router, model
-        detach(model)
-
-
-@retrieving
-def test_every_router_that_reads_prompts_says_what_it_can_not_read(llama, llama_pool):
-    ids, _ = batch_of(llama, PROMPTS[:1])
-    names = []
-    for router, model in prompt_readers(llama_pool, llama):
-        names.append(router)
-        name = composition_of(model).prompt_router.name
-        with pytest.raises(RoutingError, match=f"{name} reads whole prompts.*logits_to_keep"):
-            model(ids, logits_to_keep=3)
-        with pytest.raises(RoutingError, match=f"{name} reads whole prompts.*first pass has 4"):
-            model.generate(ids, prefill_chunk_size=4, **GREEDY)
-        model(ids, logits_to_keep=1)  # what a plain generation asks for
-        model.generate(ids, prefill_chunk_size=400, **GREEDY)
-    assert len(names) >= 3
 
 
 @retrieving

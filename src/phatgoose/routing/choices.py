@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from ..errors import RoutingError
 
 NOBODY = -1  # stands among experts for none: the base's own output
 
@@ -33,12 +32,11 @@ class Choice:
     @classmethod
     def joined(cls, parts: Iterable[Choice]) -> Choice:
         """The rows of all `parts`, at least one, in turn; where k differs, NOBODY fills rows up."""
-        held = list(parts)
-        k = max((part.experts.shape[-1] for part in held), default=0)
-        missing = [(0, k - part.experts.shape[-1]) for part in held]
-        pairs = list(zip(held, missing, strict=True))
-        experts = [pad(part.experts, room, value=NOBODY) for part, room in pairs]
-        return cls(torch.cat(experts), torch.cat([pad(part.weights, room) for part, room in pairs]))
+        choices = list(parts)
+        k = max((each.experts.shape[-1] for each in choices), default=0)
+        rooms = [(each, (0, k - each.experts.shape[-1])) for each in choices]
+        experts = [pad(each.experts, room, value=NOBODY) for each, room in rooms]
+        return cls(torch.cat(experts), torch.cat([pad(each.weights, room) for each, room in rooms]))
 
     def lone(self) -> Tensor | None:
         """The expert of each row [rows], where each has one of weight 1; else None."""
@@ -124,46 +122,48 @@ class PromptRouting:
         return [self.of([row]) for row in range(rows)]
 
 
+class Acting(NamedTuple):
+    """Where the experts of a site act in a pass of T tokens.
+
+    `mask` [T, E] says where each does, None for all of them everywhere. If that is at most a half
+    of the tokens, `places` are those where any acts, and `mask_there` is the mask at these.
+    """
+
+    mask: Tensor | None = None
+    places: Tensor | None = None
+    mask_there: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Activity:
     """Where in a pass the experts of `acting` act: `mask` [tokens, 1 + acting].
 
-    Column 0 is that of experts that always act. `whole` and `partly` tell for each column whether
-    it is all True, and whether any of it is.
+    Column 0 is that of experts that always act.
     """
 
     mask: Tensor
-    whole: tuple[bool, ...]
-    partly: tuple[bool, ...]
-    _places: dict[tuple[int, ...], tuple[Tensor, bool] | None] = field(
-        default_factory=dict, repr=False
-    )
+    _at: dict[tuple[int, ...], Acting] = field(default_factory=dict, repr=False)
 
-    def places(self, columns: tuple[int, ...]) -> tuple[Tensor, bool] | None:
-        """The tokens on which an expert of `columns` acts, and whether all of these act there.
-
-        None if that is more than a half of the tokens.
-        """
-        if columns not in self._places:  # all sites of a pass ask for the same
-            acts = self.mask[:, list(columns)]
-            found = acts.any(dim=1).nonzero()[:, 0]
-            few = 2 * len(found) <= len(self.mask)
-            self._places[columns] = (found, bool(acts[found].all())) if few else None
-        return self._places[columns]
+    def at(self, columns: tuple[int, ...]) -> Acting:
+        """Where a site's experts act, which have these columns."""
+        if columns not in self._at:  # many sites of a pass ask for the same
+            mask = self.mask[:, list(columns)]
+            if bool(mask.all()):
+                self._at[columns] = Acting()
+                return self._at[columns]
+            places = mask.any(dim=1).nonzero()[:, 0]
+            there = mask[places]
+            few = 2 * len(places) <= len(mask)
+            self._at[columns] = Acting(
+                mask, places if few else None, None if bool(there.all()) else there
+            )
+        return self._at[columns]
 
     @classmethod
     def of(cls, positions: Tensor, begin: Tensor) -> Activity:
         """Of tokens at `positions` [rows, columns], `begin` [rows or tokens, acting]."""
         rows, columns = positions.shape
-        if len(begin) != rows * columns:
-            times, rest = divmod(rows, len(begin))  # beams repeat rows
-            if rest or not times:
-                raise RoutingError(
-                    f"{rows} rows can't be shared out to {len(begin)} prompts, at whose end some "
-                    f"experts begin to act."
-                )
-            begin = begin.repeat_interleave(times * columns, dim=0)
+        if len(begin) != rows * columns:  # beams repeat rows
+            begin = begin.repeat_interleave(rows // len(begin) * columns, dim=0)
         acts = positions.reshape(-1, 1) >= begin.to(positions.device)
-        mask = torch.cat([torch.ones_like(acts[:, :1]), acts], dim=1)
-        whole, partly = torch.stack([mask.all(dim=0), mask.any(dim=0)]).tolist()
-        return cls(mask, tuple(whole), tuple(partly))
+        return cls(torch.cat([torch.ones_like(acts[:, :1]), acts], dim=1))

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import RoutingError
 from ..experts.lora import LoraStack
 from ..sites import Site
+from .choices import Acting
 from .context import RoutingContext, uncompiled
 from .kernels import choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
@@ -88,7 +89,6 @@ class RoutedLinear(RoutedLayer):
     router: Any  # a SiteRouter
     A: Tensor
     B: Tensor
-    activity_columns: Tensor
 
     def __init__(
         self,
@@ -100,15 +100,12 @@ class RoutedLinear(RoutedLayer):
         context: RoutingContext | None = None,
         columns: Sequence[int] = (),
     ) -> None:
-        """Where some of the experts act from a prompt's end on, `columns` are those of all experts
-        here in the `context`'s Activity.
+        """`columns` are those of all experts here in the `context`'s `Activity`.
+
+        Without any of them but 0, all experts act on all tokens.
         """
         super().__init__(base, site, stack.experts)
-        self.context = context if any(columns) else None
-        self.columns = tuple(sorted(set(columns)))
-        if self.context is not None:
-            held = torch.tensor(columns, device=stack.experts.device)
-            self.register_buffer("activity_columns", held, persistent=False)
+        self.context, self.columns = context, tuple(columns) if any(columns) else ()
         self.router, self.kernel = router, kernel
         self.part_types = {name: type(part) for name, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
@@ -136,11 +133,27 @@ class RoutedLinear(RoutedLayer):
             for name, part in self.part_types.items()
         }
 
-    def choose(self, u: Tensor) -> RoutingDecision:
-        """The experts of each token of u [.., n] and their weights; calls the watches back."""
-        tokens = u.reshape(-1, u.shape[-1])
-        active = self._active(len(tokens)) if self.context is not None else None
-        decision: RoutingDecision = self.router(tokens, active)
+    @uncompiled
+    def _acting(self, device: torch.device) -> Acting:
+        acting = self.context.acting_at(self.columns) if self.context else Acting()
+        if watches_over(self, self.site):  # who want to see every token
+            acting = acting._replace(places=None)
+        return Acting(*(None if each is None else each.to(device) for each in acting))
+
+    def choose(self, u: Tensor, acting: Acting | None = None) -> RoutingDecision:
+        """The experts of each token of u [.., n] and their weights; calls the watches back.
+
+        Where few tokens have any that act, of these alone.
+        """
+        acting = acting or (self._acting(u.device) if self.columns else Acting())
+        tokens, places = u.reshape(-1, u.shape[-1]), acting.places
+        if places is not None and self.router.router.by_token:
+            # Not one token more: gates of many experts cost as much as the rest of the layer.
+            few: RoutingDecision = self.router(tokens[places], acting.mask_there)
+            return few
+        decision: RoutingDecision = self.router(tokens, acting.mask)
+        if places is not None:
+            return RoutingDecision(decision.experts[places], decision.weights[places])
         if watches := watches_over(self, self.site):
             chosen, router = self.experts[decision.experts], self.router
             for watch in watches:
@@ -149,73 +162,31 @@ class RoutedLinear(RoutedLayer):
                 )
         return decision
 
-    @uncompiled
-    def _active(self, tokens: int) -> Tensor | None:
-        return self.context.active(self.activity_columns, tokens) if self.context else None
-
-    @uncompiled
-    def _rests(self) -> bool:
-        """True where no expert acts in this pass and no one watches the layer."""
-        if self.context is None or self.context.acts(self.columns):
-            return False
-        return not watches_over(self, self.site)
-
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]; the formula above."""
-        if self.router.idle or (self.context is not None and self._rests()):
+        if self.context is not None and self.context.no_expert_acts:
             y: Tensor = self.base(u)
             return y
+        acting = self._acting(u.device) if self.columns else Acting()
         if not self.is_plain:
-            return self._all_parts(u)
+            return self._all_parts(u, acting)
         y = self.base(u)
-        if self.context is not None and (changed := self._changed_at_ends(y, u)) is not None:
-            return changed
-        if self.one_call and self._acts_alike(u) and self._added_in_one_call(y, u):
-            return y
-        decision = self.choose(u)
-        tokens = u.reshape(-1, u.shape[-1]).to(self.A.dtype)
-        delta = self._product(tokens, decision.experts, decision.weights, self.A, self.B)
-        return y + delta.view(y.shape).to(y.dtype)
-
-    @uncompiled
-    def _changed_at_ends(self, y: Tensor, u: Tensor) -> Tensor | None:
-        """What the experts make of y where few tokens have any that act; None where many have."""
-        context, tokens = self.context, u.reshape(-1, u.shape[-1])
-        found = None if context is None else context.places(self.columns, len(tokens))
-        if context is None or found is None or watches_over(self, self.site):
-            return None
-        places, all_act = found[0].to(u.device), found[1]
-        by_token, flat = self.router.router.by_token, y.reshape(-1, y.shape[-1])
-        some = tokens[places]
-        if all_act and by_token and self.one_call:
-            changed = flat[places]
-            if self._added_in_one_call(changed, some):
-                return flat.index_copy_(0, places, changed).view(y.shape)
-        decision = self._decision_at(context, tokens, places, all_act)
-        delta = self._product(
-            some.to(self.A.dtype), decision.experts, decision.weights, self.A, self.B
-        )
+        places, tokens, rows = acting.places, u, y
+        if places is not None:
+            if not len(places):
+                return y
+            flat = y.reshape(-1, y.shape[-1])
+            tokens, rows = u.reshape(-1, u.shape[-1])[places], flat[places]
+        acts_alike = (acting.mask if places is None else acting.mask_there) is None
+        if acts_alike and self.one_call and self._added_in_one_call(rows, tokens):
+            return y if places is None else flat.index_copy_(0, places, rows).view(y.shape)
+        decision = self.choose(u, acting)
+        inputs = tokens.reshape(-1, tokens.shape[-1]).to(self.A.dtype)
+        delta = self._product(inputs, decision.experts, decision.weights, self.A, self.B)
+        if places is None:
+            return y + delta.view(y.shape).to(y.dtype)
         add = flat.index_add if y.requires_grad else flat.index_add_
         return add(0, places, delta.to(y.dtype)).view(y.shape)
-
-    def _decision_at(
-        self, context: RoutingContext, tokens: Tensor, places: Tensor, all_act: bool
-    ) -> RoutingDecision:
-        router, by_token = self.router, self.router.router.by_token
-        # Not one token more: gates of many experts cost as much as the rest of the layer.
-        some = tokens[places] if by_token else tokens
-        active = None
-        if not (by_token and all_act):
-            here = places if by_token else None
-            active = context.active(self.activity_columns, len(tokens), here)
-        decision: RoutingDecision = router(some, active)
-        if by_token:
-            return decision
-        return RoutingDecision(decision.experts[places], decision.weights[places])
-
-    def _acts_alike(self, u: Tensor) -> bool:
-        """Whether all experts of the layer act on all tokens of the pass."""
-        return self.context is None or self._active(u[..., 0].numel()) is None
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
         router, A, B = self.router, self.A, self.B
@@ -229,8 +200,8 @@ class RoutedLinear(RoutedLayer):
         add_routed(y, u, vectors, A, B, k, router.eps)
         return True
 
-    def _all_parts(self, u: Tensor) -> Tensor:
-        parts, decision = self._parts(), self.choose(u)
+    def _all_parts(self, u: Tensor, acting: Acting) -> Tensor:
+        parts, decision = self._parts(), self.choose(u, acting._replace(places=None))
         chosen = {name: self._among(name, decision) for name in parts}
         scaled = u
         for name, part in parts.items():

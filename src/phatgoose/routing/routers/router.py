@@ -264,7 +264,7 @@ class SiteRouter(nn.Module):
     """A router at one site, where E experts of the pool act: its table, and where they are.
 
     `members` [E] are their indices in the pool, `position` [pool_size + 1] the other way round.
-    The `context` has the choice for whole prompts, and whether any expert acts at all.
+    The `context` has the choice for whole prompts.
     """
 
     members: Tensor
@@ -294,11 +294,6 @@ class SiteRouter(nn.Module):
         for name, tensor in {**table, "members": members, "position": position}.items():
             self.register_buffer(name, tensor, persistent=False)
         self.restart()
-
-    @property
-    def idle(self) -> bool:
-        """Whether no expert acts in the present pass, whatever its tokens are."""
-        return self.context is not None and self.context.no_expert_acts
 
     def forward(self, u: Tensor, active: Tensor | None = None) -> RoutingDecision:
         return self.router.decision(u, self, active)

@@ -176,11 +176,6 @@ class Lora(Peft):
     ] = None
     init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
-    lora_dropout: Annotated[
-        float,
-        "Share of a LoRA's inputs that training sets to zero.",
-        Limit("from 0 to below 1", lambda value: 0 <= value < 1),
-    ] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

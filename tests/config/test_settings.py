@@ -47,7 +47,7 @@ DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for
 
 NAN = float("nan")
 OUT_OF_RANGE = {
-    Lora: {"rank": [0], "alpha": [0.0, 10**400], "init_std": [-0.1], "lora_dropout": [1.0, -0.1]},
+    Lora: {"rank": [0], "alpha": [0.0, 10**400], "init_std": [-0.1]},
     Bottleneck: {"placement": ["parallel"], "activation": ["tanh"], "size": [0], "scale": [0.0]},
     Training: {
         **{name: [0] for name in ("steps", "micro_batch_size", "eval_every", "eval_examples")},

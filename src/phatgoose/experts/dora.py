@@ -191,11 +191,9 @@ class _ScaledOutputs(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         B = module.scaling[active_adapter] * B.float()
         m = module.lora_magnitude_vector[active_adapter].weight
         g = row_scales(base, A, B, m)
-        u = module.lora_dropout[active_adapter](x)
-        y = result if u is x else base(u)  # dropout is on W u too, as in PEFT
-        y = y if base.bias is None else y - base.bias
+        y = result if base.bias is None else result - base.bias
         gate = lora_A._parameters.get("gate")
-        strength: Any = where_active(1.0 if gate is None else openness(u, gate), x)
+        strength: Any = where_active(1.0 if gate is None else openness(x, gate), x)
         scaled = (result + strength * (g - 1) * y).to(x.dtype)
-        h = strength * functional.linear(u, A)
+        h = strength * functional.linear(x, A)
         return plus_product(scaled, h, (g[:, None] * B).to(x.dtype))

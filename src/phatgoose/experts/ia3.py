@@ -200,7 +200,6 @@ class OutputScalingStack(ScalingStack):
 
 class NewScalings(NewModules):
     dtype = torch.float32
-    acts_from_ends = True
 
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
         kind = model.config.model_type

@@ -306,15 +306,14 @@ class NewModules(ABC):
 
     `dtype` is what they are stored in, None that of each one's layer (`dtype_at`).
 
-    `acts_from_ends` says that in training their strength passes `where_active`, so that an expert
-    can act from its prompts' end on, `on_packed` that they can be trained on quantised weights.
-    `copies` says how often their parameters are in the files.
+    In training their strength passes `where_active`, so that an expert can act from its prompts'
+    end on. `on_packed` says that they can be trained on quantised weights, `copies` how often their
+    parameters are in the files.
     """
 
     dtype: ClassVar[torch.dtype | None] = None
     copies: ClassVar[int] = 1
     on_packed: ClassVar[bool] = True
-    acts_from_ends: ClassVar[bool] = False
 
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:
         """The pattern of sites for settings that name none; None for all sites."""
@@ -333,8 +332,6 @@ class NewModules(ABC):
 
 class NewLayers(NewModules):
     """New modules as layers of our own, made of named parameters."""
-
-    acts_from_ends = True
 
     @abstractmethod
     def initial(self, settings: Any, site: Site) -> dict[str, Tensor]:

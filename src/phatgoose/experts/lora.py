@@ -253,7 +253,6 @@ def widened(tensor: Tensor, width: int) -> Tensor:
 
 
 class NewLoras(NewModules):
-    acts_from_ends = True
     use_dora: ClassVar[bool] = False
 
     def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
@@ -267,7 +266,6 @@ class NewLoras(NewModules):
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-            lora_dropout=settings.lora_dropout,
             use_dora=self.use_dora,
             **peft_options(base, sites),
         )
@@ -316,8 +314,7 @@ class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        u = module.lora_dropout[active_adapter](x)
-        h: Any = where_active(module.scaling[active_adapter] * module.lora_A[active_adapter](u), x)
+        h: Any = where_active(module.scaling[active_adapter] * module.lora_A[active_adapter](x), x)
         return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
 
 

@@ -110,15 +110,9 @@ def test_the_suites_have_the_papers_datasets_in_its_order():
         *("ropes", "quoref", "duorc", "adversarial_qa")
     }
     assert metrics["samsum"] == metrics["hotpot_qa"] == ("rouge-l",)
-
-
-def test_training_examples_are_rows_times_templates_up_to_the_limit():
-    counts = {entry.name: entry.train_examples for entry in t0_held_in().entries}
-    assert counts["mrpc"] == 3668 * 7
-    assert counts["trec"] == 5452
-    assert counts["wiki_hop"] == 43738 * 9
+    counts = {entry.name: entry.train_examples for entry in suite.entries}
+    assert (counts["mrpc"], counts["wiki_hop"]) == (3668 * 7, 43738 * 9)
     assert counts["paws"] == counts["gigaword"] == counts["app_reviews"] == 500_000
-    assert 500_000 < 49401 * 11
 
 
 def mrpc_templates(written):
@@ -192,40 +186,42 @@ def test_a_large_validation_split_is_sampled_then_templates_take_turns(
     assert [text[-1] for text in inputs] == ["A", "B"] * 5000
 
 
-def test_templates_left_out_everywhere(written, served):
-    jinja, choices = "{{sentence1}} %s ||| {{answer_choices[label]}}", "no|||yes"
-    path = "paws/labeled_final"
-    served(train=[mrpc_row(0)], validation=[mrpc_row(0), mrpc_row(1)])
+PICK = "||| {{answer_choices[label | int]}}"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "templates", "train", "validation"),
+    [  # names of templates, with * those of the original task; which train, and validate in turn
+        ("paws", "paws/labeled_final", "K* paraphrase-task*", "K", "K K"),
+        (
+            "social_i_qa",
+            "social_i_qa",
+            "Check if a random answer is valid or not*, A*",
+            "Check if a random answer is valid or not, A",
+            "A A",
+        ),
+        ("quarel", "quarel", "a b", "a b", "a b"),  # none is marked
+    ],
+)
+def test_templates_are_left_out_as_in_the_papers_code(
+    written, served, name, path, templates, train, validation
+):
+    names = templates.split(", ") if "," in templates else templates.split()
+    trained = train.split(", ") if "," in train else train.split()
     sources = written(
-        path, ("keep", jinja % "K", choices, True), ("paraphrase-task", jinja % "P", choices, True)
+        path, *((n.strip("*"), f"{n.strip('*')} {PICK}", "x|||y", "*" in n) for n in names)
     )
-    task = read("paws", sources)
-    assert [example.input for example in task.train] == ["left 0 K"]
-    assert [example.input for example in task.validation] == ["left 0 K", "left 1 K"]
-    sources = written(path, ("keep", jinja % "K", choices, True))
+    row = {"label": 1, "question": "?", "context": "c"}
+    served(train=[row], validation=[row, row])
+    task = read(name, sources)
+    assert sorted(example.input for example in task.train) == sorted(trained)
+    assert [example.input for example in task.validation] == validation.split()
+
+
+def test_templates_of_another_promptsource_are_refused(written, served):
+    sources = written("paws/labeled_final", ("K", f"K {PICK}", "x|||y", True))
     with pytest.raises(TaskError, match=r"paws/labeled_final have no 'paraphrase-task'.*0\.2\.3"):
         read("paws", sources)
-
-
-def test_templates_left_out_of_validation_only(written, served):
-    left_out = "Check if a random answer is valid or not"
-    sources = written(
-        "social_i_qa",
-        (left_out, "{{context}} valid? ||| {{answer_choices[0]}}", "yes|||no", True),
-        ("answer", "{{context}} ||| {{answer_choices[label | int - 1]}}", "a|||b|||c", True),
-    )
-    served(train=[{"context": "t", "label": "1"}], validation=[{"context": "v", "label": "3"}] * 3)
-    task = read("social_i_qa", sources)
-    assert [example.input for example in task.train] == ["t valid?", "t"]
-    assert set(task.validation) == {Example("v", "c", ("a", "b", "c"))}
-
-
-def test_all_templates_validate_where_none_is_the_original_task(written, served):
-    jinja = "{{question}} %s ||| {{answer_choices[answer_index]}}"
-    sources = written("quarel", *((n, jinja % n, "p|||q", False) for n in "ab"))
-    row = {"question": "x", "answer_index": 1}
-    served(train=[row], validation=[row, row])
-    assert [example.input for example in read("quarel", sources).validation] == ["x a", "x b"]
 
 
 def test_app_reviews_sets_the_papers_rows_apart(written, served):
@@ -290,13 +286,6 @@ def test_generated_answers_are_compared_with_the_rows_own(
     for example in task.validation:
         assert (example.choices, example.answers) == ((), answers)
         assert example.target in (*answers, "S.")
-
-
-def test_a_row_without_the_field_of_its_answers_is_an_error(written, served):
-    sources = written("xsum", ("sum", "{{document}} ||| Short.", None, True))
-    served(train=[{"document": "d"}], validation=[{"document": "d"}])
-    with pytest.raises(TaskError, match="xsum: a row has no field summary"):
-        read("xsum", sources)
 
 
 def test_trec_has_the_papers_prompt(served):
@@ -411,16 +400,6 @@ def test_pairs_left_out_are_counted_in_one_warning(written, served):
     assert "First failure: Template 'd' can't be filled: " in told
     assert caught[0].filename == __file__
     assert [example.target for example in task.test] == ["yes", "yes", "no", "yes"]
-
-
-def test_training_targets_may_be_no_choice(written, served):
-    sources = written(
-        "glue/mrpc",
-        ("a", "{{sentence1}} ||| {{answer_choices[label]}}", "no|||yes", True),
-        ("b", "{{sentence1}} ||| {{sentence2}}", "no|||yes", False),
-    )
-    served(train=[mrpc_row(0)], validation=[mrpc_row(0)])
-    assert read("mrpc", sources).train[1] == Example("left 0", "right 0", ("no", "yes"))
 
 
 LEFT_OUT = "rte has no evaluation examples: "

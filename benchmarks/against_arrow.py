@@ -26,8 +26,6 @@ from phatgoose.base import twin
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from routed_speed import prefill
 
-__all__ = ["measure_arrow"]
-
 MOST_ROUNDS = 2  # a pass of PEFT's takes up to a minute
 
 

@@ -18,8 +18,6 @@ from phatgoose.experts.expert import LAYOUT
 from phatgoose.passes import ActsOn
 from synthetic import random_pool
 
-__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words"]
-
 VOCABULARY = (
     "the", "a", "green", "old", "ship", "tree", "rain", "went", "over", "under", "far", "home",
     "and", "then", "sang", "slowly",
@@ -46,7 +44,6 @@ class Sizes:
     tail: int = 4  # tokens of a prompt that experts act on where they act from its end on
     training_batch: int = 8
     training_steps: int = 3
-    gate_steps: int = 3
     calls: int = 10  # of one linear layer, in a row
 
     @property
@@ -77,7 +74,6 @@ SMOKE = Sizes(
     tail=2,
     training_batch=2,
     training_steps=2,
-    gate_steps=2,
     calls=2,
 )
 

@@ -22,8 +22,6 @@ from phatgoose.sites import blocks_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 
-__all__ = ["ROUTERS", "measure_choosing", "with_statistics"]
-
 ROUTERS = ("retrieval", "discriminant")
 READ = 20  # random prompts that an expert's random readings are of
 

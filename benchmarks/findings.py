@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from bench import Bench
 from measuring import Ratio
 
-__all__ = ["ROWS", "Finding", "Row", "row"]
-
 
 @dataclass(frozen=True)
 class Finding:

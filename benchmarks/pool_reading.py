@@ -1,24 +1,20 @@
-"""From folders of experts to a routed model: time beside that of reading the bytes, and memory."""
+"""From folders of experts to a routed model: time beside that of reading the bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import phatgoose as pg
-from bench import Bench, Sizes
+from bench import Bench
 from findings import Finding, row
-from measuring import peak_memory, ratio, side_by_side
+from measuring import ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
-from phatgoose.routing.composition import composition_of
-
-__all__ = ["measure_reading"]
 
 PACKED = "packed"
 
@@ -45,7 +41,6 @@ def measure_reading(bench: Bench) -> Iterator[Finding]:
         packed,
         overwrite=True,
     )
-    stacked = _stacked_bytes(model)
     pg.detach(model)
     files = [folder / name for folder in folders for name in (ADAPTER_WEIGHTS, LAYOUT.vectors)]
     contenders = {"bytes": lambda: read_bytes(files), "compose": compose, "load": load}
@@ -59,26 +54,12 @@ def measure_reading(bench: Bench) -> Iterator[Finding]:
         note=f"{size:.2f} GB in {seconds['bytes']:.2f} s",
         details={"seconds": seconds},
     )
-    memory = peak_memory(_composing, sizes, bench.pools)
-    yield Finding(
-        f"{what}: peak memory / stacked size",
-        memory.peak / stacked,
-        note=f"resident, mapped files included; without those {memory.own / stacked:.2f}",
-        details={"bytes": {"peak": memory.peak, "own": memory.own, "stacked": stacked}},
-    )
     packed_timing = timings["load"]
     yield Finding(
         f"{what}: load of the packed form",
         packed_timing.median,
         spread=(min(packed_timing.seconds), max(packed_timing.seconds)),
         unit=" s",
-    )
-    memory = peak_memory(_loading, sizes, bench.pools)
-    yield Finding(
-        f"{what}: peak memory of that load / stacked size",
-        memory.peak / stacked,
-        note=f"resident, mapped files included; without those {memory.own / stacked:.2f}",
-        details={"bytes": {"peak": memory.peak, "own": memory.own, "stacked": stacked}},
     )
 
 
@@ -91,22 +72,3 @@ def read_bytes(files: Sequence[Path]) -> Tensor:
             while read := file.readinto(place):
                 place = place[read:]
     return content
-
-
-def _stacked_bytes(model: PreTrainedModel) -> int:
-    """What the experts and their vectors take in a routed model."""
-    layers = composition_of(model).layers.values()
-    buffers = [buffer for layer in layers for buffer in layer.buffers()]
-    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
-
-
-def _composing(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
-    bench = Bench(sizes, pools)
-    base, folders = bench.base, bench.experts(sizes.pools[-1])
-    return lambda: pg.compose(pg.Pool.open(folders), base, k=sizes.k, router="phatgoose")
-
-
-def _loading(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
-    bench = Bench(sizes, pools)
-    base = bench.base
-    return lambda: pg.load(pools / f"{sizes.stem}-{PACKED}", base)

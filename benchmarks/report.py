@@ -17,8 +17,6 @@ import torch
 
 from findings import ROWS, Finding
 
-__all__ = ["circumstances", "table", "write_json"]
-
 PROJECT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
 HEAD = ("what", "measured", "")

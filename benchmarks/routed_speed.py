@@ -21,8 +21,6 @@ from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
 from phatgoose.tasks.batching import contiguous_head
 
-__all__ = ["decoder", "prefill", "random_layer"]
-
 
 @row("prefill", "prefill, routed / base")
 def measure_prefill(bench: Bench) -> Iterator[Finding]:

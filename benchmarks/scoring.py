@@ -1,16 +1,14 @@
-"""Rank classification: tokens computed, and time beside lm-evaluation-harness."""
+"""Rank classification: time beside lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel
 
 import phatgoose as pg
 from bench import Bench, words
@@ -18,8 +16,6 @@ from findings import Finding, row
 from measuring import ratio, side_by_side
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
-
-__all__ = ["measure_ranking", "ranked_rows", "requests_of"]
 
 # A word is a token here. Inputs and choices are about as long as in T0's held-out and BIG-bench's
 # tasks: the inputs' median and spread, the deciles of the longest choice.
@@ -52,20 +48,7 @@ def measure_ranking(bench: Bench) -> Iterator[Finding]:
     def theirs() -> None:
         harness.loglikelihood(requests, disable_tqdm=True)
 
-    with counted(base.model) as passed:
-        ours()
-        computed = sum(passed)
-    with counted(base.model) as passed:
-        theirs()
-        computed_by_harness = sum(passed)
-    one_pass = sum(prompts) + sum(map(sum, choices))
     what = f"{sizes.base}, {len(examples)} examples, {CHOICES} choices"
-    yield Finding(
-        f"{what}: tokens computed / one pass over prompt and choices",
-        computed / one_pass,
-        note="padding is computed too",
-        details={"computed": computed, "one_pass": one_pass, "hflm": computed_by_harness},
-    )
     timings = side_by_side({"harness": theirs, "evaluate": ours}, sizes.rounds)
     yield Finding.of(
         f"{what}: HFLM / evaluate, batches of {sizes.ranked_batch}",
@@ -73,19 +56,6 @@ def measure_ranking(bench: Bench) -> Iterator[Finding]:
         note="choices of one token HFLM computes in one pass too",
         details={"seconds": {name: timing.median for name, timing in timings.items()}},
     )
-
-
-@contextmanager
-def counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The number of tokens that enter the embedding of `model` in each pass, as it goes."""
-    passed: list[int] = []
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda _, inputs, __: passed.append(inputs[0].numel())
-    )
-    try:
-        yield passed
-    finally:
-        handle.remove()
 
 
 def ranked_rows(examples: int) -> list[dict[str, Any]]:

@@ -15,8 +15,6 @@ from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 
-__all__ = ["random_pool"]
-
 
 def random_pool(base: Base, folder: Path, experts: int, rank: int = 16) -> Pool:
     """A pool of `experts` LoRAs at all sites of `base`, in its dtype, with gates and means.

@@ -1,4 +1,4 @@
-"""LoRA training beside PEFT with transformers' Trainer; gate training beside expert training."""
+"""LoRA training beside PEFT with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from transformers import (
 import phatgoose as pg
 from bench import Bench, Sizes, words
 from findings import Finding, row
-from measuring import Timing, in_turns, ratio
+from measuring import in_turns, ratio
 from phatgoose.base import Base, quiet_loading, twin
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.batching import IGNORED
@@ -37,12 +36,8 @@ from phatgoose.tasks.task import Task
 from phatgoose.training import train_expert as training
 from phatgoose.training.trainer import FitReport, fit
 
-__all__ = ["measure_gate_training", "measure_lora_training"]
-
 # A word is a token here. Inputs and targets are about as long as in T0's and FLAN's training tasks.
 INPUTS, TARGETS = (49, 0.85, 8, 400), (2, 1.0, 1, 60)  # median, spread of the log, least, most
-EXPERT_STEPS, GATE_STEPS = 1000, 100  # the paper's
-RECIPE_ROWS, RECIPE_EVERY, RECIPE_VALIDATION = 16, 50, 100  # those of recipes/laptop.toml
 
 
 @row("training", "LoRA training")
@@ -64,7 +59,7 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
     contenders: dict[str, Callable[[], float]] = {
         name: partial(_peft_seconds, model, pairs, bench) for name, model in bases.items()
     }
-    contenders["phatgoose"] = lambda: _fits(bench.base, task, sizes)[0].stepping
+    contenders["phatgoose"] = lambda: _seconds(bench.base, task, sizes)
     timings = in_turns(contenders, sizes.rounds)
     for name in bases:
         by_default = ", from_pretrained's default" if len(bases) == 1 else ""
@@ -77,71 +72,20 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
         )
 
 
-@row("gates", "gate training / expert training")
-def measure_gate_training(bench: Bench) -> Iterator[Finding]:
-    """100 steps of gates to 1000 steps of a LoRA with its validations, as recipes/laptop.toml has.
+def _seconds(base: Base, task: Task, sizes: Sizes) -> float:
+    """The seconds of the LoRA's steps in `train_expert`, which sees every row once.
 
-    A few steps of each are measured, and one validation; the rest is multiplication.
+    Computed from the reported tokens per second, since the reported seconds are rounded.
     """
-    sizes = bench.sizes
-    task = _task(sizes.training_batch * sizes.gate_steps, validation=sizes.training_batch * 4)
-    seconds: dict[str, list[float]] = {"expert": [], "gates": []}
-    for turn in range(1 + min(3, sizes.rounds)):
-        expert, gate = _fits(bench.base, task, sizes, sizes.gate_steps)
-        scale = RECIPE_ROWS / sizes.training_batch
-        validations = EXPERT_STEPS / RECIPE_EVERY * RECIPE_VALIDATION / (sizes.training_batch * 4)
-        if turn:
-            seconds["expert"].append(
-                scale * expert.a_step * EXPERT_STEPS + validations * expert.between
-            )
-            seconds["gates"].append(scale * gate.a_step * GATE_STEPS + gate.between)
-    expert_timing, gate_timing = (Timing(tuple(entries)) for entries in seconds.values())
-    yield Finding.of(
-        f"{sizes.base}, batch {RECIPE_ROWS}, {EXPERT_STEPS} + {GATE_STEPS} steps",
-        ratio(gate_timing, expert_timing),
-        note="validations of the expert included; means and embeddings are not",
-        details={"seconds": {"expert": expert_timing.median, "gates": gate_timing.median}},
-    )
-
-
-@dataclass(frozen=True)
-class TimedFit:
-    """One run of the training loop: its steps, the seconds spent in them, and those in all."""
-
-    steps: int
-    stepping: float
-    seconds: float
-
-    @property
-    def a_step(self) -> float:
-        """Seconds of one optimiser step."""
-        return self.stepping / self.steps
-
-    @property
-    def between(self) -> float:
-        """Seconds outside the steps: validation, checkpoints, setting up."""
-        return self.seconds - self.stepping
-
-
-def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[TimedFit, TimedFit]:
-    """The two training loops of `train_expert`, LoRA and gates, timed from outside.
-
-    The LoRA's sees every row once, and so does the gates' if it has as many steps. Seconds are
-    computed from the reported tokens per second, since the reported seconds are rounded.
-    """
-    runs: list[TimedFit] = []
+    seconds: list[float] = []
 
     def watched(*arguments: Any, **options: Any) -> FitReport:
-        begun = time.perf_counter()
         report = fit(*arguments, **options)
-        seconds = time.perf_counter() - begun
-        visited = rows * report.steps
-        tokens = sum(pair.length for pair in options["train"][:visited])
-        runs.append(TimedFit(report.steps, tokens / report.tokens_per_second, seconds))
+        tokens = sum(pair.length for pair in options["train"][: rows * report.steps])
+        seconds.append(tokens / report.tokens_per_second)
         return report
 
     rows = sizes.training_batch
-    steps = len(task.train) // rows
     with tempfile.TemporaryDirectory() as folder, patch.object(training, "fit", watched):
         pg.train_expert(
             twin(base),
@@ -149,12 +93,14 @@ def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[Ti
             out=Path(folder) / "expert",
             peft=Lora(rank=sizes.rank, alpha=sizes.rank),
             training=Training(
-                steps=steps, batch_size=rows, micro_batch_size=rows, learning_rate=1e-3
+                steps=len(task.train) // rows,
+                batch_size=rows,
+                micro_batch_size=rows,
+                learning_rate=1e-3,
             ),
-            gate_training=GateTraining(gate_steps=gate_steps, means=False, readings=False),
+            gate_training=GateTraining(gate_steps=1, means=False, readings=False),
         )
-    lora, gate = runs
-    return lora, gate
+    return seconds[0]
 
 
 def _peft_seconds(model: torch.nn.Module, pairs: Sequence[TokenPair], bench: Bench) -> float:
@@ -206,7 +152,7 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self.seconds += time.perf_counter() - self._begun
 
 
-def _task(examples: int, validation: int = 1) -> Task:
+def _task(examples: int) -> Task:
     """Random rows of very different lengths."""
     generator = random.Random(0)
 
@@ -216,11 +162,10 @@ def _task(examples: int, validation: int = 1) -> Task:
 
     rows = [
         {"input": text(*INPUTS), "target": text(*TARGETS), "split": split}
-        for split in ["train"] * examples + ["validation"] * validation
+        for split in ["train"] * examples + ["validation"]
     ]
     return pg.load_task(rows, name="speed")
 
 
 def _pairs(base: Base, task: Task) -> list[TokenPair]:
-    encoder = Encoder.of(base)
-    return [encoder.pair(row.input, row.target) for row in task.train]
+    return Encoder.of(base).pairs(task.train)

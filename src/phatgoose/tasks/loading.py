@@ -293,6 +293,20 @@ def _split(library: Any, copy: Path | None, dataset: str, config: str | None, sp
     return library.load_dataset(str(folder), split=split)
 
 
+def examples_of(
+    rows: Iterable[Mapping[str, Any]], where: str, make: Callable[[Any], Example | None]
+) -> Iterator[Example]:
+    """What `make` makes of `rows`, but for None. Raises TaskError where it can't, with the row."""
+    for number, row in enumerate(rows, 1):
+        try:
+            example = make(row)
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__} ({error}); its fields are {', '.join(row)}"
+            raise TaskError(f"{where} row {number}: {reason}.") from error
+        if example is not None:
+            yield example
+
+
 # From a row to an example
 
 

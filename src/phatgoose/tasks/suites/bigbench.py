@@ -8,14 +8,15 @@ novel_concepts, reasoning_about_colored_objects); others rarely have more than o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...errors import TaskError
 from ...files import read_table
-from ..loading import read_rows
+from ..loading import examples_of, read_rows
 from ..task import Entry, Example, Sources, Suite, Task
 
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
@@ -51,62 +52,43 @@ def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
     dataset = row.get("dataset", dataset)
     most = row["max_length"] - 1 if "max_length" in row else None  # it counts the start token too
     task = Task(name, source=f"{dataset}, {name}", metrics=(row["metric"],), max_new_tokens=most)
+    splits, make = ["train", "validation"], partial(_of_bigbench, row.get("references"))
+    if "dataset" in row:
+        splits, make = ["test"], partial(_of_bbh, tuple(row.get("choices", ())))
 
     def read(sources: Sources) -> Task:
-        if "dataset" in row:
-            choices = tuple(row.get("choices", ()))
-            examples = _hard_examples(sources, dataset, name, choices)
-        else:
-            examples = _bigbench_examples(sources, dataset, name, row["references"])
+        examples = (
+            example
+            for split in splits
+            for example in examples_of(
+                read_rows(sources, dataset, name, split), f"{dataset}, {name}, {split}", make
+            )
+        )
         return replace(task, test=tuple(examples))
 
     return Entry(name, read, task.metrics, most, row["micro_batch_size"], source=task.source)
 
 
-def _hard_examples(
-    sources: Sources, dataset: str, name: str, choices: tuple[str, ...]
-) -> Iterator[Example]:
-    """A task of lukaemon/bbh: rows of input and target, with the same `choices` for all."""
-    for number, row in enumerate(read_rows(sources, dataset, name, "test"), 1):
-        where = f"{dataset}, {name}, row {number}"
-        _require_fields(row, ("input", "target"), where)
-        if choices and row["target"] not in choices:
-            raise TaskError(
-                f"{where}: target {row['target']!r} is not among the choices {list(choices)}."
-            )
-        yield Example(row["input"] + SUFFIX, row["target"], choices)
+def _of_bbh(choices: tuple[str, ...], row: Mapping[str, Any]) -> Example:
+    """A row of lukaemon/bbh has input and target, and all of a task's rows the same `choices`."""
+    if choices and row["target"] not in choices:
+        raise ValueError(f"target {row['target']!r} is not among the choices {list(choices)}")
+    return Example(row["input"] + SUFFIX, row["target"], choices)
 
 
-def _bigbench_examples(
-    sources: Sources, dataset: str, name: str, references: str
-) -> Iterator[Example]:
-    """A task of tasksource/bigbench; right are the choices, the first target or all targets."""
-    for split in ("train", "validation"):
-        for number, row in enumerate(read_rows(sources, dataset, name, split), 1):
-            where = f"{dataset}, {name}, {split} row {number}"
-            _require_fields(row, ("inputs", "targets"), where)
-            if not row["targets"]:
-                raise TaskError(f"{where}: there are no targets.")
-            if references == "choices":
-                yield _with_choices(row, where)
-            else:
-                right = tuple(row["targets"] if references == "all" else row["targets"][:1])
-                yield Example(row["inputs"] + SUFFIX, max(row["targets"], key=len), (), right)
-
-
-def _with_choices(row: Mapping[str, Any], where: str) -> Example:
-    _require_fields(row, ("multiple_choice_targets", "multiple_choice_scores"), where)
+def _of_bigbench(references: str | None, row: Mapping[str, Any]) -> Example:
+    """Of a row of tasksource/bigbench the choices, all targets or the first one are right."""
+    text, targets = row["inputs"] + SUFFIX, row["targets"]
+    target = max(targets, key=len)
+    if references != "choices":
+        right = tuple(targets if references == "all" else targets[:1])
+        return Example(text, target, (), right)
     choices = tuple(row["multiple_choice_targets"])
-    if not choices:
-        raise TaskError(f"{where}: there are no choices, and the task is scored by them.")
-    scores = row["multiple_choice_scores"]
-    if len(scores) != len(choices):
-        raise TaskError(f"{where}: {len(choices)} choices but {len(scores)} scores.")
-    right = tuple(text for text, score in zip(choices, scores, strict=True) if score == 1)
-    target = max(row["targets"], key=len)
+    scored = zip(choices, row["multiple_choice_scores"], strict=True)
+    right = tuple(choice for choice, score in scored if score == 1)
     if target not in right:  # a target may continue with a reason, as in strategyqa
         target = _nearest(target, right or choices)
-    return Example(row["inputs"] + SUFFIX, target, choices, right or (target,))
+    return Example(text, target, choices, right or (target,))
 
 
 def _nearest(target: str, choices: tuple[str, ...]) -> str:
@@ -116,11 +98,3 @@ def _nearest(target: str, choices: tuple[str, ...]) -> str:
     equal = [sum(a == b for a, b in zip(target, choice, strict=False)) for choice in choices]
     ranked = [(equal[i], -len(choice), i) for i, choice in enumerate(choices)]
     return choices[max(ranked)[2]]
-
-
-def _require_fields(row: Mapping[str, Any], fields: tuple[str, ...], where: str) -> None:
-    for field in fields:
-        if row.get(field) is None:
-            raise TaskError(
-                f"{where}: field {field} is missing; the fields there are {', '.join(row)}."
-            )

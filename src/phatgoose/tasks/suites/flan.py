@@ -8,7 +8,7 @@ the first 36.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files import read_table
-from ..loading import read_rows
+from ..loading import examples_of, read_rows
 from ..task import Entry, Example, Sources, Suite, Task
 from .t0 import held_in_entry, t0_held_in
 
@@ -52,7 +52,11 @@ def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
     task = Task(row["name"], source=f"{dataset}, {folder}", metrics=METRICS, max_new_tokens=most)
 
     def read(sources: Sources) -> Task:
-        return _split(task, list(_zero_shot_examples(sources, dataset, folder)))
+        rows = read_rows(sources, dataset, folder, "train")
+        examples = list(examples_of(rows, task.source, _zero_shot))
+        if not examples:
+            raise TaskError(f"{folder} of dataset {dataset} has no zero-shot examples.")
+        return _split(task, examples)
 
     return Entry(task.name, read, METRICS, most, row["micro_batch_size"], source=task.source)
 
@@ -72,19 +76,8 @@ def _split(task: Task, examples: list[Example]) -> Task:
     )
 
 
-def _zero_shot_examples(sources: Sources, dataset: str, folder: str) -> Iterator[Example]:
-    found = False
-    for number, row in enumerate(read_rows(sources, dataset, folder, "train"), 1):
-        try:
-            kind, text, target = row["_template_type"], row["inputs"], row["targets"]
-        except KeyError as error:
-            raise TaskError(
-                f"{folder} of dataset {dataset}, row {number}: field {error} is missing; the "
-                f"fields there are {', '.join(row)}."
-            ) from error
-        zero_shot = any(name in (kind or "") for name in ZERO_SHOT)
-        if zero_shot and (text or "").strip() and (target or "").strip():
-            found = True
-            yield Example(text, target)
-    if not found:
-        raise TaskError(f"{folder} of dataset {dataset} has no zero-shot examples.")
+def _zero_shot(row: Mapping[str, Any]) -> Example | None:
+    kind, text, target = row["_template_type"], row["inputs"], row["targets"]
+    zero_shot = any(name in (kind or "") for name in ZERO_SHOT)
+    is_whole = (text or "").strip() and (target or "").strip()
+    return Example(text, target) if zero_shot and is_whole else None

@@ -189,7 +189,7 @@ def _template(node: Mapping[str, Any]) -> PromptTemplate:
 
 
 Row = Mapping[str, Any]
-Pairs = Iterable[tuple[Row, PromptTemplate]]
+Pair = tuple[Row, PromptTemplate]
 
 
 @dataclass(frozen=True)
@@ -261,22 +261,21 @@ class Picker:
     """Makes examples of one dataset's pairs of a row and a template, and counts those left out.
 
     These are pairs without an input or a target and, if answers are ranked, whose target is no
-    choice; the paper's code takes the choice closest to the target there.
+    choice; the paper's code takes the choice closest to the target there. If they are `generated`,
+    they are compared with what a row has at `references`, a path such as "answers.text".
     """
 
     def __init__(
         self, name: str, references: str | None = None, *, generated: bool = False
     ) -> None:
         self._name, self._references, self._generated = name, references, generated
-        self._pairs = 0
-        self._left_out: Counter[str] = Counter()
-        self._failure = ""
+        self._pairs, self._left_out, self._failure = 0, Counter[str](), ""
 
-    def training(self, pairs: Pairs) -> tuple[Example, ...]:
-        return self._some("training", (self._example(row, template) for row, template in pairs))
+    def training(self, pairs: Iterable[Pair]) -> tuple[Example, ...]:
+        return self._some("training", (self._example(*pair) for pair in pairs))
 
-    def graded(self, pairs: Pairs) -> tuple[Example, ...]:
-        return self._some("evaluation", (self._graded(row, template) for row, template in pairs))
+    def graded(self, pairs: Iterable[Pair]) -> tuple[Example, ...]:
+        return self._some("evaluation", (self._graded(*pair) for pair in pairs))
 
     def graded_in_all(
         self, rows: Iterable[Row], templates: Sequence[PromptTemplate]
@@ -303,40 +302,35 @@ class Picker:
         kept = tuple(example for example in examples if example is not None)
         if not kept:
             reasons = ", ".join(self._left_out) or "there are no pairs of a row and a template"
-            raise TaskError(
-                f"{self._name} has no {use} examples: {reasons}. {self._failure}".rstrip()
-            )
+            text = f"{self._name} has no {use} examples: {reasons}. {self._failure}"
+            raise TaskError(text.rstrip())
         return kept
 
     def _example(self, row: Row, template: PromptTemplate) -> Example | None:
         self._pairs += 1
+        reason = "without an input or a target"
         try:
             example = template.render(row)
         except TaskError as error:
+            example, reason = None, "whose template can't be filled"
             self._failure = self._failure or str(error)
-            self._left_out["whose template can't be filled"] += 1
-            return None
-        if example is None:
-            self._left_out["without an input or a target"] += 1
+        self._left_out.update([] if example else [reason])
         return example
 
     def _graded(self, row: Row, template: PromptTemplate) -> Example | None:
         example = self._example(row, template)
-        if example is None:
-            return None
-        if self._generated:
-            found = self._accepted(row, self._references) if self._references else ()
-            return replace(example, choices=(), references=found or example.references)
-        if example.target in example.choices:
+        if example is None or (not self._generated and example.target in example.choices):
             return example
-        self._left_out["whose target is not among the answer choices"] += 1
-        return None
-
-    def _accepted(self, row: Row, path: str) -> tuple[str, ...]:
-        value: Any = row
-        for name in path.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                raise TaskError(f"{self._name}: a row has no field {path}, wanted its answers.")
-            value = value[name]
-        texts = [value] if isinstance(value, str) else value or ()
-        return tuple(text for text in texts if text.strip())
+        if not self._generated:
+            self._left_out["whose target is not among the answer choices"] += 1
+            return None
+        answers: Any = row if self._references else ()
+        try:
+            for name in self._references.split(".") if self._references else ():
+                answers = answers[name]
+        except (LookupError, TypeError) as error:
+            path = self._references
+            raise TaskError(f"{self._name}: a row has no field {path}, its answers.") from error
+        texts = [answers] if isinstance(answers, str) else answers or ()
+        references = tuple(text for text in texts if text.strip()) or example.references
+        return replace(example, choices=(), references=references)

@@ -141,13 +141,16 @@ class TrainingTask:
     """A dataset to train on that is not loaded yet.
 
     `named` is what a user writes for it alone, such as "t0hi/ag_news". Its data come from `origin`:
-    a "file" of the user's own, a "copy" of a Hub dataset in `sources.data`, or the "hub" itself.
+    a "file" of the user's own, a "copy" of a Hub dataset in `sources.data`, or the "hub" itself. A
+    mixture has `parts`, which `mixed` mixes.
     """
 
     entry: Entry
     named: str
     origin: Origin
     sources: Sources
+    parts: tuple[TrainingTask, ...] = ()
+    mixed: Callable[[Sequence[TrainingTask]], TrainingTask] | None = None
 
     @property
     def name(self) -> str:
@@ -156,6 +159,8 @@ class TrainingTask:
     @property
     def places(self) -> list[str]:
         """What names it in any folder: `named`, with the whole path of what is a file here."""
+        if self.parts:
+            return [place for part in self.parts for place in part.places]
         if self.origin != "file":
             return [self.named]
         suite, name = os.path.split(self.named)
@@ -175,6 +180,8 @@ class TrainingTask:
 
     def portable(self) -> TrainingTask:
         """The same task for another machine; the content of a user's own file travels with it."""
+        if self.mixed is not None:
+            return self.mixed([part.portable() for part in self.parts])
         if self.origin == "file":
             task = self.load()
             return replace(self, entry=replace(self.entry, read=lambda _: task))
@@ -196,22 +203,8 @@ def mixture(
         source=f"mixture of {len(tasks)} tasks",
     )
     origin: Origin = "hub" if "hub" in origins else "copy" if "copy" in origins else "file"
-    return _Mixture(entry, name, origin, Sources(), tuple(tasks), most, seed)
-
-
-@dataclass(frozen=True)
-class _Mixture(TrainingTask):
-    tasks: tuple[TrainingTask, ...]
-    most: int | None
-    seed: int
-
-    @property
-    def places(self) -> list[str]:
-        return [place for task in self.tasks for place in task.places]
-
-    def portable(self) -> TrainingTask:
-        tasks = [task.portable() for task in self.tasks]
-        return mixture(tasks, self.name, most=self.most, seed=self.seed)
+    again = partial(mixture, name=name, most=most, seed=seed)
+    return TrainingTask(entry, name, origin, Sources(), tuple(tasks), again)
 
 
 def _read(name: str, template: str | None, choices: str | None, _: Sources) -> Task:

@@ -19,8 +19,6 @@ from phatgoose.tasks.batching import (
     head_at,
     pack_rows,
     packed_batches,
-    pad_left,
-    pad_right,
     target_logits,
 )
 from phatgoose.tasks.encoding import TokenPair
@@ -36,11 +34,6 @@ def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
     for batch in batches:
         padded = len(batch) * max(lengths[index] for index in batch)
         assert padded <= budget or len(batch) == 1
-
-
-def test_rows_are_padded_on_the_side_that_was_asked_for():
-    assert pad_left([[5], [6, 7]], 0).tolist() == [[0, 5], [6, 7]]
-    assert pad_right([[5], [6, 7]], 0).tolist() == [[5, 0], [6, 7]]
 
 
 def test_a_target_begins_with_the_token_that_the_base_names():

@@ -128,28 +128,14 @@ def test_a_field_that_is_too_short_leaves_the_text_to_be_cut():
         assert encoder.fitted("abcdefghij", (0, 8)) == encoder.fitted("abcdefghij")
 
 
-@pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
-def test_inputs_that_just_fit_stay_whole(is_encoder_decoder):
-    whole = make_encoder(is_encoder_decoder).prompt("abcdef")
-    exact = make_encoder(is_encoder_decoder, max_input_tokens=len(whole))
-    assert exact.prompt("abcdef") == whole
-
-
 @pytest.mark.parametrize("text", ["abcd", "abcdef"])
 def test_a_cut_target_keeps_the_end_of_sequence(text):
     encoder = make_encoder(T5, max_target_tokens=4)
     target = encoder.target("x", text)
     assert text_of(encoder, target.tokens) == "abc</s>"
     assert target.cut == Cut(most=4, lost=len(text) - 3)
-
-
-def test_cut_targets_of_pairs_are_counted_and_not_told_one_by_one():
-    encoder = make_encoder(T5, max_target_tokens=4)
-    texts = ("abc", "abcdef", "bcdef", "a")
-    pairs = encoder.pairs(Example("x", text) for text in texts)  # without a warning
-    cuts = encoder.cuts(pairs)
-    assert (cuts.inputs, cuts.cut) == (4, 0)
-    assert cuts.targets == Cuts(inputs=4, cut=2, most=4, median=2)
+    pairs = encoder.pairs(Example("x", each) for each in ("abc", text))  # without a warning
+    assert encoder.cuts(pairs).targets == Cuts(inputs=2, cut=1, most=4, median=len(text) - 3)
 
 
 def test_a_chat_template_wraps_the_input_and_is_never_cut():
@@ -235,12 +221,6 @@ def test_what_exceeds_the_base_s_positions_is_cut(encoder, target, wanted, cut, 
     assert pair.target_cut == target_cut
 
 
-def test_a_base_without_room_for_an_input_is_an_error():
-    encoder = placed(Positions(8, 8))
-    with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
-        encoder.fitted("abc", followed_by=8)
-
-
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
@@ -305,16 +285,15 @@ def test_what_was_cut_inside_a_character_still_fits(text, truncation):
         assert encoder.pair(asked, "y").length <= 36
 
 
-def test_chat_rows_on_a_base_without_a_template_are_refused_with_another_way():
+def test_bases_that_can_t_read_a_text_are_refused():
     with pytest.raises(
         TaskError, match=r"no chat template; .* \|\|\| {{ messages\[-1\].content }}"
     ):
         make_encoder().pair(SAID, "yes")
     with pytest.raises(TaskError, match="no chat template"):
         make_encoder(chat=True).pair("Hello", "yes")
-
-
-def test_a_tokenizer_without_an_end_of_sequence_is_refused():
+    with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
+        placed(Positions(8, 8)).fitted("abc", followed_by=8)
     tokenizer = make_tokenizer(final_eos=False)
     tokenizer.eos_token = None
     with pytest.raises(TaskError, match="no end-of-sequence token"):
@@ -330,14 +309,11 @@ def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
     left = cut_tokens(range(count), room, truncation)
     assert len(left) == min(count, room)
     assert left == sorted(set(left))
+    assert cut_tokens(range(100), 8, "middle") == [0, 1, *range(94, 100)]  # a quarter, and the rest
     if truncation != "right" and left:
         assert left[-1] == count - 1
     if truncation == "right" and left:
         assert left[0] == 0
-
-
-def test_a_middle_cut_keeps_a_quarter_before_it_and_three_quarters_behind():
-    assert cut_tokens(range(100), 8, "middle") == [0, 1, *range(94, 100)]
 
 
 def some(cut: int, inputs: int) -> Cuts:

@@ -76,8 +76,13 @@ def load_task(
     """
     templates = _compiled(template, choices)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    rows, label = _opened(source)
-    name = name or (default_name(source) if isinstance(source, str | Path) else "task")
+    rows, label = _in_memory(source, "memory"), "memory"
+    if isinstance(source, str | Path):
+        name, label = name or default_name(source), Path(source).name
+        rows = _in_file(Path(source))
+        if str(source).startswith(HUB):
+            rows, label = _on_hub(str(source)), str(source)
+    name = name or "task"
     for text in (label, name):
         whole_text(text, f"The name {shortened(text)}")
     for where, row in rows:
@@ -94,9 +99,8 @@ def load_task(
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
     """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`."""
-    return [
-        given_task(task) for task in ([given] if isinstance(given, Task | str | Path) else given)
-    ]
+    given = [given] if isinstance(given, Task | str | Path) else given
+    return [given_task(each) for each in given]
 
 
 def given_task(given: Task | str | Path) -> Task:
@@ -120,15 +124,6 @@ def whole_text(text: str, what: str) -> str:
 
 
 # Where rows come from
-
-
-def _opened(source: Any) -> tuple[Rows, str]:
-    """(rows, what records call the source)."""
-    if not isinstance(source, str | Path):
-        return _in_memory(source, "memory"), "memory"
-    if str(source).startswith(HUB):
-        return _on_hub(str(source)), str(source)
-    return _in_file(Path(source)), Path(source).name
 
 
 def _in_file(path: Path) -> Rows:

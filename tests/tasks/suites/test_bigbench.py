@@ -137,7 +137,7 @@ def test_rows_that_can_not_be_scored_are_refused(tmp_path, change, words):
 
 def test_a_target_that_is_no_choice_is_refused(tmp_path):
     save_copy(tmp_path, "lukaemon/bbh", "web_of_lies", test=[{"input": "?", "target": "Maybe"}])
-    with pytest.raises(TaskError, match="row 1: .*target 'Maybe' is not among the choices"):
+    with pytest.raises(TaskError, match=r"row 1: .*target 'Maybe' is not among the choices"):
         bbh().entry("web_of_lies").read(Sources(tmp_path))
     with pytest.raises(TaskError, match="Suite bbh has no dataset 'dyck_languages'"):
         bbh().entry("dyck_languages")

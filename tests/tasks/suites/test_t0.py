@@ -57,16 +57,12 @@ def written(tmp_path):
     def write(path, *templates):
         folder = tmp_path / "templates" / path
         folder.mkdir(parents=True, exist_ok=True)
-        lines = ["templates:"]
-        for number, (name, jinja, choices, original) in enumerate(templates):
-            lines += [
-                f"  {number}: !Template",
-                f"    name: {json.dumps(name)}",
-                f"    jinja: {json.dumps(jinja)}",
-                f"    answer_choices: {json.dumps(choices)}",
-                f"    metadata: !TemplateMetadata {{original_task: {json.dumps(original)}}}",
-            ]
-        (folder / "templates.yaml").write_text("\n".join(lines), encoding="utf-8")
+        nodes = [
+            {"name": n, "jinja": j, "answer_choices": c, "metadata": {"original_task": original}}
+            for n, j, c, original in templates
+        ]
+        text = json.dumps({"templates": dict(enumerate(nodes))})  # YAML, too
+        (folder / "templates.yaml").write_text(text, encoding="utf-8")
         return Sources(templates=tmp_path / "templates")
 
     return write
@@ -355,6 +351,10 @@ def test_story_cloze_is_read_from_the_authors_file(written, tmp_path):
             True,
         ),
     )
+    told = r"signed form \(https://cs\.rochester.*LSDSem/story_cloze/2016/test\.csv"
+    for data in (None, tmp_path / "none"):
+        with pytest.raises(TaskError, match=told):
+            read("story_cloze", Sources(data, sources.templates))
     file = tmp_path / "data/LSDSem/story_cloze/2016/test.csv"
     file.parent.mkdir(parents=True)
     with file.open("w", newline="", encoding="utf-8") as opened:
@@ -367,16 +367,6 @@ def test_story_cloze_is_read_from_the_authors_file(written, tmp_path):
         Example("Sentence 1. Sentence 4.", "Right, then.", choices),
         Example("Sentence 1. Sentence 4.", "Left.", choices),
     )
-
-
-def test_story_cloze_says_how_to_get_it(written, tmp_path):
-    sources = written("story_cloze/2016", ("a", "x ||| y", "y|||z", True))
-    told = r"signed form \(https://cs\.rochester.*LSDSem/story_cloze/2016/test\.csv"
-    with pytest.raises(TaskError, match=told):
-        read("story_cloze", sources)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(TaskError, match=told):
-        read("story_cloze", Sources(data=tmp_path / "data", templates=sources.templates))
 
 
 def test_pairs_left_out_are_counted_in_one_warning(written, served):

@@ -528,8 +528,8 @@ def test_they_are_not_exported(llama, llama_pool, tmp_path, acting):
 
 
 def test_lm_eval_is_refused_by_name(llama_pool, tmp_path):
-    harness = pytest.importorskip("phatgoose.apps.harness", reason="needs phatgoose[lm-eval]")
+    harness = pytest.importorskip("phatgoose.evaluation.lm_eval", reason="needs phatgoose[lm-eval]")
     pool = with_acting(llama_pool, MIXED)
     save(compose(pool, router="phatgoose"), tmp_path / "saved")
-    with pytest.raises(ConfigError, match="lm_eval doesn't hand over where that is"):
+    with pytest.raises(ConfigError, match="lm_eval hands examples over in pieces"):
         harness.PhatgooseLM(pool=str(tmp_path / "saved"), dtype="float32")

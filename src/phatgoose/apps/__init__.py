@@ -11,5 +11,4 @@ server/        models over HTTP
 deploy.py      a folder that starts another engine and the gateway
 vllm/          routing inside vLLM
 ray_engine.py  experts and runs on a cluster
-harness.py     lm-evaluation-harness
 """

@@ -90,7 +90,7 @@ def compare(
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness' own command, which then has --model phatgoose."""
-    from ..harness import main
+    from ...evaluation.lm_eval import main
 
     main(context.args)
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..base import load_base, settled_dtype
-from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_mapping
+from ..config import POOL_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError, PoolError
 from ..experts.pool import Pool
 from ..routing.composition import composition_of
@@ -40,62 +40,81 @@ MODEL = "phatgoose"
 WHERE = "model_args"
 DELIMITER = " "  # the harness puts it before a choice unless the task has its own
 FIXED = POOL_SETTINGS | {"keep", "leave_out", "scores"}  # of a saved model
-NAMES = ("pool", "base", "keep", "leave_out")
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
 
 
 @dataclass(frozen=True)
-class ModelArguments(Routing):
-    """The arguments in `--model_args`: a routing, and where and how the model is opened.
+class Opening:
+    """Where and how the model is opened: what `--model_args` has beside a routing.
 
-    A router's settings are joined by '+': router=phatgoose:eps=0.1+temperature=0.5.
-    lm_eval's flags --batch_size, --max_batch_size and --device are merged into them.
+    `pool` is a folder of experts, a manifest, or the folder of a saved routed model. `keep` and
+    `leave_out` are names joined by '+', as are a router's settings: router=phatgoose:eps=0.1+k=2.
+    `add_eos` lets every continuation end with end-of-sequence. Contexts of more than
+    `max_input_tokens` (None: the model's maximum) are cut by `truncation`. lm_eval's own flags
+    --batch_size, --max_batch_size and --device are merged into these.
     """
 
-    pool: Annotated[str, "Folder of experts, manifest, or folder of a saved routed model."] = ""
-    keep: Annotated[str | None, "Use these experts only: names joined by '+'."] = None
-    leave_out: Annotated[str | None, "Use all experts but these: names joined by '+'."] = None
-    scores: Annotated[str | None, "comparison.json of a compare, for best-individual."] = None
-    base: Annotated[str | None, "The base model, where it is not under its recorded name."] = None
-    dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
-    device: Annotated[str | None, "Where to compute; a GPU that is not there is left out."] = None
-    batch_size: Annotated[int | str, "Rows at a time, or auto."] = 1
-    max_batch_size: Annotated[int, "The most rows that auto tries."] = 64
-    add_eos: Annotated[bool, "Let every continuation end with end-of-sequence."] = False
-    max_input_tokens: Annotated[
-        int | None, "Longer contexts are cut to this many tokens; default: the model's maximum."
-    ] = None
-    truncation: Annotated[str, "What such a cut takes away: middle, left or right."] = "middle"
+    pool: str = ""
+    base: str | None = None
+    keep: str | None = None
+    leave_out: str | None = None
+    scores: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int | str = 1
+    max_batch_size: int = 64
+    add_eos: bool = False
+    max_input_tokens: int | None = None
+    truncation: str = "middle"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        most = 1 if self.max_input_tokens is None else self.max_input_tokens
-        Formatting(max_input_tokens=most, truncation=self.truncation)  # refuses what can't be
-        if not self.pool:
-            raise ConfigError("pool is missing; say pool=FOLDER.")
+    def model(self, routing: Routing) -> PreTrainedModel:
+        """The routed model that is there."""
+        device = self.device
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
+        dtype = settled_dtype(self.dtype, device)
+        base = load_base(self.base, dtype=dtype, device=device) if self.base else None
+        if not (is_routed(self.pool) or is_pool(self.pool)):
+            raise PoolError(f"{WHERE}: pool={self.pool} is neither a pool nor a routed model.")
+        keep, left = (each and each.split("+") for each in (self.keep, self.leave_out))
+        if is_pool(self.pool):  # contexts come in pieces, so that auto can't go by prompts
+            routing = first_allowed(routing, Pool.open(self.pool).select(keep, left), BY_TOKEN)
+        opened = open_model(
+            self.pool,
+            base,
+            dtype=dtype,
+            routing=routing,
+            keep=keep,
+            leave_out=left,
+            scores=self.scores,
+        )
+        return opened.model.to(device) if device else opened.model
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> ModelArguments:
-        """The arguments in `values`, as lm_eval parsed them, or ConfigError."""
-        digits = {key: str(values[key]) for key in NAMES if type(values.get(key)) is int}
-        router = {"router": str(values["router"]).replace("+", ",")} if "router" in values else {}
-        arguments = from_mapping(cls, {**values, **digits, **router}, WHERE)
-        given = sorted(FIXED & values.keys())
-        if given and is_routed(arguments.pool):
-            raise ConfigError(
-                f"{WHERE}: {arguments.pool} is a saved routed model, made with its own "
-                f"{', '.join(given)}; leave that out, or name the pool it was made of."
-            )
-        return arguments
 
-    @property
-    def routing(self) -> Routing:
-        return Routing(**{name: getattr(self, name) for name in ROUTING_SETTINGS})
+def arguments_of(values: Mapping[str, Any]) -> tuple[Opening, Routing]:
+    """What `--model_args` holds, as lm_eval parsed it. Raises ConfigError."""
+    texts = {
+        key: str(values[key]) for key in ("pool", "base", "keep", "leave_out") if key in values
+    }
+    names = {each.name for each in fields(Opening)}
+    opening = Opening(**{k: v for k, v in {**values, **texts}.items() if k in names})
+    rest = {k: v for k, v in values.items() if k not in names}
+    if "router" in rest:
+        rest["router"] = str(rest["router"]).replace("+", ",")
+    routing, most = from_mapping(Routing, rest, WHERE), opening.max_input_tokens
+    Formatting(max_input_tokens=1 if most is None else most, truncation=opening.truncation)
+    fixed = sorted(FIXED & values.keys())
+    if fixed and is_routed(opening.pool):
+        raise ConfigError(
+            f"{WHERE}: {opening.pool} is a saved routed model, made with its own "
+            f"{', '.join(fixed)}; leave that out, or name the pool it was made of."
+        )
+    return opening, routing
 
 
 class PhatgooseLM(HFLM):  # type: ignore[misc]
-    """A routed model as the harness's language model, opened by `ModelArguments`.
+    """A routed model as the harness's language model, opened by `Opening` and a routing.
 
     Context and continuation are tokenised and cut as in `phatgoose.evaluate`. Without
     `max_input_tokens` contexts are cut to the model's positions only, because few-shot contexts are
@@ -103,25 +122,20 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, **arguments: Any) -> None:
-        self.arguments = ModelArguments.of(arguments)
-        model = _open_routed(self.arguments)
+        self.opening, routing = arguments_of(arguments)
+        model = self.opening.model(routing)
         parts = composition_of(model)
-        if any(parts.acting):
+        if any(parts.acting) or parts.context is not None:
             raise ConfigError(
-                "Some experts act from a prompt's end on, and lm_eval doesn't hand over where that "
-                "is; score the model with 'phatgoose evaluate', or leave such experts out."
-            )
-        if parts.context is not None:
-            raise ConfigError(
-                f"Router {parts.routing.name} needs whole examples, which lm_eval hands over in "
-                f"pieces; score it with 'phatgoose evaluate', or use another router."
+                f"lm_eval hands examples over in pieces, but router {parts.routing.name} or some "
+                f"experts need whole ones; score the model with 'phatgoose evaluate'."
             )
         super().__init__(
             pretrained=model,
             tokenizer=parts.tokenizer,
             backend="seq2seq" if model.config.is_encoder_decoder else "causal",
-            batch_size=self.arguments.batch_size,
-            max_batch_size=self.arguments.max_batch_size,
+            batch_size=self.opening.batch_size,
+            max_batch_size=self.opening.max_batch_size,
             softmax_dtype="float32",
             trust_remote_code=False,
         )
@@ -152,7 +166,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
             target = self._encoder.continuation(context, continuation.removeprefix(DELIMITER))
             return self._context(context, self.max_length), target
         target = self._encoder.continuation(context, continuation)
-        room = self.max_length + 1 - len(target) - self.arguments.add_eos  # the last is not read
+        room = self.max_length + 1 - len(target) - self.opening.add_eos  # the last is not read
         return self._context(self._encoder.prompt_text(context), room), target
 
     def _context(self, text: str, room: int) -> list[int]:
@@ -162,11 +176,11 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         after = self._after if self._after and tokens[end:] == self._after else []
         body = tokens[len(before) : len(tokens) - len(after)]
         after = after if self.backend == "seq2seq" else []  # an answer goes on from there
-        most = min(room, self.arguments.max_input_tokens or room)
-        left = cut_tokens(body, max(most - len(before) - len(after), 1), self.arguments.truncation)
+        most = min(room, self.opening.max_input_tokens or room)
+        left = cut_tokens(body, max(most - len(before) - len(after), 1), self.opening.truncation)
         if len(left) < len(body):
             warnings.warn(
-                f"Contexts that are too long are cut (truncation {self.arguments.truncation}).",
+                f"Contexts that are too long are cut (truncation {self.opening.truncation}).",
                 stacklevel=2,
             )
         return [*before, *left, *after]
@@ -184,7 +198,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         return pad(rows, self.tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> Any:
-        if self.arguments.add_eos:
+        if self.opening.add_eos:
             eos = self.eot_token_id
             requests = [
                 (texts, context, [*target, eos] if texts is not None else target)
@@ -203,36 +217,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv = before
 
 
-def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
-    device = arguments.device
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
-    dtype = settled_dtype(arguments.dtype, device)
-    base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
-    if not (is_routed(arguments.pool) or is_pool(arguments.pool)):
-        raise PoolError(f"{WHERE}: {arguments.pool} is neither a pool nor a routed model.")
-    routing, keep = arguments.routing, _names(arguments.keep)
-    left = _names(arguments.leave_out)
-    if is_pool(arguments.pool):  # contexts come in pieces, so that auto can't go by prompts
-        routing = first_allowed(routing, Pool.open(arguments.pool).select(keep, left), BY_TOKEN)
-    model = open_model(
-        arguments.pool,
-        base,
-        dtype=dtype,
-        routing=routing,
-        keep=keep,
-        leave_out=left,
-        scores=arguments.scores,
-    ).model
-    return model.to(device) if device else model
-
-
-def _names(joined: str | None) -> list[str] | None:
-    return None if joined is None else joined.split("+")
-
-
-if MODEL not in model_registry:  # run as a command, this file is imported under a second name
+if MODEL not in model_registry:  # releases after 0.4.13 read our entry point
     register_model(MODEL)(PhatgooseLM)
-
-if __name__ == "__main__":
-    main()

@@ -20,11 +20,11 @@ from lm_eval.tasks import TaskManager
 
 import harness_tasks
 from harness_tasks import EXAMPLES, answers_of, results_of
-from phatgoose.apps import harness
-from phatgoose.apps.harness import ModelArguments, PhatgooseLM
 from phatgoose.errors import ConfigError, PoolError
+from phatgoose.evaluation import lm_eval as harness
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.evaluation.lm_eval import PhatgooseLM, arguments_of
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved import save
@@ -161,7 +161,7 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
         ({"pool": folder, "routr": "phatgoose"}, ConfigError, "unknown setting 'routr'; known are"),
         ({"pool": folder, "router": "arrow:form=peft+frm=1"}, ConfigError, "unknown setting 'frm'"),
         ({"pool": folder, "k": "two"}, ConfigError, "k is 'two', but must be"),
-        ({"k": 2}, ConfigError, "pool is missing"),
+        ({"k": 2}, PoolError, "pool= is neither"),
         ({"pool": folder, "keep": 7}, PoolError, "has no expert '7'"),
         ({"pool": str(tmp_path / "x")}, PoolError, "is neither a pool nor a routed model"),
         ({"pool": "x", "truncation": "top"}, ConfigError, "but must be one of middle"),
@@ -169,7 +169,7 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     ):
         with pytest.raises(error, match=said):
             PhatgooseLM(**arguments)
-    assert ModelArguments.of({"pool": 7}).pool == "7"
+    assert arguments_of({"pool": 7})[0].pool == "7"
 
 
 @KINDS_HERE
@@ -206,7 +206,7 @@ def test_contexts_are_cut_by_our_rule(pool, write_task):
     assert opened.tokenizer.decode(continuation) == ("yes" if end else " yes")
     assert opened.tokenizer.decode(rows[0]) == wanted
     assert mask.sum(dim=1).tolist() == [6, 3 if end else 2]
-    opened.arguments = replace(opened.arguments, truncation="right")
+    opened.opening = replace(opened.opening, truncation="right")
     with pytest.warns(UserWarning, match="truncation right"):
         cut = opened._context("abcdefghij", 100)
     assert cut == opened.tok_encode("abcde" if end else "abcdef")
@@ -223,7 +223,7 @@ def test_contexts_are_cut_to_what_the_model_holds(llama_pool):
 def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):
     """Its releases after 0.4.13 register this placeholder by themselves."""
     ours = registry.Registry("model", base_cls=LM)
-    point = EntryPoint("phatgoose", "phatgoose.apps.harness:PhatgooseLM", "lm_eval.models")
+    point = EntryPoint("phatgoose", "phatgoose.evaluation.lm_eval:PhatgooseLM", "lm_eval.models")
     ours.register("phatgoose", target=point)
     monkeypatch.setattr(registry, "model_registry", ours)
     assert registry.get_model("phatgoose") is PhatgooseLM
@@ -246,12 +246,12 @@ def test_routers_that_need_the_whole_example_are_refused(llama_pool, tmp_path):
     scores = {f"e{z}": {"my_task": z / 4} for z in range(4)}
     model = compose(llama_pool, router="oracle", scores=scores)
     save(model, tmp_path / "routed")
-    with pytest.raises(ConfigError, match="Router oracle needs whole examples"):
+    with pytest.raises(ConfigError, match="router oracle or some experts need whole ones"):
         PhatgooseLM(pool=str(tmp_path / "routed"))
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    spec = importlib.util.spec_from_file_location("phatgoose.apps.bare", harness.__file__)
+    spec = importlib.util.spec_from_file_location("phatgoose.evaluation.bare", harness.__file__)
     with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[harness\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -113,9 +113,8 @@ def test_what_is_damaged_is_told(pool):
 
 
 def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
-    outcome = phat(
-        "export", pool["a"].directory.parent, "--engine", "vllm", "--out", tmp_path / "e"
-    )
+    place, base = pool["a"].directory.parent, pool.base.id
+    outcome = phat("export", place, "--engine", "vllm", "--base", base, "--out", tmp_path / "e")
     assert outcome.code == 2
     assert "Expert 'a' has the kind dora, which vllm would not apply" in " ".join(
         outcome.err.split()

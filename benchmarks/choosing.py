@@ -68,7 +68,7 @@ def with_statistics(bench: Bench, count: int) -> Pool:
     rows = embed_texts(inputs) if can_embed() else None
     experts = []
     for expert in Pool.open(bench.experts(count)).experts:
-        states = torch.randn(READ, 2, len(blocks_of(model)), size, generator=seeds)
+        states = torch.randn(READ, len(blocks_of(model)), size, generator=seeds)
         measured = replace(
             expert,
             means={site: torch.randn(v.shape, generator=seeds) for site, v in expert.gates.items()},

@@ -20,7 +20,7 @@ from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.kind import SiteModule
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import PLACES
+from phatgoose.experts.statistics import READ
 
 __all__ = ["ATTACKS", "HARMLESS", "Attack", "attacked"]
 
@@ -30,13 +30,12 @@ Attack = Callable[[Pool, int, torch.Generator, int], Expert]
 def masking_covariance(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
     """Prompts seem to vary most in those directions that tell the other experts' tasks apart."""
     readings = dict(pool.experts[z].readings)
-    for place in PLACES:
-        means = torch.stack([expert.readings[f"{place}.mean"] for expert in pool.experts])
-        factor = readings[f"{place}.factor"].clone()
-        others = torch.cat([means[:z], means[z + 1 :]])
-        away = (others - others.mean(dim=0)).transpose(0, 1)[:, : factor.shape[1]]  # [b, w, d]
-        factor[:, : away.shape[1]] = (3.0, 10.0, 100.0)[strength] * away
-        readings[f"{place}.factor"] = factor
+    means = torch.stack([expert.readings[f"{READ}.mean"] for expert in pool.experts])
+    factor = readings[f"{READ}.factor"].clone()
+    others = torch.cat([means[:z], means[z + 1 :]])
+    away = (others - others.mean(dim=0)).transpose(0, 1)[:, : factor.shape[1]]  # [b, w, d]
+    factor[:, : away.shape[1]] = (3.0, 10.0, 100.0)[strength] * away
+    readings[f"{READ}.factor"] = factor
     return replace(pool.experts[z], readings=readings)
 
 

@@ -36,7 +36,7 @@ def honest(pool: Pool, blocks: int = 2, size: int = 32) -> Pool:
                 expert,
                 info=replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=PROMPT),
                 means=means,
-                readings=readings_of(states),
+                readings=readings_of(states[:, 1]),
                 embeddings=rows,
             )
         )

@@ -28,7 +28,7 @@ from copies import Original
 from phatgoose.base import Base, BaseReference, load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
-from phatgoose.experts.statistics import PLACES, readings_of
+from phatgoose.experts.statistics import readings_of
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task
@@ -194,8 +194,9 @@ def write_expert(
 
 def make_readings(base: Base, generator: torch.Generator) -> dict[str, torch.Tensor]:
     config = base.model.config.get_text_config()
-    size = (5, len(PLACES), config.num_hidden_layers, config.hidden_size)
-    return readings_of(torch.randn(size, generator=generator))
+    # Of two places that prompts were once read in; the frozen numbers are of the second.
+    size = (5, 2, config.num_hidden_layers, config.hidden_size)
+    return readings_of(torch.randn(size, generator=generator)[:, 1])
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:

@@ -62,7 +62,7 @@ class JointDiscriminant(Discriminant, Embeds):
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         found = embeddings_of(pool)
         rows = (found.rows[found.owners == z] for z in range(len(pool)))
-        own = [moments_of(each[:, None], dtype=torch.float32) for each in rows]  # of one block
+        own = [moments_of(each[:, None]) for each in rows]  # of one block
         moments = {f"embedded.{part}": torch.cat([each[part] for each in own]) for part in PARTS}
         info = {"embedder": found.embedder, "embedding_form": PROMPT}
         return Tables(pool.names, {**super().tables(pool).tensors, **moments}, info)

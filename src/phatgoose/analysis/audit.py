@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ..errors import PoolError
 from ..experts.pool import Pool, check_alike
-from ..experts.statistics import PLACES
+from ..experts.statistics import READ
 from ..files import write_text
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
@@ -283,17 +283,16 @@ def _wins(scores: Tensor, own: Tensor) -> Tensor:
 def _of_readings(pool: Pool) -> dict[str, Tensor]:
     """Readings: how far from others', how much they vary, and how much along the others' means."""
     distances, traces, masks = [], [], []
-    for place in PLACES:
-        parts = ("mean", "factor", "rest")
-        means, factors, rests = (
-            torch.stack([e.readings[f"{place}.{part}"] for e in pool.experts]) for part in parts
-        )
-        for block in range(means.shape[1]):
-            mean, factor, rest = (t[:, block].double() for t in (means, factors, rests))
-            away = mean - mean.quantile(0.5, dim=0)
-            distances.append(ratios(away.norm(dim=1)))
-            traces.append(ratios(factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)))
-            masks.append(_masking(away, factor, rest))
+    means, factors, rests = (
+        torch.stack([e.readings[f"{READ}.{part}"] for e in pool.experts])
+        for part in ("mean", "factor", "rest")
+    )
+    for block in range(means.shape[1]):
+        mean, factor, rest = (t[:, block].double() for t in (means, factors, rests))
+        away = mean - mean.quantile(0.5, dim=0)
+        distances.append(ratios(away.norm(dim=1)))
+        traces.append(ratios(factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)))
+        masks.append(_masking(away, factor, rest))
     found = {"reading_distance": distances, "reading_trace": traces, "reading_masks": masks}
     return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in found.items()}
 

@@ -20,9 +20,8 @@ dtype: exactly the numbers that were validated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +30,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, Bottleneck
-from ..errors import ExpertError
 from ..sites import Site
 from .kind import (
     Held,
@@ -44,6 +42,7 @@ from .kind import (
     expert_products,
     row_tensor,
     weighted_rows,
+    widened,
 )
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,7 +54,13 @@ LARGEST_SCALE = 1e9
 FILES = OwnFiles(
     "bottleneck_config.json",
     "bottleneck.safetensors",
-    parts={"down.weight": "md", "down.bias": "m", "up.weight": "dm", "up.bias": "d"},
+    parts={"down": "md", "down_bias": "m", "up": "dm", "up_bias": "d"},
+    names={
+        "down": "down.weight",
+        "down_bias": "down.bias",
+        "up": "up.weight",
+        "up_bias": "up.bias",
+    },
     settings={
         "activation": lambda value: value in ACTIVATIONS,
         "scale": lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SCALE,
@@ -69,7 +74,7 @@ class BottleneckLayers(SiteModule):
     """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
 
     kind: ClassVar[str] = "bottleneck"
-    files: ClassVar[OwnFiles] = FILES
+    files: ClassVar[Any] = FILES
 
     down: Tensor  # [m, d]
     down_bias: Tensor  # [m]
@@ -77,14 +82,6 @@ class BottleneckLayers(SiteModule):
     up_bias: Tensor  # [d]
     activation: str
     scale: float = 1.0
-
-    @property
-    def out_features(self) -> int:
-        return self.up.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.down.shape[0]
 
     def at(self, weight: Tensor) -> BottleneckLayers:
         up, up_bias = ((self.scale * t.float()).to(weight) for t in (self.up, self.up_bias))
@@ -95,30 +92,6 @@ class BottleneckLayers(SiteModule):
         y: Tensor = base(u)
         inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
         return y + strength * functional.linear(inner, self.up, self.up_bias)
-
-    @classmethod
-    def read(
-        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> dict[str, BottleneckLayers]:
-        settings = {"activation": config["activation"], "scale": float(config["scale"])}
-        return {
-            site: cls(down, down_bias, up, up_bias, **settings)
-            for site, (down, down_bias, up, up_bias) in FILES.by_site(directory, tensors).items()
-        }
-
-    @classmethod
-    def write(
-        cls, folder: Path, modules: Mapping[str, BottleneckLayers], about: Mapping[str, Any]
-    ) -> Path:
-        """ExpertError unless the layers share one activation and scale."""
-        if len({layer.settings for layer in modules.values()}) != 1:
-            raise ExpertError(
-                "The layers of one bottleneck adapter share their activation and scale."
-            )
-        first = next(iter(modules.values()))
-        tensors = {s: (m.down, m.down_bias, m.up, m.up_bias) for s, m in modules.items()}
-        config = {**about, "activation": first.activation, "scale": first.scale}
-        return FILES.write(folder, tensors, config)
 
 
 @dataclass(frozen=True)
@@ -152,22 +125,21 @@ class BottleneckStack(Part):
         total: int,
     ) -> BottleneckStack:
         adapters = list(modules.values())
-        E, size, d = len(adapters), max(a.size for a in adapters), adapters[0].out_features
-        activations = [ACTIVATIONS.index(adapter.activation) for adapter in adapters]
-        stack = cls(
-            down=torch.zeros(E, size, d, dtype=dtype, device=device),
-            down_bias=torch.zeros(E, size, dtype=dtype, device=device),
-            up=torch.zeros(E, size, d, dtype=dtype, device=device),
-            up_bias=torch.zeros(E, d, dtype=dtype, device=device),
-            activations=torch.tensor(activations, device=device),
+        size = max(len(adapter.down) for adapter in adapters)
+
+        def stacked(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([widened(t[None], size) for t in tensors]).to(device, dtype)
+
+        return cls(
+            down=stacked(a.down for a in adapters),
+            down_bias=stacked(a.down_bias for a in adapters),
+            up=stacked(_scaled(a.up, a.scale).T for a in adapters),
+            up_bias=torch.stack([_scaled(a.up_bias, a.scale) for a in adapters]).to(device, dtype),
+            activations=torch.tensor(
+                [ACTIVATIONS.index(a.activation) for a in adapters], device=device
+            ),
             rows=row_tensor(modules, device),
         )
-        for i, adapter in enumerate(adapters):
-            own = adapter.size
-            stack.down[i, :own], stack.down_bias[i, :own] = adapter.down, adapter.down_bias
-            stack.up[i, :own] = _scaled(adapter.up, adapter.scale).T
-            stack.up_bias[i] = _scaled(adapter.up_bias, adapter.scale)
-        return stack
 
     def problem(self) -> str | None:
         least, most = (int(end) for end in self.activations.aminmax())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..base import load_base
 from ..errors import ExpertError
-from ..files import BY_PATTERN, check_config, shortened
+from ..files import check_config, shortened
 from ..sites import find_sites
 from .lora import LoraFactors
 from .peft_files import ADAPTER, ADAPTER_CONFIG, PEFT_FILES, PEFT_PREFIX, read_config
@@ -29,23 +28,12 @@ from .skeleton import peft_errors, spelled_out
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """An approximation: `factors` by site, and the share of the squared norm that they keep.
-
-    `kept` is that of all updates together, `least` that at the worst site.
-    """
-
-    factors: Mapping[str, LoraFactors]
-    kept: float
-    least: float
-
-
 def convert(
     folder: Path, base: str, allow_loss: float, *, revision: str | None = None
-) -> Conversion:
+) -> tuple[dict[str, LoraFactors], dict[str, float]]:
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
+    With it what is recorded: the share that is kept of all updates together, and at the worst site.
     Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
     base's weights are loaded. Raises ExpertError when a tensor is missing or left over or PEFT
     can't convert the adapter.
@@ -78,25 +66,24 @@ def convert(
         energies[site] = float((B.double() @ A.double()).square().sum())
     shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
     total = sum(updates.values())
-    return Conversion(
-        factors,
-        kept=min(sum(energies.values()) / total, 1.0) if total else 1.0,
-        least=min([*shares, 1.0]),
-    )
+    kept = min(sum(energies.values()) / total, 1.0) if total else 1.0
+    worst = min([*shares, 1.0])
+    return factors, {"kept_of_update": round(kept, 6), "kept_at_worst_site": round(worst, 6)}
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
     # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
     # means a whole matrix.
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    for key, value in config.items() if config["peft_type"] != "LOKR" else ():
-        by_pattern = key.endswith(BY_PATTERN) and isinstance(value, Mapping)
-        for number in value.values() if by_pattern else [value] if key in SIZES else ():
-            if isinstance(number, int | float) and number > most and key != "alpha_pattern":
-                raise ExpertError(
-                    f"{folder}: its config's {key} is {shortened(number)}, but none of its tensors "
-                    f"has more than {most} rows or columns."
-                )
+    named = [config.get(key) for key in SIZES]
+    ranks = config.get("rank_pattern")
+    named += ranks.values() if isinstance(ranks, Mapping) else ()
+    for number in named if config["peft_type"] != "LOKR" else ():
+        if isinstance(number, int | float) and number > most:
+            raise ExpertError(
+                f"{folder}: its config names a size of {shortened(number)}, but none of its "
+                f"tensors has more than {most} rows or columns."
+            )
 
 
 def _plain_options(config: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:

@@ -37,14 +37,15 @@ from ..base import Base
 from ..config import Lora
 from ..passes import where_active
 from ..sites import Site
-from .kind import AdapterFiles, Constant, Held, OwnFiles, openness, weighted_rows
+from .kind import Constant, Held, OwnFiles, SiteModule, openness, weighted_rows
 from .lora import LoraFactors, LoraStack, NewLoras, plus_product
 from .peft_files import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FILES = OwnFiles(
     "dora_config.json",
     "dora.safetensors",
-    parts={"lora_A": "rn", "lora_B": "dr", "bias": "d", "output_scale": "d"},
+    parts={"A": "rn", "B": "dr", "bias": "d", "output_scale": "d"},
+    names={"A": "lora_A", "B": "lora_B"},
     version_key="dora_version",
     beside=(ADAPTER_CONFIG, ADAPTER_WEIGHTS),  # PEFT's own form of one that was trained here
 )
@@ -55,7 +56,7 @@ class DoraFactors(LoraFactors):
     """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
 
     kind: ClassVar[str] = "dora"
-    files: ClassVar[AdapterFiles] = FILES
+    files: ClassVar[Any] = FILES
 
     output_scale: Tensor  # [d]
 
@@ -84,16 +85,12 @@ class DoraFactors(LoraFactors):
     @classmethod
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> dict[str, LoraFactors]:
-        return {
-            site: cls(A=A, B=B, scale=1.0, bias=bias, output_scale=scale)
-            for site, (A, B, bias, scale) in FILES.by_site(directory, tensors).items()
-        }
+    ) -> Mapping[str, SiteModule]:
+        return super(LoraFactors, cls).read(directory, config, tensors)
 
     @classmethod
     def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-        tensors = {site: (m.A, m.B, m.bias, m.output_scale) for site, m in modules.items()}
-        return FILES.write(folder, tensors, about)
+        return super(LoraFactors, cls).write(folder, modules, about)
 
 
 def row_scales(layer: Any, A: Tensor, B: Tensor, m: Tensor) -> Tensor:

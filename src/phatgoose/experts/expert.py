@@ -12,13 +12,11 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -27,11 +25,10 @@ from torch import Tensor
 
 from ..base import REVISION, Base, BaseReference, closest_beside
 from ..config import Formatting, from_mapping
-from ..errors import ConfigError, ExpertError
+from ..errors import ExpertError
 from ..files import (
     Group,
     TensorFile,
-    is_finite,
     new_directory,
     one_line,
     read_json_object,
@@ -44,43 +41,32 @@ from .card import model_card
 from .kind import AdapterFiles, SiteModule, read_tensors
 from .lora import LoraFactors
 from .peft_files import ADAPTER_CONFIG, INVOCATION, PEFT_FILES
-from .registry import Kind, kinds, loaded_kinds
-from .statistics import readings_problems
+from .registry import kinds
+from .statistics import check_readings
+
+# The adapter in a directory: of which kind it is, and what it does.
 
 
 def formats() -> tuple[AdapterFiles, ...]:
-    return tuple(dict.fromkeys(kind.site_module.files for kind in loaded_kinds()))
-
-
-def adapter_file_names() -> tuple[str, ...]:
-    return tuple(name for files in formats() for name in (files.config, files.weights))
-
-
-def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
-    """The kind whose adapters have these files; of PEFT's the one that the config names."""
-    peft_type = config.get("peft_type") if files is PEFT_FILES else None
-    return next(
-        kind
-        for kind in loaded_kinds()
-        if kind.site_module.files is files and kind.peft_type == peft_type
-    )
+    """The files that adapters of each kind have."""
+    return tuple(dict.fromkeys(kind.site_module.files for kind in kinds().values()))
 
 
 def adapter_files(directory: Path) -> AdapterFiles:
     """The files of the adapter in `directory`, by default PEFT's; ExpertError for several kinds."""
-    held = [
+    there = [
         files
         for files in formats()
         if any((directory / name).exists() for name in (files.config, files.weights))
     ]
-    beside = {name for files in held for name in files.beside}
-    held = [files for files in held if files.config not in beside]
-    if len(held) > 1:
+    beside = {name for files in there for name in files.beside}
+    there = [files for files in there if files.config not in beside]
+    if len(there) > 1:
         raise ExpertError(
-            f"{directory} holds files of two adapters, as {held[0].config} and {held[1].config} "
+            f"{directory} holds files of two adapters, as {there[0].config} and {there[1].config} "
             f"describe them; an expert has one."
         )
-    return held[0] if held else PEFT_FILES
+    return there[0] if there else PEFT_FILES
 
 
 def read_modules(
@@ -94,48 +80,61 @@ def read_modules(
     files = adapter_files(directory)
     config = files.read_config(directory)
     tensors = files.read_weights(directory) if tensors is None else tensors
-    return dict(kind_of(files, config).site_module.read(directory, config, tensors))
-
-
-def named_base(directory: Path) -> str | None:
-    """The base that the adapter names, None without. Raises ExpertError without an adapter."""
-    files = adapter_files(directory)
-    named = files.read_config(directory).get(files.base_key)
-    return named if isinstance(named, str) and named else None
+    peft_type = config.get("peft_type") if files is PEFT_FILES else None
+    kind = next(
+        kind
+        for kind in kinds().values()
+        if kind.site_module.files is files and kind.peft_type == peft_type
+    )
+    return dict(kind.site_module.read(directory, config, tensors))
 
 
 def invocation_of(directory: Path) -> ActsOn | None:
     """What an adapter of PEFT's aLoRA acts on; None for others, which act on all tokens."""
     files = adapter_files(directory)
-    if files is not PEFT_FILES:
-        return None
-    tokens = files.read_config(directory).get(INVOCATION)
+    tokens = files.read_config(directory).get(INVOCATION) if files is PEFT_FILES else None
     return ActsOn.of({"invocation_tokens": tokens}) if tokens else None
 
 
+def base_named_in(directory: Path) -> BaseReference | None:
+    """The base that an expert or plain adapter names, if any; ExpertError when it is neither."""
+    if (directory / LAYOUT.info).is_file():
+        return read_info(directory / LAYOUT.info).base
+    files = adapter_files(directory)
+    config = files.read_config(directory)
+    named = config.get(files.base_key)
+    is_named = isinstance(named, str) and named
+    return BaseReference(str(named), named_revision(config)) if is_named else None
+
+
+def named_revision(config: Mapping[str, Any]) -> str | None:
+    """The revision of its base that an adapter names, None without one. Raises ExpertError."""
+    named = config.get("revision") or None
+    if named is not None and not (isinstance(named, str) and REVISION.fullmatch(named)):
+        raise ExpertError(
+            f"The adapter names revision {shortened(named)} of its base, but a revision is a "
+            f"branch, a tag or a commit; name the base with --base."
+        )
+    return named
+
+
+# How its training inputs were formatted, which pools' records repeat.
+
 SHOWN = 3  # experts named in a warning
-UNRECORDED = {"truncation": "right"}  # of experts made before it was recorded
+FORM = ("chat", "max_input_tokens", "truncation")
 
 
 def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Formatting | None:
     """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
     names = {field.name for field in fields(Formatting)}
-    known = {name: value for name, value in hyperparameters.items() if name in names}
-    return from_mapping(Formatting, {**UNRECORDED, **known}, where) if known else None
+    recorded = {name: value for name, value in hyperparameters.items() if name in names}
+    return from_mapping(Formatting, recorded, where) if recorded else None
 
 
-def format_record(
-    hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def format_record(info: ExpertInfo) -> dict[str, Any] | None:
     """What a pool's records say of it; None for an expert that records no formatting."""
-    try:
-        formatting = recorded_formatting(hyperparameters, "hyperparameters")
-    except ConfigError:
-        formatting = None
-    if formatting is None:
-        return None
-    kept = {name: getattr(formatting, name) for name in ("max_input_tokens", "truncation", "chat")}
-    return {**kept, "inputs_cut": metrics.get("inputs_cut")}
+    recorded = {name: info.hyperparameters[name] for name in FORM if name in info.hyperparameters}
+    return {**recorded, "inputs_cut": info.metrics.get("inputs_cut")} if recorded else None
 
 
 def trained_in_chats(records: Iterable[Mapping[str, Any]]) -> bool:
@@ -148,58 +147,38 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Format
     """Warn of experts whose training inputs were formatted otherwise than `given`."""
     others: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in records:
-        found = record.get("formatting")
-        if not isinstance(found, Mapping):
+        trained = record.get("formatting")
+        if not isinstance(trained, Mapping):
             continue
-        try:
-            trained = recorded_formatting(found, "formatting")
-        except ConfigError:
-            continue  # a damaged record, on which nothing depends
-        if trained is None:
-            continue
-        names = ["chat"]
-        if found.get("inputs_cut") != 0:
-            names += ["max_input_tokens", "truncation"]
-        if differ := [name for name in names if getattr(trained, name) != getattr(given, name)]:
-            both = _words(given, differ), _words(trained, differ)
-            others[both].append(one_line(record.get("name"), 80))
-    for (read, form), experts in others.items():
+        # How inputs are cut says nothing of an expert whose own were whole.
+        names = FORM if trained.get("inputs_cut") != 0 else FORM[:1]
+        differ = [n for n in names if n in trained and trained[n] != getattr(given, n)]
+        if differ:
+            here = ", ".join(f"{name} {getattr(given, name)}" for name in differ)
+            there = ", ".join(f"{name} {one_line(trained[name], 40)}" for name in differ)
+            others[here, there].append(one_line(record.get("name"), 80))
+    for (here, there), experts in others.items():
         more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
         warnings.warn(
-            f"Inputs are read with {read}, but {', '.join(experts[:SHOWN])}{more} "
-            f"{'were' if len(experts) > 1 else 'was'} trained with {form}.",
+            f"Inputs are read with {here}, but {', '.join(experts[:SHOWN])}{more} "
+            f"{'were' if len(experts) > 1 else 'was'} trained with {there}.",
             stacklevel=3,
         )
 
 
-def _words(formatting: Formatting, names: Iterable[str]) -> str:
-    words = {
-        "chat": "the chat template (--chat)" if formatting.chat else "no chat template",
-        "max_input_tokens": f"max_input_tokens {formatting.max_input_tokens}",
-        "truncation": f"truncation {formatting.truncation}",
-    }
-    return ", ".join(words[name] for name in names)
-
+# Its description.
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
-OPTIONAL = (str, NoneType)
-TYPES: dict[str, Any] = {  # of every field but the version
-    "name": str,
-    "base.id": str,
-    "base.revision": OPTIONAL,
-    "base.fingerprint": OPTIONAL,
-    "adapter_sha256": str,
-    "vectors_sha256": OPTIONAL,
-    "embeddings_sha256": OPTIONAL,
-    "embedder": OPTIONAL,
-    "embedding_form": OPTIONAL,
-    "measured_in": OPTIONAL,
-    "acts_on": (dict, NoneType),
-    "task": dict,
-    "hyperparameters": dict,
-    "metrics": dict,
+TYPES: dict[Any, tuple[str, ...]] = {
+    str: ("name", "base.id", "adapter_sha256"),
+    str | None: (
+        *("base.revision", "base.fingerprint", "vectors_sha256", "embeddings_sha256"),
+        *("embedder", "embedding_form", "measured_in"),
+    ),
+    dict: ("task", "hyperparameters", "metrics"),
+    dict | None: ("acts_on",),
 }
 
 
@@ -247,11 +226,16 @@ def read_info(path: Path) -> ExpertInfo:
                 f"this phatgoose reads version {FORMAT_VERSION}."
             )
         info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
+        for wanted, names in TYPES.items():
+            for name in names:
+                value = attrgetter(name)(info)
+                if not isinstance(value, wanted) or not str(value).isprintable():
+                    raise TypeError(f"{name} is {shortened(value)}")
+        if not NAME.fullmatch(info.name):
+            raise ValueError(f"name is {shortened(info.name)}")
+        ActsOn.of(info.acts_on)
     except FileNotFoundError as error:
-        holds = next(path.parent.glob(f"*/{path.name}"), None)
-        hint = f" It holds experts: name each ({holds.parent}, …)." if holds else ""
-        if not path.parent.exists():
-            hint = closest_beside(path.parent)
+        hint = "" if path.parent.exists() else closest_beside(path.parent)
         if (path.parent / ADAPTER_CONFIG).is_file():
             hint = f" It is a PEFT adapter: run 'phatgoose import {path.parent} --out …' first."
         raise ExpertError(
@@ -261,14 +245,6 @@ def read_info(path: Path) -> ExpertInfo:
         raise ExpertError(
             f"{path} is not a valid description of an expert: {one_line(error)}."
         ) from error
-    for key, wanted in TYPES.items():
-        value = attrgetter(key)(info)
-        if not isinstance(value, wanted) or (isinstance(value, str) and not value.isprintable()):
-            raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
-    try:
-        ActsOn.of(info.acts_on)
-    except ExpertError as error:
-        raise ExpertError(f"{path}: {error}") from error
     return info
 
 
@@ -289,6 +265,8 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# The directory.
+
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
 
@@ -308,7 +286,8 @@ LAYOUT = _Layout()
 
 def expert_files() -> tuple[str, ...]:
     """Every name that a file of an expert may have."""
-    return (*adapter_file_names(), *asdict(LAYOUT).values())
+    adapters = [name for files in formats() for name in (files.config, files.weights)]
+    return (*adapters, *asdict(LAYOUT).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +305,7 @@ class Expert:
         gates: A float32 vector of each site's input size; empty when there are none.
         means: Mean activations, likewise.
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
-        readings: Prompt statistics, by `readings.readings_of`; empty when there are none.
+        readings: Prompt statistics, by `statistics.readings_of`; empty when there are none.
         files: The mapped files.
         source: The folder of an adapter that was read as an expert; `directory` may be temporary.
     """
@@ -369,13 +348,13 @@ class Expert:
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
         """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
-        held = self.modules.items()
-        return {site: module for site, module in held if isinstance(module, LoraFactors)}
+        modules = self.modules.items()
+        return {site: module for site, module in modules if isinstance(module, LoraFactors)}
 
     def has(self, part: str) -> bool:
         """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
-        held = getattr(self, part)
-        return held is not None and len(held) > 0
+        value = getattr(self, part)
+        return value is not None and len(value) > 0
 
     def release(self) -> None:
         """Free the memory of bytes read from its files; they are read again when used."""
@@ -393,57 +372,35 @@ class Expert:
         means: Mapping[str, Tensor] | None = None,
         embeddings: Tensor | None = None,
         readings: Mapping[str, Tensor] | None = None,
-        embedder: str | None = None,
-        embedding_form: str | None = None,
-        measured_in: str | None = None,
-        task: Mapping[str, Any] | None = None,
-        hyperparameters: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, Any] | None = None,
         acts_on: ActsOn | None = None,
+        **record: Any,
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
         and without a fingerprint, `name` to the name of the adapter's folder, `acts_on` to the
-        invocation tokens that an adapter of PEFT's aLoRA names. Raises ExpertError
-        when the adapter can't be used or names no base where none is given, when a vector doesn't
-        fit its site, and when embeddings aren't what the format wants.
+        invocation tokens that an adapter of PEFT's aLoRA names. `record` are other fields of
+        `ExpertInfo`. Raises ExpertError when the adapter can't be used or names no base where none
+        is given. Vectors that don't fit it are refused by `save`.
         """
         directory = Path(adapter_dir)
-        modules = read_modules(directory)
-        base = base or _adapter_base(directory)
+        base = base or base_named_in(directory)
         if base is None:
             raise ExpertError(f"The adapter in {directory} doesn't name its base; give base.")
         name = name or directory.resolve().name
         check_name(name)
-        if isinstance(base, Base):
-            base = base.reference
         acts_on = acts_on or invocation_of(directory)
         info = ExpertInfo(
             name=name,
-            base=base,
+            base=base.reference if isinstance(base, Base) else base,
             adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
-            task=task or {},
-            hyperparameters=hyperparameters or {},
-            metrics=metrics or {},
-            embedder=embedder,
-            embedding_form=embedding_form,
-            measured_in=measured_in,
             acts_on=acts_on.record() if acts_on else None,
+            **record,
         )
-        expert = cls(
-            info,
-            directory,
-            modules,
-            _plain(gates),
-            _plain(means or {}),
-            embeddings,
-            _plain(readings or {}),
-        )
-        for problem in chain(
-            _invocation_problems(expert), _vector_problems(expert), _not_finite(expert)
-        ):
-            raise ExpertError(problem)
+        vectors = [_plain(each or {}) for each in (gates, means, readings)]
+        modules = read_modules(directory)
+        expert = cls(info, directory, modules, vectors[0], vectors[1], embeddings, vectors[2])
+        _check_invocation(expert)
         return expert
 
     @classmethod
@@ -453,9 +410,48 @@ class Expert:
         Raises ExpertError with the expert, the site, what was got and what was wanted.
         """
         directory = Path(directory)
-        expert = _read(directory)
-        for problem in _problems(expert):
-            raise ExpertError(problem)
+        info = read_info(directory / LAYOUT.info)
+        adapter = adapter_files(directory)
+        files = {}
+        for file, sha256 in (
+            (adapter.weights, info.adapter_sha256),
+            (LAYOUT.vectors, info.vectors_sha256),
+            (LAYOUT.embeddings, info.embeddings_sha256),
+        ):
+            if sha256 is not None:
+                read = adapter.read_weights if file == adapter.weights else None
+                files[file] = read(directory) if read else read_tensors(directory / file)
+                if (got := files[file].sha256()) != sha256:
+                    raise ExpertError(
+                        f"Expert {info.name!r}: {file} was changed after the expert was made: its "
+                        f"SHA-256 is {got[:12]}…, wanted {sha256[:12]}…."
+                    )
+            elif (directory / file).exists():
+                raise ExpertError(
+                    f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} doesn't know it."
+                )
+        vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
+        embeddings: Mapping[str, Tensor] = files.get(LAYOUT.embeddings, {})
+        for key in (*vectors, *embeddings):
+            if not key.startswith(("gate.", "mean.", "reading.")) and key != "embeddings":
+                raise ExpertError(
+                    f"Expert {info.name!r} has a tensor {shortened(key)}; wanted gate.*, mean.*, "
+                    f"reading.* and embeddings."
+                )
+        gates, means, readings = (Group(vectors, kind) for kind in ("gate", "mean", "reading"))
+        expert = cls(
+            info,
+            directory,
+            read_modules(directory, files[adapter.weights]),
+            gates,
+            means,
+            embeddings.get("embeddings"),
+            # Earlier experts share the state of prompts' last tokens too, which nothing reads.
+            {name: readings[name] for name in readings if not name.startswith("end.")},
+            files,
+        )
+        _check_invocation(expert)
+        _check_vectors(expert)
         # Every byte was read for its hash; most aren't needed for long.
         expert.release()
         return expert
@@ -463,12 +459,14 @@ class Expert:
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
         """Write a complete directory or none, and return the expert as loaded from it.
 
-        Raises ExpertError when `directory` exists (unless `overwrite`) or can't be written.
+        Raises ExpertError when its vectors don't fit its adapter, and when `directory` exists
+        (unless `overwrite`) or can't be written.
         """
         target = Path(directory)
         with new_directory(target, ExpertError, overwrite=overwrite) as work:
             self._write(work)
-        return Expert.load(target)
+            saved = Expert.load(work)
+        return replace(saved, directory=target)
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
@@ -476,162 +474,73 @@ class Expert:
         for file in (files.config, files.weights, *beside):
             shutil.copyfile(regular_file(self.directory / file), work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
-        vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
-        vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
-        vectors |= {f"reading.{part}": tensor for part, tensor in self.readings.items()}
+        vectors = {
+            f"{kind}.{name}": vector.clone()  # safetensors refuses tensors that share memory
+            for kind in ("gate", "mean", "reading")
+            for name, vector in getattr(self, f"{kind}s").items()
+        }
         if vectors:
-            # safetensors refuses tensors that share memory.
-            save_file({key: each.clone() for key, each in vectors.items()}, work / LAYOUT.vectors)
+            save_file(vectors, work / LAYOUT.vectors)
             info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
         if self.embeddings is not None:
             rows = self.embeddings.float().contiguous()
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
-        # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
         card = model_card(asdict(info), self.kind, len(self.modules), copied=bool(beside))
-        for file, text in (
-            (LAYOUT.card, card),
-            (LAYOUT.info, info_json(info)),
-        ):
+        for file, text in ((LAYOUT.card, card), (LAYOUT.info, info_json(info))):
+            # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_expert(directory: str | Path) -> list[str]:
-    """All problems of the expert in `directory`, a sentence each; empty when it is sound."""
+    """The first problem of the expert in `directory`, a sentence; empty when it is sound."""
     try:
-        return list(_problems(_read(Path(directory))))
+        Expert.load(directory)
     except ExpertError as error:
         return [str(error)]
-
-
-def base_named_in(directory: Path) -> BaseReference | None:
-    """The base that an expert or plain adapter names, if any; ExpertError when it is neither."""
-    if (directory / LAYOUT.info).is_file():
-        return read_info(directory / LAYOUT.info).base
-    return _adapter_base(directory)
-
-
-def named_revision(config: Mapping[str, Any]) -> str | None:
-    """The revision of its base that an adapter names, None without one. Raises ExpertError."""
-    named = config.get("revision") or None
-    if named is not None and not (isinstance(named, str) and REVISION.fullmatch(named)):
-        raise ExpertError(
-            f"The adapter names revision {shortened(named)} of its base, but a revision is a "
-            f"branch, a tag or a commit; name the base with --base."
-        )
-    return named
-
-
-def _adapter_base(directory: Path) -> BaseReference | None:
-    named = named_base(directory)
-    if named is None:
-        return None
-    return BaseReference(named, named_revision(adapter_files(directory).read_config(directory)))
+    return []
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
-def _read(directory: Path) -> Expert:
-    # A process that was killed while it replaced the directory left it under another name.
-    info = read_info(directory / LAYOUT.info)
-    files = {}
-    if info.vectors_sha256 is not None:
-        files[LAYOUT.vectors] = read_tensors(directory / LAYOUT.vectors)
-    vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
-    for key in vectors:
-        if not key.startswith(("gate.", "mean.", "reading.")):
-            raise ExpertError(
-                f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.*, mean.* and reading.*."
-            )
-    embeddings = None
-    if info.embeddings_sha256 is not None:
-        held = files[LAYOUT.embeddings] = read_tensors(directory / LAYOUT.embeddings)
-        if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
-            raise ExpertError(
-                f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
-            )
-        embeddings = held["embeddings"]
-    adapter = adapter_files(directory)
-    weights = files[adapter.weights] = adapter.read_weights(directory)
-    modules = read_modules(directory, weights)
-    gates, means, readings = (Group(vectors, kind) for kind in ("gate", "mean", "reading"))
-    return Expert(info, directory, modules, gates, means, embeddings, readings, files)
-
-
-def _problems(expert: Expert) -> Iterator[str]:
-    info, directory = expert.info, expert.directory
-    if not NAME.fullmatch(info.name):
-        yield f"{directory}: {info.name!r} is not a valid name."
-    hashes = {
-        adapter_files(directory).weights: info.adapter_sha256,
-        LAYOUT.vectors: info.vectors_sha256,
-        LAYOUT.embeddings: info.embeddings_sha256,
-    }
-    for file, wanted in hashes.items():
-        if wanted is None:
-            if (directory / file).exists():
-                yield f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} does not know it."
-            continue
-        got = expert.files[file].sha256()
-        if got != wanted:
-            yield (
-                f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
-                f"is {got[:12]}…, wanted {wanted[:12]}…."
-            )
-    yield from _invocation_problems(expert)
-    yield from _vector_problems(expert)
-
-
-def _invocation_problems(expert: Expert) -> Iterator[str]:
+def _check_invocation(expert: Expert) -> None:
     # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
-    named = invocation_of(expert.directory)
-    recorded = expert.acts_on
-    held = kinds()[expert.kind].holds_invocation
-    if named is None and (recorded is None or not recorded.invocation or not held):
-        return
-    if named != recorded:
-        yield (
+    named, recorded = invocation_of(expert.directory), expert.acts_on
+    holds = kinds()[expert.kind].holds_invocation and recorded and recorded.invocation
+    if (named or holds) and named != recorded:
+        raise ExpertError(
             f"Expert {expert.name!r} acts on {recorded or 'all tokens'}, but its adapter's "
             f"alora_invocation_tokens say {named or 'all tokens'}."
         )
 
 
-def _vector_problems(expert: Expert) -> Iterator[str]:
+def _check_vectors(expert: Expert) -> None:
     rows = expert.embeddings
     if rows is not None and not (
         rows.dtype == torch.float32
+        and rows.dim() == 2
         and 0 < len(rows) <= MOST_EMBEDDINGS
         and bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
     ):
-        yield (
+        raise ExpertError(
             f"Expert {expert.name!r}: embeddings of shape {tuple(rows.shape)} and type "
             f"{rows.dtype}; wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
         )
-    for problem in readings_problems(expert.readings) if expert.readings else ():
-        yield f"Expert {expert.name!r}, readings: {problem}."
+    if expert.readings:
+        check_readings(f"Expert {expert.name!r}, readings", expert.readings)
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
-        if not vectors:
-            continue
-        for site in sorted(vectors.keys() ^ expert.modules.keys()):
+        for site in sorted(vectors.keys() ^ expert.modules.keys()) if vectors else ():
             missing = "adapter" if site in vectors else kind
-            yield f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
-        for site in sorted(vectors.keys() & expert.modules.keys()):
-            vector, n = vectors[site], expert.modules[site].in_features
+            raise ExpertError(
+                f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
+            )
+        for site, vector in vectors.items():
+            n = expert.modules[site].in_features
             wanted = (vector.numel() if n is None else n,)  # if None, `check_fit` asks the base
             if tuple(vector.shape) != wanted or vector.dtype != torch.float32:
-                yield (
+                raise ExpertError(
                     f"Expert {expert.name!r}, site {site}: the {kind} has shape "
                     f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
                 )
-
-
-def _not_finite(expert: Expert) -> Iterator[str]:
-    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
-        for site, vector in vectors.items():
-            if not is_finite(vector):
-                yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."
-    for part, tensor in expert.readings.items():
-        if not is_finite(tensor):
-            yield f"Expert {expert.name!r}, readings: {part} is not finite."

@@ -37,31 +37,31 @@ from ..errors import ConfigError, ExpertError
 from ..passes import active_share
 from ..sites import Site
 from .kind import (
-    AdapterFiles,
     Constant,
     FreshExpert,
     Held,
     NewModules,
     Part,
     SiteModule,
-    are_floats,
+    check_parts,
     new_gate,
     openness,
     row_tensor,
+    split_by_site,
     weighted_rows,
 )
 from .peft_files import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     PEFT_FILES,
+    PEFT_PREFIX,
     peft_options,
     save_peft,
-    site_of,
     under_peft,
     write_adapter,
 )
 
-IA3_ENDING = ".ia3_l"
+ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,7 +69,7 @@ class ScalingVector(SiteModule):
     """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
 
     kind: ClassVar[str] = "ia3"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
+    files: ClassVar[Any] = PEFT_FILES
 
     vector: Tensor  # [n] or [d]
     on_input: bool
@@ -99,17 +99,14 @@ class ScalingVector(SiteModule):
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, ScalingVector]:
         vectors = {}
-        for key, tensor in sorted(tensors.items()):
-            site = site_of(key, (IA3_ENDING,), directory)
-            if tensor.dim() != 2 or sorted(tensor.shape)[0] != 1 or not are_floats(tensor):
-                raise ExpertError(
-                    f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in "
-                    f"floating point, got {tuple(tensor.shape)} of {tensor.dtype}."
-                )
+        by_site = split_by_site(directory / ADAPTER_WEIGHTS, tensors, ENDINGS, PEFT_PREFIX)
+        for site, parts in by_site.items():
+            check_parts(f"{directory}, site {site}", {"vector": "dn"}, parts)
+            d, n = parts["vector"].shape
+            if 1 not in (d, n):
+                raise ExpertError(f"{directory}, site {site}: got a matrix {(d, n)}, not a vector.")
             # PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n].
-            vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
-        if not vectors:
-            raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")
+            vectors[site] = ScalingVector(parts["vector"].flatten(), on_input=d == 1)
         return vectors
 
     @classmethod
@@ -122,7 +119,7 @@ class ScalingVector(SiteModule):
             "feedforward_modules": sorted(site for site, each in modules.items() if each.on_input),
         }
         tensors = {
-            site + IA3_ENDING: each.vector.view((1, -1) if each.on_input else (-1, 1))
+            site + ENDINGS["vector"]: each.vector.view((1, -1) if each.on_input else (-1, 1))
             for site, each in modules.items()
         }
         return write_adapter(folder, config, modules, tensors)

@@ -23,43 +23,47 @@ from transformers import PreTrainedModel
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import TensorFile, read_json_object, shortened
+from ..files import TensorFile, one_line, read_json_object, shortened
 from ..passes import where_active
 from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, linear_shape, replaced
+
+VERSION = 1  # of the formats of one's own
 
 # One expert: its module at a site, and its files.
 
 
 class SiteModule(ABC):
-    """What an expert does at one site. Each kind has a frozen dataclass of this base."""
+    """What an expert does at one site. Each kind has a frozen dataclass of this base.
+
+    Its fields are tensors, then settings. A kind with files of its own (`OwnFiles`) declares what
+    its tensors look like there, and everything but `at` and `apply` follows.
+    """
 
     kind: ClassVar[str]
-    files: ClassVar[AdapterFiles]
-
-    def __repr__(self) -> str:
-        held = ((name, value) for name, value in vars(self).items() if value is not None)
-        shown = (f"{n}={list(v.shape) if isinstance(v, Tensor) else repr(v)}" for n, v in held)
-        return f"{type(self).__name__}({', '.join(shown)})"
+    files: ClassVar[Any]
 
     @property
     def in_features(self) -> int | None:
         """The size n of the site's input, None for a module that doesn't tell."""
-        return None
+        return self._sizes().get("n")
 
     @property
     def out_features(self) -> int | None:
         """The size d of the site's output, None for a module that doesn't tell."""
-        return None
+        return self._sizes().get("d")
 
     @property
     def size(self) -> int | None:
         """The rank, or the size of the bottleneck; None for a kind that has neither."""
-        return None
+        return next((size for letter, size in self._sizes().items() if letter not in "nd"), None)
 
     @property
     def settings(self) -> tuple[object, ...]:
         """Its fields that are no tensors."""
         return tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
+
+    def _sizes(self) -> dict[str, int]:
+        return sizes_of(self.files.parts, vars(self)) or {}
 
     @abstractmethod
     def at(self, weight: Tensor) -> SiteModule:
@@ -70,7 +74,6 @@ class SiteModule(ABC):
         """The output [.., d] of the layer `base` for u under this module, which came from `at`."""
 
     @classmethod
-    @abstractmethod
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> Mapping[str, SiteModule]:
@@ -78,11 +81,20 @@ class SiteModule(ABC):
 
         Raises ExpertError when a tensor is missing or left over, or shapes don't fit each other.
         """
+        settings = {name: config[name] for name in cls.files.settings}
+        by_site = cls.files.by_site(directory, tensors)
+        return {site: cls(**parts, **settings) for site, parts in by_site.items()}
 
     @classmethod
-    @abstractmethod
     def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-        """`folder`, with these modules by site in its `files`; `about` goes into the config."""
+        """`folder`, with these modules by site in its `files`; `about` goes into the config.
+
+        Settings are those of the first module: all modules of an expert share them.
+        """
+        first = next(iter(modules.values()))
+        config = {**about, **{name: getattr(first, name) for name in cls.files.settings}}
+        cls.files.write(folder, {site: vars(module) for site, module in modules.items()}, config)
+        return folder
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ class AdapterFiles(ABC):
     beside: tuple[str, ...] = ()
 
     @abstractmethod
-    def read_config(self, directory: Path) -> dict[str, Any]: ...
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        """What the configuration says, checked; ExpertError for what it can't say."""
 
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights)
@@ -108,15 +121,16 @@ class AdapterFiles(ABC):
 class OwnFiles(AdapterFiles):
     """A format of one's own: a JSON file, and tensors named SITE.PART.
 
-    `parts` has a letter for each size of a part, which stands for one number at a site: "md". The
-    configuration has a version, the base's id, and one entry for each of `settings`, which tells
-    whether a value can be right; all modules of an expert share them.
+    `parts` has a letter for each size of a module's tensor, which stands for one number at a site:
+    {"down": "md"}; `names` has PART where that isn't the field's name. The configuration has a
+    version, the base's id, and one entry for each of `settings`, which tells whether a value can be
+    right; all modules of an expert share them.
     """
 
     parts: Mapping[str, str] = field(hash=False)
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
     settings: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict, hash=False)
     version_key: str = "version"
-    version: int = 1
 
     def read_config(self, directory: Path) -> dict[str, Any]:
         path = directory / self.config
@@ -124,71 +138,41 @@ class OwnFiles(AdapterFiles):
             config = read_json_object(path)
         except FileNotFoundError as error:
             raise ExpertError(f"{directory} holds no {self.config}.") from error
-        if config.get(self.version_key) != self.version:
-            raise ExpertError(
-                f"{path}: version {shortened(config.get(self.version_key))} is unknown; this "
-                f"phatgoose reads version {self.version}."
-            )
         known: dict[str, Callable[[Any], bool]] = {
-            self.version_key: lambda _: True,
+            self.version_key: lambda value: value == VERSION,
             self.base_key: lambda value: isinstance(value, str),
             **self.settings,
         }
-        for key in sorted(config.keys() ^ known.keys()):
-            raise ExpertError(
-                f"{path}: {shortened(key)} is {'unknown' if key in config else 'missing'}; wanted "
-                f"exactly {', '.join(known)}."
-            )
-        for key, can_be in known.items():
-            if not can_be(config[key]):
-                raise ExpertError(f"{path}: {key} is {shortened(config[key])}, which it can't be.")
+        for key in {**known, **config}:
+            if key not in config or key not in known or not known[key](config[key]):
+                value = shortened(config[key]) if key in config else "missing"
+                raise ExpertError(
+                    f"{path}: {one_line(key, 80)} is {value}; this phatgoose reads version "
+                    f"{VERSION}, with exactly {', '.join(known)}."
+                )
         return config
 
-    def by_site(self, directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        """The tensors of each site in the order of `parts`, of their shapes; else ExpertError."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for key in sorted(tensors):
-            part = next((part for part in self.parts if key.endswith(f".{part}")), None)
-            if part is None:
-                raise ExpertError(
-                    f"{directory}: {self.weights} holds {shortened(key, 200)}, which is no part of "
-                    f"an adapter of this kind."
-                )
-            found.setdefault(key.removesuffix(f".{part}"), {})[part] = tensors[key]
-        if not found:
-            raise ExpertError(f"{directory}: {self.weights} holds no tensors.")
-        for site, held in found.items():
-            if not self._fit_together(held):
-                wanted = [f"({', '.join(letters)})" for letters in self.parts.values()]
-                got = [str(tuple(held[p].shape)) if p in held else "None" for p in self.parts]
-                raise ExpertError(
-                    f"{directory}, site {site}: wanted {', '.join(self.parts)} of shapes "
-                    f"{', '.join(wanted)}, in floating point, got {', '.join(got)}."
-                )
-        return {site: [held[part] for part in self.parts] for site, held in found.items()}
-
-    def _fit_together(self, held: Mapping[str, Tensor]) -> bool:
-        sizes: dict[str, int] = {}
-        for part, letters in self.parts.items():
-            shape = held[part].shape if part in held else ()
-            if len(shape) != len(letters) or 0 in shape:
-                return False
-            if any(sizes.setdefault(a, n) != n for a, n in zip(letters, shape, strict=True)):
-                return False
-        return are_floats(*held.values())
+    def by_site(
+        self, directory: Path, tensors: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each site by field, of their shapes; else ExpertError."""
+        endings = {name: f".{self.names.get(name, name)}" for name in self.parts}
+        by_site = split_by_site(directory / self.weights, tensors, endings)
+        for site, parts in by_site.items():
+            check_parts(f"{directory}, site {site}", self.parts, parts)
+        return by_site
 
     def write(
-        self, folder: Path, by_site: Mapping[str, Iterable[Tensor]], config: Mapping[str, Any]
-    ) -> Path:
+        self, folder: Path, by_site: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+    ) -> None:
         tensors = {
-            f"{site}.{part}": tensor.detach().cpu().contiguous()
-            for site, held in by_site.items()
-            for part, tensor in zip(self.parts, held, strict=True)
+            f"{site}.{self.names.get(name, name)}": parts[name].detach().cpu().contiguous()
+            for site, parts in by_site.items()
+            for name in self.parts
         }
         save_file(tensors, folder / self.weights)
-        text = json.dumps({self.version_key: self.version, **config}, indent=2) + "\n"
+        text = json.dumps({self.version_key: VERSION, **config}, indent=2) + "\n"
         (folder / self.config).write_text(text, encoding="utf-8")
-        return folder
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -198,40 +182,67 @@ def read_tensors(path: Path) -> TensorFile:
     return tensors
 
 
-def are_floats(*tensors: Tensor) -> bool:
-    return all(tensor.dtype in FLOATS for tensor in tensors)
+def split_by_site(
+    file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str], prefix: str = ""
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors in `file` by site and field, told by their names' endings; else ExpertError."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        name = next((name for name, ending in endings.items() if key.endswith(ending)), None)
+        if name is None or not key.startswith(prefix):
+            raise ExpertError(
+                f"{file} holds {shortened(key, 200)}, which is no part of a plain adapter."
+            )
+        site = key.removeprefix(prefix).removesuffix(endings[name])
+        by_site.setdefault(site, {})[name] = tensors[key]
+    if not by_site:
+        raise ExpertError(f"{file} holds no tensors.")
+    return by_site
+
+
+def sizes_of(forms: Mapping[str, str], tensors: Mapping[str, Any]) -> dict[str, int] | None:
+    """What the letters of `forms` stand for in these tensors; None if they don't fit together."""
+    sizes: dict[str, int] = {}
+    for name, letters in forms.items():
+        shape = tensors[name].shape if name in tensors else ()
+        if len(shape) != len(letters) or 0 in shape or tensors[name].dtype not in FLOATS:
+            return None
+        if any(sizes.setdefault(a, n) != n for a, n in zip(letters, shape, strict=True)):
+            return None
+    return sizes
+
+
+def check_parts(where: str, forms: Mapping[str, str], tensors: Mapping[str, Any]) -> None:
+    """Raise ExpertError unless `tensors` are those of `forms`, and fit together."""
+    if sizes_of(forms, tensors) is None or tensors.keys() - forms.keys():
+        wanted = ", ".join(f"{name} ({', '.join(form)})" for name, form in forms.items())
+        got = ", ".join(f"{name} {(*tensor.shape,)}" for name, tensor in tensors.items())
+        raise ExpertError(f"{where}: wanted {wanted} in floating point, got {got or 'nothing'}.")
 
 
 def check_fit(
     name: str,
     modules: Mapping[str, SiteModule],
     sites: Mapping[str, Site],
-    vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *vectors: Mapping[str, Tensor],
 ) -> None:
-    """Raise ExpertError unless the modules of expert `name` fit the base, which has `sites`.
+    """Raise ExpertError unless expert `name` fits a base with these `sites`.
 
-    `vectors` are its gates and means, if any, by what one of them is called in messages. Only here
-    are those checked whose module doesn't see the site's input.
+    `vectors` are its gates and means, if any: only the base knows how long those are whose module
+    doesn't see the site's input.
     """
     for site, module in modules.items():
         if site not in sites:
             raise ExpertError(f"Expert {name!r} acts on {site}, which the base model lacks.")
-        wanted = (sites[site].in_features, sites[site].out_features)
-        got = (
-            wanted[0] if module.in_features is None else module.in_features,
-            wanted[1] if module.out_features is None else module.out_features,
-        )
-        if got != wanted:
+        n, d = sites[site].in_features, sites[site].out_features
+        got = (module.in_features or n, module.out_features or d)
+        lengths = {len(each[site]) for each in vectors if site in each}
+        if got != (n, d) or lengths - {n}:
+            more = f", with gates or means of {max(lengths)} numbers" if lengths else ""
             raise ExpertError(
-                f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features, the base model "
-                f"{wanted[0]} to {wanted[1]}; it was trained on another base."
+                f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features{more}, the base "
+                f"model {n} to {d}; it was trained on another base."
             )
-        for kind, held in (vectors or {}).items():
-            if site in held and tuple(held[site].shape) != (wanted[0],):
-                raise ExpertError(
-                    f"Expert {name!r}, site {site}: the {kind} has shape "
-                    f"{tuple(held[site].shape)}, the base model wants {(wanted[0],)}."
-                )
 
 
 # One expert alone on its base: a layer with its module at each of its sites.
@@ -507,6 +518,12 @@ class Part(ABC):
 
 def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
     return torch.tensor(list(rows), device=device)
+
+
+def widened(tensor: Tensor, width: int) -> Tensor:
+    """A tensor [E, r, ..] with zeros up to `width` in its second dimension."""
+    missing = width - tensor.shape[1]
+    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
 
 
 # Sums over the experts that each token chose, which kernels and stacks share.

@@ -30,12 +30,10 @@ from transformers import PreTrainedModel
 
 from ..base import Base
 from ..config import Lora
-from ..errors import ExpertError
 from ..files import value_at
 from ..passes import where_active
 from ..sites import Site, dtype_at
 from .kind import (
-    AdapterFiles,
     Constant,
     FreshExpert,
     Held,
@@ -43,11 +41,13 @@ from .kind import (
     Part,
     Product,
     SiteModule,
-    are_floats,
+    check_parts,
     new_gate,
     openness,
     row_tensor,
+    split_by_site,
     weighted_rows,
+    widened,
 )
 from .peft_files import (
     ADAPTER,
@@ -56,12 +56,11 @@ from .peft_files import (
     PEFT_PREFIX,
     peft_options,
     save_peft,
-    site_of,
     under_peft,
     write_adapter,
 )
 
-LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,11 +68,11 @@ class LoraFactors(SiteModule):
     """One site's LoRA: the update is `scale * (B @ A @ u + bias)`."""
 
     kind: ClassVar[str] = "lora"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
+    files: ClassVar[Any] = PEFT_FILES
 
     A: Tensor  # [r, n]
     B: Tensor  # [d, r]
-    scale: float
+    scale: float = 1.0
     bias: Tensor | None = None  # [d]
 
     @property
@@ -103,26 +102,16 @@ class LoraFactors(SiteModule):
     @classmethod
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> dict[str, LoraFactors]:
-        scale_of, has_biases = _scale_rule(config), bool(config.get("lora_bias"))
-        factors = {}
-        for site in sorted({site_of(key, LORA_ENDINGS, directory) for key in tensors}):
-            A, B, bias = (tensors.get(f"{PEFT_PREFIX}{site}{ending}") for ending in LORA_ENDINGS)
-            if A is None or B is None or not _are_factors(A, B):
-                got = [None if side is None else tuple(side.shape) for side in (A, B)]
-                raise ExpertError(
-                    f"{directory}, site {site}: wanted A of shape (r, n) and B of (d, r), in "
-                    f"floating point, got {got[0]} and {got[1]}."
-                )
-            if (bias is None) == has_biases or (bias is not None and not _is_bias(bias, B)):
-                raise ExpertError(
-                    f"{directory}, site {site}: its config says lora_bias {has_biases}, but the "
-                    f"bias of B is {None if bias is None else tuple(bias.shape)}."
-                )
-            factors[site] = LoraFactors(A, B, scale_of(site, A.shape[0]), bias)
-        if not factors:
-            raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no LoRA factors.")
-        return factors
+    ) -> Mapping[str, SiteModule]:
+        scale_of = _scale_rule(config)
+        forms = {"A": "rn", "B": "dr"} | ({"bias": "d"} if config.get("lora_bias") else {})
+        by_site = split_by_site(directory / ADAPTER_WEIGHTS, tensors, ENDINGS, PEFT_PREFIX)
+        for site, parts in by_site.items():
+            check_parts(f"{directory}, site {site}", forms, parts)
+        return {
+            site: LoraFactors(**parts, scale=scale_of(site, len(parts["A"])))
+            for site, parts in by_site.items()
+        }
 
     @classmethod
     def write(
@@ -142,13 +131,12 @@ class LoraFactors(SiteModule):
             "rank_pattern": {site: own for site, own in ranks.items() if own != rank},
             "alpha_pattern": {site: own for site, own in alphas.items() if own != alpha},
         }
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for site, lora in modules.items():
-            # PEFT's lora_bias is for all sites or none.
-            bias = lora.B.new_zeros(lora.B.shape[0]) if lora.bias is None else lora.bias
-            parts = (lora.A, lora.B, bias) if has_biases else (lora.A, lora.B)
-            for ending, part in zip(LORA_ENDINGS, parts, strict=False):
-                tensors[site + ending] = part
+            tensors |= {site + ENDINGS["A"]: lora.A, site + ENDINGS["B"]: lora.B}
+            if has_biases:  # PEFT's lora_bias is for all sites or none
+                bias = lora.B.new_zeros(len(lora.B)) if lora.bias is None else lora.bias
+                tensors[site + ENDINGS["bias"]] = bias
         return write_adapter(folder, config, modules, tensors)
 
 
@@ -158,25 +146,14 @@ def plus_product(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
     return total.view_as(y)
 
 
-def _are_factors(A: Tensor, B: Tensor) -> bool:
-    matrices = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] > 0
-    return matrices and are_floats(A, B)
-
-
-def _is_bias(bias: Tensor, B: Tensor) -> bool:
-    return bias.shape == B.shape[:1] and are_floats(bias)
-
-
 def _scale_rule(config: Mapping[str, Any]) -> Callable[[str, int], float]:
-    alphas = config.get("alpha_pattern") or {}
-    root = bool(config.get("use_rslora"))
-    default = float(config.get("lora_alpha", 8))
+    alphas, default = config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)
 
     def scale(site: str, rank: int) -> float:
         # Of several patterns the first that matches counts, as in PEFT.
         alpha = value_at(alphas, site)
-        alpha = default if alpha is None else float(alpha)
-        return alpha / (math.sqrt(rank) if root else rank)
+        alpha = float(default if alpha is None else alpha)
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scale
 
@@ -246,12 +223,6 @@ class LoraStack(Part):
         return Constant(A[adds], B[:, adds], bias)
 
 
-def widened(tensor: Tensor, width: int) -> Tensor:
-    """A tensor [E, r, ..] with zeros up to `width` in its second dimension."""
-    missing = width - tensor.shape[1]
-    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
-
-
 class NewLoras(NewModules):
     use_dora: ClassVar[bool] = False
 
@@ -277,8 +248,23 @@ class NewLoras(NewModules):
             yield FreshExpert(model, parts, lambda folder: self.save(model, base, folder))
 
     def prepare(self, layer: LoraLayer, settings: Lora, *, joint: bool) -> None:
-        """Make PEFT's new layer ready to be trained."""
-        _use_master_copies(layer, settings.init_std, joint=joint)
+        """Make PEFT's new layer ready to be trained: factors become float32 master copies."""
+        # PEFT would cast activations up to the factors' float32; here factors are cast down.
+        layer.cast_input_dtype_enabled = False
+        # PEFT's own sum goes three more times over the output, and again in the backward pass.
+        layer.lora_variant[ADAPTER] = _AddedInOneCall
+        for factors in (layer.lora_A, layer.lora_B):
+            plain = factors[ADAPTER]
+            shape, device = (plain.in_features, plain.out_features), plain.weight.device
+            master = (
+                _JointlyGatedLinear(*shape, device)
+                if joint and factors is layer.lora_A
+                else _MasterLinear(*shape, bias=False, device="meta")
+            )
+            master.weight = nn.Parameter(plain.weight.detach().float())
+            factors[ADAPTER] = master
+        nn.init.normal_(layer.lora_A[ADAPTER].weight, std=settings.init_std)
+        nn.init.zeros_(layer.lora_B[ADAPTER].weight)
 
     def save(self, model: PeftModel, base: Base, folder: Path) -> None:
         for layer in model.modules():
@@ -316,22 +302,3 @@ class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     ) -> Tensor:
         h: Any = where_active(module.scaling[active_adapter] * module.lora_A[active_adapter](x), x)
         return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
-
-
-def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
-    # PEFT would cast activations up to the factors' float32; here factors are cast down.
-    layer.cast_input_dtype_enabled = False
-    # PEFT's own sum goes three more times over the output, and again in the backward pass.
-    layer.lora_variant[ADAPTER] = _AddedInOneCall
-    for factors in (layer.lora_A, layer.lora_B):
-        plain = factors[ADAPTER]
-        shape, device = (plain.in_features, plain.out_features), plain.weight.device
-        master = (
-            _JointlyGatedLinear(*shape, device)
-            if joint and factors is layer.lora_A
-            else _MasterLinear(*shape, bias=False, device="meta")
-        )
-        master.weight = nn.Parameter(plain.weight.detach().float())
-        factors[ADAPTER] = master
-    nn.init.normal_(layer.lora_A[ADAPTER].weight, std=init_std)
-    nn.init.zeros_(layer.lora_B[ADAPTER].weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,8 +34,8 @@ from .importing import adapters_in, read_adapters
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
+STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a terminal, if printed
 MOST_NAMED = 8  # experts in the repr of a pool
-NO_POOL = "A pool is a folder of experts, hub:OWNER/NAME, a manifest, experts, or a list of these"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "stats")
 
@@ -70,33 +70,29 @@ class Pool(Mapping[str, Expert]):
         """
         if isinstance(source, Pool):
             return source
-        if isinstance(source, Mapping) or not isinstance(source, Expert | str | Path | Iterable):
-            raise PoolError(f"{NO_POOL}, not {shortened(source)}.")
         if isinstance(source, str | Path) and Path(source).suffix == MANIFEST:
             return cls._of(_read_manifest(Path(source)))
         places = [source] if isinstance(source, Expert | str | Path) else source
-        found = [each for place in places for each in _experts_at(place)]
-        if not found:
+        experts = [each for place in places for each in _experts_at(place)]
+        if not experts:
             raise PoolError(
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
                 f"expert directories, each with a {LAYOUT.info}, or PEFT adapters."
             )
-        return cls._of(prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), found))
+        return cls._of(prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), experts))
 
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
         pool = cls(tuple(experts))
         first = pool._anchor
-        seen: dict[str, Path] = {}
+        places: dict[str, Path] = {}
         for expert in pool.experts:
-            if expert.name in seen and seen[expert.name].resolve() == expert.place.resolve():
-                raise PoolError(f"{expert.place} is named twice; leave it out once.")
-            if expert.name in seen:
+            if expert.name in places:
                 raise PoolError(
-                    f"Two experts are named {expert.name!r}: {seen[expert.name]} and "
-                    f"{expert.place}; rename one."
+                    f"Two experts are named {expert.name!r}: {places[expert.name]} and "
+                    f"{expert.place}; rename one, or leave it out."
                 )
-            seen[expert.name] = expert.place
+            places[expert.name] = expert.place
             if not same_base(expert.info.base, first.info.base):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
@@ -119,8 +115,8 @@ class Pool(Mapping[str, Expert]):
     def _anchor(self) -> Expert:
         if not self.experts:
             raise PoolError("The pool has no experts.")
-        known = (expert for expert in self.experts if expert.info.base.fingerprint)
-        return next(known, self.experts[0])
+        marked = (expert for expert in self.experts if expert.info.base.fingerprint)
+        return next(marked, self.experts[0])
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -131,8 +127,7 @@ class Pool(Mapping[str, Expert]):
         """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
         if name in self.names:
             return self.experts[self.names.index(name)]
-        by_place = " By their order they are in pool.experts." if isinstance(name, int) else ""
-        raise KeyError(f"{self._unknown(name)}{by_place}")
+        raise KeyError(self._unknown(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -156,31 +151,20 @@ class Pool(Mapping[str, Expert]):
         Names are `Expert.name`, not those of directories. Raises PoolError for an unknown name, and
         when no expert is left.
         """
-        if isinstance(keep, str) or isinstance(leave_out, str):
-            raise PoolError("keep and leave_out must be lists of names.")
         kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
         for name in [*kept, *left]:
             if name not in self:
                 raise PoolError(self._unknown(name))
         staying = set(kept) - set(left)
-        chosen = [expert for expert in self.experts if expert.name in staying]
-        if not chosen:
+        if not staying:
             raise PoolError("No expert is left in the pool after keep and leave_out.")
-        return Pool(tuple(chosen))
+        return Pool(tuple(expert for expert in self.experts if expert.name in staying))
 
     def _unknown(self, name: object) -> str:
-        held = [expert.name for expert in self.experts if expert.place.name == name]
-        hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""
-        named = [
-            expert.name
-            if expert.place.name == expert.name
-            else f"{expert.name} (in {expert.place})"
-            for expert in self.experts
-        ]
-        if isinstance(name, str) and all(part.strip() in self for part in name.split(",")):
-            hint = " Name one expert at a time: repeat the flag, or give a list in Python."
+        inside = [expert.name for expert in self.experts if expert.place.name == name]
+        hint = f" The directory {name!r} holds the expert {inside[0]!r}." if inside else ""
         hint = hint or closest(name, self.names)
-        return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
+        return f"The pool has no expert {name!r}; it has {', '.join(self.names)}.{hint}"
 
     def check_on_disk(self, why: str) -> None:
         """Raise PoolError, which says `why`, for adapters that were read as experts."""
@@ -207,7 +191,11 @@ class Pool(Mapping[str, Expert]):
     def check_vectors(self, kind: str) -> None:
         """Raise PoolError, naming them, when experts lack a `kind` of REMEDIES."""
         if without := self.lacking(kind):
-            raise PoolError(_missing(without, kind))
+            raise PoolError(
+                f"No {kind}: {', '.join(map(repr, without))}. Run 'phatgoose {REMEDIES[kind]}' "
+                f"with the data that each was trained on, leave it out, or compose the pool by a "
+                f"router that needs none, such as arrow."
+            )
 
     def records(self) -> list[dict[str, Any]]:
         """One record per expert: name, path, the hashes of its files and its inputs' formatting.
@@ -221,7 +209,7 @@ class Pool(Mapping[str, Expert]):
                 "adapter_sha256": expert.info.adapter_sha256,
                 "vectors_sha256": expert.info.vectors_sha256,
                 "embeddings_sha256": expert.info.embeddings_sha256,
-                "formatting": format_record(expert.info.hyperparameters, expert.info.metrics),
+                "formatting": format_record(expert.info),
                 **{
                     key: value
                     for key in ("acts_on", "measured_in")
@@ -242,9 +230,7 @@ class Pool(Mapping[str, Expert]):
         records = self.records()
         self.check_on_disk("a manifest lists experts")
         for record, expert in zip(records, self.experts, strict=True):
-            record["config_sha256"] = sha256_of(
-                expert.directory / adapter_files(expert.directory).config
-            )
+            record["config_sha256"] = _config_sha256(expert)
             if folder is not None and not HubReference.is_one(record["path"]):
                 record["path"] = os.path.relpath(record["path"], folder)
         content = {
@@ -256,41 +242,38 @@ class Pool(Mapping[str, Expert]):
 
 
 def check_manifest_name(path: Path) -> None:
+    """Raise PoolError unless a manifest can be called so."""
     if path.suffix != MANIFEST and not is_stream(path):
         raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
 
 
-def _experts_at(place: object) -> Iterable[Expert | Path]:
+def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     if isinstance(place, Expert):
         return [place]
-    if not isinstance(place, str | Path):
-        raise PoolError(f"{NO_POOL}, not {shortened(place)}.")
     folder = local_folder(place)
-    found = list(_expert_directories(folder))
-    if not found:
-        return _adapters_in(folder)
-    if plain := [each.name for each in adapters_in(folder) if not (each / LAYOUT.info).is_file()]:
+    experts = list(_expert_directories(folder))
+    adapters = [each for each in adapters_in(folder) if not (each / LAYOUT.info).is_file()]
+    if not experts:
+        return _adapters_in(folder, adapters)
+    if adapters:
         warnings.warn(
-            f"{folder} holds experts, and adapters that are left out: {', '.join(plain)}. Name "
-            f"their folders too, or import them.",
+            f"{folder} holds experts, and adapters that are left out: "
+            f"{', '.join(each.name for each in adapters)}. Name their folders too, or import them.",
             stacklevel=4,
         )
-    return found
+    return experts
 
 
-def _adapters_in(place: Path) -> Sequence[Expert]:
+def _adapters_in(place: Path, folders: Sequence[Path]) -> Sequence[Expert]:
     """The adapters in a folder without experts, read as experts; a refused one is a warning."""
-    inside = adapters_in(place)
-    if not inside:
-        return ()
-    for folder in inside:
+    for folder in folders:
         _check_inside(folder, place)
-    read = read_adapters(inside)
-    if not read.experts:
+    read = read_adapters(folders)
+    if folders and not read.experts:
         first = next(iter(read.refused.values()))
-        raise PoolError(f"No adapter in {place} can be used. {first}" if inside[1:] else first)
+        raise PoolError(f"No adapter in {place} can be used. {first}" if folders[1:] else first)
     for left_out, why in read.refused.items():
-        warnings.warn(f"{left_out} is left out: {why}", stacklevel=4)
+        warnings.warn(f"{left_out} is left out: {why}", stacklevel=5)
     return read.experts
 
 
@@ -303,12 +286,9 @@ def _check_inside(folder: Path, place: Path) -> None:
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:
-    if place.suffix == MANIFEST and place.is_file():
-        raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
     if not place.is_dir():
-        there = place.exists()
-        what, hint = ("is no folder", "") if there else ("does not exist", closest_beside(place))
-        raise PoolError(f"{place} {what}; wanted a folder of experts or of PEFT adapters.{hint}")
+        hint = "" if place.exists() else closest_beside(place)
+        raise PoolError(f"{place} is no folder of experts or of PEFT adapters.{hint}")
     if (place / LAYOUT.info).is_file():
         yield place
         return
@@ -322,60 +302,40 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
     try:
         content = read_json_object(path, PoolError)
         version, records = content["manifest_version"], content["experts"]
-        places = [(record["path"], record) for record in records]
-        for named, _ in places:
-            if not isinstance(named, str) or len(named) > LONGEST_PATH or _steers(named):
+        if version != MANIFEST_VERSION or not records:
+            raise TypeError(f"its version is {shortened(version)}, its experts {len(records)}")
+        for record in records:
+            named = record["path"]
+            if not isinstance(named, str) or len(named) > LONGEST_PATH or STEERING.search(named):
                 raise TypeError(f"path is {shortened(named)}")
     except FileNotFoundError as error:
         raise PoolError(f"Manifest {path} can't be read: {reason(error)}.") from error
-    except (PoolError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
-        why = one_line(lacks).removesuffix(".").replace(f"{path} ", "it ", 1)
-        raise PoolError(f"{path} is no pool manifest: {why}.") from error
-    if version != MANIFEST_VERSION:
-        raise PoolError(
-            f"{path}: manifest version {shortened(version)} is unknown, wanted {MANIFEST_VERSION}."
-        )
-    if not places:
-        raise PoolError(f"Manifest {path} lists no expert.")
+        raise PoolError(f"{path} is no pool manifest: {one_line(lacks)}.") from error
     folder = path.resolve().parent  # where a link to the manifest leads
-    directories = [
-        local_folder(named if HubReference.is_one(named) else folder / named) for named, _ in places
+    places = [
+        local_folder(named if HubReference.is_one(named) else folder / named)
+        for named in (record["path"] for record in records)
     ]
-    for expert, (_, record) in zip(prefetch(Expert.load, directories), places, strict=True):
+    for expert, record in zip(prefetch(Expert.load, places), records, strict=True):
         _check_hashes(expert, record)
         yield expert
 
 
-def _steers(path: str) -> bool:
-    return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in path)
+def _config_sha256(expert: Expert) -> str:
+    return sha256_of(expert.directory / adapter_files(expert.directory).config)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
-    files = adapter_files(expert.directory)
-    config_sha256 = sha256_of(expert.directory / files.config)
-    for file, key, found in (
-        (files.config, "config_sha256", config_sha256),
-        (files.weights, "adapter_sha256", expert.info.adapter_sha256),
-        (LAYOUT.vectors, "vectors_sha256", expert.info.vectors_sha256),
-        (LAYOUT.embeddings, "embeddings_sha256", expert.info.embeddings_sha256),
-    ):
-        if key in record and found != record[key]:
-            kept = f"has no {file}" if record[key] is None else f"has another {file}"
+    hashes = {**asdict(expert.info), "config_sha256": _config_sha256(expert)}
+    for part in ("config", "adapter", "vectors", "embeddings"):
+        key = f"{part}_sha256"
+        if key in record and hashes[key] != record[key]:
             raise ExpertError(
                 f"Expert {shortened(record.get('name'))} at {expert.directory} has changed: the "
-                f"manifest {kept}; write the manifest again if it should be so."
+                f"manifest has another hash of its {part}; write it again if it should be so."
             )
-
-
-def _missing(without: Sequence[str], kind: str) -> str:
-    many = len(without) > 1
-    return (
-        f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
-        f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
-        f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
-        f"compose the pool by a router that needs none, such as arrow."
-    )
 
 
 def check_alike(
@@ -385,19 +345,16 @@ def check_alike(
     inputs, outputs = dict(inputs), dict(outputs)
     for expert in experts:
         for site, module in expert.modules.items():
-            where = f"Expert {expert.name!r}, site {site}"
-            lengths = {len(held[site]) for held in (expert.gates, expert.means) if site in held}
-            known = (inputs.get(site), outputs.get(site))
-            n = module.in_features or known[0] or max(lengths, default=None)
-            d = module.out_features or known[1]
-            if known[0] not in (None, n) or known[1] not in (None, d):
-                raise ExpertError(
-                    f"{where}: maps {n} to {d} features, the experts that are there {known[0]} to "
-                    f"{known[1]}; they can't be of one base."
-                )
-            if lengths - {n}:
-                raise ExpertError(
-                    f"{where}: a gate or mean of {max(lengths - {n})} numbers for {n} inputs."
-                )
-            inputs |= {site: n} if n else {}
-            outputs |= {site: d} if d else {}
+            lengths = {len(each[site]) for each in (expert.gates, expert.means) if site in each}
+            for sizes, size, others in (
+                (inputs, module.in_features, lengths),
+                (outputs, module.out_features, set()),
+            ):
+                found = {*others, size, sizes.get(site)} - {None}
+                if len(found) > 1:
+                    raise ExpertError(
+                        f"Expert {expert.name!r}, site {site}: it and the experts that are there "
+                        f"are of layers of {' and '.join(map(str, found))} features; they can't be "
+                        f"of one base."
+                    )
+                sizes.update((site, own) for own in found if own is not None)

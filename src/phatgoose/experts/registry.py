@@ -6,7 +6,6 @@ Reading the records loads no torch.
 from __future__ import annotations
 
 import pkgutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,16 +28,15 @@ class Kind:
     `name` stands in recipes, files and on the command line; `label` is for people, and `title`
     begins the model card. `settings` are those of a new expert. `module` is its `SiteModule`,
     `training` its `NewModules` and `parts` its `Part`s, most often one: classes, or "module:Class",
-    which is imported when it is used. `peft_type` is PEFT's name for a kind in PEFT's files. Both
-    `settings` and `training` are None for a kind that is imported and not trained here.
+    which is imported when it is used. `peft_type` is PEFT's name for a kind in PEFT's files.
     """
 
     name: str
     label: str
     title: str
-    settings: type[Peft] | None
+    settings: type[Peft]
     module: str | type[Any]
-    training: str | type[Any] | None
+    training: str | type[Any]
     parts: tuple[str | type[Any], ...]
     peft_type: str | None = None
 
@@ -48,8 +46,6 @@ class Kind:
 
     @property
     def new_modules(self) -> NewModules:
-        if self.training is None:
-            raise ConfigError(f"Experts of the kind {self.name!r} are imported, not trained here.")
         made: NewModules = _class(self.training)()
         return made
 
@@ -72,47 +68,26 @@ HERE = "phatgoose.experts"
 
 KINDS: dict[str, Kind] = {
     "lora": Kind(
-        "lora",
-        "LoRA",
-        "A LoRA",
-        Lora,
-        f"{HERE}.lora:LoraFactors",
-        f"{HERE}.lora:NewLoras",
-        (f"{HERE}.lora:LoraStack",),
+        *("lora", "LoRA", "A LoRA", Lora),
+        *(f"{HERE}.lora:LoraFactors", f"{HERE}.lora:NewLoras", (f"{HERE}.lora:LoraStack",)),
         peft_type="LORA",
     ),
     "ia3": Kind(
-        "ia3",
-        "(IA)³",
-        "An (IA)³",
-        IA3,
-        f"{HERE}.ia3:ScalingVector",
-        f"{HERE}.ia3:NewScalings",
+        *("ia3", "(IA)³", "An (IA)³", IA3),
+        *(f"{HERE}.ia3:ScalingVector", f"{HERE}.ia3:NewScalings"),
         (f"{HERE}.ia3:InputScalingStack", f"{HERE}.ia3:OutputScalingStack"),
         peft_type="IA3",
     ),
     "bottleneck": Kind(
-        "bottleneck",
-        "bottleneck",
-        "A bottleneck-adapter",
-        Bottleneck,
-        f"{HERE}.bottleneck:BottleneckLayers",
-        f"{HERE}.bottleneck:NewBottlenecks",
+        *("bottleneck", "bottleneck", "A bottleneck-adapter", Bottleneck),
+        *(f"{HERE}.bottleneck:BottleneckLayers", f"{HERE}.bottleneck:NewBottlenecks"),
         (f"{HERE}.bottleneck:BottleneckStack",),
     ),
     "dora": Kind(
-        "dora",
-        "DoRA",
-        "A DoRA",
-        Dora,
-        f"{HERE}.dora:DoraFactors",
-        f"{HERE}.dora:NewDoras",
-        (f"{HERE}.dora:DoraStack",),
+        *("dora", "DoRA", "A DoRA", Dora),
+        *(f"{HERE}.dora:DoraFactors", f"{HERE}.dora:NewDoras", (f"{HERE}.dora:DoraStack",)),
     ),
 }
-
-
-OURS = frozenset(KINDS)
 
 
 def kinds() -> Mapping[str, Kind]:
@@ -126,28 +101,10 @@ def _add_others() -> None:
     add_entry_points(GROUP, KINDS, Kind)
 
 
-def loaded_kinds() -> tuple[Kind, ...]:
-    """The kinds whose code can be imported; another package's that can't is warned of once."""
-    return tuple(kind for kind in kinds().values() if kind.name in OURS or _is_loaded(kind))
-
-
-@cache
-def _is_loaded(kind: Kind) -> bool:
-    try:
-        _ = kind.site_module, kind.stacked
-    except Exception as error:  # whatever another package's import may raise
-        why = f"{type(error).__name__}: {error}"
-        warnings.warn(f"The kind {kind.name!r} can't be loaded: {why}", stacklevel=2)
-        return False
-    return True
-
-
 def kind_for(settings: Peft) -> Kind:
     """The kind of a new expert with these settings. Raises ConfigError where they are none."""
     by_class: dict[Any, Kind] = {kind.settings: kind for kind in reversed(list(kinds().values()))}
     for each in type(settings).__mro__:  # settings may extend those of another kind
         if each in by_class:
             return by_class[each]
-    classes = filter(None, by_class)
-    known = ", ".join(f"{each.__module__}.{each.__name__}" for each in classes)
-    raise ConfigError(f"peft is {settings!r:.60}, but must be settings of class {known}.")
+    raise ConfigError(f"peft is {settings!r:.60}, but must be settings of a kind of expert.")

@@ -2,14 +2,13 @@
 
 PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
 exclude_modules, rank_pattern, alpha_pattern and rsLoRA. Only regular expressions are matched here
-beforehand, without backtracking (`files`), and PEFT is given the names that match. The
-model is built on torch's meta device, once per distinct config.
+beforehand, without backtracking (`files.check_patterns`), and PEFT is given the names that match.
+The model is built on torch's meta device, once per distinct config.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,44 +29,35 @@ from ..base import load_skeleton
 from ..errors import ExpertError
 from ..files import BY_PATTERN, LISTS_OF_NAMES, ByName, first_line, matching, shortened, value_at
 from ..sites import Site, find_sites
-from .ia3 import IA3_ENDING
-from .lora import LORA_ENDINGS
-from .peft_files import ADAPTER, CONFIGS
+from . import ia3, lora
+from .kind import SiteModule
+from .peft_files import ACTING, ADAPTER, CONFIGS, PEFT_PREFIX
 
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
-# What PEFT raises for odd values in a config.
-PEFT_ERRORS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    OSError,
-    re.error,
-)
-# The options that decide where an adapter acts and how strongly; PEFT is given no others.
-SHARED = ("target_modules", "exclude_modules", "fan_in_fan_out", "task_type")
-OPTIONS = {
-    "LORA": (
-        *SHARED,
-        *("r", "lora_alpha", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern"),
-        *("layers_to_transform", "layers_pattern"),
-    ),
-    "IA3": (*SHARED, "feedforward_modules"),
-}
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that a config adapts: the shapes of its tensors, by the end of their names.
-
-    `scale` is a LoRA's, None for others.
-    """
+    """A linear layer that a config adapts: the shapes of its tensors by field, a LoRA's scale."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    scale: float | None
+    scale: float | None = None
+
+    def module(self, site: str, tensors: dict[str, Tensor]) -> SiteModule:
+        """The module of the tensors for `site`, which are taken out; ExpertError for others."""
+        endings = ia3.ENDINGS if self.scale is None else lora.ENDINGS
+        parts = {}
+        for name in self.shapes:
+            if f"{PEFT_PREFIX}{site}{endings[name]}" in tensors:
+                parts[name] = tensors.pop(f"{PEFT_PREFIX}{site}{endings[name]}")
+        got = {name: tuple(part.shape) for name, part in parts.items()}
+        if got != self.shapes:
+            raise ExpertError(f"Site {site}: its config wants {self.shapes}, got {got}.")
+        if self.scale is None:
+            vector = parts["vector"]
+            return ia3.ScalingVector(vector.flatten(), on_input=vector.shape[0] == 1)
+        return lora.LoraFactors(**parts, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -95,9 +85,8 @@ def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -
 
     Raises BaseModelError without the base's config, ExpertError when `config` doesn't fit it.
     """
-    kind = config["peft_type"]
-    options = {key: config[key] for key in OPTIONS[kind] if config.get(key) is not None}
-    return _resolve(base, revision, kind, json.dumps(options, sort_keys=True))
+    options = {key: config[key] for key in ACTING if config.get(key) is not None}
+    return _resolve(base, revision, config["peft_type"], json.dumps(options, sort_keys=True))
 
 
 @lru_cache(maxsize=8)
@@ -137,8 +126,8 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     plain = dict(options)
     for key, value in options.items():
         if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
-            found = {name: value_at(value, name) for name in names}
-            plain[key] = ByName({name: each for name, each in found.items() if each is not None})
+            values = {name: value_at(value, name) for name in names}
+            plain[key] = ByName({name: each for name, each in values.items() if each is not None})
         elif key in LISTS_OF_NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
             # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
             plain[key] = matching(value, names)
@@ -146,28 +135,24 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
                 raise ExpertError(f"Its target_modules {shortened(value)} matches no layer.")
             if key == "target_modules" and options.get("layers_to_transform") is not None:
                 raise ExpertError("layers_to_transform can't be used with a pattern of layers.")
-    if isinstance(options.get("feedforward_modules"), str):
-        wanted = plain.get("target_modules")
-        if isinstance(wanted, list):  # PEFT wants the one within the other
-            inside = set(_named(wanted, names))
-            plain["target_modules"] = sorted(inside)
-            plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
+    targets = plain.get("target_modules")
+    if isinstance(options.get("feedforward_modules"), str) and isinstance(targets, list):
+        # PEFT wants the one within the other.
+        endings = tuple(f".{each}" for each in targets)
+        inside = [name for name in names if f".{name}".endswith(endings)]
+        plain["target_modules"] = sorted(inside)
+        plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
     return plain
-
-
-def _named(listed: list[str], names: list[str]) -> list[str]:
-    endings = tuple(f".{each}" for each in listed)
-    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
     n, d = site.in_features, site.out_features
     if isinstance(layer, IA3Layer):
-        return Target({IA3_ENDING: (1, n) if layer.is_feedforward else (d, 1)}, None)
-    rank, scale = layer.r[ADAPTER], float(layer.scaling[ADAPTER])
-    shapes: tuple[tuple[int, ...], ...] = ((rank, n), (d, rank), (d,))
-    bias = 1 if layer.lora_bias[ADAPTER] else 0
-    return Target(dict(zip(LORA_ENDINGS[: 2 + bias], shapes, strict=False)), scale)
+        return Target({"vector": (1, n) if layer.is_feedforward else (d, 1)})
+    rank = layer.r[ADAPTER]
+    shapes: dict[str, tuple[int, ...]] = {"A": (rank, n), "B": (d, rank)}
+    shapes |= {"bias": (d,)} if layer.lora_bias[ADAPTER] else {}
+    return Target(shapes, float(layer.scaling[ADAPTER]))
 
 
 @contextmanager
@@ -179,5 +164,5 @@ def peft_errors(what: str) -> Iterator[None]:
             # compared.
             warnings.simplefilter("ignore")
             yield
-    except PEFT_ERRORS as error:
+    except Exception as error:  # odd values in a config make it raise anything
         raise ExpertError(f"{what}: {first_line(error)}.") from error

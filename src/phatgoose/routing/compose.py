@@ -120,7 +120,7 @@ def composed(
 def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
     """Raise ExpertError for an expert that doesn't fit the base's `sites`."""
     for each in pool.experts:
-        check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
+        check_fit(each.name, each.modules, sites, each.gates, each.means)
 
 
 def _add_layers(

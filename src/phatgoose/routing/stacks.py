@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
-from ..experts.kind import Held, Part, SiteModule
-from ..experts.lora import LoraStack, widened
+from ..experts.kind import Held, Part, SiteModule, widened
+from ..experts.lora import LoraStack
 from ..experts.pool import Pool
-from ..experts.registry import Kind, loaded_kinds
+from ..experts.registry import Kind, kinds
 
 
 class Declared(NamedTuple):
@@ -33,7 +33,7 @@ def declared() -> Declared:
 
     Raises RoutingError where two have one name, and where what is compared has another layout.
     """
-    return _declared(loaded_kinds())
+    return _declared(tuple(kinds().values()))
 
 
 @lru_cache(maxsize=8)
@@ -161,7 +161,7 @@ def stack_modules(
 ) -> SiteStack:
     """The stack of one site's `modules`, of these `experts`; RoutingError for unknown kinds."""
     members: dict[str, dict[int, SiteModule]] = {}
-    by_kind = {kind.name: kind for kind in loaded_kinds()}
+    by_kind = {kind.name: kind for kind in kinds().values()}
     for row, module in enumerate(modules):
         kind = by_kind.get(module.kind)
         part = next((p for p in kind.stacked if p.stacks(module)), None) if kind else None

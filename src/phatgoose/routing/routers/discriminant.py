@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...config import NOT_NEGATIVE, RATIO
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
-from ...experts.statistics import PARTS, PLACES, PromptStates
+from ...experts.statistics import PARTS, READ, PromptStates
 from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
@@ -28,7 +28,6 @@ from .phatgoose import Temperature
 from .prompt import ReadsBase, Tables
 from .scores import Scores
 
-READ = "whole"  # of `PLACES`: the mean over a prompt's tokens
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
 
@@ -120,8 +119,7 @@ class Discriminant(ReadsBase):
         return PromptStates(base)
 
     def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:
-        read = features[:, PLACES.index(READ)]  # [prompts, blocks, d]
-        by_block = torch.einsum("pbd,bde->pbe", read, ready.slopes) + ready.offsets
+        by_block = torch.einsum("pbd,bde->pbe", features, ready.slopes) + ready.offsets
         scores: Tensor = by_block.mean(dim=1)
         return torch.lerp(scores[:, None], by_block, self.per_block) if self.per_block else scores
 

@@ -32,36 +32,18 @@ def write_manifest(path: Path, content: object) -> Path:
     return path
 
 
-def test_a_folder_of_experts_is_a_pool_in_the_order_of_names(write, tmp_path):
-    for name in ("b", "c", "a"):
-        write(name)
-    pool = Pool.open(tmp_path / "pool")
-    assert pool.names == ("a", "b", "c")
-    assert len(pool) == 3
-    assert pool.base == TINY_BASE
-
-
-def test_a_pool_is_a_mapping_of_its_experts_by_name(write, tmp_path):
+def test_a_pool_is_a_mapping_of_its_experts_in_the_order_of_names(write, tmp_path):
     for name in ("b", "a"):
         write(name)
     pool = Pool.open(tmp_path / "pool")
+    assert (pool.names, len(pool), pool.base) == (("a", "b"), 2, TINY_BASE)
     assert list(pool) == list(pool.keys()) == ["a", "b"]
-    assert list(pool.values()) == list(pool.experts)
     assert dict(pool.items()) == {"a": pool.experts[0], "b": pool.experts[1]}
     assert pool["b"] is pool.experts[1]
-    assert "a" in pool
     assert "c" not in pool
-    assert 0 not in pool
     assert pool.get("c") is None
-
-
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [("c", "no expert 'c'; it has a"), (0, "By their order they are in pool.experts"), ([], "a")],
-)
-def test_an_expert_that_a_pool_lacks_is_a_key_error_with_the_names(write, name, complaint):
-    with pytest.raises(KeyError, match=complaint):
-        Pool.open(write("a"))[name]
+    with pytest.raises(KeyError, match="no expert 'c'; it has a, b"):
+        pool["c"]
 
 
 def test_experts_that_are_loaded_are_a_pool(llama_pool):
@@ -70,16 +52,14 @@ def test_experts_that_are_loaded_are_a_pool(llama_pool):
     assert Pool.open(one.directory).names == ("e0",)
     assert Pool.open(one).experts == (one,)
     assert Pool.open([two, one.directory]).names == ("e1", "e0")
-    assert Pool.open((two, one)).experts == (two, one)
 
 
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        *((odd, "A pool is a folder of experts") for odd in (None, 5, [5], [None], {"a": 1})),
         ([], "No expert was found in an empty list"),
         ("empty", "No expert was found in empty"),
-        ("missing", "missing does not exist"),
+        ("missing", "missing is no folder of experts"),
         ("nowhere.json", "nowhere.json can't be read"),
     ],
 )
@@ -161,8 +141,6 @@ def test_selecting_keeps_the_order_of_the_pool(write, tmp_path):
         ({"leave_out": ["x"]}, "no expert 'x'; it has a, b"),
         ({"leave_out": ["a", "b"]}, "No expert is left"),
         ({"keep": []}, "No expert is left"),
-        ({"keep": "a"}, "must be lists"),
-        ({"leave_out": "a"}, "must be lists"),
     ],
 )
 def test_a_bad_selection_is_refused_with_the_reason(write, tmp_path, options, complaint):
@@ -173,24 +151,11 @@ def test_a_bad_selection_is_refused_with_the_reason(write, tmp_path, options, co
 
 
 def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path):
-    made = Expert.from_peft(adapters["two"], {}, base=TINY_BASE)
-    made.save(tmp_path / "elsewhere")
-    made.save(tmp_path / "other" / "two")
+    Expert.from_peft(adapters["two"], {}, base=TINY_BASE).save(tmp_path / "elsewhere")
     pool = Pool.open(tmp_path / "elsewhere")
     assert pool.names == ("two",)
-    with pytest.raises(PoolError) as caught:
+    with pytest.raises(PoolError, match="The directory 'elsewhere' holds the expert 'two'"):
         pool.select(keep=["elsewhere"])
-    assert str(caught.value) == (
-        f"The pool has no expert 'elsewhere'; it has two (in {tmp_path / 'elsewhere'}). The "
-        f"directory 'elsewhere' holds the expert 'two'."
-    )
-    with pytest.raises(PoolError, match=r"no expert 'x'; it has two\.$"):
-        Pool.open(tmp_path / "other").select(leave_out=["x"])
-
-
-def test_names_with_commas_between_are_explained(llama_pool):
-    with pytest.raises(PoolError, match="Name one expert at a time: repeat the flag"):
-        llama_pool.select(leave_out=["e1, e2"])
 
 
 def test_a_manifest_opens_the_same_pool(write, tmp_path):
@@ -215,30 +180,22 @@ def test_a_manifest_moves_together_with_its_experts(write, tmp_path):
     assert str(moved / "a") in complaint_about(moved / "pool.json", ExpertError)
 
 
-@pytest.mark.parametrize("changed", ["adapter", "gates"])
-def test_a_manifest_notices_an_expert_that_was_replaced(write, tmp_path, changed):
-    place = write("a")
-    gates = {site: -gate for site, gate in Expert.load(place).gates.items()}
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"adapter": "six"}),
+        ({}, {"gates": {}, "means": {}}),
+        ({"gates": {}, "means": {}}, {}),
+    ],
+)
+def test_a_manifest_notices_an_expert_that_was_replaced(write, tmp_path, before, after):
+    place = write("a", **before)
     Pool.open(place).write_manifest(tmp_path / "pool.json")
     shutil.rmtree(place)
-    write("a", **{"adapter": {"adapter": "six"}, "gates": {"gates": gates}}[changed])
+    write("a", **after)
     message = complaint_about(tmp_path / "pool.json", ExpertError)
     assert "'a'" in message
-    assert str(place) in message
-
-
-def test_a_manifest_notices_parts_that_came_or_went_since(write, tmp_path):
-    place = write("a", gates={}, means={})
-    Pool.open(place).write_manifest(tmp_path / "without.json")
-    shutil.rmtree(place)
-    write("a")
-    message = complaint_about(tmp_path / "without.json", ExpertError)
-    assert "the manifest has no phatgoose.safetensors" in message
-    Pool.open(place).write_manifest(tmp_path / "with.json")
-    shutil.rmtree(place)
-    write("a", gates={}, means={})
-    message = complaint_about(tmp_path / "with.json", ExpertError)
-    assert "the manifest has another phatgoose.safetensors" in message
+    assert f"{place} has changed" in message
 
 
 def listing(*records: object, version: int = MANIFEST_VERSION) -> dict[str, object]:
@@ -249,11 +206,11 @@ def listing(*records: object, version: int = MANIFEST_VERSION) -> dict[str, obje
     ("content", "complaint"),
     [
         (listing({"path": "a"}, version=MANIFEST_VERSION + 1), "version"),
-        (listing(), "lists no expert"),
-        (listing({}), "no pool manifest"),
-        *((listing(odd), "no pool manifest") for odd in ("a", 5, None, [])),
-        *(({**listing(), "experts": odd}, "no pool manifest") for odd in (5, None, {"path": 5})),
-        *((odd, "no pool manifest") for odd in ({"experts": []}, [], "text")),
+        (listing(), "its experts 0"),
+        *((listing(odd), "no pool manifest") for odd in ({}, "a", 5, None, [])),
+        *(({**listing(), "experts": odd}, "no pool manifest") for odd in (5, None)),
+        ({"experts": []}, "no pool manifest"),
+        *((odd, "not valid JSON") for odd in ([], "text")),
         *((listing({"path": odd}), "path is") for odd in (5, None, [], {}, 1.5, True, "x" * 5000)),
         # What could steer a terminal.
         *((listing({"path": f"a{odd}"}), "path is") for odd in ("\0", "\x1b[2J", "\n", "\x85")),
@@ -276,8 +233,7 @@ def test_a_revision_that_leads_out_of_the_hub_s_cache_is_refused(tmp_path):
 def test_a_manifest_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "pool.json").write_text("{")
     complaint = complaint_about(tmp_path / "pool.json")
-    assert "no pool manifest" in complaint
-    assert not complaint.endswith("..")
+    assert "is not valid JSON" in complaint
     with pytest.raises(SystemExit) as caught:
         main(["pool", str(tmp_path / "pool.json")])
     assert caught.value.code == 2

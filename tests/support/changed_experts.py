@@ -1,23 +1,20 @@
-"""Experts on disk, changed, and the one problem that is found."""
+"""Adapters and experts on disk, made and changed."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from odd_files import rewrite
 from phatgoose.base import BaseReference
-from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.files import sha256_of
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 SITE = "model.layers.0.self_attn.q_proj"
-
-
 REFERENCE = BaseReference("tiny", None, "sha256:ab")
 
 
@@ -34,30 +31,16 @@ def make(adapter: Path, **options: Any) -> Expert:
     )
 
 
-def set_info(directory: Path, **values: object) -> None:
-    rewrite(directory / LAYOUT.info, **values)
+def adapter_of(expert: Path, to: Path) -> Path:
+    """A copy without what makes an adapter an expert, which `import_adapter` would refuse."""
+    return shutil.copytree(expert, to, ignore=shutil.ignore_patterns("phatgoose.*"))
 
 
-def change_tensors(
-    directory: Path, file: str, key: str, change: Callable[[dict[str, torch.Tensor]], Any]
-) -> None:
-    """Change tensors and record their new hash, so that the hash is not what gets noticed."""
-    tensors = load_file(directory / file)
+def set_config(adapter: Path, **values: object) -> None:
+    rewrite(adapter / ADAPTER_CONFIG, **values)
+
+
+def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
     change(tensors)
-    save_file(tensors, directory / file)
-    set_info(directory, **{key: sha256_of(directory / file)})
-
-
-def change_vectors(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    change_tensors(directory, LAYOUT.vectors, "vectors_sha256", change)
-
-
-def problem_of(directory: Path) -> str:
-    """The one problem that `check_expert` names, which `load` raises as well."""
-    problems = check_expert(directory)
-    assert len(problems) == 1, problems
-    with pytest.raises(ExpertError) as caught:
-        Expert.load(directory)
-    assert str(caught.value) == problems[0]
-    assert "\n" not in problems[0]
-    return problems[0]
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from changed_adapters import adapter_of
+from changed_experts import adapter_of
 from phatgoose.experts.importing import import_adapter
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save

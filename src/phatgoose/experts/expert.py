@@ -233,7 +233,6 @@ def read_info(path: Path) -> ExpertInfo:
                     raise TypeError(f"{name} is {shortened(value)}")
         if not NAME.fullmatch(info.name):
             raise ValueError(f"name is {shortened(info.name)}")
-        ActsOn.of(info.acts_on)
     except FileNotFoundError as error:
         hint = "" if path.parent.exists() else closest_beside(path.parent)
         if (path.parent / ADAPTER_CONFIG).is_file():
@@ -245,6 +244,10 @@ def read_info(path: Path) -> ExpertInfo:
         raise ExpertError(
             f"{path} is not a valid description of an expert: {one_line(error)}."
         ) from error
+    try:
+        ActsOn.of(info.acts_on)
+    except ExpertError as error:
+        raise ExpertError(f"{path}: {error}") from error
     return info
 
 

@@ -49,6 +49,7 @@ HARMLESS = (
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "lora_dropout", "init_lora_weights", "init_ia3_weights", INVOCATION),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    "megatron_core",
 )
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 

@@ -86,7 +86,7 @@ def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -
     Raises BaseModelError without the base's config, ExpertError when `config` doesn't fit it.
     """
     options = {key: config[key] for key in ACTING if config.get(key) is not None}
-    return _resolve(base, revision, config["peft_type"], json.dumps(options, sort_keys=True))
+    return _resolve(base, revision, config["peft_type"], json.dumps(options))
 
 
 @lru_cache(maxsize=8)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
@@ -71,6 +71,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 class PeftFiles(AdapterFiles):
     """The files of a plain LoRA or (IA)³. Others, and pickled ones, are refused."""
 
+    parts: ClassVar[Mapping[str, str]] = {}  # modules tell their own sizes
+
     def read_config(self, directory: Path) -> dict[str, Any]:
         return self.checked(read_config(directory), directory)
 
@@ -115,7 +117,7 @@ class PeftFiles(AdapterFiles):
         return config
 
     def read_weights(self, directory: Path) -> TensorFile:
-        if not (directory / ADAPTER_WEIGHTS).is_file():
+        if not (directory / ADAPTER_WEIGHTS).exists():
             raise ExpertError(
                 f"{directory} has no {ADAPTER_WEIGHTS}. Pickled weights ({PICKLED_WEIGHTS}) are "
                 f"never read, since they could run code: save the adapter again as safetensors."

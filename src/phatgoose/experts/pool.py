@@ -191,10 +191,12 @@ class Pool(Mapping[str, Expert]):
     def check_vectors(self, kind: str) -> None:
         """Raise PoolError, naming them, when experts lack a `kind` of REMEDIES."""
         if without := self.lacking(kind):
+            one = len(without) == 1
             raise PoolError(
-                f"No {kind}: {', '.join(map(repr, without))}. Run 'phatgoose {REMEDIES[kind]}' "
-                f"with the data that each was trained on, leave it out, or compose the pool by a "
-                f"router that needs none, such as arrow."
+                f"Expert{'' if one else 's'} {', '.join(map(repr, without))} "
+                f"{'has' if one else 'have'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the "
+                f"data of the training, leave {'it' if one else 'them'} out, or compose the pool "
+                f"by a router that needs none, such as arrow."
             )
 
     def records(self) -> list[dict[str, Any]]:

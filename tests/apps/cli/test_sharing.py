@@ -45,7 +45,7 @@ def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path
     assert outcome.code == 1
     assert [line.split(":")[0] for line in outcome.out.splitlines()] == ["a", "c", "next"]
     (told,) = outcome.err.splitlines()
-    assert told.startswith(f"refused: {folders[1]} uses use_qalora")
+    assert told.startswith(f"refused: {folders[1]} uses 'use_qalora'")
     assert Expert.load(tmp_path / "pool" / "a").info.base.fingerprint == llama.fingerprint
     outcome = phat("import", folders[0].parent, "--base-id", "you/base", "--out", tmp_path / "same")
     assert (outcome.code, Pool.open(tmp_path / "same").names) == (1, ("a", "c"))

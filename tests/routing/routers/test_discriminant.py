@@ -94,7 +94,7 @@ def test_experts_that_were_measured_on_one_prompt_each_are_refused(llama, llama_
     """Their covariances are 0, so that of all means can't be inverted."""
     experts = []
     for seed, expert in enumerate(llama_pool.experts):
-        states = torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(seed))
+        states = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(seed))
         experts.append(replace(expert, readings=readings_of(states)))
     pool = Pool(tuple(experts))
     assert compose(pool, llama, router="discriminant:task_variance=0")

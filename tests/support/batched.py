@@ -68,7 +68,7 @@ def by_generate(runner, prompt, tokens):
             max_new_tokens=max(tokens, 12),
             do_sample=False,
             eos_token_id=None,
-        )[0].tolist()[1 if runner.is_encoder_decoder else len(prompt) :]
+        )[0].tolist()[len(prompt) :]
     return GENERATED[key][:tokens]
 
 

@@ -157,7 +157,7 @@ def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> lis
         max_new_tokens=tokens,
         do_sample=False,
     )[0].tolist()
-    return found[0 if model.config.is_encoder_decoder else len(prompt) :]
+    return found[len(prompt) :]
 
 
 def folder_of(pool: Pool) -> Path:

@@ -11,8 +11,10 @@ import serving
 from phatgoose.apps.server import create_app, served_models
 from phatgoose.apps.server.protocol import ChatRequest
 from phatgoose.apps.server.replies import Builder, Progress, ScoredToken
+from phatgoose.apps.server.requests import Answer, Asked, Decoding, RequestPrompt
 from phatgoose.base import UNFINISHED, load_base
 from phatgoose.config import Routing, Serving
+from phatgoose.errors import BaseModelError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
 from serving import CHAT, CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
@@ -95,14 +97,6 @@ def test_a_chat_is_the_completion_of_its_template(chat):
     content = wanted["choices"][0]["text"]
     message = reply["choices"][0]["message"]
     assert message == {"role": "assistant", "content": content, "refusal": None}
-
-
-def test_without_a_limit_a_chat_takes_what_the_server_gives(pool):
-    limits = Serving(max_tokens=9)
-    app = serving.app_of(pool, limits, template=serving.CHAT_TEMPLATE, endless=True)
-    with serving.client_of(app) as client:
-        body = {**CHAT, "max_tokens": None}
-        assert ask(client, path=CHATS, **body)["usage"]["completion_tokens"] == 9
 
 
 @pytest.mark.parametrize(
@@ -205,30 +199,16 @@ def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer
         assert client.get("/v1/models/base").json()["router"] is None
 
 
-def test_an_encoder_decoder_model_is_served(pool_of, base_folders):
-    pool = pool_of("t5")
-    app = serving.app_of(pool)
-    tokenizer = load_base(pool.base.id, dtype="float32").tokenizer
-    wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6)
-    with serving.client_of(app) as client:
-        (choice,) = ask(client, **GREEDY, routing=True)["choices"]
-        assert choice["text"] == tokenizer.decode(wanted[1:], skip_special_tokens=True)
-        streams = [token["stream"] for token in choice["routing"]["tokens"]]
-        assert streams.count("encoder") == len(tokenizer(PROMPT)["input_ids"])
-        assert "encoder-decoder" in error_of(client, **GREEDY, echo=True)["message"]
-
-
-def test_special_tokens_of_an_echoed_text_have_their_place(client):
-    asked = {"model": "goose", "prompt": "ab</s>cd", "echo": True, "logprobs": 1, "max_tokens": 3}
-    (choice,) = ask(client, **asked)["choices"]
-    told = choice["logprobs"]
-    assert told["tokens"][:5] == ["a", "b", "</s>", "c", "d"]
-    assert told["text_offset"][:6] == [0, 1, 2, 6, 7, 8]
+def test_an_encoder_decoder_model_is_refused(pool_of):
+    with pytest.raises(BaseModelError, match="doesn't serve it"):
+        serving.app_of(pool_of("t5"))
 
 
 def test_parts_of_a_character_have_no_bytes():
     request = ChatRequest(**CHAT, logprobs=True, top_logprobs=1)
-    builder = Builder(request, 1, [""], lambda _: None)
+    prompt = RequestPrompt((1,), "", ())
+    asked = Asked(request, None, [prompt], [Answer(0, prompt, Decoding(3))], "", None)
+    builder = Builder(asked, lambda _: None)
     tokens = [ScoredToken(UNFINISHED, 0, -1.0, ((UNFINISHED, -1.0),)), ScoredToken("é", 0, -1.0)]
     whole = [[Progress(0, "é", tuple(tokens), (), "stop", 2)]]
     (choice,) = builder.whole(whole).model_dump()["choices"]

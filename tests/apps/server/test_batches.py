@@ -24,6 +24,7 @@ OTHERS = ("average-activation", "arrow", "spectr", "merged", "single")
 OTHERS += ("retrieval", "centroid", "discriminant", "discriminant:per_block=1")
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_rows_together_get_what_each_gets_alone(runner_of, kind):
     runner, batch = runner_of(kind), Batch(runner_of(kind))
     rows = [

@@ -25,7 +25,7 @@ from phatgoose.apps.server import app as connections
 from phatgoose.apps.server import check_address
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
-from serving import GREEDY, JSON, PATH
+from serving import JSON, PATH
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CLOSING = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -106,15 +106,6 @@ def test_more_than_a_request_may_have_is_refused(address, sent):
     with opened(address) as sock:
         sock.sendall(sent)
         assert sock.recv(1 << 16).startswith(b"HTTP/1.1 4")
-
-
-def test_a_body_in_chunks_is_read(address):
-    body = json.dumps({**GREEDY, "user": "x" * 50_000}).encode()
-    pieces = [body[begin : begin + 64] for begin in range(0, len(body), 64)]
-    start = head(0, "Connection: close").replace(b"Content-Length: 0", CHUNKED)
-    with opened(address) as sock:
-        sock.sendall(start + b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n")
-        assert said(sock).startswith(b"HTTP/1.1 200 ")
 
 
 def test_strangers_write_nothing_into_the_log(address, capfd):
@@ -254,11 +245,3 @@ def test_a_port_that_is_taken_is_told_before_models_are_loaded(monkeypatch, caps
     told = capsys.readouterr().err
     assert f"Can't listen at 127.0.0.1, port {port}" in told
     assert "--port" in told
-
-
-def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("phatgoose.apps.server")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[serve\]'"):
-        import phatgoose.apps.server  # noqa: F401

@@ -46,23 +46,6 @@ def test_different_models_are_never_in_one_batch(engine, runner_of):
         assert row.generated == wanted[number % 2]
 
 
-def test_more_rows_than_fit_wait_for_their_turn(runner_of):
-    engine = engine_of(max_batch_tokens=3 * (8 + 12))
-    rows = [row_of(runner_of(), prompt_of(seed, 8), client=str(seed)) for seed in range(8)]
-    most = []
-    for row in rows:
-        engine.submit([row])
-    assert engine.waiting == 8
-    with torch.inference_mode():
-        while engine.waiting or engine.running:
-            engine._admit()
-            most.append(sum(batch.tokens_with() for batch in engine._batches))
-            for batch in engine._batches:
-                batch.step()
-    assert max(most) == 60
-    assert all(row.finish == "length" for row in rows)
-
-
 @pytest.mark.parametrize(
     ("limits", "number", "tokens", "status", "said"),
     [

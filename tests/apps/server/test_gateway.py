@@ -164,29 +164,20 @@ def test_adapters_that_can_not_be_loaded_are_named_in_one_error(place, kind):
     assert "\n" not in str(error.value)
 
 
-def test_an_engine_that_is_away_at_start_is_an_error(place):
-    with engine_of("vllm", {}) as engine:
-        pass
-    with pytest.raises(ConfigError, match="is away"), gateway(place, engine):
-        pass
-
-
-def test_what_is_no_engine_is_an_error(place):
-    with (
-        engine_of("other", {}) as engine,
-        pytest.raises(ConfigError, match="--upstream-kind"),
-        gateway(place, engine),
-    ):
-        pass
-
-
-def test_a_router_for_tokens_is_refused(place):
-    with (
-        engine_of("vllm", numbered()) as engine,
-        pytest.raises(ConfigError, match="doesn't choose by a prompt alone"),
-        gateway(place, engine, router="phatgoose"),
-    ):
-        pass
+@pytest.mark.parametrize(
+    ("kind", "router", "said"),
+    [
+        ("other", "retrieval", "--upstream-kind"),
+        ("vllm", "phatgoose", "doesn't choose by a prompt alone"),
+        (None, "retrieval", "is away"),
+    ],
+)
+def test_what_can_not_be_a_gateway_is_an_error_at_start(place, kind, router, said):
+    with engine_of(kind or "vllm", numbered()) as engine:
+        if kind is None:
+            engine.stop()
+        with pytest.raises(ConfigError, match=said), gateway(place, engine, router=router):
+            pass
 
 
 def test_readings_come_from_the_base_which_is_loaded_for_them_alone(place, monkeypatch):

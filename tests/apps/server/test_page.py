@@ -165,31 +165,6 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         assert len(row.generated) <= 42
 
 
-def test_no_prompt_is_proposed_and_what_cannot_act_is_hidden(chromium, address):
-    with visit(chromium, address) as page:
-        shown = page.locator("button:visible").all_inner_texts()
-        assert shown == ["Answer"]  # experts record no prompts that a page could try
-        assert page.locator("#compare").is_visible()
-        assert not page.locator("#stop").is_visible()
-        page.locator("#model option").first.wait_for(state="attached")
-        page.evaluate("page.models.forEach((model) => { model.router = model.traces = null; })")
-        page.evaluate("page.choose()")  # as for a base alone
-        assert not page.locator("#compare").is_visible()
-        assert not page.locator("#router-a").is_visible()
-
-
-def test_a_phone_shows_all_without_scrolling_sideways(chromium, address):
-    size = {"width": 360, "height": 740}
-    with visit(chromium, address, viewport=size, has_touch=True) as page:
-        page.check("#compare")
-        answer(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        page.locator("#pane-b .tx-token").nth(2).tap()
-        assert "token 3 of" in page.locator("#pane-b .tx-details").inner_text()
-        above, below = (page.locator(f"#pane-{side}").bounding_box() for side in "ab")
-        assert above["y"] + above["height"] <= below["y"]
-
-
 def test_what_goes_wrong_is_told(chromium, address):
     with visit(chromium, address, expected=["400"]) as page:
         page.fill("#experts-a", "nobody")

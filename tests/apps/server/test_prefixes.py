@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from batched import GREEDY, alone, by_generate, finish, prompt_of, row_of
+from batched import GREEDY, by_generate, finish, prompt_of, row_of
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.prefixes import SHORTEST, PrefixStore, Reader
 from phatgoose.apps.server.local.runner import ModelRunner
@@ -14,7 +14,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from tiny import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 LONG = prompt_of(5, 40)
@@ -162,12 +161,3 @@ def test_a_longer_prefix_takes_the_place_of_the_one_it_begins_with():
     assert (count, len(prefix.tokens)) == (22, 30)
     assert store.find(Reader("a", SHORTEST - 1), list(range(30))) is None  # too few
     assert store.find(Reader("b", 99), list(range(30))) is None
-
-
-def test_none_is_kept_where_none_is_wanted(runner_of):
-    runner, store = runner_of(), PrefixStore(0)
-    for _ in range(2):
-        _, passed = answers(runner, [LONG], store)
-        assert passed[0] == 40
-    assert alone(runner, LONG).generated == by_generate(runner, LONG, 12)
-    assert max(LONG) < VOCABULARY

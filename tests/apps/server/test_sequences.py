@@ -22,27 +22,20 @@ from phatgoose.tasks.encoding import Encoder
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
     runner = runner_of(kind)
-    wish = Decoding(5, 0.0, logprobs=3, echo=kind != "t5")
+    wish = Decoding(5, 0.0, logprobs=3, echo=True)
     rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
     batch = Batch(runner)
     batch.join(rows)
     finish(batch)
     for seed, row in zip((1, 2), rows, strict=True):
-        told = row.deliver.tokens
-        if kind == "t5":
-            ids = torch.tensor([[0, *row.generated]])
-            logits = runner.model(torch.tensor([prompt_of(seed)]), decoder_input_ids=ids).logits[0]
-            targets = row.generated
-        else:
-            ids = torch.tensor([[*prompt_of(seed), *row.generated]])
-            logits, targets = runner.model(ids).logits[0], ids[0, 1:].tolist()
-            assert told[0].logprob is None
-            told = told[1:]
-        wanted = logits[:-1].float().log_softmax(-1)
-        assert len(told) == len(targets)
-        for token, target, scores in zip(told, targets, wanted, strict=True):
+        first, *told = row.deliver.tokens
+        assert first.logprob is None
+        ids = torch.tensor([[*prompt_of(seed), *row.generated]])
+        wanted = runner.model(ids).logits[0, :-1].float().log_softmax(-1)
+        for token, target, scores in zip(told, ids[0, 1:].tolist(), wanted, strict=True):
             assert token.logprob == pytest.approx(scores[target].item(), abs=2e-4)
             best = scores.topk(3).values.tolist()
             assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
@@ -61,13 +54,6 @@ def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
     assert row.generated == whole[: whole.index(whole[3]) + 1]
     assert row.finish == "stop"
     assert len(row.deliver.tokens) == len(row.generated)
-
-
-def test_a_stop_in_bytes_that_are_no_character_cuts_too(runner_of):
-    row = row_of(runner_of(), prompt_of(1), Decoding(5, 0.0, stop=("\ufffd",)))
-    for token in row.runner.tokenizer.convert_tokens_to_ids(["a", *4 * "ÿ"]):  # 0xff four times
-        advance(row, token)
-    assert (row.deliver.text, row.finish) == ("a", "stop")
 
 
 def advance(row, token):
@@ -100,33 +86,29 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
     assert row.finish == "stop" or row.deliver.text == answer
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_routing_is_that_of_one_pass(runner_of, kind):
     """Prompt and answer traced at once, as `explain` does, from rows that shared a batch."""
     runner = runner_of(kind)
     texts = ["to be, or not", "who?"]
-    encoder = Encoder(runner.tokenizer, is_encoder_decoder=kind == "t5")
+    encoder = Encoder(runner.tokenizer, is_encoder_decoder=False)
     prompts = [encoder.prompt(text) for text in texts]
     rows = [row_of(runner, prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
     batch = Batch(runner)
     batch.join([*rows, row_of(runner, prompt_of(5))])
     finish(batch)
-    for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        names = [stream.name for stream in row.deliver.routing]
-        assert set(names) == ({"encoder", "decoder"} if kind == "t5" else {"decoder"})
-        got = [s for s in row.deliver.routing if s.name == "decoder"]
+    for prompt, text, row in zip(prompts, texts, rows, strict=True):
+        got = row.deliver.routing
         experts = np.concatenate([s.experts for s in got])
         weights = np.concatenate([s.weights for s in got])
         assert weights[-1].max() == 0  # the last token never passed the model
-        if kind != "t5":
-            assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
-            assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
-        pair = replace(encoder.pair("a", "b"), prompt=prompts[number], target=row.generated)
-        streams = trace(runner.model, encoder, pair).streams
-        (wanted,) = [stream for stream in streams if stream.name == "decoder"]
+        assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
+        assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
+        pair = replace(encoder.pair("a", "b"), prompt=prompt, target=row.generated)
+        (wanted,) = trace(runner.model, encoder, pair).streams
         count = len(wanted.experts)
-        assert (experts[:count] == wanted.experts).mean() > 0.98
-        assert np.abs(weights[:count].astype(int) - wanted.weights).max() <= 255
         same = experts[:count] == wanted.experts
+        assert same.mean() > 0.98
         assert np.abs(weights[:count].astype(int) - wanted.weights)[same].mean() < 1
 
 

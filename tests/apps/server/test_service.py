@@ -13,7 +13,7 @@ from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.local.sequences import Progress
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Reply
-from phatgoose.apps.server.service import Readers, RoutingCache
+from phatgoose.apps.server.service import Readers
 from phatgoose.config import Serving
 from serving import GREEDY, PATH, ask, error_of
 
@@ -48,22 +48,6 @@ def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
         thread.join()
     assert found[0].status_code == 200
     assert client.get("/healthz").json()["status"] == "ok"
-
-
-def test_composing_and_answering_share_the_time_of_a_request(pool, monkeypatch):
-    """An answer has only what composing left of it, here nothing."""
-    acquire = RoutingCache.acquire
-
-    async def slow(self, *arguments):
-        await asyncio.sleep(1.1)
-        return await acquire(self, *arguments)
-
-    monkeypatch.setattr(RoutingCache, "acquire", slow)
-    app = serving.app_of(pool, Serving(timeout=1))
-    with serving.client_of(app) as client:
-        late = error_of(client, 504, **GREEDY)
-    assert late["message"] == "The answer took longer than 1 seconds."
-    assert app.state.service.routings.requests == 0
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
@@ -116,12 +100,12 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     assert len(routings.composed) == 2
     one, other = acquire(1), acquire(3)
     again = acquire(1)
-    assert again.runner is one.runner
-    assert acquire(2).runner is goose.runner
-    again.release()
+    assert again[0] is one[0]
+    assert acquire(2)[0] is goose.runner
+    again[1]()
     assert "routings" in error_of(client, 429, **GREEDY, k=4)["message"]
     for each in (one, other):
-        each.release()
+        each[1]()
     ask(client, **GREEDY, k=4)
     layers = [runner.model.phatgoose.layers for runner in routings.composed]
     for name, layer in goose.parts.layers.items():
@@ -156,7 +140,7 @@ class Panic(BaseException):
     """As errors of compiled Rust are."""
 
 
-def test_what_work_raises_arrives_and_the_next_is_done(monkeypatch):
+def test_what_work_raises_arrives_and_the_next_is_done():
     def work(error):
         raise error
 
@@ -165,30 +149,9 @@ def test_what_work_raises_arrives_and_the_next_is_done(monkeypatch):
         for error, wanted in ((ValueError("no"), ValueError), (Panic("no"), RuntimeError)):
             with pytest.raises(wanted, match="no"):
                 await readers.run("a", Deadline.after(30), lambda _, error=error: work(error))
-        with monkeypatch.context() as patch:
-            refused = RuntimeError("can't start new thread")
-            patch.setattr(service.threading.Thread, "start", lambda _: work(refused))
-            with pytest.raises(RuntimeError, match="can't start"):
-                await readers.run("a", Deadline.after(30), lambda _: 4)
         assert await readers.run("a", Deadline.after(30), lambda _: 5) == 5
 
     asyncio.run(ask())
-
-
-def test_a_stuck_thread_does_not_keep_the_loop_from_ending():
-    go_on = threading.Event()
-
-    async def give_up():
-        work = Readers(1).run("a", Deadline.after(60), lambda _: go_on.wait(60))
-        asked = asyncio.ensure_future(work)
-        await asyncio.sleep(0.05)
-        asked.cancel()
-
-    asyncio.run(asyncio.wait_for(give_up(), 30))
-    stuck = [each for each in threading.enumerate() if each.name == "phatgoose-work"]
-    assert stuck
-    assert all(each.daemon for each in stuck)
-    go_on.set()
 
 
 @pytest.mark.parametrize("turns", range(4))

@@ -34,7 +34,7 @@ from ...config import Serving
 from ...errors import ConfigError
 from ...files import reason
 from . import protocol
-from .guards import PATIENCE, AccessControl, Metrics, MetricsMiddleware, RequestGuard
+from .guards import PATIENCE, AccessControl, Metrics, RequestGuard
 from .local import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
@@ -241,9 +241,9 @@ def create_app(
     keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
     statuses = (401, 403) if api_keys else (403,)
     app.include_router(guarded_routes, dependencies=keyed, responses=responses_of(*statuses))
-    app.add_middleware(RequestGuard, access=AccessControl(hosts, api_keys))
     paths = {getattr(route, "path", "") for route in app.routes}
-    app.add_middleware(MetricsMiddleware, metrics=service.metrics, paths=paths)
+    access = AccessControl(hosts, api_keys)
+    app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)
     for kind in (HTTPException, Exception):
         app.add_exception_handler(kind, refused)
     return app

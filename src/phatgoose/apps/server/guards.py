@@ -51,36 +51,6 @@ class Metrics:
         )
 
 
-class MetricsMiddleware:
-    """Counts and times every request by its route, or by its path if that is one of `paths`."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun, status = time.perf_counter(), CLIENT_GONE
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            known = scope["path"] if scope["path"] in self._paths else UNROUTED
-            path = str(getattr(scope.get("route"), "path", known))
-            self._metrics.requests.labels(path, str(status)).inc()
-            self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
-
-
 ANY_HOST = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/", "/healthz", "/health", "/openapi.json")  # paths that say nothing of the models
@@ -202,49 +172,62 @@ class RequestBody:
 
 
 class RequestGuard:
-    """Passes a request to `app` once it is allowed and its body is complete.
+    """Passes a request to `app` once it is allowed and its body is complete, and counts it.
 
     A body has at most `most` bytes and arrives within `seconds`. The request's scope has its client
-    and its body.
+    and its body. It is counted by its route, or by its path if that is one of `paths`.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         access: AccessControl,
+        metrics: Metrics,
+        paths: Collection[str] = (),
         most: int = MOST_BODY,
         seconds: float = PATIENCE,
     ) -> None:
-        self._app, self._access, self.most, self._seconds = app, access, most, seconds
+        self._app, self._access, self._metrics, self._paths = app, access, metrics, paths
+        self.most, self._seconds = most, seconds
         self.held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_begun, body = False, RequestBody(self, receive)
+        begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self, receive)
 
-        async def noted(message: Message) -> None:
-            nonlocal is_begun
-            is_begun = True
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
             await send(message)
+
+        async def refuse(error: ApiError) -> None:
+            body.release()
+            await JSONResponse(error.body, error.status_code, error.headers)(
+                scope, receive, watched
+            )
 
         try:
             scope[CLIENT], scope[REQUEST_BODY] = self._access.check(scope), body
             if scope["method"] == "POST":
                 await self._read(scope, body)
             if not body.is_gone:
-                await self._app(scope, receive, noted)
-        except ApiError as refusal:
-            body.release()
-            answer = JSONResponse(refusal.body, refusal.status_code, refusal.headers)
-            await answer(scope, receive, send)
+                await self._app(scope, receive, watched)
+        except ApiError as error:
+            await refuse(error)
         except asyncio.CancelledError:  # the server stops, and its patience is over
-            if not is_begun:
-                stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
-                await JSONResponse(stopped.body, stopped.status_code)(scope, receive, send)
+            if status == CLIENT_GONE:  # nothing was answered
+                await refuse(ApiError(503, "The server is shutting down.", code="shutting_down"))
+        except Exception:
+            status = 500
+            raise
         finally:
             body.release()
+            known = scope["path"] if scope["path"] in self._paths else UNROUTED
+            path = str(getattr(scope.get("route"), "path", known))
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
     async def _read(self, scope: Scope, body: RequestBody) -> None:
         headers = Headers(scope=scope)

@@ -24,7 +24,6 @@ from ...routing.routers.registry import (
     WEIGHTS,
     all_routers,
     canonical,
-    read_mixture,
 )
 
 MOST_SHOWN = 500  # characters of an error
@@ -106,7 +105,6 @@ ANY_MODEL = "auto"  # the first model of a gateway
 
 # Requests.
 
-MOST_LOGPROBS = 20
 MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
 MOST_MIXED = 64  # experts of a request's own mixture
 SEED = 1 << 63
@@ -114,11 +112,16 @@ MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
 # Not those that need a task, or a file: which files the server reads is not a client's to say.
 REQUESTABLE_ROUTERS = (
     AUTO,
-    *(name for name, kind in all_routers().items() if not {"task", "examples"} & {*kind.given}),
+    *(
+        name
+        for name, kind in all_routers().items()
+        if name != WEIGHTS and not {"task", "examples"} & {*kind.given}
+    ),
 )
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 
@@ -174,9 +177,7 @@ class StreamOptions(Strict):
 class RoutingDetail(Strict):
     """How the routing is reported."""
 
-    trace: bool = Field(
-        default=False, description="Report every site too, in the form of docs/analysis.md."
-    )
+    trace: bool = Field(False, description="Every site too, as in docs/analysis.md.")
 
 
 class JsonSchema(Strict):
@@ -212,9 +213,7 @@ class GenerationRequest(Strict):
     model: Name = Field(description="A name from /v1/models.")
     max_tokens: int | None = Field(None, ge=0, description="Tokens to generate at most.")
     temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(
-        1, ge=0, le=1, description="Sample from the likeliest tokens, up to this total probability."
-    )
+    top_p: float | None = Field(1, ge=0, le=1, description="Total probability to sample from.")
     n: int | None = Field(1, ge=1, le=128, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
     stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
@@ -228,28 +227,18 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Not supported."
     )
-    response_format: ResponseFormat | None = Field(
-        None, description="JSON in place of text; needs the extra json."
-    )
-    ignore_eos: bool | None = Field(
-        False, description="Continue after the token that ends an answer (for benchmarks)."
-    )
+    response_format: ResponseFormat | None = Field(None, description="Text or JSON.")
+    ignore_eos: bool | None = Field(False, description="Continue after the end (for benchmarks).")
     router: Router | None = Field(
         None,
         description="Instead of the router that it is served with: "
         f"{', '.join(REQUESTABLE_ROUTERS)}; settings follow, as in arrow:form=peft.",
     )
-    weights: Mixture | None = Field(
-        None, description="A mixture of your own, expert to weight: router weights."
-    )
-    k: int | None = Field(
-        None, ge=1, le=1 << 16, description="Experts per token at each site, or per input."
-    )
+    weights: Mixture | None = Field(None, description="A mixture of your own, for a router's.")
+    k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token, or per input.")
     keep: Names | None = Field(None, description="Use only these experts.")
     leave_out: Names | None = Field(None, description="Leave out these experts.")
-    routing: bool | RoutingDetail | None = Field(
-        False, description="Report each token's experts and their weights."
-    )
+    routing: bool | RoutingDetail | None = Field(False, description="Report tokens' experts.")
 
     @property
     def wants_trace(self) -> bool:
@@ -257,30 +246,16 @@ class GenerationRequest(Strict):
 
     @model_validator(mode="after")
     def _weights_alone(self) -> GenerationRequest:
-        is_mixed = (self.router or "").partition(":")[0] == WEIGHTS
-        if self.weights is not None and self.router not in (None, WEIGHTS):
-            raise _refusal("weights are for router weights; leave out router, or write weights.")
-        if is_mixed and self.mixture is None:
-            raise _refusal("router weights needs weights, expert to weight.")
-        if self.mixture is not None and (self.k, self.keep, self.leave_out) != (None, None, None):
-            raise _refusal("weights name their experts; leave out k, keep and leave_out.")
+        if self.weights is not None and self.override != RoutingOverride():
+            raise _refusal("weights name their experts; leave out router, k, keep and leave_out.")
         return self
-
-    @property
-    def mixture(self) -> dict[str, float] | None:
-        """The experts and weights that the request brings; None where a router chooses."""
-        if self.weights is not None:
-            return dict(self.weights)
-        name, _, rest = (self.router or "").partition(":")
-        return read_mixture(rest) if name == WEIGHTS and rest else None
 
     @property
     def override(self) -> RoutingOverride:
         keep, leave_out = (
             None if names is None else tuple(names) for names in (self.keep, self.leave_out)
         )
-        router = self.router if self.mixture is None else WEIGHTS
-        return RoutingOverride(router, self.k, keep, leave_out)
+        return RoutingOverride(self.router, self.k, keep, leave_out)
 
 
 class CompletionRequest(GenerationRequest):
@@ -292,9 +267,7 @@ class CompletionRequest(GenerationRequest):
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = Field(description="A text, its tokens, or a list of either.")
-    logprobs: int | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
-    )
+    logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     echo: bool | None = Field(False, description="Begin with the prompt.")
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="Not supported.")
@@ -310,9 +283,7 @@ class TextPart(Strict):
 class Message(Strict):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="The template gets system for developer."
-    )
+    role: Literal["system", "developer", "user", "assistant"]
     content: (
         str
         | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
@@ -339,9 +310,7 @@ class ChatRequest(GenerationRequest):
     ]
     max_completion_tokens: int | None = Field(None, ge=1, description="Replaces max_tokens.")
     logprobs: bool | None = Field(False, description="Report each token's log-probability.")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
-    )
+    top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     tools: Nothing | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 

@@ -22,7 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from ...base import UNFINISHED
 from . import protocol
-from .protocol import CLIENT_GONE, AnswerReply, AnyRequest, ApiError, Deadline, Finish
+from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline, Finish
+from .requests import Asked
 
 Result = TypeVar("Result")
 LARGE = 256  # tokens in one event from which on JSON is written in a thread
@@ -86,22 +87,20 @@ Reports = Callable[[Progress], protocol.RoutingReport | None]
 class Builder:
     """Builds the response to one request, whole or as chunks.
 
-    `echoes` has for each answer the text that it begins with, `report` makes of its progress what
-    is told of its routing.
+    `report` makes of an answer's progress what is told of its routing.
     """
 
-    def __init__(
-        self, request: AnyRequest, prompt_tokens: int, echoes: Sequence[str], report: Reports
-    ) -> None:
-        self.request, self._report = request, report
-        self.is_chat = isinstance(request, protocol.ChatRequest)
-        self._prompt_tokens, self._echoes = prompt_tokens, list(echoes)
-        self.answers, self._generated = len(echoes), [0] * len(echoes)
+    def __init__(self, asked: Asked, report: Reports) -> None:
+        self.request, self._report = asked.request, report
+        self.is_chat = isinstance(asked.request, protocol.ChatRequest)
+        self._prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        self._echoes = [answer.echoed for answer in asked.answers]
+        self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
         prefix = "chatcmpl-" if self.is_chat else "cmpl-"
         self._identity: dict[str, Any] = {
             "id": prefix + secrets.token_hex(12),
             "created": int(time.time()),
-            "model": request.model,
+            "model": asked.request.model,
         }
 
     @property

@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
 from ...files import shortened
-from ...sites import Positions
 from ...tasks.task import question_of
 from ...untrusted_text import MOST_SECONDS, UntrustedText
 from .protocol import (
@@ -127,10 +126,9 @@ SEEDS = 1 << 63
 class Frame:
     """What there is to know of a model to read prompts for it.
 
-    `context` is how many tokens it (or its encoder) can hold, None for any, `added` are those
-    before and after the text of a prompt. `looks_prompts_up` says that a router reads them,
-    `in_chats` that it read the experts' in the chat template, `encoder` which positions an
-    encoder-decoder model has.
+    `context` is how many tokens it can hold, None for any, `added` are those before and after the
+    text of a prompt. `looks_prompts_up` says that a router reads them, `in_chats` that it read the
+    experts' in the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -139,7 +137,6 @@ class Frame:
     added: tuple[Sequence[int], Sequence[int]]
     looks_prompts_up: bool
     in_chats: bool
-    encoder: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -177,24 +174,28 @@ class Decoding:
         return self.echo and self.logprobs is not None
 
 
+class Answer(NamedTuple):
+    """An answer to generate, to the prompt with the number `row`."""
+
+    row: int
+    prompt: RequestPrompt
+    decoding: Decoding
+
+    @property
+    def echoed(self) -> str:
+        return self.prompt.text if self.decoding.echo else ""
+
+
 @dataclass(frozen=True)
 class Asked:
-    """A request to a model, read: answer i is to prompt i // n, as `decodings[i]` say.
-
-    A `mixture` of experts stands for what the router would choose.
-    """
+    """A request to a model, read; a `mixture` of experts stands for what its router chooses."""
 
     request: AnyRequest
-    model: Any
     mixture: Mapping[str, float] | None
     prompts: list[RequestPrompt]
-    decodings: list[Decoding]
+    answers: list[Answer]
     client: str
     deadline: Deadline
-
-    def for_each_answer(self, rows: Sequence[Any]) -> list[Any]:
-        """The row of its prompt for each answer."""
-        return [row for row in rows for _ in range(self.request.n or 1)]
 
 
 class RequestReader:
@@ -205,8 +206,7 @@ class RequestReader:
 
     def __init__(self, frame: Frame, limits: Serving, texts: UntrustedText) -> None:
         self._frame, self._limits, self._texts = frame, limits, texts
-        context = None if frame.encoder else frame.context
-        self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
+        self._most_tokens = min(limits.max_batch_tokens, frame.context or limits.max_batch_tokens)
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
         seconds = min(seconds, MOST_SECONDS)
@@ -300,8 +300,6 @@ class RequestReader:
         else:
             asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
             logprobs, is_echo = request.logprobs, bool(request.echo)
-            if is_echo and self._frame.encoder:
-                raise bad_request("An encoder-decoder model doesn't echo its prompt.", "echo")
         stop, seed = request.stop or [], request.seed
         return Decoding(
             max_tokens=self._length(asked, prompt),
@@ -321,13 +319,6 @@ class RequestReader:
         if asked is not None and asked > limit:
             message = f"max_tokens is {asked}; this server generates {limit} at most."
             raise bad_request(message, "max_tokens")
-        encoder = self._frame.encoder or Positions()
-        if encoder.prompt is not None and count > encoder.prompt:
-            message = f"The prompt has {count} tokens; the model's encoder can hold"
-            raise bad_request(f"{message} {encoder.prompt}.", "prompt", TOO_LONG)
-        if encoder.answer is not None and (asked or 0) > encoder.answer:
-            message = f"max_tokens is {asked}; the model's decoder can hold {encoder.answer}."
-            raise bad_request(message, "max_tokens", TOO_LONG)
         room, wanted = self._most_tokens - count, 1 if asked is None else asked
         if room < wanted:
             raise bad_request(
@@ -336,4 +327,4 @@ class RequestReader:
                 {None: "messages", 0: "prompt"}.get(asked, "max_tokens"),
                 TOO_LONG,
             )
-        return min(room, limit, encoder.answer or room) if asked is None else asked
+        return min(room, limit) if asked is None else asked

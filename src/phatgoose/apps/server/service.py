@@ -45,7 +45,7 @@ from .protocol import (
     for_clients,
 )
 from .replies import EventStream, Reply, unless_gone
-from .requests import Asked, RequestReader, parsed
+from .requests import Answer, Asked, RequestReader, parsed
 from .settings import ServedModel
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
@@ -213,15 +213,15 @@ class Service:
             message = f"{shortened(request.model, SHOWN)} is one expert; ask for its model to have"
             raise bad_request(f"{message} others chosen.", only_override(request))
         self.backend.check(request, model)
-        mixture = request.mixture if fixed is None else fixed
+        mixture = request.weights if fixed is None else fixed
         if mixture is not None:  # which an engine is sent as it is
             override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
         try:
-            acquired = await self.routings.acquire(model, override, client, deadline)
+            runner, release = await self.routings.acquire(model, override, client, deadline)
         except PhatgooseError as error:
             raise bad_request(for_clients(error), only_override(request)) from error
         try:
-            runner, texts = acquired.runner, self._texts_of(acquired.runner.frame.tokenizer)
+            texts = self._texts_of(runner.frame.tokenizer)
             limits = self.backend.limits_of(self.limits)
             reader = RequestReader(runner.frame, limits, texts.process)
 
@@ -229,14 +229,17 @@ class Service:
                 return self.backend.prepare(request, runner), reader.prompts(request, seconds)
 
             prepared, prompts = await texts.readers.run(client, deadline, read)
-            owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
-            decodings = [reader.decoding(request, *pair) for pair in enumerate(owners)]
-            asked = Asked(request, model, mixture, prompts, decodings, client, deadline)
+            rows = [row for row in range(len(prompts)) for _ in range(request.n or 1)]
+            answers = [
+                Answer(row, prompts[row], reader.decoding(request, number, prompts[row]))
+                for number, row in enumerate(rows)
+            ]
+            asked = Asked(request, mixture, prompts, answers, client, deadline)
             reply, headers = await self.backend.begin(asked, runner, prepared)
         except BaseException:
-            acquired.release()
+            release()
             raise
-        reply.on_close += [acquired.release, lambda: self._count(reply)]
+        reply.on_close += [release, lambda: self._count(reply)]
         try:
             if request.stream:
                 await reply.begun(http)
@@ -358,14 +361,6 @@ FOR_EACH = 2  # routings composed at once for one client: as many as the page sh
 Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
 
 
-@dataclass(frozen=True)
-class Acquired:
-    """A model by its routing for one request, which calls `release` when it is done."""
-
-    runner: Any
-    release: Callable[[], None] = lambda: None
-
-
 @dataclass(eq=False)
 class CachedRouting:
     """A routing, composed or being composed for `client`, and how many `requests` need it."""
@@ -408,17 +403,18 @@ class RoutingCache:
 
     async def acquire(
         self, model: Any, override: RoutingOverride, client: str, deadline: Deadline
-    ) -> Acquired:
-        """`model` with `override` applied, composed if it isn't cached.
+    ) -> tuple[Any, Callable[[], None]]:
+        """The runner of `model` with `override` applied, and what to call when it isn't needed.
 
+        It is composed if it isn't cached.
         Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
         once or it isn't there by the `deadline`.
         """
         if override == RoutingOverride():
-            return Acquired(model.runner)
+            return model.runner, lambda: None
         routing, pool = await run_in_threadpool(model.overridden, override)
         if (routing, pool.names) == (model.routing, model.experts):
-            return Acquired(model.runner)
+            return model.runner, lambda: None
         key = (model.settings.name, routing, pool.names, id(model))
         if key not in self._cached:
             self._begin(key, model, pool, client)
@@ -435,7 +431,7 @@ class RoutingCache:
                 message = f"The routing wasn't composed in {seconds}; it goes on."
                 raise ApiError(504, message, code="timeout") from None
             raise
-        return Acquired(runner, cached.release)
+        return runner, cached.release
 
     def forget(self, model: str) -> None:
         """Drop the routings of a model that was opened again."""

@@ -86,14 +86,8 @@ class LocalBackend(Backend):
             )
         else:
             routed = self._routed(asked, runner)
-        prompts = asked.for_each_answer(asked.prompts)
-        echoes = [
-            prompt.text if decoding.echo else ""
-            for prompt, decoding in zip(prompts, asked.decodings, strict=True)
-        ]
-        count = sum(len(prompt.tokens) for prompt in asked.prompts)
-        report = Reporter(runner, asked.request.wants_trace, routed)
-        reply = Reply(Builder(asked.request, count, echoes, report), asked.deadline)
+        report = Reporter(runner, asked, routed)
+        reply = Reply(Builder(asked, report), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 
         def deliver(event: Progress | ApiError) -> None:
@@ -103,16 +97,16 @@ class LocalBackend(Backend):
         sequences = [
             ActiveSequence(
                 runner,
-                prompt.tokens,
-                asked.decodings[choice],
+                answer.prompt.tokens,
+                answer.decoding,
                 deliver,
-                choice,
+                number,
                 asked.client,
-                routed[choice],
-                echoed=echoes[choice],
+                routed[answer.row],
+                echoed=answer.echoed,
                 form=form and form.copy(),
             )
-            for choice, prompt in enumerate(prompts)
+            for number, answer in enumerate(asked.answers)
         ]
         self.engine.submit(sequences)
         reply.on_close.append(
@@ -120,10 +114,10 @@ class LocalBackend(Backend):
         )
         return reply, {}
 
-    def _routed(self, asked: Asked, runner: ModelRunner) -> list[PromptRouting | None]:
-        """What each answer's model knows of its prompt."""
+    def _routed(self, asked: Asked, runner: ModelRunner) -> Sequence[PromptRouting | None]:
+        """What the model's context finds for each prompt. Raises ApiError."""
         try:
-            rows = runner.routings_of(
+            return runner.routings_of(
                 [prompt.tokens for prompt in asked.prompts],
                 self.engine.prefixes,
                 [prompt.asked for prompt in asked.prompts],
@@ -134,16 +128,15 @@ class LocalBackend(Backend):
             raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
-        return asked.for_each_answer(rows)
 
 
 class Reporter:
     """Reports the routing of the tokens that answers come to, as a request wants it."""
 
     def __init__(
-        self, runner: ModelRunner, trace: bool, routed: Sequence[PromptRouting | None]
+        self, runner: ModelRunner, asked: Asked, routed: Sequence[PromptRouting | None]
     ) -> None:
-        self._runner, self._trace, self._routed = runner, trace, routed
+        self._runner, self._asked, self._routed = runner, asked, routed
         self._streams: dict[int, tuple[str, ...]] = {}  # of each answer's trace, once it was sent
         self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
         self._tokens: Counter[int] = Counter()
@@ -167,14 +160,14 @@ class Reporter:
             tokens=tokens,
             summary={name: round(total / count, 4) for name, total in sums.most_common()},
         )
-        if self._trace and choice in self._streams:
+        if self._asked.request.wants_trace and choice in self._streams:
             sent = self._streams[choice]
             report.more = [
                 {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
             ]
-        elif self._trace:
+        elif self._asked.request.wants_trace:
             self._streams[choice] = tuple(stream.name for stream in streams)
-            routed = self._routed[choice]
+            routed = self._routed[self._asked.answers[choice].row]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
             trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
             report.trace = trace.to_dict()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.modeling_outputs import BaseModelOutput
 
-from ....analysis.traces import TraceKeeper
+from ....analysis.traces import TraceKeeper, TraceStream
 from ....base import texts_of
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....tasks.batching import decoder_start, pad_left
+from ....tasks.batching import pad_left
 from ..protocol import ApiError, bad_request, busy, client_share, for_clients
 from .prefixes import MIB, Prefix, PrefixStore, Reader, begin_with
 from .runner import Cache, ModelRunner
@@ -84,8 +84,7 @@ def drop_columns(cache: Cache, columns: int) -> None:
 MOST_LOGITS = 1 << 26
 
 
-@dataclass
-class Prefilled:
+class Prefilled(NamedTuple):
     """What reading the prompts of some sequences gave, in their order.
 
     `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token.
@@ -94,24 +93,21 @@ class Prefilled:
     cache: Cache
     mask: Tensor
     logits: Tensor
-    encoded: BaseModelOutput | None = None
 
 
 def prefill(
     runner: ModelRunner, sequences: Sequence[ActiveSequence], prefixes: PrefixStore | None = None
 ) -> Prefilled:
     """Read the prompts of `sequences` together, each distinct one once, after known `prefixes`."""
-    sharing: dict[object, list[ActiveSequence]] = {}
+    groups: dict[object, list[ActiveSequence]] = {}
     for each in sequences:
-        sharing.setdefault(_reading_of(each), []).append(each)
-    distinct = _DistinctPrompts(runner, list(sharing.values()), prefixes)
-    runner.use([group[0].routed for group in sharing.values()])
-    found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
-    row_of = {reading: row for row, reading in enumerate(sharing)}
+        groups.setdefault(_reading_of(each), []).append(each)
+    runner.use([group[0].routed for group in groups.values()])
+    read = _Prompts(runner, list(groups.values()), prefixes).read()
+    row_of = {reading: row for row, reading in enumerate(groups)}
     rows = torch.tensor([row_of[_reading_of(each)] for each in sequences], device=runner.device)
-    found.cache.batch_select_indices(rows)
-    encoded = encoded_rows(found.encoded, rows)
-    return Prefilled(found.cache, found.mask[rows], found.logits[rows], encoded)
+    read.cache.batch_select_indices(rows)
+    return Prefilled(read.cache, read.mask[rows], read.logits[rows])
 
 
 def _reading_of(sequence: ActiveSequence) -> object:
@@ -128,48 +124,36 @@ def reader_of(sequence: ActiveSequence) -> Reader:
     return replace(reader, client=sequence.client)
 
 
-def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
-    """The given rows of an encoder's output; None for a decoder, which has none."""
-    if encoded is None:
-        return None
-    return type(encoded)(last_hidden_state=encoded.last_hidden_state[rows])
-
-
-def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:
+def keeper_for(sequences: Iterable[ActiveSequence]) -> TraceKeeper | None:
     """A keeper of routing decisions if any of `sequences` asks for them, else None."""
     return TraceKeeper() if any(each.decoding.routing for each in sequences) else None
 
 
-class _DistinctPrompts:
+class _Prompts:
     """A row for each distinct prompt; `owners` are the sequences that begin with it.
 
     Columns of prefixes that were read before come first, those of what is left to read follow.
     """
 
     def __init__(
-        self,
-        runner: ModelRunner,
-        owners: list[list[ActiveSequence]],
-        prefixes: PrefixStore | None = None,
+        self, runner: ModelRunner, owners: list[list[ActiveSequence]], prefixes: PrefixStore | None
     ) -> None:
-        self._runner, self._owners = runner, owners
+        self._runner, self._owners, self._prefixes = runner, owners, prefixes
         self._everyone = [each for group in owners for each in group]
-        prompts = [group[0].prompt for group in owners]
-        self._prefixes = None if runner.is_encoder_decoder else prefixes
         self._readers = [reader_of(group[0]) for group in owners]
-        found = [
-            self._found(group, reader) for group, reader in zip(owners, self._readers, strict=True)
+        known = [self._known(*pair) for pair in zip(owners, self._readers, strict=True)]
+        rest = [
+            list(group[0].prompt[each[1] if each else 0 :])
+            for group, each in zip(owners, known, strict=True)
         ]
-        counts = [0 if each is None else each[1] for each in found]
-        rest = [prompt[count:] for prompt, count in zip(prompts, counts, strict=True)]
         self._cache = runner.new_cache()
-        before = begin_with(self._cache, found)
+        before = begin_with(self._cache, known)
         self._ids = pad_left(rest, runner.pad).to(runner.device)
         mask = torch.cat([before, pad_left([[1] * len(each) for each in rest], 0)], dim=1)
         self._mask, self._before = mask.to(runner.device), before.shape[1]
         self._padding = [self._ids.shape[1] - len(each) for each in rest]
 
-    def _found(self, group: list[ActiveSequence], reader: Reader) -> tuple[Prefix, int] | None:
+    def _known(self, group: list[ActiveSequence], reader: Reader) -> tuple[Prefix, int] | None:
         # Whoever wants scores or routing of the prompt's tokens wants them to be read.
         if any(each.decoding.scores_prompt or each.decoding.routing for each in group):
             return None
@@ -185,56 +169,39 @@ class _DistinctPrompts:
             keeper = keeper_for(self._everyone)
             ids, mask = self._ids[:, begin:end], self._mask[:, : self._before + end]
             logits = runner.decode(ids, mask, cache, keeper, all_logits=is_scored)
-            for row in range(rows):
+            for row, group in enumerate(self._owners):
                 scores[row] += self._scores(row, logits[row], begin, end)
-            self._report_routing(keeper, begin, end)
+                for stream in keeper.streams().values() if keeper else ():
+                    self._report(row, group, stream, begin, end)
         for row, group in enumerate(self._owners):
             for each in group:
                 if each.decoding.scores_prompt:
                     each.emit_prompt(scores[row])
-            self._keep(row, group[0].prompt)
+            if self._prefixes is not None:
+                prompt, mask = group[0].prompt, self._mask[row]
+                self._prefixes.keep(self._readers[row], prompt, cache, row, mask)
         return Prefilled(cache, self._mask, logits[:, -1].float())
 
-    def _keep(self, row: int, prompt: tuple[int, ...]) -> None:
-        if self._prefixes is not None:
-            self._prefixes.keep(self._readers[row], prompt, self._cache, row, self._mask[row])
-
     def _scores(self, row: int, logits: Tensor, begin: int, end: int) -> list[TokenScores]:
-        wanting = [each for each in self._owners[row] if each.decoding.scores_prompt]
-        if not wanting:
+        if not any(each.decoding.scores_prompt for each in self._owners[row]):
             return []
         most = max(each.decoding.logprobs or 0 for each in self._owners[row])
-        pad = self._padding[row]
-        targets = self._ids[row, max(begin, pad) + 1 : end + 1].tolist()
-        return token_scores(logits[max(0, pad - begin) :][: len(targets)], targets, most)
+        padding = self._padding[row]
+        targets = self._ids[row, max(begin, padding) + 1 : end + 1].tolist()
+        return token_scores(logits[max(0, padding - begin) :][: len(targets)], targets, most)
 
-    def read_and_encode(self) -> Prefilled:
-        runner = self._runner
-        cache, keeper = runner.new_cache(), keeper_for(self._everyone)
-        encoded = runner.encode(self._ids, self._mask, keeper)
-        start = torch.full_like(self._ids[:, :1], decoder_start(runner.model))
-        logits = runner.answer(start, self._mask, encoded, cache, keeper)
-        self._report_routing(keeper, 0, self._ids.shape[1])
-        return Prefilled(cache, self._mask, logits[:, -1].float(), encoded)
-
-    def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
-        runner = self._runner
-        for name, stream in keeper.streams().items() if keeper is not None else ():
-            for row, group in enumerate(self._owners):
-                if runner.is_encoder_decoder and name == "decoder":
-                    # It has read the token that begins an answer instead of the prompt's.
-                    pieces = texts_of(runner.tokenizer, [decoder_start(runner.model)])
-                    part = stream.some(slice(row, row + 1), pieces, [ANSWER])
-                else:
-                    padding, width = self._padding[row], end - begin
-                    first = max(begin, padding)
-                    pieces = texts_of(runner.tokenizer, group[0].prompt)
-                    pieces = pieces[first - padding : max(0, end - padding)]
-                    chosen = slice(row * width + first - begin, (row + 1) * width)
-                    part = stream.some(chosen, pieces, [PROMPT] * len(pieces))
-                for each in group:
-                    if each.decoding.routing and part.tokens:
-                        each.routing.append(part)
+    def _report(
+        self, row: int, group: list[ActiveSequence], stream: TraceStream, begin: int, end: int
+    ) -> None:
+        padding, width = self._padding[row], end - begin
+        first = max(begin, padding)
+        pieces = texts_of(self._runner.tokenizer, group[0].prompt)
+        pieces = pieces[first - padding : max(0, end - padding)]
+        chosen = slice(row * width + first - begin, (row + 1) * width)
+        part = stream.some(chosen, pieces, [PROMPT] * len(pieces))
+        for each in group:
+            if each.decoding.routing and part.tokens:
+                each.routing.append(part)
 
 
 class Batch:
@@ -247,13 +214,7 @@ class Batch:
         self.runner, self._prefixes = runner, prefixes
         self.sequences: list[ActiveSequence] = []
         self._cache = runner.new_cache()
-        self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens held, or of the encoder's
-        self._encoded: BaseModelOutput | None = None
-
-    @property
-    def is_open(self) -> bool:
-        # Some encoder-decoder models count positions by the batch, so their rows begin together.
-        return not self.sequences or not self.runner.is_encoder_decoder
+        self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens held
 
     def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
         """Tokens held, padding included, when the longest ends, if `newcomers` join."""
@@ -268,7 +229,7 @@ class Batch:
             masks = (self._mask, read.mask)
             self._mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
         else:
-            self._cache, self._mask, self._encoded = read.cache, read.mask, read.encoded
+            self._cache, self._mask = read.cache, read.mask
         self.sequences += newcomers
         for sequence, logits in zip(newcomers, read.logits, strict=True):
             sequence.advance(logits)
@@ -279,13 +240,13 @@ class Batch:
         ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
         keeper = keeper_for(sequences)
         runner.use([each.routed for each in sequences])
-        if self._encoded is not None:
-            logits = runner.answer(ids, self._mask, self._encoded, self._cache, keeper)
-        else:
-            self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-            logits = runner.decode(ids, self._mask, self._cache, keeper)
-        if keeper is not None:
-            self._report_routing(keeper)
+        self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+        logits = runner.decode(ids, self._mask, self._cache, keeper)
+        for stream in keeper.streams().values() if keeper else ():
+            for row, sequence in enumerate(sequences):
+                if sequence.decoding.routing:
+                    last = stream.some(slice(row, row + 1), sequence.shown[-1:], [ANSWER])
+                    sequence.routing.append(last)
         for sequence, scores in zip(sequences, logits[:, -1].float(), strict=True):
             sequence.advance(scores)
         self.drop_finished()
@@ -300,33 +261,26 @@ class Batch:
             if each.finish is not None:
                 self._keep(row, each)
         if not kept:
-            self._cache, self._encoded = self.runner.new_cache(), None
+            self._cache = self.runner.new_cache()
             return
         rows = torch.tensor(kept, device=self.runner.device)
         self._cache.batch_select_indices(rows)
-        self._mask, self._encoded = self._mask[rows], encoded_rows(self._encoded, rows)
+        self._mask = self._mask[rows]
         unused = int(self._mask.any(dim=0).long().argmax())
-        if unused and self._encoded is None:
+        if unused:
             drop_columns(self._cache, unused)
             self._mask = self._mask[:, unused:]
 
     def _keep(self, row: int, sequence: ActiveSequence) -> None:
         # The next turn of a conversation begins with this answer too, whose last token never passed
         # the model. To experts that act from a prompt's end on it will be a body, as to the base.
-        if self._prefixes is None or self._encoded is not None:
+        if self._prefixes is None:
             return
         reader = reader_of(sequence)
         if reader.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
             whole = replace(reader, limit=len(tokens))
             self._prefixes.keep(whole, tokens, self._cache, row, self._mask[row])
-
-    def _report_routing(self, keeper: TraceKeeper) -> None:
-        for stream in keeper.streams().values():
-            for row, sequence in enumerate(self.sequences):
-                if sequence.decoding.routing:
-                    last = stream.some(slice(row, row + 1), sequence.shown[-1:], [ANSWER])
-                    sequence.routing.append(last)
 
 
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
@@ -484,7 +438,7 @@ class GenerationEngine:
 
     def _batch_for(self, runner: ModelRunner) -> Batch:
         for batch in self._batches:
-            if batch.runner is runner and batch.is_open:
+            if batch.runner is runner:
                 return batch
         return Batch(runner, self.prefixes)
 

@@ -15,8 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ....analysis.traces import TraceKeeper
 from ....base import Base, BaseReference, load_base, load_tokenizer, settled_dtype, twin
@@ -45,7 +44,7 @@ from ..service import numbered, overridden
 from ..settings import ServedModel
 from .prefixes import PrefixStore, Reader
 
-Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
+Cache: TypeAlias = Any  # DynamicCache; transformers has no types for mypy
 
 
 _NUMBERS = itertools.count()  # of runners: an id would be used again
@@ -59,7 +58,6 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
@@ -76,10 +74,9 @@ class ModelRunner:
             tokenizer,
             positions.prompt or positions.trained,
             self.vocabulary,
-            added_tokens(tokenizer, is_encoder_decoder=self.is_encoder_decoder),
+            added_tokens(tokenizer, is_encoder_decoder=False),
             looks_prompts_up=self._context is not None and self._context.router is not None,
             in_chats=parts is not None and parts.in_chats,
-            encoder=positions if self.is_encoder_decoder else None,
         )
 
     @property
@@ -88,8 +85,6 @@ class ModelRunner:
         return device
 
     def new_cache(self) -> Cache:
-        if self.is_encoder_decoder:
-            return EncoderDecoderCache(DynamicCache(), DynamicCache())
         return DynamicCache()
 
     def decode(
@@ -111,25 +106,6 @@ class ModelRunner:
         if self._takes_keep and not all_logits:
             inputs["logits_to_keep"] = 1
         return self._pass(inputs, cache, keeper)
-
-    def answer(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        encoded: BaseModelOutput,
-        cache: Cache,
-        keeper: TraceKeeper | None = None,
-    ) -> Tensor:
-        """An encoder-decoder model's logits of the decoder's tokens `ids` [rows, 1]."""
-        inputs = {"decoder_input_ids": ids, "attention_mask": mask, "encoder_outputs": encoded}
-        return self._pass(inputs, cache, keeper)
-
-    def encode(
-        self, ids: Tensor, mask: Tensor, keeper: TraceKeeper | None = None
-    ) -> BaseModelOutput:
-        with self._watched(keeper):
-            found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
-        return found
 
     def routings_of(
         self,
@@ -249,10 +225,10 @@ class LoadedModel:
         else:
             self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
-        if getattr(model, "_is_stateful", False):
+        if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise BaseModelError(
-                f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
-                f"such a model and doesn't serve it."
+                f"{self.base.id!r} is an encoder-decoder or keeps more than keys and values; the "
+                f"server can't batch such a model and doesn't serve it."
             )
         self.parts = parts = composition_if_any(model)
         self.routing = numbered(parts.routing, len(parts.experts)) if parts else Routing()

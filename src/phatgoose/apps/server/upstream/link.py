@@ -20,8 +20,9 @@ from pydantic_core import from_json
 
 from ....errors import EngineAwayError
 from ....files import one_line
-from ..protocol import ApiError, Deadline, Finish, bad_request, for_clients
+from ..protocol import ApiError, ChatRequest, Deadline, Finish, bad_request, for_clients
 from ..replies import Progress, ScoredToken
+from ..requests import Asked
 from .engines import Adapter, Engine, TooMuchError, client_of, content_of, is_well, said_by
 
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}  # by whether it is a chat
@@ -152,20 +153,17 @@ class Link:
             await self.client.aclose()
 
     async def answer(
-        self,
-        fields: Callable[[], dict[str, Any]],
-        written: Written,
-        most: int,
-        deadline: Deadline,
-        *,
-        is_chat: bool,
+        self, fields: Callable[[], dict[str, Any]], number: int, asked: Asked
     ) -> AsyncGenerator[Progress, None]:
-        """The answer to a request, whose body `fields` makes once the engine is known.
+        """Answer `number` to a request, whose body `fields` makes once the engine is known.
 
-        A whole answer has at most `most` bytes. Raises ApiError when the engine is away, refuses
-        the request, or fails.
+        Raises ApiError when the engine is away, refuses the request, or fails.
         """
-        response = await self._asked(fields, is_chat, deadline)
+        answer, is_chat = asked.answers[number], isinstance(asked.request, ChatRequest)
+        logprobs = answer.decoding.logprobs
+        written = Written(number, logprobs, answer.echoed)
+        most = MOST_EVENT + MOST_TOKEN * answer.decoding.max_tokens * (2 + (logprobs or 0))
+        response = await self._asked(fields, is_chat, asked.deadline)
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
         try:
             async with aclosing(_events(response) if is_stream else _one(response, most)) as events:

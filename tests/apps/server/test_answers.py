@@ -195,7 +195,7 @@ def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer
         alone = {**GREEDY, "model": "base"}
         assert text_of(client, **alone) != text
         assert "base model alone" in error_of(client, **alone, routing=True)["message"]
-        assert "no experts" in error_of(client, **alone, k=1)["message"]
+        assert "can't be changed" in error_of(client, **alone, k=1)["message"]
         assert client.get("/v1/models/base").json()["router"] is None
 
 

@@ -30,7 +30,7 @@ from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
 from ...routing.routers.fixed import mixture_of
-from ...routing.routers.registry import WEIGHTS, router_of
+from ...routing.routers.registry import AUTO, WEIGHTS, router_of
 from ...routing.routers.router import check_served
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
@@ -47,7 +47,6 @@ from .protocol import (
 )
 from .replies import EventStream, Reply, unless_gone
 from .requests import Answer, Asked, RequestReader, parsed
-from .settings import ServedModel
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
@@ -72,9 +71,9 @@ class State(NamedTuple):
 class Backend(ABC):
     """Who computes the answers of `models`; its methods are called in the event loop.
 
-    A model has `settings`, a `routing` and its `runner`, which has a `Frame`; the names of its
-    `experts`, and the `names` that may stand before one, as in MODEL:EXPERT; a `card`; and it is
-    `overridden` and `composed` by requests.
+    A model has `settings`, a `pool`, a `routing` and its `runner`, which has a `frame`; the names
+    of its `experts`, and the `names` that may stand before one, as in MODEL:EXPERT, its base's
+    last; a `usual` router, and it is `composed` again for requests.
     """
 
     models: dict[str, Any]
@@ -168,12 +167,19 @@ class Service:
 
     def card(self, name: str) -> protocol.ModelCard:
         """What is told of a model, or of one expert. Raises ApiError."""
-        target = self.find(name)
-        told: dict[str, Any] = target.model.card()
-        if target.fixed is not None:
-            told |= {"router": None, "k": None, "experts": list(target.fixed), "traces": False}
-        chats = bool(target.model.runner.frame.tokenizer.chat_template)
-        return protocol.ModelCard(id=name, created=self.begun, chat=chats, **told)
+        model, fixed = self.find(name)
+        frame, is_whole = model.runner.frame, fixed is None and bool(model.experts)
+        return protocol.ModelCard(
+            id=name,
+            created=self.begun,
+            base=protocol.without_paths(model.names[-1]),
+            router=model.routing.router if is_whole else None,
+            k=model.routing.k if is_whole else None,
+            experts=list(model.experts if fixed is None else fixed),
+            traces=is_whole and not self.backend.upstream,
+            context=frame.context,
+            chat=bool(frame.tokenizer.chat_template),
+        )
 
     def _all_names(self) -> list[str]:
         if not self.backend.upstream:
@@ -338,17 +344,17 @@ def only_override(request: AnyRequest) -> str | None:
     return changed[0] if len(changed) == 1 else None
 
 
-def overridden(
-    routing: Routing, settings: ServedModel, override: RoutingOverride, experts: int
-) -> Routing:
-    """`routing` with `override` applied, for this many experts. Raises ConfigError."""
-    if override.router not in (None, routing.router):  # whose k needn't suit another router
-        asked = settings.routing.k if settings.routing else None
-        routing = replace(routing, router=override.router, k=asked)
+def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:
+    """A model's routing and experts with `override` applied. Raises PhatgooseError."""
+    pool, routing = model.pool.select(override.keep, override.leave_out), model.routing
+    router = model.usual(pool) if override.router == AUTO else override.router
+    if router not in (None, routing.router):  # whose k needn't suit another router
+        asked = model.settings.routing.k if model.settings.routing else None
+        routing = replace(routing, router=router, k=asked)
     if override.k is not None:
         routing = replace(routing, k=override.k)
     check_served(router_of(routing))
-    return numbered(routing, experts)
+    return numbered(routing, len(pool)), pool
 
 
 def numbered(routing: Routing, experts: int) -> Routing:
@@ -414,7 +420,7 @@ class RoutingCache:
         """
         if override == RoutingOverride():
             return model.runner, lambda: None
-        routing, pool = await run_in_threadpool(model.overridden, override)
+        routing, pool = await run_in_threadpool(overridden, model, override)
         if (routing, pool.names) == (model.routing, model.experts):
             return model.runner, lambda: None
         key = (model.settings.name, routing, pool.names, id(model))

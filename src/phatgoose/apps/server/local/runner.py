@@ -38,9 +38,8 @@ from ....sites import positions_of
 from ....tasks.batching import contiguous_head, position_ids
 from ....tasks.encoding import added_tokens
 from ....tasks.prompt_passes import end_tokens, keeping_caches
-from ..protocol import RoutingOverride, without_paths
 from ..requests import Frame
-from ..service import numbered, overridden
+from ..service import numbered
 from ..settings import ServedModel
 from .prefixes import PrefixStore, Reader
 
@@ -238,10 +237,10 @@ class LoadedModel:
 
     @cached_property
     def pool(self) -> Pool:
-        if is_routed(self.settings.place):
+        if not is_pool(self.settings.place):
             raise RoutingError(
-                f"{self.settings.name!r} is a saved model, whose routing can't be changed; serve "
-                f"the pool it was made of."
+                f"{self.settings.name!r} isn't a pool, so its routing can't be changed; serve the "
+                f"pool that it was made of."
             )
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
@@ -254,17 +253,6 @@ class LoadedModel:
     def names(self) -> tuple[str, ...]:
         """What stands before the name of an expert, as in MODEL:EXPERT."""
         return self.settings.name, self.base.id
-
-    def card(self) -> dict[str, Any]:
-        parts = self.parts
-        return {
-            "base": without_paths(self.base.id),
-            "router": parts.router.recorded.router if parts else None,
-            "k": (parts.router.k or None) if parts else None,
-            "experts": list(self.experts),
-            "traces": parts is not None,
-            "context": self.runner.frame.context,
-        }
 
     def reopened(self) -> LoadedModel:
         """The model as its place has it now, over the same base."""
@@ -279,15 +267,9 @@ class LoadedModel:
     def _compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
         return compose(pool, twin(self.base), routing=routing, scores=self.settings.scores)
 
-    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
-        """The routing and the experts with `override` applied, or what makes that impossible."""
-        if self.parts is None:
-            raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
-        pool = self.pool.select(override.keep, override.leave_out)
-        if override.router == AUTO:
-            usual = settled(Routing(AUTO), pool, self.base.model, self.base.tokenizer)
-            override = replace(override, router=usual.router)
-        return overridden(self.routing, self.settings, override, len(pool)), pool
+    def usual(self, pool: Pool) -> str:
+        """The router "auto" of these experts."""
+        return settled(Routing(AUTO), pool, self.base.model, self.base.tokenizer).router
 
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:

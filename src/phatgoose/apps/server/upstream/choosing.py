@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +19,9 @@ from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
-from ..protocol import Deadline, RoutingOverride, without_paths
+from ..protocol import Deadline
 from ..requests import Frame
-from ..service import in_thread, numbered, overridden
+from ..service import in_thread, numbered
 from ..settings import ServedModel
 from .engines import Adapter, Engine
 
@@ -99,16 +99,6 @@ class ChosenPool:
         bases = (self.engine.adapters.base,) if self.engine else ()
         return self.settings.name, self.pool.base.id, *bases
 
-    def card(self) -> dict[str, Any]:
-        routing = self.routing
-        return {
-            "base": without_paths(self.names[-1]),
-            "router": routing.router,
-            "k": routing.k,
-            "experts": list(self.experts),
-            "context": self.frame.context,
-        }
-
     def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
         if router.name != WEIGHTS and not router.router.per_input:
@@ -121,12 +111,9 @@ class ChosenPool:
             router.choose([[self.tokenizer.eos_token_id or 0]], base)  # it fits, or is refused now
         return PromptChooser(router, base, self)
 
-    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
-        pool = self.pool.select(override.keep, override.leave_out)
-        if override.router == AUTO:
-            usual = first_allowed(Routing(AUTO), pool, BY_PROMPT)
-            override = replace(override, router=usual.router)
-        return overridden(self.routing, self.settings, override, len(pool)), pool
+    def usual(self, pool: Pool) -> str:
+        """The router "auto" of these experts."""
+        return first_allowed(Routing(AUTO), pool, BY_PROMPT).router
 
 
 class ReadingBases:

@@ -43,7 +43,7 @@ def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
             {"router": "auto"},
         ):
             message = error_of(client, **asked, **change)["message"]
-            assert "whose routing can't be changed" in message
+            assert "its routing can't be changed" in message
         ask(client, **asked)
     assert opened == []
 

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import server_of
-from phatgoose.apps.server.guards import RequestGuard
+from phatgoose.apps.server.guards import BodyLimits, RequestGuard
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
@@ -62,7 +62,7 @@ def app_of(
     ]
     app = create_app(models, limits, **options)
     (guard,) = [each for each in app.user_middleware if each.cls is RequestGuard]
-    guard.kwargs.update(seconds=patience, most=most_body)
+    guard.kwargs.update(limits=BodyLimits(most_body, patience))
     for served in app.state.service.models.values():
         served.runner.tokenizer.chat_template = template
         if endless:

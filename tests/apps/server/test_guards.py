@@ -7,7 +7,14 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from phatgoose.apps.server.guards import AT_ONCE, AccessControl, Metrics, RequestBody, RequestGuard
+from phatgoose.apps.server.guards import (
+    AT_ONCE,
+    AccessControl,
+    BodyLimits,
+    Metrics,
+    RequestBody,
+    RequestGuard,
+)
 from phatgoose.apps.server.protocol import ApiError
 from serving import GREEDY, JSON, PATH
 
@@ -141,7 +148,7 @@ def test_clients_are_told_apart_by_key_and_else_by_address():
 
 
 def test_bodies_are_counted_together_and_let_go():
-    gate = RequestGuard(None, AccessControl(), Metrics(), most=100)
+    gate = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
 
     def body_of(size):
         async def receive():
@@ -180,7 +187,7 @@ def test_what_is_cut_off_as_the_server_stops_is_told(method, begins):
         sent.append(message)
 
     async def cut_off():
-        guard = RequestGuard(app, MagicMock(), Metrics(), most=100, seconds=60)
+        guard = RequestGuard(app, MagicMock(), Metrics(), limits=BodyLimits(100, 60))
         kind = (b"content-type", b"application/json")
         scope = {"type": "http", "method": method, "path": "/", "headers": [kind]}
         task = asyncio.create_task(guard(scope, asyncio.Event().wait, send))

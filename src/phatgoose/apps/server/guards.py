@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
@@ -140,6 +140,16 @@ AT_ONCE = 64  # bodies of the greatest size that are held together
 PATIENCE = 20.0  # seconds for a body, for headers, and for a client to read on
 
 
+class BodyLimits(NamedTuple):
+    """The bytes of a body, and the seconds in which it arrives."""
+
+    most: int = MOST_BODY
+    seconds: float = PATIENCE
+
+
+LIMITS = BodyLimits()
+
+
 class RequestBody:
     """A request's body; the guard counts its bytes while it is held."""
 
@@ -174,8 +184,8 @@ class RequestBody:
 class RequestGuard:
     """Passes a request to `app` once it is allowed and its body is complete, and counts it.
 
-    A body has at most `most` bytes and arrives within `seconds`. The request's scope has its client
-    and its body. It is counted by its route, or by its path if that is one of `paths`.
+    A body keeps to the `limits`. The request's scope has its client and its body. It is counted by
+    its route, or by its path if that is one of `paths`.
     """
 
     def __init__(
@@ -184,11 +194,10 @@ class RequestGuard:
         access: AccessControl,
         metrics: Metrics,
         paths: Collection[str] = (),
-        most: int = MOST_BODY,
-        seconds: float = PATIENCE,
+        limits: BodyLimits = LIMITS,
     ) -> None:
         self._app, self._access, self._metrics, self._paths = app, access, metrics, paths
-        self.most, self._seconds = most, seconds
+        self.most, self._seconds = limits
         self.held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

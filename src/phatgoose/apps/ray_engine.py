@@ -7,9 +7,10 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..errors import ConfigError, EngineError, PhatgooseError
@@ -148,17 +149,14 @@ class RayEngine:
         return self.workers or _fitting(self.needs())
 
 
-def job_for(group: str | None, taken: Iterable[str | None], left: Sequence[Any]) -> Any:
+def job_for(group: str | None, taken: Sequence[str | None], left: Sequence[Any]) -> Any:
     """The job of `left`, which isn't empty, for a worker of `group`, while others are at `taken`.
 
-    The first of its own group, else of the group with the most jobs that no worker will take.
+    The first of its own group, else of a group that no worker is at.
     """
-    sizes = Counter(job.group for job in left)
-    for other in taken:
-        if other in sizes:
-            sizes[other] -= 1  # its worker will take the next one
-    chosen = group if group in sizes else max(sizes, key=lambda name: sizes[name])
-    return next(job for job in left if job.group == chosen)
+    own = (job for job in left if job.group == group)
+    free = (job for job in left if job.group not in taken)
+    return next(chain(own, free, left))
 
 
 def _fitting(needs: Mapping[str, float]) -> int:

@@ -7,7 +7,6 @@ cache, and finished ones are copied up. Nothing locks a URL.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -61,10 +60,9 @@ class ExpertFolder:
         """What a finished expert records; raises and warns as `check_finished`."""
         if not self.is_url:
             return finished_expert(self.path / name, base, settings, resume=True).info
-        with self._store("read") as (files, root), tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch) / LAYOUT.info
-            files.get_file(f"{root}/{name}/{LAYOUT.info}", str(copy))
-            info = read_info(copy)
+        with self._store("read"):
+            copy = fsspec.open_local(f"simplecache::{self.place(name)}/{LAYOUT.info}")
+            info = read_info(Path(copy))
         check_finished(info, self.place(name), base, settings)
         return info
 

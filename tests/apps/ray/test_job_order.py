@@ -28,7 +28,7 @@ def test_there_is_always_a_job_and_the_workers_own_group_comes_first(group, take
         assert job == left[groups.index(group)]
 
 
-def test_a_group_that_another_worker_is_at_counts_one_job_less():
-    left = [Job("a", "1"), Job("a", "2"), Job("b", "3"), Job("b", "4")]
+def test_a_group_that_no_worker_is_at_comes_next():
+    left = [Job("a", "1"), Job("a", "2"), Job("b", "3")]
     assert job_for(None, ["a"], left).group == "b"
-    assert job_for(None, ["b"], left).group == "a"
+    assert job_for(None, ["a", "b"], left).group == "a"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from .base import SMOLLM2, Base, BaseReference, check_base, dtype_name, load_base, recorded_id
 from .experts.hub import HubReference
@@ -31,23 +31,21 @@ class Job(Protocol):
     def size(self) -> int:
         """Its share of the progress bar, in units."""
 
-    def again(self: AnyJob) -> AnyJob:
+    def again(self) -> Any:
         """The job to run when a worker was lost in the middle of this one."""
 
 
-AnyJob = TypeVar("AnyJob", bound=Job)
-AnyResult = TypeVar("AnyResult")
-Work = Callable[[AnyJob], AnyResult]
-
-
-class Workshop(Protocol[AnyJob, AnyResult]):
+class Workshop(Protocol):
     """Does jobs, with what many of them share."""
 
-    def open(self) -> AbstractContextManager[Work[AnyJob, AnyResult]]:
+    def open(self) -> AbstractContextManager[Callable[[Any], Any]]:
         """A function that does one job at a time."""
 
-    def portable(self) -> Workshop[AnyJob, AnyResult]:
+    def portable(self) -> Workshop:
         """The same with names and locations in place of what is loaded, for another process."""
+
+
+Results = Generator[tuple[Any, Any], None, None]
 
 
 class Engine(Protocol):
@@ -55,9 +53,7 @@ class Engine(Protocol):
 
     remote: bool
 
-    def run(
-        self, workshop: Workshop[AnyJob, AnyResult], jobs: Sequence[AnyJob], bar: Any
-    ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
+    def run(self, workshop: Workshop, jobs: Sequence[Job], bar: Any) -> Results:
         """(job, result) of each of `jobs` as soon as it is done, in any order.
 
         `bar` (a tqdm) advances by each job's size. What a job raises is raised here, and the other
@@ -70,9 +66,7 @@ class LocalEngine:
 
     remote = False
 
-    def run(
-        self, workshop: Workshop[AnyJob, AnyResult], jobs: Sequence[AnyJob], bar: Any
-    ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
+    def run(self, workshop: Workshop, jobs: Sequence[Job], bar: Any) -> Results:
         if not jobs:
             return
         with workshop.open() as work:

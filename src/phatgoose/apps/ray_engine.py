@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError, EngineError, PhatgooseError
 from ..files import first_line, one_line
-from ..jobs import AnyJob, AnyResult, Job, Workshop
+from ..jobs import Job, Results, Workshop
 from .processor import bound_spinning, keep_to
 
 bound_spinning()  # workers get it, with the environment of this process or by `connected`
@@ -88,7 +88,7 @@ class Worker:
     def open(self) -> str:
         keep_to(self._cpus)
         # Fetched here: when Ray fetches it, it takes any error for a lost worker.
-        workshop: Workshop[Any, Any] = ray.get(self._workshop[0])
+        workshop: Workshop = ray.get(self._workshop[0])
         self._context = workshop.open()
         self._work = self._context.__enter__()
         return str(ray.get_runtime_context().get_node_id())
@@ -121,9 +121,7 @@ class RayEngine:
     cpus_per_worker: float | None = None
     remote: bool = field(default=True, init=False)
 
-    def run(
-        self, workshop: Workshop[AnyJob, AnyResult], jobs: Sequence[AnyJob], bar: Any
-    ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
+    def run(self, workshop: Workshop, jobs: Sequence[Job], bar: Any) -> Results:
         """(job, result) of each of `jobs` as soon as it is done, in any order.
 
         Raises what a job raises, and EngineError without room for a worker or after repeated
@@ -198,7 +196,7 @@ class _Run:
     def is_unfinished(self) -> bool:
         return bool(self._left) or any(worker.job is not None for worker in self._workers)
 
-    def step(self) -> Generator[tuple[Any, Any], None, None]:
+    def step(self) -> Results:
         """Start workers, assign jobs and wait briefly; yields the results that have come."""
         self._start_workers()
         self._assign()
@@ -234,7 +232,7 @@ class _Run:
                 worker.group = worker.job.group
                 worker.answer = worker.actor.do.remote(worker.job)
 
-    def _receive(self, worker: _WorkerHandle) -> Generator[tuple[Any, Any], None, None]:
+    def _receive(self, worker: _WorkerHandle) -> Results:
         try:
             answer = ray.get(worker.answer)
         # The job itself raised; any other error of Ray's means that the worker is lost.

@@ -51,7 +51,7 @@ from ..passes import ActsOn
 from ..sites import find_sites
 from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import CUTS, Encoder, TokenPair, as_read
-from ..tasks.loading import given_task
+from ..tasks.loading import load_task
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
 from .modules import GatedLinear, fresh_expert, placed_sites
@@ -200,7 +200,7 @@ def _begun(
 ) -> Run:
     """The run with these settings; what would fail after hours is refused now."""
     check_name(name or out.name)
-    task = given_task(task)
+    task = task if isinstance(task, Task) else load_task(task)
     if settings.gates.embeddings:
         load_embedder(settings.gates.embedder)
     join_processes()

@@ -155,7 +155,7 @@ SITES = (
     "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects them "
     "for the base's architecture (ia3); the layers of the placement (bottleneck)."
 )
-INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
+INIT_STD = 0.01  # of the initial A (lora) or D (bottleneck); B and U start at zero
 
 
 class Peft(Settings):
@@ -174,7 +174,6 @@ class Lora(Peft):
         "LoRA alpha; the update is scaled by alpha / rank (paper: 1). Default: twice the rank.",
         POSITIVE,
     ] = None
-    init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
 
     def __post_init__(self) -> None:
@@ -210,7 +209,6 @@ class Bottleneck(Peft):
         str, "Activation f in the bottleneck: relu, gelu or silu.", one_of(ACTIVATIONS)
     ] = "relu"
     scale: Annotated[float, "Factor on the adapter's output.", POSITIVE] = 1.0
-    init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
 
 

@@ -13,8 +13,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 import tiny
 from forked import forked, needs_fork
 from phatgoose import untrusted_text
-from phatgoose.base import SMOLLM2, load_tokenizer
-from phatgoose.errors import BaseModelError, EngineError, PhatgooseError
+from phatgoose.errors import BaseModelError, EngineError
 from phatgoose.untrusted_text import UntrustedText
 from tiny import make_tokenizer, with_added
 
@@ -26,7 +25,6 @@ DOUBLED = (
     "{% set x = namespace(y='a' * 1000) %}{% for i in range(60) %}{% set x.y = x.y + x.y %}"
     "{% endfor %}{{ x.y | length }}"
 )
-HUGE = "{{ 'a' * 10 ** 10 }}"
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def works(texts: UntrustedText) -> None:
 
 @linux
 @pytest.mark.parametrize(
-    "template", [LOOP, HOLDS_THE_LOCK, DOUBLED, HUGE], ids=["loop", "power", "doubled", "huge"]
+    "template", [LOOP, HOLDS_THE_LOCK, DOUBLED], ids=["loop", "power", "doubled"]
 )
 def test_a_template_that_wants_everything_fails_and_the_next_question_is_answered(
     short, opened, template
@@ -135,17 +133,9 @@ def test_a_tokenizer_that_wants_everything_fails(short, opened):
 TEXTS = ["", "a", " two  words\n", "é😀\u2028", "<s>yes</s>", "x" * 3000]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: make_tokenizer(final_eos=False),
-        lambda: make_tokenizer(final_eos=True),
-        lambda: with_added(["<s>"], ["</s>"]),
-    ],
-)
 @pytest.mark.parametrize("split", [False, True])
-def test_tokens_and_texts_are_those_of_the_tokenizer(opened, make, split):
-    tokenizer = make()
+def test_tokens_and_texts_are_those_of_the_tokenizer(opened, split):
+    tokenizer = with_added(["<s>"], ["</s>"])
     tokenizer.split_special_tokens = split
     texts = opened(tokenizer)
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -249,26 +239,12 @@ def test_a_template_writes_what_transformers_does(opened, begins):
         assert found == of_transformers(tokenizer, begins)
 
 
-@pytest.mark.real
-def test_smollm2_s_template_writes_what_transformers_does(opened):
-    try:
-        tokenizer = load_tokenizer(SMOLLM2)
-    except PhatgooseError as error:
-        pytest.skip(f"needs phatgoose[smollm2]: {error}")
-    wanted = of_transformers(tokenizer, True)
-    tokens = tokenizer(wanted, add_special_tokens=False).input_ids
-    found = opened(tokenizer).read([CHAT], add_generation_prompt=True)
-    assert found == [[wanted, len(wanted), tokens]]
-
-
 @pytest.mark.parametrize(
     ("template", "words"),
     [
         ("{{ raise_exception('a\nb') }}", "failed: TemplateError: a b"),
         ("{{ 1 + '' }}", "failed: TypeError: "),
-        ("{% for m in messages %}", "failed: TemplateSyntaxError: "),
         ("{{ messages.__class__.__mro__ }}", "failed: SecurityError: "),
-        ("{{ messages.append(1) }}", "failed: SecurityError: "),
         ({"tool_use": "a", "rag": "b"}, "the base has no default chat template"),
     ],
 )

@@ -28,7 +28,7 @@ from phatgoose.routing.routers.phatgoose import Phatgoose
 CONFIGS = (Lora, Dora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
 DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for rate, alpha, batch
-    Lora: {"rank": 16, "alpha": 32.0, "init_std": 0.01, "sites": None},
+    Lora: {"rank": 16, "alpha": 32.0, "sites": None},
     Dora: {"rank": 16, "alpha": 32.0},
     IA3: {"sites": None},
     Bottleneck: {"placement": "houlsby", "size": 64, "activation": "relu", "scale": 1.0},
@@ -47,7 +47,7 @@ DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for
 
 NAN = float("nan")
 OUT_OF_RANGE = {
-    Lora: {"rank": [0], "alpha": [0.0, 10**400], "init_std": [-0.1]},
+    Lora: {"rank": [0], "alpha": [0.0, 10**400]},
     Bottleneck: {"placement": ["parallel"], "activation": ["tanh"], "size": [0], "scale": [0.0]},
     Training: {
         **{name: [0] for name in ("steps", "micro_batch_size", "eval_every", "eval_examples")},

@@ -32,7 +32,7 @@ TEMPLATE += "{% if add_generation_prompt %}[goose] {% endif %}"
 KINDS = {
     "lora": Lora(rank=2, alpha=4),
     "ia3": IA3(),
-    "bottleneck": Bottleneck(size=3, init_std=0.3),
+    "bottleneck": Bottleneck(size=3),
     "dora": Dora(rank=2, alpha=4),
 }
 

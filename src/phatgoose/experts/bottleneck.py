@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..config import ACTIVATIONS, Bottleneck
+from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Site
 from .kind import (
     Held,
@@ -213,7 +213,7 @@ class NewBottlenecks(NewLayers):
     def initial(self, settings: Bottleneck, site: Site) -> dict[str, Tensor]:
         d, m = site.out_features, settings.size
         down = torch.zeros(m, d)
-        nn.init.normal_(down, std=settings.init_std)
+        nn.init.normal_(down, std=INIT_STD)
         return {
             "down": down,
             "down_bias": torch.zeros(m),

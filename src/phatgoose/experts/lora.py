@@ -29,7 +29,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..base import Base
-from ..config import Lora
+from ..config import INIT_STD, Lora
 from ..files import value_at
 from ..passes import where_active
 from ..sites import Site, dtype_at
@@ -263,7 +263,7 @@ class NewLoras(NewModules):
             )
             master.weight = nn.Parameter(plain.weight.detach().float())
             factors[ADAPTER] = master
-        nn.init.normal_(layer.lora_A[ADAPTER].weight, std=settings.init_std)
+        nn.init.normal_(layer.lora_A[ADAPTER].weight, std=INIT_STD)
         nn.init.zeros_(layer.lora_B[ADAPTER].weight)
 
     def save(self, model: PeftModel, base: Base, folder: Path) -> None:

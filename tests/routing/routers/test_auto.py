@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mixed_experts import make_ia3
-from phatgoose.analysis.analyse import analyse
 from phatgoose.config import Routing
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
@@ -20,9 +19,8 @@ from phatgoose.routing.routers import auto
 from phatgoose.routing.routers.auto import BY_TOKEN, DECODER_ONLY, first_allowed, settled
 from phatgoose.routing.routers.registry import class_of
 from phatgoose.routing.saved import save
-from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids
+from tiny import logits_of, make_adapter, make_ids
 
 BARE = {"gates": {}, "means": {}, "readings": {}, "embeddings": None}
 
@@ -107,17 +105,6 @@ def test_imported_adapters_alone_are_composed(llama, tmp_path, make, wanted, cou
     detach(model)
 
 
-def test_one_expert_with_statistics_is_composed(llama, llama_pool):
-    one = llama_pool.select([llama_pool.names[0]])
-    model = compose(one, llama)
-    assert composition_of(model).routing.router == "discriminant"
-    routed = logits_of(model, make_ids())
-    detach(model)
-    alone = compose(one, llama, router="single")
-    assert_same_logits(routed, logits_of(alone, make_ids()))
-    detach(alone)
-
-
 def test_where_prompts_come_in_pieces_auto_goes_by_tokens(llama_pool, embedded):
     assert first_allowed(Routing(), embedded, BY_TOKEN).router == "phatgoose"
     assert (
@@ -143,9 +130,3 @@ def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog
     detach(model)
     kept = json.loads((tmp_path / "routed" / "routed.json").read_text())
     assert kept["routing"]["router"] == "phatgoose"
-
-
-def test_an_analysis_names_the_router_once(llama, llama_pool):
-    task = Task("t", test=(Example("say a", "a", choices=("a", "b")),))
-    found = analyse(llama_pool, [task], routers=["auto", "discriminant"], base=llama)
-    assert list(found.routers) == ["discriminant"]

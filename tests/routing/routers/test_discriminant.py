@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import PoolError, RoutingError
-from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers import discriminant
 from phatgoose.routing.routers.discriminant import (
     VARIED,
     bound_of,
@@ -25,7 +21,6 @@ from phatgoose.routing.routers.discriminant import (
     bounded_variances,
     line_of,
 )
-from phatgoose.tasks.task import Example, Task
 from routed_models import TOPICS, text_of
 from tiny import random
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
@@ -160,28 +155,6 @@ def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool
     assert (margins(scores) > 0.1 * margins(plain)).all()
 
 
-@both_streams
-def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
-    task = Task(
-        "choosing",
-        test=tuple(Example(prompt, "yes", ("yes", "no, never", "plums")) for prompt in PROMPTS),
-    )
-    model = compose(pool, base, router="discriminant", k=1)
-    owners = experts_of(model, PROMPTS).experts[:, 0].tolist()
-    (routed,) = evaluate(model, task, tokenizer=base.tokenizer).scores
-    detach(model)
-    for place, owner in enumerate(owners):
-        single = compose(pool, base, router=f"single:expert={pool.names[owner]}")
-        (alone,) = evaluate(single, task, tokenizer=base.tokenizer).scores
-        detach(single)
-        torch.testing.assert_close(
-            torch.tensor(routed.predictions[place].scores),
-            torch.tensor(alone.predictions[place].scores),
-            atol=1e-4,
-            rtol=1e-4,
-        )
-
-
 def test_readings_of_another_base_are_refused(llama, llama_pool):
     first, second = llama_pool.experts[:2]
     deep = {part: tensor[:1] for part, tensor in second.readings.items()}
@@ -196,16 +169,6 @@ def test_readings_of_another_base_are_refused(llama, llama_pool):
         with pytest.raises(RoutingError, match=rf"readings of {told}.*; the model has 2 of 32"):
             scores_of(model, PROMPTS)
         detach(model)
-
-
-def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):
-    """No direction tells them apart; nothing is divided by zero."""
-    shared = llama_pool.experts[0].readings
-    pool = Pool(tuple(replace(expert, readings=shared) for expert in llama_pool.experts))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = compose(pool, llama, router="discriminant")
-    assert not scores_of(model, PROMPTS).any()
 
 
 # Bounds on single contributions to statistics of a pool
@@ -266,25 +229,6 @@ def test_two_experts_have_no_bounds():
     factor = torch.stack([random(2, 4), 1e6 * random(2, 4, seed=1)]).double()
     rest = torch.zeros(2, 4).double()
     torch.testing.assert_close(bounded_variances(means.double(), factor, rest)[0], factor)
-
-
-def test_a_large_pool_is_compared_with_some_of_its_experts(monkeypatch):
-    monkeypatch.setattr(discriminant, "COMPARED", 3)
-    factor = torch.eye(4).double()[None].repeat(9, 1, 1)
-    rest = torch.zeros(9, 4).double()
-    factor[4] *= 1000  # in the middle of the sample
-    shrunk, _ = bounded_variances(random(9, 4).double(), factor, rest)
-    assert shrunk[4].square().sum(dim=1).max() < 9.1 * VARIED
-    assert torch.equal(shrunk[0], factor[0])
-
-
-def test_bounds_that_nobody_exceeds_cost_less_than_the_covariance():
-    """A thousand experts must not take minutes to compose."""
-    experts, rank, d = 40, 8, 64
-    factor, rest = random(experts, rank, d).double(), torch.ones(experts, d).double()
-    with FlopCounterMode(display=False) as counted:
-        bounded_variances(random(experts, d).double(), factor, rest)
-    assert 0 < counted.get_total_flops() < 2 * experts * rank * d * d
 
 
 @pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])

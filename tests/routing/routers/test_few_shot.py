@@ -17,7 +17,6 @@ from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers import few_shot
 from phatgoose.routing.routers.registry import router_of
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks.encoding import Encoder
@@ -112,33 +111,6 @@ def test_with_choices_whichever_solves_most_examples_is_chosen(llama, llama_pool
         detach(model)
         others += max(wanted.values(), key=lambda pair: pair[1]) != best
     assert others
-
-
-def test_many_examples_pass_in_several_batches(llama, llama_pool, monkeypatch):
-    encoder = Encoder.for_model(llama.model, llama.tokenizer)
-    targets = ("one", "2", "three", "4")
-    pairs = [encoder.pair(*row) for row in zip(INPUTS, targets, strict=True)]
-    wanted = few_shot.likelihoods(llama.model, encoder, pairs, llama_pool.experts[0])
-    passes = []
-    monkeypatch.setattr(few_shot, "PAIR_TOKENS", max(pair.length for pair in pairs))
-    real = few_shot.target_logits
-    monkeypatch.setattr(
-        few_shot, "target_logits", lambda *given: (passes.append(1), real(*given))[1]
-    )
-    found = few_shot.likelihoods(llama.model, encoder, pairs, llama_pool.experts[0])
-    assert found == pytest.approx(wanted, abs=1e-5)
-    assert len(passes) > 1
-
-
-def test_targets_choose_among_the_shortlist_and_the_base(llama, llama_pool, tmp_path):
-    rows = [{"input": text, "target": "zigzag"} for text in INPUTS]
-    without = written(tmp_path, [{"input": row["input"]} for row in rows])
-    model = compose(llama_pool, llama, router=f"few-shot:examples={without},by=discriminant")
-    first = chosen(model)
-    detach(model)
-    path = written(tmp_path, rows)
-    text = f"few-shot:examples={path},by=discriminant,shortlist=1"
-    assert chosen(compose(llama_pool, llama, router=text)) in (first, None)
 
 
 @retrieving

@@ -14,7 +14,6 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.fixed import Random
-from phatgoose.routing.routers.registry import canonical
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks.task import Example, Task
@@ -31,15 +30,6 @@ OPEN = Task("open", test=tuple(Example(f"some input {i}", "no") for i in range(4
 
 def random_router(experts: int, k: int, seed: int = 0) -> SiteRouter:
     return SiteRouter(Random(k=k, seed=seed), "site", torch.arange(experts), experts, {})
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_k_different_experts_act_with_equal_weights(k):
-    decision = random_router(4, k)(torch.zeros(50, 8))
-    assert decision.experts.shape == (50, k)
-    assert all(len(set(row)) == k for row in decision.experts.tolist())
-    assert set(decision.experts.flatten().tolist()) == {0, 1, 2, 3}
-    assert torch.equal(decision.weights, torch.full((50, k), 1 / k))
 
 
 def test_every_set_of_experts_is_as_likely():
@@ -142,17 +132,6 @@ def test_best_individual_is_the_expert_of_the_best_mean(llama, llama_pool, optio
 def test_odd_mixtures_are_refused(llama_pool, weights, error):
     with pytest.raises(error):
         compose(llama_pool, weights=weights)
-
-
-@pytest.mark.parametrize("text", ["weights:e0", "weights:e0=1,e0=2", "weights:e0=x", "weights:=1,"])
-def test_odd_texts_of_a_mixture_are_refused(text):
-    with pytest.raises(ConfigError):
-        canonical(text)
-
-
-def test_a_mixture_is_written_as_it_is_read():
-    assert canonical("weights:e0=0.5,e1=-2") == "weights:e0=0.5,e1=-2.0"
-    assert canonical("weights") == "weights"
 
 
 def test_a_mixture_of_one_is_that_expert_times_its_weight(llama, llama_pool):

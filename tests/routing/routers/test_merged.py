@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -195,21 +192,6 @@ def test_a_recording_shows_all_experts_alike_and_no_padding(base, kind, pool_of,
     assert torch.equal(logits_of(model, ids, attention_mask=mask, **inputs), logits)
 
 
-def test_a_recording_names_the_experts_of_the_pool_where_some_are_absent(llama, make_expert):
-    pool = Pool(
-        (
-            make_expert(llama, "q", rank=30, target_modules=["q_proj"]),
-            make_expert(llama, "everywhere", rank=30, seed=1),
-        )
-    )
-    model = compose(pool, llama, router="merged")
-    with record(model) as recording:
-        logits_of(model, make_ids())
-    usage = recording.usage()
-    assert usage[SITE].tolist() == [0.5, 0.5]
-    assert usage["model.layers.0.mlp.down_proj"].tolist() == [0, 0.5]
-
-
 def test_a_folded_model_looks_like_its_base_and_gives_it_back(base, large):
     modules = dict(base.model.named_modules())
     state = {key: value.clone() for key, value in base.model.state_dict().items()}
@@ -223,12 +205,6 @@ def test_a_folded_model_looks_like_its_base_and_gives_it_back(base, large):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     detach(model)
     assert dict(base.model.named_modules()) == modules
-
-
-def test_a_folded_model_can_be_copied(llama, pool_of):
-    model = compose(pool_of("llama", LARGE), llama, router="merged")
-    ids = make_ids()
-    assert torch.equal(logits_of(copy.deepcopy(model), ids), logits_of(model, ids))
 
 
 @pytest.mark.parametrize("rank", [2, 30], ids=["factored", "folded"])
@@ -247,8 +223,3 @@ def test_saved_and_loaded_the_mean_is_still_over_the_whole_pool(llama, make_expe
     (one, usage), (other, again) = recordings
     assert torch.equal(one, other)
     assert all(torch.equal(usage[site], again[site]) for site in pool.sites)
-
-
-def test_merged_needs_no_vectors(llama, llama_pool):
-    bare = Pool(tuple(replace(expert, gates={}, means={}) for expert in llama_pool.experts))
-    compose(bare, llama, router="merged")

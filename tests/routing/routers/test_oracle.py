@@ -53,16 +53,6 @@ def test_the_oracle_answers_nothing_that_belongs_to_no_task(base, pool, tmp_path
         composition_of(model).context.choose([[1]])
 
 
-def best_of(model) -> dict[str, int]:
-    return composition_of(model).prompt_router.tables.info["experts_by_task"]
-
-
-def test_the_oracle_chooses_among_the_experts_it_is_given(llama, llama_pool):
-    model = compose(llama_pool, llama, router="oracle", scores=SCORES, leave_out=["e1", "e2"])
-    assert composition_of(model).experts == ("e0", "e3")
-    assert best_of(model) == {"first": 1, "second": 1}
-
-
 @pytest.mark.parametrize("router", ["oracle", "best-individual"])
 def test_scores_are_needed(llama, llama_pool, router):
     with pytest.raises(ConfigError, match=f"{router} needs the scores"):

@@ -85,13 +85,6 @@ def test_an_untrained_gate_scores_zero_and_warns_once(llama, llama_pool, router,
     assert logits_of(model, make_ids()).isfinite().all()
 
 
-def test_a_pool_of_untrained_gates_alone_is_no_nan(llama, llama_pool):
-    pool = with_vectors(llama_pool.select(["e0"]), "e0", 0.0)
-    with pytest.warns(UserWarning, match="'e0'"):
-        model = compose(pool, llama, k=1, router="phatgoose")
-    assert logits_of(model, make_ids()).isfinite().all()
-
-
 # The temperature
 
 

@@ -15,8 +15,6 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers import prompt, retrieval
-from phatgoose.routing.routers.prompt import best_of
-from phatgoose.routing.routers.retrieval import embeddings_of
 from phatgoose.routing.saved import add_to_saved, load, save
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
@@ -36,16 +34,6 @@ def same(one, other) -> bool:
 
 
 # What is chosen
-
-
-def test_the_best_are_weighted_by_the_softmax_of_their_scores():
-    scores = torch.tensor([[0.1, 0.7, 0.3], [2.0, -1.0, 2.0]])
-    found = best_of(scores, 2, 0.5)
-    assert found.experts.tolist() == [[1, 2], [0, 2]]  # of equals the first
-    expected = torch.tensor([[1.4, 0.6], [4.0, 4.0]]).exp()
-    torch.testing.assert_close(found.weights, expected / expected.sum(1, keepdim=True))
-    assert best_of(scores, 9).experts.shape == (2, 3)
-    assert torch.equal(best_of(torch.randn(5, 4), 1).weights, torch.ones(5, 1))
 
 
 @both_streams
@@ -172,13 +160,6 @@ def test_texts_are_embedded_as_training_inputs_are(llama, llama_pool, monkeypatc
     example = Example("a", "b", ("b", "c"))
     composition_of(model).context.choose(tokens_of(model, ["a"]), examples=[example])
     assert [texts for texts, _ in seen] == [["plums or apples"], ["a"]]
-
-
-def test_the_pools_embeddings_are_told_apart_by_owner_and_embedder(llama_pool):
-    pool = with_embeddings(llama_pool)
-    found = embeddings_of(pool)
-    assert found.owners.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
-    torch.testing.assert_close(found.rows, torch.cat([e.embeddings for e in pool.experts]))
 
 
 @pytest.mark.parametrize("router", BY_TEXT)

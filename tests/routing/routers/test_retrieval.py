@@ -15,14 +15,14 @@ from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import PromptRouter, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
-from tiny import assert_same_logits, logits_of
+from tiny import assert_same_logits
 from topic_prompts import (
     ASKED_OWNERS,
     CHOOSING,
@@ -88,49 +88,6 @@ def test_every_row_of_a_padded_batch_is_its_own_experts(base, pool):
     assert_same_logits(got, torch.cat(rows))
 
 
-@retrieving
-def test_rows_without_a_mask_and_single_rows_are_read_too(base, pool):
-    model = compose_by("retrieval", pool, base)
-    ids, mask = batch_of(base, PROMPTS)
-    alone = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
-    got = [logits_of(model, row) for row in alone]
-    padded = logits_of(model, ids)
-    assert read_by(model) == [int(name[1]) for name in OWNERS]
-    assert padded.shape[0] == len(PROMPTS)
-    detach(model)
-    wanted = by_single(base, pool, OWNERS, lambda model, i: logits_of(model, alone[i]))
-    for one, other in zip(got, wanted, strict=True):
-        assert_same_logits(one, other)
-
-
-WAYS = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "several of many beams": {"num_beams": 4, "num_return_sequences": 2},
-    "without a cache": {"use_cache": False},
-    "beams without a cache": {"num_beams": 3, "use_cache": False},
-}
-
-
-@retrieving
-@pytest.mark.parametrize("way", WAYS)
-def test_a_batch_is_generated_by_the_experts_of_its_prompts(base, pool, way):
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **WAYS[way]}
-    ids, mask = batch_of(base, PROMPTS)
-
-    def generate(model, ids, mask):
-        return model.generate(ids, attention_mask=mask, **options)[:, -12:]
-
-    def alone(model, i):
-        real = mask[i].bool()
-        return generate(model, ids[i : i + 1, real], mask[i : i + 1, real])
-
-    wanted = torch.cat(by_single(base, pool, OWNERS, alone))
-    model = compose_by("retrieval", pool, base)
-    assert torch.equal(generate(model, ids, mask), wanted)
-    assert torch.equal(generate(model, ids, mask), wanted)  # nothing is left over
-
-
 @pytest.fixture(scope="module")
 def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
     """`alone(kind, task, owners)`: the task's score by each of the owners alone, found once."""
@@ -163,17 +120,6 @@ def test_choices_are_ranked_by_the_expert_of_the_input(
             if name != owners[i]
         ]
         assert not any(scores == pytest.approx(wanted.scores, abs=1e-3) for scores in others)
-
-
-@retrieving
-@pytest.mark.parametrize("budget", [1, 70, 4096])
-@both_streams
-def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, kind, pool, budget, alone):
-    model = compose_by("retrieval", pool, base)
-    answers = evaluate(model, OPEN, token_budget=budget, max_new_tokens=6).scores[0].predictions
-    wanted = [score.predictions[i].answer for i, score in enumerate(alone(kind, OPEN, OWNERS))]
-    assert [prediction.answer for prediction in answers] == wanted
-    assert len(set(wanted)) > 1
 
 
 @retrieving
@@ -225,15 +171,6 @@ def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool
     save(model, tmp_path / "routed")
     loaded = load(tmp_path / "routed", dtype="float32")
     assert evaluate(loaded, CHOOSING).scores == scores
-
-
-@retrieving
-def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llama_pool):
-    some = with_embeddings(llama_pool).experts
-    long = Pool((*some[:2], replace(some[2], embeddings=10 * some[2].embeddings), some[3]))
-    model = compose(long, llama, router="retrieval")
-    passed(llama, model, *batch_of(llama, PROMPTS))
-    assert read_by(model) == [int(name[1]) for name in OWNERS]
 
 
 @retrieving

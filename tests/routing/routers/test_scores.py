@@ -10,7 +10,6 @@ import pytest
 from odd_files import nested, one_line_of
 from phatgoose.errors import PoolError
 from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.scores import best_expert, best_expert_by_task, read_scores
 from routed_models import SCORES
 
@@ -53,13 +52,6 @@ def test_scores_that_are_none_are_told(llama, llama_pool, given):
         compose(llama_pool, llama, router="best-individual", scores=given)
 
 
-def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(PoolError, match=r"nowhere\.json can't be read: No such file"):
-        read_scores(tmp_path / "nowhere.json")
-    with pytest.raises(PoolError, match=r"holds no scores of single experts; wanted the"):
-        read_scores(tmp_path)
-
-
 def test_the_best_expert_has_the_best_mean():
     assert best_expert(SCORES, NAMES) == "e3"
     assert best_expert(SCORES, ("e0", "e1", "e2")) == "e1"  # 0.45 each; the first of equals
@@ -84,9 +76,3 @@ def test_every_expert_must_be_scored_on_the_same_tasks(best):
         with pytest.raises(PoolError, match="'e0' and 'e2' were scored on different tasks"):
             best({**SCORES, "e2": odd}, NAMES)
     best({**SCORES, "e9": {"other": 1.0}}, NAMES)  # nobody asked for e9
-
-
-def test_compose_takes_the_file_of_the_scores(llama, llama_pool, comparison):
-    model = compose(llama_pool, llama, router="oracle", scores=comparison)
-    best = composition_of(model).prompt_router.tables.info["experts_by_task"]
-    assert best == {"first": 1, "second": 2}

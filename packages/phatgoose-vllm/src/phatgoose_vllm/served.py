@@ -17,26 +17,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...base import BaseReference
-from ...config import Routing
-from ...errors import ConfigError, RoutingError
-from ...experts.hub import HubReference
-from ...experts.pool import Pool
-from ...routing.layers import folded_weight
-from ...routing.open_model import is_pool, is_routed
-from ...routing.routers.auto import BY_TOKEN, first_allowed
-from ...routing.routers.fixed import Random
-from ...routing.routers.prompt import ByPrompt
-from ...routing.routers.registry import AUTO, router_of
-from ...routing.routers.router import STANDARDISED, Router, SiteRouter, check_routing
-from ...routing.saved import SavedModel, read_saved
-from ...routing.stacks import SitePart, SiteStack, check_numbers, stack_of
+from phatgoose.base import BaseReference
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.experts.hub import HubReference
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.layers import folded_weight
+from phatgoose.routing.open_model import is_pool, is_routed
+from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed
+from phatgoose.routing.routers.fixed import Random
+from phatgoose.routing.routers.prompt import ByPrompt
+from phatgoose.routing.routers.registry import AUTO, router_of
+from phatgoose.routing.routers.router import STANDARDISED, Router, SiteRouter, check_routing
+from phatgoose.routing.saved import SavedModel, read_saved
+from phatgoose.routing.stacks import SitePart, SiteStack, check_numbers, stack_of
 
 MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
 ROUTER = "PHATGOOSE_ROUTER"  # of a pool
 K = "PHATGOOSE_K"  # likewise
 CPU = torch.device("cpu")
 GATEWAY = "serve it by 'phatgoose serve', or by a gateway in front of vLLM (docs/engines.md)"
+ELSEWHERE = f"Such a base can't be routed inside vLLM: {GATEWAY}."
 
 
 # A layer's share.
@@ -126,7 +127,7 @@ def parts_of(layer: str, share: Share, sites: Mapping[int, str], count: int) -> 
     if count not in (1, len(sections)):
         raise RoutingError(
             f"{layer} packs {count} layers of the base in {len(sections)} sections; which is which "
-            f"isn't known here. {_elsewhere()}"
+            f"isn't known here. {ELSEWHERE}"
         )
     # One site in several sections is a layer that the base itself has packed.
     groups = [sections] if count == 1 else [(section,) for section in sections]
@@ -219,7 +220,7 @@ class Served:
     @_as_usual()
     def folded(self, part: Part, share: Share, weight: Tensor) -> Tensor:
         """The part's `weight` [d', n'] with the mean of all experts, for routers that fold."""
-        saved = self._folded_in_file(part.site)
+        saved = self.folded_in_file(part.site)
         if saved is not None:
             return part.of(saved, 0)[:, share.columns].to(weight)
         stack, _ = self._at(part.site, weight.dtype)
@@ -232,11 +233,8 @@ class Served:
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         return folded_weight(layer, type(lora)(A, B), len(self.names))
 
-    def is_folded(self, site: str) -> bool:
-        """True where the file holds the folded weight and no factors."""
-        return self._folded_in_file(site) is not None
-
-    def _folded_in_file(self, site: str) -> Tensor | None:
+    def folded_in_file(self, site: str) -> Tensor | None:
+        """The folded weight, where the file holds that and no factors."""
         if isinstance(self.source, SavedModel):
             return self.source.tensors.get(f"folded.{site}")
         return None
@@ -301,13 +299,12 @@ def open_served() -> Served:
 
 def check_place(place: str | None) -> None:
     """Raise ConfigError unless `place` may be a routed folder or a pool; reads no expert."""
-    if not place or HubReference.is_one(place) or not (is_routed(place) or is_pool(place)):
+    is_here = place and not HubReference.is_one(place) and Path(place).exists()
+    if not is_here or not (is_routed(str(place)) or is_pool(str(place))):
         raise ConfigError(
             f"{MODEL} is {place!r}; wanted a folder here: a routed model's (phatgoose compose POOL "
             f"--out FOLDER), or a pool of experts."
         )
-    if not Path(place).exists():
-        raise ConfigError(f"{MODEL} is {place!r}, and there is nothing there.")
 
 
 def check_router(router: Router) -> None:
@@ -326,11 +323,5 @@ def check_router(router: Router) -> None:
 
 
 def _routing(text: str | None, k: str | None) -> Routing:
-    if k is not None and not k.isdecimal():
-        raise ConfigError(f"{K} is {k!r:.80}, but must be a whole number.")
     given = {} if text is None else {"router": text}
     return Routing(**given, k=None if k is None else int(k))
-
-
-def _elsewhere() -> str:
-    return f"Such a base can't be routed inside vLLM: {GATEWAY}."

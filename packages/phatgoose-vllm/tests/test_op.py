@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from phatgoose.apps.vllm import op
 from phatgoose.routing.kernels.plain import reference
 from phatgoose.routing.routers.phatgoose import standardise
+from phatgoose_vllm import op
 from routed_models import by_vectors
 from tiny import random
 
@@ -25,7 +25,7 @@ def made(rule, widths=WIDTHS, seed=0, split=None):
         tensors += [vectors, *factors]
         router = rule(vectors)
         numbers = {"k": router.k, "eps": router.eps}
-        sites.append(op.SiteUpdate(router.router, numbers, ("vectors",), first, width, "auto"))
+        sites.append(op.SiteUpdate(router.router, numbers, ("vectors",), first, width))
         first += width
     update = op.LayerUpdate(tuple(sites), split)
     return tensors, op.place_of_update(object(), lambda: update)

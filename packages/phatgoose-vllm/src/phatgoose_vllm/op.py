@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...routing.kernels import choose_kernel, one_call
-from ...routing.routers.router import Router, RoutingDecision, highest, products
+from phatgoose.routing.kernels import choose_kernel, one_call
+from phatgoose.routing.routers.router import Router, RoutingDecision, highest, products
 
 FACTORS = ("A", "B")  # of one site's tensors the last ones
 
@@ -37,7 +37,6 @@ class SiteUpdate:
     names: tuple[str, ...]
     first: int
     width: int
-    kernel: str = "auto"
 
     def add(self, y: Tensor, u: Tensor, tensors: Sequence[Tensor], over: Split | None) -> None:
         """Add to y [T, width], contiguous, in place, what the experts of u [T, n'] come to."""
@@ -47,12 +46,12 @@ class SiteUpdate:
         u = u.to(A.dtype)
         if over is None and self.router.fused:
             vectors, k = table.vectors, table.k
-            add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
+            add_routed = one_call(self.router.kernel, y, u, vectors, A, B, k)
             if add_routed is not None:
                 add_routed(y, u, vectors, A, B, k, table.eps)
                 return
         decision = self.router.decision(u, table) if over is None else over.decision(u, table)
-        kernel = choose_kernel(self.kernel, u, decision.experts, A, B)
+        kernel = choose_kernel(self.router.kernel, u, decision.experts, A, B)
         y.add_(kernel(u, decision.experts, decision.weights, A, B))
 
 

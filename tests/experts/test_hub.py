@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from fake_hub import contents, pushed_now
-from mixed_experts import make_kind
 from paths import GOLDEN
 from phatgoose.errors import ExpertError
-from phatgoose.experts.bottleneck import FILES as OUR_FILES
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import is_pool
@@ -84,18 +80,6 @@ def test_pulling_gives_the_same_bytes(hub, pair, tmp_path):
         assert not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_a_bottleneck_expert_is_pushed_and_pulled(hub, llama, tmp_path):
-    expert = make_kind("bottleneck", replace(llama, id="me/base"), tmp_path)
-    push(expert.directory, "me/bottleneck")
-    pulled = pull("me/bottleneck", tmp_path / "pulled")
-    assert pulled.kind == "bottleneck"
-    assert contents(pulled.directory) == contents(expert.directory)
-    Pool.open("hub:me/bottleneck").write_manifest(tmp_path / "pool.json")
-    (record,) = json.loads((tmp_path / "pool.json").read_text())["experts"]
-    assert record["config_sha256"] == sha256_of(expert.directory / OUR_FILES.config)
-    assert Pool.open(tmp_path / "pool.json").experts[0].kind == "bottleneck"
-
-
 def test_a_second_push_takes_away_what_the_expert_no_longer_has(hub, pair):
     push(pair[0], "me/reviews")
     hub.add(
@@ -118,7 +102,7 @@ def test_an_expert_in_a_folder_of_a_repository(hub, pair, tmp_path):
     assert Pool.open("hub:me/pool").names == ("e0", "e1")
     assert Pool.open(f"hub:me/pool@{pinned.revision}").names == ("e0", "e1")
     assert pull("me/pool/second", tmp_path / "pulled").name == "e1"
-    with pytest.raises(ExpertError, match=r"several experts .*first, second.*hub:me/pool/first"):
+    with pytest.raises(ExpertError, match=r"several experts .*first, second.*hub:me/pool/NAME"):
         pull("me/pool", tmp_path / "no")
 
 
@@ -218,15 +202,6 @@ def test_nothing_of_deeper_folders_is_fetched(hub, pair, tmp_path):
     assert [path.name for path in (snapshot / "second").iterdir()] == [LAYOUT.info]
 
 
-def test_an_import_fetches_one_adapter(hub, llama, tmp_path):
-    files = contents(make_adapter(llama, tmp_path / "adapter"))
-    inner = {f"inner/{name}": data for name, data in files.items()}
-    hub.add("you/lora", files | inner)
-    import_adapter("you/lora", tmp_path / "mine", base=llama.id)
-    assert not [request for request in hub.requests if "/inner/" in request]
-    import_adapter("you/lora/inner", tmp_path / "other", base=llama.id)
-
-
 def test_an_expert_is_pulled_and_not_imported(hub, pair, tmp_path):
     push(pair[0], "me/reviews")
     with pytest.raises(ExpertError, match=r"hub:me/reviews@\w+ is an expert already .*pull'"):
@@ -290,17 +265,6 @@ def test_a_manifest_pins_the_commit_and_every_hash(hub, pair, tmp_path):
         assert contents(expert.directory) == contents(folder)
     again.write_manifest(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "pool.json").read_bytes()
-
-
-@pytest.mark.parametrize("part", ["config", "adapter", "vectors", "embeddings"])
-def test_a_manifest_notices_that_the_hub_gave_other_bytes(hub, pair, tmp_path, part):
-    push(pair[0], "me/e0")
-    Pool.open("hub:me/e0").write_manifest(tmp_path / "pool.json")
-    content = json.loads((tmp_path / "pool.json").read_text())
-    content["experts"][0][f"{part}_sha256"] = "0" * 64
-    (tmp_path / "pool.json").write_text(json.dumps(content))
-    with pytest.raises(ExpertError, match="has changed: the manifest has another"):
-        Pool.open(tmp_path / "pool.json")
 
 
 def test_what_was_fetched_once_is_there_offline(hub, pair, tmp_path, monkeypatch):

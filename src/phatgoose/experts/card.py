@@ -40,14 +40,8 @@ model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
 ```
 """
 
-
 ALONE = """
-As an ordinary adapter:
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/{name}")
-```
+As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")` of PEFT.
 """
 
 LONGEST_CELL = 500

@@ -113,13 +113,18 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     fetched = fetch(reference, inner=[LAYOUT.info])  # which names the experts if it holds several
     if not (fetched / LAYOUT.info).is_file():
-        raise ExpertError(_no_single_expert(reference, fetched))
+        inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
+        holds = f"holds several experts ({', '.join(inner)}); name one as {reference}/NAME"
+        raise ExpertError(
+            f"{reference} {holds if inner else f'has no {LAYOUT.info}'}. Adapters are imported, by "
+            f"'phatgoose import'."
+        )
     with new_directory(target, ExpertError) as work:
         for file in expert_files():
             if (fetched / file).is_file():
                 shutil.copyfile(regular_file(fetched / file), work / file)
-        Expert.load(fetched)  # errors name the files that were fetched, not their copy
-    return Expert.load(target)
+        pulled = Expert.load(work)
+    return replace(pulled, directory=target)
 
 
 def push(
@@ -164,35 +169,17 @@ def push(
     return replace(reference, revision=commit.oid)
 
 
-def _no_single_expert(reference: HubReference, fetched: Path) -> str:
-    inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
-    if not inner:
-        return (
-            f"{reference} is no expert: it has no {LAYOUT.info}. Import adapters with 'phatgoose "
-            f"import'."
-        )
-    example = replace(reference, folder=f"{reference.folder}/{inner[0]}".lstrip("/"))
-    return f"{reference} holds several experts ({', '.join(inner)}); name one, such as {example}."
-
-
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    try:
-        with without_progress_bars():
-            yield
-    except Exception as error:  # those of its HTTP client derive from Exception alone
-        chain = [error] if error.__cause__ is None else [error, error.__cause__]
-        text = " ".join(" ".join(str(each) or type(each).__name__ for each in chain).split())
-        raise ExpertError(f"{what}: {one_line(text)}") from error
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Without huggingface_hub's progress bars; afterwards they are as before."""
+    """Without huggingface_hub's progress bars; its errors become ExpertErrors."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
+    except Exception as error:  # those of its HTTP client derive from Exception alone
+        why = error if error.__cause__ is None else f"{error} {error.__cause__}"
+        text = " ".join(str(why).split()) or type(error).__name__
+        raise ExpertError(f"{what}: {one_line(text)}") from error
     finally:
         if shown:
             enable_progress_bars()

@@ -43,18 +43,14 @@ from .kind import (
     NewModules,
     Part,
     SiteModule,
-    check_parts,
     new_gate,
     openness,
     row_tensor,
-    split_by_site,
     weighted_rows,
 )
 from .peft_files import (
     ADAPTER,
-    ADAPTER_WEIGHTS,
     PEFT_FILES,
-    PEFT_PREFIX,
     peft_options,
     save_peft,
     under_peft,
@@ -99,9 +95,8 @@ class ScalingVector(SiteModule):
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, ScalingVector]:
         vectors = {}
-        by_site = split_by_site(directory / ADAPTER_WEIGHTS, tensors, ENDINGS, PEFT_PREFIX)
+        by_site = PEFT_FILES.split(directory, tensors, ENDINGS, {"vector": "dn"})
         for site, parts in by_site.items():
-            check_parts(f"{directory}, site {site}", {"vector": "dn"}, parts)
             d, n = parts["vector"].shape
             if 1 not in (d, n):
                 raise ExpertError(f"{directory}, site {site}: got a matrix {(d, n)}, not a vector.")

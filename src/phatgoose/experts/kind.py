@@ -108,6 +108,7 @@ class AdapterFiles(ABC):
     weights: str
     base_key: str = "base"
     beside: tuple[str, ...] = ()
+    prefix: ClassVar[str] = ""  # of tensors' names
 
     @abstractmethod
     def read_config(self, directory: Path) -> dict[str, Any]:
@@ -115,6 +116,30 @@ class AdapterFiles(ABC):
 
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights)
+
+    def split(
+        self,
+        directory: Path,
+        tensors: Mapping[str, Tensor],
+        endings: Mapping[str, str],
+        forms: Mapping[str, str],
+    ) -> dict[str, dict[str, Tensor]]:
+        """The weights by site and field, told by their names' endings, of these `forms`."""
+        by_site: dict[str, dict[str, Tensor]] = {}
+        for key in sorted(tensors):
+            name = next((name for name, ending in endings.items() if key.endswith(ending)), None)
+            if name is None or not key.startswith(self.prefix):
+                raise ExpertError(
+                    f"{directory}: {self.weights} holds {shortened(key, 200)}, which is no part of "
+                    f"a plain adapter."
+                )
+            site = key.removeprefix(self.prefix).removesuffix(endings[name])
+            by_site.setdefault(site, {})[name] = tensors[key]
+        if not by_site:
+            raise ExpertError(f"{directory}: {self.weights} holds no tensors.")
+        for site, parts in by_site.items():
+            check_parts(f"{directory}, site {site}", forms, parts)
+        return by_site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +182,7 @@ class OwnFiles(AdapterFiles):
     ) -> dict[str, dict[str, Tensor]]:
         """The tensors of each site by field, of their shapes; else ExpertError."""
         endings = {name: f".{self.names.get(name, name)}" for name in self.parts}
-        by_site = split_by_site(directory / self.weights, tensors, endings)
-        for site, parts in by_site.items():
-            check_parts(f"{directory}, site {site}", self.parts, parts)
-        return by_site
+        return self.split(directory, tensors, endings, self.parts)
 
     def write(
         self, folder: Path, by_site: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
@@ -180,24 +202,6 @@ def read_tensors(path: Path) -> TensorFile:
     tensors = TensorFile(path)
     tensors.check_finite()
     return tensors
-
-
-def split_by_site(
-    file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str], prefix: str = ""
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors in `file` by site and field, told by their names' endings; else ExpertError."""
-    by_site: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(tensors):
-        name = next((name for name, ending in endings.items() if key.endswith(ending)), None)
-        if name is None or not key.startswith(prefix):
-            raise ExpertError(
-                f"{file} holds {shortened(key, 200)}, which is no part of a plain adapter."
-            )
-        site = key.removeprefix(prefix).removesuffix(endings[name])
-        by_site.setdefault(site, {})[name] = tensors[key]
-    if not by_site:
-        raise ExpertError(f"{file} holds no tensors.")
-    return by_site
 
 
 def sizes_of(forms: Mapping[str, str], tensors: Mapping[str, Any]) -> dict[str, int] | None:

@@ -41,19 +41,15 @@ from .kind import (
     Part,
     Product,
     SiteModule,
-    check_parts,
     new_gate,
     openness,
     row_tensor,
-    split_by_site,
     weighted_rows,
     widened,
 )
 from .peft_files import (
     ADAPTER,
-    ADAPTER_WEIGHTS,
     PEFT_FILES,
-    PEFT_PREFIX,
     peft_options,
     save_peft,
     under_peft,
@@ -105,9 +101,7 @@ class LoraFactors(SiteModule):
     ) -> Mapping[str, SiteModule]:
         scale_of = _scale_rule(config)
         forms = {"A": "rn", "B": "dr"} | ({"bias": "d"} if config.get("lora_bias") else {})
-        by_site = split_by_site(directory / ADAPTER_WEIGHTS, tensors, ENDINGS, PEFT_PREFIX)
-        for site, parts in by_site.items():
-            check_parts(f"{directory}, site {site}", forms, parts)
+        by_site = PEFT_FILES.split(directory, tensors, ENDINGS, forms)
         return {
             site: LoraFactors(**parts, scale=scale_of(site, len(parts["A"])))
             for site, parts in by_site.items()

@@ -72,6 +72,7 @@ class PeftFiles(AdapterFiles):
     """The files of a plain LoRA or (IA)³. Others, and pickled ones, are refused."""
 
     parts: ClassVar[Mapping[str, str]] = {}  # modules tell their own sizes
+    prefix: ClassVar[str] = PEFT_PREFIX
 
     def read_config(self, directory: Path) -> dict[str, Any]:
         return self.checked(read_config(directory), directory)

@@ -218,8 +218,9 @@ def named_apart(tasks: Iterable[Named]) -> list[Named]:
     """All `tasks`. Raises TaskError if two have one name."""
     by_name: dict[str, Named] = {}
     for task in tasks:
-        if by_name.setdefault(task.name, task) is not task:
+        if task.name in by_name:
             raise TaskError(f"Two tasks are called {task.name!r}; give them different names.")
+        by_name[task.name] = task
     return list(by_name.values())
 
 

@@ -28,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,11 @@ PATIENCE = 600  # seconds until a command is taken to hang: it says where in its
 REFUSE_WHAT_IS_DONE = ("import", "compose", "add", "remove")
 
 
-@dataclass
-class Counts:
-    """What was found of one command after each kill, and after the command was given again."""
-
-    moments: int = 0
-    finished_before: int = 0
-    absent: int = 0
-    complete: int = 0
-    broken: int = 0
-    rerun_failed: int = 0
-    other_result: int = 0
-    seconds_undisturbed: float = 0.0
-    remarks: list[str] = field(default_factory=list)
+# What was found of one command after each kill, and after the command was given again.
+COUNTS = (
+    *("moments", "finished_before", "absent", "complete"),
+    *("broken", "rerun_failed", "other_result"),
+)
 
 
 @dataclass(frozen=True)
@@ -125,14 +117,17 @@ def changed_of(folder: Path, is_as_before: Callable[[SavedModel], bool]) -> Any:
 
 
 def comparison_of(folder: Path) -> Any:
-    """The scores of a comparison; None when its tables are not written yet."""
+    """The scores of a comparison without dates and times; None before its tables are written."""
     results = folder / "results.jsonl"
     if results.exists():
-        whole = results.read_bytes().rpartition(b"\n")[0]
-        for line in whole.splitlines():
+        for line in results.read_bytes().rpartition(b"\n")[0].splitlines():
             json.loads(line)
-    table = folder / "comparison.json"
-    return json.loads(table.read_text()) if table.exists() else None
+    if not (folder / "comparison.json").exists():
+        return None
+    return json.loads(
+        (folder / "comparison.json").read_text(),
+        object_hook=lambda d: {k: v for k, v in d.items() if k != "date" and "second" not in k},
+    )
 
 
 def trials(world: Path) -> dict[str, Trial]:
@@ -205,18 +200,8 @@ def wait_for(child: int, moment: float) -> None:
         time.sleep(0.001)
 
 
-def comparable(name: str, found: Any) -> Any:
-    """What of a result must be the same in every run: a comparison's date and times are not."""
-    if name != "compare" or found is None:
-        return found
-    return json.loads(
-        json.dumps(found),
-        object_hook=lambda d: {k: v for k, v in d.items() if k != "date" and "second" not in k},
-    )
-
-
 def try_moment(
-    name: str, trial: Trial, folder: Path, moment: float, wanted: Any, n: Counts
+    name: str, trial: Trial, folder: Path, moment: float, wanted: Any, counts: dict[str, Any]
 ) -> None:
     """Kill the command when it has worked for `moment` seconds, look, give it again, look again."""
     trial.begin(folder)
@@ -224,28 +209,23 @@ def try_moment(
     child = start(trial.command(folder), log)
     wait_for(child, moment)
     os.kill(child, signal.SIGKILL)
-    n.moments += 1
-    n.finished_before += finish(child) != -signal.SIGKILL
+    counts["moments"] += 1
+    counts["finished_before"] += finish(child) != -signal.SIGKILL
     try:
         found = trial.look(folder)
-        n.absent += found is None
-        n.complete += found is not None
-        if found is not None and comparable(name, found) != wanted:
-            n.other_result += 1
     except Exception as error:
-        n.broken += 1
-        n.remarks.append(f"after {moment:.2f} s: {error}")
+        counts["broken"] += 1
+        counts["remarks"].append(f"after {moment:.2f} s: {error}")
         return
+    counts["absent" if found is None else "complete"] += 1
+    counts["other_result"] += found is not None and found != wanted
     if found is not None and name in REFUSE_WHAT_IS_DONE:
         return  # it is there, and the command refuses to write over it
     code = finish(start(trial.again(folder), log))
-    again = comparable(name, trial.look(folder)) if code == 0 else None
-    if code != 0 or again is None:
-        n.rerun_failed += 1
-        n.remarks.append(f"after {moment:.2f} s, again: {log.read_text()[-300:]}")
-    elif again != wanted:
-        n.other_result += 1
-        n.remarks.append(f"after {moment:.2f} s, again: another result")
+    again = trial.look(folder) if code == 0 else None
+    if again != wanted:
+        counts["rerun_failed" if again is None else "other_result"] += 1
+        counts["remarks"].append(f"after {moment:.2f} s, again: {log.read_text()[-300:]}")
     shutil.rmtree(folder)
 
 
@@ -293,31 +273,29 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     draw = random.Random(options.seed)
-    counts: dict[str, Counts] = {}
+    counts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as place:
         world = Path(place)
         make_world(world)
         for name, trial in trials(world).items():
             if options.only and name not in options.only.split(","):
                 continue
-            n = counts[name] = Counts()
+            found = counts[name] = {**dict.fromkeys(COUNTS, 0), "remarks": []}
             whole = world / f"{name}-whole"
             trial.begin(whole)
             _, status, used = os.wait4(start(trial.command(whole), world / "whole.log"), 0)
             if status != 0:
                 raise SystemExit((world / "whole.log").read_text())
-            n.seconds_undisturbed = round(used.ru_utime + used.ru_stime, 2)
-            wanted = comparable(name, trial.look(whole))
+            found["seconds_undisturbed"] = round(used.ru_utime + used.ru_stime, 2)
+            wanted = trial.look(whole)
             for i in range(options.moments):
-                moment = draw.uniform(0, n.seconds_undisturbed)
-                try_moment(name, trial, world / f"{name}-{i}", moment, wanted, n)
-            print(name, json.dumps(asdict(n)), flush=True)
+                moment = draw.uniform(0, found["seconds_undisturbed"])
+                try_moment(name, trial, world / f"{name}-{i}", moment, wanted, found)
+            print(name, json.dumps(found), flush=True)
     if options.out:
-        options.out.write_text(
-            json.dumps({k: asdict(v) for k, v in counts.items()}, indent=2) + "\n"
-        )
-    failed = sum(n.broken + n.rerun_failed + n.other_result for n in counts.values())
-    raise SystemExit(1 if failed else 0)
+        options.out.write_text(json.dumps(counts, indent=2) + "\n")
+    failed = ("broken", "rerun_failed", "other_result")
+    raise SystemExit(any(found[name] for found in counts.values() for name in failed))
 
 
 if __name__ == "__main__":

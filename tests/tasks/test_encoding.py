@@ -135,7 +135,7 @@ def test_a_cut_target_keeps_the_end_of_sequence(text):
     assert text_of(encoder, target.tokens) == "abc</s>"
     assert target.cut == Cut(most=4, lost=len(text) - 3)
     pairs = encoder.pairs(Example("x", each) for each in ("abc", text))  # without a warning
-    assert encoder.cuts(pairs).targets == Cuts(inputs=2, cut=1, most=4, median=len(text) - 3)
+    assert encoder.cuts(pairs).targets == [None, Cut(4, len(text) - 3)]
 
 
 def test_a_chat_template_wraps_the_input_and_is_never_cut():
@@ -317,7 +317,7 @@ def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
 
 
 def some(cut: int, inputs: int) -> Cuts:
-    return Cuts.of([Cut(512, 80 + i) for i in range(cut)] + [None] * (inputs - cut))
+    return Cuts([Cut(512, 80 + i) for i in range(cut)] + [None] * (inputs - cut))
 
 
 @pytest.mark.parametrize(
@@ -330,13 +330,13 @@ def some(cut: int, inputs: int) -> Cuts:
         (some(0, 400), None, None),
         (Cuts(), None, None),
         (
-            Cuts.of([None] * 100, targets=[Cut(8, 3), Cut(8, 5), *[None] * 98]),
+            Cuts([None] * 100, targets=[Cut(8, 3), Cut(8, 5), *[None] * 98]),
             None,
             "it: 2 of 100 targets (2 %) cut to 8 tokens, by 4 in the median.",
         ),
-        (Cuts.of([None] * 100, targets=[None] * 100), None, None),
+        (Cuts([None] * 100, targets=[None] * 100), None, None),
         (
-            Cuts.of([None] * 3, [2048, 2049, 5000], 2048),
+            Cuts([None] * 3, [2048, 2049, 5000], 2048),
             None,
             "it: 2 of 3 inputs and their answers are longer than the 2048",
         ),

@@ -83,7 +83,7 @@ class Questions:
             rows.append((prompt.tokens, [target.tokens for target in each]))
             lengths.append(len(prompt.tokens) + longest)
             targets += [target.cut for target in each]
-        cuts = Cuts.of(
+        cuts = Cuts(
             [prompt.cut for prompt in prompts], lengths, encoder.positions.trained, targets=targets
         )
         return cls(examples, encoder, rows, cuts, max_new_tokens)

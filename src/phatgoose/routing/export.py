@@ -247,7 +247,7 @@ def reading(
     encoder = Encoder.for_model(model, tokenizer, texts.formatting)
     fitted = [encoder.fitted(each.input, each.passage) for each in texts.examples]
     prompts = [prompt.tokens for prompt in fitted]
-    cuts = Cuts.of([each.cut for each in fitted], [*map(len, prompts)], encoder.positions.trained)
+    cuts = Cuts([each.cut for each in fitted], [*map(len, prompts)], encoder.positions.trained)
     cuts.report(texts.name)
     with routing_for(
         model, prompts, task=texts.name, examples=texts.examples, encoder=encoder

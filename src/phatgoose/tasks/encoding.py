@@ -213,12 +213,8 @@ class Encoder:
         return self._following(prompt, context[len(prompt) :] + text)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
-        return Cuts.of(
-            [pair.cut for pair in pairs],
-            [pair.length for pair in pairs],
-            self.positions.trained,
-            targets=[pair.target_cut for pair in pairs],
-        )
+        cuts, targets = [pair.cut for pair in pairs], [pair.target_cut for pair in pairs]
+        return Cuts(cuts, [pair.length for pair in pairs], self.positions.trained, targets)
 
     def _most(self, followed_by: int, around: int, outside: int = 0) -> int:
         """How many tokens an input may have, of those `around` it some being `outside`."""
@@ -333,72 +329,53 @@ def _end_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How many of a task's `inputs` were `cut`, to `most` tokens, losing `median` in the median.
+    """What each of a task's inputs lost, None for one that is whole, and each of its `targets`.
 
-    `beyond` counts those longer, with their answers, than the `trained` length of a base with
-    rotary positions, which accepts them with unknown quality. `targets` are counted apart, if at
-    all.
+    `lengths` are those of inputs with their answers. Those beyond the `trained` length of a base
+    with rotary positions are accepted with unknown quality.
     """
 
-    inputs: int = 0
-    cut: int = 0
-    most: int = 0
-    median: int = 0
-    beyond: int = 0
+    inputs: Sequence[Cut | None] = ()
+    lengths: Sequence[int] = ()
     trained: int | None = None
-    targets: Cuts | None = None
-
-    @classmethod
-    def of(
-        cls,
-        cuts: Sequence[Cut | None],
-        lengths: Sequence[int] = (),
-        trained: int | None = None,
-        *,
-        targets: Sequence[Cut | None] = (),
-    ) -> Cuts:
-        found = [cut for cut in cuts if cut is not None]
-        return cls(
-            inputs=len(cuts),
-            cut=len(found),
-            most=max((cut.most for cut in found), default=0),
-            median=round(median(cut.lost for cut in found)) if found else 0,
-            beyond=0 if trained is None else sum(length > trained for length in lengths),
-            trained=trained,
-            targets=cls.of(targets) if targets else None,
-        )
-
-    def text(self, what: str = "input") -> str:
-        """In words: "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
-        return (
-            f"{self.cut} of {self.inputs} {what}{'' if self.inputs == 1 else 's'} "
-            f"({_percent(self.cut / self.inputs)}) cut to {self.most} tokens, by {self.median} in "
-            f"the median"
-        )
+    targets: Sequence[Cut | None] = ()
 
     def report(self, task: str) -> None:
         """Log the cuts of `task`; warn from WARN_FROM on, of cut targets, and beyond the trained
         length.
         """
-        told = [self.text()] if self.cut else []
-        if self.cut < WARN_FROM * self.inputs:
-            for text in told:
-                logger.info("%s: %s", one_line(task), text)
-            told = []
-        if self.targets is not None and self.targets.cut:
-            told.append(self.targets.text("target"))
-        if self.beyond:
+        task, told = one_line(task), []
+        for cuts, what in ((self.inputs, "input"), (self.targets, "target")):
+            lost = [cut.lost for cut in cuts if cut is not None]
+            most = max((cut.most for cut in cuts if cut is not None), default=0)
+            if lost:
+                text = (
+                    f"{len(lost)} of {len(cuts)} {what}{'' if len(cuts) == 1 else 's'} "
+                    f"({_percent(len(lost) / len(cuts))}) cut to {most} tokens, by "
+                    f"{round(median(lost))} in the median"
+                )
+                if what == "input" and len(lost) < WARN_FROM * len(cuts):
+                    logger.info("%s: %s", task, text)
+                else:
+                    told.append(text)
+        beyond = sum(length > (self.trained or length) for length in self.lengths)
+        if beyond:
             told.append(
-                f"{self.beyond} of {self.inputs} inputs and their answers are longer than the "
+                f"{beyond} of {len(self.inputs)} inputs and their answers are longer than the "
                 f"{self.trained} tokens that the base was trained for; lower max_input_tokens, or "
                 f"max_new_tokens where answers are generated"
             )
         for text in told:
-            warnings.warn(f"{one_line(task)}: {text}.", stacklevel=2)
+            warnings.warn(f"{task}: {text}.", stacklevel=2)
 
     def record(self) -> dict[str, int]:
-        values = (self.inputs, self.cut, self.most, self.median)
-        return dict(zip(CUTS, values if self.cut else values[:2], strict=False))
+        """How many inputs there were, how many were cut, to how many tokens, and by how many."""
+        cuts = [cut for cut in self.inputs if cut is not None]
+        values = [len(self.inputs), len(cuts)]
+        if cuts:
+            lost = round(median(cut.lost for cut in cuts))
+            values += [max(cut.most for cut in cuts), lost]
+        return dict(zip(CUTS, values, strict=False))
 
 
 def recorded_share(metrics: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import FLAGS, open_row, refused, review, snapshot, write_rows
+from command_line import FLAGS, open_row, refused, review, write_rows
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.suites import p3
@@ -154,30 +154,9 @@ def test_each_task_is_loaded_when_its_training_starts_and_freed_after_it(tiny, p
     assert record["source"] == "knkarthick/samsum, prompts of P3"
     assert micro_batch_of(Path("new/rotten_tomatoes")) == 32  # the released code's
     assert micro_batch_of(Path("new/samsum")) == 4
-
-
-def test_a_run_over_several_tasks_is_resumed_where_it_stopped(tiny, phat, events, monkeypatch):
-    watched, sources = training_module.train_expert, ["t0hi/rotten_tomatoes", "t0hi/samsum"]
-
-    def interrupted(base, task, **options):
-        if task.name == "samsum":
-            raise KeyboardInterrupt
-        return watched(base, task, **options)
-
-    monkeypatch.setattr(training_module, "train_expert", interrupted)
-    assert phat("train", *sources, *tiny).code == 130
-    before = snapshot(Path("new/rotten_tomatoes"))
-    monkeypatch.setattr(training_module, "train_expert", watched)
-    refused(phat("train", *sources, *tiny), "new/rotten_tomatoes exists already")
     events.clear()
-    outcome = phat("train", *sources, *tiny, "--resume")
-    assert outcome.code == 0, outcome.err
-    assert events == TWO  # what is finished isn't even read
-    assert outcome.out.startswith("[1/2] rotten_tomatoes: validation loss")
-    assert snapshot(Path("new/rotten_tomatoes")) == before
-    events.clear()
-    assert phat("train", *sources, *tiny, "--resume").code == 0
-    assert events == []
+    assert phat("train", "t0hi/rotten_tomatoes", "t0hi/samsum", *tiny, "--resume").code == 0
+    assert events == []  # what is finished isn't even read
 
 
 def test_the_suites_micro_batch_gives_way_to_one_that_is_named(tiny, here, phat):
@@ -187,24 +166,6 @@ def test_the_suites_micro_batch_gives_way_to_one_that_is_named(tiny, here, phat)
     options = ["--recipe", "r.toml", *tiny]
     assert phat("train", "t0hi/rotten_tomatoes", *options).code == 0
     assert micro_batch_of(here / "new" / "rotten_tomatoes") == 8  # also where it is the default
-
-
-def test_a_recipe_can_say_where_data_and_templates_are(base_folders, hub_copies, here, phat):
-    (here / "recipes").mkdir()
-    (here / "links").symlink_to(hub_copies.data.parent)
-    (here / "recipes" / "r.toml").write_text(
-        'tasks = ["t0hi/samsum", "../mine/reviews.jsonl"]\n'
-        'data = "../links/data"\ntemplates = "../links/templates"\n'
-    )
-    options = ["--base", base_folders["llama"], "--out", "new", *SHORT]
-    outcome = phat("train", "--recipe", "recipes/r.toml", *options)
-    assert outcome.code == 0, outcome.err
-    assert sorted(path.name for path in (here / "new").iterdir() if path.is_dir()) == [
-        "reviews",
-        "samsum",
-    ]
-    flags = ["--data", "none", "--out", "other"]
-    refused(phat("train", "--recipe", "recipes/r.toml", *options, *flags), "isn't there")
 
 
 CLASHES = [

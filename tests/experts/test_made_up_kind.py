@@ -16,7 +16,7 @@ from command_line import review, write_rows
 from fake_packages import install
 from growth_cases import assert_same_models, composed
 from made_up_kind import SHIFTS, code_of_the_kind, make_shift, pool_with_shifts, register
-from mixed_experts import make_kind, mixed_output, ordered, renamed
+from mixed_experts import mixed_output, ordered, renamed
 from oracle import token_weights
 from phatgoose.analysis.audit import signs_of
 from phatgoose.analysis.duplicates import cosines, near_duplicates
@@ -25,14 +25,13 @@ from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts import registry
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.kind import Held, ModifiedLinear, applied
+from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.registry import KINDS, kind_for, kinds
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.export import export, neutral_texts
 from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
-from phatgoose.routing.stacks import declared
 from phatgoose.training.modules import placed_sites
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import TASK, gated_loss, target_nll, train
@@ -148,14 +147,6 @@ def test_what_its_record_does_not_know_is_refused_by_name(
     assert "can't be compared" in outcome.err
 
 
-@pytest.mark.parametrize("layout", ["Sdr", "Sd"])
-def test_factors_of_another_layout_are_refused_by_name(monkeypatch, layout):
-    held = {**SHIFTS.ShiftStack.held, "up": Held("shift_up", "Srn"), "b": Held("shifts", layout)}
-    register(monkeypatch, held=held, compared=("up", "b"))
-    with pytest.raises(RoutingError, match=rf"'shift' .* sizes Srn, {layout}; wanted one vector"):
-        declared()
-
-
 def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mixed, tmp_path):
     with monkeypatch.context() as known:
         register(known)
@@ -170,24 +161,6 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         Expert.load(pool["shift8"].directory)
     with pytest.raises(ConfigError, match="must be settings of a kind"):
         kind_for(SHIFTS.Shift())
-
-
-@pytest.mark.parametrize(
-    ("held", "complaint"),
-    [
-        ({"b": "A", "rows": "shift_rows"}, "kind 'shift' names a part or a tensor as another"),
-        ({"b": "weight", "rows": "shift_rows"}, "tensor 'weight', which layers have already"),
-    ],
-)
-def test_names_that_are_taken_are_refused(monkeypatch, llama, tmp_path, held, complaint):
-    renamed = {
-        field: replace(SHIFTS.ShiftStack.held[field], name=name) for field, name in held.items()
-    }
-    register(monkeypatch)
-    expert = make_kind("shift", llama, tmp_path, seed=1)
-    register(monkeypatch, held=renamed)
-    with pytest.raises(RoutingError, match=complaint):
-        compose(Pool((expert,)), llama, k=1, router="phatgoose")
 
 
 # --- kinds of other packages ---

@@ -109,8 +109,6 @@ class RoutedLinear(RoutedLayer):
         self.router, self.kernel = router, kernel
         self.part_types = {name: type(part) for name, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
-            if hasattr(self, name):
-                raise RoutingError(f"A kind names a tensor {name!r}, which layers have already.")
             # Kernels take addresses, and trust that there are no gaps.
             self.register_buffer(name, tensor.contiguous(), persistent=False)
         self.is_plain = stack.plain_lora is not None

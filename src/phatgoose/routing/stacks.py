@@ -29,46 +29,23 @@ class Declared(NamedTuple):
 
 
 def declared() -> Declared:
-    """The parts and tensors of all kinds.
-
-    Raises RoutingError where two have one name, and where what is compared has another layout.
-    """
+    """The parts and tensors of all kinds."""
     return _declared(tuple(kinds().values()))
 
 
 @lru_cache(maxsize=8)
 def _declared(kinds: tuple[Kind, ...]) -> Declared:
-    parts: dict[str, type[Any]] = {}
-    tensors: dict[str, Held] = {}
-    for kind in kinds:
-        for part in kind.stacked:
-            names = [held.name for held in part.held.values()]
-            if part.name in parts or tensors.keys() & set(names):
-                raise RoutingError(
-                    f"The kind {kind.name!r} names a part or a tensor as another kind does: "
-                    f"{part.name}; {', '.join(names)}."
-                )
-            compared = [part.held[field].sizes for field in part.compared]
-            if len({sizes[:2] for sizes in compared}) > 1 or (
-                [*map(len, compared)] not in ([], [2], [3, 3])
-            ):
-                raise RoutingError(
-                    f"The kind {kind.name!r} lets {part.name} be compared by tensors of sizes "
-                    f"{', '.join(compared)}; wanted one vector, such as Sd, or two factors that "
-                    f"begin alike, such as Srn and Srd (docs/extending.md)."
-                )
-            parts[part.name] = part
-            tensors |= {held.name: held for held in part.held.values()}
-    return Declared(parts, tensors)
+    parts = {part.name: part for kind in kinds for part in kind.stacked}
+    return Declared(parts, {e.name: e for part in parts.values() for e in part.held.values()})
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all `parts`, in order, with zeros where ranks differ; a lone part itself."""
     if len(parts) == 1:
         return parts[0]
-    if parts[0].dim() == 3:
-        rank = max(part.shape[1] for part in parts)
-        parts = [widened(part, rank) for part in parts]
+    if parts[0].dim() > 1:
+        width = max(part.shape[1] for part in parts)
+        parts = [widened(part, width) for part in parts]
     return torch.cat(list(parts))
 
 
@@ -161,15 +138,11 @@ def stack_modules(
 ) -> SiteStack:
     """The stack of one site's `modules`, of these `experts`; RoutingError for unknown kinds."""
     members: dict[str, dict[int, SiteModule]] = {}
-    by_kind = {kind.name: kind for kind in kinds().values()}
+    by_kind = {kind.name: kind.stacked for kind in kinds().values()}
     for row, module in enumerate(modules):
-        kind = by_kind.get(module.kind)
-        part = next((p for p in kind.stacked if p.stacks(module)), None) if kind else None
+        part = next((p for p in by_kind.get(module.kind, ()) if p.stacks(module)), None)
         if part is None:
-            raise RoutingError(
-                f"Experts of the kind {module.kind!r} can't be stacked: no part of a stack holds "
-                f"{type(module).__name__} (docs/extending.md); leave them out (--leave-out)."
-            )
+            raise RoutingError(f"Experts of the kind {module.kind!r} can't be stacked here.")
         members.setdefault(part.name, {})[row] = module
     stacked = {
         name: part.of(members[name], dtype, device, len(modules))
@@ -220,66 +193,56 @@ def _lengths(rows: Tensor) -> Tensor:
 
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
     """One site's stacks as one, experts in the order of the stacks."""
-    if len(stacks) == 1:
-        return stacks[0]
     experts = torch.cat([stack.experts for stack in stacks])
+    firsts = [sum(len(stack.experts) for stack in stacks[:i]) for i in range(len(stacks))]
     tensors: dict[str, Tensor] = {}
     for name, kind in declared().parts.items():
-        parts, rows, first = [], [], 0
-        for stack in stacks:
-            if name in stack.parts:
-                parts.append(stack.parts[name])
-                rows.append(stack.rows()[name] + first)
-            first += len(stack.experts)
-        if not parts:
-            continue
+        pairs = [
+            (stack.parts[name], stack.rows()[name] + first)
+            for stack, first in zip(stacks, firsts, strict=True)
+            if name in stack.parts
+        ]
         for field_name, held in kind.held.items():
-            if field_name != "rows":
-                tensors |= _joined_field(parts, list(map(len, rows)), field_name, held)
-        own = kind.held["rows"]
-        if sum(map(len, rows)) < len(experts) or not own.optional:
-            tensors[own.name] = torch.cat(rows)
+            known = [(getattr(part, field_name), len(rows)) for part, rows in pairs]
+            like = next((tensor for tensor, _ in known if tensor is not None), None)
+            if field_name == "rows":
+                every = torch.cat([rows for _, rows in pairs]) if pairs else experts[:0]
+                if pairs and (len(every) < len(experts) or not held.optional):
+                    tensors[held.name] = every
+            elif like is not None:
+                zeros = like.new_zeros(1, *like.shape[1:])
+                tensors[held.name] = joined(
+                    [
+                        zeros.expand(count, *zeros.shape[1:]) if t is None else t
+                        for t, count in known
+                    ]
+                )
     return SiteStack.of(tensors, experts)
-
-
-def _joined_field(
-    parts: Sequence[Part], counts: Sequence[int], name: str, held: Held
-) -> dict[str, Tensor]:
-    found = [getattr(part, name) for part in parts]
-    known = [tensor for tensor in found if tensor is not None]
-    if not known:
-        return {}
-    width = max(tensor.shape[1] for tensor in known) if known[0].dim() > 1 else 0
-    filled = [
-        known[0].new_zeros(count, *known[0].shape[1:])
-        if tensor is None
-        else widened(tensor, width)
-        if width
-        else tensor
-        for tensor, count in zip(found, counts, strict=True)
-    ]
-    return {held.name: joined(filled)}
 
 
 def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
     """The stack of the experts in these `rows` (in order), no wider than they need."""
     place = renumbered(rows, len(stack.experts))
     tensors: dict[str, Tensor] = {}
-    for name, own in stack.rows().items():
-        part, places = stack.parts[name], place[own]
+    for name, of_part in stack.rows().items():
+        part, places = stack.parts[name], place[of_part]
         stay = (places >= 0).nonzero().flatten()
         if not len(stay):
             continue
         kept = {n: take_rows(tensor, stay) for n, tensor in part.tensors().items()}
+        kept[part.held["rows"].name] = places[stay]
         for field_name, held in part.held.items():
-            if field_name == "rows":
-                kept[held.name] = places[stay]
-                is_needless = held.optional and len(stay) == len(rows)
-            else:
-                is_needless = held.optional and held.name in kept and not kept[held.name].any()
-            if is_needless:
+            is_row = field_name == "rows"
+            is_needless = len(stay) == len(rows) if is_row else not kept.get(held.name, stay).any()
+            if held.optional and is_needless:
                 kept.pop(held.name, None)
-        tensors |= _narrowed(kept)
+        sized = [name for name in kept if declared().tensors[name].is_filled_up]
+        # Ranks that only experts that left had are zeros by now: composing anew would not have
+        # them.
+        width = kept[sized[0]].shape[1] if sized else 0
+        while width > 1 and not any(kept[name][:, width - 1].any() for name in sized):
+            width -= 1
+        tensors |= kept | {name: kept[name][:, :width].contiguous() for name in sized}
     return SiteStack.of(tensors, stack.experts[rows])
 
 
@@ -295,17 +258,12 @@ class SitePart(NamedTuple):
 
 def joined_parts(parts: Sequence[SitePart]) -> SitePart:
     """All experts of the parts, in order; the router's tensors as the first part has them."""
-    state = joined_state([part.state for part in parts])
-    return SitePart(joined_stacks([part.stack for part in parts]), state)
-
-
-def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The routers' tensors of several groups of experts, row after row, as the first has them."""
-    first, *others = states
-    return {
-        name: joined([rows, *(state[name].to(rows) for state in others)])
+    first, *others = (part.state for part in parts)
+    state = {
+        name: joined([rows, *(each[name].to(rows) for each in others)])
         for name, rows in first.items()
     }
+    return SitePart(joined_stacks([part.stack for part in parts]), state)
 
 
 def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
@@ -316,15 +274,3 @@ def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
         return None
     stack = replace(kept_stack(part.stack, rows), experts=found[rows])
     return SitePart(stack, {name: take_rows(held, rows) for name, held in part.state.items()})
-
-
-def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    held = declared().tensors
-    sized = {name: tensor for name, tensor in tensors.items() if held[name].is_filled_up}
-    if not sized:
-        return tensors
-    # Ranks that only experts that left had are zeros by now: composing anew would not have them.
-    width = next(iter(sized.values())).shape[1]
-    while width > 1 and not any(tensor[:, width - 1].any() for tensor in sized.values()):
-        width -= 1
-    return tensors | {name: tensor[:, :width].contiguous() for name, tensor in sized.items()}

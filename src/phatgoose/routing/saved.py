@@ -11,7 +11,6 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -104,28 +103,18 @@ def save_pretrained(
     As transformers' own it writes into a folder that may be there already, replaces what it wrote
     there before, and leaves the rest alone. `phatgoose.load` reads the folder. `state_dict` and
     `how` (shards, say) are about the base's weights, of which none are written. Raises as `save`
-    does, and RoutingError when the folder holds another model.
+    does.
     """
     if push_to_hub:
         raise RoutingError("A routed model goes to the Hub by model.push_to_hub(name).")
     _check_unchanged(model)
     target = Path(save_directory)
-    for other in (CONFIG, "adapter_config.json"):
-        if (target / other).exists() and not _is_ours(target / other):
-            raise RoutingError(f"{target} holds another model ({other}); choose another place.")
-    if not is_main_process:
-        return
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        _write_model(model, target)
+        if is_main_process:
+            target.mkdir(parents=True, exist_ok=True)
+            _write_model(model, target)
     except WRITING_ERRORS as error:
         raise RoutingError(f"{target} can't be written: {reason(error)}.") from error
-
-
-def _is_ours(config: Path) -> bool:
-    with suppress(RoutingError, OSError):
-        return bool(read_json_object(config, RoutingError).get("model_type") == MODEL_TYPE)
-    return False
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:
@@ -201,15 +190,7 @@ tags:
 # Routed model of {count}
 
 Router `{router}` chooses among {count} for the base `{base}`. The base's weights are not in this
-folder: they are loaded by its name and checked.
-
-```python
-import phatgoose as pg
-
-model = pg.load("path/to/this/folder")
-```
-
-## Experts
+folder: `phatgoose.load("path/to/this/folder")` loads them by its name and checks them.
 
 {experts}
 """
@@ -403,16 +384,17 @@ def _checked(file: TensorFile, experts: int, router: Router) -> dict[str, dict[s
         by_site[site][kind] = file[name]
     tables = by_site.pop("lookup", {})
     where = f"{file.path}, lookup"
-    if tables.keys() != lookup.keys():
-        raise RoutingError(f"{where}: there are {_named(tables)}; wanted {_named(lookup)}.")
+    told = f"there are {_named(tables)}; wanted {_named(lookup)}"
+    _require(tables.keys() == lookup.keys(), where, told)
     _sizes(where, tables, lookup, {"E": experts})
     if OWNERS in tables:
         _check_range(where, OWNERS, tables[OWNERS], experts)
     for name, tensor in tables.items():
-        if name.endswith(".rest") and bool((tensor < 0).any()):
-            raise RoutingError(f"{where}: {name} has variances below 0.")
-        if name in UNIT and bool((tensor.float().norm(dim=-1) > LONGEST).any()):
-            raise RoutingError(f"{where}: {name} has rows that are longer than 1.")
+        if name.endswith(".rest"):
+            _require(not bool((tensor < 0).any()), where, f"{name} has variances below 0")
+        if name in UNIT:
+            longest = float(tensor.float().norm(dim=-1).max())
+            _require(longest <= LONGEST, where, f"{name} has rows that are longer than 1")
     return {
         site: _check_site(f"{file.path}, {site}", tensors, experts, router, forms)
         for site, tensors in by_site.items()
@@ -433,29 +415,23 @@ def _check_site(
         if any(each.name in tensors for each in part.held.values()):
             needed += [each.name for each in part.held.values() if not each.optional]
     for name in needed:
-        if name not in tensors:
-            raise RoutingError(f"{where}: there are {_named(tensors)}, but no {name}.")
-    sizes = _sizes(where, tensors, forms, {})
-    _check_range(where, "experts", tensors["experts"], pool_size)
-    if not bool((tensors["experts"].diff() > 0).all()):
-        raise RoutingError(f"{where}: experts must be in order, each of them once.")
-    if "spread" in tensors and not bool((tensors["spread"] > 0).all()):
-        raise RoutingError(f"{where}: spread has numbers of 0 or less; wanted deviations.")
-    parts = SiteStack.of(tensors, tensors["experts"]).parts.values()
+        _require(name in tensors, where, f"there are {_named(tensors)}, but no {name}")
+    sizes, experts = _sizes(where, tensors, forms, {}), tensors["experts"]
+    _check_range(where, "experts", experts, pool_size)
+    is_in_order = bool((experts.diff() > 0).all())
+    _require(is_in_order, where, "experts must be in order, each of them once")
+    parts = SiteStack.of(tensors, experts).parts.values()
     for each in parts:
-        if problem := each.problem():
-            raise RoutingError(f"{where}: {problem}.")
+        problem = each.problem()
+        _require(problem is None, where, str(problem))
     rows = [
         torch.arange(len(next(iter(each.tensors().values())))) if each.rows is None else each.rows
         for each in parts
     ]
     every = torch.cat(rows).sort().values if rows else torch.empty(0)
     is_whole = not rows and router.folds if is_folded else every.equal(torch.arange(sizes["E"]))
-    if not is_whole:
-        raise RoutingError(
-            f"{where}: {_named(tensors)} are not one module for each of the {sizes['E']} experts "
-            f"there under router {router.name}."
-        )
+    told = f"{_named(tensors)} are not one module for each of the {sizes['E']} experts there"
+    _require(is_whole, where, f"{told} under router {router.name}")
     return sizes
 
 
@@ -473,20 +449,22 @@ def _sizes(
         fits = fits and all(sizes.get(letter, size) == size for letter, size in shape.items())
         if not fits or tensor.dtype not in types:
             wanted = (f"{x[-1]} = {sizes[x]}" if x in sizes else x[-1] for x in letters)
-            raise RoutingError(
-                f"{where}: {name} has shape {list(tensor.shape)} and type {tensor.dtype}; wanted "
-                f"[{', '.join(wanted)}] in {' or '.join(map(str, types))}."
-            )
+            got = f"{name} has shape {list(tensor.shape)} and type {tensor.dtype}"
+            types_told = " or ".join(map(str, types))
+            _require(False, where, f"{got}; wanted [{', '.join(wanted)}] in {types_told}")
         sizes |= shape
     return sizes
 
 
 def _check_range(where: str, name: str, indices: Tensor, count: int) -> None:
     least, most = (int(end) for end in indices.aminmax())
-    if least < 0 or most >= count:
-        raise RoutingError(
-            f"{where}: {name} has numbers from {least} to {most}; wanted 0 to {count - 1}."
-        )
+    told = f"{name} has numbers from {least} to {most}; wanted 0 to {count - 1}"
+    _require(least >= 0 and most < count, where, told)
+
+
+def _require(holds: bool, where: str, told: str) -> None:
+    if not holds:
+        raise RoutingError(f"{where}: {told}.")
 
 
 def _named(names: Iterable[str]) -> str:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.experts.expert import read_modules
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_gates
 from tiny import logits_of, make_adapter, pairs_of
-from training_runs import PASS, interrupt, on_call, target_nll, train, with_graph
+from training_runs import PASS, interrupt, on_call, train
 
 TASK = Task(
     "echo",
@@ -78,42 +77,6 @@ def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, t
     options = {"training": other, "gate_training": given}
     third = gated(llama, again.directory, tmp_path / "third", **options)
     assert third.info.hyperparameters == {**wanted, "gate_learning_rate": 0.01}
-
-
-def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Tensor]:
-    """Gates after AdamW steps on all training examples at once, by hooks on the plain model."""
-    lora = read_modules(adapter)
-    gates = {site: torch.zeros(f.A.shape[1], requires_grad=True) for site, f in lora.items()}
-
-    def hook_of(site: str):
-        A, B, scale = lora[site].A, lora[site].B, lora[site].scale
-
-        def hook(_, args, output):
-            sigma = torch.sigmoid(args[0] @ gates[site])
-            return output + sigma.unsqueeze(-1) * scale * (args[0] @ A.T @ B.T)
-
-        return hook
-
-    handles = [base.model.get_submodule(site).register_forward_hook(hook_of(site)) for site in lora]
-    optimiser = torch.optim.AdamW(gates.values(), lr=learning_rate, weight_decay=0)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        target_nll(base.model, base, TASK.train, with_graph).mean().backward()
-        nn.utils.clip_grad_norm_(gates.values(), 1.0)
-        optimiser.step()
-    for handle in handles:
-        handle.remove()
-    return {site: gate.detach() for site, gate in gates.items()}
-
-
-def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
-    rate = 0.05
-    training = replace(TRAINING, batch_size=len(TASK.train))
-    settings = GateTraining(gate_steps=3, gate_learning_rate=rate)
-    expert = gated(llama, adapter, tmp_path / "e", training=training, gate_training=settings)
-    naive = naive_gates(llama, adapter, 3, rate)
-    for site, gate in expert.gates.items():
-        torch.testing.assert_close(gate, naive[site], rtol=0, atol=1e-2 * rate)
 
 
 def test_the_learning_rate_of_gates_is_the_papers_unless_given(llama, adapter, tmp_path):

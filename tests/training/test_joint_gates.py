@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from phatgoose.config import GateTraining
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
-from phatgoose.training import train_expert as training_module
 from phatgoose.training.modules import fresh_expert
-from phatgoose.training.trainer import fit
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
@@ -32,7 +29,6 @@ from training_runs import (
     target_nll,
     trained,
     with_graph,
-    without_dropout,
 )
 from training_runs import train as train_default
 
@@ -119,41 +115,6 @@ def test_loss_and_gradients_are_those_of_the_method(base):
     for one, other in zip(got_gradients, wanted_gradients, strict=True):
         assert other.any()
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
-
-
-def naive_training(base, factors: Factors, steps: int, learning_rate: float) -> None:
-    """AdamW on A, B and v at once, all training examples a step."""
-    naive = Naive(base.model, factors, LORA.alpha / LORA.rank)
-    parameters = [tensor for parts in factors.values() for tensor in parts.values()]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        nll(base.model, base).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-    naive.remove()
-
-
-@BOTH_WAYS
-def test_an_expert_and_its_gates_are_those_of_a_naive_loop(base, tmp_path, monkeypatch):
-    without_dropout(base.model)
-    steps = 3
-    started: list[Factors] = []
-
-    def spy(run, model, *arguments):
-        started.append(copies_of(factors_in(model)))
-        return fit(run, model, *arguments)
-
-    monkeypatch.setattr(training_module, "fit", spy)
-    training = replace(TRAINING, steps=steps, batch_size=6, eval_every=steps)
-    expert = train(base, tmp_path / "echo", training=training)
-    (factors,) = started
-    naive_training(base, factors, steps, training.learning_rate)
-    gaps = []
-    for site, lora in expert.lora.items():
-        got = {"A": lora.A, "B": lora.B, "v": expert.gates[site]}
-        gaps += [(got[key] - factors[site][key]).abs().flatten() for key in "ABv"]
-    assert (torch.cat(gaps) < 1e-2 * training.learning_rate).float().mean() > 0.99
 
 
 def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):

@@ -177,22 +177,6 @@ def test_foreign_files_are_not_lost(llama, tmp_path):
     refused(ExpertError, "also holds notes.txt", expert, llama)
 
 
-def test_two_measurements_at_one_time_both_count(llama, tmp_path, monkeypatch):
-    expert = trained(llama, tmp_path / "count", train, means=False, readings=False)
-    statistics_of = statistics_module.statistics_of
-
-    def slow(*arguments, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(statistics_module, "statistics_of", statistics_of)
-            measured(expert.directory, llama, means=False, readings=False, embeddings=True)
-        return statistics_of(*arguments, **options)
-
-    monkeypatch.setattr(statistics_module, "statistics_of", slow)
-    both = measured(expert.directory, llama)
-    assert both.means
-    assert both.embeddings is not None
-
-
 def test_an_expert_that_was_replaced_meanwhile_is_left_alone(llama, tmp_path, monkeypatch):
     expert = trained(llama, tmp_path / "count", train)
     other = train_expert(llama, TASK, out=tmp_path / "other", training=TRAINING, peft=Lora(rank=3))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from engines import free_port
 from phatgoose.base import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.batching import target_logits
@@ -27,10 +27,6 @@ from phatgoose.training import trainer as trainer_module
 from phatgoose.training.train_expert import train_expert
 from phatgoose.training.trainer import (
     PartialTrainer,
-    _micro_batch,
-    is_first,
-    process_count,
-    process_rank,
     visiting_order,
 )
 from tiny import peft_model
@@ -79,16 +75,6 @@ def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     assert expert.info.metrics["expert_best_step"] == best
     loss = target_nll(peft_model(llama, expert.directory), llama, task.validation).mean().item()
     assert loss == pytest.approx(losses[best], abs=1e-3)
-
-
-def test_a_process_takes_an_equal_share_of_a_batch_or_says_why_not(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "1")
-    assert (process_count(), process_rank(), is_first()) == (3, 1, False)
-    assert _micro_batch(Training(batch_size=12, micro_batch_size=8)) == 4
-    assert _micro_batch(Training(batch_size=30, micro_batch_size=8)) == 5
-    with pytest.raises(ConfigError, match="batch_size is 16, but must be a multiple of the 3"):
-        _micro_batch(Training(batch_size=16))
 
 
 def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):

@@ -67,17 +67,6 @@ def test_oracle_and_divergences(found):
     assert found.correlation("phatgoose").pearson is None
 
 
-def test_oracle_needs_not_be_run_to_be_compared_with(llama, llama_pool):
-    found = pg.analyse(
-        llama_pool, TASKS, routers=["phatgoose"], base=llama, scores=SCORES, score=False
-    )
-    np.testing.assert_array_equal(found.distribution(ORACLE, "first"), np.eye(4)[1])
-    assert found.correlation("phatgoose") is None
-    plain = pg.analyse(llama_pool, TASKS, routers=["phatgoose"], base=llama, score=False)
-    assert not plain.oracle
-    assert plain.correlation("phatgoose") is None
-
-
 SINGLE = Routing(router="single:expert=e0")
 
 

@@ -11,7 +11,6 @@ from mixed_experts import mixed_pool_for
 from phatgoose.analysis.audit import (
     SIGNS,
     audit,
-    over_sites,
     ratios,
     signs_of,
 )
@@ -46,12 +45,6 @@ def test_an_attacker_is_found_and_no_one_else(pool, name, strength):
             assert f"--leave-out {pool.names[z]}" in finding.message
 
 
-def test_a_gate_that_leans_to_the_usual_is_found_in_a_pool_of_five(pool):
-    """It wins most tokens, but fewer than an honest gate may among so few."""
-    leaning = ATTACKS["gate leaning to usual activation"]
-    assert audit(attacked(Pool(pool.experts[:5]), 3, leaning, 0, 1)).unusual == ("e3",)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_experts_are_not_compared_and_that_is_said(pool, count):
     few = Pool(pool.experts[:count])
@@ -81,13 +74,6 @@ def test_the_json_has_numbers_limits_and_findings(pool, tmp_path):
     assert report.median("update_size") == pytest.approx(1, abs=0.2)
 
 
-def test_numbers_that_json_lacks_are_null(pool):
-    few = audit(Pool(pool.experts[:2]))
-    assert few.signs["update_size"] == (None, None)
-    assert few.median("update_size") is None
-    assert all(math.isfinite(v) for row in few.signs.values() for v in row if v is not None)
-
-
 @pytest.fixture
 def six(pool_of) -> Pool:
     return honest(pool_of("llama", (4,) * 6))
@@ -105,11 +91,6 @@ def test_ratios_are_to_the_median_and_need_four_numbers():
     assert found[0] < 1e-20
     assert found[4].isnan()
     assert found[5] == math.inf
-
-
-def test_over_sites_are_the_median_and_what_stands_out():
-    size, spread = over_sites(torch.tensor([[2.0, 2.0, 8.0], [math.nan, 3.0, 3.0]]).double())
-    assert (size.tolist(), spread.tolist()) == ([2, 3], [4, 1])
 
 
 def test_the_size_of_an_update_is_that_of_its_product(six):
@@ -165,11 +146,6 @@ def test_numbers_whose_squares_overflow_float32_are_large_and_not_nan(six):
     assert found["reading_distance"][0] > 1e20
     assert found["mean_distance"][0] > 1e20
     assert not torch.stack(list(found.values())).isnan().any()
-
-
-def test_embeddings_of_several_embedders_are_not_compared(six):
-    info = replace(six.experts[0].info, embedder="another")
-    assert "embedding_copies" not in signs_of(changed(six, 0, info=info))
 
 
 def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(llama_pool):

@@ -68,34 +68,12 @@ def test_large_pools_show_the_most_used_experts_and_say_so():
     assert labels_of(everyone.axes[0]) == list(names_of(166))
 
 
-def test_layers_without_a_site_are_left_blank():
-    profile = make_profile(3, layers=4)
-    sites = [site for site in profile.tokens if ".2." not in site]
-    fewer = type(profile)(
-        profile.experts,
-        {site: profile.tokens[site] for site in sites},
-        {m: {site: rows[site] for site in sites} for m, rows in profile.sums.items()},
-        {site: profile.entropies[site] for site in sites},
-    )
-    image = image_of(heat_maps({"a": fewer}).axes[0])
-    assert np.ma.getmaskarray(np.ma.masked_invalid(image))[:, 2].all()
-    assert not np.isnan(np.ma.filled(image[:, [0, 1, 3]], np.nan)).any()
-
-
 def test_the_matrix_rings_oracles_expert_and_tells_numbers():
     shares = {"x": np.array([0.25, 0.75]), "y": np.array([0.5, 0.5])}
     panel = dataset_matrix(shares, ["a", "b"], oracle={"x": "b"}).axes[0]
     assert {text.get_text() for text in panel.texts} == {"25", "75", "50"}
     rings = {(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines}
     assert rings == {(1, 0)}
-
-
-def test_a_matrix_that_shows_few_has_room_for_all_that_are_ringed():
-    shares = {"x": np.array([0.6, 0.3, 0.1]), "y": np.array([0.6, 0.1, 0.3])}
-    panel = dataset_matrix(shares, ["a", "b", "c"], oracle={"x": "b", "y": "c"}, most=1).axes[0]
-    assert labels_of(panel, "x") == ["b", "c"]
-    rings = {(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines}
-    assert rings == {(0, 0), (1, 1)}
 
 
 def test_an_expert_has_the_colour_of_its_place_in_the_pool_in_every_figure():

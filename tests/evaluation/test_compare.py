@@ -148,7 +148,7 @@ def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_a
 
 
 def test_the_tables_are_written_with_all_that_was_set(done, setting):
-    names = [".lock", "comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
+    names = [".lock", "comparison.json", "comparison.md", "results.jsonl"]
     assert sorted(path.name for path in done.folder.iterdir()) == names
     assert (done.folder / "comparison.md").read_text() == done.comparison.to_markdown()
     settings = json.loads((done.folder / "comparison.json").read_text())["settings"]

@@ -1,6 +1,5 @@
 """Evaluation: examples drawn, scored and written down."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -47,17 +46,6 @@ def test_a_limit_and_a_seed_draw_the_same_examples_for_every_model(llama, pool_o
     assert drawn["one"] == expected
     routed = evaluate(compose(pool_of("llama"), llama, router="phatgoose"), task, limit=4, seed=0)
     assert routed.scores[0].n == 4
-
-
-def test_the_mean_over_tasks_is_unweighted(llama):
-    many = Task("many", test=tuple(Example(f"m {i}", "a", ("a", "b")) for i in range(4)))
-    few = Task("few", test=(Example("f", "a", ("a", "b")),))
-    first = evaluate(llama, [many, few])
-    tasks = [
-        with_targets(task, score.predictions, right)
-        for task, score, right in zip((many, few), first.scores, (4, 0), strict=True)
-    ]
-    assert evaluate(llama, tasks).mean == 0.5
 
 
 def test_scores_that_are_not_numbers_are_refused(llama):
@@ -133,14 +121,6 @@ def test_a_task_is_scored_by_the_mean_of_its_metrics(base, metrics):
         assert prediction.scores == ()
         assert prediction.correct == (prediction.answer in example.answers)
     assert [prediction.correct for prediction in score.predictions] == [True, True, False, False]
-
-
-def test_choices_play_no_part_where_a_metric_of_written_answers_is_asked_for(llama):
-    task = replace(CHOICE_TASK, metrics=("exact-match",), max_new_tokens=3)
-    (score,) = evaluate(llama, task).scores
-    assert score.metric == "exact match"
-    for prediction, example in zip(score.predictions, task.test, strict=True):
-        assert prediction.answer == greedy_text(llama.model, llama, example.input, 3)
 
 
 CHOOSE, OPEN = CHOICE_TASK.test, (Example("open", "end"),)
@@ -247,18 +227,6 @@ def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, 
     again = load(tmp_path / "routed", detach(llama.model))
     with pytest.warns(UserWarning, match=told):
         evaluate(again, LONG, tokenizer=llama.tokenizer)
-
-
-def test_scores_by_metric_are_written_as_json(llama, tmp_path):
-    result = evaluate(llama, written_task(llama, "rouge-l", "bleu"))
-    result.write_json(tmp_path / "scores.json")
-    (row,) = json.loads((tmp_path / "scores.json").read_text())["tasks"]
-    assert row["by_metric"] == result.scores[0].by_metric
-    assert row["metric"] == "ROUGE-L + BLEU"
-    result.write_json(tmp_path / "more.json", predictions=True)
-    (row,) = json.loads((tmp_path / "more.json").read_text())["tasks"]
-    marks = [[list(part) for part in p.marks] for p in result.scores[0].predictions]
-    assert [prediction["marks"] for prediction in row["predictions"]] == marks
 
 
 # Answers: log-likelihoods of choices, or generated text

@@ -11,10 +11,8 @@ from scipy.stats import binomtest
 
 from phatgoose.evaluation.intervals import (
     CONFIDENCE,
-    Interval,
     Sample,
     dataset_replicates,
-    interval_of,
     wilson_interval,
 )
 from phatgoose.evaluation.metrics import METRICS
@@ -129,14 +127,6 @@ def test_answers_alike_in_all_templates_count_once_a_row():
     assert in_rows(np.ones(12), np.repeat(np.arange(4), 3).tolist()).independent == 4
 
 
-@pytest.mark.parametrize("templates", [2, 3, 7])
-def test_rows_of_the_same_mean_say_as_much_as_examples_and_one_row_counts_once(templates):
-    right = np.tile([1.0, *[0.0] * (templates - 1)], 10)
-    rows = np.repeat(np.arange(10), templates).tolist()
-    assert in_rows(right, rows).independent == 10 * templates
-    assert in_rows(right[:templates], rows[:templates]).independent == 1
-
-
 def test_intervals_of_rows_in_many_templates_cover_the_truth():
     """Where rows decide much, intervals over examples would cover it in two thirds of the cases."""
     generator, covered, narrow = np.random.default_rng(3), 0, 0
@@ -151,14 +141,6 @@ def test_intervals_of_rows_in_many_templates_cover_the_truth():
         narrow += alone.low <= 0.5 <= alone.high
     assert covered / 300 > 0.92
     assert narrow / 300 < 0.75
-
-
-def test_an_interval_cuts_off_the_same_share_on_both_sides():
-    assert CONFIDENCE == 0.95
-    interval = interval_of(np.arange(1001))
-    assert interval == Interval(pytest.approx(25), pytest.approx(975))
-    assert isinstance(interval.low, float)
-    assert interval_of(np.array([0.3])) == Interval(0.3, 0.3)
 
 
 # Several datasets
@@ -176,15 +158,6 @@ def test_a_lead_on_every_example_is_the_same_in_every_resample():
     higher = [matches(*(row + 0.25)) for row in marks]
     replicates = dataset_replicates({"lower": lower, "higher": higher})
     np.testing.assert_allclose(replicates["higher"] - replicates["lower"], 0.25, atol=1e-12)
-
-
-def test_a_models_replicates_do_not_depend_on_the_company():
-    one, other = scored(0.3, 0.5, 0.9), scored(0.2, 0.8, 0.4, seed=1)
-    alone = dataset_replicates({"one": one})["one"]
-    both = dataset_replicates({"other": other, "one": one})
-    assert np.array_equal(both["one"], alone)
-    assert not np.array_equal(both["other"], alone)
-    assert list(both) == ["other", "one"]
 
 
 def test_certain_datasets_are_resampled_by_datasets_alone():
@@ -214,32 +187,6 @@ def test_a_dataset_drawn_twice_draws_its_examples_anew():
     two = dataset_replicates({"one": [same, same]}, replicates=8000)["one"]
     one = dataset_replicates({"one": [same]}, replicates=8000)["one"]
     assert two.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.05)
-
-
-def test_datasets_may_differ_in_size_and_metrics():
-    samples = [sample_of(["bleu"]), sample_of(["rouge-l", "squad-f1"]), matches(1, 0, 1, 1, 0, 0)]
-    replicates = dataset_replicates({"one": samples, "other": samples}, replicates=300)
-    assert np.array_equal(replicates["one"], replicates["other"])
-    mean = np.mean([sample.score for sample in samples])
-    assert replicates["one"].min() < mean < replicates["one"].max()
-    assert np.isfinite(replicates["one"]).all()
-
-
-def test_a_dataset_that_no_resample_draws_does_no_harm():
-    samples = [matches(*[d / 40] * 3) for d in range(40)]
-    (value,) = dataset_replicates({"one": samples}, replicates=1)["one"]
-    assert 0 <= value <= 1
-
-
-def test_intervals_of_a_mean_over_datasets_hold_the_truth_about_as_often_as_they_say():
-    generator, held, trials = np.random.default_rng(0), 0, 150
-    for seed in range(trials):
-        means = np.clip(generator.normal(0.5, 0.15, size=25), 0.01, 0.99)
-        samples = [matches(*(generator.random(20) < mean).astype(float)) for mean in means]
-        replicates = dataset_replicates({"one": samples}, replicates=300, seed=seed)["one"]
-        interval = interval_of(replicates)
-        held += interval.low <= 0.5 <= interval.high
-    assert held / trials >= 0.90
 
 
 # Shares of right answers

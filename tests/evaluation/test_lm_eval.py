@@ -1,6 +1,5 @@
 """lm_eval's own command and functions on tiny routed models, without a network."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 from functools import partial
@@ -120,17 +119,6 @@ def test_generated_answers_are_those_of_the_routed_model(pool, base, write_task)
         assert sample["resps"][0][0] == wanted
 
 
-def test_the_results_tell_what_was_routed(llama_pool, write_task):
-    results = run(
-        folder_of(llama_pool), write_task(), router="average-activation", k=3, leave_out="e1"
-    )
-    told = results["config"]["phatgoose"]
-    assert told["base"]["fingerprint"] == llama_pool.base.fingerprint
-    assert (told["routing"]["router"], told["routing"]["k"]) == ("average-activation", 3)
-    assert [record["name"] for record in told["experts"]] == ["e0", "e2", "e3"]
-    assert all(record["adapter_sha256"] for record in told["experts"])
-
-
 def test_a_saved_routed_model_is_opened_as_it_was_saved(llama_pool, llama, tmp_path):
     save(compose(llama_pool, llama, k=1, router="phatgoose"), tmp_path / "routed")
     opened = PhatgooseLM(pool=str(tmp_path / "routed"), dtype="float32", device="cpu")
@@ -185,14 +173,6 @@ def test_an_empty_context_ends_with_eos_too_and_running_text_never(pool):
     assert closed.loglikelihood_rolling(text) == plain.loglikelihood_rolling(text)
 
 
-def test_contexts_keep_their_own_white_space(llama_pool):
-    opened = PhatgooseLM(pool=str(folder_of(llama_pool)))
-    encoder = encoder_of(opened.model)
-    context, continuation = opened._encode_pair("ends in space ", "maybe")
-    assert context == encoder.prompt("ends in space ")
-    assert [*continuation, opened.eot_token_id] == encoder.target("ends in space ", "maybe").tokens
-
-
 @KINDS_HERE
 def test_contexts_are_cut_by_our_rule(pool, write_task):
     opened = PhatgooseLM(pool=str(folder_of(pool)), dtype="float32", max_input_tokens=6)
@@ -210,14 +190,6 @@ def test_contexts_are_cut_by_our_rule(pool, write_task):
     with pytest.warns(UserWarning, match="truncation right"):
         cut = opened._context("abcdefghij", 100)
     assert cut == opened.tok_encode("abcde" if end else "abcdef")
-
-
-def test_contexts_are_cut_to_what_the_model_holds(llama_pool):
-    opened = PhatgooseLM(pool=str(folder_of(llama_pool)), dtype="float32")
-    text = "a" * opened.max_length
-    with pytest.warns(UserWarning, match="too long"):
-        context, continuation = opened._encode_pair(text, " yes")
-    assert len(context) + len(continuation) == opened.max_length + 1
 
 
 def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):
@@ -248,10 +220,3 @@ def test_routers_that_need_the_whole_example_are_refused(llama_pool, tmp_path):
     save(model, tmp_path / "routed")
     with pytest.raises(ConfigError, match="router oracle or some experts need whole ones"):
         PhatgooseLM(pool=str(tmp_path / "routed"))
-
-
-def test_without_lm_eval_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    spec = importlib.util.spec_from_file_location("phatgoose.evaluation.bare", harness.__file__)
-    with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[harness\]'"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))

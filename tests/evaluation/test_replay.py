@@ -133,15 +133,6 @@ def test_of_weights_the_heaviest_is_scored_with_a_warning(marks):
     assert chosen_by(held, lambda _: {}).tolist() == [-1] * 5
 
 
-def test_no_share_is_told_of_own_experts_that_may_solve_nothing(marks):
-    (held,) = read_marks(marks)
-    held.columns["score/expert/kinds"] = held.columns["score/expert/moods"] = np.array(
-        [0.5] + [0] * 4
-    )
-    new, _ = replay(held, {"centroid": chosen_by(held, router_rule("centroid"))})
-    assert all(line.kept is None for line in new.lines)
-
-
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

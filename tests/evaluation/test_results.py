@@ -1,7 +1,5 @@
 """A comparison's numbers and tables, from results written by hand; the store of finished runs."""
 
-import csv
-import io
 import json
 import re
 from dataclasses import replace
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from made_comparison import EXPERTS, RIGHT, SETTINGS, SUITES, made_comparison
+from made_comparison import EXPERTS, RIGHT, SETTINGS, made_comparison
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.intervals import Interval
 from phatgoose.evaluation.results import Comparison, Result, ResultStore, write_tables
@@ -67,7 +65,7 @@ def test_tables_have_a_cell_per_column_in_every_row(comparison):
     assert [row[0] for row in means.rows] == rows
     assert [row[0] for row in differences.rows] == [row for row in rows if row != "PHATGOOSE"]
     assert [row[0] for row in scores.rows] == [rows[0], "e0", "e1", *rows[1:]]
-    for table in (means, differences, scores, comparison.costs()):
+    for table in (means, differences, scores):
         assert {len(row) for row in table.rows} == {len(table.head)}
         assert all(line in comparison.to_markdown() for line in table.markdown().splitlines())
 
@@ -116,31 +114,6 @@ def test_markdown_tells_notes_choices_and_what_the_star_means(comparison):
     assert not any(line.startswith("* ") for line in lines)  # that would be a list
 
 
-def test_csv_has_a_line_for_every_row_and_dataset_of_every_suite(comparison):
-    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
-    everyone = comparison.every
-    wanted = [
-        (row, suite, task) for row in everyone for suite, tasks in SUITES.items() for task in tasks
-    ]
-    assert [(row["method"], row["suite"], row["dataset"]) for row in rows] == wanted
-    for row in rows:
-        result = everyone[row["method"]][row["dataset"]]
-        assert row["metric"] == result.metric
-        assert float(row["score"]) == pytest.approx(result.score, abs=1e-6)
-        assert (float(row["low"]), float(row["high"])) == (result.low, result.high)
-        assert (int(row["n"]), int(row["ties"])) == (result.n, result.ties)
-        assert float(row["seconds"]) == 1.5
-
-
-@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff20"])
-def test_no_cell_of_the_csv_is_a_formula(comparison, first):
-    name = f'{first}HYPERLINK("http://evil")'
-    results = {row: {name: found["a"]} for row, found in comparison.results.items()}
-    named = replace(comparison, suites={name: (name,)}, results=results, experts={}, choices={})
-    rows = list(csv.reader(io.StringIO(named.to_csv(), newline="")))[1:]
-    assert {tuple(row[1:3]) for row in rows} == {(f"'{name}", f"'{name}")}
-
-
 def test_json_holds_everything(comparison):
     content = json.loads(json.dumps(comparison.to_dict()))
     assert content["settings"] == SETTINGS
@@ -173,7 +146,7 @@ def test_json_holds_everything(comparison):
 
 def test_the_files_are_written_and_the_experts_scores_can_be_read_back(comparison, tmp_path):
     write_tables(comparison, tmp_path / "new")
-    names = ["comparison.csv", "comparison.json", "comparison.md"]
+    names = ["comparison.json", "comparison.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     assert (tmp_path / "new/comparison.md").read_text() == comparison.to_markdown()
     scores = read_scores(tmp_path / "new/comparison.json")
@@ -211,15 +184,6 @@ def test_what_was_added_is_there_now_and_later(path, mark):
     assert ResultStore(path).get(turned) is not None
     for other in ({**KEY, "task": "b"}, {**KEY, "method": {"k": 1, "pool": ["x", "y"]}}, {}):
         assert ResultStore(path).get(other) is None
-
-
-def test_each_result_is_a_line_on_the_disk_when_add_returns(path):
-    store = ResultStore(path)
-    for number in range(3):
-        store.add({"n": number}, {"score": number})
-        lines = path.read_text().splitlines()
-        assert json.loads(lines[-1]) == {"key": {"n": number}, "result": {"score": number}}
-        assert len(lines) == number + 1
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30])

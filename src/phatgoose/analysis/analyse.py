@@ -23,7 +23,7 @@ from ..evaluation.evaluate import (
     Evaluation,
     ScoringSettings,
     TaskScore,
-    score_tasks,
+    evaluate,
     tokenizer_of,
 )
 from ..experts.pool import Pool
@@ -291,7 +291,7 @@ def analyse(
     oracle = oracle_experts(scores, subject.experts, datasets)
 
     def evaluated(model: PreTrainedModel) -> Evaluation:
-        return score_tasks(model, tasks, scoring, subject.tokenizer)
+        return evaluate(model, tasks, tokenizer=subject.tokenizer, **vars(scoring))
 
     def without(expert: str) -> Evaluation:
         with subject.opened(subject.routers[0], expert) as model:

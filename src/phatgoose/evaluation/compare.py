@@ -82,7 +82,7 @@ def compare(
     """Scores of `methods` over `pool` on `suites`, with intervals and paired differences.
 
     Finished runs are kept in `out`/results.jsonl and reused. The tables are written to
-    `out`/comparison.md, .csv and .json.
+    `out`/comparison.md and .json.
 
     Args:
         pool: Experts, as `Pool.open` takes them.

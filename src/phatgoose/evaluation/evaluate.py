@@ -338,25 +338,14 @@ def evaluate(
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
     )
-    return score_tasks(model, tasks, settings, tokenizer)
-
-
-def score_tasks(
-    model: PreTrainedModel | Base,
-    tasks: Task | str | Path | Iterable[Task | str | Path],
-    settings: ScoringSettings,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Evaluation:
-    """As `evaluate`, with the settings in one record."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     encoder = Encoder.for_model(model, tokenizer or tokenizer_of(model), settings.formatting)
-    parts = composition_if_any(model)
+    parts, scores = composition_if_any(model), []
     sets = [EvaluationSet.of(task, settings) for task in given_tasks(tasks)]  # refuses first
     examples = [example for each in sets for example in each.examples]
-    formatting = as_read(settings.formatting, examples)
-    warn_of_other_formatting(parts.records if parts else (), formatting)
-    scores = []
+    read = as_read(settings.formatting, examples)
+    warn_of_other_formatting(parts.records if parts else (), read)
     for chosen in sets:
         questions = chosen.questions(encoder)
         questions.cuts.report(chosen.name)

@@ -1,14 +1,12 @@
 """Results of a comparison: the store of finished runs, what follows from them, and their tables.
 
-Tables are Markdown to read, CSV to compute with, and JSON for all.
+Tables are Markdown to read, and JSON to compute with.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import html
-import io
 import json
 import os
 import warnings
@@ -27,9 +25,7 @@ from .intervals import CONFIDENCE, Interval, Sample, SharedMeans
 
 BASE = "base"  # the row of the base alone
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
-FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how formulas of spreadsheets begin
 ALL = "all datasets"  # the column over every suite's datasets, if there are several suites
-HEAD = ("method", "suite", "dataset", "metric", "score", "low", "high", "n", "ties", "seconds")
 
 
 def in_per_cent(score: float, low: float, high: float, form: str = ".1f", ends: str = ".0f") -> str:
@@ -219,25 +215,9 @@ class Comparison:
             "choices": {name: dict(chosen) for name, chosen in self.choices.items()},
         }
 
-    def to_csv(self) -> str:
-        """One line per row and dataset, the single experts' included."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(HEAD)
-        for name, results in self.every.items():
-            for suite, tasks in self.suites.items():
-                for task in tasks:
-                    r = results[task]
-                    texts = (name, suite, task, r.metric)
-                    # Against formulas, as OWASP advises: datasets are named after untrusted files.
-                    names = [f"'{each}" if each.startswith(FORMULAS) else each for each in texts]
-                    numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
-                    writer.writerow([*names, *numbers, r.n, r.ties, r.seconds])
-        return text.getvalue()
-
     def to_markdown(self) -> str:
-        """Tables of means, of differences to PHATGOOSE, of datasets, and of costs."""
-        tables = (self.means(), self.differences(), self.scores(), self.costs())
+        """Tables of means, of differences to PHATGOOSE, and of datasets."""
+        tables = (self.means(), self.differences(), self.scores())
         return "\n".join(table.markdown() for table in tables if table.rows)
 
     def means(self) -> Table:
@@ -292,15 +272,6 @@ class Comparison:
         title = f"Per dataset, in per cent, ± half the 95 % interval{self._star}"
         return Table(title, head, rows, notes, self.title(bold))
 
-    def costs(self) -> Table:
-        """The runs of each model and how long they took."""
-        rows = [
-            [self.title(name), str(len(results)), f"{sum(r.seconds for r in results.values()):.0f}"]
-            for name, results in self.every.items()
-            if name not in self.choices
-        ]
-        return Table("Runs and seconds of scoring", ["model", "runs", "seconds"], rows)
-
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The lines of a table in Markdown."""
@@ -314,10 +285,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterat
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
-    """Write comparison.md, .csv and .json into `folder`. Raises EvaluationError."""
+    """Write comparison.md and .json into `folder`. Raises EvaluationError."""
     content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
     write_text(folder / "comparison.md", comparison.to_markdown(), EvaluationError)
-    write_text(folder / "comparison.csv", comparison.to_csv(), EvaluationError)
     write_text(folder / "comparison.json", content, EvaluationError)
 
 

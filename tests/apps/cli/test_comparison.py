@@ -1,6 +1,5 @@
 """The command line of compare: tables on the screen and on the disk, and one line for errors."""
 
-import csv
 import json
 import re
 import shutil
@@ -67,14 +66,10 @@ def test_compare_prints_a_table_and_writes_three_more(here, phat):
     assert "Base model" in outcome.out
     assert "PHATGOOSE" in outcome.out
     assert "all datasets (2)" in outcome.out
-    assert "tables -> x/comparison.md, .csv, .json; runs -> x/results.jsonl" in outcome.out
-    names = [".lock", "comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
+    assert "tables -> x/comparison.md, .json; runs -> x/results.jsonl" in outcome.out
+    names = [".lock", "comparison.json", "comparison.md", "results.jsonl"]
     assert sorted(path.name for path in Path("x").iterdir()) == names
     assert len(Path("x/results.jsonl").read_bytes().splitlines()) == 4
-    with Path("x/comparison.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3
-    assert {row["n"] for row in rows} == {"3"}
 
 
 def test_every_method_is_run_and_what_cannot_be_is_told_once(here, phat):

@@ -85,7 +85,7 @@ def compare(
             **vars(scoring),
         )
     show(*(drawn(each) for each in (comparison.means(), comparison.differences()) if each.rows))
-    say(f"tables -> {out / 'comparison.md'}, .csv, .json; runs -> {out / 'results.jsonl'}")
+    say(f"tables -> {out / 'comparison.md'}, .json; runs -> {out / 'results.jsonl'}")
 
 
 def lm_eval(context: typer.Context) -> None:

@@ -117,8 +117,6 @@ def _read(path: Path) -> Marks:
                 raise ValueError(what)
         table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
         columns = {name: _values(name, table[name], len(experts)) for name in names}
-        if odd := set(columns["wording"]) - set(WORDINGS):
-            raise ValueError(f"wording {shortened(odd.pop())}, not {' or '.join(WORDINGS)}")
         centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
         if "owners" in about:
             owners = np.array(about["owners"])
@@ -147,8 +145,9 @@ def _values(name: str, column: Any, experts: int) -> Array:
         flat = (cells if is_score else cells.flatten()).to_numpy(zero_copy_only=False)
         width = {"score": (), "choice": (experts,)}.get(name.partition("/")[0], (-1,))
         values = flat.reshape(len(cells), *width).astype(np.float32)
-    if column.null_count or (is_score and np.isnan(values).any()):
-        raise ValueError(f"column {name} has empty cells")
+    is_odd = name == "wording" and set(values) - set(WORDINGS)
+    if is_odd or column.null_count or (is_score and np.isnan(values).any()):
+        raise ValueError(f"column {name} has empty or unknown cells")
     return np.asarray(values)
 
 
@@ -196,18 +195,16 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
             if isinstance(name, Mapping):
                 mixed += len(name) > 1
                 name = max(name, key=name.__getitem__, default=None)
-            chosen.append(place.get(name, len(place)))
+            chosen.append(place[name])
         except ConfigError:
             raise
         except (Exception, SystemExit) as error:  # a user's own code, or what it gave
             blind = prompt.embedding is None and "NoneType" in str(error)
             raise ConfigError(
-                f"The rule failed on prompt {prompt.hash}: {first_line(error)}."
-                f"{' These marks have no embeddings.' if blind else ''}"
+                f"The rule failed on prompt {prompt.hash}: {first_line(error)}"
+                f"{'; these marks have no embeddings' if blind else ''}. Experts are "
+                f"{', '.join(marks.experts)}."
             ) from error
-        if chosen[-1] == len(place):
-            experts = ", ".join(marks.experts)
-            raise ConfigError(f"A rule chose {shortened(name)}; {marks.base} has {experts}.")
     if mixed:
         warnings.warn(
             f"{mixed} of {len(chosen)} choices are mixtures, which marks can't score; the heaviest "

@@ -341,12 +341,13 @@ class ResultStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        except Timeout as error:
-            raise EvaluationError(
-                f"Another process is adding results to {path}; wait, or choose another --out."
-            ) from error
         except OSError as error:
-            raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
+            what = f"{folder} can't be written: {reason(error)}."
+            if isinstance(error, Timeout):
+                what = (
+                    f"Another process is adding results to {path}; wait, or choose another --out."
+                )
+            raise EvaluationError(what) from error
         try:
             yield cls(path)
         finally:

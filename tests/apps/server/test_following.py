@@ -172,7 +172,7 @@ def test_an_expert_of_two_pools_is_wanted_as_it_is_now(place, folder):
         with serving.client_of(app) as client:
             content = change(place, folder)
             client.portal.call(app.state.service.backend.reopened, "two")
-        assert app.state.service.backend.link.wanted["e1"].content == content
+        assert app.state.service.backend.link.experts["e1"].content == content
 
 
 @pytest.mark.parametrize("kind", ["sglang"])

@@ -165,7 +165,7 @@ def test_bodies_are_counted_together_and_let_go():
     assert refused.value.status_code == 429
     for body in (*full, another, another):
         body.release()
-    assert gate.held == 0
+    assert gate.size == 0
     with pytest.raises(ApiError) as refused:
         asyncio.run(body_of(101).read())
     assert refused.value.status_code == 413

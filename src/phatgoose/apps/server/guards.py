@@ -69,8 +69,8 @@ class AccessControl:
         names = {host_of(host) for host in hosts}
         self._any = ANY_HOST in hosts
         self._addresses = bool(names & {"0.0.0.0", "::", ""})
-        own = {socket.gethostname().lower()} if self._addresses else set()
-        self._hosts = {*LOOPBACK, *names, *own}
+        here = {socket.gethostname().lower()} if self._addresses else set()
+        self._hosts = {*LOOPBACK, *names, *here}
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def check(self, scope: Scope) -> str:
@@ -151,7 +151,7 @@ LIMITS = BodyLimits()
 
 
 class RequestBody:
-    """A request's body; the guard counts its bytes while it is held."""
+    """A request's body; the guard counts its bytes while it is there."""
 
     def __init__(self, guard: RequestGuard, receive: Receive) -> None:
         self._guard, self._receive, self._size = guard, receive, 0
@@ -170,14 +170,14 @@ class RequestBody:
             piece, more = message.get("body", b""), message.get("more_body", False)
             self._pieces.append(piece)
             self._size += len(piece)
-            guard.held += len(piece)
+            guard.size += len(piece)
             if self._size > guard.most:
                 raise guard.too_large()
-            if guard.held > AT_ONCE * guard.most:
+            if guard.size > AT_ONCE * guard.most:
                 raise busy("Too many requests are being read; try again in a while.")
 
     def release(self) -> None:
-        self._guard.held -= self._size
+        self._guard.size -= self._size
         self._pieces, self._size = [], 0
 
 
@@ -198,7 +198,7 @@ class RequestGuard:
     ) -> None:
         self._app, self._access, self._metrics, self._paths = app, access, metrics, paths
         self.most, self._seconds = limits
-        self.held = 0  # bytes of all bodies
+        self.size = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -233,8 +233,8 @@ class RequestGuard:
             raise
         finally:
             body.release()
-            known = scope["path"] if scope["path"] in self._paths else UNROUTED
-            path = str(getattr(scope.get("route"), "path", known))
+            shown = scope["path"] if scope["path"] in self._paths else UNROUTED
+            path = str(getattr(scope.get("route"), "path", shown))
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 

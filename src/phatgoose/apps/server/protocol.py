@@ -78,7 +78,7 @@ def for_clients(error: object) -> str:
 
 def without_paths(message: str) -> str:
     """`message` with the last part of each path alone: clients needn't know our folders."""
-    return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)
+    return PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], message)
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ class Usage(Reply):
 
 
 class TokenRouting(Reply):
-    """A token and its experts, by name, with the mean of their weights over the sites asked for.
+    """A token and its experts, by name, with the mean of their weights over all sites.
 
     `part` is prompt or answer. The last token of an answer has no experts: it never passed the
     model.

@@ -38,10 +38,10 @@ MOST_FIELDS = 20_000  # of all objects together
 MOST_CHOICES = 64  # answers to one request
 SHOWN = 60  # characters of a field's name that an error repeats
 
-Wanted = TypeVar("Wanted", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
+def parsed(kind: type[Kind], body: bytes) -> Kind:
     """The request in `body`. Raises ApiError: names of fields, and a router's refusal cut short."""
     _check_size(body)
     try:
@@ -50,7 +50,7 @@ def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
         raise _invalid(f"The body is not JSON: {error}.") from None
     json.loads(body, object_pairs_hook=_check_keys)  # from_json silently takes the last of two
     try:
-        return wanted.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise _first_of(error, value) from None
 
@@ -319,10 +319,10 @@ class RequestReader:
         if asked is not None and asked > limit:
             message = f"max_tokens is {asked}; this server generates {limit} at most."
             raise bad_request(message, "max_tokens")
-        room, wanted = self._most_tokens - count, 1 if asked is None else asked
-        if room < wanted:
+        room, least = self._most_tokens - count, 1 if asked is None else asked
+        if room < least:
             raise bad_request(
-                f"The prompt has {count} tokens and the answer {wanted}; the model can hold "
+                f"The prompt has {count} tokens and the answer {least}; the model can hold "
                 f"{self._most_tokens} together.",
                 {None: "messages", 0: "prompt"}.get(asked, "max_tokens"),
                 TOO_LONG,

@@ -34,22 +34,22 @@ class FairQueue:
         return sum(map(len, self._by_client.values()))
 
     def __iter__(self) -> Iterator[ActiveSequence]:
-        return (each for own in self._by_client.values() for each in own)
+        return (each for line in self._by_client.values() for each in line)
 
     def count(self, client: str) -> int:
         return len(self._by_client.get(client, ()))
 
     def heads(self) -> list[ActiveSequence]:
-        return [own[0] for own in self._by_client.values()]
+        return [line[0] for line in self._by_client.values()]
 
     def add(self, sequences: Sequence[ActiveSequence]) -> None:
         for each in sequences:
             self._by_client.setdefault(each.client, []).append(each)
 
     def take(self, head: ActiveSequence) -> None:
-        own = self._by_client.pop(head.client)
-        if own[1:]:
-            self._by_client[head.client] = own[1:]
+        line = self._by_client.pop(head.client)
+        if line[1:]:
+            self._by_client[head.client] = line[1:]
 
     def drop_cancelled(self) -> None:
         waiting = [each for each in self if not each.is_cancelled]

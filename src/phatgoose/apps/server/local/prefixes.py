@@ -69,7 +69,7 @@ class PrefixStore:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.bytes = most_bytes, 0
         self.tokens_reused = 0
-        self._held: list[Prefix] = []  # the most recently used last
+        self._prefixes: list[Prefix] = []  # the most recently used last
         self._lock = threading.Lock()
 
     def find(self, reader: Reader, prompt: Sequence[int]) -> tuple[Prefix, int] | None:
@@ -79,14 +79,14 @@ class PrefixStore:
         """
         tokens = torch.tensor(prompt[: min(reader.limit, len(prompt) - 1)])
         with self._lock:
-            found = [
-                (each.shared(tokens), each) for each in self._held if each.shelf == reader.shelf
+            shared = [
+                (each.shared(tokens), each) for each in self._prefixes if each.shelf == reader.shelf
             ]
-            count, best = max(found, key=lambda pair: pair[0], default=(0, None))
+            count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
             if best is None or count < SHORTEST:
                 return None
-            self._held.remove(best)
-            self._held.append(best)
+            self._prefixes.remove(best)
+            self._prefixes.append(best)
             self.tokens_reused += count
         return best, count
 
@@ -99,7 +99,7 @@ class PrefixStore:
             return
         kept = torch.tensor(tokens[:count])
         with self._lock:
-            if any(e.shelf == reader.shelf and e.shared(kept) == count for e in self._held):
+            if any(e.shelf == reader.shelf and e.shared(kept) == count for e in self._prefixes):
                 return
         columns = mask.nonzero()[:count, 0]
         layers = tuple(
@@ -113,13 +113,13 @@ class PrefixStore:
             # What the new one begins with is in it.
             short = [
                 each
-                for each in self._held
+                for each in self._prefixes
                 if each.shelf == new.shelf and each.shared(kept) == len(each.tokens)
             ]
-            self._held = [each for each in self._held if each not in short] + [new]
+            self._prefixes = [each for each in self._prefixes if each not in short] + [new]
             self.bytes += new.nbytes - sum(each.nbytes for each in short)
             while self.bytes > self.most_bytes:
-                self.bytes -= self._held.pop(0).nbytes
+                self.bytes -= self._prefixes.pop(0).nbytes
 
 
 def can_keep(cache: Cache) -> bool:
@@ -127,26 +127,26 @@ def can_keep(cache: Cache) -> bool:
     return all(type(each) is DynamicLayer for each in getattr(cache, "layers", [None]))
 
 
-def begin_with(cache: Cache, found: Sequence[tuple[Prefix, int] | None]) -> Tensor:
-    """Fill an empty `cache` with a row for each of `found`, padded on the left; None has nothing.
+def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> Tensor:
+    """Fill an empty `cache` with a row for each of `prefixes`, padded on the left; None has nothing.
 
     Returns the mask [rows, columns] of what is there.
     """
-    held = [each for each in found if each is not None]
-    columns = max((count for _, count in held), default=0)
-    mask = torch.zeros(len(found), columns, dtype=torch.long)
-    for row, each in enumerate(found):
+    present = [each for each in prefixes if each is not None]
+    columns = max((count for _, count in present), default=0)
+    mask = torch.zeros(len(prefixes), columns, dtype=torch.long)
+    for row, each in enumerate(prefixes):
         if each is not None:
             mask[row, columns - each[1] :] = 1
-    for layer in range(len(held[0][0].layers) if held else 0):
+    for layer in range(len(present[0][0].layers) if present else 0):
         sides = []
         for side in (0, 1):
-            like = held[0][0].layers[layer][side]
+            like = present[0][0].layers[layer][side]
             rows = [
                 like.new_zeros(like.shape[0], columns, like.shape[2])
                 if each is None
                 else pad(each[0].layers[layer][side][:, : each[1]], (0, 0, columns - each[1], 0))
-                for each in found
+                for each in prefixes
             ]
             sides.append(torch.stack(rows))
         cache.update(*sides, layer)

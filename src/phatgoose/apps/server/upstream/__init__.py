@@ -109,7 +109,7 @@ class EngineBackend(Backend):
                     raise
                 opened = await in_thread(lambda: before.reopened(refused))
                 log.warning("%s is served without some experts: %s", name, one_line(error))
-            self.link.wanted = adapters_of([opened, *others])
+            self.link.experts = adapters_of([opened, *others])
         opened.engine = self.engine
         return opened
 

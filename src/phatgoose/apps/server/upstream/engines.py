@@ -134,14 +134,14 @@ class Engine(ABC):
         """A request of OpenAI's protocol as this engine takes it."""
         return {**self.plain, **body}
 
-    async def prepare(self, client: httpx2.AsyncClient, wanted: Mapping[str, Adapter]) -> None:
+    async def prepare(self, client: httpx2.AsyncClient, experts: Mapping[str, Adapter]) -> None:
         """Look again, and load the experts that the engine lacks, or has from before they changed.
 
         Raises EngineAwayError, and EngineRefusesError that names every expert that isn't there
         after all.
         """
         here, refused = await self._looked(client), dict[str, str]()
-        for name, adapter in wanted.items():
+        for name, adapter in experts.items():
             again = name in here.ids
             if again and self.contents.get(name, adapter.content) == adapter.content:
                 continue
@@ -151,10 +151,10 @@ class Engine(ABC):
             except ConfigError as error:
                 refused[name] = one_line(error, MOST_SHOWN)
         self.adapters = here = await self._looked(client)
-        missing = [name for name in wanted if name not in here.ids]
+        missing = [name for name in experts if name not in here.ids]
         changed = [name for name in refused if name not in missing]
         names = frozenset([*missing, *changed])
-        self.contents |= {n: each.content for n, each in wanted.items() if n not in names}
+        self.contents |= {n: each.content for n, each in experts.items() if n not in names}
         faults = [f"lacks {', '.join(missing)}"] if missing else []
         faults += [f"has {', '.join(changed)} from before it changed"] if changed else []
         if faults:
@@ -296,8 +296,8 @@ class LlamaCpp(Engine):
 FORMS: dict[str, type[Engine]] = dict(zip(ENGINES, (Vllm, Sglang, LlamaCpp), strict=True))
 
 
-def connected(upstream: Upstream, wanted: Mapping[str, Adapter]) -> Engine:
-    """The engine at `upstream`, which holds the `wanted` experts, by name.
+def connected(upstream: Upstream, experts: Mapping[str, Adapter]) -> Engine:
+    """The engine at `upstream`, which holds the `experts`, by name.
 
     It may take `upstream.wait` seconds to come up. Raises ConfigError when it doesn't, is none
     that is known, or lacks experts that it can't load now.
@@ -309,7 +309,7 @@ def connected(upstream: Upstream, wanted: Mapping[str, Adapter]) -> Engine:
             while True:
                 try:
                     engine = FORMS[await _kind(upstream, client)](upstream)
-                    await engine.prepare(client, wanted)
+                    await engine.prepare(client, experts)
                     return engine
                 except EngineAwayError as error:
                     if time.monotonic() > end:

@@ -136,8 +136,8 @@ class Written:
 class Link:
     """Connections to an engine, whether it is well, and what it holds when it comes back."""
 
-    def __init__(self, engine: Engine, wanted: Mapping[str, Adapter], failures: Counter) -> None:
-        self.engine, self.wanted, self._failures = engine, dict(wanted), failures
+    def __init__(self, engine: Engine, experts: Mapping[str, Adapter], failures: Counter) -> None:
+        self.engine, self.experts, self._failures = engine, dict(experts), failures
         self.is_well = True
         self._problem: str | None = None  # why the engine can't be used although it is well
         self._is_known = True  # what it holds: not since it was away
@@ -215,7 +215,7 @@ class Link:
         try:
             async with self.engine.lock:  # what is wanted may change with what is being loaded
                 if not self._is_known or not self.is_well:
-                    await self.engine.prepare(self.client, self.wanted)
+                    await self.engine.prepare(self.client, self.experts)
         except EngineAwayError:
             self.is_well = False
             raise

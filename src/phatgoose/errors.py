@@ -50,11 +50,3 @@ class EngineError(PhatgooseError):
 
 class EngineAwayError(ConfigError):
     """An engine behind a gateway that can't be reached, or isn't ready."""
-
-
-class EngineRefusesError(ConfigError):
-    """The engine behind a gateway can't have the experts `names` as they are."""
-
-    def __init__(self, message: str, names: frozenset[str]) -> None:
-        super().__init__(message)
-        self.names = names

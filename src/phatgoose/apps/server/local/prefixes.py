@@ -128,7 +128,7 @@ def can_keep(cache: Cache) -> bool:
 
 
 def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> Tensor:
-    """Fill an empty `cache` with a row for each of `prefixes`, padded on the left; None has nothing.
+    """Fill an empty `cache` with a row for each of `prefixes`, padded on the left; None is empty.
 
     Returns the mask [rows, columns] of what is there.
     """

@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ....config import Serving
-from ....errors import EngineRefusesError, PhatgooseError
-from ....files import one_line
+from ....errors import PhatgooseError
 from ....routing.routers.registry import WEIGHTS
 from ..guards import Metrics
 from ..protocol import (
@@ -92,24 +91,12 @@ class EngineBackend(Backend):
         return replace(limits, max_batch_tokens=context) if context else limits
 
     async def reopened(self, name: str) -> ChosenPool:
-        """The pool as its place has it now, its experts in the engine.
-
-        Those that it can't load, now or again, are left out: only that engine's own experts would
-        answer by their names.
-        """
-        before = self.models[name]
-        opened: ChosenPool = await in_thread(before.reopened)
-        others = [each for key, each in self.models.items() if key != name]
+        """The pool as its place has it now, its experts in the engine. Raises ConfigError."""
+        opened: ChosenPool = await in_thread(self.models[name].reopened)
+        experts = adapters_of([opened, *(e for key, e in self.models.items() if key != name)])
         async with self.engine.lock:
-            try:
-                await self.engine.prepare(self.link.client, adapters_of([opened, *others]))
-            except EngineRefusesError as error:
-                refused = error.names & set(opened.experts)
-                if refused == set(opened.experts):
-                    raise
-                opened = await in_thread(lambda: before.reopened(refused))
-                log.warning("%s is served without some experts: %s", name, one_line(error))
-            self.link.experts = adapters_of([opened, *others])
+            await self.engine.prepare(self.link.client, experts)
+            self.link.experts = experts
         opened.engine = self.engine
         return opened
 

@@ -49,17 +49,13 @@ class PromptChooser:
 class ChosenPool:
     """A pool whose experts are chosen for prompts, and what it takes to choose otherwise.
 
-    It is opened without the experts `refused`, which the engine can't have. `engine` is known once
-    the pool is served.
+    `engine` is known once the pool is served.
     """
 
-    def __init__(
-        self, settings: ServedModel, bases: ReadingBases, refused: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, settings: ServedModel, bases: ReadingBases) -> None:
         require_pool(settings.place)
         self.settings, self._bases = settings, bases
-        leave_out = (*settings.leave_out, *refused)
-        self.pool = Pool.open(settings.place).select(settings.keep, leave_out)
+        self.pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
         others = [each.name for each in self.pool.experts if each.kind != "lora"]
         if others:
             raise ConfigError(
@@ -73,9 +69,9 @@ class ChosenPool:
         self.routing = numbered(routing, len(self.pool))
         self.runner = self.composed(self.pool, self.routing)
 
-    def reopened(self, refused: frozenset[str] = frozenset()) -> ChosenPool:
-        """The pool as its place has it now, without the experts `refused`."""
-        return ChosenPool(self.settings, self._bases, refused)
+    def reopened(self) -> ChosenPool:
+        """The pool as its place has it now."""
+        return ChosenPool(self.settings, self._bases)
 
     @property
     def frame(self) -> Frame:

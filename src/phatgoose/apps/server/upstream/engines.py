@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import httpx2
 
-from ....errors import ConfigError, EngineAwayError, EngineRefusesError
+from ....errors import ConfigError, EngineAwayError
 from ....files import one_line, shortened
 from ..settings import AUTO, ENGINES, UPSTREAM_KEY, Upstream
 
@@ -137,8 +137,7 @@ class Engine(ABC):
     async def prepare(self, client: httpx2.AsyncClient, experts: Mapping[str, Adapter]) -> None:
         """Look again, and load the experts that the engine lacks, or has from before they changed.
 
-        Raises EngineAwayError, and EngineRefusesError that names every expert that isn't there
-        after all.
+        Raises EngineAwayError, and ConfigError that names every expert that isn't there after all.
         """
         here, refused = await self._looked(client), dict[str, str]()
         for name, adapter in experts.items():
@@ -153,14 +152,14 @@ class Engine(ABC):
         self.adapters = here = await self._looked(client)
         missing = [name for name in experts if name not in here.ids]
         changed = [name for name in refused if name not in missing]
-        names = frozenset([*missing, *changed])
-        self.contents |= {n: each.content for n, each in experts.items() if n not in names}
+        here_now = set(experts) - {*missing, *changed}
+        self.contents |= {name: experts[name].content for name in here_now}
         faults = [f"lacks {', '.join(missing)}"] if missing else []
         faults += [f"has {', '.join(changed)} from before it changed"] if changed else []
         if faults:
             why = next((f" ({said})" for said in refused.values() if said), "")
             where = f"{self.label} at {self.upstream.root}"
-            raise EngineRefusesError(f"{where} {' and '.join(faults)}{why}. {self.remedy}", names)
+            raise ConfigError(f"{where} {' and '.join(faults)}{why}. {self.remedy}")
 
     async def _looked(self, client: httpx2.AsyncClient) -> Adapters:
         try:

@@ -8,7 +8,7 @@ import serving  # noqa: F401  skips without the extra
 from phatgoose.apps.server.local.engine import Batch
 from phatgoose.apps.server.local.sequences import ActiveSequence
 from phatgoose.apps.server.protocol import ApiError
-from phatgoose.apps.server.requests import Decoding
+from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
 from tiny import make_ids, make_tokenizer
 
 GREEDY = Decoding(max_tokens=12, temperature=0.0)
@@ -40,7 +40,8 @@ class Told:
 
 
 def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", turn=None, echoed=""):
-    return ActiveSequence(runner, prompt, decoding, Told(), choice, client, turn, echoed)
+    answer = Answer(choice, 0, RequestPrompt(tuple(prompt), echoed, ()), decoding)
+    return ActiveSequence(runner, answer, Told(), client, turn)
 
 
 def prompt_of(seed, tokens=None):

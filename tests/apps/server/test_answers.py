@@ -207,7 +207,7 @@ def test_an_encoder_decoder_model_is_refused(pool_of):
 def test_parts_of_a_character_have_no_bytes():
     request = ChatRequest(**CHAT, logprobs=True, top_logprobs=1)
     prompt = RequestPrompt((1,), "", ())
-    asked = Asked(request, None, [prompt], [Answer(0, prompt, Decoding(3))], "", None)
+    asked = Asked(request, None, [prompt], [Answer(0, 0, prompt, Decoding(3))], "", None)
     builder = Builder(asked, lambda _: None)
     tokens = [ScoredToken(UNFINISHED, 0, -1.0, ((UNFINISHED, -1.0),)), ScoredToken("é", 0, -1.0)]
     whole = [[Progress(0, "é", tuple(tokens), (), "stop", 2)]]

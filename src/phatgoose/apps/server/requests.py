@@ -175,8 +175,9 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """An answer to generate, to the prompt with the number `row`."""
+    """Answer `number` of a request, to its prompt number `row`."""
 
+    number: int
     row: int
     prompt: RequestPrompt
     decoding: Decoding

@@ -239,7 +239,7 @@ class Service:
             prepared, prompts = await texts.readers.run(client, deadline, read)
             rows = [row for row in range(len(prompts)) for _ in range(request.n or 1)]
             answers = [
-                Answer(row, prompts[row], reader.decoding(request, number, prompts[row]))
+                Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
                 for number, row in enumerate(rows)
             ]
             asked = Asked(request, mixture, prompts, answers, client, deadline)

@@ -95,19 +95,11 @@ class LocalBackend(Backend):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         sequences = [
-            ActiveSequence(
-                runner,
-                answer.prompt.tokens,
-                answer.decoding,
-                deliver,
-                number,
-                asked.client,
-                routed[answer.row],
-                echoed=answer.echoed,
-                form=form and form.copy(),
-            )
-            for number, answer in enumerate(asked.answers)
+            ActiveSequence(runner, answer, deliver, asked.client, routed[answer.row])
+            for answer in asked.answers
         ]
+        for each in sequences:
+            each.form = form and form.copy()
         self.engine.submit(sequences)
         reply.on_close.append(
             lambda: self.engine.cancel([each for each in sequences if each.finish is None])

@@ -15,7 +15,7 @@ from ....errors import EngineError
 from ....routing.choices import PromptRouting
 from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken
-from ..requests import Decoding
+from ..requests import Answer, Decoding
 from .json_form import JsonForm
 from .runner import ModelRunner
 
@@ -92,34 +92,31 @@ PROMPT, ANSWER = 0, 1  # parts of a trace
 class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
-    `deliver` is called from the engine's thread. `choice` is the answer's number in its request,
-    `client` who sent that, `routed` what the model's context found for the prompt, `echoed` the
-    prompt's text if it is told before the answer, `form` what an answer in JSON keeps to.
+    `deliver` is called from the engine's thread. `client` is who has asked, `routed` what the
+    model's context found for the prompt, `form` what an answer in JSON keeps to.
     """
+
+    form: JsonForm | None = None
 
     def __init__(
         self,
         runner: ModelRunner,
-        prompt: Sequence[int],
-        decoding: Decoding,
+        answer: Answer,
         deliver: Callable[[Progress | ApiError], None],
-        choice: int = 0,
         client: str = "",
         routed: PromptRouting | None = None,
-        echoed: str = "",
-        form: JsonForm | None = None,
     ) -> None:
-        self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
-        self.deliver, self.choice, self.client, self.routed = deliver, choice, client, routed
+        self.choice, _, prompt, self.decoding = answer
+        self.runner, self.prompt, self.deliver = runner, prompt.tokens, deliver
+        self.client, self.routed, self._echoed = client, routed, answer.echoed
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []
         self.shown: list[str] = []  # each generated token as text
         self.routing: list[TraceStream] = []  # of tokens that passed the model, for the next event
-        self._ends = () if decoding.ignores_end else runner.ends
-        self._sampler = Sampler(decoding, runner.device)
+        self._ends = () if self.decoding.ignores_end else runner.ends
+        self._sampler = Sampler(self.decoding, runner.device)
         self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
-        self._echoed, self._form = echoed, form
         self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
@@ -151,7 +148,7 @@ class ActiveSequence:
             self.finish = "length"
             self._emit()
             return
-        form, is_whole = self._form, False
+        form, is_whole = self.form, False
         try:
             token = self._sampler(logits if form is None else form.allowed(logits))
             is_whole = form is not None and token not in self._ends and form.add(token)

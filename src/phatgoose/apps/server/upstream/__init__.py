@@ -177,7 +177,7 @@ class EngineBackend(Backend):
 
     def _body(self, number: int, asked: Asked, sent: Weights) -> dict[str, Any]:
         """What the engine is asked for an answer."""
-        request, (_, prompt, decoding) = asked.request, asked.answers[number]
+        request, (*_, prompt, decoding) = asked.request, asked.answers[number]
         body: dict[str, Any] = {
             "max_tokens": decoding.max_tokens,
             "temperature": decoding.temperature,

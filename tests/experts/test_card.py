@@ -7,8 +7,7 @@ import json
 import pytest
 
 from paths import GOLDENS
-from phatgoose.experts.card import model_card
-from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.expert import LAYOUT, model_card
 
 HOSTILE = "<script>alert(1)</script> | `x` [a](javascript:b)\n\n# Title\n<img src=x>"
 

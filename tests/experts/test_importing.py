@@ -18,7 +18,6 @@ from phatgoose.base import BaseReference, load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import BaseModelError, ExpertError, PoolError, WrongBaseError
 from phatgoose.experts import importing
-from phatgoose.experts import skeleton as skeletons
 from phatgoose.experts.importing import import_adapter, import_adapters
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
@@ -315,20 +314,6 @@ def test_a_target_that_transformers_5_has_fused_is_refused_by_name(tmp_path):
     set_config(adapter, target_modules=["q_proj", "w1", "w2", "w3"])
     with pytest.raises(ExpertError, match=r"fused into parameters \(.*down_proj, gate_up_proj"):
         import_adapter(adapter, tmp_path / "fused")
-
-
-def test_peft_is_asked_once_for_all_adapters_of_one_config(own_adapter, tmp_path, monkeypatch):
-    skeletons._resolve.cache_clear()
-    calls = []
-    build = skeletons.get_peft_model
-    monkeypatch.setattr(
-        skeletons, "get_peft_model", lambda *given: calls.append(given) or build(*given)
-    )
-    for name in ("a", "b", "c"):
-        import_adapter(own_adapter, tmp_path / name)
-    set_config(own_adapter, use_rslora=True)
-    import_adapter(own_adapter, tmp_path / "d")
-    assert len(calls) == 2
 
 
 def test_a_config_can_not_make_peft_import_a_module(adapter, tmp_path, monkeypatch):

@@ -4,11 +4,9 @@ kind.py        what each kind has: modules at sites, new ones in training, a sta
 registry.py    the kinds as records, which load no torch
 lora.py, dora.py, ia3.py, bottleneck.py
 peft_files.py  PEFT's two files, and what is refused of them
-expert.py      the expert directory
-card.py        its model card, which the Hub shows
+expert.py      the expert directory, and its model card
 statistics.py  what it shares of how the base reads its prompts
 importing.py   experts made of other people's adapters
-skeleton.py    where an adapter acts, as PEFT resolves its config on a model without weights
 convert.py     other types of adapter, approximated by a LoRA
 hub.py         experts on the Hugging Face Hub
 pool.py        many experts of one base

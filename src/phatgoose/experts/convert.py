@@ -7,7 +7,9 @@ LoHa, LoKr and others add a matrix to the base weight. Its truncated singular va
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,21 @@ from torch import Tensor
 
 from ..base import load_base
 from ..errors import ExpertError
-from ..files import check_config, shortened
+from ..files import (
+    BY_PATTERN,
+    LISTS_OF_NAMES,
+    ByName,
+    check_config,
+    first_line,
+    matching,
+    shortened,
+    value_at,
+)
 from ..sites import find_sites
 from .lora import LoraFactors
 from .peft_files import ADAPTER, ADAPTER_CONFIG, PEFT_FILES, PEFT_PREFIX, read_config
-from .skeleton import peft_errors, spelled_out
 
+ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 
 
@@ -100,3 +111,44 @@ def _energies(adapted: torch.nn.Module) -> dict[str, float]:
                 update = layer.get_delta_weight(ADAPTER)
                 energies[name.removeprefix(PEFT_PREFIX)] = float(update.double().square().sum())
     return energies
+
+
+def spelled_out(options: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """`options` of a PEFT config, checked already, with layers' names in place of patterns.
+
+    Raises ExpertError when a pattern matches nothing, or PEFT would ignore an option beside it.
+    """
+    names = [name for name, _ in model.named_modules()]
+    plain = dict(options)
+    for key, value in options.items():
+        if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
+            values = {name: value_at(value, name) for name in names}
+            plain[key] = ByName({name: each for name, each in values.items() if each is not None})
+        elif key in LISTS_OF_NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+            # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
+            plain[key] = matching(value, names)
+            if key == "target_modules" and not plain[key]:
+                raise ExpertError(f"Its target_modules {shortened(value)} matches no layer.")
+            if key == "target_modules" and options.get("layers_to_transform") is not None:
+                raise ExpertError("layers_to_transform can't be used with a pattern of layers.")
+    targets = plain.get("target_modules")
+    if isinstance(options.get("feedforward_modules"), str) and isinstance(targets, list):
+        # PEFT wants the one within the other.
+        endings = tuple(f".{each}" for each in targets)
+        inside = [name for name in names if f".{name}".endswith(endings)]
+        plain["target_modules"] = sorted(inside)
+        plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
+    return plain
+
+
+@contextmanager
+def peft_errors(what: str) -> Iterator[None]:
+    """What PEFT raises inside becomes an ExpertError that begins with `what`."""
+    try:
+        with warnings.catch_warnings():
+            # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are
+            # compared.
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # odd values in a config make it raise anything
+        raise ExpertError(f"{what}: {first_line(error)}.") from error

@@ -1,7 +1,7 @@
 """Experts made of other people's adapters, from a folder or the Hub; some adapters are refused.
 
 PEFT itself says, on a model without weights, where an adapter acts, and at which rank and scale
-(`skeleton`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads the
+(`resolve`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads the
 same without PEFT's help is copied byte for byte. One whose tensors had to be renamed or converted
 is written again, with every site, rank and scale spelled out.
 """
@@ -9,18 +9,26 @@ is written again, with every site, rank and scale spelled out.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel, get_peft_model
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..base import (
     BaseReference,
@@ -33,8 +41,9 @@ from ..base import (
 )
 from ..errors import ConfigError, ExpertError, PhatgooseError
 from ..files import one_line, require_free, sha256_of, shortened
-from ..sites import find_sites, linear_shape
-from .convert import convert
+from ..sites import Site, find_sites, linear_shape
+from . import ia3, lora
+from .convert import convert, peft_errors, spelled_out
 from .dora import DoraFactors
 from .expert import (
     LAYOUT,
@@ -47,10 +56,18 @@ from .expert import (
 )
 from .hub import HubReference, fetch, reference_of
 from .kind import SiteModule, check_fit
-from .lora import LoraFactors
-from .peft_files import CONVERTIBLE, INVOCATION, PEFT_FILES, PEFT_PREFIX, read_config
-from .skeleton import resolve
+from .peft_files import (
+    ACTING,
+    ADAPTER,
+    CONFIGS,
+    CONVERTIBLE,
+    INVOCATION,
+    PEFT_FILES,
+    PEFT_PREFIX,
+    read_config,
+)
 
+UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
 KEPT = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)  # of a config
 
@@ -309,14 +326,14 @@ def _with_magnitudes(
     """The LoRAs `modules` as DoRAs of the magnitudes in `left`, which are taken out of it."""
     loaded = load_base(base, revision=revision, dtype="float32", device="cpu").model
     doras: dict[str, SiteModule] = {}
-    for site, lora in modules.items():
+    for site, module in modules.items():
         magnitude = left.pop(f"{PEFT_PREFIX}{site}{MAGNITUDE}", torch.empty(0))
         layer: Any = loaded.get_submodule(site)
         wanted = linear_shape(layer)[1:]
-        if not isinstance(lora, LoraFactors) or magnitude.shape != wanted:
+        if not isinstance(module, lora.LoraFactors) or magnitude.shape != wanted:
             got = tuple(magnitude.shape)
             raise ExpertError(f"Site {site}: wanted a magnitude of {wanted}, got {got}.")
-        doras[site] = DoraFactors.of(lora, magnitude, layer)
+        doras[site] = DoraFactors.of(module, magnitude, layer)
     return doras
 
 
@@ -326,3 +343,101 @@ def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> boo
         for site in one
         for a, b in zip(vars(one[site]).values(), vars(other[site]).values(), strict=True)
     )
+
+
+# Where a LoRA or (IA)³ config acts on a base: PEFT's own answer, from a model without weights.
+#
+# PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
+# exclude_modules, rank_pattern, alpha_pattern and rsLoRA. Only regular expressions are matched
+# beforehand, without backtracking (`spelled_out`), and PEFT is given the names that match. The
+# model is built on torch's meta device, once per distinct config.
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that a config adapts: the shapes of its tensors by field, a LoRA's scale."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    scale: float | None = None
+
+    def module(self, site: str, tensors: dict[str, Tensor]) -> SiteModule:
+        """The module of the tensors for `site`, which are taken out; ExpertError for others."""
+        endings = ia3.ENDINGS if self.scale is None else lora.ENDINGS
+        parts = {}
+        for name in self.shapes:
+            if f"{PEFT_PREFIX}{site}{endings[name]}" in tensors:
+                parts[name] = tensors.pop(f"{PEFT_PREFIX}{site}{endings[name]}")
+        got = {name: tuple(part.shape) for name, part in parts.items()}
+        if got != self.shapes:
+            raise ExpertError(f"Site {site}: its config wants {self.shapes}, got {got}.")
+        if self.scale is None:
+            vector = parts["vector"]
+            return ia3.ScalingVector(vector.flatten(), on_input=vector.shape[0] == 1)
+        return lora.LoraFactors(**parts, scale=self.scale)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base under a config, without weights: `targets` by site, in the model's order."""
+
+    model: PeftModel
+    targets: Mapping[str, Target]
+
+    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` under this transformers' names of the layers; ExpertError if PEFT can't."""
+        with peft_errors("Its tensors can't be converted to this transformers"):
+            return dict(
+                convert_peft_adapter_state_dict_for_transformers(
+                    model=self.model,
+                    peft_config=self.model.peft_config[ADAPTER],
+                    adapter_state_dict=dict(tensors),
+                    adapter_name=ADAPTER,
+                )
+            )
+
+
+def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
+    """The base `base` under a plain `config` (as `PEFT_FILES` reads it), without weights.
+
+    Raises BaseModelError without the base's config, ExpertError when `config` doesn't fit it.
+    """
+    options = {key: config[key] for key in ACTING if config.get(key) is not None}
+    return _resolve(base, revision, config["peft_type"], json.dumps(options))
+
+
+@lru_cache(maxsize=8)
+def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skeleton:
+    model = load_skeleton(base, revision=revision, offline=False)
+    sites = find_sites(model)
+    plain = spelled_out(json.loads(options), model)
+    with peft_errors(f"PEFT can't apply its config to {base!r}"):
+        # On the meta device: PEFT says where and how, and no number is made.
+        adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
+    fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
+    if fused:
+        raise ExpertError(
+            f"The adapter acts on layers of {base!r} that transformers 5 has fused into parameters "
+            f"({', '.join(sorted(fused))}), which are no linear layers."
+        )
+    targets = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer | IA3Layer):
+            continue
+        original = layer.get_base_layer()
+        if name not in sites or not isinstance(original, nn.Linear | Conv1D):
+            raise ExpertError(
+                f"The adapter acts on {name} ({type(original).__name__}), but sites are linear "
+                f"layers inside the blocks of {base!r}; embeddings and output layers are none."
+            )
+        targets[name] = _target(layer, sites[name])
+    return Skeleton(adapted, targets)
+
+
+def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
+    n, d = site.in_features, site.out_features
+    if isinstance(layer, IA3Layer):
+        return Target({"vector": (1, n) if layer.is_feedforward else (d, 1)})
+    rank = layer.r[ADAPTER]
+    shapes: dict[str, tuple[int, ...]] = {"A": (rank, n), "B": (d, rank)}
+    shapes |= {"bias": (d,)} if layer.lora_bias[ADAPTER] else {}
+    return Target(shapes, float(layer.scaling[ADAPTER]))

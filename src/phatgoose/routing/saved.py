@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 from ..base import Base, BaseReference, check_base, is_hub_id, surely_differs
 from ..config import MODEL_TYPE, Routing, closest
 from ..errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
-from ..experts.card import code
-from ..experts.expert import check_name
+from ..experts.expert import check_name, code
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES
 from ..experts.pool import Pool, check_alike

@@ -282,7 +282,7 @@ def _request(kind: Any, data: bytes) -> None:
         json.dumps(error.body, ensure_ascii=False).encode()  # no half of a surrogate pair
         return
     _wanted(isinstance(json.loads(data), dict), "json reads no object")
-    _ = request.override, request.routing_detail, [m.text for m in getattr(request, "messages", ())]
+    _ = request.override, [m.text for m in getattr(request, "messages", ())]
     again = parsed(kind, request.model_dump_json(exclude_unset=True).encode())
     _wanted(again == request, "written and read again it differs")
 

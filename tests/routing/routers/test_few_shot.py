@@ -78,7 +78,7 @@ def solved_by_each(base, pool: Pool, rows: list[dict[str, object]]) -> dict:
 
 
 @both_streams
-@pytest.mark.parametrize("router", ["few-shot", "few-shot:by=discriminant,shortlist=4"])
+@pytest.mark.parametrize("router", ["few-shot", "few-shot:by=discriminant"])
 def test_with_targets_the_likeliest_expert_is_chosen(base, pool, tmp_path, router):
     found = set()
     for target in ("pears", "10", "zigzag", "9 9 9 9", "WHERE? WHERE?"):
@@ -105,7 +105,7 @@ def test_with_choices_whichever_solves_most_examples_is_chosen(llama, llama_pool
         ]
         wanted = solved_by_each(llama, llama_pool, rows)
         path = written(tmp_path, rows)
-        model = compose(llama_pool, llama, router=f"few-shot:examples={path},shortlist=99")
+        model = compose(llama_pool, llama, router=f"few-shot:examples={path}")
         best = max(wanted.values())
         assert wanted[chosen(model)] == pytest.approx(best, abs=1e-5)
         detach(model)

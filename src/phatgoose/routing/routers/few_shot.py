@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...config import AT_LEAST_1, Formatting, one_of
+from ...config import Formatting, one_of
 from ...errors import ConfigError, PoolError, TaskError
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.kind import ModifiedLinear, applied
@@ -41,6 +41,7 @@ from .retrieval import Centroid, Retrieval
 from .router import Router, RoutingDecision, SiteRouter, highest
 
 BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
+SHORTLIST = 5  # experts compared by targets, in addition to the base
 SHARE = "share"  # the name of weights in files
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,6 @@ class FewShot(Router):
         "discriminant or centroid, as experts allow.",
         one_of(tuple(BY)),
     ] = None
-    shortlist: Annotated[
-        int, "Experts compared by targets, in addition to the base.", AT_LEAST_1
-    ] = 5
     chosen: str = ""
 
     @cached_property
@@ -129,7 +127,7 @@ class FewShot(Router):
             prompts = [encoder.prompt(row.input) for row in self.rows]
             chooser = PromptRouter(by, by.tables(pool), tokenizer)
             scores = chooser.score(prompts, model).mean(dim=0)
-            best = highest(scores[None], min(self.shortlist, len(pool)))[0]
+            best = highest(scores[None], min(SHORTLIST, len(pool)))[0]
             listed = [pool.experts[z] for z in best.tolist()]
         chosen = listed[0].name
         if self.has_targets:

@@ -76,7 +76,7 @@ def test_scoring_and_generation_leave_room_for_the_answer(kind):
     base = few_places(kind)
     room = (24, 24, 24) if kind == "bart" else (13, 16, 20)  # its decoder has places of its own
     with pytest.warns(UserWarning, match=f"choosing: 2 of 2 inputs .* cut to {room[0]} tokens"):
-        assert evaluate(base, CHOOSING).scores[0].cuts.record()["inputs_cut_to"] == room[0]
+        assert evaluate(base, CHOOSING).scores[0].cuts["inputs_cut_to"] == room[0]
     with pytest.warns(UserWarning, match=f"writing: 1 of 1 input .* cut to {room[1]} tokens"):
         evaluate(base, WRITING, max_new_tokens=8)
     sampling = Sampling(max_new_tokens=4)

@@ -417,7 +417,7 @@ def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_run(setting, tmp_
         setting.run(tmp_path, ["base", "merged"], suites=setting.suites[1], formatting=cut)
     assert [str(warning.message).split(":")[0] for warning in told] == ["choose"]
     for result in (line["result"] for line in stored_in(tmp_path)):
-        assert result["cuts"]["cut"] == (9 if result["task"] == "choose" else 0)
+        assert result["cuts"]["inputs_cut"] == (9 if result["task"] == "choose" else 0)
 
 
 @pytest.fixture

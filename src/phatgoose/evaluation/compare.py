@@ -436,4 +436,5 @@ def answered_by_experts(
     each = [results[name] or {} for name in names]
     answers = [Answer(result["answers"][i]) for i, result in enumerate(each)]
     tied = [i for i, result in enumerate(each) if i in result["tied"]]
-    return replace(task_score(dataset, answers), ties=len(tied), cuts=questions.cuts), tied
+    cuts = questions.cuts.record()
+    return replace(task_score(dataset, answers), ties=len(tied), cuts=cuts), tied

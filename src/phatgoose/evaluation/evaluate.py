@@ -246,7 +246,7 @@ class TaskScore:
         high: The upper end.
         ties: How many examples have best choices that scored equally; the first was taken.
         by_metric: The mean of each metric by its name.
-        cuts: What was cut of the inputs.
+        cuts: What was cut of the inputs, as in an expert's metrics.
         predictions: The answer to each example.
     """
 
@@ -258,7 +258,7 @@ class TaskScore:
     high: float
     ties: int
     by_metric: Mapping[str, float] = field(default_factory=dict)
-    cuts: Cuts = field(default_factory=Cuts, repr=False)
+    cuts: dict[str, int] = field(default_factory=dict, repr=False)
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
 
     @property
@@ -362,7 +362,7 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
         model, prompts, task=name, examples=examples, encoder=questions.encoder
     ) as before_pass:
         answers = answers_to(questions, model, budget, name, before_pass)
-    return replace(task_score(chosen, answers), cuts=questions.cuts)
+    return replace(task_score(chosen, answers), cuts=questions.cuts.record())
 
 
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:

@@ -434,7 +434,6 @@ def answered_by_experts(
     if chosen is None or any(results.get(name) is None for name in names):
         return None
     each = [results[name] or {} for name in names]
-    answers = [Answer(result["answers"][i]) for i, result in enumerate(each)]
+    score = task_score(dataset, [Answer(result["answers"][i]) for i, result in enumerate(each)])
     tied = [i for i, result in enumerate(each) if i in result["tied"]]
-    cuts = questions.cuts.record()
-    return replace(task_score(dataset, answers), ties=len(tied), cuts=cuts), tied
+    return replace(score, ties=len(tied), cuts=questions.cuts.record()), tied

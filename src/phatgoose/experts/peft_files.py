@@ -80,7 +80,7 @@ class PeftFiles(AdapterFiles):
     def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         kind = config.get("peft_type")
-        if kind not in CONFIGS:
+        if kind not in tuple(CONFIGS):  # it may be a list
             raise ExpertError(
                 f"{directory} holds a PEFT adapter of type {shortened(kind, 40)}; wanted LORA or "
                 f"IA3."

@@ -189,3 +189,13 @@ def in_a_thread(work, *arguments, **options):
     thread = threading.Thread(target=lambda: found.append(work(*arguments, **options)))
     thread.start()
     return thread, found
+
+
+def composing(routings) -> int:
+    """How many routings that were asked for aren't there yet."""
+    return sum(not each.is_ready for each in routings.cached.values())
+
+
+def needed(routings) -> int:
+    """How many requests need a routing of their own."""
+    return sum(each.requests for each in routings.cached.values())

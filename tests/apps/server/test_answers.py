@@ -253,7 +253,7 @@ def test_a_client_that_goes_away_frees_its_place(pool, stream):
             client.close()
             serving.until(lambda: row.is_cancelled)
         serving.until(lambda: engine.running == engine.waiting == 0)
-        serving.until(lambda: routings.requests == 0)
+        serving.until(lambda: serving.needed(routings) == 0)
         post(client, **GREEDY)
         with client.getresponse() as reply:
             assert reply.status == 200

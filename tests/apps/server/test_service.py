@@ -61,7 +61,7 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
     with serving.blocked(monkeypatch, LoadedModel, "_compose") as (called, go_on):
         begun = [serving.in_a_thread(ask, "secret", k=k) for k in (1, 1, 3)]
         assert called.wait(30)
-        serving.until(lambda: routings.unfinished == 2)
+        serving.until(lambda: serving.composing(routings) == 2)
         assert ask("other").status_code == 200
         assert ask("secret").status_code == 200
         refused = ask("secret", k=4)
@@ -72,7 +72,7 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
             thread.join()
             assert found[0].status_code == 200
     assert ask("secret", k=4).status_code == 200
-    serving.until(lambda: routings.requests == 0)
+    serving.until(lambda: serving.needed(routings) == 0)
     assert len(routings.composed) == 3
 
 
@@ -84,8 +84,8 @@ def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
             assert "it goes on" in error_of(client, 504, **GREEDY, k=1)["message"]
             ask(client, **GREEDY)
             go_on.set()
-        serving.until(lambda: routings.composed and not routings.unfinished)
-        serving.until(lambda: routings.requests == 0)
+        serving.until(lambda: routings.composed and not serving.composing(routings))
+        serving.until(lambda: serving.needed(routings) == 0)
         ask(client, **GREEDY, k=1)
 
 

@@ -394,20 +394,12 @@ class RoutingCache:
 
     def __init__(self, models: Mapping[str, Any], most: int = MOST_ROUTINGS) -> None:
         self._models, self.most = models, most
-        self._cached: dict[Key, CachedRouting] = {}
+        self.cached: dict[Key, CachedRouting] = {}
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
 
     @property
     def composed(self) -> list[Any]:
-        return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
-
-    @property
-    def unfinished(self) -> int:
-        return len(self._cached) - len(self.composed)
-
-    @property
-    def requests(self) -> int:
-        return sum(each.requests for each in self._cached.values())
+        return [each.runner.result() for each in list(self.cached.values()) if each.is_ready]
 
     async def acquire(
         self, model: Any, override: RoutingOverride, client: str, deadline: Deadline
@@ -424,9 +416,9 @@ class RoutingCache:
         if (routing, pool.names) == (model.routing, model.experts):
             return model.runner, lambda: None
         key = (model.settings.name, routing, pool.names, id(model))
-        if key not in self._cached:
+        if key not in self.cached:
             self._begin(key, model, pool, client)
-        cached = self._cached[key] = self._cached.pop(key)  # now the last
+        cached = self.cached[key] = self.cached.pop(key)  # now the last
         cached.requests += 1
         try:
             # Shielded, since other requests may wait for the same routing.
@@ -443,22 +435,22 @@ class RoutingCache:
 
     def forget(self, model: str) -> None:
         """Drop the routings of a model that was opened again."""
-        for key in [key for key in self._cached if key[0] == model]:
-            del self._cached[key]
+        for key in [key for key in self.cached if key[0] == model]:
+            del self.cached[key]
 
     def _begin(self, key: Key, model: Any, pool: Pool, client: str) -> None:
-        clients = [each.client for each in self._cached.values() if not each.is_ready]
+        clients = [each.client for each in self.cached.values() if not each.is_ready]
         if len(clients) >= self.most or clients.count(client) >= FOR_EACH:
             raise busy("Too many routings are being composed; try again in a while.", 5)
-        if len(self._cached) >= self.most:
-            unused = (k for k, each in self._cached.items() if each.is_ready and not each.requests)
+        if len(self.cached) >= self.most:
+            unused = (k for k, each in self.cached.items() if each.is_ready and not each.requests)
             if (oldest := next(unused, None)) is None:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
-            del self._cached[oldest]
+            del self.cached[oldest]
         runner = in_thread(lambda: self._compose(model, pool, key[1]))
         # One that failed may be tried again.
-        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key, None))
-        self._cached[key] = CachedRouting(client, runner)
+        runner.add_done_callback(lambda done: done.exception() and self.cached.pop(key, None))
+        self.cached[key] = CachedRouting(client, runner)
 
     def _compose(self, model: Any, pool: Pool, routing: Routing) -> Any:
         with self._composing, without_downloads():  # a client must not start downloads

@@ -247,7 +247,11 @@ class Service:
         except BaseException:
             release()
             raise
-        reply.on_close += [release, lambda: self._count(reply)]
+        reply.on_close.append(lambda: self._count(reply))
+        if self.backend.upstream:  # the experts are chosen
+            release()
+        else:
+            reply.on_close.append(release)
         try:
             if request.stream:
                 await reply.begun(http)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,7 @@ def analyse(
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     routers, routing = [routers] if isinstance(routers, str) else routers, routing or Routing()
     subject = _subject(source, routers, routing, base, tokenizer, scores)
-    able = subject.is_pool and score and len(subject.experts) > 1
+    able = subject.pool is not None and score and len(subject.experts) > 1
     if without_each and not (able and class_of(subject.routers[0]).name not in ("single", WEIGHTS)):
         raise ConfigError(
             "Leaving experts out in turn needs a pool of several, scores, and a first router that "
@@ -324,17 +324,30 @@ def analyse(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is analysed: `opened(router)` is the routed model while its context is open.
-
-    `opened(router, expert)` is the model without that expert, for pools only (`is_pool`).
-    """
+    """What is analysed: a routed `model`, or a `pool` and its `base` under several routers."""
 
     experts: tuple[str, ...]
     routers: tuple[str, ...]
     routing: Routing
     tokenizer: PreTrainedTokenizerBase
-    opened: Callable[..., AbstractContextManager[PreTrainedModel]]
-    is_pool: bool = True
+    model: PreTrainedModel | None = None
+    pool: Pool | None = None
+    base: Base | None = None
+    scores: Scores | None = None
+
+    @contextmanager
+    def opened(self, router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
+        """The routed model, in a pool's case by `router` and `without` one expert."""
+        if self.pool is None or self.base is None:
+            yield self.model
+            return
+        members = self.pool.select(leave_out=[without]) if without else self.pool
+        routing = replace(self.routing, router=router)
+        model = compose(members, self.base, routing=routing, scores=self.scores)
+        try:
+            yield model
+        finally:
+            detach(model)
 
 
 def _subject(
@@ -345,33 +358,26 @@ def _subject(
     tokenizer: PreTrainedTokenizerBase | None,
     scores: Scores | None,
 ) -> _Subject:
-    if isinstance(source, PreTrainedModel) or (
-        isinstance(source, str | Path) and is_routed(source)
-    ):
+    if isinstance(source, PreTrainedModel) or (not isinstance(source, Pool) and is_routed(source)):
         if routers:
             raise ConfigError("Several routers need a pool; this model has its router already.")
-        return _composed_subject(source, routing, base, tokenizer)
+        if not isinstance(source, PreTrainedModel):
+            opened = open_model(source, base, routing=routing)
+            source, tokenizer = opened.model, tokenizer or opened.tokenizer
+        parts, tokenizer = composition_of(source), tokenizer or tokenizer_of(source)
+        routing = parts.routing
+        return _Subject(parts.experts, (routing.router,), routing, tokenizer, source)
     pool = Pool.open(source)
     loaded = loaded_base(pool, base)
     routings = [
         settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
         for name in dict.fromkeys(routers or (routing.router,))
     ]
-    names, routing = [each.router for each in routings], routings[0]
+    for each in routings[1:]:  # the first is composed before anything is read
+        _check_router(each, pool, scores)
+    names = tuple(dict.fromkeys(each.router for each in routings))
     tokenizer = tokenizer or loaded.tokenizer
-    for name in names[1:]:  # the first is composed before anything is read
-        _check_router(replace(routing, router=name), pool, scores)
-
-    @contextmanager
-    def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
-        members = pool if without is None else pool.select(leave_out=[without])
-        model = compose(members, loaded, routing=replace(routing, router=router), scores=scores)
-        try:
-            yield model
-        finally:
-            detach(model)
-
-    return _Subject(pool.names, tuple(dict.fromkeys(names)), routing, tokenizer, opened)
+    return _Subject(pool.names, names, routings[0], tokenizer, None, pool, loaded, scores)
 
 
 def _check_router(routing: Routing, pool: Pool, scores: Scores | None) -> None:
@@ -383,25 +389,6 @@ def _check_router(routing: Routing, pool: Pool, scores: Scores | None) -> None:
         narrowed = router.narrow(pool, scores)
         if isinstance(router, ByPrompt) and "scores" in router.given:
             router.tables(narrowed, scores)
-
-
-def _composed_subject(
-    source: PreTrainedModel | str | Path,
-    routing: Routing,
-    base: Base | str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> _Subject:
-    if isinstance(source, str | Path):
-        opened = open_model(source, base, routing=routing)
-        source, tokenizer = opened.model, tokenizer or opened.tokenizer
-    model, parts = source, composition_of(source)
-    tokenizer = tokenizer or tokenizer_of(model)
-
-    def already(_: str) -> AbstractContextManager[PreTrainedModel]:
-        return nullcontext(model)
-
-    names = (parts.routing.router,)
-    return _Subject(parts.experts, names, parts.routing, tokenizer, already, is_pool=False)
 
 
 def _read(

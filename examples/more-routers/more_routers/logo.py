@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.config import one_of
 from phatgoose.errors import RoutingError
+from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.choices import Choice
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.prompt import ReadsBase, Tables
@@ -79,12 +80,17 @@ def _probe(base: PreTrainedModel) -> _Probe:
         found = {
             names[module]: (module.site, module.stack)
             for module in blocks[index].modules()
-            if isinstance(module, RoutedLinear) and module.stack.low_rank
+            if isinstance(module, RoutedLinear) and _low_rank(module.stack)
         }
         if found:
             chosen = next((name for name in found if QUERY.search(name)), next(iter(found)))
             return _Probe(*found[chosen], index)
     raise RoutingError("Router logo reads a block that reads prompts, and no LoRA acts in one.")
+
+
+def _low_rank(stack: SiteStack) -> dict[str, LoraStack]:
+    """The parts with LoRA factors by name: LoRAs, and the LoRAs of DoRAs."""
+    return {name: part for name, part in stack.parts.items() if isinstance(part, LoraStack)}
 
 
 class _Lengths(PromptReading):
@@ -116,7 +122,7 @@ class _Lengths(PromptReading):
 
     def _read(self, activations: Tensor) -> None:
         stack = self._stack
-        for name, part in stack.low_rank.items():
+        for name, part in _low_rank(stack).items():
             h = last_token(activations, self._mask).to(part.A.device).float()
             inside = torch.einsum("tn,ern->ter", h, part.A.float())
             lengths = torch.einsum("ter,erd->ted", inside, part.B.float()).norm(dim=-1)

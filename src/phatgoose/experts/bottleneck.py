@@ -91,7 +91,7 @@ class BottleneckLayers(SiteModule):
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         y: Tensor = base(u)
         inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
-        return y + strength * functional.linear(inner, self.up, self.up_bias)
+        return y + (strength * self.scale) * functional.linear(inner, self.up, self.up_bias)
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,3 @@ class NewBottlenecks(NewLayers):
 
     def module(self, settings: Bottleneck, parameters: Mapping[str, Tensor]) -> BottleneckLayers:
         return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)
-
-    def strength(self, settings: Bottleneck) -> float:
-        return settings.scale

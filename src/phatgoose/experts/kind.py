@@ -356,10 +356,6 @@ class NewLayers(NewModules):
     def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule:
         """The module that these parameters make."""
 
-    def strength(self, settings: Any) -> float:
-        """What `apply` multiplies by in training, for a kind whose `at` folds a scale in."""
-        return 1.0
-
     def count(self, model: PreTrainedModel, settings: Any, sites: Iterable[Site]) -> int:
         with torch.device("meta"):
             held = [t for site in sites for t in self.initial(settings, site).values()]
@@ -406,8 +402,7 @@ class _NewLayer(WrappedLinear):
         return self.new.module(self.settings, now)
 
     def forward(self, u: Tensor) -> Tensor:
-        strength = self.new.strength(self.settings)
-        gated = strength if self.gate is None else strength * openness(u, self.gate)
+        gated = 1.0 if self.gate is None else openness(u, self.gate)
         return self.module(u.dtype).apply(self.base, u, where_active(gated, u))
 
 

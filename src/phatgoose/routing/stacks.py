@@ -119,11 +119,6 @@ class SiteStack:
         return part if isinstance(part, LoraStack) else None
 
     @property
-    def low_rank(self) -> dict[str, LoraStack]:
-        """The parts with LoRA factors by name: LoRAs, and the LoRAs of DoRAs."""
-        return {name: part for name, part in self.parts.items() if isinstance(part, LoraStack)}
-
-    @property
     def plain_lora(self) -> LoraStack | None:
         """The LoRAs, where there is nothing else here, no biases either."""
         lora = self.lora

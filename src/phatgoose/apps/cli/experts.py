@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,35 +21,6 @@ if TYPE_CHECKING:
     from ...tasks.suites.registry import TrainingTask
     from ...training.pool_jobs import ExpertFolder
     from ...training.trainer import Hyperparameters
-    from ..plan import Speed
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    plan: Annotated[
-        bool,
-        "Train nothing and download nothing: print steps, tokens and disk, and at a known speed "
-        "one worker's time.",
-    ] = False
-    tokens_per_second: Annotated[
-        float | None, "With --plan: a worker's speed as training reports it.", {"min": 1e-3}
-    ] = None
-    measure: Annotated[
-        bool, "With --plan: train a few steps here to find a worker's speed and memory."
-    ] = False
-
-    def check(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not False}
-        options.only_with("--plan", self.plan, given)
-
-    def speed(
-        self, base: str, dtype: str, settings: Hyperparameters, tasks: list[TrainingTask]
-    ) -> Speed | None:
-        from ..plan import Speed, measured
-
-        if self.measure:
-            return measured(base, dtype, settings, tasks)
-        return None if self.tokens_per_second is None else Speed(self.tokens_per_second)
 
 
 def train(
@@ -73,7 +44,17 @@ def train(
     source: options.SourceOptions,
     unfinished: options.RestartOptions,
     engine: options.EngineOptions,
-    plan: PlanOptions,
+    plan: Annotated[
+        bool,
+        "Train nothing and download nothing: print steps, tokens and disk, and at a known speed "
+        "one worker's time.",
+    ] = False,
+    tokens_per_second: Annotated[
+        float | None, "With --plan: a worker's speed as training reports it.", {"min": 1e-3}
+    ] = None,
+    measure: Annotated[
+        bool, "With --plan: train a few steps here to find a worker's speed and memory."
+    ] = False,
     json: options.JsonOption = None,
     shapes: options.ExpertShapes,
     training: Training,
@@ -86,7 +67,8 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
-    plan.check()
+    given_speed = {"tokens_per_second": tokens_per_second, "measure": measure or None}
+    options.only_with("--plan", plan, given_speed)
     engine.check()
     check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
@@ -103,10 +85,11 @@ def train(
     missing = [task for task in opened if not folder.has(task.name)]
     name = base.base or options.EMBEDDED
     settings = Hyperparameters(shape, training, gates, formatting)
-    if plan.plan:
-        from ..plan import plan_of, print_plan
+    if plan:
+        from ..plan import Speed, measured, plan_of, print_plan
 
-        speed = plan.speed(name, base.dtype, settings, missing)
+        speed = None if tokens_per_second is None else Speed(tokens_per_second)
+        speed = measured(name, base.dtype, settings, missing) if measure else speed
         planned = plan_of(name, base.dtype, settings, missing, speed)
         print_plan(planned, json, len(opened) - len(missing))
         return

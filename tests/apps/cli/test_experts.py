@@ -237,12 +237,12 @@ def test_the_recipe_of_a_training_names_its_data_from_anywhere(untrained, phat, 
 
 
 def test_the_settings_of_a_training_are_saved_and_can_be_given_again(untrained, phat):
-    usual = ["--sites", "q_proj|v_proj", "--init-std", 0.1, "--lr-schedule", "cosine"]
+    usual = ["--sites", "q_proj|v_proj", "--alpha", 3, "--lr-schedule", "cosine"]
     assert phat("train", "reviews.jsonl", *TRAIN, *usual).code == 0
     first = Expert.load(untrained / "new" / "reviews")
     assert {site.rpartition(".")[2] for site in first.modules} == {"q_proj", "v_proj"}
     recipe = yaml.safe_load((untrained / "new" / "reviews.yaml").read_text())
-    assert (recipe["lora"]["init_std"], recipe["training"]["seed"]) == (0.1, 0)
+    assert (recipe["lora"]["alpha"], recipe["training"]["seed"]) == (3.0, 0)
     assert recipe["tasks"] == [str(untrained / "reviews.jsonl")]
     assert recipe["dtype"] == "float32"
     again = phat("train", "--config", "new/reviews.yaml", "--out", "again")

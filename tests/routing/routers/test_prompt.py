@@ -173,15 +173,17 @@ def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_poo
     short = replace(pool.experts[1], embeddings=pool.experts[1].embeddings[:, :8])
     cases = {
         "'e0', .* have no embeddings: run 'phatgoose stats'": llama_pool,
-        "'e0' has embeddings of .*paper.*phatgoose stats": paper,
+        "'e0' has no embeddings of prompts .*phatgoose stats": paper,
         "can.t be compared, .*other/embedder": changed(pool, embedder="other/embedder"),
-        "'e0' has no record of its embedder": changed(pool, embedder=None),
+        "'e0' has no embeddings of prompts": changed(pool, embedder=None),
         "can.t be compared, for they are of": Pool((pool.experts[0], short)),
     }
     for told, given in cases.items():
         with pytest.raises(PoolError, match=told):
             compose(given, llama, router=router)
-    with pytest.raises(PoolError, match=r"'e0' has embeddings of prompts .*--embedding-form paper"):
+    with pytest.raises(
+        PoolError, match=r"'e0' has no embeddings of inputs .*--embedding-form paper"
+    ):
         compose(pool, llama, router="retrieval:form=paper")
 
 

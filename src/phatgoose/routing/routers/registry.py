@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config import Routing, closest, read_text
 from ...errors import ConfigError
@@ -155,18 +155,14 @@ def read_mixture(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(",") if text else ():
         name, sign, value = part.partition("=")
-        weight = read_text(value, float)
-        if not sign or name in weights or not isinstance(weight, float):
+        weight: Any = read_text(value, float)  # the text itself where it is no number
+        is_weight = isinstance(weight, float) and abs(weight) <= MOST_WEIGHT
+        if not sign or name in weights or not is_weight:
             raise ConfigError(
-                f"weights are {shortened(text)}, but must be experts, each once, with numbers: "
-                f"weights:NAME=WEIGHT,NAME=WEIGHT."
+                f"weights are {shortened(text)}, but must be experts, each once, with numbers from "
+                f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}: weights:NAME=WEIGHT,NAME=WEIGHT."
             )
         weights[name] = weight
-        if not abs(weight) <= MOST_WEIGHT:
-            raise ConfigError(
-                f"The weight of expert {shortened(name)} is {weight}, but must be a number from "
-                f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}."
-            )
     return weights
 
 

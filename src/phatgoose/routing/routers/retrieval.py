@@ -180,19 +180,12 @@ def embeddings_of(pool: Pool, form: str = PROMPT) -> Searched:
 
 
 def _embeddings(expert: Expert, form: str) -> Tensor:
-    if expert.embeddings is None or expert.info.embedder is None:
-        lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
-        raise PoolError(
-            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose stats' on it, with "
-            f"--task its data, or leave it out."
-        )
-    stored = str(expert.info.embedding_form)
-    if stored != form:
+    info = expert.info
+    if expert.embeddings is None or not info.embedder or info.embedding_form != form:
         flag = "" if form == PROMPT else f" --embedding-form {form}"
         raise PoolError(
-            f"Expert {expert.name!r} has embeddings of {TEXTS.get(stored, stored)}, but this "
-            f"router compares {TEXTS[form]}; measure them again: phatgoose stats "
-            f"{expert.directory} --task ITS-DATA --embeddings --no-means --no-readings{flag}"
+            f"Expert {expert.name!r} has no embeddings of {TEXTS[form]}; measure them: phatgoose "
+            f"stats {expert.directory} --task ITS-DATA --embeddings --no-means --no-readings{flag}"
         )
     return expert.embeddings
 

@@ -201,7 +201,7 @@ def test_a_saved_model_that_names_no_embedder_is_refused(llama, llama_pool, tmp_
 # What the base makes of prompts
 
 
-@pytest.mark.parametrize("room", [2**30, 3 * 2 * 2 * 32 * 4])  # for all prompts, or for three
+@pytest.mark.parametrize("room", [2**30, 3 * 2 * 32 * 4])  # for all prompts, or for three
 @both_streams
 def test_discriminants_choose_alike_by_what_others_read(base, pool, room, monkeypatch):
     """In whatever order they come: all blocks in both places are remembered."""

@@ -121,6 +121,7 @@ def theirs(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "their_code", THEIRS, {registry.ENTRY_POINTS: points})
 
 
+@pytest.mark.filterwarnings("ignore:phatgoose.routers")
 def test_a_router_of_another_package_is_one_like_ours(theirs, llama, llama_pool, tmp_path):
     assert {"first", "lost"} <= set(registry.known_names())
     model = compose(llama_pool, llama, router="first:share=0.25")

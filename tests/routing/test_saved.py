@@ -390,7 +390,7 @@ def odd(pool: Pool) -> Expert:
         (PoolError, "'e1' is there already", lambda pool: pool["e1"]),
         (
             ExpertError,
-            r"'e2', site .* maps 96 to 32 features",
+            r"'e2', site .* they can't be of one base",
             without_numbers(A=lambda A: torch.cat([A] * 2, dim=1)),
         ),
         (
@@ -398,7 +398,7 @@ def odd(pool: Pool) -> Expert:
             "'e2' at .*: its update may have numbers of",
             without_numbers(A=lambda A: A * 1e25),
         ),
-        (ExpertError, "mean of 7 numbers for 32 inputs", odd),
+        (ExpertError, "layers of 32 and 7 features", odd),
     ],
 )
 def test_what_can_not_join_changes_nothing(uneven, pair, kind, said, joining):

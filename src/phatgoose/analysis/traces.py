@@ -19,8 +19,8 @@ from ..base import texts_of
 from ..errors import RoutingError
 from ..routing.choices import Choice
 from ..routing.composition import Composition, composition_of
+from ..routing.recording import SitePass
 from ..routing.routers.router import highest
-from ..routing.watching import SitePass
 from ..sites import Stream
 from ..tasks.batching import decoder_start
 from ..tasks.encoding import Encoder, TokenPair

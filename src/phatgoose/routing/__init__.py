@@ -8,8 +8,7 @@ stacks.py       the modules of all experts at one site
 layers.py       the routed layer
 routers/        who chooses: one file for each router
 kernels/        how the sum of the chosen updates is computed
-watching.py     callbacks for what layers decide
-recording.py    every decision about a text
+recording.py    callbacks for what layers decide, and every decision about a text
 saved.py        routed models on disk
 export.py       constant routing as a PEFT adapter or a plain model
 open_model.py   a pool, a saved model or a base, opened alike

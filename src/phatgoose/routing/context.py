@@ -34,7 +34,7 @@ from ..passes import (
 )
 from ..sites import ROUTED
 from .choices import Acting, Activity, Choice, PromptRouting
-from .watching import unwatched
+from .recording import unwatched
 
 Result = TypeVar("Result")
 

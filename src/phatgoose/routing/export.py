@@ -40,10 +40,9 @@ from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, neutral_examples
 from .composition import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
-from .recording import watch
+from .recording import SitePass, watch
 from .routers.fixed import Weights
 from .routers.router import SiteRouter
-from .watching import SitePass
 
 EXPORT_INFO = "phatgoose_export.json"
 ANSWER_TOKENS = 16  # of the greedy answer that the decoder of an encoder-decoder model reads

@@ -32,9 +32,9 @@ from ..sites import Site
 from .choices import Acting
 from .context import RoutingContext, uncompiled
 from .kernels import choose_kernel, one_call
+from .recording import watches_over
 from .routers.router import RoutingDecision, SiteRouter
 from .stacks import SiteStack, renumbered
-from .watching import watches_over
 
 
 class RoutedLayer(nn.Module):

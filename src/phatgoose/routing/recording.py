@@ -1,22 +1,135 @@
-"""Recordings: every decision of a routed model about a text, token by token.
+"""Watching a routed model: callbacks for what its layers decide, and recordings of all of it.
 
-For whole datasets `analysis.distribution` sums decisions up in constant memory.
+For whole datasets `analysis.routing_distribution` sums decisions up in constant memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RoutingError
-from ..sites import Stream
-from .composition import composition_of
-from .watching import OnSitePass, SitePass, watching
+from ..experts.kind import dense_weights
+from ..passes import TokenMasks, token_masks
+from ..sites import ROUTED, Site, Stream
+
+
+@dataclass(frozen=True)
+class SitePass:
+    """T tokens that passed one routed site, and what was decided about them.
+
+    `experts` [T, k] are indices into the pool, `weights` [T, k] theirs, 0 for padding. `grid` is
+    the shape that the tokens came in, mostly (rows, tokens), and `real` the mask of real tokens in
+    that shape, None when all are. `distribution()` gives the probabilities before top-k of the
+    experts that act at the site, [T, E].
+    """
+
+    site: Site
+    experts: Tensor
+    weights: Tensor
+    real: Tensor | None
+    grid: Sequence[int]
+    distribution: Callable[[], Tensor]
+
+    def dense_weights(self, pool_size: int) -> Tensor:
+        """The weight of every expert of the pool, float32 [T, pool_size], 0 if not chosen."""
+        weights = self.weights.detach().float().cpu()
+        return dense_weights(self.experts.cpu(), weights, pool_size)
+
+    def is_real(self) -> Tensor:
+        if self.real is None:
+            return torch.ones(tuple(self.grid), dtype=torch.bool)
+        return self.real.cpu().bool()
+
+
+OnSitePass = Callable[[SitePass], None]  # a callback
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A callback for the decisions of one model's layers, which are given by site."""
+
+    layers: Mapping[str, nn.Module]
+    callback: OnSitePass
+    masks: TokenMasks
+
+    def tell(
+        self,
+        site: Site,
+        u: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        distribution: Callable[[], Tensor],
+    ) -> None:
+        """Call back with a decision about u [.., n]: `experts` and `weights`, each [T, k]."""
+        real = self.masks.real_tokens(u, site.stream)
+        if real is not None:
+            weights = weights * real.reshape(-1, 1)
+        grid = self.masks.grid(u, site.stream)
+        self.callback(SitePass(site, experts, weights, real, grid, distribution))
+
+
+class _Uncompiled:
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                # The stance is the process's, hence the count: the last one out restores it.
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
+_WATCHES: ContextVar[tuple[Watch, ...]] = ContextVar("watches", default=())
+
+
+def watches_over(layer: nn.Module, site: Site) -> list[Watch]:
+    """The open watches over `layer` at `site`, outermost first; none during compilation."""
+    # While a watch is open, models run uncompiled.
+    if torch.compiler.is_compiling():
+        return []
+    return [watch for watch in _WATCHES.get() if watch.layers.get(site.name) is layer]
+
+
+@contextmanager
+def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
+    """Call `callback` for each routing decision of `model` in this thread, uncompiled meanwhile.
+
+    Raises RoutingError when `model` is not routed.
+    """
+    layers = _parts(model).layers
+    with token_masks(model) as masks, _UNCOMPILED:
+        before = _WATCHES.set((*_WATCHES.get(), Watch(layers, callback, masks)))
+        try:
+            yield
+        finally:
+            _WATCHES.reset(before)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Close all watches of this context for a while."""
+    before = _WATCHES.set(())
+    try:
+        yield
+    finally:
+        _WATCHES.reset(before)
 
 
 @contextmanager
@@ -25,16 +138,15 @@ def record(model: PreTrainedModel) -> Iterator[Recording]:
 
     Only calls of this thread are recorded. Raises RoutingError when `model` is not routed.
     """
-    recording = Recording(composition_of(model).experts)
+    recording = Recording(_parts(model).experts)
     with watch(model, recording.add):
         yield recording
 
 
-@contextmanager
-def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
-    """Call `callback` for each routing decision of `model` in this thread, uncompiled meanwhile."""
-    with watching(model, composition_of(model).layers, callback):
-        yield
+def _parts(model: PreTrainedModel) -> Any:  # a Composition, which is made of watched layers
+    if not hasattr(model, ROUTED):
+        raise RoutingError("This model is not routed; make one with compose(pool).")
+    return getattr(model, ROUTED)
 
 
 @dataclass

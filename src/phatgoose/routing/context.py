@@ -105,8 +105,6 @@ class RoutingContext:
             present.routing, present.announced = before
 
     def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
-        if self.router is None:
-            raise RoutingError("This model's router chooses for every token, for no whole prompt.")
         choice: Choice = self.router.choose(prompts, self._model, **known)
         return choice
 

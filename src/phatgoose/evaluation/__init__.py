@@ -1,1 +1,1 @@
-"""Scores of a model on tasks (`evaluate`), and of many methods side by side (`comparison`)."""
+"""Scores of a model on tasks (`evaluate`), and of many methods side by side (`compare`)."""

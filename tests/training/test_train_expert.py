@@ -212,7 +212,7 @@ def test_work_with_other_settings_data_or_base_is_not_resumed(
 def test_a_base_that_pads_inside_is_refused_before_the_work(llama, tmp_path):
     model = make_other("led")
     base = Base(model, llama.tokenizer, "led", None, fingerprint(model))
-    with pytest.raises(RoutingError, match=r"pads or transposes .* --no-means"):
+    with pytest.raises(RoutingError, match="pads or transposes"):
         train(base, tmp_path / "echo")
     assert list(tmp_path.iterdir()) == []
     without = replace(GATES, means=False, readings=False)

@@ -33,9 +33,7 @@ Then: TypeAlias = "Callable[[Tensor], Tensor] | None"
 Base: TypeAlias = "PreTrainedModel | None"
 Known = Mapping[str, Any]  # what an evaluation says of prompts: their task and examples
 States = dict[tuple[int, ...], Tensor]  # what a base makes of prompts, by their tokens
-MOST_BYTES = (
-    2**30
-)  # of remembered states: some 15,000 prompts of a base of 30 blocks of 576 numbers
+MOST_BYTES = 2**30  # of remembered states: some 15,000 prompts of 30 blocks of 576 numbers
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import copy
 import json
 import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -283,6 +284,17 @@ def test_a_pass_goes_on_from_its_own_cache_and_no_other(case):
     with routing_for(case.routed, [prompt]), torch.no_grad():  # said by the caller
         found = case.routed(torch.tensor([text])).logits[0]
     assert_close(found, case.wanted(prompt, text))
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_cache_of_the_bases_that_reaches_into_the_tail_is_refused(case, announced):
+    prompt = PROMPTS[0]
+    known = routing_for(case.routed, [prompt]) if announced else nullcontext()
+    with torch.no_grad():
+        cache = case.base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+    held = {cache_argument(case.base): cache}
+    with known, pytest.raises(RoutingError, match="without a cache, or a cache of fewer tokens"):
+        generated(case.routed, {"input_ids": torch.tensor([prompt])}, **held)
 
 
 def test_a_second_turn_goes_on_with_the_first_ones_experts(case):

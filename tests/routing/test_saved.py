@@ -180,6 +180,9 @@ def test_a_write_that_breaks_off_leaves_no_half_model(model, tmp_path, monkeypat
     (tmp_path / "file").write_text("")
     with pytest.raises(RoutingError, match=r"file can't be written: .*exists"):
         model.save_pretrained(tmp_path / "file")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RoutingError, match="holds another model"):
+        model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
 

@@ -65,6 +65,7 @@ class RoutingContext:
     def __init__(self, router: Any, acting: Sequence[ActsOn | None] = ()) -> None:
         self.router = router
         self.acting = tuple(dict.fromkeys(each for each in acting if each is not None))
+        self._some_always_act = None in acting
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
         self._begin_anew()
@@ -272,6 +273,18 @@ class RoutingContext:
         real = torch.ones_like(ids).bool() if real is None else real.bool().to(ids.device)
         return self.routing_of([row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
 
+    def check_cache(self, tokens: int, routing: PromptRouting, mask: Tensor | None) -> None:
+        """Raise RoutingError if experts should have acted on `tokens` that somebody else read."""
+        begin = routing.beginnings
+        if not tokens or (self._present.announced and begin is None):
+            return
+        read: Any = tokens if mask is None else mask[:, :tokens].sum(dim=1, keepdim=True).cpu()
+        if begin is None or self._some_always_act or bool((read > begin).any()):
+            raise RoutingError(
+                f"{self._who}, and has not read the {tokens} tokens in this cache, where some act; "
+                f"pass the whole prompt without a cache, or a cache of fewer tokens."
+            )
+
     def _activity(self, given: Mapping[str, Any]) -> Activity | None:
         begin, positions = self._present.routing.beginnings, token_positions(given)
         if begin is None or positions is None:
@@ -295,7 +308,10 @@ def _generate(
     mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     generate = partial(type(model).generate, model, inputs, *args, **kwargs)
     is_read = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
-    if context._present.announced or not is_read or (mask is not None and mask.dim() != 2):
+    present, known = context._present, context._known.get(cache) if _is_cache(cache) else None
+    unread = cached_tokens(kwargs) if known is None else 0
+    if present.announced or not is_read or (mask is not None and mask.dim() != 2):
+        context.check_cache(unread or 0, present.routing, None)
         return generate()  # its first pass is read
     if mask is None:  # as transformers infers it
         config = kwargs.get("generation_config") or model.generation_config
@@ -304,11 +320,11 @@ def _generate(
         )
         ends = ends if isinstance(ends, list | tuple) else [ends]
         mask = ids != pad if pad is not None and pad not in ends else None
-    known = context._known.get(cache) if _is_cache(cache) else None
     routing = known or context._routing_of_rows(ids, mask)
+    context.check_cache(unread or 0, routing, mask)
     with context.using(routing):
         answer = generate()
-    context._present.routing = routing  # which `choice` tells, until the next prompt
+    present.routing = routing  # which `choice` tells, until the next prompt
     return answer
 
 

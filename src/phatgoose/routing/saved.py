@@ -102,12 +102,15 @@ def save_pretrained(
     As transformers' own it writes into a folder that may be there already, replaces what it wrote
     there before, and leaves the rest alone. `phatgoose.load` reads the folder. `state_dict` and
     `how` (shards, say) are about the base's weights, of which none are written. Raises as `save`
-    does.
+    does, and RoutingError for a folder that holds another model's config.json.
     """
     if push_to_hub:
         raise RoutingError("A routed model goes to the Hub by model.push_to_hub(name).")
     _check_unchanged(model)
     target = Path(save_directory)
+    config = target / CONFIG
+    if config.exists() and read_json_object(config, RoutingError).get("model_type") != MODEL_TYPE:
+        raise RoutingError(f"{target} holds another model ({CONFIG}); choose another place.")
     try:
         if is_main_process:
             target.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,6 @@ add routed experts/reviews => 'reviews' is there already
 remove routed x9 => no expert 'x9'
 export experts --out new --prompt hi --task unseen.jsonl => give one of --prompt and --task
 export experts --out new --k 1 BASE => --prompt or --task, or route by merged or single
-export experts --out new --merged --rank 2 => --rank is for adapters
 export experts --out new --router merged --chat BASE => --chat is for --prompt or --task
 export tiny-base --out new BASE => This model is not routed
 export experts --out experts => exists already

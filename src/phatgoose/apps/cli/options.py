@@ -465,10 +465,6 @@ class RestartOptions:
     resume: Annotated[bool, "Continue unfinished work."] = False
     restart: Annotated[bool, "Discard unfinished work."] = False
 
-    def __post_init__(self) -> None:
-        if self.resume and self.restart:
-            raise ConfigError("--resume continues what --restart throws away; give one of them.")
-
 
 @dataclass(frozen=True)
 class EngineOptions:

@@ -152,7 +152,7 @@ def export(
         bool, "Write the whole model with the updates in its weights, not an adapter."
     ] = False,
     rank: Annotated[
-        int | None, "Cut the adapter to this rank, by SVD; default: all of it.", {"min": 1}
+        int | None, "Cut an adapter to this rank, by SVD; default: all of it.", {"min": 1}
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -188,8 +188,6 @@ def export(
         others |= {"limit": limit, "scores": opening.scores, **dict.fromkeys(given, True)}
         _hand_over(model, engine, out, opening, others)
         return
-    if merged and rank is not None:
-        raise ConfigError("--rank is for adapters; leave it out with --merged.")
     if prompt and task:
         raise ConfigError(
             "A mixture is fixed for prompts or for a task: give one of --prompt and --task."

@@ -457,7 +457,7 @@ class AssistantMessage(Reply):
 
     role: Literal["assistant"] = "assistant"
     content: str
-    refusal: None = None
+    refusal: Any = None
 
 
 class ChatChoice(Reply):

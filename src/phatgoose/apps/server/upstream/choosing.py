@@ -207,8 +207,8 @@ class Choosing:
                 group.append(each)
         self._waiting = [each for each in self._waiting if each not in group]
         prompts = [list(prompt) for each in group for prompt in each.prompts]
-        self._is_busy = True
         result = in_thread(lambda: group[0].chooser.choose(prompts))
+        self._is_busy = True  # not where no more threads can be started
         result.add_done_callback(lambda done: self._end(group, done))
 
     def _end(self, group: Sequence[_Waiting], done: asyncio.Future[list[Weights]]) -> None:

@@ -98,7 +98,7 @@ class Written:
 
     def __init__(self, number: int, logprobs: int | None, echoed: str) -> None:
         self._number, self._logprobs = number, logprobs
-        self._place, self._pieces, self._generated = len(echoed), 0, 0
+        self._place, self.pieces, self._generated = len(echoed), 0, 0
         self.finish: Finish | None = None
 
     def progress(self, answer: _Answer) -> Progress | None:
@@ -122,14 +122,14 @@ class Written:
                 tokens.append(ScoredToken(token, place, logprob, tuple(top[: self._logprobs])))
                 place += len(token)
         self._place += len(text)
-        self._pieces += bool(text)
+        self.pieces += bool(text)
         if not (text or tokens or more):
             return None
-        return Progress(self._number, text, tuple(tokens), (), None, self._pieces, more)
+        return Progress(self._number, text, tuple(tokens), (), None, self.pieces, more)
 
     @property
     def end(self) -> Progress:
-        generated = self._generated or self._pieces
+        generated = self._generated or self.pieces
         return Progress(self._number, "", finish=self.finish or "stop", generated=generated)
 
 
@@ -178,7 +178,11 @@ class Link:
             number = MOST_EVENT if is_stream else most
             message = f"The engine answers more than {number} bytes."
             raise ApiError(502, message, code=FAILED) from error
-        if is_stream and written.finish is None:  # it was ended, but not its answer
+        except ValueError as error:  # also log-probabilities for fewer tokens
+            message = "The engine's answer is no JSON, or has not the form of OpenAI's."
+            raise ApiError(502, message, code=BROKEN) from error
+        # It was ended, but not its answer; or it holds none.
+        if written.finish is None and (is_stream or not written.pieces):
             raise self._broke_off()
         yield written.end
 
@@ -266,14 +270,10 @@ class Link:
         return for_clients(said_by(content, self.engine.upstream.key)).rstrip(".")
 
     def _read(self, content: bytes) -> _Answer:
-        try:
-            value = from_json(content, allow_inf_nan=False)
-            if isinstance(value, dict) and "error" in value:
-                raise ApiError(502, f"The engine failed: {self._said(content)}.", code=FAILED)
-            return _Answer.model_validate(value)
-        except ValueError as error:
-            message = "The engine's answer is no JSON, or has not the form of OpenAI's."
-            raise ApiError(502, message, code=BROKEN) from error
+        value = from_json(content, allow_inf_nan=False)
+        if isinstance(value, dict) and "error" in value:
+            raise ApiError(502, f"The engine failed: {self._said(content)}.", code=FAILED)
+        return _Answer.model_validate(value)
 
 
 def away(message: str = "The engine behind this server is away; try again.") -> ApiError:

@@ -223,7 +223,7 @@ class Service:
         mixture = request.weights if fixed is None else fixed
         try:
             if mixture is not None:  # which an engine is sent as it is
-                mixture_of(mixture, model.experts)
+                mixture_of(mixture, model.pool.names)
                 override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
             runner, release = await self.routings.acquire(model, override, client, deadline)
         except PhatgooseError as error:

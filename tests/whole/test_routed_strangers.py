@@ -186,11 +186,13 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / INFO).write_text(json.dumps(info))
 
 
-def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the first tensor whose name begins so, and make the hash fit."""
+def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Change the first tensor whose name begins so (None: drop it), and make the hash fit."""
     tensors = load_file(folder / FILE)
     name = next(name for name in sorted(tensors) if name.startswith(begin))
-    tensors[name] = change(tensors[name]).clone().contiguous()
+    changed = change(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed.clone().contiguous()
     save_file(tensors, folder / FILE)
     record_hash(folder)
 
@@ -205,7 +207,9 @@ def complaint(folder: Path, base: Base) -> str:
 
 SHAPE, RANGE, ORDER = "shape .* wanted", "numbers from .* wanted 0 to 3", "must be in order"
 WHOLE = "one module for each"
-TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [  # kind, tensor, change, said
+TAMPERED: list[
+    tuple[str, str, Callable[[Tensor], Tensor | None], str]
+] = [  # kind, tensor, change, said
     ("plain", "A.", lambda t: t[..., :5], SHAPE),
     ("plain", "A.", lambda t: t[:1], SHAPE + "|" + WHOLE),
     ("plain", "A.", lambda t: t[:, :1], SHAPE),
@@ -224,14 +228,17 @@ TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [  # kind, te
     ("plain", "experts.", lambda t: t[:1], SHAPE),
     ("mixed", "B_bias.", lambda t: t[:, :3], SHAPE),
     ("mixed", "lora_rows.", lambda t: t * 0, WHOLE),
+    ("mixed", "lora_rows.", lambda _: None, WHOLE),
     ("mixed", "input_rows.", lambda t: t - 100, WHOLE),
     ("mixed", "output_deltas.", lambda t: t.repeat(1, 2), SHAPE),
+    ("mixed", "output_deltas.", lambda t: t.double(), "wanted .* in torch.float32"),
     ("mixed", "up.", lambda t: t[:-1], SHAPE),
     ("mixed", "down.", lambda t: t[:, :1], SHAPE),
     ("mixed", "activations.", lambda t: t + 3, "activations has numbers from"),
     ("retrieval", "lookup.owners", lambda t: t + 9, "owners has numbers"),
     ("retrieval", "lookup.owners", lambda t: t[:-1], SHAPE),
     ("retrieval", "lookup.embeddings", lambda t: 2 * t, "longer than 1"),
+    ("retrieval", "lookup.embeddings", lambda t: t.half(), "wanted .* in torch.float32"),
     ("centroid", "lookup.centroids", lambda t: t[:1], SHAPE),
     ("centroid", "lookup.centroids", lambda t: t.long(), SHAPE),
     ("discriminant", "lookup.readings.whole.mean", lambda t: t[..., :4], SHAPE),

@@ -430,7 +430,7 @@ class Held:
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
-        return INDICES if self.dtype == "index" else FLOATS
+        return {"index": INDICES, "float32": (torch.float32,)}.get(self.dtype, FLOATS)
 
     @property
     def in_models_type(self) -> bool:

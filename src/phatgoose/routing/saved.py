@@ -372,9 +372,8 @@ def _checked(file: TensorFile, experts: int, router: Router) -> dict[str, dict[s
     """The sizes of each site's tensors, by letter, of that many experts. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
     prompt_form = router.prompt_sizes if isinstance(router, ByPrompt) else {}
-    forms, lookup = _forms(router), {name: Form(each) for name, each in prompt_form.items()}
-    if OWNERS in lookup:
-        lookup[OWNERS] = Form(lookup[OWNERS].letters, INDICES)
+    forms, types = _forms(router), {OWNERS: INDICES}
+    lookup = {n: Form(x, types.get(n, (torch.float32,))) for n, x in prompt_form.items()}
     for name in file:
         kind, _, site = name.partition(".")
         if kind == "lookup":
@@ -431,7 +430,10 @@ def _check_site(
         for each in parts
     ]
     every = torch.cat(rows).sort().values if rows else torch.empty(0)
-    is_whole = not rows and router.folds if is_folded else every.equal(torch.arange(sizes["E"]))
+    # A part without rows has all experts, so it is the only one.
+    is_told = len(rows) == 1 or all(each.rows is not None for each in parts)
+    is_whole = is_told and every.equal(torch.arange(sizes["E"]))
+    is_whole = not rows and router.folds if is_folded else is_whole
     told = f"{_named(tensors)} are not one module for each of the {sizes['E']} experts there"
     _require(is_whole, where, f"{told} under router {router.name}")
     return sizes

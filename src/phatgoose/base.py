@@ -296,7 +296,7 @@ def _loading(name: str | Path) -> Iterator[str]:
     except PhatgooseError:
         raise
     except Exception as error:  # an odd config makes transformers raise anything
-        there, said = Path(name).exists(), " ".join(str(error).split())
+        there, said = os.path.exists(name), " ".join(str(error).split())
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} can't be loaded: "
             f"{'' if there else 'No folder of that name is here, and as a Hub id: '}"

@@ -186,13 +186,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / INFO).write_text(json.dumps(info))
 
 
-def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor | None]) -> None:
-    """Change the first tensor whose name begins so (None: drop it), and make the hash fit."""
+def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the first tensor whose name begins so, and make the hash fit."""
     tensors = load_file(folder / FILE)
     name = next(name for name in sorted(tensors) if name.startswith(begin))
-    changed = change(tensors.pop(name))
-    if changed is not None:
-        tensors[name] = changed.clone().contiguous()
+    tensors[name] = change(tensors[name]).clone().contiguous()
     save_file(tensors, folder / FILE)
     record_hash(folder)
 
@@ -207,9 +205,7 @@ def complaint(folder: Path, base: Base) -> str:
 
 SHAPE, RANGE, ORDER = "shape .* wanted", "numbers from .* wanted 0 to 3", "must be in order"
 WHOLE = "one module for each"
-TAMPERED: list[
-    tuple[str, str, Callable[[Tensor], Tensor | None], str]
-] = [  # kind, tensor, change, said
+TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [  # kind, tensor, change, said
     ("plain", "A.", lambda t: t[..., :5], SHAPE),
     ("plain", "A.", lambda t: t[:1], SHAPE + "|" + WHOLE),
     ("plain", "A.", lambda t: t[:, :1], SHAPE),
@@ -228,7 +224,6 @@ TAMPERED: list[
     ("plain", "experts.", lambda t: t[:1], SHAPE),
     ("mixed", "B_bias.", lambda t: t[:, :3], SHAPE),
     ("mixed", "lora_rows.", lambda t: t * 0, WHOLE),
-    ("mixed", "lora_rows.", lambda _: None, WHOLE),
     ("mixed", "input_rows.", lambda t: t - 100, WHOLE),
     ("mixed", "output_deltas.", lambda t: t.repeat(1, 2), SHAPE),
     ("mixed", "output_deltas.", lambda t: t.double(), "wanted .* in torch.float32"),
@@ -255,6 +250,18 @@ def test_tensors_that_are_not_what_kernels_take_them_for_are_refused(
     folder = shutil.copytree(strangers / "folders" / kind, tmp_path / "model")
     tamper(folder, begin, change)
     assert re.search(said, complaint(folder, bases["float32"]))
+
+
+def test_a_part_without_rows_is_the_only_one_at_its_site(strangers, bases, tmp_path):
+    folder = shutil.copytree(strangers / "folders" / "mixed", tmp_path / "model")
+    tensors, site = load_file(folder / FILE), "model.layers.0.self_attn.k_proj"
+    assert tensors.pop(f"lora_rows.{site}").tolist() == [0, 1, 4]
+    for name in [name for name in tensors if name.endswith(f"_rows.{site}")]:
+        # As if the three LoRAs were 0, 1 and 2: without rows a kernel would look for all in them.
+        tensors[name] = tensors[name].where(tensors[name] != 2, 4)
+    save_file(tensors, folder / FILE)
+    record_hash(folder)
+    assert WHOLE in complaint(folder, bases["float32"])
 
 
 def test_sizes_that_agree_with_each_other_but_not_with_the_base_are_refused(folder, bases):

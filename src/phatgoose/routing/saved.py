@@ -12,7 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +251,6 @@ class SavedModel:
         """Where at least one of them acts."""
         return tuple(self.sizes)
 
-    @cached_property
-    def is_folded(self) -> bool:
-        return any(name.startswith("folded.") for name in self.tensors)
-
     def at(self, site: str) -> SitePart:
         """The experts at `site`, and their router's tensors there."""
         names = ("experts", "folded", *declared().tensors, *self.router.sizes)
@@ -421,18 +417,14 @@ def _check_site(
     _check_range(where, "experts", experts, pool_size)
     is_in_order = bool((experts.diff() > 0).all())
     _require(is_in_order, where, "experts must be in order, each of them once")
-    parts = SiteStack.of(tensors, experts).parts.values()
-    for each in parts:
+    stack = SiteStack.of(tensors, experts)
+    for each in stack.parts.values():
         problem = each.problem()
         _require(problem is None, where, str(problem))
-    rows = [
-        torch.arange(len(next(iter(each.tensors().values())))) if each.rows is None else each.rows
-        for each in parts
-    ]
+    rows = list(stack.rows().values())  # of a part without rows: all of them
     every = torch.cat(rows).sort().values if rows else torch.empty(0)
-    # A part without rows has all experts, so it is the only one.
-    is_told = len(rows) == 1 or all(each.rows is not None for each in parts)
-    is_whole = is_told and every.equal(torch.arange(sizes["E"]))
+    count = sum(len(next(iter(each.tensors().values()))) for each in stack.parts.values())
+    is_whole = count == sizes["E"] and every.equal(torch.arange(count))
     is_whole = not rows and router.folds if is_folded else is_whole
     told = f"{_named(tensors)} are not one module for each of the {sizes['E']} experts there"
     _require(is_whole, where, f"{told} under router {router.name}")
@@ -598,7 +590,7 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
 def _check_changeable(saved: SavedModel) -> None:
     if saved.router.why_fixed is not None:
         raise RoutingError(saved.router.why_fixed)
-    if saved.is_folded:
+    if any(name.startswith("folded.") for name in saved.tensors):
         raise RoutingError(
             "The merged experts are folded into the base's weights and can't be separated any "
             "more; compose the pool again."

@@ -64,8 +64,20 @@ def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike():
     assert len(flooded.tables.saved()["lookup.embeddings"]) == 58  # one that grows has new bounds
 
 
-def retriever_of(rows: torch.Tensor, owners: torch.Tensor) -> PromptRouter:
-    info = {"embedder": DEFAULT_EMBEDDER, "embedding_form": "prompt"}
+@retrieving
+def test_embeddings_of_other_sizes_or_texts_are_not_compared():
+    owners = torch.arange(5)
+    with pytest.raises(RoutingError, match="sizes differ"):
+        retriever_of(torch.eye(5, 63), owners).choose(["apples"])
+    for form in ("paper", None):
+        with pytest.raises(RoutingError, match="vectors of prompts as the model reads them"):
+            retriever_of(torch.eye(5, 64), owners, form)
+
+
+def retriever_of(
+    rows: torch.Tensor, owners: torch.Tensor, form: str | None = "prompt"
+) -> PromptRouter:
+    info = {"embedder": DEFAULT_EMBEDDER} | ({"embedding_form": form} if form else {})
     tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners}, info)
     return PromptRouter(Retrieval(), tables)
 

@@ -31,6 +31,7 @@ from ...errors import PoolError, RoutingError
 from ...experts.expert import Expert
 from ...experts.pool import Pool
 from ...tasks.embeddings import (
+    PAPER_TEXT,
     PROMPT,
     TEXTS,
     embed_texts,
@@ -63,7 +64,10 @@ class Searched(NamedTuple):
                 f"The base's tokenizer makes {longest} characters of a prompt's tokens, more than "
                 f"the {MOST_CHARACTERS} that are embedded; use a router without an embedder."
             )
-        return embed_texts(texts, self.embedder)
+        vectors = embed_texts(texts, self.embedder)
+        if vectors.shape[1] != self.rows.shape[1]:
+            raise RoutingError(f"The experts' embeddings aren't {self.embedder}'s: sizes differ.")
+        return vectors
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,10 @@ class Embeds(ByPrompt):
     rows: ClassVar[str] = "embeddings"  # the table with what is searched
 
     def ready(self, tables: Tables) -> Searched:
-        if "embedder" not in tables.info:
-            raise RoutingError(f"Router {self.name} needs lookup.embedder in routed.json.")
-        embedder = usable_embedder(tables.info["embedder"], self.embedder)
+        info, form = tables.info, getattr(self, "form", PROMPT)
+        if "embedder" not in info or info.get("embedding_form", PAPER_TEXT) != form:
+            raise RoutingError(f"routed.json has no embedder's vectors of {TEXTS[form]}.")
+        embedder = usable_embedder(info["embedder"], self.embedder)
         load_embedder(embedder)  # not with the first prompt
         rows = tables.tensors[self.rows]
         owners = tables.tensors.get(OWNERS, torch.arange(len(rows)))
@@ -180,8 +185,8 @@ def embeddings_of(pool: Pool, form: str = PROMPT) -> Searched:
 
 
 def _embeddings(expert: Expert, form: str) -> Tensor:
-    info = expert.info
-    if expert.embeddings is None or not info.embedder or info.embedding_form != form:
+    info, stored = expert.info, expert.info.embedding_form or PAPER_TEXT
+    if expert.embeddings is None or not info.embedder or stored != form:
         flag = "" if form == PROMPT else f" --embedding-form {form}"
         raise PoolError(
             f"Expert {expert.name!r} has no embeddings of {TEXTS[form]}; measure them: phatgoose "

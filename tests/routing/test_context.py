@@ -311,13 +311,26 @@ def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_poo
     filled = {}
     for place in (0, 1):
         ids, mask = batch_of(llama, PROMPTS[place : place + 1])
-        out = model(ids, attention_mask=mask, use_cache=True)
-        filled[place] = cache_in(out), ids, context.choice.experts.tolist()
+        out = model(ids, attention_mask=mask, use_cache=True, return_dict=place == 0)
+        cache = cache_in(out) if place == 0 else out[1]
+        filled[place] = cache, ids, context.choice.experts.tolist()
     assert filled[0][2] != filled[1][2]
     for place in (0, 1):
         cache, ids, owners = filled[place]
         model(ids[:, -1:], **{cache_argument(model): cache}, use_cache=True)
         assert context.choice.experts.tolist() == owners
+
+
+@retrieving
+def test_a_cache_that_was_emptied_keeps_nothing(llama, llama_pool):
+    model = compose_by("retrieval", llama_pool, llama)
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    owners = []
+    for place in (0, 1):
+        cache[cache_argument(model)].reset()
+        model.generate(batch_of(llama, PROMPTS[place : place + 1])[0], **cache, max_new_tokens=2)
+        owners.append(composition_of(model).context.choice.experts.tolist())
+    assert owners == [[[0]], [[1]]]
 
 
 @retrieving

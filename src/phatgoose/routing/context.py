@@ -220,7 +220,7 @@ class RoutingContext:
         if present.depth == 1 and output is not None and not present.base_alone:
             if part is not self._model and self._is_encoder_decoder:
                 self._known[output[0]] = present.routing
-            for value in output.values() if isinstance(output, Mapping) else ():
+            for value in output.values() if isinstance(output, Mapping) else output:
                 if _is_cache(value):
                     self._known[value] = present.routing
         present.depth = max(0, present.depth - 1)
@@ -301,8 +301,8 @@ def _generate(
 ) -> Any:
     """The model's own `generate`, for which experts are chosen before its first pass.
 
-    Drafts, chunks and beams are all of the prompts that it is given. With a cache that is known,
-    the experts of the prompt that filled it go on.
+    Drafts, chunks and beams are all of the prompts that it is given. With a cache that is known and
+    not empty, the experts of the prompt that filled it go on.
     """
     ids = kwargs.get("input_ids") if inputs is None else inputs
     mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)

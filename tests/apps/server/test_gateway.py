@@ -211,6 +211,9 @@ def test_a_base_of_other_weights_reads_no_prompts_for_a_pool(place, tmp_path):
     [
         ({"url": "localhost:8000"}, "must be the address"),
         ({"url": "http://me:secret@host"}, "must not hold a password"),
+        ({"url": "me:secret@host"}, "must not hold a password"),
+        ({"url": "http://[host"}, "must be the address"),
+        ({"url": "http://host:port"}, "must be the address"),
         ({"url": "ftp://host"}, "must be the address"),
         ({"url": "http://host", "kind": "tgi"}, "vllm, sglang"),
         ({"url": "http://host", "key": "s\nt"}, "no header can carry"),

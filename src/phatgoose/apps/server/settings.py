@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, read_text, settings_of
 from ...errors import ConfigError
@@ -17,6 +18,7 @@ API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
 AUTO = "auto"
 ENGINES = ("vllm", "sglang", "llama.cpp")
+ADDRESS = r"(?i:https?)://([\w.-]+|\[[\w:.%]+\])(:[0-6]?\d{1,4})?(/[!->@-~]*)?"
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,11 @@ class Upstream:
     wait: float = 600.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.username or parts.password:
+        if "@" in self.url:
             raise ConfigError(
                 f"--upstream must not hold a password; set {UPSTREAM_KEY} in the environment."
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        if not re.fullmatch(ADDRESS, self.url):
             raise ConfigError(
                 f"--upstream is {shortened(self.url)}, but must be the address of an engine, such "
                 f"as http://localhost:8000."

@@ -324,7 +324,7 @@ def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_poo
 @retrieving
 def test_a_cache_that_was_emptied_keeps_nothing(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    cache = {cache_argument(model): DynamicCache()}
     owners = []
     for place in (0, 1):
         cache[cache_argument(model)].reset()

@@ -308,10 +308,10 @@ def _generate(
     mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     generate = partial(type(model).generate, model, inputs, *args, **kwargs)
     is_read = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
-    present, known = context._present, context._known.get(cache) if _is_cache(cache) else None
-    unread = cached_tokens(kwargs) if known is None else 0
+    present, count = context._present, cached_tokens(kwargs)
+    known = context._known.get(cache) if _is_cache(cache) and count != 0 else None
     if present.announced or not is_read or (mask is not None and mask.dim() != 2):
-        context.check_cache(unread or 0, present.routing, None)
+        context.check_cache(0 if known else count or 0, present.routing, None)
         return generate()  # its first pass is read
     if mask is None:  # as transformers infers it
         config = kwargs.get("generation_config") or model.generation_config
@@ -321,7 +321,7 @@ def _generate(
         ends = ends if isinstance(ends, list | tuple) else [ends]
         mask = ids != pad if pad is not None and pad not in ends else None
     routing = known or context._routing_of_rows(ids, mask)
-    context.check_cache(unread or 0, routing, mask)
+    context.check_cache(0 if known else count or 0, routing, mask)
     with context.using(routing):
         answer = generate()
     present.routing = routing  # which `choice` tells, until the next prompt

@@ -63,10 +63,8 @@ class Upstream:
                 f"as http://localhost:8000."
             )
         if self.kind not in (AUTO, *ENGINES):
-            raise ConfigError(
-                f"--upstream-kind is {shortened(self.kind)}, but must be one of "
-                f"{', '.join((AUTO, *ENGINES))}."
-            )
+            known = ", ".join((AUTO, *ENGINES))
+            raise ConfigError(f"--upstream-kind is {shortened(self.kind)}; wanted one of {known}.")
         key = self.key or ""
         if not (key.isascii() and key.isprintable() and key == key.strip()):
             raise ConfigError(

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import tomllib
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -156,11 +157,7 @@ def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, 
 
 
 def _parsed(
-    path: Path,
-    label: str,
-    form: str,
-    parse: Callable[[str], Any],
-    error: type[PhatgooseError],
+    path: Path, label: str, form: str, parse: Callable[[str], Any], error: type[PhatgooseError]
 ) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
@@ -487,8 +484,14 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         # Handing a small result over takes longer than computing it.
         yield from map(function, items)
     else:
+        left = iter(items)
         with ThreadPoolExecutor(threads) as workers:
-            yield from workers.map(function, items)
+            # No more than one each ahead: results may be large.
+            waiting = deque(workers.submit(function, each) for each in islice(left, threads))
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(workers.submit(function, each) for each in islice(left, 1))
+                yield result
 
 
 # Files and folders that appear whole or not at all. A killed process may leave a hidden one,

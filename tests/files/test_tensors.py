@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -155,6 +156,15 @@ def threads(request, monkeypatch) -> int:
 
 def test_results_come_in_the_order_of_their_items(threads):
     assert list(prefetch(lambda number: number * number, range(9))) == [n * n for n in range(9)]
+
+
+def test_no_more_is_computed_ahead_than_there_are_threads(threads):
+    begun = []
+    results = prefetch(begun.append, range(100))
+    next(results)
+    time.sleep(0.1)
+    assert len(begun) <= 1 + threads
+    assert len(list(results)) == 99
 
 
 @pytest.mark.usefixtures("threads")

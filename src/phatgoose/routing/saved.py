@@ -432,10 +432,7 @@ def _check_site(
 
 
 def _sizes(
-    where: str,
-    tensors: Mapping[str, Tensor],
-    forms: Mapping[str, Form],
-    known: Mapping[str, int],
+    where: str, tensors: Mapping[str, Tensor], forms: Mapping[str, Form], known: Mapping[str, int]
 ) -> dict[str, int]:
     sizes = dict(known)
     for name, tensor in tensors.items():

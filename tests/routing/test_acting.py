@@ -417,10 +417,14 @@ def test_evaluation_generates_what_generate_does(llama, llama_pool):
         assert prediction.answer == answer.text
 
 
-def test_encoder_decoders_are_refused():
+def test_encoder_decoders_are_refused(tmp_path):
     base = make_tiny("t5")
+    pool = acting_pool(base, (None, ActsOn(tail=2)))
     with pytest.raises(RoutingError, match="act from a prompt's end on, but in an"):
-        compose(acting_pool(base, (None, ActsOn(tail=2))), base, router="phatgoose")
+        compose(pool, base, router="phatgoose")
+    save(compose(pool.select(pool.names[:1]), base, router="phatgoose"), tmp_path / "routed")
+    with pytest.raises(RoutingError, match="act from a prompt's end on, but in an"):
+        add_to_saved(tmp_path / "routed", pool.select(pool.names[1:]))
 
 
 # Routers.

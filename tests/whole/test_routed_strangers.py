@@ -266,7 +266,7 @@ def test_a_part_without_rows_is_the_only_one_at_its_site(strangers, bases, tmp_p
 
 def test_sizes_that_agree_with_each_other_but_not_with_the_base_are_refused(folder, bases):
     tamper(folder, "B.", lambda t: t[..., :5])
-    assert read_saved(folder).sites
+    assert read_saved(folder).sizes
     assert "wanted {'n'" in complaint(folder, bases["float32"])
 
 

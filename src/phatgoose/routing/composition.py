@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,12 +110,8 @@ class Composition:
 
         Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
         """
-        late = [record["name"] for record in records if record.get("acts_on") is not None]
-        if late and base.model.config.is_encoder_decoder:
-            raise RoutingError(
-                f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
-                f"encoder-decoder prompts have a stack of their own; leave them out."
-            )
+        if base.model.config.is_encoder_decoder:
+            refuse_late(records)
         prompt_router = None
         if isinstance(router, ByPrompt) and tables is not None:
             if base.tokenizer is None and router.reads_prompts:
@@ -220,6 +216,16 @@ def composition_of(model: PreTrainedModel) -> Composition:
     if parts is None:
         raise RoutingError("This model is not routed; make one with compose(pool).")
     return parts
+
+
+def refuse_late(records: Iterable[Mapping[str, Any]]) -> None:
+    """Raise RoutingError for experts of an encoder-decoder that act from a prompt's end on."""
+    late = [record["name"] for record in records if record.get("acts_on") is not None]
+    if late:
+        raise RoutingError(
+            f"{', '.join(map(repr, late))} act from a prompt's end on, but in an encoder-decoder "
+            f"prompts have a stack of their own; leave them out."
+        )
 
 
 @contextmanager

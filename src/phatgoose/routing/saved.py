@@ -44,7 +44,7 @@ from ..files import (
 )
 from ..passes import ActsOn
 from ..sites import FLOATS, dtype_at, execution_device, find_sites
-from .composition import Composition, composition_of, resolve_base
+from .composition import Composition, composition_of, refuse_late, resolve_base
 from .layers import FoldedLinear, RoutedLinear
 from .routers.prompt import ByPrompt, Tables
 from .routers.registry import router_of
@@ -245,11 +245,6 @@ class SavedModel:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(record["name"] for record in self.records)
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Where at least one of them acts."""
-        return tuple(self.sizes)
 
     def at(self, site: str) -> SitePart:
         """The experts at `site`, and their router's tensors there."""
@@ -541,6 +536,9 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     router, tables, records = saved.router, saved.tables, [*saved.records, *pool.records()]
     if taken := sorted({*saved.names} & {*pool.names}):
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
+    config = folder / CONFIG
+    if config.exists() and read_json_object(config, RoutingError).get("is_encoder_decoder"):
+        refuse_late(records)
     router.check(pool)
     check_measured(router, pool, records)
     check_base(pool.base, saved.base)
@@ -548,7 +546,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     check_alike(pool.experts, *sizes)
     if isinstance(router, ByPrompt):
         tables = tables.grown(router.tables(pool))
-    parts = {site: saved.at(site) for site in saved.sites}
+    parts = {site: saved.at(site) for site in saved.sizes}
     for site in pool.sites:
         # Without a stack to go by, float32: the base rounds it when it is loaded.
         dtype = parts[site].stack.dtype if site in parts else torch.float32
@@ -578,7 +576,7 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
         raise PoolError("No expert would be left.")
     warn_of_lowered_k(saved.router, len(staying), "the pool then has", stacklevel=3)
     place = renumbered(torch.tensor(staying), len(saved.names))
-    kept = {site: kept_part(saved.at(site), place) for site in saved.sites}
+    kept = {site: kept_part(saved.at(site), place) for site in saved.sizes}
     sites = {site: part for site, part in kept.items() if part}
     records = [saved.records[z] for z in staying]
     return _rewritten(folder, saved, sites, saved.tables.shrunk(place), records)

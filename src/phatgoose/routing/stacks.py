@@ -126,10 +126,7 @@ class SiteStack:
 
 
 def stack_modules(
-    experts: Sequence[int],
-    modules: Sequence[SiteModule],
-    dtype: torch.dtype,
-    device: torch.device,
+    experts: Sequence[int], modules: Sequence[SiteModule], dtype: torch.dtype, device: torch.device
 ) -> SiteStack:
     """The stack of one site's `modules`, of these `experts`; RoutingError for unknown kinds."""
     members: dict[str, dict[int, SiteModule]] = {}

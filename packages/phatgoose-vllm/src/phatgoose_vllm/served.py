@@ -281,7 +281,7 @@ def open_served() -> Served:
             )
         saved = read_saved(Path(str(place)))
         check_router(saved.router)
-        return Served(str(place), saved, saved.router, saved.names, saved.sites, saved.base)
+        return Served(str(place), saved, saved.router, saved.names, tuple(saved.sizes), saved.base)
     routing = _routing(text, k)
     if routing.router != AUTO:
         check_router(router_of(routing))  # before experts are read

@@ -222,4 +222,4 @@ def remove(
 
 
 def _tell(saved: SavedModel, model: Path) -> None:
-    say(f"{len(saved.names)} experts at {len(saved.sites)} sites -> {model}")
+    say(f"{len(saved.names)} experts at {len(saved.sizes)} sites -> {model}")

@@ -28,10 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def settled(
-    routing: Routing,
-    pool: Pool,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    routing: Routing, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Routing:
     """`routing` with the first router that base and experts allow, if it is auto."""
     no_prompts = model.config.is_encoder_decoder or tokenizer is None

@@ -61,6 +61,15 @@ def test_an_engine_that_was_restarted_gets_its_adapters_again(place):
         ask(client, **EXPERT)
 
 
+def test_an_expert_that_a_failed_change_has_lost_is_loaded_with_the_next_request(place):
+    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
+        here = client.app.state.service.backend.engine
+        del engine.adapters["e1"]
+        here.adapters = here.adapters._replace(ids={"e0": "e0"})
+        assert ask(client, **EXPERT)["choices"][0]["text"].startswith("e1")
+        assert [each["lora_name"] for each in engine.loaded] == ["e1"]
+
+
 def test_adapters_that_have_other_numbers_after_a_restart_are_found(place):
     with engine_of("llama.cpp", numbered()) as engine, gateway(place, engine) as client:
         engine.stop()

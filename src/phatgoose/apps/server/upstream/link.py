@@ -199,8 +199,8 @@ class Link:
                 request = self.client.build_request("POST", PATHS[is_chat], json=fields())
                 response = await self.client.send(request, stream=True)
                 break
-            except (httpx2.ConnectError, httpx2.ConnectTimeout, EngineAwayError) as error:
-                # Nothing was sent.
+            except (httpx2.ConnectError, httpx2.ConnectTimeout, EngineAwayError, KeyError) as error:
+                # Nothing was sent. KeyError: a change of a pool that failed has lost an expert.
                 self._is_known = False
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 if loop.time() + pause > min(end, deadline.end):

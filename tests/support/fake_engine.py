@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         pieces = [engine.names(body), *(f" {n}" for n in range(PIECES))]
-        if body.get("stream"):
+        if body.get("stream") or engine.mode == "endless":
             self.stream(body, pieces, is_chat)
         elif engine.mode == "odd":
             self.reply(200, engine.content)

@@ -169,6 +169,13 @@ def test_an_answer_may_be_as_long_as_what_was_asked_for(place):
         assert "The engine answers more than" in streamed(client)[1][-1]["error"]["message"]
 
 
+def test_a_stream_that_nobody_asked_for_is_held_to_the_length_of_an_answer(place):
+    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
+        engine.mode = "endless"
+        assert error_of(client, 502, **EXPERT)["code"] == "upstream_failed"
+        engine.mode = "well"
+
+
 def test_an_endless_stream_waits_for_who_reads_it(place):
     with (
         engine_of("vllm", numbered()) as engine,

@@ -203,8 +203,7 @@ class EngineBackend(Backend):
             body["prompt"] = prompt.text if is_text else list(prompt.tokens)
             if decoding.logprobs is not None:
                 body["logprobs"] = decoding.logprobs
-        is_chat = isinstance(request, ChatRequest)
-        return self.engine.adapted({**body, **self.engine.fields(sent)}, is_chat=is_chat)
+        return self.engine.adapted(body | self.engine.fields(sent), is_chat="messages" in body)
 
 
 def _reporter(

@@ -164,7 +164,8 @@ class Link:
         written = Written(number, logprobs, answer.echoed)
         most = MOST_EVENT + MOST_TOKEN * answer.decoding.max_tokens * (2 + (logprobs or 0))
         response = await self._asked(fields, is_chat, asked.deadline)
-        is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+        kind = response.headers.get("content-type", "")
+        is_stream = asked.request.stream and kind.startswith("text/event-stream")
         try:
             async with aclosing(_events(response) if is_stream else _one(response, most)) as events:
                 async for event in events:

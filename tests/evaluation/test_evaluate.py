@@ -210,10 +210,10 @@ def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, 
     replace(expert, info=info).save(expert.directory, overwrite=True)
     model = compose(expert.directory, llama, k=1, router="phatgoose")
     save(model, tmp_path / "routed")
-    told = "truncation middle, but short was trained with max_input_tokens 112, truncation right"
+    told = "max_input_tokens 512, but short was trained with max_input_tokens 112"
     with pytest.warns(UserWarning, match=told):
         evaluate(model, LONG)
-    same = Formatting(max_input_tokens=112, truncation="right")
+    same = Formatting(max_input_tokens=112)
     evaluate(model, LONG, formatting=same)
     again = load(tmp_path / "routed", detach(llama.model))
     with pytest.warns(UserWarning, match=told):

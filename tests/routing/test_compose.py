@@ -196,7 +196,6 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
-        ({"keep": "e0"}, PoolError, "lists of names"),
         ({"k": 2.5}, ConfigError, "k is 2.5, but must be a whole number"),
         ({"k": True}, ConfigError, "k is True"),
         ({"kernel": None}, ConfigError, "kernel is None"),

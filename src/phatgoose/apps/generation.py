@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..analysis.distribution import PARTS
 from ..analysis.measures import heaviest
 from ..analysis.traces import Trace, TraceStream, trace
-from ..config import SEED, Formatting
-from ..errors import ConfigError, TaskError
+from ..config import Formatting
+from ..errors import TaskError
 from ..evaluation.evaluate import Questions
 from ..files import half_character
 from ..routing.composition import composition_if_any, routing_for
@@ -35,10 +35,6 @@ class Sampling:
     max_new_tokens: int = 64
     temperature: float | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not SEED.holds(self.seed):
-            raise ConfigError(f"seed is {self.seed}, but must be {SEED.words}.")
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ def check_fit(
         got = (module.in_features or n, module.out_features or d)
         lengths = {len(each[site]) for each in vectors if site in each}
         if got != (n, d) or lengths - {n}:
-            more = f", with gates or means of {max(lengths)} numbers" if lengths else ""
+            more = f", with gates or means of {sorted(lengths)} numbers" if lengths else ""
             raise ExpertError(
                 f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features{more}, the base "
                 f"model {n} to {d}; it was trained on another base."

@@ -145,6 +145,12 @@ class Composition:
             folded = folded_weight(original, plain, size)
             self.layers[site.name] = FoldedLinear(original, site, folded, stack.experts, size)
             return
+        sizes = {"E": len(stack.experts), "n": site.in_features, "d": site.out_features}
+        for name, letters in router.sizes.items():  # kernels trust them, whoever's router it is
+            wanted = [sizes.get(x, got) for x, got in zip(letters, state[name].shape, strict=True)]
+            if wanted != [*state[name].shape]:
+                what = f"{site.name}: {name} of router {router.name}"
+                raise RoutingError(f"{what} is {list(state[name].shape)}, not {wanted}.")
         module = SiteRouter(router, site.name, stack.experts, size, state)
         module.context = self.context
         # Of a quantised layer the type is of integers.

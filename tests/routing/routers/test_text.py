@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
+import torch
 
 from fake_packages import install
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
@@ -143,3 +144,21 @@ def test_what_can_not_be_loaded_is_named_and_breaks_nothing_else(theirs):
     assert registry.listing()["first"].summary == "The first expert"
     with pytest.raises(ConfigError, match="router is 'lost', but must be one of auto, random"):
         class_of("lost")
+
+
+def test_a_table_of_other_sizes_never_reaches_a_kernel(llama, llama_pool):
+    @dataclass(frozen=True)
+    class Wrong(Router):
+        """Of another package."""
+
+        name = "wrong-sizes"
+        sizes, fused = {"vectors": "En"}, "absolute"
+
+        def table(self, pool, site):
+            return {"vectors": torch.ones(len(pool), 1)}
+
+    try:
+        with pytest.raises(RoutingError, match=r"wrong-sizes is \[4, 1\], not \[4, \d+\]"):
+            compose(llama_pool, llama, router="wrong-sizes")
+    finally:
+        del Router.defined["wrong-sizes"]

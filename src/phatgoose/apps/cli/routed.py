@@ -129,7 +129,7 @@ def generate(
     temperature: Annotated[
         float | None, "Sample with this temperature; default: greedy.", {"min": 1e-3}
     ] = None,
-    seed: Annotated[int, "Seed of sampling."] = 0,
+    seed: Annotated[int, "Seed of sampling.", {"min": 0, "max": (1 << 32) - 1}] = 0,
     show_experts: Annotated[
         bool, "Colour each token by its top expert, and print each expert's share of the tokens."
     ] = False,

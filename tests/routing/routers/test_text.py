@@ -13,6 +13,7 @@ from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
+from phatgoose.routing.routers.phatgoose import Phatgoose
 from phatgoose.routing.routers.registry import all_routers, canonical, class_of, split_routers
 from phatgoose.routing.routers.router import Router
 from phatgoose.routing.saved import load, save
@@ -162,3 +163,12 @@ def test_a_table_of_other_sizes_never_reaches_a_kernel(llama, llama_pool):
             compose(llama_pool, llama, router="wrong-sizes")
     finally:
         del Router.defined["wrong-sizes"]
+
+
+def test_a_subclass_with_scores_of_its_own_is_not_scored_by_a_kernel():
+    class Opposite(Phatgoose):
+        def scores(self, u, table):
+            return -super().scores(u, table)
+
+    assert Phatgoose.fused
+    assert not Opposite.fused

@@ -111,6 +111,8 @@ class Router(Settings):
             is_taken = name not in settings and any(name in vars(base) for base in frame)
             if is_taken and "ClassVar" not in str(kind):
                 raise TypeError(f"{cls.__name__}.{name} can't be a setting: routers have {name}.")
+        if "scores" in vars(cls) and "fused" not in vars(cls):
+            cls.fused = ""  # kernels have the scores of the class that it comes from
         if "name" in vars(cls):
             cls.defined[cls.name] = cls
 

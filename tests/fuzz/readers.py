@@ -227,7 +227,7 @@ def saved(data: bytes) -> None:
     _wanted(len(model.names) == len(set(model.names)) > 0, "names of experts")
     for tensor in model.tensors.values():
         _wanted(bool(torch.isfinite(tensor.float()).all()), "a number that isn't finite")
-    for site in model.sites:
+    for site in model.sizes:
         acting = model.tensors[f"experts.{site}"]
         least, most = acting.aminmax()
         _wanted(0 <= int(least) <= int(most) < len(model.names), "an expert that isn't there")

@@ -80,7 +80,7 @@ class Embeds(ByPrompt):
     def ready(self, tables: Tables) -> Searched:
         info, form = tables.info, getattr(self, "form", PROMPT)
         if "embedder" not in info or info.get("embedding_form", PAPER_TEXT) != form:
-            raise RoutingError(f"routed.json has no embedder's vectors of {TEXTS[form]}.")
+            raise RoutingError(f"routed.json names no embedder of {TEXTS[form]}.")
         embedder = usable_embedder(info["embedder"], self.embedder)
         load_embedder(embedder)  # not with the first prompt
         rows = tables.tensors[self.rows]

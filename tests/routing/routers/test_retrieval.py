@@ -70,7 +70,7 @@ def test_embeddings_of_other_sizes_or_texts_are_not_compared():
     with pytest.raises(RoutingError, match="sizes differ"):
         retriever_of(torch.eye(5, 63), owners).choose(["apples"])
     for form in ("paper", None):
-        with pytest.raises(RoutingError, match="vectors of prompts as the model reads them"):
+        with pytest.raises(RoutingError, match="embedder of prompts as the model reads them"):
             retriever_of(torch.eye(5, 64), owners, form)
 
 

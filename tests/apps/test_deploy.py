@@ -113,7 +113,7 @@ def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_
     deploy(pool, engine, tmp_path / "out")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("vllm", "python", "llama-server", "phatgoose"):
+    for name in ("vllm", "python", "python3", "llama-server", "phatgoose"):
         (programs / name).write_text(RECORDING)
         (programs / name).chmod(0o755)
     record = tmp_path / "record"
@@ -132,7 +132,7 @@ def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_
 
     if engine == "llama.cpp":
         converted = started("convert.sh")
-        assert converted.count("python") == 1 + len(pool.names)
+        assert converted.count("python3") == 1 + len(pool.names)
         assert converted[3:6] == ["--outfile", "base.gguf", "--seed"]
         assert value_of(converted, "--base") == "me/base"
     program, *arguments = started("engine.sh")

@@ -227,11 +227,11 @@ def test_sixty_four_clients_get_what_one_gets(one, prompts):
     assert len(differ) <= FEW  # rows of one batch may round otherwise, which breaks ties
 
 
-def test_an_engine_that_is_killed_in_the_middle_of_streams(one, engine, prompts):
+def test_an_engine_that_is_killed_in_the_middle_of_streams(experts, engine, prompts):
     """Five times: every stream ends, with its end or an error; then the engine is used again."""
     import httpx2
 
-    with serving.running(one.app) as url:
+    with serving.running(gateway_of(experts, engine, "retrieval")) as url:
         for _ in range(5):
             begun = threading.Barrier(5, timeout=60)
             ends: list[str] = []

@@ -89,7 +89,7 @@ def test_a_stream_of_a_chat_makes_the_whole_chat(client):
     assert (last["choices"], last["usage"]) == ([], reply["usage"])
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     parts = [chunk["choices"][0] for chunk in chunks]
-    text = "".join(part["delta"]["content"] or "" for part in parts)
+    text = "".join(part["delta"]["content"] for part in parts)
     assert text == choice["message"]["content"]
     told = joined(part["logprobs"]["content"] for part in parts if part["logprobs"])
     shown = [[each["token"] for each in rows] for rows in (told, choice["logprobs"]["content"])]

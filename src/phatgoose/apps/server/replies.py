@@ -121,7 +121,7 @@ class Builder:
         self._generated[progress.choice] = progress.generated
         if not self.is_chat:
             return protocol.CompletionReply(**self._identity, choices=[self._completion(progress)])
-        delta = protocol.Delta(content=progress.text or None, **progress.more)
+        delta = protocol.Delta(content=progress.text, **progress.more)
         choice = protocol.ChatChunkChoice(**self._common(progress), delta=delta)
         return protocol.ChatChunk(**self._identity, choices=[choice])
 

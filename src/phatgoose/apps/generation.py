@@ -160,25 +160,23 @@ def explain(
     given: str | None = None,
     *,
     formatting: Formatting | None = None,
-    max_new_tokens: int = 16,
+    sampling: Sampling | None = None,
     layer: str | None = None,
     kind: str | None = None,
 ) -> Explanation:
     """How the routed `model` serves `prompt` and the answer after it, seen at a layer and a kind.
 
-    The answer is the one `given`, or what the model generates greedily. A layer or kind that
+    The answer is the one `given`, or what the model generates by `sampling`. A layer or kind that
     doesn't exist is refused when the explanation is shown.
     """
     check_prompt(prompt)
     check_text(given or "", "The answer")
-    text = given
-    if text is None:
-        text = generate(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
+    routed = model, tokenizer, prompt
+    text = generate(*routed, formatting, sampling).text if given is None else given
     encoder = Encoder.for_model(model, tokenizer, formatting)
     pair = encoder.pair(prompt, text)
     if given is not None:  # `generate` has reported them already
         encoder.cuts([pair]).report("the prompt")
-    asked = [Example(prompt, "")]
     # By the prompt, not by an answer after it.
-    with routing_for(model, [pair.prompt], examples=asked, encoder=encoder):
+    with routing_for(model, [pair.prompt], examples=[Example(prompt, "")], encoder=encoder):
         return Explanation(trace(model, encoder, pair), text, layer, kind)

@@ -310,6 +310,7 @@ def explain(
     Each token of prompt and answer has the colour of the expert of greatest weight. The last line
     has each expert's share of the tokens.
     """
+    from ..generation import Sampling
     from ..generation import explain as run
 
     check_report(json, EvaluationError)
@@ -320,7 +321,7 @@ def explain(
         prompt,
         answer,
         formatting=formatting,
-        max_new_tokens=max_new_tokens,
+        sampling=Sampling(max_new_tokens),
         layer=layer,
         kind=kind,
     )

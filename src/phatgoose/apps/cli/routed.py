@@ -144,14 +144,15 @@ def generate(
     from ..generation import generate as run
 
     opened = opening.open(model, routing, given)
-    routed, sampling = (
-        (opened.model, opened.tokenizer, prompt),
-        Sampling(max_new_tokens, temperature, seed),
-    )
-    text = run(*routed, formatting, sampling).text
+    routed = opened.model, opened.tokenizer, prompt
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    if show_experts:
+        explanation = explain(*routed, formatting=formatting, sampling=sampling)
+        text = explanation.answer
+    else:
+        explanation, text = None, run(*routed, formatting, sampling).text
     if not text:
         say("the model ended its answer at once", err=True)
-    explanation = explain(*routed, text, formatting=formatting) if show_experts else None
     answer: dict[str, Any] = {"prompt": prompt, "text": text}
     answer |= {"summary": explanation.summary} if explanation else {}
     if report(json, answer, "answer", RoutingError):

@@ -14,7 +14,7 @@ from phatgoose.config import from_mapping
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
 from phatgoose.tasks.task import Suite
-from phatgoose.training import statistics as statistics_module
+from phatgoose.training import train_expert as statistics_module
 from toy_embedders import embed
 
 RECIPES = ROOT / "recipes"

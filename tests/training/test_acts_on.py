@@ -22,8 +22,7 @@ from phatgoose.tasks import batching
 from phatgoose.tasks.batching import Collator, target_logits
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.training.modules import GatedLinear
-from phatgoose.training.statistics import measure
-from phatgoose.training.train_expert import train_gates
+from phatgoose.training.train_expert import measure, train_gates
 from tiny import assert_same_logits, copied_model, logits_of, make_adapter, pairs_of, peft_model
 from training_runs import GATES, TASK, TRAINING, train
 

@@ -6,17 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import fsspec
 import pytest
-from safetensors.torch import load
 
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
-from phatgoose.training.pool_jobs import ExpertFolder, train_experts
+from phatgoose.training.pool_jobs import train_experts
 from phatgoose.training.train_expert import open_work, train_gates
 from phatgoose.training.trainer import work_of
-from small_disks import FEW, TASK, everything, told, train
+from small_disks import FEW, TASK, told, train
 from training_jobs import SETTINGS
 
 HOLD = """
@@ -88,73 +84,9 @@ def test_work_beside_what_is_no_expert_stays_and_beside_an_expert_goes(llama, tm
     assert {path.name for path in tmp_path.iterdir()} == {"expert", "gated"}
 
 
-@pytest.fixture(params=["file", "memory"])
-def url(request, tmp_path, monkeypatch) -> str:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fsspec.filesystem("memory").rm("/", recursive=True) if request.param == "memory" else None
-    return f"file://{tmp_path}/far" if request.param == "file" else "memory://far/experts"
-
-
-def files_at(url: str) -> dict[str, bytes]:
-    files, root = fsspec.core.url_to_fs(url)
-    paths = files.ls(f"{root}/numbers", detail=False)
-    return {path.rpartition("/")[2]: files.cat_file(path) for path in paths}
-
-
-class StoreError(Exception):
-    """What a store raises, by a name of its own."""
-
-
-def refuse(*_, **__):
-    raise StoreError("no credentials")
-
-
-def test_a_finished_expert_is_put_at_a_url_whole_and_what_could_not_be_put_is_put_when_resumed(
-    url, job, llama, tmp_path, monkeypatch
-):
-    folder, (files, _) = ExpertFolder(url), fsspec.core.url_to_fs(url)
-    put = type(files).put_file
-
-    def but_the_description(self, source, target, *arguments, **options):
-        if source.endswith(LAYOUT.info):
-            refuse()
-        put(self, source, target, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(files), "put_file", but_the_description)
-        with pytest.raises(
-            ExpertError, match=rf"^{url} can't be written: no credentials\. .*resume"
-        ):
-            list(train_experts(llama, [job], out=url))
-    assert not folder.has("numbers")
-    monkeypatch.setattr("phatgoose.training.train_expert.fit", refuse)  # it is only copied
-    (put_there,) = train_experts(llama, [job.again()], out=url)
-    assert folder.has("numbers")
-    assert everything(folder.path) == set()
-    monkeypatch.undo()
-    (info,) = train_experts(llama, [job.again()], out=url)
-    assert info == put_there
-    list(train_experts(llama, [job], out=str(tmp_path / "here")))
-    wanted, got = files_at(f"file://{tmp_path}/here"), files_at(url)
-    assert wanted.keys() == got.keys()
-    for file in (ADAPTER_WEIGHTS, LAYOUT.vectors):
-        for name, tensor in load(wanted[file]).items():
-            assert tensor.equal(load(got[file])[name])
-
-
-def test_a_store_that_cannot_be_read_or_is_none_is_told_before_the_work(
-    url, job, llama, monkeypatch
-):
-    monkeypatch.setattr(type(fsspec.core.url_to_fs(url)[0]), "exists", refuse)
-    with pytest.raises(ExpertError, match=rf"^{url} can't be read: no credentials\.$"):
-        list(train_experts(llama, [job], out=url))
-    with pytest.raises(ExpertError, match=r"^nowhere://experts can't be read"):
-        list(train_experts(llama, [job], out="nowhere://experts"))
-
-
 def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, job, tmp_path):
-    (first,) = train_experts(llama, [job], out=str(tmp_path))
+    (first,) = train_experts(llama, [job], out=tmp_path)
     other = replace(SETTINGS, training=replace(SETTINGS.training, seed=3))
     with pytest.warns(UserWarning, match=r"kept as it is, with other settings: seed 0, not 3\.$"):
-        (again,) = train_experts(llama, [replace(job, settings=other)], out=str(tmp_path))
+        (again,) = train_experts(llama, [replace(job, settings=other)], out=tmp_path)
     assert again == first

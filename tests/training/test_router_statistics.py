@@ -14,9 +14,8 @@ from phatgoose.errors import ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import statistics as statistics_module
-from phatgoose.training.statistics import measure
-from phatgoose.training.train_expert import train_expert
+from phatgoose.training import train_expert as statistics_module
+from phatgoose.training.train_expert import measure, train_expert
 from tiny import make_adapter
 from toy_embedders import embed
 from training_runs import trained
@@ -175,18 +174,3 @@ def test_foreign_files_are_not_lost(llama, tmp_path):
     expert = trained(llama, tmp_path / "count", train)
     (expert.directory / "notes.txt").write_text("mine")
     refused(ExpertError, "also holds notes.txt", expert, llama)
-
-
-def test_an_expert_that_was_replaced_meanwhile_is_left_alone(llama, tmp_path, monkeypatch):
-    expert = trained(llama, tmp_path / "count", train)
-    other = train_expert(llama, TASK, out=tmp_path / "other", training=TRAINING, peft=Lora(rank=3))
-    statistics_of = statistics_module.statistics_of
-
-    def replaced_meanwhile(*arguments, **options):
-        other.save(expert.directory, overwrite=True)
-        return statistics_of(*arguments, **options)
-
-    monkeypatch.setattr(statistics_module, "statistics_of", replaced_meanwhile)
-    with pytest.raises(ExpertError, match="has become another expert"):
-        measured(expert.directory, llama)
-    assert Expert.load(expert.directory).info.adapter_sha256 == other.info.adapter_sha256

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import re
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from engines import free_port
-from phatgoose.base import Base, load_base
-from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.config import GateTraining
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, check_expert
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Task
 from phatgoose.training import trainer as trainer_module
-from phatgoose.training.train_expert import train_expert
 from phatgoose.training.trainer import (
     PartialTrainer,
     visiting_order,
@@ -149,52 +138,3 @@ def test_every_pass_visits_each_example_once_and_batches_hold_similar_lengths():
     assert all(lengths[i : i + 4] == sorted(lengths[i : i + 4]) for i in range(0, 20, 4))
     assert order == visiting_order(pairs, batch=4, steps=5, seed=0)
     assert order != visiting_order(pairs, batch=4, steps=5, seed=1)
-
-
-ANSWERS = ("yes", "no, never", "perhaps")
-ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]
-NUMBERS = Task("numbers", tuple(ROWS[:16]), validation=tuple(ROWS[16:]))  # 7: not to be halved
-SHARED = Training(steps=5, batch_size=8, micro_batch_size=2, eval_every=2, learning_rate=2e-2)
-
-
-def train_together(base: Base | str, out: Path, *, joint: bool) -> None:
-    gates = GateTraining(gate_steps=3, statistics_examples=4, joint=joint)
-    train_expert(
-        base, NUMBERS, out=out, peft=Lora(rank=2), training=SHARED, gate_training=gates, resume=True
-    )
-
-
-def train_as(rank: int, port: int, base: Path, out: Path, joint: bool) -> None:
-    """What one of two processes does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    warnings.simplefilter("default")
-    torch.set_num_threads(1)
-    train_together(load_base(base, dtype="float32"), out, joint=joint)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, joint):
-    train_together(llama, tmp_path / "alone" / "numbers", joint=joint)
-    port, context = free_port(), multiprocessing.get_context("fork")
-    places = (port, base_folders["llama"], tmp_path / "together" / "numbers", joint)
-    both = [context.Process(target=train_as, args=(rank, *places)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-    ended = [process.exitcode for process in both]
-    for process in both:
-        process.kill()
-    assert ended == [0, 0]
-    alone, together = (tmp_path / place / "numbers" for place in ("alone", "together"))
-    assert check_expert(together) == []
-    assert sorted(path.name for path in together.parent.iterdir()) == ["numbers"]
-    for file in (ADAPTER_WEIGHTS, LAYOUT.vectors):
-        wanted, got = load_file(alone / file), load_file(together / file)
-        assert wanted.keys() == got.keys()
-        for name, tensor in wanted.items():
-            largest = float(tensor.abs().max())
-            torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-3 * largest)

@@ -25,7 +25,7 @@ from phatgoose.routing.recording import record, watch
 from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
-from phatgoose.training.statistics import mean_activations
+from phatgoose.training.train_expert import mean_activations
 from tiny import assert_same_logits, make_tokenizer
 
 PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])

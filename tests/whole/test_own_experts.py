@@ -20,7 +20,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
-from phatgoose.training.statistics import mean_activations
+from phatgoose.training.train_expert import mean_activations
 from scored_tasks import CHOICE_TASK, naive_scores
 from tiny import logits_of, make_tokenizer
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..errors import BaseModelError
@@ -289,8 +288,7 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The logits that predict `batch["labels"]` of a `Collator`: its shape and the vocabulary's."""
     ours = ("labels", "places", "active")
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in ours}
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # The position before the first label predicts it; the last position predicts nothing here.
     kept = batch["labels"].shape[1] + 1
     is_causal = "places" not in batch and "decoder_input_ids" not in batch

@@ -1,7 +1,9 @@
 """Training an expert: an adapter on a task, then its gates, then statistics (paper section 3).
 
 Each stage leaves its result in the work folder, where an interrupted run resumes. The expert's
-directory is written last, whole or not at all.
+directory is written last, whole or not at all. Of the statistics, mean activations are for Average
+Activation, embeddings of training inputs for Retrieval, readings of prompts for router
+discriminant, which isn't the paper's.
 """
 
 from __future__ import annotations
@@ -10,17 +12,18 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..base import (
     Base,
@@ -36,27 +39,29 @@ from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, WrongBaseError
 from ..experts.expert import (
     LAYOUT,
+    MOST_EMBEDDINGS,
     Expert,
-    ExpertInfo,
     adapter_files,
     check_name,
+    expert_files,
     invocation_of,
     read_modules,
+    recorded_formatting,
 )
-from ..experts.kind import applied, check_fit
+from ..experts.kind import ModifiedLinear, applied, check_fit
 from ..experts.peft_files import record_invocation
 from ..experts.registry import kind_for
+from ..experts.statistics import PromptStates, readings_of
 from ..files import WRITING_ERRORS, reason, sha256_of, shortened, write_text
 from ..passes import ActsOn
-from ..sites import find_sites
-from ..tasks.embeddings import load_embedder
-from ..tasks.encoding import CUTS, Encoder, TokenPair, as_read
+from ..sites import Site, find_sites
+from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
+from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
-from ..tasks.prompt_passes import read_pairs
+from ..tasks.prompt_passes import read_pairs, read_prompts
 from ..tasks.task import Task, draw
 from .modules import GatedLinear, fresh_expert, placed_sites
-from .statistics import statistics_of
-from .trainer import Hyperparameters, Run, fit, is_first, join_processes, wait_for_all, work_of
+from .trainer import Hyperparameters, Run, fit, work_of
 
 IDENTITY, LOCK = "run.json", "lock"
 REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapter, beside its files
@@ -64,42 +69,50 @@ REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapte
 FREE = (*("statistics_examples", "means", "readings", "embeddings", "embedder", "embedding_form"),)
 
 
+class Options(TypedDict, total=False):
+    """What `train_expert` and `train_gates` take by keyword, beside where the expert goes."""
+
+    peft: Peft | None
+    training: Training | None
+    gate_training: GateTraining | None
+    formatting: Formatting | None
+    name: str | None
+    resume: bool
+    restart: bool
+    callbacks: Iterable[TrainerCallback]
+
+
 def train_expert(
     base: Base | str | Path,
     task: Task | str | Path,
     *,
     out: str | Path,
-    peft: Peft | None = None,
-    training: Training | None = None,
-    gate_training: GateTraining | None = None,
-    formatting: Formatting | None = None,
-    name: str | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    callbacks: Iterable[TrainerCallback] = (),
+    **options: Unpack[Options],
 ) -> Expert:
     """A finished expert for `task`, written to `out`, with gates and statistics (paper section 3).
 
-    Checkpoints are kept in `.<out's name>.work` beside `out`. If `accelerate launch` started
-    several processes, all of them call this, share each batch, and the first one writes.
+    Checkpoints are kept in `.<out's name>.work` beside `out`.
 
     Args:
         base: A loaded base, which serves many tasks, or its name.
         task: A task, a file, or `hub:DATASET`.
         out: The folder to write.
-        peft: The kind and shape of the adapter: `Lora`, `Dora`, `IA3` or `Bottleneck`; None is
-            `Lora()`.
-        training: Steps, rate and so on; None is `Training()`. With its `acts_on` the expert acts
-            from its prompts' end on; so do its gates, and its means are measured there.
-        gate_training: Gates are trained after the adapter, or if it is `joint` together with it,
-            for its steps and at its learning rate (paper Appendix A); the files are the same either
-            way. None is `GateTraining()`.
-        formatting: How inputs are cut and wrapped; None is `Formatting()`.
-        name: The expert's name; None is that of `out`.
-        resume: Continue an interrupted run, or load a finished expert, with a warning if that has
-            other settings. Its data aren't compared with `task`.
-        restart: Throw away the work of an earlier run. Without this or `resume`, it is an error.
-        callbacks: transformers' TrainerCallbacks, for the training of the expert and of its gates.
+        options: All of them may be left out.
+
+            - `peft`: The kind and shape of the adapter: `Lora()`, `Dora`, `IA3` or `Bottleneck`.
+            - `training`: Steps, rate and so on; `Training()`. With its `acts_on` the expert acts
+              from its prompts' end on; so do its gates, and its means are measured there.
+            - `gate_training`: Gates are trained after the adapter, or if it is `joint` together
+              with it, for its steps and at its learning rate (paper Appendix A); the files are the
+              same either way. `GateTraining()`.
+            - `formatting`: How inputs are cut and wrapped; `Formatting()`.
+            - `name`: The expert's name, instead of that of `out`.
+            - `resume`: Continue an interrupted run, or load a finished expert, with a warning if
+              that has other settings. Its data aren't compared with `task`.
+            - `restart`: Throw away the work of an earlier run. Without this or `resume`, it is an
+              error.
+            - `callbacks`: transformers' TrainerCallbacks, for the training of the expert and of its
+              gates.
 
     Raises:
         ExpertError: `out` exists, the name can't be an expert's, or training diverges.
@@ -108,14 +121,13 @@ def train_expert(
         RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
-    out, peft = Path(out), peft or Lora()
-    rest = (training or Training(), gate_training or GateTraining(), formatting or Formatting())
-    settings = Hyperparameters(peft, *rest)
+    out, peft = Path(out), options.get("peft") or Lora()
+    settings = _settings(peft, options)
     if out.exists():
-        return finished_expert(out, base, settings, resume=resume)
-    run = _begun(base, task, settings, out, name, callbacks)
+        return finished_expert(out, base, settings, resume=options.get("resume", False))
+    run = _begun(base, task, settings, out, options)
     placed_sites(run.base.model, peft)  # refuses bad settings before anything is written
-    with open_work(out, _identity(run), resume=resume, restart=restart):
+    with open_work(out, _identity(run), **_unfinished(options)):
         adapter = _trained_adapter(run, peft)
         metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
         gates = load_file(adapter / JOINT_GATES) if settings.gates.joint else None
@@ -128,13 +140,7 @@ def train_gates(
     task: Task | str | Path,
     *,
     out: str | Path,
-    training: Training | None = None,
-    gate_training: GateTraining | None = None,
-    formatting: Formatting | None = None,
-    name: str | None = None,
-    resume: bool = False,
-    restart: bool = False,
-    callbacks: Iterable[TrainerCallback] = (),
+    **options: Unpack[Options],
 ) -> Expert:
     """The expert made of an existing adapter and gates trained for it on `task`.
 
@@ -148,13 +154,8 @@ def train_gates(
             its own, but as the gates' (docs/format.md).
         task: The data it was trained on: a task, a file, or `hub:DATASET`.
         out: The folder to write.
-        training: All that `gate_training` doesn't say; None is `Training()`.
-        gate_training: Steps, learning rate and statistics; None is `GateTraining()`.
-        formatting: How inputs are cut and wrapped; None is `Formatting()`.
-        name: The expert's name; None is that of `out`.
-        resume: Continue an interrupted run, or load a finished expert.
-        restart: Throw away the work of an earlier run.
-        callbacks: transformers' TrainerCallbacks.
+        options: As in `train_expert`, but for `peft`. `gate_training` has steps, learning rate and
+            statistics, `training` all that it doesn't say.
 
     Raises:
         ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, or training
@@ -165,17 +166,16 @@ def train_gates(
         TaskError: The task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
-    rest = (training or Training(), gate_training or GateTraining(), formatting or Formatting())
-    settings = Hyperparameters(None, *rest)
+    settings = _settings(None, options)
     if settings.gates.joint:
         raise ConfigError(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
     if out.exists():
-        return finished_expert(out, base, settings, resume=resume)
+        return finished_expert(out, base, settings, resume=options.get("resume", False))
     modules = read_modules(adapter)
-    run = _begun(base, task, settings, out, name, callbacks)
+    run = _begun(base, task, settings, out, options)
     earlier, metrics = dict[str, Any](), dict[str, Any]()
     acting = invocation_of(adapter)
     if (adapter / LAYOUT.info).is_file():
@@ -186,8 +186,24 @@ def train_gates(
     run = replace(run, acting=acting)
     check_fit(adapter.name, modules, find_sites(run.base.model))
     weights = sha256_of(adapter / adapter_files(adapter).weights)
-    with open_work(out, _identity(run, weights), resume=resume, restart=restart):
+    with open_work(out, _identity(run, weights), **_unfinished(options)):
         return _finished(run, adapter, earlier, metrics, None)
+
+
+def _settings(peft: Peft | None, options: Options) -> Hyperparameters:
+    return Hyperparameters(
+        peft,
+        options.get("training") or Training(),
+        options.get("gate_training") or GateTraining(),
+        options.get("formatting") or Formatting(),
+    )
+
+
+def _unfinished(options: Options) -> dict[str, bool]:
+    return {
+        "resume": options.get("resume", False),
+        "restart": options.get("restart", False),
+    }
 
 
 def _begun(
@@ -195,21 +211,21 @@ def _begun(
     task: Task | str | Path,
     settings: Hyperparameters,
     out: Path,
-    name: str | None,
-    callbacks: Iterable[TrainerCallback],
+    options: Options,
 ) -> Run:
     """The run with these settings; what would fail after hours is refused now."""
-    check_name(name or out.name)
+    name = options.get("name") or out.name
+    check_name(name)
     task = task if isinstance(task, Task) else load_task(task)
     if settings.gates.embeddings:
         load_embedder(settings.gates.embedder)
-    join_processes()
     base = load_base(base) if isinstance(base, str | Path) else base
     task = task.with_validation(settings.training.seed)
     encoder = Encoder.of(base, as_read(settings.formatting, task.train))
     settings = replace(settings, formatting=encoder.formatting)
     acting = None if settings.peft is None else acting_for(encoder, settings.training.acts_on)
-    run = Run(base, task, encoder, settings, out, name or out.name, acting, tuple(callbacks))
+    callbacks = tuple(options.get("callbacks", ()))
+    run = Run(base, task, encoder, settings, out, name, acting, callbacks)
     if settings.gates.means:  # read one example as they will be measured
         model, padding = base.model, base.tokenizer.pad_token_id
         pairs = encoder.pairs(task.validation[:1])
@@ -236,17 +252,13 @@ def open_work(
     """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
 
     Its name starts with a dot, so that nothing takes it for a finished result. It is locked while
-    the context is open, or until the process is killed; of several processes of one training the
-    first holds the lock. When the context ends and `out` is there, the work is removed. Raises
+    the context is open, or until the process is killed. When the context ends and `out` is there,
+    the work is removed. Raises
     ExpertError when `out` is there at first, when there is unfinished work and neither `resume` nor
     `restart` is set, another process holds the lock, or the folder can't be written; ConfigError
     when the work to resume has another identity.
     """
     work = work_of(out)
-    if not is_first():
-        wait_for_all()
-        yield work
-        return
     try:
         if work.is_symlink() or any(path.is_symlink() for path in work.rglob("*")):
             raise ExpertError(f"{work} is or holds a symbolic link, as no work of ours; remove it.")
@@ -255,7 +267,6 @@ def open_work(
             if out.exists():
                 raise ExpertError(f"Another process has made {out} meanwhile.")
             _claim(work, json.dumps(identity, indent=2), resume=resume, restart=restart)
-            wait_for_all()
             yield work
         if out.exists():  # the lock is free: some file systems remove no open file
             shutil.rmtree(work, ignore_errors=True)
@@ -302,7 +313,7 @@ def _encoded(run: Run, *, tells: bool) -> tuple[list[TokenPair], dict[str, int]]
     """The training examples, and the record of how many were cut."""
     pairs = run.encoder.pairs(run.task.train)
     cuts = run.encoder.cuts(pairs)
-    if tells and is_first():
+    if tells:
         cuts.report(run.task.name)
     return pairs, cuts.record()
 
@@ -318,25 +329,22 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
     validation = run.encoder.pairs(drawn)
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
-        found = fit(run, fresh.model, "expert", pairs, validation)
+        metrics = fit(run, fresh.model, "expert", pairs, validation)
         gates: dict[str, Tensor] = {}
         for site, module in fresh.parts.items() if joint else ():
             gates[site] = module.gate.detach().cpu()  # type: ignore[operator]
             del module.gate  # PEFT would save it with its layer
-        if is_first():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            fresh.save(unfinished)
-            invocation = run.acting.invocation if run.acting else None
-            if invocation and kind_for(peft).holds_invocation:
-                record_invocation(unfinished, invocation)
-            if joint:
-                save_file(gates, unfinished / JOINT_GATES)
-            metrics = {f"expert_{name}": value for name, value in found.items()} | cuts
-            (unfinished / REPORT).write_text(json.dumps(metrics), encoding="utf-8")
-            os.rename(unfinished, finished)
-            shutil.rmtree(run.work / "expert")
-        wait_for_all()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        fresh.save(unfinished)
+    invocation = run.acting.invocation if run.acting else None
+    if invocation and kind_for(peft).holds_invocation:
+        record_invocation(unfinished, invocation)
+    if joint:
+        save_file(gates, unfinished / JOINT_GATES)
+    (unfinished / REPORT).write_text(json.dumps(metrics | cuts), encoding="utf-8")
+    os.rename(unfinished, finished)
+    shutil.rmtree(run.work / "expert")
     return finished
 
 
@@ -351,26 +359,15 @@ def _finished(
 
     `earlier` are the hyper-parameters of an adapter that was given, `metrics` those so far.
     """
-    modules, task = read_modules(adapter), run.task
+    task = run.task
     if gates is None:
-        gates, found = _trained_gates(run, modules)
-        metrics = {name: metrics[name] for name in metrics if name not in CUTS} | found
-    if not is_first():
-        wait_for_all()
-        return Expert.load(run.out)
-    measured = statistics_of(run, modules)
-    embeds = run.settings.gates.embeddings
+        gates, updates = _trained_gates(run, read_modules(adapter))
+        metrics = {name: metrics[name] for name in metrics if name not in CUTS} | updates
     expert = Expert.from_peft(
         adapter,
         gates,
         base=run.base.reference,
         name=run.name,
-        means=measured.means,
-        readings=measured.readings,
-        embeddings=measured.embeddings,
-        embedder=run.settings.gates.embedder if embeds else None,
-        embedding_form=run.settings.gates.embedding_form if embeds else None,
-        measured_in=measured.measured_in,
         task={
             "name": task.name,
             "source": task.source,
@@ -382,9 +379,7 @@ def _finished(
         metrics=metrics,
         acts_on=run.acting,
     )
-    saved = expert.save(run.out)
-    wait_for_all()
-    return saved
+    return _with_statistics(run, expert)[0].save(run.out)
 
 
 def _trained_gates(
@@ -398,9 +393,133 @@ def _trained_gates(
         for layer in layers.values():
             layer.gate.requires_grad_(True)
         # The paper selects no checkpoint: the last step's gates are kept.
-        found = fit(run, model, "gates", pairs)
+        metrics = fit(run, model, "gates", pairs)
         gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
-    return gates, cuts | {f"gate_{name}": value for name, value in found.items()}
+    return gates, cuts | metrics
+
+
+# Statistics for other routers, measured when an expert is trained, or later (paper section 4.2).
+
+
+def measure(
+    expert: Expert | str | Path,
+    base: Base | str | Path,
+    task: Task,
+    settings: GateTraining,
+    *,
+    seed: int | None = None,
+    formatting: Formatting | None = None,
+) -> Expert:
+    """The expert with the statistics of `settings` measured on `task`, its directory rewritten.
+
+    `task` should be the data that the expert was trained on. A random sample of its training split
+    is measured: at most `statistics_examples`, for embeddings at most 1000. `seed` (of the sample
+    and of the validation split) and `formatting` default to what the expert records of its
+    training, which gives the same numbers as then. What isn't asked for stays as it is, as do
+    adapter and gates; the model card is written again.
+
+    Raises ConfigError when embedding isn't possible, WrongBaseError when `base` isn't the expert's,
+    ExpertError when the directory holds foreign files, which rewriting would lose, TaskError when
+    the task can't be used.
+    """
+    expert = expert if isinstance(expert, Expert) else Expert.load(expert)
+    foreign = {path.name for path in expert.directory.iterdir()} - set(expert_files())
+    if foreign:
+        raise ExpertError(
+            f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "
+            f"expert would lose; move that away first."
+        )
+    base = load_base(base) if isinstance(base, str | Path) else base
+    check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
+    recorded = expert.info.hyperparameters
+    if seed is None:
+        seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
+    if formatting is None:
+        formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
+    hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
+    encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
+    task = task.with_validation(seed)
+    run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.acts_on)
+    measured, cuts = _with_statistics(run, expert)
+    cuts.report(task.name)
+    return measured.save(place, overwrite=True)
+
+
+def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
+    """The expert with those that the run's settings ask for, of a sample of the task.
+
+    Means are measured with the expert at full strength, as it acts when it is routed to, readings
+    without it. Of an expert that acts on prompts' ends, means are those of the tokens that it acts
+    on. Raises ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't
+    possible.
+    """
+    settings, seed = run.settings.gates, run.settings.training.seed
+    model, label, encoder, modules = run.base.model, run.task.name, run.encoder, expert.modules
+    examples = draw(run.task.train, settings.statistics_examples, seed)
+    pairs = encoder.pairs(examples)
+    prompts = [pair.prompt for pair in pairs]
+    updates, how = dict[str, Any](), dict[str, Any]()
+    if settings.embeddings:
+        texts = paper_texts(examples)
+        if settings.embedding_form != PAPER_TEXT:
+            texts = prompt_texts(encoder.tokenizer, prompts)
+        sample = draw(tuple(texts), MOST_EMBEDDINGS, seed)
+        updates["embeddings"] = embed_texts(sample, settings.embedder)
+        how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
+    if settings.readings:
+        model.eval()
+        updates["readings"] = readings_of(read_prompts(model, prompts, PromptStates(model), label))
+    if settings.means:
+        sites = {name: site for name, site in find_sites(model).items() if name in modules}
+        padding = run.base.tokenizer.pad_token_id
+        with applied(model, modules, ModifiedLinear):
+            means = mean_activations(model, sites, pairs, padding, label, run.acting)
+        updates["means"] = means
+    read_by_base = ("means", "readings")
+    measured_in: str | None = expert.info.measured_in
+    if any(part in updates for part in read_by_base):
+        measured_in = number_format(model)
+        stays = any(part not in updates and expert.has(part) for part in read_by_base)
+        if stays and measured_in != expert.info.measured_in:
+            measured_in = None  # of two bases
+    result = replace(expert, **updates)
+    hyperparameters = {
+        **expert.info.hyperparameters,
+        "statistics_examples": settings.statistics_examples,
+        **{part: result.has(part) for part in (*read_by_base, "embeddings")},
+        **how,
+    }
+    info = replace(expert.info, hyperparameters=hyperparameters, measured_in=measured_in, **how)
+    return replace(result, info=info), encoder.cuts(pairs)
+
+
+def mean_activations(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    pairs: Sequence[TokenPair],
+    pad_token_id: int,
+    label: str | None = None,
+    acting: ActsOn | None = None,
+) -> dict[str, Tensor]:
+    """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
+
+    Prompt and right target pass in one go (paper section 4.2, Average Activation; the released code
+    keeps the decoder's last step only). Zero at a site that no token reached.
+    """
+    totals = {
+        name: torch.zeros(site.in_features, dtype=torch.float64) for name, site in sites.items()
+    }
+    counts = Counter[str]()
+
+    def add(site: Site, u: Tensor) -> None:
+        totals[site.name] += u.double().sum(dim=0).cpu()
+        counts[site.name] += len(u)
+
+    read_pairs(model, sites, pairs, pad_token_id, add, label, acting)
+    return {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
+
+
+# Finished experts.
 
 
 def finished_expert(
@@ -408,33 +527,23 @@ def finished_expert(
 ) -> Expert:
     """The expert that an earlier run finished at `out`; warns of other settings.
 
-    Raises ExpertError when what is there isn't to be resumed, and WrongBaseError when that is an
-    expert of another base.
+    Raises ExpertError when what is there isn't to be resumed, and WrongBaseError when that is
+    surely an expert of another base.
     """
     if not resume:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
-    check_finished(expert.info, str(out), base, settings)
-    shutil.rmtree(work_of(out), ignore_errors=True)  # not before: it may be all that there is
-    return expert
-
-
-def check_finished(
-    info: ExpertInfo, place: str, base: Base | str | Path, settings: Hyperparameters
-) -> None:
-    """Raise WrongBaseError if the finished expert at `place` is surely not one of `base`.
-
-    Warns that it is kept, if it has other `settings`.
-    """
+    info = expert.info
     if isinstance(base, Base):
-        known = base.reference
+        reference = base.reference
     elif recorded_id(base) == info.base.id:
-        known = info.base
+        reference = info.base
     else:
-        known = BaseReference(str(base), fingerprint=fingerprint_here(str(base)))
-    if known.fingerprint and info.base.fingerprint and not same_base(known, info.base):
+        reference = BaseReference(str(base), fingerprint=fingerprint_here(str(base)))
+    if reference.fingerprint and info.base.fingerprint and not same_base(reference, info.base):
         raise WrongBaseError(
-            f"{place} is an expert of {info.base.id!r}, not of {known.id!r}; choose another place."
+            f"{out} is an expert of {info.base.id!r}, not of {reference.id!r}; choose another "
+            f"place."
         )
     recorded = info.hyperparameters
     other = [
@@ -445,5 +554,7 @@ def check_finished(
     ]
     if other:
         warnings.warn(
-            f"{place} is kept as it is, with other settings: {'; '.join(other)}.", stacklevel=4
+            f"{out} is kept as it is, with other settings: {'; '.join(other)}.", stacklevel=3
         )
+    shutil.rmtree(work_of(out), ignore_errors=True)  # not before: it may be all that there is
+    return expert

@@ -3,17 +3,12 @@
 The loss is the mean negative log-likelihood of the target tokens of a whole optimiser batch. (The
 released code averages per micro-batch first, which weighs tokens by the batch that they happen to
 fall in.) Logits are computed at target positions only.
-
-Processes that `accelerate launch` or torchrun started train one expert together: each takes its
-share of every batch, only the first one writes, and the others wait for it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import shutil
 import time
 import warnings
@@ -23,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -52,29 +45,6 @@ COMPLETE = "complete"  # written last: a checkpoint without it was cut short
 GATE_CHECKPOINT_EVERY = 25
 WARMUP = 0.06  # share of the steps in which the rate rises (paper section 4.1)
 logger = logging.getLogger(__name__)
-
-
-def process_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_rank() -> int:
-    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
-
-
-def is_first() -> bool:
-    return process_rank() == 0
-
-
-def join_processes() -> None:
-    """Meet the other processes of a launch by accelerate or torchrun; alone, do nothing."""
-    if process_count() > 1:
-        PartialState(cpu=not torch.cuda.is_available())
-
-
-def wait_for_all() -> None:
-    if process_count() > 1:
-        PartialState().wait_for_everyone()
 
 
 @dataclass(frozen=True)
@@ -159,14 +129,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
         self._first, self._told = state.global_step, time.perf_counter()
-        if is_first():
-            logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
+        logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=one_line(self.label),
             unit="step",
-            disable=None if is_first() else True,
+            disable=None,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -184,7 +153,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             state.global_step >= state.max_steps or control.should_training_stop
         ):
             control.should_evaluate = control.should_save = True
-        if is_first() and self._bar.disable and now - self._told >= LINE_EVERY:
+        if self._bar.disable and now - self._told >= LINE_EVERY:
             self._told = now
             line = tqdm.format_meter(
                 state.global_step,
@@ -203,7 +172,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             rate, speed = logs.get("learning_rate", 0.0), self.tokens_per_second
             self._loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed:.0f} tokens/s"
             self._bar.set_postfix_str(self._loss)
-        if logs and "eval_loss" in logs and is_first():
+        if logs and "eval_loss" in logs:
             where = (self.label, state.global_step, state.max_steps)
             logger.info("%s: step %d of %d, validation loss %.4f", *where, logs["eval_loss"])
 
@@ -255,14 +224,13 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The summed loss over the number of target tokens of all processes' batch."""
+        """The summed loss over the number of target tokens of the optimiser batch."""
         logits, labels = target_logits(model, inputs), inputs["labels"]
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        # Gradients are averaged over processes, hence the factor.
-        return total * process_count() / count
+        return total / count
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -270,14 +238,10 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
-            for batch in self._share_of(eval_dataset or self.eval_dataset):
+            for batch in self.get_eval_dataloader(eval_dataset):
                 inputs = self._prepare_inputs(batch)
-                loss = self.compute_loss(self.model, inputs, num_items_in_batch=process_count())
-                total += float(loss)
+                total += float(self.compute_loss(self.model, inputs, num_items_in_batch=1))
                 tokens += float(inputs["labels"].ne(IGNORED).sum())
-        if process_count() > 1:
-            sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
-            total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         self._check_finite("validation loss", total / tokens, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": total / tokens}
         self.log(metrics)
@@ -297,12 +261,6 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"of {self.state.max_steps}; lower the learning rate and use restart."
             )
 
-    def _share_of(self, pairs: Sequence[TokenPair]) -> DataLoader[TokenPair]:
-        # accelerate's sampler would repeat examples to fill up the last batch.
-        share: Any = pairs[process_rank() :: process_count()]
-        size = self.args.per_device_eval_batch_size
-        return DataLoader(share, batch_size=size, collate_fn=self.data_collator)
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -317,9 +275,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             raise ExpertError(
                 f"Checkpoint {folder} can't be written: {first_line(error)}."
             ) from error
-        wait_for_all()  # each has written its random state
-        if is_first():
-            (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
+        (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -343,7 +299,7 @@ def newest_checkpoint(work: Path) -> str | None:
     for folder in work.glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():
             complete[int(folder.name.split("-")[1])] = folder
-        elif is_first():
+        else:
             shutil.rmtree(folder)
     return str(complete[max(complete)]) if complete else None
 
@@ -399,29 +355,34 @@ def fit(
     trainer.check_trained()
     model.__dict__.pop("_hf_peft_config_loaded", None)
     model.eval()
-    best, done = trainer.state.best_metric, trainer.state.global_step
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "steps": done,
+    state = trainer.state
+    logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    metrics = {
+        "steps": state.global_step,
         "train_loss": float(logged[-1] if logged else result.training_loss),
-        **({} if best is None else {"validation_loss": float(best)}),
-        **({} if best is None else {"best_step": trainer.state.best_global_step}),
-        "tokens": sum(lengths[: done * training.batch_size]),
+        "validation_loss": state.best_metric,
+        "best_step": state.best_global_step,
+        "tokens": sum(lengths[: state.global_step * training.batch_size]),
         "seconds": round(progress.seconds, 1),
         "tokens_per_second": round(progress.tokens_per_second, 1),
     }
+    selected = ("validation_loss", "best_step") if state.best_metric is None else ()
+    kind = "gate" if stage == "gates" else stage
+    return {f"{kind}_{name}": metrics[name] for name in metrics if name not in selected}
 
 
 def _arguments(
     training: Training, steps: int, rate: float, every: int, work: Path, *, validates: bool
 ) -> TrainingArguments:
-    micro = _micro_batch(training)
+    batch = training.batch_size
+    sizes = range(min(training.micro_batch_size, batch), 0, -1)
+    micro = next(size for size in sizes if batch % size == 0)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=2 * micro,
-        gradient_accumulation_steps=training.batch_size // (micro * process_count()),
+        gradient_accumulation_steps=batch // micro,
         learning_rate=rate,
         warmup_steps=round(WARMUP * steps),
         lr_scheduler_type=training.lr_schedule,
@@ -442,14 +403,3 @@ def _arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU; more would cut batches anew
     return arguments
-
-
-def _micro_batch(training: Training) -> int:
-    share, rest = divmod(training.batch_size, process_count())
-    if rest:
-        raise ConfigError(
-            f"batch_size is {training.batch_size}, but must be a multiple of the "
-            f"{process_count()} processes, which share each batch."
-        )
-    most = min(training.micro_batch_size, share)
-    return next(size for size in range(most, 0, -1) if share % size == 0)

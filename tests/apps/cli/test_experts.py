@@ -23,7 +23,7 @@ from command_line import (
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.training import statistics as statistics_module
+from phatgoose.training import train_expert as statistics_module
 from tiny import make_adapter
 from toy_embedders import embed
 

@@ -187,7 +187,7 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     gate = tmp_path / "gate"
     engine = HeldHalfway(RayEngine(3, gpus_per_worker=0), gate)
     place = str(base_folders["llama"])
-    running = train_experts(place, jobs, out=str(far), dtype="float32", engine=engine)
+    running = train_experts(place, jobs, out=far, dtype="float32", engine=engine)
 
     # The machine with the GPU holds one of three workers. It goes when all three are in the middle,
     # where they wait for it, and everything on it at once: a worker may not finish its job before
@@ -211,7 +211,7 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     assert caplog.text.count("A worker was lost at") == 1
     assert sorted(p.name for p in far.iterdir()) == ["apples", "pears", "plums"]
 
-    list(train_experts(llama, jobs, out=str(here)))
+    list(train_experts(llama, jobs, out=here))
     for name in ("apples", "pears", "plums"):
         wanted, got = tensors_of(here / name), tensors_of(far / name)
         assert wanted.keys() == got.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +18,6 @@ from . import options
 if TYPE_CHECKING:
     from ...experts.expert import Expert, ExpertInfo
     from ...tasks.suites.registry import TrainingTask
-    from ...training.pool_jobs import ExpertFolder
-    from ...training.trainer import Hyperparameters
 
 
 def train(
@@ -33,7 +30,7 @@ def train(
             "default: the recipe's."
         ),
     ] = None,
-    out: Annotated[str, "Folder that receives the experts, or an fsspec URL of one."] = "experts",
+    out: Annotated[Path, "Folder that receives the experts."] = Path("experts"),
     peft: Annotated[str | None, f"Kind of expert: {options.KINDS} (default: lora)."] = None,
     multitask: Annotated[str | None, "Train one expert of this name on all tasks at once."] = None,
     mixture_most: Annotated[
@@ -72,17 +69,16 @@ def train(
     engine.check()
     check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
-    from ...training.pool_jobs import ExpertFolder, ExpertJob, train_experts
-    from ...training.trainer import Hyperparameters, is_first
+    from ...training.pool_jobs import ExpertJob, train_experts
+    from ...training.trainer import Hyperparameters
 
     opened = open_tasks(tasks, source.sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
     if "micro_batch_size" in given:  # wins over those that suites name for their datasets
         opened = [task.without_micro_batch() for task in opened]
-    folder = ExpertFolder(out)
-    _refuse_taken_names(opened, folder, resume=unfinished.resume)
-    missing = [task for task in opened if not folder.has(task.name)]
+    _refuse_taken_names(opened, out, resume=unfinished.resume)
+    missing = [task for task in opened if not (out / task.name).exists()]
     name = base.base or options.EMBEDDED
     settings = Hyperparameters(shape, training, gates, formatting)
     if plan:
@@ -105,7 +101,7 @@ def train(
     new = {task.name: task for task in missing}
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, dtype=base.dtype, engine=chosen):
-            task, place = new.get(expert.name), folder.place(expert.name)
+            task, place = new.get(expert.name), str(out / expert.name)
             reported.append(
                 {
                     "name": expert.name,
@@ -115,14 +111,13 @@ def train(
                     "metrics": dict(expert.metrics),
                 }
             )
-            if is_first():
-                line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {place}"
-                say(line, err=str(json) == "-")
-                if task is not None:
-                    used = {**own, "tasks": task.places}
-                    _save_recipe(place, used, own_settings[task.name])
-    if is_first():
-        report(json, {"base": name, "experts": reported}, "report", ConfigError)
+            line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {place}"
+            say(line, err=str(json) == "-")
+            if task is not None:
+                used = {**own, "tasks": task.places}
+                recipe = options.written_recipe(used, vars(own_settings[task.name]).values())
+                write_text(Path(f"{place}.yaml"), recipe, ExpertError)
+    report(json, {"base": name, "experts": reported}, "report", ConfigError)
 
 
 def _read_files(tasks: list[TrainingTask], seed: int) -> None:
@@ -132,14 +127,7 @@ def _read_files(tasks: list[TrainingTask], seed: int) -> None:
             task.load().with_validation(seed)
 
 
-def _save_recipe(place: str, used: Mapping[str, Any], settings: Hyperparameters) -> None:
-    """Write the recipe of an expert beside its folder, unless that is at a URL."""
-    if "://" not in place:
-        recipe = options.written_recipe(used, vars(settings).values())
-        write_text(Path(f"{place}.yaml"), recipe, ExpertError)
-
-
-def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
+def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
     from ...experts.expert import check_name
 
     named: dict[str, str] = {}
@@ -151,10 +139,8 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
                 f"of one pool need own names."
             )
         named[task.name] = task.named
-        if folder.has(task.name) and not resume:
-            raise ExpertError(
-                f"{folder.place(task.name)} exists already; {options.ANOTHER_OUT}, or --resume."
-            )
+        if not resume:
+            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
 
 
 def _summary(expert: ExpertInfo) -> str:
@@ -198,10 +184,8 @@ def gate(
         require_free(out, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
     from ...experts.expert import base_named_in
     from ...training.train_expert import train_gates
-    from ...training.trainer import is_first, join_processes
 
     loaded = template.load(task)
-    join_processes()  # each loads the base onto its own GPU
     expert = train_gates(
         base.load(None if base.base else base_named_in(adapter)),
         adapter,
@@ -213,8 +197,7 @@ def gate(
         name=name,
         **vars(unfinished),
     )
-    if is_first():
-        say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
+    say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
 def stats(
@@ -230,7 +213,7 @@ def stats(
     Seed and formatting are those that the expert was trained with.
     """
     from ...experts.expert import Expert
-    from ...training.statistics import measure
+    from ...training.train_expert import measure
 
     loaded, data = Expert.load(expert), template.load(task)
     measured = measure(loaded, base.load(loaded.info.base), data, gates)

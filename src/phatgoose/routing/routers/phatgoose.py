@@ -77,7 +77,7 @@ class Phatgoose(Router):
 class AverageActivation(Phatgoose):
     """Router average-activation (paper section 4.2): mean training activations in the gates' place.
 
-    Means are taken over the tokens of the expert's training inputs (`training.statistics`).
+    Means are taken over the tokens of the expert's training inputs (`training.train_expert`).
     """
 
     name, label, needs = "average-activation", "Average Activation", ("means",)

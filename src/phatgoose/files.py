@@ -10,7 +10,6 @@ import mmap
 import os
 import re
 import secrets
-import shutil
 import stat
 import struct
 import sys
@@ -18,14 +17,14 @@ import tempfile
 import tomllib
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import re2
 import yaml  # type: ignore[import-untyped]
@@ -38,6 +37,7 @@ if TYPE_CHECKING:  # torch is imported by what needs it: the command line reads 
     from torch import Tensor
 
 Item = TypeVar("Item")
+Kind = TypeVar("Kind")
 Result = TypeVar("Result")
 
 
@@ -111,64 +111,107 @@ def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a regular file, in hexadecimal. Raises ExpertError."""
-    try:
-        with regular_file(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
+    with reading(path), regular_file(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # JSON, which may be of others, and TOML and YAML, which users name.
 
 MOST_JSON_BYTES = 16 * 2**20
+DAMAGE = (SafetensorError, struct.error, OSError, KeyError, TypeError, ValueError, RuntimeError)
+UNSHOWN = (
+    "missing",
+    "value_error",
+    "too_short",
+    "too_long",
+)  # pydantic's errors that need no value
 YAML = (".yaml", ".yml")
 MOST_NESTED = 100  # lists and objects inside each other; copying and writing recurse too
 YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 
 
-def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> dict[str, Any]:
-    """The JSON object in the file `path`: UTF-8, no duplicate keys, no NaN or infinity, bounded.
+@contextmanager
+def reading(
+    what: object, error: type[PhatgooseError] = ExpertError, hint: str = ""
+) -> Iterator[None]:
+    """What goes wrong while `what` is read becomes an `error` of one line that begins with it.
 
-    Raises FileNotFoundError when there is no such file, `error` for anything else that is wrong.
+    That is, the system's errors and those of libraries and checks that find its content damaged.
+    `hint` is added if there is no such file. Our own errors pass as they are.
     """
-    size = require_regular(regular_file(path, error), error)
-    if size > MOST_JSON_BYTES:
-        raise error(f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read.")
-    content = _parsed(path, str(path), "JSON", _parse_json, error)
+    try:
+        yield
+    except DAMAGE as problem:
+        raise error(one_line(f"{what} {_what_is_wrong(problem, hint)}", 600)) from problem
+
+
+def _what_is_wrong(problem: Exception, hint: str) -> str:
+    if isinstance(problem, FileNotFoundError):
+        return f"does not exist.{hint}"
+    if isinstance(problem, OSError):
+        return f"can't be read: {reason(problem)}."
+    if isinstance(problem, RecursionError):
+        return "is not valid: it is nested too deeply."
+    if isinstance(problem, KeyError):
+        return f"is not valid: it lacks {shortened(*problem.args)}."
+    if not hasattr(problem, "errors"):
+        return f"is not valid: {first_line(problem)}."
+    first: Mapping[str, Any] = problem.errors(include_url=False)[0]  # of pydantic
+    place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] in UNSHOWN else f", got {shortened(first['input'])}"
+    return f"is not valid: {f'{place}: ' if place else ''}{said}{got}."
+
+
+def read_json(
+    path: Path,
+    kind: type[Kind] = dict,  # type: ignore[assignment]  # python/mypy#3737
+    error: type[PhatgooseError] = ExpertError,
+    hint: str = "",
+) -> Kind:
+    """The content of a JSON file as a `kind`, whose declaration is all that checks it.
+
+    A dataclass, a pydantic model or a type such as dict[str, float], read strictly: true is no
+    number, "1" neither. A dict holds any object. The file is UTF-8 without duplicate keys, NaN or
+    infinity, not too large and not too deep. Raises only `error`, in one line; see `reading`.
+    """
+    with reading(path, error, hint):
+        return parse_json(_bounded(path, error), kind)
+
+
+def parse_json(text: str, kind: type[Kind]) -> Kind:
+    """The JSON `text` as a `kind`, as `read_json` has it. Raises ValueError or RecursionError."""
+    content = _parse_json(text)
+    if kind is not dict:
+        return cast(Kind, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
     if not isinstance(content, dict):
-        raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
-    return content
+        raise ValueError("wanted an object, {...}")
+    return cast(Kind, content)
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter  # the command line's help can do without
+
+    return TypeAdapter(kind)
+
+
+def _bounded(path: Path, error: type[PhatgooseError]) -> str:
+    if (size := require_regular(regular_file(path, error), error)) > MOST_JSON_BYTES:
+        raise ValueError(f"it has {size} bytes; at most {MOST_JSON_BYTES} are read")
+    return path.read_text(encoding="utf-8")
 
 
 def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
     """The table in a TOML or YAML file of the user's, which messages call a `what`, such as
     "Recipe". Raises only `error`.
     """
-    form, parse = ("YAML", parse_yaml) if path.suffix in YAML else ("TOML", tomllib.loads)
-    label = f"{what} {path}"
-    try:
-        require_regular(path, error, label)
-        content = _parsed(path, label, form, parse, error)
-    except FileNotFoundError as problem:
-        raise error(f"{label} can't be read: {reason(problem)}.") from problem
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise error(f"{label} is not valid {form} for this: wanted names with values.")
+    with reading(f"{what} {path}", error):
+        require_regular(path, error, f"{what} {path}")
+        parse = parse_yaml if path.suffix in YAML else tomllib.loads
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise ValueError("wanted names with values")
     return content
-
-
-def _parsed(
-    path: Path, label: str, form: str, parse: Callable[[str], Any], error: type[PhatgooseError]
-) -> Any:
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise error(f"{label} can't be read: {reason(problem)}.") from problem
-    except RecursionError as problem:
-        raise error(f"{label} is not valid {form}: it is nested too deeply.") from problem
-    except ValueError as problem:
-        raise error(f"{label} is not valid {form}: {one_line(problem)}.") from problem
 
 
 def _parse_json(text: str) -> Any:
@@ -317,7 +360,6 @@ def _expression(pattern: str) -> Any:
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TYPES = {**FLOATS, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-DAMAGE = (SafetensorError, struct.error, OSError, KeyError, TypeError, ValueError, RuntimeError)
 LENGTH = struct.Struct("<Q")  # the header's length, which precedes it
 LONGEST_NAME = 500
 MOST_NUMBERS = 2**48  # of a tensor
@@ -346,7 +388,7 @@ class TensorFile(Mapping[str, "Tensor"]):
         import torch
 
         self.path = path
-        try:
+        with reading(path):
             with regular_file(path).open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._data = LENGTH.size + LENGTH.unpack_from(self._map)[0]
@@ -363,12 +405,6 @@ class TensorFile(Mapping[str, "Tensor"]):
                 dtype: torch.empty(0, dtype=dtype).set_(storage)
                 for dtype in {record.dtype for record in self.records.values()}
             }
-        except FileNotFoundError as error:
-            raise ExpertError(f"{path} does not exist.") from error
-        except PermissionError as error:
-            raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
-        except DAMAGE as error:
-            raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self.records
@@ -557,16 +593,10 @@ def _replace(new: Path, target: Path) -> None:
 def new_file(target: Path) -> Iterator[Path]:
     """The path of a file to write that becomes `target` when the context ends well.
 
-    A link at `target` is replaced, never written through; a pipe or a device is written into.
+    A link at `target` is replaced, never written through. Raises OSError for pipes and devices.
     """
-    if is_stream(target):
-        with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) / target.name
-            yield whole
-            # Appended, since others may have written to the same redirected file.
-            with whole.open("rb") as content, target.open("ab") as stream:
-                shutil.copyfileobj(content, stream)
-        return
+    if _is_stream(target):
+        raise OSError("it is no regular file")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished-{secrets.token_hex(4)}")
     try:
@@ -592,10 +622,11 @@ def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
         raise error(f"{path} can't be written: {reason(problem)}.") from problem
 
 
-def is_stream(target: Path) -> bool:
-    """True for pipes, devices, and open files by name (/dev/stdout)."""
-    by_name = str(target).startswith(("/dev/std", "/dev/fd/", "/proc/"))
-    return by_name or (target.exists() and not target.is_file() and not target.is_dir())
+def _is_stream(target: Path) -> bool:
+    # An open file by its name (/dev/stdout) may be a regular one, and its link must stay.
+    return str(target).startswith(("/dev/std", "/dev/fd/", "/proc/")) or (
+        target.exists() and not target.is_file()
+    )
 
 
 def require_free(
@@ -610,8 +641,8 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
     """Raise `error` unless a file can be written at `target`; nothing is made there."""
     # The nearest folder that exists; those between are made later.
     folder = next(each for each in target.absolute().parents if each.exists())
-    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) and not target.is_dir()
-    if not writable and not is_stream(target):
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if not writable or _is_stream(target):
         raise error(f"{target} can't be written.")
 
 

@@ -190,16 +190,16 @@ def test_the_compose_file_has_engine_and_gateway(pool, tmp_path, engine):
 def test_what_an_engine_would_not_apply_is_refused_by_name(
     pool, tmp_path, change, words, monkeypatch
 ):
-    read = module.read_json_object
-    monkeypatch.setattr(module, "read_json_object", lambda *a: read(*a) | change)
+    read = module.read_json
+    monkeypatch.setattr(module, "read_json", lambda *a: read(*a) | change)
     with pytest.raises(ConfigError, match=rf"'e0' has {words}"):
         deploy(pool, "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_rs_lora_is_no_matter_for_vllm_and_one_for_llama_cpp(pool, tmp_path, monkeypatch):
-    read = module.read_json_object
-    monkeypatch.setattr(module, "read_json_object", lambda *a: read(*a) | {"use_rslora": True})
+    read = module.read_json
+    monkeypatch.setattr(module, "read_json", lambda *a: read(*a) | {"use_rslora": True})
     deploy(pool, "vllm", tmp_path / "out")
     with pytest.raises(ConfigError, match="rsLoRA"):
         deploy(pool, "llama.cpp", tmp_path / "other")

@@ -134,15 +134,16 @@ def test_code_of_a_base_is_never_run_whatever_is_piped_in(
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("how", ["named by the config", "shards"])
+@pytest.mark.parametrize("how", ["a pickle", "an index", "shards"])
 def test_pickled_weights_are_not_read_and_the_way_out_is_told(
     base_folders, tmp_path, monkeypatch, how
 ):
     folder = shutil.copytree(base_folders["llama"], tmp_path / "base")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    if how == "named by the config":
+    names = {"a pickle": "pytorch_model.bin", "an index": "other.safetensors.index.json"}
+    if how in names:
         settings = json.loads((folder / "config.json").read_text())
-        settings["transformers_weights"] = "pytorch_model.bin"
+        settings["transformers_weights"] = names[how]
         (folder / "config.json").write_text(json.dumps(settings))
     else:
         names = dict.fromkeys(load_file(folder / "model.safetensors"), "pytorch_model.bin")
@@ -150,22 +151,15 @@ def test_pickled_weights_are_not_read_and_the_way_out_is_told(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         (folder / "model.safetensors").unlink()
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    with pytest.raises(BaseModelError, match=r"'pytorch_model.bin'.*only safetensors"):
+    with pytest.raises(BaseModelError, match=r"has its weights in '.*only safetensors"):
         load_base(folder)
 
 
-@pytest.mark.parametrize("index", ["model.safetensors.index.json", "other.safetensors.index.json"])
-def test_pickles_that_an_index_on_the_hub_names_are_not_fetched(
-    hub, base_folders, monkeypatch, index
-):
+def test_pickles_that_an_index_on_the_hub_names_are_not_fetched(hub, base_folders, monkeypatch):
     files = contents(base_folders["llama"])
     names = dict.fromkeys(load_file(base_folders["llama"] / "model.safetensors"), "evil.bin")
-    files[index] = json.dumps({"metadata": {}, "weight_map": names}).encode()
-    if index.startswith("other"):
-        settings = json.loads(files["config.json"]) | {"transformers_weights": index}
-        files["config.json"] = json.dumps(settings).encode()
-    else:
-        del files["model.safetensors"]
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": names}).encode()
+    del files["model.safetensors"]
     hub.add("you/base", files | {"evil.bin": b"\x80"})
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
     with pytest.raises(BaseModelError, match=r"'you/base' has its weights in 'evil.bin'"):

@@ -2,9 +2,12 @@
 
 import json
 import os
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Interval
 
 from odd_files import nested, one_line_of
 from phatgoose.apps.cli.options import read_recipe
@@ -15,7 +18,7 @@ from phatgoose.files import (
     half_character,
     one_line,
     parse_yaml,
-    read_json_object,
+    read_json,
     regular_file,
     require_regular,
     sha256_of,
@@ -56,7 +59,7 @@ def test_what_is_no_file_is_refused_and_what_is_missing_is_not_found(tmp_path, v
             regular_file(path)
     with pytest.raises(FileNotFoundError):
         regular_file(tmp_path / "nothing")
-    with pytest.raises(ExpertError, match="can't be read"):
+    with pytest.raises(ExpertError, match="does not exist"):
         sha256_of(tmp_path / "nothing")
     with pytest.raises(TaskError, match="leads out of its folder"):
         regular_file(tmp_path / "folder" / "a", TaskError)
@@ -92,7 +95,7 @@ def test_no_reader_waits_for_a_pipe(tmp_path, name):
         ("[" * 100_000, "nested too deeply"),
         (f'{{"a": {nested(100)}}}', "nested too deeply"),
         ("[]", "wanted an object"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "is not valid: 'utf-8' codec can't decode"),
         (" " * (1 << 24) + "{}", "at most 16777216 are read"),
     ],
     ids=range(8),
@@ -100,7 +103,60 @@ def test_no_reader_waits_for_a_pipe(tmp_path, name):
 def test_json_is_read_strictly(tmp_path, text, complaint):
     (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ExpertError, match=complaint):
-        read_json_object(tmp_path / "a.json")
+        read_json(tmp_path / "a.json")
+
+
+@dataclass(frozen=True)
+class Place:
+    floor: Annotated[int, Interval(ge=0)]
+    room: str = "1"
+
+    def __post_init__(self):
+        if self.room == "13":
+            raise ValueError("room is 13")
+
+
+@dataclass(frozen=True)
+class Visit:
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    version: Literal[1]
+    place: Place
+    rooms: tuple[float, ...] = ()
+
+
+WHOLE = {"version": 1, "place": {"floor": 3}}
+
+
+def test_a_kind_is_all_that_checks_a_json_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**WHOLE, "rooms": [1, 2.5]}))
+    assert read_json(path, Visit) == Visit(1, Place(3), (1.0, 2.5))
+    assert read_json(path) == {**WHOLE, "rooms": [1, 2.5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"version": 2}, "version: Input should be 1, got 2."),
+        ({"place": {}}, "place.floor: Field required."),
+        ({"place": {"floor": "3"}}, "place.floor: Input should be a valid integer, got '3'."),
+        ({"place": {"floor": -1}}, "place.floor: Input should be greater than or equal to 0, got"),
+        ({"place": {"floor": 1, "room": "13"}}, "place: room is 13."),
+        ({"rooms": [1, None]}, "rooms.1: Input should be a valid number, got None."),
+        ({"other": 1}, "other: Unexpected keyword argument, got 1."),
+    ],
+)
+def test_what_is_not_of_the_kind_is_told_in_one_line(tmp_path, change, complaint):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**WHOLE, **change}))
+    told = one_line_of(lambda: read_json(path, Visit, TaskError), TaskError)
+    assert told.startswith(f"{path} is not valid: {complaint}")
+
+
+def test_a_missing_file_is_told_with_a_hint(tmp_path):
+    path = tmp_path / "a.json"
+    told = one_line_of(lambda: read_json(path, Visit, TaskError, " Make one."), TaskError)
+    assert told == f"{path} does not exist. Make one."
 
 
 @pytest.mark.parametrize(
@@ -118,8 +174,7 @@ def test_json_is_read_strictly(tmp_path, text, complaint):
 )
 def test_what_is_no_recipe_is_told_in_one_line(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    form = "not valid TOML" if name.endswith("toml") else "not valid YAML"
-    assert form in one_line_of(lambda: read_recipe(tmp_path / name), ConfigError)
+    assert "is not valid: " in one_line_of(lambda: read_recipe(tmp_path / name), ConfigError)
 
 
 def test_what_begins_as_a_number_is_a_text_where_it_goes_on():

@@ -71,9 +71,9 @@ def test_a_header_of_any_length_will_do(tmp_path, pad):
 @pytest.mark.parametrize(
     ("table", "complaint"),
     [
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, "damaged"),
-        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "damaged"),
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "damaged"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, "is not valid"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "is not valid"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "is not valid"),
         ({"a": {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [0, 8]}}, "'F8_E5M2'"),
         ({"\n": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}, "impossible name"),
         (
@@ -81,8 +81,8 @@ def test_a_header_of_any_length_will_do(tmp_path, pad):
             ' "a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]}}',
             "twice",
         ),
-        ("{", "damaged"),
-        ("[]", "damaged"),
+        ("{", "is not valid"),
+        ("[]", "is not valid"),
     ],
 )
 def test_a_header_that_lies_is_refused_in_one_line(tmp_path, table, complaint):
@@ -143,7 +143,7 @@ def test_a_header_of_many_megabytes_is_refused_before_it_is_parsed(tmp_path):
 @pytest.mark.parametrize("shape", [[0, 2**62], [3, 0, 2**50], [2**62, 0, 2**62], [2**63, 0]])
 def test_an_empty_tensor_of_impossible_sizes_is_refused(tmp_path, shape):
     table = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    with pytest.raises(ExpertError, match="damaged or truncated"):
+    with pytest.raises(ExpertError, match="is not valid"):
         TensorFile(write_raw(tmp_path / "a.safetensors", table, b""))
 
 

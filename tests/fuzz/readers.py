@@ -47,7 +47,7 @@ from phatgoose.files import (
     TensorFile,
     check_patterns,
     matching,
-    read_json_object,
+    read_json,
 )
 from phatgoose.routing.saved import (
     ROUTED_INFO,
@@ -113,7 +113,7 @@ def _wanted(holds: bool, what: str) -> None:
 def strict_json(data: bytes) -> None:
     """What is read is what json reads, and shallow."""
     try:
-        content = read_json_object(_file(data, "a.json"))
+        content = read_json(_file(data, "a.json"))
     except ExpertError as error:
         return _refused(error)
     _wanted(content == json.loads(data.decode()), "json reads something else")

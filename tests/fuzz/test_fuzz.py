@@ -22,7 +22,7 @@ INPUTS = [(t, path) for t in readers.TARGETS for path in sorted((readers.CORPUS 
 
 # A target, what it reads with, and what this must not do.
 FAULTS = [
-    ("strict_json", "read_json_object", lambda *_: {"a": 1}),
+    ("strict_json", "read_json", lambda *_: {"a": 1}),
     ("tensor_file", "TensorFile", ValueError("not ours")),
     ("expert_info", "read_info", ExpertError("\x1b[2J")),
     ("expert", "check_expert", lambda *_: ["a problem"]),

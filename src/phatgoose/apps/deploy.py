@@ -20,7 +20,7 @@ from ..base import SMOLLM2, is_hub_id, smollm2_folder
 from ..errors import ConfigError
 from ..experts.expert import adapter_files, expert_files
 from ..experts.pool import Pool
-from ..files import new_directory, read_json_object, regular_file, shortened, write_text
+from ..files import new_directory, read_json, regular_file, shortened, write_text
 from ..routing.routers.auto import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows
@@ -108,9 +108,7 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
 def _rank_of(pool: Pool, name: str, engine: str) -> int:
     """The rank of an expert's LoRA. Raises ConfigError where engines would apply it otherwise."""
     expert = pool[name]
-    config = read_json_object(
-        expert.directory / adapter_files(expert.directory).config, ConfigError
-    )
+    config = read_json(expert.directory / adapter_files(expert.directory).config, dict, ConfigError)
     odd = [words for key, words in UNREAD.items() if config.get(key)]
     if expert.kind != "lora":
         odd.append(f"the kind {expert.kind}")

@@ -32,7 +32,7 @@ from ..files import (
     TensorFile,
     new_directory,
     one_line,
-    read_json_object,
+    read_json,
     regular_file,
     sha256_of,
     shortened,
@@ -218,8 +218,13 @@ def check_name(name: str) -> None:
 
 def read_info(path: Path) -> ExpertInfo:
     """What the `phatgoose.json` at `path` says. Raises ExpertError when it isn't as specified."""
+    if not path.exists():
+        hint = "" if path.parent.exists() else closest_beside(path.parent)
+        if (path.parent / ADAPTER_CONFIG).is_file():
+            hint = f" It is a PEFT adapter: run 'phatgoose import {path.parent} --out …' first."
+        raise ExpertError(f"{path.parent} is no expert directory: {path.name} is missing.{hint}")
     try:
-        content = read_json_object(path)
+        content: dict[str, Any] = read_json(path)
         if content.get("format_version") != FORMAT_VERSION:
             raise ExpertError(
                 f"{path}: format version {shortened(content.get('format_version'))} is unknown; "
@@ -233,13 +238,6 @@ def read_info(path: Path) -> ExpertInfo:
                     raise TypeError(f"{name} is {shortened(value)}")
         if not NAME.fullmatch(info.name):
             raise ValueError(f"name is {shortened(info.name)}")
-    except FileNotFoundError as error:
-        hint = "" if path.parent.exists() else closest_beside(path.parent)
-        if (path.parent / ADAPTER_CONFIG).is_file():
-            hint = f" It is a PEFT adapter: run 'phatgoose import {path.parent} --out …' first."
-        raise ExpertError(
-            f"{path.parent} is no expert directory: {path.name} is missing.{hint}"
-        ) from error
     except (TypeError, KeyError, ValueError) as error:
         raise ExpertError(
             f"{path} is not a valid description of an expert: {one_line(error)}."

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import TensorFile, one_line, read_json_object, shortened
+from ..files import TensorFile, one_line, read_json, shortened
 from ..passes import where_active
 from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, linear_shape, replaced
 
@@ -159,10 +159,7 @@ class OwnFiles(AdapterFiles):
 
     def read_config(self, directory: Path) -> dict[str, Any]:
         path = directory / self.config
-        try:
-            config = read_json_object(path)
-        except FileNotFoundError as error:
-            raise ExpertError(f"{directory} holds no {self.config}.") from error
+        config: dict[str, Any] = read_json(path)
         known: dict[str, Callable[[Any], bool]] = {
             self.version_key: lambda value: value == VERSION,
             self.base_key: lambda value: isinstance(value, str),

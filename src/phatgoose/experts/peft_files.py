@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import TensorFile, check_config, read_json_object, shortened
+from ..files import TensorFile, check_config, read_json, shortened
 from ..passes import ActsOn
 from ..sites import Site
 from .kind import AdapterFiles
@@ -59,13 +59,8 @@ LARGEST_ALPHA = 1e9
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The adapter's config in `directory`, unchecked. Raises ExpertError if there is none."""
-    try:
-        return read_json_object(directory / ADAPTER_CONFIG)
-    except FileNotFoundError as error:
-        raise ExpertError(
-            f"{directory} is no PEFT adapter: it has no {ADAPTER_CONFIG}. Wanted a folder with "
-            f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
-        ) from error
+    hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
+    return read_json(directory / ADAPTER_CONFIG, hint=hint)
 
 
 class PeftFiles(AdapterFiles):
@@ -173,7 +168,7 @@ def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
 
 def record_invocation(folder: Path, tokens: Iterable[int]) -> None:
     """Make the LoRA in `folder` one of PEFT's aLoRA, that acts from these tokens on."""
-    config = read_json_object(folder / ADAPTER_CONFIG)
+    config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
     text = json.dumps({**config, INVOCATION: list(tokens)}, indent=2) + "\n"
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 

@@ -19,11 +19,9 @@ from ..base import BaseReference, closest_beside, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import (
-    is_stream,
     one_line,
     prefetch,
-    read_json_object,
-    reason,
+    read_json,
     sha256_of,
     shortened,
     write_text,
@@ -228,12 +226,12 @@ class Pool(Mapping[str, Expert]):
         """
         path = Path(path)
         check_manifest_name(path)
-        folder = None if is_stream(path) else path.parent.resolve()
+        folder = path.parent.resolve()
         records = self.records()
         self.check_on_disk("a manifest lists experts")
         for record, expert in zip(records, self.experts, strict=True):
             record["config_sha256"] = _config_sha256(expert)
-            if folder is not None and not HubReference.is_one(record["path"]):
+            if not HubReference.is_one(record["path"]):
                 record["path"] = os.path.relpath(record["path"], folder)
         content = {
             "manifest_version": MANIFEST_VERSION,
@@ -245,7 +243,7 @@ class Pool(Mapping[str, Expert]):
 
 def check_manifest_name(path: Path) -> None:
     """Raise PoolError unless a manifest can be called so."""
-    if path.suffix != MANIFEST and not is_stream(path):
+    if path.suffix != MANIFEST:
         raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
 
 
@@ -302,7 +300,7 @@ def _expert_directories(place: Path) -> Iterator[Path]:
 
 def _read_manifest(path: Path) -> Iterator[Expert]:
     try:
-        content = read_json_object(path, PoolError)
+        content = read_json(path, dict, PoolError)
         version, records = content["manifest_version"], content["experts"]
         if version != MANIFEST_VERSION or not records:
             raise TypeError(f"its version is {shortened(version)}, its experts {len(records)}")
@@ -310,8 +308,6 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
             named = record["path"]
             if not isinstance(named, str) or len(named) > LONGEST_PATH or STEERING.search(named):
                 raise TypeError(f"path is {shortened(named)}")
-    except FileNotFoundError as error:
-        raise PoolError(f"Manifest {path} can't be read: {reason(error)}.") from error
     except (KeyError, TypeError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise PoolError(f"{path} is no pool manifest: {one_line(lacks)}.") from error

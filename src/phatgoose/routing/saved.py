@@ -36,7 +36,7 @@ from ..files import (
     new_file,
     one_line,
     prefetch,
-    read_json_object,
+    read_json,
     reason,
     sha256_of,
     shortened,
@@ -109,7 +109,7 @@ def save_pretrained(
     _check_unchanged(model)
     target = Path(save_directory)
     config = target / CONFIG
-    if config.exists() and read_json_object(config, RoutingError).get("model_type") != MODEL_TYPE:
+    if config.exists() and read_json(config, dict, RoutingError).get("model_type") != MODEL_TYPE:
         raise RoutingError(f"{target} holds another model ({CONFIG}); choose another place.")
     try:
         if is_main_process:
@@ -281,13 +281,8 @@ def read_saved(directory: Path) -> SavedModel:
 
 def read_description(path: Path) -> dict[str, Any]:
     """The description in the file `path`, as docs/format.md has it; else RoutingError."""
-    try:
-        info = read_json_object(path, RoutingError)
-    except FileNotFoundError as error:
-        raise RoutingError(
-            f"{path.parent} holds no routed model: {path.name} is missing. A pool is routed with "
-            f"compose({str(path.parent)!r})."
-        ) from error
+    hint = f" A pool is routed with compose({str(path.parent)!r})."
+    info = read_json(path, dict, RoutingError, hint)
     version = info.get("format_version")
     if version != FORMAT_VERSION or type(version) is not int:
         raise RoutingError(
@@ -537,7 +532,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     if taken := sorted({*saved.names} & {*pool.names}):
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
     config = folder / CONFIG
-    if config.exists() and read_json_object(config, RoutingError).get("is_encoder_decoder"):
+    if config.exists() and read_json(config, dict, RoutingError).get("is_encoder_decoder"):
         refuse_late(records)
     router.check(pool)
     check_measured(router, pool, records)

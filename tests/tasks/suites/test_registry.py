@@ -92,7 +92,7 @@ TASK = '[[tasks]]\nfile = "b.jsonl"\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = ", "is not valid TOML"),
+        ("name = ", "is not valid"),
         ("nmae = 'x'\n" + TASK, "suite.toml: nmae is 'x'; wanted name (str), suffix (str), tasks"),
         (TASK + "metric = ['accuracy']", "suite.toml, task 1: metric is ['accuracy']; wanted file"),
         ("name = 3\n" + TASK, "suite.toml: name is 3; wanted name (str)"),
@@ -120,7 +120,7 @@ def test_a_suite_that_can_not_be_meant_is_refused(folder, text, message):
         ("bbq", r"Suite 'bbq' is neither a known name \(t0hi, t0ho, .* nor a .* Did you mean"),
         ("", "Suite '' is neither a known name"),
         ("nowhere.jsonl", "neither a known name .* .parquet file"),
-        ("nowhere.toml", "can't be read: No such file"),
+        ("nowhere.toml", "Suite nowhere.toml does not exist"),
         ("empty", "empty has no tasks"),
     ],
 )

@@ -67,7 +67,7 @@ BAD_SOURCES = [
     ("t1hi", "Suite 't1hi' is neither a known name"),
     ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
     ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
-    ("nowhere.toml", "nowhere.toml can't be read"),
+    ("nowhere.toml", "nowhere.toml does not exist"),
     ("t0ho", "Suite t0ho is only for evaluation"),
     ("", "Suite '' is neither a known name"),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PoolError
-from ...files import read_json_object, reason, shortened
+from ...files import read_json, shortened
 
 Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
 EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
@@ -17,9 +17,7 @@ EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
 def read_scores(path: str | Path) -> Scores:
     """Single experts' scores of a comparison.json. Raises PoolError."""
     try:
-        return checked_scores(read_json_object(Path(path), PoolError)[EXPERTS])
-    except OSError as error:
-        raise PoolError(f"Scores {path} can't be read: {reason(error)}.") from error
+        return checked_scores(read_json(Path(path), dict, PoolError)[EXPERTS])
     except (PoolError, KeyError) as error:
         raise PoolError(
             f"{path} holds no scores of single experts; wanted the comparison.json of a 'phatgoose "

@@ -92,7 +92,7 @@ def readings(**changes: torch.Tensor) -> Damage:
 DAMAGES: list[tuple[str, Damage, str]] = [
     # Files.
     *(("expert", remove(f), f) for f in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, VECTORS, EMBEDDINGS)),
-    *(("expert", cut(f, n), "is not valid") for f in (ADAPTER_WEIGHTS, VECTORS) for n in (0, 40, -4)),
+    *(("expert", cut(f, n), "not valid") for f in (ADAPTER_WEIGHTS, VECTORS) for n in (0, 40, -4)),
     *(("expert", write(ADAPTER_CONFIG, text), ADAPTER_CONFIG) for text in ("{", "[]", "null")),
     ("bottleneck", remove("bottleneck_config.json"), "bottleneck_config.json does not exist"),
     ("bottleneck", write(ADAPTER_CONFIG, "{}"), "files of two adapters"),

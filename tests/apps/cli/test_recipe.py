@@ -82,7 +82,7 @@ def test_a_recipe_may_be_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("base = ", "not valid TOML"),
+        ("base = ", "is not valid"),
         ("bass = 'x'", "unknown key 'bass'"),
         ("[training]\nstep = 3", r"\[training\]: unknown setting 'step'"),
         ("[lora]\nrank = 0", "rank is 0"),

@@ -21,7 +21,7 @@ import typer
 import phatgoose
 from paths import ROOT
 from phatgoose.apps.cli import app
-from phatgoose.experts.registry import KINDS
+from phatgoose.experts import KINDS
 from phatgoose.routing.routers.registry import OURS as ROUTERS
 from phatgoose.routing.routers.router import Router
 

@@ -18,16 +18,16 @@ from growth_cases import assert_same_models, composed
 from made_up_kind import SHIFTS, code_of_the_kind, make_shift, pool_with_shifts, register
 from mixed_experts import mixed_output, ordered, renamed
 from oracle import token_weights
+from phatgoose import experts
 from phatgoose.analysis.audit import signs_of
 from phatgoose.analysis.duplicates import cosines, near_duplicates
 from phatgoose.config import GateTraining, Lora
-from phatgoose.errors import ConfigError, ExpertError, RoutingError
-from phatgoose.experts import registry
+from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.experts import KINDS, kind_for, kinds
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.registry import KINDS, kind_for, kinds
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.export import export, neutral_texts
@@ -70,7 +70,7 @@ def test_it_is_trained(shifts, llama, joint, tmp_path):
     for site, module in expert.modules.items():
         assert torch.equal(again.modules[site].b, module.b)
     card = (expert.directory / "README.md").read_text()
-    assert "A shift" in card
+    assert "shift expert" in card
 
 
 def test_it_is_mixed_with_other_kinds(pool, llama):
@@ -159,7 +159,7 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         load(tmp_path / "routed", llama)
     with pytest.raises(ExpertError):
         Expert.load(pool["shift8"].directory)
-    with pytest.raises(ConfigError, match="must be settings of a kind"):
+    with pytest.raises(KeyError, match="Shift"):
         kind_for(SHIFTS.Shift())
 
 
@@ -171,20 +171,20 @@ RECORD = '\nKIND = KINDS.pop("shift")\n'
 @pytest.fixture
 def unread(monkeypatch):
     """Entry points are read again, and what they add is gone after the test."""
-    monkeypatch.setattr(registry, "KINDS", dict(KINDS))
-    registry._add_others.cache_clear()
+    monkeypatch.setattr(experts, "KINDS", dict(KINDS))
+    experts._add_others.cache_clear()
     yield
-    registry._add_others.cache_clear()
+    experts._add_others.cache_clear()
 
 
 def test_broken_kinds_of_other_packages_are_named_and_break_nothing(unread, monkeypatch, tmp_path):
     code = """
 from phatgoose.config import Lora
-from phatgoose.experts.registry import Kind
-TAKEN = Kind("lora", "", "", Lora, "", "", ())
+from phatgoose.experts import Kind
+TAKEN = Kind("lora", "", Lora, "", "", ())
 """
     points = {"lora": "theirs:TAKEN", "odd": "theirs:code", "none": "theirs:Kind"}
-    install(tmp_path, monkeypatch, "theirs", code, {registry.GROUP: points})
+    install(tmp_path, monkeypatch, "theirs", code, {experts.GROUP: points})
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert kinds().keys() == KINDS.keys()
@@ -194,7 +194,7 @@ TAKEN = Kind("lora", "", "", Lora, "", "", ())
 
 
 def test_a_kind_of_another_package_is_seen_by_the_commands(monkeypatch, base_folders, tmp_path):
-    points = {registry.GROUP: {"shift": "shifts:KIND"}}
+    points = {experts.GROUP: {"shift": "shifts:KIND"}}
     install(tmp_path, monkeypatch, "shifts", code_of_the_kind() + RECORD, points)
     write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
     paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
@@ -217,13 +217,3 @@ def test_a_kind_of_another_package_is_seen_by_the_commands(monkeypatch, base_fol
     phatgoose("train", "--peft", "shift", "--base", base_folders["llama"], *task, *few)
     assert "shift" in phatgoose("pool", "pool")
     assert "1 expert at" in phatgoose("compose", "pool", "--out", "routed", "--k", "1")
-
-
-def test_settings_may_extend_those_of_another_kind(monkeypatch):
-    class Wide(Lora):
-        pass
-
-    wide = replace(KINDS["lora"], name="wide", settings=Wide)
-    monkeypatch.setitem(KINDS, "wide", wide)
-    monkeypatch.setitem(KINDS, "again", replace(wide, name="again", settings=Lora))
-    assert [kind_for(each()).name for each in (Wide, Lora)] == ["wide", "lora"]

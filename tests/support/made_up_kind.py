@@ -11,8 +11,8 @@ import torch
 from mixed_experts import MAKERS, make_kind
 from paths import ROOT
 from phatgoose.base import Base
+from phatgoose.experts import KINDS
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.registry import KINDS
 from phatgoose.sites import find_sites
 
 DOCUMENT = ROOT / "docs" / "extending.md"

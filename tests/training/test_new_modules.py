@@ -14,13 +14,13 @@ from changed_experts import adapter_of
 from phatgoose.base import load_base
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
+from phatgoose.experts import kind_for
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.lora import LoraFactors
-from phatgoose.experts.registry import kind_for
 from phatgoose.sites import find_sites
 from phatgoose.training.modules import GatedLinear, fresh_expert, placed_sites
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random

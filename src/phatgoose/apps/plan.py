@@ -25,8 +25,8 @@ from transformers import T5Config, TrainerCallback
 from ..base import choose_dtype, dtype_name, load_base, load_skeleton, load_tokenizer
 from ..config import Lora
 from ..errors import BaseModelError, ConfigError, TaskError
+from ..experts import kind_for
 from ..experts.expert import MOST_EMBEDDINGS
-from ..experts.registry import kind_for
 from ..experts.statistics import readings_size
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask

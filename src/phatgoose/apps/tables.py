@@ -16,8 +16,8 @@ from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Estimate, Replay
 from ..evaluation.results import Table, in_per_cent
 from ..evaluation.rows import label_of
+from ..experts import kinds
 from ..experts.pool import Pool
-from ..experts.registry import kinds
 
 
 def drawn(table: Table) -> rich.Table:

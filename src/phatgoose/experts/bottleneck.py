@@ -20,7 +20,7 @@ dtype: exactly the numbers that were validated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Site
 from .kind import (
-    Held,
     NewLayers,
     OwnFiles,
     Part,
@@ -40,9 +39,9 @@ from .kind import (
     SiteModule,
     dense_weights,
     expert_products,
-    row_tensor,
+    scaled,
+    stacked,
     weighted_rows,
-    widened,
 )
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,54 +98,24 @@ class BottleneckStack(Part):
     """Bottleneck adapters. Sizes that differ are filled up with zeros, which changes no number."""
 
     name: ClassVar[str] = "bottleneck"
-    held: ClassVar[Mapping[str, Held]] = {
-        "down": Held("down", "Nmd"),
-        "down_bias": Held("down_bias", "Nm"),
-        "up": Held("up", "Nmd"),
-        "up_bias": Held("up_bias", "Nd"),
-        "activations": Held("activations", "N", "index"),
-        "rows": Held("bottleneck_rows", "N", "index"),
-    }
+    prefix: ClassVar[str | None] = ""
     compared: ClassVar[tuple[str, ...]] = ("down", "up")
 
-    down: Tensor  # [E, m, d]
-    down_bias: Tensor  # [E, m]
-    up: Tensor  # [E, m, d], transposed, scale folded in
-    up_bias: Tensor  # [E, d], scale folded in
-    activations: Tensor  # [E] int64, indices into ACTIVATIONS
-    rows: Tensor  # [E] int64
+    down: Tensor = stacked("md")
+    down_bias: Tensor = stacked("m")
+    up: Tensor = stacked("md")  # transposed, scale folded in
+    up_bias: Tensor = stacked("d")  # scale folded in
+    activations: Tensor = stacked("", "index")  # indices into ACTIVATIONS
 
     @classmethod
-    def of(
-        cls,
-        modules: Mapping[int, BottleneckLayers],
-        dtype: torch.dtype,
-        device: torch.device,
-        total: int,
-    ) -> BottleneckStack:
-        adapters = list(modules.values())
-        size = max(len(adapter.down) for adapter in adapters)
-
-        def stacked(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.cat([widened(t[None], size) for t in tensors]).to(device, dtype)
-
-        return cls(
-            down=stacked(a.down for a in adapters),
-            down_bias=stacked(a.down_bias for a in adapters),
-            up=stacked(_scaled(a.up, a.scale).T for a in adapters),
-            up_bias=torch.stack([_scaled(a.up_bias, a.scale) for a in adapters]).to(device, dtype),
-            activations=torch.tensor(
-                [ACTIVATIONS.index(a.activation) for a in adapters], device=device
-            ),
-            rows=row_tensor(modules, device),
-        )
-
-    def problem(self) -> str | None:
-        least, most = (int(end) for end in self.activations.aminmax())
-        if least < 0 or most >= len(ACTIVATIONS):
-            wanted = f"0 to {len(ACTIVATIONS) - 1}"
-            return f"activations has numbers from {least} to {most}; wanted {wanted}"
-        return None
+    def row(cls, module: BottleneckLayers) -> dict[str, Tensor | None]:
+        return {
+            "down": module.down,
+            "down_bias": module.down_bias,
+            "up": scaled(module.up, module.scale).T,
+            "up_bias": scaled(module.up_bias, module.scale),
+            "activations": torch.tensor(ACTIVATIONS.index(module.activation)),
+        }
 
     def added(
         self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
@@ -183,10 +152,6 @@ class BottleneckStack(Part):
         outer = expert_products(inner, self.up, counts)  # [pairs, d]
         total = weighted_rows(experts, weights, self.up_bias).to(y.dtype)
         return total.index_add(0, tokens, outer.to(total.dtype))  # under autocast they differ
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1 else scale * tensor.float()
 
 
 def _activated(inner: Tensor, activations: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from ..base import Base
 from ..config import Lora
 from ..passes import where_active
 from ..sites import Site
-from .kind import Constant, Held, OwnFiles, SiteModule, openness, weighted_rows
+from .kind import Constant, OwnFiles, SiteModule, factor_of, openness, stacked, weighted_rows
 from .lora import LoraFactors, LoraStack, NewLoras, plus_product
 from .peft_files import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -114,36 +114,20 @@ class DoraStack(LoraStack):
     """DoRAs. They aren't compared: without the base, an update's size can't be told."""
 
     name: ClassVar[str] = "dora"
-    held: ClassVar[Mapping[str, Held]] = {
-        "A": Held("dora_A", "Drn"),
-        "B": Held("dora_B", "Drd"),
-        "bias": Held("dora_bias", "Dd", optional=True),
-        "rows": Held("dora_rows", "D", "index", optional=True),
-        "deltas": Held("dora_deltas", "Dd", "float32"),
-    }
+    prefix: ClassVar[str | None] = None
     compared: ClassVar[tuple[str, ...]] = ()
 
-    deltas: Tensor  # [E, d], float32
+    deltas: Tensor = stacked("d", "float32")
 
     @classmethod
-    def of(
-        cls,
-        modules: Mapping[int, LoraFactors],
-        dtype: torch.dtype,
-        device: torch.device,
-        total: int,
-    ) -> DoraStack:
-        lora = LoraStack.of(modules, dtype, device, total)
-        scales = [m.output_scale.float() for m in modules.values() if isinstance(m, DoraFactors)]
-        return cls(**vars(lora), deltas=(torch.stack(scales) - 1).to(device))
+    def row(cls, module: Any) -> dict[str, Tensor | None]:
+        return {**super().row(module), "deltas": module.output_scale.float() - 1}
 
     def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
         return 1 + weighted_rows(experts, weights, self.deltas)
 
     def constant(self, weights: Tensor) -> Constant:
-        change = (weights.float()[:, None] * self.deltas).sum(dim=0)
-        factor = 1 + change if bool(change.any()) else None
-        return replace(super().constant(weights), output_factor=factor)
+        return replace(super().constant(weights), output_factor=factor_of(weights, self.deltas))
 
 
 class NewDoras(NewLoras):

@@ -38,10 +38,10 @@ from ..files import (
     shortened,
 )
 from ..passes import ActsOn
+from . import kinds
 from .kind import AdapterFiles, SiteModule, read_tensors
 from .lora import LoraFactors
 from .peft_files import ADAPTER_CONFIG, INVOCATION, PEFT_FILES
-from .registry import kinds
 from .statistics import check_readings
 
 # The adapter in a directory: of which kind it is, and what it does.
@@ -509,7 +509,7 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_invocation(expert: Expert) -> None:
     # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
     named, recorded = invocation_of(expert.directory), expert.acts_on
-    holds = kinds()[expert.kind].holds_invocation and recorded and recorded.invocation
+    holds = kinds()[expert.kind].peft_type == "LORA" and recorded and recorded.invocation
     if (named or holds) and named != recorded:
         raise ExpertError(
             f"Expert {expert.name!r} acts on {recorded or 'all tokens'}, but its adapter's "
@@ -600,7 +600,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int, *, copied: bool =
         fingerprint=code(base["fingerprint"] or "not recorded"),
         sites=sites,
         acts_on=_acts_on(info.get("acts_on"), in_peft=in_peft, copied=copied),
-        kind=kinds()[kind].title,
+        kind=kinds()[kind].label,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
         alone=ALONE.format(name=info["name"]) if in_peft else "",

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from peft import IA3Config
@@ -39,13 +39,13 @@ from ..sites import Site
 from .kind import (
     Constant,
     FreshExpert,
-    Held,
     NewModules,
     Part,
     SiteModule,
+    factor_of,
     new_gate,
     openness,
-    row_tensor,
+    stacked,
     weighted_rows,
 )
 from .peft_files import (
@@ -120,74 +120,52 @@ class ScalingVector(SiteModule):
         return write_adapter(folder, config, modules, tensors)
 
 
-Stack = TypeVar("Stack", bound="ScalingStack")
-
-
 @dataclass(frozen=True)
 class ScalingStack(Part):
-    """(IA)³ vectors as what they differ from 1 by, l - 1, in float32."""
+    """(IA)³ vectors of outputs as what they differ from 1 by, l - 1, in float32."""
 
+    name: ClassVar[str] = "output_scaling"
+    on_input: ClassVar[bool] = False
     compared: ClassVar[tuple[str, ...]] = ("deltas",)
 
-    deltas: Tensor  # [E, n] or [E, d]
-    rows: Tensor  # [E] int64
+    deltas: Tensor = stacked("d", "float32")
 
     @classmethod
-    def of(
-        cls: type[Stack],
-        modules: Mapping[int, ScalingVector],
-        dtype: torch.dtype,
-        device: torch.device,
-        total: int,
-    ) -> Stack:
-        deltas = torch.stack([scaling.vector.float() - 1 for scaling in modules.values()])
-        return cls(deltas.to(device), row_tensor(modules, device))
+    def stacks(cls, module: ScalingVector) -> bool:
+        return module.on_input == cls.on_input
+
+    @classmethod
+    def row(cls, module: ScalingVector) -> dict[str, Tensor | None]:
+        return {"deltas": module.vector.float() - 1}
 
     def factor(self, experts: Tensor, weights: Tensor) -> Tensor:
         """1 + Σ w_z (l_z - 1) for every token, float32."""
         return 1 + weighted_rows(experts, weights, self.deltas)
 
-    def constant_factor(self, weights: Tensor) -> Tensor | None:
-        change = (weights.float()[:, None] * self.deltas).sum(dim=0)
-        return 1 + change if bool(change.any()) else None
+    def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
+        return self.factor(experts, weights)
+
+    def constant(self, weights: Tensor) -> Constant:
+        return Constant(output_factor=factor_of(weights, self.deltas))
 
 
 @dataclass(frozen=True)
 class InputScalingStack(ScalingStack):
-    name: ClassVar[str] = "input_scaling"
-    held: ClassVar[Mapping[str, Held]] = {
-        "deltas": Held("input_deltas", "In", "float32"),
-        "rows": Held("input_rows", "I", "index"),
-    }
+    """Those of inputs."""
 
-    @classmethod
-    def stacks(cls, module: ScalingVector) -> bool:
-        return module.on_input
+    name: ClassVar[str] = "input_scaling"
+    on_input: ClassVar[bool] = True
+
+    deltas: Tensor = stacked("n", "float32")
 
     def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
         return self.factor(experts, weights)
 
-    def constant(self, weights: Tensor) -> Constant:
-        return Constant(input_factor=self.constant_factor(weights))
-
-
-@dataclass(frozen=True)
-class OutputScalingStack(ScalingStack):
-    name: ClassVar[str] = "output_scaling"
-    held: ClassVar[Mapping[str, Held]] = {
-        "deltas": Held("output_deltas", "Od", "float32"),
-        "rows": Held("output_rows", "O", "index"),
-    }
-
-    @classmethod
-    def stacks(cls, module: ScalingVector) -> bool:
-        return not module.on_input
-
-    def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
-        return self.factor(experts, weights)
+    def output_factor(self, experts: Tensor, weights: Tensor) -> None:
+        return None
 
     def constant(self, weights: Tensor) -> Constant:
-        return Constant(output_factor=self.constant_factor(weights))
+        return Constant(input_factor=factor_of(weights, self.deltas))
 
 
 class NewScalings(NewModules):

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -406,21 +406,19 @@ class _NewLayer(WrappedLinear):
 # Many experts at one site, stacked: one row an expert.
 
 INDICES = (torch.int64,)
+Stack = TypeVar("Stack", bound="Part")
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor of a part, as saved models hold it.
+class Stacked:
+    """A tensor of a part: its sizes after the number of experts, and its type.
 
-    `name` is its own among all kinds'. `sizes` has a letter for each dimension: first the experts
-    of the part, n for the site's inputs, d for its outputs; zeros fill up a second size of another
-    letter where experts differ. `dtype` is "model" (that of the model), "float32" or
-    "index" (int64). An `optional` one may be None, which means zeros, or, for rows, that all rows
-    of the stack are the part's.
+    `sizes` has a letter for each: n for the site's inputs, d for its outputs; zeros fill up a first
+    size of another letter where experts differ. `dtype` is "model" (that of the model), "float32"
+    or "index" (int64). An `optional` one may be None, which means zeros.
     """
 
-    name: str
     sizes: str
     dtype: str = "model"
     optional: bool = False
@@ -430,12 +428,14 @@ class Held:
         return {"index": INDICES, "float32": (torch.float32,)}.get(self.dtype, FLOATS)
 
     @property
-    def in_models_type(self) -> bool:
-        return self.dtype == "model"
-
-    @property
     def is_filled_up(self) -> bool:
-        return self.sizes[1:2] not in ("", "n", "d")
+        return self.sizes[:1] not in ("", "n", "d")
+
+
+def stacked(sizes: str, dtype: str = "model", *, optional: bool = False) -> Any:
+    """A field of a `Part`: a tensor [experts, *sizes] (see `Stacked`)."""
+    default: Any = None if optional else MISSING
+    return field(default=default, metadata={"form": Stacked(sizes, dtype, optional)})
 
 
 @dataclass(frozen=True)
@@ -452,20 +452,22 @@ class Constant:
     output_factor: Tensor | None = None  # [d]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Part(ABC):
-    """Some experts' modules at one site, stacked: a frozen dataclass of tensors, one row an expert.
+    """Some experts' modules at one site, stacked: a frozen dataclass of `stacked` tensors.
 
-    `held` describes its fields, one of which is `rows`: the experts' rows in the whole stack.
-    `compared` names the fields that an expert's update is made of, one vector [E, d] or two factors
-    [E, r, n] and [E, r, d] that are multiplied: by these, updates are measured and compared. A kind
-    without them is refused where that is asked for, and so is one without `constant` where it is
-    exported.
+    `rows` are the experts' rows in the whole stack, None if these are all. `compared` names the
+    fields that an expert's update is made of, one vector [E, d] or two factors [E, r, n] and
+    [E, r, d] that are multiplied: by these, updates are measured and compared. A kind without them
+    is refused where that is asked for, and so is one without `constant` where it is exported.
+    `prefix` begins the tensors' names in saved models, None for the part's name.
     """
 
     name: ClassVar[str]
-    held: ClassVar[Mapping[str, Held]]
+    prefix: ClassVar[str | None] = None
     compared: ClassVar[tuple[str, ...]] = ()
-    rows: Tensor | None
+
+    rows: Tensor | None = stacked("", "index", optional=True)
 
     @classmethod
     def stacks(cls, module: Any) -> bool:
@@ -473,15 +475,45 @@ class Part(ABC):
         return True
 
     @classmethod
-    @abstractmethod
-    def of(
-        cls, modules: Mapping[int, Any], dtype: torch.dtype, device: torch.device, total: int
-    ) -> Part:
-        """The stack of `modules` by their rows in the whole stack, which has `total` rows."""
+    def row(cls, module: Any) -> Mapping[str, Tensor | None]:
+        """A module's tensors by field, as they are stacked; by default its own of these names."""
+        return {name: getattr(module, name) for name in cls.forms() if name != "rows"}
 
-    def problem(self) -> str | None:
-        """What is wrong with its numbers, of sizes and types that are right; None for nothing."""
-        return None
+    @classmethod
+    def of(
+        cls: type[Stack],
+        modules: Mapping[int, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        total: int,
+    ) -> Stack:
+        """The stack of `modules` by their rows in the whole stack, which has `total` rows."""
+        rows, tensors = [cls.row(module) for module in modules.values()], {}
+        for name, form in cls.forms().items():
+            parts = [row.get(name) for row in rows]
+            like = next((part for part in parts if part is not None), None)
+            if like is not None:
+                rest = [like.new_zeros(like.shape) if part is None else part for part in parts]
+                if form.is_filled_up:
+                    width = max(len(part) for part in rest)
+                    rest = [widened(part[None], width)[0] for part in rest]
+                exact = form.types[0] if form.dtype != "model" else dtype
+                tensors[name] = torch.stack(rest).to(device, exact)
+        if len(rows) < total:
+            tensors["rows"] = torch.tensor(list(modules), device=device)
+        return cls(**tensors)
+
+    @classmethod
+    def forms(cls) -> Mapping[str, Stacked]:
+        """What its tensors look like, by field."""
+        return {each.name: each.metadata["form"] for each in fields(cls)}
+
+    @classmethod
+    def names(cls) -> Mapping[str, str]:
+        """The tensors' names in saved models, by field: no two kinds' are the same."""
+        prefix = f"{cls.name}_" if cls.prefix is None else cls.prefix
+        names = {each.name: f"{prefix}{each.name}" for each in fields(cls)}
+        return names | {"rows": f"{cls.name}_rows"}
 
     # How it acts: `experts` [T, k] are rows of this part, `weights` [T, k] theirs, 0 for others'.
 
@@ -508,18 +540,25 @@ class Part(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by their names in saved models."""
-        found = {each.name: getattr(self, field) for field, each in self.held.items()}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(rows), device=device)
+        named = {name: getattr(self, field) for field, name in self.names().items()}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def widened(tensor: Tensor, width: int) -> Tensor:
     """A tensor [E, r, ..] with zeros up to `width` in its second dimension."""
     missing = width - tensor.shape[1]
     return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """`tensor`, or in float32 its product with a `scale` other than 1."""
+    return tensor if scale == 1 else scale * tensor.float()
+
+
+def factor_of(weights: Tensor, deltas: Tensor) -> Tensor | None:
+    """1 + Σ w_z deltas_z at constant weights [E]; None where that is 1."""
+    change = (weights.float()[:, None] * deltas).sum(dim=0)
+    return 1 + change if bool(change.any()) else None
 
 
 # Sums over the experts that each token chose, which kernels and stacks share.

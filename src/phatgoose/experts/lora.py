@@ -36,16 +36,15 @@ from ..sites import Site, dtype_at
 from .kind import (
     Constant,
     FreshExpert,
-    Held,
     NewModules,
     Part,
     Product,
     SiteModule,
     new_gate,
     openness,
-    row_tensor,
+    scaled,
+    stacked,
     weighted_rows,
-    widened,
 )
 from .peft_files import (
     ADAPTER,
@@ -157,52 +156,24 @@ class LoraStack(Part):
     """LoRAs. Ranks that differ are filled up with zeros, which changes no number."""
 
     name: ClassVar[str] = "lora"
-    held: ClassVar[Mapping[str, Held]] = {
-        "A": Held("A", "Prn"),
-        "B": Held("B", "Prd"),
-        "bias": Held("B_bias", "Pd", optional=True),
-        "rows": Held("lora_rows", "P", "index", optional=True),
-    }
+    prefix: ClassVar[str | None] = ""
     compared: ClassVar[tuple[str, ...]] = ("A", "B")
 
-    A: Tensor  # [E, r, n]
-    B: Tensor  # [E, r, d], transposed, scale folded in
-    bias: Tensor | None = None  # [E, d], scale folded in; None when no expert has one
-    rows: Tensor | None = None  # [E] int64; None: all rows of the stack are LoRAs
+    A: Tensor = stacked("rn")
+    B: Tensor = stacked("rd")  # transposed, so that both unfold to [E r, ..]; scale folded in
+    B_bias: Tensor | None = stacked("d", optional=True)  # scale folded in
 
     @classmethod
-    def of(
-        cls,
-        modules: Mapping[int, LoraFactors],
-        dtype: torch.dtype,
-        device: torch.device,
-        total: int,
-    ) -> LoraStack:
-        loras = list(modules.values())
-        rank = max(lora.A.shape[0] for lora in loras)
-        A = torch.cat([widened(lora.A[None], rank) for lora in loras])
-        # Transposed: A and B then unfold to [E r, ..] without a copy.
-        B = torch.cat([widened(lora.B.T[None], rank) for lora in loras])
-        bias = None
-        if any(lora.bias is not None for lora in loras):
-            zeros = torch.zeros(B.shape[2])
-            bias = torch.stack([zeros if lora.bias is None else lora.bias for lora in loras])
-        scales = torch.tensor([lora.scale for lora in loras])
-        if bool((scales != 1).any()):
-            B = B.float() * scales[:, None, None]
-            bias = None if bias is None else bias.float() * scales[:, None]
-        return cls(
-            A.to(device, dtype),
-            B.to(device, dtype),
-            None if bias is None else bias.to(device, dtype),
-            None if len(loras) == total else row_tensor(modules, device),
-        )
+    def row(cls, module: LoraFactors) -> dict[str, Tensor | None]:
+        bias = None if module.bias is None else scaled(module.bias, module.scale)
+        return {"A": module.A, "B": scaled(module.B, module.scale).T, "B_bias": bias}
 
     def added(
         self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
     ) -> Tensor:
         delta = product(u.to(self.A.dtype), experts, weights, self.A, self.B)
-        return delta if self.bias is None else delta + weighted_rows(experts, weights, self.bias)
+        bias = self.B_bias
+        return delta if bias is None else delta + weighted_rows(experts, weights, bias)
 
     def constant(self, weights: Tensor) -> Constant:
         used = weights != 0
@@ -210,7 +181,8 @@ class LoraStack(Part):
         # Factors of weight 1 keep their type, and so their very numbers.
         if bool((w != 1).any()):
             A, B = A.float(), B.float() * w[:, None, None]
-        bias = None if self.bias is None else (w[:, None] * self.bias[used].float()).sum(dim=0)
+        bias = self.B_bias
+        bias = None if bias is None else (w[:, None] * bias[used].float()).sum(dim=0)
         A, B = A.flatten(0, 1), B.flatten(0, 1).T
         # Ranks that were filled up with zeros go.
         adds = A.any(dim=1) & B.any(dim=0)

@@ -107,7 +107,7 @@ class RoutedLinear(RoutedLayer):
         super().__init__(base, site, stack.experts)
         self.context, self.columns = context, tuple(columns) if any(columns) else ()
         self.router, self.kernel = router, kernel
-        self.part_types = {name: type(part) for name, part in stack.parts.items()}
+        self.part_types = {n: (type(part), part.names()) for n, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
             # Kernels take addresses, and trust that there are no gaps.
             self.register_buffer(name, tensor.contiguous(), persistent=False)
@@ -125,10 +125,8 @@ class RoutedLinear(RoutedLayer):
 
     def _parts(self) -> dict[str, Any]:
         return {
-            name: part(
-                **{field: getattr(self, held.name, None) for field, held in part.held.items()}
-            )
-            for name, part in self.part_types.items()
+            name: part(**{field: getattr(self, key, None) for field, key in names.items()})
+            for name, (part, names) in self.part_types.items()
         }
 
     @uncompiled

@@ -348,9 +348,9 @@ def _forms(router: Router) -> dict[str, Form]:
     """The form of each tensor that a saved model may have at a site."""
     forms = {"experts": Form("E", INDICES), "folded": Form("dn")}
     for part in declared().parts.values():
-        for each in part.held.values():
-            letters = [x if x in "nd" else f"{part.name}.{x}" for x in each.sizes]
-            forms[each.name] = Form(letters, each.types)
+        for field, form in part.forms().items():
+            letters = [x if x in "nd" else f"{part.name}.{x}" for x in f"E{form.sizes}"]
+            forms[part.names()[field]] = Form(letters, form.types)
     return forms | {name: Form(letters) for name, letters in router.sizes.items()}
 
 
@@ -399,8 +399,8 @@ def _check_site(
     is_folded = "folded" in tensors
     needed = ["experts"] if is_folded else ["experts", *router.sizes]
     for part in declared().parts.values():
-        if any(each.name in tensors for each in part.held.values()):
-            needed += [each.name for each in part.held.values() if not each.optional]
+        if any(name in tensors for name in part.names().values()):
+            needed += [part.names()[f] for f, form in part.forms().items() if not form.optional]
     for name in needed:
         _require(name in tensors, where, f"there are {_named(tensors)}, but no {name}")
     sizes, experts = _sizes(where, tensors, forms, {}), tensors["experts"]
@@ -408,9 +408,6 @@ def _check_site(
     is_in_order = bool((experts.diff() > 0).all())
     _require(is_in_order, where, "experts must be in order, each of them once")
     stack = SiteStack.of(tensors, experts)
-    for each in stack.parts.values():
-        problem = each.problem()
-        _require(problem is None, where, str(problem))
     rows = list(stack.rows().values())  # of a part without rows: all of them
     every = torch.cat(rows).sort().values if rows else torch.empty(0)
     count = sum(len(next(iter(each.tensors().values()))) for each in stack.parts.values())

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
-from ..experts.kind import Held, Part, SiteModule, widened
+from ..experts import Kind, kinds
+from ..experts.kind import Part, SiteModule, Stacked, widened
 from ..experts.lora import LoraStack
 from ..experts.pool import Pool
-from ..experts.registry import Kind, kinds
 
 
 class Declared(NamedTuple):
     """What the kinds declare: every part, and every part's tensors, by name."""
 
     parts: Mapping[str, type[Any]]
-    tensors: Mapping[str, Held]
+    tensors: Mapping[str, Stacked]
 
 
 def declared() -> Declared:
@@ -36,7 +36,10 @@ def declared() -> Declared:
 @lru_cache(maxsize=8)
 def _declared(kinds: tuple[Kind, ...]) -> Declared:
     parts = {part.name: part for kind in kinds for part in kind.stacked}
-    return Declared(parts, {e.name: e for part in parts.values() for e in part.held.values()})
+    tensors = {
+        part.names()[field]: form for part in parts.values() for field, form in part.forms().items()
+    }
+    return Declared(parts, tensors)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -82,20 +85,17 @@ class SiteStack:
     def of(cls, tensors: Mapping[str, Tensor], experts: Tensor) -> SiteStack:
         parts = {}
         for name, part in declared().parts.items():
-            held: dict[str, Any] = {
-                field: tensors[each.name]
-                for field, each in part.held.items()
-                if each.name in tensors
-            }
-            if held:
-                parts[name] = part(**held)
+            names = part.names().items()
+            fields: dict[str, Any] = {f: tensors[key] for f, key in names if key in tensors}
+            if fields:
+                parts[name] = part(**fields)
         return cls(experts, parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SiteStack:
         """The same on `device`; in `dtype`, but for indices and what is kept in float32."""
-        held = declared().tensors
+        forms = declared().tensors
         moved = {
-            name: tensor.to(device, dtype if held[name].in_models_type else None)
+            name: tensor.to(device, dtype if forms[name].dtype == "model" else None)
             for name, tensor in self.tensors().items()
         }
         return SiteStack.of(moved, self.experts.to(device))
@@ -103,8 +103,8 @@ class SiteStack:
     @property
     def dtype(self) -> torch.dtype:
         """The model's type, which most of the tensors have; float32 with scalings only."""
-        held = declared().tensors
-        in_it = (tensor for name, tensor in self.tensors().items() if held[name].in_models_type)
+        forms = declared().tensors
+        in_it = (t for name, t in self.tensors().items() if forms[name].dtype == "model")
         return next(in_it, torch.empty(0)).dtype
 
     def rows(self) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class SiteStack:
     def plain_lora(self) -> LoraStack | None:
         """The LoRAs, where there is nothing else here, no biases either."""
         lora = self.lora
-        return lora if lora and lora.rows is None and lora.bias is None else None
+        return lora if lora and lora.rows is None and lora.B_bias is None else None
 
 
 def stack_modules(
@@ -194,16 +194,16 @@ def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
             for stack, first in zip(stacks, firsts, strict=True)
             if name in stack.parts
         ]
-        for field_name, held in kind.held.items():
+        for field_name, key in kind.names().items():
             known = [(getattr(part, field_name), len(rows)) for part, rows in pairs]
             like = next((tensor for tensor, _ in known if tensor is not None), None)
             if field_name == "rows":
                 every = torch.cat([rows for _, rows in pairs]) if pairs else experts[:0]
-                if pairs and (len(every) < len(experts) or not held.optional):
-                    tensors[held.name] = every
+                if pairs and len(every) < len(experts):
+                    tensors[key] = every
             elif like is not None:
                 zeros = like.new_zeros(1, *like.shape[1:])
-                tensors[held.name] = joined(
+                tensors[key] = joined(
                     [
                         zeros.expand(count, *zeros.shape[1:]) if t is None else t
                         for t, count in known
@@ -222,12 +222,12 @@ def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
         if not len(stay):
             continue
         kept = {n: take_rows(tensor, stay) for n, tensor in part.tensors().items()}
-        kept[part.held["rows"].name] = places[stay]
-        for field_name, held in part.held.items():
-            is_row = field_name == "rows"
-            is_needless = len(stay) == len(rows) if is_row else not kept.get(held.name, stay).any()
-            if held.optional and is_needless:
-                kept.pop(held.name, None)
+        kept[part.names()["rows"]] = places[stay]
+        for field_name, form in part.forms().items():
+            key, is_row = part.names()[field_name], field_name == "rows"
+            is_needless = len(stay) == len(rows) if is_row else not kept.get(key, stay).any()
+            if form.optional and is_needless:
+                kept.pop(key, None)
         sized = [name for name in kept if declared().tensors[name].is_filled_up]
         # Ranks that only experts that left had are zeros by now: composing anew would not have
         # them.

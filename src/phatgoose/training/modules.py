@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ..base import Base
 from ..config import Peft
 from ..errors import ConfigError
+from ..experts import kind_for
 from ..experts.kind import FreshExpert, ModifiedLinear, SiteModule, new_gate, openness
-from ..experts.registry import kind_for
 from ..sites import Site, find_sites
 
 
@@ -29,7 +29,7 @@ def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
     kind = kind_for(peft)
     if getattr(model, "is_quantized", False) and not kind.new_modules.on_packed:
         raise ConfigError(
-            f"{kind.title} is trained on the base's own weights, not on quantised ones: leave out "
+            f"{kind.label} is trained on the base's own weights, not on quantised ones: leave out "
             f"--dtype 4bit, or train a lora."
         )
     if peft.sites is not None:

@@ -37,6 +37,7 @@ from ..base import (
 )
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, WrongBaseError
+from ..experts import kind_for
 from ..experts.expert import (
     LAYOUT,
     MOST_EMBEDDINGS,
@@ -50,7 +51,6 @@ from ..experts.expert import (
 )
 from ..experts.kind import ModifiedLinear, applied, check_fit
 from ..experts.peft_files import record_invocation
-from ..experts.registry import kind_for
 from ..experts.statistics import PromptStates, readings_of
 from ..files import WRITING_ERRORS, reason, sha256_of, shortened, write_text
 from ..passes import ActsOn
@@ -338,7 +338,7 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
         unfinished.mkdir()
         fresh.save(unfinished)
     invocation = run.acting.invocation if run.acting else None
-    if invocation and kind_for(peft).holds_invocation:
+    if invocation and kind_for(peft).peft_type == "LORA":
         record_invocation(unfinished, invocation)
     if joint:
         save_file(gates, unfinished / JOINT_GATES)

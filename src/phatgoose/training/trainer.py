@@ -32,7 +32,7 @@ from transformers import (
 from ..base import Base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TrainingError
-from ..experts.registry import kind_for
+from ..experts import kind_for
 from ..files import first_line, one_line
 from ..passes import ActsOn
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits

@@ -258,8 +258,8 @@ class Served:
         rows = stack.rows()
         others = [z for name, own in rows.items() if name != "lora" for z in own.tolist()]
         lora = stack.lora
-        if lora is not None and lora.bias is not None:
-            biased = lora.bias.any(dim=-1).nonzero().flatten()
+        if lora is not None and lora.B_bias is not None:
+            biased = lora.B_bias.any(dim=-1).nonzero().flatten()
             others += rows["lora"][biased].tolist()
         named = ", ".join(sorted({self.names[int(stack.experts[z])] for z in others}))
         return (

@@ -10,7 +10,7 @@ import typer
 
 from ...config import Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
-from ...experts.registry import kinds
+from ...experts import kinds
 from ...files import require_free, write_text
 from ..console import check_report, complain, report, say
 from . import options

@@ -30,7 +30,7 @@ from ...config import (
     settings_of,
 )
 from ...errors import ConfigError
-from ...experts.registry import kinds
+from ...experts import kinds
 from ...files import read_table, shortened
 from ...routing.routers.registry import AUTO, class_of, known_names
 from ..console import set_voice

@@ -10,7 +10,7 @@ import typer
 
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, ExpertError, RoutingError
-from ...experts.registry import kinds
+from ...experts import kinds
 from ...files import require_free
 from ..console import say
 from . import options

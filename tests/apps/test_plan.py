@@ -107,7 +107,7 @@ def test_a_plan_counts_the_parameters_of_each_kind(planned_here, base_folders, s
     }
     assert (plan.sites, plan.expert_parameters) == (len(sites), counts[shape])
     assert plan.dtype == ("float32" if shape == "ia3" else "bfloat16")
-    itemsize = 2 if shape in ("houlsby", "pfeiffer") else 4  # a DoRA's are in two files
+    itemsize = 4 if shape == "ia3" else 2
     vectors = 2 * 4 * plan.gate_parameters + READINGS  # gates, means
     assert plan.tasks[0].disk_bytes == itemsize * plan.expert_parameters + vectors
 

@@ -62,4 +62,4 @@ def test_the_card_says_what_peft_can_load():
     assert "PeftModel" not in ours
     assert "library_name: peft" in pefts
     assert "PeftModel.from_pretrained" in pefts
-    assert "An (IA)³ expert" in pefts
+    assert "(IA)³ expert" in pefts

@@ -95,7 +95,6 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     *(("expert", cut(f, n), "not valid") for f in (ADAPTER_WEIGHTS, VECTORS) for n in (0, 40, -4)),
     *(("expert", write(ADAPTER_CONFIG, text), ADAPTER_CONFIG) for text in ("{", "[]", "null")),
     ("bottleneck", remove("bottleneck_config.json"), "bottleneck_config.json does not exist"),
-    ("bottleneck", write(ADAPTER_CONFIG, "{}"), "files of two adapters"),
     # The description.
     *(("expert", write(INFO, text), INFO) for text in ("{", "[]", "3", "null", '"x"', "\x00")),
     *(("expert", put(INFO, format_version=v), "format version") for v in (2, 0, None, "1")),
@@ -125,7 +124,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
             **{"megatron_config": {"a": 1}, "use_qalora": True, "some_new_option": 3},
         }.items()
     ),
-    ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) in"),
+    ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) of"),
     ("expert", put(ADAPTER_CONFIG, lora_alpha="8"), "isn't what PEFT can have written"),
     ("expert", put(ADAPTER_CONFIG, rank_pattern=[1]), "isn't what PEFT can have written"),
     ("expert", put(ADAPTER_CONFIG, alpha_pattern={"a": "x"}), "isn't what PEFT can have"),
@@ -166,7 +165,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("bottleneck", bottleneck(f"{QUERY}.up.bias", None), f"site {QUERY}: wanted down (m, d)"),
     ("bottleneck", bottleneck(f"{QUERY}.up.bias", odd(0)), f"site {QUERY}: wanted"),
     ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 3)), f"site {DOWN}: wanted"),
-    ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 2).long()), "floating point"),
+    ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 2).long()), "torch.int64"),
     ("bottleneck", bottleneck("extra", odd(0)), "'extra', which is no part"),
     ("dora", dora(f"{QUERY}.output_scale", odd(1, 7)), f"site {QUERY}: wanted A (r, n), B (d, r)"),
     # Gates, means, readings, embeddings.
@@ -186,7 +185,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("expert", readings(mean=torch.zeros(2, 4)), "readings: wanted whole.mean (b, d)"),
     ("expert", readings(factor=READING), "readings: wanted"),
     ("expert", readings(rest=-torch.ones(2, 3)), "variances below 0"),
-    ("expert", readings(mean=READING.double()), "wanted float32"),
+    ("expert", readings(mean=READING.double()), "of torch.float32, got"),
     ("expert", readings(other=READING), "readings: wanted"),
     ("expert", tensor(EMBEDDINGS, "embeddings", 2 * torch.eye(3)), "each of length 1"),
     ("expert", tensor(EMBEDDINGS, "more", odd(1)), "'more'"),
@@ -198,7 +197,7 @@ def test_damage_is_refused_in_one_line_that_names_it(tmp_path, kind, damage, wor
     folder = shutil.copytree(GOLDENS / kind, tmp_path / "mine")
     described = (folder / INFO).read_bytes()
     damage(folder)
-    if (folder / INFO).read_bytes() == described and "two adapters" not in words:
+    if (folder / INFO).read_bytes() == described:
         record_hashes(folder)
     message = one_line_of(lambda: Expert.load(folder), ExpertError)
     assert words in message

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,13 +11,11 @@ from phatgoose.base import load_base
 from phatgoose.config import Dora, GateTraining
 from phatgoose.errors import ConfigError
 from phatgoose.experts.dora import row_norms
-from phatgoose.experts.expert import LAYOUT, Expert, read_modules
 from phatgoose.experts.kind import ModifiedLinear, applied
-from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from phatgoose.passes import acting_at
 from phatgoose.sites import find_sites
 from phatgoose.training.modules import fresh_expert
-from tiny import assert_same_logits, copied_model, logits_of, make_ids, peft_model
+from tiny import assert_same_logits, copied_model, logits_of, make_ids
 from training_runs import GATES, TASK, TRAINING, gated_loss, target_nll, train, without_dropout
 
 DORA = Dora(rank=2, alpha=4)
@@ -90,21 +85,6 @@ def test_joint_gates_and_tokens_that_are_not_acted_on_weigh_the_whole_change(lla
             nothing = logits_of(fresh.model.eval(), ids)
         assert not torch.allclose(logits_of(fresh.model, ids), plain, atol=1e-2)
     assert_same_logits(nothing, plain)
-
-
-def test_pefts_files_stay_beside_ours_whatever_is_measured_anew(llama, tmp_path):
-    training = replace(TRAINING, acts_on="1000")  # all tokens of prompts that are shorter
-    expert = train(llama, tmp_path / "echo", peft=DORA, training=training)
-    again = expert.save(tmp_path / "again")
-    card = (again.directory / LAYOUT.card).read_text()
-    assert "PeftModel.from_pretrained" in card
-    assert "PEFT alone doesn't know this" in card
-    config = json.loads((again.directory / ADAPTER_CONFIG).read_text())
-    assert config["use_dora"] is True
-    assert Expert.load(again.directory).kind == "dora"
-    with applied(llama.model, read_modules(again.directory), ModifiedLinear):
-        got = logits_of(llama.model, make_ids())
-    assert_same_logits(got, logits_of(peft_model(llama, again.directory), make_ids()))
 
 
 def test_under_a_base_in_bfloat16_magnitudes_and_norms_stay_float32(base_folders, tmp_path):

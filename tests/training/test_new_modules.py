@@ -121,11 +121,9 @@ def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_p
         loss = target_nll(base.model, base, TASK.validation).mean().item()
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
     assert not torch.allclose(got, logits_of(base.model, make_ids()), atol=1e-3)
-    if shape in ("ia3", "dora"):
+    if shape == "ia3":
         assert_same_logits(got, logits_of(peft_model(base, expert.directory), make_ids()))
         adapter = adapter_of(expert.directory, tmp_path / "adapter")
-        for ours in adapter.glob("dora*"):
-            ours.unlink()
         again = import_adapter(adapter, tmp_path / "imported", base=base.id)
         assert again.kind == expert.kind
         assert_same_modules(again, expert)

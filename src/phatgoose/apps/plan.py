@@ -137,7 +137,7 @@ def plan_of(
     expert = kind.new_modules.count(model, peft, sites)
     gate, gates = sum(site.in_features for site in sites), settings.gates
     stored = kind.new_modules.dtype or choose_dtype(dtype)
-    adapter = kind.new_modules.copies * stored.itemsize * expert  # bytes of its files
+    adapter = stored.itemsize * expert  # bytes of its files
     vectors = gate * (1 + gates.means) + readings_size(model.config) * gates.readings
     planned = [
         _planned(task, settings, encoder, speed, adapter + FLOAT32 * vectors)

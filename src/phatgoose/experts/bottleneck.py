@@ -53,13 +53,6 @@ LARGEST_SCALE = 1e9
 FILES = OwnFiles(
     "bottleneck_config.json",
     "bottleneck.safetensors",
-    parts={"down": "md", "down_bias": "m", "up": "dm", "up_bias": "d"},
-    names={
-        "down": "down.weight",
-        "down_bias": "down.bias",
-        "up": "up.weight",
-        "up_bias": "up.bias",
-    },
     settings={
         "activation": lambda value: value in ACTIVATIONS,
         "scale": lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SCALE,
@@ -74,6 +67,16 @@ class BottleneckLayers(SiteModule):
 
     kind: ClassVar[str] = "bottleneck"
     files: ClassVar[Any] = FILES
+    parts: ClassVar[Mapping[str, str]] = {
+        "down": "md",
+        "down_bias": "m",
+        "up": "dm",
+        "up_bias": "d",
+    }
+    endings: ClassVar[Mapping[str, str]] = {
+        **{"down": ".down.weight", "down_bias": ".down.bias"},
+        **{"up": ".up.weight", "up_bias": ".up.bias"},
+    }
 
     down: Tensor  # [m, d]
     down_bias: Tensor  # [m]

@@ -39,16 +39,7 @@ from ..passes import where_active
 from ..sites import Site
 from .kind import Constant, OwnFiles, SiteModule, factor_of, openness, stacked, weighted_rows
 from .lora import LoraFactors, LoraStack, NewLoras, plus_product
-from .peft_files import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS
-
-FILES = OwnFiles(
-    "dora_config.json",
-    "dora.safetensors",
-    parts={"A": "rn", "B": "dr", "bias": "d", "output_scale": "d"},
-    names={"A": "lora_A", "B": "lora_B"},
-    version_key="dora_version",
-    beside=(ADAPTER_CONFIG, ADAPTER_WEIGHTS),  # PEFT's own form of one that was trained here
-)
+from .peft_files import ADAPTER
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -56,7 +47,14 @@ class DoraFactors(LoraFactors):
     """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
 
     kind: ClassVar[str] = "dora"
-    files: ClassVar[Any] = FILES
+    files: ClassVar[Any] = OwnFiles(
+        "dora_config.json", "dora.safetensors", version_key="dora_version"
+    )
+    parts: ClassVar[Mapping[str, str]] = {**LoraFactors.parts, "output_scale": "d"}
+    endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
+    # Not as LoRAs: in files of our own.
+    read = SiteModule.__dict__["read"]
+    write = SiteModule.__dict__["write"]
 
     output_scale: Tensor  # [d]
 
@@ -81,16 +79,6 @@ class DoraFactors(LoraFactors):
             return (y * (1 + strength * (self.output_scale - 1))).to(y.dtype)
 
         return super().apply(scaled, u, strength)  # type: ignore[arg-type]
-
-    @classmethod
-    def read(
-        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Mapping[str, SiteModule]:
-        return super(LoraFactors, cls).read(directory, config, tensors)
-
-    @classmethod
-    def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-        return super(LoraFactors, cls).write(folder, modules, about)
 
 
 def row_scales(layer: Any, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
@@ -132,7 +120,6 @@ class DoraStack(LoraStack):
 
 class NewDoras(NewLoras):
     use_dora = True
-    copies = 2  # PEFT's files, and ours made of them
     on_packed = False  # what we store of W's norms would be those of other weights
 
     def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
@@ -148,15 +135,13 @@ class NewDoras(NewLoras):
         layer.lora_magnitude_vector[ADAPTER].weight = nn.Parameter(norms)
 
     def save(self, model: PeftModel, base: Base, folder: Path) -> None:
-        super().save(model, base, folder)  # in the dtype that is computed in
-        made = {}
-        for site, layer in base.model.named_modules():
-            if isinstance(layer, LoraLayer):
-                A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-                lora = LoraFactors(A, B, layer.scaling[ADAPTER])
-                m = layer.lora_magnitude_vector[ADAPTER].weight
-                made[site] = DoraFactors.of(lora, m, layer.get_base_layer())
-        DoraFactors.write(folder, made, {FILES.base_key: base.id})
+        doras = {}
+        for site, layer in self.rounded(base).items():
+            A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            lora = LoraFactors(A, B, layer.scaling[ADAPTER])
+            m = layer.lora_magnitude_vector[ADAPTER].weight
+            doras[site] = DoraFactors.of(lora, m, layer.get_base_layer())
+        DoraFactors.write(folder, doras, {DoraFactors.files.base_key: base.id})
 
 
 class _ScaledOutputs(LoraVariant):  # type: ignore[misc]  # PEFT is untyped

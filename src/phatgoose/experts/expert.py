@@ -53,20 +53,13 @@ def formats() -> tuple[AdapterFiles, ...]:
 
 
 def adapter_files(directory: Path) -> AdapterFiles:
-    """The files of the adapter in `directory`, by default PEFT's; ExpertError for several kinds."""
-    there = [
-        files
-        for files in formats()
-        if any((directory / name).exists() for name in (files.config, files.weights))
-    ]
-    beside = {name for files in there for name in files.beside}
-    there = [files for files in there if files.config not in beside]
-    if len(there) > 1:
-        raise ExpertError(
-            f"{directory} holds files of two adapters, as {there[0].config} and {there[1].config} "
-            f"describe them; an expert has one."
-        )
-    return there[0] if there else PEFT_FILES
+    """The files of the adapter in `directory`: those of a format of our own if there, else PEFT's.
+
+    PEFT's own form of a DoRA may stand beside ours.
+    """
+    own = (files for files in formats() if files is not PEFT_FILES)
+    there = (f for f in own if any((directory / name).exists() for name in (f.config, f.weights)))
+    return next(there, PEFT_FILES)
 
 
 def read_modules(
@@ -471,8 +464,7 @@ class Expert:
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
-        beside = [file for file in files.beside if (self.directory / file).is_file()]
-        for file in (files.config, files.weights, *beside):
+        for file in (files.config, files.weights):
             shutil.copyfile(regular_file(self.directory / file), work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {
@@ -487,7 +479,7 @@ class Expert:
             rows = self.embeddings.float().contiguous()
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
-        card = model_card(asdict(info), self.kind, len(self.modules), copied=bool(beside))
+        card = model_card(asdict(info), self.kind, len(self.modules))
         for file, text in ((LAYOUT.card, card), (LAYOUT.info, info_json(info))):
             # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -583,12 +575,9 @@ As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")
 LONGEST_CELL = 500
 
 
-def model_card(info: Mapping[str, Any], kind: str, sites: int, *, copied: bool = False) -> str:
-    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says.
-
-    `copied` says that PEFT's files of it stand beside ours.
-    """
-    in_peft = copied or kinds()[kind].peft_type is not None
+def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
+    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
+    in_peft = kinds()[kind].peft_type is not None
     base = info["base"]
     # In YAML an id without an owner might be a number.
     quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
@@ -599,7 +588,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int, *, copied: bool =
         revision=f" at revision `{code(base['revision'])}`" if base["revision"] else "",
         fingerprint=code(base["fingerprint"] or "not recorded"),
         sites=sites,
-        acts_on=_acts_on(info.get("acts_on"), in_peft=in_peft, copied=copied),
+        acts_on=_acts_on(info.get("acts_on"), in_peft=in_peft),
         kind=kinds()[kind].label,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
@@ -610,11 +599,11 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int, *, copied: bool =
     )
 
 
-def _acts_on(record: Mapping[str, Any] | None, *, in_peft: bool, copied: bool) -> str:
+def _acts_on(record: Mapping[str, Any] | None, *, in_peft: bool) -> str:
     acts_on = ActsOn.of(record)
     if acts_on is None:
         return ""
-    alone = in_peft and (copied or not acts_on.invocation)
+    alone = in_peft and not acts_on.invocation
     warning = " PEFT alone doesn't know this and lets it act on all tokens." if alone else ""
     return f"- Acts on: {code(str(acts_on))}; before that the base is itself.{warning}\n"
 

@@ -66,17 +66,15 @@ class ScalingVector(SiteModule):
 
     kind: ClassVar[str] = "ia3"
     files: ClassVar[Any] = PEFT_FILES
+    parts: ClassVar[Mapping[str, str]] = {"vector": "dn"}  # as PEFT has it
+    endings: ClassVar[Mapping[str, str]] = ENDINGS
 
     vector: Tensor  # [n] or [d]
     on_input: bool
 
     @property
-    def in_features(self) -> int | None:
-        return len(self.vector) if self.on_input else None
-
-    @property
-    def out_features(self) -> int | None:
-        return None if self.on_input else len(self.vector)
+    def sizes(self) -> Mapping[str, int]:
+        return {"n" if self.on_input else "d": len(self.vector)}
 
     def at(self, weight: Tensor) -> ScalingVector:
         # Not the weight's type: around 1 bfloat16 has steps of 1/128, about as far as vectors move.
@@ -95,7 +93,7 @@ class ScalingVector(SiteModule):
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, ScalingVector]:
         vectors = {}
-        by_site = PEFT_FILES.split(directory, tensors, ENDINGS, {"vector": "dn"})
+        by_site = PEFT_FILES.by_site(directory, tensors, cls.parts, ENDINGS)
         for site, parts in by_site.items():
             d, n = parts["vector"].shape
             if 1 not in (d, n):

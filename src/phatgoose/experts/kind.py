@@ -35,35 +35,43 @@ VERSION = 1  # of the formats of one's own
 class SiteModule(ABC):
     """What an expert does at one site. Each kind has a frozen dataclass of this base.
 
-    Its fields are tensors, then settings. A kind with files of its own (`OwnFiles`) declares what
-    its tensors look like there, and everything but `at` and `apply` follows.
+    Its fields are tensors, then settings. `parts` has a letter for each size of a tensor, which
+    stands for one number at a site: {"down": "md"}. In `files` a tensor is called SITE.FIELD,
+    unless `endings` has another ending. For a kind with files of its own (`OwnFiles`) everything
+    but `at` and `apply` follows.
     """
 
     kind: ClassVar[str]
     files: ClassVar[Any]
+    parts: ClassVar[Mapping[str, str]]
+    endings: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """What the letters of `parts` stand for."""
+        tensors = ((letters, getattr(self, name)) for name, letters in self.parts.items())
+        there = (zip(letters, t.shape, strict=True) for letters, t in tensors if t is not None)
+        return {letter: size for pairs in there for letter, size in pairs}
 
     @property
     def in_features(self) -> int | None:
         """The size n of the site's input, None for a module that doesn't tell."""
-        return self._sizes().get("n")
+        return self.sizes.get("n")
 
     @property
     def out_features(self) -> int | None:
         """The size d of the site's output, None for a module that doesn't tell."""
-        return self._sizes().get("d")
+        return self.sizes.get("d")
 
     @property
     def size(self) -> int | None:
         """The rank, or the size of the bottleneck; None for a kind that has neither."""
-        return next((size for letter, size in self._sizes().items() if letter not in "nd"), None)
+        return next((size for letter, size in self.sizes.items() if letter not in "nd"), None)
 
     @property
     def settings(self) -> tuple[object, ...]:
         """Its fields that are no tensors."""
         return tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
-
-    def _sizes(self) -> dict[str, int]:
-        return sizes_of(self.files.parts, vars(self)) or {}
 
     @abstractmethod
     def at(self, weight: Tensor) -> SiteModule:
@@ -82,7 +90,7 @@ class SiteModule(ABC):
         Raises ExpertError when a tensor is missing or left over, or shapes don't fit each other.
         """
         settings = {name: config[name] for name in cls.files.settings}
-        by_site = cls.files.by_site(directory, tensors)
+        by_site = cls.files.by_site(directory, tensors, cls.parts, cls.endings)
         return {site: cls(**parts, **settings) for site, parts in by_site.items()}
 
     @classmethod
@@ -92,22 +100,26 @@ class SiteModule(ABC):
         Settings are those of the first module: all modules of an expert share them.
         """
         first = next(iter(modules.values()))
-        config = {**about, **{name: getattr(first, name) for name in cls.files.settings}}
-        cls.files.write(folder, {site: vars(module) for site, module in modules.items()}, config)
+        tensors = {
+            site + cls.endings.get(name, f".{name}"): getattr(module, name).detach().cpu()
+            for site, module in modules.items()
+            for name in cls.parts
+        }
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / cls.files.weights)
+        settings = {name: getattr(first, name) for name in cls.files.settings}
+        config = {cls.files.version_key: VERSION, **about, **settings}
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / cls.files.config).write_text(text, encoding="utf-8")
         return folder
 
 
 @dataclass(frozen=True)
 class AdapterFiles(ABC):
-    """The two files of an adapter by name; the configuration names the base under `base_key`.
-
-    `beside` are another format's files, which are copied with them where they are, and not read.
-    """
+    """The two files of an adapter by name; the configuration names the base under `base_key`."""
 
     config: str
     weights: str
     base_key: str = "base"
-    beside: tuple[str, ...] = ()
     prefix: ClassVar[str] = ""  # of tensors' names
 
     @abstractmethod
@@ -117,43 +129,38 @@ class AdapterFiles(ABC):
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights)
 
-    def split(
+    def by_site(
         self,
         directory: Path,
         tensors: Mapping[str, Tensor],
-        endings: Mapping[str, str],
         forms: Mapping[str, str],
+        endings: Mapping[str, str],
     ) -> dict[str, dict[str, Tensor]]:
         """The weights by site and field, told by their names' endings, of these `forms`."""
         by_site: dict[str, dict[str, Tensor]] = {}
+        ends = {endings.get(name, f".{name}"): name for name in {**forms, **endings}}
         for key in sorted(tensors):
-            name = next((name for name, ending in endings.items() if key.endswith(ending)), None)
-            if name is None or not key.startswith(self.prefix):
+            end = next((end for end in ends if key.endswith(end)), None)
+            if end is None or not key.startswith(self.prefix):
                 raise ExpertError(
                     f"{directory}: {self.weights} holds {shortened(key, 200)}, which is no part of "
                     f"a plain adapter."
                 )
-            site = key.removeprefix(self.prefix).removesuffix(endings[name])
-            by_site.setdefault(site, {})[name] = tensors[key]
-        if not by_site:
-            raise ExpertError(f"{directory}: {self.weights} holds no tensors.")
-        for site, parts in by_site.items():
+            site = key.removeprefix(self.prefix).removesuffix(end)
+            by_site.setdefault(site, {})[ends[end]] = tensors[key]
+        for site, parts in (by_site or {"": {}}).items():
             check_parts(f"{directory}, site {site}", forms, parts)
         return by_site
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnFiles(AdapterFiles):
-    """A format of one's own: a JSON file, and tensors named SITE.PART.
+    """A format of one's own: a JSON file and a safetensors file.
 
-    `parts` has a letter for each size of a module's tensor, which stands for one number at a site:
-    {"down": "md"}; `names` has PART where that isn't the field's name. The configuration has a
-    version, the base's id, and one entry for each of `settings`, which tells whether a value can be
-    right; all modules of an expert share them.
+    The configuration has a version, the base's id, and one entry for each of `settings`, which
+    tells whether a value can be right; all modules of an expert share them.
     """
 
-    parts: Mapping[str, str] = field(hash=False)
-    names: Mapping[str, str] = field(default_factory=dict, hash=False)
     settings: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict, hash=False)
     version_key: str = "version"
 
@@ -174,25 +181,6 @@ class OwnFiles(AdapterFiles):
                 )
         return config
 
-    def by_site(
-        self, directory: Path, tensors: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each site by field, of their shapes; else ExpertError."""
-        endings = {name: f".{self.names.get(name, name)}" for name in self.parts}
-        return self.split(directory, tensors, endings, self.parts)
-
-    def write(
-        self, folder: Path, by_site: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-    ) -> None:
-        tensors = {
-            f"{site}.{self.names.get(name, name)}": parts[name].detach().cpu().contiguous()
-            for site, parts in by_site.items()
-            for name in self.parts
-        }
-        save_file(tensors, folder / self.weights)
-        text = json.dumps({self.version_key: VERSION, **config}, indent=2) + "\n"
-        (folder / self.config).write_text(text, encoding="utf-8")
-
 
 def read_tensors(path: Path) -> TensorFile:
     """Every tensor of a safetensors file, mapped, all finite; else ExpertError."""
@@ -201,24 +189,25 @@ def read_tensors(path: Path) -> TensorFile:
     return tensors
 
 
-def sizes_of(forms: Mapping[str, str], tensors: Mapping[str, Any]) -> dict[str, int] | None:
-    """What the letters of `forms` stand for in these tensors; None if they don't fit together."""
+def check_parts(
+    where: str,
+    forms: Mapping[str, str],
+    tensors: Mapping[str, Any],
+    types: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Raise ExpertError unless `tensors` are those of `forms`, of these types, and fit together."""
     sizes: dict[str, int] = {}
-    for name, letters in forms.items():
-        shape = tensors[name].shape if name in tensors else ()
-        if len(shape) != len(letters) or 0 in shape or tensors[name].dtype not in FLOATS:
-            return None
-        if any(sizes.setdefault(a, n) != n for a, n in zip(letters, shape, strict=True)):
-            return None
-    return sizes
-
-
-def check_parts(where: str, forms: Mapping[str, str], tensors: Mapping[str, Any]) -> None:
-    """Raise ExpertError unless `tensors` are those of `forms`, and fit together."""
-    if sizes_of(forms, tensors) is None or tensors.keys() - forms.keys():
+    if tensors.keys() != forms.keys() or not all(
+        tensor.dtype in types
+        and len(tensor.shape) == len(forms[name])
+        and 0 not in tensor.shape
+        and all(sizes.setdefault(a, n) == n for a, n in zip(forms[name], tensor.shape, strict=True))
+        for name, tensor in tensors.items()
+    ):
         wanted = ", ".join(f"{name} ({', '.join(form)})" for name, form in forms.items())
-        got = ", ".join(f"{name} {(*tensor.shape,)}" for name, tensor in tensors.items())
-        raise ExpertError(f"{where}: wanted {wanted} in floating point, got {got or 'nothing'}.")
+        got = ", ".join(f"{name} {(*t.shape,)} {t.dtype}" for name, t in tensors.items())
+        kinds = " or ".join(map(str, types))
+        raise ExpertError(f"{where}: wanted {wanted} of {kinds}, got {got or 'nothing'}.")
 
 
 def check_fit(
@@ -319,12 +308,10 @@ class NewModules(ABC):
     `dtype` is what they are stored in, None that of each one's layer (`dtype_at`).
 
     In training their strength passes `where_active`, so that an expert can act from its prompts'
-    end on. `on_packed` says that they can be trained on quantised weights, `copies` how often their
-    parameters are in the files.
+    end on. `on_packed` says that they can be trained on quantised weights.
     """
 
     dtype: ClassVar[torch.dtype | None] = None
-    copies: ClassVar[int] = 1
     on_packed: ClassVar[bool] = True
 
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:

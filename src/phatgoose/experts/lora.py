@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,23 +64,13 @@ class LoraFactors(SiteModule):
 
     kind: ClassVar[str] = "lora"
     files: ClassVar[Any] = PEFT_FILES
+    parts: ClassVar[Mapping[str, str]] = {"A": "rn", "B": "dr", "bias": "d"}
+    endings: ClassVar[Mapping[str, str]] = ENDINGS
 
     A: Tensor  # [r, n]
     B: Tensor  # [d, r]
     scale: float = 1.0
     bias: Tensor | None = None  # [d]
-
-    @property
-    def in_features(self) -> int:
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.B.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.A.shape[0]
 
     def at(self, weight: Tensor) -> LoraFactors:
         # Scaled in float32 and rounded once.
@@ -98,13 +88,17 @@ class LoraFactors(SiteModule):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> Mapping[str, SiteModule]:
-        scale_of = _scale_rule(config)
         forms = {"A": "rn", "B": "dr"} | ({"bias": "d"} if config.get("lora_bias") else {})
-        by_site = PEFT_FILES.split(directory, tensors, ENDINGS, forms)
-        return {
-            site: LoraFactors(**parts, scale=scale_of(site, len(parts["A"])))
-            for site, parts in by_site.items()
-        }
+        by_site = PEFT_FILES.by_site(directory, tensors, forms, ENDINGS)
+        alphas, default = config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)
+        modules = {}
+        for site, parts in by_site.items():
+            # Of several patterns the first that matches counts, as in PEFT.
+            alpha, rank = value_at(alphas, site), len(parts["A"])
+            alpha = float(default if alpha is None else alpha)
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            modules[site] = LoraFactors(**parts, scale=scale)
+        return modules
 
     @classmethod
     def write(
@@ -137,18 +131,6 @@ def plus_product(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
     """The sum y + B h, [.., d], of h [.., r] and B [d, r], in one call that rounds once."""
     total = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t())
     return total.view_as(y)
-
-
-def _scale_rule(config: Mapping[str, Any]) -> Callable[[str, int], float]:
-    alphas, default = config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)
-
-    def scale(site: str, rank: int) -> float:
-        # Of several patterns the first that matches counts, as in PEFT.
-        alpha = value_at(alphas, site)
-        alpha = float(default if alpha is None else alpha)
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return scale
 
 
 @dataclass(frozen=True)
@@ -233,12 +215,18 @@ class NewLoras(NewModules):
         nn.init.zeros_(layer.lora_B[ADAPTER].weight)
 
     def save(self, model: PeftModel, base: Base, folder: Path) -> None:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                dtype = dtype_at(layer.get_base_layer(), base.model)  # T5's differ in float16
-                for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-                    factor.weight.data = factor.weight.data.to(dtype)
+        self.rounded(base)
         save_peft(model, base, folder)
+
+    def rounded(self, base: Base) -> dict[str, Any]:
+        """PEFT's layers by site, their factors from now on in the type that is computed in."""
+        modules = base.model.named_modules()
+        layers: dict[str, Any] = {s: each for s, each in modules if isinstance(each, LoraLayer)}
+        for layer in layers.values():
+            dtype = dtype_at(layer.get_base_layer(), base.model)  # T5's differ in float16
+            for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                factor.weight.data = factor.weight.data.to(dtype)
+        return layers
 
 
 class _MasterLinear(nn.Linear):

@@ -68,9 +68,8 @@ def readings_size(config: PreTrainedConfig) -> int:
 
 def check_readings(where: str, readings: Mapping[str, Tensor]) -> None:
     """Raise ExpertError unless `readings` are what `readings_of` makes."""
-    check_parts(where, {f"{READ}.{part}": form for part, form in PARTS.items()}, readings)
-    if any(tensor.dtype != torch.float32 for tensor in readings.values()):
-        raise ExpertError(f"{where}: wanted float32.")
+    forms = {f"{READ}.{part}": form for part, form in PARTS.items()}
+    check_parts(where, forms, readings, (torch.float32,))
     if bool((readings[f"{READ}.rest"] < 0).any()):
         raise ExpertError(f"{where}: {READ}.rest has variances below 0.")
 

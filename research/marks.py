@@ -306,7 +306,7 @@ def scored(base: Base, sets: Sets) -> dict[Which, dict[str, Any]]:
     first = next(iter(sets.values()))
     examples = tuple(row for each in sets.values() for row in each.examples)
     every = replace(first, name=", ".join(task for _, task, _ in sets), examples=examples)
-    encoder = Encoder.for_model(base.model, base.tokenizer, every.settings.formatting)
+    encoder = Encoder.for_model(base.model, base.tokenizer, every.formatting)
     found = score(base.model, every, every.questions(encoder))
     by_metric = [
         metric(name).combine(rows, 1)

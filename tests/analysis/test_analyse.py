@@ -140,7 +140,7 @@ def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
 
 def test_effects_are_differences_of_scores(found, llama, llama_pool):
     assert {effect.expert for effect in found.effects} == set(llama_pool.names)
-    means = [effect.mean for effect in found.effects]
+    means = [effect.mean.value for effect in found.effects]
     assert means == sorted(means, reverse=True)
     effect = found.effects[0]
     less = compose(llama_pool, llama, leave_out=[effect.expert], router="phatgoose")
@@ -148,7 +148,7 @@ def test_effects_are_differences_of_scores(found, llama, llama_pool):
     for score in reduced.scores:
         everyone = found.routers["phatgoose"].scores[score.task].score
         assert effect.by_task[score.task] == pytest.approx(everyone - score.score)
-    assert effect.interval.low <= effect.mean <= effect.interval.high
+    assert effect.mean.low <= effect.mean.value <= effect.mean.high
 
 
 def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):

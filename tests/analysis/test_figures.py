@@ -99,7 +99,7 @@ def test_the_scatter_names_datasets_and_tells_the_correlation():
     found = correlation([p.divergence for p in points], [p.score for p in points])
     panel = divergence_scatter({"Arrow": points}, {"Arrow": found}).axes[0]
     assert {text.get_text() for text in panel.texts} == {"a", "b", "c", "d"}
-    assert f"r = {found.pearson:.2f} [" in panel.get_title()
+    assert f"r = {found.pearson.value:.2f} [" in panel.get_title()
     few = divergence_scatter({"Arrow": points[:2]}, {"Arrow": correlation([1, 2], [1, 2])})
     assert "no correlation" in few.axes[0].get_title()
 

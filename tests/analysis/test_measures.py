@@ -76,11 +76,11 @@ def test_correlations_are_those_of_scipy_with_fishers_interval(pairs):
     found = correlation(x, y)
     wanted = pearsonr(x, y)
     assert found.n == len(x)
-    assert found.pearson == pytest.approx(wanted.statistic, abs=1e-6)
+    assert found.pearson.value == pytest.approx(wanted.statistic, abs=1e-6)
     if abs(wanted.statistic) < 1 - 1e-9:
         interval = wanted.confidence_interval(0.95)
-        assert found.interval.low == pytest.approx(interval.low, abs=1e-6)
-        assert found.interval.high == pytest.approx(interval.high, abs=1e-6)
+        assert found.pearson.low == pytest.approx(interval.low, abs=1e-6)
+        assert found.pearson.high == pytest.approx(interval.high, abs=1e-6)
 
 
 @pytest.mark.parametrize(("x", "y"), [([], []), ([1, 2], [3, 4]), ([1, 1, 1], [1, 2, 3])])
@@ -91,5 +91,5 @@ def test_no_coefficient_without_enough_to_go_by(x, y):
 
 def test_three_pairs_have_coefficients_but_no_interval():
     found = correlation([1, 2, 3], [1, 2, 4])
-    assert found.pearson == pytest.approx(pearsonr([1, 2, 3], [1, 2, 4]).statistic)
-    assert found.interval is None
+    assert found.pearson.value == pytest.approx(pearsonr([1, 2, 3], [1, 2, 4]).statistic)
+    assert (found.pearson.low, found.pearson.high) == (-1, 1)

@@ -33,15 +33,14 @@ from phatgoose.base import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import ConfigError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation import compare as comparing
-from phatgoose.evaluation.compare import answered_by_experts, code_version, compare
-from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, evaluate
+from phatgoose.evaluation.compare import code_version, compare
+from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.rows import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers import prompt as base_reader
 from phatgoose.routing.routers.registry import OURS
-from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import Chat, Entry, Example, Suite, Task
+from phatgoose.tasks.task import Entry, Example, Suite, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -336,48 +335,6 @@ def test_rows_that_choose_by_readings_share_them(setting, tasks, tmp_path, monke
             assert (result.score, result.ties) == (other[task].score, other[task].ties)
 
 
-def asked(task: Task, base: Any) -> tuple[EvaluationSet, Any]:
-    dataset = EvaluationSet.of(task, ScoringSettings(max_new_tokens=TOKENS))
-    return dataset, dataset.questions(Encoder.of(base))
-
-
-@pytest.mark.parametrize("router", ["phatgoose", "merged", "retrieval"])
-def test_other_models_and_unknown_answers_share_nothing(setting, tasks, llama, router):
-    model = by_hand(router, setting, llama)
-    question = asked(tasks["choose"], llama)
-    everyones = {
-        name: {"choose": {"answers": ["good"] * 9, "tied": []}} for name in setting.pool.names
-    }
-    shares = answered_by_experts(everyones, model, *question) is not None
-    assert shares == (router == "retrieval")
-    elsewhere = {name: {"pick": result["choose"]} for name, result in everyones.items()}
-    for unknown in ({}, elsewhere, {"somebody": everyones["e0"]}):
-        assert answered_by_experts(unknown, model, *question) is None
-
-
-def test_a_chat_s_answers_are_of_the_expert_that_its_last_message_has(setting, llama, monkeypatch):
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    monkeypatch.setattr(llama.tokenizer, "chat_template", template)
-    model = by_hand("retrieval", setting, llama)
-    chat = Chat((("system", "5 + 6 = 11, 1 + 9"), ("user", "plums or apples")))
-    everyones = {name: {"chat": {"answers": [name], "tied": []}} for name in setting.pool.names}
-    answers = []
-    for text in (chat, "plums or apples"):
-        question = asked(Task("chat", test=(Example(text, "e0"),)), llama)
-        answers.append(answered_by_experts(everyones, model, *question)[0].predictions[0].answer)
-    assert answers[0] == answers[1]
-
-
-def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path):
-    shared = setting.run(tmp_path / "shared", ["retrieval", "oracle"])
-    alone = setting.run(tmp_path / "alone", ["retrieval"])
-    for task in TASKS:
-        one, other = shared.results["retrieval"][task], alone.results["retrieval"][task]
-        assert (one.score, one.ties) == (other.score, other.ties)
-        for mine, theirs in zip(one.sample.statistics, other.sample.statistics, strict=True):
-            assert (mine == theirs).all()
-
-
 # What can be asked for
 
 
@@ -441,7 +398,7 @@ def refusals(setting, pool_of, tmp_path) -> dict[str, tuple[type[Exception], str
     return {
         "other examples": (TaskError, of_both, suites("other")),
         "other metrics": (TaskError, of_both, suites("s.toml")),
-        "one name": (TaskError, "Two suites are called 'plain'", suites("other/plain")),
+        "one name": (ConfigError, "Two suites would be called 'plain'", suites("other/plain")),
         "an unknown setting": (
             ConfigError,
             "router phatgoose: unknown setting 'affinity'",

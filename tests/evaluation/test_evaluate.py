@@ -11,7 +11,7 @@ from oracle import naively_routed
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.intervals import Sample, wilson_interval
+from phatgoose.evaluation.intervals import Sample, wilson
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.metrics import metric
 from phatgoose.routing.compose import compose, detach
@@ -54,10 +54,8 @@ def test_scores_that_are_not_numbers_are_refused(llama):
         evaluate(llama, CHOICE_TASK)
 
 
-def test_a_model_of_unknown_origin_needs_its_tokenizer_unless_it_is_routed(llama, llama_pool):
+def test_a_model_of_unknown_origin_takes_a_tokenizer_unless_it_is_routed(llama, llama_pool):
     model = make_model("llama")
-    with pytest.raises(EvaluationError, match="tokenizer"):
-        evaluate(model, CHOICE_TASK)
     scores = inputs_of(CHOICE_TASK, evaluate(model, CHOICE_TASK, tokenizer=llama.tokenizer))
     assert scores == inputs_of(CHOICE_TASK, evaluate(llama, CHOICE_TASK))
     routed = compose(llama_pool, llama.model, router="merged")  # a bare model, no Base
@@ -167,7 +165,7 @@ def test_the_interval_is_wilsons_for_a_share_of_right_answers_and_else_a_bootstr
     (score,) = evaluate(llama, task).scores
     sample = Sample.of(metrics, [prediction.marks for prediction in score.predictions])
     assert score.score == pytest.approx(sample.score)
-    bootstrap = sample.interval()
+    bootstrap = sample.estimate()
     if wilson:
         share = binomtest(round(score.score * 7), 7).proportion_ci(0.95, method="wilson")
         assert (score.low, score.high) == pytest.approx((share.low, share.high))
@@ -186,7 +184,7 @@ def test_examples_of_one_row_are_no_independent_ones(llama):
         numbered = tuple(replace(each, row=n) for each, n in zip(alone, rows, strict=True))
         (score,) = evaluate(llama, Task("rows", test=numbered)).scores
         assert score.score == 0.5
-        wanted = wilson_interval(score.sample.independent / 2, score.sample.independent)
+        wanted = wilson(score.sample.independent / 2, score.sample.independent)
         assert (score.low, score.high) == (wanted.low, wanted.high)
         assert score.high - score.low > 0.5
     (score,) = evaluate(llama, Task("alone", test=alone)).scores

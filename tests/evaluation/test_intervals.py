@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 from phatgoose.evaluation.intervals import (
     CONFIDENCE,
     Sample,
-    dataset_replicates,
-    wilson_interval,
+    SharedMeans,
+    wilson,
 )
 from phatgoose.evaluation.metrics import METRICS
 
@@ -71,7 +71,7 @@ def test_a_replicate_is_the_score_of_the_examples_drawn(metrics, draws):
 
 def test_the_interval_is_that_of_a_bootstrap_written_out():
     values = np.random.default_rng(1).random(40)
-    interval = matches(*values).interval()
+    interval = matches(*values).estimate()
     generator = np.random.default_rng(7)
     means = [generator.choice(values, 40).mean() for _ in range(4000)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -82,25 +82,14 @@ def test_the_interval_is_that_of_a_bootstrap_written_out():
 
 def test_an_interval_follows_its_seed_and_holds_the_score():
     for sample in (sample_of(["bleu"]), sample_of(["rouge-l", "squad-f1"]), matches(1, 0, 0, 1)):
-        assert sample.interval() == sample.interval(seed=0)
-        assert 0 <= sample.interval().low <= sample.score <= sample.interval().high <= 1
+        assert sample.estimate() == sample.estimate(seed=0)
+        assert 0 <= sample.estimate().low <= sample.score <= sample.estimate().high <= 1
     values = np.random.default_rng(1).random(40)
-    assert matches(*values).interval(1) != matches(*values).interval(2)
+    assert matches(*values).estimate(1) != matches(*values).estimate(2)
 
 
 def in_rows(values, rows) -> Sample:
     return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
-
-
-def test_rows_are_drawn_with_all_of_their_examples():
-    values = np.random.default_rng(1).random(60)
-    rows = [i // 5 for i in range(60)]
-    interval = in_rows(values + np.repeat(np.arange(12), 5), rows).interval()
-    generator = np.random.default_rng(7)
-    by_row = (values + np.repeat(np.arange(12), 5)).reshape(12, 5)
-    means = [by_row[generator.integers(12, size=12)].mean() for _ in range(4000)]
-    wanted = np.percentile(means, [2.5, 97.5])
-    assert (interval.low, interval.high) == pytest.approx(tuple(wanted), rel=0.03)
 
 
 def test_rows_of_several_sizes_count_by_their_examples():
@@ -117,14 +106,7 @@ def test_examples_with_rows_of_their_own_are_drawn_one_by_one(rows):
     sample, plain = in_rows([1, 0, 0.5], rows), matches(1, 0, 0.5)
     assert sample.rows is None
     assert sample.independent == 3
-    assert sample.interval() == plain.interval()
-
-
-def test_answers_alike_in_all_templates_count_once_a_row():
-    right = np.array([1, 0, 1, 1, 0, 1, 0, 1, 1, 1] * 4)
-    sample = in_rows(np.repeat(right, 6), np.repeat(np.arange(40), 6).tolist())
-    assert sample.independent == pytest.approx(39, abs=1e-9)
-    assert in_rows(np.ones(12), np.repeat(np.arange(4), 3).tolist()).independent == 4
+    assert sample.estimate() == plain.estimate()
 
 
 def test_intervals_of_rows_in_many_templates_cover_the_truth():
@@ -135,8 +117,8 @@ def test_intervals_of_rows_in_many_templates_cover_the_truth():
         share = 1 / (1 + np.exp(-2 * generator.standard_normal(80)))  # each row's, 0.5 on average
         values = (generator.random((80, 10)) < share[:, None]).astype(float).reshape(-1)
         sample = in_rows(values, numbers)
-        known = wilson_interval(sample.score * sample.independent, sample.independent)
-        alone = wilson_interval(values.sum(), 800)
+        known = wilson(sample.score * sample.independent, sample.independent)
+        alone = wilson(values.sum(), 800)
         covered += known.low <= 0.5 <= known.high
         narrow += alone.low <= 0.5 <= alone.high
     assert covered / 300 > 0.92
@@ -156,37 +138,18 @@ def test_a_lead_on_every_example_is_the_same_in_every_resample():
     marks = [np.random.default_rng(d).random(30) / 2 for d in range(4)]
     lower = [matches(*row) for row in marks]
     higher = [matches(*(row + 0.25)) for row in marks]
-    replicates = dataset_replicates({"lower": lower, "higher": higher})
+    replicates = SharedMeans.of({"lower": lower, "higher": higher}).drawn
     np.testing.assert_allclose(replicates["higher"] - replicates["lower"], 0.25, atol=1e-12)
-
-
-def test_certain_datasets_are_resampled_by_datasets_alone():
-    scores = (0.0, 0.25, 1.0)
-    samples = [matches(*[score] * 5) for score in scores]
-    replicates = dataset_replicates({"one": samples}, replicates=27000)["one"]
-    values, counts = np.unique(replicates.round(9), return_counts=True)
-    means = [sum(draw) / 3 for draw in np.stack(np.meshgrid(*[scores] * 3)).reshape(3, 27).T]
-    wanted, shares = np.unique(np.round(means, 9), return_counts=True)
-    np.testing.assert_allclose(values, wanted, atol=1e-9)
-    np.testing.assert_allclose(counts, 1000 * shares, atol=5 * np.sqrt(27000 / 4))
 
 
 def test_both_datasets_and_examples_vary():
     samples = scored(0.2, 0.4, 0.6, 0.8, n=25)
     scores = np.array([sample.score for sample in samples])
-    replicates = dataset_replicates({"one": samples}, replicates=8000)["one"]
+    replicates = SharedMeans.of({"one": samples}, 8000).drawn["one"]
     of_examples = np.mean(scores * (1 - scores)) / 25
     expected = math.sqrt((scores.var() + of_examples) / 4)
     assert replicates.mean() == pytest.approx(scores.mean(), abs=0.01)
     assert replicates.std() == pytest.approx(expected, rel=0.05)
-
-
-def test_a_dataset_drawn_twice_draws_its_examples_anew():
-    """With one dataset in two slots half of the variance would remain if its draws were shared."""
-    same = scored(0.5, n=25)[0]
-    two = dataset_replicates({"one": [same, same]}, replicates=8000)["one"]
-    one = dataset_replicates({"one": [same]}, replicates=8000)["one"]
-    assert two.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.05)
 
 
 # Shares of right answers
@@ -194,6 +157,6 @@ def test_a_dataset_drawn_twice_draws_its_examples_anew():
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilsons_interval_is_that_of_scipy(counts):
-    found = wilson_interval(*counts)
+    found = wilson(*counts)
     wanted = binomtest(*counts).proportion_ci(CONFIDENCE, method="wilson")
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9, abs=1e-12)

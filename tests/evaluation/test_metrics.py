@@ -1,6 +1,6 @@
 """Metrics beside hand-computed scores, the libraries' own, and the properties all of them share."""
 
-import math
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from phatgoose.errors import EvaluationError
-from phatgoose.evaluation import metrics
-from phatgoose.evaluation.metrics import METRICS, Metric, metric
+from phatgoose.evaluation.metrics import METRICS, Metric
 
 Row = tuple[str, Sequence[str]]
 
@@ -47,18 +45,6 @@ def sacrebleu_of(corpus: Sequence[Row]) -> float:
 # What all metrics share
 
 
-def test_an_unknown_metric_is_refused_with_the_known_ones():
-    with pytest.raises(EvaluationError, match=r"'rouge' is unknown; known are accuracy, .*, bleu"):
-        metric("rouge")
-
-
-@each_metric
-@given(st.lists(sentences, min_size=1, max_size=4))
-def test_a_perfect_answer_scores_1_beside_others(name, others):
-    perfect = "Thé cat sat on 42 mats today"
-    assert score(name, perfect, *others, perfect) == pytest.approx(1.0, abs=1e-12)
-
-
 @each_metric
 @given(corpora, st.data())
 def test_a_weighted_sum_of_statistics_scores_the_resampled_set(name, corpus, data):
@@ -76,20 +62,17 @@ def test_a_weighted_sum_of_statistics_scores_the_resampled_set(name, corpus, dat
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "package"),
-    [("rouge-l", "rouge_score", "rouge-score"), ("bleu", "sacrebleu", "sacrebleu")],
+    ("name", "module"),
+    [("rouge-l", "rouge_score.rouge_scorer"), ("bleu", "sacrebleu.metrics.bleu")],
 )
-def test_without_its_package_a_metric_says_what_to_install(name, module, package, monkeypatch):
-    for loaded in [each for each in sys.modules if each.partition(".")[0] == module]:
-        monkeypatch.setitem(sys.modules, loaded, None)
-    monkeypatch.setattr(metrics, "_rouge_scorer", metrics._rouge_scorer.__wrapped__)
-    monkeypatch.setattr(metrics, "_bleu", metrics._bleu.__wrapped__)
-    wanted = rf"'{name}' needs {package}: pip install 'phatgoose\[metrics\]'"
-    with pytest.raises(EvaluationError, match=wanted):
-        METRICS[name].check_installed()
-    with pytest.raises(EvaluationError, match=wanted):
-        METRICS[name].measure("one", ["two"])
-    assert METRICS[name].combine(np.ones((1, 10)), 1).shape == (1,)  # what is stored is still read
+def test_without_its_package_a_metric_says_what_to_install(name, module):
+    program = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"from phatgoose.evaluation.metrics import metric\nmetric({name!r}).measure('one', ['two'])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    package = module.partition(".")[0].replace("_", "-")
+    assert f"'{name}' needs {package}: pip install 'phatgoose[metrics]'" in result.stderr
 
 
 # Accuracy and exact match
@@ -163,15 +146,3 @@ def test_rouge_l_is_the_mean_of_the_librarys_best(corpus):
 @given(corpora)
 def test_bleu_of_sums_is_sacrebleus_of_the_corpus(corpus):
     assert score_of("bleu", corpus) == pytest.approx(sacrebleu_of(corpus), abs=1e-9)
-
-
-def test_bleu_by_hand():
-    corpus = [
-        ("the cat sat on the mat", ["the cat sat on a mat"]),
-        ("it rains a lot", ["it rains", "it rains a great deal today"]),
-    ]
-    matches, totals = (5 + 3, 3 + 2, 2 + 1, 1 + 0), (6 + 4, 5 + 3, 4 + 2, 3 + 1)
-    lengths = (6 + 4, 6 + 2)  # both references are two words off the answer's 4: the shorter counts
-    assert statistics_of(METRICS["bleu"], corpus).sum(0).tolist() == [*matches, *totals, *lengths]
-    geometric = math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
-    assert score_of("bleu", corpus) == pytest.approx(geometric, abs=1e-12)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,8 @@ import pytest
 
 from made_comparison import EXPERTS, RIGHT, SETTINGS, made_comparison
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.intervals import Interval
-from phatgoose.evaluation.results import Comparison, Result, ResultStore, write_tables
+from phatgoose.evaluation.intervals import Estimate
+from phatgoose.evaluation.results import Comparison, ResultStore, write_tables
 from phatgoose.routing.routers.scores import read_scores
 
 
@@ -28,36 +28,26 @@ def score(row: str, task: str) -> float:
     return float(np.mean([np.mean(marks), *bleu]))
 
 
-@pytest.mark.parametrize("row", list(RIGHT))
-def test_a_mean_is_that_of_datasets_unweighted(comparison, row):
-    for column, tasks in comparison.columns.items():
-        mean = comparison.summaries[row][column].mean
-        assert mean == pytest.approx(np.mean([score(row, task) for task in tasks]), abs=1e-12)
-
-
-def test_differences_are_to_phatgoose_which_has_none(comparison):
-    for column, own in comparison.summaries["phatgoose"].items():
-        assert (own.difference, own.difference_interval) == (None, None)
-        for row in ("base", "my|own", "oracle", "best-individual"):
-            other = comparison.summaries[row][column]
-            assert other.difference == other.mean - own.mean
-            assert other.difference_interval.low <= other.difference
-            assert other.difference <= other.difference_interval.high
-
-
-def test_equal_rows_differ_by_nothing_in_any_resample(comparison):
-    for column in comparison.columns:
-        twin, own = (comparison.summaries[row][column] for row in ("twin", "phatgoose"))
-        assert (twin.mean, twin.interval) == (own.mean, own.interval)
-        assert (twin.difference, twin.difference_interval) == (0, Interval(0, 0))
+def test_means_are_of_datasets_unweighted_and_differences_to_phatgoose(comparison):
+    own = comparison.summaries["phatgoose"]
+    for row in RIGHT:
+        for column, tasks in comparison.columns.items():
+            summary = comparison.summaries[row][column]
+            mean = np.mean([score(row, task) for task in tasks])
+            assert summary.mean.value == pytest.approx(mean, abs=1e-12)
+            if row == "phatgoose":
+                assert summary.difference is None
+                continue
+            between = summary.difference
+            assert between.value == summary.mean.value - own[column].mean.value
+            assert between.low <= between.value <= between.high
+            if row == "twin":  # equal in every resample
+                assert (summary.mean, between) == (own[column].mean, Estimate(0, 0, 0))
 
 
 def test_tables_have_a_cell_per_column_in_every_row(comparison):
-    means, differences, scores = (
-        comparison.means(),
-        comparison.differences(),
-        comparison.scores(),
-    )
+    tables = comparison.means(), comparison.differences(), comparison.scores()
+    means, differences, scores = tables
     assert means.head == ["method", "one (2)", "two (2)", "all datasets (3)"]
     assert differences.head == ["method", "one", "two", "all datasets"]
     assert scores.head == ["method", "a (n=4)", "b (n=6)", "c (n=2)", "mean"]
@@ -65,16 +55,18 @@ def test_tables_have_a_cell_per_column_in_every_row(comparison):
     assert [row[0] for row in means.rows] == rows
     assert [row[0] for row in differences.rows] == [row for row in rows if row != "PHATGOOSE"]
     assert [row[0] for row in scores.rows] == [rows[0], "e0", "e1", *rows[1:]]
-    for table in (means, differences, scores):
+    for table in tables:
         assert {len(row) for row in table.rows} == {len(table.head)}
         assert all(line in comparison.to_markdown() for line in table.markdown().splitlines())
-
-
-def test_differences_are_absent_without_phatgoose_or_others(comparison):
+    base = comparison.summaries["base"]["one"]
+    low, high = 100 * base.mean.low, 100 * base.mean.high
+    assert means.rows[0][1] == f"29.2 [{low:.0f}, {high:.0f}]"  # (1/4 + 2/6) / 2
+    low, high = 100 * base.difference.low, 100 * base.difference.high
+    assert differences.rows[0][1] == f"-41.7 [{low:+.1f}, {high:+.1f}]"
+    assert scores.rows[0][1] == "25.0 ±50"
     for row in ("base", "phatgoose"):
         alone = replace(comparison, results={row: comparison.results[row]})
         assert not alone.differences().rows
-        assert "Difference" not in alone.to_markdown()
 
 
 def test_no_name_is_html_or_a_border_in_markdown(comparison):
@@ -85,20 +77,6 @@ def test_no_name_is_html_or_a_border_in_markdown(comparison):
     assert "Base &lt;img src=x&gt; in" in text
     assert r"| &lt;scr\|pt&gt; (2) |" in text
     assert r"| my\|own |" in text
-
-
-def test_tables_give_per_cent_and_points(comparison):
-    means, differences, scores = (
-        table.rows for table in (comparison.means(), comparison.differences(), comparison.scores())
-    )
-    base, own = (comparison.summaries[row]["one"] for row in ("base", "phatgoose"))
-    low, high = 100 * base.interval.low, 100 * base.interval.high
-    assert means[0][1] == f"29.2 [{low:.0f}, {high:.0f}]"  # (1/4 + 2/6) / 2
-    assert (base.mean, own.mean) == pytest.approx((7 / 24, 17 / 24))
-    low, high = (100 * end for end in vars(base.difference_interval).values())
-    assert differences[0][1] == f"-41.7 [{low:+.1f}, {high:+.1f}]"
-    assert differences[1][1:] == ["+0.0 [+0.0, +0.0]"] * 3  # the twin
-    assert scores[0][1] == "25.0 ±50"
 
 
 def test_markdown_tells_notes_choices_and_what_the_star_means(comparison):
@@ -114,41 +92,22 @@ def test_markdown_tells_notes_choices_and_what_the_star_means(comparison):
     assert not any(line.startswith("* ") for line in lines)  # that would be a list
 
 
-def test_json_holds_everything(comparison):
-    content = json.loads(json.dumps(comparison.to_dict()))
+def test_the_files_hold_everything_and_the_experts_scores_can_be_read_back(comparison, tmp_path):
+    write_tables(comparison, tmp_path / "new")
+    assert (tmp_path / "new/comparison.md").read_text() == comparison.to_markdown()
+    content = json.loads((tmp_path / "new/comparison.json").read_text())
     assert content["settings"] == SETTINGS
     assert content["notes"] == ["Retrieval was left out."]
-    assert content["confidence"] == 0.95
     assert content["suites"] == {"one": ["a", "b"], "two": ["b", "c"]}
     assert content["choices"]["oracle"] == {"a": "e1", "b": "e0", "c": "e1"}
-    assert list(content["rows"]) == list(comparison.results)
     row = content["rows"]["my|own"]
     assert row["label"] == "my|own"
-    summary = comparison.summaries["my|own"]["two"]
-    assert row["summary"]["two"] == {
-        "mean": summary.mean,
-        "interval": vars(summary.interval),
-        "difference": summary.difference,
-        "difference_interval": vars(summary.difference_interval),
-    }
+    assert row["summary"]["two"] == asdict(comparison.summaries["my|own"]["two"])
     cell = row["datasets"]["c"]
     assert cell["by_metric"] == pytest.approx({"rouge-l": 0.5, "bleu": 0.5})
-    assert cell["score"] == comparison.results["my|own"]["c"].score == pytest.approx(0.5)
-    assert {key: cell[key] for key in ("metric", "low", "high", "n", "ties", "seconds")} == {
-        "metric": "ROUGE-L + BLEU",
-        "low": 0.1,
-        "high": 0.9,
-        "n": 2,
-        "ties": 0,
-        "seconds": 1.5,
-    }
-
-
-def test_the_files_are_written_and_the_experts_scores_can_be_read_back(comparison, tmp_path):
-    write_tables(comparison, tmp_path / "new")
-    names = ["comparison.json", "comparison.md"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
-    assert (tmp_path / "new/comparison.md").read_text() == comparison.to_markdown()
+    assert cell["score"] == pytest.approx(0.5)
+    parts = {"metric": "ROUGE-L + BLEU", "low": 0.1, "high": 0.9, "n": 2, "ties": 0, "seconds": 1.5}
+    assert parts.items() <= cell.items()
     scores = read_scores(tmp_path / "new/comparison.json")
     assert scores.keys() == EXPERTS.keys()
     for expert, by_task in scores.items():
@@ -172,21 +131,20 @@ def filled(path: Path, count: int) -> ResultStore:
     return store
 
 
-# Some of these end a line for str.splitlines.
-@pytest.mark.parametrize("mark", ["ü", "\n", "\u2028", "\x85", "\x1e", "\r", "\x0b"])
-def test_what_was_added_is_there_now_and_later(path, mark):
+def test_what_was_added_is_there_now_and_later(path):
+    marks = "ü \n \u2028 \x85 \x1e \r \x0b"  # some of these end a line for str.splitlines
     store = ResultStore(path)
     assert (store.get(KEY), path.exists()) == (None, False)
-    store.add(KEY, {"score": 0.1, "answers": [f"before{mark}after"]})
+    store.add(KEY, {"score": 0.1, "answers": [marks]})
     for each in (store, ResultStore(path)):
-        assert each.get(KEY) == {"score": 0.1, "answers": [f"before{mark}after"]}
+        assert each.get(KEY) == {"score": 0.1, "answers": [marks]}
     turned = {"method": {"pool": ("x", "y"), "k": 2}, "task": "a"}
     assert ResultStore(path).get(turned) is not None
     for other in ({**KEY, "task": "b"}, {**KEY, "method": {"k": 1, "pool": ["x", "y"]}}, {}):
         assert ResultStore(path).get(other) is None
 
 
-@pytest.mark.parametrize("cut", [1, 2, 30])
+@pytest.mark.parametrize("cut", [1, 30])
 def test_a_last_line_that_was_cut_off_goes_with_a_warning_once_something_is_added(path, cut):
     filled(path, 3)
     whole = path.read_bytes()
@@ -203,7 +161,7 @@ def test_of_two_who_want_to_add_results_the_second_is_told(path):
     with ResultStore.alone(path) as first:
         first.add({"n": 0}, {})
         with (
-            pytest.raises(EvaluationError, match=r"Another process is adding results to .*; wait"),
+            pytest.raises(EvaluationError, match="Another process is adding results to"),
             ResultStore.alone(path),
         ):
             pass
@@ -212,34 +170,26 @@ def test_of_two_who_want_to_add_results_the_second_is_told(path):
         second.add({"n": 1}, {})
 
 
-@pytest.mark.parametrize(
-    "line", ["{not json", "", "[]", "7", '{"key": {}}', '{"result": {}}', '{"key": {"n": 0}, "re']
-)
+@pytest.mark.parametrize("line", [b"{not json", b"", b"[]", b"7", b'{"key": {}}', b"\xff\xfe"])
 def test_a_broken_line_among_others_names_the_file(path, line):
     filled(path, 2)
-    first, second = path.read_text().splitlines()
-    path.write_text(f"{first}\n{line}\n{second}\n")
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(content := b"\n".join([first, line, second, b""]))
     with pytest.raises(EvaluationError, match=rf"{re.escape(str(path))} is no file of results"):
         ResultStore(path)
-    assert path.read_text() == f"{first}\n{line}\n{second}\n"  # left as it was
+    assert path.read_bytes() == content  # left as it was
 
 
-def test_a_place_that_cannot_be_read_or_written_is_told(path, tmp_path):
-    (tmp_path / "other").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(EvaluationError, match="can't be read"):
-        ResultStore(tmp_path / "other")
-    path.mkdir()
-    with pytest.raises(EvaluationError, match=r"results\.jsonl is not a regular file"):
-        ResultStore(path)
-    (path / "file").write_text("")
-    store = ResultStore(path / "file" / "results.jsonl")
-    with pytest.raises(EvaluationError, match="can't be written"), ResultStore.alone(store.path):
+def test_a_place_that_cannot_be_written_is_told_and_no_link_is_followed(path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(EvaluationError, match="can't be written"),
+        ResultStore.alone(tmp_path / "file" / "results.jsonl"),
+    ):
         pass
+    path.symlink_to(tmp_path / "file")
+    store = ResultStore(path)
     with pytest.raises(EvaluationError, match=r"results\.jsonl can't be written"):
         store.add(KEY, {})
     assert store.get(KEY) is None
-
-
-def test_a_kept_result_without_its_parts_is_told():
-    with pytest.raises(EvaluationError, match="line is no result of compare"):
-        Result.of({"task": "pick", "metric": "accuracy"})
+    assert (tmp_path / "file").read_text() == ""

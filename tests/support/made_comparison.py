@@ -1,7 +1,8 @@
 """A comparison written down by hand."""
 
+from phatgoose.evaluation.evaluate import TaskScore
 from phatgoose.evaluation.intervals import Sample
-from phatgoose.evaluation.results import Comparison, Result
+from phatgoose.evaluation.results import Comparison
 
 SUITES = {"one": ("a", "b"), "two": ("b", "c")}
 
@@ -39,18 +40,17 @@ MATCHES = (4, 3, 2, 1, 4, 3, 2, 1, 4, 4)  # the counts of an answer that is its 
 MISSES = (0, 0, 0, 0, 4, 3, 2, 1, 4, 4)
 
 
-def result(task: str, marks: tuple[float, ...], seconds: float = 1.5) -> Result:
+def result(task: str, marks: tuple[float, ...], seconds: float = 1.5) -> TaskScore:
     if task != "c":
         sample = Sample.of(["accuracy"], [[[mark]] for mark in marks])
-        return Result(task, "accuracy", 0.0, 1.0, 2, seconds, sample)
+        return TaskScore(task, "accuracy", 0.0, 1.0, sample, 2, seconds)
     counts = [MATCHES, *(MISSES for _ in marks[1:])]
     rows = [[[mark], list(row)] for mark, row in zip(marks, counts, strict=True)]
-    return Result(
-        task, "ROUGE-L + BLEU", 0.1, 0.9, 0, seconds, Sample.of(["rouge-l", "bleu"], rows)
-    )
+    sample = Sample.of(["rouge-l", "bleu"], rows)
+    return TaskScore(task, "ROUGE-L + BLEU", 0.1, 0.9, sample, 0, seconds)
 
 
-def results(marks: dict[str, tuple[float, ...]]) -> dict[str, Result]:
+def results(marks: dict[str, tuple[float, ...]]) -> dict[str, TaskScore]:
     return {task: result(task, row) for task, row in marks.items()}
 
 

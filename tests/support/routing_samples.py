@@ -9,7 +9,7 @@ from phatgoose.analysis.distribution import RoutingDistribution, site_label
 from phatgoose.analysis.measures import Effect, Finding
 from phatgoose.analysis.traces import Trace, TraceStream
 from phatgoose.evaluation.evaluate import TaskScore
-from phatgoose.evaluation.intervals import Interval
+from phatgoose.evaluation.intervals import Estimate, Sample
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 WORDS = ("The", "heron", "saw", "seven", "ducks", ",", "none", "was", "a", "goose", ".\n")
@@ -72,6 +72,11 @@ def make_trace(
     return Trace(names_of(experts), "phatgoose", tuple(streams))
 
 
+def share_of(score: float) -> Sample:
+    """Fifty answers, of which that share is right."""
+    return Sample.of(["accuracy"], [[[float(i < 50 * score)]] for i in range(50)])
+
+
 def make_analysis(
     experts: int = 8,
     *,
@@ -89,14 +94,14 @@ def make_analysis(
                 for i, d in enumerate(DATASETS)
             },
             {
-                d: TaskScore(d, "accuracy", s, 50, s - 0.1, s + 0.1, 0)
+                d: TaskScore(d, "accuracy", s - 0.1, s + 0.1, share_of(s))
                 for d, s in zip(DATASETS, (0.5, 0.62, 0.3, 0.44), strict=True)
             },
             (Finding("never-wins", f"{names[-1]} never wins <anything>.", (names[-1],)),),
             {d: [make_trace(experts, tokens, stacks, layers, i)] for i, d in enumerate(DATASETS)},
         )
     effects = tuple(
-        Effect(name, 0.05 - 0.01 * z, Interval(-0.03 - 0.01 * z, 0.1 - 0.01 * z), {"reviews": 0.1})
+        Effect(name, Estimate(0.05 - 0.01 * z, -0.03 - 0.01 * z, 0.1 - 0.01 * z), {"reviews": 0.1})
         for z, name in enumerate(names[:8])
     )
     return Analysis(

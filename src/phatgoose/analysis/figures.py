@@ -310,5 +310,5 @@ def _heat_map(panel: Axes, grid: Array, highest: float) -> Any:
 def _said(found: Correlation) -> str:
     if found.pearson is None:
         return f"n = {found.n}: no correlation is defined"
-    ends = f" [{found.interval.low:.2f}, {found.interval.high:.2f}]" if found.interval else ""
-    return f"r = {found.pearson:.2f}{ends}, n = {found.n}"
+    r = found.pearson
+    return f"r = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}], n = {found.n}"

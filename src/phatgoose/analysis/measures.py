@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
 from ..evaluation.evaluate import Evaluation
-from ..evaluation.intervals import Interval, SharedMeans, Z
+from ..evaluation.intervals import Estimate, SharedMeans, Z
 from ..routing.routers.scores import Scores, best_expert_by_task
 
 Array = NDArray[np.float64]
@@ -106,12 +106,11 @@ class Correlation:
     """Pearson's coefficient over n pairs, with its 95 % interval.
 
     By Fisher's z = artanh r, with standard error 1/√(n - 3). The coefficient needs three pairs and
-    no constant side, the interval four.
+    no constant side; the interval of three is all from -1 to 1.
     """
 
     n: int
-    pearson: float | None = None
-    interval: Interval | None = None
+    pearson: Estimate | None = None
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
@@ -122,11 +121,11 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
         return Correlation(n)
     r = min(1.0, max(-1.0, float(_direction(first) @ _direction(second))))
     if n == 3:
-        return Correlation(n, r)
+        return Correlation(n, Estimate(r, -1, 1))
     if abs(r) == 1:
-        return Correlation(n, r, Interval(r, r))
+        return Correlation(n, Estimate(r, r, r))
     centre, half = math.atanh(r), Z / math.sqrt(n - 3)
-    return Correlation(n, r, Interval(math.tanh(centre - half), math.tanh(centre + half)))
+    return Correlation(n, Estimate(r, math.tanh(centre - half), math.tanh(centre + half)))
 
 
 def _direction(values: Array) -> Array:
@@ -143,8 +142,7 @@ class Effect:
     """
 
     expert: str
-    mean: float
-    interval: Interval
+    mean: Estimate
     by_task: Mapping[str, float]
 
 
@@ -165,8 +163,8 @@ def leave_one_out(
             one.task: one.score - other.score
             for one, other in zip(everyone.scores, reduced.scores, strict=True)
         }
-        effects.append(Effect(expert, *means.gain("all", "less"), by_task))
-    return sorted(effects, key=lambda effect: effect.mean, reverse=True)
+        effects.append(Effect(expert, means.gain("all", "less"), by_task))
+    return sorted(effects, key=lambda effect: effect.mean.value, reverse=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EvaluationError
-from ..evaluation.results import Table, in_per_cent
+from ..evaluation.intervals import Estimate
+from ..evaluation.results import Table
 from ..evaluation.rows import label_of
 from ..files import reason, write_text
 from . import figures as draw
@@ -68,7 +69,7 @@ def _scores(analysis: Analysis) -> Section:
         scores = [router.scores[d] for d in analysis.datasets if d in router.scores]
         if scores:
             counts = {score.task: score.n for score in scores}
-            cells = [in_per_cent(s.score, s.low, s.high) for s in scores]
+            cells = [Estimate(s.score, s.low, s.high).in_per_cent for s in scores]
             mean = sum(s.score for s in scores) / len(scores)
             rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
     if rows and analysis.oracle:
@@ -228,7 +229,7 @@ def _effects(analysis: Analysis) -> Section:
     rows = [
         [
             effect.expert,
-            in_per_cent(effect.mean, effect.interval.low, effect.interval.high, "+.1f"),
+            effect.mean.in_points,
             *(f"{100 * effect.by_task.get(d, math.nan):+.1f}" for d in analysis.datasets),
         ]
         for effect in analysis.effects

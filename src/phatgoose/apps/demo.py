@@ -26,8 +26,8 @@ from ..config import GateTraining, Lora, Routing, Training
 from ..errors import EvaluationError
 from ..evaluation.compare import compare
 from ..evaluation.evaluate import evaluate
-from ..evaluation.intervals import Interval, SharedMeans
-from ..evaluation.results import BASE, Comparison
+from ..evaluation.intervals import Estimate
+from ..evaluation.results import BASE, Comparison, means_of
 from ..evaluation.rows import METHODS, label_of
 from ..experts.pool import Pool
 from ..files import write_text
@@ -72,30 +72,22 @@ def without_choices(tasks: list[Task]) -> list[Task]:
 
 @dataclass(frozen=True)
 class Gain:
-    """The difference of two means over the datasets, in points, with its 95 % interval in pairs."""
+    """The difference of two means over the datasets, with its 95 % interval in pairs."""
 
     over: str
-    difference: float
-    interval: Interval
+    difference: Estimate
 
     @property
     def in_words(self) -> str:
-        low, high = self.interval.low, self.interval.high
-        return f"{self.difference:+.1f} [{low:+.1f}, {high:+.1f}] over {self.over}"
+        return f"{self.difference.in_points} over {self.over}"
 
 
 def gains_of(comparison: Comparison, row: str) -> list[Gain]:
     """The gains of `row` over the base and over each single expert, the smallest first."""
     models = {BASE: comparison.results[BASE], **comparison.experts}
-    found = {**models, row: comparison.results[row]}
-    tasks = comparison.datasets
-    samples = {name: [results[task].sample for task in tasks] for name, results in found.items()}
-    means, gains = SharedMeans.of(samples), []
-    for name in models:
-        difference, between = means.gain(row, name)
-        ends = Interval(100 * between.low, 100 * between.high)
-        gains.append(Gain(name, 100 * difference, ends))
-    return sorted(gains, key=lambda gain: gain.difference)
+    means = means_of({**models, row: comparison.results[row]}, comparison.datasets)
+    gains = [Gain(name, means.gain(row, name)) for name in models]
+    return sorted(gains, key=lambda gain: gain.difference.value)
 
 
 def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]:

@@ -13,8 +13,8 @@ from ..analysis.audit import SIGNS, Audit
 from ..analysis.duplicates import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.evaluate import Evaluation
-from ..evaluation.replay import Estimate, Replay
-from ..evaluation.results import Table, in_per_cent
+from ..evaluation.replay import Replay
+from ..evaluation.results import Table
 from ..evaluation.rows import label_of
 from ..experts import kinds
 from ..experts.pool import Pool
@@ -99,23 +99,17 @@ def replay_table(replayed: Replay) -> rich.Table:
     columns += ["% of own", "% right"] if is_own else []
     rows = []
     for line in replayed.lines:
-        cells = [line.name, _estimate(line.score, ".1f"), _estimate(line.gain, "+.1f", ".1f")]
-        cells += [_estimate(line.over_random, "+.1f", ".1f")] if has_random else []
+        cells = [line.name, line.score.in_per_cent, line.gain.in_points]
+        cells += [line.over_random.in_points if line.over_random else ""] if has_random else []
         if is_own:
             right = "" if line.own is None else f"{100 * line.own:.0f}"
-            cells += [_estimate(line.kept, ".0f"), right]
+            cells += [line.kept.in_per_cent if line.kept else "", right]
         rows.append(cells)
     title = (
         f"{replayed.base}, {replayed.wording}: {replayed.tasks} tasks, {replayed.examples} "
         f"examples; * chosen by these marks"
     )
     return drawn(Table(title, ["expert", *columns], rows))
-
-
-def _estimate(estimate: Estimate | None, form: str, ends: str = ".0f") -> str:
-    if estimate is None:
-        return ""
-    return in_per_cent(estimate.value, estimate.low, estimate.high, form, ends)
 
 
 def routers_table(analysis: Analysis) -> rich.Table:

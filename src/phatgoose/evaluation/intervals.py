@@ -28,14 +28,30 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A 95 % interval."""
+class Estimate:
+    """A value with its 95 % interval."""
 
+    value: float
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float, replicates: Array) -> Estimate:
+        """`value` with the middle CONFIDENCE of its bootstrap `replicates`."""
+        outside = 100 * (1 - CONFIDENCE) / 2
+        low, high = np.percentile(replicates, [outside, 100 - outside])
+        return cls(float(value), float(low), float(high))
 
-@dataclass(frozen=True)
+    @property
+    def in_per_cent(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
+    @property
+    def in_points(self) -> str:
+        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One model's answers to one dataset, as statistics per metric and example.
 
@@ -86,8 +102,9 @@ class Sample:
             for name, rows in zip(self.metrics, self.statistics, strict=True)
         ]
 
-    def interval(self, seed: int = 0) -> Interval:
-        return interval_of(self.replicates(self.draws(np.random.default_rng(seed), REPLICATES)))
+    def estimate(self, seed: int = 0) -> Estimate:
+        draws = self.draws(np.random.default_rng(seed), REPLICATES)
+        return Estimate.of(self.score, self.replicates(draws))
 
     def draws(self, generator: np.random.Generator, replicates: int) -> Array:
         """How often each draw with replacement has each example (or row), [replicates, n]."""
@@ -121,7 +138,7 @@ class Sample:
 class SharedMeans:
     """Models' means over the same datasets, each dataset as much as any other.
 
-    `drawn` [REPLICATES] are a model's means in resamples of datasets and, within them, of examples.
+    `drawn` [replicates] are a model's means in resamples of datasets and, within them, of examples.
     All models share these, so their differences are intervals in pairs.
     """
 
@@ -129,53 +146,39 @@ class SharedMeans:
     drawn: Mapping[str, Array]
 
     @classmethod
-    def of(cls, samples: Mapping[str, Sequence[Sample]]) -> SharedMeans:
+    def of(
+        cls, samples: Mapping[str, Sequence[Sample]], replicates: int = REPLICATES
+    ) -> SharedMeans:
         """The means of models, whose samples are of the same datasets and examples."""
+        generator, (some, *_) = np.random.default_rng(0), samples.values()
+        slots = generator.integers(len(some), size=(replicates, len(some)))  # which dataset each is
+        drawn = {model: np.zeros((replicates, len(some))) for model in samples}
+        for dataset in range(len(some)):
+            here = slots == dataset
+            if not here.any():
+                continue
+            # All models get the same weights: their differences are intervals in pairs.
+            weights = some[dataset].draws(generator, int(here.sum()))
+            for model, each in samples.items():
+                drawn[model][here] = each[dataset].replicates(weights)
         value = {name: sum(s.score for s in each) / len(each) for name, each in samples.items()}
-        return cls(value, dataset_replicates(samples))
+        return cls(value, {model: rows.mean(axis=1) for model, rows in drawn.items()})
 
-    def interval(self, model: str) -> Interval:
-        return interval_of(self.drawn[model])
+    def estimate(self, model: str) -> Estimate:
+        return Estimate.of(self.value[model], self.drawn[model])
 
-    def gain(self, model: str, over: str) -> tuple[float, Interval]:
-        """(the difference of two models' means, its interval in pairs)."""
-        between = interval_of(self.drawn[model] - self.drawn[over])
-        return self.value[model] - self.value[over], between
-
-
-def dataset_replicates(
-    samples: Mapping[str, Sequence[Sample]], *, replicates: int = REPLICATES, seed: int = 0
-) -> dict[str, Array]:
-    """Each model's mean over datasets in each resample, [replicates] by model.
-
-    All models have the same datasets and examples, and share the draws.
-    """
-    generator = np.random.default_rng(seed)
-    count = len(next(iter(samples.values())))
-    drawn = generator.integers(count, size=(replicates, count))  # which dataset in which slot
-    values = {model: np.zeros((replicates, count)) for model in samples}
-    for dataset in range(count):
-        slots = drawn == dataset
-        if not slots.any():
-            continue
-        # All models get the same weights: their differences are intervals in pairs.
-        weights = next(iter(samples.values()))[dataset].draws(generator, int(slots.sum()))
-        for model, rows in samples.items():
-            values[model][slots] = rows[dataset].replicates(weights)
-    return {model: rows.mean(axis=1) for model, rows in values.items()}
+    def gain(self, model: str, over: str) -> Estimate:
+        """The difference of two models' means, with its interval in pairs."""
+        return Estimate.of(
+            self.value[model] - self.value[over], self.drawn[model] - self.drawn[over]
+        )
 
 
-def interval_of(values: Array) -> Interval:
-    """The middle CONFIDENCE of bootstrap replicates."""
-    outside = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(values, [outside, 100 - outside])
-    return Interval(float(low), float(high))
-
-
-def wilson_interval(right: float, n: float) -> Interval:
-    """Wilson's score interval (1927) for `right` of `n` answers, without continuity correction."""
+def wilson(right: float, n: float) -> Estimate:
+    """The share `right` of `n`, with Wilson's interval (1927) without continuity correction."""
     share, narrowed = right / n, 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / narrowed
     half = Z / narrowed * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     # Exact at the ends, where rounding could leave the range.
-    return Interval(0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half)
+    low, high = centre - half, centre + half
+    return Estimate(share, 0.0 if right == 0 else low, 1.0 if right == n else high)

@@ -43,16 +43,12 @@ def choice_log_likelihoods(
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
     score = _packed if batching.can_pack(model) else _padded
-    distinct = with_distinct_choices(rows)
+    # A choice that a row has twice is computed once, so that it ties with itself.
+    distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
-            found = dict(zip(distinct[index][1], means, strict=True))
-            yield index, [found[tuple(choice)] for choice in rows[index][1]]
-
-
-def with_distinct_choices(rows: Sequence[ChoicePrompt]) -> list[ChoicePrompt]:
-    """`rows`, where a choice that a row has twice is computed once, so that it ties with itself."""
-    return [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
+            by_choice = dict(zip(distinct[index][1], means, strict=True))
+            yield index, [by_choice[tuple(choice)] for choice in rows[index][1]]
 
 
 def _packed(
@@ -82,12 +78,6 @@ def predicting(texts: Sequence[BranchedText], starts: Tensor) -> Tensor:
         for text, start in zip(texts, starts.tolist(), strict=True)
     ]
     return torch.cat(runs)
-
-
-def batches_of(rows: Sequence[ChoicePrompt], budget: int) -> Iterator[list[int]]:
-    """Batches of indices of `rows` of similar length, each at most `budget` tokens when padded."""
-    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
-    return batching.batches_of_tokens(lengths, budget)
 
 
 def _means(
@@ -125,8 +115,9 @@ def _padded(
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
     if model._is_stateful:
         score = _score_whole
+    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
     with batching.contiguous_head(model):
-        for batch in batches_of(rows, budget):
+        for batch in batching.batches_of_tokens(lengths, budget):
             chosen = [rows[i] for i in batch]
 
             def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:

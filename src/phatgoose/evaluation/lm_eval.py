@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base import load_base, settled_dtype
+from ..base import settled_dtype
 from ..config import POOL_SETTINGS, Formatting, Routing, from_mapping
-from ..errors import ConfigError, PoolError
+from ..errors import ConfigError
 from ..experts.pool import Pool
 from ..routing.composition import composition_of
-from ..routing.open_model import is_pool, is_routed, open_model
+from ..routing.open_model import is_pool, open_model, require_pool
 from ..routing.routers.auto import BY_TOKEN, first_allowed
 from ..tasks.batching import pad_left, pad_right
 from ..tasks.encoding import Encoder, added_tokens, cut_tokens
@@ -39,7 +39,6 @@ except ImportError as error:
 MODEL = "phatgoose"
 WHERE = "model_args"
 DELIMITER = " "  # the harness puts it before a choice unless the task has its own
-FIXED = POOL_SETTINGS | {"keep", "leave_out", "scores"}  # of a saved model
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
 
@@ -48,18 +47,15 @@ Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, a
 class Opening:
     """Where and how the model is opened: what `--model_args` has beside a routing.
 
-    `pool` is a folder of experts, a manifest, or the folder of a saved routed model. `keep` and
-    `leave_out` are names joined by '+', as are a router's settings: router=phatgoose:eps=0.1+k=2.
-    `add_eos` lets every continuation end with end-of-sequence. Contexts of more than
-    `max_input_tokens` (None: the model's maximum) are cut by `truncation`. lm_eval's own flags
-    --batch_size, --max_batch_size and --device are merged into these.
+    `pool` is a folder of experts, a manifest, or the folder of a saved routed model. A router's
+    settings are joined by '+': router=phatgoose:eps=0.1+temperature=2. `add_eos` lets every
+    continuation end with end-of-sequence. Contexts of more than `max_input_tokens` (None: the
+    model's maximum) are cut by `truncation`. lm_eval's own flags --batch_size, --max_batch_size and
+    --device are merged into these.
     """
 
     pool: str = ""
     base: str | None = None
-    keep: str | None = None
-    leave_out: str | None = None
-    scores: str | None = None
     dtype: str = "auto"
     device: str | None = None
     batch_size: int | str = 1
@@ -74,42 +70,24 @@ class Opening:
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
         dtype = settled_dtype(self.dtype, device)
-        base = load_base(self.base, dtype=dtype, device=device) if self.base else None
-        if not (is_routed(self.pool) or is_pool(self.pool)):
-            raise PoolError(f"{WHERE}: pool={self.pool} is neither a pool nor a routed model.")
-        keep, left = (each and each.split("+") for each in (self.keep, self.leave_out))
         if is_pool(self.pool):  # contexts come in pieces, so that auto can't go by prompts
-            routing = first_allowed(routing, Pool.open(self.pool).select(keep, left), BY_TOKEN)
-        opened = open_model(
-            self.pool,
-            base,
-            dtype=dtype,
-            routing=routing,
-            keep=keep,
-            leave_out=left,
-            scores=self.scores,
-        )
-        return opened.model.to(device) if device else opened.model
+            routing = first_allowed(routing, Pool.open(self.pool), BY_TOKEN)
+        model = open_model(self.pool, self.base, dtype=dtype, routing=routing).model
+        return model.to(device) if device else model
 
 
 def arguments_of(values: Mapping[str, Any]) -> tuple[Opening, Routing]:
     """What `--model_args` holds, as lm_eval parsed it. Raises ConfigError."""
-    texts = {
-        key: str(values[key]) for key in ("pool", "base", "keep", "leave_out") if key in values
-    }
+    texts = {key: str(values[key]) for key in ("pool", "base", "router") if key in values}
     names = {each.name for each in fields(Opening)}
     opening = Opening(**{k: v for k, v in {**values, **texts}.items() if k in names})
     rest = {k: v for k, v in values.items() if k not in names}
     if "router" in rest:
-        rest["router"] = str(rest["router"]).replace("+", ",")
+        rest["router"] = texts["router"].replace("+", ",")
     routing, most = from_mapping(Routing, rest, WHERE), opening.max_input_tokens
     Formatting(max_input_tokens=1 if most is None else most, truncation=opening.truncation)
-    fixed = sorted(FIXED & values.keys())
-    if fixed and is_routed(opening.pool):
-        raise ConfigError(
-            f"{WHERE}: {opening.pool} is a saved routed model, made with its own "
-            f"{', '.join(fixed)}; leave that out, or name the pool it was made of."
-        )
+    if POOL_SETTINGS & values.keys():
+        require_pool(opening.pool)
     return opening, routing
 
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ Measure = Callable[[str, Sequence[str]], tuple[float, ...]]
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 MAX_NGRAM_ORDER = 4  # of BLEU
-ROUGE, SACREBLEU = "rouge_score", "sacrebleu"  # of the extra 'metrics'
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,13 @@ class Metric:
 
     `measure` returns the s statistics of a prediction against the accepted answers. `combine` takes
     summed statistics [..., s] and the number of examples in each sum, and returns scores [...] in
-    [0, 1]. `module` is the package of the extra 'metrics' that `measure` needs; `combine` needs
-    none.
+    [0, 1]. Only `measure` may need a package of the extra 'metrics'.
     """
 
     name: str
     label: str
     measure: Measure
     combine: Callable[[Array, Array | int], Array]
-    module: str | None = None
-
-    def check_installed(self) -> None:
-        if self.module is not None and find_spec(self.module) is None:
-            raise _missing(self.name, self.module)
 
 
 def metric(name: str) -> Metric:
@@ -79,10 +71,6 @@ def _best(score: Callable[[str, str], float]) -> Measure:
 
 def _mean(totals: Array, n: Array | int) -> Array:
     return np.asarray(totals[..., 0] / n)
-
-
-def _identical(prediction: str, reference: str) -> float:
-    return prediction == reference
 
 
 def _identical_stripped(prediction: str, reference: str) -> float:
@@ -121,7 +109,7 @@ def _rouge_l(prediction: str, reference: str) -> float:
 
 @cache
 def _rouge_scorer() -> Any:
-    scorers = _imported("rouge-l", ROUGE, "rouge_scorer")  # with nltk, pandas and sklearn: seconds
+    scorers = _imported("rouge-l", "rouge_score.rouge_scorer")  # with nltk and sklearn: seconds
     # As `evaluate.load("rouge")` has it, which the released code calls.
     return scorers.RougeScorer(["rougeL"], use_stemmer=False)
 
@@ -129,19 +117,17 @@ def _rouge_scorer() -> Any:
 @cache
 def _bleu() -> Any:
     # For its counts only, which the order doesn't change.
-    return _imported("bleu", SACREBLEU, "metrics.bleu").BLEU(effective_order=True)
+    return _imported("bleu", "sacrebleu.metrics.bleu").BLEU(effective_order=True)
 
 
-def _imported(name: str, package: str, module: str) -> Any:
+def _imported(name: str, module: str) -> Any:
     try:
-        return import_module(f"{package}.{module}")
+        return import_module(module)
     except ImportError as error:
-        raise _missing(name, package) from error
-
-
-def _missing(name: str, package: str) -> EvaluationError:
-    wanted = package.replace("_", "-")
-    return EvaluationError(f"Metric {name!r} needs {wanted}: pip install 'phatgoose[metrics]'.")
+        raise EvaluationError(
+            f"Metric {name!r} needs {module.partition('.')[0].replace('_', '-')}: pip install "
+            f"'phatgoose[metrics]'."
+        ) from error
 
 
 def _bleu_counts(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
@@ -169,13 +155,13 @@ def _corpus_bleu(counts: Array, n: Array | int) -> Array:
 METRICS: dict[str, Metric] = {
     each.name: each
     for each in (
-        Metric("accuracy", "rank classification accuracy", _best(_identical), _mean),
+        Metric("accuracy", "rank classification accuracy", _best(str.__eq__), _mean),
         Metric("exact-match", "exact match", _best(_identical_stripped), _mean),
         # One measure under two names: SQuAD's own, beside F1, and the same rule on other tasks.
         Metric("normalised-exact-match", "normalised exact match", _best(_squad_exact), _mean),
         Metric("squad-exact-match", "SQuAD exact match", _best(_squad_exact), _mean),
         Metric("squad-f1", "SQuAD F1", _best(_squad_f1), _mean),
-        Metric("rouge-l", "ROUGE-L", _best(_rouge_l), _mean, ROUGE),
-        Metric("bleu", "BLEU", _bleu_counts, _corpus_bleu, SACREBLEU),
+        Metric("rouge-l", "ROUGE-L", _best(_rouge_l), _mean),
+        Metric("bleu", "BLEU", _bleu_counts, _corpus_bleu),
     )
 }

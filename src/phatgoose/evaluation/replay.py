@@ -1,8 +1,7 @@
 """Replay: a rule that chooses one expert for each prompt, scored by marks, without a model.
 
 Marks say how every expert alone answered every example (docs/comparing.md has their columns), so
-the score of such a rule is known exactly. A mixture of experts isn't; its heaviest expert is
-scored.
+the score of such a rule is known exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import importlib
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
-from ..files import first_line, require_regular, shortened
-from .intervals import Interval, Sample, SharedMeans, interval_of
+from ..files import first_line
+from .intervals import Estimate, Sample, SharedMeans
 
 Array = NDArray[Any]
 BASE = -1  # among indices of experts
@@ -34,7 +32,6 @@ TEXTS = ["prompt", "task", "wording"]
 READ = (*TEXTS, "embedding", "score", "choice")
 MOST_CELLS = 5 * 10**7  # numbers in a file, and its bytes
 RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
-NEEDED = {"prompt", "task", "wording", "score/base"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Prompt:
     centres: Mapping[str, Array]
 
 
-Rule = Callable[[Prompt], str | Mapping[str, float] | None]  # an expert, weights, or the base
+Rule = Callable[[Prompt], str | None]  # an expert, or the base
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,14 @@ class Marks:
         """The scores of each expert ("expert") or its random twin ("random"), [examples, E]."""
         return np.stack([self.columns[f"score/{kind}/{name}"] for name in self.experts], axis=1)
 
+    @property
+    def routers(self) -> dict[str, Array]:
+        """The scores of prompt routers, [examples, E]."""
+        return {n.partition("/")[2]: v for n, v in self.columns.items() if n[:7] == "choice/"}
+
     def prompts(self) -> Iterator[Prompt]:
         """What rules may know of each prompt."""
-        routers = {n.partition("/")[2]: v for n, v in self.columns.items() if n[:7] == "choice/"}
-        embeddings = self.columns.get("embedding")
+        routers, embeddings = self.routers, self.columns.get("embedding")
         for i, digest in enumerate(self.columns["prompt"]):
             scores = {
                 router: dict(zip(self.experts, rows[i].tolist(), strict=True))
@@ -83,48 +84,40 @@ class Marks:
 
 def read_marks(place: str | Path) -> list[Marks]:
     """The marks in a Parquet file, or in every one of a folder. Raises EvaluationError."""
-    path = Path(place)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not path.exists():
-        raise EvaluationError(
-            f"{path} holds no marks; wanted a .parquet file or a folder of some, as 'python "
-            f"research/marks.py' makes them in a clone of phatgoose."
-        )
-    return [_read(file) for file in files]
-
-
-def _read(path: Path) -> Marks:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("Marks need pyarrow: pip install 'phatgoose[replay]'.") from error
-    require_regular(path, EvaluationError)
+    path = Path(place)
+    files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
+    marks: list[Marks] = []
     try:
-        size = parquet.read_metadata(path)
-        schema = size.schema.to_arrow_schema()
-        about = json.loads((schema.metadata or {})[b"phatgoose"])
-        experts = list(map(str, about["experts"]))
-        names = [name for name in schema.names if name.partition("/")[0] in READ]
-        lacks = {*NEEDED, *(f"score/expert/{name}" for name in experts)} - set(names)
-        cells = _cells(size, [schema.field(name).type for name in names])
-        for wrong, what in (
-            (about["format"] != FORMAT, f"format {about['format']}; this phatgoose reads {FORMAT}"),
-            (len({*experts}) < len(about["experts"]), f"experts {shortened(experts)}"),
-            (lacks, f"no column {', '.join(sorted(lacks))}"),
-            (not 0 < cells <= MOST_CELLS, f"it says that it holds {cells} numbers"),
-        ):
-            if wrong:
-                raise ValueError(what)
-        table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
-        columns = {name: _values(name, table[name], len(experts)) for name in names}
-        centres, flat = {}, base64.b64decode(schema.metadata.get(b"centres", b""))
-        if "owners" in about:
-            owners = np.array(about["owners"])
-            rows = np.frombuffer(flat, np.float16).reshape(len(owners), -1).astype(np.float32)
-            centres = {name: rows[owners == z] for z, name in enumerate(experts)}
-        return Marks(str(about["base"]), tuple(experts), columns, centres)
-    except Exception as error:  # any of pyarrow's, json's or numpy's: who made the file is unknown
+        for path in files:
+            marks.append(_read(path, parquet))
+        if not marks:
+            raise ValueError("'python research/marks.py' makes .parquet files in a clone")
+    except Exception as error:  # any of pyarrow's or numpy's: who made the file is unknown
         raise EvaluationError(f"{path} holds no marks: {first_line(error)}.") from error
+    return marks
+
+
+def _read(path: Path, parquet: Any) -> Marks:
+    size = parquet.read_metadata(path)
+    schema = size.schema.to_arrow_schema()
+    about = json.loads(schema.metadata[b"phatgoose"])
+    experts, owners = tuple(map(str, about["experts"])), np.array(about.get("owners", [BASE]))
+    needed = [*TEXTS, "score/base", *(f"score/expert/{name}" for name in experts)]
+    others = [name for name in schema.names if name.partition("/")[0] in READ]
+    names = list(dict.fromkeys([*needed, *others]))
+    cells = _cells(size, [schema.field(name).type for name in names])
+    if about["format"] != FORMAT or not 0 < cells <= MOST_CELLS:
+        raise ValueError(f"it says that it has format {about['format']} and {cells} numbers")
+    table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
+    columns = {name: _values(name, table[name], len(experts)) for name in names}
+    flat = np.frombuffer(base64.b64decode(schema.metadata.get(b"centres", b"")), np.float16)
+    rows = flat.reshape(len(owners), -1).astype(np.float32)
+    centres = {name: rows[owners == z] for z, name in enumerate(experts)}
+    return Marks(str(about["base"]), experts, columns, centres)
 
 
 def _cells(size: Any, types: list[Any]) -> int:
@@ -152,18 +145,8 @@ def _values(name: str, column: Any, experts: int) -> Array:
 
 
 def router_rule(router: str) -> Rule:
-    """The first choice of a prompt router whose scores the marks hold, else ConfigError."""
-
-    def rule(prompt: Prompt) -> str:
-        if router not in prompt.scores:
-            raise ConfigError(
-                f"The marks have no choices of {shortened(router)}, but of "
-                f"{', '.join(prompt.scores) or 'no router'}; research/marks.py stores those of "
-                f"routers that choose by the prompt alone, where the experts have what they need."
-            )
-        return max(prompt.scores[router], key=prompt.scores[router].__getitem__)
-
-    return rule
+    """The first choice of a prompt router whose scores the marks hold."""
+    return lambda prompt: max(prompt.scores[router], key=prompt.scores[router].__getitem__)
 
 
 def imported_rule(name: str) -> Rule:
@@ -184,47 +167,21 @@ def imported_rule(name: str) -> Rule:
 def chosen_by(marks: Marks, rule: Rule) -> Array:
     """The index of the expert that `rule` chooses for each prompt, [examples]; BASE for the base.
 
-    Of weights the heaviest counts, with a warning. Raises ConfigError for an unknown
-    expert and when `rule` fails.
+    Raises ConfigError for an unknown expert and when `rule` fails.
     """
     place: dict[Any, int] = {None: BASE, **{name: z for z, name in enumerate(marks.experts)}}
-    chosen, mixed = list[int](), 0
+    chosen = list[int]()
     for prompt in marks.prompts():
         try:
-            name = rule(prompt)
-            if isinstance(name, Mapping):
-                mixed += len(name) > 1
-                name = max(name, key=name.__getitem__, default=None)
-            chosen.append(place[name])
-        except ConfigError:
-            raise
+            chosen.append(place[rule(prompt)])
         except (Exception, SystemExit) as error:  # a user's own code, or what it gave
-            blind = prompt.embedding is None and "NoneType" in str(error)
+            has = "" if prompt.embedding is not None else " and no embeddings"
             raise ConfigError(
-                f"The rule failed on prompt {prompt.hash}: {first_line(error)}"
-                f"{'; these marks have no embeddings' if blind else ''}. Experts are "
-                f"{', '.join(marks.experts)}."
+                f"The rule failed on prompt {prompt.hash}: {first_line(error)}. These marks have "
+                f"experts {', '.join(marks.experts)}, scores of "
+                f"{', '.join(marks.routers) or 'no router'}{has}."
             ) from error
-    if mixed:
-        warnings.warn(
-            f"{mixed} of {len(chosen)} choices are mixtures, which marks can't score; the heaviest "
-            f"expert is scored.",
-            stacklevel=2,
-        )
     return np.array(chosen)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, value: float, interval: Interval) -> Estimate:
-        return cls(value, interval.low, interval.high)
 
 
 @dataclass(frozen=True)
@@ -269,32 +226,32 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
     own = None  # the own experts' indices, if all tasks have some
     if set(tasks) <= set(marks.experts):
         own = np.array([marks.experts.index(task) for task in tasks])
-    rows = _rows(marks, asked, choices, own)
-    samples: dict[str, list[Sample]] = {name: [] for name in rows}
-    for task in dict.fromkeys(tasks):
-        for name, scores in rows.items():
-            some = scores[tasks == task, None].astype(float)
-            samples[name].append(Sample(("exact-match",), (some,)))  # any metric that is a mean
-    means, lines = SharedMeans.of(samples), []
-    for name, mean in means.value.items():
-        over_random = kept = None
-        if (twin := _twin(name)) in samples:
-            over_random = Estimate.of(*means.gain(name, twin))
-        if OWN in samples and means.drawn[OWN].all():
+    rows, alike = (
+        _rows(marks, asked, choices, own),
+        [tasks == task for task in dict.fromkeys(tasks)],
+    )
+    means = SharedMeans.of(
+        {  # any metric that is a mean
+            name: [Sample(("exact-match",), (scores[some, None].astype(float),)) for some in alike]
+            for name, scores in rows.items()
+        }
+    )
+
+    def line(name: str) -> Line:
+        kept, twin = None, _twin(name)
+        if OWN in rows and means.drawn[OWN].all():
             shares = means.drawn[name] / means.drawn[OWN]
-            kept = Estimate.of(mean / means.value[OWN], interval_of(shares))
-        is_rule = own is not None and name in choices
-        lines.append(
-            Line(
-                name,
-                score=Estimate.of(mean, means.interval(name)),
-                gain=Estimate.of(*means.gain(name, "base")),
-                over_random=over_random,
-                kept=kept,
-                own=float((choices[name] == own).mean()) if is_rule else None,
-            )
+            kept = Estimate.of(means.value[name] / means.value[OWN], shares)
+        return Line(
+            name,
+            score=means.estimate(name),
+            gain=means.gain(name, "base"),
+            over_random=means.gain(name, twin) if twin in rows else None,
+            kept=kept,
+            own=float((choices[name] == own).mean()) if OWN in rows and name in choices else None,
         )
-    return Replay(marks.base, wording, len(set(tasks)), len(asked), tuple(lines))
+
+    return Replay(marks.base, wording, len(alike), len(asked), tuple(map(line, rows)))
 
 
 def _twin(name: str) -> str:

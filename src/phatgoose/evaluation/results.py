@@ -20,16 +20,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError
-from ..files import first_line, reason, require_regular, write_text
-from .intervals import CONFIDENCE, Interval, Sample, SharedMeans
+from ..files import reason, write_text
+from .evaluate import TaskScore
+from .intervals import CONFIDENCE, Estimate, Sample, SharedMeans
 
 BASE = "base"  # the row of the base alone
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 ALL = "all datasets"  # the column over every suite's datasets, if there are several suites
-
-
-def in_per_cent(score: float, low: float, high: float, form: str = ".1f", ends: str = ".0f") -> str:
-    return f"{100 * score:{form}} [{100 * low:{ends}}, {100 * high:{ends}}]"
 
 
 @dataclass(frozen=True)
@@ -50,79 +47,34 @@ class Table:
         return html.escape("\n".join(lines) + notes, quote=False)
 
 
-@dataclass(frozen=True)
-class Result:
-    """One model's score on one dataset, from 0 to 1, with its 95 % interval.
+def stored(score: TaskScore) -> dict[str, Any]:
+    """A score as a line of the store."""
+    rows = score.sample.rows
+    return {
+        **score.to_dict(),
+        **({} if rows is None else {"rows": rows.tolist()}),
+        "metrics": score.sample.metrics,
+        "answers": [prediction.answer for prediction in score.predictions],
+        "marks": [prediction.marks for prediction in score.predictions],
+    }
 
-    Attributes:
-        task: The dataset's name.
-        metric: Its metrics, in words.
-        low: The lower end of the interval.
-        high: The upper end.
-        ties: How many examples have best choices that scored equally; the first was taken.
-        seconds: How long scoring took.
-        sample: The examples' statistics.
-    """
 
-    task: str
-    metric: str
-    low: float
-    high: float
-    ties: int
-    seconds: float
-    sample: Sample
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Result:
-        """The result in a line of the store. Raises EvaluationError if it holds none."""
-        try:
-            plain = {n: stored[n] for n in ("task", "metric", "low", "high", "ties", "seconds")}
-            sample = Sample.of(stored["metrics"], stored["marks"], stored.get("rows"))
-            return cls(**plain, sample=sample)
-        except (LookupError, TypeError, ValueError) as error:
-            raise EvaluationError(
-                f"A stored line is no result of compare ({first_line(error)}); move results.jsonl "
-                f"away, and everything is scored again."
-            ) from error
-
-    @property
-    def score(self) -> float:
-        """The mean over the metrics."""
-        return self.sample.score
-
-    @property
-    def n(self) -> int:
-        """How many examples were scored."""
-        return self.sample.n
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        parts = {name: getattr(self, name) for name in ("metric", "low", "high", "ties", "seconds")}
-        return {**parts, "score": self.score, "by_metric": self.sample.by_metric, "n": self.n}
+def restored(line: Mapping[str, Any]) -> TaskScore:
+    """The score in a line of the store, without its answers."""
+    names = ("task", "metric", "low", "high", "ties", "seconds", "cuts")
+    sample = Sample.of(line["metrics"], line["marks"], line.get("rows"))
+    return TaskScore(sample=sample, **{name: line[name] for name in names})
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One model's mean over a suite's datasets, unweighted, with its interval.
+    """One model's mean over a suite's datasets, unweighted.
 
     `difference` is this mean less PHATGOOSE's, in pairs; None for PHATGOOSE itself, or without it.
     """
 
-    mean: float
-    interval: Interval
-    difference: float | None = None
-    difference_interval: Interval | None = None
-
-    @property
-    def in_per_cent(self) -> str:
-        return in_per_cent(self.mean, self.interval.low, self.interval.high)
-
-    @property
-    def difference_in_points(self) -> str:
-        between = self.difference_interval
-        if self.difference is None or between is None:
-            return ""
-        return in_per_cent(self.difference, between.low, between.high, "+.1f", "+.1f")
+    mean: Estimate
+    difference: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +93,8 @@ class Comparison:
 
     suites: Mapping[str, tuple[str, ...]]
     labels: Mapping[str, str]
-    results: Mapping[str, Mapping[str, Result]]
-    experts: Mapping[str, Mapping[str, Result]] = field(default_factory=dict)
+    results: Mapping[str, Mapping[str, TaskScore]]
+    experts: Mapping[str, Mapping[str, TaskScore]] = field(default_factory=dict)
     choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -162,7 +114,7 @@ class Comparison:
         return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
 
     @property
-    def every(self) -> dict[str, Mapping[str, Result]]:
+    def every(self) -> dict[str, Mapping[str, TaskScore]]:
         """The results of rows and single experts by dataset, the base's first."""
         first = {BASE: self.results[BASE]} if BASE in self.results else {}
         return {**first, **self.experts, **self.results}
@@ -180,40 +132,30 @@ class Comparison:
         """Summary by row and column. Intervals resample datasets and, within them, examples."""
         rows: dict[str, dict[str, Summary]] = {name: {} for name in self.results}
         for column, tasks in self.columns.items():
-            samples = {
-                name: [results[task].sample for task in tasks]
-                for name, results in self.results.items()
-            }
-            means = SharedMeans.of(samples)
-            for name, mean in means.value.items():
-                paired = name != ANCHOR and ANCHOR in samples
-                gain = means.gain(name, ANCHOR) if paired else ()
-                rows[name][column] = Summary(mean, means.interval(name), *gain)
+            means = means_of(self.results, tasks)
+            for name in self.results:
+                paired = name != ANCHOR and ANCHOR in self.results
+                gain = means.gain(name, ANCHOR) if paired else None
+                rows[name][column] = Summary(means.estimate(name), gain)
         return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: `comparison.json`."""
-        return {
-            "settings": dict(self.settings),
-            "notes": list(self.notes),
-            "confidence": CONFIDENCE,
-            "suites": {name: list(tasks) for name, tasks in self.suites.items()},
-            "rows": {
-                name: {
-                    "label": self.labels[name],
-                    "summary": {
-                        column: asdict(summary) for column, summary in self.summaries[name].items()
-                    },
-                    "datasets": {task: result.to_dict() for task, result in results.items()},
-                }
-                for name, results in self.results.items()
-            },
-            "experts": {
-                name: {task: result.score for task, result in results.items()}
-                for name, results in self.experts.items()
-            },
-            "choices": {name: dict(chosen) for name, chosen in self.choices.items()},
+        rows = {
+            name: {
+                "label": self.labels[name],
+                "summary": {column: asdict(each) for column, each in self.summaries[name].items()},
+                "datasets": {task: result.to_dict() for task, result in results.items()},
+            }
+            for name, results in self.results.items()
         }
+        experts = {
+            name: {task: result.score for task, result in results.items()}
+            for name, results in self.experts.items()
+        }
+        names = ("settings", "notes", "suites", "choices")
+        plain = {name: getattr(self, name) for name in names}
+        return {**plain, "confidence": CONFIDENCE, "rows": rows, "experts": experts}
 
     def to_markdown(self) -> str:
         """Tables of means, of differences to PHATGOOSE, and of datasets."""
@@ -232,7 +174,7 @@ class Comparison:
         notes += [_how(self.settings)] if self.settings else []
         columns = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
         rows = [
-            [self.title(name), *(summary.in_per_cent for summary in summaries.values())]
+            [self.title(name), *(each.mean.in_per_cent for each in summaries.values())]
             for name, summaries in self.summaries.items()
         ]
         title = f"Means over datasets, in per cent, with 95 % intervals{self._star}"
@@ -240,11 +182,11 @@ class Comparison:
 
     def differences(self) -> Table:
         """Differences to PHATGOOSE in pairs; no rows without its row, or another."""
-        rows = [
-            [self.title(name), *(each.difference_in_points for each in summaries.values())]
-            for name, summaries in self.summaries.items()
-            if name != ANCHOR and ANCHOR in self.results
-        ]
+        rows = []
+        for name, summaries in self.summaries.items():
+            differences = [each.difference for each in summaries.values() if each.difference]
+            if differences:
+                rows.append([self.title(name), *(each.in_points for each in differences)])
         title = f"Difference to {self.labels.get(ANCHOR)}, in points, with 95 % intervals in pairs"
         return Table(title, ["method", *self.columns], rows)
 
@@ -273,6 +215,11 @@ class Comparison:
         return Table(title, head, rows, notes, self.title(bold))
 
 
+def means_of(results: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> SharedMeans:
+    """The means of models over `tasks`, by their results there."""
+    return SharedMeans.of({name: [by[t].sample for t in tasks] for name, by in results.items()})
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The lines of a table in Markdown."""
 
@@ -292,20 +239,18 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
 
 
 def _how(settings: Mapping[str, Any]) -> str:
-    limit, seed = settings["limit"], settings["seed"]
-    drawn = "all examples"
-    if limit is not None:
-        drawn = f"at most {limit} examples a dataset, drawn by seed {seed}"
-    routed = [f"k = {settings['k']}"] if settings["k"] is not None else []
-    routed += [f"kernel = {settings['kernel']}"] if settings["kernel"] != "auto" else []
-    experts = [
+    limit, k, kernel = settings["limit"], settings["k"], settings["kernel"]
+    parts = [
         str(len(settings["experts"])),
-        *routed,
-        drawn if limit is not None else "all examples",
+        "" if k is None else f"k = {k}",
+        "" if kernel == "auto" else f"kernel = {kernel}",
+        "all examples"
+        if limit is None
+        else f"at most {limit} examples a dataset, drawn by seed {settings['seed']}",
     ]
     return (
-        f"Base {settings['base']['id']} in {settings['dtype']}; experts: {'; '.join(experts)}; "
-        f"phatgoose {settings['code']}, {settings['machine']}."
+        f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
+        f"{'; '.join(filter(None, parts))}; phatgoose {settings['code']}, {settings['machine']}."
     )
 
 
@@ -316,21 +261,27 @@ class ResultStore:
     """Results by key (any JSON object) in the JSON Lines file `path`, made by the first result.
 
     Every result is on the disk when `add` returns. Raises EvaluationError when the file can't be
-    read or written, is a symbolic link, or has a line that is no result.
+    read or written, or has a line that is no result.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._records: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+        self._records: dict[str, Mapping[str, Any]] = {}
         self._cut_off_at: int | None = None
-        for line in self._complete_lines():
-            try:
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+            complete = content.rfind(b"\n") + 1
+            # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
+            for line in content[:complete].decode("utf-8").split("\n")[:-1]:
                 record = json.loads(line)
-                self._records[_digest(record["key"])] = record["key"], record["result"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise EvaluationError(
-                    f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
-                ) from error
+                self._records[_digest(record["key"])] = record["result"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise EvaluationError(
+                f"{self.path} is no file of results: {reason(error)}. Move it away."
+            ) from error
+        if complete < len(content):
+            warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
+            self._cut_off_at = complete
 
     @classmethod
     @contextmanager
@@ -344,9 +295,7 @@ class ResultStore:
         except OSError as error:
             what = f"{folder} can't be written: {reason(error)}."
             if isinstance(error, Timeout):
-                what = (
-                    f"Another process is adding results to {path}; wait, or choose another --out."
-                )
+                what = f"Another process is adding results to {path}; choose another --out."
             raise EvaluationError(what) from error
         try:
             yield cls(path)
@@ -354,7 +303,7 @@ class ResultStore:
             lock.release()
 
     def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return self._records.get(_digest(key), (key, None))[1]
+        return self._records.get(_digest(key))
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
@@ -369,27 +318,7 @@ class ResultStore:
                 os.fsync(file.fileno())
         except OSError as error:
             raise EvaluationError(f"{self.path} can't be written: {reason(error)}.") from error
-        self._records[_digest(key)] = key, result
-
-    def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-        return iter(self._records.values())
-
-    def _complete_lines(self) -> Iterator[str]:
-        if self.path.is_symlink():
-            raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
-        if not self.path.exists():
-            return
-        require_regular(self.path, EvaluationError)
-        try:
-            content = self.path.read_bytes()
-            complete = content.rfind(b"\n") + 1
-            if complete < len(content):
-                warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
-                self._cut_off_at = complete
-            # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
-            yield from content[:complete].decode("utf-8").split("\n")[:-1]
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"Results {self.path} can't be read: {reason(error)}.") from error
+        self._records[_digest(key)] = result
 
 
 def _no_link(path: str, flags: int) -> int:

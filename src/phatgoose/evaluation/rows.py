@@ -14,13 +14,12 @@ from ..base import Base, BaseReference, dtype_name, load_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError
 from ..experts.expert import Expert
-from ..experts.hub import local_folder
 from ..experts.pool import Pool
 from ..files import sha256_of, shortened
 from ..jobs import absolute
 from ..routing.compose import compose, detach
 from ..routing.open_model import OpenedModel, is_pool, is_routed, open_model
-from ..routing.routers.registry import all_routers, canonical, class_of, router_of
+from ..routing.routers.registry import all_routers, canonical, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from .results import BASE
@@ -55,7 +54,7 @@ def runnable_methods(
     Raises ConfigError for an unknown name or settings that a named one can't have, and PoolError if
     `pool` lacks what a named one needs.
     """
-    asked = [methods] if isinstance(methods, str) else list(methods)
+    asked = [methods] if isinstance(methods, str) else list(methods) or [""]
     named = [_canonical(name) for name in asked if name != EVERY]
     for name in named:
         _check_method(name, pool, routing)
@@ -82,21 +81,17 @@ def _canonical(method: str) -> str:
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
-        _check_routable(pool, replace(routing, router=name))
-
-
-def _check_routable(pool: Pool, routing: Routing) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # composing warns
-        router_of(routing).check(pool)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # composing warns
+            router_of(replace(routing, router=name)).check(pool)
 
 
 @dataclass(frozen=True)
 class Row:
     """One model of a comparison; `identity` differs from that of any other model.
 
-    `pool` None means the model at `place`, or the base alone if that is None too. In another
-    process `locations` of experts stand for the pool.
+    Experts of `pool`, by `routing`; else the model at `place`, or the base alone if that is None
+    too. In another process the `place` of a pool is those of its experts.
     """
 
     name: str
@@ -104,59 +99,44 @@ class Row:
     identity: Mapping[str, Any]
     pool: Pool | None = None
     routing: Routing | None = None
-    place: str | None = None
-    locations: tuple[str, ...] = ()
-
-    @property
-    def per_input(self) -> bool:
-        """True if it leaves whole inputs to experts, who may have answered them alone."""
-        if self.pool is None or self.routing is None:
-            return False
-        return class_of(self.routing.router).per_input
+    place: str | tuple[str, ...] | None = None
 
     @property
     def base(self) -> BaseReference | None:
         if self.pool is not None:
             return self.pool.base
-        return base_of(self.place) if self.place is not None and is_routed(self.place) else None
+        return (
+            base_of(self.place) if isinstance(self.place, str) and is_routed(self.place) else None
+        )
 
     def portable(self) -> Row:
-        place = None if self.place is None else absolute(self.place)
-        if self.pool is not None:
-            self.pool.check_on_disk("other processes open experts by their folders")
-        records = () if self.pool is None else self.pool.records()
-        locations = tuple(record["path"] for record in records)
-        return replace(self, pool=None, place=place, locations=locations)
-
-    def loaded(self, experts: dict[str, Expert]) -> Row:
-        """The row with its pool; experts that `experts`, by location, lacks are loaded and added.
-
-        Raises PoolError when the experts there are not those that the row was made of.
-        """
-        if not self.locations:
-            return self
-        for place in self.locations:
-            if place not in experts:
-                experts[place] = Expert.load(local_folder(place))
-        pool = Pool(tuple(experts[place] for place in self.locations))
-        row = pool_row(self.name, self.label, pool, self.routing or Routing())
-        if row.identity != self.identity:
-            raise PoolError(
-                f"{self.label}: the experts that this worker has at {self.locations[0]} and the "
-                f"other places are not those that the comparison was begun with."
+        if self.pool is None:
+            return (
+                replace(self, place=absolute(self.place)) if isinstance(self.place, str) else self
             )
-        return row
+        self.pool.check_on_disk("other processes open experts by their folders")
+        places = tuple(record["path"] for record in self.pool.records())
+        return replace(self, pool=None, place=places)
 
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
-        """The row's model; afterwards the base is as it was."""
-        opened = OpenedModel(base.model, base.tokenizer)
-        if self.place is not None:
+        """The row's model; afterwards the base is as it was.
+
+        Raises PoolError when the experts there are not those that the row was made of.
+        """
+        opened, pool = OpenedModel(base.model, base.tokenizer), self.pool
+        if isinstance(self.place, str):
             dtype = dtype_name(base.model.dtype)
-            onto = base if is_routed(self.place) else None
-            opened = open_model(self.place, onto, dtype=dtype, routing=self.routing)
-        elif self.pool is not None and self.routing is not None:
-            compose(self.pool, base, routing=self.routing)
+            opened = open_model(self.place, base, dtype=dtype, routing=self.routing)
+        elif self.place:
+            pool = Pool.open(self.place)
+            if pool_row(self.name, self.label, pool, self.routing).identity != self.identity:
+                raise PoolError(
+                    f"{self.label}: the experts that this worker has at {self.place[0]} and the "
+                    f"other places are not those that the comparison was begun with."
+                )
+        if pool is not None:
+            compose(pool, base, routing=self.routing)
         try:
             yield opened
         finally:
@@ -195,19 +175,19 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
         identity = {"model": load_base(place).fingerprint}
         return Row(label, label, identity, place=str(place))
     pool = Pool.open(place)
-    alone = Routing(router="single")
-    chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose")
-    _check_routable(pool, chosen)
-    return pool_row(label, label, pool, chosen)
+    if len(pool) == 1:
+        return pool_row(label, label, pool, Routing(router="single"))
+    _check_method("phatgoose", pool, routing)
+    return pool_row(label, label, pool, replace(routing, router="phatgoose"))
 
 
-def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+def pool_row(name: str, label: str, pool: Pool, routing: Routing | None) -> Row:
     """A row of `pool` by `routing`; its identity is of what the router uses, not of names alone."""
-    router = router_of(routing)
+    router = router_of(routing or Routing())
     identity = {
         "router": router.routing.router,
         **({"k": router.k} if router.k else {}),
-        "kernel": routing.kernel,
+        "kernel": router.kernel,
         "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
         **({} if router.file_digest is None else {"given": router.file_digest}),
     }

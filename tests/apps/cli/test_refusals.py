@@ -152,7 +152,7 @@ analyse experts --task unseen.jsonl BASE --scores unseen.jsonl => unseen.jsonl h
 analyse experts --task unseen.jsonl BASE --out file => file/report.html can't be written
 COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
 COMPARE unseen.jsonl --methods arow => Did you mean 'arrow'?
-COMPARE unseen.jsonl --methods , => No method was given
+COMPARE unseen.jsonl --methods , => Method '' is unknown
 COMPARE unseen.jsonl --methods base --methods retrieval => 'reviews' have no embeddings
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL

@@ -12,6 +12,7 @@ from phatgoose.apps.tables import (
     scores_table,
 )
 from phatgoose.evaluation.evaluate import Evaluation, TaskScore
+from phatgoose.evaluation.intervals import Sample
 from routed_models import with_embeddings
 
 
@@ -38,7 +39,8 @@ def test_a_pool_fits_a_narrow_terminal_with_whole_headers(llama_mixed):
 
 def test_nothing_of_a_long_task_is_lost_in_a_narrow_terminal():
     long = "_".join(f"part{number}" for number in range(12))
-    score = TaskScore(long, "rank classification accuracy", 0.5, 12000, 0.25, 0.75, 0)
+    sample = Sample.of(["accuracy"], [[[float(i % 2)]] for i in range(12000)])
+    score = TaskScore(long, "rank classification accuracy", 0.25, 0.75, sample)
     head, *rows = printed(scores_table(Evaluation((score,)), "a model"), width=80)
     assert head == ["task", "metric", "score", "95 % interval", "n", "ties"]
     assert "".join(row[0] for row in rows) == f"{long}mean"

@@ -103,13 +103,15 @@ def test_gains_are_over_the_base_and_each_single_expert_the_smallest_first():
     comparison = made_comparison()
     gains = gains_of(comparison, "phatgoose")
     assert {gain.over for gain in gains} == {"base", "e0", "e1"}
-    assert [gain.difference for gain in gains] == sorted(gain.difference for gain in gains)
+    differences = [gain.difference.value for gain in gains]
+    assert differences == sorted(differences)
     mean = {name: sum(r.score for r in rows.values()) for name, rows in comparison.results.items()}
     for gain in gains:
         rows = comparison.experts.get(gain.over)
         other = mean["base"] if rows is None else sum(row.score for row in rows.values())
-        assert gain.difference == pytest.approx(100 * (mean["phatgoose"] - other) / 3)
-        assert gain.interval.low <= gain.difference <= gain.interval.high
+        difference = gain.difference
+        assert difference.value == pytest.approx((mean["phatgoose"] - other) / 3)
+        assert difference.low <= difference.value <= difference.high
 
 
 def test_lifts_are_points_above_the_base_on_the_unseen_task_of_each_skill():

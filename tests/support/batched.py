@@ -5,8 +5,7 @@ import threading
 import torch
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.local.engine import Batch
-from phatgoose.apps.server.local.sequences import ActiveSequence
+from phatgoose.apps.server.local.batches import ActiveSequence, Batch
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
 from tiny import make_ids, make_tokenizer
@@ -39,8 +38,8 @@ class Told:
         return [stream for event in self.events for stream in event.routing]
 
 
-def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", turn=None, echoed=""):
-    answer = Answer(choice, 0, RequestPrompt(tuple(prompt), echoed, ()), decoding)
+def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", turn=None):
+    answer = Answer(choice, 0, RequestPrompt(tuple(prompt), "", ()), decoding)
     return ActiveSequence(runner, answer, Told(), client, turn)
 
 

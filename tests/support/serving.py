@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import server_of
 from phatgoose.apps.server.guards import BodyLimits, RequestGuard
-from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.batches import Batch
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
@@ -189,11 +189,6 @@ def in_a_thread(work, *arguments, **options):
     thread = threading.Thread(target=lambda: found.append(work(*arguments, **options)))
     thread.start()
     return thread, found
-
-
-def composing(routings) -> int:
-    """How many routings that were asked for aren't there yet."""
-    return sum(not each.is_ready for each in routings.cached.values())
 
 
 def needed(routings) -> int:

@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.local import engine as engine
-from phatgoose.apps.server.local.engine import Batch
+from phatgoose.apps.server.local.batches import Batch
 from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
@@ -105,30 +103,9 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
     assert [row.generated for row in rows] == single
 
 
-def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
-    runner = runner_of()
-    wish = Decoding(2, 0.0, logprobs=1, echo=True, routing=True)
-    prompts = [prompt_of(1, 23), prompt_of(2, 11)]
-
-    def told():
-        batch, rows = Batch(runner), [row_of(runner, prompt, wish) for prompt in prompts]
-        batch.join(rows)
-        finish(batch)
-        return [row.deliver for row in rows]
-
-    at_once = told()
-    monkeypatch.setattr(engine, "MOST_LOGITS", 2 * 4 * VOCABULARY)  # four columns at a time
-    for one, other in zip(at_once, told(), strict=True):
-        assert [t.text for t in one.tokens] == [t.text for t in other.tokens]
-        scores = [[t.logprob for t in each.tokens[1:]] for each in (one, other)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-        experts = [np.concatenate([s.experts for s in each.routing]) for each in (one, other)]
-        assert (experts[0] == experts[1]).mean() > 0.98
-
-
 @pytest.mark.parametrize("router", ["phatgoose", "centroid"])
-def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder, monkeypatch):
-    """Prompts are read in parts, and rows join and leave, as in a model that generates."""
+def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder):
+    """Rows join and leave, as in a model that generates."""
     pool, ends = pool_of("llama"), (ActsOn(tail=3), None, ActsOn(invocation=(7, 8)), ActsOn(tail=1))
     pool = Pool(
         tuple(
@@ -140,10 +117,9 @@ def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder, m
     runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
     runner.ends = frozenset()
     prompts = [prompt_of(0), [*prompt_of(1), 7, 8, 9], prompt_of(2), [7, 8, *prompt_of(1)]]
-    monkeypatch.setattr(engine, "MOST_LOGITS", 8 * VOCABULARY)
     wanted = [by_generate(runner, prompt, 12) for prompt in prompts]  # before it is announced to
     rows = [
-        row_of(runner, prompt, replace(GREEDY, max_tokens=n, logprobs=0, echo=n == 6), 0, "", turn)
+        row_of(runner, prompt, replace(GREEDY, max_tokens=n), 0, "", turn)
         for prompt, n, turn in zip(prompts, (9, 2, 6, 4), runner.routings_of(prompts), strict=True)
     ]
     batch = Batch(runner)

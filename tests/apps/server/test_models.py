@@ -129,9 +129,8 @@ def test_a_request_brings_its_own_mixture(client, pool):
     ids = client.app.state.service.models["goose"].base.tokenizer(GREEDY["prompt"])["input_ids"]
     wanted = serving.generated(pool, ids, 6, router="weights", weights=weights)
     reply = ask(client, **GREEDY, weights=weights, routing=True)["choices"][0]
-    tokens = ask(client, **{**GREEDY, "prompt": ids}, weights=weights)["choices"][0]["text"]
     decode = client.app.state.service.models["goose"].base.tokenizer.decode
-    assert reply["text"] == tokens == decode(wanted)
+    assert reply["text"] == decode(wanted)
     assert reply["routing"]["summary"] == pytest.approx(weights, abs=0.01)
 
 

@@ -154,7 +154,7 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         page.click("#run")
         page.locator("#pane-a .tx-token").nth(len(PROMPT) + 3).wait_for()
         assert engine.running == 1
-        (row,) = [row for batch in engine._batches for row in batch.sequences]
+        (row,) = [row for batch in engine.batches for row in batch.sequences]
         page.click("#stop")
         page.locator("#panes[aria-busy=false]").wait_for()
         assert "stopped" in page.locator("#pane-a .status").inner_text()

@@ -7,9 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from batched import GREEDY, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.local.engine import Batch
-from phatgoose.apps.server.local.prefixes import SHORTEST, PrefixStore, Reader
-from phatgoose.apps.server.local.runner import ModelRunner
+from phatgoose.apps.server.local.batches import Batch
+from phatgoose.apps.server.local.runner import SHORTEST, ModelRunner, PrefixStore, Reader
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose, detach
@@ -118,11 +117,10 @@ def test_a_prompt_that_the_base_reads_for_its_router_is_not_read_again(llama, ll
     assert store.bytes == held
 
 
-@pytest.mark.parametrize("wish", [{"echo": True, "logprobs": 0}, {"routing": True}])
-def test_whoever_wants_to_see_the_prompts_tokens_gets_them_read(runner_of, wish):
+def test_whoever_wants_to_see_the_prompts_tokens_gets_them_read(runner_of):
     runner, store = runner_of(), PrefixStore(1 << 20)
     answers(runner, [LONG], store)
-    _, passed = answers(runner, [LONG], store, **wish)
+    _, passed = answers(runner, [LONG], store, routing=True)
     assert passed[0] == 40
 
 

@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 
 from batched import GREEDY, alone, finish, prompt_of, row_of
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.local.engine import Batch
-from phatgoose.apps.server.local.sequences import (
-    Alternative,
-    Sampler,
-    TokenScores,
-)
+from phatgoose.apps.server.local.batches import Batch, Sampler
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.tasks.encoding import Encoder
 
@@ -25,17 +20,16 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
     runner = runner_of(kind)
-    wish = Decoding(5, 0.0, logprobs=3, echo=True)
+    wish = Decoding(5, 0.0, logprobs=3)
     rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
     batch = Batch(runner)
     batch.join(rows)
     finish(batch)
     for seed, row in zip((1, 2), rows, strict=True):
-        first, *told = row.deliver.tokens
-        assert first.logprob is None
         ids = torch.tensor([[*prompt_of(seed), *row.generated]])
-        wanted = runner.model(ids).logits[0, :-1].float().log_softmax(-1)
-        for token, target, scores in zip(told, ids[0, 1:].tolist(), wanted, strict=True):
+        logits = runner.model(ids).logits[0, -1 - len(row.generated) : -1]
+        wanted, told = logits.float().log_softmax(-1), row.deliver.tokens
+        for token, target, scores in zip(told, row.generated, wanted, strict=True):
             assert token.logprob == pytest.approx(scores[target].item(), abs=2e-4)
             best = scores.topk(3).values.tolist()
             assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
@@ -64,24 +58,21 @@ def advance(row, token):
 TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
 
 
-@given(TEXTS, TEXTS, st.sampled_from([(), ("😀",), ("a.", "漢漢")]), st.booleans())
-def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answer, stop, echo):
+@given(TEXTS, TEXTS, st.sampled_from([(), ("😀",), ("a.", "漢漢")]))
+def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answer, stop):
     """The tokenizer has a token for each byte, so most characters consist of several."""
     runner = runner_of()
     before, after = (runner.tokenizer(text)["input_ids"] for text in (prompt, answer))
-    wish = Decoding(len(after), 0.0, stop=stop, logprobs=0, echo=echo)
-    row = row_of(runner, before, wish, echoed=prompt if echo else "")
-    if echo:
-        row.emit_prompt([TokenScores(Alternative(token, -1.0), ()) for token in before[1:]])
+    wish = Decoding(len(after), 0.0, stop=stop, logprobs=0)
+    row = row_of(runner, before, wish)
     for token in after:
         if row.finish is None:
             advance(row, token)
-    shown = (prompt if echo else "") + answer
-    places = [place for place, each in enumerate(shown) for _ in each.encode()]
+    places = [place for place, each in enumerate(answer) for _ in each.encode()]
     told = row.deliver.tokens
     assert [token.place for token in told] == places[: len(told)]
     for token in told:
-        assert token.text in (shown[token.place], "\ufffd")
+        assert token.text in (answer[token.place], "\ufffd")
     assert answer.startswith(row.deliver.text)
     assert row.finish == "stop" or row.deliver.text == answer
 

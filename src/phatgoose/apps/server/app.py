@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
-import hashlib
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,6 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -35,7 +34,7 @@ from ...errors import ConfigError
 from ...files import reason
 from . import protocol
 from .guards import PATIENCE, AccessControl, Metrics, RequestGuard
-from .local import LocalBackend
+from .local.engine import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
 from .service import Service
@@ -44,21 +43,16 @@ from .upstream import open_gateway
 
 FOLDER = Path(__file__).parent
 
-
-def _allowed(content: str) -> str:
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
 # The page at / is one self-contained file that asks the API for everything it shows of the models.
-# Its headers let the browser run only these scripts and styles and reach only this server.
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
 ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
 SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
 PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT)
+# The browser is let run only these scripts and styles, and reach only this server.
+ALLOWED = [f"'sha256-{b64encode(sha256(x.encode()).digest()).decode()}'" for x in (SCRIPT, CSS)]
 HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {_allowed(SCRIPT)}; style-src {_allowed(CSS)}; "
+        f"default-src 'none'; script-src {ALLOWED[0]}; style-src {ALLOWED[1]}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
@@ -69,6 +63,7 @@ HEADERS = {
 
 PLACE = "#/components/schemas/{model}"
 EVENTS = {"schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."}}
+REQUESTS = (protocol.CompletionRequest, protocol.ChatRequest)
 
 
 def responses_of(
@@ -85,6 +80,7 @@ def answering(request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any
     form = {"schema": {"$ref": PLACE.format(model=request.__name__)}}
     statuses = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
     return {
+        "methods": ["POST"],
         "response_model": reply,
         "responses": {**responses_of(*statuses), 200: streams},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": form}}},
@@ -102,11 +98,8 @@ class Application(FastAPI):
         models = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             models.pop(name, None)
-        _, bodies = models_json_schema(
-            [(protocol.CompletionRequest, "validation"), (protocol.ChatRequest, "validation")],
-            ref_template=PLACE,
-        )
-        models.update(bodies["$defs"])
+        kinds: Any = [(each, "validation") for each in REQUESTS]
+        models.update(models_json_schema(kinds, ref_template=PLACE)[1]["$defs"])
         return schema
 
 
@@ -119,80 +112,44 @@ async def refused(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, error.status_code, error.headers)
 
 
-open_routes = APIRouter()  # without a key: they say nothing of the models
-guarded_routes = APIRouter()
-
-
-def service_of(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-@open_routes.get("/", response_class=HTMLResponse, summary="A page to try the models on")
 async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
-@open_routes.get("/health", include_in_schema=False)
-@open_routes.get(
-    "/healthz",
-    summary="Does the server work?",
-    response_model=protocol.Health,
-    responses=responses_of(503, model=protocol.Health),
-)
-async def health(request: Request) -> JSONResponse:
-    health = service_of(request).health()
-    content = health.model_dump(exclude_none=True)  # without an engine there is no upstream
-    return JSONResponse(content, 200 if health.status == "ok" else 503)
-
-
-@guarded_routes.get(
-    "/metrics",
-    summary="Numbers for Prometheus",
-    response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-)
-async def metrics(request: Request) -> Response:
-    content = generate_latest(service_of(request).metrics.registry)
-    return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-@guarded_routes.get("/v1/models", summary="What is served")
-async def models(request: Request) -> protocol.ModelList:
-    return protocol.ModelList(data=service_of(request).cards())
-
-
-@guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
-async def model(name: str, request: Request) -> protocol.ModelCard:
-    return service_of(request).card(name)
-
-
-@guarded_routes.post(
-    "/v1/completions",
-    summary="Continue a text",
-    **answering(protocol.CompletionRequest, protocol.CompletionReply),
-)
-async def completions(request: Request) -> Response:
-    return await service_of(request).answer(protocol.CompletionRequest, request)
-
-
-@guarded_routes.post(
-    "/v1/chat/completions",
-    summary="Answer in a conversation",
-    **answering(protocol.ChatRequest, protocol.ChatReply),
-)
-async def chat(request: Request) -> Response:
-    return await service_of(request).answer(protocol.ChatRequest, request)
-
-
-@guarded_routes.post("/v1/responses", include_in_schema=False)
-async def no_responses() -> Response:
-    """Say what to use instead of OpenAI's newer protocol."""
-    message = (
-        "There is no /v1/responses here; send messages to /v1/chat/completions, or text to "
-        "/v1/completions."
+def routes_of(service: Service) -> tuple[APIRouter, APIRouter]:
+    """Routes that need no key, since they say nothing of the models, and the others."""
+    public, keyed = APIRouter(), APIRouter()
+    words = "A page to try the models on"
+    public.add_api_route("/", page, response_class=HTMLResponse, summary=words)
+    well = responses_of(503, model=protocol.Health)
+    for path in ("/healthz", "/health"):
+        public.add_api_route(
+            path,
+            service.health,
+            summary="Does the server work?",
+            response_model=protocol.Health,
+            responses=well,
+            include_in_schema=path == "/healthz",
+        )
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    keyed.add_api_route(
+        "/metrics",
+        service.numbers,
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={200: text},
     )
-    raise ApiError(404, message, code="unsupported_endpoint")
+    keyed.add_api_route("/v1/models", service.cards, summary="What is served")
+    missing = responses_of(404)
+    keyed.add_api_route(
+        "/v1/models/{name:path}", service.card, summary="One model", responses=missing
+    )
+    forms = answering(protocol.CompletionRequest, protocol.CompletionReply)
+    keyed.add_api_route("/v1/completions", service.completions, summary="Continue a text", **forms)
+    forms = answering(protocol.ChatRequest, protocol.ChatReply)
+    words = "Answer in a conversation"
+    keyed.add_api_route("/v1/chat/completions", service.chats, summary=words, **forms)
+    return public, keyed
 
 
 def create_app(
@@ -236,11 +193,12 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(open_routes)
+    public, keyed = routes_of(service)
+    app.include_router(public)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
-    keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
+    needed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
     statuses = (401, 403) if api_keys else (403,)
-    app.include_router(guarded_routes, dependencies=keyed, responses=responses_of(*statuses))
+    app.include_router(keyed, dependencies=needed, responses=responses_of(*statuses))
     paths = {getattr(route, "path", "") for route in app.routes}
     access = AccessControl(hosts, api_keys)
     app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)

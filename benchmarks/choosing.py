@@ -16,8 +16,8 @@ from measuring import ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
-from phatgoose.routing.choices import Choice
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.context import Choice
 from phatgoose.sites import blocks_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill

@@ -46,6 +46,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,7 +61,6 @@ from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from phatgoose.routing.routers.prompt import PromptRouter
 from phatgoose.routing.routers.retrieval import Embeds
 from phatgoose.tasks.encoding import Encoder

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.configs import Discriminant
 
 from phatgoose.base import Base, load_base
@@ -24,7 +25,6 @@ from phatgoose.evaluation.results import ResultStore
 from phatgoose.evaluation.rows import single_rows
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PromptStates
-from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.discriminant import PromptDiscriminant
 from phatgoose.routing.routers.registry import ROUTERS, RouterChoice
 from phatgoose.tasks.encoding import Encoder

@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from phatgoose.routing.open_model import loaded_base
 from tqdm.auto import tqdm
 
 from phatgoose.apps.cli.options import read_recipe
@@ -26,7 +27,6 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import Sample, SharedMeans, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources

@@ -143,7 +143,7 @@ def test_effects_are_differences_of_scores(found, llama, llama_pool):
     means = [effect.mean.value for effect in found.effects]
     assert means == sorted(means, reverse=True)
     effect = found.effects[0]
-    less = compose(llama_pool, llama, leave_out=[effect.expert], router="phatgoose")
+    less = compose(llama_pool.select(leave_out=[effect.expert]), llama, router="phatgoose")
     reduced = pg.evaluate(less, TASKS)
     for score in reduced.scores:
         everyone = found.routers["phatgoose"].scores[score.task].score

@@ -12,7 +12,7 @@ from made_comparison import EXPERTS, RIGHT, SETTINGS, made_comparison
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.intervals import Estimate
 from phatgoose.evaluation.results import Comparison, ResultStore, write_tables
-from phatgoose.routing.routers.scores import read_scores
+from phatgoose.routing.routers.fixed import read_scores
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,8 @@ from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push,
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose, detach, is_pool
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.open_model import is_pool
 from tiny import logits_of, make_adapter, make_ids
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.

@@ -44,7 +44,7 @@ def peft_logits(base, expert, ids):
 
 
 def routed_alone(base, *experts, name):
-    return compose(Pool(experts), base, keep=[name], k=1, router="phatgoose")
+    return compose(Pool(experts).select([name]), base, k=1, router="phatgoose")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -188,7 +188,7 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
     ids = make_ids()
     with naively_routed(base.model, [pool.experts[z] for z in left], k=2):
         wanted = logits_of(base.model, ids)
-    model = compose(pool, base, router="phatgoose", **chosen)
+    model = compose(pool.select(**chosen), base, router="phatgoose")
     assert composition_of(model).experts == tuple(f"e{z}" for z in left)
     assert_same_logits(logits_of(model, ids), wanted)
 
@@ -201,8 +201,7 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
         ({"kernel": None}, ConfigError, "kernel is None"),
         ({"router": "arrow:temperature=hot"}, ConfigError, "temperature is 'hot'"),
         ({"router": "phatgoose:eps=0"}, ConfigError, "eps is 0"),
-        ({"router": "oracle", "scores": {"e0": 5}}, PoolError, "wanted expert -> task -> score"),
-        ({"keep": [["e0"]]}, PoolError, r"no expert \['e0'\]"),
+        ({"router": "oracle", "scores": {"e0": {}}}, PoolError, "lacks scores"),
     ],
 )
 def test_impossible_settings_are_refused_and_leave_the_base_alone(

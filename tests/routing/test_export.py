@@ -14,7 +14,7 @@ from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose, detach, open_model
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.export import (
     ANSWER_TOKENS,
@@ -30,7 +30,6 @@ from phatgoose.routing.export import (
     shares_of,
 )
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
-from phatgoose.routing.open_model import open_model
 from phatgoose.routing.recording import record
 from phatgoose.sites import replaced
 from routed_models import SCORES, compose_by
@@ -147,9 +146,8 @@ def test_ranks_beyond_a_layer_s_sizes_are_brought_down_without_loss(
         model = compose(pool, llama, router="merged")
     else:
         place = pool.experts[0].directory.parent
-        model = open_model(
-            place, llama.id, dtype="float32", routing=Routing("merged"), may_fold=False
-        ).model
+        routing = Routing("merged", kernel="concat")  # which needs the factors
+        model = open_model(place, llama.id, dtype="float32", routing=routing).model
     kind = FoldedLinear if folds else RoutedLinear
     assert all(type(layer) is kind for layer in composition_of(model).layers.values())
     wanted = logits_of(model, ids)

@@ -8,8 +8,7 @@ import torch
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.importing import import_adapters
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.open_model import is_pool, is_routed, open_model
+from phatgoose.routing.compose import compose, detach, is_pool, is_routed, open_model, selected
 from phatgoose.routing.saved import save
 from tiny import logits_of, make_adapter, make_ids
 
@@ -66,11 +65,15 @@ def test_a_folder_of_adapters_is_opened_as_the_pool_of_their_imports(llama, tmp_
 
 
 @pytest.mark.parametrize("name", ["routed", "base"])
-@pytest.mark.parametrize("given", [{"keep": ["e0"]}, {"leave_out": ["e0"]}, {"scores": {"a": {}}}])
-def test_experts_are_chosen_of_pools_alone(places, llama, name, given):
+def test_experts_are_chosen_of_pools_alone(places, llama, name):
     where, _ = places
-    with pytest.raises(ConfigError, match="is not a pool"):
-        open_model(where[name], llama, **given)
+    for choose in (
+        lambda place: open_model(place, llama, scores={"a": {}}),
+        lambda place: selected(place, ["e0"], None),
+        lambda place: selected(place, None, ["e0"]),
+    ):
+        with pytest.raises(ConfigError, match="is not a pool"):
+            choose(where[name])
 
 
 def test_a_base_is_opened_alone(places, llama):

@@ -56,7 +56,7 @@ def test_any_stack_of_modules_is_their_sum(seed, tokens):
     rows = [row for rows in stack.rows().values() for row in rows.tolist()]
     assert sorted(rows) == list(range(len(modules)))
     router = SiteRouter(Merged(), "site", stack.experts, len(modules) + 1, {})
-    layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router, "auto")
+    layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router)
     weights = dict.fromkeys(range(len(modules)), 1 / (len(modules) + 1))
     experts = [SimpleNamespace(modules={"site": module}) for module in modules]
     wanted = torch.stack([mixed_output(base, t, experts, weights, "site") for t in u])

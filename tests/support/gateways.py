@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import serving
 from phatgoose.apps.server import ServedModel, Upstream, create_app
 from phatgoose.config import Routing
-from phatgoose.routing.open_model import open_prompt_router
+from phatgoose.routing.compose import open_prompt_router
 from serving import GREEDY
 
 NAMES = ("e0", "e1", "e2", "e3")

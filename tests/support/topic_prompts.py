@@ -6,9 +6,9 @@ import pytest
 from torch import Tensor
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.choices import Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.context import Choice
 from phatgoose.tasks.batching import pad_left, pad_right, position_ids
 from phatgoose.tasks.task import Example, Task
 from tiny import logits_of

@@ -13,9 +13,8 @@ from transformers import AutoModel, BertConfig
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, open_model
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.open_model import open_model
 from phatgoose.routing.routers import retrieval
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks import embeddings

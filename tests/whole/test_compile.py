@@ -48,7 +48,7 @@ def make_layer(router: str, dtype: torch.dtype = torch.float32) -> RoutedLinear:
     vectors = torch.randn(EXPERTS, SITE.in_features, generator=torch.Generator().manual_seed(1))
     chosen = by_vectors(router, standardise(vectors)).to(dtype)
     base = nn.Linear(SITE.in_features, SITE.out_features, dtype=dtype)
-    return RoutedLinear(base, SITE, stack, chosen, "auto")
+    return RoutedLinear(base, SITE, stack, chosen)
 
 
 def assert_one_graph(layer: nn.Module, u: Tensor, backend: str) -> None:

@@ -19,7 +19,7 @@ from phatgoose.config import AT_LEAST_1
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.prompt import OWNERS, Tables
 from phatgoose.routing.routers.retrieval import Centroid, Searched, embeddings_of
-from phatgoose.routing.routers.scores import Scores
+from phatgoose.routing.routers.router import Scores
 
 STEPS = 20  # of k-means
 SAME = 1e-6  # rows are the same vector if their cosine is this near to 1

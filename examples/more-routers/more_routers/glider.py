@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.config import NOT_NEGATIVE
-from phatgoose.routing.choices import Choice
+from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.phatgoose import Phatgoose
 from phatgoose.routing.routers.prompt import choice_at
 from phatgoose.routing.routers.retrieval import Centroid

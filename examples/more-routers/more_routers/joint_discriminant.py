@@ -26,7 +26,7 @@ from phatgoose.routing.routers.discriminant import Discriminant, Lines
 from phatgoose.routing.routers.phatgoose import Temperature
 from phatgoose.routing.routers.prompt import Base, PromptRouter, Prompts, Tables
 from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
-from phatgoose.routing.routers.scores import Scores
+from phatgoose.routing.routers.router import Scores
 from phatgoose.tasks.embeddings import PROMPT
 from phatgoose.tasks.prompt_passes import PromptReading
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE
 from phatgoose.experts.kind import dense_weights
-from phatgoose.routing.choices import Choice
+from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.phatgoose import Phatgoose, Temperature
 from phatgoose.routing.routers.prompt import best_of, choice_at

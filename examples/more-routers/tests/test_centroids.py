@@ -9,7 +9,7 @@ from more_routers.centroids import clusters_of
 
 from growth_cases import changed, composed
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.open_model import open_prompt_router
+from phatgoose.routing.compose import open_prompt_router
 from phatgoose.routing.routers.retrieval import centroids_of, embeddings_of
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, experts_of, retrieving

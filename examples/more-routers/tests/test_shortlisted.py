@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.choices import Choice
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.phatgoose import standardise
 from tiny import assert_same_logits, logits_of, make_ids, random
 

@@ -28,14 +28,13 @@ from ..evaluation.evaluate import (
 )
 from ..experts.pool import Pool
 from ..files import write_text
-from ..routing.compose import compose, detach
-from ..routing.composition import composition_of, routing_for
-from ..routing.open_model import is_routed, loaded_base, open_model
+from ..routing.compose import compose, detach, is_routed, open_model
+from ..routing.composition import composition_of, resolve_base, routing_for
 from ..routing.routers.auto import settled
+from ..routing.routers.fixed import read_scores
 from ..routing.routers.prompt import ByPrompt
 from ..routing.routers.registry import WEIGHTS, class_of, router_of
-from ..routing.routers.router import check_routing
-from ..routing.routers.scores import Scores, read_scores
+from ..routing.routers.router import Scores, check_routing
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
@@ -368,7 +367,7 @@ def _subject(
         routing = parts.routing
         return _Subject(parts.experts, (routing.router,), routing, tokenizer, source)
     pool = Pool.open(source)
-    loaded = loaded_base(pool, base)
+    loaded = resolve_base(base, pool.base)
     routings = [
         settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
         for name in dict.fromkeys(routers or (routing.router,))

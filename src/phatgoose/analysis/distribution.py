@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..files import one_line
-from ..routing.choices import Choice
 from ..routing.composition import Composition, composition_of, routing_for
+from ..routing.context import Choice
 from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless, input_device
 from ..tasks.batching import Collator, batches_of_tokens, pad_right

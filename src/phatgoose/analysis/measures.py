@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import ConfigError
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.intervals import Estimate, SharedMeans, Z
-from ..routing.routers.scores import Scores, best_expert_by_task
+from ..routing.routers.fixed import best_expert_by_task
+from ..routing.routers.router import Scores
 
 Array = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..base import texts_of
 from ..errors import RoutingError
-from ..routing.choices import Choice
 from ..routing.composition import Composition, composition_of
+from ..routing.context import Choice
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest
 from ..sites import Stream

@@ -29,10 +29,10 @@ from ..errors import ConfigError, EvaluationError, TaskError
 from ..experts.expert import warn_of_other_formatting
 from ..experts.pool import Pool
 from ..jobs import BaseLocation, Engine, LocalEngine
+from ..routing.compose import OpenedModel
 from ..routing.composition import composition_if_any, resolve_base
-from ..routing.open_model import OpenedModel, loaded_base
+from ..routing.routers.fixed import best_expert, best_expert_by_task
 from ..routing.routers.prompt import States
-from ..routing.routers.scores import best_expert, best_expert_by_task
 from ..tasks.encoding import Encoder, as_read
 from ..tasks.suites.registry import open_suite
 from ..tasks.task import Sources, Suite, Task
@@ -103,8 +103,7 @@ def compare(
     pool = Pool.open(pool)
     chosen, notes = runnable_methods(pool, methods, how.routing)
     columns, datasets = _load(suites, how)
-    base = loaded_base(pool, base)
-    resolve_base(base, base.reference)  # refuses one that is routed already
+    base = resolve_base(base, pool.base)
     others = [reference_row(label, place, how.routing) for label, place in how.references.items()]
     rows = [*rows_of(pool, chosen, how.routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []

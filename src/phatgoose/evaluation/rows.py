@@ -17,8 +17,7 @@ from ..experts.expert import Expert
 from ..experts.pool import Pool
 from ..files import sha256_of, shortened
 from ..jobs import absolute
-from ..routing.compose import compose, detach
-from ..routing.open_model import OpenedModel, is_pool, is_routed, open_model
+from ..routing.compose import OpenedModel, compose, detach, is_pool, is_routed, open_model
 from ..routing.routers.registry import all_routers, canonical, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED

@@ -1,9 +1,8 @@
 """A pool of experts becomes one routed model.
 
-compose.py      put the pool into the base
+compose.py      put the pool into the base; open a pool, a saved model or a base alike
 composition.py  what a routed model is made of
-choices.py      the experts of some prompts, and where those begin to act
-context.py      which of these hold for the present batch
+context.py      the experts of the present batch, and where those begin to act
 stacks.py       the modules of all experts at one site
 layers.py       the routed layer
 routers/        who chooses: one file for each router
@@ -11,5 +10,4 @@ kernels/        how the sum of the chosen updates is computed
 recording.py    callbacks for what layers decide, and every decision about a text
 saved.py        routed models on disk
 export.py       constant routing as a PEFT adapter or a plain model
-open_model.py   a pool, a saved model or a base, opened alike
 """

@@ -5,177 +5,144 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import (
     Base,
     BaseReference,
+    check_base,
     check_heeds_masks,
     fingerprint,
     load_base,
     quantisation,
 )
 from ..config import Routing
-from ..errors import ConfigError, RoutingError
+from ..errors import RoutingError
 from ..experts.expert import trained_in_chats
 from ..passes import ActsOn
 from ..sites import ROUTED, Site, execution_device, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
 from .context import RoutingContext
+from .kernels import AUTO
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.prompt import ByPrompt, PromptRouter, Tables
-from .routers.router import OWN_EXPERTS, Router, SiteRouter
+from .routers.router import Router, SiteRouter, check_tokenizer
 from .stacks import SiteStack, check_numbers
-
-
-class ResolvedBase(NamedTuple):
-    """A base model to route in, not routed yet; `tokenizer` None means that none came with it."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    reference: BaseReference
 
 
 def resolve_base(
     base: Base | PreTrainedModel | str | Path | None, wanted: BaseReference, dtype: str = "auto"
-) -> ResolvedBase:
-    """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
+) -> Base:
+    """The base to route in: a name, loaded in `dtype`, a `Base`, a model, or None for `wanted`.
 
-    Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
+    A transformers model brings no tokenizer. Raises WrongBaseError where it isn't `wanted`,
+    RoutingError when it is routed already, BaseModelError when it reads padding.
     """
-    if base is None:
-        base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
-    elif isinstance(base, str | Path):
-        base = load_base(base, dtype=dtype)
-    model = base.model if isinstance(base, Base) else base
-    check_heeds_masks(model.config)
-    if hasattr(model, ROUTED):
+    if isinstance(base, PreTrainedModel):
+        check_heeds_masks(base.config)
+        marks, no_tokenizer = fingerprint(base), cast(PreTrainedTokenizerBase, None)
+        base = Base(base, no_tokenizer, wanted.id, wanted.revision, marks)
+    elif not isinstance(base, Base):
+        revision = None if base else wanted.revision
+        base = load_base(base or wanted.id, revision=revision, dtype=dtype)
+    if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
-    tokenizer = base.tokenizer if isinstance(base, Base) else None
-    reference = (
-        base.reference
-        if isinstance(base, Base)
-        else BaseReference(wanted.id, wanted.revision, fingerprint(model))
-    )
-    kinds = quantisation(model)
-    if kinds and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
+    kinds = quantisation(base.model)
+    if kinds and wanted.fingerprint and base.fingerprint != wanted.fingerprint:
         warnings.warn(
-            f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be "
+            f"The base model {base.id!r} is quantised ({kinds}), so its weights can't be "
             f"compared with the experts' fingerprint; taking it on trust.",
             stacklevel=3,
         )
-        reference = replace(reference, fingerprint=wanted.fingerprint)
-    return ResolvedBase(model, tokenizer, reference)
+        base = replace(base, fingerprint=wanted.fingerprint)
+    check_base(wanted, base.reference)
+    return base
 
 
-@dataclass
 class Composition:
     """What a routed model is made of; found on it as `model.phatgoose`.
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site. `prompt_router` chooses for whole prompts, None where experts are chosen for
+    layers by site. `acting` are the ends of prompts that experts act on, None for those that act on
+    all tokens. `prompt_router` chooses for whole prompts, None where experts are chosen for
     every token. `context` has its choice for the present batch, and where in it those experts act
     that act from a prompt's end on; None without either.
     """
 
-    base: BaseReference
-    tokenizer: PreTrainedTokenizerBase | None
-    experts: tuple[str, ...]
-    records: list[dict[str, Any]]
-    router: Router
-    layers: dict[str, RoutedLayer] = field(default_factory=dict)
-    prompt_router: PromptRouter | None = None
-    context: RoutingContext | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.prompt_router is not None or any(self.acting):
-            self.context = RoutingContext(self.prompt_router, self.acting)
-
-    @classmethod
-    def on(
-        cls,
-        base: ResolvedBase,
+    def __init__(
+        self,
+        base: Base,
         router: Router,
         experts: tuple[str, ...],
         records: list[dict[str, Any]],
         tables: Tables | None,
-    ) -> Composition:
-        """What a model routed on `base` is made of but its layers; `tables` for a router by prompt.
+    ) -> None:
+        """`tables` are those of a router by prompt.
 
         Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
         """
-        if base.model.config.is_encoder_decoder:
+        if base.is_encoder_decoder:
             refuse_late(records)
-        prompt_router = None
+        self.base, self.tokenizer = base.reference, base.tokenizer
+        self.router, self.experts, self.records = router, experts, records
+        self.layers: dict[str, RoutedLayer] = {}
+        self.acting = tuple(ActsOn.of(record.get("acts_on")) for record in records)
+        self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
-            if base.tokenizer is None and router.reads_prompts:
-                raise ConfigError(
-                    f"Router {router.name} reads prompts; hand the base over with its tokenizer."
-                )
-            prompt_router = PromptRouter(router, tables, base.tokenizer)
-        return cls(
-            base.reference, base.tokenizer, experts, records, router, prompt_router=prompt_router
-        )
+            if router.reads_prompts:
+                check_tokenizer(router, base.tokenizer)
+            self.prompt_router = PromptRouter(router, tables, base.tokenizer)
+        self.context: RoutingContext | None = None
+        if self.prompt_router is not None or any(self.acting):
+            self.context = RoutingContext(self.prompt_router, self.acting)
 
-    def add(
-        self,
-        original: Any,
-        site: Site,
-        stack: SiteStack,
-        state: Mapping[str, Tensor],
-        *,
-        may_fold: bool = False,
-    ) -> None:
+    def add(self, original: Any, site: Site, stack: SiteStack, state: Mapping[str, Tensor]) -> None:
         """Add the layer that takes the place of `original` at `site`.
 
-        `state` are the router's tensors there; `may_fold` folds the mean of all experts into the
-        weight where that is cheaper. Raises RoutingError for numbers that can't be computed with.
+        `state` are the router's tensors there. Raises RoutingError for numbers that can't be
+        computed with.
         """
-        router, plain, size = self.router, stack.plain_lora, len(self.experts)
-        columns = self._columns(site, stack.experts)
         check_numbers(stack, site.name, self.experts)
-        foldable = plain and may_fold and router.folds and not any(columns)
-        if plain and foldable and is_cheaper_folded(original, plain):
-            folded = folded_weight(original, plain, size)
-            self.layers[site.name] = FoldedLinear(original, site, folded, stack.experts, size)
-            return
         sizes = {"E": len(stack.experts), "n": site.in_features, "d": site.out_features}
-        for name, letters in router.sizes.items():  # kernels trust them, whoever's router it is
+        for name, letters in self.router.sizes.items():  # kernels trust them, whoever's they are
             wanted = [sizes.get(x, got) for x, got in zip(letters, state[name].shape, strict=True)]
             if wanted != [*state[name].shape]:
-                what = f"{site.name}: {name} of router {router.name}"
+                what = f"{site.name}: {name} of router {self.router.name}"
                 raise RoutingError(f"{what} is {list(state[name].shape)}, not {wanted}.")
-        module = SiteRouter(router, site.name, stack.experts, size, state)
+        module = SiteRouter(self.router, site.name, stack.experts, len(self.experts), state)
         module.context = self.context
         # Of a quantised layer the type is of integers.
         is_plain = original.weight.is_floating_point()
         module.to(execution_device(original), original.weight.dtype if is_plain else stack.dtype)
-        self.layers[site.name] = RoutedLinear(
-            original, site, stack, module, router.kernel, self.context, columns
-        )
-
-    def _columns(self, site: Site, experts: Tensor) -> list[int]:
-        """The columns of the `experts` [E] at `site` in an Activity of the context: 0 acts always.
-
-        Raises RoutingError where an expert that acts from a prompt's end on can't.
-        """
         ends = self.context.acting if self.context else ()
-        if not ends:
-            return []
-        acting = self.acting
-        late = [z for z in experts.tolist() if acting[z]]
-        if late and OWN_EXPERTS in site.name.split("."):
+        acting = (self.acting[z] for z in stack.experts.tolist())
+        columns = [ends.index(end) + 1 if end else 0 for end in acting]  # 0 acts always
+        if any(columns) and not module.sees_all:
             raise RoutingError(
-                f"Expert {self.experts[late[0]]!r} acts from a prompt's end on, but {site.name} is "
-                f"inside one of the base's own experts, which see some tokens only; leave it out."
+                f"Some experts act from a prompt's end on, but {site.name} is inside one of the "
+                f"base's own experts, which see some tokens only; leave them out."
             )
-        return [ends.index(end) + 1 if (end := acting[z]) else 0 for z in experts.tolist()]
+        self.layers[site.name] = RoutedLinear(original, site, stack, module, columns)
+
+    def folded(self, original: nn.Module, site: Site, stack: SiteStack) -> bool:
+        """Whether the mean of all experts is now inside the weight of `original`: it was cheaper.
+
+        Not where a kernel is named, which computes with the experts' factors.
+        """
+        plain, size, router = stack.plain_lora, len(self.experts), self.router
+        may_fold = router.folds and router.kernel == AUTO and not any(self.acting)
+        if not (plain and may_fold and is_cheaper_folded(original, plain)):
+            return False
+        check_numbers(stack, site.name, self.experts)
+        folded = folded_weight(original, plain, size)
+        self.layers[site.name] = FoldedLinear(original, site, folded, stack.experts, size)
+        return True
 
     def install(self, model: PreTrainedModel) -> None:
         """Put the layers into `model`."""
@@ -189,16 +156,6 @@ class Composition:
     def __repr__(self) -> str:
         what = f"{self.routing.router} on {self.base.id!r}"
         return f"<Composition by {what} (experts: {len(self.experts)})>"
-
-    @property
-    def acting(self) -> tuple[ActsOn | None, ...]:
-        """The end of prompts that each expert acts on, None for those that act on all tokens."""
-        return tuple(ActsOn.of(record.get("acts_on")) for record in self.records)
-
-    @property
-    def all_at_ends(self) -> bool:
-        """True where every expert leaves the body of a prompt to the base."""
-        return None not in self.acting
 
     @property
     def in_chats(self) -> bool:

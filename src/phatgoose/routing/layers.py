@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import RoutingError
 from ..experts.lora import LoraStack
 from ..sites import Site
-from .choices import Acting
-from .context import RoutingContext, uncompiled
+from .context import Acting, RoutingContext, uncompiled
 from .kernels import choose_kernel, one_call
 from .recording import watches_over
 from .routers.router import RoutingDecision, SiteRouter
@@ -96,17 +94,16 @@ class RoutedLinear(RoutedLayer):
         site: Site,
         stack: SiteStack,
         router: SiteRouter,
-        kernel: str = "auto",
-        context: RoutingContext | None = None,
         columns: Sequence[int] = (),
     ) -> None:
-        """`columns` are those of all experts here in the `context`'s `Activity`.
+        """`columns` are those of all experts here in the `Activity` of the router's context.
 
         Without any of them but 0, all experts act on all tokens.
         """
         super().__init__(base, site, stack.experts)
-        self.context, self.columns = context, tuple(columns) if any(columns) else ()
-        self.router, self.kernel = router, kernel
+        self.router, self.kernel = router, router.router.kernel
+        self.context: RoutingContext | None = router.context
+        self.columns = tuple(columns) if any(columns) else ()
         self.part_types = {n: (type(part), part.names()) for n, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
             # Kernels take addresses, and trust that there are no gaps.
@@ -116,7 +113,7 @@ class RoutedLinear(RoutedLayer):
             for part, rows in stack.rows().items():
                 place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
-        fused = kernel in ("auto", "native", "triton")
+        fused = self.kernel in ("auto", "native", "triton")
         self.one_call = self.is_plain and fused and bool(router.router.fused)
 
     @property
@@ -238,18 +235,7 @@ class FoldedLinear(RoutedLayer):
     def __init__(
         self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor, pool_size: int
     ) -> None:
-        """Raises RoutingError for an offloaded bias, and for a weight that has overflowed."""
         super().__init__(base, site, experts)
-        if not bool(folded.isfinite().all()):
-            raise RoutingError(
-                f"The mean of all experts at {site.name}, added to the base's weight, is more than "
-                f"{folded.dtype} can hold; load the base in another type (--dtype)."
-            )
-        if self.base.bias is not None and self.base.bias.is_meta:
-            raise RoutingError(
-                f"The experts at {site.name} are folded into a weight, which needs the base's bias "
-                f"beside it, but accelerate keeps that elsewhere; compose the pool again."
-            )
         self.weight_of_each = 1 / pool_size
         self.register_buffer("folded", folded, persistent=False)
 

@@ -477,12 +477,11 @@ def load(
     """
     folder = Path(directory)
     saved = read_saved(folder)
-    resolved = resolve_base(base, saved.base, dtype)
-    check_base(saved.base, resolved.reference)
-    model, sites = resolved.model, find_sites(resolved.model)
+    loaded = resolve_base(base, saved.base, dtype)
+    model, sites = loaded.model, find_sites(loaded.model)
     router = router_of(replace(saved.router.routing, embedder=embedder))
     tables = saved.tables if isinstance(router, ByPrompt) else None
-    parts = Composition.on(resolved, router, saved.names, saved.records, tables)
+    parts = Composition(loaded, router, saved.names, saved.records, tables)
     for name, sizes in saved.sizes.items():
         site = sites.get(name)
         wanted = {"n": site.in_features, "d": site.out_features} if site else {}

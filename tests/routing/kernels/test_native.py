@@ -43,9 +43,8 @@ def test_gaps_in_factors_are_closed_before_their_addresses_are_taken(name, llama
     gaps = {n: t.repeat_interleave(2, dim=-1)[..., ::2] for n, t in stack.tensors().items()}
     router = by_vectors("phatgoose", torch.randn(4, n))
     site = Site("site", n, d, "decoder")
-    layer = RoutedLinear(
-        torch.nn.Linear(n, d), site, SiteStack.of(gaps, stack.experts), router, "native"
-    )
+    gapped = SiteStack.of(gaps, stack.experts)
+    layer = RoutedLinear(torch.nn.Linear(n, d), site, gapped, router)
     assert getattr(layer, name).is_contiguous()
 
 

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose, detach, open_prompt_router
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers import prompt, retrieval
 from phatgoose.routing.saved import add_to_saved, load, save
 from phatgoose.tasks.task import Example

@@ -22,8 +22,8 @@ from phatgoose.config import Routing, read_text
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.hub import HubReference
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import is_pool, is_routed
 from phatgoose.routing.layers import folded_weight
-from phatgoose.routing.open_model import is_pool, is_routed
 from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed
 from phatgoose.routing.routers.fixed import Random
 from phatgoose.routing.routers.prompt import ByPrompt

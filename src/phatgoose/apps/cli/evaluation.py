@@ -219,7 +219,7 @@ def _subject(
     model: str, opening: options.ModelOptions, routing: Routing, given: frozenset[str]
 ) -> tuple[PreTrainedModel | Pool, Base | None]:
     from ...experts.pool import Pool
-    from ...routing.open_model import is_pool, is_routed
+    from ...routing.compose import is_pool, is_routed
 
     if is_routed(model):
         return opening.open(model, routing, given).model, None

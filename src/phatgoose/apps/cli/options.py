@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ...base import Base, BaseReference
     from ...experts.pool import Pool
     from ...jobs import Engine
-    from ...routing.open_model import OpenedModel
+    from ...routing.compose import OpenedModel
     from ...tasks.task import Sources, Task
 
 
@@ -382,9 +382,9 @@ class BaseOptions:
         return load_base(default.id, dtype=self.dtype, revision=default.revision)
 
     def load_for(self, pool: Pool) -> Base:
-        from ...routing.open_model import loaded_base
+        from ...routing.composition import resolve_base
 
-        return loaded_base(pool, self.base, self.dtype)
+        return resolve_base(self.base, pool.base, self.dtype)
 
 
 def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
@@ -402,7 +402,7 @@ def warn_of_unused_k(routing: Routing) -> None:
 
 def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> None:
     """Raise ConfigError when `given` settings choose a routing for a `model` that is not a pool."""
-    from ...routing.open_model import require_pool
+    from ...routing.compose import require_pool
 
     if given & POOL_SETTINGS:
         require_pool(model)
@@ -417,13 +417,13 @@ class ModelOptions(BaseOptions):
         Path | None, "comparison.json of a compare, for oracle and best-individual."
     ] = None
 
-    def open(
-        self, model: str, routing: Routing, given: frozenset[str], *, may_fold: bool = True
-    ) -> OpenedModel:
-        from ...routing.open_model import open_model
+    def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
+        from ...routing.compose import open_model, selected
 
         check_routing_flags(model, routing, given)
-        return open_model(model, routing=routing, may_fold=may_fold, **vars(self))
+        place = selected(model, self.keep, self.leave_out)
+        how: dict[str, Any] = {"dtype": self.dtype, "scores": self.scores}
+        return open_model(place, self.base, routing=routing, **how)
 
 
 @dataclass(frozen=True)

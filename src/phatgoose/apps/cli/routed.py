@@ -96,7 +96,7 @@ def compose(
     options.warn_of_unused_k(routing)
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
-    from ...routing.compose import composed
+    from ...routing.compose import compose
     from ...routing.composition import composition_of
     from ...routing.saved import save
 
@@ -108,7 +108,7 @@ def compose(
         unusual = f"The pool wasn't searched for unusual experts. {str(error).partition(';')[0]}."
     if unusual:
         warnings.warn(unusual, stacklevel=2)
-    model = composed(opened, base, routing, scores=opening.scores)
+    model = compose(opened, base, routing=routing, scores=opening.scores)
     save(model, out)
     parts = composition_of(model)
     count, sites, name = len(parts.experts), len(parts.layers), parts.router.recorded.router

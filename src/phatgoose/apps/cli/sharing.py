@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,7 +199,8 @@ def export(
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
     from ...routing.export import export as run
 
-    opened = opening.open(model, routing, given, may_fold=False).model  # every expert's factors
+    unfolded = replace(routing, kernel="concat")  # every expert's factors stay
+    opened = opening.open(model, unfolded, given).model
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):
         say(line)
@@ -211,7 +213,7 @@ def _hand_over(
     if odd := [options.flag_of(name) for name, value in others.items() if value]:
         raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
     from ...experts.pool import Pool
-    from ...routing.open_model import require_pool
+    from ...routing.compose import require_pool
     from ..deploy import deploy
 
     require_pool(model)

@@ -3,7 +3,6 @@
 registry.py   the names of all routers, and routers made of what a user writes
 router.py     what every router is and does, and the module at each site
 prompt.py     the same for routers that choose for a whole prompt
-scores.py     scores of single experts, for oracle and best-individual
 phatgoose.py  the paper's rule, and average activation
 fixed.py      routers that don't look at their input; oracle
 auto.py       router auto

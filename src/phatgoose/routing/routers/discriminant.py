@@ -26,7 +26,7 @@ from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
 from .phatgoose import Temperature
 from .prompt import ReadsBase, Tables
-from .scores import Scores
+from .router import Scores
 
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 

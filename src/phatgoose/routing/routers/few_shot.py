@@ -38,7 +38,7 @@ from ...tasks.task import Example
 from .discriminant import Discriminant
 from .prompt import ByPrompt, PromptRouter
 from .retrieval import Centroid, Retrieval
-from .router import Router, RoutingDecision, SiteRouter, highest
+from .router import Router, RoutingDecision, SiteRouter, check_tokenizer, highest
 
 BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
 SHORTLIST = 5  # experts compared by targets, in addition to the base
@@ -118,8 +118,7 @@ class FewShot(Router):
     def settled(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        if tokenizer is None:
-            raise ConfigError("Router few-shot reads prompts; hand over the base with a tokenizer.")
+        tokenizer = check_tokenizer(self, tokenizer)
         form = recorded_formatting(pool.records()[0].get("formatting") or {}, "formatting")
         encoder = Encoder.for_model(model, tokenizer, form or Formatting())
         listed, by = list(pool.experts), self.scoring(pool)

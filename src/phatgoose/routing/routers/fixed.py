@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Self
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from ...config import SEED, closest
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
-from ...files import one_line
-from ..choices import NOBODY, Choice
+from ...files import one_line, read_json
+from ..context import NOBODY, Choice
 from .prompt import Base, ByPrompt, Known, PromptRouter, Prompts, Tables
 from .registry import WEIGHTS, read_mixture, written_mixture
-from .router import Router, SiteRouter
-from .scores import Scores, best_expert, best_expert_by_task, checked_scores
+from .router import Router, Scores, SiteRouter
+
+NO_SCORES = " Wanted the comparison.json of a 'phatgoose compare' that ran every single expert."
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class BestIndividual(Merged):
     folds = grows = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
-        return pool.select([best_expert(_given(scores, self.name), pool.names)])
+        return pool.select([best_expert(needed(scores, self.name), pool.names)])
 
 
 @dataclass(frozen=True)
@@ -103,34 +105,65 @@ class Oracle(ByPrompt):
     unserved = "Router oracle goes by the task's name, which evaluate and compare tell it."
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
-        best = best_expert_by_task(_given(scores, self.name), pool.names)
+        best = best_expert_by_task(needed(scores, self.name), pool.names)
         chosen = {task: pool.names.index(expert) for task, expert in best.items()}
         return Tables(pool.names, info={"experts_by_task": chosen})
 
     def ready(self, tables: Tables) -> dict[str, int]:
-        if "experts_by_task" not in tables.info:
-            raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
         return dict(tables.info["experts_by_task"])
 
     def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         task, best = known.get("task"), chooser.ready
-        if task is None:
-            raise RoutingError(self.unserved)
         if task not in best:
             tasks = one_line(", ".join(sorted(best)))
-            raise RoutingError(
-                f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
-            )
+            lacking = f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
+            raise RoutingError(self.unserved if task is None else lacking)
         return Choice.alone(torch.full((len(prompts),), best[task]))
 
 
-def _given(scores: Scores | None, router: str) -> Scores:
+def needed(scores: Scores | None, router: str) -> Scores:
+    """`scores`; ConfigError without any."""
     if scores is None:
         raise ConfigError(
             f"Router {router} needs the scores of every single expert: those of a finished "
             f"'phatgoose compare' (--scores comparison.json)."
         )
-    return checked_scores(scores)
+    return scores
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is read of a comparison.json."""
+
+    experts: dict[str, dict[str, float]]
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Single experts' scores of a comparison.json. Raises PoolError."""
+    return read_json(Path(path), Comparison, PoolError, NO_SCORES).experts
+
+
+def best_expert(scores: Scores, names: Sequence[str]) -> str:
+    """The one of `names` with the best mean over all tasks; PoolError where scores are missing."""
+    tasks = _common_tasks(scores, names)
+    return max(names, key=lambda name: sum(scores[name][task] for task in tasks))
+
+
+def best_expert_by_task(scores: Scores, names: Sequence[str]) -> dict[str, str]:
+    """For each task the best one of `names`; PoolError where scores are missing."""
+    tasks = _common_tasks(scores, names)
+    return {task: max(names, key=lambda name: scores[name][task]) for task in tasks}
+
+
+def _common_tasks(scores: Scores, names: Sequence[str]) -> list[str]:
+    tasks = list(scores.get(names[0], ()))
+    for name in names:
+        if not tasks or set(scores.get(name, ())) != set(tasks):
+            raise PoolError(
+                f"Expert {name!r} lacks scores, or was scored on other tasks than {names[0]!r}; "
+                f"scores are of {', '.join(scores)}."
+            )
+    return tasks
 
 
 @dataclass(frozen=True)

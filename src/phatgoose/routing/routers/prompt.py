@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigError, PoolError, RoutingError
+from ...errors import PoolError, RoutingError
 from ...experts.kind import dense_weights
 from ...experts.pool import Pool
 from ...tasks.embeddings import prompt_texts
 from ...tasks.prompt_passes import PromptReading, read_prompts
-from ..choices import Choice
-from ..context import base_alone
-from .router import Router, RoutingDecision, SiteRouter, highest
-from .scores import Scores
+from ..context import Choice, base_alone
+from .router import Router, RoutingDecision, Scores, SiteRouter, check_tokenizer, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
 
@@ -238,7 +236,7 @@ class PromptRouter:
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         """The prompts' tokens. Raises ConfigError for text without a tokenizer."""
         return [
-            list(self._needed()(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+            list(self._needed(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
             for prompt in prompts
         ]
 
@@ -246,11 +244,8 @@ class PromptRouter:
         """The prompts as text without special tokens, which is what was embedded of experts'."""
         if self.tokenizer is None and all(isinstance(prompt, str) for prompt in prompts):
             return [str(prompt) for prompt in prompts]
-        return prompt_texts(self._needed(), self.tokens(prompts))
+        return prompt_texts(self._needed, self.tokens(prompts))
 
+    @property
     def _needed(self) -> Any:
-        if self.tokenizer is None:
-            raise ConfigError(
-                f"Router {self.name} reads prompts; hand the base over with its tokenizer."
-            )
-        return self.tokenizer
+        return check_tokenizer(self.router, self.tokenizer)

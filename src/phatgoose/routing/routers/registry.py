@@ -27,63 +27,31 @@ ENTRY_POINTS = "phatgoose.routers"
 class Listed(NamedTuple):
     """What a list of routers shows: `needs` and `k` are those of the class at `place`."""
 
-    place: str  # "module:Class" in this folder
+    place: str  # its file in this folder
     summary: str
-    needs: tuple[str, ...] = ()
+    needed: str = ""  # in words with spaces between
     k: int | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(self.needed.split())
 
 
 OURS: Mapping[str, Listed] = {  # in the order of the tables
-    "random": Listed("fixed:Random", "k experts drawn for every token, with equal weights", k=2),
-    "retrieval": Listed(
-        "retrieval:Retrieval",
-        "per prompt, the expert with the nearest training input",
-        ("embeddings",),
-        1,
-    ),
-    "centroid": Listed(
-        "retrieval:Centroid",
-        "per prompt, the experts with the nearest mean of training inputs",
-        ("embeddings",),
-        3,
-    ),
-    "average-activation": Listed(
-        "phatgoose:AverageActivation",
-        "the k experts with the mean training activation most like the token's",
-        ("means",),
-        2,
-    ),
-    "arrow": Listed(
-        "arrow:Arrow", "the k experts that would stretch the token's activation most", ("lora",), 2
-    ),
-    "spectr": Listed(
-        "spectr:Spectr",
-        "the k experts with the largest projection of the token onto their LoRA's input space",
-        ("lora",),
-        2,
-    ),
-    "merged": Listed("fixed:Merged", "the mean of all experts' updates"),
-    "phatgoose": Listed(
-        "phatgoose:Phatgoose",
-        "the k experts with the gates that best fit the token's activation",
-        ("gates",),
-        2,
-    ),
-    "discriminant": Listed(
-        "discriminant:Discriminant",
-        "per prompt, the expert with the most similar training prompts, by hidden states",
-        ("readings",),
-        1,
-    ),
-    "few-shot": Listed(
-        "few_shot:FewShot", "for all prompts, the expert that best fits a few examples of the task"
-    ),
-    "best-individual": Listed(
-        "fixed:BestIndividual", "the one expert with the best mean of --scores over all tasks"
-    ),
-    "oracle": Listed("fixed:Oracle", "for every task, the expert with the best of --scores on it"),
-    "single": Listed("fixed:Single", "the one expert that the setting `expert` names"),
-    WEIGHTS: Listed("fixed:Weights", "your own mixture: experts and their weights"),
+    "random": Listed("fixed", "k experts drawn for every token, with equal weights", k=2),
+    "retrieval": Listed("retrieval", "per prompt, the nearest training input", "embeddings", 1),
+    "centroid": Listed("retrieval", "per prompt, the nearest means of inputs", "embeddings", 3),
+    "average-activation": Listed("phatgoose", "the most similar mean activations", "means", 2),
+    "arrow": Listed("arrow", "the LoRAs that would stretch the token's activation most", "lora", 2),
+    "spectr": Listed("spectr", "the LoRAs whose input space has most of the token", "lora", 2),
+    "merged": Listed("fixed", "the mean of all experts' updates"),
+    "phatgoose": Listed("phatgoose", "the gates that best fit the token's activation", "gates", 2),
+    "discriminant": Listed("discriminant", "per prompt, most similar hidden states", "readings", 1),
+    "few-shot": Listed("few_shot", "for all prompts, what best fits a few examples of the task"),
+    "best-individual": Listed("fixed", "the expert with the best mean of --scores over all tasks"),
+    "oracle": Listed("fixed", "for every task, the expert with the best of --scores on it"),
+    "single": Listed("fixed", "the one expert that the setting `expert` names"),
+    WEIGHTS: Listed("fixed", "your own mixture: experts and their weights"),
 }
 
 
@@ -108,7 +76,7 @@ def listing() -> dict[str, Listed]:
     if not metadata.entry_points(group=ENTRY_POINTS):
         return dict(OURS)
     return {
-        name: OURS.get(name) or Listed("", kind.summary(), kind.needs, kind.usual_k)
+        name: OURS.get(name) or Listed("", kind.summary(), " ".join(kind.needs), kind.usual_k)
         for name, kind in all_routers().items()
     }
 
@@ -117,15 +85,16 @@ def class_of(router: str) -> type[Router]:
     """The class of a router, named with or without settings. Raises ConfigError without one."""
     name = router.partition(":")[0]
     if name in OURS:
-        module, _, kind = OURS[name].place.partition(":")
-        ours: type[Router] = getattr(importlib.import_module(f".{module}", __package__), kind)
+        inside = vars(importlib.import_module(f".{OURS[name].place}", __package__)).values()
+        ours: type[Router] = next(each for each in inside if getattr(each, "name", None) == name)
         return ours
     others = all_routers()
     if name in others:
         return others[name]
     known = (AUTO, *others)
     raise ConfigError(
-        f"router is {shortened(name)}, but must be one of {', '.join(known)}.{closest(name, known)}"
+        f"router is {shortened(router)}, but must be one of {', '.join(known)}."
+        f"{closest(name, known)}"
     )
 
 
@@ -134,10 +103,8 @@ def router_of(routing: Routing) -> Router:
 
     Raises ConfigError, in a line, for unknown routers and settings and for values that can't be.
     """
-    name, _, rest = routing.router.partition(":")
-    if name == AUTO:
-        raise ConfigError("Router auto has no settings of its own; name the router to set.")
-    router = class_of(name).read(rest)
+    _, _, rest = routing.router.partition(":")
+    router = class_of(routing.router).read(rest)
     k, kernel, embedder = routing.k or 0, routing.kernel, routing.embedder
     return replace(router, k=k, kernel=kernel, embedder=embedder)
 

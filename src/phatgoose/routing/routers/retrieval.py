@@ -39,10 +39,10 @@ from ...tasks.embeddings import (
     paper_texts,
     usable_embedder,
 )
-from ..choices import Choice
+from ..context import Choice
 from .phatgoose import Temperature
 from .prompt import OWNERS, Base, ByPrompt, Known, PromptRouter, Prompts, Tables
-from .scores import Scores
+from .router import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
 MOST_CHARACTERS = 1 << 20  # a model of 100,000 tokens of context is given fewer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,14 +16,13 @@ from ...config import Routing, Settings, from_mapping, read_text, settings_of
 from ...errors import ConfigError, PoolError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
-from ..choices import NOBODY
+from ..context import NOBODY
 from ..kernels import native, triton_gpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .scores import Scores
-
+Scores = Mapping[str, Mapping[str, float]]  # of single experts: expert -> task -> score
 OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
 STANDARDISED, ABSOLUTE = "v̄ᵀū/√n", "|vᵀu|"  # scores that kernels know
 
@@ -105,12 +103,6 @@ class Router(Settings):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        frame = [base for base in cls.__mro__[1:] if issubclass(base, Settings)]
-        settings = {setting.name for base in frame for setting in settings_of(base)}
-        for name, kind in inspect.get_annotations(cls).items():
-            is_taken = name not in settings and any(name in vars(base) for base in frame)
-            if is_taken and "ClassVar" not in str(kind):
-                raise TypeError(f"{cls.__name__}.{name} can't be a setting: routers have {name}.")
         if "scores" in vars(cls) and "fused" not in vars(cls):
             cls.fused = ""  # kernels have the scores of the class that it comes from
         if "name" in vars(cls):
@@ -319,6 +311,15 @@ def written(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def check_tokenizer(router: Router, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """`tokenizer`; ConfigError without one, for a router that reads prompts."""
+    if tokenizer is None:
+        raise ConfigError(
+            f"Router {router.name} reads prompts; hand the base over with its tokenizer."
+        )
+    return tokenizer
 
 
 def check_served(router: Router) -> None:

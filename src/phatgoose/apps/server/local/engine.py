@@ -19,8 +19,8 @@ from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....routing.choices import PromptRouting
 from ....routing.composition import composition_of
+from ....routing.context import PromptRouting
 from ..guards import Metrics
 from ..protocol import (
     AnyRequest,

@@ -32,11 +32,10 @@ from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
-from ....routing.choices import PromptRouting
-from ....routing.compose import compose
+from ....routing.compose import compose, is_pool, is_routed, require_pool
 from ....routing.composition import composition_if_any
+from ....routing.context import PromptRouting
 from ....routing.layers import RoutedLinear
-from ....routing.open_model import is_pool, is_routed, require_pool
 from ....routing.recording import watch
 from ....routing.routers.auto import settled
 from ....routing.routers.fixed import mixture_of

@@ -14,7 +14,8 @@ from ....config import Routing
 from ....errors import ConfigError
 from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
-from ....routing.open_model import loaded_base, open_prompt_router, require_pool
+from ....routing.compose import open_prompt_router, require_pool
+from ....routing.composition import resolve_base
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
@@ -127,7 +128,7 @@ class ReadingBases:
     def weights(self, settings: ServedModel, pool: Pool) -> PreTrainedModel:
         key = _named(settings, pool)
         if key not in self._bases:
-            self._bases[key] = loaded_base(pool, settings.base, settings.dtype)
+            self._bases[key] = resolve_base(settings.base, pool.base, settings.dtype)
         check_base(pool.base, self._bases[key].reference)
         return self._bases[key].model
 

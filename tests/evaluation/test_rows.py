@@ -146,7 +146,7 @@ def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(three, part, matter
 
 @pytest.mark.parametrize(
     "settings",
-    [{"k": 1}, {"router": "phatgoose:eps=0.01"}, {"leave_out": ["e0"]}],
+    [{"k": 1}, {"router": "phatgoose:eps=0.01"}],
 )
 def test_routed_folders_that_differ_have_other_identities(three, llama, tmp_path, settings):
     identities = []

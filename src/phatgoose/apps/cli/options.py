@@ -422,8 +422,7 @@ class ModelOptions(BaseOptions):
 
         check_routing_flags(model, routing, given)
         place = selected(model, self.keep, self.leave_out)
-        how: dict[str, Any] = {"dtype": self.dtype, "scores": self.scores}
-        return open_model(place, self.base, routing=routing, **how)
+        return open_model(place, self.base, dtype=self.dtype, routing=routing, scores=self.scores)
 
 
 @dataclass(frozen=True)

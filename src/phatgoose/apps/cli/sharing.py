@@ -199,8 +199,8 @@ def export(
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
     from ...routing.export import export as run
 
-    unfolded = replace(routing, kernel="concat")  # every expert's factors stay
-    opened = opening.open(model, unfolded, given).model
+    # With a kernel named, every expert's factors stay.
+    opened = opening.open(model, replace(routing, kernel="concat"), given).model
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):
         say(line)

@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Predicate
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -448,6 +449,8 @@ STEP = r"\w[\w+-]*(\.[\w+-]+)*"
 # A branch, tag or commit. huggingface_hub makes a path of it, so none may lead anywhere else.
 REVISION = re.compile(rf"{STEP}(/{STEP})*", re.ASCII)
 
+Text = Annotated[str, Predicate(str.isprintable)]
+
 
 @dataclass(frozen=True)
 class BaseReference:
@@ -456,12 +459,12 @@ class BaseReference:
     Raises ValueError for a revision that can be none.
     """
 
-    id: str
-    revision: str | None = None
-    fingerprint: str | None = None
+    id: Text
+    revision: Text | None = None
+    fingerprint: Text | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.revision, str) and not REVISION.fullmatch(self.revision):
+        if self.revision is not None and not REVISION.fullmatch(str(self.revision)):
             raise ValueError(
                 f"revision is {shortened(self.revision)}, which is no branch, tag or commit"
             )

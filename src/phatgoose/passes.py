@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import ExpertError, RoutingError
+from .errors import RoutingError
 from .files import shortened
 from .sites import Site, Stream, blocks_of
 
@@ -337,7 +337,7 @@ class ActsOn:
 
     @classmethod
     def of(cls, record: object) -> ActsOn | None:
-        """What `record` holds, None (for all tokens) for None. Raises ExpertError for others."""
+        """What `record` holds, None (for all tokens) for None. Raises ValueError for others."""
         if record is None:
             return None
         held = record if isinstance(record, Mapping) and len(record) == 1 else {}
@@ -346,8 +346,8 @@ class ActsOn:
             return cls(tail=tail)
         if isinstance(tokens, list) and 0 < len(tokens) <= LONGEST and all(map(_is_token, tokens)):
             return cls(invocation=tuple(tokens))
-        raise ExpertError(
-            f"acts_on is {shortened(record)}; wanted a tail of at least 1 or invocation_tokens."
+        raise ValueError(
+            f"acts_on is {shortened(record)}; wanted a tail of at least 1 or invocation_tokens"
         )
 
     def __str__(self) -> str:

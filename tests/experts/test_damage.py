@@ -97,19 +97,19 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("bottleneck", remove("bottleneck_config.json"), "bottleneck_config.json does not exist"),
     # The description.
     *(("expert", write(INFO, text), INFO) for text in ("{", "[]", "3", "null", '"x"', "\x00")),
-    *(("expert", put(INFO, format_version=v), "format version") for v in (2, 0, None, "1")),
-    ("expert", put(INFO, name=5), "name is 5"),
-    ("expert", put(INFO, name="../../etc"), "name is '../../etc'"),
-    ("expert", put(INFO, base="tiny"), "not a valid description"),
-    ("expert", put(INFO, base={"id": 5}), "base.id is 5"),
-    ("expert", put(INFO, base={"id": "a", "fingerprint": 5}), "base.fingerprint is 5"),
+    *(("expert", put(INFO, format_version=v), "format_version: ") for v in (2, 0, None, "1")),
+    ("expert", put(INFO, name=5), "name: Input should be"),
+    ("expert", put(INFO, name="../../etc"), "got '../../etc'"),
+    ("expert", put(INFO, base="tiny"), "base: Input should be"),
+    ("expert", put(INFO, base={"id": 5}), "base.id: Input should be"),
+    ("expert", put(INFO, base={"id": "a", "fingerprint": 5}), "base.fingerprint: "),
     ("expert", put(INFO, base={"id": "a", "revision": "../../up"}), "'../../up'"),
-    ("expert", put(INFO, adapter_sha256=None), "adapter_sha256 is None"),
-    ("expert", put(INFO, task=[]), "task is []"),
-    ("expert", put(INFO, embedder="a\nb"), "embedder is"),
+    ("expert", put(INFO, adapter_sha256=None), "adapter_sha256: "),
+    ("expert", put(INFO, task=[]), "task: "),
+    ("expert", put(INFO, embedder="a\nb"), "embedder: "),
     ("expert", put(INFO, colour="red"), "colour"),
     *(("expert", put(INFO, **{key: KeyError}), key) for key in ("name", "base", "adapter_sha256")),
-    ("expert", put(INFO, vectors_sha256=None), f"{VECTORS} is there, but"),
+    ("expert", put(INFO, vectors_sha256=None), f"{VECTORS} isn't the one"),
     ("expert", put(INFO, acts_on={"tail": 0}), "tail"),
     ("expert", put(INFO, acts_on={"invocation_tokens": [5]}), "its adapter's alora_invocation"),
     # PEFT's config.
@@ -173,22 +173,20 @@ DAMAGES: list[tuple[str, Damage, str]] = [
         ("expert", vector(f"{kind}.{QUERY}", value), words)
         for kind in ("gate", "mean")
         for value, words in (
-            (odd(0, 31), f"site {QUERY}: the {kind} has shape (31,)"),
-            (odd(0, 1, 4), f"the {kind} has shape (1, 4)"),
-            (odd(0).half(), "type torch.float16, wanted (4,) and float32"),
+            (odd(0, 31), f"site {QUERY}: the {kind} is (31,)"),
+            (odd(0, 1, 4), f"the {kind} is (1, 4)"),
+            (odd(0).half(), "torch.float16; wanted (4,) torch.float32"),
             (odd(math.nan), "not finite"),
             (None, f"site {QUERY}: the {kind} is missing"),
         )
     ),
-    ("expert", vector("gate.model.layers.9.x", odd(0)), "the adapter is missing"),
-    *(("expert", vector(key, odd(0)), repr(key)) for key in ("bias.x", "gates", "notes")),
+    ("expert", vector("gate.model.layers.9.x", odd(0)), "wanted (0,)"),
     ("expert", readings(mean=torch.zeros(2, 4)), "readings: wanted whole.mean (b, d)"),
     ("expert", readings(factor=READING), "readings: wanted"),
     ("expert", readings(rest=-torch.ones(2, 3)), "variances below 0"),
     ("expert", readings(mean=READING.double()), "of torch.float32, got"),
     ("expert", readings(other=READING), "readings: wanted"),
     ("expert", tensor(EMBEDDINGS, "embeddings", 2 * torch.eye(3)), "each of length 1"),
-    ("expert", tensor(EMBEDDINGS, "more", odd(1)), "'more'"),
 ]
 
 
@@ -210,7 +208,7 @@ def test_a_changed_file_is_found_by_its_hash(golden_copy, file):
     tensors = {name: -each for name, each in load_file(golden_copy / file).items()}
     save_file(tensors, golden_copy / file)
     message = one_line_of(lambda: Expert.load(golden_copy), ExpertError)
-    for part in ("'golden'", f"{file} was changed", sha256_of(golden_copy / file)[:12]):
+    for part in ("'golden'", f"{file} isn't the one", sha256_of(golden_copy / file)[:12]):
         assert part in message
 
 

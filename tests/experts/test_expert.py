@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -11,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from changed_experts import REFERENCE, SITE, make, set_config, vectors_for
+from changed_experts import SITE, make, set_config, vectors_for
 from golden_sites import DOWN, QUERY
 from paths import GOLDEN, GOLDENS
 from phatgoose.base import BaseReference
@@ -25,11 +22,9 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import (
     LAYOUT,
     Expert,
-    ExpertInfo,
     adapter_files,
     base_named_in,
     check_expert,
-    format_record,
     recorded_formatting,
     warn_of_other_formatting,
 )
@@ -100,20 +95,9 @@ def test_a_revision_that_is_none_is_refused_unless_the_base_is_given(adapter, ll
     for odd in (["v2"], "../v2"):
         set_config(adapter, revision=odd)
         for read in (base_named_in, lambda folder: Expert.from_peft(folder, {})):
-            with pytest.raises(ExpertError, match=re.escape(f"names revision {odd!r} of its base")):
+            with pytest.raises(ExpertError, match="is no branch, tag or commit"):
                 read(adapter)
     assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
-
-
-def test_an_expert_directory_can_be_read_by_others(original, tmp_path):
-    before = os.umask(0o022)
-    try:
-        directory = original.save(tmp_path / "shared").directory
-    finally:
-        os.umask(before)
-    assert directory.stat().st_mode & 0o777 == 0o755
-    hidden = [path.name for path in directory.iterdir() if path.stat().st_mode & 0o444 != 0o444]
-    assert hidden == []
 
 
 def test_an_expert_without_gates_is_whole_too(adapter, tmp_path):
@@ -121,12 +105,6 @@ def test_an_expert_without_gates_is_whole_too(adapter, tmp_path):
     assert (expert.gates, expert.means, expert.embeddings) == ({}, {}, None)
     assert not (expert.directory / LAYOUT.vectors).exists()
     assert check_expert(expert.directory) == []
-
-
-def test_gates_of_any_dtype_are_kept_as_float32(adapter):
-    gates = {site: vector.to(torch.bfloat16) for site, vector in vectors_for(adapter, 1).items()}
-    made = make(adapter, gates=gates)
-    assert all(torch.equal(made.gates[site], gates[site].float()) for site in gates)
 
 
 def test_gates_may_be_the_means_too(adapter, tmp_path):
@@ -139,21 +117,10 @@ def test_gates_may_be_the_means_too(adapter, tmp_path):
         assert torch.equal(expert.means[site], vector)
 
 
-@settings(max_examples=25)
-@given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32)
-)
-def test_any_finite_float32_vector_survives(adapter, tmp_path_factory, values):
-    gates = {**vectors_for(adapter, 1), SITE: torch.tensor(values, dtype=torch.float32)}
-    made = make(adapter, gates=gates)
-    saved = made.save(tmp_path_factory.getbasetemp() / "any" / "reviews", overwrite=True)
-    assert same_bits(saved.gates, gates)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gates": {SITE: torch.zeros(31)}}, "the gate has shape (31,)"),
+        ({"gates": {SITE: torch.zeros(31)}}, "the gate is (31,)"),
         ({"means": {SITE: torch.full((32,), torch.nan)}}, f"mean.{SITE} holds a value that is not"),
         ({"embeddings": 2 * torch.eye(3)}, "each of length 1"),
     ],
@@ -166,23 +133,16 @@ def test_what_does_not_fit_is_not_saved(adapter, tmp_path, change, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_target_is_refused_and_left_alone(original, directory):
+def test_an_existing_folder_is_replaced_whole_if_at_all(adapter, original, directory):
     (directory / "mine.txt").write_text("keep")
     before = contents(directory)
     with pytest.raises(ExpertError, match="exists already"):
         original.save(directory)
     assert contents(directory) == before
-
-
-def test_overwriting_replaces_the_whole_directory(adapter, directory):
-    (directory / "mine.txt").write_text("old")
     make(adapter, name="other").save(directory, overwrite=True)
     assert Expert.load(directory).name == "other"
     assert not (directory / "mine.txt").exists()
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
-
-
-def test_an_expert_may_overwrite_itself(directory):
     before = contents(directory)
     Expert.load(directory).save(directory, overwrite=True)
     assert contents(directory) == before
@@ -267,39 +227,31 @@ def test_names_that_could_leave_a_folder_or_break_a_card_are_refused(adapter, na
 
 
 FORM = {"max_input_tokens": 112, "max_target_tokens": 512, "truncation": "right", "chat": False}
+TRAINED = {"name": "a", "formatting": FORM}
 
 
-def warned_of(records, formatting=Formatting()) -> list[str]:
+def warned_of(*records, formatting=Formatting()) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_other_formatting(records, formatting)
     return [str(warning.message) for warning in caught]
 
 
-def record_of(name: str, hyperparameters, metrics=None) -> dict[str, object]:
-    info = ExpertInfo(name, REFERENCE, "", hyperparameters=hyperparameters, metrics=metrics or {})
-    return {"name": name, "formatting": format_record(info)}
-
-
 def test_inputs_of_another_form_are_told_with_both_forms():
     assert recorded_formatting(FORM, "here") == Formatting(112, "right")
     assert recorded_formatting({"rank": 4}, "here") is None
-    records = [record_of(name, FORM) for name in ("a", "b")] + [record_of("c", {"rank": 4})]
-    assert warned_of(records) == [
-        "Inputs are read with max_input_tokens 512, truncation middle, but a, b were trained with "
-        "max_input_tokens 112, truncation right."
-    ]
-    assert warned_of(records, Formatting(max_input_tokens=112, truncation="right")) == []
-
-
-def test_how_inputs_are_cut_says_nothing_of_an_expert_whose_own_were_whole():
-    whole = record_of("a", FORM, {"inputs": 9, "inputs_cut": 0})
-    assert warned_of([whole]) == []
-    (line,) = warned_of([whole], Formatting(chat=True))
+    said = (
+        "Inputs are read with max_input_tokens 512, truncation middle, but a was trained with "
+        "max_input_tokens 112, truncation right"
+    )
+    assert warned_of(TRAINED, {"name": "c", "formatting": None}) == [f"{said}."]
+    assert warned_of(TRAINED, TRAINED) == [f"{said} (2 of the experts differ)."]
+    assert warned_of(TRAINED, formatting=Formatting(112, "right")) == []
+    # How inputs are cut says nothing of an expert whose own were whole.
+    whole = {"name": "a", "formatting": FORM | {"inputs_cut": 0}}
+    assert warned_of(whole) == []
+    (line,) = warned_of(whole, formatting=Formatting(chat=True))
     assert line == "Inputs are read with chat True, but a was trained with chat False."
-    assert len(warned_of([record_of("a", FORM, {"inputs": 9, "inputs_cut": 1})])) == 1
-
-
-@pytest.mark.parametrize("form", ["right", 5, [], {"chat": "\x1b[2J\n"}, {"odd": 1}])
-def test_a_stranger_s_record_is_passed_over_or_told_in_one_line(form):
-    assert all(line.isprintable() for line in warned_of([{"name": "a", "formatting": form}]))
+    for form in ("right", 5, [], {"chat": "\x1b[2J\n"}, {"odd": 1}):
+        told = warned_of({"name": "a", "formatting": form})
+        assert all(each.isprintable() for each in told)

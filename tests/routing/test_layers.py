@@ -37,8 +37,8 @@ def test_every_layer_is_the_mixture_written_out(base, mixed_pool, k):
         ]
         torch.testing.assert_close(layer(u).flatten(0, 1), torch.stack(wanted).float(), **PRECISE)
         parts.add(frozenset(layer.stack.rows()))
-    assert {"lora", "input_scaling", "bottleneck"} in parts
-    assert {"lora", "output_scaling"} in parts
+    assert {"lora", "input", "bottleneck"} in parts
+    assert {"lora", "output"} in parts
 
 
 @each_kind

@@ -193,7 +193,7 @@ def test_an_imported_alora_keeps_its_invocation_through_gates_and_measuring(llam
         ({"invocation_tokens": [9]}, "but its adapter's alora_invocation_tokens say"),
         ({"tail": 0}, "wanted a tail of at least 1"),
         ({"invocation_tokens": [-1]}, "wanted a tail of at least 1"),
-        ("answer", "acts_on is 'answer'"),
+        ("answer", "acts_on: Input should be an object"),
     ],
 )
 def test_a_record_that_is_wrong_is_found(llama, tmp_path, record, complaint):

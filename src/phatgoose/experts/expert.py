@@ -6,25 +6,22 @@ written under another name and renamed, so that one that exists is complete.
 
 from __future__ import annotations
 
-import html
 import json
-import math
 import re
 import shutil
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import REVISION, Base, BaseReference, closest_beside, is_hub_id
+from ..base import Base, BaseReference, Text, closest_beside, is_hub_id
 from ..config import Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
@@ -33,6 +30,7 @@ from ..files import (
     new_directory,
     one_line,
     read_json,
+    reading,
     regular_file,
     sha256_of,
     shortened,
@@ -63,15 +61,17 @@ def adapter_files(directory: Path) -> AdapterFiles:
 
 
 def read_modules(
-    directory: Path, tensors: Mapping[str, Tensor] | None = None
+    directory: Path,
+    tensors: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, SiteModule]:
     """What the adapter in `directory` does, by site.
 
-    `tensors` are its weights where they have been read already. Raises ExpertError when its files
-    are missing or damaged or it is of no kind that can be routed.
+    `tensors` and `config` are its files' content where they have been read already. Raises
+    ExpertError when its files are missing or damaged or it is of no kind that can be routed.
     """
     files = adapter_files(directory)
-    config = files.read_config(directory)
+    config = files.read_config(directory) if config is None else config
     tensors = files.read_weights(directory) if tensors is None else tensors
     peft_type = config.get("peft_type") if files is PEFT_FILES else None
     kind = next(
@@ -82,10 +82,10 @@ def read_modules(
     return dict(kind.site_module.read(directory, config, tensors))
 
 
-def invocation_of(directory: Path) -> ActsOn | None:
+def invocation_of(directory: Path, config: Mapping[str, Any] | None = None) -> ActsOn | None:
     """What an adapter of PEFT's aLoRA acts on; None for others, which act on all tokens."""
-    files = adapter_files(directory)
-    tokens = files.read_config(directory).get(INVOCATION) if files is PEFT_FILES else None
+    config = adapter_files(directory).read_config(directory) if config is None else config
+    tokens = config.get(INVOCATION)
     return ActsOn.of({"invocation_tokens": tokens}) if tokens else None
 
 
@@ -95,25 +95,13 @@ def base_named_in(directory: Path) -> BaseReference | None:
         return read_info(directory / LAYOUT.info).base
     files = adapter_files(directory)
     config = files.read_config(directory)
-    named = config.get(files.base_key)
-    is_named = isinstance(named, str) and named
-    return BaseReference(str(named), named_revision(config)) if is_named else None
-
-
-def named_revision(config: Mapping[str, Any]) -> str | None:
-    """The revision of its base that an adapter names, None without one. Raises ExpertError."""
-    named = config.get("revision") or None
-    if named is not None and not (isinstance(named, str) and REVISION.fullmatch(named)):
-        raise ExpertError(
-            f"The adapter names revision {shortened(named)} of its base, but a revision is a "
-            f"branch, a tag or a commit; name the base with --base."
-        )
-    return named
+    with reading(directory / files.config):
+        named = config.get(files.base_key)
+        return BaseReference(str(named), config.get("revision") or None) if named else None
 
 
 # How its training inputs were formatted, which pools' records repeat.
 
-SHOWN = 3  # experts named in a warning
 FORM = ("chat", "max_input_tokens", "truncation")
 
 
@@ -124,55 +112,40 @@ def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Forma
     return from_mapping(Formatting, recorded, where) if recorded else None
 
 
-def format_record(info: ExpertInfo) -> dict[str, Any] | None:
-    """What a pool's records say of it; None for an expert that records no formatting."""
-    recorded = {name: info.hyperparameters[name] for name in FORM if name in info.hyperparameters}
-    return {**recorded, "inputs_cut": info.metrics.get("inputs_cut")} if recorded else None
-
-
 def trained_in_chats(records: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the training prompts of all experts in a pool's records are in a chat template."""
     forms = [record.get("formatting") for record in records]
     return all(isinstance(form, Mapping) and form.get("chat") is True for form in forms)
 
 
-def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
-    """Warn of experts whose training inputs were formatted otherwise than `given`."""
-    others: dict[tuple[str, str], list[str]] = defaultdict(list)
+def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: Formatting) -> None:
+    """Warn of experts whose training inputs were formatted otherwise than `formatting`."""
+    others = []
     for record in records:
-        trained = record.get("formatting")
-        if not isinstance(trained, Mapping):
-            continue
+        form = record.get("formatting")
+        trained = form if isinstance(form, Mapping) else {}
         # How inputs are cut says nothing of an expert whose own were whole.
         names = FORM if trained.get("inputs_cut") != 0 else FORM[:1]
-        differ = [n for n in names if n in trained and trained[n] != getattr(given, n)]
+        differ = [n for n in names if n in trained and trained[n] != getattr(formatting, n)]
         if differ:
-            here = ", ".join(f"{name} {getattr(given, name)}" for name in differ)
-            there = ", ".join(f"{name} {one_line(trained[name], 40)}" for name in differ)
-            others[here, there].append(one_line(record.get("name"), 80))
-    for (here, there), experts in others.items():
-        more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
+            others.append((record.get("name"), differ, trained))
+    if others:
+        name, differ, trained = others[0]
+        name = one_line(name, 80)
+        here = ", ".join(f"{each} {getattr(formatting, each)}" for each in differ)
+        there = ", ".join(f"{each} {one_line(trained[each], 40)}" for each in differ)
+        more = f" ({len(others)} of the experts differ)" if len(others) > 1 else ""
         warnings.warn(
-            f"Inputs are read with {here}, but {', '.join(experts[:SHOWN])}{more} "
-            f"{'were' if len(experts) > 1 else 'was'} trained with {there}.",
+            f"Inputs are read with {here}, but {name} was trained with {there}{more}.",
             stacklevel=3,
         )
 
 
 # Its description.
 
-FORMAT_VERSION = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
-TYPES: dict[Any, tuple[str, ...]] = {
-    str: ("name", "base.id", "adapter_sha256"),
-    str | None: (
-        *("base.revision", "base.fingerprint", "vectors_sha256", "embeddings_sha256"),
-        *("embedder", "embedding_form", "measured_in"),
-    ),
-    dict: ("task", "hyperparameters", "metrics"),
-    dict | None: ("acts_on",),
-}
 
 
 @dataclass(frozen=True)
@@ -185,24 +158,29 @@ class ExpertInfo:
     record of an `ActsOn`, None for experts that act on all tokens.
     """
 
-    name: str
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    name: Name
     base: BaseReference
-    adapter_sha256: str
-    vectors_sha256: str | None = None
-    embeddings_sha256: str | None = None
-    format_version: int = FORMAT_VERSION
+    adapter_sha256: Text
+    vectors_sha256: Text | None = None
+    embeddings_sha256: Text | None = None
+    format_version: Literal[1] = 1
     task: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    embedder: str | None = None
-    embedding_form: str | None = None
-    measured_in: str | None = None
+    embedder: Text | None = None
+    embedding_form: Text | None = None
+    measured_in: Text | None = None
     acts_on: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        ActsOn.of(self.acts_on)
 
 
 def check_name(name: str) -> None:
     """Raise ExpertError unless `name` can be a new expert's (docs/format.md)."""
-    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+    if not re.fullmatch(NAME[1:-1], name) or len(name) > LONGEST_NAME:
         raise ExpertError(
             f"{shortened(name)} can't name an expert: use letters, digits, '.', '_' and '-' only, "
             f"at most {LONGEST_NAME}, and begin with a letter or digit."
@@ -211,52 +189,19 @@ def check_name(name: str) -> None:
 
 def read_info(path: Path) -> ExpertInfo:
     """What the `phatgoose.json` at `path` says. Raises ExpertError when it isn't as specified."""
-    if not path.exists():
-        hint = "" if path.parent.exists() else closest_beside(path.parent)
-        if (path.parent / ADAPTER_CONFIG).is_file():
-            hint = f" It is a PEFT adapter: run 'phatgoose import {path.parent} --out …' first."
-        raise ExpertError(f"{path.parent} is no expert directory: {path.name} is missing.{hint}")
-    try:
-        content: dict[str, Any] = read_json(path)
-        if content.get("format_version") != FORMAT_VERSION:
-            raise ExpertError(
-                f"{path}: format version {shortened(content.get('format_version'))} is unknown; "
-                f"this phatgoose reads version {FORMAT_VERSION}."
-            )
-        info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
-        for wanted, names in TYPES.items():
-            for name in names:
-                value = attrgetter(name)(info)
-                if not isinstance(value, wanted) or not str(value).isprintable():
-                    raise TypeError(f"{name} is {shortened(value)}")
-        if not NAME.fullmatch(info.name):
-            raise ValueError(f"name is {shortened(info.name)}")
-    except (TypeError, KeyError, ValueError) as error:
-        raise ExpertError(
-            f"{path} is not a valid description of an expert: {one_line(error)}."
-        ) from error
-    try:
-        ActsOn.of(info.acts_on)
-    except ExpertError as error:
-        raise ExpertError(f"{path}: {error}") from error
-    return info
+    hint = "" if path.parent.exists() else closest_beside(path.parent)
+    if (path.parent / ADAPTER_CONFIG).is_file():
+        hint = f" Of a PEFT adapter, 'phatgoose import {path.parent} --out …' makes an expert."
+    return read_json(path, ExpertInfo, hint=hint)
 
 
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
-    content = _without_nan(asdict(info))
+    content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
     for name in ("embedding_form", "measured_in", "acts_on"):  # later than the format
         if content[name] is None:
             del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # The directory.
@@ -363,19 +308,16 @@ class Expert:
         *,
         base: Base | BaseReference | None = None,
         name: str | None = None,
-        means: Mapping[str, Tensor] | None = None,
-        embeddings: Tensor | None = None,
-        readings: Mapping[str, Tensor] | None = None,
         acts_on: ActsOn | None = None,
-        **record: Any,
+        **others: Any,
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
         and without a fingerprint, `name` to the name of the adapter's folder, `acts_on` to the
-        invocation tokens that an adapter of PEFT's aLoRA names. `record` are other fields of
-        `ExpertInfo`. Raises ExpertError when the adapter can't be used or names no base where none
-        is given. Vectors that don't fit it are refused by `save`.
+        invocation tokens that an adapter of PEFT's aLoRA names. `others` are `means`, `readings`
+        and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when the adapter can't be
+        used or names no base where none is given. Vectors that don't fit it are refused by `save`.
         """
         directory = Path(adapter_dir)
         base = base or base_named_in(directory)
@@ -384,18 +326,17 @@ class Expert:
         name = name or directory.resolve().name
         check_name(name)
         acts_on = acts_on or invocation_of(directory)
+        means, readings = (_plain(others.pop(each, None) or {}) for each in ("means", "readings"))
+        embeddings = others.pop("embeddings", None)
         info = ExpertInfo(
             name=name,
             base=base.reference if isinstance(base, Base) else base,
             adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
             acts_on=acts_on.record() if acts_on else None,
-            **record,
+            **others,
         )
-        vectors = [_plain(each or {}) for each in (gates, means, readings)]
         modules = read_modules(directory)
-        expert = cls(info, directory, modules, vectors[0], vectors[1], embeddings, vectors[2])
-        _check_invocation(expert)
-        return expert
+        return cls(info, directory, modules, _plain(gates), means, embeddings, readings)
 
     @classmethod
     def load(cls, directory: str | Path) -> Expert:
@@ -406,45 +347,38 @@ class Expert:
         directory = Path(directory)
         info = read_info(directory / LAYOUT.info)
         adapter = adapter_files(directory)
-        files = {}
+        files: dict[str, TensorFile] = {}
         for file, sha256 in (
             (adapter.weights, info.adapter_sha256),
             (LAYOUT.vectors, info.vectors_sha256),
             (LAYOUT.embeddings, info.embeddings_sha256),
         ):
-            if sha256 is not None:
-                read = adapter.read_weights if file == adapter.weights else None
-                files[file] = read(directory) if read else read_tensors(directory / file)
-                if (got := files[file].sha256()) != sha256:
-                    raise ExpertError(
-                        f"Expert {info.name!r}: {file} was changed after the expert was made: its "
-                        f"SHA-256 is {got[:12]}…, wanted {sha256[:12]}…."
-                    )
-            elif (directory / file).exists():
+            if sha256 is None and not (directory / file).exists():
+                continue
+            is_adapter = file == adapter.weights
+            files[file] = (
+                adapter.read_weights(directory) if is_adapter else read_tensors(directory / file)
+            )
+            if (got := files[file].sha256()) != sha256:
                 raise ExpertError(
-                    f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} doesn't know it."
+                    f"Expert {info.name!r}: {file} isn't the one that {LAYOUT.info} describes: its "
+                    f"SHA-256 is {got[:12]}…, wanted {(sha256 or 'none')[:12]}…."
                 )
         vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
-        embeddings: Mapping[str, Tensor] = files.get(LAYOUT.embeddings, {})
-        for key in (*vectors, *embeddings):
-            if not key.startswith(("gate.", "mean.", "reading.")) and key != "embeddings":
-                raise ExpertError(
-                    f"Expert {info.name!r} has a tensor {shortened(key)}; wanted gate.*, mean.*, "
-                    f"reading.* and embeddings."
-                )
         gates, means, readings = (Group(vectors, kind) for kind in ("gate", "mean", "reading"))
+        config = adapter.read_config(directory)
         expert = cls(
             info,
             directory,
-            read_modules(directory, files[adapter.weights]),
+            read_modules(directory, files[adapter.weights], config),
             gates,
             means,
-            embeddings.get("embeddings"),
+            files[LAYOUT.embeddings].get("embeddings") if LAYOUT.embeddings in files else None,
             # Earlier experts share the state of prompts' last tokens too, which nothing reads.
             {name: readings[name] for name in readings if not name.startswith("end.")},
             files,
         )
-        _check_invocation(expert)
+        _check_invocation(expert, invocation_of(directory, config))
         _check_vectors(expert)
         # Every byte was read for its hash; most aren't needed for long.
         expert.release()
@@ -479,8 +413,10 @@ class Expert:
             rows = self.embeddings.float().contiguous()
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
-        card = model_card(asdict(info), self.kind, len(self.modules))
-        for file, text in ((LAYOUT.card, card), (LAYOUT.info, info_json(info))):
+        for file, text in (
+            (LAYOUT.card, model_card(info, self.kind)),
+            (LAYOUT.info, info_json(info)),
+        ):
             # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -498,11 +434,11 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
-def _check_invocation(expert: Expert) -> None:
+def _check_invocation(expert: Expert, named: ActsOn | None) -> None:
     # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
-    named, recorded = invocation_of(expert.directory), expert.acts_on
-    holds = kinds()[expert.kind].peft_type == "LORA" and recorded and recorded.invocation
-    if (named or holds) and named != recorded:
+    recorded = expert.acts_on
+    is_aloras = kinds()[expert.kind].peft_type == "LORA" and recorded and recorded.invocation
+    if (named or is_aloras) and named != recorded:
         raise ExpertError(
             f"Expert {expert.name!r} acts on {recorded or 'all tokens'}, but its adapter's "
             f"alora_invocation_tokens say {named or 'all tokens'}."
@@ -524,18 +460,20 @@ def _check_vectors(expert: Expert) -> None:
     if expert.readings:
         check_readings(f"Expert {expert.name!r}, readings", expert.readings)
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
-        for site in sorted(vectors.keys() ^ expert.modules.keys()) if vectors else ():
-            missing = "adapter" if site in vectors else kind
-            raise ExpertError(
-                f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
-            )
-        for site, vector in vectors.items():
-            n = expert.modules[site].in_features
-            wanted = (vector.numel() if n is None else n,)  # if None, `check_fit` asks the base
-            if tuple(vector.shape) != wanted or vector.dtype != torch.float32:
+        for site in sorted({*vectors, *expert.modules}) if vectors else ():
+            vector, module = vectors.get(site), expert.modules.get(site)
+            # None if the module doesn't tell; then `check_fit` asks the base.
+            n = module.in_features if module else 0
+            if (
+                vector is None
+                or vector.dim() != 1
+                or vector.dtype != torch.float32
+                or (n is not None and len(vector) != n)
+            ):
+                got = "missing" if vector is None else f"{tuple(vector.shape)} {vector.dtype}"
                 raise ExpertError(
-                    f"Expert {expert.name!r}, site {site}: the {kind} has shape "
-                    f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
+                    f"Expert {expert.name!r}, site {site}: the {kind} is {got}; wanted "
+                    f"({'n' if n is None else n},) torch.float32, at the adapter's sites alone."
                 )
 
 
@@ -551,75 +489,48 @@ tags:
 
 # {name}
 
-{kind} expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
+{kind} expert for `{base}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
 lets a pool of such experts choose, for every token and at every module, who acts.
-
-- Base model: `{base_id}`{revision}
-- Base fingerprint: `{fingerprint}`
-- Adapted modules: {sites}
-{acts_on}{task}{hyperparameters}{metrics}
-## Use
 {alone}
-Routed together with others:
-
 ```python
 import phatgoose as pg
 model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
 ```
-"""
+
+## phatgoose.json
+
+{record}"""
 
 ALONE = """
-As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")` of PEFT.
+As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")` of PEFT.{warning}
 """
+WARNING = " PEFT alone doesn't know where in a prompt it acts and lets it act on all tokens."
+LONGEST_LINE = 500
 
-LONGEST_CELL = 500
 
-
-def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
-    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
-    in_peft = kinds()[kind].peft_type is not None
-    base = info["base"]
+def model_card(info: ExpertInfo, kind: str) -> str:
+    """The card of an expert of this `kind`, in Markdown."""
+    in_peft, base = kinds()[kind].peft_type is not None, info.base.id
+    acts_on = ActsOn.of(info.acts_on)
+    warning = WARNING if acts_on and not acts_on.invocation else ""
     # In YAML an id without an owner might be a number.
-    quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
+    quoted = base if "/" in base else json.dumps(base)
+    # Indented, so that nothing in it is Markdown or HTML.
+    record = "".join(
+        f"    {one_line(each, LONGEST_LINE)}\n" for each in info_json(info).splitlines()
+    )
     return CARD.format(
-        name=info["name"],
-        front=f"base_model: {quoted}\n" if is_hub_id(base["id"]) else "",
-        base_id=code(base["id"]),
-        revision=f" at revision `{code(base['revision'])}`" if base["revision"] else "",
-        fingerprint=code(base["fingerprint"] or "not recorded"),
-        sites=sites,
-        acts_on=_acts_on(info.get("acts_on"), in_peft=in_peft),
+        name=info.name,
+        front=f"base_model: {quoted}\n" if is_hub_id(base) else "",
+        base=code(base),
         kind=kinds()[kind].label,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
-        alone=ALONE.format(name=info["name"]) if in_peft else "",
-        task=_section("Task", info["task"]),
-        hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
-        metrics=_section("Metrics", info["metrics"]),
+        alone=ALONE.format(name=info.name, warning=warning) if in_peft else "",
+        record=record,
     )
-
-
-def _acts_on(record: Mapping[str, Any] | None, *, in_peft: bool) -> str:
-    acts_on = ActsOn.of(record)
-    if acts_on is None:
-        return ""
-    alone = in_peft and not acts_on.invocation
-    warning = " PEFT alone doesn't know this and lets it act on all tokens." if alone else ""
-    return f"- Acts on: {code(str(acts_on))}; before that the base is itself.{warning}\n"
-
-
-def _cell(value: object) -> str:
-    text = html.escape(one_line(value, LONGEST_CELL), quote=False)
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
 def code(text: object) -> str:
     """`text` as it may stand between backticks, whoever wrote it."""
     return one_line(text).replace("`", "'")
-
-
-def _section(title: str, values: Mapping[str, Any]) -> str:
-    if not values:
-        return ""
-    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items())
-    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"

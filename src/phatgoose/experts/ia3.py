@@ -122,7 +122,7 @@ class ScalingVector(SiteModule):
 class ScalingStack(Part):
     """(IA)³ vectors of outputs as what they differ from 1 by, l - 1, in float32."""
 
-    name: ClassVar[str] = "output_scaling"
+    name: ClassVar[str] = "output"
     on_input: ClassVar[bool] = False
     compared: ClassVar[tuple[str, ...]] = ("deltas",)
 
@@ -151,7 +151,7 @@ class ScalingStack(Part):
 class InputScalingStack(ScalingStack):
     """Those of inputs."""
 
-    name: ClassVar[str] = "input_scaling"
+    name: ClassVar[str] = "input"
     on_input: ClassVar[bool] = True
 
     deltas: Tensor = stacked("n", "float32")

@@ -51,7 +51,6 @@ from .expert import (
     adapter_files,
     check_name,
     formats,
-    named_revision,
     read_modules,
 )
 from .hub import HubReference, fetch, reference_of
@@ -155,7 +154,7 @@ def _base_of(
     if base_id and not is_hub_id(base_id):
         raise ExpertError(f"{shortened(base_id)} is no Hub id, OWNER/NAME, to record the base by.")
     named = config.get(adapter_files(folder).base_key)
-    place, revision = base or named, None if base else named_revision(config)
+    place, revision = base or named, None if base else config.get("revision") or None
     if not isinstance(place, str) or not place:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
     if base is None and reference and published(place) is None:

@@ -26,7 +26,7 @@ from ..files import (
     shortened,
     write_text,
 )
-from .expert import LAYOUT, Expert, adapter_files, format_record
+from .expert import FORM, LAYOUT, Expert, ExpertInfo, adapter_files
 from .hub import HubReference, local_folder, reference_of
 from .importing import adapters_in, read_adapters
 
@@ -209,7 +209,7 @@ class Pool(Mapping[str, Expert]):
                 "adapter_sha256": expert.info.adapter_sha256,
                 "vectors_sha256": expert.info.vectors_sha256,
                 "embeddings_sha256": expert.info.embeddings_sha256,
-                "formatting": format_record(expert.info),
+                "formatting": _formatting(expert.info),
                 **{
                     key: value
                     for key in ("acts_on", "measured_in")
@@ -239,6 +239,11 @@ class Pool(Mapping[str, Expert]):
             "experts": records,
         }
         write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
+
+
+def _formatting(info: ExpertInfo) -> dict[str, Any] | None:
+    recorded = {name: info.hyperparameters[name] for name in FORM if name in info.hyperparameters}
+    return {**recorded, "inputs_cut": info.metrics.get("inputs_cut")} if recorded else None
 
 
 def check_manifest_name(path: Path) -> None:

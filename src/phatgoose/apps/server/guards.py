@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -29,26 +30,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self.counter("requests", "Requests answered.", "path", "status")
+        ours: Any = {"namespace": "phatgoose", "registry": self.registry}
+        named: Any = partial
+        self.counter, self.gauge = named(Counter, **ours), named(Gauge, **ours)
+        self.histogram = named(Histogram, **ours)
+        self.requests = self.counter("requests", "Requests answered.", ["path", "status"])
         words = "Seconds from a request to the end of its answer."
-        self.seconds = self.histogram("request_seconds", words, SECONDS, "path")
-        self.prompt = self.counter("prompt_tokens", "Tokens of prompts.", "model")
-        self.generated = self.counter("generated_tokens", "Tokens generated.", "model")
+        self.seconds = self.histogram("request_seconds", words, ["path"], buckets=SECONDS)
+        self.prompt = self.counter("prompt_tokens", "Tokens of prompts.", ["model"])
+        self.generated = self.counter("generated_tokens", "Tokens generated.", ["model"])
         self.waiting = self.gauge("waiting", "Answers in the queue.")
         self.running = self.gauge("running", "Answers being computed.")
         words = "Changed pools: reopened, or kept as they were because the new one can't be served."
-        self.reopened = self.counter("reopened", words, "outcome")
-
-    def counter(self, name: str, words: str, *labels: str) -> Counter:
-        return Counter(f"phatgoose_{name}", words, labels, registry=self.registry)
-
-    def gauge(self, name: str, words: str) -> Gauge:
-        return Gauge(f"phatgoose_{name}", words, registry=self.registry)
-
-    def histogram(self, name: str, words: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(
-            f"phatgoose_{name}", words, labels, buckets=buckets, registry=self.registry
-        )
+        self.reopened = self.counter("reopened", words, ["outcome"])
 
 
 ANY_HOST = "*"

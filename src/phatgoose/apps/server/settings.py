@@ -12,12 +12,9 @@ from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, read_text, settings_of
 from ...errors import ConfigError
-from ...files import shortened
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
-AUTO = "auto"
-ENGINES = ("vllm", "sglang", "llama.cpp")
 ADDRESS = r"(?i:https?)://([\w.-]+|\[[\w:.%]+\])(:[0-6]?\d{1,4})?(/[!->@-~]*)?"
 
 
@@ -40,31 +37,17 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where an engine is.
-
-    `kind` is one of `ENGINES` or "auto". `experts_at` is the folder of the experts as the engine
-    sees it, None where it is the same. The engine may take `wait` seconds to start.
-    """
+    """The address of an engine, and its key."""
 
     url: str
-    kind: str = AUTO
     key: str | None = field(default=None, repr=False)
-    experts_at: str | None = None
-    wait: float = 600.0
 
     def __post_init__(self) -> None:
-        if "@" in self.url:
-            raise ConfigError(
-                f"--upstream must not hold a password; set {UPSTREAM_KEY} in the environment."
-            )
         if not re.fullmatch(ADDRESS, self.url):
             raise ConfigError(
-                f"--upstream is {shortened(self.url)}, but must be the address of an engine, such "
-                f"as http://localhost:8000."
+                f"--upstream must be the address of an engine, such as http://localhost:8000, "
+                f"without a password; set {UPSTREAM_KEY} in the environment."
             )
-        if self.kind not in (AUTO, *ENGINES):
-            known = ", ".join((AUTO, *ENGINES))
-            raise ConfigError(f"--upstream-kind is {shortened(self.kind)}; wanted one of {known}.")
         key = self.key or ""
         if not (key.isascii() and key.isprintable() and key == key.strip()):
             raise ConfigError(
@@ -77,10 +60,6 @@ class Upstream:
         """The address without a slash, and without the "/v1" that OpenAI's clients want."""
         return self.url.rstrip("/").removesuffix("/v1")
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
-
 
 def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     """The models in `places`: "PLACE", "NAME=PLACE", or either with a pool's routing after it.
@@ -90,14 +69,9 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     file's name, or what follows "hub:".
     """
     models = [_served(place, options) for place in places]
-    for name, count in Counter(model.name for model in models).items():
-        if not (name and name.isprintable()):
-            raise ConfigError(
-                f"A model can't be called {shortened(name)}; write NAME=PLACE with a printable "
-                f"name."
-            )
-        if count > 1:
-            raise ConfigError(f"Two models are called {name!r}; write NAME=PLACE for one of them.")
+    (name, count), *_ = Counter(model.name for model in models).most_common(1)
+    if count > 1:
+        raise ConfigError(f"Two models are called {name!r}; write NAME=PLACE for one of them.")
     return models
 
 
@@ -122,15 +96,11 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
     common: Routing | None = options.get("routing")
     if not query:
         return common
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
-    except ValueError as error:
-        message = f"{written}: {query!r} is not a routing; write router=NAME&k=2."
-        raise ConfigError(message) from error
-    if len(dict(pairs)) < len(pairs):
-        raise ConfigError(f"{written}: a setting is given twice; once will do.")
     types = {setting.name: setting.type for setting in settings_of(Routing)}
-    values = {name: read_text(value, types.get(name)) for name, value in pairs}
+    values = {
+        name: read_text(value, types.get(name))
+        for name, value in parse_qsl(query, keep_blank_values=True)
+    }
     return from_mapping(Routing, {**(asdict(common) if common else {}), **values}, written)
 
 

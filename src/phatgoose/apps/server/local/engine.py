@@ -53,7 +53,7 @@ class LocalBackend(Backend):
     def __init__(self, models: dict[str, LoadedModel], limits: Serving, metrics: Metrics) -> None:
         self.models = models
         words = "Answers in a batch when it read prompts or made a step."
-        batch = metrics.histogram("batch_rows", words, (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        batch = metrics.histogram("batch_rows", words, buckets=[2**i for i in range(9)])
         self.engine = engine = GenerationEngine(limits, batch.observe)
         # Rounded: the exact number would tell how much of a prompt was known.
         words = "Prompt tokens not read again, since a prompt before began so; whole thousands."

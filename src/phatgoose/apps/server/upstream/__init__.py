@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
 
-from ....config import Serving
-from ....errors import PhatgooseError
-from ....routing.routers.registry import WEIGHTS
-from ..guards import Metrics
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ....base import Base, check_base, load_base, load_tokenizer
+from ....config import Routing, Serving
+from ....errors import ConfigError, PhatgooseError
+from ....experts.expert import trained_in_chats
+from ....experts.pool import Pool
+from ....routing.compose import open_prompt_router, require_pool
+from ....routing.routers.auto import BY_PROMPT, first_allowed
+from ....routing.routers.prompt import PromptRouter
+from ....routing.routers.registry import AUTO, WEIGHTS
+from ....tasks.encoding import added_tokens
 from ..protocol import (
     AnyRequest,
     ApiError,
@@ -24,54 +31,112 @@ from ..protocol import (
     for_clients,
 )
 from ..replies import Builder, Progress, Reply
-from ..requests import Asked
-from ..service import Backend, State, Turns, in_thread
+from ..requests import Asked, Frame
+from ..service import Backend, FairQueue, State, Turns, in_thread, numbered
 from ..settings import ServedModel, Upstream
-from .choosing import Choosing, ChosenPool, PromptChooser, ReadingBases, Weights, adapters_of
-from .engines import Engine, connected
-from .link import Link
+from .engines import Adapter, Engine, Link
 
-EXPERTS, CHOSEN = "X-Phatgoose-Experts", "X-Phatgoose-Chosen"
+EXPERTS = "X-Phatgoose-Experts"
 MOST_OF_A_HEADER = 4000  # characters
-MOST_FORWARDED = 256  # answers that the engine computes at once
 WAITING = 64  # pieces that are held for a client that reads slowly
-SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 5)
+
+Weights = dict[str, float]  # of experts by name, best first
 
 log = logging.getLogger(__name__)
 
 
-def open_gateway(
-    models: Sequence[ServedModel], upstream: Upstream, limits: Serving, metrics: Metrics
-) -> EngineBackend:
-    """The backend of these pools, whose experts the engine at `upstream` holds from now on.
+class Shared(NamedTuple):
+    """What the pools of a gateway share: the way to the engine, and what was loaded."""
 
-    Raises ConfigError for models that are no pools, routers that don't choose by a prompt alone,
-    and what `connected` does.
-    """
-    bases = ReadingBases()
-    pools = {settings.name: ChosenPool(settings, bases) for settings in models}
-    return EngineBackend(pools, connected(upstream, adapters_of(pools.values())), limits, metrics)
+    link: Link
+    tokenizer: Callable[..., PreTrainedTokenizerBase]
+    base: Callable[..., Base]
+
+
+class ChosenPool:
+    """A pool whose experts are chosen for prompts, and what it takes to choose otherwise."""
+
+    def __init__(self, settings: ServedModel, shared: Shared) -> None:
+        require_pool(settings.place)
+        self.settings, self._shared = settings, shared
+        self.pool = pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
+        # The base that the operator or else the pool names, and its revision.
+        self._base = settings.base or pool.base.id, None if settings.base else pool.base.revision
+        self.tokenizer = shared.tokenizer(self._base[0], revision=self._base[1])
+        self.in_chats = trained_in_chats(pool.records())
+        routing = first_allowed(settings.routing or Routing(), pool, BY_PROMPT)
+        self.routing = numbered(routing, len(pool))
+        self.runner = self.composed(pool, self.routing)
+
+    def reopened(self) -> ChosenPool:
+        """The pool as its place has it now."""
+        return ChosenPool(self.settings, self._shared)
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(
+            self.tokenizer,
+            self._shared.link.engine.context if self._shared.link.engine else None,
+            added_tokens(self.tokenizer, is_encoder_decoder=False),
+            looks_prompts_up=True,
+            in_chats=self.in_chats,
+        )
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.pool.names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        bases = (self._shared.link.engine.base,) if self._shared.link.engine else ()
+        return self.settings.name, self.pool.base.id, *bases
+
+    def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
+        router = open_prompt_router(pool, self.tokenizer, routing=routing)
+        if not router.router.reads_base:
+            return PromptChooser(router, None, self)
+        name, revision = self._base
+        base = self._shared.base(name, dtype=self.settings.dtype, revision=revision)
+        check_base(pool.base, base.reference)
+        router.choose([[self.tokenizer.eos_token_id or 0]], base.model)  # it fits, or is refused
+        return PromptChooser(router, base.model, self)
+
+    def usual(self, pool: Pool) -> str:
+        """The router "auto" of these experts."""
+        return first_allowed(Routing(AUTO), pool, BY_PROMPT).router
+
+
+@dataclass(frozen=True)
+class PromptChooser:
+    """A prompt router, with the base's weights where it reads prompts with them."""
+
+    router: PromptRouter
+    base: PreTrainedModel | None
+    pool: ChosenPool
+
+    @property
+    def frame(self) -> Frame:
+        return self.pool.frame
+
+    def choose(self, prompts: Sequence[Sequence[int]]) -> list[Weights]:
+        return self.router.choose(prompts, self.base).named(self.router.experts)
 
 
 class EngineBackend(Backend):
-    """The pools, and the engine that has their experts."""
+    """Pools, whose experts the engine at `upstream` has and answers with.
+
+    Raises ConfigError for models that are no pools, and routers that don't choose by a prompt
+    alone. The engine may come later.
+    """
 
     upstream = True
 
-    def __init__(
-        self, models: dict[str, ChosenPool], engine: Engine, limits: Serving, metrics: Metrics
-    ) -> None:
-        self.models, self.engine, self._limits = models, engine, limits
-        for each in models.values():
-            each.engine = engine
-        words = "Requests that the engine didn't answer: away, broken (off), busy or failed."
-        failures = metrics.counter("upstream_failures", words, "how")
-        words = "Seconds for the choice of experts, waiting included."
-        self._seconds = metrics.histogram("choice_seconds", words, SECONDS)
-        words = "Answers by the expert that counts most."
-        self._chosen = metrics.counter("chosen", words, "expert")
-        self.link = Link(engine, adapters_of(models.values()), failures)
-        self.turns, self._choosing = Turns(MOST_FORWARDED), Choosing()
+    def __init__(self, models: Sequence[ServedModel], upstream: Upstream, limits: Serving) -> None:
+        self.link, self._limits = Link(upstream), limits
+        shared = Shared(self.link, cache(load_tokenizer), cache(load_base))
+        self.models = {each.name: ChosenPool(each, shared) for each in models}
+        self.link.experts = adapters_of(self.models)
+        self._choosing, self._running = Turns(1), FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
         self.link.open()
@@ -81,139 +146,138 @@ class EngineBackend(Backend):
 
     @property
     def state(self) -> State:
-        return State(self.link.is_well, self.turns.waiting, self.turns.running)
+        return State(self.link.is_well, 0, len(self._running))
 
     def limits_of(self, limits: Serving) -> Serving:
-        context = self.engine.adapters.context
+        context = self.link.engine and self.link.engine.context
         return replace(limits, max_batch_tokens=context) if context else limits
 
     async def reopened(self, name: str) -> ChosenPool:
         """The pool as its place has it now, its experts in the engine. Raises ConfigError."""
         opened: ChosenPool = await in_thread(self.models[name].reopened)
-        experts = adapters_of([opened, *(e for key, e in self.models.items() if key != name)])
-        async with self.engine.lock:
-            await self.engine.prepare(self.link.client, experts)
-            self.link.experts = experts
-        opened.engine = self.engine
+        await self.link.take(adapters_of({**self.models, name: opened}))
         return opened
 
     def check(self, request: AnyRequest, model: ChosenPool) -> None:
         """Raise ApiError for what engines don't do."""
         if request.wants_trace:
             raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
-        weights = [weight for weight in (request.weights or {}).values() if weight]
-        if not self.engine.mixes and weights not in ([], [1.0]):
-            message = f"{self.engine.label} applies one expert with the weight 1; it can't mix."
-            raise bad_request(message, "weights")
+        if request.logprobs not in (None, False):
+            raise bad_request("A gateway has no log-probabilities.", "logprobs")
 
     async def begin(
         self, asked: Asked, runner: PromptChooser, prepared: None
     ) -> tuple[Reply, dict[str, str]]:
-        chosen = await self._chosen_for(asked, runner)
-        sent = chosen if self.engine.mixes else [w if len(w) == 1 else first_of(w) for w in chosen]
-        for weights in map(first_of, chosen):
-            for name in weights:
-                self._chosen.labels(name).inc()
-        if (waiting := len(asked.answers) - self.turns.free) > 0:
-            self.turns.queue.check_room(asked.client, waiting, self._limits.max_queue)
-        router = runner.router.name
-        if asked.mixture is not None:
+        try:
+            async with asyncio.timeout(asked.deadline.left):
+                engine = await self.link.ready()
+        except TimeoutError:
+            raise asked.deadline.missed() from None
+        self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
+        if asked.mixture is None:
+            router, chosen = runner.router.name, await self._chosen_for(asked, runner)
+        else:
             router = "" if asked.request.weights is None else WEIGHTS
-        report = _reporter(asked, sent, chosen, router)
+            weights = {name: weight for name, weight in asked.mixture.items() if weight}
+            if not engine.mixes and list(weights.values()) not in ([], [1.0]):
+                message = f"{engine.label} applies one expert with the weight 1; it can't mix."
+                raise bad_request(message, "weights")
+            chosen = [weights] * len(asked.prompts)
+        sent = chosen if engine.mixes else list(map(first_of, chosen))
+        report = partial(_report, asked, sent, chosen, router)
         reply = Reply(Builder(asked, report), asked.deadline, WAITING)
         for number, answer in enumerate(asked.answers):
-            bringing = self._bring(number, asked, sent[answer.row], reply)
-            reply.on_close.append(asyncio.ensure_future(bringing).cancel)
-        headers = {EXPERTS: "; ".join(map(named, sent))}
-        if chosen != sent:
-            headers[CHOSEN] = "; ".join(map(named, chosen))
-        return reply, {name: value[:MOST_OF_A_HEADER] for name, value in headers.items()}
+            bringing = asyncio.ensure_future(self._bring(number, asked, sent[answer.row], reply))
+            self._running.add(asked.client, bringing)
+            bringing.add_done_callback(partial(self._running.remove, asked.client))
+            reply.on_close.append(bringing.cancel)
+        return reply, {EXPERTS: "; ".join(map(named, sent))[:MOST_OF_A_HEADER]}
 
     async def _chosen_for(self, asked: Asked, runner: PromptChooser) -> list[Weights]:
         """Each prompt's experts with their weights."""
-        if asked.mixture is not None:
-            weights = {name: weight for name, weight in asked.mixture.items() if weight}
-            return [weights] * len(asked.prompts)
-        begun = time.perf_counter()
         questions = [prompt.asked for prompt in asked.prompts]
         try:
-            chosen = await self._choosing.choose(runner, questions, asked.client, asked.deadline)
+            return await self._choosing.run(
+                asked.client, asked.deadline, lambda _: runner.choose(questions)
+            )
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
-        self._seconds.observe(time.perf_counter() - begun)
-        return chosen
 
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
         try:
-            await self.turns.take(asked.client, asked.deadline)
-            try:
-                pieces = self.link.answer(lambda: self._body(number, asked, sent), number, asked)
-                async with aclosing(pieces):
-                    async for progress in pieces:
-                        await reply.events.put(progress)
-            finally:
-                self.turns.pass_on()
+            fields = partial(_body, number, asked, sent)
+            await self.link.bring(fields, number, asked, reply.events)
         except ApiError as error:
             await reply.events.put(error)
         except Exception:
             log.exception("An answer could not be brought.")
             await reply.events.put(ApiError(500, "The server failed; its log says more."))
 
-    def _body(self, number: int, asked: Asked, sent: Weights) -> dict[str, Any]:
-        """What the engine is asked for an answer."""
-        request, (*_, prompt, decoding) = asked.request, asked.answers[number]
-        body: dict[str, Any] = {
-            "max_tokens": decoding.max_tokens,
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
-            "stream": bool(request.stream),
-        }
-        if request.stream:
-            body["stream_options"] = {"include_usage": True}
-        if decoding.stop:
-            body["stop"] = list(decoding.stop)
-        if decoding.ignores_end:
-            body["ignore_eos"] = True
-        if request.response_format is not None:
-            form = request.response_format.model_dump(by_alias=True, exclude_unset=True)
-            body["response_format"] = form
-        if isinstance(request, ChatRequest):
-            body["messages"] = request.plain_messages
-            if decoding.logprobs is not None:
-                body |= {"logprobs": True, "top_logprobs": decoding.logprobs}
-        else:
-            body["prompt"] = prompt.text
-            if decoding.logprobs is not None:
-                body["logprobs"] = decoding.logprobs
-        return self.engine.adapted(body | self.engine.fields(sent), is_chat="messages" in body)
+
+def adapters_of(pools: Mapping[str, ChosenPool]) -> dict[str, Adapter]:
+    """What the engine must have of all pools. Raises ConfigError for two experts of one name."""
+    adapters: dict[str, Adapter] = {}
+    for expert in (each for pool in pools.values() for each in pool.pool.experts):
+        folder = str(expert.directory.resolve())
+        other = adapters.setdefault(expert.name, Adapter(folder, expert.info.adapter_sha256))
+        if other.folder != folder:
+            raise ConfigError(
+                f"Two experts are called {expert.name!r}: {other.folder} and {folder}; an engine "
+                f"knows them by name, so rename one."
+            )
+    return adapters
 
 
-def _reporter(
-    asked: Asked, sent: Sequence[Weights], chosen: Sequence[Weights], router: str
-) -> Callable[[Progress], RoutingReport | None]:
+def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
+    """What the engine is asked for an answer."""
+    request, (*_, prompt, decoding) = asked.request, asked.answers[number]
+    body: dict[str, Any] = {
+        "max_tokens": decoding.max_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
+        "stream": bool(request.stream),
+    }
+    if request.stream:
+        body["stream_options"] = {"include_usage": True}
+    if decoding.stop:
+        body["stop"] = list(decoding.stop)
+    if decoding.ignores_end:
+        body["ignore_eos"] = True
+    if request.response_format is not None:
+        form = request.response_format.model_dump(by_alias=True, exclude_unset=True)
+        body["response_format"] = form
+    if isinstance(request, ChatRequest):
+        body["messages"] = request.plain_messages
+    else:
+        body["prompt"] = prompt.text
+    return {**engine.plain, **body, **engine.fields(sent)}
+
+
+def _report(
+    asked: Asked,
+    sent: Sequence[Weights],
+    chosen: Sequence[Weights],
+    router: str,
+    progress: Progress,
+) -> RoutingReport | None:
     """What is reported of the routing: an engine's pieces stand for tokens."""
-
-    def report(progress: Progress) -> RoutingReport | None:
-        if not asked.request.routing:
-            return None
-        row = asked.answers[progress.choice].row
-        weights, all_weights = (
-            {name: round(weight, 4) for name, weight in each[row].items()}
-            for each in (sent, chosen)
-        )
-        token = TokenRouting(token=progress.text, part="answer", stream="decoder", experts=weights)
-        return RoutingReport(
-            router=router,
-            k=len(all_weights) or None,
-            experts=list(all_weights),
-            tokens=[token] if progress.text else [],
-            summary=weights,
-            chosen=all_weights if chosen[row] != sent[row] else None,
-        )
-
-    return report
+    if not asked.request.routing:
+        return None
+    row = asked.answers[progress.choice].row
+    weights, all_weights = (
+        {name: round(weight, 4) for name, weight in each[row].items()} for each in (sent, chosen)
+    )
+    token = TokenRouting(token=progress.text, part="answer", stream="decoder", experts=weights)
+    return RoutingReport(
+        router=router,
+        k=len(all_weights) or None,
+        experts=list(all_weights),
+        tokens=[token] if progress.text else [],
+        summary=weights,
+        chosen=all_weights if chosen[row] != sent[row] else None,
+    )
 
 
 def first_of(weights: Mapping[str, float]) -> Weights:

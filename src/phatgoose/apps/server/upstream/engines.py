@@ -1,7 +1,11 @@
-"""An engine's form: which adapters it holds, and how a request names experts to it.
+"""Engines: their forms, and the way to one.
 
-One class for each engine. Forms are those of vLLM 0.32, llama.cpp b11549 and the sources of SGLang
-(docs/engines.md says which of them were run).
+A form says which adapters an engine holds, and how a request names experts to it. Forms are those
+of vLLM 0.32 and llama.cpp b11549 (docs/engines.md says what was run).
+
+Each answer is one request to the engine, so that prompts of one request may have different experts.
+It is never sent again: with sampling, a second answer would go on otherwise. What an engine that
+breaks off has said so far is not taken back: the stream ends with the error.
 """
 
 from __future__ import annotations
@@ -9,39 +13,49 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import httpx2
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from ....errors import ConfigError, EngineAwayError
-from ....files import one_line, shortened
-from ..settings import AUTO, ENGINES, UPSTREAM_KEY, Upstream
+from ....files import first_line, one_line
+from ..protocol import ApiError, ChatRequest, Finish, bad_request, for_clients
+from ..replies import Progress
+from ..requests import Asked
+from ..settings import UPSTREAM_KEY, Upstream
 
 CONNECTING = 5.0  # seconds for a connection
 LOOKING = 10.0  # seconds for a question about what the engine has
 LOADING = 300.0  # seconds for it to load one adapter
-PAUSE = 0.5  # seconds between two tries while it is away
 MOST_SHOWN = 200  # characters of what an engine says
-MOST_READ = 8 << 20  # bytes of an answer to such a question
-OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}  # owned_by of models
+CHECKING = 2.0  # seconds between two looks at whether the engine is well
+MOST_READ = 8 << 20  # bytes of an answer to a question about the engine
+MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
+MOST_TOKEN = 512  # bytes that a token may take in a whole answer
+BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailable"
+CUT = ("abort", "error")  # reasons that end an answer before its end
 
 log = logging.getLogger(__name__)
 
 
-class TooMuchError(Exception):
+class TooMuchError(httpx2.HTTPError):
     """An answer of more bytes than it may have."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The engine answers more than {most} bytes.")
 
 
 def client_of(upstream: Upstream) -> httpx2.AsyncClient:
     """Connections to an engine; a proxy of the environment is not for what stands behind us."""
     return httpx2.AsyncClient(
         base_url=upstream.root,
-        headers=upstream.headers,
+        headers={"Authorization": f"Bearer {upstream.key}"} if upstream.key else {},
         timeout=httpx2.Timeout(None, connect=CONNECTING),
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
         trust_env=False,
@@ -50,13 +64,13 @@ def client_of(upstream: Upstream) -> httpx2.AsyncClient:
 
 
 async def content_of(reply: httpx2.Response, most: int) -> bytes:
-    """A response's body of at most `most` bytes. Raises TooMuchError, HTTPError."""
+    """A response's body of at most `most` bytes. Raises HTTPError, as TooMuchError for more."""
     content = bytearray()
     try:
         async for piece in reply.aiter_bytes():
             content += piece
             if len(content) > most:
-                raise TooMuchError
+                raise TooMuchError(most)
     finally:
         with suppress(httpx2.HTTPError):
             await reply.aclose()
@@ -73,327 +87,411 @@ def said_by(content: bytes, key: str | None) -> str:
     except (ValueError, RecursionError):
         said = content.decode(errors="replace")
     while isinstance(said, Mapping):
-        keys = ("error", "message", "detail", "error_message")
+        keys = ("error", "message", "detail")
         said = next((said[key] for key in keys if key in said), json.dumps(dict(said)))
     text = str(said)
     for each in (key, json.dumps(key)[1:-1]) if key else ():
         text = text.replace(each, "…")
-    return one_line(text, MOST_SHOWN)
+    return one_line(text, MOST_SHOWN).rstrip(".")
+
+
+# What is read of an engine's answers; anything may stand beside it.
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Card(_Form):
+    id: str
+    parent: str | None = None
+    owned_by: str = ""
+    max_model_len: int | None = None
+
+
+class _Cards(_Form):
+    data: Annotated[list[_Card], Field(min_length=1)]
+
+
+class _Numbered(_Form):
+    id: int
+    path: str
+
+
+class _Slot(_Form):
+    n_ctx: int | None = None
+
+
+class _Props(_Form):
+    default_generation_settings: _Slot
+
+
+class _Message(_Form):
+    role: Any = None
+    content: str | None = None
+
+
+class _Choice(_Form):
+    text: str | None = None
+    message: _Message | None = None
+    delta: _Message | None = None
+    finish_reason: str | None = None
+
+    @property
+    def said(self) -> _Message:
+        return self.delta or self.message or _Message(content=self.text)
+
+
+class _Usage(_Form):
+    completion_tokens: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
+
+
+class _Answer(_Form):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
 
 
 class Adapter(NamedTuple):
-    """An expert that the engine must have: its folder here, and its adapter's hash."""
+    """An expert that the engine must have: its folder, and its adapter's hash."""
 
     folder: str
     content: str
 
 
-class Adapters(NamedTuple):
-    """What an engine holds: adapters by the name that a request gives them, and its base."""
-
-    base: str
-    ids: Mapping[str, str]
-    context: int | None = None
-    numbers: tuple[int, ...] = ()  # of all adapters, where a request names them so
-
-
 class Engine(ABC):
     """One engine's form: `look` at it, `load` into it, and the `fields` that choose experts.
 
-    `mixes` says whether a request may name several adapters with weights. `plain` are the fields
-    that turn off what the engine would otherwise do to the probabilities.
+    `owner` is whose its models are, as it says itself. `mixes` says whether a request may name
+    several adapters with weights. `plain` are the fields that turn off what the engine would
+    otherwise do to the probabilities. After a look there are the name of its `base`, its `context`,
+    and the `ids` of its adapters by name.
     """
 
     label: ClassVar[str]
+    owner: ClassVar[str]
     mixes: ClassVar[bool] = False
-    plain: ClassVar[Mapping[str, Any]] = {}
-    remedy: ClassVar[str]
+    plain: ClassVar[Mapping[str, Any]]
+    base: str
+    context: int | None
+    ids: Mapping[str, Any]
 
     def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.adapters = Adapters("", {})
-        self.contents: dict[str, str] = {}  # hashes of the adapters that it holds
-        self.lock = asyncio.Lock()  # for whoever prepares it
+        self._upstream = upstream
+        self._contents: dict[str, str] = {}  # hashes of the adapters that it holds
 
     @abstractmethod
-    async def look(self, client: httpx2.AsyncClient) -> Adapters:
-        """The adapters that the engine holds now. Raises EngineAwayError, ConfigError."""
+    async def look(self, client: httpx2.AsyncClient) -> None:
+        """See what the engine holds now. Raises EngineAwayError, ConfigError."""
 
-    async def load(self, client: httpx2.AsyncClient, name: str, at: str, *, again: bool) -> bool:
-        """Have the engine load the adapter `at` a folder; False if it can't at run time.
-
-        `again` is for an adapter whose name it holds already.
-        """
-        return False
+    async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
+        """Have the engine load the adapter in a `folder`; what it says of that."""
+        return "it reads adapters when it starts"
 
     @abstractmethod
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         """The fields of a request that has these experts, by name; the base's for none."""
 
-    def adapted(self, body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
-        """A request of OpenAI's protocol as this engine takes it."""
-        return {**self.plain, **body}
-
     async def prepare(self, client: httpx2.AsyncClient, experts: Mapping[str, Adapter]) -> None:
-        """Look again, and load the experts that the engine lacks, or has from before they changed.
+        """Look again, and load the experts that the engine lacks.
 
-        Raises EngineAwayError, and ConfigError that names every expert that isn't there after all.
+        Raises EngineAwayError, and ConfigError that names every expert that isn't there after all,
+        or is there from before it changed: what an engine has under a name stays what it was.
         """
-        here, refused = await self._looked(client), dict[str, str]()
-        for name, adapter in experts.items():
-            again = name in here.ids
-            if again and self.contents.get(name, adapter.content) == adapter.content:
-                continue
-            try:
-                if not await self.load(client, name, self.seen_at(adapter.folder), again=again):
-                    refused[name] = ""
-            except ConfigError as error:
-                refused[name] = one_line(error, MOST_SHOWN)
-        self.adapters = here = await self._looked(client)
-        missing = [name for name in experts if name not in here.ids]
-        changed = [name for name in refused if name not in missing]
-        here_now = set(experts) - {*missing, *changed}
-        self.contents |= {name: experts[name].content for name in here_now}
-        faults = [f"lacks {', '.join(missing)}"] if missing else []
-        faults += [f"has {', '.join(changed)} from before it changed"] if changed else []
-        if faults:
-            why = next((f" ({said})" for said in refused.values() if said), "")
-            where = f"{self.label} at {self.upstream.root}"
-            raise ConfigError(f"{where} {' and '.join(faults)}{why}. {self.remedy}")
-
-    async def _looked(self, client: httpx2.AsyncClient) -> Adapters:
-        try:
-            return await self.look(client)
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        await self.look(client)
+        said = ""
+        for name in experts.keys() - self.ids.keys():
+            self._contents.pop(name, None)
+            said = await self.load(client, name, experts[name].folder)
+        if said:
+            await self.look(client)
+        lacking = [
+            name
+            for name, adapter in experts.items()
+            if name not in self.ids
+            or self._contents.setdefault(name, adapter.content) != adapter.content
+        ]
+        if lacking:
             raise ConfigError(
-                f"What answers at {self.upstream.root} has not the form of {self.label}: "
-                f"{type(error).__name__} {one_line(error, MOST_SHOWN)}."
-            ) from error
-
-    def seen_at(self, folder: str) -> str:
-        """Where the engine sees an expert's `folder`."""
-        if self.upstream.experts_at is None:
-            return folder
-        name = PureWindowsPath(folder).name or PurePosixPath(folder).name
-        return f"{self.upstream.experts_at.rstrip('/')}/{name}"
+                f"{self.label} at {self._upstream.root} lacks {', '.join(lacking)} as the pool has "
+                f"them now ({said or 'they changed'}). Start it as phatgoose export --engine "
+                f"{self.label.lower()} writes it."
+            )
 
 
-class ByModel(Engine):
-    """Engines whose requests name one adapter in `model`, and whose models list adapters."""
+class Vllm(Engine):
+    """A request names one adapter in `model`, and models list adapters beside their base."""
 
-    plain: ClassVar[Mapping[str, Any]] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-    loads_at: ClassVar[str]
-
-    async def look(self, client: httpx2.AsyncClient) -> Adapters:
-        cards = _cards(await _asked(client, "/v1/models"))
-        bases = [card for card in cards if not card.get("parent")]
-        base = (bases or cards)[0]
-        by_name = {str(card["id"]).removeprefix(f"{base['id']}:"): card for card in cards}
-        del by_name[str(base["id"])]
-        ids = {name: str(card["id"]) for name, card in by_name.items()}
-        return Adapters(str(base["id"]), ids, _number(base.get("max_model_len")))
-
-    async def load(self, client: httpx2.AsyncClient, name: str, at: str, *, again: bool) -> bool:
-        body = {"lora_name": name, "lora_path": at}
-        return not again and await self._does(client, self.loads_at, body)
-
-    async def _does(self, client: httpx2.AsyncClient, path: str, body: Mapping[str, Any]) -> bool:
-        reply = await _sent(client, "POST", path, json=body, timeout=LOADING)
-        if reply.status_code not in (403, 404, 405) and reply.is_error:
-            raise ConfigError(_said(reply))
-        return not reply.is_error
-
-    def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
-        (name,) = weights or (None,)
-        return {"model": self.adapters.base if name is None else self.adapters.ids[name]}
-
-
-class Vllm(ByModel):
     label = "vLLM"
-    loads_at = "/v1/load_lora_adapter"
-    remedy = (
-        "Start it with --enable-lora and --lora-modules NAME=FOLDER for each, or with "
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment so that they can be loaded now "
-        "(phatgoose export --engine vllm writes the command); where it sees the experts in "
-        "another folder, name that with --upstream-experts."
-    )
+    owner = "vllm"
+    plain: ClassVar[Mapping[str, Any]] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
-    async def load(self, client: httpx2.AsyncClient, name: str, at: str, *, again: bool) -> bool:
-        body = {"lora_name": name, "lora_path": at}
-        if again:
-            # What vLLM has loaded in place it reads again at every step (its issue 33791), also
-            # what has changed since. So that only shows that it can have the adapter.
-            if not await self._does(client, self.loads_at, {**body, "load_inplace": True}):
-                return False
-            await self._does(client, "/v1/unload_lora_adapter", {"lora_name": name})
-        return await self._does(client, self.loads_at, body)
+    async def look(self, client: httpx2.AsyncClient) -> None:
+        cards = (await _read(client, "/v1/models", _Cards)).data
+        base = next((card for card in cards if card.parent is None), cards[0])
+        self.base, self.context = base.id, base.max_model_len
+        self.ids = {card.id: card.id for card in cards if card is not base}
 
-    def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
-        # vLLM knows cached beginnings by the adapter's name alone (its issue 42125): one that was
-        # loaded again in place would go on from what the one before has read.
-        salts = [self.contents[name] for name in weights if name in self.contents]
-        return super().fields(weights) | ({"cache_salt": salts[0]} if salts else {})
-
-
-class Sglang(ByModel):
-    label = "SGLang"
-    loads_at = "/load_lora_adapter"
-    remedy = (
-        "Start it with --enable-lora and --lora-paths NAME=FOLDER for each, or with "
-        "--max-lora-rank and --lora-target-modules so that they can be loaded now (phatgoose "
-        "export --engine sglang writes the command)."
-    )
+    async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
+        body = {"lora_name": name, "lora_path": folder}
+        reply = await _sent(client, "POST", "/v1/load_lora_adapter", LOADING, body)
+        return said_by(reply.content, self._upstream.key)
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         (name,) = weights or (None,)
-        base = self.adapters.base
-        return {"model": base if name is None else f"{base}:{name}"}
+        return {"model": self.base if name is None else self.ids[name]}
 
 
 class LlamaCpp(Engine):
     """llama-server: adapters have numbers, and a request gives each its scale."""
 
     label = "llama.cpp"
+    owner = "llamacpp"
     mixes = True
     plain: ClassVar[Mapping[str, Any]] = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
-    remedy = (
-        "Start llama-server with --lora NAME.gguf,NAME.gguf for all of them and "
-        "--lora-init-without-apply; a file is found by its name (phatgoose export --engine "
-        "llama.cpp writes files and command)."
-    )
 
-    async def look(self, client: httpx2.AsyncClient) -> Adapters:
-        listed = await _asked(client, "/lora-adapters")
-        if not isinstance(listed, list):
-            raise ConfigError(f"{self.label} lists no adapters, but {shortened(listed)}.")
-        by_folder, by_file = dict[str, str](), dict[str, str]()
-        for each in listed:
-            path = PurePosixPath(str(each["path"]).replace("\\", "/"))
-            by_folder.setdefault(path.parent.name, str(each["id"]))
-            by_file[path.stem] = str(each["id"])  # a file's own name counts before its folder's
-        props = await _asked(client, "/props")
-        context = dict(props.get("default_generation_settings") or {}).get("n_ctx")
-        cards = _cards(await _asked(client, "/v1/models"))
-        numbers = tuple(int(each["id"]) for each in listed)
-        return Adapters(str(cards[0]["id"]), {**by_folder, **by_file}, _number(context), numbers)
+    async def look(self, client: httpx2.AsyncClient) -> None:
+        by_folder, by_file = dict[str, int](), dict[str, int]()
+        for each in await _read(client, "/lora-adapters", list[_Numbered]):
+            path = PurePosixPath(each.path.replace("\\", "/"))
+            by_folder.setdefault(path.parent.name, each.id)
+            by_file[path.stem] = each.id  # a file's own name counts before its folder's
+        props = await _read(client, "/props", _Props)
+        cards = await _read(client, "/v1/models", _Cards)
+        self.base, self.context = cards.data[0].id, props.default_generation_settings.n_ctx
+        self.ids = {**by_folder, **by_file}
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
-        scales = {int(self.adapters.ids[name]): weight for name, weight in weights.items()}
+        scales = {self.ids[name]: weight for name, weight in weights.items()}
         # All of them: of an empty list the server takes its own scales, by default 1 for each.
-        numbers = self.adapters.numbers
+        numbers = sorted({*self.ids.values()})
         lora = [{"id": number, "scale": scales.get(number, 0.0)} for number in numbers]
-        return {"model": self.adapters.base, "lora": lora}
-
-    def adapted(self, body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
-        body = super().adapted(body, is_chat=is_chat)
-        name = "top_logprobs" if is_chat else "logprobs"
-        if name in body:
-            body[name] = max(1, body[name])  # 0 would mean none at all
-        return body
+        return {"model": self.base, "lora": lora}
 
 
-FORMS: dict[str, type[Engine]] = dict(zip(ENGINES, (Vllm, Sglang, LlamaCpp), strict=True))
+FORMS: tuple[type[Engine], ...] = (Vllm, LlamaCpp)
 
 
-def connected(upstream: Upstream, experts: Mapping[str, Adapter]) -> Engine:
-    """The engine at `upstream`, which holds the `experts`, by name.
-
-    It may take `upstream.wait` seconds to come up. Raises ConfigError when it doesn't, is none
-    that is known, or lacks experts that it can't load now.
-    """
-
-    async def connect() -> Engine:
-        end, is_said = time.monotonic() + upstream.wait, False
-        async with client_of(upstream) as client:
-            while True:
-                try:
-                    engine = FORMS[await _kind(upstream, client)](upstream)
-                    await engine.prepare(client, experts)
-                    return engine
-                except EngineAwayError as error:
-                    if time.monotonic() > end:
-                        raise
-                    if not is_said:
-                        log.warning("Waiting for the engine: %s", one_line(error, MOST_SHOWN))
-                    is_said = True
-                    await asyncio.sleep(PAUSE)
-
-    return asyncio.run(connect())
+async def _engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
+    """What answers at `upstream`, not looked at yet. Raises EngineAwayError, ConfigError."""
+    cards = await _read(client, "/v1/models", _Cards)
+    owners = {card.owned_by for card in cards.data}
+    for form in FORMS:
+        if form.owner in owners:
+            return form(upstream)
+    labels = " nor ".join(form.label for form in FORMS)
+    raise ConfigError(f"What answers at {upstream.root} is neither {labels}.")
 
 
-async def is_well(client: httpx2.AsyncClient) -> bool:
-    """True where the engine says that it can answer."""
-    try:
-        async with client.stream("GET", "/health", timeout=LOOKING) as reply:  # unread
-            return reply.is_success
-    except httpx2.HTTPError:
-        return False
-
-
-async def _kind(upstream: Upstream, client: httpx2.AsyncClient) -> str:
-    if upstream.kind != AUTO:
-        return upstream.kind
-    reply = await _sent(client, "GET", "/v1/models")
-    owners = [str(c.get("owned_by")) for c in _cards(_json(reply))] if reply.is_success else []
-    for owner in owners:
-        if owner in OWNERS:
-            return OWNERS[owner]
-    raise ConfigError(
-        f"What answers at {upstream.root} is no engine that is known; name it with "
-        f"--upstream-kind: one of {', '.join(ENGINES)}."
-    )
-
-
-async def _asked(client: httpx2.AsyncClient, path: str) -> Any:
+async def _read(client: httpx2.AsyncClient, path: str, form: Any) -> Any:
+    """What the engine answers at `path`, of this form. Raises EngineAwayError, ConfigError."""
     reply = await _sent(client, "GET", path)
-    if reply.is_error:
-        raise ConfigError(f"The engine answered {path} by {reply.status_code}: {_said(reply)}")
-    return _json(reply)
-
-
-async def _sent(
-    client: httpx2.AsyncClient, method: str, path: str, timeout: float = LOOKING, json: Any = None
-) -> httpx2.Response:
-    """An answer to a question about the engine, read. Raises EngineAwayError, ConfigError."""
-    try:
-        request = client.build_request(method, path, json=json, timeout=timeout)
-        reply = await client.send(request, stream=True)
-        content = await content_of(reply, MOST_READ)
-    except TooMuchError as error:
-        message = f"The engine answers {path} by more than {MOST_READ} bytes."
-        raise ConfigError(message) from error
-    except httpx2.HTTPError as error:
-        why = one_line(error, MOST_SHOWN) or type(error).__name__
-        raise EngineAwayError(f"The engine at {client.base_url} is away: {why}.") from error
-    reply = httpx2.Response(reply.status_code, content=content, request=reply.request)
-    if reply.status_code in (401, 403) and method == "GET":
+    if reply.status_code in (401, 403):
         raise ConfigError(
             f"The engine at {client.base_url} refuses the key; set {UPSTREAM_KEY} to its own."
         )
-    if reply.status_code == 503:
-        raise EngineAwayError(f"The engine at {client.base_url} isn't ready: {_said(reply)}")
-    return reply
-
-
-def _json(reply: httpx2.Response) -> Any:
     try:
-        return reply.json()
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"The engine answered {reply.url.path} by no JSON.") from error
+        return TypeAdapter(form).validate_json(reply.content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise ConfigError(
+            f"What answers at {client.base_url} is no engine that is known: {path} (status "
+            f"{reply.status_code}) has another form: {one_line(why, MOST_SHOWN)}."
+        ) from error
 
 
-def _cards(listed: Any) -> list[dict[str, Any]]:
-    cards = listed.get("data") if isinstance(listed, Mapping) else None
-    if not isinstance(cards, list) or not all(isinstance(c, dict) and "id" in c for c in cards):
-        raise ConfigError(f"The engine's models are {shortened(listed)}; wanted a list of them.")
-    if not cards:
-        raise EngineAwayError("The engine has no model yet.")
-    return cards
+async def _sent(
+    client: httpx2.AsyncClient, method: str, path: str, seconds: float = LOOKING, body: Any = None
+) -> httpx2.Response:
+    """An answer to a question about the engine, read. Raises EngineAwayError."""
+    try:
+        request = client.build_request(method, path, json=body, timeout=seconds)
+        reply = await client.send(request, stream=True)
+        content = await content_of(reply, MOST_READ)
+    except httpx2.HTTPError as error:
+        raise EngineAwayError(
+            f"The engine at {client.base_url} is away: {first_line(error)}."
+        ) from error
+    if reply.status_code == 503:
+        raise EngineAwayError(f"The engine at {client.base_url} isn't ready.")
+    return httpx2.Response(reply.status_code, content=content)
 
 
-def _number(context: Any) -> int | None:
-    return context if isinstance(context, int) else None
+class Link:
+    """Connections to an engine that has the `experts`, and whether it is well.
+
+    It may come later than the gateway, and be restarted.
+    """
+
+    experts: Mapping[str, Adapter]
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.engine: Engine | None = None  # what answered last
+        self.is_well = False
+        self._is_known = False  # what it holds: not since it was away
+        self._problem = ""  # why it can't be used
+        self._lock = asyncio.Lock()  # for whoever prepares it
+
+    def open(self) -> None:
+        self._client = client_of(self.upstream)
+        self._timer = asyncio.ensure_future(self._watch())
+
+    async def close(self) -> None:
+        self._timer.cancel()
+        await asyncio.wait([self._timer])
+        await self._client.aclose()
+
+    async def take(self, experts: Mapping[str, Adapter]) -> None:
+        """Have these experts from now on. Raises ConfigError where the engine can't load them."""
+        async with self._lock:
+            if self.engine is not None:
+                await self.engine.prepare(self._client, experts)
+            self.experts = experts
+
+    async def ready(self) -> Engine:
+        """The engine, which has the experts. Raises ApiError while it is away."""
+        try:
+            async with self._lock:  # what is wanted may change with what is being loaded
+                if self.engine is None or not self._is_known:
+                    engine = await _engine_at(self.upstream, self._client)
+                    await engine.prepare(self._client, self.experts)
+                    self.engine = engine
+        except Exception as error:
+            self.is_well, said = False, one_line(error)
+            if said != self._problem:  # once, not with every look
+                log.warning("The engine can't be used: %s", said)
+            self._problem = said
+            raise _away("The engine behind this server is away; try again.") from error
+        self.is_well, self._is_known, self._problem = True, True, ""
+        return self.engine
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                async with self._client.stream("GET", "/health", timeout=LOOKING) as reply:
+                    answers = reply.is_success
+            except httpx2.HTTPError:
+                answers = False
+            if not answers:
+                self.is_well = self._is_known = False
+            with suppress(ApiError):
+                await self.ready()
+            await asyncio.sleep(CHECKING)
+
+    async def bring(
+        self, fields: Callable[[Engine], dict[str, Any]], number: int, asked: Asked, events: Any
+    ) -> None:
+        """Put into `events` what the engine answers to the body that `fields` makes for it.
+
+        Raises ApiError when the engine is away, refuses the request, or fails.
+        """
+        pieces, generated, finish = 0, 0, None
+        most = MOST_EVENT + MOST_TOKEN * asked.answers[number].decoding.max_tokens
+        response = await self._response(fields, isinstance(asked.request, ChatRequest))
+        kind = response.headers.get("content-type", "")
+        is_stream = asked.request.stream and kind.startswith("text/event-stream")
+        contents = _events(response) if is_stream else _one(response, most)
+        try:
+            async with aclosing(contents):
+                async for content in contents:
+                    answer = self._read(content)
+                    generated = (answer.usage and answer.usage.completion_tokens) or generated
+                    for choice in (answer.choices or [])[:1]:
+                        finish, text = choice.finish_reason or finish, choice.said.content or ""
+                        extra = choice.said.model_extra or {}
+                        more = {name: value for name, value in extra.items() if value}
+                        pieces += bool(text)
+                        if text or more:
+                            await events.put(Progress(number, text, generated=pieces, more=more))
+        except TooMuchError as error:
+            raise ApiError(502, str(error), code=FAILED) from error
+        except httpx2.HTTPError as error:
+            self._is_known = False
+            raise _broken("in the middle of its answer") from error
+        except ValueError as error:
+            message = "The engine's answer is no JSON, or has not the form of OpenAI's."
+            raise ApiError(502, message, code=BROKEN) from error
+        # It was ended, but not its answer; or it holds none.
+        if finish in CUT or (finish is None and (is_stream or not pieces)):
+            raise _broken("in the middle of its answer")
+        end: Finish = "length" if finish == "length" else "stop"
+        await events.put(Progress(number, "", finish=end, generated=generated or pieces))
+
+    async def _response(
+        self, fields: Callable[[Engine], dict[str, Any]], is_chat: bool
+    ) -> httpx2.Response:
+        engine = await self.ready()
+        path = "/v1/chat/completions" if is_chat else "/v1/completions"
+        try:
+            request = self._client.build_request("POST", path, json=fields(engine))
+            response = await self._client.send(request, stream=True)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, KeyError) as error:
+            # Nothing was sent. KeyError: a change of a pool that failed has lost an expert.
+            self._is_known = False
+            raise _away("The engine behind this server is away; try again.") from error
+        except httpx2.HTTPError as error:
+            self._is_known = False
+            raise _broken("before its answer began") from error
+        if response.is_error:
+            raise await self._refusal(response)
+        return response
+
+    async def _refusal(self, response: httpx2.Response) -> ApiError:
+        content = b""
+        with suppress(httpx2.HTTPError):  # broken off, or more than can be read
+            content = await content_of(response, MOST_EVENT)
+        status, said = response.status_code, self._said(content)
+        if status in (400, 413, 422):
+            return bad_request(f"The engine refuses the request: {said}.", code="upstream_refused")
+        if status in (429, 503):
+            seconds = response.headers.get("retry-after", "")[:20]
+            message = f"The engine can't take the request now: {said}."
+            return _away(message, status, seconds if seconds.isdecimal() else "1")
+        if status == 404:  # it doesn't know the adapter any more
+            self._is_known = False
+            return _away(f"The engine doesn't know the expert now: {said}.")
+        if status in (401, 403):
+            return ApiError(502, "The engine refuses this server's key.", code="upstream_key")
+        return ApiError(502, f"The engine failed by {status}: {said}.", code=FAILED)
+
+    def _said(self, content: bytes) -> str:
+        return for_clients(said_by(content, self.upstream.key))
+
+    def _read(self, content: bytes) -> _Answer:
+        value = from_json(content, allow_inf_nan=False)
+        if isinstance(value, dict) and "error" in value:
+            raise ApiError(502, f"The engine failed: {self._said(content)}.", code=FAILED)
+        return _Answer.model_validate(value)
 
 
-def _said(reply: httpx2.Response) -> str:
-    return said_by(reply.content, reply.request.headers.get("Authorization", "")[len("Bearer ") :])
+def _away(message: str, status: int = 503, seconds: str = "1") -> ApiError:
+    return ApiError(status, message, code=AWAY, headers={"Retry-After": seconds})
+
+
+def _broken(when: str) -> ApiError:
+    return ApiError(502, f"The engine broke off {when}.", code=BROKEN)
+
+
+async def _one(response: httpx2.Response, most: int) -> AsyncGenerator[bytes, None]:
+    yield await content_of(response, most)
+
+
+async def _events(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
+    """The data of server-sent events; comments and other fields are left out."""
+    left = b""
+    try:
+        # By hand: httpx2 would end lines at U+2028 too, which JSON may hold.
+        async for content in response.aiter_bytes():
+            *lines, left = (left + content).split(b"\n")
+            if len(left) > MOST_EVENT:
+                raise TooMuchError(MOST_EVENT)
+            for line in lines:
+                if line.startswith(b"data:"):
+                    event = line[5:].strip()
+                    if event == b"[DONE]":
+                        return
+                    yield event
+    finally:
+        with suppress(httpx2.HTTPError):
+            await response.aclose()

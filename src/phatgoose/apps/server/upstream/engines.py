@@ -44,7 +44,7 @@ CUT = ("abort", "error")  # reasons that end an answer before its end
 log = logging.getLogger(__name__)
 
 
-class TooMuchError(httpx2.HTTPError):
+class TooMuchError(Exception):
     """An answer of more bytes than it may have."""
 
     def __init__(self, most: int) -> None:
@@ -64,7 +64,7 @@ def client_of(upstream: Upstream) -> httpx2.AsyncClient:
 
 
 async def content_of(reply: httpx2.Response, most: int) -> bytes:
-    """A response's body of at most `most` bytes. Raises HTTPError, as TooMuchError for more."""
+    """A response's body of at most `most` bytes. Raises HTTPError, TooMuchError."""
     content = bytearray()
     try:
         async for piece in reply.aiter_bytes():
@@ -308,7 +308,7 @@ async def _sent(
         request = client.build_request(method, path, json=body, timeout=seconds)
         reply = await client.send(request, stream=True)
         content = await content_of(reply, MOST_READ)
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, TooMuchError) as error:
         raise EngineAwayError(
             f"The engine at {client.base_url} is away: {first_line(error)}."
         ) from error
@@ -439,7 +439,7 @@ class Link:
 
     async def _refusal(self, response: httpx2.Response) -> ApiError:
         content = b""
-        with suppress(httpx2.HTTPError):  # broken off, or more than can be read
+        with suppress(httpx2.HTTPError, TooMuchError):  # broken off, or more than can be read
             content = await content_of(response, MOST_EVENT)
         status, said = response.status_code, self._said(content)
         if status in (400, 413, 422):

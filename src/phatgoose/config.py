@@ -404,9 +404,9 @@ class Serving(Settings):
         NOT_NEGATIVE,
     ] = 256
     max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000
-    watch: Annotated[
-        bool, "Open pools and routed models again when their folder or manifest has changed."
-    ] = False
+    watch: Annotated[bool, "Open pools and routed models again when their folder has changed."] = (
+        False
+    )
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     shutdown_timeout: Annotated[
         int, "Seconds for running requests to finish after a signal to stop.", AT_LEAST_1

@@ -128,12 +128,11 @@ def test_a_saved_routed_model_is_opened_as_it_was_saved(llama_pool, llama, tmp_p
         PhatgooseLM(pool=str(tmp_path / "routed"), k=2)
 
 
-def test_a_manifest_and_another_place_of_the_base_are_taken(llama_pool, base_folders, tmp_path):
-    llama_pool.write_manifest(tmp_path / "pool.json")
+def test_another_place_of_the_base_is_taken(llama_pool, base_folders, tmp_path):
     moved = tmp_path / "moved"
     moved.symlink_to(base_folders["llama"])
     opened = PhatgooseLM.create_from_arg_string(
-        f"pool={tmp_path / 'pool.json'},base={moved},batch_size=4,kernel=reference",
+        f"pool={folder_of(llama_pool)},base={moved},batch_size=4,kernel=reference",
         {"batch_size": 1, "max_batch_size": None, "device": "cpu"},
     )
     parts = composition_of(opened.model)

@@ -22,7 +22,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import OURS
 from phatgoose.routing.saved import save
 from routed_models import with_embeddings
-from tiny import logits_of, make_adapter, make_ids, make_model, make_tokenizer
+from tiny import logits_of, make_ids, make_model, make_tokenizer
 
 
 def test_there_is_a_method_for_every_router_and_the_base():
@@ -177,11 +177,3 @@ def test_a_reference_pool_that_cannot_be_routed_is_told_at_once(write, tmp_path,
         write(name, gates={}, base=llama.reference)
     with pytest.raises(PoolError, match="have no gates"):
         reference_row("joint", tmp_path / "pool", ROUTING)
-
-
-@pytest.mark.parametrize("kind", ["llama"], indirect=True)
-def test_adapters_that_are_no_experts_yet_stay_in_this_process(base, tmp_path):
-    make_adapter(base, tmp_path / "adapters" / "a")
-    (row,) = rows_of(Pool.open(tmp_path / "adapters"), ["arrow"], ROUTING)
-    with pytest.raises(PoolError, match=r"'a' is an adapter, .* 'phatgoose import' first"):
-        row.portable()

@@ -1,4 +1,4 @@
-"""Sharing over HTTP: push, pull, hub references in pools and manifests, the offline cache."""
+"""Sharing over HTTP: push, pull, hub references in pools, the offline cache."""
 
 from __future__ import annotations
 
@@ -243,35 +243,12 @@ def test_hub_references_stand_wherever_a_folder_does(hub, pair, llama, tmp_path)
     assert paths[1] == str(pair[1])
 
 
-def test_a_manifest_pins_the_commit_and_every_hash(hub, pair, tmp_path):
-    pinned = [push(folder, f"me/{folder.name}") for folder in pair]
-    Pool.open(["hub:me/e0@main", "hub:me/e1"]).write_manifest(tmp_path / "pool.json")
-    written = json.loads((tmp_path / "pool.json").read_text())
-    assert [expert["path"] for expert in written["experts"]] == [str(each) for each in pinned]
-    assert all(
-        expert[f"{part}_sha256"] is not None
-        for expert in written["experts"]
-        for part in ("config", "adapter", "vectors")
-    )
-    assert written["base"]["fingerprint"] is not None
-    push(pair[1], "me/e0")  # what the branch means has changed; the manifest's meaning has not
-    shutil.rmtree(tmp_path / "cache")
-    elsewhere = tmp_path / "another" / "machine" / "pool.json"
-    elsewhere.parent.mkdir(parents=True)
-    shutil.copyfile(tmp_path / "pool.json", elsewhere)
-    again = Pool.open(elsewhere)
-    for expert, folder in zip(again.experts, pair, strict=True):
-        assert contents(expert.directory) == contents(folder)
-    again.write_manifest(tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "pool.json").read_bytes()
-
-
 def test_what_was_fetched_once_is_there_offline(hub, pair, tmp_path, monkeypatch):
     pinned = push(pair[0], "me/e0")
-    Pool.open("hub:me/e0").write_manifest(tmp_path / "pool.json")
+    Pool.open("hub:me/e0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    for place in ("hub:me/e0", "hub:me/e0@main", str(pinned), tmp_path / "pool.json"):
+    for place in ("hub:me/e0", "hub:me/e0@main", str(pinned)):
         assert Pool.open(place).names == ("e0",)
     with pytest.raises(ExpertError, match="can't be fetched"):
         Pool.open("hub:me/e1")

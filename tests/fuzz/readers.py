@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a manifest may name the Hub
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -41,7 +41,6 @@ from phatgoose.apps.server.requests import parsed
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert, info_json, read_info
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.experts.pool import Pool
 from phatgoose.files import (
     MOST_NESTED,
     TensorFile,
@@ -189,21 +188,6 @@ def expert(data: bytes) -> None:
     return None
 
 
-def manifest(data: bytes) -> None:
-    """A manifest beside an expert named "a"."""
-    folder = _place() / "pool"
-    if not folder.exists():
-        shutil.copytree(GOLDEN, folder / "a")
-    path = folder / "pool.json"
-    path.write_bytes(data)
-    try:
-        pool = Pool.open(path)
-    except PhatgooseError as error:
-        return _refused(error, names_files=True)
-    _wanted(len(pool) > 0, "an empty pool")
-    return None
-
-
 def description(data: bytes) -> None:
     """`routed.json` by itself."""
     try:
@@ -288,7 +272,7 @@ def _request(kind: Any, data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (strict_json, tensor_file, expert_info, expert, manifest)
+    target.__name__: target for target in (strict_json, tensor_file, expert_info, expert)
 } | {target.__name__: target for target in (description, saved, patterns, completion, chat)}
 
 

@@ -15,16 +15,14 @@ from tiny import logits_of, make_adapter, make_ids
 
 @pytest.fixture
 def places(llama, llama_pool, tmp_path):
-    """The same pool as a folder, a manifest and a routed model, one expert, and the base."""
+    """The same pool as a folder and a routed model, one expert, and the base."""
     model = compose(llama_pool, llama, router="arrow")
     save(model, tmp_path / "routed")
     wanted = logits_of(model, make_ids())
     detach(model)
-    llama_pool.write_manifest(tmp_path / "pool.json")
     expert = llama_pool.experts[0].directory
     return {
         "folder": expert.parent,
-        "manifest": tmp_path / "pool.json",
         "routed": tmp_path / "routed",
         "expert": expert,
         "base": llama.id,
@@ -34,15 +32,11 @@ def places(llama, llama_pool, tmp_path):
 def test_places_are_told_apart(places):
     where, _ = places
     assert [name for name, place in where.items() if is_routed(place)] == ["routed"]
-    assert [name for name, place in where.items() if is_pool(place)] == [
-        "folder",
-        "manifest",
-        "expert",
-    ]
+    assert [name for name, place in where.items() if is_pool(place)] == ["folder", "expert"]
     assert is_pool("hub:me/pool")
 
 
-@pytest.mark.parametrize("name", ["folder", "manifest", "routed"])
+@pytest.mark.parametrize("name", ["folder", "routed"])
 @pytest.mark.parametrize("given", [False, True], ids=["base as named", "base given"])
 def test_a_pool_and_its_routed_model_are_opened_alike(places, llama, name, given):
     where, wanted = places

@@ -269,10 +269,7 @@ def test_a_damaged_directory_is_used_or_refused_in_one_line(world, done, rehash,
         one_line_or(lambda: import_adapter(bare, place / "mine", base=named))
         one_line_or(lambda: import_adapter(bare, place / "lossy", base=named, allow_loss=0.5))
         command("check", folder)
-        command("pool", place / "experts", "--out", place / "pool.json")
-        if (place / "pool.json").exists():
-            assert len(Pool.open(place / "pool.json")) == 1
-            json.loads((place / "pool.json").read_text())
+        command("pool", place / "experts")
         if (place / "mine").exists():
             assert Expert.load(place / "mine").modules
         assert {path: content_of(path) for path in before} == before

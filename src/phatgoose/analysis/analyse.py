@@ -250,7 +250,7 @@ def analyse(
     Every router reads the prompt and the right answer of the same examples.
 
     Args:
-        source: A routed model or its folder, or a pool (folder, manifest).
+        source: A routed model or its folder, or a pool.
         tasks: Tasks, files, or `hub:DATASET`; one or several.
         routers: A pool is composed for each of these in turn; None is the one that `routing` names.
         routing: All other settings; None is `Routing()`.

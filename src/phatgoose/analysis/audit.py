@@ -176,7 +176,7 @@ def _notes(pool: Pool) -> Iterator[str]:
 
 def signs_of(pool: Pool) -> dict[str, Tensor]:
     """The signs of the experts of `pool`, by name, float64 [E] each."""
-    check_alike(pool.experts, {}, {})
+    check_alike(pool.experts, {})
     found = {**_of_updates(pool), **_of_vectors(pool)}
     sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
     usual = Counter(size for size in sizes if size).most_common(1)

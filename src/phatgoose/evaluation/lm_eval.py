@@ -47,7 +47,7 @@ Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, a
 class Opening:
     """Where and how the model is opened: what `--model_args` has beside a routing.
 
-    `pool` is a folder of experts, a manifest, or the folder of a saved routed model. A router's
+    `pool` is a folder of experts, or the folder of a saved routed model. A router's
     settings are joined by '+': router=phatgoose:eps=0.1+temperature=2. `add_eos` lets every
     continuation end with end-of-sequence. Contexts of more than `max_input_tokens` (None: the
     model's maximum) are cut by `truncation`. lm_eval's own flags --batch_size, --max_batch_size and

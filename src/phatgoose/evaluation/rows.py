@@ -113,7 +113,6 @@ class Row:
             return (
                 replace(self, place=absolute(self.place)) if isinstance(self.place, str) else self
             )
-        self.pool.check_on_disk("other processes open experts by their folders")
         places = tuple(record["path"] for record in self.pool.records())
         return replace(self, pool=None, place=places)
 

@@ -185,7 +185,7 @@ class Imports:
 
 
 def adapters_in(place: Path) -> list[Path]:
-    """`place` where it is the folder of an adapter, else those of its folders that are."""
+    """`place` if it is the folder of an adapter or expert, else those of its folders that are."""
     if _is_adapter(place):
         return [place]
     inside = place.iterdir() if place.is_dir() else ()
@@ -193,7 +193,8 @@ def adapters_in(place: Path) -> list[Path]:
 
 
 def _is_adapter(place: Path) -> bool:
-    return any((place / files.config).is_file() for files in formats())
+    names = (LAYOUT.info, *(files.config for files in formats()))
+    return any((place / name).is_file() for name in names)
 
 
 def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: Any) -> Imports:

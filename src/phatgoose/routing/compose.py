@@ -19,7 +19,7 @@ from ..config import Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.kind import check_fit
-from ..experts.pool import MANIFEST, Pool
+from ..experts.pool import Pool
 from ..files import prefetch
 from ..sites import (
     ROUTED,
@@ -170,8 +170,8 @@ def is_routed(place: str | Path) -> bool:
 
 
 def is_pool(place: str | Path) -> bool:
-    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
-    if HubReference.is_one(place) or Path(place).suffix == MANIFEST:
+    """True for an expert's directory, a folder of such, or a reference to the Hub."""
+    if HubReference.is_one(place):
         return True
     is_model = os.path.isfile(os.path.join(place, CONFIG)) or is_routed(place)
     return os.path.isdir(place) and not is_model

@@ -533,8 +533,8 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     router.check(pool)
     check_measured(router, pool, records)
     check_base(pool.base, saved.base)
-    sizes = [{s: each[x] for s, each in saved.sizes.items() if x in each} for x in "nd"]
-    check_alike(pool.experts, *sizes)
+    sizes = {s: {x: each[x] for x in "nd" if x in each} for s, each in saved.sizes.items()}
+    check_alike(pool.experts, sizes)
     if isinstance(router, ByPrompt):
         tables = tables.grown(router.tables(pool))
     parts = {site: saved.at(site) for site in saved.sizes}

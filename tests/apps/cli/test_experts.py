@@ -157,9 +157,9 @@ def test_a_mixed_pool_from_the_command_line(untrained, phat):
     assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
     assert "counting, (IA)³, 6 sites" in checked.out
     assert "reviews, LoRA, 14 sites" in checked.out
-    listed = phat("pool", "new", "--out", "pool.json")
+    listed = phat("pool", "new")
     assert all(kind in listed.out for kind in ("bottleneck", "(IA)³", "LoRA"))
-    composed = phat("compose", "pool.json", "--out", "routed", *BASE)
+    composed = phat("compose", "new", "--out", "routed", *BASE)
     assert (composed.code, composed.err) == (0, "")
     asked = phat("generate", "routed", "Good?", "--show-experts", "--max-new-tokens", "2", *BASE)
     assert asked.code == 0, asked.err

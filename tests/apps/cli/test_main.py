@@ -19,12 +19,11 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert checked.code == 0
     assert checked.out.count("14 sites, gates: yes, means: yes") == 2
 
-    pooled = phat("pool", "experts", "--out", "lists/pool.json")
+    pooled = phat("pool", "experts")
     assert pooled.code == 0
     assert "2 experts" in pooled.out
-    assert (here / "lists" / "pool.json").is_file()
 
-    composed = phat("compose", "lists/pool.json", "--out", "routed", "--k", 1, *BASE)
+    composed = phat("compose", "experts", "--out", "routed", "--k", 1, *BASE)
     assert composed.out == "2 experts at 14 sites, router discriminant, k = 1 -> routed\n"
     assert caplog.messages[-1] == ("Router auto is discriminant.")
     alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=peft", *BASE)

@@ -27,7 +27,7 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, capsys):
     assert told.strip().endswith(f"-> hub:me/reviews@{pushed_now(hub)}")
     assert "e0: 14 sites" in phatgoose("pull", "me/reviews", "--out", tmp_path / "pulled")
     assert contents(tmp_path / "pulled") == contents(pair[0])
-    assert "e0" in phatgoose("pool", "hub:me/reviews", "--out", tmp_path / "pool.json")
+    assert "e0" in phatgoose("pool", "hub:me/reviews")
     hub.add("you/lora", contents(make_adapter(llama, tmp_path / "adapter")))
     told = phatgoose(
         *("import", "you/lora", "--base", llama.id, "--by-path", "--out", tmp_path / "theirs")

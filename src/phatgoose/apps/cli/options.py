@@ -335,14 +335,11 @@ def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
 # A command takes a group as one parameter (`with_flags`) and hands it on whole.
 
 ANOTHER_OUT = "choose another --out"  # for `require_free`
-PoolArgument = Annotated[
-    list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
-]
+PoolArgument = Annotated[list[Path], typer.Argument(help="Folders of experts, or hub:OWNER/NAME.")]
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A routed model's folder, a pool (folder, hub:OWNER/NAME or manifest), or a base "
-        "model alone."
+        help="A routed model's folder, a pool (folder or hub:OWNER/NAME), or a base model alone."
     ),
 ]
 ExpertOut = Annotated[Path, "The expert directory to write."]

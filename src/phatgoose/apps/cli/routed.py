@@ -22,22 +22,18 @@ if TYPE_CHECKING:
 def pool(
     places: Annotated[
         list[Path],
-        typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest."),
+        typer.Argument(help="Folders of experts, or hub:OWNER/NAME."),
     ],
-    out: Annotated[Path | None, "Write a manifest (.json) here."] = None,
     duplicates: Annotated[
         float | None, "List pairs of experts whose updates have at least this cosine, such as 0.99."
     ] = None,
     json: options.JsonOption = None,
 ) -> None:
-    """List a pool's experts; with --out write a manifest."""
+    """List a pool's experts."""
     check_report(json, PoolError)
     from ...analysis.duplicates import near_duplicates
-    from ...experts.pool import check_manifest_name
     from ..tables import duplicates_table, pool_table
 
-    if out:
-        check_manifest_name(out)
     opened = options.open_pool(places)
     content: dict[str, Any] = {"experts": opened.records()}
     tables = [pool_table(opened)]
@@ -45,12 +41,8 @@ def pool(
         found = near_duplicates(opened, duplicates)
         content["duplicates"] = [asdict(each) for each in found]
         tables.append(duplicates_table(found, duplicates))
-    alone = report(json, content, "experts", PoolError)
-    if not alone:
+    if not report(json, content, "experts", PoolError):
         show(*tables)
-    if out:
-        opened.write_manifest(out)
-        say(f"manifest -> {out}", err=alone)
 
 
 def audit(

@@ -20,7 +20,7 @@ def serve(
     model: Annotated[
         list[str],
         typer.Argument(
-            help="Routed models' folders, pools (folder, hub:OWNER/NAME or manifest) or base "
+            help="Routed models' folders, pools (folder or hub:OWNER/NAME) or base "
             "models, each PLACE or NAME=PLACE; a pool's routing may follow as in "
             "arrow=experts?router=arrow&k=3."
         ),

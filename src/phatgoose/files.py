@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from functools import cache, lru_cache
 from importlib import metadata
 from itertools import groupby, islice
@@ -78,34 +79,25 @@ def user_cache() -> Path:
     return home / "phatgoose"
 
 
-def require_regular(path: Path, error: type[PhatgooseError], label: str | None = None) -> int:
-    """The size of the file at `path`, which messages call `label`.
-
-    Raises FileNotFoundError when there is none, `error` for a folder, a pipe or a device.
-    """
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as problem:  # a loop of links, a name with a NUL
-        raise error(f"{label or path} can't be read: {reason(problem)}.") from problem
-    if not stat.S_ISREG(status.st_mode):
-        raise error(f"{label or path} is not a regular file.")
-    return status.st_size
+def regular(path: Path) -> Path:
+    """`path`. OSError, for `reading`, unless it is a regular file: a pipe would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is not a regular file")
+    return path
 
 
 def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
     """`path`, a regular file in its own folder, or in a Hub cache a link to the repository's blobs.
 
-    An expert may come from anywhere, so nothing outside its folder is read on its behalf. Raises as
-    `require_regular`.
+    An expert may come from anywhere, so nothing outside its folder is read on its behalf. Raises
+    `error`.
     """
-    require_regular(path, error)
-    place, folder = path.resolve(), path.parent.resolve()
-    snapshots = (up for up in folder.parents if up.name == "snapshots")
-    blobs = [up.parent / "blobs" for up in snapshots if up.parent.name.startswith("models--")]
-    if not any(place.is_relative_to(known) for known in (folder, *blobs)):
-        raise error(f"{path} is a symbolic link that leads out of its folder; copy the file there.")
+    with reading(path, error):
+        place, folder = regular(path).resolve(), path.parent.resolve()
+        snapshots = (up for up in folder.parents if up.name == "snapshots")
+        blobs = [up.parent / "blobs" for up in snapshots if up.parent.name.startswith("models--")]
+        if not any(place.is_relative_to(allowed) for allowed in (folder, *blobs)):
+            raise OSError("it is a link that leads out of its folder; copy the file there")
     return path
 
 
@@ -118,7 +110,6 @@ def sha256_of(path: Path) -> str:
 # JSON, which may be of others, and TOML and YAML, which users name.
 
 MOST_JSON_BYTES = 16 * 2**20
-DAMAGE = (SafetensorError, struct.error, OSError, KeyError, TypeError, ValueError, RuntimeError)
 UNSHOWN = (
     "missing",
     "value_error",
@@ -136,12 +127,14 @@ def reading(
 ) -> Iterator[None]:
     """What goes wrong while `what` is read becomes an `error` of one line that begins with it.
 
-    That is, the system's errors and those of libraries and checks that find its content damaged.
-    `hint` is added if there is no such file. Our own errors pass as they are.
+    Whoever made a file may make the system and any library raise anything. `hint` is added if there
+    is no such file. Our own errors pass as they are.
     """
     try:
         yield
-    except DAMAGE as problem:
+    except PhatgooseError:
+        raise
+    except Exception as problem:
         raise error(one_line(f"{what} {_what_is_wrong(problem, hint)}", 600)) from problem
 
 
@@ -155,7 +148,8 @@ def _what_is_wrong(problem: Exception, hint: str) -> str:
     if isinstance(problem, KeyError):
         return f"is not valid: it lacks {shortened(*problem.args)}."
     if not hasattr(problem, "errors"):
-        return f"is not valid: {first_line(problem)}."
+        said = one_line(" ".join(str(problem).split()) or type(problem).__name__)
+        return f"is not valid: {said.rstrip('.')}."
     first: Mapping[str, Any] = problem.errors(include_url=False)[0]  # of pydantic
     place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] in UNSHOWN else f", got {shortened(first['input'])}"
@@ -175,7 +169,9 @@ def read_json(
     infinity, not too large and not too deep. Raises only `error`, in one line; see `reading`.
     """
     with reading(path, error, hint):
-        return parse_json(_bounded(path, error), kind)
+        if (size := path.stat().st_size) > MOST_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes; at most {MOST_JSON_BYTES} are read")
+        return parse_json(regular_file(path, error).read_text(encoding="utf-8"), kind)
 
 
 def parse_json(text: str, kind: type[Kind]) -> Kind:
@@ -195,20 +191,13 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _bounded(path: Path, error: type[PhatgooseError]) -> str:
-    if (size := require_regular(regular_file(path, error), error)) > MOST_JSON_BYTES:
-        raise ValueError(f"it has {size} bytes; at most {MOST_JSON_BYTES} are read")
-    return path.read_text(encoding="utf-8")
-
-
 def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
     """The table in a TOML or YAML file of the user's, which messages call a `what`, such as
     "Recipe". Raises only `error`.
     """
     with reading(f"{what} {path}", error):
-        require_regular(path, error, f"{what} {path}")
-        parse = parse_yaml if path.suffix in YAML else tomllib.loads
-        content = parse(path.read_text(encoding="utf-8"))
+        text = regular(path).read_text(encoding="utf-8")
+        content = yaml.load(text, YamlLoader) if path.suffix in YAML else tomllib.loads(text)
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise ValueError("wanted names with values")
     return content
@@ -252,14 +241,6 @@ class YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
 YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
 
 
-def parse_yaml(text: str, loader: Any = YamlLoader) -> Any:
-    """What the YAML `text` holds. Raises ValueError, in one line, for what isn't YAML."""
-    try:
-        return yaml.load(text, Loader=loader)
-    except yaml.YAMLError as error:
-        raise ValueError(one_line(" ".join(str(error).split()))) from error
-
-
 # Untrusted regular expressions, matched in linear time. PEFT matches patterns from an adapter's
 # config with Python's backtracking matcher, which a few nested repetitions can keep busy for ever.
 # Google's RE2 matches here instead. Patterns that RE2 can't match, or reads differently from
@@ -267,9 +248,8 @@ def parse_yaml(text: str, loader: Any = YamlLoader) -> Any:
 
 LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # or one pattern
 BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
-MOST_PATTERNS = 2000
 MOST_CHARACTERS = 2000  # of one pattern
-MOST_NAMES = 20_000  # in a list
+MOST_NAMES = 20_000  # in a list or an object
 PLAIN = re.compile(r"[\w.-]*")  # a name
 # What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
 READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
@@ -285,41 +265,32 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     matchable.
     """
     for key, value in config.items():
-        place = f"{where}: {key}"
-        if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
-            check_patterns(value, place)
-        elif key in LISTS_OF_NAMES and isinstance(value, str):
-            check_patterns([value], place)
-        elif isinstance(value, list) and len(value) > MOST_NAMES:
-            raise ExpertError(f"{place} lists {len(value)} values; at most {MOST_NAMES} are read.")
-        elif key == "layers_pattern":
-            for text in value if isinstance(value, list) else [value]:
-                if text is not None and not PLAIN.fullmatch(str(text)[:MOST_CHARACTERS]):
-                    raise ExpertError(f"{place} is {shortened(text)}, but must be a plain name.")
+        with reading(f"{where}: {key}"):
+            several = value if isinstance(value, list | dict) else [value]
+            if len(several) > MOST_NAMES:
+                raise ValueError(f"it holds {len(several)} values, at most {MOST_NAMES} are read")
+            by_pattern = key.endswith(BY_PATTERN) and isinstance(value, dict)
+            if by_pattern or (key in LISTS_OF_NAMES and isinstance(value, str)):
+                check_patterns(several)
+            elif key == "layers_pattern":
+                for text in filter(None, several):
+                    if not PLAIN.fullmatch(str(text)[:MOST_CHARACTERS]):
+                        raise ValueError(f"{shortened(text)} must be a plain name")
 
 
-def check_patterns(patterns: Iterable[str], where: str) -> None:
-    """Raise ExpertError unless all `patterns`, which `where` holds, match in linear time."""
-    listed = list(patterns)
-    if len(listed) > MOST_PATTERNS:
-        raise ExpertError(
-            f"{where} holds {len(listed)} patterns; at most {MOST_PATTERNS} are read."
-        )
-    for pattern in listed:
+def check_patterns(patterns: Iterable[Any]) -> None:
+    """Raise ValueError unless all `patterns` match in linear time."""
+    for pattern in patterns:
         try:
-            if len(pattern) > MOST_CHARACTERS:
-                raise ValueError(f"it has {len(pattern)} characters, at most {MOST_CHARACTERS}")
-            if READ_DIFFERENTLY.search(pattern):
-                raise ValueError("look-around, references, flags and \\p can't be matched quickly")
-            _expression(pattern)
-        except (re2.error, ValueError) as error:
-            said = error.args[0] if error.args else error
-            # RE2's messages are bytes, and quote the pattern.
-            told = said.decode("utf-8", "backslashreplace") if isinstance(said, bytes) else error
-            raise ExpertError(
-                f"{where} holds no regular expression that RE2 can match: {shortened(pattern)} "
-                f"({one_line(told, 80)})."
-            ) from error
+            fits = len(pattern) <= MOST_CHARACTERS and not READ_DIFFERENTLY.search(pattern)
+            fits = fits and _expression(pattern) is not None
+        except (re2.error, ValueError):  # half a character is a ValueError
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{shortened(pattern)} is no regular expression that RE2 matches as Python does, "
+                f"of at most {MOST_CHARACTERS} characters"
+            )
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -351,7 +322,7 @@ def _ends(name: str, pattern: str) -> bool:
     return _expression(rf"(?:.*\.)?(?:{pattern})").fullmatch(name) is not None
 
 
-@lru_cache(maxsize=2 * MOST_PATTERNS)
+@lru_cache(maxsize=4000)
 def _expression(pattern: str) -> Any:
     return re2.compile(pattern, OPTIONS)
 
@@ -423,6 +394,16 @@ class TensorFile(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def under(self, prefix: str) -> TensorFile:
+        """The tensors whose names begin with `prefix` and a full stop, by the rest of the name."""
+        part, begin = copy(self), f"{prefix}."
+        part.records = {
+            name.removeprefix(begin): record
+            for name, record in self.records.items()
+            if name.startswith(begin)
+        }
+        return part
+
     def sha256(self) -> str:
         digest, content = hashlib.sha256(), memoryview(self._map)
         for begin in range(0, len(content), AT_ONCE):
@@ -432,17 +413,19 @@ class TensorFile(Mapping[str, "Tensor"]):
 
     def check_finite(self) -> None:
         """Raise ExpertError, naming one, when a tensor holds a NaN or an infinity."""
-        for dtype, first, end in self._runs():
-            for begin in range(first, end, AT_ONCE):
-                size = min(AT_ONCE, end - begin)
-                part = self._bytes[begin : begin + size]
+        in_order = sorted(self.records.values(), key=lambda record: record.begin)
+        for dtype, run in groupby(in_order, key=lambda record: record.dtype):  # they leave no gaps
+            adjacent = list(run)
+            first, end = self._data + adjacent[0].begin, self._data + adjacent[-1].end
+            for begin in range(first, end if dtype.is_floating_point else first, AT_ONCE):
+                part = self._bytes[begin : min(begin + AT_ONCE, end)]
                 part = part.clone() if begin % dtype.itemsize else part
                 if not is_finite(part.view(dtype)):
                     bad = next(n for n, t in self.items() if t.dtype == dtype and not is_finite(t))
                     raise ExpertError(
                         f"{self.path}: tensor {bad} holds a value that is not finite."
                     )
-                self.release(begin, begin + size)
+                self.release(begin, begin + AT_ONCE)
 
     def release(self, begin: int = 0, end: int | None = None) -> None:
         """Give the memory of these bytes back; they are read from the file again when needed."""
@@ -450,35 +433,6 @@ class TensorFile(Mapping[str, "Tensor"]):
             begin -= begin % mmap.PAGESIZE
             size = min(end or len(self._map), len(self._map)) - begin
             self._map.madvise(mmap.MADV_DONTNEED, begin, size)
-
-    def _runs(self) -> Iterator[tuple[torch.dtype, int, int]]:
-        """(type, first byte, end) of each run of adjacent tensors of one floating point type."""
-        in_order = sorted(self.records.values(), key=lambda record: record.begin)
-        for dtype, run in groupby(in_order, key=lambda record: record.dtype):
-            together = list(run)
-            if dtype.is_floating_point:
-                yield dtype, self._data + together[0].begin, self._data + together[-1].end
-
-
-class Group(Mapping[str, "Tensor"]):
-    """A file's tensors whose names begin with `prefix` and a full stop, without these."""
-
-    def __init__(self, file: Mapping[str, Tensor], prefix: str) -> None:
-        self._file = file
-        begin = f"{prefix}."
-        self._names = {n.removeprefix(begin): n for n in file if n.startswith(begin)}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -515,19 +469,14 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     """`function` of every item, in order, computed in as many threads as torch has."""
     import torch
 
-    threads = torch.get_num_threads()
-    if threads == 1:
-        # Handing a small result over takes longer than computing it.
-        yield from map(function, items)
-    else:
-        left = iter(items)
-        with ThreadPoolExecutor(threads) as workers:
-            # No more than one each ahead: results may be large.
-            waiting = deque(workers.submit(function, each) for each in islice(left, threads))
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(workers.submit(function, each) for each in islice(left, 1))
-                yield result
+    threads, left = torch.get_num_threads(), iter(items)
+    with ThreadPoolExecutor(threads) as workers:
+        # No more than one each ahead: results may be large.
+        waiting = deque(workers.submit(function, each) for each in islice(left, threads))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(workers.submit(function, each) for each in islice(left, 1))
+            yield result
 
 
 # Files and folders that appear whole or not at all. A killed process may leave a hidden one,

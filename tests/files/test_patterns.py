@@ -13,12 +13,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from import_cases import Case, write_case
-from paths import GOLDEN
 from phatgoose.errors import ExpertError, PhatgooseError
-from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES
-from phatgoose.files import check_config, check_patterns, matching, value_at
+from phatgoose.files import check_config, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
@@ -71,7 +69,7 @@ def soon(seconds: float = 5):
 
 @pytest.mark.parametrize("pattern", ORDINARY)
 def test_ordinary_patterns_match_as_pefts_do(pattern):
-    check_patterns([pattern], "it")
+    check_config({"target_modules": pattern}, "it")
     assert matching(pattern, NAMES) == [n for n in NAMES if re.fullmatch(pattern, n)]
     for name in NAMES:
         key = get_pattern_key([pattern], name)
@@ -87,54 +85,36 @@ def test_of_several_patterns_the_first_counts():
 @pytest.mark.parametrize("pattern", SLOW)
 def test_what_takes_python_for_ever_is_matched_at_once(pattern):
     with soon():
-        check_patterns([pattern], "it")
+        check_config({"target_modules": pattern, "rank_pattern": {pattern: 1}}, "it")
         matching(pattern, ["a" * 431] * 100)
         value_at({pattern: 1}, "a" * 431)
 
 
-REFUSED = [  # a pattern, and what is told of it
-    *[(pattern, re.escape(repr(pattern))) for pattern in LOOKED_AROUND],
-    *[(pattern, "no regular expression") for pattern in ("(", "a**", "[", "(a|b", "\ud800(")],
-    *[(p, "no regular expression") for p in ("(a{100}){100}{100}", "a[\0\0", "[\x1b[2J", "(\n")],
-    *[(pattern, "at most 2000") for pattern in ("x" * 15_000_000, "(a|b)*" * 2_500_000)],
+REFUSED = [  # an entry of a config, and what is said of it
+    *[("target_modules", pattern, re.escape(repr(pattern))) for pattern in LOOKED_AROUND],
+    *[("target_modules", p, "no regular") for p in ("(", "a**", "[", "(a|b", "\ud800(", "(\n")],
+    *[("alpha_pattern", {p: 1}, "no regular") for p in ("(a{100}){100}{100}", "a[\0\0")],
+    *[("target_modules", p, "at most 2000") for p in ("x" * 15_000_000, "(a|b)*" * 2_500_000)],
+    ("alpha_pattern", dict.fromkeys(map(str, range(100_000)), 1), "holds 100000 values"),
+    ("target_modules", ["q"] * 100_000, "holds 100000 values"),
+    ("layers_pattern", "(.*)*", "must be a plain name"),
+    ("layers_pattern", ["layers", "(.*)*"], "must be a plain name"),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "told"), REFUSED, ids=range(len(REFUSED)))
-def test_what_re2_does_not_match_as_python_is_refused_in_one_line(pattern, told):
-    with soon(1), pytest.raises(ExpertError, match=told) as caught:
-        check_patterns([pattern], "it")
+@pytest.mark.parametrize(("key", "value", "said"), REFUSED, ids=range(len(REFUSED)))
+def test_what_re2_does_not_match_as_python_is_refused_in_one_line(key, value, said):
+    with soon(1), pytest.raises(ExpertError, match=said) as caught:
+        check_config({key: value}, "it")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
 
 
-def test_many_patterns_and_names_are_refused_unread():
-    with soon(1):
-        with pytest.raises(ExpertError, match="holds 100000 patterns"):
-            check_config({"alpha_pattern": dict.fromkeys(map(str, range(100_000)), 1)}, "it")
-        with pytest.raises(ExpertError, match="lists 100000 values"):
-            check_config({"target_modules": ["q"] * 100_000}, "it")
-        with pytest.raises(ExpertError, match="must be a plain name"):
-            check_config({"layers_pattern": "(.*)*"}, "it")
-
-
-@pytest.mark.parametrize("pattern", [*SLOW[:2], LOOKED_AROUND[0], "x" * 15_000_000], ids=range(4))
-def test_an_expert_of_slow_patterns_is_read_or_refused_at_once(tmp_path, pattern):
-    folder = shutil.copytree(GOLDEN, tmp_path / "golden")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    for change in (
-        {"alpha_pattern": {pattern: 1}},
-        {"rank_pattern": {pattern: 1}},
-        {"target_modules": pattern},
-    ):
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config | change))
-        with soon(), suppress(ExpertError):
-            Expert.load(folder)
-
-
 @pytest.mark.parametrize("config", [peft.LoraConfig, peft.LoHaConfig, peft.FourierFTConfig])
 @pytest.mark.parametrize("pattern", [r"(model|model)*(.*)*(.*)*x", "(?=a)"])
-def test_an_import_of_slow_patterns_is_refused_at_once(base_folders, tmp_path, config, pattern):
+def test_an_adapter_of_slow_patterns_is_read_or_refused_at_once(
+    base_folders, tmp_path, config, pattern
+):
     base = base_folders["llama"]
     folder = write_case(Case("", config), "llama", base, tmp_path / "adapter")
     content = json.loads((folder / ADAPTER_CONFIG).read_text())

@@ -17,10 +17,9 @@ from phatgoose.evaluation.results import ResultStore
 from phatgoose.files import (
     half_character,
     one_line,
-    parse_yaml,
     read_json,
+    read_table,
     regular_file,
-    require_regular,
     sha256_of,
     shortened,
 )
@@ -29,44 +28,24 @@ from phatgoose.tasks.suites.p3 import read_templates
 from phatgoose.tasks.suites.registry import open_suite
 
 
-def test_a_file_and_a_link_inside_its_folder_will_do(tmp_path):
+def test_a_link_inside_its_folder_or_to_a_hub_caches_own_blobs_will_do_and_no_other(tmp_path):
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "b").symlink_to("a")
-    assert regular_file(tmp_path / "b") == tmp_path / "b"
     assert sha256_of(tmp_path / "b") == sha256(b"content").hexdigest()
-
-
-@pytest.mark.parametrize("folder", ["snapshots/abc", "snapshots/abc/inner"])
-def test_in_a_hub_cache_links_lead_to_the_same_repositorys_blobs(tmp_path, folder):
     for repository in ("models--me--x", "models--me--y"):
-        (tmp_path / repository / folder).mkdir(parents=True)
+        (tmp_path / repository / "snapshots" / "abc" / "inner").mkdir(parents=True)
         (tmp_path / repository / "blobs").mkdir()
         (tmp_path / repository / "blobs" / "1").touch()
-    place = tmp_path / "models--me--x" / folder
-    (place / "own").symlink_to(tmp_path / "models--me--x" / "blobs" / "1")
-    (place / "other").symlink_to(tmp_path / "models--me--y" / "blobs" / "1")
-    assert regular_file(place / "own")
-    with pytest.raises(ExpertError, match="leads out of its folder"):
-        regular_file(place / "other")
-
-
-def test_what_is_no_file_is_refused_and_what_is_missing_is_not_found(tmp_path, victim):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a").symlink_to(victim)
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ExpertError, match="is not a regular file"):
-            regular_file(path)
-    with pytest.raises(FileNotFoundError):
-        regular_file(tmp_path / "nothing")
-    with pytest.raises(ExpertError, match="does not exist"):
-        sha256_of(tmp_path / "nothing")
-    with pytest.raises(TaskError, match="leads out of its folder"):
-        regular_file(tmp_path / "folder" / "a", TaskError)
-    assert require_regular(tmp_path / "folder" / "a", TaskError) == victim.stat().st_size
+    for place in tmp_path.glob("models--me--x/snapshots/**/"):
+        (place / "own").symlink_to(tmp_path / "models--me--x" / "blobs" / "1")
+        (place / "other").symlink_to(tmp_path / "models--me--y" / "blobs" / "1")
+        if place.name != "snapshots":
+            assert regular_file(place / "own")
+        assert "leads out of its folder" in one_line_of(lambda at=place: regular_file(at / "other"))
 
 
 READERS = {  # of files that a user names: what reads a path, and how it refuses
+    "expert.json": (regular_file, ExpertError),
     "recipe.toml": (read_recipe, ConfigError),
     "suite.toml": (open_suite, TaskError),
     "task.jsonl": (load_task, TaskError),
@@ -82,28 +61,8 @@ READERS = {  # of files that a user names: what reads a path, and how it refuses
 def test_no_reader_waits_for_a_pipe(tmp_path, name):
     os.mkfifo(tmp_path / name)
     read, error = READERS[name]
-    with pytest.raises(error, match=f"{name} is not a regular file"):
+    with pytest.raises(error, match=f"{name} .*it is not a regular file"):
         read(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ('{"a": 1, "a": 2}', "'a' appears twice"),
-        ('{"a": NaN}', "NaN is not a JSON number"),
-        ('{"a": 1e999}', "1e999 is not a JSON number, or too large"),
-        ("[" * 100_000, "nested too deeply"),
-        (f'{{"a": {nested(100)}}}', "nested too deeply"),
-        ("[]", "wanted an object"),
-        (b"\xff\xfe", "is not valid: 'utf-8' codec can't decode"),
-        (" " * (1 << 24) + "{}", "at most 16777216 are read"),
-    ],
-    ids=range(8),
-)
-def test_json_is_read_strictly(tmp_path, text, complaint):
-    (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ExpertError, match=complaint):
-        read_json(tmp_path / "a.json")
 
 
 @dataclass(frozen=True)
@@ -134,29 +93,44 @@ def test_a_kind_is_all_that_checks_a_json_file(tmp_path):
     assert read_json(path) == {**WHOLE, "rooms": [1, 2.5]}
 
 
+def changed(**changes: object) -> str:
+    return json.dumps(WHOLE | changes)
+
+
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("text", "complaint"),
     [
-        ({"version": 2}, "version: Input should be 1, got 2."),
-        ({"place": {}}, "place.floor: Field required."),
-        ({"place": {"floor": "3"}}, "place.floor: Input should be a valid integer, got '3'."),
-        ({"place": {"floor": -1}}, "place.floor: Input should be greater than or equal to 0, got"),
-        ({"place": {"floor": 1, "room": "13"}}, "place: room is 13."),
-        ({"rooms": [1, None]}, "rooms.1: Input should be a valid number, got None."),
-        ({"other": 1}, "other: Unexpected keyword argument, got 1."),
+        (changed(version=2), "is not valid: version: Input should be 1, got 2."),
+        (changed(place={}), "is not valid: place.floor: Field required."),
+        (changed(place={"floor": "3"}), "floor: Input should be a valid integer, got '3'."),
+        (changed(place={"floor": -1}), "floor: Input should be greater than or equal to 0, got -1"),
+        (changed(place={"floor": 1, "room": "13"}), "is not valid: place: room is 13."),
+        (changed(rooms=[1, None]), "rooms.1: Input should be a valid number, got None."),
+        (changed(other=1), "is not valid: other: Unexpected keyword argument, got 1."),
+        ('{"a": 1, "a": 2}', "'a' appears twice"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": 1e999}', "1e999 is not a JSON number, or too large"),
+        ("[" * 100_000, "nested too deeply"),
+        (f'{{"a": {nested(100)}}}', "nested too deeply"),
+        (b"\xff\xfe", "can't decode"),
+        (" " * (1 << 24) + "{}", "at most 16777216 are read"),
+        (None, "a.json does not exist. Make one."),
     ],
+    ids=range(15),
 )
-def test_what_is_not_of_the_kind_is_told_in_one_line(tmp_path, change, complaint):
+def test_json_is_read_strictly_or_refused_in_one_line(tmp_path, text, complaint):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps({**WHOLE, **change}))
-    told = one_line_of(lambda: read_json(path, Visit, TaskError), TaskError)
-    assert told.startswith(f"{path} is not valid: {complaint}")
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = one_line_of(lambda: read_json(path, Visit, TaskError, " Make one."), TaskError)
+    assert said.startswith(str(path))
+    assert complaint in said
 
 
-def test_a_missing_file_is_told_with_a_hint(tmp_path):
-    path = tmp_path / "a.json"
-    told = one_line_of(lambda: read_json(path, Visit, TaskError, " Make one."), TaskError)
-    assert told == f"{path} does not exist. Make one."
+def test_json_that_is_no_object_is_refused_where_no_kind_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ExpertError, match="wanted an object"):
+        read_json(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
@@ -172,17 +146,20 @@ def test_a_missing_file_is_told_with_a_hint(tmp_path):
     ],
     ids=range(7),
 )
-def test_what_is_no_recipe_is_told_in_one_line(tmp_path, name, text):
+def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert "is not valid: " in one_line_of(lambda: read_recipe(tmp_path / name), ConfigError)
+    assert f"{name} is not valid: " in one_line_of(
+        lambda: read_table(tmp_path / name, "Recipe", ConfigError), ConfigError
+    )
 
 
-def test_what_begins_as_a_number_is_a_text_where_it_goes_on():
-    text = "148e8e91-4f38-4427: 2e-4\nb: 1e5x\nc: -.5E+3"
-    assert parse_yaml(text) == {"148e8e91-4f38-4427": 2e-4, "b": "1e5x", "c": -500.0}
+def test_what_begins_as_a_number_is_a_text_where_it_goes_on(tmp_path):
+    (tmp_path / "a.yaml").write_text("148e8e91-4f38-4427: 2e-4\nb: 1e5x\nc: -.5E+3")
+    read = read_table(tmp_path / "a.yaml", "Recipe", ConfigError)
+    assert read == {"148e8e91-4f38-4427": 2e-4, "b": "1e5x", "c": -500.0}
 
 
-def test_half_a_character_is_found_and_whole_ones_are_none():
+def test_half_a_character_is_seen_and_whole_ones_are_none():
     assert half_character("a😀é") is None
     assert half_character(json.loads(r'"a\ud83d b\ude00"')) == "\ud83d"
     assert half_character(b"caf\xe9".decode(errors="surrogateescape")) == "\udce9"

@@ -14,7 +14,7 @@ import pytest
 
 import kernel
 import readers
-from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.errors import RoutingError
 
 SECONDS_OF_READERS, SECONDS_OF_KERNEL = 22, 8
 HERE = Path(__file__).parent
@@ -24,10 +24,8 @@ INPUTS = [(t, path) for t in readers.TARGETS for path in sorted((readers.CORPUS 
 FAULTS = [
     ("strict_json", "read_json", lambda *_: {"a": 1}),
     ("tensor_file", "TensorFile", ValueError("not ours")),
-    ("expert_info", "read_info", ExpertError("\x1b[2J")),
     ("expert", "check_expert", lambda *_: ["a problem"]),
-    ("description", "read_description", RoutingError("x" * 2000)),
-    ("saved", "read_saved", RoutingError("")),
+    ("saved", "read_saved", RoutingError("x" * 2000)),
     ("patterns", "matching", lambda *_: ["everything"]),
     ("completion", "parsed", lambda *_: None),
     ("chat", "parsed", KeyError("not ours")),
@@ -47,20 +45,11 @@ def _own_place(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("target", "path"), INPUTS, ids=[f"{target}-{path.name}" for target, path in INPUTS]
 )
-def test_a_reader_passes_on_its_corpus(target, path):
+def test_a_reader_passes_on_its_corpus_and_accepts_what_it_should(target, path, monkeypatch):
+    refusals, refused = [], readers._refused
+    monkeypatch.setattr(readers, "_refused", lambda error: refusals.append(refused(error)))
     readers.TARGETS[target](path.read_bytes())
-
-
-def test_the_corpus_has_an_input_of_every_target_that_is_accepted(monkeypatch):
-    refusals = []
-    monkeypatch.setattr(readers, "_refused", lambda error, **_: refusals.append(error))
-    for target, path in INPUTS:
-        refusals.clear()
-        readers.TARGETS[target](path.read_bytes())
-        assert (path.name in {"unprintable"}) == bool(refusals), (
-            target,
-            path.name,
-        )
+    assert (path.name == "unprintable") == bool(refusals)
 
 
 @pytest.mark.parametrize(("target", "reader", "fault"), FAULTS, ids=lambda x: str(x)[:20])
@@ -97,51 +86,15 @@ def test_half_a_minute_of_fuzzing_the_readers_finds_nothing(tmp_path):
     assert all(int(line.split()[-1]) > 5 for line in counts)
 
 
-@pytest.fixture(scope="module")
-def fuzzer(tmp_path_factory) -> Path:
+@pytest.mark.heavy
+def test_fuzzing_the_kernel_finds_nothing(tmp_path_factory, tmp_path):
     program = kernel.built(tmp_path_factory.mktemp("kernel"))
     if program is None:
         pytest.skip(f"needs a compiler: {kernel.MISSING}")
-    return program
-
-
-@pytest.mark.heavy
-def test_fuzzing_the_kernel_finds_nothing(fuzzer, tmp_path):
     seconds = f"-max_total_time={SECONDS_OF_KERNEL}"
     done = kernel.run(
-        fuzzer,
+        program,
         *(str(tmp_path), str(kernel.CORPUS), seconds, *kernel.LIMITS),
         f"-artifact_prefix={tmp_path}/",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("while (count > 1 && has_one_token_twice(q, count, k)) count /= 2;", ""),
-        ("std::vector<float> affinity(E);", "std::vector<float> affinity(E - 1);"),
-    ],
-)
-def test_the_kernel_target_notices_a_fault(before, after, tmp_path, monkeypatch):
-    own = tmp_path / "src" / "phatgoose" / "routing" / "kernels" / "native.cpp"
-    own.parent.mkdir(parents=True)
-    source = (HERE.parents[1] / own.relative_to(tmp_path)).read_text(encoding="utf-8")
-    assert before in source
-    own.write_text(source.replace(before, after), encoding="utf-8")
-    target = tmp_path / "tests" / "fuzz" / "kernel.cpp"
-    target.parent.mkdir(parents=True)
-    target.write_bytes(kernel.SOURCE.read_bytes())
-    monkeypatch.setattr(kernel, "SOURCE", target)
-    program = kernel.built(tmp_path)
-    if program is None:
-        pytest.skip(f"needs a compiler: {kernel.MISSING}")
-    found = tmp_path / "corpus"  # the first folder is written to
-    found.mkdir()
-    done = kernel.run(
-        program,
-        *(str(found), str(kernel.CORPUS), "-runs=2000", "-max_len=512"),
-        f"-artifact_prefix={tmp_path}/",
-    )
-    assert done.returncode != 0

@@ -192,14 +192,14 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
             for rows in (['Who?,"Ann', "What?,a bird"], ['"To be" or not,yes'], ['Who?,"Ann" B'])
         ),
         ("a.csv", ["input,target,target", "a,b,c"], "a.csv: two columns have one name among input"),
-        ("a.json", ['[{"input": "a"'], "a.json can't be read"),
-        ("a.json", ["5"], "a.json can't be read"),
-        ("a.json", ['{"train": [5]}'], "a.json can't be read"),
-        ("a.json", ['{"input": ["a", "b"], "target": ["c"]}'], "a.json can't be read"),
+        ("a.json", ['[{"input": "a"'], "a.json is not valid"),
+        ("a.json", ["5"], "a.json is not valid"),
+        ("a.json", ['{"train": [5]}'], "a.json is not valid"),
+        ("a.json", ['{"input": ["a", "b"], "target": ["c"]}'], "a.json is not valid"),
         ("a.json", ['[{"input": "a", "target": "b"}, 3]'], "a.json, row 2: wanted an object"),
         ("a.json", ['{"input": "a"}'], "a.json, row 1: target is missing"),
         ("a.json", ['{"messages": 5, "n": 1}'], "a.json, row 1: a message must have"),
-        ("a.parquet", ["PAR1"], "a.parquet can't be read"),
+        ("a.parquet", ["PAR1"], "a.parquet is not valid"),
         ("a.jsonl", [json.dumps({**ROWS[0], "input": "Is it \ud83d"})], "input holds '.ud83d', ha"),
         ("a.jsonl", [json.dumps({**ROWS[0], "choices": ["yes", "\ude00"]})], "choices holds '.ude"),
     ],
@@ -330,7 +330,7 @@ def test_a_file_whose_name_is_no_utf8_is_refused_in_a_line(tmp_path, options):
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"input": "\xff"}\n')
-    assert "can't be read" in complaint_about(tmp_path / "a.jsonl")
+    assert "is not valid" in complaint_about(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, EvaluationError
-from ..files import first_line
+from ..files import first_line, regular
 from .intervals import Estimate, Sample, SharedMeans
 
 Array = NDArray[Any]
@@ -102,7 +102,7 @@ def read_marks(place: str | Path) -> list[Marks]:
 
 
 def _read(path: Path, parquet: Any) -> Marks:
-    size = parquet.read_metadata(path)
+    size = parquet.read_metadata(regular(path))
     schema = size.schema.to_arrow_schema()
     about = json.loads(schema.metadata[b"phatgoose"])
     experts, owners = tuple(map(str, about["experts"])), np.array(about.get("owners", [BASE]))

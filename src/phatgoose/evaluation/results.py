@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError
-from ..files import reason, write_text
+from ..files import reason, regular, write_text
 from .evaluate import TaskScore
 from .intervals import CONFIDENCE, Estimate, Sample, SharedMeans
 
@@ -269,7 +269,7 @@ class ResultStore:
         self._records: dict[str, Mapping[str, Any]] = {}
         self._cut_off_at: int | None = None
         try:
-            content = self.path.read_bytes() if self.path.exists() else b""
+            content = regular(self.path).read_bytes() if self.path.exists() else b""
             complete = content.rfind(b"\n") + 1
             # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
             for line in content[:complete].decode("utf-8").split("\n")[:-1]:

@@ -25,7 +25,6 @@ from ..base import Base, BaseReference, Text, closest_beside, is_hub_id
 from ..config import Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
-    Group,
     TensorFile,
     new_directory,
     one_line,
@@ -364,8 +363,8 @@ class Expert:
                     f"Expert {info.name!r}: {file} isn't the one that {LAYOUT.info} describes: its "
                     f"SHA-256 is {got[:12]}…, wanted {(sha256 or 'none')[:12]}…."
                 )
-        vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
-        gates, means, readings = (Group(vectors, kind) for kind in ("gate", "mean", "reading"))
+        vectors, groups = files.get(LAYOUT.vectors), ("gate", "mean", "reading")
+        gates, means, readings = (vectors.under(k) if vectors else {} for k in groups)
         config = adapter.read_config(directory)
         expert = cls(
             info,

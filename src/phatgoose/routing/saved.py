@@ -30,7 +30,6 @@ from ..experts.kind import INDICES
 from ..experts.pool import Pool, check_alike
 from ..files import (
     WRITING_ERRORS,
-    Group,
     TensorFile,
     new_directory,
     new_file,
@@ -256,7 +255,7 @@ class SavedModel:
 
     @property
     def tables(self) -> Tables:
-        return Tables(self.names, Group(self.tensors, "lookup"), self.info.get("lookup", {}))
+        return Tables(self.names, self.tensors.under("lookup"), self.info.get("lookup", {}))
 
 
 def read_saved(directory: Path) -> SavedModel:

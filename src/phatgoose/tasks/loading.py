@@ -19,8 +19,8 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from ..config import TASK_FILES
-from ..errors import PhatgooseError, TaskError
-from ..files import first_line, half_character, one_line, require_regular, shortened
+from ..errors import TaskError
+from ..files import first_line, half_character, one_line, reading, regular, shortened
 from .task import Chat, Example, Sources, Span, Task
 
 SEPARATOR = "|||"
@@ -130,15 +130,8 @@ def _in_file(path: Path) -> Rows:
     readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise TaskError(f"Task {path} must be a {FILES}, or hub:DATASET.")
-    try:
-        require_regular(path, TaskError, f"Task file {one_line(path, 140)}")
-        yield from readers[path.suffix](path)
-    except FileNotFoundError as error:
-        raise TaskError(f"Task file {path} does not exist.") from error
-    except PhatgooseError:
-        raise
-    except Exception as error:  # whatever the libraries make of somebody's file
-        raise TaskError(f"Task file {path} can't be read: {first_line(error)}.") from error
+    with reading(f"Task file {one_line(path, 140)}", TaskError):
+        yield from readers[path.suffix](regular(path))
 
 
 def _json_lines(path: Path) -> Rows:

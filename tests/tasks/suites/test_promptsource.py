@@ -76,7 +76,7 @@ def test_reads_templates_and_sorts_them_by_name(folder):
 def test_other_tags_are_refused(folder, tag):
     root = folder(FILE.replace("reference: ours", f"reference: {tag}", 1))
     with pytest.raises(
-        TaskError, match=r"templates\.yaml can't be read: (could not determine|types such)"
+        TaskError, match=r"templates\.yaml is not valid: (could not determine|types such)"
     ):
         read_templates(root, "fruit")
 
@@ -96,9 +96,9 @@ def test_other_tags_are_refused(folder, tag):
     ],
 )
 def test_broken_files_are_refused_by_name(folder, text):
-    with pytest.raises(TaskError, match=r"nuts.templates\.yaml does not exist; .*pip install"):
+    with pytest.raises(TaskError, match=r"nuts.templates\.yaml does not exist. .*pip install"):
         read_templates(folder(text), "nuts")
-    with pytest.raises(TaskError, match=r"templates\.yaml can't be read: ") as caught:
+    with pytest.raises(TaskError, match=r"templates\.yaml is not valid: ") as caught:
         read_templates(folder(text), "fruit")
     assert "\n" not in str(caught.value)
 

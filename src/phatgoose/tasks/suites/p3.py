@@ -29,7 +29,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
-from ...files import YamlLoader, first_line, parse_yaml, require_regular
+from ...files import YamlLoader, reading, regular
 from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field, read_rows
 from ..task import Example, Sources
 
@@ -98,14 +98,10 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     Raises TaskError if their file is missing or not as promptsource writes it.
     """
     file = folder / dataset / FILE_NAME
-    try:
-        require_regular(file, TaskError, f"Template file {file}")
-        nodes = parse_yaml(file.read_text(encoding="utf-8"), _Loader)["templates"].values()
+    with reading(f"Template file {file}", TaskError, f" {HOW_TO_GET}"):
+        text = regular(file).read_text(encoding="utf-8")
+        nodes = yaml.load(text, _Loader)["templates"].values()
         templates = [_template(node) for node in nodes]
-    except FileNotFoundError as error:
-        raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}") from error
-    except (OSError, *TEMPLATE_FAILURES) as error:
-        raise TaskError(f"Template file {file} can't be read: {first_line(error)}.") from error
     return tuple(sorted(templates, key=lambda template: template.name))
 
 

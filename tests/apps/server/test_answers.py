@@ -97,7 +97,7 @@ def test_a_request_may_have_its_own_routing(client, pool, tokenizer, wish):
 
 def test_routing_tells_each_tokens_experts(client, tokenizer):
     count = len(tokenizer(PROMPT)["input_ids"])
-    (choice,) = ask(client, **GREEDY, routing={"trace": True})["choices"]
+    (choice,) = ask(client, **GREEDY, routing="trace")["choices"]
     routing = choice["routing"]
     assert (routing["router"], routing["k"]) == ("phatgoose", 2)
     parts = [token["part"] for token in routing["tokens"]]
@@ -112,7 +112,7 @@ def test_routing_tells_each_tokens_experts(client, tokenizer):
 
 
 def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client):
-    wish = {**GREEDY, "router": "discriminant", "routing": {"trace": True}}
+    wish = {**GREEDY, "router": "discriminant", "routing": "trace"}
     (choice,) = ask(client, **wish)["choices"]
     ((expert, weight),) = choice["routing"]["trace"]["whole"]
     assert weight == 1
@@ -143,7 +143,7 @@ def test_a_chat_gets_the_expert_of_its_last_user_message(choosing, before):
 
 
 def test_a_stream_tells_its_routing_piece_by_piece(client):
-    wish = {**GREEDY, "routing": {"trace": True}}
+    wish = {**GREEDY, "routing": "trace"}
     whole = ask(client, **wish)["choices"][0]["routing"]
     parts = [c["choices"][0]["routing"] for c in events(client, **wish)]
     parts = [part for part in parts if part]
@@ -187,7 +187,7 @@ def test_parts_of_a_character_have_no_bytes():
     builder = Builder(asked, lambda _: None)
     tokens = [ScoredToken(UNFINISHED, 0, -1.0, ((UNFINISHED, -1.0),)), ScoredToken("é", 0, -1.0)]
     whole = [[Progress(0, "é", tuple(tokens), (), "stop", 2)]]
-    (choice,) = builder.whole(whole).model_dump()["choices"]
+    (choice,) = builder.whole(whole)["choices"]
     first, last = choice["logprobs"]["content"]
     assert first["bytes"] is first["top_logprobs"][0]["bytes"] is None
     assert last["bytes"] == list("é".encode())

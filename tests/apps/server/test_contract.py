@@ -166,12 +166,13 @@ def test_a_mixture_of_ones_own(client):
         ({"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items"),
         ({"prompt": "x" * 3000}, "max_tokens", "the model can hold"),
         ({"prompt": "x" * 99_000}, "prompt", "the model can hold"),
-        ({"routing": {"layr": "1"}}, "routing", "routing.layr: Extra inputs are not permitted"),
+        ({"routing": "layer"}, "routing", "routing: Input should be False, True or 'trace'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "is for the type"),
         ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
         ({"leave_out": ["e0", "e1", "e2", "e3"]}, "leave_out", "No expert is left"),
         ({"router": "oracle"}, "router", "router: Input should be one of auto"),
         ({"router": "arow"}, "router", "Did you mean 'arrow'?"),
-        ({"router": "auto:k=2"}, "router", "router: Router auto has no settings of its own"),
+        ({"router": "auto:k=2"}, "router", "router is 'auto:k=2'"),
         ({"router": "few-shot:examples=/etc/hosts"}, "router", "Input should be one of"),
         ({"weights": {"e0": 1}, "router": "arrow"}, None, "weights name their experts"),
         ({"weights": {"e0": 1}, "k": 2}, None, "weights name their experts"),
@@ -206,6 +207,17 @@ PICTURE = [{"type": "image_url", "text": ""}]
 )
 def test_what_is_wrong_with_a_chat_is_named(client, change, said):
     assert said in error_of(client, path=CHATS, **{**CHAT, **change})["message"]
+
+
+def test_engines_are_handed_the_form_of_an_answer(client):
+    format_ = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "array"}}}
+    if client.engine is None:
+        error = error_of(client, **GREEDY, response_format=format_)
+        assert (error["param"], "--upstream" in error["message"]) == ("response_format", True)
+        ask(client, **GREEDY, response_format={"type": "text"})
+    else:
+        ask(client, **GREEDY, response_format=format_)
+        assert client.engine.requests[-1]["response_format"] == format_
 
 
 def test_answers_may_be_sent_back_as_they_came(client):

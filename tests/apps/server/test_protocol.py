@@ -19,7 +19,7 @@ def test_the_schema_has_the_bodies_and_errors_of_routes_and_none_of_fastapis_own
 
 
 def test_what_breaks_inside_is_not_told(client, monkeypatch):
-    monkeypatch.setattr(client.app.state.service, "begun", "a secret")  # which is no time
+    monkeypatch.setattr(client.app.state.service, "begun", object())  # which no JSON holds
     reply = client.get("/v1/models")
     assert reply.status_code == 500
     assert reply.json()["error"]["message"] == "The server failed; its log says more."

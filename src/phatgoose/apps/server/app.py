@@ -66,23 +66,20 @@ EVENTS = {"schema": {"description": "Server-sent events, each with a chunk; the 
 REQUESTS = (protocol.CompletionRequest, protocol.ChatRequest)
 
 
-def responses_of(
-    *statuses: int, model: type[BaseModel] = protocol.ErrorReply
-) -> dict[int | str, dict[str, Any]]:
+def responses_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What FastAPI is told of answers with these `statuses`, for the OpenAPI schema."""
-    return {each: {"description": HTTPStatus(each).phrase, "model": model} for each in statuses}
+    return {each: {"description": HTTPStatus(each).phrase} for each in statuses}
 
 
-def answering(request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
-    """Options of a route that reads `request` itself and answers with `reply` or a stream."""
-    description = "The answer, or with stream a chunk in each event."
-    streams = {"description": description, "content": {"text/event-stream": EVENTS}}
+def answering(request: type[BaseModel]) -> dict[str, Any]:
+    """Options of a route that reads `request` itself and answers with JSON or a stream."""
+    description = "The answer in OpenAI's form, or with stream a chunk in each event."
+    replies = {"description": description, "content": {"text/event-stream": EVENTS}}
     form = {"schema": {"$ref": PLACE.format(model=request.__name__)}}
     statuses = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
     return {
         "methods": ["POST"],
-        "response_model": reply,
-        "responses": {**responses_of(*statuses), 200: streams},
+        "responses": {**responses_of(*statuses), 200: replies},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": form}}},
     }
 
@@ -121,33 +118,22 @@ def routes_of(service: Service) -> tuple[APIRouter, APIRouter]:
     public, keyed = APIRouter(), APIRouter()
     words = "A page to try the models on"
     public.add_api_route("/", page, response_class=HTMLResponse, summary=words)
-    well = responses_of(503, model=protocol.Health)
-    for path in ("/healthz", "/health"):
-        public.add_api_route(
-            path,
-            service.health,
-            summary="Does the server work?",
-            response_model=protocol.Health,
-            responses=well,
-            include_in_schema=path == "/healthz",
-        )
-    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    words, failing = "Does the server work?", responses_of(503)
+    public.add_api_route("/healthz", service.health, summary=words, responses=failing)
+    public.add_api_route("/health", service.health, include_in_schema=False)
+    text: Any = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    words = "Numbers for Prometheus"
     keyed.add_api_route(
-        "/metrics",
-        service.numbers,
-        summary="Numbers for Prometheus",
-        response_class=Response,
-        responses={200: text},
+        "/metrics", service.numbers, summary=words, response_class=Response, responses=text
     )
     keyed.add_api_route("/v1/models", service.cards, summary="What is served")
     missing = responses_of(404)
     keyed.add_api_route(
         "/v1/models/{name:path}", service.card, summary="One model", responses=missing
     )
-    forms = answering(protocol.CompletionRequest, protocol.CompletionReply)
+    forms = answering(protocol.CompletionRequest)
     keyed.add_api_route("/v1/completions", service.completions, summary="Continue a text", **forms)
-    forms = answering(protocol.ChatRequest, protocol.ChatReply)
-    words = "Answer in a conversation"
+    words, forms = "Answer in a conversation", answering(protocol.ChatRequest)
     keyed.add_api_route("/v1/chat/completions", service.chats, summary=words, **forms)
     return public, keyed
 
@@ -171,7 +157,7 @@ def create_app(
         backend = EngineBackend(models, upstream, limits)
     else:
         backend = LocalBackend(load_models(models), limits, metrics)
-    service = Service(backend, limits, metrics)
+    service = Service(backend, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -209,7 +209,7 @@ class Page {
         max_tokens: Number(at("length").value),
         temperature: Number(at("temperature").value),
         seed: Number(at("seed").value),
-        ...(this.model.experts.length && {routing: this.model.traces ? {trace: true} : true}),
+        ...(this.model.experts.length && {routing: this.model.traces ? "trace" : true}),
       },
     };
   }

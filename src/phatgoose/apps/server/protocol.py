@@ -1,4 +1,4 @@
-"""OpenAI's protocol: errors, and the bodies of requests and responses, with our fields for routing.
+"""OpenAI's protocol: errors, and the bodies of requests, with our fields for routing.
 
 Unknown fields are refused by name. Fields of OpenAI's that aren't supported are accepted with the
 value that asks for nothing. Docstrings of bodies are part of /openapi.json.
@@ -150,19 +150,12 @@ def _one_or_many(value: Any) -> Any:
 
 
 # One form inside, so that an error is of the form that a field has.
-Stops = Annotated[
-    list[Stop],
-    Field(max_length=16, fail_fast=True),
-    BeforeValidator(_one_or_many, json_schema_input_type=Stop | list[Stop]),
-]
+ONE_OR_MANY = BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
+Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True), ONE_OR_MANY]
 Prompts = Annotated[
-    list[str],
-    Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True),
-    BeforeValidator(_one_or_many, json_schema_input_type=str | list[str]),
+    list[str], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True), ONE_OR_MANY
 ]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
-JSON_SCHEMAS = {"text": None, "json_object": ANY_OBJECT}
 Finish = Literal["stop", "length"]
 
 
@@ -188,29 +181,13 @@ class StreamOptions(Strict):
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
 
 
-class RoutingDetail(Strict):
-    """How the routing is reported."""
-
-    trace: bool = Field(False, description="Every site too, as in docs/analysis.md.")
-
-
-def _detail(value: Any) -> Any:
-    return ({} if value else None) if isinstance(value, bool) else value
-
-
-Detail = Annotated[
-    RoutingDetail | None,
-    BeforeValidator(_detail, json_schema_input_type=bool | RoutingDetail | None),
-]
-
-
 class JsonSchema(Strict):
-    """A JSON schema that the answer keeps to."""
+    """A JSON schema that an engine's answer keeps to."""
 
-    name: Name = Field("answer", description="Ignored.")
-    description: str | None = Field(None, description="Ignored.")
-    schema_: dict[str, Any] = Field(ANY_OBJECT, alias="schema")
-    strict: bool | None = Field(None, description="Ignored: answers always keep to it.")
+    name: Name = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    strict: bool | None = None
 
 
 class ResponseFormat(Strict):
@@ -224,11 +201,6 @@ class ResponseFormat(Strict):
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _refusal("json_schema, with the schema in it, is for the type json_schema.")
         return self
-
-    @property
-    def schema_asked(self) -> dict[str, Any] | None:
-        """The schema that an answer keeps to; None for text."""
-        return self.json_schema.schema_ if self.json_schema else JSON_SCHEMAS[self.type]
 
 
 class GenerationRequest(Strict):
@@ -249,7 +221,7 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Not supported."
     )
-    response_format: ResponseFormat | None = Field(None, description="Text or JSON.")
+    response_format: ResponseFormat | None = Field(None, description="JSON: engines alone.")
     ignore_eos: bool | None = Field(False, description="Continue after the end (for benchmarks).")
     router: Router | None = Field(
         None,
@@ -260,11 +232,9 @@ class GenerationRequest(Strict):
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token, or per input.")
     keep: Names | None = Field(None, description="Use only these experts.")
     leave_out: Names | None = Field(None, description="Leave out these experts.")
-    routing: Detail = Field(None, description="Report tokens' experts.")
-
-    @property
-    def wants_trace(self) -> bool:
-        return self.routing is not None and self.routing.trace
+    routing: Literal[False, True, "trace"] | None = Field(
+        False, description="Report tokens' experts; trace: at every site (docs/analysis.md)."
+    )
 
     @model_validator(mode="after")
     def _weights_alone(self) -> GenerationRequest:
@@ -362,215 +332,3 @@ class ChatRequest(GenerationRequest):
 
 
 AnyRequest = CompletionRequest | ChatRequest
-
-# Responses.
-
-
-class Reply(BaseModel):
-    """No unknown fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Problem(Reply):
-    """What is wrong; `param` is the field at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorReply(Reply):
-    """A request that was not answered."""
-
-    error: Problem
-
-
-class Usage(Reply):
-    """Tokens of a request: prompts counted once each, answers with the token that ends them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TokenRouting(Reply):
-    """A token and its experts, by name, with the mean of their weights over all sites.
-
-    `part` is prompt or answer. The last token of an answer has no experts: it never passed the
-    model.
-    """
-
-    token: str
-    part: str
-    stream: str
-    experts: dict[str, float]
-
-
-class RoutingReport(Reply):
-    """Which experts served an answer's tokens.
-
-    `summary` has each expert's share of them, by name. Behind a gateway tokens are the pieces in
-    which an engine sends an answer, and `chosen` are the experts of a choice of which only the
-    first could be sent. `trace` is present if it was asked for (docs/analysis.md). In a stream it
-    comes once; `more` has the tokens that follow, one entry for each of the trace's streams that
-    has new ones.
-    """
-
-    router: str
-    k: int | None
-    experts: list[str]
-    tokens: list[TokenRouting]
-    summary: dict[str, float] = {}
-    chosen: dict[str, float] | None = None
-    trace: dict[str, Any] | None = None
-    more: list[dict[str, Any]] | None = None
-
-
-class TextLogprobs(Reply):
-    """Log-probabilities of a completion, one entry a token."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(Reply):
-    """One answer, or what is new of it in a stream."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None = None
-    finish_reason: Finish | None = None
-    routing: RoutingReport | None = None
-
-
-class AnswerReply(Reply):
-    """The fields of every reply with answers."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[Any]
-    usage: Usage | None = None
-
-
-class CompletionReply(AnswerReply):
-    """The answers to a prompt or several, or a chunk of a stream."""
-
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
-
-
-class TopToken(Reply):
-    """An alternative token, with its bytes in UTF-8, null where it is part of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ChatToken(TopToken):
-    """A token that was chosen."""
-
-    top_logprobs: list[TopToken]
-
-
-class ChatLogprobs(Reply):
-    """Log-probabilities of an answer, one entry a token."""
-
-    content: list[ChatToken]
-    refusal: None = None
-
-
-class AssistantMessage(Reply):
-    """A message of the model; an engine behind a gateway may have fields of its own."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: Any = None
-
-
-class ChatChoice(Reply):
-    """One answer."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Finish
-    routing: RoutingReport | None = None
-
-
-class ChatReply(AnswerReply):
-    """The answers to a conversation."""
-
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(Reply):
-    """What is new of a message; an engine behind a gateway may have fields of its own."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(Reply):
-    """What is new of an answer."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Finish | None = None
-    routing: RoutingReport | None = None
-
-
-class ChatChunk(AnswerReply):
-    """A chunk of a stream."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
-
-
-class ModelCard(Reply):
-    """A served model; router and k are None for a base alone. `traces` can be asked for."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "phatgoose"
-    base: str
-    router: str | None = None
-    k: int | None = None
-    experts: list[str] = []
-    traces: bool = False
-    context: int | None = None
-    chat: bool = False
-
-
-class ModelList(Reply):
-    """All served models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Health(Reply):
-    """Whether the server works, how many prompts are read, and how many answers wait and run.
-
-    `upstream` is the engine behind a gateway.
-    """
-
-    status: Literal["ok", "failing"]
-    reading: int
-    waiting: int
-    running: int
-    upstream: Literal["ok", "away"] | None = None

@@ -6,23 +6,21 @@ Who computes them, here or in another engine, puts `Progress` into a `Reply`.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from ...base import UNFINISHED
-from . import protocol
-from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline, Finish
+from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline, Finish
 from .requests import Asked
 
 Result = TypeVar("Result")
@@ -81,7 +79,28 @@ class Progress:
         )
 
 
-Reports = Callable[[Progress], protocol.RoutingReport | None]
+def routing_report(
+    router: str,
+    k: int | None,
+    experts: Iterable[str],
+    tokens: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, float],
+) -> dict[str, Any]:
+    """Which experts served an answer's `tokens`; `summary` has each expert's share of all so far.
+
+    Each token has its text (`token`), its `part`, prompt or answer, its `stream`, and its `experts`
+    by name, with the mean of their weights over all sites. Behind a gateway tokens are the pieces
+    in which an engine sends an answer, and `chosen` are the experts of a choice of which only the
+    first could be sent. `trace` is present if it was asked for (docs/analysis.md). In a stream it
+    comes once; `more` has the tokens that follow, one entry for each of the trace's streams that
+    has new ones.
+    """
+    rest = {"chosen": None, "trace": None, "more": None}
+    named = {"router": router, "k": k, "experts": list(experts)}
+    return {**named, "tokens": list(tokens), "summary": dict(summary), **rest}
+
+
+Reports = Callable[[Progress], dict[str, Any] | None]
 
 
 class Builder:
@@ -92,7 +111,7 @@ class Builder:
 
     def __init__(self, asked: Asked, report: Reports) -> None:
         self.request, self._report = asked.request, report
-        self.is_chat = isinstance(asked.request, protocol.ChatRequest)
+        self.is_chat = isinstance(asked.request, ChatRequest)
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
         self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
         self._identity: dict[str, Any] = {
@@ -102,63 +121,54 @@ class Builder:
         }
 
     @property
-    def usage(self) -> protocol.Usage:
+    def usage(self) -> dict[str, int]:
         prompt, answers = self._prompt_tokens, sum(self._generated)
-        return protocol.Usage(
-            prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers
-        )
+        total = prompt + answers
+        return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": total}
 
-    def opening(self) -> list[AnswerReply]:
+    def opening(self) -> list[dict[str, Any]]:
         """The chunks before the first token: in chats, who speaks."""
-        role = protocol.Delta(role="assistant", content="")
+        delta = {"role": "assistant", "content": ""}
         numbers = range(self.answers if self.is_chat else 0)
-        return [self._chunk(protocol.ChatChunkChoice(index=n, delta=role)) for n in numbers]
+        return [self._chunk({"index": n, "delta": delta, "finish_reason": None}) for n in numbers]
 
-    def chunk(self, progress: Progress) -> AnswerReply:
+    def chunk(self, progress: Progress) -> dict[str, Any]:
         self._generated[progress.choice] = progress.generated
-        if not self.is_chat:
-            return self._chunk(self._completion(progress))
-        delta = protocol.Delta(content=progress.text, **progress.more)
-        return self._chunk(protocol.ChatChunkChoice(**self._chat(progress), delta=delta))
+        said = {"delta": {"content": progress.text, **progress.more}}
+        return self._chunk(self._choice(progress, said))
 
-    def closing(self) -> AnswerReply:
+    def closing(self) -> dict[str, Any]:
         return self._chunk(usage=self.usage)
 
-    def _chunk(self, *choices: Any, usage: protocol.Usage | None = None) -> AnswerReply:
-        model = protocol.ChatChunk if self.is_chat else protocol.CompletionReply
-        return model(**self._identity, choices=list(choices), usage=usage)
+    def _chunk(self, *choices: Any, usage: Any = None) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return {**self._identity, "object": kind, "choices": choices, "usage": usage}
 
-    def whole(self, events: Sequence[Sequence[Progress]]) -> AnswerReply:
-        answers = [Progress.joined(each) for each in events]
+    def whole(self, events: Sequence[Sequence[Progress]]) -> dict[str, Any]:
+        answers, choices = [Progress.joined(each) for each in events], []
         self._generated = [each.generated for each in answers]
-        if not self.is_chat:
-            return self._chunk(*map(self._completion, answers), usage=self.usage)
-        choices = []
         for each in answers:
-            message = protocol.AssistantMessage(content=each.text, **each.more)
-            choices.append(protocol.ChatChoice(**self._chat(each), message=message))
-        return protocol.ChatReply(**self._identity, choices=choices, usage=self.usage)
+            message = {"role": "assistant", "content": each.text, "refusal": None, **each.more}
+            choices.append(self._choice(each, {"message": message}))
+        reply = self._chunk(*choices, usage=self.usage)
+        return reply | ({"object": "chat.completion"} if self.is_chat else {})
 
-    def _chat(self, progress: Progress) -> dict[str, Any]:
-        tokens = [_chat_token(token) for token in progress.tokens]
-        logprobs = protocol.ChatLogprobs(content=tokens) if self.request.logprobs else None
-        return self._common(progress) | {"logprobs": logprobs}
-
-    def _completion(self, progress: Progress) -> protocol.CompletionChoice:
-        logprobs, tokens = None, progress.tokens
+    def _choice(self, progress: Progress, said: Mapping[str, Any]) -> dict[str, Any]:
+        tokens, report = progress.tokens, self._report(progress)
+        common = {"index": progress.choice, "finish_reason": progress.finish, "routing": report}
+        logprobs: dict[str, Any] | None = None
+        if self.is_chat:
+            if self.request.logprobs:
+                logprobs = {"content": [_chat_token(token) for token in tokens], "refusal": None}
+            return {**common, **said, "logprobs": logprobs}
         if self.request.logprobs is not None:
-            logprobs = protocol.TextLogprobs(
-                tokens=[token.text for token in tokens],
-                token_logprobs=[token.logprob for token in tokens],
-                top_logprobs=[_by_text(token) for token in tokens],
-                text_offset=[token.place for token in tokens],
-            )
-        common = self._common(progress)
-        return protocol.CompletionChoice(**common, text=progress.text, logprobs=logprobs)
-
-    def _common(self, progress: Progress) -> dict[str, Any]:
-        report = self._report(progress)
-        return {"index": progress.choice, "finish_reason": progress.finish, "routing": report}
+            logprobs = {
+                "tokens": [token.text for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [_by_text(token) for token in tokens],
+                "text_offset": [token.place for token in tokens],
+            }
+        return {**common, "text": progress.text, "logprobs": logprobs}
 
 
 def _by_text(token: ScoredToken) -> dict[str, float] | None:
@@ -171,17 +181,15 @@ def _by_text(token: ScoredToken) -> dict[str, float] | None:
     return by_text
 
 
-def _chat_token(token: ScoredToken) -> protocol.ChatToken:
-    best = [protocol.TopToken(token=t, logprob=p, bytes=_bytes_of(t)) for t, p in token.top]
-    logprob = token.logprob if token.logprob is not None else 0.0
-    return protocol.ChatToken(
-        token=token.text, logprob=logprob, bytes=_bytes_of(token.text), top_logprobs=best
-    )
+def _chat_token(token: ScoredToken) -> dict[str, Any]:
+    top = [_with_bytes(text, logprob) for text, logprob in token.top]
+    return {**_with_bytes(token.text, token.logprob or 0.0), "top_logprobs": top}
 
 
-def _bytes_of(text: str) -> list[int] | None:
-    # A part of a character has none; they come with its last token.
-    return None if UNFINISHED in text else list(text.encode())
+def _with_bytes(text: str, logprob: float) -> dict[str, Any]:
+    # A part of a character has no bytes; they come with its last token.
+    content = None if UNFINISHED in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": content}
 
 
 class Reply:
@@ -225,7 +233,7 @@ class Reply:
         async for progress in self.progress():
             events[progress.choice].append(progress)
             size += progress.size
-        return await _written(size, lambda: self.builder.whole(events).model_dump_json())
+        return await _written(size, lambda: written(self.builder.whole(events)))
 
     async def as_events(self) -> AsyncIterator[str]:
         """The answers as server-sent events."""
@@ -239,7 +247,7 @@ class Reply:
                 yield _event(builder.closing())
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield f"data: {json.dumps(error.body)}\n\n"
+            yield _event(error.body)
 
     async def _next(self) -> Progress | ApiError:
         if not self._deadline.left:  # also where pieces wait for a slow reader
@@ -273,8 +281,12 @@ async def _written(size: int, write: Callable[[], str]) -> str:
     return await run_in_threadpool(write) if size > LARGE else write()
 
 
-def _event(content: BaseModel) -> str:
-    return f"data: {content.model_dump_json()}\n\n"
+def written(content: Any) -> str:
+    return to_json(content, inf_nan_mode="null").decode()
+
+
+def _event(content: Any) -> str:
+    return f"data: {written(content)}\n\n"
 
 
 def _event_of(builder: Builder, progress: Progress) -> str:

@@ -204,7 +204,7 @@ class RequestReader:
             seed=secrets.randbelow(SEEDS) if seed is None else (seed + number) % SEEDS,
             stop=tuple(request.stop or ()),
             logprobs=logprobs,
-            routing=request.routing is not None,
+            routing=bool(request.routing),
             ignores_end=bool(request.ignore_eos),
         )
 

@@ -75,6 +75,7 @@ class Backend(ABC):
     """
 
     models: dict[str, Any]
+    limits: Serving
     upstream = False  # another program computes
 
     @property
@@ -87,19 +88,12 @@ class Backend(ABC):
     @abstractmethod
     async def close(self) -> None: ...
 
-    def limits_of(self, limits: Serving) -> Serving:
-        return limits
-
     @abstractmethod
     def check(self, request: AnyRequest, model: Any) -> None:
         """Raise ApiError for what can't be answered."""
 
-    def prepare(self, request: AnyRequest, runner: Any) -> Any:
-        """What takes as long as reading a prompt; done in its thread, and handed to `begin`."""
-        return None
-
     @abstractmethod
-    async def begin(self, asked: Asked, runner: Any, prepared: Any) -> tuple[Reply, dict[str, str]]:
+    async def begin(self, asked: Asked, runner: Any) -> tuple[Reply, dict[str, str]]:
         """The answers, begun, and headers for their client. Raises ApiError."""
 
     @abstractmethod
@@ -110,8 +104,8 @@ class Backend(ABC):
 class Service:
     """Public methods that take a request are the routes'."""
 
-    def __init__(self, backend: Backend, limits: Serving, metrics: Metrics) -> None:
-        self.backend, self.limits, self.metrics = backend, limits, metrics
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self.backend, self.metrics = backend, metrics
         metrics.waiting.set_function(lambda: backend.state.waiting)
         metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
@@ -138,14 +132,15 @@ class Service:
 
     async def health(self) -> JSONResponse:
         state, turns = self.backend.state, [each.turns for each in self._texts.values()]
-        health = protocol.Health(
-            status="ok" if state.is_well else "failing",
-            reading=sum(each.running + each.waiting for each in turns),
-            waiting=state.waiting,
-            running=state.running,
-            upstream=("ok" if state.is_well else "away") if self.backend.upstream else None,
-        )
-        return JSONResponse(health.model_dump(exclude_none=True), 200 if state.is_well else 503)
+        health = {
+            "status": "ok" if state.is_well else "failing",
+            "reading": sum(each.running + each.waiting for each in turns),  # prompts
+            "waiting": state.waiting,
+            "running": state.running,
+        }
+        if self.backend.upstream:
+            health["upstream"] = "ok" if state.is_well else "away"
+        return JSONResponse(health, 200 if state.is_well else 503)
 
     async def numbers(self) -> Response:
         headers = {"Content-Type": CONTENT_TYPE_LATEST}
@@ -157,24 +152,26 @@ class Service:
     async def chats(self, request: Request) -> Response:
         return await self._answer(protocol.ChatRequest, request)
 
-    async def cards(self) -> protocol.ModelList:
-        return protocol.ModelList(data=[await self.card(name) for name in self._all_names()])
+    async def cards(self) -> dict[str, Any]:
+        return {"object": "list", "data": [await self.card(name) for name in self._all_names()]}
 
-    async def card(self, name: str) -> protocol.ModelCard:
+    async def card(self, name: str) -> dict[str, Any]:
         """What is told of a model, or of one expert. Raises ApiError."""
         model, fixed = self._find(name)
         frame, is_whole = model.runner.frame, fixed is None and bool(model.experts)
-        return protocol.ModelCard(
-            id=name,
-            created=self.begun,
-            base=protocol.without_paths(model.names[-1]),
-            router=model.routing.router if is_whole else None,
-            k=model.routing.k if is_whole else None,
-            experts=list(model.experts if fixed is None else fixed),
-            traces=is_whole and not self.backend.upstream,
-            context=frame.context,
-            chat=bool(frame.tokenizer.chat_template),
-        )
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.begun,
+            "owned_by": "phatgoose",
+            "base": protocol.without_paths(model.names[-1]),
+            "router": model.routing.router if is_whole else None,  # None for a base alone
+            "k": model.routing.k if is_whole else None,
+            "experts": list(model.experts if fixed is None else fixed),
+            "traces": is_whole and not self.backend.upstream,  # they can be asked for
+            "context": frame.context,
+            "chat": bool(frame.tokenizer.chat_template),
+        }
 
     def _all_names(self) -> list[str]:
         if not self.backend.upstream:
@@ -208,7 +205,7 @@ class Service:
     async def _answer(self, kind: type[Any], http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
-        deadline, client = Deadline.after(self.limits.timeout), http.scope[CLIENT]
+        deadline, client = Deadline.after(self.backend.limits.timeout), http.scope[CLIENT]
         body = http.scope[REQUEST_BODY]
         is_small = len(content := body.content) <= SMALL
         request: AnyRequest = (
@@ -231,20 +228,16 @@ class Service:
             raise bad_request(for_clients(error), only_override(request)) from error
         try:
             texts = self._texts_of(runner.frame.tokenizer)
-            limits = self.backend.limits_of(self.limits)
-            reader = RequestReader(runner.frame, limits, texts.process)
-
-            def read(seconds: float) -> tuple[Any, Any]:
-                return self.backend.prepare(request, runner), reader.prompts(request, seconds)
-
-            prepared, prompts = await texts.turns.run(client, deadline, read)
+            reader = RequestReader(runner.frame, self.backend.limits, texts.process)
+            read = partial(reader.prompts, request)
+            prompts = await texts.turns.run(client, deadline, read)
             rows = [row for row in range(len(prompts)) for _ in range(request.n or 1)]
             answers = [
                 Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
                 for number, row in enumerate(rows)
             ]
             asked = Asked(request, mixture, prompts, answers, client, deadline)
-            reply, headers = await self.backend.begin(asked, runner, prepared)
+            reply, headers = await self.backend.begin(asked, runner)
         except BaseException:
             release()
             raise
@@ -266,8 +259,8 @@ class Service:
 
     def _count(self, reply: Reply) -> None:
         usage, name = reply.builder.usage, reply.builder.request.model
-        self.metrics.prompt.labels(name).inc(usage.prompt_tokens)
-        self.metrics.generated.labels(name).inc(usage.completion_tokens)
+        self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
+        self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 
     def _texts_of(self, tokenizer: PreTrainedTokenizerBase) -> Texts:
         if id(tokenizer) not in self._texts:

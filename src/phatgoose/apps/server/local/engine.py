@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,17 +26,14 @@ from ..guards import Metrics
 from ..protocol import (
     AnyRequest,
     ApiError,
-    RoutingReport,
-    TokenRouting,
     bad_request,
     busy,
     for_clients,
 )
-from ..replies import Builder, Progress, Reply
+from ..replies import Builder, Progress, Reply, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns, in_thread
 from .batches import ActiveSequence, Batch
-from .json_form import JsonForm, form_of
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
 
 LOOKUPS = 2  # requests for which experts are looked up at once
@@ -51,7 +49,7 @@ class LocalBackend(Backend):
     """The engine, which answers with `models`."""
 
     def __init__(self, models: dict[str, LoadedModel], limits: Serving, metrics: Metrics) -> None:
-        self.models = models
+        self.models, self.limits = models, limits
         words = "Answers in a batch when it read prompts or made a step."
         batch = metrics.histogram("batch_rows", words, buckets=[2**i for i in range(9)])
         self.engine = engine = GenerationEngine(limits, batch.observe)
@@ -80,16 +78,11 @@ class LocalBackend(Backend):
         if request.routing and model.parts is None:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
+        if request.response_format and request.response_format.type != "text":
+            message = "Only engines behind this server (--upstream) keep to a form."
+            raise bad_request(message, "response_format")
 
-    def prepare(self, request: AnyRequest, runner: ModelRunner) -> JsonForm | None:
-        form = request.response_format
-        if form is None or (schema := form.schema_asked) is None:
-            return None
-        return form_of(schema, runner.tokenizer, runner.vocabulary, runner.ends)
-
-    async def begin(
-        self, asked: Asked, runner: ModelRunner, form: JsonForm | None
-    ) -> tuple[Reply, dict[str, str]]:
+    async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, dict[str, str]]:
         def routed_now(_: float = 0) -> Sequence[PromptRouting | None]:
             return runner.routings_of(
                 [prompt.tokens for prompt in asked.prompts],
@@ -117,8 +110,6 @@ class LocalBackend(Backend):
             ActiveSequence(runner, answer, deliver, asked.client, routed[answer.row])
             for answer in asked.answers
         ]
-        for each in sequences:
-            each.form = form and form.copy()
         self.engine.submit(sequences)
         reply.on_close.append(
             lambda: self.engine.cancel([each for each in sequences if each.finish is None])
@@ -137,7 +128,7 @@ class Reporter:
         self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
         self._tokens: Counter[int] = Counter()
 
-    def __call__(self, progress: Progress) -> RoutingReport | None:
+    def __call__(self, progress: Progress) -> dict[str, Any] | None:
         if not progress.routing:
             return None
         choice = progress.choice
@@ -146,39 +137,41 @@ class Reporter:
         tokens = [token for stream in streams for token in _token_routings(stream, parts.experts)]
         sums = self._sums.setdefault(choice, Counter())
         for token in tokens:
-            sums.update(token.experts)
-            self._tokens[choice] += bool(token.experts)
+            sums.update(token["experts"])
+            self._tokens[choice] += bool(token["experts"])
         count = self._tokens[choice]
-        report = RoutingReport(
-            router=parts.router.recorded.router,
-            k=parts.router.k or None,
-            experts=list(parts.experts),
-            tokens=tokens,
-            summary={name: round(total / count, 4) for name, total in sums.most_common()},
+        report = routing_report(
+            parts.router.recorded.router,
+            parts.router.k or None,
+            parts.experts,
+            tokens,
+            {name: round(total / count, 4) for name, total in sums.most_common()},
         )
-        if self._asked.request.wants_trace and choice in self._streams:
+        if self._asked.request.routing != "trace":
+            return report
+        if choice in self._streams:
             sent = self._streams[choice]
-            report.more = [
+            report["more"] = [
                 {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
             ]
-        elif self._asked.request.wants_trace:
+        else:
             self._streams[choice] = tuple(stream.name for stream in streams)
             routed = self._routed[self._asked.answers[choice].row]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
             trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
-            report.trace = trace.to_dict()
+            report["trace"] = trace.to_dict()
         return report
 
 
-def _token_routings(stream: TraceStream, experts: Sequence[str]) -> list[TokenRouting]:
+def _token_routings(stream: TraceStream, experts: Sequence[str]) -> list[dict[str, Any]]:
     shares = stream.shares(len(experts))
     return [
-        TokenRouting(
-            token=token,
-            part=PARTS[part],
-            stream=stream.name,
-            experts={experts[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))},
-        )
+        {
+            "token": token,
+            "part": PARTS[part],
+            "stream": stream.name,
+            "experts": {experts[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))},
+        }
         for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True)
     ]
 

@@ -25,12 +25,10 @@ from ..protocol import (
     AnyRequest,
     ApiError,
     ChatRequest,
-    RoutingReport,
-    TokenRouting,
     bad_request,
     for_clients,
 )
-from ..replies import Builder, Progress, Reply
+from ..replies import Builder, Progress, Reply, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, in_thread, numbered
 from ..settings import ServedModel, Upstream
@@ -148,9 +146,10 @@ class EngineBackend(Backend):
     def state(self) -> State:
         return State(self.link.is_well, 0, len(self._running))
 
-    def limits_of(self, limits: Serving) -> Serving:
+    @property
+    def limits(self) -> Serving:  # type: ignore[override]
         context = self.link.engine and self.link.engine.context
-        return replace(limits, max_batch_tokens=context) if context else limits
+        return replace(self._limits, max_batch_tokens=context) if context else self._limits
 
     async def reopened(self, name: str) -> ChosenPool:
         """The pool as its place has it now, its experts in the engine. Raises ConfigError."""
@@ -160,14 +159,12 @@ class EngineBackend(Backend):
 
     def check(self, request: AnyRequest, model: ChosenPool) -> None:
         """Raise ApiError for what engines don't do."""
-        if request.wants_trace:
+        if request.routing == "trace":
             raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
         if request.logprobs not in (None, False):
             raise bad_request("A gateway has no log-probabilities.", "logprobs")
 
-    async def begin(
-        self, asked: Asked, runner: PromptChooser, prepared: None
-    ) -> tuple[Reply, dict[str, str]]:
+    async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, dict[str, str]]:
         try:
             async with asyncio.timeout(asked.deadline.left):
                 engine = await self.link.ready()
@@ -261,7 +258,7 @@ def _report(
     chosen: Sequence[Weights],
     router: str,
     progress: Progress,
-) -> RoutingReport | None:
+) -> dict[str, Any] | None:
     """What is reported of the routing: an engine's pieces stand for tokens."""
     if not asked.request.routing:
         return None
@@ -269,15 +266,10 @@ def _report(
     weights, all_weights = (
         {name: round(weight, 4) for name, weight in each[row].items()} for each in (sent, chosen)
     )
-    token = TokenRouting(token=progress.text, part="answer", stream="decoder", experts=weights)
-    return RoutingReport(
-        router=router,
-        k=len(all_weights) or None,
-        experts=list(all_weights),
-        tokens=[token] if progress.text else [],
-        summary=weights,
-        chosen=all_weights if chosen[row] != sent[row] else None,
-    )
+    token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": weights}
+    tokens = [token] if progress.text else []
+    report = routing_report(router, len(all_weights) or None, all_weights, tokens, weights)
+    return report | ({"chosen": all_weights} if chosen[row] != sent[row] else {})
 
 
 def first_of(weights: Mapping[str, float]) -> Weights:

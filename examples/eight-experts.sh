@@ -13,5 +13,5 @@ phatgoose train --recipe $recipe --out "$out/experts" --resume
 phatgoose train --recipe $recipe --multitask multitask --steps 160 --eval-every 80 \
     --no-means --no-embeddings --out "$out/multitask" --resume
 phatgoose train --recipe $recipe --joint --no-means --no-embeddings --out "$out/joint" --resume
-phatgoose compare "$out/experts" --suites $suites --limit 100 --seed 0 \
+phatgoose compare "$out/experts" --suites $suites --limit 100 \
     --reference multitask="$out/multitask" --reference joint="$out/joint" --out "$out/comparison"

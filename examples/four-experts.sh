@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/four-experts}
 data=../shared/data/eval
 tasks=(t0ho_rte t0ho_cb t0ho_copa t0ho_wic bb_snarks)
-flags=(--limit 100 --seed 0)
+flags=(--limit 100)
 for task in "${tasks[@]}"; do flags+=(--task "$data/$task.jsonl"); done
 
 score() { # LABEL MODEL [FLAGS]

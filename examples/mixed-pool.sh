@@ -34,6 +34,6 @@ mixed common_gen --peft bottleneck --placement pfeiffer
 
 methods=base,random,merged,average-activation,retrieval,phatgoose # arrow is for LoRAs
 methods+=,best-individual,oracle
-flags=(--suites $suites --limit 100 --seed 0 --methods $methods)
+flags=(--suites $suites --limit 100 --methods $methods)
 $phatgoose compare "$out/experts" "${flags[@]}" --out "$out/comparison-mixed"
 $phatgoose compare "$loras" "${flags[@]}" --out "$out/comparison-loras"

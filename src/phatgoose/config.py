@@ -1,46 +1,38 @@
-"""Settings, as frozen dataclasses: one place for names, defaults, help texts and checks."""
+"""Settings, as frozen dataclasses: one place for names, defaults, help texts and limits."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from numbers import Integral, Real
-from types import NoneType
-from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+from functools import cache, cached_property
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from annotated_types import Ge, Gt, Interval
 
 from .errors import ConfigError
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
 Config = TypeVar("Config", bound="Settings")
 
-SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
-# What each type of settings accepts, and in words. Numbers of numpy become Python's.
-ACCEPTED: dict[Any, tuple[Any, str]] = {
-    **{int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "a text")},
-    **{bool: (bool, "true or false"), NoneType: (NoneType, "")},
-}
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a setting must be, in words and as a test. A setting that is None passes."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-AT_LEAST_1 = Limit("at least 1", lambda value: value >= 1)
-POSITIVE = Limit("above 0", lambda value: value > 0)
-NOT_NEGATIVE = Limit("0 or more", lambda value: value >= 0)
-RATIO = Limit("from 0 to 1", lambda value: 0 <= value <= 1)
-SEED = Limit(f"from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
-
-
-def one_of(known: Sequence[str]) -> Limit:
-    return Limit(f"one of {', '.join(known)}", lambda value: value in known)
+AT_LEAST_1 = Ge(1)
+POSITIVE = Gt(0)
+NOT_NEGATIVE = Ge(0)
+RATIO = Interval(ge=0, le=1)
+SEED = Interval(ge=0, lt=1 << 32)  # numpy accepts no larger ones, and Trainer seeds numpy too
 
 
 @dataclass(frozen=True)
@@ -51,40 +43,37 @@ class Setting:
     type: Any
     help: str
     default: Any
-    limit: Limit | None = None
+    limits: tuple[Any, ...] = ()
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        from pydantic import ConfigDict, TypeAdapter  # --help does without
+
+        kind: Any = Annotated[self.type, self.help, *self.limits]
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True))
 
     def checked(self, value: Any) -> Any:
-        """`value` in the setting's type. Raises ConfigError if it has another, or breaks the limit.
+        """`value` in the setting's type, also if it is a text. Raises ConfigError."""
+        from pydantic import ValidationError
 
-        Integers given for a float become floats.
-        """
-        kinds = get_args(self.type) or (self.type,)
-        words = " or ".join(filter(None, (ACCEPTED[kind][1] for kind in kinds)))
-        for kind in kinds:
-            is_one = isinstance(value, ACCEPTED[kind][0])
-            if not is_one or isinstance(value, bool) != (kind is bool):
-                continue
-            if value is None:
-                return None
-            try:
-                typed = kind(value)
-            except OverflowError:
-                typed = math.inf
-            if kind is float and not math.isfinite(typed):
-                words = "a finite number"
-            elif self.limit is None or self.limit.holds(typed):
-                return typed
-            else:
-                words = self.limit.words
-        raise ConfigError(f"{self.name} is {value!r:.80}, but must be {words}.")
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{self.name} is {value!r:.80}, but {wanted_in(error)}.") from None
+
+
+def wanted_in(error: ValidationError) -> str:
+    """What pydantic wanted, such as "must be greater than 0"."""
+    said = [each["msg"] for each in error.errors()]
+    return " or ".join(f"must {text.partition(' should ')[2] or text}" for text in said)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings: checks each value against type and limit of its field.
+    """Base of all settings: brings each value into its field's type, within its limits.
 
-    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
-    as a third part where not every value will do.
+    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a limit of
+    `annotated_types` as a third part if not every value will do. Other fields aren't the user's.
     """
 
     def __post_init__(self) -> None:
@@ -101,9 +90,9 @@ def settings_of(config: type) -> tuple[Setting, ...]:
 def _settings_of(config: type) -> tuple[Setting, ...]:
     hints, settings = get_type_hints(config, include_extras=True), []
     for field in dataclasses.fields(config):
-        if get_origin(hints[field.name]) is Annotated:  # else it is no setting of the user's
-            kind, text, *limit = get_args(hints[field.name])
-            settings.append(Setting(field.name, kind, text, field.default, *limit))
+        if get_origin(hints[field.name]) is Annotated:
+            kind, text, *limits = get_args(hints[field.name])
+            settings.append(Setting(field.name, kind, text, field.default, tuple(limits)))
     return tuple(settings)
 
 
@@ -126,18 +115,6 @@ def from_mapping(
         raise ConfigError(f"{where}: {error}") from error
 
 
-def read_text(value: str, declared: Any) -> object:
-    """`value` as what a setting `declared` takes, or unchanged, to be refused by the setting."""
-    kinds = get_args(declared) or (declared,)
-    if bool in kinds:
-        return {"true": True, "false": False}.get(value, value)
-    kind = next((kind for kind in (int, float) if kind in kinds), str)
-    try:
-        return kind(value)
-    except ValueError:
-        return value
-
-
 def closest(name: object, known: Iterable[str | None]) -> str:
     """A question such as " Did you mean 'arrow'?", if one of `known` is like `name`; else ""."""
     like = difflib.get_close_matches(str(name), filter(None, known), n=1)
@@ -147,21 +124,19 @@ def closest(name: object, known: Iterable[str | None]) -> str:
 # The shapes of experts, one class for each kind.
 
 ACTIVATIONS = ("relu", "gelu", "silu")
-PLACEMENTS = ("houlsby", "pfeiffer")
-
-# Help texts of settings that several kinds of expert share, as one flag.
-SITES = (
-    "Regular expression to search for in a layer's module path. Default: every linear layer of "
-    "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects them "
-    "for the base's architecture (ia3); the layers of the placement (bottleneck)."
-)
 INIT_STD = 0.01  # of the initial A (lora) or D (bottleneck); B and U start at zero
 
 
+@dataclass(frozen=True)
 class Peft(Settings):
-    """The shape of a new expert: the base of each kind's settings, frozen dataclasses."""
+    """The shape of a new expert: the base of each kind's settings."""
 
-    sites: str | None
+    sites: Annotated[
+        str | None,
+        "Regular expression to search for in a layer's module path. Default: every linear layer of "
+        "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects "
+        "them for the base's architecture (ia3); the layers of the placement (bottleneck).",
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +149,6 @@ class Lora(Peft):
         "LoRA alpha; the update is scaled by alpha / rank (paper: 1). Default: twice the rank.",
         POSITIVE,
     ] = None
-    sites: Annotated[str | None, SITES] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,62 +165,40 @@ class Dora(Lora):
 class IA3(Peft):
     """The shape of an (IA)³ expert (Liu et al. 2022): l ⊙ (W u + b), or W (l ⊙ u) + b."""
 
-    sites: Annotated[str | None, SITES] = None
-
 
 @dataclass(frozen=True)
 class Bottleneck(Peft):
     """The shape of a bottleneck adapter: y + scale (U f(D y + b_D) + b_U) on a layer's output y."""
 
     placement: Annotated[
-        str,
+        Literal["houlsby", "pfeiffer"],
         "houlsby (after attention and after the feed-forward network of each block) or pfeiffer "
         "(only after the latter).",
-        one_of(PLACEMENTS),
     ] = "houlsby"
     size: Annotated[int, "Size of the bottleneck.", AT_LEAST_1] = 64
-    activation: Annotated[
-        str, "Activation f in the bottleneck: relu, gelu or silu.", one_of(ACTIVATIONS)
-    ] = "relu"
-    scale: Annotated[float, "Factor on the adapter's output.", POSITIVE] = 1.0
-    sites: Annotated[str | None, SITES] = None
+    activation: str = "relu"  # one of ACTIVATIONS; neither this nor the scale is a flag
+    scale: float = 1.0
 
 
 # How experts and gates are trained, and how examples become tokens.
 
 FOUR_BITS = "4bit"  # a base's dtype by name: NF4 weights of bitsandbytes, computed with as "auto"
 TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
-TRUNCATIONS = ("middle", "left", "right")
-EMBEDDING_FORMS = ("prompt", "paper")
-ACTS_ON = ("all", "answer", "generation-prompt")
-SCHEDULES = (
-    *("constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts"),
-    *("polynomial", "inverse_sqrt"),
-)
-
-
-def is_acts_on(value: str) -> bool:
-    """True for a name in ACTS_ON or the number of last tokens."""
-    return value in ACTS_ON or (value.isascii() and value.isdigit() and 0 < int(value) <= 1 << 24)
+EmbeddingForm = Literal["prompt", "paper"]
 
 
 @dataclass(frozen=True)
 class Training(Settings):
     """How an expert is trained. The paper's numbers (section 4.1) are in recipes/t5xl-t0.toml.
 
-    As in the paper, the rate rises in the first 6 % of the steps, there is no weight decay, and
-    gradients are clipped at a norm of 1.
+    As in the paper, the rate rises in the first 6 % of the steps and then stays, there is no weight
+    decay, and gradients are clipped at a norm of 1.
     """
 
     steps: Annotated[int, "Optimiser steps.", AT_LEAST_1] = 1000
     batch_size: Annotated[int, "Sequences per optimiser step (paper: 1024).", AT_LEAST_1] = 32
     micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
     learning_rate: Annotated[float, "AdamW learning rate (paper: 0.005).", POSITIVE] = 2e-4
-    lr_schedule: Annotated[
-        str,
-        f"The learning rate's schedule, as transformers names it: {', '.join(SCHEDULES)}.",
-        one_of(SCHEDULES),
-    ] = "constant_with_warmup"
     eval_every: Annotated[
         int,
         "Steps between validations; each saves a checkpoint, and the best one wins.",
@@ -257,18 +209,11 @@ class Training(Settings):
     ] = 500
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
     acts_on: Annotated[
-        str,
+        Literal["all", "answer", "generation-prompt"] | Annotated[int, Interval(ge=1, le=1 << 24)],
         "What the expert acts on: all tokens, answer (from the prompt's last token on), "
         "generation-prompt (from the chat template's on), or N (from the prompt's last N tokens "
         "on). Before that it adds nothing (decoder-only bases).",
-        Limit(f"{', '.join(ACTS_ON)} or a number of tokens", is_acts_on),
     ] = "all"
-
-    def __post_init__(self) -> None:
-        given: Any = self.acts_on
-        if type(given) is int:  # a recipe's number without quotes
-            object.__setattr__(self, "acts_on", str(given))
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -291,10 +236,7 @@ class GateTraining(Settings):
         int, "Training examples to use for the statistics below.", AT_LEAST_1
     ] = 1000
     means: Annotated[bool, "Compute mean activations (for router average-activation)."] = True
-    readings: Annotated[
-        bool,
-        "Compute prompt statistics (for router discriminant).",
-    ] = True
+    readings: Annotated[bool, "Compute prompt statistics (for router discriminant)."] = True
     embeddings: Annotated[
         bool,
         "Embed training inputs (for routers retrieval and centroid; needs the extra 'retrieval').",
@@ -303,10 +245,9 @@ class GateTraining(Settings):
         "sentence-transformers/all-MiniLM-L6-v2"
     )
     embedding_form: Annotated[
-        str,
+        EmbeddingForm,
         "What is embedded: the prompt as the model reads it, or, for router retrieval as in the "
         "paper, the input behind its answer choices (paper).",
-        one_of(EMBEDDING_FORMS),
     ] = "prompt"
 
 
@@ -318,11 +259,10 @@ class Formatting(Settings):
         int, "Maximum tokens of an input; longer ones are cut.", AT_LEAST_1
     ] = 512
     truncation: Annotated[
-        str,
+        Literal["middle", "left", "right"],
         "Which part of a long input to cut: middle (of the template's longest field if known, else "
         "of the input; keeps three times as much after the cut as before), left, or right (as in "
         "the paper).",
-        one_of(TRUNCATIONS),
     ] = "middle"
     max_target_tokens: Annotated[
         int,
@@ -334,7 +274,7 @@ class Formatting(Settings):
 
 # How a routed model chooses experts.
 
-KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
+Kernel = Literal["auto", "reference", "concat", "gather", "grouped", "native", "triton"]
 
 
 @dataclass(frozen=True)
@@ -356,7 +296,7 @@ class Routing(Settings):
         "the router's own number.",
         AT_LEAST_1,
     ] = None
-    kernel: Annotated[str, f"{', '.join(KERNELS[:-1])} or {KERNELS[-1]}.", one_of(KERNELS)] = "auto"
+    kernel: Annotated[Kernel, "How the experts' updates are computed; auto: the fastest."] = "auto"
     embedder: Annotated[
         str | None, "Embedder of routers that use one, if it isn't the default one."
     ] = None
@@ -371,7 +311,7 @@ class RoutingSettings(TypedDict, total=False):
 
     router: str
     k: int | None
-    kernel: str
+    kernel: Kernel
     embedder: str | None
 
 
@@ -403,11 +343,9 @@ class Serving(Settings):
         "MiB of keys and values to keep for prompts that share a beginning; 0: none.",
         NOT_NEGATIVE,
     ] = 256
-    max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000
     watch: Annotated[bool, "Open pools and routed models again when their folder has changed."] = (
         False
     )
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
-    shutdown_timeout: Annotated[
-        int, "Seconds for running requests to finish after a signal to stop.", AT_LEAST_1
-    ] = 30
+    max_connections: int = 1000
+    shutdown_timeout: int = 30  # seconds for running requests to finish after a signal to stop

@@ -184,7 +184,7 @@ def test_a_pool_that_the_gateway_can_t_choose_by_is_warned_of(pool, tmp_path):
         deploy(bare, "vllm", tmp_path / "out")
 
 
-def test_the_command_hands_over_and_refuses_what_is_for_one_mixture(pool, llama, tmp_path, phat):
+def test_the_command_hands_over_and_refuses_other_engines(pool, llama, tmp_path, phat):
     place = pool.experts[0].directory.parent
     given = ("export", place, "--engine", "vllm", "--out", tmp_path / "out")
     refused(phat(*given), f"base by {llama.id!r}")
@@ -194,5 +194,3 @@ def test_the_command_hands_over_and_refuses_what_is_for_one_mixture(pool, llama,
     refused(phat(*given), "exists")
     other = ("--out", tmp_path / "other")
     refused(phat("export", place, "--engine", "tgi", *other), "must be one of vllm")
-    refused(phat("export", place, "--engine", "vllm", "--merged", *other), "leave out --merged")
-    refused(phat("export", place, "--engine", "vllm", "--k", "2", *other), "leave out --k")

@@ -148,7 +148,7 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
         ({"pool": folder, "router": "arrow:form=peft+frm=1"}, ConfigError, "unknown setting 'frm'"),
         ({"pool": folder, "k": "two"}, ConfigError, "k is 'two', but must be"),
         ({"pool": str(tmp_path / "x")}, PhatgooseError, "x"),
-        ({"pool": "x", "truncation": "top"}, ConfigError, "but must be one of middle"),
+        ({"pool": "x", "truncation": "top"}, ConfigError, "but must be 'middle'"),
         ({"pool": "x", "max_input_tokens": 0}, ConfigError, "max_input_tokens is 0"),
     ):
         with pytest.raises(error, match=said):

@@ -196,7 +196,7 @@ def test_experts_are_kept_and_left_out_by_name(base, pool, chosen, left):
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
-        ({"k": 2.5}, ConfigError, "k is 2.5, but must be a whole number"),
+        ({"k": 2.5}, ConfigError, "k is 2.5, but must be a valid integer"),
         ({"k": True}, ConfigError, "k is True"),
         ({"kernel": None}, ConfigError, "kernel is None"),
         ({"router": "arrow:temperature=hot"}, ConfigError, "temperature is 'hot'"),

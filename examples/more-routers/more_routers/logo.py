@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from phatgoose.config import one_of
 from phatgoose.errors import RoutingError
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.context import Choice
@@ -47,9 +46,8 @@ class Logo(ReadsBase):
     name, label, needs, usual_k = "logo", "LoGo", ("lora",), 20
 
     reads: Annotated[
-        str,
+        Literal["block", "site"],
         "Which input is read: the layer's (site) or its block's (block).",
-        one_of(("block", "site")),
     ] = "block"
 
     def reading(self, base: PreTrainedModel, ready: Tables) -> PromptReading:

@@ -201,7 +201,7 @@ def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, l
         ("random", None, "Router random draws lots"),
         ("best-individual", None, "needs scores"),
         ("nothing", None, "nothing"),
-        ("arrow", "two", "must be a whole number"),
+        ("arrow", "two", "must be a valid integer"),
     ],
 )
 def test_settings_that_cant_be(serve, llama_pool, router, k, message):

@@ -105,11 +105,6 @@ def report(path: Path | None, content: Any, what: str, error: type[PhatgooseErro
     return False
 
 
-def say_summary(summary: Mapping[str, float] | None) -> None:
-    """Who answered, in one line of JSON: each expert's share."""
-    say(json.dumps(summary, ensure_ascii=False))
-
-
 class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))

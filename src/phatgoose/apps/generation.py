@@ -11,8 +11,6 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..analysis.distribution import PARTS
-from ..analysis.measures import heaviest
 from ..analysis.traces import Trace, TraceStream, trace
 from ..config import Formatting
 from ..errors import TaskError
@@ -95,19 +93,17 @@ def check_text(text: str, what: str) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The trace of a text through a model, at the sites of one `layer` and `kind` (None: all)."""
+    """The trace of a prompt and the `answer` after it through a model."""
 
     trace: Trace
     answer: str
-    layer: str | None = None
-    kind: str | None = None
 
     def coloured(self) -> Iterator[Text]:
-        """For each stack that has such sites: its tokens in the colours of their first experts."""
+        """For each stack: its tokens in the colours of their first experts."""
         if self.trace.whole:
-            told = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
-            yield Text(f"for the whole prompt: {told}\n")
-        for stream, shares in self._views():
+            weights = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
+            yield Text(f"for the whole prompt: {weights}\n")
+        for stream, shares in self._shares():
             top, mean = shares.argmax(axis=1), shares.mean(axis=0)
             labels = {
                 z: f"{self.trace.experts[z]} {100 * mean[z]:.0f} %"
@@ -119,64 +115,37 @@ class Explanation:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Each expert's share of the tokens, at the sites of the layer and kind."""
-        shares = np.concatenate([shares for _, shares in self._views()])
+        """Each expert's share of the tokens."""
+        shares = np.concatenate([shares for _, shares in self._shares()])
         return summary_of(self.trace.experts, torch.from_numpy(shares))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "router": self.trace.router,
-            "answer": self.answer,
-            "summary": self.summary,
-            "layer": self.layer,
-            "kind": self.kind,
-            "tokens": [
-                {
-                    "stream": stream.name,
-                    "part": PARTS[part],
-                    "token": token,
-                    "experts": {
-                        self.trace.experts[z]: round(float(row[z]), 4)
-                        for z in heaviest(row, len(row))
-                    },
-                }
-                for stream, shares in self._views()
-                for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True)
-            ],
-            "trace": self.trace.to_dict(),
-        }
+        return {"summary": self.summary, "trace": self.trace.to_dict()}
 
-    def _views(self) -> Iterator[tuple[TraceStream, Any]]:
-        """(stream, weights [T, E]) of those streams that have sites of the layer and kind."""
-        streams = [s for s in self.trace.streams if s.places(self.layer, self.kind)]
-        for stream in streams or self.trace.streams[:1]:  # which then says what there is
-            yield stream, stream.shares(len(self.trace.experts), self.layer, self.kind)
+    def _shares(self) -> Iterator[tuple[TraceStream, Any]]:
+        for stream in self.trace.streams:
+            if stream.sites:
+                yield stream, stream.shares(len(self.trace.experts))
 
 
 def explain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    given: str | None = None,
+    answer: str | None = None,
     *,
     formatting: Formatting | None = None,
     sampling: Sampling | None = None,
-    layer: str | None = None,
-    kind: str | None = None,
 ) -> Explanation:
-    """How the routed `model` serves `prompt` and the answer after it, seen at a layer and a kind.
-
-    The answer is the one `given`, or what the model generates by `sampling`. A layer or kind that
-    doesn't exist is refused when the explanation is shown.
-    """
+    """How the routed `model` serves `prompt` and `answer`, or what it generates by `sampling`."""
     check_prompt(prompt)
-    check_text(given or "", "The answer")
+    check_text(answer or "", "The answer")
     routed = model, tokenizer, prompt
-    text = generate(*routed, formatting, sampling).text if given is None else given
+    text = generate(*routed, formatting, sampling).text if answer is None else answer
     encoder = Encoder.for_model(model, tokenizer, formatting)
     pair = encoder.pair(prompt, text)
-    if given is not None:  # `generate` has reported them already
+    if answer is not None:  # `generate` has reported them already
         encoder.cuts([pair]).report("the prompt")
     # By the prompt, not by an answer after it.
     with routing_for(model, [pair.prompt], examples=[Example(prompt, "")], encoder=encoder):
-        return Explanation(trace(model, encoder, pair), text, layer, kind)
+        return Explanation(trace(model, encoder, pair), text)

@@ -210,7 +210,7 @@ def measured(
     trials = []
     for task in tasks:
         if task.origin != "hub":
-            data, training = task.load(), task.settings(settings.training)
+            data, training = task.load(), settings.training
             rows = min(training.micro_batch_size, training.batch_size)
             sample = draw(data.train, SAMPLE, seed=0)
             longest = tuple(sorted(sample, key=_characters, reverse=True)[:rows])

@@ -85,7 +85,8 @@ def arguments_of(values: Mapping[str, Any]) -> tuple[Opening, Routing]:
     if "router" in rest:
         rest["router"] = texts["router"].replace("+", ",")
     routing, most = from_mapping(Routing, rest, WHERE), opening.max_input_tokens
-    Formatting(max_input_tokens=1 if most is None else most, truncation=opening.truncation)
+    read = {"max_input_tokens": 1 if most is None else most, "truncation": opening.truncation}
+    from_mapping(Formatting, read, WHERE)
     if POOL_SETTINGS & values.keys():
         require_pool(opening.pool)
     return opening, routing

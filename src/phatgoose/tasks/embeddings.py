@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base import quiet_loading
-from ..config import EMBEDDING_FORMS, GateTraining
+from ..config import GateTraining
 from ..errors import ConfigError
 from ..files import first_line, shortened
 from .encoding import cut_tokens
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_EMBEDDER = GateTraining.embedder
-PROMPT, PAPER_TEXT = EMBEDDING_FORMS
+PROMPT, PAPER_TEXT = "prompt", "paper"  # `config.EmbeddingForm`
 TEXTS = {  # what was embedded, in words
     PROMPT: "prompts as the model reads them",
     PAPER_TEXT: "inputs behind their answer choices (the paper's form)",

@@ -197,8 +197,7 @@ class Entry:
     """One dataset of a suite.
 
     `read` loads it. `metrics` and `max_new_tokens` are those of the task that `read` returns.
-    `micro_batch_size` is the paper's code's for training on this dataset, `train_examples` the
-    number of training examples if known without loading; None means unknown. `source` says in
+    `train_examples` is their number if known without loading; None means unknown. `source` says in
     words where the data come from.
     """
 
@@ -206,7 +205,6 @@ class Entry:
     read: Callable[[Sources], Task]
     metrics: tuple[str, ...] = ()
     max_new_tokens: int | None = None
-    micro_batch_size: int | None = None
     train_examples: int | None = None
     source: str = ""
 

@@ -300,7 +300,7 @@ def _claim(work: Path, identity: str, *, resume: bool, restart: bool) -> None:
     write_text(file, identity, ExpertError)
 
 
-def acting_for(encoder: Encoder, acts_on: str) -> ActsOn | None:
+def acting_for(encoder: Encoder, acts_on: str | int) -> ActsOn | None:
     """What the setting `acts_on` means; None for all tokens."""
     if acts_on == "all":
         return None

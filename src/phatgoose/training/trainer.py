@@ -65,7 +65,7 @@ class Hyperparameters:
         """All of them by their flat names, as an expert records them; rates are those used."""
         gates = asdict(self.gates)
         if self.peft is None:
-            shared = ("batch_size", "micro_batch_size", "lr_schedule")
+            shared = ("batch_size", "micro_batch_size")
             gates |= {f"gate_{name}": getattr(self.training, name) for name in shared}
             return {"seed": self.training.seed, **gates, **asdict(self.formatting)}
         if self.gates.joint:  # they have the expert's
@@ -385,7 +385,7 @@ def _arguments(
         gradient_accumulation_steps=batch // micro,
         learning_rate=rate,
         warmup_steps=round(WARMUP * steps),
-        lr_scheduler_type=training.lr_schedule,
+        lr_scheduler_type="constant_with_warmup",
         eval_strategy="steps" if validates else "no",
         eval_steps=every,
         save_strategy="steps",

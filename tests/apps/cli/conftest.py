@@ -3,13 +3,11 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
-from command_line import FLAGS, open_row, review, run, write_rows
+from command_line import FLAGS, open_row, review, write_rows
 from phatgoose.apps.cli import main
 from phatgoose.experts.pool import Pool
 from routed_models import SCORES
@@ -40,12 +38,6 @@ def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder = shutil.copytree(workshop, tmp_path / "here")
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`told(*arguments)`: the exit status of the command, and what it prints to either stream."""
-    return lambda *arguments: astuple(run(capsys, *arguments))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`phatgoose train`, `gate` and `measure`: jointly, on several tasks, every kind of expert."""
+"""`phatgoose train`, `gate`, `stats` and `check`: several tasks, every kind of expert."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from command_line import (
     BASE,
@@ -20,7 +19,6 @@ from command_line import (
     snapshot,
     write_rows,
 )
-from phatgoose.apps.cli.options import read_recipe
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
@@ -72,7 +70,7 @@ def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untr
     outcome = phat(*arguments)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("[1/1] all: validation loss")
-    assert {path.name for path in (untrained / "new").iterdir()} == {"all", "all.yaml"}
+    assert {path.name for path in (untrained / "new").iterdir()} == {"all"}
     record = Expert.load(untrained / "new" / "all").info.task
     assert record["name"] == "all"
     assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
@@ -93,7 +91,6 @@ def test_the_end_of_a_training_is_reported_as_json(untrained, phat):
     made = Expert.load(untrained / "new" / "reviews")
     kept = made.info.metrics
     assert (made.kind, expert["metrics"]) == ("dora", kept)
-    assert read_recipe(untrained / "new" / "reviews.yaml").tables["dora"]["rank"] == 2
     names = {"expert_steps", "expert_train_loss", "expert_validation_loss", "expert_seconds"}
     assert names | {"inputs_cut", "gate_steps"} <= kept.keys()
     assert "[1/1] reviews: validation loss" in outcome.err
@@ -139,35 +136,26 @@ def test_stats_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
 def test_a_mixed_pool_from_the_command_line(untrained, phat):
     at = TRAIN.index("--rank")
     flags = TRAIN[:at] + TRAIN[at + 2 :]
-    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
+    assert phat("train", "reviews.jsonl", *TRAIN, "--sites", "q_proj|v_proj").code == 0
     (untrained / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
     recipe = ["--recipe", "r.toml"]
     assert phat("train", "counting.jsonl", *recipe, *flags).code == 0
-    bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer", "--activation", "silu"]
+    bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer"]
     (untrained / "reviews.jsonl").rename(untrained / "again.jsonl")
     trained = phat("train", "again.jsonl", *recipe, *bottleneck, *flags)
     assert (trained.code, trained.err) == (0, "")
-    expert = Expert.load(untrained / "new" / "again")
-    assert {(m.size, m.activation) for m in expert.modules.values()} == {(3, "silu")}
-    places = sorted((untrained / "new").iterdir())  # as the shell's new/*
-    assert untrained / "new" / "again.yaml" in places
-    checked = phat("check", *places)
+    assert {m.size for m in Expert.load(untrained / "new" / "again").modules.values()} == {3}
+    checked = phat("check", *sorted((untrained / "new").iterdir()))  # as the shell's new/*
     assert (checked.code, checked.err) == (0, "")
-    refused(phat("check", "new/again.yaml"), "Not a directory")
     assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
     assert "counting, (IA)³, 6 sites" in checked.out
-    assert "reviews, LoRA, 14 sites" in checked.out
+    assert "reviews, LoRA, 4 sites" in checked.out
     listed = phat("pool", "new")
     assert all(kind in listed.out for kind in ("bottleneck", "(IA)³", "LoRA"))
     composed = phat("compose", "new", "--out", "routed", *BASE)
     assert (composed.code, composed.err) == (0, "")
-    asked = phat("generate", "routed", "Good?", "--show-experts", "--max-new-tokens", "2", *BASE)
-    assert asked.code == 0, asked.err
     scored = phat("evaluate", "routed", "--task", "again.jsonl", *BASE)
     assert (scored.code, scored.err) == (0, "")
-    arrow = phat("compose", "new", "--router", "arrow", "--out", "arrow", *BASE)
-    assert arrow.code == 2
-    assert "none in 'again' (bottleneck), 'counting' (ia3)" in arrow.err
 
 
 def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
@@ -212,43 +200,3 @@ def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
     expert = Expert.load(here / "experts" / "mine")
     assert expert.info.base.fingerprint == base.fingerprint
     assert any(gate.any() for gate in expert.gates.values())
-
-
-def test_the_recipe_of_a_training_names_its_data_from_anywhere(untrained, phat, monkeypatch):
-    (untrained / "folder").mkdir()
-    shutil.copy(untrained / "counting.jsonl", untrained / "folder" / "even.jsonl")
-    (untrained / "mine.toml").write_text(
-        'suffix = " ..."\n[[tasks]]\nname = "odd"\nfile = "reviews.jsonl"\n'
-    )
-    outcome = phat("train", "folder", "mine.toml", *TRAIN, "--data", "folder")
-    assert outcome.code == 0, outcome.err
-    mixed = ["--multitask", "all", "--mixture-most", 5, "--out", "mixed"]
-    outcome = phat("train", "reviews.jsonl", "folder", *TRAIN, *mixed)
-    assert outcome.code == 0, outcome.err
-    monkeypatch.chdir(untrained / "folder")
-    for recipe in ("new/even", "new/odd", "mixed/all"):
-        name = recipe.split("/")[1]
-        again = phat("train", "--config", f"../{recipe}.yaml", "--out", "../again")
-        assert (again.code, again.out.count("[1/1]")) == (0, 1), again.err
-        first, second = (Expert.load(untrained / p) for p in (recipe, f"again/{name}"))
-        assert first.info.hyperparameters == second.info.hyperparameters
-        assert first.info.adapter_sha256 == second.info.adapter_sha256
-    assert read_recipe(untrained / "new" / "odd.yaml").data == untrained / "folder"
-
-
-def test_the_settings_of_a_training_are_saved_and_can_be_given_again(untrained, phat):
-    usual = ["--sites", "q_proj|v_proj", "--alpha", 3, "--lr-schedule", "cosine"]
-    assert phat("train", "reviews.jsonl", *TRAIN, *usual).code == 0
-    first = Expert.load(untrained / "new" / "reviews")
-    assert {site.rpartition(".")[2] for site in first.modules} == {"q_proj", "v_proj"}
-    recipe = yaml.safe_load((untrained / "new" / "reviews.yaml").read_text())
-    assert (recipe["lora"]["alpha"], recipe["training"]["seed"]) == (3.0, 0)
-    assert recipe["tasks"] == [str(untrained / "reviews.jsonl")]
-    assert recipe["dtype"] == "float32"
-    again = phat("train", "--config", "new/reviews.yaml", "--out", "again")
-    assert again.code == 0, again.err
-    second = Expert.load(untrained / "again" / "reviews")
-    assert second.info.hyperparameters == first.info.hyperparameters
-    assert {module.A.dtype for module in second.lora.values()} == {torch.float32}
-    assert all(torch.equal(first.gates[site], second.gates[site]) for site in first.gates)
-    assert phat("pool", "new").code == 0

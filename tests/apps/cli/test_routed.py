@@ -1,4 +1,4 @@
-"""`phatgoose pool`, `compose`, `generate` and `evaluate`."""
+"""`phatgoose compose`, `generate`, `evaluate`, `analyse` and `audit`."""
 
 import json
 import re
@@ -18,11 +18,45 @@ def test_evaluate_takes_a_pool_or_a_base_or_one_expert(here, phat, model):
 
 
 def test_generate_shows_the_experts_behind_the_tokens(here, phat):
-    outcome = phat("generate", "experts", "Film", "--show-experts", "--max-new-tokens", 3, *BASE)
-    assert outcome.code == 0
-    summary = json.loads(outcome.out.splitlines()[-1])
-    assert summary.keys() <= {"reviews", "counting"}
-    assert sum(summary.values()) == pytest.approx(1, abs=1e-3)
+    flags = ["--show-experts", "--max-new-tokens", 3, "--router", "discriminant", "--k", 2, *BASE]
+    answer = ["--answer", "yes\x1b[31m"]  # it must not steer the terminal
+    whole = []
+    for more in ([], answer):  # chosen by the prompt alone, whatever answer stands after it
+        outcome = phat("generate", "experts", "Film", *flags, *more, "--json", "why.json")
+        assert outcome.code == 0, outcome.err
+        assert "\x1b[31m" not in outcome.out
+        told = json.loads((here / "why.json").read_text())
+        assert told["trace"]["format"] == "phatgoose-trace-1"
+        assert json.loads(outcome.out.splitlines()[-1]) == told["summary"]
+        assert told["summary"].keys() <= {"reviews", "counting"}
+        assert sum(told["summary"].values()) == pytest.approx(1, abs=1e-3)
+        (first, one), (second, other) = told["trace"]["whole"]
+        assert f"for the whole prompt: {first} {one:.2f}, {second} {other:.2f}" in outcome.out
+        whole.append(told["trace"]["whole"])
+    assert "Film yes" in outcome.out
+    assert whole[0] == whole[1]
+
+
+def test_a_pool_is_analysed_under_several_routers_and_a_routed_model_under_its_own(
+    analysed, phat, tmp_path
+):
+    tasks = ["--task", "first.jsonl", "--task", "second.jsonl", "--dtype", "float32", "--limit", 3]
+    more = ["--against", "arrow,merged", "--scores", "scores.json", "--leave-one-out"]
+    done = phat("analyse", analysed, *tasks, "--router", "phatgoose", *more, "--out", "seen")
+    assert done.code == 0, done.err
+    assert "report -> seen/report.html" in done.out
+    assert all(text in done.out for text in ("PHATGOOSE", "Arrow", "first", "second", "e1"))
+    numbers = json.loads((tmp_path / "seen" / "analysis.json").read_text())
+    assert list(numbers["routers"]) == ["phatgoose", "arrow", "merged"]
+    assert numbers["oracle"] == {"first": "e1", "second": "e2"}
+    assert numbers["routers"]["arrow"]["scores"]["first"]["n"] == 3
+    assert len(numbers["leave_one_out"]) == 4
+    assert (tmp_path / "seen" / "figures" / "layers-phatgoose.png").is_file()
+    assert phat("compose", analysed, "--router", "arrow", "--out", "routed").code == 0
+    done = phat("analyse", "routed", *tasks)
+    assert done.code == 0, done.err
+    assert "Arrow" in done.out
+    assert (tmp_path / "analysis" / "report.html").is_file()
 
 
 def test_sampling_with_one_seed_gives_one_answer(here, phat):

@@ -82,9 +82,6 @@ def test_equal_weights_by_another_name_have_that_one_s_tokenizer(base_folders, t
 def test_keys_are_read_from_a_list():
     assert keys_of(" a, b,,") == ("a", "b")
     assert keys_of(None) == ()
-    assert keys_of("b", ["a,c ", "d"]) == ("a,c", "d", "b")
-    with pytest.raises(ConfigError, match="An API key is empty"):
-        keys_of("b", [""])
 
 
 def test_places_name_models_and_their_routing(tmp_path):

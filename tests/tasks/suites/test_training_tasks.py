@@ -139,10 +139,6 @@ ONE = ["read rotten_tomatoes train", "read rotten_tomatoes validation", "train r
 TWO = ["read samsum train", "read samsum validation", "train samsum"]
 
 
-def micro_batch_of(expert: Path) -> object:
-    return Expert.load(expert).info.hyperparameters["micro_batch_size"]
-
-
 def test_each_task_is_loaded_when_its_training_starts_and_freed_after_it(tiny, phat, events):
     outcome = phat("train", "t0hi/rotten_tomatoes", "t0hi/samsum", *tiny)
     assert (outcome.code, outcome.err) == (0, "")
@@ -152,20 +148,9 @@ def test_each_task_is_loaded_when_its_training_starts_and_freed_after_it(tiny, p
     assert lines[1].endswith("-> new/samsum")
     record = Expert.load(Path("new/samsum")).info.task
     assert record["source"] == "knkarthick/samsum, prompts of P3"
-    assert micro_batch_of(Path("new/rotten_tomatoes")) == 32  # the released code's
-    assert micro_batch_of(Path("new/samsum")) == 4
     events.clear()
     assert phat("train", "t0hi/rotten_tomatoes", "t0hi/samsum", *tiny, "--resume").code == 0
     assert events == []  # what is finished isn't even read
-
-
-def test_the_suites_micro_batch_gives_way_to_one_that_is_named(tiny, here, phat):
-    assert phat("train", "t0hi/samsum", *tiny, "--micro-batch-size", 3).code == 0
-    assert micro_batch_of(here / "new" / "samsum") == 3
-    (here / "r.toml").write_text("[training]\nmicro_batch_size = 8\n")
-    options = ["--recipe", "r.toml", *tiny]
-    assert phat("train", "t0hi/rotten_tomatoes", *options).code == 0
-    assert micro_batch_of(here / "new" / "rotten_tomatoes") == 8  # also where it is the default
 
 
 CLASHES = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import BaseReference
-from phatgoose.config import Routing, read_text
+from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.hub import HubReference
 from phatgoose.experts.pool import Pool
@@ -323,5 +323,5 @@ def check_router(router: Router) -> None:
 
 
 def _routing(text: str | None, k: str | None) -> Routing:
-    given: dict[str, Any] = {"router": text, "k": k and read_text(k, int)}
+    given: dict[str, Any] = {"router": text, "k": k}
     return Routing(**{name: value for name, value in given.items() if value is not None})

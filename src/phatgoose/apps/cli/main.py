@@ -50,17 +50,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "remove": routed.remove,
     "compare": evaluation.compare,
     "replay": evaluation.replay,
-    "lm-eval": evaluation.lm_eval,
     "analyse": evaluation.analyse,
     "routers": evaluation.routers,
-    "explain": evaluation.explain,
     "serve": serving.serve,
 }
 HANDS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 HANDS_ON["help_option_names"] = []  # lm-eval has a --help of its own
 for name, command in COMMANDS.items():
-    settings = HANDS_ON if name == "lm-eval" else None
-    app.command(name, context_settings=settings)(with_flags(command))
+    app.command(name)(with_flags(command))
+app.command("lm-eval", context_settings=HANDS_ON)(evaluation.lm_eval)
 
 
 @app.callback()

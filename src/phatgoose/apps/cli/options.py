@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from ...config import (
-    POOL_SETTINGS,
-    TASK_FILES,
+    AT_LEAST_1,
     Formatting,
     GateTraining,
     Peft,
@@ -42,25 +41,8 @@ if TYPE_CHECKING:
     from ...routing.compose import OpenedModel
     from ...tasks.task import Sources, Task
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A TOML recipe: one table per config class, and the tasks to run it on."""
-
-    base: str | None = None
-    dtype: str | None = None
-    tasks: tuple[str, ...] = ()
-    peft: str | None = None
-    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    data: Path | None = None
-    templates: Path | None = None
-    multitask: str | None = None
-    mixture_most: int | None = None
-
-
 SHAPES = {name: kind.settings for name, kind in kinds().items() if kind.settings is not None}
-KINDS = ", ".join(SHAPES)
-RECIPE_TABLES = {
+RECIPE_TABLES: dict[str, type[Settings]] = {
     **SHAPES,
     "training": Training,
     "gates": GateTraining,
@@ -68,266 +50,138 @@ RECIPE_TABLES = {
     "routing": Routing,
     "serving": Serving,
 }
-FOLDERS = ("data", "templates")
-MODELS = ("embedder",)  # settings that are a folder or a Hub id
-EMBEDDED = "smollm2"  # a base that is no folder; base.loading loads torch
-ABOVE_TABLES: dict[str, type] = {  # what else a recipe may hold
-    "tasks": list,
-    "mixture_most": int,
-    **dict.fromkeys(("base", "dtype", "peft", "data", "templates", "multitask"), str),
-}
-WORDS = {str: "a text", int: "a whole number", dict: "a table", list: "a list of texts"}
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in the file `path`, TOML or YAML by its ending; paths in it are relative to it.
-
-    A task that begins with the name of a known suite is no path ("./NAME" is the folder). A base or
-    an embedder is a path where there is such a folder. Raises ConfigError for unknown keys.
-    """
-    path = Path(path)
-    content = read_table(path, "Recipe", ConfigError)
-    known = {*ABOVE_TABLES, *RECIPE_TABLES}
-    for key, value in content.items():
-        if key not in known:
-            raise ConfigError(
-                f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
-                f"{closest(key, known)}"
-            )
-        wanted = ABOVE_TABLES.get(key, dict)
-        is_list_of_names = wanted is not list or all(isinstance(each, str) for each in value)
-        if type(value) is not wanted or not is_list_of_names:
-            raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be {WORDS[wanted]}.")
-    if (peft := content.get("peft")) not in (None, *SHAPES):
-        raise ConfigError(f"{path}: peft is {peft!r:.80}, but must be one of {', '.join(SHAPES)}.")
-    above = {key: value for key, value in content.items() if key in ABOVE_TABLES}
-    if "base" in above:
-        above["base"] = _model(path.parent, above["base"])
-    above |= {key: path.parent / above[key] for key in FOLDERS if key in above}
-    tasks = tuple(_relative_to(path.parent, task) for task in above.pop("tasks", ()))
-    tables = {key: _table(path, content[key], key) for key in RECIPE_TABLES if key in content}
-    return Recipe(**above, tasks=tasks, tables=tables)
-
-
-def written_recipe(options: Mapping[str, Any], settings: Iterable[Settings]) -> str:
-    """A recipe in YAML of these settings, all of them, which --config reads in any folder.
-
-    `options` are of `ABOVE_TABLES`; None is left out.
-    """
-    import yaml  # type: ignore[import-untyped]
-
-    content: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    if content["dtype"] == "auto":
-        del content["dtype"]
-    for name in ("base", *FOLDERS):
-        if _is_here(content, name) and content[name] != EMBEDDED:
-            content[name] = os.path.abspath(content[name])
-    for each in settings:
-        table = {k: v for k, v in vars(each).items() if v is not None}
-        here = {name: os.path.abspath(table[name]) for name in MODELS if _is_here(table, name)}
-        content[TABLE_OF[type(each)]] = {**table, **here}
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def _is_here(table: Mapping[str, Any], name: str) -> bool:
-    return name in table and os.path.isdir(table[name])
-
-
-def _table(path: Path, table: dict[str, Any], key: str) -> dict[str, Any]:
-    from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
-    named = {name: _model(path.parent, table[name]) for name in MODELS if name in table}
-    return {**table, **named}
-
-
-def _model(folder: Path, name: str) -> str:
-    found = folder / name
-    elsewhere = found != Path(name) and name not in ("", EMBEDDED)
-    return str(found) if elsewhere and os.path.isdir(found) else name
-
-
-def _relative_to(folder: Path, task: str) -> str:
-    from ...tasks.suites.registry import known_suites  # loads numpy, which reading settings needn't
-
-    def in_suite(name: str) -> bool:
-        return name.split("/")[0] in known_suites() and not name.endswith(TASK_FILES)
-
-    path = str(folder / task)
-    if in_suite(task) or task.startswith("hub:"):
-        return task
-    return os.path.join(os.curdir, path) if in_suite(path) else path
-
-
-# Command-line flags from annotations: a command takes objects, typer shows one flag per field.
-#
-# `Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py)
-# and of a setting (`config`), named after it; {"min": 1} may follow the help text. Settings are
-# their defaults, overlaid by the recipe, overlaid by the command line.
-
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
+PATHS = ("base", "data", "templates")
+ABOVE_TABLES = {"tasks": list, **dict.fromkeys(("dtype", "peft", *PATHS), str)}
+EMBEDDED = "smollm2"  # a base that is no folder; `base` loads torch
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What the TOML file `path` holds: tables of settings, and above them `ABOVE_TABLES`.
+
+    Names of tasks, base, data and templates are relative to it if there is such a file or folder.
+    Raises ConfigError for unknown keys and values that settings refuse.
+    """
+    content = read_table(path, "Recipe", ConfigError)
+    known: dict[str, Any] = {**ABOVE_TABLES, **dict.fromkeys(RECIPE_TABLES, dict)}
+    for key, value in content.items():
+        if type(value) is not known.get(key):
+            listed = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
+            raise ConfigError(f"{path}: {key:.80} is {shortened(value)}; known are {listed}.")
+        if key in RECIPE_TABLES:
+            from_mapping(RECIPE_TABLES[key], value, f"{path}, [{key}]")
+
+    def beside(name: object) -> str:
+        place = path.parent / str(name)
+        return str(place) if name != EMBEDDED and place.exists() else str(name)
+
+    content |= {key: beside(content[key]) for key in PATHS if key in content}
+    return content | {"tasks": [beside(task) for task in content.get("tasks", ())]}
+
+
+# A command takes objects, and typer shows one flag for each of their fields. `Annotated[type,
+# "help"]` is the flag of a parameter, of a group's field (below) and of a setting (`config`).
+# Settings are their defaults, overlaid by the recipe, overlaid by the command line.
+
 RECIPE = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        "--recipe",
-        help="TOML or YAML file with settings; flags given here win over it.",
-    ),
+    typer.Option("--recipe", help="TOML file with settings; flags given here win over it."),
 ]
-
-
-@dataclass(frozen=True)
-class ExpertShapes:
-    by_kind: Mapping[str, Peft]
-    flags: frozenset[str]
-
-    def of(self, kind: str) -> Peft:
-        if kind not in self.by_kind:
-            raise ConfigError(
-                f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}."
-                f"{closest(kind, self.by_kind)}"
-            )
-        for name in sorted(self.flags):
-            owners = [k for k, config in SHAPES.items() if hasattr(config, name)]
-            if owners and kind not in owners:
-                flag = flag_of(name)
-                raise ConfigError(f"{flag} is for --peft {owners[0]}; the experts are {kind}.")
-        return self.by_kind[kind]
-
-
-@dataclass(frozen=True)
-class Without:
-    names: tuple[str, ...]
-
-
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer takes it: with one flag per field in place of each dataclass.
-
-    Classes of settings are parameters named as in `RECIPE_TABLES`; `ExpertShapes` stands for those
-    of all kinds of expert. A command with settings has --recipe, which also gives the options in
-    `ABOVE_TABLES` their default. A setting that several classes share is one flag. A parameter
-    `given` receives the names of the settings in recipe and command line.
-    """
-    parts = _Parameters(inspect.signature(command, eval_str=True))
-    shown = list(parts.shown())
-    # lm-eval's command has a context, and hands all options on.
-    if "context" not in {each.name for each in shown}:
-        shown += _voice()
-
-    @functools.wraps(command)
-    def run(**arguments: Any) -> None:
-        set_voice(*(arguments.pop(name, False) for name in VOICE))
-        command(**parts.filled(arguments))
-
-    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    return run
-
-
+PEFT = Annotated[str | None, typer.Option(help=f"Kind of expert: {', '.join(SHAPES)}.")]
 VOICE = {  # what every command takes, and shows in the program's own help alone
     "quiet": "Print only results, warnings and errors.",
     "verbose": "Print more progress.",
 }
 
 
-def _voice() -> Iterator[inspect.Parameter]:
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer takes it: with one flag per field in place of each `Settings`.
+
+    `Annotated[Training, "steps"]` has no flag for the steps. A parameter `Peft` has the flags of
+    all kinds of expert, and --peft to choose one. A setting that several classes share is one flag.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, tuple[type[Settings], set[str]]] = {}  # with the names of their flags
+    flags: dict[str, tuple[Setting, list[str]]] = {}
+    shown: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        annotation = parameter.annotation
+        kind, *hidden = get_args(annotation) if _is_annotated(annotation) else (annotation,)
+        if not (isinstance(kind, type) and issubclass(kind, Settings)):
+            shown.append(_parameter(name, annotation, parameter.default))
+            continue
+        groups[name] = kind, set()
+        for table, config in (SHAPES if kind is Peft else {TABLE_OF.get(kind, ""): kind}).items():
+            for setting in (each for each in settings_of(config) if each.name not in hidden):
+                flags.setdefault(setting.name, (setting, []))[1].append(table)
+                groups[name][1].add(setting.name)
+    every = {kind for kind, _ in groups.values()}
+    shown += [_parameter("peft", PEFT, None)] * (Peft in every)
+    shown += [_parameter("recipe", RECIPE, None)] * bool(every & {Peft, *TABLE_OF})
+    shown += [_setting_flag(setting, ", ".join(tables)) for setting, tables in flags.values()]
     for name, text in VOICE.items():
-        option = typer.Option(flag_of(name), help=text, hidden=True)
-        yield _option(name, Annotated[bool, option], False)
+        option = Annotated[bool, typer.Option(flag_of(name), help=text, hidden=True)]
+        shown.append(_parameter(name, option, False))
 
-
-class _Parameters:
-    """A command's parameters: its own options, groups of them, and settings by table."""
-
-    def __init__(self, signature: inspect.Signature) -> None:
-        self.own: list[inspect.Parameter] = []
-        self.groups: dict[str, Any] = {}
-        self.configs: dict[str, Any] = {}
-        self.settings: dict[str, list[Setting]] = {}
-        self.shapes: str | None = None
-        self.takes_given = "given" in signature.parameters
-        for name, parameter in signature.parameters.items():
-            kind, *details = get_args(parameter.annotation) or (parameter.annotation,)
-            hidden = details[0].names if details and isinstance(details[0], Without) else ()
-            if kind is ExpertShapes:
-                self.shapes = name
-                self.configs |= SHAPES
-            elif kind in TABLE_OF:
-                self.configs[name] = kind
-                self.settings[name] = [s for s in settings_of(kind) if s.name not in hidden]
-            elif is_dataclass(kind):
-                self.groups[name] = kind
-                self.own += _fields_of(kind)
-            elif name != "given":
-                self.own.append(_option(name, parameter.annotation, parameter.default))
-        for table, config in self.configs.items():
-            self.settings.setdefault(table, list(settings_of(config)))
-
-    def shown(self) -> Iterator[inspect.Parameter]:
-        yield from self.own
-        if self.configs:
-            yield _option("recipe", RECIPE, None)
-        tabled = [(s, table) for table in self.configs for s in self.settings[table]]
-        tables = {
-            s.name: [table for each, table in tabled if each.name == s.name] for s, _ in tabled
-        }
-        first = {s.name: s for s, _ in reversed(tabled)}  # whose help and type a shared flag has
-        yield from (_setting_flag(first[name], ", ".join(tables[name])) for name in tables)
-
-    def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        set_voice(*(arguments.pop(name) for name in VOICE))
         path = arguments.pop("recipe", None)
-        recipe = read_recipe(path) if path else Recipe()
-        names = {setting.name for each in self.settings.values() for setting in each}
-        flags = {name: arguments.pop(name) for name in names}
-        flags = {name: value for name, value in flags.items() if value is not None}
-        objects: dict[str, Any] = {}
-        given: set[str] = set()
-        for table, config in self.configs.items():
-            typed = {s.name: flags[s.name] for s in self.settings[table] if s.name in flags}
-            values = {**recipe.tables.get(table, {}), **typed}
-            objects[table] = from_mapping(config, values, "command line")
-            given |= values.keys()
-        for name in ABOVE_TABLES.keys() & arguments.keys():
-            if arguments[name] in (None, []):  # and not 0, which may be refused
-                arguments[name] = getattr(recipe, name)
-        for name, group in self.groups.items():
-            objects[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
-        if self.shapes:
-            shapes = {kind: objects.pop(kind) for kind in SHAPES}
-            objects[self.shapes] = ExpertShapes(shapes, frozenset(flags))
-        if self.takes_given:
-            objects["given"] = frozenset(given)
-        return {**arguments, **objects}
+        recipe = read_recipe(path) if path else {}
+        typed = {name: value for name, value in arguments.items() if value not in (None, [])}
+        values = {name: recipe[name] for name in arguments if name in recipe} | typed
+        objects = {}
+        for name, (group, names) in groups.items():
+            config = _shape(values.get("peft", "lora")) if group is Peft else group
+            table = recipe.get(TABLE_OF.get(config, ""), {})
+            own = {flag: values[flag] for flag in names if flag in values}
+            objects[name] = from_mapping(config, {**table, **own}, "command line")
+        filled = {**arguments, **values, **objects}
+        command(**{name: filled[name] for name in parameters})
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _fields_of(group: Any) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return (_option(field.name, hints[field.name], field.default) for field in fields(group))
+def _is_annotated(annotation: Any) -> bool:
+    return get_origin(annotation) is Annotated
 
 
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    """A parameter, which is a flag if its annotation is a help text and a range of values."""
-    kind, *details = get_args(annotation) or (annotation,)
+def _shape(kind: str) -> type[Peft]:
+    if kind not in SHAPES:
+        known = ", ".join(SHAPES)
+        raise ConfigError(f"--peft is {kind!r}, but must be one of {known}.{closest(kind, SHAPES)}")
+    return SHAPES[kind]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A parameter, which is a flag if its annotation is a help text."""
+    kind, *details = get_args(annotation) if _is_annotated(annotation) else (annotation,)
     if details and isinstance(details[0], str):
         flag = flag_of(name)
         flags = f"{flag}/--no-{flag[2:]}" if kind is bool and default else flag
-        limits: dict[str, Any] = details[1] if details[1:] else {}
-        annotation = Annotated[kind, typer.Option(flags, help=details[0], **limits)]
+        annotation = Annotated[kind, typer.Option(flags, help=details[0])]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
 
-def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
-    kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
+def _setting_flag(setting: Setting, tables: str) -> inspect.Parameter:
+    is_union = get_origin(setting.type) in (Union, UnionType)
+    kinds = [k for k in get_args(setting.type) if k is not NoneType] if is_union else [setting.type]
+    kind = kinds[0] if len(kinds) == 1 else str
     shown = setting.help
     shown += f" One of {', '.join((AUTO, *known_names()))}." if setting.name == "router" else ""
-    shown += "" if setting.default is None else f" (default: {setting.default})"
+    shown += "" if setting.default in (None, False) else f" (default: {setting.default})"
     flag = flag_of(setting.name)
-    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    option = typer.Option(flags, help=shown, rich_help_panel=f"Settings: {panel}")
-    return _option(setting.name, Annotated[kind | None, option], None)
+    flags = f"{flag}/--no-{flag[2:]}" if kind is bool and tables else flag
+    panel = f"Settings: {tables}" if tables else None
+    option = typer.Option(flags, help=shown, rich_help_panel=panel)
+    return _parameter(setting.name, Annotated[kind | None, option], None)
 
 
 # Options that several commands share, in groups: each option is defined and described once.
@@ -342,8 +196,9 @@ ModelArgument = Annotated[
         help="A routed model's folder, a pool (folder or hub:OWNER/NAME), or a base model alone."
     ),
 ]
+Resume = Annotated[bool, "Continue unfinished work."]
+Restart = Annotated[bool, "Discard unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]
-ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
@@ -355,21 +210,16 @@ def open_pool(places: list[Path]) -> Pool:
     return Pool.open(places[0] if len(places) == 1 else places)
 
 
-def split(values: list[str] | None) -> list[str]:
-    return [name for value in values or [] for name in value.split(",") if name]
+def split(values: list[str]) -> list[str]:
+    return [name for value in values for name in value.split(",") if name]
 
 
 @dataclass(frozen=True)
-class BaseOptions:
+class BaseOptions(Settings):
     base: BaseOption = None
     dtype: Annotated[
-        str,
-        "auto (the default), bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for "
-        "QLoRA).",
-    ] = None  # type: ignore[assignment]  # "auto", unless a recipe has another
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", self.dtype or "auto")
+        str, "auto, bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for QLoRA)."
+    ] = "auto"
 
     def load(self, default: BaseReference | None) -> Base:
         from ...base import SMOLLM2, load_base
@@ -397,15 +247,6 @@ def warn_of_unused_k(routing: Routing) -> None:
             warnings.warn(f"Router {router.name} doesn't use --k.", stacklevel=3)
 
 
-def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> None:
-    """Raise ConfigError when `given` settings choose a routing for a `model` that is not a pool."""
-    from ...routing.compose import require_pool
-
-    if given & POOL_SETTINGS:
-        require_pool(model)
-    warn_of_unused_k(routing)
-
-
 @dataclass(frozen=True)
 class ModelOptions(BaseOptions):
     keep: Annotated[list[str] | None, "Use only this expert (repeatable)."] = None
@@ -414,16 +255,24 @@ class ModelOptions(BaseOptions):
         Path | None, "comparison.json of a compare, for oracle and best-individual."
     ] = None
 
-    def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
-        from ...routing.compose import open_model, selected
+    def open(self, model: str, routing: Routing, *, keeps_factors: bool = False) -> OpenedModel:
+        """What is at `model`; ConfigError for a `routing` of one that has its own."""
+        from ...routing.compose import open_model, require_pool, selected
 
-        check_routing_flags(model, routing, given)
+        if routing != Routing(embedder=routing.embedder):
+            require_pool(model)
+        warn_of_unused_k(routing)
+        if keeps_factors:  # with a kernel named, every expert's stay
+            routing = replace(routing, kernel="concat")
         place = selected(model, self.keep, self.leave_out)
         return open_model(place, self.base, dtype=self.dtype, routing=routing, scores=self.scores)
 
+    def open_pool(self, places: list[Path]) -> Pool:
+        return open_pool(places).select(self.keep, self.leave_out)
+
 
 @dataclass(frozen=True)
-class TemplateOptions:
+class TemplateOptions(Settings):
     template: Annotated[str | None, "jinja2 template 'input ||| target' over a row's fields."] = (
         None
     )
@@ -436,7 +285,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(Settings):
     data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub itself."] = (
         None
     )
@@ -450,44 +299,26 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
-class ScoringOptions:
-    limit: Annotated[int | None, "Maximum examples per task, drawn by --seed.", {"min": 1}] = None
-    seed: Annotated[int, "Seed of the draw."] = 0
-    max_new_tokens: Annotated[int, "Maximum new tokens if the task sets none.", {"min": 1}] = 64
+class ScoringOptions(Settings):
+    limit: Annotated[int | None, "Maximum examples per task.", AT_LEAST_1] = None
+    max_new_tokens: Annotated[int, "Maximum new tokens if the task sets none.", AT_LEAST_1] = 64
 
 
 @dataclass(frozen=True)
-class RestartOptions:
-    resume: Annotated[bool, "Continue unfinished work."] = False
-    restart: Annotated[bool, "Discard unfinished work."] = False
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    engine: Annotated[str, "local (this process) or ray (needs the extra 'ray')."] = "local"
+class EngineOptions(Settings):
+    engine: Annotated[
+        Literal["local", "ray"], "Where the work is done: this process, or Ray (extra 'ray')."
+    ] = "local"
     address: Annotated[
         str | None,
         "With --engine ray: a running cluster, HOST:PORT or auto; default: this machine.",
     ] = None
-    gpus_per_worker: Annotated[
-        float | None,
-        "With --engine ray: 0.5 lets two workers share a GPU; default: 1 if there are GPUs.",
-        {"min": 0},
-    ] = None
-    cpus_per_worker: Annotated[
-        float | None,
-        "With --engine ray: cores and threads of a worker (default: 1).",
-        {"min": 0},
-    ] = None
-
     workers: Annotated[
-        int | None, "With --engine ray: number of workers; default: all that fit.", {"min": 1}
+        int | None, "With --engine ray: number of workers; default: all that fit.", AT_LEAST_1
     ] = None
 
     def check(self) -> None:
-        if self.engine not in ("local", "ray"):
-            raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
-        others = {name: value for name, value in vars(self).items() if name != "engine"}
+        others = {"address": self.address, "workers": self.workers}
         only_with("--engine ray", self.engine == "ray", others)
 
     @contextmanager
@@ -497,7 +328,7 @@ class EngineOptions:
             from ..ray_engine import RayEngine, connected
 
             with connected(self.address):
-                yield RayEngine(self.workers, self.gpus_per_worker, self.cpus_per_worker)
+                yield RayEngine(self.workers)
             return
         from ...jobs import LocalEngine
 

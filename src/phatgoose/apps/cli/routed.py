@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from ...config import Formatting, Routing
 from ...errors import EvaluationError, PoolError, RoutingError
 from ...files import require_free
-from ..console import check_report, report, say, say_summary, show
+from ..console import check_report, report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -76,7 +77,6 @@ def compose(
     *,
     pool: options.PoolArgument,
     out: Annotated[Path, "Folder of the routed model."],
-    json: options.JsonOption = None,
     opening: options.ModelOptions,
     routing: Routing,
 ) -> None:
@@ -84,7 +84,6 @@ def compose(
 
     Experts that look unlike the others are a warning ('phatgoose audit' says more).
     """
-    check_report(json, RoutingError)
     options.warn_of_unused_k(routing)
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
@@ -92,7 +91,7 @@ def compose(
     from ...routing.composition import composition_of
     from ...routing.saved import save
 
-    opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
+    opened = opening.open_pool(pool)
     base = opening.load_for(opened)
     try:
         unusual = look(opened).summary
@@ -103,13 +102,10 @@ def compose(
     model = compose(opened, base, routing=routing, scores=opening.scores)
     save(model, out)
     parts = composition_of(model)
-    count, sites, name = len(parts.experts), len(parts.layers), parts.router.recorded.router
+    count, name = len(parts.experts), parts.router.recorded.router
     k = min(parts.router.k, count)
-    made: dict[str, Any] = {"folder": str(out), "base": parts.base.id}
-    made |= {"experts": list(parts.experts), "sites": sites, "router": name, "k": k or None}
-    if not report(json, made, "report", RoutingError):
-        experts = f"{count} expert{'' if count == 1 else 's'} at {sites} sites"
-        say(f"{experts}, router {name}{f', k = {k}' if k else ''} -> {out}")
+    experts = f"{count} expert{'' if count == 1 else 's'} at {len(parts.layers)} sites"
+    say(f"{experts}, router {name}{f', k = {k}' if k else ''} -> {out}")
 
 
 def generate(
@@ -117,43 +113,44 @@ def generate(
     model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
     opening: options.ModelOptions,
-    max_new_tokens: Annotated[int, "Maximum new tokens.", {"min": 1}] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum new tokens.", min=1)] = 64,
     temperature: Annotated[
-        float | None, "Sample with this temperature; default: greedy.", {"min": 1e-3}
+        float | None,
+        typer.Option(help="Sample with this temperature; default: greedy.", min=1e-3),
     ] = None,
-    seed: Annotated[int, "Seed of sampling.", {"min": 0, "max": (1 << 32) - 1}] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0, max=(1 << 32) - 1)] = 0,
     show_experts: Annotated[
         bool, "Colour each token by its top expert, and print each expert's share of the tokens."
     ] = False,
+    answer: Annotated[str | None, "With --show-experts: this answer, not the model's own."] = None,
     json: options.JsonOption = None,
     routing: Routing,
     formatting: Formatting,
-    given: frozenset[str],
 ) -> None:
-    """Generate text with a routed model."""
+    """Generate text with a routed model, and show which experts served each token."""
+    options.only_with("--show-experts", show_experts, {"answer": answer})
     check_report(json, RoutingError)
     from ..generation import Sampling, explain
     from ..generation import generate as run
 
-    opened = opening.open(model, routing, given)
+    opened = opening.open(model, routing)
     routed = opened.model, opened.tokenizer, prompt
     sampling = Sampling(max_new_tokens, temperature, seed)
     if show_experts:
-        explanation = explain(*routed, formatting=formatting, sampling=sampling)
-        text = explanation.answer
+        explanation = explain(*routed, answer, formatting=formatting, sampling=sampling)
+        text, content = explanation.answer, explanation.to_dict()
     else:
         explanation, text = None, run(*routed, formatting, sampling).text
+        content = {}
     if not text:
         say("the model ended its answer at once", err=True)
-    answer: dict[str, Any] = {"prompt": prompt, "text": text}
-    answer |= {"summary": explanation.summary} if explanation else {}
-    if report(json, answer, "answer", RoutingError):
+    if report(json, {"prompt": prompt, "text": text, **content}, "answer", RoutingError):
         return
     if explanation is None:
         show(text, wrap=False)
     else:
         show(*explanation.coloured())
-        say_summary(explanation.summary)
+        say(dumps(explanation.summary, ensure_ascii=False))
 
 
 def evaluate(
@@ -166,7 +163,6 @@ def evaluate(
     json: options.JsonOption = None,
     routing: Routing,
     formatting: Formatting,
-    given: frozenset[str],
 ) -> None:
     """Score a model zero-shot on tasks."""
     from ...evaluation.evaluate import evaluate as run
@@ -175,7 +171,7 @@ def evaluate(
 
     check_report(json, EvaluationError)
     tasks = named_apart([template.load(source) for source in task])
-    opened = opening.open(model, routing, given)
+    opened = opening.open(model, routing)
     result = run(
         opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)
     )

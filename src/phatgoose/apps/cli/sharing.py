@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import Formatting, Routing, settings_of
-from ...errors import ConfigError, ExpertError, RoutingError
+from ...config import Formatting, Routing
+from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
 from ..console import say
@@ -18,8 +16,9 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
-    from ...experts.importing import Imports
-    from ...routing.export import Export, Texts
+    from ...routing.export import Export
+
+TEXTS = 100  # inputs of a task that `export` fixes a mixture by
 
 
 def import_command(
@@ -39,65 +38,46 @@ def import_command(
     by_path: Annotated[
         bool, "Record the base by its path, if it has no Hub id; only this machine finds it."
     ] = False,
-    name: options.ExpertName = None,
     allow_loss: Annotated[
         float | None,
         "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
         "share of each update, such as 0.01.",
     ] = None,
     fingerprint: Annotated[
-        bool | None,
-        typer.Option(
-            "--fingerprint/--no-fingerprint",
-            help="Record the fingerprint of the base's weights, and load them if needed; "
-            "default: only if they are on this machine.",
-        ),
-    ] = None,
+        bool,
+        "Record the fingerprint of the base's weights, and load them if needed; default: only if "
+        "they are on this machine.",
+    ] = False,
 ) -> None:
     """Make experts, without gates yet, of LoRAs, DoRAs, (IA)³ or bottleneck adapters.
 
     Of several, those that can't be routed are listed with the reason, and the exit code is 1; the
     others are imported.
     """
+    from ...experts import importing
+
     how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
-    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint}
-    imports = _imports(source, out, name, how)
+    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None}
+    inside = [(each, importing.adapters_in(Path(each))) for each in source]
+    if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):
+        require_free(out, ExpertError, options.ANOTHER_OUT)
+        imports = importing.Imports((importing.import_adapter(source[0], out, **how),), {})
+    else:
+        places = [place for each, some in inside for place in list(map(str, some)) or [each]]
+        imports = importing.import_adapters(places, out, **how)
     for expert in imports.experts:
         say(f"{_imported(expert)} -> {expert.directory}")
     for each, why in imports.refused.items():
         say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
-    if imports.experts:
-        say(_next_steps(imports.experts, out))
+    bases = [expert.info.base for expert in imports.experts]
+    if unmarked := next((base.id for base in bases if not base.fingerprint), None):
+        say(f"no fingerprint: the weights of {unmarked} are not here; --fingerprint fetches them")
+    if all(expert.lora for expert in imports.experts):
+        say(f"next: 'phatgoose serve {out}', or 'phatgoose stats EXPERT --task ITS-DATA'")
+    else:
+        say("next: 'phatgoose gate EXPERT --task ITS-DATA --out …'")
     if imports.refused:
         raise typer.Exit(1)
-
-
-def _imports(source: list[str], out: Path, name: str | None, how: dict[str, Any]) -> Imports:
-    """What comes of the adapters, or folders of adapters; one alone is an error if refused."""
-    from ...experts import importing
-
-    inside = [(each, importing.adapters_in(Path(each))) for each in source]
-    if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):
-        require_free(out, ExpertError, options.ANOTHER_OUT)
-        return importing.Imports((importing.import_adapter(source[0], out, name=name, **how),), {})
-    if name is not None:
-        raise ConfigError("--name is for one adapter; several are named after their folders.")
-    every = [place for each, found in inside for place in list(map(str, found)) or [each]]
-    return importing.import_adapters(every, out, **how)
-
-
-def _next_steps(made: Sequence[Expert], out: Path) -> str:
-    unmarked = next((e.info.base.id for e in made if not e.info.base.fingerprint), None)
-    told = (
-        ""
-        if unmarked is None
-        else (
-            f"no fingerprint: the weights of {unmarked} are not here; --fingerprint fetches them\n"
-        )
-    )
-    if all(expert.lora for expert in made):
-        return f"{told}next: 'phatgoose serve {out}', or 'phatgoose stats EXPERT --task ITS-DATA'"
-    return f"{told}next: 'phatgoose gate EXPERT --task ITS-DATA --out …'"
 
 
 def _imported(expert: Expert) -> str:
@@ -153,19 +133,15 @@ def export(
         bool, "Write the whole model with the updates in its weights, not an adapter."
     ] = False,
     rank: Annotated[
-        int | None, "Cut an adapter to this rank, by SVD; default: all of it.", {"min": 1}
+        int | None, typer.Option(help="Cut an adapter to this rank, by SVD; default: none.", min=1)
     ] = None,
     prompt: Annotated[
         list[str] | None,
         "Fix the mixture that the router chooses for this text (repeatable: their mean).",
     ] = None,
     task: Annotated[
-        str | None, "Fix the mean of the mixtures for the inputs of a file or hub:DATASET."
+        str | None, "Fix the mean of the mixtures for 100 inputs of a file or hub:DATASET."
     ] = None,
-    limit: Annotated[
-        int | None, "Maximum inputs of --task, drawn by --seed; default: 100.", {"min": 1}
-    ] = None,
-    seed: Annotated[int | None, "Seed of the draw; default: 0."] = None,
     engine: Annotated[
         str | None,
         "Write a folder that starts this engine with all experts of a pool, and the gateway that "
@@ -175,7 +151,6 @@ def export(
     opening: options.ModelOptions,
     routing: Routing,
     formatting: Formatting,
-    given: frozenset[str],
 ) -> None:
     """Write a model with constant routing as a PEFT adapter or a plain model.
 
@@ -185,64 +160,34 @@ def export(
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     if engine is not None:
-        others: dict[str, Any] = {"merged": merged, "rank": rank, "prompt": prompt, "task": task}
-        others |= {"limit": limit, "scores": opening.scores, **dict.fromkeys(given, True)}
-        _hand_over(model, engine, out, opening, others)
+        _hand_over(model, engine, out, opening)
         return
-    if prompt and task:
-        raise ConfigError(
-            "A mixture is fixed for prompts or for a task: give one of --prompt and --task."
-        )
-    options.only_with("--task", task is not None, {"limit": limit, "seed": seed, **vars(template)})
-    form = dict.fromkeys(given & {setting.name for setting in settings_of(Formatting)}, True)
-    options.only_with("--prompt or --task", bool(prompt or task), form)
-    texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
+    from ...routing.export import Texts, prompt_texts
     from ...routing.export import export as run
+    from ..generation import check_prompt
 
-    # With a kernel named, every expert's factors stay.
-    opened = opening.open(model, replace(routing, kernel="concat"), given).model
-    result = run(opened, out, texts=texts, merged=merged, rank=rank)
-    for line in _told(result):
+    texts = None
+    if prompt:
+        for each in prompt:
+            check_prompt(each)
+        texts = prompt_texts(prompt, formatting)
+    elif task is not None:
+        loaded = template.load(task)
+        texts = Texts(loaded.name, loaded.evaluation_examples(TEXTS, 0), formatting)
+    opened = opening.open(model, routing, keeps_factors=True).model
+    for line in _told(run(opened, out, texts=texts, merged=merged, rank=rank)):
         say(line)
 
 
-def _hand_over(
-    model: str, engine: str, out: Path, opening: options.ModelOptions, others: Mapping[str, object]
-) -> None:
-    """Write a folder that starts `engine`; ConfigError for any of the `others`, by name."""
-    if odd := [options.flag_of(name) for name, value in others.items() if value]:
-        raise ConfigError(f"--engine hands over experts as they are; leave out {odd[0]}.")
-    from ...experts.pool import Pool
+def _hand_over(model: str, engine: str, out: Path, opening: options.ModelOptions) -> None:
     from ...routing.compose import require_pool
     from ..deploy import deploy
 
     require_pool(model)
-    pool = Pool.open(model).select(opening.keep, opening.leave_out)
-    done = deploy(pool, engine, out, opening.base)
+    done = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
     say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
     if done.note:
         say(f"note: {done.note}")
-
-
-def _texts(
-    prompt: list[str] | None,
-    task: str | None,
-    limit: int,
-    seed: int,
-    template: options.TemplateOptions,
-    formatting: Formatting,
-) -> Texts | None:
-    from ...routing.export import Texts, prompt_texts
-    from ..generation import check_text
-
-    for each in prompt or ():
-        check_text(each, "The prompt")  # `prompt_texts` refuses an empty one
-    if prompt:
-        return prompt_texts(prompt, formatting)
-    if task is None:
-        return None
-    loaded = template.load(task)
-    return Texts(loaded.name, loaded.evaluation_examples(limit, seed), formatting)
 
 
 def _told(result: Export) -> list[str]:

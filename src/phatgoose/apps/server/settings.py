@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ...config import Routing, from_mapping, read_text, settings_of
+from ...config import Routing, from_mapping
 from ...errors import ConfigError
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
@@ -75,11 +75,9 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     return models
 
 
-def keys_of(listed: str | None, given: Sequence[str] = ()) -> tuple[str, ...]:
-    """The API keys `given` one by one, and those in a list separated by commas."""
-    if not all(key.strip() for key in given):
-        raise ConfigError("An API key is empty; leave it out, or write --api-key KEY.")
-    return tuple(key.strip() for key in (*given, *(listed or "").split(",")) if key.strip())
+def keys_of(listed: str | None) -> tuple[str, ...]:
+    """The API keys in a list separated by commas."""
+    return tuple(key.strip() for key in (listed or "").split(",") if key.strip())
 
 
 def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
@@ -96,11 +94,7 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
     common: Routing | None = options.get("routing")
     if not query:
         return common
-    types = {setting.name: setting.type for setting in settings_of(Routing)}
-    values = {
-        name: read_text(value, types.get(name))
-        for name, value in parse_qsl(query, keep_blank_values=True)
-    }
+    values = dict(parse_qsl(query, keep_blank_values=True))
     return from_mapping(Routing, {**(asdict(common) if common else {}), **values}, written)
 
 

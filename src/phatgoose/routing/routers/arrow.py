@@ -14,12 +14,11 @@ Forms, chosen by the setting `form`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...config import one_of
 from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
 from .phatgoose import Temperature
@@ -36,7 +35,7 @@ class Arrow(Router):
     name, label, needs, usual_k = "arrow", "Arrow", ("lora",), 2
     sizes, fused = {"vectors": "En"}, ABSOLUTE
 
-    form: Annotated[str, "The variant: svd (the paper's) or peft.", one_of(("svd", "peft"))] = "svd"
+    form: Annotated[Literal["svd", "peft"], "The variant: svd (the paper's) or peft."] = "svd"
     temperature: Temperature = 1.0
 
     def table(self, pool: Pool, site: str) -> dict[str, Tensor]:

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...config import Formatting, one_of
+from ...config import Formatting
 from ...errors import ConfigError, PoolError, TaskError
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.kind import ModifiedLinear, applied
@@ -60,10 +60,9 @@ class FewShot(Router):
         "targets and choices.",
     ] = None
     by: Annotated[
-        str | None,
+        Literal["discriminant", "centroid", "retrieval"] | None,
         "The router that scores its prompts: discriminant, retrieval or centroid; default: "
         "discriminant or centroid, as experts allow.",
-        one_of(tuple(BY)),
     ] = None
     chosen: str = ""
 
@@ -103,7 +102,7 @@ class FewShot(Router):
         """
         usual = (Discriminant.name, Centroid.name)
         fit = (name for name in usual if not any(map(pool.lacking, BY[name].needs)))
-        name = self.by or next(fit, None)
+        name: str | None = self.by or next(fit, None)
         if name is None and not self.has_targets:
             raise PoolError(
                 "Router few-shot chooses by statistics of prompts or by targets, and there is "

@@ -7,12 +7,13 @@ another package that names it under the entry points `phatgoose.routers`.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...config import Routing, closest, read_text
+from ...config import Routing, closest
 from ...errors import ConfigError
 from ...files import add_entry_points, shortened
 
@@ -122,9 +123,11 @@ def read_mixture(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(",") if text else ():
         name, sign, value = part.partition("=")
-        weight: Any = read_text(value, float)  # the text itself where it is no number
-        is_weight = isinstance(weight, float) and abs(weight) <= MOST_WEIGHT
-        if not sign or name in weights or not is_weight:
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not sign or name in weights or not abs(weight) <= MOST_WEIGHT:
             raise ConfigError(
                 f"weights are {shortened(text)}, but must be experts, each once, with numbers from "
                 f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}: weights:NAME=WEIGHT,NAME=WEIGHT."

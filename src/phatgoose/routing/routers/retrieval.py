@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...config import EMBEDDING_FORMS, one_of
+from ...config import EmbeddingForm
 from ...errors import PoolError, RoutingError
 from ...experts.expert import Expert
 from ...experts.pool import Pool
@@ -103,10 +103,9 @@ class Retrieval(Embeds):
     prompt_sizes: ClassVar[Mapping[str, str]] = {"embeddings": "Mc", OWNERS: "M"}
 
     form: Annotated[
-        str,
+        EmbeddingForm,
         "What is embedded: the prompt or, for experts with embeddings of that form, the paper's "
         "text: answer choices, then the input (paper; only in comparisons).",
-        one_of(EMBEDDING_FORMS),
     ] = "prompt"
     temperature: Temperature = 0.2
 

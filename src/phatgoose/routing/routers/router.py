@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ...config import Routing, Settings, from_mapping, read_text, settings_of
+from ...config import Kernel, Routing, Settings, from_mapping, settings_of
 from ...errors import ConfigError, PoolError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
@@ -98,7 +98,7 @@ class Router(Settings):
     by_token: ClassVar[bool] = True  # a token's decision depends on nothing but the token
 
     k: int = 0
-    kernel: str = "auto"
+    kernel: Kernel = "auto"
     embedder: str | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -122,7 +122,6 @@ class Router(Settings):
     @classmethod
     def read(cls, text: str) -> Self:
         """The router with the settings in "SETTING=VALUE,SETTING=VALUE". Raises ConfigError."""
-        types = {setting.name: setting.type for setting in settings_of(cls)}
         values: dict[str, object] = {}
         for part in text.split(",") if text else ():
             key, sign, value = part.partition("=")
@@ -131,7 +130,7 @@ class Router(Settings):
                     f"router is {shortened(f'{cls.name}:{text}')}, but must be a name, or a name "
                     f"and settings, each once: {cls.name}:SETTING=VALUE,SETTING=VALUE."
                 )
-            values[key] = read_text(value, types.get(key))
+            values[key] = value
         return from_mapping(cls, values, f"router {cls.name}")
 
     @property

@@ -66,7 +66,7 @@ def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
         )
         return replace(task, test=tuple(examples))
 
-    return Entry(name, read, task.metrics, most, row["micro_batch_size"], source=task.source)
+    return Entry(name, read, task.metrics, most, source=task.source)
 
 
 def _of_bbh(choices: tuple[str, ...], row: Mapping[str, Any]) -> Example:

@@ -58,7 +58,7 @@ def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
             raise TaskError(f"{folder} of dataset {dataset} has no zero-shot examples.")
         return _split(task, examples)
 
-    return Entry(task.name, read, METRICS, most, row["micro_batch_size"], source=task.source)
+    return Entry(task.name, read, METRICS, most, source=task.source)
 
 
 def _split(task: Task, examples: list[Example]) -> Task:

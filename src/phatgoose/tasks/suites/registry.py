@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ...config import TASK_FILES, Training, closest
+from ...config import TASK_FILES, closest
 from ...errors import TaskError
 from ...files import add_entry_points, read_table, shortened
 from ..loading import FILES, HUB, SPLITS, default_name, load_task, whole_text
@@ -155,25 +154,6 @@ class TrainingTask:
     @property
     def name(self) -> str:
         return self.entry.name
-
-    @property
-    def places(self) -> list[str]:
-        """What names it in any folder: `named`, with the whole path of what is a file here."""
-        if self.parts:
-            return [place for part in self.parts for place in part.places]
-        if self.origin != "file":
-            return [self.named]
-        suite, name = os.path.split(self.named)
-        if suite.endswith(".toml"):
-            return [os.path.join(os.path.abspath(suite), name)]
-        return [os.path.abspath(self.entry.source)]
-
-    def settings(self, training: Training) -> Training:
-        most = self.entry.micro_batch_size
-        return training if most is None else replace(training, micro_batch_size=most)
-
-    def without_micro_batch(self) -> TrainingTask:
-        return replace(self, entry=replace(self.entry, micro_batch_size=None))
 
     def load(self) -> Task:
         return self.entry.read(self.sources)

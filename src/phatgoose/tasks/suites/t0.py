@@ -47,7 +47,6 @@ def held_in_entry(table: Mapping[str, Any]) -> Entry:
         partial(_held_in_task, dataset),
         dataset.metrics,
         dataset.max_new_tokens,
-        dataset.micro_batch_size,
         train_examples=min(pairs, MOST_TRAIN_PAIRS),
         source=dataset.source,
     )
@@ -76,7 +75,6 @@ class _HeldIn(P3Dataset):
     """
 
     metrics: tuple[str, ...] = ACCURACY
-    micro_batch_size: int
     train_rows: int
     train_templates: int
     validation: str = "validation"

@@ -62,7 +62,7 @@ class Opening:
     max_batch_size: int = 64
     add_eos: bool = False
     max_input_tokens: int | None = None
-    truncation: str = "middle"
+    truncation: Any = "middle"
 
     def model(self, routing: Routing) -> PreTrainedModel:
         """The routed model that is there."""
@@ -85,8 +85,7 @@ def arguments_of(values: Mapping[str, Any]) -> tuple[Opening, Routing]:
     if "router" in rest:
         rest["router"] = texts["router"].replace("+", ",")
     routing, most = from_mapping(Routing, rest, WHERE), opening.max_input_tokens
-    read = {"max_input_tokens": 1 if most is None else most, "truncation": opening.truncation}
-    from_mapping(Formatting, read, WHERE)
+    Formatting(max_input_tokens=1 if most is None else most, truncation=opening.truncation)
     if POOL_SETTINGS & values.keys():
         require_pool(opening.pool)
     return opening, routing

@@ -136,7 +136,7 @@ class Peft(Settings):
         "Regular expression to search for in a layer's module path. Default: every linear layer of "
         "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects "
         "them for the base's architecture (ia3); the layers of the placement (bottleneck).",
-    ] = None
+    ] = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -179,18 +179,12 @@ def folder(strangers, tmp_path) -> Path:
     return shutil.copytree(strangers / "folders" / "plain", tmp_path / "model")
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the description."""
-    info = json.loads((folder / INFO).read_text())
-    change(info)
-    (folder / INFO).write_text(json.dumps(info))
-
-
-def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the first tensor whose name begins so, and make the hash fit."""
+def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Change the first tensor whose name begins so, or add it, and make the hash fit."""
     tensors = load_file(folder / FILE)
-    name = next(name for name in sorted(tensors) if name.startswith(begin))
-    tensors[name] = change(tensors[name]).clone().contiguous()
+    name = next((name for name in sorted(tensors) if name.startswith(begin)), begin)
+    changed = change(tensors.pop(name, torch.zeros(2)))
+    tensors |= {} if changed is None else {name: changed.clone().contiguous()}
     save_file(tensors, folder / FILE)
     record_hash(folder)
 
@@ -200,45 +194,45 @@ def complaint(folder: Path, base: Base) -> str:
     with pytest.raises(PhatgooseError) as caught:
         load(folder, base)
     assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 800
     return str(caught.value)
 
 
-SHAPE, RANGE, ORDER = "shape .* wanted", "numbers from .* wanted 0 to 3", "must be in order"
-WHOLE = "one module for each"
-TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [  # kind, tensor, change, said
-    ("plain", "A.", lambda t: t[..., :5], SHAPE),
-    ("plain", "A.", lambda t: t[:1], SHAPE + "|" + WHOLE),
-    ("plain", "A.", lambda t: t[:, :1], SHAPE),
-    ("plain", "A.", lambda t: t[None], SHAPE),
-    ("plain", "A.", lambda t: t[:, :0], SHAPE),
-    ("plain", "A.", lambda t: t.long(), "type torch.int64; wanted"),
-    ("plain", "B.", lambda t: t[:1], SHAPE),
-    ("plain", "vectors.", lambda t: t[:1], SHAPE),
-    ("plain", "vectors.", lambda t: t[0], SHAPE),
-    ("plain", "experts.", lambda t: t + 1, RANGE),
-    ("plain", "experts.", lambda t: t - 1, RANGE),
-    ("plain", "experts.", lambda t: t * 2**62, RANGE),
+SIZES, ORDER, WHOLE, UNKNOWN = "; wanted ", "in order", "one module for each", "wanted no such one"
+TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor | None], str]] = [
+    # kind, tensor, change, said
+    ("plain", "A.", lambda t: t[..., :5], SIZES),
+    ("plain", "A.", lambda t: t[None], SIZES),
+    ("plain", "A.", lambda t: t[:, :0], SIZES),
+    ("plain", "A.", lambda t: t.long(), "torch.int64; wanted"),
+    ("plain", "A.", lambda t: None, "A is missing; wanted"),
+    ("plain", "B.", lambda t: t[:1], SIZES),
+    ("plain", "B.", lambda t: t[..., :5], "which the base lacks"),  # they agree with each other
+    ("plain", "vectors.", lambda t: t[:1], SIZES),
+    ("plain", "vectors.", lambda t: None, "vectors is missing; wanted"),
+    ("plain", "experts.", lambda t: t + 1, ORDER),
+    ("plain", "experts.", lambda t: t - 1, ORDER),
+    ("plain", "experts.", lambda t: t * 2**62, ORDER),
     ("plain", "experts.", lambda t: t.flip(0), ORDER),
     ("plain", "experts.", lambda t: t * 0, ORDER),
-    ("plain", "experts.", lambda t: t.int(), "type torch.int32; wanted"),
-    ("plain", "experts.", lambda t: t[:1], SHAPE),
-    ("mixed", "B_bias.", lambda t: t[:, :3], SHAPE),
+    ("plain", "experts.", lambda t: t.int(), "torch.int32; wanted"),
+    ("plain", "experts.", lambda t: None, "experts is missing; wanted"),
+    *(("plain", name, lambda t: t, SIZES) for name in ("C.x", "votes.x", "weights")),
+    ("plain", "lookup.other", lambda t: t, UNKNOWN),
+    ("mixed", "B_bias.", lambda t: t[:, :3], SIZES),
     ("mixed", "lora_rows.", lambda t: t * 0, WHOLE),
+    ("mixed", "lora_rows.", lambda t: None, WHOLE),  # a kernel would look for all in them
     ("mixed", "input_rows.", lambda t: t - 100, WHOLE),
-    ("mixed", "output_deltas.", lambda t: t.repeat(1, 2), SHAPE),
-    ("mixed", "output_deltas.", lambda t: t.double(), "wanted .* in torch.float32"),
-    ("mixed", "up.", lambda t: t[:-1], SHAPE),
-    ("mixed", "down.", lambda t: t[:, :1], SHAPE),
-    ("retrieval", "lookup.owners", lambda t: t + 9, "owners has numbers"),
-    ("retrieval", "lookup.owners", lambda t: t[:-1], SHAPE),
+    ("mixed", "output_deltas.", lambda t: t.double(), "wanted .* of torch.float32"),
+    ("mixed", "up.", lambda t: t[:-1], SIZES),
+    ("retrieval", "lookup.owners", lambda t: t + 9, "owners must number experts"),
+    ("retrieval", "lookup.owners", lambda t: t[:-1], SIZES),
     ("retrieval", "lookup.embeddings", lambda t: 2 * t, "longer than 1"),
-    ("retrieval", "lookup.embeddings", lambda t: t.half(), "wanted .* in torch.float32"),
-    ("centroid", "lookup.centroids", lambda t: t[:1], SHAPE),
-    ("centroid", "lookup.centroids", lambda t: t.long(), SHAPE),
-    ("discriminant", "lookup.readings.whole.mean", lambda t: t[..., :4], SHAPE),
-    ("discriminant", "lookup.readings.whole.rest", lambda t: -t - 1, "has variances"),
-    ("spectr", "directions.", lambda t: t[..., :4], SHAPE),
-    ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "wanted {'n'"),
+    ("centroid", "lookup.centroids", lambda t: t[:1], SIZES),
+    ("discriminant", "lookup.readings.whole.mean", lambda t: t[..., :4], SIZES),
+    ("discriminant", "lookup.readings.whole.rest", lambda t: -t - 1, "variances are below 0"),
+    ("spectr", "directions.", lambda t: t[..., :4], SIZES),
+    ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "which the base lacks"),
 ]
 
 
@@ -251,73 +245,34 @@ def test_tensors_that_are_not_what_kernels_take_them_for_are_refused(
     assert re.search(said, complaint(folder, bases["float32"]))
 
 
-def test_a_part_without_rows_is_the_only_one_at_its_site(strangers, bases, tmp_path):
-    folder = shutil.copytree(strangers / "folders" / "mixed", tmp_path / "model")
-    tensors, site = load_file(folder / FILE), "model.layers.0.self_attn.k_proj"
-    assert tensors.pop(f"lora_rows.{site}").tolist() == [0, 1, 4]
-    for name in [name for name in tensors if name.endswith(f"_rows.{site}")]:
-        # As if the three LoRAs were 0, 1 and 2: without rows a kernel would look for all in them.
-        tensors[name] = tensors[name].where(tensors[name] != 2, 4)
-    save_file(tensors, folder / FILE)
-    record_hash(folder)
-    assert WHOLE in complaint(folder, bases["float32"])
-
-
-def test_sizes_that_agree_with_each_other_but_not_with_the_base_are_refused(folder, bases):
-    tamper(folder, "B.", lambda t: t[..., :5])
-    assert read_saved(folder).sizes
-    assert "wanted {'n'" in complaint(folder, bases["float32"])
-
-
-@pytest.mark.parametrize("begin", ["A.", "B.", "experts.", "vectors."])
-def test_a_tensor_that_is_missing_is_told(folder, bases, begin):
-    tensors = load_file(folder / FILE)
-    del tensors[next(name for name in tensors if name.startswith(begin))]
-    save_file(tensors, folder / FILE)
-    record_hash(folder)
-    assert "but no" in complaint(folder, bases["float32"])
-
-
-@pytest.mark.parametrize("name", ["C.x", "A", "A.", "votes.x", "lookup.other", "weights"])
-def test_a_tensor_that_nobody_knows_is_refused(folder, bases, name):
-    save_file(load_file(folder / FILE) | {name: torch.zeros(2)}, folder / FILE)
-    record_hash(folder)
-    assert f"holds {name!r}, which is no part" in complaint(folder, bases["float32"])
-
-
 DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "k 1.5": lambda info: info["routing"].update(k=1.5),
     "a long router": lambda info: info["routing"].update(router="x" * 10**6),
     "unknown kernel": lambda info: info["routing"].update(kernel="\x1b[31mfast"),
     "another router": lambda info: info["routing"].update(router="merged"),
     "a router without tensors": lambda info: info["routing"].update(router="retrieval"),
-    "a router without tasks": lambda info: info["routing"].update(router="oracle"),
-    "unknown setting": lambda info: info["routing"].update({"\x1b[2Jclear": 1}),
     "routing of words": lambda info: info.update(routing="phatgoose"),
-    "experts null": lambda info: info.update(experts=None),
     "experts of words": lambda info: info.update(experts=["e0", "e1", "e2", "e3"]),
     "no experts": lambda info: info.update(experts=[]),
     "name that climbs": lambda info: info["experts"][0].update(name="../e0"),
     "name of another": lambda info: info["experts"][0].update(name="e1"),
     "hash of numbers": lambda info: info["experts"][0].update(adapter_sha256=[]),
-    "base null": lambda info: info.update(base=None),
-    "base of numbers": lambda info: info["base"].update(id=3),
+    "end of nobody": lambda info: info["experts"][0].update(acts_on={"tail": -1}),
     "base that colours": lambda info: info["base"].update(id="\x1b[31mbase"),
     "lookup null": lambda info: info.update(lookup=None),
     "tasks of nobody": lambda info: info.update(lookup={"experts_by_task": {"x": -1}}),
     "embedder of numbers": lambda info: info.update(lookup={"embedder": 3}),
     "one expert fewer": lambda info: info["experts"].pop(),
-    "hash of lists": lambda info: info.update(weights_sha256=[]),
     **{f"no {key}": lambda info, key=key: info.pop(key) for key in ("base", "routing", "experts")},
-    "version true": lambda info: info.update(format_version=True),
 }
 
 
 @pytest.mark.parametrize("how", DESCRIPTIONS)
 def test_a_description_is_read_strictly(folder, bases, how):
-    edit(folder, DESCRIPTIONS[how])
-    message = complaint(folder, bases["float32"])
-    assert len(message) < 600
+    info = json.loads((folder / INFO).read_text())
+    DESCRIPTIONS[how](info)
+    (folder / INFO).write_text(json.dumps(info))
+    assert "routed." in complaint(folder, bases["float32"])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 1}', None])

@@ -11,10 +11,10 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -34,8 +34,10 @@ from ..files import (
     new_directory,
     new_file,
     one_line,
+    parse_json,
     prefetch,
     read_json,
+    reading,
     reason,
     sha256_of,
     shortened,
@@ -43,7 +45,7 @@ from ..files import (
 )
 from ..passes import ActsOn
 from ..sites import FLOATS, dtype_at, execution_device, find_sites
-from .composition import Composition, composition_of, refuse_late, resolve_base
+from .composition import Composition, composition_of, resolve_base
 from .layers import FoldedLinear, RoutedLinear
 from .routers.prompt import ByPrompt, Tables
 from .routers.registry import router_of
@@ -62,8 +64,7 @@ from .stacks import (
 ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
 CONFIG, CARD = "config.json", "README.md"
 FORMAT_VERSION = 1
-HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
-LIBRARY = "library_name: phatgoose"  # stands in our cards, and so tells them from a user's README
+FOLDED = "Merged experts are folded into the base's weights for good; compose the pool again."
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
 UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
@@ -183,42 +184,94 @@ def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 MODEL_CARD = """\
 ---
-{front}{library}
+{front}library_name: phatgoose
 tags:
 - phatgoose
 ---
 
-# Routed model of {count}
+# Routed model
 
-Router `{router}` chooses among {count} for the base `{base}`. The base's weights are not in this
-folder: `phatgoose.load("path/to/this/folder")` loads them by its name and checks them.
-
-{experts}
+Router `{router}` chooses among the experts in {info} for the base `{base}`. The base's weights are
+not in this folder: `phatgoose.load("path/to/this/folder")` loads them by its name and checks them.
 """
 
 
 def write_card(folder: Path, info: Mapping[str, Any]) -> None:
-    """Write the card of the model that `info` describes; a README that isn't ours stays."""
-    card = folder / CARD
-    if card.exists() and LIBRARY not in card.read_text(encoding="utf-8", errors="replace"):
-        return
-    base, experts = info["base"]["id"], info["experts"]
-    lines = [
-        f"- {name}" + (f" (`{code(path)}`)" if HubReference.is_one(path) else "")
-        for name, path in ((record["name"], record.get("path") or "") for record in experts)
-    ]
+    """Write the card of the model that `info` describes; a README that is there stays."""
+    base = info["base"]["id"]
     content = MODEL_CARD.format(
         front=f"base_model: {json.dumps(base)}\n" if is_hub_id(base) and "/" in base else "",
-        library=LIBRARY,
-        count="1 expert" if len(experts) == 1 else f"{len(experts)} experts",
         router=code(info["routing"]["router"]),
+        info=ROUTED_INFO,
         base=code(base),
-        experts="\n".join(lines),
     )
-    write_text(card, content, RoutingError)
+    if not (folder / CARD).exists():
+        write_text(folder / CARD, content, RoutingError)
 
 
 # Reading: the description, then every tensor against it and the others.
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """What is read of an expert's record, besides what later versions may add."""
+
+    name: str
+    path: str | None = None
+    adapter_sha256: str | None = None
+    vectors_sha256: str | None = None
+    embeddings_sha256: str | None = None
+    measured_in: str | None = None
+    acts_on: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        ActsOn.of(self.acts_on)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What is read of a prompt router's own description."""
+
+    embedder: str | None = None
+    embedding_form: str | None = None
+    experts_by_task: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is read of a saved model's description (docs/format.md)."""
+
+    format_version: Literal[1]
+    base: BaseReference
+    routing: Routing
+    experts: list[ExpertRecord]
+    weights_sha256: str
+    lookup: Lookup = field(default_factory=Lookup)
+
+    def __post_init__(self) -> None:
+        names, lookup = [each.name for each in self.experts], self.lookup
+        texts = (self.base.id, self.base.fingerprint, lookup.embedder, lookup.embedding_form)
+        for told, holds in {
+            "experts must be some, each name once": 0 < len(names) == len(set(names)),
+            "base and lookup must be printable": all((each or "").isprintable() for each in texts),
+            "experts_by_task must number experts": set(lookup.experts_by_task.values())
+            <= {*range(len(names))},
+        }.items():
+            if not holds:
+                raise ValueError(told)
+
+
+def read_description(path: Path) -> tuple[dict[str, Any], Description]:
+    """The description in the file `path`, as it is and as what it says; else RoutingError."""
+    info = read_json(path, dict, RoutingError, f" Pools are routed: compose({str(path.parent)!r}).")
+    try:
+        with reading(path, RoutingError):
+            about = parse_json(json.dumps(info), Description)
+            router_of(about.routing)
+    except (ConfigError, ExpertError) as error:
+        raise RoutingError(f"{path} is not valid: {error}") from error
+    return info, about
 
 
 @dataclass(frozen=True)
@@ -229,13 +282,10 @@ class SavedModel:
     """
 
     info: dict[str, Any]
+    base: BaseReference
     tensors: TensorFile
     router: Router
     sizes: Mapping[str, Mapping[str, int]]
-
-    @property
-    def base(self) -> BaseReference:
-        return BaseReference(**self.info["base"])
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -262,192 +312,111 @@ def read_saved(directory: Path) -> SavedModel:
     """The saved model in `directory`, every file checked: its hash, finiteness, and each tensor.
 
     Tensors are checked against the description and each other, without a base. Raises RoutingError
-    when anything is missing or damaged, ConfigError for a router or kernel that isn't known.
+    when anything is missing or damaged.
     """
-    info = read_description(directory / ROUTED_INFO)
-    path = directory / ROUTED_WEIGHTS
+    info, about = read_description(directory / ROUTED_INFO)
+    path, router = directory / ROUTED_WEIGHTS, router_of(about.routing)
     try:
         tensors = TensorFile(path)
         # Both looks at once, while the file's pages are in memory.
         _, sha256 = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
     except ExpertError as error:
         raise RoutingError(str(error)) from error
-    if sha256 != info.get("weights_sha256"):
-        raise RoutingError(f"{path} was changed after it was written.")
-    router = router_of(Routing(**info["routing"]))
-    return SavedModel(info, tensors, router, _checked(tensors, len(info["experts"]), router))
+    _require(sha256 == about.weights_sha256, path, "it was changed after it was written")
+    return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """The description in the file `path`, as docs/format.md has it; else RoutingError."""
-    hint = f" A pool is routed with compose({str(path.parent)!r})."
-    info = read_json(path, dict, RoutingError, hint)
-    version = info.get("format_version")
-    if version != FORMAT_VERSION or type(version) is not int:
-        raise RoutingError(
-            f"{path}: format version {shortened(version)} is unknown, wanted {FORMAT_VERSION}."
-        )
-    try:
-        if problem := _problem(info):
-            raise ValueError(problem)
-        router_of(Routing(**info["routing"]))
-        BaseReference(**info["base"])
-    except (TypeError, KeyError, ValueError, ConfigError, ExpertError) as error:
-        raise RoutingError(
-            f"{path} is not a valid description of a routed model: {one_line(error)}."
-        ) from error
-    return info
+Forms = dict[str, tuple[Sequence[str], tuple[torch.dtype, ...]]]  # letters of sizes, and types
 
 
-def _problem(info: Mapping[str, Any]) -> str | None:
-    lookup, experts = info.get("lookup", {}), info["experts"]
-    if not all(isinstance(each, dict) for each in (info["base"], info["routing"], lookup)):
-        return "base, routing and lookup must be objects"
-    if not isinstance(experts, list) or not experts:
-        return f"experts is {shortened(experts)}, not a list of some"
-    names = [_checked_name(record) for record in experts]
-    if len(set(names)) < len(names):
-        return f"of {shortened(names)} one name appears twice"
-    base = {key: text for key, text in info["base"].items() if key == "id" or text is not None}
-    embedding = {key: lookup[key] for key in ("embedder", "embedding_form") if key in lookup}
-    for key, text in (base | embedding).items():
-        if not (isinstance(text, str) and text.isprintable()):
-            return f"{key} is {shortened(text)}"
-    for task, expert in dict(lookup.get("experts_by_task", {})).items():
-        if type(expert) is not int or not 0 <= expert < len(experts):
-            return f"lookup.experts_by_task has {shortened(expert)} for {shortened(task)}"
-    return None
-
-
-def _checked_name(record: Any) -> str:
-    name = record.get("name") if isinstance(record, dict) else None
-    if not isinstance(name, str):
-        raise ValueError(f"expert {shortened(record)} has no name")
-    check_name(name)
-    ActsOn.of(record.get("acts_on"))
-    for key in ("path", "measured_in", *HASHES):
-        if not isinstance(record.get(key), str | None):
-            raise ValueError(f"{key} of expert {name} is {shortened(record[key])}")
-    return name
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a tensor looks like: a letter for each of its sizes, and the types it may have.
-
-    E are the experts of a site, n its inputs, d its outputs. Other letters of a part of a stack,
-    such as the rank, are its own: they have its name before them.
-    """
-
-    letters: Sequence[str]
-    types: tuple[torch.dtype, ...] = FLOATS
-
-
-def _forms(router: Router) -> dict[str, Form]:
-    """The form of each tensor that a saved model may have at a site."""
-    forms = {"experts": Form("E", INDICES), "folded": Form("dn")}
-    for part in declared().parts.values():
-        for field, form in part.forms().items():
-            letters = [x if x in "nd" else f"{part.name}.{x}" for x in f"E{form.sizes}"]
-            forms[part.names()[field]] = Form(letters, form.types)
-    return forms | {name: Form(letters) for name, letters in router.sizes.items()}
-
-
-def _checked(file: TensorFile, experts: int, router: Router) -> dict[str, dict[str, int]]:
-    """The sizes of each site's tensors, by letter, of that many experts. Raises RoutingError."""
-    by_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    prompt_form = router.prompt_sizes if isinstance(router, ByPrompt) else {}
-    forms, types = _forms(router), {OWNERS: INDICES}
-    lookup = {n: Form(x, types.get(n, (torch.float32,))) for n, x in prompt_form.items()}
+def _checked(
+    file: TensorFile, info: Mapping[str, Any], router: Router
+) -> dict[str, dict[str, int]]:
+    """The sizes of each site's tensors, by letter; RoutingError where tensors don't fit."""
+    count, by_site = len(info["experts"]), defaultdict[str, dict[str, Tensor]](dict)
     for name in file:
         kind, _, site = name.partition(".")
-        if kind == "lookup":
-            kind, site = site, kind
-        if not site or kind not in (lookup if site == "lookup" else forms):
-            raise RoutingError(
-                f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
-            )
-        by_site[site][kind] = file[name]
-    tables = by_site.pop("lookup", {})
-    where = f"{file.path}, lookup"
-    told = f"there are {_named(tables)}; wanted {_named(lookup)}"
-    _require(tables.keys() == lookup.keys(), where, told)
-    _sizes(where, tables, lookup, {"E": experts})
-    if OWNERS in tables:
-        _check_range(where, OWNERS, tables[OWNERS], experts)
-    for name, tensor in tables.items():
-        if name.endswith(".rest"):
-            _require(not bool((tensor < 0).any()), where, f"{name} has variances below 0")
-        if name in UNIT:
-            longest = float(tensor.float().norm(dim=-1).max())
-            _require(longest <= LONGEST, where, f"{name} has rows that are longer than 1")
+        place, own = (kind, site) if kind == "lookup" else (site, kind)
+        by_site[place][own] = file[name]
+    tables, where = by_site.pop("lookup", {}), f"{file.path}, lookup"
+    types = {OWNERS: INDICES}
+    prompt_sizes = router.prompt_sizes if isinstance(router, ByPrompt) else {}
+    forms: Forms = {n: (x, types.get(n, (torch.float32,))) for n, x in prompt_sizes.items()}
+    _sizes(where, tables, forms, {"E": count})
+    owners = tables.get(OWNERS, torch.zeros(1))
+    _require(_is_within(owners, count), where, "owners must number experts")
+    rests = [tensor for name, tensor in tables.items() if name.endswith(".rest")]
+    _require(not any(bool((each < 0).any()) for each in rests), where, "variances are below 0")
+    lengths = [tables[name].norm(dim=-1).max() for name in UNIT if name in tables]
+    _require(all(each <= LONGEST for each in lengths), where, "unit vectors are longer than 1")
     return {
-        site: _check_site(f"{file.path}, {site}", tensors, experts, router, forms)
+        site: _check_site(f"{file.path}, {site}", tensors, count, router)
         for site, tensors in by_site.items()
     }
 
 
 def _check_site(
-    where: str,
-    tensors: Mapping[str, Tensor],
-    pool_size: int,
-    router: Router,
-    forms: Mapping[str, Form],
+    where: str, tensors: Mapping[str, Tensor], pool_size: int, router: Router
 ) -> dict[str, int]:
-    """The sizes of one site's tensors, by letter, which belong together; else RoutingError."""
+    """The sizes of one site's tensors, by letter, which belong together; else RoutingError.
+
+    E are the experts of the site, n its inputs, d its outputs. Other letters of a part of a stack,
+    such as the rank, are its own: they have its name before them.
+    """
     is_folded = "folded" in tensors
-    needed = ["experts"] if is_folded else ["experts", *router.sizes]
+    forms: Forms = {"experts": ("E", INDICES)}
+    if is_folded:
+        forms["folded"] = ("dn", FLOATS)
+    else:
+        forms |= {name: (letters, FLOATS) for name, letters in router.sizes.items()}
     for part in declared().parts.values():
-        if any(name in tensors for name in part.names().values()):
-            needed += [part.names()[f] for f, form in part.forms().items() if not form.optional]
-    for name in needed:
-        _require(name in tensors, where, f"there are {_named(tensors)}, but no {name}")
+        names = part.names()
+        if any(name in tensors for name in names.values()):
+            for each, form in part.forms().items():
+                letters = [x if x in "nd" else f"{part.name}.{x}" for x in f"E{form.sizes}"]
+                if not form.optional or names[each] in tensors:
+                    forms[names[each]] = letters, form.types
     sizes, experts = _sizes(where, tensors, forms, {}), tensors["experts"]
-    _check_range(where, "experts", experts, pool_size)
-    is_in_order = bool((experts.diff() > 0).all())
-    _require(is_in_order, where, "experts must be in order, each of them once")
+    in_order = _is_within(experts, pool_size) and bool((experts.diff() > 0).all())
+    _require(in_order, where, "experts must be the pool's, in order, each of them once")
     stack = SiteStack.of(tensors, experts)
     rows = list(stack.rows().values())  # of a part without rows: all of them
     every = torch.cat(rows).sort().values if rows else torch.empty(0)
     count = sum(len(next(iter(each.tensors().values()))) for each in stack.parts.values())
     is_whole = count == sizes["E"] and every.equal(torch.arange(count))
     is_whole = not rows and router.folds if is_folded else is_whole
-    told = f"{_named(tensors)} are not one module for each of the {sizes['E']} experts there"
-    _require(is_whole, where, f"{told} under router {router.name}")
+    _require(is_whole, where, f"there isn't one module for each of {sizes['E']} experts")
     return sizes
 
 
 def _sizes(
-    where: str, tensors: Mapping[str, Tensor], forms: Mapping[str, Form], known: Mapping[str, int]
+    where: str, tensors: Mapping[str, Tensor], forms: Forms, known: Mapping[str, int]
 ) -> dict[str, int]:
+    """The sizes of `tensors` by letter, which are `known` or agree; else RoutingError."""
     sizes = dict(known)
-    for name, tensor in tensors.items():
-        letters, types = forms[name].letters, forms[name].types
-        shape = dict(zip(letters, tensor.shape, strict=False))
-        fits = len(letters) == tensor.dim() and 0 not in tensor.shape
-        fits = fits and all(sizes.get(letter, size) == size for letter, size in shape.items())
-        if not fits or tensor.dtype not in types:
-            wanted = (f"{x[-1]} = {sizes[x]}" if x in sizes else x[-1] for x in letters)
-            got = f"{name} has shape {list(tensor.shape)} and type {tensor.dtype}"
-            types_told = " or ".join(map(str, types))
-            _require(False, where, f"{got}; wanted [{', '.join(wanted)}] in {types_told}")
-        sizes |= shape
+    for name in sorted({*forms, *tensors}):
+        letters, types = forms.get(name, ("", ()))
+        shape = tensors[name].shape if name in tensors else ()
+        fits = name in tensors and len(shape) == len(letters) and 0 not in shape
+        fits = fits and tensors[name].dtype in types
+        fits = fits and all(
+            sizes.setdefault(x, n) == n for x, n in zip(letters, shape, strict=True)
+        )
+        got = f"{[*shape]} of {tensors[name].dtype}" if name in tensors else "missing"
+        wanted = ", ".join(f"{x} = {sizes[x]}" if x in sizes else x for x in letters)
+        wanted = f"[{wanted}] of {' or '.join(map(str, types))}" if name in forms else "no such one"
+        _require(fits, where, one_line(f"{name} is {got}; wanted {wanted}"))
     return sizes
 
 
-def _check_range(where: str, name: str, indices: Tensor, count: int) -> None:
+def _is_within(indices: Tensor, count: int) -> bool:
     least, most = (int(end) for end in indices.aminmax())
-    told = f"{name} has numbers from {least} to {most}; wanted 0 to {count - 1}"
-    _require(least >= 0 and most < count, where, told)
+    return least >= 0 and most < count
 
 
-def _require(holds: bool, where: str, told: str) -> None:
+def _require(holds: bool, where: object, told: str) -> None:
     if not holds:
         raise RoutingError(f"{where}: {told}.")
-
-
-def _named(names: Iterable[str]) -> str:
-    return ", ".join(names) or "no tensors"
 
 
 # Loading: beside a base that is loaded by its name.
@@ -483,12 +452,10 @@ def load(
     parts = Composition(loaded, router, saved.names, saved.records, tables)
     for name, sizes in saved.sizes.items():
         site = sites.get(name)
-        wanted = {"n": site.in_features, "d": site.out_features} if site else {}
-        if site is None:
-            raise WrongBaseError(f"In {folder}, experts act on {name}, which the base lacks.")
-        if any(sizes.get(letter, size) != size for letter, size in wanted.items()):
-            raise RoutingError(
-                f"{folder}, {name}: the experts' tensors have {dict(sizes)}; wanted {wanted}."
+        wanted = (site.in_features, site.out_features) if site else (0, 0)
+        if not site or any(sizes.get(x, n) != n for x, n in zip("nd", wanted, strict=True)):
+            raise WrongBaseError(
+                f"{folder}: experts act on {name} with sizes {dict(sizes)}, which the base lacks."
             )
         original: Any = model.get_submodule(name)
         device, kind = execution_device(original), dtype_at(original, model)
@@ -506,7 +473,7 @@ def load(
 
 def base_of(directory: str | Path) -> BaseReference:
     """The base of the routed model in `directory`. Raises RoutingError when that is damaged."""
-    return BaseReference(**read_description(Path(directory) / ROUTED_INFO)["base"])
+    return read_description(Path(directory) / ROUTED_INFO)[1].base
 
 
 # Changing: experts join and leave, without the base.
@@ -526,9 +493,6 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     router, tables, records = saved.router, saved.tables, [*saved.records, *pool.records()]
     if taken := sorted({*saved.names} & {*pool.names}):
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
-    config = folder / CONFIG
-    if config.exists() and read_json(config, dict, RoutingError).get("is_encoder_decoder"):
-        refuse_late(records)
     router.check(pool)
     check_measured(router, pool, records)
     check_base(pool.base, saved.base)
@@ -557,13 +521,14 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     folder = Path(directory).resolve()
     saved = read_saved(folder)
     _check_changeable(saved)
-    leaving = set(names)
-    for name in sorted(leaving - {*saved.names}):
-        hint = closest(name, saved.names)
-        raise PoolError(f"There is no expert {name!r}; there are {', '.join(saved.names)}.{hint}")
+    leaving = sorted(set(names))
     staying = [z for z, name in enumerate(saved.names) if name not in leaving]
-    if not staying:
-        raise PoolError("No expert would be left.")
+    if len(staying) + len(leaving) > len(saved.names) or not staying:
+        hint = "".join(closest(name, saved.names) for name in leaving if name not in saved.names)
+        raise PoolError(
+            f"{', '.join(map(shortened, leaving))} can't leave: there must be such experts, and "
+            f"others besides; there are {', '.join(saved.names)}.{hint}"
+        )
     warn_of_lowered_k(saved.router, len(staying), "the pool then has", stacklevel=3)
     place = renumbered(torch.tensor(staying), len(saved.names))
     kept = {site: kept_part(saved.at(site), place) for site in saved.sizes}
@@ -573,13 +538,9 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
 
 
 def _check_changeable(saved: SavedModel) -> None:
-    if saved.router.why_fixed is not None:
-        raise RoutingError(saved.router.why_fixed)
-    if any(name.startswith("folded.") for name in saved.tensors):
-        raise RoutingError(
-            "The merged experts are folded into the base's weights and can't be separated any "
-            "more; compose the pool again."
-        )
+    folded = any(name.startswith("folded.") for name in saved.tensors)
+    if why := FOLDED if folded else saved.router.why_fixed:
+        raise RoutingError(why)
 
 
 def _rewritten(
@@ -599,6 +560,6 @@ def _rewritten(
         )
         _write(work, {**saved.info, "experts": shareable(records)}, sites, tables)
         changed = read_saved(work)
-        if read_description(folder / ROUTED_INFO) != saved.info:
-            raise RoutingError(f"Another process has changed {folder} meanwhile; try again.")
+        now, _ = read_description(folder / ROUTED_INFO)
+        _require(now == saved.info, folder, "another process has changed it meanwhile; try again")
     return changed

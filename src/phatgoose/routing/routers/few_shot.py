@@ -142,7 +142,7 @@ class FewShot(Router):
 
     def constant(self, table: SiteRouter) -> Tensor:
         share: Tensor = getattr(table, SHARE)
-        return share.float()
+        return share.float().clamp(0, 1)  # a stranger's file may hold anything
 
     def decision(
         self, u: Tensor, table: SiteRouter, active: Tensor | None = None

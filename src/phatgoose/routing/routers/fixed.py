@@ -110,7 +110,7 @@ class Oracle(ByPrompt):
         return Tables(pool.names, info={"experts_by_task": chosen})
 
     def ready(self, tables: Tables) -> dict[str, int]:
-        return dict(tables.info["experts_by_task"])
+        return dict(tables.info.get("experts_by_task", {}))
 
     def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         task, best = known.get("task"), chooser.ready

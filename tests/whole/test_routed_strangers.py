@@ -81,6 +81,7 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
             model = compose(pool, copy.deepcopy(base), router=router, scores=SCORES)
         save(model, place / "folders" / kind)
     write_expert(base, place, "more", seed=9)
+    read_saved(place / "folders" / "plain")  # pydantic compiles our declarations once
     return place
 
 

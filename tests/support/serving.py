@@ -150,6 +150,7 @@ def until(holds: Callable[[], bool]) -> None:
 def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> list[int]:
     """What `generate` answers to `prompt` in this process, greedily."""
     options = {"router": "phatgoose", **options}
+    pool = pool.select(options.pop("keep", None), options.pop("leave_out", ()))
     model = compose(pool, load_base(pool.base.id, dtype="float32"), **options)
     found = model.generate(
         torch.tensor([prompt]),

@@ -7,8 +7,7 @@ import pytest
 
 import serving
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
-from phatgoose.apps.server.local.runner import Bases
-from phatgoose.base import BaseReference, load_base
+from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.experts.pool import Pool
@@ -59,24 +58,6 @@ def test_settings_that_a_model_cannot_have_are_refused(pool):
             create_app([ServedModel("b", str(serving.folder_of(pool)), routing)])
     with pytest.raises(PhatgooseError):
         create_app([ServedModel("x", str(serving.folder_of(pool) / "nothing.json"))])
-
-
-def test_equal_weights_by_another_name_have_that_one_s_tokenizer(base_folders, tmp_path):
-    """Whichever of them was loaded first: a chat template, say, is the folder's own."""
-    other = shutil.copytree(base_folders["llama"], tmp_path / "chatty")
-    tokenizer = load_base(other, dtype="float32").tokenizer
-    tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(other)
-    for first, second in ((base_folders["llama"], other), (other, base_folders["llama"])):
-        bases = Bases()
-        one = bases.get(BaseReference(str(first)), "float32")
-        two = bases.get(BaseReference(str(second), fingerprint=one.fingerprint), "float32")
-        assert two.model is one.model
-        assert (one.id, two.id) == (str(first), str(second))
-        for base in (one, two):
-            assert bool(base.tokenizer.chat_template) == (base.id == str(other))
-    gone = bases.get(BaseReference(str(tmp_path / "gone"), fingerprint=one.fingerprint), "float32")
-    assert gone.model is one.model
 
 
 def test_keys_are_read_from_a_list():

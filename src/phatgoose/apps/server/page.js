@@ -94,13 +94,14 @@ class Pane {
   route(routing) {
     this.routed = routing.router ? `router ${routing.router}` : "";
     this.count += routing.tokens.filter((token) => token.part === "answer").length;
-    if (routing.trace) {
+    if (routing.trace && this.explorer) {
+      for (const [i, stream] of routing.trace.streams.entries()) this.explorer.append({...stream, stream: i});
+    } else if (routing.trace) {
       this.find("plain").hidden = true;
       const before = this.wanted;
       this.explorer = new TokenExplorer(this.find("explorer"), routing.trace, this.order);
       if (before) this.explorer.view(before);
     }
-    for (const more of routing.more ?? []) this.explorer.append(more);
     this.share(Object.entries(routing.summary ?? {}));
   }
 

@@ -181,28 +181,6 @@ class StreamOptions(Strict):
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
 
 
-class JsonSchema(Strict):
-    """A JSON schema that an engine's answer keeps to."""
-
-    name: Name = "answer"
-    description: str | None = None
-    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    """The form of an answer: text, any JSON object, or JSON by a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_its_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _refusal("json_schema, with the schema in it, is for the type json_schema.")
-        return self
-
-
 class GenerationRequest(Strict):
     """The fields of both kinds of request."""
 
@@ -221,7 +199,7 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Not supported."
     )
-    response_format: ResponseFormat | None = Field(None, description="JSON: engines alone.")
+    response_format: dict[str, Any] | None = Field(None, description="Of engines alone.")
     ignore_eos: bool | None = Field(False, description="Continue after the end (for benchmarks).")
     router: Router | None = Field(
         None,
@@ -248,6 +226,12 @@ class GenerationRequest(Strict):
             None if names is None else tuple(names) for names in (self.keep, self.leave_out)
         )
         return RoutingOverride(self.router, self.k, keep, leave_out)
+
+    @property
+    def changed(self) -> str | None:
+        """The one field that changes the routing; None where there are several."""
+        fields = self.model_fields_set & {"router", "k", "keep", "leave_out", "weights"}
+        return fields.pop() if len(fields) == 1 else None
 
 
 class CompletionRequest(GenerationRequest):

@@ -29,7 +29,7 @@ LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token as text with its log-probability (None: not asked for, or not known).
+    """A token as text with its log-probability, if that was asked for.
 
     `place` is where that text begins in the answer. `top` are the best alternatives, best first,
     each with its text.
@@ -37,7 +37,7 @@ class ScoredToken:
 
     text: str
     place: int
-    logprob: float | None = None
+    logprob: float = 0.0
     top: tuple[tuple[str, float], ...] = ()
 
 
@@ -91,11 +91,10 @@ def routing_report(
     Each token has its text (`token`), its `part`, prompt or answer, its `stream`, and its `experts`
     by name, with the mean of their weights over all sites. Behind a gateway tokens are the pieces
     in which an engine sends an answer, and `chosen` are the experts of a choice of which only the
-    first could be sent. `trace` is present if it was asked for (docs/analysis.md). In a stream it
-    comes once; `more` has the tokens that follow, one entry for each of the trace's streams that
-    has new ones.
+    first could be sent. `trace`, of the same tokens, is present if it was asked for
+    (docs/analysis.md).
     """
-    rest = {"chosen": None, "trace": None, "more": None}
+    rest = {"chosen": None, "trace": None}
     named = {"router": router, "k": k, "experts": list(experts)}
     return {**named, "tokens": list(tokens), "summary": dict(summary), **rest}
 
@@ -171,10 +170,8 @@ class Builder:
         return {**common, "text": progress.text, "logprobs": logprobs}
 
 
-def _by_text(token: ScoredToken) -> dict[str, float] | None:
+def _by_text(token: ScoredToken) -> dict[str, float]:
     """Log-probabilities of the best tokens and the chosen one; the likelier of two of one text."""
-    if token.logprob is None:
-        return None
     by_text: dict[str, float] = {}
     for text, logprob in (*token.top, (token.text, token.logprob)):
         by_text.setdefault(text, logprob)
@@ -183,7 +180,7 @@ def _by_text(token: ScoredToken) -> dict[str, float] | None:
 
 def _chat_token(token: ScoredToken) -> dict[str, Any]:
     top = [_with_bytes(text, logprob) for text, logprob in token.top]
-    return {**_with_bytes(token.text, token.logprob or 0.0), "top_logprobs": top}
+    return {**_with_bytes(token.text, token.logprob), "top_logprobs": top}
 
 
 def _with_bytes(text: str, logprob: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -70,8 +70,8 @@ class Backend(ABC):
     """Who computes the answers of `models`; its methods are called in the event loop.
 
     A model has `settings`, a `pool`, a `routing` and its `runner`, which has a `frame`; the names
-    of its `experts`, and the `names` that may stand before one, as in MODEL:EXPERT, its base's
-    last; a `usual` router, and it is `composed` again for requests.
+    of its `experts` and of its base, `bases`; a `usual` router, and it is `composed` again for
+    requests.
     """
 
     models: dict[str, Any]
@@ -164,7 +164,7 @@ class Service:
             "object": "model",
             "created": self.begun,
             "owned_by": "phatgoose",
-            "base": protocol.without_paths(model.names[-1]),
+            "base": protocol.without_paths(model.bases[-1]),
             "router": model.routing.router if is_whole else None,  # None for a base alone
             "k": model.routing.k if is_whole else None,
             "experts": list(model.experts if fixed is None else fixed),
@@ -191,10 +191,10 @@ class Service:
         if self.backend.upstream and name == protocol.ANY_MODEL:
             return next(iter(self.models.values())), None
         for model in self.models.values():
-            names = {name, *(name.removeprefix(f"{each}:") for each in model.names)}
-            for expert in names & {*model.experts}:
+            expert = name.removeprefix(f"{model.settings.name}:")
+            if expert in model.experts:
                 return model, {expert: 1.0}
-            if self.backend.upstream and name in model.names[1:]:
+            if self.backend.upstream and name in model.bases:
                 return model, {}
         names_here = self._all_names()
         listed = shortened(", ".join(names_here), 300)[1:-1]
@@ -216,7 +216,7 @@ class Service:
         override = request.override
         if fixed is not None and (request.weights or override != RoutingOverride()):
             message = f"{shortened(request.model, SHOWN)} is one expert; ask for its model to have"
-            raise bad_request(f"{message} others chosen.", only_override(request))
+            raise bad_request(f"{message} others chosen.", request.changed)
         self.backend.check(request, model)
         mixture = request.weights if fixed is None else fixed
         try:
@@ -225,7 +225,7 @@ class Service:
                 override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
             runner, release = await self.routings.acquire(model, override, client, deadline)
         except PhatgooseError as error:
-            raise bad_request(for_clients(error), only_override(request)) from error
+            raise bad_request(for_clients(error), request.changed) from error
         try:
             texts = self._texts_of(runner.frame.tokenizer)
             reader = RequestReader(runner.frame, self.backend.limits, texts.process)
@@ -317,13 +317,6 @@ class Texts(NamedTuple):
 
     process: UntrustedText
     turns: Turns
-
-
-def only_override(request: AnyRequest) -> str | None:
-    """The one field with which a request changes the routing, None where there are several."""
-    names = [field.name for field in fields(RoutingOverride)]
-    changed = [name for name in [*names, "weights"] if getattr(request, name) is not None]
-    return changed[0] if len(changed) == 1 else None
 
 
 def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ....analysis.traces import TraceKeeper, TraceStream
 from ....base import Detokeniser, shown_as, text_of, texts_of
@@ -78,6 +81,10 @@ class ActiveSequence:
     @property
     def most_tokens(self) -> int:
         return len(self.prompt) + self.decoding.max_tokens
+
+    @property
+    def reader(self) -> Reader:
+        return self.runner.reader_of(self.prompt, self.routed, self.client)
 
     @property
     def is_over(self) -> bool:
@@ -174,25 +181,17 @@ def drop_columns(cache: Cache, columns: int) -> None:
         layer.values = layer.values[..., columns:, :].contiguous()
 
 
-class Prefilled(NamedTuple):
-    """What reading the prompts of some sequences gave, in their order.
+def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple[Cache, Tensor]:
+    """Read the prompts of `sequences` together, each distinct one once, after known `prefixes`.
 
-    `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token.
+    All get their first token. Returns their cache and its mask [rows, columns], 0 at padding.
     """
-
-    cache: Cache
-    mask: Tensor
-    logits: Tensor
-
-
-def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> Prefilled:
-    """Read the prompts of `sequences` together, each distinct one once, after known `prefixes`."""
     runner, groups = sequences[0].runner, dict[object, list[ActiveSequence]]()
     for each in sequences:
         groups.setdefault(_reading_of(each), []).append(each)
     firsts = [group[0] for group in groups.values()]
     runner.use([each.routed for each in firsts])
-    readers = [reader_of(each) for each in firsts]
+    readers = [each.reader for each in firsts]
     known = [
         # Whoever wants the routing of the prompt's tokens wants them to be read.
         None if each.decoding.routing else prefixes.find(reader, each.prompt)
@@ -202,7 +201,7 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> Prefi
         each.prompt[prefix[1] if prefix else 0 :]
         for each, prefix in zip(firsts, known, strict=True)
     ]
-    cache, keeper = runner.new_cache(), keeper_for(sequences)
+    cache, keeper = DynamicCache(), keeper_for(sequences)
     before = begin_with(cache, known)
     ids = pad_left(unread, runner.pad).to(runner.device)
     mask = torch.cat([before, pad_left([[1] * len(each) for each in unread], 0)], dim=1)
@@ -220,7 +219,9 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> Prefi
     row_of = {reading: row for row, reading in enumerate(groups)}
     rows = torch.tensor([row_of[_reading_of(each)] for each in sequences], device=runner.device)
     cache.batch_select_indices(rows)
-    return Prefilled(cache, mask[rows], logits[rows, -1].float())
+    for each, scores in zip(sequences, logits[rows, -1].float(), strict=True):
+        each.advance(scores)
+    return cache, mask[rows]
 
 
 def _reading_of(sequence: ActiveSequence) -> object:
@@ -230,12 +231,6 @@ def _reading_of(sequence: ActiveSequence) -> object:
     # it is known to its client alone.
     key = None if chosen is None else chosen.key
     return sequence.client, sequence.prompt, key, sequence.decoding.routing
-
-
-def reader_of(sequence: ActiveSequence) -> Reader:
-    """Who reads its prompt, for its client alone."""
-    reader = sequence.runner.reader_of(sequence.prompt, sequence.routed)
-    return replace(reader, client=sequence.client)
 
 
 def keeper_for(sequences: Iterable[ActiveSequence]) -> TraceKeeper | None:
@@ -253,7 +248,7 @@ class Batch:
     def __init__(self, runner: ModelRunner, prefixes: PrefixStore | None = None) -> None:
         self.runner, self._prefixes = runner, prefixes or PrefixStore(0)
         self.sequences: list[ActiveSequence] = []
-        self._cache = runner.new_cache()
+        self._cache: Cache = DynamicCache()
         self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens in the cache
 
     @property
@@ -267,17 +262,14 @@ class Batch:
 
     def join(self, newcomers: Sequence[ActiveSequence]) -> None:
         self._drop_finished()
-        read = prefill(newcomers, self._prefixes)
+        cache, mask = prefill(newcomers, self._prefixes)
         if self.sequences:
-            join(self._cache, read.cache)
-            columns = max(self._mask.shape[1], read.mask.shape[1])
-            masks = (self._mask, read.mask)
-            self._mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
+            join(self._cache, cache)
+            columns, masks = max(self._mask.shape[1], mask.shape[1]), (self._mask, mask)
+            self._mask = torch.cat([pad(each, (columns - each.shape[1], 0)) for each in masks])
         else:
-            self._cache, self._mask = read.cache, read.mask
+            self._cache, self._mask = cache, mask
         self.sequences += newcomers
-        for sequence, logits in zip(newcomers, read.logits, strict=True):
-            sequence.advance(logits)
 
     def step(self) -> None:
         self._drop_finished()
@@ -307,7 +299,7 @@ class Batch:
             if each.finish is not None:
                 self._keep(row, each)
         if not kept:
-            self._cache = self.runner.new_cache()
+            self._cache = DynamicCache()
             return
         rows = torch.tensor(kept, device=self.runner.device)
         self._cache.batch_select_indices(rows)
@@ -320,8 +312,8 @@ class Batch:
     def _keep(self, row: int, sequence: ActiveSequence) -> None:
         # The next turn of a conversation begins with this answer too, whose last token never passed
         # the model. To experts that act from a prompt's end on it will be a body, as to the base.
-        reader = reader_of(sequence)
+        reader = sequence.reader
         if reader.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
-            whole = replace(reader, limit=len(tokens))
+            whole = Reader(reader.key, len(tokens))
             self._prefixes.keep(whole, tokens, self._cache, row, self._mask[row])

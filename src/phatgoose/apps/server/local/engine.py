@@ -53,10 +53,6 @@ class LocalBackend(Backend):
         words = "Answers in a batch when it read prompts or made a step."
         batch = metrics.histogram("batch_rows", words, buckets=[2**i for i in range(9)])
         self.engine = engine = GenerationEngine(limits, batch.observe)
-        # Rounded: the exact number would tell how much of a prompt was known.
-        words = "Prompt tokens not read again, since a prompt before began so; whole thousands."
-        reused = metrics.gauge("prefix_tokens_reused", words)
-        reused.set_function(lambda: engine.prefixes.tokens_reused // 1000 * 1000)
         kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
         kept.set_function(lambda: engine.prefixes.bytes)
         self._lookups = Turns(LOOKUPS)
@@ -78,7 +74,7 @@ class LocalBackend(Backend):
         if request.routing and model.parts is None:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
-        if request.response_format and request.response_format.type != "text":
+        if request.response_format and request.response_format.get("type") != "text":
             message = "Only engines behind this server (--upstream) keep to a form."
             raise bad_request(message, "response_format")
 
@@ -124,7 +120,6 @@ class Reporter:
         self, runner: ModelRunner, asked: Asked, routed: Sequence[PromptRouting | None]
     ) -> None:
         self._runner, self._asked, self._routed = runner, asked, routed
-        self._streams: dict[int, tuple[str, ...]] = {}  # of each answer's trace, once it was sent
         self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
         self._tokens: Counter[int] = Counter()
 
@@ -147,15 +142,7 @@ class Reporter:
             tokens,
             {name: round(total / count, 4) for name, total in sums.most_common()},
         )
-        if self._asked.request.routing != "trace":
-            return report
-        if choice in self._streams:
-            sent = self._streams[choice]
-            report["more"] = [
-                {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
-            ]
-        else:
-            self._streams[choice] = tuple(stream.name for stream in streams)
+        if self._asked.request.routing == "trace":
             routed = self._routed[self._asked.answers[choice].row]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
             trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)

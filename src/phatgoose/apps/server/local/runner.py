@@ -14,20 +14,20 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from ....analysis.traces import TraceKeeper
-from ....base import Base, BaseReference, load_base, load_tokenizer, settled_dtype, twin
+from ....base import Base, BaseReference, load_base, settled_dtype, twin
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
@@ -60,26 +60,22 @@ MIB = 1 << 20
 class Reader:
     """Who reads a prompt: equal tokens have equal keys and values for equal `key`s, up to `limit`.
 
-    `limit` is how many of the prompt's tokens this holds for, `client` who may share them.
+    `limit` is how many of the prompt's tokens this holds for. The client that may share them is
+    part of the key.
     """
 
     key: Hashable
     limit: int
-    client: str = ""
-
-    @property
-    def shelf(self) -> Hashable:
-        return self.client, self.key
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prompt's first tokens [n] and each layer's keys and values, [heads, n, d] each.
 
-    Only readers of its `shelf` may use it.
+    Only readers of its `key` may use it.
     """
 
-    shelf: Hashable
+    key: Hashable
     tokens: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
 
@@ -99,7 +95,6 @@ class PrefixStore:
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.bytes = most_bytes, 0
-        self.tokens_reused = 0
         self._prefixes: list[Prefix] = []  # the most recently used last
         self._lock = threading.Lock()
 
@@ -110,15 +105,13 @@ class PrefixStore:
         """
         tokens = torch.tensor(prompt[: min(reader.limit, len(prompt) - 1)])
         with self._lock:
-            shared = [
-                (each.shared(tokens), each) for each in self._prefixes if each.shelf == reader.shelf
-            ]
+            same = [each for each in self._prefixes if each.key == reader.key]
+            shared = [(each.shared(tokens), each) for each in same]
             count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
             if best is None or count < SHORTEST:
                 return None
             self._prefixes.remove(best)
             self._prefixes.append(best)
-            self.tokens_reused += count
         return best, count
 
     def keep(
@@ -126,36 +119,28 @@ class PrefixStore:
     ) -> None:
         """Keep the first of `tokens`; `mask` [columns] is 1 at theirs in a row of `cache`."""
         count = min(reader.limit, len(tokens))
-        if not self.most_bytes or count < SHORTEST or not can_keep(cache):
+        if not self.most_bytes or count < SHORTEST:
             return
-        kept = torch.tensor(tokens[:count])
+        if any(type(each) is not DynamicLayer for each in cache.layers):
+            return  # windows and states, which don't keep every token's keys and values
+        kept, columns = torch.tensor(tokens[:count]), mask.nonzero()[:count, 0]
         with self._lock:
-            if any(e.shelf == reader.shelf and e.shared(kept) == count for e in self._prefixes):
+            same = [each for each in self._prefixes if each.key == reader.key]
+            if any(each.shared(kept) == count for each in same):
                 return
-        columns = mask.nonzero()[:count, 0]
-        layers = tuple(
-            (each.keys[row].index_select(1, columns), each.values[row].index_select(1, columns))
-            for each in cache.layers
-        )
-        new = Prefix(reader.shelf, kept, layers)
-        if new.nbytes > self.most_bytes:
-            return
-        with self._lock:
+            layers = tuple(
+                (each.keys[row].index_select(1, columns), each.values[row].index_select(1, columns))
+                for each in cache.layers
+            )
+            new = Prefix(reader.key, kept, layers)
+            if new.nbytes > self.most_bytes:
+                return
             # What the new one begins with is in it.
-            short = [
-                each
-                for each in self._prefixes
-                if each.shelf == new.shelf and each.shared(kept) == len(each.tokens)
-            ]
+            short = [each for each in same if each.shared(kept) == len(each.tokens)]
             self._prefixes = [each for each in self._prefixes if each not in short] + [new]
             self.bytes += new.nbytes - sum(each.nbytes for each in short)
             while self.bytes > self.most_bytes:
                 self.bytes -= self._prefixes.pop(0).nbytes
-
-
-def can_keep(cache: Cache) -> bool:
-    """Whether all layers keep every token's keys and values (windows and states don't)."""
-    return all(type(each) is DynamicLayer for each in getattr(cache, "layers", [None]))
 
 
 def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> Tensor:
@@ -220,9 +205,6 @@ class ModelRunner:
         device: torch.device = self.model.device
         return device
 
-    def new_cache(self) -> Cache:
-        return DynamicCache()
-
     def decode(
         self, ids: Tensor, mask: Tensor, cache: Cache, keeper: TraceKeeper | None = None
     ) -> Tensor:
@@ -265,12 +247,11 @@ class ModelRunner:
         questions = read if asked is None else [list(each) for each in asked]
         with ExitStack() as stack:
             if prefixes is not None and context.acting and questions == read:
-                base = self._base_key
+                key = client, self._base_key
 
                 def keep(batch: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
                     for row, prompt in enumerate(batch):
-                        reader = Reader(base, len(prompt), client)
-                        prefixes.keep(reader, prompt, cache, row, mask[row])
+                        prefixes.keep(Reader(key, len(prompt)), prompt, cache, row, mask[row])
 
                 stack.enter_context(keeping_caches(keep))
             return context.routing_of(read, asked=questions).each(count)
@@ -280,9 +261,9 @@ class ModelRunner:
         # Twins of one base have the very same weights.
         return "base", self.model.get_input_embeddings().weight.data_ptr()
 
-    def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None) -> Reader:
-        """Who reads the beginning of a prompt: the base, where no expert acts, or this routing."""
-        base, limit = self._base_key, len(prompt)
+    def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
+        """Who reads a client's prompt first: the base, where no expert acts, or this routing."""
+        base, limit = (client, self._base_key), len(prompt)
         if self._parts is None:
             return Reader(base, limit)
         acting, choice = self._acting, routed.choice if routed else None
@@ -295,7 +276,7 @@ class ModelRunner:
             limit = min([limit, *routed.beginnings[0, columns].tolist()])
         if all(end is not None for end in ends):
             return Reader(base, limit)
-        return Reader((self._number, None if choice is None else choice.key), limit)
+        return Reader((client, self._number, None if choice is None else choice.key), limit)
 
     def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:
@@ -303,34 +284,12 @@ class ModelRunner:
             self._context.use(found.choice, found.beginnings)
 
 
-class Bases:
-    """The loaded bases: weights of the same name or fingerprint are loaded once."""
-
-    def __init__(self) -> None:
-        self._loaded: list[tuple[Base, str]] = []
-
-    def get(self, wanted: BaseReference, dtype: str) -> Base:
-        dtype = settled_dtype(dtype)
-        of_type = [base for base, each in self._loaded if each == dtype]
-        named = [b for b in of_type if (b.id, b.revision) == (wanted.id, wanted.revision)]
-        if named:
-            return named[0]
-        base = next((b for b in of_type if b.fingerprint == wanted.fingerprint), None)
-        if base is None:
-            base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
-        else:  # under another name, and perhaps with another tokenizer
-            with suppress(BaseModelError):  # or with none
-                tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
-                base = replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
-        self._loaded.append((base, dtype))  # each tokenizer has a process of its own
-        return base
-
-
 class LoadedModel:
     """An opened model, and what it takes to compose it again; `parts` is None for a base alone."""
 
-    def __init__(self, settings: ServedModel, bases: Bases) -> None:
-        self.settings, self._bases = settings, bases
+    def __init__(self, settings: ServedModel, opened: Callable[..., Base]) -> None:
+        """`opened` is `load_base`, which remembers what it has loaded."""
+        self.settings, self._opened = settings, opened
         place, routing = settings.place, settings.routing
         embedder = routing.embedder if routing else None
         if embedder and routing == Routing(embedder=embedder):
@@ -339,15 +298,18 @@ class LoadedModel:
             require_pool(place)
         if settings.routing and settings.routing.router != AUTO:
             check_served(router_of(settings.routing))
-        named = BaseReference(settings.base) if settings.base else None
+        base = BaseReference(settings.base or place)
+        if not settings.base and is_routed(place):
+            base = base_of(place)
+        elif not settings.base and is_pool(place):
+            base = self.pool.base
+        dtype = settled_dtype(settings.dtype)
+        self.base = opened(base.id, dtype=dtype, revision=base.revision)
         if is_routed(place):
-            self.base = bases.get(named or base_of(place), settings.dtype)
             model = load(place, twin(self.base), embedder=embedder)
         elif is_pool(place):
-            self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self._compose(self.pool, settings.routing or Routing())
         else:
-            self.base = bases.get(BaseReference(place), settings.dtype)
             model = twin(self.base).model
         if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise BaseModelError(
@@ -375,13 +337,12 @@ class LoadedModel:
         return self.parts.experts if self.parts else ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What stands before the name of an expert, as in MODEL:EXPERT."""
-        return self.settings.name, self.base.id
+    def bases(self) -> tuple[str, ...]:
+        return (self.base.id,)
 
     def reopened(self) -> LoadedModel:
         """The model as its place has it now, over the same base."""
-        return LoadedModel(self.settings, self._bases)
+        return LoadedModel(self.settings, self._opened)
 
     def composed(self, pool: Pool, routing: Routing, others: Sequence[ModelRunner]) -> ModelRunner:
         """The model by another routing; it shares what it can with those of `others`."""
@@ -399,9 +360,9 @@ class LoadedModel:
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
     """All models by name: those of one base share its weights, those of one expert its factors."""
-    bases, models = Bases(), dict[str, LoadedModel]()
+    opened, models = cache(load_base), dict[str, LoadedModel]()
     for settings in served:
-        loaded = LoadedModel(settings, bases)
+        loaded = LoadedModel(settings, opened)
         share_factors(loaded.runner.model, [each.runner.model for each in models.values()])
         models[settings.name] = loaded
     return models

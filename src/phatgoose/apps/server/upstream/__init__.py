@@ -85,9 +85,9 @@ class ChosenPool:
         return self.pool.names
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def bases(self) -> tuple[str, ...]:
         bases = (self._shared.link.engine.base,) if self._shared.link.engine else ()
-        return self.settings.name, self.pool.base.id, *bases
+        return self.pool.base.id, *bases
 
     def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
@@ -243,8 +243,7 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
     if decoding.ignores_end:
         body["ignore_eos"] = True
     if request.response_format is not None:
-        form = request.response_format.model_dump(by_alias=True, exclude_unset=True)
-        body["response_format"] = form
+        body["response_format"] = request.response_format
     if isinstance(request, ChatRequest):
         body["messages"] = request.plain_messages
     else:

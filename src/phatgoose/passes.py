@@ -1,19 +1,19 @@
 """Passes of a model: which tokens are padding, which an expert acts on, what layers are given.
 
 Routing doesn't need to know padding: it treats it like any token, since no real token attends to
-it. To leave padding out, open `token_masks` (or `watch_inputs`), which reads the attention masks of
+it. To leave padding out, open `token_masks` (or `watching`), which reads the attention masks of
 the calls made in the same context (so in the same thread) while it is open.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from .errors import RoutingError
 from .files import shortened
 from .sites import Site, Stream, blocks_of
+
+Value = TypeVar("Value")
 
 
 class _Names(NamedTuple):
@@ -134,6 +136,16 @@ class TokenMasks:
             self._calls.pop()
 
 
+@contextmanager
+def in_context(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """`variable` has this value, in this thread, until the context closes."""
+    before = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(before)
+
+
 _OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
 
 
@@ -147,64 +159,46 @@ def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
             hooks.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
             # always_call: a pass that raises must not leave its masks on top.
             hooks.callback(part.register_forward_hook(end, always_call=True).remove)
-        before = _OPEN.set((*_OPEN.get(), masks))
-        hooks.callback(_OPEN.reset, before)
+        hooks.enter_context(in_context(_OPEN, (*_OPEN.get(), masks)))
         yield masks
 
 
 @contextmanager
-def watch_inputs(
+def watching(
     model: PreTrainedModel,
-    sites: Mapping[str, Site],
-    see: Callable[[Site, Tensor, Tensor | None], None],
+    places: Iterable[Site | int],
+    see: Callable[[Any, Tensor, Tensor | None], None],
 ) -> Iterator[None]:
-    """Call `see(site, u, real)` for each pass through each site in this context until it closes.
+    """Call `see(place, values, real)` for each pass through each of `places` in this context.
 
-    `u` is the site's input, usually [rows, tokens, n]; `real` [rows, tokens] is the mask of its
-    non-padding tokens, None for all. Raises RoutingError as `TokenMasks.grid` does.
+    A `Site` is seen by its input. A number is a block that prompts pass, seen by its output: the
+    residual stream, before any norm at the stack's end; -1 is what enters the first. `values` are
+    usually [rows, tokens, n]; `real` [rows, tokens] is the mask of their non-padding tokens, None
+    for all. Passes of other threads are not seen. Raises RoutingError as `TokenMasks.grid` does.
     """
+    prompts: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
     with token_masks(model) as masks, ExitStack() as hooks:
 
-        def look(site: Site, _: nn.Module, args: tuple[Any, ...]) -> None:
-            if masks.are_ours:
-                u, grid = args[0], masks.grid(args[0], site.stream)
-                see(site, u.reshape(*grid, u.shape[-1]), masks.real_tokens(u, site.stream))
+        def look(place: Site | int, _: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+            if not masks.are_ours:
+                return
+            stream = place.stream if isinstance(place, Site) else prompts
+            if isinstance(place, Site) or place < 0:  # `last` are the other arguments, by name
+                values = args[0] if args else last["hidden_states"]
+            else:  # what the block returned
+                values = last if isinstance(last, Tensor) else last[0]
+            grid, real = masks.grid(values, stream), masks.real_tokens(values, stream)
+            see(place, values.reshape(*grid, values.shape[-1]), real)
 
-        for name, site in sites.items():
-            layer = model.get_submodule(name)
-            hooks.callback(layer.register_forward_pre_hook(partial(look, site)).remove)
-        yield
-
-
-@contextmanager
-def watch_blocks(
-    model: PreTrainedModel, indices: Sequence[int], see: Callable[[int, Tensor], None]
-) -> Iterator[None]:
-    """Call `see(index, hidden)` for each pass through each of these blocks in this context.
-
-    `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
-    the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
-    Raises RoutingError as `TokenMasks.grid` does.
-    """
-    blocks = blocks_of(model) if indices else []
-    stream: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
-    with token_masks(model) as masks, ExitStack() as hooks:
-
-        def look(index: int, _: nn.Module, __: object, output: Any) -> None:
-            if masks.are_ours:
-                hidden = output if isinstance(output, Tensor) else output[0]
-                masks.grid(hidden, stream)  # refuses a model that pads inside
-                see(index, hidden)
-
-        def enter(_: nn.Module, args: tuple[Tensor, ...], given: Mapping[str, Tensor]) -> None:
-            if masks.are_ours:
-                see(-1, args[0] if args else given["hidden_states"])
-
-        for index in indices:
-            if index == -1:
-                handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+        for place in places:
+            if isinstance(place, Site):
+                part = model.get_submodule(place.name)
             else:
-                handle = blocks[index].register_forward_hook(partial(look, index))
+                part = blocks_of(model)[max(place, 0)]
+            if isinstance(place, Site) or place < 0:
+                handle = part.register_forward_pre_hook(partial(look, place), with_kwargs=True)
+            else:
+                handle = part.register_forward_hook(partial(look, place))
             hooks.callback(handle.remove)
         yield
 
@@ -336,16 +330,15 @@ class ActsOn:
         return {"tail": self.tail}
 
     @classmethod
-    def of(cls, record: object) -> ActsOn | None:
+    def of(cls, record: Mapping[str, Any] | None) -> ActsOn | None:
         """What `record` holds, None (for all tokens) for None. Raises ValueError for others."""
-        if record is None:
-            return None
-        held = record if isinstance(record, Mapping) and len(record) == 1 else {}
-        tail, tokens = held.get("tail"), held.get("invocation_tokens")
-        if type(tail) is int and 0 < tail <= LONGEST:
-            return cls(tail=tail)
-        if isinstance(tokens, list) and 0 < len(tokens) <= LONGEST and all(map(_is_token, tokens)):
-            return cls(invocation=tuple(tokens))
+        match record:
+            case None:
+                return None
+            case {"tail": int(tail)} if type(tail) is int and 0 < tail <= LONGEST:
+                return cls(tail=tail)
+            case {"invocation_tokens": [_, *_] as tokens} if all(map(_is_token, tokens)):
+                return cls(invocation=tuple(tokens))
         raise ValueError(
             f"acts_on is {shortened(record)}; wanted a tail of at least 1 or invocation_tokens"
         )
@@ -371,14 +364,9 @@ def beginnings(acting: Sequence[ActsOn], prompts: Sequence[Sequence[int]]) -> Te
 _ACTIVE: ContextVar[Tensor | None] = ContextVar("active tokens", default=None)
 
 
-@contextmanager
-def acting_at(active: Tensor | None) -> Iterator[None]:
+def acting_at(active: Tensor | None) -> AbstractContextManager[None]:
     """The expert acts at these tokens of the passes in this context, [rows, columns]; None: all."""
-    before = _ACTIVE.set(active)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(before)
+    return in_context(_ACTIVE, active)
 
 
 def active_share(u: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from phatgoose.base import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import PromptStates, readings_of
+from phatgoose.experts.statistics import prompt_states, readings_of
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
 from phatgoose.tasks.prompt_passes import read_prompts
@@ -147,7 +147,7 @@ def random_expert(base: PreTrainedModel, seed: int) -> Expert:
 
 def reading_pool(base: PreTrainedModel, experts: Iterable[Expert]) -> Pool:
     """The experts with prompt statistics of `base`, as if each had one of READ for its prompts."""
-    states = read_prompts(base, READ, PromptStates(base))  # [prompts, blocks, d]
+    states = read_prompts(base, READ, prompt_states(base))  # [prompts, blocks, d]
     generator, found = torch.Generator().manual_seed(0), []
     for expert, own in zip(experts, states, strict=False):
         near = own + 0.1 * states.std(dim=0) * torch.randn(8, *own.shape, generator=generator)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import PromptStates, readings_of
+from phatgoose.experts.statistics import prompt_states, readings_of
 from phatgoose.sites import blocks_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
@@ -122,6 +122,6 @@ def trained_on(base, pool: Pool) -> Pool:
         words = topic.split()
         texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
         prompts = [encoder.prompt(text) for text in texts]
-        states = read_prompts(base.model.eval(), prompts, PromptStates(base.model))
+        states = read_prompts(base.model.eval(), prompts, prompt_states(base.model))
         experts.append(replace(expert, readings=readings_of(states)))
     return Pool(tuple(experts))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 from phatgoose.errors import BaseModelError
-from phatgoose.passes import watch_inputs
+from phatgoose.passes import watching
 from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import (
     IGNORED,
@@ -106,7 +106,7 @@ def test_padding_is_known_by_not_seeing_itself():
     model = make_model("llama")
     packed = pack_rows([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
     sites, seen = find_sites(model), []
-    watched = watch_inputs(model, sites, lambda site, u, real: seen.append(real))
+    watched = watching(model, sites.values(), lambda site, u, real: seen.append(real))
     with watched, torch.no_grad():
         logits = model(**packed.inputs).logits
     assert len(seen) == len(sites)

@@ -98,8 +98,9 @@ def test_means_are_those_of_each_example_alone(name):
     sites = find_sites(model)
     pairs = [TokenPair(prompt, [9] * (n + 1)) for n, prompt in enumerate(PROMPTS)]
     collator = Collator(model, 0)
-    got = mean_activations(model, sites, pairs, 0)
-    alone = [mean_activations(model, sites, [pair], 0) for pair in pairs]
+    collator = Collator(model, 0)
+    got = mean_activations(model, sites, pairs, collator)
+    alone = [mean_activations(model, sites, [pair], collator) for pair in pairs]
     for site, mean in got.items():
         decodes = model.config.is_encoder_decoder and sites[site].stream == "decoder"
         mask = "decoder_attention_mask" if decodes else "attention_mask"

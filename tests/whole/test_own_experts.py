@@ -18,6 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.sites import find_sites
+from phatgoose.tasks.batching import Collator
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
 from phatgoose.training.train_expert import mean_activations
@@ -87,7 +88,9 @@ def test_an_expert_of_the_base_that_no_token_reaches_has_statistics_too(base):
     other = {name for name in sites if ".expert_1." in name}
     assert other
     pairs = Encoder.of(base).pairs([Example("Is a heron a bird?", "a bird")])
-    means = mean_activations(base.model, sites, pairs, base.tokenizer.pad_token_id)
+    means = mean_activations(
+        base.model, sites, pairs, Collator(base.model, base.tokenizer.pad_token_id)
+    )
     for name, mean in means.items():
         assert mean.any() == (name not in other)
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -33,7 +34,7 @@ from phatgoose.routing.routers.prompt import ReadsBase, Tables
 from phatgoose.routing.routers.router import highest
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site, blocks_of
-from phatgoose.tasks.prompt_passes import PromptReading, last_token
+from phatgoose.tasks.prompt_passes import PromptReading
 
 QUERY = re.compile(r"(^|\.)(q|q_proj|q_lin|query|c_attn|query_key_value|qkv_proj|Wqkv)$")
 SMALLEST = 1e-20  # of a sum of scores
@@ -51,10 +52,13 @@ class Logo(ReadsBase):
     ] = "block"
 
     def reading(self, base: PreTrainedModel, ready: Tables) -> PromptReading:
-        return _Lengths(_probe(base), len(ready.names), at_site=self.reads == "site")
+        probe = _probe(base)
+        # What comes out of one block enters the next.
+        place = probe.site if self.reads == "site" else probe.block - 1
+        return PromptReading((place,), partial(_lengths, probe=probe, pool_size=len(ready.names)))
 
     def prompt_scores(self, features: Tensor, ready: Tables) -> Tensor:
-        return features
+        return features[:, 0]
 
     def choice(self, scores: Tensor) -> Choice:
         experts = highest(scores, min(self.k, scores.shape[1]))
@@ -91,38 +95,24 @@ def _low_rank(stack: SiteStack) -> dict[str, LoraStack]:
     return {name: part for name, part in stack.parts.items() if isinstance(part, LoraStack)}
 
 
-class _Lengths(PromptReading):
-    """|scale B A h| of every expert for the last token of each text."""
+def last_token(activations: Tensor, mask: Tensor) -> Tensor:
+    """The activations [texts, columns, n] of each text's last token, [texts, n]."""
+    last = mask.to(activations.device).sum(dim=1) - 1  # blocks may be on several devices
+    return activations[torch.arange(len(last), device=last.device), last]
 
-    def __init__(self, probe: _Probe, pool_size: int, *, at_site: bool) -> None:
-        self._site, self._stack, self._pool_size = probe.site, probe.stack, pool_size
-        if at_site:
-            self.sites = {probe.site.name: probe.site}
-        else:
-            self.blocks = (probe.block - 1,)  # what comes out of one block enters the next
 
-    def begin(self, mask: Tensor) -> None:
-        self._mask, self._found = mask, torch.zeros(len(mask), self._pool_size)
-
-    def see_site(self, site: Site, u: Tensor) -> None:
-        self._read(u)
-
-    def see_block(self, index: int, hidden: Tensor) -> None:
-        if hidden.shape[-1] != self._site.in_features:
-            raise RoutingError(
-                f"Router logo reads {hidden.shape[-1]} features before the block, but LoRAs act on "
-                f"{self._site.in_features} at {self._site.name}; use logo:reads=site."
-            )
-        self._read(hidden)
-
-    def found(self) -> Tensor:
-        return self._found
-
-    def _read(self, activations: Tensor) -> None:
-        stack = self._stack
-        for name, part in _low_rank(stack).items():
-            h = last_token(activations, self._mask).to(part.A.device).float()
-            inside = torch.einsum("tn,ern->ter", h, part.A.float())
-            lengths = torch.einsum("ter,erd->ted", inside, part.B.float()).norm(dim=-1)
-            experts = stack.experts[stack.rows()[name]].cpu()
-            self._found[:, experts] = lengths.cpu()
+def _lengths(activations: Tensor, mask: Tensor, probe: _Probe, pool_size: int) -> Tensor:
+    """|scale B A h| of every expert for the last token of each text, [texts, E]."""
+    if activations.shape[-1] != probe.site.in_features:
+        raise RoutingError(
+            f"Router logo reads {activations.shape[-1]} features before the block, but LoRAs act "
+            f"on {probe.site.in_features} at {probe.site.name}; use logo:reads=site."
+        )
+    found, stack = torch.zeros(len(mask), pool_size), probe.stack
+    for name, part in _low_rank(stack).items():
+        h = last_token(activations, mask).to(part.A.device).float()
+        inside = torch.einsum("tn,ern->ter", h, part.A.float())
+        lengths = torch.einsum("ter,erd->ted", inside, part.B.float()).norm(dim=-1)
+        experts = stack.experts[stack.rows()[name]].cpu()
+        found[:, experts] = lengths.cpu()
+    return found

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import ConfigError
 from phatgoose.sites import Site, find_sites
+from phatgoose.tasks.batching import Collator
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_pairs
 from phatgoose.tasks.task import neutral_examples
@@ -44,7 +45,7 @@ def over_neutral_text(
     for site in sites.values():
         see(site, torch.zeros(0, site.in_features))
     pairs = Encoder.for_model(model, tokenizer).pairs(neutral_examples())
-    read_pairs(model, sites, pairs, tokenizer.pad_token_id, see)
+    read_pairs(model, sites.values(), pairs, Collator(model, tokenizer.pad_token_id), see)
     found = {}
     for name in sites:
         count, total, squares = sums[name]

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ExpertError
 from ..sites import blocks_of
-from ..tasks.prompt_passes import PromptReading, mean_token
+from ..tasks.prompt_passes import PromptReading
 from .kind import check_parts
 
 READ = "whole"  # what of a prompt is read: the mean over its tokens
@@ -24,20 +24,9 @@ PARTS = {"mean": "bd", "factor": "brd", "rest": "bd"}  # b blocks of size d
 RANK = 16  # r of the covariance that is shared
 
 
-class PromptStates(PromptReading):
+def prompt_states(model: PreTrainedModel) -> PromptReading:
     """Reads the output of all blocks: [texts, blocks, d], float32."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.blocks = range(len(blocks_of(model)))
-
-    def begin(self, mask: Tensor) -> None:
-        self._mask, self._states = mask, list[Tensor]()
-
-    def see_block(self, index: int, hidden: Tensor) -> None:
-        self._states.append(mean_token(hidden, self._mask).cpu())
-
-    def found(self) -> Tensor:
-        return torch.stack(self._states, dim=1)
+    return PromptReading(range(len(blocks_of(model))))
 
 
 def readings_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:

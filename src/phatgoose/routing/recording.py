@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RoutingError
 from ..experts.kind import dense_weights
-from ..passes import TokenMasks, token_masks
+from ..passes import TokenMasks, in_context, token_masks
 from ..sites import ROUTED, Site, Stream
 
 
@@ -114,22 +114,17 @@ def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
     Raises RoutingError when `model` is not routed.
     """
     layers = _parts(model).layers
-    with token_masks(model) as masks, _UNCOMPILED:
-        before = _WATCHES.set((*_WATCHES.get(), Watch(layers, callback, masks)))
-        try:
-            yield
-        finally:
-            _WATCHES.reset(before)
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Close all watches of this context for a while."""
-    before = _WATCHES.set(())
-    try:
+    with (
+        _UNCOMPILED,
+        token_masks(model) as masks,
+        in_context(_WATCHES, (*_WATCHES.get(), Watch(layers, callback, masks))),
+    ):
         yield
-    finally:
-        _WATCHES.reset(before)
+
+
+def unwatched() -> AbstractContextManager[None]:
+    """Close all watches of this context for a while."""
+    return in_context(_WATCHES, ())
 
 
 @contextmanager

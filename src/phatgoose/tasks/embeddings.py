@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from ..base import quiet_loading
 from ..config import GateTraining
 from ..errors import ConfigError
 from ..files import first_line, shortened
+from ..passes import in_context
 from .encoding import cut_tokens
 from .task import Example
 
@@ -115,14 +116,9 @@ def usable_embedder(recorded: str, named: str | None = None) -> str:
     return recorded
 
 
-@contextmanager
-def without_downloads() -> Iterator[None]:
+def without_downloads() -> AbstractContextManager[None]:
     """Load embedders only from this machine, in this thread, while the context is open."""
-    before = _offline.set(True)
-    try:
-        yield
-    finally:
-        _offline.reset(before)
+    return in_context(_offline, True)
 
 
 def embedding_library() -> Any:

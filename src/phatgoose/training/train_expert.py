@@ -51,10 +51,11 @@ from ..experts.expert import (
 )
 from ..experts.kind import ModifiedLinear, applied, check_fit
 from ..experts.peft_files import record_invocation
-from ..experts.statistics import PromptStates, readings_of
+from ..experts.statistics import prompt_states, readings_of
 from ..files import WRITING_ERRORS, reason, sha256_of, shortened, write_text
 from ..passes import ActsOn
 from ..sites import Site, find_sites
+from ..tasks.batching import Collator
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
@@ -228,8 +229,8 @@ def _begun(
     run = Run(base, task, encoder, settings, out, name, acting, callbacks)
     if settings.gates.means:  # read one example as they will be measured
         model, padding = base.model, base.tokenizer.pad_token_id
-        pairs = encoder.pairs(task.validation[:1])
-        read_pairs(model, find_sites(model), pairs, padding, lambda *_: None)
+        pairs, collator = encoder.pairs(task.validation[:1]), Collator(model, padding)
+        read_pairs(model, find_sites(model).values(), pairs, collator, lambda *_: None)
     return run
 
 
@@ -468,12 +469,12 @@ def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
         how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
     if settings.readings:
         model.eval()
-        updates["readings"] = readings_of(read_prompts(model, prompts, PromptStates(model), label))
+        updates["readings"] = readings_of(read_prompts(model, prompts, prompt_states(model), label))
     if settings.means:
         sites = {name: site for name, site in find_sites(model).items() if name in modules}
-        padding = run.base.tokenizer.pad_token_id
+        collator = Collator(model, run.base.tokenizer.pad_token_id, acting=run.acting)
         with applied(model, modules, ModifiedLinear):
-            means = mean_activations(model, sites, pairs, padding, label, run.acting)
+            means = mean_activations(model, sites, pairs, collator, label)
         updates["means"] = means
     read_by_base = ("means", "readings")
     measured_in: str | None = expert.info.measured_in
@@ -497,9 +498,8 @@ def mean_activations(
     model: PreTrainedModel,
     sites: Mapping[str, Site],
     pairs: Sequence[TokenPair],
-    pad_token_id: int,
+    collator: Collator,
     label: str | None = None,
-    acting: ActsOn | None = None,
 ) -> dict[str, Tensor]:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
@@ -515,7 +515,7 @@ def mean_activations(
         totals[site.name] += u.double().sum(dim=0).cpu()
         counts[site.name] += len(u)
 
-    read_pairs(model, sites, pairs, pad_token_id, add, label, acting)
+    read_pairs(model, sites.values(), pairs, collator, add, label)
     return {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...config import NOT_NEGATIVE, RATIO
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
-from ...experts.statistics import PARTS, READ, PromptStates
+from ...experts.statistics import PARTS, READ, prompt_states
 from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
@@ -116,7 +116,7 @@ class Discriminant(ReadsBase):
                 f"Router {self.name} has readings of {blocks} blocks of {size} numbers; the model "
                 f"has {len(blocks_of(base))} of {hidden}."
             )
-        return PromptStates(base)
+        return prompt_states(base)
 
     def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:
         by_block = torch.einsum("pbd,bde->pbe", features, ready.slopes) + ready.offsets

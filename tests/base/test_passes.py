@@ -11,8 +11,8 @@ from transformers import StaticCache
 
 from other_encoders import make_other
 from phatgoose.errors import RoutingError
-from phatgoose.passes import real_tokens, token_masks, watch_inputs
-from phatgoose.sites import find_sites
+from phatgoose.passes import real_tokens, token_masks, watching
+from phatgoose.sites import blocks_of, find_sites, prompt_stack
 from tiny import logits_of, make_ids
 
 SITE = "layers.0.self_attn.q_proj"
@@ -30,8 +30,10 @@ def padded(rows: int = 2, pads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def seeing(model, pattern: str | None = None):
     """By site a list of (u, real) for each pass while the context is open."""
     sites, seen = find_sites(model, pattern), {}
-    with watch_inputs(
-        model, sites, lambda site, u, real: seen.setdefault(site.name, []).append((u, real))
+    with watching(
+        model,
+        sites.values(),
+        lambda site, u, real: seen.setdefault(site.name, []).append((u, real)),
     ):
         yield seen
 
@@ -94,7 +96,7 @@ def test_nothing_is_left_behind_even_after_an_error(base):
     def stop(*_):
         raise LookupError
 
-    with pytest.raises(LookupError), watch_inputs(base.model, find_sites(base.model), stop):
+    with pytest.raises(LookupError), watching(base.model, find_sites(base.model).values(), stop):
         logits_of(base.model, make_ids())
     for module in base.model.modules():
         assert not module._forward_pre_hooks
@@ -109,18 +111,6 @@ def test_a_call_that_failed_leaves_no_mask(llama):
         assert masks.real_tokens(torch.empty(2, 7, 32), "decoder") is None
 
 
-def test_watching_hands_over_input_and_mask(llama):
-    ids, mask = padded()
-    with seeing(llama.model, SITE) as seen, torch.no_grad():
-        llama.model.model(ids, mask)  # by position
-        llama.model(ids, attention_mask=torch.ones_like(ids))
-    (u, real), (_, hiding_nothing) = only(seen)
-    first = llama.model.model.layers[0].input_layernorm(llama.model.get_input_embeddings()(ids))
-    assert torch.equal(u, first)
-    assert torch.equal(real, mask.bool())
-    assert hiding_nothing is None
-
-
 def test_sites_are_the_layers_through_which_tokens_of_their_stream_pass(base):
     inputs = {"decoder_input_ids": make_ids(tokens=3)} if base.is_encoder_decoder else {}
     with seeing(base.model) as seen:
@@ -131,14 +121,29 @@ def test_sites_are_the_layers_through_which_tokens_of_their_stream_pass(base):
         assert u.shape == (1, tokens, site.in_features)
 
 
-def test_another_threads_passes_are_not_ours(llama):
-    ids, mask = padded()
-    with seeing(llama.model, SITE) as seen:
-        other = threading.Thread(target=logits_of, args=(llama.model, ids))
+@torch.no_grad()
+def test_inputs_of_sites_and_outputs_of_blocks_are_seen_in_this_thread_only(base):
+    seen, stack, (ids, mask) = [], prompt_stack(base.model), padded()
+    site = next(iter(find_sites(base.model).values()))
+    with watching(base.model, (-1, site, 0, 1), lambda *seeing: seen.append(seeing)):
+        hidden = stack(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        other = threading.Thread(target=lambda: stack(input_ids=ids))
         other.start()
         other.join()
-        logits_of(llama.model, ids, attention_mask=mask)
-    assert [torch.equal(real, mask.bool()) for _, real in only(seen)] == [True]
+    assert [place for place, *_ in seen] == [-1, site, 0, 1]
+    assert all(torch.equal(real, mask.bool()) for *_, real in seen)
+    assert torch.equal(seen[0][1], hidden[0])
+    assert torch.equal(seen[2][1], hidden[1])
+    stack(input_ids=ids)
+    assert len(seen) == 4
+
+
+def test_the_blocks_are_those_that_read_the_prompt(base):
+    names = {id(module): name for name, module in base.model.named_modules()}
+    found = [names[id(block)] for block in blocks_of(base.model)]
+    assert len(found) == 2
+    assert all(name.endswith(f".{i}") for i, name in enumerate(found))
+    assert all(name.startswith("encoder") == base.is_encoder_decoder for name in found)
 
 
 @pytest.mark.parametrize("architecture", ["led", "prophetnet"])

@@ -12,12 +12,11 @@ from routed_models import SCORES
 
 @pytest.fixture(scope="session")
 def found(loaded_bases, pool_of) -> Analysis:
-    """Two tasks, analysed under three routers and without each expert."""
+    """Two tasks, analysed under three routers."""
     return pg.analyse(
         pool_of("llama"),
         TASKS,
         routers=["phatgoose", "arrow", "oracle"],
         base=copy.deepcopy(loaded_bases["llama"]),
         scores=SCORES,
-        without_each=True,
     )

@@ -12,7 +12,6 @@ from phatgoose.analysis.analyse import findings_of
 from phatgoose.analysis.distribution import RoutingDistribution
 from phatgoose.analysis.measures import ORACLE, kl_divergence
 from phatgoose.analysis.report import report_page, write_report
-from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
@@ -67,9 +66,6 @@ def test_oracle_and_divergences(found):
     assert found.correlation("phatgoose").pearson is None
 
 
-SINGLE = Routing(router="single:expert=e0")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [  # beside those that the command line's tests have
@@ -77,16 +73,6 @@ SINGLE = Routing(router="single:expert=e0")
             {"tasks": [TASKS[0], replace(TASKS[1], name="first")]},
             TaskError,
             "Two tasks are called 'first'",
-        ),
-        (
-            {"without_each": True, "routing": SINGLE},
-            ConfigError,
-            "can do without the experts",
-        ),
-        (
-            {"without_each": True, "routing": Routing("weights:e0=1,e1=0.5")},
-            ConfigError,
-            "can do without the experts",
         ),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
     ],
@@ -119,36 +105,20 @@ def test_what_only_a_pool_can_do(llama, llama_pool):
     model = compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(ConfigError, match="Several routers need a pool"):
         pg.analyse(model, TASKS, routers=["arrow"])
-    with pytest.raises(ConfigError, match="needs a pool"):
-        pg.analyse(model, TASKS, without_each=True)
     with pytest.raises(RoutingError, match="not routed"):
         pg.analyse(pg.detach(model), TASKS)
 
 
 def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
-    found.write_json(tmp_path / "analysis.json")
+    write_report(found, tmp_path)
     content = (tmp_path / "analysis.json").read_text()
     data = json.loads(content)
     assert data["experts"] == ["e0", "e1", "e2", "e3"]
     assert len(data["divergences"]) == 3 * 2 * 2  # each router to each other one, on two datasets
     profile = found.routers["arrow"].distributions["first"]
     assert data["routers"]["arrow"]["datasets"]["first"]["weight"] == profile.whole().tolist()
-    assert data["leave_one_out"][0]["expert"] == found.effects[0].expert
     assert "first 0 is" not in content
     assert "NaN" not in content
-
-
-def test_effects_are_differences_of_scores(found, llama, llama_pool):
-    assert {effect.expert for effect in found.effects} == set(llama_pool.names)
-    means = [effect.mean.value for effect in found.effects]
-    assert means == sorted(means, reverse=True)
-    effect = found.effects[0]
-    less = compose(llama_pool.select(leave_out=[effect.expert]), llama, router="phatgoose")
-    reduced = pg.evaluate(less, TASKS)
-    for score in reduced.scores:
-        everyone = found.routers["phatgoose"].scores[score.task].score
-        assert effect.by_task[score.task] == pytest.approx(everyone - score.score)
-    assert effect.mean.low <= effect.mean.value <= effect.mean.high
 
 
 def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):

@@ -10,16 +10,12 @@ from rich.color import Color, ColorSystem
 
 from phatgoose.analysis import figures
 from phatgoose.analysis.figures import (
-    Point,
     dataset_matrix,
-    divergence_scatter,
     heat_maps,
-    prompt_choices,
     svg_of,
     usage_bars,
     write_png,
 )
-from phatgoose.analysis.measures import correlation
 from phatgoose.apps.console import COLOURS
 from routing_samples import make_profile, names_of
 
@@ -85,23 +81,6 @@ def test_an_expert_has_the_colour_of_its_place_in_the_pool_in_every_figure():
     wanted = [COLOURS[2].lower(), COLOURS[0].lower(), COLOURS[1].lower()]
     for panel in panels:
         assert [to_hex(bar.get_facecolor()) for bar in panel.patches] == wanted
-    weights = np.array([[0.1, 0.3, 0.6], [0.2, 0.1, 0.7], [0.5, 0.3, 0.2]])
-    (legend,) = prompt_choices({"reviews": weights}, experts).legends
-    colours = {
-        text.get_text(): to_hex(handle.get_facecolor()[0])
-        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
-    }
-    assert colours == {"c": wanted[0], "a": wanted[1]}
-
-
-def test_the_scatter_names_datasets_and_tells_the_correlation():
-    points = [Point("a", 1.0, 0.5), Point("b", 2.0, 0.4), Point("c", 3.0, 0.45), Point("d", 4, 0.2)]
-    found = correlation([p.divergence for p in points], [p.score for p in points])
-    panel = divergence_scatter({"Arrow": points}, {"Arrow": found}).axes[0]
-    assert {text.get_text() for text in panel.texts} == {"a", "b", "c", "d"}
-    assert f"r = {found.pearson.value:.2f} [" in panel.get_title()
-    few = divergence_scatter({"Arrow": points[:2]}, {"Arrow": correlation([1, 2], [1, 2])})
-    assert "no correlation" in few.axes[0].get_title()
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path):
@@ -110,7 +89,6 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
     drawn = [
         heat_maps({name: make_profile(2, layers=2)}),
         dataset_matrix({name: np.array([0.5, 0.5])}, [name, "other"]),
-        divergence_scatter({name: [Point(name, 0.5, 0.5)]}, {name: correlation([0.5], [0.5])}),
     ]
     for figure in drawn:
         write_png(figure, tmp_path / "figure.png")

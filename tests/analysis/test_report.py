@@ -53,12 +53,18 @@ def test_the_page_stands_alone(few):
 
 def test_the_page_tells_scores_findings_and_figures(few):
     page = few.read_text(encoding="utf-8")
-    for text in ("62.0 [52, 72]", "PHATGOOSE", "Arrow", "never wins &lt;anything&gt;", "r = "):
+    for text in (
+        "62.0 [52, 72]",
+        "PHATGOOSE",
+        "Arrow",
+        "never wins &lt;anything&gt;",
+        "r with the score",
+    ):
         assert text in page
     for dataset in DATASETS:
         assert dataset in page
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 1 + 4 * 2 + 1 + 2  # usage, layers, divergence, datasets
+    assert len(labels) == 1 + 4 * 2 + 2  # usage, layers, datasets
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 

@@ -1,10 +1,10 @@
 """Small tasks to analyse, and examples whose routing is summed up."""
 
 import phatgoose as pg
-from phatgoose.analysis.distribution import RoutingTally, read_examples
+from phatgoose.analysis.distribution import read_task
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.task import Example, Task
 
 
 def task(name, count=6):
@@ -30,7 +30,6 @@ EXAMPLES = [example(number) for number in range(5)]
 
 
 def tallied(model, base, examples=EXAMPLES, budget=4096, experts=()):
-    parts = composition_of(model)
-    tally = RoutingTally(experts or parts.experts, parts)
-    read_examples(model, encoder_of(base), "second", examples, tally, budget)
-    return tally.distribution
+    experts = experts or composition_of(model).experts
+    task = Task("second", test=tuple(examples))
+    return read_task(model, encoder_of(base), task, experts, budget)[0]

@@ -6,10 +6,10 @@ import numpy as np
 
 from phatgoose.analysis.analyse import Analysis, RouterAnalysis
 from phatgoose.analysis.distribution import RoutingDistribution, site_label
-from phatgoose.analysis.measures import Effect, Finding
+from phatgoose.analysis.measures import Finding
 from phatgoose.analysis.traces import Trace, TraceStream
 from phatgoose.evaluation.evaluate import TaskScore
-from phatgoose.evaluation.intervals import Estimate, Sample
+from phatgoose.evaluation.intervals import Sample
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 WORDS = ("The", "heron", "saw", "seven", "ducks", ",", "none", "was", "a", "goose", ".\n")
@@ -100,14 +100,5 @@ def make_analysis(
             (Finding("never-wins", f"{names[-1]} never wins <anything>.", (names[-1],)),),
             {d: [make_trace(experts, tokens, stacks, layers, i)] for i, d in enumerate(DATASETS)},
         )
-    effects = tuple(
-        Effect(name, Estimate(0.05 - 0.01 * z, -0.03 - 0.01 * z, 0.1 - 0.01 * z), {"reviews": 0.1})
-        for z, name in enumerate(names[:8])
-    )
-    return Analysis(
-        names,
-        DATASETS,
-        found,
-        {d: names[i % experts] for i, d in enumerate(DATASETS)},
-        effects,
-    )
+    oracle = {d: names[i % experts] for i, d in enumerate(DATASETS)}
+    return Analysis(names, DATASETS, found, oracle)

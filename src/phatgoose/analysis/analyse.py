@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +14,32 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base
-from ..config import Formatting, Routing
-from ..errors import ConfigError, EvaluationError, TaskError
-from ..evaluation.evaluate import (
-    MAX_NEW_TOKENS,
-    TOKEN_BUDGET,
-    Evaluation,
-    ScoringSettings,
-    TaskScore,
-    evaluate,
-    tokenizer_of,
-)
+from ..config import Routing
+from ..errors import ConfigError, EvaluationError
+from ..evaluation.evaluate import ScoringSettings, TaskScore, evaluate, tokenizer_of
 from ..experts.pool import Pool
-from ..files import write_text
 from ..routing.compose import compose, detach, is_routed, open_model
 from ..routing.composition import composition_of, resolve_base, routing_for
 from ..routing.routers.auto import settled
 from ..routing.routers.fixed import read_scores
 from ..routing.routers.prompt import ByPrompt
-from ..routing.routers.registry import WEIGHTS, class_of, router_of
+from ..routing.routers.registry import class_of, router_of
 from ..routing.routers.router import Scores, check_routing
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
-from .distribution import (
-    MEASURES,
-    PARTS,
-    Measure,
-    RoutingDistribution,
-    RoutingTally,
-    read_examples,
-)
+from .distribution import MEASURES, PARTS, Measure, RoutingDistribution, read_task
 from .measures import (
     ORACLE,
     SMOOTHING,
     Correlation,
     Divergence,
-    Effect,
     Finding,
     concentration,
     correlation,
     effective_experts,
     entropy,
     kl_divergence,
-    leave_one_out,
     oracle_experts,
 )
 from .traces import Trace, trace
@@ -101,7 +82,6 @@ class Analysis:
         datasets: The tasks' names.
         routers: What was found for each router.
         oracle: The best single expert of each dataset, empty without scores of single experts.
-        effects: Those of leaving experts out, if asked for.
         settings: How everything was read.
     """
 
@@ -109,7 +89,6 @@ class Analysis:
     datasets: tuple[str, ...]
     routers: Mapping[str, RouterAnalysis]
     oracle: Mapping[str, str] = field(default_factory=dict)
-    effects: tuple[Effect, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -161,22 +140,12 @@ class Analysis:
                 for a, b in pairs
                 if (each := self.correlation(a, b)) is not None
             ],
-            "leave_one_out": [asdict(effect) for effect in self.effects],
         }
-
-    def write_json(self, path: str | Path) -> None:
-        """Write `to_dict`. Raises EvaluationError if that can't be done."""
-        content = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
-        write_text(Path(path), content, EvaluationError)
 
 
 def _plain_router(router: RouterAnalysis) -> dict[str, Any]:
-    scores = {
-        task: {"metric": s.metric, "score": s.score, "low": s.low, "high": s.high, "n": s.n}
-        for task, s in router.scores.items()
-    }
     return {
-        "scores": scores,
+        "scores": {task: score.to_dict() for task, score in router.scores.items()},
         "datasets": {task: _numbers(each) for task, each in router.distributions.items()},
         "findings": [asdict(finding) for finding in router.findings],
         "choices": {task: weights.tolist() for task, weights in router.choices.items()},
@@ -227,23 +196,32 @@ def findings_of(distributions: Mapping[str, RoutingDistribution]) -> Iterator[Fi
         )
 
 
+@dataclass(frozen=True)
+class AnalysisSettings(ScoringSettings):
+    """What is analysed, and how tasks are read and scored (`ScoringSettings`).
+
+    Attributes:
+        routers: A pool is composed for each of these in turn; by default the one of `routing`.
+        routing: All other settings of routing.
+        scores: Of single experts, as in `compose`: they determine the Oracle to compare with.
+        score: Evaluate each router on the examples too.
+        examples: Texts of each task to trace token by token.
+    """
+
+    routers: Sequence[str] | str = ()
+    routing: Routing = field(default_factory=Routing)
+    scores: Scores | str | Path | None = None
+    score: bool = True
+    examples: int = 1
+
+
 def analyse(
     source: PreTrainedModel | Pool | str | Path,
     tasks: Task | str | Path | Iterable[Task | str | Path],
     *,
-    routers: Sequence[str] | str | None = None,
-    routing: Routing | None = None,
     base: Base | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scores: Scores | str | Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    formatting: Formatting | None = None,
-    score: bool = True,
-    without_each: bool = False,
-    examples: int = 1,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    token_budget: int = TOKEN_BUDGET,
+    **settings: Any,
 ) -> Analysis:
     """Which experts serve the tokens of `tasks` in a routed model, or a pool under `routers`.
 
@@ -252,125 +230,92 @@ def analyse(
     Args:
         source: A routed model or its folder, or a pool.
         tasks: Tasks, files, or `hub:DATASET`; one or several.
-        routers: A pool is composed for each of these in turn; None is the one that `routing` names.
-        routing: All other settings; None is `Routing()`.
         base: A loaded base or its name; None loads the one that is recorded.
         tokenizer: None takes that of the model or its base.
-        scores: Of single experts, as in `compose`: they determine the Oracle to compare with.
-        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
-        seed: Seed of the draw.
-        formatting: How inputs are cut and wrapped; None is `Formatting()`.
-        score: Evaluate each router on the examples too.
-        without_each: Evaluate the first router without each expert in turn (pools only).
-        examples: Texts of each task to trace token by token.
-        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
-        token_budget: Maximum tokens of a batch.
+        settings: Those of `AnalysisSettings`, such as `routers` or `limit`.
 
     Raises:
-        ConfigError: `routers` or `without_each` with a composed model.
-        TaskError: No task, or two of one name.
+        ConfigError: `routers` with a composed model.
+        TaskError: Two tasks of one name.
         RoutingError: The model is not routed.
         PhatgooseError: What composing and evaluating raise. All of these come before the first
             router reads anything.
     """
+    how = AnalysisSettings(**settings)
+    if isinstance(how.scores, str | Path):
+        how = replace(how, scores=read_scores(how.scores))
     tasks = named_apart(given_tasks(tasks))
-    if not tasks:
-        raise TaskError("No task was given to analyse.")
-    scoring = ScoringSettings(formatting or Formatting(), limit, seed, max_new_tokens, token_budget)
-    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
-    routers, routing = [routers] if isinstance(routers, str) else routers, routing or Routing()
-    subject = _subject(source, routers, routing, base, tokenizer, scores)
-    able = subject.pool is not None and score and len(subject.experts) > 1
-    if without_each and not (able and class_of(subject.routers[0]).name not in ("single", WEIGHTS)):
-        raise ConfigError(
-            "Leaving experts out in turn needs a pool of several, scores, and a first router that "
-            "can do without the experts that it names."
-        )
+    subject = _opened(source, base, tokenizer, how)
     datasets = tuple(task.name for task in tasks)
-    oracle = oracle_experts(scores, subject.experts, datasets)
-
-    def evaluated(model: PreTrainedModel) -> Evaluation:
-        return evaluate(model, tasks, tokenizer=subject.tokenizer, **vars(scoring))
-
-    def without(expert: str) -> Evaluation:
-        with subject.opened(subject.routers[0], expert) as model:
-            return evaluated(model)
+    oracle = oracle_experts(subject.scores, subject.experts, datasets)
+    scoring = {each.name: getattr(how, each.name) for each in fields(ScoringSettings)}
 
     read: dict[str, RouterAnalysis] = {}
     for name in subject.routers:
-        with subject.opened(name) as model:
-            result = _read(model, subject, tasks, scoring, examples)
-            scored = evaluated(model).scores if score else ()
-            read[name] = replace(result, scores={each.task: each for each in scored})
-    effects: list[Effect] = []
-    if without_each:
-        everyone = Evaluation(tuple(read[subject.routers[0]].scores.values()))
-        effects = leave_one_out(everyone, subject.experts, without)
+        with subject.model(name) as model:
+            read[name] = _read(model, subject, tasks, how)
+            if how.score:
+                each = evaluate(model, tasks, tokenizer=subject.tokenizer, **scoring).scores
+                read[name] = replace(read[name], scores={score.task: score for score in each})
+    about = {"limit": how.limit, "seed": how.seed, "formatting": asdict(how.formatting)}
     return Analysis(
         experts=subject.experts,
         datasets=datasets,
         routers=read,
         oracle=oracle,
-        effects=tuple(effects),
-        settings={
-            "routing": asdict(subject.routing),
-            "limit": limit,
-            "seed": seed,
-            "formatting": asdict(scoring.formatting),
-        },
+        settings={"routing": asdict(subject.routing), **about},
     )
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is analysed: a routed `model`, or a `pool` and its `base` under several routers."""
+    """What is analysed: the `routed` model, or a `pool` and its `base` under several routers."""
 
     experts: tuple[str, ...]
     routers: tuple[str, ...]
     routing: Routing
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel | None = None
+    routed: PreTrainedModel | None = None
     pool: Pool | None = None
     base: Base | None = None
     scores: Scores | None = None
 
     @contextmanager
-    def opened(self, router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
-        """The routed model, in a pool's case by `router` and `without` one expert."""
-        if self.pool is None or self.base is None:
-            yield self.model
+    def model(self, router: str) -> Iterator[PreTrainedModel]:
+        """The routed model, in a pool's case by `router`."""
+        if self.pool is None:
+            yield self.routed
             return
-        members = self.pool.select(leave_out=[without]) if without else self.pool
         routing = replace(self.routing, router=router)
-        model = compose(members, self.base, routing=routing, scores=self.scores)
+        model = compose(self.pool, self.base, routing=routing, scores=self.scores)
         try:
             yield model
         finally:
             detach(model)
 
 
-def _subject(
+def _opened(
     source: PreTrainedModel | Pool | str | Path,
-    routers: Sequence[str] | None,
-    routing: Routing,
     base: Base | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    scores: Scores | None,
+    how: AnalysisSettings,
 ) -> _Subject:
+    scores: Any = how.scores  # read already
     if isinstance(source, PreTrainedModel) or (not isinstance(source, Pool) and is_routed(source)):
-        if routers:
+        if how.routers:
             raise ConfigError("Several routers need a pool; this model has its router already.")
         if not isinstance(source, PreTrainedModel):
-            opened = open_model(source, base, routing=routing)
+            opened = open_model(source, base, routing=how.routing)
             source, tokenizer = opened.model, tokenizer or opened.tokenizer
         parts, tokenizer = composition_of(source), tokenizer or tokenizer_of(source)
-        routing = parts.routing
-        return _Subject(parts.experts, (routing.router,), routing, tokenizer, source)
+        name = parts.routing.router
+        return _Subject(parts.experts, (name,), parts.routing, tokenizer, source, scores=scores)
     pool = Pool.open(source)
     loaded = resolve_base(base, pool.base)
+    routers = [how.routers] if isinstance(how.routers, str) else how.routers
     routings = [
-        settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
-        for name in dict.fromkeys(routers or (routing.router,))
+        settled(replace(how.routing, router=name), pool, loaded.model, loaded.tokenizer)
+        for name in dict.fromkeys(routers or (how.routing.router,))
     ]
     for each in routings[1:]:  # the first is composed before anything is read
         _check_router(each, pool, scores)
@@ -391,48 +336,38 @@ def _check_router(routing: Routing, pool: Pool, scores: Scores | None) -> None:
 
 
 def _read(
-    model: PreTrainedModel,
-    subject: _Subject,
-    tasks: Sequence[Task],
-    scoring: ScoringSettings,
-    traced: int,
+    model: PreTrainedModel, subject: _Subject, tasks: Sequence[Task], how: AnalysisSettings
 ) -> RouterAnalysis:
     """All but the scores of the router of `model`."""
-    parts = composition_of(model)
-    encoder = Encoder.for_model(model, subject.tokenizer, scoring.formatting)
+    encoder = Encoder.for_model(model, subject.tokenizer, how.formatting)
     model.eval()
     distributions: dict[str, RoutingDistribution] = {}
     choices: dict[str, NDArray[np.float64]] = {}
+    traces: dict[str, list[Trace]] = {}
     for task in tasks:
-        examples = task.evaluation_examples(scoring.limit, scoring.seed)
-        tally = RoutingTally(subject.experts, parts)
-        chosen = read_examples(model, encoder, task.name, examples, tally, scoring.token_budget)
-        distributions[task.name] = tally.distribution
-        if not distributions[task.name].whole("weight").any():
+        name = task.name
+        task = replace(task, test=task.evaluation_examples(how.limit, how.seed))
+        experts, budget = subject.experts, how.token_budget
+        distributions[name], chosen = read_task(model, encoder, task, experts, budget)
+        if not distributions[name].whole("weight").any():
             raise EvaluationError(
-                f"No expert acts on any token of task {task.name!r}: experts that act from certain "
+                f"No expert acts on any token of task {name!r}: experts that act from certain "
                 f"tokens on need these in the prompt (--chat for those of a chat template)."
             )
         if len(chosen):
-            choices[task.name] = chosen
-    kind = class_of(parts.routing.router)
-    return RouterAnalysis(
-        distributions,
-        findings=tuple(findings_of(distributions)) if kind.needs and not kind.per_input else (),
-        traces={task.name: _traces(model, encoder, task, scoring, traced) for task in tasks},
-        choices=choices,
-    )
+            choices[name] = chosen
+        traces[name] = _traces(model, encoder, task, how.examples)
+    kind = class_of(composition_of(model).routing.router)
+    findings = tuple(findings_of(distributions)) if kind.needs and not kind.per_input else ()
+    return RouterAnalysis(distributions, {}, findings, traces, choices)
 
 
-def _traces(
-    model: PreTrainedModel, encoder: Encoder, task: Task, scoring: ScoringSettings, most: int
-) -> list[Trace]:
-    examples = task.evaluation_examples(scoring.limit, scoring.seed)[:most]
+def _traces(model: PreTrainedModel, encoder: Encoder, task: Task, most: int) -> list[Trace]:
+    examples = task.test[:most]
     pairs, traces = encoder.pairs(examples), []
     prompts = [pair.prompt for pair in pairs]
-    with routing_for(
-        model, prompts, task=task.name, examples=examples, encoder=encoder
-    ) as before_pass:
+    about: Any = {"task": task.name, "examples": examples, "encoder": encoder}
+    with routing_for(model, prompts, **about) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))

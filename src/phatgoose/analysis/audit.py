@@ -7,7 +7,6 @@ site, b blocks, d their width.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import PoolError
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import READ
-from ..files import write_text
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
 from ..routing.stacks import stack_of
@@ -125,14 +122,11 @@ class Audit:
             "notes": list(self.notes),
         }
 
-    def write_json(self, path: str | Path) -> None:
-        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n", PoolError)
-
 
 def audit(pool: Pool | str | Path) -> Audit:
     """The audit of `pool`: every expert's files against the pool's median.
 
-    Raises as `Pool.open` does, and RoutingError for a kind of expert that can't be compared.
+    Raises as `Pool.open` does.
     """
     opened = Pool.open(pool)
     return report_of(opened, signs_of(opened))
@@ -225,7 +219,8 @@ def _of_updates(pool: Pool) -> dict[str, Tensor]:
         stack = stack_of(pool, site, torch.float64, torch.device("cpu"))
         row = torch.full((len(pool),), math.nan, dtype=torch.float64)
         for part, members in stack.rows().items():
-            row[stack.experts[members]] = ratios(squared_norms(stack.parts[part]).sqrt())
+            if stack.parts[part].compared:
+                row[stack.experts[members]] = ratios(squared_norms(stack.parts[part]).sqrt())
         rows.append(row)
         pool.release()
     size, spread = over_sites(torch.stack(rows, dim=1))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless, input_device
 from ..tasks.batching import Collator, batches_of_tokens, pad_right
 from ..tasks.encoding import Encoder, TokenPair
-from ..tasks.task import Example
+from ..tasks.task import Task
 
 STACKS = ("encoder", "decoder")
 
@@ -67,35 +67,33 @@ Seer = Callable[[SitePass, Mapping[Stream, Tensor]], None]
 """Called at each site of a pass, with 0 for prompt and 1 for answer, [rows, tokens] by stream."""
 
 
-def read_examples(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    task: str,
-    examples: Sequence[Example],
-    tally: RoutingTally,
-    budget: int,
-) -> NDArray[np.float64]:
-    """Pass every example's prompt and right answer through the routed `model`, once each.
+def read_task(
+    model: PreTrainedModel, encoder: Encoder, task: Task, experts: Sequence[str], budget: int
+) -> tuple[RoutingDistribution, NDArray[np.float64]]:
+    """Pass the prompts and right answers of `task.test` through the routed `model`, once each.
 
     So all routers read the same tokens. (The released code's distributions take the answer that the
-    model chose.) Returns the weights [prompts, E] of the experts that were chosen for each prompt;
-    no rows for a router that chooses for tokens.
+    model chose.) Beside the distribution over `experts`, a pool's of which the model may have some
+    only, are the weights [prompts, E] of those that were chosen for each prompt, in no order of the
+    data's; no rows for a router that chooses for tokens.
     """
-    pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
-    prompts, chosen = [pair.prompt for pair in pairs], list[dict[str, float]]()
-    parts = composition_of(model)
-    bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
+    parts, chosen = composition_of(model), list[dict[str, float]]()
+    tally = RoutingTally(experts, parts)
+    pairs = [encoder.pair(row.input, row.target, row.passage) for row in task.test]
+    prompts = [pair.prompt for pair in pairs]
+    name = f"routing of {one_line(task.name)}"
+    about: Any = {"task": task.name, "examples": task.test, "encoder": encoder}
     with (
-        bar,
-        routing_for(model, prompts, task=task, examples=examples, encoder=encoder) as before_pass,
+        tqdm(total=len(pairs), desc=name, disable=None, leave=False) as bar,
+        routing_for(model, prompts, **about) as before_pass,
     ):
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)
             pass_through(model, encoder, [pairs[index] for index in batch], tally.add)
             chosen += chosen_for_prompts(parts, parts.context.choice if parts.context else None)
             bar.update(len(batch))
-    rows = [[row.get(name, 0.0) for name in tally.experts] for row in chosen]
-    return np.array(rows, dtype=float).reshape(-1, len(tally.experts))
+    rows = [[row.get(name, 0.0) for name in experts] for row in chosen]
+    return tally.distribution, np.array(rows, dtype=float).reshape(-1, len(experts))
 
 
 def chosen_for_prompts(parts: Composition, choice: Choice | None) -> list[dict[str, float]]:
@@ -209,10 +207,7 @@ class RoutingDistribution:
 
 
 class RoutingTally:
-    """Adds up routing decisions: a few numbers per site and expert, however many tokens pass.
-
-    `experts` are a pool's, of which the routed model may have some only.
-    """
+    """Adds up routing decisions: a few numbers per site and expert, however many tokens pass."""
 
     def __init__(self, experts: Sequence[str], parts: Composition) -> None:
         self.experts = tuple(experts)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
 from ..experts.kind import Part
 from ..experts.pool import Pool
 from ..routing.stacks import stack_of
@@ -44,15 +43,15 @@ def cosines(pool: Pool) -> Tensor:
 
     All B A of all sites are one long vector, scales included. No B A is ever formed: <B A, B' A'> =
     sum of (Bᵀ B') ⊙ (A A'ᵀ). For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1.
-    Experts of different kinds have the cosine 0. Raises RoutingError for a kind that can't be
-    compared.
+    Experts of different kinds have the cosine 0, and so have DoRAs, which need the base.
     """
     products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
     for site in pool.sites:
         stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
         for part, rows in stack.rows().items():
             at = stack.experts[rows]
-            products[at[:, None], at] += _products_of(stack.parts[part])
+            if stack.parts[part].compared:
+                products[at[:, None], at] += _products(*factors_of(stack.parts[part]))
         pool.release()
     norms = products.diagonal().clamp(min=0).sqrt()
     norms = norms.where(norms > 0, torch.inf)
@@ -61,24 +60,16 @@ def cosines(pool: Pool) -> Tensor:
 
 def squared_norms(part: Part) -> Tensor:
     """The squared Frobenius norm of each update of a part of a stack, float64 [E]."""
-    first, *last = (each.double() for each in _factors_of(part))
-    if not last:
-        return first.square().sum(dim=1)
-    grams = first @ first.mT, last[0] @ last[0].mT
-    return (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
+    A, B = (each.double() for each in factors_of(part))
+    return (A @ A.mT * (B @ B.mT)).sum(dim=(1, 2)).clamp(min=0)
 
 
-def _products_of(part: Part) -> Tensor:
-    first, *last = _factors_of(part)
-    return _products(first, last[0]) if last else (first @ first.T).double()
-
-
-def _factors_of(part: Part) -> list[Tensor]:
-    if not part.compared:
-        raise RoutingError(
-            f"Experts of the kind {part.name!r} can't be compared with others; leave them out."
-        )
-    return [getattr(part, field) for field in part.compared]
+def factors_of(part: Part) -> tuple[Tensor, Tensor]:
+    """A [E, r, n] and B [E, r, d] of the updates of a part of a stack; d is 1 for vectors."""
+    factors = [getattr(part, field) for field in part.compared]
+    if len(factors) == 1:  # a vector has the rank 1
+        factors = [factors[0][:, None], torch.ones_like(factors[0][:, None, :1])]
+    return factors[0], factors[1]
 
 
 def _products(A: Tensor, B: Tensor) -> Tensor:

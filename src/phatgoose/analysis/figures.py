@@ -1,4 +1,4 @@
-"""Figures of an analysis: which experts served which tokens, and how that goes with the scores.
+"""Figures of an analysis: which experts served which tokens.
 
 Colours are safe for colour-blind readers: cividis for amounts, those of the token explorer for
 experts, which have them by their places in the pool.
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..files import new_file
 from .distribution import RoutingDistribution
-from .measures import Correlation, heaviest, margins
 from .page import EXPLORER_CSS, asset
 
 try:
@@ -33,7 +32,6 @@ except ImportError as error:
 
 
 COLOURS = re.findall(r"--tx-c\d: (#\w+);", asset(EXPLORER_CSS))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
 STYLE = {
     "axes.edgecolor": INK,
@@ -51,19 +49,10 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-GREY: dict[str, Any] = {"color": "#8a8f94", "marker": "o"}
-MOST_NAMED = 7  # experts in a legend
 MOST_EXPERTS = 40  # more rows or columns than this are hard to read in a page
 
 Array = NDArray[np.float64]
 styled = matplotlib.rc_context(STYLE)
-
-
-@dataclass(frozen=True)
-class Point:
-    dataset: str
-    divergence: float
-    score: float
 
 
 @styled
@@ -119,7 +108,7 @@ def usage_bars(
     count = len(shown.labels)
     figure = Figure(figsize=(1.6 + 2.3 * len(shares), 0.9 + 0.16 * count), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False, sharex=True, sharey=True)[0]
-    colours = [look_of(z)["color"] for z in shown.rows]
+    colours = [COLOURS[z % len(COLOURS)] for z in shown.rows]
     for panel, (name, values) in zip(panels, shares.items(), strict=True):
         panel.barh(range(count), shown.of(values), color=colours, height=0.75)
         panel.axvline(1 / len(experts), color=INK, linewidth=0.8, linestyle="--")
@@ -130,40 +119,6 @@ def usage_bars(
     panels[0].set_yticks(range(count), shown.labels, fontsize=shown.font_size)
     panels[0].set_ylim(count - 0.5, -0.5)
     figure.supxlabel("share of the weight", fontsize=9)
-    return figure
-
-
-@styled
-def prompt_choices(choices: Mapping[str, Array], experts: Sequence[str]) -> Figure:
-    """A point for each prompt: its dataset, its first expert, and how clear the choice was.
-
-    `choices` [prompts, E] are weights by dataset. Across is the first expert's weight less the
-    second's. The experts that are first most often are named, the others are grey.
-    """
-    every = np.concatenate([each.argmax(1) for each in choices.values()])
-    counts = np.bincount(every, minlength=len(experts))
-    named = heaviest(counts, MOST_NAMED)
-    figure = Figure(figsize=(6, 1.2 + 0.4 * len(choices)), layout="constrained")
-    panel = figure.subplots()
-    spread = np.random.default_rng(0)  # up and down, so that equal margins are seen apart
-    for row, weights in enumerate(choices.values()):
-        clear = margins(weights)
-        height = row + spread.uniform(-0.3, 0.3, len(weights))
-        first = weights.argmax(1)
-        for here, look in (
-            *((first == z, look_of(z)) for z in named),
-            (~np.isin(first, named), GREY),
-        ):
-            panel.scatter(clear[here], height[here], s=16, linewidths=0, **look)
-    for z in named:
-        panel.scatter([], [], **look_of(z), label=experts[z])
-    if np.count_nonzero(counts) > len(named):
-        panel.scatter([], [], **GREY, label="others")
-    panel.set_yticks(range(len(choices)), list(choices))
-    panel.set_ylim(len(choices) - 0.5, -0.5)
-    panel.set_xlim(-0.03, 1.03)
-    panel.set_xlabel("weight of the first expert less that of the second")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -199,37 +154,6 @@ def dataset_matrix(
     panel.set_xlabel(shown.said(values.mean(axis=0)), fontsize=8)
     figure.colorbar(image, ax=panel, label="share of the weight", pad=0.01, aspect=15)
     return figure
-
-
-@styled
-def divergence_scatter(
-    points: Mapping[str, Sequence[Point]], correlations: Mapping[str, Correlation]
-) -> Figure:
-    """Score against KL(router ‖ Oracle), a point per dataset, a panel per router."""
-    figure = Figure(figsize=(0.6 + 3.1 * len(points), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
-    for panel, (router, datasets) in zip(panels, points.items(), strict=True):
-        x, y = [p.divergence for p in datasets], [100 * p.score for p in datasets]
-        panel.scatter(x, y, color=INK, s=36)
-        for point, across, up in zip(datasets, x, y, strict=True):
-            place, side = ((-6, 4), "right") if across > (min(x) + max(x)) / 2 else ((6, 4), "left")
-            named = {"xytext": place, "textcoords": "offset points", "ha": side, "fontsize": 7}
-            panel.annotate(point.dataset, (across, up), **named)
-        panel.margins(0.15)
-        panel.set_title(f"{router}\n{_said(correlations[router])}", fontsize=9)
-    panels[0].set_ylabel("score in %")
-    figure.supxlabel("KL(router ‖ Oracle) in nats", fontsize=9)
-    return figure
-
-
-def look_of(place: int) -> dict[str, Any]:
-    """Colour and marker of the expert, or curve, at this place: 49 differ in one of the two."""
-    count = len(COLOURS)
-    return {"color": COLOURS[place % count], "marker": MARKERS[(place + place // count) % count]}
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def write_png(figure: Figure, path: str | Path) -> None:
@@ -305,10 +229,3 @@ def _heat_map(panel: Axes, grid: Array, highest: float) -> Any:
     return panel.imshow(
         grid, aspect="auto", cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest"
     )
-
-
-def _said(found: Correlation) -> str:
-    if found.pearson is None:
-        return f"n = {found.n}: no correlation is defined"
-    r = found.pearson
-    return f"r = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}], n = {found.n}"

@@ -1,4 +1,4 @@
-"""Numbers of routing: entropy, divergence from Oracle, leave-one-out effects.
+"""Numbers of routing: entropy, and divergence from Oracle.
 
 As docs/analysis.md states them; all logarithms are natural. A distribution here is an array [E] of
 shares that sum to 1.
@@ -7,7 +7,7 @@ shares that sum to 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
-from ..evaluation.evaluate import Evaluation
-from ..evaluation.intervals import Estimate, SharedMeans, Z
+from ..evaluation.intervals import Estimate, Z
 from ..routing.routers.fixed import best_expert_by_task
 from ..routing.routers.router import Scores
 
@@ -133,39 +132,6 @@ def _direction(values: Array) -> Array:
     scaled = values / np.abs(values).max()  # squares of the smallest numbers would be 0
     centred = scaled - scaled.mean()
     return np.asarray(centred / np.linalg.norm(centred))
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What an expert adds: the mean score with all experts less the mean score without this one.
-
-    The interval resamples tasks and, within them, examples, the same ones for both models.
-    """
-
-    expert: str
-    mean: Estimate
-    by_task: Mapping[str, float]
-
-
-def leave_one_out(
-    everyone: Evaluation, experts: Iterable[str], without: Callable[[str], Evaluation]
-) -> list[Effect]:
-    """The effect of each of `experts`, greatest first; `without(expert)` evaluates the reduced
-    model.
-    """
-    effects = []
-    for expert in experts:
-        reduced = without(expert)
-        both = {"all": everyone, "less": reduced}
-        means = SharedMeans.of(
-            {name: [score.sample for score in each.scores] for name, each in both.items()}
-        )
-        by_task = {
-            one.task: one.score - other.score
-            for one, other in zip(everyone.scores, reduced.scores, strict=True)
-        }
-        effects.append(Effect(expert, means.gain("all", "less"), by_task))
-    return sorted(effects, key=lambda effect: effect.mean.value, reverse=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,15 @@ from ..evaluation.rows import label_of
 from ..files import reason, write_text
 from . import figures as draw
 from .analyse import Analysis, RouterAnalysis
-from .distribution import PARTS
-from .measures import ORACLE, SMOOTHING, concentration, effective_experts, heaviest, margins
+from .measures import (
+    ORACLE,
+    SMOOTHING,
+    Correlation,
+    concentration,
+    effective_experts,
+    heaviest,
+    margins,
+)
 from .page import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
 
 if TYPE_CHECKING:
@@ -58,30 +66,28 @@ class Section(NamedTuple):
 
 def sections_of(analysis: Analysis) -> list[Section]:
     """The parts of the page below the token explorer, without those that have no numbers."""
-    parts = (_scores, _prompts, _usage, _layers, _divergences, _datasets, _effects)
+    parts = (_scores, _prompts, _usage, _layers, _divergences, _datasets)
     sections = [part(analysis) for part in parts]
     return [each for each in sections if each.tables or each.figures or each.groups]
 
 
 def _scores(analysis: Analysis) -> Section:
-    rows, counts = [], {}
+    rows, header = [], ["router"]
     for name, router in analysis.routers.items():
-        scores = [router.scores[d] for d in analysis.datasets if d in router.scores]
-        if scores:
-            counts = {score.task: score.n for score in scores}
-            cells = [Estimate(s.score, s.low, s.high).in_per_cent for s in scores]
-            mean = sum(s.score for s in scores) / len(scores)
-            rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
-    if rows and analysis.oracle:
-        rows.append(["Oracle's expert", *(analysis.oracle[d] for d in analysis.datasets), ""])
-    header = ["router", *(f"{d} (n = {n})" for d, n in counts.items()), "mean"]
-    tables = [Table("Zero-shot score in %, with 95 % intervals", header, rows)] if rows else []
-    return Section("scores", "Scores", tables=tables)
+        scores = list(router.scores.values())
+        header = ["router", *(f"{score.task} (n = {score.n})" for score in scores), "mean"]
+        cells = [Estimate(s.score, s.low, s.high).in_per_cent for s in scores]
+        mean = sum(s.score for s in scores) / max(1, len(scores))
+        rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
+    if analysis.oracle:
+        rows.append(["Oracle's expert", *analysis.oracle.values(), ""])
+    tables = [Table("Zero-shot score in %, with 95 % intervals", header, rows)]
+    return Section("scores", "Scores", tables=tables if header[1:-1] else [])
 
 
 def _prompts(analysis: Analysis) -> Section:
     """Which prompts went where, of the routers that choose for whole prompts."""
-    tables, figures = list[Table](), list[PageFigure]()
+    tables = list[Table]()
     for name, router in analysis.routers.items():
         rows = []
         for dataset, weights in router.choices.items():
@@ -91,12 +97,7 @@ def _prompts(analysis: Analysis) -> Section:
         if rows:
             header = ["dataset", "prompts", "most often first", "median margin"]
             tables.append(Table(f"{label_of(name)}: where prompts went", header, rows))
-            every = np.concatenate([margins(each) for each in router.choices.values()])
-            if np.ptp(every) > 1e-6:
-                caption = f"{label_of(name)}: a point per prompt, by its first expert and margin."
-                figure = draw.prompt_choices(router.choices, analysis.experts)
-                figures.append(PageFigure.of(figure, f"prompts-{len(figures)}", caption))
-    return Section("prompts", "Which prompts went where", tables=tables, figures=figures)
+    return Section("prompts", "Which prompts went where", tables=tables)
 
 
 def _most(analysis: Analysis, shares: Array, count: int) -> str:
@@ -138,39 +139,8 @@ def _usage(analysis: Analysis) -> Section:
         )
     header = ["router", "effective experts (weights)", "effective experts (before top-k)"]
     header += ["concentration", "most often first", "decidedness of a token"]
-    title = (
-        f"Over {'all ' if len(analysis.datasets) > 1 else ''}"
-        f"{draw.counted(len(analysis.datasets), 'dataset')}; "
-        f"{draw.counted(len(analysis.experts), 'expert')}"
-    )
-    text = (
-        "Decidedness is 1 less the mean entropy of a single token's distribution over ln E: 0 "
-        "where a router finds all experts alike, 1 where it knows just one."
-    )
-    tables = [Table(title, header, rows), *_groups(analysis)]
-    return Section("usage", "Who is used", [text], tables, [figure])
-
-
-def _groups(analysis: Analysis) -> Iterator[Table]:
-    """Who serves prompts, answers and each kind of site."""
-    rows: dict[str, list[str]] = {}
-    routers = _varied(analysis)
-    for router in routers.values():
-        every = list(router.distributions.values())
-        groups = {f"{part}s": [each.whole(part=part) for each in every] for part in PARTS}
-        for each in every:
-            for kind, weights in each.by_kind().items():
-                groups.setdefault(kind, []).append(weights)
-        for name, parts in groups.items():
-            weight = np.mean(parts, axis=0)
-            cell = ""
-            if weight.any():
-                share = weight / weight.sum()
-                cell = f"{effective_experts(share):.1f}, {_most(analysis, share, 1)}"
-            rows.setdefault(name, [name]).append(cell)
-    if rows:
-        title = "Effective experts and the most used one, by kind of token and of site"
-        yield Table(title, ["", *map(label_of, routers)], list(rows.values()))
+    sizes = f"{len(analysis.datasets)} datasets, {len(analysis.experts)} experts"
+    return Section("usage", "Who is used", tables=[Table(sizes, header, rows)], figures=[figure])
 
 
 def _layers(analysis: Analysis) -> Section:
@@ -185,32 +155,26 @@ def _layers(analysis: Analysis) -> Section:
 
 
 def _divergences(analysis: Analysis) -> Section:
-    rows, points, correlations = [], {}, {}
+    rows = []
     for name in analysis.routers if analysis.oracle else ():
-        if name == ORACLE:
-            continue
-        each = {d: analysis.divergence(name, ORACLE, d) for d in analysis.datasets}
-        label, correlation = label_of(name), analysis.correlation(name)
-        rows.append([label, *(f"{e.to:.2f} / {e.back:.2f}" for e in each.values())])
-        if correlation is not None:
-            scores = analysis.routers[name].scores
-            correlations[label] = correlation
-            points[label] = [draw.Point(d, each[d].to, scores[d].score) for d in each]
-    figures: list[PageFigure] = []
-    if points:
-        figure = draw.divergence_scatter(points, correlations)
-        caption = (
-            "Score against KL(router ‖ Oracle), a point per dataset; r is Pearson's with Fisher's "
-            "95 % interval. The paper finds r = −0.2."
-        )
-        figures.append(PageFigure.of(figure, "divergence", caption))
+        if name != ORACLE:
+            each = [analysis.divergence(name, ORACLE, d) for d in analysis.datasets]
+            cells = [f"{divergence.to:.2f} / {divergence.back:.2f}" for divergence in each]
+            rows.append([label_of(name), *cells, _correlation(analysis.correlation(name))])
     text = (
         "Divergence of a router's whole-model distribution before top-k from Oracle's, which has "
-        f"all weight on one expert; both are mixed with {SMOOTHING:g} of the uniform one."
+        f"all weight on one expert; both are mixed with {SMOOTHING:g} of the uniform one. r is "
+        "Pearson's between KL(router ‖ Oracle) and the score over datasets, with Fisher's interval "
+        "(the paper finds −0.2)."
     )
     title = "KL(router ‖ Oracle) / KL(Oracle ‖ router) in nats"
-    tables = [Table(title, ["router", *analysis.datasets], rows)] if rows else []
-    return Section("divergence", "How far from Oracle", [text], tables, figures)
+    tables = [Table(title, ["router", *analysis.datasets, "r with the score"], rows)]
+    return Section("divergence", "How far from Oracle", [text], tables if rows else [])
+
+
+def _correlation(found: Correlation | None) -> str:
+    r = found.pearson if found else None
+    return f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" if r else ""
 
 
 def _datasets(analysis: Analysis) -> Section:
@@ -225,23 +189,6 @@ def _datasets(analysis: Analysis) -> Section:
     return Section("datasets", "Datasets beside each other", figures=figures)
 
 
-def _effects(analysis: Analysis) -> Section:
-    rows = [
-        [
-            effect.expert,
-            effect.mean.in_points,
-            *(f"{100 * effect.by_task.get(d, math.nan):+.1f}" for d in analysis.datasets),
-        ]
-        for effect in analysis.effects
-    ]
-    title = (
-        f"{label_of(next(iter(analysis.routers)))}: score with all experts less that without this "
-        f"one, in points, with 95 % intervals over datasets and examples"
-    )
-    tables = [Table(title, ["left out", "mean", *analysis.datasets], rows)] if rows else []
-    return Section("effects", "Which experts matter", tables=tables)
-
-
 REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
 
 
@@ -252,18 +199,18 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
     the page's the most used ones. Raises EvaluationError when a file can't be written.
     """
     folder = Path(folder)
-    analysis.write_json(folder / NUMBERS)
+    content = json.dumps(analysis.to_dict(), ensure_ascii=False) + "\n"
+    write_text(folder / NUMBERS, content, EvaluationError)
     write_text(folder / REPORT, report_page(analysis), EvaluationError)
-    figures, every, oracle = folder / FIGURES, len(analysis.experts), analysis.oracle
+    figures, every, varied = folder / FIGURES, len(analysis.experts), _varied(analysis)
     try:
         figures.mkdir(exist_ok=True)
         for kind in ("layers", "datasets", "usage"):
             for old in figures.glob(f"{kind}-*.png"):
                 old.unlink()
-        varied = _varied(analysis)
-        names = file_names(analysis.routers)
-        for file, (name, router) in zip(names, analysis.routers.items(), strict=True):
-            shares = router.by_dataset()
+        files = zip(file_names(analysis.routers), analysis.routers.items(), strict=True)
+        for file, (name, router) in files:
+            shares, oracle = router.by_dataset(), analysis.oracle
             drawn = {
                 "datasets": draw.dataset_matrix(shares, analysis.experts, oracle, every),
                 "usage": draw.usage_bars(shares, analysis.experts, every),
@@ -306,7 +253,7 @@ def report_page(analysis: Analysis) -> str:
     most = f", {limit} examples each at most" if limit else ""
     return render(
         "report.html.jinja",
-        title=f"Routing of {draw.counted(len(analysis.experts), 'expert')}",
+        title=f"Routing of {len(analysis.experts)} experts",
         summary=f"{routers} on {', '.join(analysis.datasets)}{most}.",
         css=asset("report.css") + asset(EXPLORER_CSS),
         script=asset(EXPLORER_JS) + asset("report.js"),

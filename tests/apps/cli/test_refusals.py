@@ -94,7 +94,6 @@ evaluate experts --task unseen.jsonl --task unseen.jsonl BASE => Two tasks are c
 analyse experts => suite
 analyse tiny-base --task unseen.jsonl => is not routed
 analyse experts --task unseen.jsonl BASE --against nothing => router is 'nothing'
-analyse experts --keep reviews --task unseen.jsonl BASE --leave-one-out => needs a pool of several
 COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
 COMPARE unseen.jsonl --methods base --methods retrieval => 'reviews' have no embeddings
 COMPARE nowhere => Suite 'nowhere' is neither a known name

@@ -146,7 +146,6 @@ def analyse(
     against: Annotated[
         list[str] | None, "Another router over the same pool; repeatable, or with commas."
     ] = None,
-    leave_one_out: Annotated[bool, "Score the pool without each expert in turn."] = False,
     opening: options.ModelOptions,
     scoring: options.ScoringOptions,
     source: options.SourceOptions,
@@ -177,7 +176,6 @@ def analyse(
         base=base,
         scores=opening.scores,
         formatting=formatting,
-        without_each=leave_one_out,
         **vars(scoring),
     )
     show(routers_table(analysis))

@@ -108,8 +108,8 @@ def compare(
     rows = [*rows_of(pool, chosen, how.routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
     _refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))])
-    for row in (*rows, *singles):
-        if row.base is not None and row.base.fingerprint:
+    for row in others:
+        if row.base is not None:
             check_base(row.base, base.reference, row.label)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)

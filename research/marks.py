@@ -46,7 +46,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from phatgoose.routing.open_model import loaded_base, open_prompt_router
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,7 +59,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose, detach, open_prompt_router
+from phatgoose.routing.composition import resolve_base
 from phatgoose.routing.routers.prompt import PromptRouter
 from phatgoose.routing.routers.retrieval import Embeds
 from phatgoose.tasks.encoding import Encoder
@@ -87,7 +87,7 @@ def main() -> None:
     """Score what isn't there yet, and write the file after each round of pieces."""
     given = _options()
     pool = Pool.open(given.pool)
-    base = loaded_base(pool, given.base)
+    base = resolve_base(given.base, pool.base)
     sets = evaluation_sets(given.data, pool, given.rows, given.unseen, ranked=given.ranked)
     name = given.name or Path(base.reference.id).name
     models = list(models_of(pool, given.random, given.routed, by_output=given.random_output))

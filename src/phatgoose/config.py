@@ -83,7 +83,7 @@ class Settings:
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
-    return _settings_of(config)
+    return _settings_of(config)  # to mypy a class of `Settings` isn't hashable, as a cache wants it
 
 
 @cache
@@ -133,9 +133,8 @@ class Peft(Settings):
 
     sites: Annotated[
         str | None,
-        "Regular expression to search for in a layer's module path. Default: every linear layer of "
-        "every block (lora, dora); keys, values and the last feed-forward layer, as PEFT selects "
-        "them for the base's architecture (ia3); the layers of the placement (bottleneck).",
+        "Regular expression to search for in module paths. Default: every linear layer of the "
+        "blocks (lora, dora), those that PEFT selects (ia3) or of the placement (bottleneck).",
     ] = dataclasses.field(default=None, kw_only=True)
 
 
@@ -145,9 +144,7 @@ class Lora(Peft):
 
     rank: Annotated[int, "Rank r of each LoRA module.", AT_LEAST_1] = 16
     alpha: Annotated[
-        float | None,
-        "LoRA alpha; the update is scaled by alpha / rank (paper: 1). Default: twice the rank.",
-        POSITIVE,
+        float | None, "Updates are scaled by alpha / rank. Default: twice the rank.", POSITIVE
     ] = None
 
     def __post_init__(self) -> None:
@@ -172,8 +169,7 @@ class Bottleneck(Peft):
 
     placement: Annotated[
         Literal["houlsby", "pfeiffer"],
-        "houlsby (after attention and after the feed-forward network of each block) or pfeiffer "
-        "(only after the latter).",
+        "After attention and after the feed-forward network, or only after the latter (pfeiffer).",
     ] = "houlsby"
     size: Annotated[int, "Size of the bottleneck.", AT_LEAST_1] = 64
     activation: str = "relu"  # one of ACTIVATIONS; neither this nor the scale is a flag
@@ -185,6 +181,7 @@ class Bottleneck(Peft):
 FOUR_BITS = "4bit"  # a base's dtype by name: NF4 weights of bitsandbytes, computed with as "auto"
 TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
 EmbeddingForm = Literal["prompt", "paper"]
+EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -199,20 +196,13 @@ class Training(Settings):
     batch_size: Annotated[int, "Sequences per optimiser step (paper: 1024).", AT_LEAST_1] = 32
     micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
     learning_rate: Annotated[float, "AdamW learning rate (paper: 0.005).", POSITIVE] = 2e-4
-    eval_every: Annotated[
-        int,
-        "Steps between validations; each saves a checkpoint, and the best one wins.",
-        AT_LEAST_1,
-    ] = 100
-    eval_examples: Annotated[
-        int, "Maximum validation examples to use, drawn by the seed.", AT_LEAST_1
-    ] = 500
+    eval_every: Annotated[int, "Steps between checkpoints; the best one wins.", AT_LEAST_1] = 100
+    eval_examples: Annotated[int, "Maximum validation examples, drawn by seed.", AT_LEAST_1] = 500
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
     acts_on: Annotated[
         Literal["all", "answer", "generation-prompt"] | Annotated[int, Interval(ge=1, le=1 << 24)],
-        "What the expert acts on: all tokens, answer (from the prompt's last token on), "
-        "generation-prompt (from the chat template's on), or N (from the prompt's last N tokens "
-        "on). Before that it adds nothing (decoder-only bases).",
+        "What the expert acts on: all tokens, from the prompt's last one on (answer), from the "
+        "chat template's generation prompt on, or from the prompt's last N on (decoders).",
     ] = "all"
 
 
@@ -224,30 +214,22 @@ class GateTraining(Settings):
     """
 
     joint: Annotated[
-        bool,
-        "Train gates together with the expert instead of after it (paper appendix A), for the "
-        "expert's steps and at its learning rate.",
+        bool, "Train gates with the expert, for its steps and at its rate (paper appendix A)."
     ] = False
     gate_steps: Annotated[int, "Optimiser steps of gate training.", AT_LEAST_1] = 100
     gate_learning_rate: Annotated[
         float, "Learning rate of gate training; joint gates have the expert's.", POSITIVE
     ] = 5e-3  # the paper's: gates begin at zero, and have few steps
-    statistics_examples: Annotated[
-        int, "Training examples to use for the statistics below.", AT_LEAST_1
-    ] = 1000
+    statistics_examples: Annotated[int, "Examples for the statistics below.", AT_LEAST_1] = 1000
     means: Annotated[bool, "Compute mean activations (for router average-activation)."] = True
     readings: Annotated[bool, "Compute prompt statistics (for router discriminant)."] = True
     embeddings: Annotated[
-        bool,
-        "Embed training inputs (for routers retrieval and centroid; needs the extra 'retrieval').",
+        bool, "Embed training inputs (for routers retrieval and centroid; extra 'retrieval')."
     ] = False
-    embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
-        "sentence-transformers/all-MiniLM-L6-v2"
-    )
+    embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = EMBEDDER
     embedding_form: Annotated[
         EmbeddingForm,
-        "What is embedded: the prompt as the model reads it, or, for router retrieval as in the "
-        "paper, the input behind its answer choices (paper).",
+        "What is embedded: the prompt, or answer choices and input (paper).",
     ] = "prompt"
 
 
@@ -255,20 +237,13 @@ class GateTraining(Settings):
 class Formatting(Settings):
     """How an example becomes tokens."""
 
-    max_input_tokens: Annotated[
-        int, "Maximum tokens of an input; longer ones are cut.", AT_LEAST_1
-    ] = 512
+    max_input_tokens: Annotated[int, "Inputs with more tokens are cut.", AT_LEAST_1] = 512
     truncation: Annotated[
         Literal["middle", "left", "right"],
-        "Which part of a long input to cut: middle (of the template's longest field if known, else "
-        "of the input; keeps three times as much after the cut as before), left, or right (as in "
-        "the paper).",
+        "Which part of a long input to cut: the middle (of the template's longest field if known; "
+        "three times as much stays after the cut as before), left, or right (as in the paper).",
     ] = "middle"
-    max_target_tokens: Annotated[
-        int,
-        "Maximum tokens of a target; longer ones are cut on the right, with a warning.",
-        AT_LEAST_1,
-    ] = 512
+    max_target_tokens: Annotated[int, "Targets with more are cut, on the right.", AT_LEAST_1] = 512
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
 
 
@@ -287,19 +262,15 @@ class Routing(Settings):
 
     router: Annotated[
         str,
-        "Which router chooses experts, as NAME or NAME:SETTING=VALUE,… ('phatgoose routers'); auto "
-        "uses the first that base and experts allow.",
+        "NAME or NAME:SETTING=VALUE,… ('phatgoose routers'); auto: the first that experts allow.",
     ] = "auto"
     k: Annotated[
         int | None,
-        "Experts per token at each layer, or per prompt if the router chooses per prompt; default: "
-        "the router's own number.",
+        "Experts per token at each layer, or per prompt; default: the router's own number.",
         AT_LEAST_1,
     ] = None
     kernel: Annotated[Kernel, "How the experts' updates are computed; auto: the fastest."] = "auto"
-    embedder: Annotated[
-        str | None, "Embedder of routers that use one, if it isn't the default one."
-    ] = None
+    embedder: Annotated[str | None, "Embedder of routers that use one; default: its usual."] = None
 
     @property
     def name(self) -> str:
@@ -315,9 +286,8 @@ class RoutingSettings(TypedDict, total=False):
     embedder: str | None
 
 
-ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
 # A saved model has its own routing; only its embedder can be named again.
-POOL_SETTINGS = ROUTING_SETTINGS - {"embedder"}
+POOL_SETTINGS = frozenset({"router", "k", "kernel"})
 
 MODEL_TYPE = "phatgoose"  # in the config.json of a saved routed model, as transformers has it
 
@@ -330,22 +300,14 @@ class Serving(Settings):
     """The limits of `phatgoose serve` (docs/serving.md)."""
 
     max_tokens: Annotated[int, "Maximum tokens to generate for one answer.", AT_LEAST_1] = 1024
-    max_queue: Annotated[
-        int, "Maximum answers that wait; further requests are refused.", AT_LEAST_1
-    ] = 256
+    max_queue: Annotated[int, "Maximum answers that wait; others are refused.", AT_LEAST_1] = 256
     max_batch_tokens: Annotated[
-        int,
-        "Maximum tokens to compute together, prompts, answers and padding included.",
-        AT_LEAST_1,
+        int, "Maximum tokens to compute together, padding included.", AT_LEAST_1
     ] = 16384
     prefix_cache: Annotated[
-        int,
-        "MiB of keys and values to keep for prompts that share a beginning; 0: none.",
-        NOT_NEGATIVE,
+        int, "MiB of keys and values to keep for prompts with one beginning; 0: none.", NOT_NEGATIVE
     ] = 256
-    watch: Annotated[bool, "Open pools and routed models again when their folder has changed."] = (
-        False
-    )
+    watch: Annotated[bool, "Open models again when their folder has changed."] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     max_connections: int = 1000
     shutdown_timeout: int = 30  # seconds for running requests to finish after a signal to stop

@@ -66,7 +66,7 @@ def test_an_expert_s_own_files_are_handed_over_and_no_others(llama, tmp_path):
     assert handed == {path.name for path in folder.iterdir()} - {"evil.py", "notes.txt"}
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ConfigError, match=r"README\.md is a symbolic link that leads out"):
+    with pytest.raises(ConfigError, match=r"README\.md .*a link that leads out"):
         deploy(pool, "vllm", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

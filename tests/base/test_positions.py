@@ -6,7 +6,7 @@ import warnings
 import pytest
 from transformers import AutoConfig
 
-from phatgoose.apps.generation import Sampling, generate
+from phatgoose.apps.generation import generate
 from phatgoose.base import load_skeleton
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
@@ -79,9 +79,8 @@ def test_scoring_and_generation_leave_room_for_the_answer(kind):
         assert evaluate(base, CHOOSING).scores[0].cuts["inputs_cut_to"] == room[0]
     with pytest.warns(UserWarning, match=f"writing: 1 of 1 input .* cut to {room[1]} tokens"):
         evaluate(base, WRITING, max_new_tokens=8)
-    sampling = Sampling(max_new_tokens=4)
     with pytest.warns(UserWarning, match=f"the prompt: 1 of 1 input .* cut to {room[2]} tokens"):
-        generate(base.model, base.tokenizer, LONG, sampling=sampling)
+        generate(base.model, base.tokenizer, LONG, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS_HERE)

@@ -192,7 +192,7 @@ def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatc
     lines = {line["name"]: line for line in content[0]["lines"]}
     assert lines["my_rules:moods"]["score"]["value"] == 0.75
     hint = run(capsys, "replay", marks).err
-    assert "Next, score a rule: --router NAME (centroid), or --rule" in hint
+    assert "Next, score a rule: --rule" in hint
 
 
 def test_published_marks_have_no_text_and_are_replayed():

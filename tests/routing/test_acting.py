@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from architectures import make_tiny, random_expert
 from growth_cases import changed
 from oracle import naively_routed
-from phatgoose.apps.generation import Sampling, generate
+from phatgoose.apps.generation import generate
 from phatgoose.config import Routing, Training
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
@@ -413,8 +413,8 @@ def test_evaluation_generates_what_generate_does(llama, llama_pool):
     rows = tuple(Example(text, "x") for text in ("count:", "a longer prompt, count:", "one two"))
     found = evaluate(model, Task("open", test=rows), max_new_tokens=5, tokenizer=llama.tokenizer)
     for example, prediction in zip(rows, found.scores[0].predictions, strict=True):
-        answer = generate(model, llama.tokenizer, example.input, sampling=Sampling(5))
-        assert prediction.answer == answer.text
+        answer = generate(model, llama.tokenizer, example.input, 5)
+        assert prediction.answer == answer
 
 
 def test_encoder_decoders_are_refused(tmp_path):

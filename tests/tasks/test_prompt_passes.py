@@ -85,19 +85,6 @@ def test_greedy_takes_the_likeliest_token_whatever_the_base_would_have(base, end
     assert base.model.generation_config.to_dict() == before
 
 
-def test_samples_are_drawn_from_all_tokens(base):
-    base.model.generation_config = GenerationConfig(**PENALTIES)
-    ids, mask = (each.repeat(600, 1) for each in prompt_for(base))
-    torch.manual_seed(0)
-    drawn = continued(base.model, base.tokenizer, ids, mask, 1, temperature=1e3)[:, -1]
-    assert len(drawn.unique()) > 200  # of 300, all as likely
-    drawn = continued(base.model, base.tokenizer, ids, mask, 1, temperature=1.0)[:, -1]
-    given = {"decoder_input_ids": torch.zeros(1, 1).long()} if base.is_encoder_decoder else {}
-    likely = logits_of(base.model, ids[:1], **given)[0, -1].softmax(dim=-1)
-    share = drawn.bincount(minlength=len(likely)) / len(drawn)
-    assert (share - likely).abs().max() < 0.08  # four standard errors at most
-
-
 def test_an_answer_ends_where_the_server_s_do(llama):
     llama.model.generation_config.eos_token_id = None
     assert end_tokens(llama.model, llama.tokenizer) == [1]

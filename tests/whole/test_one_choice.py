@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
 
 
-from phatgoose.apps.generation import Sampling, explain, generate
+from phatgoose.apps.generation import explain, generate
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.evaluate import evaluate
@@ -61,7 +61,7 @@ def test_a_prompt_gets_the_same_experts_however_it_is_asked(
     written = evaluated(Task("written", test=(Example(PROMPT, "pears"),)))
     ranked = evaluated(Task("ranked", test=(Example(PROMPT, "pears", CHOICES),)))[: len(written)]
     with record(model) as recording:
-        generate(model, tokenizer, PROMPT, formatting, Sampling(2))
+        generate(model, tokenizer, PROMPT, 2, formatting)
     generated = recording.by_token().numpy()[: len(written)]
     (stream,) = explain(model, tokenizer, PROMPT, "pears", formatting=formatting).trace.streams
     explained = stream.shares(written.shape[1])[: len(written)]

@@ -1,8 +1,6 @@
-"""Near-duplicates in a pool: experts whose updates point the same way."""
+"""How alike experts are: the cosine of updates that are never formed."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,30 +10,6 @@ from ..experts.pool import Pool
 from ..routing.stacks import stack_of
 
 BLOCK = 2048  # rows of factors at once
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """Two experts whose updates point the same way; `cosine` is between them as matrices."""
-
-    one: str
-    other: str
-    cosine: float
-    identical: bool
-
-
-def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
-    """Pairs of experts whose updates have a cosine of at least `threshold`, the nearest first."""
-    hashes = [expert.info.adapter_sha256 for expert in pool.experts]
-    file = torch.tensor([hashes.index(sha256) for sha256 in hashes])
-    identical = file[:, None] == file
-    found = cosines(pool).masked_fill(identical, 1.0)
-    near = (found >= threshold).triu(diagonal=1)
-    pairs = [
-        Duplicate(pool.names[i], pool.names[j], float(found[i, j]), bool(identical[i, j]))
-        for i, j in near.nonzero().tolist()
-    ]
-    return sorted(pairs, key=lambda pair: (-pair.identical, -pair.cosine, pair.one, pair.other))
 
 
 def cosines(pool: Pool) -> Tensor:

@@ -40,7 +40,7 @@ from ..tasks.loading import load_task
 from ..tasks.task import Suite, Task
 from ..training.train_expert import train_expert
 from .console import show
-from .generation import Sampling, explain
+from .generation import explain
 from .tables import drawn, routers_table
 
 TASKS = Path(__file__).parent / "demo_tasks"
@@ -157,7 +157,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(_written(written))
     write_gains(out / "gains.json", routing.router, gains, lifts, written)
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
-    show(*explain(model, base.tokenizer, PROMPT, sampling=Sampling(ANSWER_TOKENS)).coloured())
+    show(*explain(model, base.tokenizer, PROMPT, None, ANSWER_TOKENS).coloured())
     show(_step("5. Where the tokens of each unseen task went"))
     analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)
     show(routers_table(analysis))

@@ -26,69 +26,40 @@ from ..tasks.task import Example
 from .console import coloured
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Greedy where `temperature` is None."""
-
-    max_new_tokens: int = 64
-    temperature: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Generated `text`, and all `tokens` (a causal model's prompt first)."""
-
-    text: str
-    tokens: list[int]
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
+    max_new_tokens: int = 64,
     formatting: Formatting | None = None,
-    sampling: Sampling | None = None,
-) -> Generation:
-    """The text that `model` generates after `prompt`.
+) -> str:
+    """The text that `model` generates after `prompt`, greedily.
 
     Raises ConfigError for a router that can't choose by a prompt alone, TaskError for a prompt
     without text.
     """
-    check_prompt(prompt)
+    check_text(prompt)
     parts = composition_if_any(model)
     if parts is not None:
         check_served(parts.router)
-    sampling = sampling or Sampling()
     encoder = Encoder.for_model(model, tokenizer, formatting)
     asked = Example(prompt, "")
-    questions = Questions.of(encoder, [asked], sampling.max_new_tokens)
+    questions = Questions.of(encoder, [asked], max_new_tokens)
     questions.cuts.report("the prompt")
     ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
-    torch.manual_seed(sampling.seed)
-    how = sampling.max_new_tokens, sampling.temperature
     with routing_for(model, questions.prompts, examples=[asked], encoder=encoder):
-        output = continued(model, tokenizer, ids, torch.ones_like(ids), *how)
-    tokens: list[int] = output[0].tolist()
+        tokens = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens)[0]
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]
-    text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
-    return Generation(text, tokens)
+    text: str = tokenizer.decode(tokens[start:].tolist(), skip_special_tokens=True)
+    return text.strip()
 
 
-def check_prompt(prompt: str) -> None:
-    if not prompt:
-        raise TaskError("The prompt is empty.")
-    check_text(prompt, "The prompt")
-
-
-def check_text(text: str, what: str) -> None:
-    """Raise TaskError for a text with half a character; `what` names it."""
+def check_text(text: str, what: str = "The prompt") -> None:
+    """Raise TaskError for an empty text and one with half a character; `what` names it."""
     half = half_character(text)
-    if half is not None:
-        raise TaskError(
-            f"{what} holds {half!r}, which is no character: half of one, or a byte that is not "
-            f"UTF-8; write it in UTF-8."
-        )
+    if not text or half is not None:
+        wrong = f"holds {half!r}, which is no character; write it in UTF-8" if text else "is empty"
+        raise TaskError(f"{what} {wrong}.")
 
 
 @dataclass(frozen=True)
@@ -133,19 +104,19 @@ def explain(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     answer: str | None = None,
-    *,
+    max_new_tokens: int = 64,
     formatting: Formatting | None = None,
-    sampling: Sampling | None = None,
 ) -> Explanation:
-    """How the routed `model` serves `prompt` and `answer`, or what it generates by `sampling`."""
-    check_prompt(prompt)
-    check_text(answer or "", "The answer")
-    routed = model, tokenizer, prompt
-    text = generate(*routed, formatting, sampling).text if answer is None else answer
+    """How the routed `model` serves `prompt` and `answer` (None: what it generates)."""
+    check_text(prompt)
     encoder = Encoder.for_model(model, tokenizer, formatting)
-    pair = encoder.pair(prompt, text)
-    if answer is not None:  # `generate` has reported them already
-        encoder.cuts([pair]).report("the prompt")
+    if answer is None:
+        text = generate(model, tokenizer, prompt, max_new_tokens, formatting)
+        pair = encoder.pair(prompt, text)
+    else:
+        check_text(answer, "The answer")
+        text, pair = answer, encoder.pair(prompt, answer)
+        encoder.cuts([pair]).report("the prompt")  # as `generate` does
     # By the prompt, not by an answer after it.
     with routing_for(model, [pair.prompt], examples=[Example(prompt, "")], encoder=encoder):
         return Explanation(trace(model, encoder, pair), text)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from rich import table as rich
 from rich.text import Text
 
 from ..analysis.analyse import Analysis
 from ..analysis.audit import SIGNS, Audit
-from ..analysis.duplicates import Duplicate
 from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Replay
@@ -65,16 +63,6 @@ def audit_table(report: Audit) -> rich.Table:
     rows.append(["limit", *(f"{limit:.3g}" for limit in limits.values())])
     title = f"Audit of {len(report.experts)} experts; * is beyond the limit"
     return drawn(Table(title, ["expert", *(sign.title for sign in shown)], rows))
-
-
-def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> rich.Table:
-    """A row for each pair of experts with a cosine of at least `threshold`."""
-    rows = [
-        [pair.one, pair.other, f"{pair.cosine:.4f}", "identical" if pair.identical else "differ"]
-        for pair in pairs
-    ]
-    title = f"{len(pairs)} pairs with a cosine of {threshold:g} or more"
-    return drawn(Table(title, ["expert", "expert", "cosine", "files"], rows))
 
 
 def scores_table(evaluation: Evaluation, title: str) -> rich.Table:

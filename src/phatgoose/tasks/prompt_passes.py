@@ -143,24 +143,20 @@ def continued(
     ids: Tensor,
     mask: Tensor,
     max_new_tokens: int,
-    temperature: float | None = None,
 ) -> Tensor:
-    """What `model.generate` returns for the prompts `ids` [rows, columns]; `mask` is 0 at padding.
+    """The prompts `ids` [rows, columns], and the likeliest tokens after them.
 
-    `temperature` None is greedy, else tokens are drawn from the whole distribution. Of the model's
-    generation_config only the tokens that begin and end answers count.
+    `mask` is 0 at padding. Of the model's generation_config only the tokens that begin and end
+    answers count.
     """
     usual = model.generation_config
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=temperature is not None,
+        do_sample=False,
         bos_token_id=usual.bos_token_id,
         eos_token_id=end_tokens(model, tokenizer) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    if temperature is not None:
-        # transformers would draw from the 50 likeliest tokens.
-        config.temperature, config.top_k = temperature, 0
     if model.config.is_encoder_decoder:
         config.decoder_start_token_id = decoder_start(model)
     # It would fill the open fields, and may penalise repetitions, suppress tokens or stop at texts.

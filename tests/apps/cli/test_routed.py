@@ -58,12 +58,6 @@ def test_a_pool_is_analysed_under_several_routers_and_a_routed_model_under_its_o
     assert (tmp_path / "analysis" / "report.html").is_file()
 
 
-def test_sampling_with_one_seed_gives_one_answer(here, phat):
-    sample = ["generate", "experts", "Film", "--temperature", 1, "--max-new-tokens", 12, *BASE]
-    answers = [phat(*sample, "--seed", seed).out for seed in (1, 1, 2)]
-    assert answers[0] == answers[1] != answers[2]
-
-
 def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
     outcome = phat("compose", "experts", "--out", "routed", "--k", 9, *BASE)
     assert outcome.code == 0

@@ -41,8 +41,6 @@ def test_results_are_json_on_request(here, phat):
     assert json.loads(phat(*said, "--json", "-").out)["prompt"] == "Film 3 is"
     shown = json.loads(phat(*said, "--show-experts", "--json", "-").out)
     assert shown["summary"].keys() == {"counting", "reviews"}
-    listed = phat("pool", "experts", "--duplicates", 0.01, "--json", "-")
-    assert "duplicates" in json.loads(listed.out)
     planned = phat("train", "reviews.jsonl", *TRAIN, "--plan", "--json", "-")
     assert json.loads(planned.out)["tasks"][0]["name"] == "reviews"
     scored = phat("evaluate", "tiny-base", "--task", "unseen.jsonl", "--json", "-")

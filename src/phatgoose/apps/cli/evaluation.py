@@ -65,7 +65,7 @@ def compare(
     from ..tables import drawn
 
     opened = options.open_pool(pool)
-    named = [open_suite(name) for name in options.split(suites)]  # refuses before a base is loaded
+    named = [open_suite(name) for each in suites for name in each.split(",") if name]
     with engine.open() as chosen:
         comparison = run(
             opened,
@@ -125,12 +125,7 @@ def replay(
     if not report(json, [asdict(each) for each in replayed], "numbers", EvaluationError):
         show(*map(replay_table, replayed), width=120)
     if not rules:
-        routers = {name[7:] for each in held for name in each.columns if name[:7] == "choice/"}
-        say(
-            f"Next, score a rule: --router NAME ({', '.join(sorted(routers)) or 'none here'}), "
-            f"or --rule package.module:function (docs/comparing.md).",
-            err=True,
-        )
+        say("Next, score a rule: --rule package.module:function (docs/comparing.md).", err=True)
 
 
 def analyse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,6 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     options.only_with("--plan", plan, {"measure": measure or None})
-    engine.check()
     check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
@@ -100,17 +100,12 @@ def train(
 def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
     from ...experts.expert import check_name
 
-    named: dict[str, str] = {}
-    for task in tasks:
-        check_name(task.name)
-        if task.name in named:
-            raise ConfigError(
-                f"Two tasks are named {task.name!r} ({named[task.name]} and {task.named}); experts "
-                f"of one pool need own names."
-            )
-        named[task.name] = task.named
+    for name, count in Counter(task.name for task in tasks).items():
+        check_name(name)
+        if count > 1:
+            raise ConfigError(f"Two tasks are named {name!r}; experts of one pool need own names.")
         if not resume:
-            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
+            require_free(out / name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
 
 
 def _summary(expert: ExpertInfo) -> str:
@@ -149,8 +144,6 @@ def gate(
     formatting: Formatting,
 ) -> None:
     """Train gates for an adapter or an imported expert, which is named after --out."""
-    if not resume:
-        require_free(out, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
     from ...experts.expert import base_named_in
     from ...training.train_expert import train_gates
 

@@ -32,27 +32,15 @@ FAILED_DISK = (errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it for SIGINT and SIGPIPE
 app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enable=False)
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": experts.train,
-    "gate": experts.gate,
-    "stats": experts.stats,
-    "check": experts.check,
-    "import": sharing.import_command,
-    "push": sharing.push,
-    "pull": sharing.pull,
-    "pool": routed.pool,
-    "audit": routed.audit,
-    "compose": routed.compose,
-    "export": sharing.export,
-    "generate": routed.generate,
-    "evaluate": routed.evaluate,
-    "demo": routed.demo,
-    "add": routed.add,
-    "remove": routed.remove,
-    "compare": evaluation.compare,
-    "replay": evaluation.replay,
-    "analyse": evaluation.analyse,
-    "routers": evaluation.routers,
-    "serve": serving.serve,
+    command.__name__.rstrip("_"): command
+    for command in (
+        *(experts.train, experts.gate, experts.stats, experts.check),
+        *(sharing.import_, sharing.push, sharing.pull),
+        *(routed.pool, routed.audit, routed.compose, sharing.export),
+        *(routed.generate, routed.evaluate, routed.demo, routed.add, routed.remove),
+        *(evaluation.compare, evaluation.replay, evaluation.analyse, evaluation.routers),
+        serving.serve,
+    )
 }
 HANDS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 HANDS_ON["help_option_names"] = []  # lm-eval has a --help of its own

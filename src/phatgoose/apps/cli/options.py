@@ -163,9 +163,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     """A parameter, which is a flag if its annotation is a help text."""
     kind, *details = get_args(annotation) if _is_annotated(annotation) else (annotation,)
     if details and isinstance(details[0], str):
-        flag = flag_of(name)
-        flags = f"{flag}/--no-{flag[2:]}" if kind is bool and default else flag
-        annotation = Annotated[kind, typer.Option(flags, help=details[0])]
+        annotation = Annotated[kind, typer.Option(flag_of(name), help=details[0])]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
@@ -176,9 +174,9 @@ def _setting_flag(setting: Setting, tables: str) -> inspect.Parameter:
     kind = kinds[0] if len(kinds) == 1 else str
     shown = setting.help
     shown += f" One of {', '.join((AUTO, *known_names()))}." if setting.name == "router" else ""
-    shown += "" if setting.default in (None, False) else f" (default: {setting.default})"
+    shown += "" if setting.default is None else f" (default: {setting.default})"
     flag = flag_of(setting.name)
-    flags = f"{flag}/--no-{flag[2:]}" if kind is bool and tables else flag
+    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     panel = f"Settings: {tables}" if tables else None
     option = typer.Option(flags, help=shown, rich_help_panel=panel)
     return _parameter(setting.name, Annotated[kind | None, option], None)
@@ -208,10 +206,6 @@ def open_pool(places: list[Path]) -> Pool:
     from ...experts.pool import Pool
 
     return Pool.open(places[0] if len(places) == 1 else places)
-
-
-def split(values: list[str]) -> list[str]:
-    return [name for value in values for name in value.split(",") if name]
 
 
 @dataclass(frozen=True)
@@ -317,13 +311,13 @@ class EngineOptions(Settings):
         int | None, "With --engine ray: number of workers; default: all that fit.", AT_LEAST_1
     ] = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         others = {"address": self.address, "workers": self.workers}
         only_with("--engine ray", self.engine == "ray", others)
 
     @contextmanager
     def open(self) -> Iterator[Engine]:
-        self.check()
         if self.engine == "ray":
             from ..ray_engine import RayEngine, connected
 

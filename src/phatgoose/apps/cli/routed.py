@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,30 +19,14 @@ if TYPE_CHECKING:
     from ...routing.saved import SavedModel
 
 
-def pool(
-    places: Annotated[
-        list[Path],
-        typer.Argument(help="Folders of experts, or hub:OWNER/NAME."),
-    ],
-    duplicates: Annotated[
-        float | None, "List pairs of experts whose updates have at least this cosine, such as 0.99."
-    ] = None,
-    json: options.JsonOption = None,
-) -> None:
+def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
     """List a pool's experts."""
     check_report(json, PoolError)
-    from ...analysis.duplicates import near_duplicates
-    from ..tables import duplicates_table, pool_table
+    from ..tables import pool_table
 
     opened = options.open_pool(places)
-    content: dict[str, Any] = {"experts": opened.records()}
-    tables = [pool_table(opened)]
-    if duplicates is not None:
-        found = near_duplicates(opened, duplicates)
-        content["duplicates"] = [asdict(each) for each in found]
-        tables.append(duplicates_table(found, duplicates))
-    if not report(json, content, "experts", PoolError):
-        show(*tables)
+    if not report(json, {"experts": opened.records()}, "experts", PoolError):
+        show(pool_table(opened))
 
 
 def audit(
@@ -60,17 +43,17 @@ def audit(
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    found = run(options.open_pool(pool))
-    if not report(json, found.to_dict(), "numbers and findings", PoolError):
-        show(audit_table(found), width=140)
-        for note in found.notes:
+    audited = run(options.open_pool(pool))
+    if not report(json, audited.to_dict(), "numbers and findings", PoolError):
+        show(audit_table(audited), width=140)
+        for note in audited.notes:
             say(f"note: {note}")
-        for finding in found.findings:
+        for finding in audited.findings:
             say(finding.message)
-    if found.findings:
+        if not audited.findings:
+            say("nothing found")
+    if audited.findings:
         raise typer.Exit(1)
-    if str(json) != "-":
-        say("nothing found")
 
 
 def compose(
@@ -114,11 +97,6 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
     opening: options.ModelOptions,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum new tokens.", min=1)] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="Sample with this temperature; default: greedy.", min=1e-3),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0, max=(1 << 32) - 1)] = 0,
     show_experts: Annotated[
         bool, "Colour each token by its top expert, and print each expert's share of the tokens."
     ] = False,
@@ -130,18 +108,16 @@ def generate(
     """Generate text with a routed model, and show which experts served each token."""
     options.only_with("--show-experts", show_experts, {"answer": answer})
     check_report(json, RoutingError)
-    from ..generation import Sampling, explain
+    from ..generation import explain
     from ..generation import generate as run
 
     opened = opening.open(model, routing)
-    routed = opened.model, opened.tokenizer, prompt
-    sampling = Sampling(max_new_tokens, temperature, seed)
+    routed, content, explanation = (opened.model, opened.tokenizer, prompt), {}, None
     if show_experts:
-        explanation = explain(*routed, answer, formatting=formatting, sampling=sampling)
+        explanation = explain(*routed, answer, max_new_tokens, formatting)
         text, content = explanation.answer, explanation.to_dict()
     else:
-        explanation, text = None, run(*routed, formatting, sampling).text
-        content = {}
+        text = run(*routed, max_new_tokens, formatting)
     if not text:
         say("the model ended its answer at once", err=True)
     if report(json, {"prompt": prompt, "text": text, **content}, "answer", RoutingError):
@@ -182,13 +158,12 @@ def evaluate(
 def demo(
     base: options.BaseOption = None,
     out: Annotated[Path, "Folder of the demo's results."] = Path("demo"),
-    seed: Annotated[int, "Seed of the experts' training."] = 0,
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
     """Train five small experts, route them, score them on held-out tasks."""
     from ..demo import run_demo
 
-    run_demo(base or options.EMBEDDED, out, seed=seed, all_methods=all_methods)
+    run_demo(base or options.EMBEDDED, out, all_methods=all_methods)
 
 
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]

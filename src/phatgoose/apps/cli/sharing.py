@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TEXTS = 100  # inputs of a task that `export` fixes a mixture by
 
 
-def import_command(
+def import_(
     source: Annotated[
         list[str],
         typer.Argument(
@@ -164,12 +164,12 @@ def export(
         return
     from ...routing.export import Texts, prompt_texts
     from ...routing.export import export as run
-    from ..generation import check_prompt
+    from ..generation import check_text
 
     texts = None
     if prompt:
         for each in prompt:
-            check_prompt(each)
+            check_text(each)
         texts = prompt_texts(prompt, formatting)
     elif task is not None:
         loaded = template.load(task)

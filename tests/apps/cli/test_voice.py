@@ -75,7 +75,6 @@ def test_wrong_use_ends_with_2_and_failure_with_1(phat, monkeypatch, error, code
         (["compose", "experts", "--out", "new", "--router", "arow"], "Did you mean 'arrow'?"),
         (["compose", "experts", "--out", "new", "--keep", "review"], "Did you mean 'reviews'?"),
         (["train", "t0hii"], "Did you mean 't0hi'?"),
-        (["train", "reviews.jsonl", "--peft", "lorra"], "Did you mean 'lora'?"),
         (["generate", "./tiny-bas", "x"], "Did you mean 'tiny-base'?"),
         (["generate", "experts/nosuch", "x"], "Wanted: a Hub id or a local folder of"),
         (["generate", "expert", "x"], "or 'smollm2'. Did you mean 'experts'?"),

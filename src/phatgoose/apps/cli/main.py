@@ -31,7 +31,7 @@ compare, analyse, serve, export.
 FAILED_DISK = (errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it for SIGINT and SIGPIPE
 app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enable=False)
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
         *(experts.train, experts.gate, experts.stats, experts.check),
@@ -59,8 +59,7 @@ def _options(
     set_voice(quiet, verbose)
     if version:
         typer.echo(f"phatgoose {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
+    elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 

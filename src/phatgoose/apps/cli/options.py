@@ -24,7 +24,6 @@ from ...config import (
     Setting,
     Settings,
     Training,
-    closest,
     from_mapping,
     settings_of,
 )
@@ -87,14 +86,15 @@ RECIPE = Annotated[
     Path | None,
     typer.Option("--recipe", help="TOML file with settings; flags given here win over it."),
 ]
-PEFT = Annotated[str | None, typer.Option(help=f"Kind of expert: {', '.join(SHAPES)}.")]
+KIND: Any = Literal[tuple(SHAPES)]
+PEFT = Setting("peft", KIND, "Kind of expert.", "lora")
 VOICE = {  # what every command takes, and shows in the program's own help alone
     "quiet": "Print only results, warnings and errors.",
     "verbose": "Print more progress.",
 }
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """`command` as typer takes it: with one flag per field in place of each `Settings`.
 
     `Annotated[Training, "steps"]` has no flag for the steps. A parameter `Peft` has the flags of
@@ -116,7 +116,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
                 flags.setdefault(setting.name, (setting, []))[1].append(table)
                 groups[name][1].add(setting.name)
     every = {kind for kind, _ in groups.values()}
-    shown += [_parameter("peft", PEFT, None)] * (Peft in every)
+    shown += [_setting_flag(PEFT, "")] * (Peft in every)
     shown += [_parameter("recipe", RECIPE, None)] * bool(every & {Peft, *TABLE_OF})
     shown += [_setting_flag(setting, ", ".join(tables)) for setting, tables in flags.values()]
     for name, text in VOICE.items():
@@ -124,7 +124,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         shown.append(_parameter(name, option, False))
 
     @functools.wraps(command)
-    def run(**arguments: Any) -> None:
+    def run(**arguments: Any) -> int | None:
         set_voice(*(arguments.pop(name) for name in VOICE))
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else {}
@@ -132,12 +132,12 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         values = {name: recipe[name] for name in arguments if name in recipe} | typed
         objects = {}
         for name, (group, names) in groups.items():
-            config = _shape(values.get("peft", "lora")) if group is Peft else group
+            config = SHAPES[PEFT.checked(values.get("peft", "lora"))] if group is Peft else group
             table = recipe.get(TABLE_OF.get(config, ""), {})
             own = {flag: values[flag] for flag in names if flag in values}
             objects[name] = from_mapping(config, {**table, **own}, "command line")
         filled = {**arguments, **values, **objects}
-        command(**{name: filled[name] for name in parameters})
+        return command(**{name: filled[name] for name in parameters})
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
@@ -150,13 +150,6 @@ def flag_of(name: str) -> str:
 
 def _is_annotated(annotation: Any) -> bool:
     return get_origin(annotation) is Annotated
-
-
-def _shape(kind: str) -> type[Peft]:
-    if kind not in SHAPES:
-        known = ", ".join(SHAPES)
-        raise ConfigError(f"--peft is {kind!r}, but must be one of {known}.{closest(kind, SHAPES)}")
-    return SHAPES[kind]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -48,7 +48,7 @@ def import_(
         "Record the fingerprint of the base's weights, and load them if needed; default: only if "
         "they are on this machine.",
     ] = False,
-) -> None:
+) -> int:
     """Make experts, without gates yet, of LoRAs, DoRAs, (IA)³ or bottleneck adapters.
 
     Of several, those that can't be routed are listed with the reason, and the exit code is 1; the
@@ -76,8 +76,7 @@ def import_(
         say(f"next: 'phatgoose serve {out}', or 'phatgoose stats EXPERT --task ITS-DATA'")
     else:
         say("next: 'phatgoose gate EXPERT --task ITS-DATA --out …'")
-    if imports.refused:
-        raise typer.Exit(1)
+    return int(bool(imports.refused))
 
 
 def _imported(expert: Expert) -> str:

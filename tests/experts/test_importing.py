@@ -137,26 +137,20 @@ def test_a_base_in_the_hubs_cache_is_recorded_by_its_id(own_adapter, base_folder
     cached = tmp_path / "hub" / "models--you--base" / "snapshots" / commit
     shutil.copytree(base_folders["llama"], cached)
     set_config(own_adapter, base_model_name_or_path=str(cached))
-    found = import_adapter(own_adapter, tmp_path / "mine", by_path=False).info.base
+    found = import_adapter(own_adapter, tmp_path / "mine").info.base
     assert (found.id, found.revision) == ("you/base", commit)
     assert found.fingerprint is not None
 
 
-def test_a_path_is_refused_as_a_bases_name_with_what_to_pass(own_adapter, llama, tmp_path):
-    with pytest.raises(ExpertError, match=r"named by a path, .*give its id with --base-id"):
-        import_adapter(own_adapter, tmp_path / "mine", by_path=False)
-    found = import_adapter(own_adapter, tmp_path / "mine", by_path=False, base_id="you/base")
+def test_a_base_is_recorded_by_the_id_that_is_given(own_adapter, llama, tmp_path):
+    found = import_adapter(own_adapter, tmp_path / "mine", base_id="you/base")
     assert found.info.base == BaseReference("you/base", None, llama.fingerprint)
-    for bad in ("no id here", "a\nb", "/a/path"):
-        with pytest.raises(ExpertError, match="is no Hub id, OWNER/NAME, to record the base by"):
-            import_adapter(own_adapter, tmp_path / "bad", base_id=bad)
-        assert not (tmp_path / "bad").exists()
 
 
 def test_a_base_of_other_shapes_is_refused_by_layer(own_adapter, tmp_path):
     other = make_model("qwen2")
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ExpertError, match=r"k_proj: its config wants .*'B': \(16, 4\)"):
+    with pytest.raises(ExpertError, match=r"k_proj.lora_B.weight': its config wants \(16, 4\)"):
         import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "other"))
 
 
@@ -175,11 +169,11 @@ def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders
         ({"target_modules": ["nothing"]}, "nothing"),
         ({"target_modules": "(("}, "target_modules holds no regular expression"),
         ({"rank_pattern": {"((": 2}}, "rank_pattern holds no regular expression"),
-        ({"r": 0}, "PEFT can't apply its config"),
-        ({"r": "4"}, "PEFT can't apply its config"),
-        ({"r": 8}, "wants {'A': (8, 32)"),
-        ({"layers_to_transform": ["x"], "target_modules": ["q_proj"]}, "PEFT can't apply"),
-        ({"task_type": 7}, "PEFT can't apply its config"),
+        ({"r": 0}, "can't be imported: "),
+        ({"r": "4"}, "can't be imported: "),
+        ({"r": 8}, "its config wants (8, "),
+        ({"layers_to_transform": ["x"], "target_modules": ["q_proj"]}, "can't be imported: "),
+        ({"task_type": 7}, "can't be imported: "),
     ],
 )
 def test_a_config_that_fits_nothing_is_refused_in_one_line(

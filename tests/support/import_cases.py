@@ -121,7 +121,7 @@ CASES = (
     Case(
         "aLoRA of an encoder-decoder",
         spoil={"alora_invocation_tokens": INVOCATION},
-        refused="alora_invocation_tokens is not supported on an encoder-decoder",
+        refused="alora_invocation_tokens is not supported with use_dora or by encoder-decoders",
         only=("t5",),
     ),
     Case("(IA)³ on outputs", peft.IA3Config, lambda kind: {"feedforward_modules": []}),
@@ -161,13 +161,13 @@ CASES = (
         refused="lm_head",
         only=("llama", "gpt2"),
     ),
-    Case("resized embeddings", refused="no part of a plain adapter"),
+    Case("resized embeddings", refused="its config wants no such tensor"),
     Case("an option of a newer PEFT", spoil={"use_new": True}, refused="uses 'use_new'"),
     Case("a factor missing", change=lambda t: t.pop(min(t)), refused="its config wants"),
     Case(
         "a tensor too many",
         change=lambda t: t.update({"base_model.model.extra.weight": torch.zeros(2)}),
-        refused="extra.weight', no part of a plain adapter",
+        refused="extra.weight': its config wants no such tensor",
     ),
     Case("AdapterHub's format", spoil={"peft_type": None}, refused="of type None"),
     Case(

@@ -1,29 +1,41 @@
 """Experts made of other people's adapters, from a folder or the Hub; some adapters are refused.
 
 PEFT itself says, on a model without weights, where an adapter acts, and at which rank and scale
-(`resolve`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads the
+(`_resolve`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads the
 same without PEFT's help is copied byte for byte. One whose tensors had to be renamed or converted
 is written again, with every site, rank and scale spelled out.
+
+LoHa, LoKr and others add a matrix to the base weight. Its truncated singular value decomposition
+(PEFT's convert_to_lora) is a LoRA; the share that the truncation loses is reported.
 """
 
 from __future__ import annotations
 
-import atexit
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
 )
@@ -33,42 +45,49 @@ from transformers.pytorch_utils import Conv1D
 from ..base import (
     BaseReference,
     fingerprint_here,
-    is_hub_id,
     load_base,
     load_skeleton,
     published,
     recorded_id,
 )
-from ..errors import ConfigError, ExpertError, PhatgooseError
-from ..files import one_line, require_free, sha256_of, shortened
-from ..sites import Site, find_sites, linear_shape
-from . import ia3, lora
-from .convert import convert, peft_errors, spelled_out
-from .dora import DoraFactors
-from .expert import (
-    LAYOUT,
-    Expert,
-    adapter_files,
-    check_name,
-    formats,
-    read_modules,
+from ..errors import ExpertError, PhatgooseError
+from ..files import (
+    BY_PATTERN,
+    LISTS_OF_NAMES,
+    ByName,
+    check_config,
+    first_line,
+    matching,
+    one_line,
+    read_json,
+    require_free,
+    sha256_of,
+    shortened,
+    value_at,
 )
+from ..sites import find_sites
+from .dora import DoraFactors
+from .expert import LAYOUT, Expert, adapter_files, check_name, formats, read_modules
 from .hub import HubReference, fetch, reference_of
+from .ia3 import ScalingVector
 from .kind import SiteModule, check_fit
+from .lora import LoraFactors
 from .peft_files import (
     ACTING,
     ADAPTER,
+    ADAPTER_CONFIG,
     CONFIGS,
     CONVERTIBLE,
     INVOCATION,
     PEFT_FILES,
     PEFT_PREFIX,
-    read_config,
 )
 
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
 KEPT = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)  # of a config
+ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
+SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 
 
 def import_adapter(
@@ -81,61 +100,77 @@ def import_adapter(
     """
     target = Path(out)
     require_free(target, ExpertError)
-    with tempfile.TemporaryDirectory() as work:
-        expert = read_adapter(source, Path(work), name=name or target.name, **options)
-        return expert.save(target)
+    expert = read_adapter(source, name or target.name, **options)
+    saved = expert.save(target)
+    if expert.directory.parent == _scratch():
+        shutil.rmtree(expert.directory, ignore_errors=True)
+    return saved
 
 
 def read_adapter(
     source: str | Path,
-    work: Path,
-    *,
     name: str,
+    *,
     base: str | None = None,
     base_id: str | None = None,
-    by_path: bool = True,
     allow_loss: float | None = None,
     fingerprint: bool | None = None,
 ) -> Expert:
-    """The adapter at `source` as an expert in memory, of its own files or of others in `work`.
+    """The adapter at `source` as an expert in memory, of its own files or of temporary ones.
 
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
     `base` is the base model to check the adapter against; None takes the one that the adapter
     names, at the revision that it names. It is recorded by `base_id`, else by its Hub id where that
-    is known (`base.published`), else by its folder's path, unless not `by_path`. Only the base's
-    config is read. `fingerprint` None records that of its weights where they are on this machine,
-    True loads the base for it, False leaves it out: the adapter is taken to be trained on them.
-    `allow_loss` lets an adapter of another type be approximated by a LoRA that loses at most that
+    is known (`base.published`), else by its folder's path. Only the base's config is read.
+    `fingerprint` None records that of its weights where they are on this machine, True loads the
+    base for it, False leaves it out: the adapter is taken to be trained on them. `allow_loss`, from
+    0 to below 1, lets an adapter of another type be approximated by a LoRA that loses at most that
     share of each update's squared norm; the hyper-parameters record the loss.
 
-    Raises ExpertError naming what can't be routed and why, when `source` is an expert, and for a
-    base's path where not `by_path`; ConfigError unless 0 <= allow_loss < 1; BaseModelError when the
-    base can't be found.
+    Raises ExpertError naming what can't be routed and why, and when `source` is an expert;
+    BaseModelError when the base can't be found.
     """
     check_name(name)
-    if allow_loss is not None and not 0 <= allow_loss < 1:
-        raise ConfigError(f"allow_loss is {allow_loss!r}, but must be from 0 to below 1.")
-    folder, reference = _find(source)
+    reference = _reference(source)
+    folder = fetch(reference, inner=()) if reference else Path(source)
+    reference = (reference_of(folder) or reference) if reference else None
     if (folder / LAYOUT.info).exists():
         raise ExpertError(
             f"{reference or folder} is an expert already ({LAYOUT.info}), whose gates an import "
             f"would drop; use it as it is, or fetch it with 'phatgoose pull'."
         )
-    config = _config_of(folder, lossy=allow_loss is not None)
-    place, revision, known = _base_of(config, folder, reference, base, base_id)
-    if known is None and not by_path:
-        raise ExpertError(
-            f"The base is named by a path, {shortened(place)}, by which nobody else can load it. "
-            f"If it is on the Hub, give its id with --base-id; --by-path records the path."
-        )
-    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
-    if allow_loss is not None and config.get("peft_type") in CONVERTIBLE:
-        converted, kept = convert(folder, place, allow_loss, revision=revision)
-        record |= {"converted_from": str(config["peft_type"]), **kept}
-        folder = _write(work, converted, config)
+    files, is_lossy = adapter_files(folder), False
+    if files is PEFT_FILES:
+        config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        is_lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
+        plain = {**config, "use_dora": False} if config.get("peft_type") == "LORA" else config
+        _ = is_lossy or PEFT_FILES.checked(plain, folder)
     else:
-        modules, untouched = resolved_modules(folder, config, place, revision)
-        folder = folder if untouched else _write(work, modules, config)
+        config = files.read_config(folder)
+    place = str(base or config.get(files.base_key) or "")
+    revision = None if base else config.get("revision") or None
+    if not place or (base is None and reference and published(place) is None):
+        raise ExpertError(
+            f"The adapter names its base by {place or 'nothing'}, which nobody else can load; name "
+            f"the base with --base."
+        )
+    known = BaseReference(base_id) if base_id else published(place, revision)
+    if known is not None and not base_id and not os.path.isdir(place):
+        place, revision = known.id, known.revision  # a path of another machine, or no path
+    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
+    modules: Mapping[str, SiteModule]
+    if is_lossy:
+        modules, kept = _converted(folder, config, place, revision, float(allow_loss or 0))
+        record |= {"converted_from": str(config["peft_type"]), **kept}
+        is_untouched = False
+    else:
+        modules, is_untouched = _resolved(folder, config, place, revision)
+    if not is_untouched:
+        kind, folder = type(next(iter(modules.values()))), Path(tempfile.mkdtemp(dir=_scratch()))
+        about = {key: config[key] for key in KEPT if config.get(key) is not None}
+        if kind.files is not PEFT_FILES:
+            about = {kind.files.base_key: config.get(PEFT_FILES.base_key) or ""}
+        kind.write(folder, modules, about)
     marks = None if fingerprint is False else fingerprint_here(place, revision=revision)
     if marks is None and fingerprint:
         marks = load_base(place, revision=revision).fingerprint
@@ -143,37 +178,9 @@ def read_adapter(
     return Expert.from_peft(folder, {}, base=recorded, name=name, hyperparameters=record)
 
 
-def _base_of(
-    config: Mapping[str, Any],
-    folder: Path,
-    reference: HubReference | None,
-    base: str | None,
-    base_id: str | None,
-) -> tuple[str, str | None, BaseReference | None]:
-    """Where to load the base, at which revision, and how others can name it, None if by a path."""
-    if base_id and not is_hub_id(base_id):
-        raise ExpertError(f"{shortened(base_id)} is no Hub id, OWNER/NAME, to record the base by.")
-    named = config.get(adapter_files(folder).base_key)
-    place, revision = base or named, None if base else config.get("revision") or None
-    if not isinstance(place, str) or not place:
-        raise ExpertError("The adapter doesn't name its base model; name it with --base.")
-    if base is None and reference and published(place) is None:
-        raise ExpertError(
-            f"The adapter names its base by a path of its author's machine, {shortened(named)}; "
-            f"name the base with --base."
-        )
-    known = BaseReference(base_id) if base_id else published(place, revision)
-    if known is not None and not base_id and not os.path.isdir(place):
-        place, revision = known.id, known.revision  # a path of another machine, or no path
-    return place, revision, known
-
-
-def _write(folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]) -> Path:
-    kind = type(next(iter(modules.values())))
-    about = {key: config[key] for key in KEPT if config.get(key) is not None}
-    if kind.files is not PEFT_FILES:
-        about = {kind.files.base_key: config.get(PEFT_FILES.base_key) or ""}
-    return kind.write(folder, modules, about)
+def _reference(source: str | Path) -> HubReference | None:
+    is_here = isinstance(source, Path) or Path(source).exists()
+    return None if is_here else HubReference.parse(str(source))
 
 
 @dataclass(frozen=True)
@@ -186,15 +193,11 @@ class Imports:
 
 def adapters_in(place: Path) -> list[Path]:
     """`place` if it is the folder of an adapter or expert, else those of its folders that are."""
-    if _is_adapter(place):
-        return [place]
-    inside = place.iterdir() if place.is_dir() else ()
-    return sorted(each for each in inside if not each.name.startswith(".") and _is_adapter(each))
-
-
-def _is_adapter(place: Path) -> bool:
     names = (LAYOUT.info, *(files.config for files in formats()))
-    return any((place / name).is_file() for name in names)
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    every = [place, *(each for each in inside if not each.name.startswith("."))]
+    there = [each for each in every if any((each / name).is_file() for name in names)]
+    return there[:1] if place in there else there
 
 
 def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: Any) -> Imports:
@@ -222,8 +225,7 @@ def read_adapters(folders: Iterable[Path]) -> Imports:
 @cache
 def _read_once(source: Path, name: str, *_: str) -> Expert:
     """An adapter in memory; opened again with the same files, the same, since files stay."""
-    expert = read_adapter(source, Path(tempfile.mkdtemp(dir=_scratch())), name=name)
-    return replace(expert, source=source)
+    return replace(read_adapter(source, name), source=source)
 
 
 def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:
@@ -231,10 +233,9 @@ def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Exp
     refused: dict[str, str] = {}
     for source in sources:
         try:
-            is_here = isinstance(source, Path) or Path(source).exists()
-            reference = None if is_here else HubReference.parse(str(source))
-            place = PurePosixPath(reference.folder or reference.repo) if reference else Path(source)
-            name = place.name if reference else Path(source).resolve().name
+            reference = _reference(source)
+            place = reference.folder or reference.repo if reference else Path(source).resolve()
+            name = Path(place).name
             if name in experts:
                 raise ExpertError(f"Another adapter is named {name!r} too; import it alone.")
             experts[name] = make(source, name)
@@ -244,20 +245,25 @@ def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Exp
 
 
 @cache
-def _scratch() -> Path:
+def _temporary() -> tempfile.TemporaryDirectory[str]:
     # For as long as the process: experts in memory are views of these files.
-    scratch, owner = tempfile.mkdtemp(prefix="phatgoose-"), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # a fork must leave it alone
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    atexit.register(remove)
-    return Path(scratch)
+    return tempfile.TemporaryDirectory(prefix="phatgoose-", ignore_cleanup_errors=True)
 
 
-def resolved_modules(
-    folder: Path, config: Mapping[str, Any], base: str, revision: str | None = None
+def _scratch() -> Path:
+    return Path(_temporary().name)
+
+
+# Where a LoRA or (IA)³ config acts on a base: PEFT's own answer, from a model without weights.
+#
+# PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
+# exclude_modules, rank_pattern, alpha_pattern and rsLoRA. Only regular expressions are matched
+# beforehand, without backtracking (`_spelled_out`), and PEFT is given the names that match. The
+# model is built on torch's meta device, once per distinct config.
+
+
+def _resolved(
+    folder: Path, config: Mapping[str, Any], base: str, revision: str | None
 ) -> tuple[Mapping[str, SiteModule], bool]:
     """The modules by site of the adapter in `folder` on the base named `base`.
 
@@ -266,75 +272,62 @@ def resolved_modules(
     ExpertError when a tensor is missing, left over or of another shape than PEFT wants.
     """
     if adapter_files(folder) is not PEFT_FILES:
-        modules = read_modules(folder)
+        ours = read_modules(folder)
         sites = find_sites(load_skeleton(base, revision=revision, offline=False))
-        check_fit(folder.resolve().name, modules, sites)
-        return modules, True
+        check_fit(folder.resolve().name, ours, sites)
+        return ours, True
     is_dora, tensors = bool(config.get("use_dora")), PEFT_FILES.read_weights(folder)
-    try:
-        skeleton = resolve(base, config, revision)
-        if config.get(INVOCATION) and skeleton.model.config.is_encoder_decoder:
-            raise ExpertError(f"{INVOCATION} is not supported on an encoder-decoder.")
-        left = skeleton.rename(tensors)
-        modules = {site: each.module(site, left) for site, each in skeleton.targets.items()}
-        if is_dora:
-            modules = _with_magnitudes(modules, left, base, revision)
-        if left:
-            raise ExpertError(f"It holds {shortened(min(left), 200)}, no part of a plain adapter.")
-    except ExpertError as error:
-        raise ExpertError(f"{folder} can't be imported. {error}") from error
-    if not is_dora:
-        with suppress(ExpertError):  # its tensors may have older names, which only PEFT can read
-            return modules, _same(read_modules(folder, tensors), modules)
+    options = {key: config[key] for key in ACTING if config.get(key) is not None}
+    with _reported(f"{folder} can't be imported"):
+        model, layers = _resolve(base, revision, config["peft_type"], json.dumps(options))
+        if config.get(INVOCATION) and (is_dora or model.config.is_encoder_decoder):
+            raise ValueError(f"{INVOCATION} is not supported with use_dora or by encoder-decoders")
+        renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
+            model=model,
+            peft_config=model.peft_config[ADAPTER],
+            adapter_state_dict=dict(tensors),
+            adapter_name=ADAPTER,
+        )
+        norms = {f"{PEFT_PREFIX}{s}{MAGNITUDE}": (each.out_features,) for s, each in layers.items()}
+        _check_shapes(model, renamed, norms if is_dora else {})
+        modules: dict[str, Any] = {
+            site: _module(site, layer, renamed) for site, layer in layers.items()
+        }
+    if is_dora:
+        loaded = load_base(base, revision=revision, dtype="float32", device="cpu").model
+        doras = {
+            site: DoraFactors.of(
+                module, renamed[f"{PEFT_PREFIX}{site}{MAGNITUDE}"], loaded.get_submodule(site)
+            )
+            for site, module in modules.items()
+        }
+        return doras, False
+    with suppress(ExpertError):  # its tensors may have older names, which only PEFT can read
+        return modules, _same(read_modules(folder, tensors), modules)
     return modules, False
 
 
-def _config_of(folder: Path, *, lossy: bool) -> dict[str, Any]:
-    """What the adapter's config says; ExpertError where that can't be routed on any base."""
-    files = adapter_files(folder)
-    if files is not PEFT_FILES:
-        return files.read_config(folder)
-    config = read_config(folder)
-    if lossy and config.get("peft_type") in CONVERTIBLE:
-        return config
-    is_dora = config.get("peft_type") == "LORA" and config.get("use_dora") is True
-    if is_dora and config.get(INVOCATION):
-        raise ExpertError(f"{folder} uses use_dora with {INVOCATION}.")
-    PEFT_FILES.checked({**config, "use_dora": False} if is_dora else config, folder)
-    return config
+def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
+    place = f"{PEFT_PREFIX}{site}"
+    if isinstance(layer, IA3Layer):
+        return ScalingVector(tensors[f"{place}.ia3_l"].flatten(), on_input=layer.is_feedforward)
+    A, B = (tensors[f"{place}.lora_{factor}.weight"] for factor in "AB")
+    return LoraFactors(A, B, float(layer.scaling[ADAPTER]), tensors.get(f"{place}.lora_B.bias"))
 
 
-def _find(source: str | Path) -> tuple[Path, HubReference | None]:
-    if isinstance(source, Path) or Path(source).exists():
-        if not Path(source).is_dir():
-            raise ExpertError(f"{source} is no folder; wanted the folder of an adapter.")
-        return Path(source), None
-    try:
-        reference = HubReference.parse(source)
-    except ExpertError as error:
-        raise ExpertError(
-            f"{source!r} is neither a folder nor a Hub id; wanted a folder of a PEFT adapter, or "
-            f"OWNER/NAME with @REVISION where needed."
-        ) from error
-    folder = fetch(reference, inner=())
-    return folder, reference_of(folder) or reference
-
-
-def _with_magnitudes(
-    modules: Mapping[str, SiteModule], left: dict[str, Tensor], base: str, revision: str | None
-) -> dict[str, SiteModule]:
-    """The LoRAs `modules` as DoRAs of the magnitudes in `left`, which are taken out of it."""
-    loaded = load_base(base, revision=revision, dtype="float32", device="cpu").model
-    doras: dict[str, SiteModule] = {}
-    for site, module in modules.items():
-        magnitude = left.pop(f"{PEFT_PREFIX}{site}{MAGNITUDE}", torch.empty(0))
-        layer: Any = loaded.get_submodule(site)
-        wanted = linear_shape(layer)[1:]
-        if not isinstance(module, lora.LoraFactors) or magnitude.shape != wanted:
-            got = tuple(magnitude.shape)
-            raise ExpertError(f"Site {site}: wanted a magnitude of {wanted}, got {got}.")
-        doras[site] = DoraFactors.of(module, magnitude, layer)
-    return doras
+def _check_shapes(
+    model: nn.Module, tensors: Mapping[str, Tensor], others: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError unless `tensors` are those of PEFT's `model`, and `others` of a shape."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()} | dict(others)
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted({*wanted, *got}):
+        if wanted.get(name) != got.get(name):
+            raise ValueError(
+                f"{shortened(name, 200)}: its config wants {wanted.get(name, 'no such tensor')}, "
+                f"got {got.get(name, 'none')}"
+            )
 
 
 def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> bool:
@@ -345,99 +338,142 @@ def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> boo
     )
 
 
-# Where a LoRA or (IA)³ config acts on a base: PEFT's own answer, from a model without weights.
-#
-# PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
-# exclude_modules, rank_pattern, alpha_pattern and rsLoRA. Only regular expressions are matched
-# beforehand, without backtracking (`spelled_out`), and PEFT is given the names that match. The
-# model is built on torch's meta device, once per distinct config.
-
-
-@dataclass(frozen=True)
-class Target:
-    """A linear layer that a config adapts: the shapes of its tensors by field, a LoRA's scale."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    scale: float | None = None
-
-    def module(self, site: str, tensors: dict[str, Tensor]) -> SiteModule:
-        """The module of the tensors for `site`, which are taken out; ExpertError for others."""
-        endings = ia3.ENDINGS if self.scale is None else lora.ENDINGS
-        parts = {}
-        for name in self.shapes:
-            if f"{PEFT_PREFIX}{site}{endings[name]}" in tensors:
-                parts[name] = tensors.pop(f"{PEFT_PREFIX}{site}{endings[name]}")
-        got = {name: tuple(part.shape) for name, part in parts.items()}
-        if got != self.shapes:
-            raise ExpertError(f"Site {site}: its config wants {self.shapes}, got {got}.")
-        if self.scale is None:
-            vector = parts["vector"]
-            return ia3.ScalingVector(vector.flatten(), on_input=vector.shape[0] == 1)
-        return lora.LoraFactors(**parts, scale=self.scale)
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A base under a config, without weights: `targets` by site, in the model's order."""
-
-    model: PeftModel
-    targets: Mapping[str, Target]
-
-    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` under this transformers' names of the layers; ExpertError if PEFT can't."""
-        with peft_errors("Its tensors can't be converted to this transformers"):
-            return dict(
-                convert_peft_adapter_state_dict_for_transformers(
-                    model=self.model,
-                    peft_config=self.model.peft_config[ADAPTER],
-                    adapter_state_dict=dict(tensors),
-                    adapter_name=ADAPTER,
-                )
-            )
-
-
-def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
-    """The base `base` under a plain `config` (as `PEFT_FILES` reads it), without weights.
-
-    Raises BaseModelError without the base's config, ExpertError when `config` doesn't fit it.
-    """
-    options = {key: config[key] for key in ACTING if config.get(key) is not None}
-    return _resolve(base, revision, config["peft_type"], json.dumps(options))
-
-
 @lru_cache(maxsize=8)
-def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skeleton:
+def _resolve(
+    base: str, revision: str | None, kind: str, options: str
+) -> tuple[PeftModel, Mapping[str, Any]]:
+    """A base under a plain config, without weights, and PEFT's layers by site, in its order."""
     model = load_skeleton(base, revision=revision, offline=False)
     sites = find_sites(model)
-    plain = spelled_out(json.loads(options), model)
-    with peft_errors(f"PEFT can't apply its config to {base!r}"):
-        # On the meta device: PEFT says where and how, and no number is made.
-        adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
-    fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
-    if fused:
-        raise ExpertError(
-            f"The adapter acts on layers of {base!r} that transformers 5 has fused into parameters "
-            f"({', '.join(sorted(fused))}), which are no linear layers."
+    plain = _spelled_out(json.loads(options), model)
+    # On the meta device: PEFT says where and how, and no number is made.
+    adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
+    if fused := getattr(adapted.peft_config[ADAPTER], "target_parameters", None):
+        raise ValueError(
+            f"it acts on layers of {base!r} that transformers 5 has fused into parameters "
+            f"({', '.join(sorted(fused))}), which are no linear layers"
         )
-    targets = {}
+    layers = {}
     for name, layer in adapted.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer | IA3Layer):
-            continue
-        original = layer.get_base_layer()
-        if name not in sites or not isinstance(original, nn.Linear | Conv1D):
-            raise ExpertError(
-                f"The adapter acts on {name} ({type(original).__name__}), but sites are linear "
-                f"layers inside the blocks of {base!r}; embeddings and output layers are none."
+        if isinstance(layer, LoraLayer | IA3Layer):
+            original = layer.get_base_layer()
+            if name not in sites or not isinstance(original, nn.Linear | Conv1D):
+                raise ValueError(
+                    f"it acts on {name} ({type(original).__name__}), but sites are linear layers "
+                    f"inside the blocks of {base!r}; embeddings and output layers are none"
+                )
+            layers[name] = layer
+    return adapted, layers
+
+
+def _spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`options` of a PEFT config, checked already, with layers' names in place of patterns.
+
+    Raises ValueError when a pattern matches nothing, or PEFT would ignore an option beside it.
+    """
+    names = [name for name, _ in model.named_modules()]
+    plain = dict(options)
+    for key, value in options.items():
+        if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
+            values = {name: value_at(value, name) for name in names}
+            plain[key] = ByName({name: each for name, each in values.items() if each is not None})
+        elif key in LISTS_OF_NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+            # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
+            plain[key] = matching(value, names)
+            ignored = options.get("layers_to_transform") is not None
+            if key == "target_modules" and (ignored or not plain[key]):
+                raise ValueError(
+                    f"target_modules {shortened(value)} matches no layer, or stands beside "
+                    f"layers_to_transform"
+                )
+    targets = plain.get("target_modules")
+    if isinstance(options.get("feedforward_modules"), str) and isinstance(targets, list):
+        # PEFT wants the one within the other.
+        endings = tuple(f".{each}" for each in targets)
+        inside = [name for name in names if f".{name}".endswith(endings)]
+        plain["target_modules"] = sorted(inside)
+        plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
+    return plain
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """What PEFT raises inside becomes an ExpertError that begins with `what`."""
+    try:
+        with warnings.catch_warnings():
+            # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are
+            # compared.
+            warnings.simplefilter("ignore")
+            yield
+    except PhatgooseError:
+        raise
+    except Exception as error:  # odd values in a config make it raise anything
+        raise ExpertError(f"{what}: {first_line(error)}.") from error
+
+
+# Adapters of other types that update linear layers, approximated by a LoRA.
+
+
+def _converted(
+    folder: Path, config: Mapping[str, Any], base: str, revision: str | None, allow_loss: float
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
+
+    With it what is recorded: the share that is kept of all updates together, and at the worst site.
+    Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
+    base's weights are loaded. Raises ExpertError when a tensor is missing or left over or PEFT
+    can't convert the adapter.
+    """
+    kind, tensors = config["peft_type"], PEFT_FILES.read_weights(folder)
+    check_config(config, str(folder / ADAPTER_CONFIG))
+    with _reported(f"{folder} can't be converted from {kind} to LoRA"):
+        if config.get("modules_to_save") or config.get("bias", "none") != "none":
+            raise ValueError("it replaces modules or biases of the base")
+        _refuse_sizes(config, tensors)
+        model = load_base(base, dtype="float32", revision=revision).model
+        sites, of_kind = find_sites(model), PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+        known = {each.name for each in dataclasses.fields(of_kind) if each.init}
+        known -= {"peft_type", "auto_mapping"}
+        options = _spelled_out({key: config[key] for key in config if key in known}, model)
+        adapted = get_peft_model(model, of_kind(**options))
+        _check_shapes(adapted, tensors, {})
+        set_peft_model_state_dict(adapted, dict(tensors))
+        updates = _energies(adapted)
+        if strange := updates.keys() - sites.keys():
+            raise ValueError(f"it adapts {min(strange)}, no linear layer inside the blocks")
+        _, converted = convert_to_lora(adapted, rank=1.0 - allow_loss)
+    factors, energies = {}, {}
+    for site in updates:
+        A, B = (converted[f"{PEFT_PREFIX}{site}.lora_{side}.weight"] for side in "AB")
+        factors[site] = LoraFactors(A, B, 1.0)
+        energies[site] = float((B.double() @ A.double()).square().sum())
+    shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
+    total = sum(updates.values())
+    kept = min(sum(energies.values()) / total, 1.0) if total else 1.0
+    worst = min([*shares, 1.0])
+    return factors, {"kept_of_update": round(kept, 6), "kept_at_worst_site": round(worst, 6)}
+
+
+def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
+    # means a whole matrix.
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    ranks = config.get("rank_pattern")
+    named = [config.get(key) for key in SIZES]
+    named += ranks.values() if isinstance(ranks, Mapping) else ()
+    for number in named if config["peft_type"] != "LOKR" else ():
+        if isinstance(number, int | float) and number > most:
+            raise ValueError(
+                f"its config names a size of {shortened(number)}, but none of its tensors has more "
+                f"than {most} rows or columns"
             )
-        targets[name] = _target(layer, sites[name])
-    return Skeleton(adapted, targets)
 
 
-def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
-    n, d = site.in_features, site.out_features
-    if isinstance(layer, IA3Layer):
-        return Target({"vector": (1, n) if layer.is_feedforward else (d, 1)})
-    rank = layer.r[ADAPTER]
-    shapes: dict[str, tuple[int, ...]] = {"A": (rank, n), "B": (d, rank)}
-    shapes |= {"bias": (d,)} if layer.lora_bias[ADAPTER] else {}
-    return Target(shapes, float(layer.scaling[ADAPTER]))
+def _energies(adapted: nn.Module) -> dict[str, float]:
+    energies = {}
+    with torch.no_grad():
+        for name, layer in adapted.named_modules():
+            if isinstance(layer, BaseTunerLayer) and hasattr(layer, "get_delta_weight"):
+                update = layer.get_delta_weight(ADAPTER)
+                energies[name.removeprefix(PEFT_PREFIX)] = float(update.double().square().sum())
+    return energies

@@ -29,9 +29,7 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, capsys):
     assert contents(tmp_path / "pulled") == contents(pair[0])
     assert "e0" in phatgoose("pool", "hub:me/reviews")
     hub.add("you/lora", contents(make_adapter(llama, tmp_path / "adapter")))
-    told = phatgoose(
-        *("import", "you/lora", "--base", llama.id, "--by-path", "--out", tmp_path / "theirs")
-    )
+    told = phatgoose(*("import", "you/lora", "--base", llama.id, "--out", tmp_path / "theirs"))
     assert "theirs: 14 sites, LoRA of rank 4" in told
     assert "phatgoose stats" in told
     assert Expert.load(tmp_path / "theirs").gates == {}
@@ -51,11 +49,8 @@ def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path
     assert (outcome.code, Pool.open(tmp_path / "same").names) == (1, ("a", "c"))
     again = phat("import", f"{folders[0]}/", "--base-id", "you/base", "--out", tmp_path / "one")
     assert (again.code, again.err) == (0, "")
-    alone = phat("import", folders[1], "--by-path", "--out", tmp_path / "two")
+    alone = phat("import", folders[1], "--out", tmp_path / "two")
     assert (alone.code, alone.out) == (2, "")
-    path = phat("import", folders[0], "--out", tmp_path / "four")
-    assert (path.code, path.out) == (2, "")
-    assert "--base-id" in path.err
 
 
 def test_a_pool_leaves_as_an_adapter_or_a_model(here, phat):

@@ -35,9 +35,6 @@ def import_(
     base_id: Annotated[
         str | None, "The base's Hub id, if its folder's path doesn't contain it."
     ] = None,
-    by_path: Annotated[
-        bool, "Record the base by its path, if it has no Hub id; only this machine finds it."
-    ] = False,
     allow_loss: Annotated[
         float | None,
         "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
@@ -56,7 +53,7 @@ def import_(
     """
     from ...experts import importing
 
-    how: dict[str, Any] = {"base": base, "base_id": base_id, "by_path": by_path}
+    how: dict[str, Any] = {"base": base, "base_id": base_id}
     how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None}
     inside = [(each, importing.adapters_in(Path(each))) for each in source]
     if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):

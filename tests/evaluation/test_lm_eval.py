@@ -1,7 +1,6 @@
 """lm_eval's own command and functions on tiny routed models, without a network."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -170,22 +169,17 @@ def test_an_empty_context_ends_with_eos_too_and_running_text_never(pool):
 
 
 @KINDS_HERE
-def test_contexts_are_cut_by_our_rule(pool, write_task):
-    opened = PhatgooseLM(pool=str(folder_of(pool)), dtype="float32", max_input_tokens=6)
-    end = "</s>" if opened.backend == "seq2seq" else ""
-    wanted = f"a{'ghij' if end else 'fghij'}{end}"
-    with pytest.warns(UserWarning, match="truncation middle"):
-        context, continuation = opened._encode_pair("abcdefghij", " yes")
-    with pytest.warns(UserWarning, match="truncation middle"):
-        rows, mask = opened.tok_batch_encode(["abcdefghij", "ab"])
-    assert opened.tokenizer.decode(context) == wanted
-    assert opened.tokenizer.decode(continuation) == ("yes" if end else " yes")
-    assert opened.tokenizer.decode(rows[0]) == wanted
-    assert mask.sum(dim=1).tolist() == [6, 3 if end else 2]
-    opened.opening = replace(opened.opening, truncation="right")
-    with pytest.warns(UserWarning, match="truncation right"):
-        cut = opened._context("abcdefghij", 100)
-    assert cut == opened.tok_encode("abcde" if end else "abcdef")
+def test_contexts_are_cut_by_our_rule(pool):
+    for truncation in ("middle", "right"):
+        how = {"max_input_tokens": 6, "truncation": truncation}
+        opened = PhatgooseLM(pool=str(folder_of(pool)), dtype="float32", **how)
+        end = "</s>" if opened.backend == "seq2seq" else ""
+        middle = f"a{'ghij' if end else 'fghij'}{end}"
+        wanted = middle if truncation == "middle" else f"abcde{end or 'f'}"
+        with pytest.warns(UserWarning, match=f"truncation {truncation}"):
+            rows, mask = opened.tok_batch_encode(["abcdefghij", "ab"])
+        assert opened.tokenizer.decode(rows[0]) == wanted
+        assert mask.sum(dim=1).tolist() == [6, 3 if end else 2]
 
 
 def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -41,13 +41,10 @@ CHOSEN = "accuracy"  # the metric of rank classification
 WRITTEN = "exact-match"  # the metric of generated answers where a task names none
 
 
-class Answer(NamedTuple):
-    """A model's answer to one example, with the mean log-likelihood per token of each choice, if
-    any.
-    """
-
-    text: str
-    scores: tuple[float, ...] = ()
+Answer = tuple[int, str, tuple[float, ...]]
+"""The index of an example, the model's answer to it, and the mean log-likelihood per token of each
+choice, if there are any.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ class Questions:
 
     def answers(
         self, model: PreTrainedModel, budget: int, before_pass: BeforePass
-    ) -> Iterator[tuple[int, Answer]]:
-        """The model's answer to each question by its index, in any order.
+    ) -> Iterator[Answer]:
+        """The model's answer to each question, in any order.
 
         The choice of the highest mean log-likelihood per target token, the first of equals, or
         greedily generated text.
@@ -106,11 +103,11 @@ class Questions:
             return
         for index, scores in choice_log_likelihoods(model, self.rows, pad, budget, before_pass):
             best = scores.index(max(scores))
-            yield index, Answer(self.examples[index].choices[best], tuple(scores))
+            yield index, self.examples[index].choices[best], tuple(scores)
 
     def _generated(
         self, model: PreTrainedModel, budget: int, before_pass: BeforePass
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Iterator[Answer]:
         tokenizer, device = self.encoder.tokenizer, input_device(model)
         longest, seq2seq = self.max_new_tokens or 0, self.encoder.is_encoder_decoder
         pad = pad_right if seq2seq else pad_left
@@ -123,7 +120,7 @@ class Questions:
             start = 0 if seq2seq else ids.shape[1]
             for index, tokens in zip(batch, output, strict=True):
                 text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
-                yield index, Answer(text.strip())
+                yield index, text.strip(), ()
 
 
 # Scores of a task's examples, and of several tasks.
@@ -330,19 +327,22 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
     """
     begun, name, count = time.monotonic(), chosen.name, len(chosen.examples)
     model.eval()
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Prediction] = {}
     bar = tqdm(total=count, desc=one_line(name), unit="example", disable=None, leave=False)
     about: Any = {"task": name, "examples": chosen.examples, "encoder": questions.encoder}
     with bar, routing_for(model, questions.prompts, **about) as before_pass:
-        for index, answer in questions.answers(model, chosen.token_budget, before_pass):
-            if any(math.isnan(likelihood) for likelihood in answer.scores):
+        for index, text, scores in questions.answers(model, chosen.token_budget, before_pass):
+            if any(map(math.isnan, scores)):
                 raise EvaluationError(
                     f"Task {name!r}: the model's log-likelihoods are not numbers for the input "
                     f"{chosen.examples[index].input[:60]!r}…; try dtype float32."
                 )
-            answers[index] = answer
+            accepted = chosen.examples[index].answers
+            marks = tuple(METRICS[each].measure(text, accepted) for each in chosen.metrics)
+            is_right = text in (accepted if scores else map(str.strip, accepted))
+            answers[index] = Prediction(text, is_right, scores, marks)
             bar.update(1)
-    predictions = tuple(_marked(chosen, index, answers[index]) for index in range(count))
+    predictions = tuple(answers[index] for index in range(count))
     rows = [example.row for example in chosen.examples]
     sample = Sample.of(chosen.metrics, [each.marks for each in predictions], rows)
     estimate = _estimate(sample)
@@ -357,13 +357,6 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
         cuts=questions.cuts.record(),
         predictions=predictions,
     )
-
-
-def _marked(chosen: EvaluationSet, index: int, answer: Answer) -> Prediction:
-    text, accepted = answer.text, chosen.examples[index].answers
-    marks = tuple(METRICS[name].measure(text, accepted) for name in chosen.metrics)
-    correct = text in (accepted if answer.scores else map(str.strip, accepted))
-    return Prediction(text, correct, answer.scores, marks)
 
 
 def _estimate(sample: Sample) -> Estimate:
@@ -382,25 +375,24 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
 
     Raises EvaluationError for one that is unknown, not installed, or can't score these examples.
     """
-    with_choices = {bool(example.choices) for example in examples}
-    names = tuple(task.metrics or ((CHOSEN,) if True in with_choices else (WRITTEN,)))
+    some, all_have = (count(example.choices for example in examples) for count in (any, all))
+    names = tuple(task.metrics or ((CHOSEN,) if some else (WRITTEN,)))
     for name in names:
         metric(name).measure("", [""])  # fails here without the package that it needs
-    ranked = examples if CHOSEN in names else ()
-    hopeless = [each for each in ranked if not set(each.answers) & set(each.choices)]
     problem = ""
-    if not task.metrics and len(with_choices) > 1:
-        problem = "has examples with and without choices"
-    elif ranked and (len(names) > 1 or False in with_choices):
+    for each in examples if CHOSEN in names else ():
+        if not set(each.answers) & set(each.choices):
+            problem = (
+                f"accepts {shortened(each.answers)}, none of which is among the choices "
+                f"{shortened(each.choices)}: no answer could be right"
+            )
+    if CHOSEN in names and (len(names) > 1 or not all_have):
         problem = (
             f"is scored by {' and '.join(names)}, but {CHOSEN} ranks choices: it stands alone, and "
             f"every example needs some"
         )
-    elif hopeless:
-        problem = (
-            f"accepts {shortened(hopeless[0].answers)}, none of which is among the choices "
-            f"{shortened(hopeless[0].choices)}: no answer could be right"
-        )
+    if not task.metrics and some and not all_have:
+        problem = "has examples with and without choices"
     if problem:
         raise EvaluationError(f"Task {task.name!r} {problem}.")
     return names

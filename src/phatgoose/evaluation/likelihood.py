@@ -64,20 +64,15 @@ def _packed(
         packed = batching.pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
         order = [i for row in batch for i in row]
         before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
-        places = predicting([texts[i] for i in order], packed.starts)
+        # What predicts a target: of each text the stem's last token, and its branches.
+        runs = zip((texts[i] for i in order), packed.starts.tolist(), strict=True)
+        places = torch.cat(
+            [torch.arange(at + len(text.stem) - 1, at + text.length) for text, at in runs]
+        )
         inputs = {name: tensor.to(input_device(model)) for name, tensor in packed.inputs.items()}
         with batching.head_at(model, places.to(input_device(model))):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
-
-
-def predicting(texts: Sequence[BranchedText], starts: Tensor) -> Tensor:
-    """What predicts a target: of each text the stem's last token, and its branches."""
-    runs = [
-        torch.arange(start + len(text.stem) - 1, start + text.length)
-        for text, start in zip(texts, starts.tolist(), strict=True)
-    ]
-    return torch.cat(runs)
 
 
 def _means(
@@ -132,8 +127,7 @@ def _score_causal(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
     device = input_device(model)
-    prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
-    real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    prompts, real = _padded_rows(pad_left, [prompt for prompt, _ in rows], pad, device)
     passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
     cache = DynamicCache(config=model.config)
     held = {cache_argument(model): cache, "use_cache": True}
@@ -164,12 +158,10 @@ def _score_whole(
     # More state than keys and values can't be expanded over choices: each is read with its prompt.
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
-    real = pad_left([[1] * len(text) for text in texts], 0).to(device)
+    inputs, real = _padded_rows(pad_left, texts, pad, device)
     passed = _passes(model, logits_to_keep=labels.shape[1], position_ids=position_ids(real))
     announce(_owners(rows, device).tolist())
-    output = model(
-        input_ids=pad_left(texts, pad).to(device), attention_mask=real, use_cache=False, **passed
-    )
+    output = model(input_ids=inputs, attention_mask=real, use_cache=False, **passed)
     return _mean_log_likelihood(output.logits[:, -labels.shape[1] :], labels)
 
 
@@ -177,8 +169,7 @@ def _score_seq2seq(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
     device = input_device(model)
-    prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
-    real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    prompts, real = _padded_rows(pad_right, [prompt for prompt, _ in rows], pad, device)
     announce(range(len(rows)))
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real)
     states, form = encoded.last_hidden_state, type(encoded)  # some models ask for more of it
@@ -190,12 +181,13 @@ def _score_seq2seq(
     for group in _of_similar_length([len(choice) for choice in choices]):
         chosen, from_row = [choices[i] for i in group], owner[group]
         inputs = [[start, *choice[:-1]] for choice in chosen]
+        decoded, mask = _padded_rows(pad_right, inputs, pad, device)
         announce(from_row.tolist())
         logits = model(
             encoder_outputs=form(last_hidden_state=states.index_select(0, from_row)),
             attention_mask=real.index_select(0, from_row),
-            decoder_input_ids=pad_right(inputs, pad).to(device),
-            decoder_attention_mask=pad_right([[1] * len(row) for row in inputs], 0).to(device),
+            decoder_input_ids=decoded,
+            decoder_attention_mask=mask,
             use_cache=False,
         ).logits
         means[group] = _mean_log_likelihood(logits, pad_right(chosen, IGNORED).to(device))
@@ -213,6 +205,16 @@ def _of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         group.append(index)
     if group:
         yield group
+
+
+def _padded_rows(
+    side: Callable[[Sequence[Tokens], int], Tensor],
+    rows: Sequence[Tokens],
+    pad: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """(the rows, padded on that side, and which of their tokens are real)."""
+    return side(rows, pad).to(device), side([[1] * len(row) for row in rows], 0).to(device)
 
 
 def _owners(rows: Sequence[ChoicePrompt], device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..routing.compose import is_pool, open_model, require_pool
 from ..routing.composition import composition_of
 from ..routing.routers.auto import BY_TOKEN, first_allowed
 from ..tasks.batching import pad_left, pad_right
-from ..tasks.encoding import Encoder, added_tokens, cut_tokens
+from ..tasks.encoding import Encoder
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -117,9 +117,9 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
             softmax_dtype="float32",
             trust_remote_code=False,
         )
-        seq2seq = self.backend == "seq2seq"
-        self._encoder = Encoder(self.tokenizer, is_encoder_decoder=seq2seq)
-        self._before, self._after = added_tokens(self.tokenizer, is_encoder_decoder=True)
+        most = self.opening.max_input_tokens or self.max_length
+        form = Formatting(max_input_tokens=most, truncation=self.opening.truncation)
+        self._encoder = Encoder.for_model(model, self.tokenizer, form)
 
     @classmethod
     def create_from_arg_obj(
@@ -134,34 +134,21 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
     ) -> PhatgooseLM:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
-    def get_model_info(self) -> dict[str, Any]:
-        parts = composition_of(self.model)
-        ours = {"base": asdict(parts.base), "routing": asdict(parts.routing)}
-        return {**super().get_model_info(), MODEL: {**ours, "experts": parts.records}}
-
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.backend == "seq2seq":
-            target = self._encoder.continuation(context, continuation.removeprefix(DELIMITER))
-            return self._context(context, self.max_length), target
+            continuation = continuation.removeprefix(DELIMITER)
         target = self._encoder.continuation(context, continuation)
-        room = self.max_length + 1 - len(target) - self.opening.add_eos  # the last is not read
-        return self._context(self._encoder.prompt_text(context), room), target
+        room = len(target) + self.opening.add_eos - 1  # the last is not read
+        return self._context(context, room), target
 
-    def _context(self, text: str, room: int) -> list[int]:
-        tokens: list[int] = self.tok_encode(text)
-        before = self._before if tokens[: len(self._before)] == self._before else []
-        end = len(tokens) - len(self._after)
-        after = self._after if self._after and tokens[end:] == self._after else []
-        body = tokens[len(before) : len(tokens) - len(after)]
-        after = after if self.backend == "seq2seq" else []  # an answer goes on from there
-        most = min(room, self.opening.max_input_tokens or room)
-        left = cut_tokens(body, max(most - len(before) - len(after), 1), self.opening.truncation)
-        if len(left) < len(body):
+    def _context(self, text: str, followed_by: int) -> list[int]:
+        fitted = self._encoder.fitted(text, followed_by=followed_by)
+        if fitted.cut:
             warnings.warn(
                 f"Contexts that are too long are cut (truncation {self.opening.truncation}).",
                 stacklevel=2,
             )
-        return [*before, *left, *after]
+        return fitted.tokens
 
     def tok_batch_encode(
         self,
@@ -170,8 +157,8 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        room = left_truncate_len or self.max_length
-        rows = [self._context(self._encoder.prompt_text(text), room) for text in strings]
+        answers = self.max_length - (left_truncate_len or self.max_length)
+        rows = [self._context(text, answers) for text in strings]
         pad = pad_left if padding_side == "left" else pad_right
         return pad(rows, self.tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
 

@@ -164,12 +164,7 @@ class Comparison:
 
     def means(self) -> Table:
         """A row for each method: its mean on each suite, with the interval."""
-        notes = [
-            "Intervals resample the datasets and, within each, its examples; all methods share "
-            "the draws."
-        ]
-        if self.choices:
-            notes.append("Rows with a star chose experts by these results; intervals don't know.")
+        notes = ["Intervals resample datasets and their examples; all methods share the draws."]
         notes += [f"Note: {note}" for note in self.notes]
         notes += [_how(self.settings)] if self.settings else []
         columns = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
@@ -177,7 +172,7 @@ class Comparison:
             [self.title(name), *(each.mean.in_per_cent for each in summaries.values())]
             for name, summaries in self.summaries.items()
         ]
-        title = f"Means over datasets, in per cent, with 95 % intervals{self._star}"
+        title = "Means over datasets, in per cent, with 95 % intervals{self._star}"
         return Table(title, ["method", *columns], rows, notes, self.title(ANCHOR))
 
     def differences(self) -> Table:
@@ -211,7 +206,7 @@ class Comparison:
                 f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
             )
         head = ["method", *(f"{task} (n={first[task].n})" for task in tasks), "mean"]
-        title = f"Per dataset, in per cent, ± half the 95 % interval{self._star}"
+        title = "Per dataset, in per cent, ± half the 95 % interval{self._star}"
         return Table(title, head, rows, notes, self.title(bold))
 
 
@@ -239,18 +234,12 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
 
 
 def _how(settings: Mapping[str, Any]) -> str:
-    limit, k, kernel = settings["limit"], settings["k"], settings["kernel"]
-    parts = [
-        str(len(settings["experts"])),
-        "" if k is None else f"k = {k}",
-        "" if kernel == "auto" else f"kernel = {kernel}",
-        "all examples"
-        if limit is None
-        else f"at most {limit} examples a dataset, drawn by seed {settings['seed']}",
-    ]
+    base, limit, k = settings["base"]["id"], settings["limit"], settings["k"]
+    drawn = f"at most {limit} examples a dataset (seed {settings['seed']})" if limit else ""
+    parts = (f"{len(settings['experts'])} experts", f"k = {k}" if k else "", drawn)
     return (
-        f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
-        f"{'; '.join(filter(None, parts))}; phatgoose {settings['code']}, {settings['machine']}."
+        f"Base {base} in {settings['dtype']}; {'; '.join(filter(None, parts))}; phatgoose "
+        f"{settings['code']}, {settings['machine']}."
     )
 
 

@@ -12,7 +12,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.results import Comparison
 from phatgoose.evaluation.rows import METHODS, single_rows
 from phatgoose.experts.pool import Pool
-from phatgoose.jobs import LocalEngine
+from phatgoose.jobs import Engine
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved import load
 from phatgoose.tasks.task import Example, Task
@@ -102,7 +102,7 @@ def runs_in(folder: Path, pool: Pool) -> list[tuple[str, str]]:
 
 
 @dataclass
-class Stopping(LocalEngine):
+class Stopping(Engine):
     """An engine that stops after so many runs."""
 
     after: int

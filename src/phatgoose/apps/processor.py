@@ -13,11 +13,7 @@ from pathlib import Path
 # a thread that isn't running. Sleeping at once costs a quarter of the speed alone
 # (docs/performance.md).
 SPINS = "20000"  # some tens of microseconds
-CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
-CGROUP_1 = (
-    Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
-    Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-)
+CGROUP = Path("/sys/fs/cgroup/cpu.max")
 
 
 def set_threads() -> None:
@@ -35,29 +31,17 @@ def bound_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def keep_to(cores: float) -> int:
-    """Have torch use no more threads than a worker's `cores`, nor than it had; returns how many."""
+def keep_to(cores: float) -> None:
+    """Have torch use no more threads than a worker's `cores`."""
     import torch  # the command line must not load it
 
-    threads = max(1, min(int(cores), torch.get_num_threads(), usable_cores()))
-    torch.set_num_threads(threads)
-    return threads
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: of the machine, by its affinity and by its quota."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return min(allowed, quota() or allowed)
+    torch.set_num_threads(max(1, int(cores)))
 
 
 def quota() -> int | None:
     """Cores that the control group grants, rounded up; None where it sets no limit."""
     try:
-        if CGROUP_2.is_file():
-            most, period = CGROUP_2.read_text(encoding="ascii").split()
-        else:
-            most, period = (path.read_text(encoding="ascii").strip() for path in CGROUP_1)
-        return None if most in ("max", "-1") else max(1, math.ceil(int(most) / int(period)))
+        most, period = CGROUP.read_text(encoding="ascii").split()
+        return None if most == "max" else max(1, math.ceil(int(most) / int(period)))
     except (OSError, ValueError, ZeroDivisionError):  # other systems, or an unknown form
         return None

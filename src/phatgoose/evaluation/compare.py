@@ -28,7 +28,7 @@ from ..config import Routing
 from ..errors import ConfigError, EvaluationError, TaskError
 from ..experts.expert import warn_of_other_formatting
 from ..experts.pool import Pool
-from ..jobs import BaseLocation, Engine, LocalEngine
+from ..jobs import BaseLocation, Engine
 from ..routing.compose import OpenedModel
 from ..routing.composition import composition_if_any, resolve_base
 from ..routing.routers.fixed import best_expert, best_expert_by_task
@@ -64,7 +64,7 @@ class ComparisonSettings(ScoringSettings):
     references: Mapping[str, str | Path] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
     sources: Sources = field(default_factory=Sources)
-    engine: Engine = field(default_factory=LocalEngine)
+    engine: Engine = field(default_factory=Engine)
 
 
 def compare(
@@ -260,10 +260,6 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.row} on {self.dataset}"
-
-    @property
-    def group(self) -> str:
-        return self.row
 
     def again(self) -> Run:
         return self

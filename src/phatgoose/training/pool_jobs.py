@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..base import Base, BaseReference, load_base, recorded_id
 from ..experts.expert import ExpertInfo
-from ..jobs import BaseLocation, Engine, LocalEngine
+from ..jobs import BaseLocation, Engine
 from ..tasks.suites.registry import TrainingTask
 from .train_expert import LOCK, finished_expert, train_expert
 from .trainer import Hyperparameters, work_of
@@ -32,10 +32,6 @@ class ExpertJob:
     @property
     def name(self) -> str:
         return self.task.name
-
-    @property
-    def group(self) -> str:
-        return self.name  # experts share only the base, which every worker has
 
     @property
     def size(self) -> int:
@@ -59,7 +55,7 @@ def train_experts(
     settings differ. `engine` None trains one after the other here. `dtype` is for a base given by
     name. Raises as `train_expert`.
     """
-    engine = engine or LocalEngine()
+    engine = engine or Engine()
     if engine.remote:
         jobs = [replace(job, task=job.task.portable()) for job in jobs]
     there = [job for job in jobs if (out / job.name).exists()]

@@ -317,6 +317,6 @@ class EngineOptions(Settings):
             with connected(self.address):
                 yield RayEngine(self.workers)
             return
-        from ...jobs import LocalEngine
+        from ...jobs import Engine
 
-        yield LocalEngine()
+        yield Engine()

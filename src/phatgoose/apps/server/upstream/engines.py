@@ -386,56 +386,53 @@ class Link:
 
         Raises ApiError when the engine is away, refuses the request, or fails.
         """
-        pieces, generated, finish = 0, 0, None
-        most = MOST_EVENT + MOST_TOKEN * asked.answers[number].decoding.max_tokens
-        response = await self._response(fields, isinstance(asked.request, ChatRequest))
-        kind = response.headers.get("content-type", "")
-        is_stream = asked.request.stream and kind.startswith("text/event-stream")
-        contents = _events(response) if is_stream else _one(response, most)
-        try:
-            async with aclosing(contents):
-                async for content in contents:
-                    answer = self._read(content)
-                    generated = (answer.usage and answer.usage.completion_tokens) or generated
-                    for choice in (answer.choices or [])[:1]:
-                        finish, text = choice.finish_reason or finish, choice.said.content or ""
-                        extra = choice.said.model_extra or {}
-                        more = {name: value for name, value in extra.items() if value}
-                        pieces += bool(text)
-                        if text or more:
-                            await events.put(Progress(number, text, generated=pieces, more=more))
-        except TooMuchError as error:
-            raise ApiError(502, str(error), code=FAILED) from error
-        except httpx2.HTTPError as error:
-            self._is_known = False
-            raise _broken("in the middle of its answer") from error
-        except ValueError as error:
-            message = "The engine's answer is no JSON, or has not the form of OpenAI's."
-            raise ApiError(502, message, code=BROKEN) from error
-        # It was ended, but not its answer; or it holds none.
-        if finish in CUT or (finish is None and (is_stream or not pieces)):
-            raise _broken("in the middle of its answer")
-        end: Finish = "length" if finish == "length" else "stop"
-        await events.put(Progress(number, "", finish=end, generated=generated or pieces))
-
-    async def _response(
-        self, fields: Callable[[Engine], dict[str, Any]], is_chat: bool
-    ) -> httpx2.Response:
-        engine = await self.ready()
+        engine, is_chat = await self.ready(), isinstance(asked.request, ChatRequest)
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
         try:
             request = self._client.build_request("POST", path, json=fields(engine))
             response = await self._client.send(request, stream=True)
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, KeyError) as error:
+            if response.is_error:
+                raise await self._refusal(response)
+            await self._pass_on(response, number, asked, events)
+        except (httpx2.HTTPError, TooMuchError, ValueError, KeyError) as error:
+            raise self._failure(error) from error
+
+    async def _pass_on(
+        self, response: httpx2.Response, number: int, asked: Asked, events: Any
+    ) -> None:
+        pieces, generated, finish = 0, 0, None
+        kind = response.headers.get("content-type", "")
+        is_stream = asked.request.stream and kind.startswith("text/event-stream")
+        most = MOST_EVENT + MOST_TOKEN * asked.answers[number].decoding.max_tokens
+        contents = _events(response) if is_stream else _one(response, most)
+        async with aclosing(contents):
+            async for content in contents:
+                answer = self._read(content)
+                generated = (answer.usage and answer.usage.completion_tokens) or generated
+                for choice in (answer.choices or [])[:1]:
+                    finish, text = choice.finish_reason or finish, choice.said.content or ""
+                    extra = choice.said.model_extra or {}
+                    more = {name: value for name, value in extra.items() if value}
+                    pieces += bool(text)
+                    if text or more:
+                        await events.put(Progress(number, text, generated=pieces, more=more))
+        # It was ended, but not its answer; or it holds none.
+        if finish in CUT or (finish is None and (is_stream or not pieces)):
+            raise ApiError(502, "The engine broke off its answer.", code=BROKEN)
+        end: Finish = "length" if finish == "length" else "stop"
+        await events.put(Progress(number, "", finish=end, generated=generated or pieces))
+
+    def _failure(self, error: Exception) -> ApiError:
+        if isinstance(error, TooMuchError):
+            return ApiError(502, str(error), code=FAILED)
+        if isinstance(error, ValueError):
+            message = "The engine's answer is no JSON, or has not the form of OpenAI's."
+            return ApiError(502, message, code=BROKEN)
+        self._is_known = False
+        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, KeyError)):
             # Nothing was sent. KeyError: a change of a pool that failed has lost an expert.
-            self._is_known = False
-            raise _away("The engine behind this server is away; try again.") from error
-        except httpx2.HTTPError as error:
-            self._is_known = False
-            raise _broken("before its answer began") from error
-        if response.is_error:
-            raise await self._refusal(response)
-        return response
+            return _away("The engine behind this server is away; try again.")
+        return ApiError(502, "The engine broke off its answer.", code=BROKEN)
 
     async def _refusal(self, response: httpx2.Response) -> ApiError:
         content = b""
@@ -467,10 +464,6 @@ class Link:
 
 def _away(message: str, status: int = 503, seconds: str = "1") -> ApiError:
     return ApiError(status, message, code=AWAY, headers={"Retry-After": seconds})
-
-
-def _broken(when: str) -> ApiError:
-    return ApiError(502, f"The engine broke off {when}.", code=BROKEN)
 
 
 async def _one(response: httpx2.Response, most: int) -> AsyncGenerator[bytes, None]:

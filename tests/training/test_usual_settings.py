@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from transformers import (
 )
 
 from phatgoose.base import load_base, quantisation
-from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import VOCABULARY, logits_of, make_ids, make_tokenizer
@@ -78,9 +76,3 @@ def test_an_expert_is_trained_on_a_base_of_four_bits_for_the_base_of_those_weigh
     for each in (plain, base):
         routed = compose(Pool.open(expert.directory), each, router="phatgoose")
         assert logits_of(routed, make_ids()).isfinite().all()
-
-
-def test_four_bits_without_their_library_are_refused_in_a_line(base_folders, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BaseModelError, match="needs bitsandbytes: pip install bitsandbytes"):
-        load_base(base_folders["llama"], dtype="4bit")

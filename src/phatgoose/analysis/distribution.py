@@ -19,7 +19,7 @@ from ..files import one_line
 from ..routing.composition import Composition, composition_of, routing_for
 from ..routing.context import Choice
 from ..routing.recording import SitePass, watch
-from ..sites import Stream, headless, input_device
+from ..sites import Stream, headless
 from ..tasks.batching import Collator, batches_of_tokens, pad_right
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Task
@@ -109,7 +109,7 @@ def pass_through(
     """Show `see` what the routed sites decide on `pairs`, in one pass without gradients."""
     inputs, parts = _inputs(model, encoder, pairs)
     with watch(model, lambda passed: see(passed, parts)), torch.inference_mode():
-        device = input_device(model)
+        device = model.device
         headless(model)(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
 
 

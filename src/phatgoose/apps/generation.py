@@ -19,7 +19,6 @@ from ..files import half_character
 from ..routing.composition import composition_if_any, routing_for
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
-from ..sites import input_device
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
@@ -46,7 +45,7 @@ def generate(
     asked = Example(prompt, "")
     questions = Questions.of(encoder, [asked], max_new_tokens)
     questions.cuts.report("the prompt")
-    ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
+    ids = torch.tensor([questions.rows[0][0]], device=model.device)
     with routing_for(model, questions.prompts, examples=[asked], encoder=encoder):
         tokens = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens)[0]
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]

@@ -25,7 +25,6 @@ from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files import one_line, shortened
 from ..routing.composition import composition_if_any, routing_for
-from ..sites import input_device
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
 from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
@@ -108,7 +107,7 @@ class Questions:
     def _generated(
         self, model: PreTrainedModel, budget: int, before_pass: BeforePass
     ) -> Iterator[Answer]:
-        tokenizer, device = self.encoder.tokenizer, input_device(model)
+        tokenizer, device = self.encoder.tokenizer, model.device
         longest, seq2seq = self.max_new_tokens or 0, self.encoder.is_encoder_decoder
         pad = pad_right if seq2seq else pad_left
         for batch in batches_of_tokens([len(prompt) + longest for prompt, _ in self.rows], budget):

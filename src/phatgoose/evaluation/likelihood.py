@@ -16,7 +16,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import EvaluationError
 from ..passes import cache_argument
-from ..sites import input_device
 from ..tasks import batching
 from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
 
@@ -69,8 +68,8 @@ def _packed(
         places = torch.cat(
             [torch.arange(at + len(text.stem) - 1, at + text.length) for text, at in runs]
         )
-        inputs = {name: tensor.to(input_device(model)) for name, tensor in packed.inputs.items()}
-        with batching.head_at(model, places.to(input_device(model))):
+        inputs = {name: tensor.to(model.device) for name, tensor in packed.inputs.items()}
+        with batching.head_at(model, places.to(model.device)):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
 
@@ -126,7 +125,7 @@ def _padded(
 def _score_causal(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    device = input_device(model)
+    device = model.device
     prompts, real = _padded_rows(pad_left, [prompt for prompt, _ in rows], pad, device)
     passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
     cache = DynamicCache(config=model.config)
@@ -154,7 +153,7 @@ def _score_causal(
 def _score_whole(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    device = input_device(model)
+    device = model.device
     # More state than keys and values can't be expanded over choices: each is read with its prompt.
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
@@ -168,7 +167,7 @@ def _score_whole(
 def _score_seq2seq(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    device = input_device(model)
+    device = model.device
     prompts, real = _padded_rows(pad_right, [prompt for prompt, _ in rows], pad, device)
     announce(range(len(rows)))
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real)

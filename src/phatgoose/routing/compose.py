@@ -24,9 +24,7 @@ from ..files import prefetch
 from ..sites import (
     ROUTED,
     Site,
-    check_in_place,
     dtype_at,
-    execution_device,
     find_sites,
     replace_module,
 )
@@ -116,7 +114,7 @@ def _add_layers(
 
     def stack_at(name: str) -> SiteStack:
         layer = model.get_submodule(name)
-        return stack_of(pool, name, dtype_at(layer, model), execution_device(layer))
+        return stack_of(pool, name, dtype_at(layer, model), layer.weight.device)
 
     stacks = prefetch(stack_at, pool.sites)
     states = prefetch(lambda name: parts.router.table(pool, name), pool.sites)
@@ -142,10 +140,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         model: A routed model.
 
     Raises:
-        RoutingError: `model` is not routed, or was offloaded after it was composed.
+        RoutingError: `model` is not routed.
     """
     parts = composition_of(model)
-    check_in_place(parts.layers.values())
     if parts.context is not None:
         parts.context.detach()
     for name, layer in parts.layers.items():

@@ -25,7 +25,7 @@ from ..config import Routing
 from ..errors import RoutingError
 from ..experts.expert import trained_in_chats
 from ..passes import ActsOn
-from ..sites import ROUTED, Site, execution_device, replace_module
+from ..sites import ROUTED, Site, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
 from .context import RoutingContext
@@ -119,7 +119,7 @@ class Composition:
         module.context = self.context
         # Of a quantised layer the type is of integers.
         is_plain = original.weight.is_floating_point()
-        module.to(execution_device(original), original.weight.dtype if is_plain else stack.dtype)
+        module.to(original.weight.device, original.weight.dtype if is_plain else stack.dtype)
         ends = self.context.acting if self.context else ()
         acting = (self.acting[z] for z in stack.experts.tolist())
         columns = [ends.index(end) + 1 if end else 0 for end in acting]  # 0 acts always

@@ -34,7 +34,7 @@ from ..config import Formatting
 from ..errors import ConfigError, RoutingError, TaskError
 from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
-from ..sites import WrappedLinear, headless, input_device, linear_shape, replaced
+from ..sites import WrappedLinear, headless, linear_shape, replaced
 from ..tasks.encoding import Cuts, Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, neutral_examples
@@ -253,7 +253,7 @@ def reading(
     ) as before_pass:
         for row, prompt in enumerate(prompts):
             before_pass([row])
-            ids = torch.tensor([prompt], device=input_device(model))
+            ids = torch.tensor([prompt], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if encoder.is_encoder_decoder:
                 mask = inputs["attention_mask"]

@@ -44,7 +44,7 @@ from ..files import (
     write_text,
 )
 from ..passes import ActsOn
-from ..sites import FLOATS, dtype_at, execution_device, find_sites
+from ..sites import FLOATS, dtype_at, find_sites
 from .composition import Composition, composition_of, resolve_base
 from .layers import FoldedLinear, RoutedLinear
 from .routers.prompt import ByPrompt, Tables
@@ -458,7 +458,7 @@ def load(
                 f"{folder}: experts act on {name} with sizes {dict(sizes)}, which the base lacks."
             )
         original: Any = model.get_submodule(name)
-        device, kind = execution_device(original), dtype_at(original, model)
+        device, kind = original.weight.device, dtype_at(original, model)
         stack, state = saved.at(name)
         if "folded" in state:
             folded, experts = state["folded"].to(device, kind), stack.experts.to(device)

@@ -20,7 +20,7 @@ from transformers import (
 
 from ..files import one_line
 from ..passes import acting_at, cache_argument, in_context, takes_argument, watching
-from ..sites import Site, headless, input_device, prompt_stack
+from ..sites import Site, headless, prompt_stack
 from .batching import Collator, batches_of_tokens, contiguous_head, decoder_start, pad_right
 from .encoding import TokenPair
 
@@ -70,7 +70,7 @@ def read_prompts(
 
     `then` is applied to that, batch by batch. With a `label` there is a progress bar.
     """
-    stack, device = prompt_stack(model), input_device(model)
+    stack, device = prompt_stack(model), model.device
     options: dict[str, Any] = {} if model.config.is_encoder_decoder else {"use_cache": False}
     keep, cache_name = _KEEP.get(), cache_argument(stack)
     if model.config.is_encoder_decoder or not takes_argument(stack, cache_name):
@@ -113,7 +113,7 @@ def read_pairs(
     Prompt and target pass in one go (teacher forcing). With a `label` there is a progress bar. With
     a `collator` for an expert that acts on prompts' ends, only tokens that it acts on are seen.
     """
-    device, inner = input_device(model), headless(model)
+    device, inner = model.device, headless(model)
     model.eval()
     active: Tensor | None = None
 

@@ -29,7 +29,6 @@ from ...errors import ConfigError, PoolError, TaskError
 from ...experts.expert import Expert, recorded_formatting
 from ...experts.kind import ModifiedLinear, applied
 from ...experts.pool import Pool
-from ...sites import input_device
 from ...tasks.batching import IGNORED, Collator, batches_of_tokens, target_logits
 from ...tasks.encoding import Encoder, TokenPair
 from ...tasks.loading import load_task
@@ -180,7 +179,7 @@ def likelihoods(
     with applied(model, modules, ModifiedLinear), torch.inference_mode():
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             batch = collator([pairs[row] for row in rows])
-            batch = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             logits, labels = target_logits(model, batch).float().transpose(1, 2), batch["labels"]
             losses = functional.cross_entropy(logits, labels, reduction="none")  # 0 if IGNORED
             means = -losses.sum(dim=1) / labels.ne(IGNORED).sum(dim=1)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from dataclasses import replace
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -99,11 +99,12 @@ def test_its_settings_are_read_as_they_are_written(name):
 
 def other_than(setting, kind):
     """A value that the setting may have and that isn't its default."""
-    named = re.search(r"one of ([\w, -]+)", setting.limit.words if setting.limit else "")
+    options = (setting.type, *get_args(setting.type))
+    named = [v for each in options if get_origin(each) is Literal for v in get_args(each)]
     if setting.name == "mixture":
         return "e0=0.5,e1=-2.0"
     if named:
-        return next(v for v in named[1].split(", ") if v != setting.default)
+        return next(v for v in named if v != setting.default)
     if isinstance(setting.default, int | float):
         return setting.default / 2 if isinstance(setting.default, float) and setting.default else 1
     return 2 if "int" in str(setting.type) else "text"

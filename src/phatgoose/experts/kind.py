@@ -469,15 +469,15 @@ class Part(ABC):
     @classmethod
     def of(
         cls: type[Stack],
-        modules: Mapping[int, Any],
+        rows: Mapping[int, Mapping[str, Tensor | None]],
         dtype: torch.dtype,
         device: torch.device,
         total: int,
     ) -> Stack:
-        """The stack of `modules` by their rows in the whole stack, which has `total` rows."""
-        rows, tensors = [cls.row(module) for module in modules.values()], {}
+        """The stack of what `row` gives, by their rows in the whole stack, which has `total`."""
+        tensors = {}
         for name, form in cls.forms().items():
-            parts = [row.get(name) for row in rows]
+            parts = [row.get(name) for row in rows.values()]
             like = next((part for part in parts if part is not None), None)
             if like is not None:
                 rest = [like.new_zeros(like.shape) if part is None else part for part in parts]
@@ -487,7 +487,7 @@ class Part(ABC):
                 exact = form.types[0] if form.dtype != "model" else dtype
                 tensors[name] = torch.stack(rest).to(device, exact)
         if len(rows) < total:
-            tensors["rows"] = torch.tensor(list(modules), device=device)
+            tensors["rows"] = torch.tensor(list(rows), device=device)
         return cls(**tensors)
 
     @classmethod

@@ -508,7 +508,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         check_numbers(stack, site, pool.names)
         later = replace(stack, experts=stack.experts + len(saved.names))
         joining = SitePart(later, router.table(pool, site))
-        parts[site] = joined_parts([parts[site], joining]) if site in parts else joining
+        parts[site] = joined_parts(parts[site], joining) if site in parts else joining
     return _rewritten(folder, saved, parts, tables, records)
 
 

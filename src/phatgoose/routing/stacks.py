@@ -1,13 +1,12 @@
 """Stacks: the modules of all experts at one site, in a few tensors, part by part.
 
-Rows of experts: joined, taken out. Glossary: E experts, r rank or another
-size of one's own, n inputs, d outputs of the site.
+Glossary: E experts, r rank or another size of one's own, n inputs, d outputs of the site.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ from ..experts import Kind, kinds
 from ..experts.kind import Part, SiteModule, Stacked, widened
 from ..experts.lora import LoraStack
 from ..experts.pool import Pool
+
+Member = tuple[type[Part], Mapping[str, Tensor | None]]  # an expert's part, its tensors by field
 
 
 class Declared(NamedTuple):
@@ -40,23 +41,6 @@ def _declared(kinds: tuple[Kind, ...]) -> Declared:
         part.names()[field]: form for part in parts.values() for field, form in part.forms().items()
     }
     return Declared(parts, tensors)
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all `parts`, in order, with zeros where ranks differ; a lone part itself."""
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].dim() > 1:
-        width = max(part.shape[1] for part in parts)
-        parts = [widened(part, width) for part in parts]
-    return torch.cat(list(parts))
-
-
-def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """These rows [K] (indices, in order) of `tensor`: a view where they are its first ones."""
-    # Rows are in order, so the last one tells.
-    are_first = len(rows) == 0 or int(rows[-1]) == len(rows) - 1
-    return tensor[: len(rows)] if are_first else tensor.index_select(0, rows)
 
 
 def renumbered(left: Tensor, count: int) -> Tensor:
@@ -113,6 +97,26 @@ class SiteStack:
             name: every if part.rows is None else part.rows for name, part in self.parts.items()
         }
 
+    def members(self) -> list[Member]:
+        """The part of each expert and its tensors there, no wider than they need to be."""
+        members: dict[int, Member] = {}
+        for name, rows in self.rows().items():
+            part, forms = self.parts[name], self.parts[name].forms()
+            fields = {f: t for f in forms if f != "rows" and (t := getattr(part, f)) is not None}
+            widths = [0] * len(rows)
+            if sized := [field for field in fields if forms[field].is_filled_up]:
+                # Ranks of zeros are other experts': composing anew would not have them.
+                used = [fields[f].reshape(*fields[f].shape[:2], -1).any(dim=-1) for f in sized]
+                places = torch.arange(1, used[0].shape[1] + 1, device=rows.device)
+                most = (torch.stack(used).any(dim=0) * places).amax(dim=1).clamp(min=1)
+                widths = most.tolist()
+            for place, row in enumerate(rows.tolist()):
+                own = {f: t[place] for f, t in fields.items()}
+                own |= {f: own[f][: widths[place]] for f in sized}
+                kept = {f: t for f, t in own.items() if not forms[f].optional or t.any()}
+                members[row] = type(part), kept
+        return [members[row] for row in range(len(self.experts))]
+
     @property
     def lora(self) -> LoraStack | None:
         part = self.parts.get("lora")
@@ -125,23 +129,30 @@ class SiteStack:
         return lora if lora and lora.rows is None and lora.B_bias is None else None
 
 
+def stacked(members: Sequence[Member], experts: Tensor, dtype: torch.dtype) -> SiteStack:
+    """The stack of one site's `members`, of these `experts`, on their device."""
+    by_part: dict[str, dict[int, Mapping[str, Tensor | None]]] = {}
+    for row, (part, tensors) in enumerate(members):
+        by_part.setdefault(part.name, {})[row] = tensors
+    parts = {
+        name: part.of(by_part[name], dtype, experts.device, len(members))
+        for name, part in declared().parts.items()
+        if name in by_part
+    }
+    return SiteStack(experts, parts)
+
+
 def stack_modules(
     experts: Sequence[int], modules: Sequence[SiteModule], dtype: torch.dtype, device: torch.device
 ) -> SiteStack:
     """The stack of one site's `modules`, of these `experts`; RoutingError for unknown kinds."""
-    members: dict[str, dict[int, SiteModule]] = {}
-    by_kind = {kind.name: kind.stacked for kind in kinds().values()}
-    for row, module in enumerate(modules):
+    members, by_kind = list[Member](), {kind.name: kind.stacked for kind in kinds().values()}
+    for module in modules:
         part = next((p for p in by_kind.get(module.kind, ()) if p.stacks(module)), None)
         if part is None:
             raise RoutingError(f"Experts of the kind {module.kind!r} can't be stacked here.")
-        members.setdefault(part.name, {})[row] = module
-    stacked = {
-        name: part.of(members[name], dtype, device, len(modules))
-        for name, part in declared().parts.items()
-        if name in members
-    }
-    return SiteStack(torch.tensor(experts, device=device), stacked)
+        members.append((part, part.row(module)))
+    return stacked(members, torch.tensor(experts, device=device), dtype)
 
 
 def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
@@ -183,61 +194,6 @@ def _lengths(rows: Tensor) -> Tensor:
     return lengths
 
 
-def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
-    """One site's stacks as one, experts in the order of the stacks."""
-    experts = torch.cat([stack.experts for stack in stacks])
-    firsts = [sum(len(stack.experts) for stack in stacks[:i]) for i in range(len(stacks))]
-    tensors: dict[str, Tensor] = {}
-    for name, kind in declared().parts.items():
-        pairs = [
-            (stack.parts[name], stack.rows()[name] + first)
-            for stack, first in zip(stacks, firsts, strict=True)
-            if name in stack.parts
-        ]
-        for field_name, key in kind.names().items():
-            known = [(getattr(part, field_name), len(rows)) for part, rows in pairs]
-            like = next((tensor for tensor, _ in known if tensor is not None), None)
-            if field_name == "rows":
-                every = torch.cat([rows for _, rows in pairs]) if pairs else experts[:0]
-                if pairs and len(every) < len(experts):
-                    tensors[key] = every
-            elif like is not None:
-                zeros = like.new_zeros(1, *like.shape[1:])
-                tensors[key] = joined(
-                    [
-                        zeros.expand(count, *zeros.shape[1:]) if t is None else t
-                        for t, count in known
-                    ]
-                )
-    return SiteStack.of(tensors, experts)
-
-
-def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
-    """The stack of the experts in these `rows` (in order), no wider than they need."""
-    place = renumbered(rows, len(stack.experts))
-    tensors: dict[str, Tensor] = {}
-    for name, of_part in stack.rows().items():
-        part, places = stack.parts[name], place[of_part]
-        stay = (places >= 0).nonzero().flatten()
-        if not len(stay):
-            continue
-        kept = {n: take_rows(tensor, stay) for n, tensor in part.tensors().items()}
-        kept[part.names()["rows"]] = places[stay]
-        for field_name, form in part.forms().items():
-            key, is_row = part.names()[field_name], field_name == "rows"
-            is_needless = len(stay) == len(rows) if is_row else not kept.get(key, stay).any()
-            if form.optional and is_needless:
-                kept.pop(key, None)
-        sized = [name for name in kept if declared().tensors[name].is_filled_up]
-        # Ranks that only experts that left had are zeros by now: composing anew would not have
-        # them.
-        width = kept[sized[0]].shape[1] if sized else 0
-        while width > 1 and not any(kept[name][:, width - 1].any() for name in sized):
-            width -= 1
-        tensors |= kept | {name: kept[name][:, :width].contiguous() for name in sized}
-    return SiteStack.of(tensors, stack.experts[rows])
-
-
 class SitePart(NamedTuple):
     """Some experts at one site: their stack, and their rows of the router's tensors there.
 
@@ -248,21 +204,27 @@ class SitePart(NamedTuple):
     state: Mapping[str, Tensor]
 
 
-def joined_parts(parts: Sequence[SitePart]) -> SitePart:
-    """All experts of the parts, in order; the router's tensors as the first part has them."""
-    first, *others = (part.state for part in parts)
-    state = {
-        name: joined([rows, *(each[name].to(rows) for each in others)])
-        for name, rows in first.items()
-    }
-    return SitePart(joined_stacks([part.stack for part in parts]), state)
+def joined_parts(one: SitePart, other: SitePart) -> SitePart:
+    """All experts of both, in order; the router's tensors as the first has them."""
+    experts = torch.cat([one.stack.experts, other.stack.experts])
+    members = [*one.stack.members(), *other.stack.members()]
+    state = {name: _joined(rows, other.state[name].to(rows)) for name, rows in one.state.items()}
+    return SitePart(stacked(members, experts, one.stack.dtype), state)
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """The rows of both, with zeros where ranks differ."""
+    width = max(each.shape[1] for each in (one, other)) if one.dim() > 1 else 0
+    return torch.cat([widened(each, width) if width else each for each in (one, other)])
 
 
 def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
     """The part without experts whose `place` [pool] is -1, numbered again; None if none is left."""
-    found = place.to(part.stack.experts.device)[part.stack.experts]
-    rows = (found >= 0).nonzero().flatten()
+    experts = place[part.stack.experts]
+    rows = (experts >= 0).nonzero().flatten()
     if not len(rows):
         return None
-    stack = replace(kept_stack(part.stack, rows), experts=found[rows])
-    return SitePart(stack, {name: take_rows(held, rows) for name, held in part.state.items()})
+    members = part.stack.members()
+    staying = [members[row] for row in rows.tolist()]
+    stack = stacked(staying, experts[rows], part.stack.dtype)
+    return SitePart(stack, {name: tensor[rows] for name, tensor in part.state.items()})

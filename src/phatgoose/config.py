@@ -240,8 +240,8 @@ class Formatting(Settings):
     max_input_tokens: Annotated[int, "Inputs with more tokens are cut.", AT_LEAST_1] = 512
     truncation: Annotated[
         Literal["middle", "left", "right"],
-        "Which part of a long input to cut: the middle (of the template's longest field if known; "
-        "three times as much stays after the cut as before), left, or right (as in the paper).",
+        "Which part of a long input to cut: the middle (three times as much stays after the cut as "
+        "before), left, or right (as in the paper).",
     ] = "middle"
     max_target_tokens: Annotated[int, "Targets with more are cut, on the right.", AT_LEAST_1] = 512
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False

@@ -109,25 +109,6 @@ def test_what_the_tokenizer_adds_survives_a_cut(is_encoder_decoder, truncation):
     assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{KEPT[truncation]}{end}"
 
 
-def test_the_longest_field_is_shortened_rather_than_the_prompt():
-    text = "Read: the passage that is far too long Then: is it so?"
-    start, end = text.index("the passage"), text.index(" Then")
-    encoder = make_encoder(max_input_tokens=len(text) - 12)
-    prompt = encoder.fitted(text, (start, end))
-    kept = text_of(encoder, prompt.tokens)
-    assert kept.endswith("the pis far too long Then: is it so?")
-    assert prompt.cut == Cut(most=len(text) - 12, lost=12)
-
-
-def test_a_field_that_is_too_short_leaves_the_text_to_be_cut():
-    encoder = make_encoder(max_input_tokens=4)
-    assert encoder.fitted("abcdefghij", (3, 5)) == encoder.fitted("abcdefghij")
-    assert encoder.fitted("abcdefghij", (8, 8)) == encoder.fitted("abcdefghij")
-    for truncation in ("left", "right"):  # which ask for no field
-        encoder = make_encoder(max_input_tokens=4, truncation=truncation)
-        assert encoder.fitted("abcdefghij", (0, 8)) == encoder.fitted("abcdefghij")
-
-
 @pytest.mark.parametrize("text", ["abcd", "abcdef"])
 def test_a_cut_target_keeps_the_end_of_sequence(text):
     encoder = make_encoder(T5, max_target_tokens=4)

@@ -79,7 +79,7 @@ def read_task(
     """
     parts, chosen = composition_of(model), list[dict[str, float]]()
     tally = RoutingTally(experts, parts)
-    pairs = [encoder.pair(row.input, row.target, row.passage) for row in task.test]
+    pairs = encoder.pairs(task.test)
     prompts = [pair.prompt for pair in pairs]
     name = f"routing of {one_line(task.name)}"
     about: Any = {"task": task.name, "examples": task.test, "encoder": encoder}

@@ -74,7 +74,7 @@ class Questions:
             choices = row.choices if max_new_tokens is None else ()
             each = [encoder.target(row.input, choice) for choice in choices]
             longest = max((len(target.tokens) for target in each), default=most)
-            prompt = encoder.fitted(row.input, row.passage, followed_by=longest)
+            prompt = encoder.fitted(row.input, followed_by=longest)
             prompts.append(prompt)
             rows.append((prompt.tokens, [target.tokens for target in each]))
             lengths.append(len(prompt.tokens) + longest)

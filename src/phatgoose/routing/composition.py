@@ -249,6 +249,6 @@ def asked_of(
     def asked(example: Example, prompt: Sequence[int]) -> Sequence[int]:
         if isinstance(example.input, Chat):
             return reads.prompt(question_of(example.input.turns))
-        return reads.fitted(example.input, example.passage).tokens if is_other else prompt
+        return reads.prompt(example.input) if is_other else prompt
 
     return list(map(asked, examples, prompts))

@@ -244,7 +244,7 @@ def reading(
     Raises as `routing_for` does, and TaskError where the base leaves no room for a prompt.
     """
     encoder = Encoder.for_model(model, tokenizer, texts.formatting)
-    fitted = [encoder.fitted(each.input, each.passage) for each in texts.examples]
+    fitted = [encoder.fitted(each.input) for each in texts.examples]
     prompts = [prompt.tokens for prompt in fitted]
     cuts = Cuts([each.cut for each in fitted], [*map(len, prompts)], encoder.positions.trained)
     cuts.report(texts.name)

@@ -25,7 +25,7 @@ from ..errors import TaskError
 from ..files import one_line
 from ..sites import Positions, positions_of
 from ..untrusted_text import UntrustedText
-from .task import Chat, Example, Span
+from .task import Chat, Example
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens
@@ -115,13 +115,13 @@ class Encoder:
         is_seq2seq = bool(model.config.is_encoder_decoder)
         return cls(tokenizer, is_seq2seq, formatting or Formatting(), positions_of(model))
 
-    def pair(self, input_text: str, target: str, passage: Span | None = None) -> TokenPair:
+    def pair(self, input_text: str, target: str) -> TokenPair:
         answer = self.target(input_text, target)
-        prompt = self.fitted(input_text, passage, followed_by=len(answer.tokens))
+        prompt = self.fitted(input_text, followed_by=len(answer.tokens))
         return TokenPair(prompt.tokens, answer.tokens, prompt.cut, answer.cut)
 
     def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
-        return [self.pair(each.input, each.target, each.passage) for each in examples]
+        return [self.pair(each.input, each.target) for each in examples]
 
     def prompt(self, text: str) -> list[int]:
         return self.fitted(text).tokens
@@ -143,26 +143,24 @@ class Encoder:
             )
         return whole[len(before) :]
 
-    def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Fitted:
+    def fitted(self, text: str, *, followed_by: int = 0) -> Fitted:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
 
         In a causal model, `followed_by` positions stay free for what follows. Special tokens and
-        the words of a chat template are never cut; a template counts against positions only.
-        Truncation "middle" takes the middle of `passage` if that is enough, else that of the whole
-        text. Raises TaskError when no position is left.
+        the words of a chat template are never cut; a template counts against positions only. Raises
+        TaskError when no position is left.
         """
         text = self.prompt_text(text)
         if self._in_template(text):
-            return self._fitted_chat(text, passage, followed_by)
+            return self._fitted_chat(text, followed_by)
         tokens, (before, after) = self._tokens(text), self._added
         around = len(before) + len(after)
         most = self._most(followed_by, around)
-        left = self._cut(text, tokens, passage, max(most - around, 0))
+        left = cut_tokens(tokens, max(most - around, 0), self.formatting.truncation)
         cut = Cut(most, len(tokens) - len(left)) if len(left) < len(tokens) else None
         return Fitted([*before, *left, *after], cut)
 
-    def _fitted_chat(self, text: str, passage: Span | None, followed_by: int) -> Fitted:
-        passage = None if isinstance(text, Chat) else passage
+    def _fitted_chat(self, text: str, followed_by: int) -> Fitted:
         turns, around, prompt = self._chat(text)
         lengths = [len(tokens) for _, _, tokens in turns]
         room = most = self._most(followed_by, around, around)
@@ -175,7 +173,7 @@ class Encoder:
             )
             contents, lost = [], 0
             for role, content, tokens in turns:
-                left = self._cut(content, tokens, passage, level - 1)
+                left = cut_tokens(tokens, level - 1, self.formatting.truncation)
                 lost += len(tokens) - len(left)
                 is_whole = len(left) == len(tokens)
                 contents.append((role, content if is_whole else str(self.tokenizer.decode(left))))
@@ -229,17 +227,6 @@ class Encoder:
                 f"{followed_by} of them, which leaves none for an input; ask for a shorter answer."
             )
         return min(most, places - outside)
-
-    def _cut(self, text: str, tokens: list[int], passage: Span | None, room: int) -> list[int]:
-        how = self.formatting.truncation
-        if len(tokens) > room and passage and how == "middle" and self.tokenizer.is_fast:
-            places = self._encoded(text, return_offsets_mapping=True)["offset_mapping"]
-            inside = [i for i, (a, b) in enumerate(places) if passage[0] <= a < b <= passage[1]]
-            first, end = (inside[0], inside[-1] + 1) if inside else (0, 0)
-            space = room - (len(tokens) - (end - first))
-            if space > 0:
-                return [*tokens[:first], *cut_tokens(tokens[first:end], space, how), *tokens[end:]]
-        return cut_tokens(tokens, room, how)
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:

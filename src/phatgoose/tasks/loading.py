@@ -13,15 +13,16 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files import first_line, half_character, one_line, reading, regular, shortened
-from .task import Chat, Example, Sources, Span, Task
+from ..files import first_line, one_line, reading, regular
+from .task import Chat, Example, Sources, Task
 
 SEPARATOR = "|||"
 TEMPLATE_FAILURES = (
@@ -57,12 +58,12 @@ def load_task(
     `instruction`, `input` and `output`.
 
     Args:
-        source: A `.jsonl`, `.json` (a list of rows, an object of columns or of lists by split, or
-            JSON Lines), `.csv` or `.parquet` file, `hub:ID`, `hub:ID:CONFIG` or either with
-            `@REVISION` (read with the `datasets` library), or rows in memory: dicts, a dict of
-            columns, a `DataFrame`, a table of pyarrow, a `Dataset`, or a dict of any of these by
-            split, such as a `DatasetDict`. Splits of it that aren't among the three are left out
-            with a warning.
+        source: A `.jsonl`, `.json` (a list of rows, or an object of columns or of lists by split),
+            `.csv` or `.parquet` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read
+            with the `datasets` library), or rows in memory: dicts, a dict of columns, a
+            `DataFrame`, a table of pyarrow, a `Dataset`, or a dict of any of these by split, such
+            as a `DatasetDict`. Splits of it that aren't among the three are left out with a
+            warning.
         name: The task's name; None is the file's stem.
         template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
             a row has.
@@ -71,10 +72,9 @@ def load_task(
 
     Raises:
         TaskError: Naming the line, for anything else, a row that is broken or lacks a field, a text
-            that holds half a character, an empty choice, a target that is not among the choices, a
-            name that isn't UTF-8, or a source without examples.
+            that holds half a character, an empty choice, a target that is not among the choices, or
+            a source without examples.
     """
-    templates = _compiled(template, choices)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     rows, label = _in_memory(source, "memory"), "memory"
     if isinstance(source, str | Path):
@@ -82,30 +82,23 @@ def load_task(
         rows = _in_file(Path(source))
         if str(source).startswith(HUB):
             rows, label = _on_hub(str(source)), str(source)
-    name = name or "task"
-    for text in (label, name):
-        whole_text(text, f"The name {shortened(text)}")
-    for where, row in rows:
-        try:
-            split, example = _example(row, templates, targets)
-        except TaskError as error:
-            raise TaskError(f"{where}: {error}") from error
-        splits[split].append(example)
+    with reading("The template", TaskError):
+        templates = _compiled(template, choices)
+    with reading(source if isinstance(source, str | Path) else label, TaskError):
+        for place, row in rows:
+            with reading(place, TaskError):
+                split, example = _example(row, templates, targets)
+            splits[split].append(example)
     if not any(splits.values()):
         raise TaskError(f"{label} has no examples.")
     parts: dict[str, Any] = {split: tuple(examples) for split, examples in splits.items()}
-    return Task(name, **parts, source=label)
+    return Task(name or "task", **parts, source=label)
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
     """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`."""
-    given = [given] if isinstance(given, Task | str | Path) else given
-    return [given_task(each) for each in given]
-
-
-def given_task(given: Task | str | Path) -> Task:
-    """A Task as it is, or the one that a path or name stands for."""
-    return given if isinstance(given, Task) else load_task(given)
+    tasks = [given] if isinstance(given, Task | str | Path) else given
+    return [each if isinstance(each, Task) else load_task(each) for each in tasks]
 
 
 def default_name(source: str | Path) -> str:
@@ -115,14 +108,6 @@ def default_name(source: str | Path) -> str:
     return Path(source).stem
 
 
-def whole_text(text: str, what: str) -> str:
-    """`text`. Raises TaskError if UTF-8 can't encode it: no file of ours could hold it."""
-    half = half_character(text)
-    if half is not None:
-        raise TaskError(f"{what} holds {half!r}, half a character, which is not UTF-8.")
-    return text
-
-
 # Where rows come from
 
 
@@ -130,53 +115,32 @@ def _in_file(path: Path) -> Rows:
     readers = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise TaskError(f"Task {path} must be a {FILES}, or hub:DATASET.")
-    with reading(f"Task file {one_line(path, 140)}", TaskError):
-        yield from readers[path.suffix](regular(path))
+    yield from readers[path.suffix](regular(path))
 
 
 def _json_lines(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig") as lines:  # str.splitlines would split at U+2028 too
         for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            try:
-                if line.strip():
-                    yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TaskError(f"{where}: broken JSON ({one_line(error)}).") from error
+            if line.strip():
+                yield f"{path}, line {number}", line
 
 
 def _json(path: Path) -> Rows:
-    """The rows of a JSON list, or of an object of columns or splits; else JSON Lines."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        content = json.loads(text)
-    except ValueError:
-        if text.lstrip().startswith("["):
-            raise
-        return _json_lines(path)
-    is_row = isinstance(content, dict) and not all(isinstance(v, list) for v in content.values())
-    return _in_memory([content] if is_row else content, str(path))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    return _in_memory(content, str(path))
 
 
 def _csv(path: Path) -> Rows:
     csv.field_size_limit(LONGEST_CELL)  # the library's own is 131,072; long documents have more
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        names = [name for name in reader.fieldnames or () if name]
-        if len(set(names)) < len(names):
-            raise TaskError(f"{path}: two columns have one name among {', '.join(names)}.")
         try:
             for row in reader:
-                where = f"{path}, line {reader.line_num}"
                 if None in row:  # where DictReader puts what is beyond the header
-                    raise TaskError(
-                        f"{where}: more cells than the header names; quote texts that hold a comma."
-                    )
-                yield where, row
+                    raise csv.Error("more cells than the header names; quote texts with a comma")
+                yield f"{path}, line {reader.line_num}", row
         except csv.Error as error:
-            raise TaskError(
-                f"{path}, the row from line {reader.line_num + 1}: broken CSV ({error})."
-            ) from error
+            raise ValueError(f"until line {reader.line_num}, {error}") from error
 
 
 def _parquet(path: Path) -> Rows:
@@ -209,10 +173,7 @@ def _on_hub(source: str) -> Rows:
     library = _library("datasets", source)
     address, _, revision = source.removeprefix(HUB).partition("@")
     dataset, _, config = address.partition(":")
-    try:
-        loaded = library.load_dataset(dataset, config or None, revision=revision or None)
-    except Exception as error:  # as in read_rows
-        raise TaskError(f"{source} can't be loaded: {first_line(error)}.") from error
+    loaded = library.load_dataset(dataset, config or None, revision=revision or None)
     yield from _in_memory(loaded, source)
 
 
@@ -298,86 +259,28 @@ def examples_of(
 # From a row to an example
 
 
-def _compiled(template: str | None, choices: str | None) -> dict[str, Template]:
-    """The templates of the fields that are rendered; choices come first, others may name them."""
-    environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
-    texts = {"choices": choices} if choices else {}
-    if template is not None:
-        texts["input"], *rest = template.split(SEPARATOR)
-        if len(rest) != 1:
-            raise TaskError(f"template must have the form 'input {SEPARATOR} target'.")
-        texts["target"] = rest[0]
+def _plain(value: Any) -> Any:
+    """`value` without numpy and pandas; None for a cell without one."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return None if not isinstance(value, PLAIN) and str(value) in EMPTY else value
+
+
+def _text(value: Any) -> Any:
+    """Numbers as texts, and nothing as an empty one."""
+    value = _plain(value)
+    return value if isinstance(value, list | tuple | dict) else "" if value is None else str(value)
+
+
+def _listed(value: Any) -> Any:
+    """A list of texts; a CSV cell holds it as JSON or separated by |||."""
+    if not isinstance(value, str):
+        return value or ()
     try:
-        return {key: environment.from_string(text) for key, text in texts.items()}
-    except TemplateError as error:
-        raise TaskError(f"template is not valid jinja2: {error}.") from error
-
-
-def _rendered(row: Mapping[str, Any], templates: Mapping[str, Template]) -> dict[str, Any]:
-    rendered = dict(row)
-    try:
-        for key, template in templates.items():
-            text = template.render({**row, "answer_choices": rendered.get("choices")})
-            parts = [part.strip() for part in text.split(SEPARATOR)]
-            rendered[key] = parts if key == "choices" else text.strip()
-    except TEMPLATE_FAILURES as error:
-        raise TaskError(f"the template can't be filled: {error}.") from error
-    return rendered
-
-
-def _printed(value: Any) -> Any:
-    if value is None:
-        raise TemplateError("a field that it prints is empty")
-    return value
-
-
-def longest_field(
-    row: Mapping[str, Any], text: str, shown: Callable[[str], str] = str
-) -> Span | None:
-    """Where `text` holds the longest value of `row` that occurs in it exactly once, or None.
-
-    Values inside lists and dicts count individually. `shown` maps a value to its printed form.
-    """
-    for value in sorted(_texts_in(row), key=len, reverse=True):
-        piece = shown(value).strip()
-        if piece and text.count(piece) == 1:
-            start = text.index(piece)
-            return start, start + len(piece)
-    return None
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_in(item)
-
-
-def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tuple[str, Example]:
-    """(split, example) of a row."""
-    if not isinstance(row, Mapping):
-        raise TaskError(f"wanted an object with fields, got {shortened(row, 40)}.")
-    row = {name: _plain(value) for name, value in row.items()}
-    filled = _rendered(row, templates)
-    filled = filled if "input" in templates else _in_our_form(filled)
-    split = row.get("split") or "train"
-    if split not in SPLITS:
-        raise TaskError(f"split is {shortened(split)}, but must be {', '.join(SPLITS)}.")
-    if templates:
-        filled |= {key: _stripped(filled.get(key)) for key in ("target", "choices", "references")}
-    text, target = (_text(filled.get(key), key) for key in ("input", "target"))
-    if not text.strip() or (targets and not target.strip()):
-        fields = one_line(", ".join(map(str, row)) or "none")
-        raise TaskError(
-            f"{'target' if text.strip() else 'input'} is missing or empty; the fields there are "
-            f"{fields}. Wanted {FORMS}, or a template that reads others."
-        )
-    choices, references = (_texts(filled.get(key), key) for key in ("choices", "references"))
-    if choices and target not in choices and (targets or target):
-        raise TaskError(f"target {target!r} is not among the choices {list(choices)}.")
-    passage = longest_field(row, text) if "input" in templates else None
-    return split, Example(text, target, choices, references, passage)
+        listed = json.loads(value)
+    except (ValueError, RecursionError):
+        listed = None
+    return _stripped(listed if isinstance(listed, list) else value.split(SEPARATOR))
 
 
 def _stripped(answers: Any) -> Any:
@@ -386,76 +289,114 @@ def _stripped(answers: Any) -> Any:
     return answers.strip() if isinstance(answers, str) else answers
 
 
+# With a limit pydantic refuses half a character, which UTF-8 can't encode.
+Whole = Annotated[str, StringConstraints(min_length=0)]
+Text = Annotated[Whole, BeforeValidator(_text)]
+Answer = Annotated[str, StringConstraints(pattern=r"\S"), BeforeValidator(_text)]
+Answers = Annotated[tuple[Answer, ...], BeforeValidator(_listed)]
+FIELDS = TypeAdapter(dict[str, Any])
+
+
+NoTools = Annotated[list[Any], Field(max_length=0)] | None
+
+
+class _Part(BaseModel):
+    text: Whole
+
+
+class _Turn(BaseModel):
+    """One of `messages`: of several parts, all must be texts; tools can't be trained on."""
+
+    role: str
+    content: Whole | list[_Part]
+    tool_calls: NoTools = None
+
+    @property
+    def text(self) -> str:
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+TURNS = TypeAdapter(list[_Turn])
+
+
+class _Row(BaseModel):
+    """A row in our form. Of a chat, `messages` are the turns before the target."""
+
+    input: Text = ""
+    messages: list[_Turn] = []
+    target: Text = ""
+    choices: Answers = ()
+    references: Answers = ()
+    split: Literal["train", "validation", "test"] = "train"
+
+
+def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tuple[str, Example]:
+    """(split, example) of a row, which may be a line of JSON."""
+    content = FIELDS.validate_python(json.loads(row) if isinstance(row, str) else row)
+    plain = {name: value for name, cell in content.items() if (value := _plain(cell)) is not None}
+    filled = _rendered(content | plain, templates) if templates else plain
+    filled = filled if "input" in templates else _in_our_form(filled)
+    read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
+    turns = [(turn.role, turn.text) for turn in read.messages]
+    text, target = Chat(turns) if turns else read.input, read.target
+    if not text.strip() or (targets and not target.strip()):
+        raise ValueError(
+            f"{'target' if text.strip() else 'input'} is missing or empty; the fields there are "
+            f"{one_line(', '.join(content)) or 'none'}. Wanted {FORMS}, or a template that reads "
+            f"others"
+        )
+    if read.choices and target not in read.choices and (targets or target):
+        raise ValueError(f"target {target!r} is not among the choices {list(read.choices)}")
+    return read.split, Example(text, target, read.choices, read.references)
+
+
+def _compiled(template: str | None, choices: str | None) -> dict[str, Template]:
+    """The templates of the fields that are rendered; choices come first, others may name them."""
+    environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
+    texts = {"choices": choices} if choices else {}
+    if template is not None:
+        texts["input"], *rest = template.split(SEPARATOR)
+        if len(rest) != 1:
+            raise ValueError(f"it must have the form 'input {SEPARATOR} target'")
+        texts["target"] = rest[0]
+    return {key: environment.from_string(text) for key, text in texts.items()}
+
+
+def _rendered(row: Mapping[str, Any], templates: Mapping[str, Template]) -> dict[str, Any]:
+    rendered = dict(row)
+    for key, template in templates.items():
+        text = template.render({**row, "answer_choices": rendered.get("choices")})
+        parts = _stripped(text.split(SEPARATOR))
+        rendered[key] = parts if key == "choices" else text.strip()
+    answers = ("target", "choices", "references")
+    return rendered | {key: _stripped(rendered.get(key)) for key in answers}
+
+
+def _printed(value: Any) -> Any:
+    if value is None:
+        raise TemplateError("a field that the template prints is empty")
+    return value
+
+
 def _in_our_form(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with input and target, if it has another program's form; turns become a Chat."""
+    """`row` with input and target, if it has another program's form."""
     prompt, completion = row.get("prompt"), row.get("completion")
-    if row.get("target") is not None:
-        return row
-    if row.get("messages") is not None:
-        turns = _turns(row["messages"])
-    elif isinstance(prompt, list) and isinstance(completion, list):
-        turns = _turns([*prompt, *completion])
-    elif prompt is not None and completion is not None:
+    if "target" in row:
+        return {**row, "messages": []}
+    if isinstance(prompt, list) and isinstance(completion, list):
+        row = {**row, "messages": [*prompt, *completion]}
+    if "messages" in row:
+        turns = TURNS.validate_python(row["messages"])
+        *before, answer = turns or [_Turn(role="none", content="")]
+        if answer.role != "assistant" or not any(turn.text.strip() for turn in before):
+            raise ValueError("messages must end with what the assistant answers to others")
+        return {**row, "messages": before, "target": answer.text}
+    if prompt is not None and completion is not None:
         # What follows a prompt is set off by a space of ours.
         answers = {key: _stripped(row.get(key)) for key in ("choices", "references")}
-        return {**row, **answers, "input": str(prompt), "target": str(completion).strip()}
-    elif row.get("instruction") is not None and "output" in row:
-        asked = (row.get(name) for name in ("instruction", "input"))
-        parts = (str(part).strip() for part in asked if part is not None)
-        return {**row, "input": "\n\n".join(filter(None, parts)), "target": row["output"]}
-    else:
-        return row
-    *before, (role, answer) = turns or [("none", "")]
-    if role != "assistant" or not any(content.strip() for _, content in before):
-        raise TaskError("messages must end with what the assistant answers to others.")
-    return {**row, "input": Chat(before), "target": answer}
-
-
-def _turns(messages: Any) -> list[tuple[str, str]]:
-    turns = []
-    for message in messages if isinstance(messages, list) else [messages]:
-        fields = message if isinstance(message, Mapping) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if isinstance(content, list):  # OpenAI's parts
-            texts: list[Any] = [isinstance(part, dict) and part.get("text") for part in content]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-        if not isinstance(role, str) or not isinstance(content, str) or fields.get("tool_calls"):
-            raise TaskError(
-                f"a message must have a role and a content of text, which tool calls and pictures "
-                f"are not; got {shortened(message)}."
-            )
-        turns.append((role, content))
-    return turns
-
-
-def _text(value: Any, what: str) -> str:
-    if isinstance(value, list | tuple | dict):
-        raise TaskError(f"{what} must be a text, got {shortened(value)}.")
-    text = "" if value is None else str(value)
-    return value if isinstance(whole_text(text, what) and value, Chat) else text
-
-
-def _texts(value: Any, what: str) -> tuple[str, ...]:
-    """A list of texts; a CSV cell holds it as JSON or separated by |||."""
-    if isinstance(value, str):
-        cell = value.strip()
-        value = _stripped(cell.split(SEPARATOR)) if cell else ()
-        if cell.startswith("[") and cell.endswith("]"):
-            try:
-                value = _stripped(json.loads(cell))
-            except (ValueError, RecursionError) as error:
-                if SEPARATOR not in cell:  # as in "[yes] ||| [no]"
-                    raise TaskError(f"{what}: broken JSON list ({one_line(error)}).") from error
-    if not isinstance(value or (), list | tuple):
-        raise TaskError(f"{what} must be a list of texts, got {shortened(value)}.")
-    texts = tuple(_text(_plain(item), what) for item in value or ())
-    if not all(text.strip() for text in texts):
-        raise TaskError(f"one of the {what} {list(texts)} is empty; leave it out.")
-    return texts
-
-
-def _plain(value: Any) -> Any:
-    """`value` without numpy and pandas; None for a cell without one."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return None if not isinstance(value, PLAIN) and str(value) in EMPTY else value
+        return {**row, **answers, "input": prompt, "target": str(completion).strip()}
+    if "instruction" in row and "output" in row:
+        asked = (str(row[name]).strip() for name in ("instruction", "input") if name in row)
+        return {**row, "input": "\n\n".join(filter(None, asked)), "target": row["output"]}
+    return row

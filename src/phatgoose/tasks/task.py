@@ -17,7 +17,6 @@ PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
 T = TypeVar("T")
-Span = tuple[int, int]  # characters of a text: the first, and the first after the span
 
 
 class Chat(str):
@@ -55,17 +54,15 @@ def question_of(turns: Sequence[tuple[str, str]]) -> str:
 class Example:
     """One example. `choices` is empty for open-ended tasks; `references` are all right answers.
 
-    An `input` that is a `Chat` is read through the base's chat template. `passage` is the longest
-    field of its template in `input`: the part to shorten if the input is too long. None if no
-    template is known. `row` numbers the dataset's row that it was made of, if others may be made of
-    the same (in other templates). Equality ignores both.
+    An `input` that is a `Chat` is read through the base's chat template. `row` numbers the
+    dataset's row that it was made of, if others may be made of the same (in other templates), which
+    equality ignores.
     """
 
     input: str
     target: str
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
-    passage: Span | None = field(default=None, compare=False)
     row: int | None = field(default=None, compare=False)
 
     @property

@@ -77,7 +77,7 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     assert phat(*words).code == 0
 
 
-DIGEST = "f7092605b49a6aa09b6cf4bc434f9a6462f6e8da01a276c303129d1479632a57"
+DIGEST = "15d4f9dda407979b51a3ef2d3d6da494c8ebb34d453d00e5b77cd1bcfb201074"
 
 
 def rows_of(names: tuple[str, ...], split: str) -> dict[str, tuple[Example, ...]]:

@@ -169,7 +169,7 @@ def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
         compose(llama_pool, llama.model, router=text)
     for content, message in (
         ("", "few.jsonl has no examples"),
-        ("apples", "few.jsonl, line 1: broken JSON"),
+        ("apples", "few.jsonl, line 1 is not valid: Expecting value"),
         ("{}", "few.jsonl, line 1: input is missing"),
         ('{"input": "plums", "split": "test"}', "few.jsonl has no examples of split train"),
     ):

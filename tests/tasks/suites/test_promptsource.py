@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from phatgoose.errors import TaskError
+from phatgoose.tasks.loading import TEMPLATE_FAILURES
 from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates, templates_folder
 from phatgoose.tasks.task import Example, Sources
 
@@ -96,7 +97,7 @@ def test_other_tags_are_refused(folder, tag):
     ],
 )
 def test_broken_files_are_refused_by_name(folder, text):
-    with pytest.raises(TaskError, match=r"nuts.templates\.yaml does not exist. .*pip install"):
+    with pytest.raises(TaskError, match=r"nuts.templates\.yaml does not exist\..*pip install"):
         read_templates(folder(text), "nuts")
     with pytest.raises(TaskError, match=r"templates\.yaml is not valid: ") as caught:
         read_templates(folder(text), "fruit")
@@ -107,13 +108,13 @@ def test_folder_of_the_installed_package_is_found_without_importing_it(tmp_path,
     (tmp_path / "promptsource/templates").mkdir(parents=True)
     (tmp_path / "promptsource/__init__.py").write_text("raise RuntimeError", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TaskError, match=r"nowhere does not exist; .*promptsource==0\.2\.3"):
+    with pytest.raises(TaskError, match=r"nowhere does not exist\..*promptsource==0\.2\.3"):
         templates_folder(Sources(templates=tmp_path / "nowhere"))
     assert templates_folder(Sources(templates=tmp_path)) == tmp_path
     assert templates_folder(Sources()) == tmp_path / "promptsource/templates"
     assert "promptsource" not in sys.modules
     (tmp_path / "promptsource/templates").rmdir()
-    with pytest.raises(TaskError, match=r"Prompt templates are missing; .*pip install --no-deps"):
+    with pytest.raises(TaskError, match=r"templates does not exist\..*pip install --no-deps"):
         templates_folder(Sources())
 
 
@@ -187,15 +188,6 @@ def test_long_values_are_cut_as_promptsource_does():
     assert len(made.choices[0]) == 4999
 
 
-def test_the_longest_field_of_a_prompt_is_known():
-    template = PromptTemplate("t", "Read: {{ text }}\nQ: {{ q }} ||| {{ a }}", "yes ||| no")
-    for text in ("a tale that is told", "word " * 600, "a ||| b and more"):
-        rendered = template.render({"text": text, "q": "so?", "a": "yes"})
-        passage = rendered.input[slice(*rendered.passage)]
-        assert rendered.input == f"Read: {passage}\nQ: so?"
-        assert passage.startswith(text.strip()[:2000])
-
-
 def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
     jinja, state = "{{range(1000) | choice}} {{range(1000) | choice}} ||| x", random.getstate()
     first = [rendered(jinja, {"n": n}).input for n in range(20)]
@@ -226,9 +218,9 @@ def test_most_frequent_and_zip():
         ("{{answer_choices[3] + 1}} ||| x", "undefined|list"),
     ],
 )
-def test_failing_expressions_name_the_template(jinja, reason):
+def test_failing_expressions_are_known_failures(jinja, reason):
     row = {"none_left": [], "zero": 0, "number": 1}
-    with pytest.raises(TaskError, match=f"Template 'test' can't be filled: .*({reason})"):
+    with pytest.raises(TEMPLATE_FAILURES, match=reason):
         rendered(jinja, row, "a ||| b")
 
 

@@ -160,7 +160,7 @@ def solved(
     """
     answers = [list(dict.fromkeys((each.target, *each.choices))) for each in examples]
     pairs = [
-        encoder.pair(each.input, answer, each.passage)
+        encoder.pair(each.input, answer)
         for each, listed in zip(examples, answers, strict=True)
         for answer in listed
     ]

@@ -15,22 +15,21 @@ import importlib.util
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import yaml  # type: ignore[import-untyped]
 from jinja2 import Template, pass_context
-from jinja2.filters import do_truncate
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
-from ...files import YamlLoader, reading, regular
-from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field, read_rows
+from ...files import YamlLoader, first_line, reading, regular
+from ..loading import SEPARATOR, TEMPLATE_FAILURES, read_rows
 from ..task import Example, Sources
 
 FILE_NAME = "templates.yaml"
@@ -39,7 +38,7 @@ PROTECTED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 LONGEST_VALUE = 2048  # characters of each expression, where promptsource cuts by default
 DRAWS = "draws of this row"  # a name that no template can spell
 HOW_TO_GET = (
-    "unpack promptsource 0.2.3 and give its folder promptsource/templates, or install it: "
+    " Unpack promptsource 0.2.3 and give its folder promptsource/templates, or install it: "
     "pip install --no-deps --ignore-requires-python promptsource==0.2.3"
 )
 
@@ -68,28 +67,22 @@ class PromptTemplate:
         """The row's example; None if the template gives no input or no target, on purpose or not.
 
         The paper's code trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py,
-        lines 133 to 143). The same row always gives the same text. Raises TaskError if an
-        expression fails.
+        lines 133 to 143). The same row always gives the same text. Raises one of TEMPLATE_FAILURES
+        if an expression fails.
         """
         # A separator in a row must not split the text that it is rendered to.
         values: dict[str, Any] = {key: _protect(value) for key, value in row.items()}
         # Random, but the same for the same row; most templates never draw.
         values[DRAWS] = cache(lambda: random.Random(f"{self.name} {dict(row)!r}"))
         choices: list[str] | None = None
-        try:
-            if self.answer_choices is not None:
-                choices = _split(_compiled(self.answer_choices).render(values))
-            values["answer_choices"] = _protect(choices)
-            parts = _split(_compiled(_truncating(self.jinja)).render(values))
-        except TEMPLATE_FAILURES as error:
-            raise TaskError(f"Template {self.name!r} can't be filled: {error}.") from error
+        if self.answer_choices is not None:
+            choices = _split(_compiled(self.answer_choices).render(values))
+        values["answer_choices"] = _protect(choices)
+        parts = _split(_compiled(_truncating(self.jinja)).render(values))
         if len(parts) < 2 or not parts[0] or not parts[1]:
             return None
         references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
-        passage = longest_field(
-            row, parts[0], lambda value: do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
-        )
-        return Example(parts[0], parts[1], tuple(choices or ()), references, passage)
+        return Example(parts[0], parts[1], tuple(choices or ()), references)
 
 
 def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
@@ -98,7 +91,7 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     Raises TaskError if their file is missing or not as promptsource writes it.
     """
     file = folder / dataset / FILE_NAME
-    with reading(f"Template file {file}", TaskError, f" {HOW_TO_GET}"):
+    with reading(f"Template file {file}", TaskError, HOW_TO_GET):
         text = regular(file).read_text(encoding="utf-8")
         nodes = yaml.load(text, _Loader)["templates"].values()
         templates = [_template(node) for node in nodes]
@@ -107,16 +100,12 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
 
 def templates_folder(sources: Sources) -> Path:
     """`sources.templates`, or the folder in the installed promptsource, which isn't imported."""
-    if sources.templates is not None:
-        if not sources.templates.is_dir():
-            raise TaskError(f"Template folder {sources.templates} does not exist; {HOW_TO_GET}")
-        return sources.templates
     spec = importlib.util.find_spec("promptsource")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        folder = Path(place) / "templates"
-        if folder.is_dir():
-            return folder
-    raise TaskError(f"Prompt templates are missing; {HOW_TO_GET}")
+    package = Path(spec.origin).parent if spec and spec.origin else Path("promptsource")
+    folder = sources.templates or package / "templates"
+    if not folder.is_dir():
+        raise TaskError(f"Folder of prompt templates {folder} does not exist.{HOW_TO_GET}")
+    return folder
 
 
 @pass_context
@@ -185,7 +174,14 @@ def _template(node: Mapping[str, Any]) -> PromptTemplate:
 
 
 Row = Mapping[str, Any]
-Pair = tuple[Row, PromptTemplate]
+
+
+class Pair(NamedTuple):
+    """What an example is made of; `number` is the row's, if several are made of it."""
+
+    row: Row
+    template: PromptTemplate
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,14 +214,14 @@ class P3Dataset:
             choices = "|||".join(self.prompt_choices)
             return [PromptTemplate(self.name, self.prompt, choices, original_task=True)]
         templates = read_templates(templates_folder(sources), self.templates)
-        return without(templates, self.ignored, self)
+        return [template for template in templates if template.name not in self.ignored]
 
     def rows(
         self, split: str, templates: Iterable[PromptTemplate], sources: Sources
     ) -> Sequence[Row]:
         rows = read_rows(sources, self.hub, self.config, split)
         if not len(rows):
-            raise TaskError(f"Split {split} of {self.hub} has no rows.")
+            return rows
         names = {old: new for old, new in self.rename.items() if old in rows[0]}
         if names:
             rows = cast(Any, rows).rename_columns(names)
@@ -239,94 +235,55 @@ class P3Dataset:
         return rows
 
 
-def without(
-    templates: Iterable[PromptTemplate], ignored: Sequence[str], dataset: P3Dataset
-) -> list[PromptTemplate]:
-    """`templates` without those called `ignored`. Raises TaskError if one of these is missing."""
-    by_name = {template.name: template for template in templates}
-    for name in ignored:
-        if by_name.pop(name, None) is None:
-            raise TaskError(
-                f"The templates of {dataset.templates} have no {name!r}, which {dataset.name} "
-                f"leaves out; use those of promptsource 0.2.3."
-            )
-    return list(by_name.values())
+Grade = Callable[[Row, Example], Example | None]
 
 
-class Picker:
-    """Makes examples of one dataset's pairs of a row and a template, and counts those left out.
+def ranked(_: Row, example: Example) -> Example | None:
+    """The example, if its target is a choice; the paper's code takes the closest one instead."""
+    return example if example.target in example.choices else None
 
-    These are pairs without an input or a target and, if answers are ranked, whose target is no
-    choice; the paper's code takes the choice closest to the target there. If they are `generated`,
-    they are compared with what a row has at `references`, a path such as "answers.text".
+
+def generated(references: str | None, row: Row, example: Example) -> Example:
+    """Its answer is compared with what the row has at `references`, such as "answers.text"."""
+    answers: Any = row if references else ()
+    for name in references.split(".") if references else ():
+        answers = answers[name]
+    texts = [answers] if isinstance(answers, str) else answers or ()
+    right = tuple(text for text in texts if text.strip()) or example.references
+    return replace(example, choices=(), references=right)
+
+
+def picked(
+    what: str, pairs: Iterable[Pair], grade: Grade = lambda _, example: example
+) -> tuple[Example, ...]:
+    """The examples of all pairs, graded. A warning counts those that can't be used.
+
+    These have no input or no target, no target among the choices, or no template that can be
+    filled. Raises TaskError if none is left.
     """
-
-    def __init__(
-        self, name: str, references: str | None = None, *, generated: bool = False
-    ) -> None:
-        self._name, self._references, self._generated = name, references, generated
-        self._pairs, self._left_out, self._failure = 0, Counter[str](), ""
-
-    def training(self, pairs: Iterable[Pair]) -> tuple[Example, ...]:
-        return self._some("training", (self._example(*pair) for pair in pairs))
-
-    def graded(self, pairs: Iterable[Pair]) -> tuple[Example, ...]:
-        return self._some("evaluation", (self._graded(*pair) for pair in pairs))
-
-    def graded_in_all(
-        self, rows: Iterable[Row], templates: Sequence[PromptTemplate]
-    ) -> tuple[Example, ...]:
-        """Examples to score, of every row in every template; `Example.row` numbers the rows."""
-        numbered = (
-            (number, self._graded(row, template))
-            for number, row in enumerate(rows)
-            for template in templates
-        )
-        return self._some("evaluation", (e and replace(e, row=number) for number, e in numbered))
-
-    def warn(self) -> None:
-        if self._left_out:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self._left_out.items())
-            first = f" First failure: {self._failure}" if self._failure else ""
-            warnings.warn(
-                f"{self._name}: {self._left_out.total()} of {self._pairs} pairs of a row and a "
-                f"prompt template are left out: {reasons}.{first}",
-                stacklevel=3,
-            )
-
-    def _some(self, use: str, examples: Iterable[Example | None]) -> tuple[Example, ...]:
-        kept = tuple(example for example in examples if example is not None)
-        if not kept:
-            reasons = ", ".join(self._left_out) or "there are no pairs of a row and a template"
-            text = f"{self._name} has no {use} examples: {reasons}. {self._failure}"
-            raise TaskError(text.rstrip())
-        return kept
-
-    def _example(self, row: Row, template: PromptTemplate) -> Example | None:
-        self._pairs += 1
+    examples, left_out, failure = list[Example](), Counter[str](), ""
+    for row, template, number in pairs:
         reason = "without an input or a target"
         try:
             example = template.render(row)
-        except TaskError as error:
+            if example is not None:
+                reason = "whose target is not among the answer choices"
+                example = grade(row, example)
+        except TEMPLATE_FAILURES as error:
             example, reason = None, "whose template can't be filled"
-            self._failure = self._failure or str(error)
-        self._left_out.update([] if example else [reason])
-        return example
-
-    def _graded(self, row: Row, template: PromptTemplate) -> Example | None:
-        example = self._example(row, template)
-        if example is None or (not self._generated and example.target in example.choices):
-            return example
-        if not self._generated:
-            self._left_out["whose target is not among the answer choices"] += 1
-            return None
-        answers: Any = row if self._references else ()
-        try:
-            for name in self._references.split(".") if self._references else ():
-                answers = answers[name]
-        except (LookupError, TypeError) as error:
-            path = self._references
-            raise TaskError(f"{self._name}: a row has no field {path}, its answers.") from error
-        texts = [answers] if isinstance(answers, str) else answers or ()
-        references = tuple(text for text in texts if text.strip()) or example.references
-        return replace(example, choices=(), references=references)
+            failure = failure or f" First failure: template {template.name!r}, {first_line(error)}."
+        if example is None:
+            left_out[reason] += 1
+        else:
+            examples.append(replace(example, row=number))
+    reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+    if not examples:
+        reasons = reasons or "there are no pairs of a row and a template"
+        raise TaskError(f"{what}: there are no examples: {reasons}.{failure}")
+    if lost := left_out.total():
+        warnings.warn(
+            f"{what}: {lost} of {lost + len(examples)} pairs of a row and a prompt template are "
+            f"left out: {reasons}.{failure}",
+            stacklevel=3,
+        )
+    return tuple(examples)

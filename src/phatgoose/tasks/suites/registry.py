@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt
 
 from ...config import TASK_FILES, closest
 from ...errors import TaskError
-from ...files import add_entry_points, read_table, shortened
-from ..loading import FILES, HUB, SPLITS, default_name, load_task, whole_text
+from ...files import add_entry_points, read_table, reading, shortened
+from ..loading import FILES, HUB, SPLITS, default_name, load_task
 from ..task import Entry, Sources, Suite, Task, mix, named_apart
 from . import bigbench, flan, t0
 
@@ -61,75 +63,56 @@ def open_suite(name_or_path: str | Path) -> Suite:
     if isinstance(name_or_path, str) and name_or_path in known:
         return known[name_or_path].open()
     if path.suffix == ".toml":
-        suite = _toml_suite(path)
+        content, folder = read_table(path, "Suite", TaskError), path.parent
     elif name_or_path and path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in TASK_FILES and f.name[0] != ".")
-        suite = Suite(path.resolve().name, tuple(_entry(file, file.stem) for file in files))
+        files = [file.name for file in sorted(path.iterdir()) if file.suffix in TASK_FILES]
+        tables = [{"file": name} for name in files if not name.startswith(".")]
+        content, folder = {"name": path.resolve().name, "tasks": tables}, path
     elif path.suffix in TASK_FILES and path.is_file():
-        suite = Suite(path.stem, (_entry(path, path.stem),))
+        content, folder = {"tasks": [{"file": path.name}]}, path.parent
     else:
         raise TaskError(
             f"Suite {shortened(str(name_or_path))} is neither a known name ({', '.join(known)}) "
             f"nor a folder of task files nor a .toml, {FILES}.{closest(name_or_path, known)}"
         )
-    whole_text(suite.name, f"The name {shortened(suite.name)}")
-    if not suite.entries:
-        raise TaskError(f"{path} has no tasks; wanted a {FILES}, or [[tasks]] in TOML.")
-    named_apart(suite.entries)
-    return suite
+    with reading(f"Suite {path}", TaskError):
+        table = _SuiteTable.model_validate(content)
+    entries = [_entry(folder / task.file, task, table.suffix) for task in table.tasks]
+    return Suite(table.name or path.stem, tuple(named_apart(entries)))
 
 
-def _entry(
-    file: Path,
-    name: str,
-    metrics: Sequence[str] = (),
-    max_new_tokens: int | None = None,
-    suffix: str = "",
-) -> Entry:
+def _entry(file: Path, table: _TaskTable, suffix: str) -> Entry:
+    name, metrics = table.name or file.stem, tuple(table.metrics)
+    suffix = suffix if table.suffix is None else table.suffix
+
     def read(_: Sources) -> Task:
         task = load_task(file, name=name)
         splits: dict[str, Any] = {
             split: tuple(replace(each, input=each.input + suffix) for each in getattr(task, split))
             for split in SPLITS
         }
-        return replace(task, **splits, metrics=tuple(metrics), max_new_tokens=max_new_tokens)
+        return replace(task, **splits, metrics=metrics, max_new_tokens=table.max_new_tokens)
 
-    return Entry(name, read, tuple(metrics), max_new_tokens, source=str(file))
-
-
-SUITE_KEYS: dict[str, type] = {"name": str, "suffix": str, "tasks": list}
-POSITIVE = ("name", "max_new_tokens")  # neither empty nor below 1
-TASK_KEYS: dict[str, type] = {
-    "file": str,
-    "name": str,
-    "metrics": list,
-    "max_new_tokens": int,
-    "suffix": str,
-}
+    return Entry(name, read, metrics, table.max_new_tokens, source=str(file))
 
 
-def _toml_suite(path: Path) -> Suite:
-    content = read_table(path, "Suite", TaskError)
-    _require_known(content, SUITE_KEYS, str(path))
-    entries = []
-    for number, table in enumerate(content.get("tasks", ()), 1):
-        where = f"{path}, task {number}"
-        _require_known(table, TASK_KEYS, where)
-        file = path.parent / table.pop("file", "")
-        if not file.is_file():
-            raise TaskError(f"{where}: file {file} does not exist.")
-        table = {"name": file.stem, "suffix": content.get("suffix", ""), **table}
-        entries.append(_entry(file, **table))
-    return Suite(content.get("name", path.stem), tuple(entries))
+class _TaskTable(BaseModel, extra="forbid", strict=True):
+    """One of a TOML file's [[tasks]]."""
+
+    file: str
+    name: str = ""
+    metrics: list[str] = []
+    max_new_tokens: PositiveInt | None = None
+    suffix: str | None = None
 
 
-def _require_known(table: Any, kinds: Mapping[str, type], where: str) -> None:
-    fields: dict[str, Any] = table if isinstance(table, dict) else {"task": table}
-    for key, value in fields.items():
-        is_right = kinds.get(key) is type(value)
-        if not is_right or (key in POSITIVE and value <= type(value)()):
-            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-            raise TaskError(f"{where}: {key} is {shortened(value)}; wanted {known}.")
+Tasks = Annotated[list[_TaskTable], Field(min_length=1)]
+
+
+class _SuiteTable(BaseModel, extra="forbid", strict=True):
+    name: str = ""
+    suffix: str = ""
+    tasks: Tasks
 
 
 Origin = Literal["file", "copy", "hub"]
@@ -141,7 +124,7 @@ class TrainingTask:
 
     `named` is what a user writes for it alone, such as "t0hi/ag_news". Its data come from `origin`:
     a "file" of the user's own, a "copy" of a Hub dataset in `sources.data`, or the "hub" itself. A
-    mixture has `parts`, which `mixed` mixes.
+    mixture has `parts`.
     """
 
     entry: Entry
@@ -149,7 +132,6 @@ class TrainingTask:
     origin: Origin
     sources: Sources
     parts: tuple[TrainingTask, ...] = ()
-    mixed: Callable[[Sequence[TrainingTask]], TrainingTask] | None = None
 
     @property
     def name(self) -> str:
@@ -159,10 +141,8 @@ class TrainingTask:
         return self.entry.read(self.sources)
 
     def portable(self) -> TrainingTask:
-        """The same task for another machine; the content of a user's own file travels with it."""
-        if self.mixed is not None:
-            return self.mixed([part.portable() for part in self.parts])
-        if self.origin == "file":
+        """The same task for another machine; the content of files and of a mixture goes along."""
+        if self.origin == "file" or self.parts:
             task = self.load()
             return replace(self, entry=replace(self.entry, read=lambda _: task))
         places = (self.sources.data, self.sources.templates)
@@ -183,8 +163,7 @@ def mixture(
         source=f"mixture of {len(tasks)} tasks",
     )
     origin: Origin = "hub" if "hub" in origins else "copy" if "copy" in origins else "file"
-    again = partial(mixture, name=name, most=most, seed=seed)
-    return TrainingTask(entry, name, origin, Sources(), tuple(tasks), again)
+    return TrainingTask(entry, name, origin, Sources(), tuple(tasks))
 
 
 def _read(name: str, template: str | None, choices: str | None, _: Sources) -> Task:
@@ -211,8 +190,6 @@ def open_tasks(
         whole, _, dataset = name.rpartition("/")
         if name.startswith(HUB) or name.endswith(TASK_FILES):
             origin: Origin = "hub" if name.startswith(HUB) else "file"
-            if origin == "file" and not Path(name).is_file():
-                raise TaskError(f"Task file {name} does not exist.")
             read = partial(_read, name, template, choices)
             entry = Entry(default_name(name), read, source=name)
             tasks.append(TrainingTask(entry, name, origin, sources))

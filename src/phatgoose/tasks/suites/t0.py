@@ -2,7 +2,7 @@
 
 They have P3's prompts (`p3`). t0.toml lists the datasets and their settings, after the paper's
 released code. Pairs of a row and a template are drawn before anything is rendered. Where we differ:
-the draws are `random`'s instead of numpy's, and unusable pairs (see `Picker`) are left out.
+the draws are `random`'s instead of numpy's, and unusable pairs (see `picked`) are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from ...errors import TaskError
 from ...files import read_table
 from ..task import Entry, Sources, Suite, Task
-from .p3 import P3Dataset, Picker, PromptTemplate, Row, without
+from .p3 import P3Dataset, Pair, PromptTemplate, Row, generated, picked, ranked
 
 SEED = 42
 SET_APART_SEED = 1234
@@ -103,9 +103,12 @@ def _tupled(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
     templates = dataset.prompt_templates(sources)
-    original = without(templates, dataset.ignored_in_validation, dataset)
-    if dataset.validation_templates == "original":
-        original = [template for template in original if template.original_task]
+    original = [
+        template
+        for template in templates
+        if template.name not in dataset.ignored_in_validation
+        and (template.original_task or dataset.validation_templates != "original")
+    ]
     train_rows = dataset.rows("train", templates, sources)
     validation_rows = dataset.rows(dataset.validation, templates, sources)
     train_numbers: Sequence[int] = range(len(train_rows))
@@ -120,14 +123,14 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
         chosen = random.Random(SEED).sample(numbers, dataset.validation_rows)
         origin += f", {len(chosen)} of {len(numbers)} rows, seed {SEED}"
         numbers = sorted(chosen)
-    if not original:
-        raise TaskError(f"{dataset.name}: no template is marked as one of the original task's.")
-    picker = Picker(dataset.name, dataset.references, generated=dataset.metrics != ACCURACY)
-    train = picker.training(_train_pairs(train_rows, train_numbers, templates))
-    validation = picker.graded(
-        (validation_rows[row], original[i % len(original)]) for i, row in enumerate(numbers)
+    pairs = zip(numbers, cycle(original), strict=False)
+    grade = ranked if dataset.metrics == ACCURACY else partial(generated, dataset.references)
+    train = picked(f"{dataset.name}, training", _train_pairs(train_rows, train_numbers, templates))
+    validation = picked(
+        f"{dataset.name}, validation",
+        (Pair(validation_rows[number], template) for number, template in pairs),
+        grade,
     )
-    picker.warn()
     return Task(
         dataset.name,
         train=train,
@@ -140,28 +143,26 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
 
 
 def _held_out_task(dataset: _HeldOut, sources: Sources) -> Task:
-    if dataset.manual and sources.data is None:
-        raise TaskError(f"{dataset.manual}.")
     templates = [each for each in dataset.prompt_templates(sources) if each.original_task]
     try:
         rows = dataset.rows(dataset.split, templates, sources)
     except TaskError as error:
-        if dataset.manual:
-            raise TaskError(f"{error} {dataset.manual}.") from error
-        raise
-    picker = Picker(dataset.name)
-    test = picker.graded_in_all(rows, templates)
-    picker.warn()
+        hint = f" {dataset.manual}." if dataset.manual else ""
+        raise TaskError(f"{error}{hint}") from error
+    pairs = (
+        Pair(row, template, number) for number, row in enumerate(rows) for template in templates
+    )
+    test = picked(dataset.name, pairs, ranked)
     return Task(dataset.name, test=test, source=dataset.source, metrics=ACCURACY)
 
 
 def _train_pairs(
     rows: Sequence[Row], row_numbers: Sequence[int], templates: Sequence[PromptTemplate]
-) -> Iterator[tuple[Row, PromptTemplate]]:
+) -> Iterator[Pair]:
     pairs: Sequence[int] = range(len(row_numbers) * len(templates))
     if len(pairs) > MOST_TRAIN_PAIRS:
         pairs = sorted(random.Random(SEED).sample(pairs, MOST_TRAIN_PAIRS))
     for row_number, group in groupby(pairs, lambda pair: pair // len(templates)):
         row = rows[row_numbers[row_number]]  # once, for its pairs follow each other
         for pair in group:
-            yield row, templates[pair % len(templates)]
+            yield Pair(row, templates[pair % len(templates)])

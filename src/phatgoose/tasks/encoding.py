@@ -131,15 +131,13 @@ class Encoder:
 
         Raises TaskError when the formatting has no chat, or the template adds nothing of its own.
         """
-        if not self.formatting.chat:
-            raise TaskError("The generation prompt is the chat template's; turn chat on.")
         chat = Chat([("user", "text")])
         before = self._tokens(self._rendered(chat, begins_answer=False))
         whole = self._tokens(self._rendered(chat))
-        if whole == before or whole[: len(before)] != before:
+        if not self.formatting.chat or whole == before or whole[: len(before)] != before:
             raise TaskError(
-                "The base's chat template adds no generation prompt whose tokens are its own; name "
-                "a number of tokens for acts_on."
+                "acts_on generation-prompt needs chat, and a template of the base's that adds a "
+                "generation prompt whose tokens are its own; or name a number of tokens."
             )
         return whole[len(before) :]
 
@@ -368,9 +366,9 @@ class Cuts:
 def recorded_share(metrics: Mapping[str, Any]) -> str | None:
     """The share of cut inputs in an expert's metrics, in words; None if not recorded."""
     inputs, cut = (metrics.get(name) for name in CUTS[:2])
-    if type(inputs) is not int or type(cut) is not int or not 0 <= cut <= inputs or not inputs:
-        return None
-    return _percent(cut / inputs)
+    if isinstance(inputs, int) and isinstance(cut, int) and 0 <= cut <= inputs > 0:
+        return _percent(cut / inputs)
+    return None
 
 
 def _percent(share: float) -> str:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeA
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files import first_line, one_line, reading, regular
+from ..files import one_line, reading, regular
 from .task import Chat, Example, Sources, Task
 
 SEPARATOR = "|||"
@@ -84,7 +84,8 @@ def load_task(
             rows, label = _on_hub(str(source)), str(source)
     with reading("The template", TaskError):
         templates = _compiled(template, choices)
-    with reading(source if isinstance(source, str | Path) else label, TaskError):
+    place = one_line(source, 140) if isinstance(source, str | Path) else label
+    with reading(place, TaskError):
         for place, row in rows:
             with reading(place, TaskError):
                 split, example = _example(row, templates, targets)
@@ -200,19 +201,9 @@ def read_rows(
     what = f"Split {split} of dataset {dataset}" + f" (configuration {config})" * bool(config)
     library = _library("datasets", what)
     copy = None if sources.data is None else (sources.data / dataset).absolute()
-    if copy is not None and not copy.is_dir():
-        raise TaskError(
-            f"{what} isn't there: wanted a copy of its repository in {copy}, as made by: hf "
-            f"download --repo-type dataset {dataset} --local-dir {copy}"
-        )
-    try:
+    hint = f" Copies are made by: hf download --repo-type dataset {dataset} --local-dir {copy}"
+    with reading(f"{what} in {copy or 'the Hub'}", TaskError, hint):
         rows = _split(library, copy, dataset, config, split)
-    except Exception as error:  # datasets documents no common base class for what it raises
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise TaskError(
-            f"{what} can't be loaded from {copy or 'the Hub'}: {first_line(cause)}. Of datasets "
-            f"with a script, copy revision {PARQUET_REVISION}."
-        ) from error
     return cast(Sequence[Mapping[str, Any]], rows.with_format(None))  # plain Python values
 
 
@@ -247,11 +238,8 @@ def examples_of(
 ) -> Iterator[Example]:
     """What `make` makes of `rows`, but for None. Raises TaskError where it can't, with the row."""
     for number, row in enumerate(rows, 1):
-        try:
+        with reading(f"{where}, row {number}", TaskError):
             example = make(row)
-        except (LookupError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__} ({error}); its fields are {', '.join(row)}"
-            raise TaskError(f"{where} row {number}: {reason}.") from error
         if example is not None:
             yield example
 
@@ -274,8 +262,8 @@ def _text(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     """A list of texts; a CSV cell holds it as JSON or separated by |||."""
-    if not isinstance(value, str):
-        return value or ()
+    if not isinstance(value, str) or not value.strip():
+        return value if value and not isinstance(value, str) else ()
     try:
         listed = json.loads(value)
     except (ValueError, RecursionError):

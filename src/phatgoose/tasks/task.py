@@ -135,12 +135,9 @@ class Task:
         """The examples to score on: test, else validation, else train.
 
         `limit` draws that many of them, the same ones for a given `seed`, in file order; None keeps
-        all. Raises TaskError when the task is empty.
+        all.
         """
-        examples = self.test or self.validation or self.train
-        if not examples:
-            raise TaskError(f"Task {self.name!r} has no examples.")
-        return draw(examples, limit, seed)
+        return draw(self.test or self.validation or self.train, limit, seed)
 
 
 def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
@@ -157,10 +154,8 @@ def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int 
 
     Validation examples are each task's own or set apart by `seed`, up to VALIDATION_MOST of each,
     so that the few that training draws are not all of the largest task. Raises TaskError when one
-    can't be trained on, or `most` is below 1.
+    can't be trained on.
     """
-    if most is not None and most < 1:
-        raise TaskError(f"most is {most}, but must be at least 1.")
     divided = [task.with_validation(seed) for task in tasks]
     parts = [draw(task.train, most, seed) for task in divided]
     sizes = (f"{task.source} ({len(part)})" for task, part in zip(tasks, parts, strict=True))

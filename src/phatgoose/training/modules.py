@@ -32,17 +32,7 @@ def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
             f"{kind.label} is trained on the base's own weights, not on quantised ones: leave out "
             f"--dtype 4bit, or train a lora."
         )
-    if peft.sites is not None:
-        return find_sites(model, peft.sites)
-    pattern = kind.new_modules.default_sites(model, peft)
-    try:
-        return find_sites(model, pattern)
-    except ConfigError as error:
-        if pattern is None:
-            raise
-        raise ConfigError(
-            f"Where to place it in {type(model).__name__} isn't known; name the layers with sites."
-        ) from error
+    return find_sites(model, peft.sites or kind.new_modules.default_sites(model, peft))
 
 
 def fresh_expert(base: Base, peft: Peft, *, joint: bool) -> AbstractContextManager[FreshExpert]:

@@ -118,7 +118,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     def __init__(self, label: str, lengths: list[int], batch: int, *, validates: bool) -> None:
         self.label, self.tokens, self.seconds = label, 0, 0.0
         self._lengths, self._batch, self._validates = lengths, batch, validates
-        self._loss = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -128,7 +127,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if state.best_global_step:  # transformers forgets its checkpoint if the folder moved
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
-        self._first, self._told = state.global_step, time.perf_counter()
+        self._first, self._told = state.global_step, time.time()
         logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
             total=state.max_steps,
@@ -153,28 +152,19 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             state.global_step >= state.max_steps or control.should_training_stop
         ):
             control.should_evaluate = control.should_save = True
-        if self._bar.disable and now - self._told >= LINE_EVERY:
-            self._told = now
-            line = tqdm.format_meter(
-                state.global_step,
-                state.max_steps,
-                self.seconds,
-                ncols=0,  # no bar
-                prefix=self.label,
-                unit="step",
-                initial=self._first,
-                postfix=self._loss,
-            )
-            logger.info("%s", line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        where, now = f"{self.label}: step {state.global_step} of {state.max_steps}", time.time()
         if logs and "loss" in logs:
             rate, speed = logs.get("learning_rate", 0.0), self.tokens_per_second
-            self._loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed:.0f} tokens/s"
-            self._bar.set_postfix_str(self._loss)
+            loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed:.0f} tokens/s"
+            self._bar.set_postfix_str(loss)
+            if self._bar.disable and now - self._told >= LINE_EVERY:
+                self._told, done = now, state.global_step - self._first
+                left = (state.max_steps - state.global_step) * self.seconds / done
+                logger.info("%s, %s, %s left", where, loss, tqdm.format_interval(left))
         if logs and "eval_loss" in logs:
-            where = (self.label, state.global_step, state.max_steps)
-            logger.info("%s: step %d of %d, validation loss %.4f", *where, logs["eval_loss"])
+            logger.info("%s, validation loss %.4f", where, logs["eval_loss"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.close()
@@ -247,12 +237,6 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def check_trained(self) -> None:
-        # After the last step no loss is computed any more.
-        for _, parameter in self._trained():
-            total = float(parameter.detach().abs().max())
-            self._check_finite("largest trained number", total, self.state.global_step)
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -352,7 +336,6 @@ def fit(
         # A remark on resuming with constant settings, which a user can't act on.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         result = trainer.train(resume_from_checkpoint=newest_checkpoint(work))
-    trainer.check_trained()
     model.__dict__.pop("_hf_peft_config_loaded", None)
     model.eval()
     state = trainer.state

@@ -212,7 +212,7 @@ def test_most_frequent_and_zip():
     ("jinja", "reason"),
     [
         ("{{missing.field}} ||| x", "'missing' is undefined"),
-        ("{{none_left | choice}} ||| x", ""),
+        ("{{none_left | choice}} ||| x", "empty sequence"),
         ("{% if 1 // zero %}{% endif %} ||| x", "by zero"),
         ("{{number.real.__class__.__mro__}} ||| x", "unsafe"),
         ("{{answer_choices[3] + 1}} ||| x", "undefined|list"),

@@ -157,7 +157,7 @@ CLASHES = [
     (["t0hi/samsum", "mine"], "Two tasks are named 'samsum'"),
 ]
 TOO_LATE_ELSEWHERE = [  # a mistake in one's own file isn't found out after hours of training
-    (["t0hi/samsum", "broken.jsonl"], "broken.jsonl, line 2: target is missing"),
+    (["t0hi/samsum", "broken.jsonl"], "broken.jsonl, line 2 is not valid: target is missing"),
     (["t0hi/samsum", "single.jsonl"], "at least two"),
     (["t0hi/samsum", "graded.jsonl"], "'graded' has 0 training examples"),
 ]

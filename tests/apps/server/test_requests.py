@@ -42,7 +42,7 @@ def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):
 
 
 def test_without_a_chat_template_there_are_no_chats(client):
-    assert "no chat template" in error_of(client, path=CHATS, **CHAT)["message"]
+    assert "no default chat template" in error_of(client, path=CHATS, **CHAT)["message"]
 
 
 def body_of(field: str) -> bytes:

@@ -77,14 +77,10 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     for k in (1, 3, 4, 1):
         ask(client, **GREEDY, k=k)
     assert len(routings.cached) == 2
-    one, other = acquire(1), acquire(3)
-    again = acquire(1)
-    assert again[0] is one[0]
-    assert acquire(2)[0] is goose.runner
-    again[1]()
-    assert "routings" in error_of(client, 429, **GREEDY, k=4)["message"]
-    for each in (one, other):
-        each[1]()
+    assert acquire(1) is acquire(1)
+    assert acquire(2).runner is goose.runner
+    with acquire(1), acquire(3):
+        assert "routings" in error_of(client, 429, **GREEDY, k=4)["message"]
     ask(client, **GREEDY, k=4)
     layers = [each.runner.model.phatgoose.layers for each in routings.cached.values()]
     for name, layer in goose.parts.layers.items():

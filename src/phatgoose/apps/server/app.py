@@ -37,7 +37,7 @@ from .guards import PATIENCE, AccessControl, Metrics, RequestGuard
 from .local.engine import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
-from .service import Service
+from .service import Backend, Service
 from .settings import ServedModel, Upstream
 from .upstream import EngineBackend
 
@@ -148,11 +148,11 @@ def create_app(
     (`AccessControl`). Raises what opening a model does.
     """
     limits, metrics = serving or Serving(), Metrics()
-    backend: Any
-    if upstream is not None:
-        backend = EngineBackend(models, upstream, limits)
-    else:
-        backend = LocalBackend(load_models(models), limits, metrics)
+    backend: Backend = (
+        EngineBackend(models, upstream, limits)
+        if upstream
+        else LocalBackend(load_models(models), limits, metrics)
+    )
     service = Service(backend, metrics)
 
     @asynccontextmanager
@@ -227,10 +227,8 @@ def check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise ConfigError(
-            f"Can't listen at {host}, port {port}: {reason(error)}; choose another by --port or "
-            f"--host."
-        ) from error
+        message = f"Can't listen at {host}, port {port}: {reason(error)}"
+        raise ConfigError(f"{message}; choose another by --port or --host.") from error
 
 
 def server_of(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -98,6 +100,15 @@ class Deadline:
     def left(self) -> float:
         return max(0.0, self.end - asyncio.get_running_loop().time())
 
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Raise ApiError for what takes longer."""
+        try:
+            async with asyncio.timeout(self.left):
+                yield
+        except TimeoutError:
+            raise self.missed() from None
+
     def missed(self) -> ApiError:
         message = f"The answer took longer than {self.seconds:g} seconds."
         return ApiError(504, message, code="timeout")
@@ -125,19 +136,16 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
-def _refusal(why: str) -> PydanticCustomError:
-    return PydanticCustomError("routing", "{why}", {"why": why})
-
-
 def _requestable(router: str) -> str:
     name = router.partition(":")[0]
+    hint = closest(name, REQUESTABLE_ROUTERS)
+    why = f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}"
     try:
-        if name not in REQUESTABLE_ROUTERS:
-            hint = closest(name, REQUESTABLE_ROUTERS)
-            raise ConfigError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}")
-        return router if router == AUTO else canonical(router)
-    except ConfigError as error:  # of a ValueError pydantic would say "Value error, ..."
-        raise PydanticCustomError("router", "{why}", {"why": str(error)}) from error
+        if name in REQUESTABLE_ROUTERS:
+            return router if router == AUTO else canonical(router)
+    except ConfigError as error:
+        why = str(error)
+    raise PydanticCustomError("router", "{why}", {"why": why})
 
 
 Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]
@@ -214,12 +222,6 @@ class GenerationRequest(Strict):
         False, description="Report tokens' experts; trace: at every site (docs/analysis.md)."
     )
 
-    @model_validator(mode="after")
-    def _weights_alone(self) -> GenerationRequest:
-        if self.weights is not None and self.override != RoutingOverride():
-            raise _refusal("weights name their experts; leave out router, k, keep and leave_out.")
-        return self
-
     @property
     def override(self) -> RoutingOverride:
         keep, leave_out = (
@@ -246,7 +248,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _few(self) -> CompletionRequest:
         if len(self.prompt) * (self.n or 1) > MOST_ANSWERS:
-            raise _refusal(f"Prompts times n may be {MOST_ANSWERS} answers.")
+            raise PydanticCustomError("answers", f"Prompts times n may be {MOST_ANSWERS} answers.")
         return self
 
 
@@ -297,12 +299,6 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     tools: Nothing | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
-
-    @model_validator(mode="after")
-    def _alternatives_to_something(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
-            raise _refusal("top_logprobs needs logprobs to be true.")
-        return self
 
     @property
     def plain_messages(self) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -200,7 +201,7 @@ class Reply:
         self.builder, self._deadline = builder, deadline
         self.on_close: list[Callable[[], object]] = []
         self.events: asyncio.Queue[Progress | ApiError] = asyncio.Queue(room)
-        self._first: Progress | ApiError | None = None
+        self._first: Progress | None = None
 
     def close(self) -> None:
         """Free the places of unfinished answers."""
@@ -210,27 +211,21 @@ class Reply:
     async def begun(self, http: Request) -> None:
         """Wait for what is first. Raises ApiError when that is an error, or no one waits."""
         self._first = await unless_gone(http, self._next())
-        if isinstance(self._first, ApiError):
-            raise self._first
 
     async def progress(self) -> AsyncIterator[Progress]:
         """What is new, until all answers are finished. Raises ApiError."""
         left = self.builder.answers
         while left:
             event, self._first = self._first or await self._next(), None
-            if isinstance(event, ApiError):
-                raise event
             left -= event.finish is not None
             yield event
 
     async def whole(self) -> str:
         """All answers at once, as JSON."""
         events: list[list[Progress]] = [[] for _ in range(self.builder.answers)]
-        size = 0
         async for progress in self.progress():
             events[progress.choice].append(progress)
-            size += progress.size
-        return await _written(size, lambda: written(self.builder.whole(events)))
+        return await run_in_threadpool(lambda: _written(self.builder.whole(events)))
 
     async def as_events(self) -> AsyncIterator[str]:
         """The answers as server-sent events."""
@@ -239,21 +234,22 @@ class Reply:
             for chunk in builder.opening():
                 yield _event(chunk)
             async for new in self.progress():
-                yield await _written(new.size, partial(_event_of, builder, new))
+                write = partial(_event_of, builder, new)
+                yield await run_in_threadpool(write) if new.size > LARGE else write()
             if options is not None and options.include_usage:
                 yield _event(builder.closing())
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
 
-    async def _next(self) -> Progress | ApiError:
-        if not self._deadline.left:  # also where pieces wait for a slow reader
-            raise self._deadline.missed()
-        try:
-            async with asyncio.timeout(self._deadline.left):
-                return await self.events.get()
-        except TimeoutError:
-            raise self._deadline.missed() from None
+    async def _next(self) -> Progress:
+        async with self._deadline.kept():
+            event = await self.events.get()
+        if not self._deadline.left:  # where pieces wait for a slow reader
+            event = self._deadline.missed()
+        if isinstance(event, ApiError):
+            raise event
+        return event
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -274,16 +270,12 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _written(size: int, write: Callable[[], str]) -> str:
-    return await run_in_threadpool(write) if size > LARGE else write()
-
-
-def written(content: Any) -> str:
+def _written(content: Any) -> str:
     return to_json(content, inf_nan_mode="null").decode()
 
 
 def _event(content: Any) -> str:
-    return f"data: {written(content)}\n\n"
+    return f"data: {_written(content)}\n\n"
 
 
 def _event_of(builder: Builder, progress: Progress) -> str:
@@ -291,15 +283,15 @@ def _event_of(builder: Builder, progress: Progress) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A reply's events; closes it when the client has them or is gone."""
+    """A reply's events; `at_end` is closed when the client has them or is gone."""
 
-    def __init__(self, reply: Reply, headers: Mapping[str, str]) -> None:
+    def __init__(self, reply: Reply, headers: Mapping[str, str], at_end: ExitStack) -> None:
         headers = {"Cache-Control": "no-store", **headers}
         super().__init__(reply.as_events(), media_type="text/event-stream", headers=headers)
-        self._reply = reply
+        self._at_end = at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._reply.close()
+            self._at_end.close()

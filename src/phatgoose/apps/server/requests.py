@@ -146,18 +146,14 @@ class RequestReader:
             if isinstance(request, ChatRequest):
                 return [self._chat_prompt(request, seconds)]
             rows = self._read(request.prompt, field, seconds)
-        except BaseModelError as error:
-            raise bad_request(for_clients(error), field, UNREADABLE) from error
-        except EngineError as error:
-            raise ApiError(503, for_clients(error)) from error
+        except (BaseModelError, EngineError) as error:
+            status = 503 if isinstance(error, EngineError) else 400
+            raise ApiError(status, for_clients(error), param=field, code=UNREADABLE) from error
         whole = [self._plain(tokens) for _, tokens in rows]
         return list(map(RequestPrompt, whole, request.prompt, whole))
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
         frame = self._frame
-        if not frame.tokenizer.chat_template:
-            message = "The base model has no chat template; use /v1/completions."
-            raise bad_request(message, "model", "no_chat_template")
         messages = request.plain_messages
         asked: Any = question_of([(each["role"], each["content"]) for each in messages])
         if frame.in_chats:
@@ -211,12 +207,11 @@ class RequestReader:
     def _length(self, asked: int | None, prompt: RequestPrompt) -> int:
         """How many tokens an answer may have."""
         limit, count = self._limits.max_tokens, max(len(prompt.tokens), len(prompt.asked))
-        if asked is not None and asked > limit:
-            message = f"max_tokens is {asked}; this server generates {limit} at most."
-            raise bad_request(message, "max_tokens")
-        room, least = self._most_tokens - count, asked or 1
-        if room < least:
-            message = f"The prompt has {count} tokens and the answer {least}; the model can hold"
-            place = "messages" if asked is None else "max_tokens"
-            raise bad_request(f"{message} {self._most_tokens} together.", place, TOO_LONG)
-        return min(room, limit) if asked is None else asked
+        room = min(limit, self._most_tokens - count)
+        if room < (least := asked or 1):
+            message = (
+                f"The prompt has {count} tokens and max_tokens is {least}; the model can hold "
+                f"{self._most_tokens} together, and this server generates {limit} at most."
+            )
+            raise bad_request(message, "max_tokens" if asked else "messages", TOO_LONG)
+        return asked or room

@@ -13,8 +13,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -212,21 +212,23 @@ class Service:
             parsed(kind, content) if is_small else await run_in_threadpool(parsed, kind, content)
         )
         body.release()
-        model, fixed = self._find(request.model)
+        model, expert = self._find(request.model)
         override = request.override
-        if fixed is not None and (request.weights or override != RoutingOverride()):
-            message = f"{shortened(request.model, SHOWN)} is one expert; ask for its model to have"
-            raise bad_request(f"{message} others chosen.", request.changed)
+        mixtures = [each for each in (expert, request.weights) if each is not None]
+        if len(mixtures) + (override != RoutingOverride()) > 1:
+            message = "An expert's name, weights, and other fields of routing exclude each other."
+            raise bad_request(message, request.changed)
         self.backend.check(request, model)
-        mixture = request.weights if fixed is None else fixed
-        try:
-            if mixture is not None:  # which an engine is sent as it is
-                mixture_of(mixture, model.pool.names)
-                override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
-            runner, release = await self.routings.acquire(model, override, client, deadline)
-        except PhatgooseError as error:
-            raise bad_request(for_clients(error), request.changed) from error
-        try:
+        mixture = mixtures[0] if mixtures else None
+        with ExitStack() as at_end:
+            try:
+                if mixture is not None:  # which an engine is sent as it is
+                    mixture_of(mixture, model.pool.names)
+                    override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
+                cached = await self.routings.acquire(model, override, client, deadline)
+            except PhatgooseError as error:
+                raise bad_request(for_clients(error), request.changed) from error
+            runner = at_end.enter_context(cached)
             texts = self._texts_of(runner.frame.tokenizer)
             reader = RequestReader(runner.frame, self.backend.limits, texts.process)
             read = partial(reader.prompts, request)
@@ -238,23 +240,12 @@ class Service:
             ]
             asked = Asked(request, mixture, prompts, answers, client, deadline)
             reply, headers = await self.backend.begin(asked, runner)
-        except BaseException:
-            release()
-            raise
-        reply.on_close.append(lambda: self._count(reply))
-        if self.backend.upstream:  # the experts are chosen
-            release()
-        else:
-            reply.on_close.append(release)
-        try:
+            at_end.callback(self._count, reply)
+            at_end.callback(reply.close)
             if request.stream:
                 await reply.begun(http)
-                return EventStream(reply, headers)
+                return EventStream(reply, headers, at_end.pop_all())
             content = await unless_gone(http, reply.whole())
-        except BaseException:
-            reply.close()
-            raise
-        reply.close()
         return Response(content, media_type="application/json", headers=headers)
 
     def _count(self, reply: Reply) -> None:
@@ -343,14 +334,17 @@ MOST_ROUTINGS = 8  # that requests asked for are kept
 Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
 
 
-@dataclass(eq=False)
 class CachedRouting:
-    """A routing that was composed, and how many `requests` need it."""
+    """A runner, and how many `requests` need it: as a context it is needed."""
 
-    runner: Any
-    requests: int = 0
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.requests = runner, 0
 
-    def release(self) -> None:
+    def __enter__(self) -> Any:
+        self.requests += 1
+        return self.runner
+
+    def __exit__(self, *_: object) -> None:
         self.requests -= 1
 
 
@@ -368,25 +362,24 @@ class RoutingCache:
 
     async def acquire(
         self, model: Any, override: RoutingOverride, client: str, deadline: Deadline
-    ) -> tuple[Any, Callable[[], None]]:
-        """The runner of `model` with `override` applied, and what to call when it isn't needed.
+    ) -> CachedRouting:
+        """The runner of `model` with `override` applied.
 
         Raises PhatgooseError for an impossible override, ApiError when too many are needed, or it
         isn't composed by the `deadline`.
         """
         if override == RoutingOverride():
-            return model.runner, lambda: None
+            return CachedRouting(model.runner)
         routing, pool = await run_in_threadpool(overridden, model, override)
         if (routing, pool.names) == (model.routing, model.experts):
-            return model.runner, lambda: None
+            return CachedRouting(model.runner)
         key = (model.settings.name, routing, pool.names, id(model))
         if (cached := self.cached.get(key)) is None:
             compose = partial(self._composed, key, model, pool)
             cached = await self.turns.run(client, deadline, compose)
         self.cached.pop(key, None)
         self.cached[key] = cached  # now the last
-        cached.requests += 1
-        return cached.runner, cached.release
+        return cached
 
     def forget(self, model: str) -> None:
         """Drop the routings of a model that was opened again."""
@@ -473,14 +466,12 @@ class Turns:
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.queue.add(client, place)
         try:
-            async with asyncio.timeout(deadline.left):
+            async with deadline.kept():
                 await place
-        except BaseException as error:
+        except BaseException:
             self.queue.remove(client, place)
             if not place.cancelled():  # the turn came as this one gave up
                 self.pass_on()
-            if isinstance(error, asyncio.TimeoutError):
-                raise deadline.missed() from None
             raise
 
     def pass_on(self) -> None:
@@ -499,11 +490,7 @@ class Turns:
         """
         await self.take(client, deadline)
         seconds = deadline.left
-        try:
-            result = in_thread(lambda: work(seconds))
-        except BaseException:  # no more threads can be started
-            self.pass_on()
-            raise
+        result = in_thread(lambda: work(seconds))
         result.add_done_callback(lambda _: self.pass_on())
         await asyncio.wait([result], timeout=seconds)
         if not result.done():
@@ -527,6 +514,9 @@ def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(end)
 
-    # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
-    threading.Thread(target=run, name="phatgoose-work", daemon=True).start()
+    try:
+        # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
+        threading.Thread(target=run, name="phatgoose-work", daemon=True).start()
+    except RuntimeError as error:  # no more can be started
+        result.set_exception(error)
     return result

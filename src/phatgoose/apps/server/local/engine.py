@@ -129,7 +129,7 @@ class Reporter:
         choice = progress.choice
         parts = composition_of(self._runner.model)
         streams = join_streams(progress.routing)
-        tokens = [token for stream in streams for token in _token_routings(stream, parts.experts)]
+        tokens = [token for stream in streams for token in _tokens_of(stream, parts.experts)]
         sums = self._sums.setdefault(choice, Counter())
         for token in tokens:
             sums.update(token["experts"])
@@ -150,7 +150,7 @@ class Reporter:
         return report
 
 
-def _token_routings(stream: TraceStream, experts: Sequence[str]) -> list[dict[str, Any]]:
+def _tokens_of(stream: TraceStream, experts: Sequence[str]) -> list[dict[str, Any]]:
     shares = stream.shares(len(experts))
     return [
         {

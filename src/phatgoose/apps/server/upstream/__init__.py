@@ -165,11 +165,8 @@ class EngineBackend(Backend):
             raise bad_request("A gateway has no log-probabilities.", "logprobs")
 
     async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, dict[str, str]]:
-        try:
-            async with asyncio.timeout(asked.deadline.left):
-                engine = await self.link.ready()
-        except TimeoutError:
-            raise asked.deadline.missed() from None
+        async with asked.deadline.kept():
+            engine = await self.link.ready()
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
         if asked.mixture is None:
             router, chosen = runner.router.name, await self._chosen_for(asked, runner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import graphlib
 import inspect
-import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -96,14 +95,12 @@ def test_imports_point_to_the_same_entry_or_one_before_it():
             assert up, f"{MODULES[module]}, line {line}, imports {imported}, which comes later"
 
 
-def test_only_applications_import_the_root_which_imports_all_others():
-    importing = {module for module in MODULES if "phatgoose" in {i for i, _ in imports_of(module)}}
-    assert {module.split(".")[0] for module in importing} <= {"apps", "__main__"}
-
-
-def test_routing_does_not_import_training():
-    for module in (name for name in MODULES if name.split(".")[0] == "routing"):
-        assert not [name for name, _ in imports_of(module) if name.split(".")[0] == "training"]
+def test_only_applications_import_the_root_and_routing_imports_no_training():
+    for module in MODULES:
+        room = module.split(".")[0]
+        imported = {name.split(".")[0] for name, _ in imports_of(module)}
+        assert "phatgoose" not in imported or room in {"apps", "__main__"}, module
+        assert "training" not in imported or room != "routing", module
 
 
 def test_the_root_imports_ours_for_type_checkers_only():
@@ -134,13 +131,6 @@ def no_terminal(module: str) -> Iterator[str]:
             yield f"line {node.lineno} imports {name}, which is for apps"
     for line in calls_of(tree_of(module), "print"):
         yield f"line {line} prints, which is for apps"
-
-
-def documented(module: str) -> Iterator[str]:
-    """A module says what it is about; the rest where names and types don't (see the public API)."""
-    tree = tree_of(module)
-    if tree.body and not ast.get_docstring(tree):
-        yield "no docstring"
 
 
 def no_assert(module: str) -> Iterator[str]:
@@ -190,18 +180,7 @@ def nothing_unpickled(module: str) -> Iterator[str]:
         yield f"{use} runs code that a file may hold"
 
 
-def errors_in_one_place(module: str) -> Iterator[str]:
-    """Errors are defined in errors.py."""
-    for node in ast.walk(tree_of(module)):
-        is_error = isinstance(node, ast.ClassDef) and any(
-            "Error" in ast.unparse(b) for b in node.bases
-        )
-        if is_error and module != "errors":
-            yield f"{node.name} (line {node.lineno}): errors are defined in errors.py"
-
-
-RULES = (no_terminal, documented, no_assert, no_code_of_others)
-RULES += (nothing_unpickled, errors_in_one_place)
+RULES = (no_terminal, no_assert, no_code_of_others, nothing_unpickled)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -210,18 +189,10 @@ def test_a_module_keeps_all_rules(module):
     assert not complaints, "; ".join(complaints)
 
 
-def test_the_settings_that_forbid_code_forbid_it():
+def test_errors_are_one_tree_and_loading_runs_no_code():
+    classes = [thing for thing in vars(errors).values() if isinstance(thing, type)]
+    assert all(issubclass(thing, errors.PhatgooseError) for thing in classes)
     assert loading.NO_CODE == {"trust_remote_code": False}
-
-
-def test_errors_are_one_tree():
-    found = [thing for thing in vars(errors).values() if isinstance(thing, type)]
-    assert all(issubclass(thing, errors.PhatgooseError) for thing in found)
-
-
-def test_no_module_is_a_drawer_for_odds_and_ends():
-    drawers = {"util", "utils", "helpers", "common", "misc", "tools"}
-    assert not drawers & {part for module in MODULES for part in module.split(".")}
 
 
 def test_the_root_exports_few_names_and_exactly_these():
@@ -243,8 +214,3 @@ def test_every_name_of_the_root_resolves_to_a_documented_thing(name):
 def test_an_unknown_name_of_the_root_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = phatgoose.nothing
-
-
-def test_the_version_is_that_of_the_project_file():
-    project = (SOURCE.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^version = "(.+)"$', project, re.M).group(1) == phatgoose.__version__

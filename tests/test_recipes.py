@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from toy_embedders import embed
 
 RECIPES = ROOT / "recipes"
 T5_XL = "google/t5-xl-lm-adapt"
-SHARED_DATA = RECIPES.parent.parent / "shared" / "data" / "train"
 THE_PAPERS = {"t5xl-t0.toml": ("t0hi", 36), "t5xl-flan.toml": ("flan", 166)}
 SHRUNKEN = {  # what stands for each suite: datasets that there are made-up rows of
     "t0hi": ("rotten_tomatoes", "samsum"),
@@ -73,27 +71,9 @@ def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert f"{count} experts to train on {T5_XL}" in outcome.out
     assert "432 sites, 35,389,440 LoRA parameters (kept in bfloat16), 1,032,192 gate" in outcome.out
-    for task in open_tasks(read_recipe(RECIPES / name)["tasks"]):
-        assert f" {task.name} " in outcome.out
-    last = next(line for line in outcome.out.splitlines() if line.startswith("│ total"))
-    assert f"{count} tasks" in last
-    assert f"{count * 1000:,} + {count * 100:,}" in last
     assert outcome.out.count("1,000 + 100") == count
-    assert re.search(r"≤ [\d.]+G", last)  # no lengths are known here
+    assert f"{count * 1000:,} + {count * 100:,}" in outcome.out
     assert not (tmp_path / "experts").exists()
-
-
-@pytest.mark.real
-@pytest.mark.usefixtures("smollm2_cache")
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
-def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
-    recipe = RECIPES / "smollm2-eight-experts.toml"
-    outcome = phat("train", "--recipe", recipe, "--out", tmp_path / "experts", "--plan")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "8 experts to train on smollm2" in outcome.out
-    assert "210 sites, 4,884,480 LoRA parameters" in outcome.out
-    assert outcome.out.count("80 + 40") == 8
-    assert "≤" not in outcome.out  # the data are here
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -25,7 +25,7 @@ COMMANDS = """# Commands
 
 What `phatgoose … --help` says. A command has a flag for each [setting](settings.md) of the
 classes named under it: `learning_rate` is `--learning-rate`, and `--no-chat` switches `chat` off.
-Settings may also be in a file (`--config FILE`, TOML or YAML); a flag wins over it.
+Settings may also be in a file (`--recipe FILE`, TOML); a flag wins over it.
 """
 SETTINGS = """# Settings
 
@@ -103,13 +103,19 @@ def commands_page() -> str:
 
 def rows_of_class(config: type[Settings]) -> Iterator[list[str]]:
     """A row for each setting of a class: its name, type, default and help."""
-    hints = get_type_hints(config, include_extras=True)
     for setting in settings_of(config):
-        annotation = hints[setting.name]
-        inner = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
-        kind = getattr(inner, "__name__", str(inner)) if isinstance(inner, type) else str(inner)
-        kind = kind.replace(" | ", " or ")
-        yield [f"`{setting.name}`", kind, f"`{setting.default!r}`", cell(setting.help)]
+        kind, default = words_of(setting.type), f"`{setting.default!r}`"
+        yield [f"`{setting.name}`", kind, default, cell(setting.help)]
+
+
+def words_of(kind: Any) -> str:
+    """A type in words, such as "int or None" or "left or right"."""
+    if get_origin(kind) is Annotated:
+        return words_of(get_args(kind)[0])
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(parts)
+    return " or ".join(map(words_of, parts)) or str(kind.__name__).replace("NoneType", "None")
 
 
 def settings_page() -> str:

@@ -10,7 +10,6 @@ import torch
 
 from command_line import (
     BASE,
-    FLAGS,
     GATE_FLAGS,
     TRAIN,
     open_row,
@@ -174,19 +173,6 @@ def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
     got = expert.info.hyperparameters
     wanted = {"rank": 3, "alpha": 6.0, "steps": 2, "batch_size": 2, "gate_steps": 1}
     assert {key: got[key] for key in wanted} == wanted
-
-
-def test_train_with_resume_keeps_what_is_finished(here, phat):
-    before = snapshot(here / "experts")
-    options = ["--base", "tiny-base", "--out", "experts", "--resume", *FLAGS]
-    same = phat("train", "reviews.jsonl", "counting.jsonl", *options)
-    assert (same.code, same.err.count("warning")) == (0, 0)
-    other = phat("train", "reviews.jsonl", *options, "--rank", 3)
-    told = (
-        "experts/reviews is kept as it is, with other settings: rank 2, not 3; alpha 4.0, not 6.0."
-    )
-    assert told in " ".join(other.err.split())
-    assert snapshot(here / "experts") == before
 
 
 def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import phatgoose
 from command_line import BASE, Outcome
 
 
@@ -28,6 +27,11 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert caplog.messages[-1] == ("Router auto is discriminant.")
     alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=peft", *BASE)
     assert alone.out == "2 experts at 14 sites, router arrow:form=peft, k = 2 -> whole\n"
+
+    for command, count in ((["remove", "routed", "counting"], 1), (["add", "routed"], 2)):
+        more = ["experts/counting"] if command[0] == "add" else []
+        changed = phat(*command, *more)
+        assert (changed.code, changed.out) == (0, f"{count} experts at 14 sites -> routed\n")
 
     shutil.rmtree(here / "experts")  # a routed model needs them no longer
     answered = phat("generate", "routed", "Film 3 is", "--max-new-tokens", 4, *BASE)
@@ -63,11 +67,6 @@ def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
 def process(*arguments: str, cwd: Path | None = None) -> Outcome:
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=60)
     return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def test_the_module_runs_as_a_program():
-    version = process(sys.executable, "-m", "phatgoose", "--version")
-    assert version == Outcome(0, f"phatgoose {phatgoose.__version__}\n", "")
 
 
 def test_the_console_script_tells_an_error_in_one_line(tmp_path):

@@ -73,14 +73,10 @@ def test_wrong_use_ends_with_2_and_failure_with_1(phat, monkeypatch, error, code
     ("words", "complaint"),
     [
         (["compose", "experts", "--out", "new", "--router", "arow"], "Did you mean 'arrow'?"),
-        (["compose", "experts", "--out", "new", "--keep", "review"], "Did you mean 'reviews'?"),
         (["train", "t0hii"], "Did you mean 't0hi'?"),
         (["generate", "./tiny-bas", "x"], "Did you mean 'tiny-base'?"),
-        (["generate", "experts/nosuch", "x"], "No such folder is here"),
         (["generate", "expert", "x"], "nor on the Hub. Did you mean 'experts'?"),
-        (["generate", "expert", "x", "--keep", "reviews"], "Did you mean 'experts'?"),
         (["compose", "expert", "--out", "new"], "PEFT adapters. Did you mean 'experts'?"),
-        (["serve", "expert"], "nor on the Hub. Did you mean 'experts'?"),
         (["serve", "./nonesuch"], "'./nonesuch' can't be loaded"),
     ],
 )

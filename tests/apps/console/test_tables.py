@@ -1,13 +1,10 @@
 """The tables that commands print."""
 
 import io
-from dataclasses import replace
 
 from rich.console import Console
 
-from made_comparison import made_comparison
 from phatgoose.apps.tables import (
-    drawn,
     pool_table,
     scores_table,
 )
@@ -45,13 +42,3 @@ def test_nothing_of_a_long_task_is_lost_in_a_narrow_terminal():
     assert head == ["task", "metric", "score", "95 % interval", "n", "ties"]
     assert "".join(row[0] for row in rows) == f"{long}mean"
     assert rows[0][2:] == ["0.500", "0.250 to 0.750", "12000", "0"]
-
-
-def test_many_suites_lose_no_digit_in_a_narrow_terminal():
-    comparison = made_comparison()
-    names = ["t0ho", "bbh", "bbl", "bbh-23", "bbl-24", "a_suite_of_my_own"]
-    many = replace(comparison, suites=dict.fromkeys(names, ("a", "b")))
-    (_, *rows), (_, *wide) = (printed(drawn(many.differences()), width) for width in (80, 200))
-    for column in range(1, len(names) + 2):
-        told = "".join(row[column].replace(" ", "") for row in rows)
-        assert told.endswith("".join(row[column].replace(" ", "") for row in wide))

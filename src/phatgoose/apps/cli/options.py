@@ -87,7 +87,7 @@ RECIPE = Annotated[
     typer.Option("--recipe", help="TOML file with settings; flags given here win over it."),
 ]
 KIND: Any = Literal[tuple(SHAPES)]
-PEFT = Setting("peft", KIND, "Kind of expert.", "lora")
+PEFT = Setting("peft", KIND, f"Kind of expert: {', '.join(SHAPES)}.", "lora")
 VOICE = {  # what every command takes, and shows in the program's own help alone
     "quiet": "Print only results, warnings and errors.",
     "verbose": "Print more progress.",

@@ -176,7 +176,17 @@ def read_json(
 
 def parse_json(text: str, kind: type[Kind]) -> Kind:
     """The JSON `text` as a `kind`, as `read_json` has it. Raises ValueError or RecursionError."""
-    content = _parse_json(text)
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits} is not a JSON number, or too large")
+        return value
+
+    content = json.loads(
+        text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number
+    )
+    if _is_deep(content, MOST_NESTED):
+        raise RecursionError
     if kind is not dict:
         return cast(Kind, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
     if not isinstance(content, dict):
@@ -200,20 +210,6 @@ def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, 
         content = yaml.load(text, YamlLoader) if path.suffix in YAML else tomllib.loads(text)
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise ValueError("wanted names with values")
-    return content
-
-
-def _parse_json(text: str) -> Any:
-    def number(digits: str) -> float:
-        if not math.isfinite(value := float(digits)):
-            raise ValueError(f"{digits} is not a JSON number, or too large")
-        return value
-
-    content = json.loads(
-        text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number
-    )
-    if _is_deep(content, MOST_NESTED):
-        raise RecursionError
     return content
 
 
@@ -446,23 +442,20 @@ def is_finite(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=16)  # the experts of a pool mostly share one header
 def _records(header: bytes) -> dict[str, TensorRecord]:
-    table: dict[str, Any] = json.loads(header, object_pairs_hook=distinct_keys)
-    table.pop("__metadata__", None)
-    for name in table:
-        if not name.isprintable() or len(name) > LONGEST_NAME:
-            raise ValueError(f"it holds a tensor with an impossible name, {shortened(name)}")
-    return {name: _record(**record) for name, record in table.items()}
-
-
-def _record(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorRecord:
     import torch
 
-    if dtype not in TYPES:
-        raise ValueError(f"it holds numbers of type {shortened(dtype)}, not {', '.join(TYPES)}")
-    if math.prod(max(size, 1) for size in shape) > MOST_NUMBERS:  # beside a 0, so it takes no room
-        raise ValueError(f"it holds a tensor with an impossible shape, {shortened(shape)}")
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return TensorRecord(getattr(torch, TYPES[dtype]), tuple(shape), strides, *data_offsets)
+    table: dict[str, Any] = json.loads(header, object_pairs_hook=distinct_keys)
+    table.pop("__metadata__", None)
+    records = {}
+    for name, about in table.items():
+        dtype, shape, (begin, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+        # Beside a 0, no size takes room.
+        fits = math.prod(max(size, 1) for size in shape) <= MOST_NUMBERS and dtype in TYPES
+        if not fits or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"tensor {shortened(name)} is of {shortened(dtype)}, {shape}")
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        records[name] = TensorRecord(getattr(torch, TYPES[dtype]), shape, strides, begin, end)
+    return records
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -497,7 +490,7 @@ def new_directory(
     # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
     has_name = target.name not in ("", "..")
     place = target.parent.resolve() / target.name if has_name else target.resolve()
-    try:
+    with writing(target, error):
         place.parent.mkdir(parents=True, exist_ok=True)
         if not overwrite:
             require_free(target, error)
@@ -514,10 +507,6 @@ def new_directory(
                 _replace(work, place)
             else:
                 os.rename(work, place)
-    except WRITING_ERRORS as problem:
-        if not overwrite:
-            require_free(target, error)
-        raise error(f"{target} can't be written: {reason(problem)}.") from problem
 
 
 def _replace(new: Path, target: Path) -> None:
@@ -562,13 +551,19 @@ def _give_default_mode(path: Path) -> None:
         path.chmod((0o777 if os.access(path, os.X_OK) else 0o666) & ~mask)
 
 
+@contextmanager
+def writing(what: object, error: type[PhatgooseError]) -> Iterator[None]:
+    """The system's errors while `what` is written become an `error` of one line."""
+    try:
+        yield
+    except WRITING_ERRORS as problem:
+        raise error(f"{what} can't be written: {reason(problem)}.") from problem
+
+
 def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
     """Write `content` to `path`: all of it or nothing. Raises `error`."""
-    try:
-        with new_file(path) as unfinished:
-            unfinished.write_text(content, encoding="utf-8")
-    except OSError as problem:
-        raise error(f"{path} can't be written: {reason(problem)}.") from problem
+    with writing(path, error), new_file(path) as unfinished:
+        unfinished.write_text(content, encoding="utf-8")
 
 
 def _is_stream(target: Path) -> bool:

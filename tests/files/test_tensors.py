@@ -80,7 +80,7 @@ def header(shape: list[int], end: int, dtype: str = "F32", name: str = "a", begi
         (header([3], 8), "is not valid"),
         (header([1], 8, begin=4), "is not valid"),
         (header([8], 8, "F8_E5M2"), "'F8_E5M2'"),
-        (header([8], 8, "U8", "\n"), "impossible name"),
+        (header([8], 8, "U8", "\n"), r"tensor '\n'"),
         (header([8], 8, "U8")[:-1] + ", " + header([8], 8, "U8")[1:], "twice"),
         ("{", "is not valid"),
         ("[]", "is not valid"),

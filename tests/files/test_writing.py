@@ -34,7 +34,7 @@ def test_of_two_that_write_one_expert_the_first_stays_and_the_other_is_told(llam
             (work / "half").write_text("of the second")
             first.save(target)
 
-    assert "exists already" in told(late)
+    assert "can't be written" in told(late)
     assert Expert.load(target).name == first.name
     assert everything(tmp_path) == {"expert", *(f"expert/{p.name}" for p in target.iterdir())}
     assert "exists already" in told(lambda: second.save(target))

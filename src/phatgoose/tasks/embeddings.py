@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base import quiet_loading
 from ..config import GateTraining
 from ..errors import ConfigError
-from ..files import first_line, shortened
+from ..files import reading, shortened
 from ..passes import in_context
 from .encoding import cut_tokens
 from .task import Example
@@ -102,16 +102,12 @@ def usable_embedder(recorded: str, named: str | None = None) -> str:
     Only the default embedder is loaded on a record's word; the user must have `named` any other.
     Raises ConfigError if that is missing or differs.
     """
-    origin = f"The experts' embeddings were made by {shortened(recorded)}"
-    if named is None and recorded != DEFAULT_EMBEDDER:
+    if recorded != (named or DEFAULT_EMBEDDER):
         raise ConfigError(
-            f"{origin}, and only the default embedder is loaded on a record's word. If you trust "
-            f"that one, name it (--embedder); otherwise run 'phatgoose stats' on the "
-            f"experts, or use another router, such as discriminant."
-        )
-    if named not in (None, recorded):
-        raise ConfigError(
-            f"{origin}, and can't be searched with {shortened(named)}; name the former."
+            f"The experts' embeddings were made by {shortened(recorded)}, and only the default "
+            f"embedder is loaded on a record's word. If you trust that one, name it (--embedder); "
+            f"otherwise run 'phatgoose stats' on the experts, or use another router, such as "
+            f"discriminant."
         )
     return recorded
 
@@ -121,44 +117,27 @@ def without_downloads() -> AbstractContextManager[None]:
     return in_context(_offline, True)
 
 
-def embedding_library() -> Any:
-    """sentence-transformers. Raises ConfigError if it is missing, or too old to be safe."""
-    try:
-        import sentence_transformers
-    except ImportError as error:
-        raise ConfigError(
-            "Embeddings need sentence-transformers: pip install 'phatgoose[retrieval]'."
-        ) from error
-    if int(sentence_transformers.__version__.partition(".")[0]) < OLDEST:
-        raise ConfigError(
-            f"sentence-transformers {sentence_transformers.__version__} runs the code that a local "
-            f"model's files name; pip install 'sentence-transformers>={OLDEST}'."
-        )
-    return sentence_transformers
-
-
 @functools.cache
 def load_embedder(embedder: str) -> SentenceTransformer:
     """The sentence embedder, loaded once per process, without running or unpickling its files."""
-    library = embedding_library()
-    # No file of ours could record such a name, one with a no-break space for instance.
-    if not embedder.isprintable():
+    try:
+        import sentence_transformers as library
+    except ImportError:
+        library = None
+    if library is None or int(library.__version__.partition(".")[0]) < OLDEST:
         raise ConfigError(
-            f"Embedder {shortened(embedder)} has a character in its name that can't be printed; "
-            f"rename the folder."
+            f"Embeddings need sentence-transformers {OLDEST} or newer, since older ones run code "
+            f"that a model's files name: pip install 'phatgoose[retrieval]'."
         )
     folder = embedder
     spec = importlib.util.find_spec(MINILM_PACKAGE) if embedder == DEFAULT_EMBEDDER else None
     if spec is not None and spec.submodule_search_locations:
         folder = str(Path(next(iter(spec.submodule_search_locations))) / "model")
-    try:
-        with quiet_loading():
-            return library.SentenceTransformer(
-                folder,
-                local_files_only=_offline.get(),
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
-            )
-    except Exception as error:  # an odd file of a folder makes the library raise anything
-        reason = first_line(error)
-        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}.") from error
+    # An odd file of a folder makes the library raise anything.
+    with reading(f"Embedder {shortened(embedder)}", ConfigError), quiet_loading():
+        return library.SentenceTransformer(
+            folder,
+            local_files_only=_offline.get(),
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )

@@ -1,4 +1,4 @@
-"""What training a pool will cost, for `train --plan`: steps, tokens, disk, and time at a speed.
+"""What training a pool will cost, for `train --plan`: steps, tokens, and time if it is measured.
 
 Nothing is trained and nothing downloaded, but for `measured`.
 """
@@ -17,17 +17,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
-from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import T5Config, TrainerCallback
 
-from ..base import choose_dtype, dtype_name, load_base, load_skeleton, load_tokenizer
+from ..base import load_base, load_skeleton, load_tokenizer
 from ..config import Lora
 from ..errors import BaseModelError, ConfigError, TaskError
+from ..evaluation.results import Table
 from ..experts import kind_for
-from ..experts.expert import MOST_EMBEDDINGS
-from ..experts.statistics import readings_size
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, draw
@@ -35,11 +32,9 @@ from ..training.modules import placed_sites
 from ..training.train_expert import train_expert
 from ..training.trainer import Hyperparameters
 from .console import report, show
+from .tables import drawn
 
 SAMPLE = 200  # examples whose tokens are counted
-EMBEDDING_DIMS = 384  # of the default embedder, all-MiniLM-L6-v2
-FLOAT32 = 4  # bytes
-CHECKPOINT_COPIES = 3 * 3  # a parameter and AdamW's two moments; best, last, and the next one
 TRIAL_STEPS = 3  # the first is a warm-up and isn't timed
 WIDE = 180  # columns where output goes to a file
 T5_XL = "google/t5-xl-lm-adapt"  # the paper's base, whose config plans don't have to find
@@ -48,7 +43,6 @@ T5_XL_CONFIG = T5Config(
     feed_forward_proj="gated-gelu",
     tie_word_embeddings=False,
 )
-format_sizeof = tqdm.format_sizeof  # 1234 as 1.23k
 
 
 @dataclass(frozen=True)
@@ -68,11 +62,10 @@ class PlannedTask:
     tokens: int
     is_bound: bool
     seconds: float | None
-    disk_bytes: int
 
 
 class Speed(NamedTuple):
-    """Trained tokens a second, without padding, and the peak memory if it was measured too."""
+    """Trained tokens a second, without padding, and the peak memory if it is known."""
 
     tokens_per_second: float
     memory_bytes: int | None = None
@@ -82,43 +75,21 @@ class Speed(NamedTuple):
 class Plan:
     """What training a pool will cost, task by task.
 
-    `sites`, `expert_parameters` and `gate_parameters` are those of one expert of the kind `label`,
-    `working_bytes` its checkpoints while it trains; `memory_bytes` is as in `Speed`.
+    `sites`, `expert_parameters` and `gate_parameters` are those of one expert of the kind `label`;
+    `memory_bytes` is as in `Speed`.
     """
 
     base: str
-    dtype: str
     label: str
     sites: int
     expert_parameters: int
     gate_parameters: int
     tasks: tuple[PlannedTask, ...]
-    working_bytes: int
     memory_bytes: int | None
-
-    def total(self) -> PlannedTask:
-        """Sums over all tasks."""
-        names = ("steps", "gate_steps", "tokens", "disk_bytes")
-        sums = {name: sum(getattr(task, name) for task in self.tasks) for name in names}
-        return PlannedTask(
-            name="total",
-            source=f"{len(self.tasks)} tasks",
-            examples=None,
-            is_bound=any(task.is_bound for task in self.tasks),
-            seconds=sum(task.seconds or 0.0 for task in self.tasks) or None,
-            **sums,
-        )
-
-    def record(self) -> dict[str, Any]:
-        return {**asdict(self), "total": asdict(self.total())}
 
 
 def plan_of(
-    base: str,
-    dtype: str,
-    settings: Hyperparameters,
-    tasks: Sequence[TrainingTask],
-    speed: Speed | None = None,
+    base: str, settings: Hyperparameters, tasks: Sequence[TrainingTask], speed: Speed | None = None
 ) -> Plan:
     """What training an expert of `base` on each task will cost.
 
@@ -134,24 +105,17 @@ def plan_of(
         encoder = None
     peft = settings.peft or Lora()
     kind, sites = kind_for(peft), placed_sites(model, peft).values()
-    expert = kind.new_modules.count(model, peft, sites)
-    gate, gates = sum(site.in_features for site in sites), settings.gates
-    stored = kind.new_modules.dtype or choose_dtype(dtype)
-    adapter = stored.itemsize * expert  # bytes of its files
-    vectors = gate * (1 + gates.means) + readings_size(model.config) * gates.readings
     planned = [
-        _planned(task, settings, encoder, speed, adapter + FLOAT32 * vectors)
+        _planned(task, settings, encoder, speed)
         for task in tqdm(tasks, desc="plan", unit="task", leave=False, disable=None)
     ]
     return Plan(
         base=base,
-        dtype=dtype_name(stored),
         label=kind.label,
         sites=len(sites),
-        expert_parameters=expert,
-        gate_parameters=gate,
+        expert_parameters=kind.new_modules.count(model, peft, sites),
+        gate_parameters=sum(site.in_features for site in sites),
         tasks=tuple(planned),
-        working_bytes=CHECKPOINT_COPIES * FLOAT32 * (expert + gates.joint * gate) + adapter,
         memory_bytes=speed and speed.memory_bytes,
     )
 
@@ -161,7 +125,6 @@ def _planned(
     settings: Hyperparameters,
     encoder: Encoder | None,
     speed: Speed | None,
-    disk: int,
 ) -> PlannedTask:
     gates, training, limits = settings.gates, settings.training, settings.formatting
     validated, examples = training.eval_examples, task.entry.train_examples
@@ -177,7 +140,6 @@ def _planned(
     forward += sample * (gates.means + gates.readings)
     # A pass forward takes half the time of one that trains.
     passed = (trained + forward / 2) * length
-    embedded = min(MOST_EMBEDDINGS, sample) * gates.embeddings
     return PlannedTask(
         name=task.name,
         source=task.entry.source or task.named,
@@ -187,7 +149,6 @@ def _planned(
         tokens=round((trained + forward) * length),
         is_bound=data is None or encoder is None,
         seconds=speed and passed / speed.tokens_per_second,
-        disk_bytes=disk + FLOAT32 * EMBEDDING_DIMS * embedded,
     )
 
 
@@ -252,29 +213,37 @@ def most_memory() -> int | None:
 
 def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
     """Print the plan, or write it as `json`; `finished` experts are left out of it."""
-    if report(json, plan.record(), "plan", ConfigError):
+    if report(json, asdict(plan), "plan", ConfigError):
         return
-    rows = [*plan.tasks, plan.total()]
-    table = Table(title=f"{len(plan.tasks)} experts to train on {plan.base}")
-    table.add_column("expert", no_wrap=True)
-    table.add_column("data", overflow="fold")
-    for column in ("examples", "steps", "tokens", "disk", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        bound = "≤ " if row.is_bound else ""
-        examples = "" if row.examples is None else f"{row.examples:,}"
-        tokens, disk = f"{bound}{format_sizeof(row.tokens)}", f"{format_sizeof(row.disk_bytes)}B"
-        needed = "" if row.seconds is None else f"{bound}{timedelta(seconds=round(row.seconds))}"
-        steps = f"{row.steps:,} + {row.gate_steps:,}"
-        table.add_row(*map(Text, (row.name, row.source, examples, steps, tokens, disk, needed)))
-    show(table, width=WIDE)
-    peak = plan.memory_bytes and f"peak memory {format_sizeof(plan.memory_bytes)}B, and "
+    is_bound = any(task.is_bound for task in plan.tasks)
+    total = PlannedTask(
+        name="total",
+        source=f"{len(plan.tasks)} tasks",
+        examples=None,
+        steps=sum(task.steps for task in plan.tasks),
+        gate_steps=sum(task.gate_steps for task in plan.tasks),
+        tokens=sum(task.tokens for task in plan.tasks),
+        is_bound=is_bound,
+        seconds=sum(task.seconds or 0.0 for task in plan.tasks) or None,
+    )
+    rows = []
+    for task in (*plan.tasks, total):
+        bound = "≤ " if task.is_bound else ""
+        examples = "" if task.examples is None else f"{task.examples:,}"
+        tokens = f"{bound}{tqdm.format_sizeof(task.tokens)}"  # 1234 as 1.23k
+        needed = "" if task.seconds is None else str(timedelta(seconds=round(task.seconds)))
+        steps = f"{task.steps:,} + {task.gate_steps:,}"
+        rows.append([task.name, task.source, examples, steps, tokens, needed])
+    head = ["expert", "data", "examples", "steps", "tokens", "time"]
+    title = f"{len(plan.tasks)} experts to train on {plan.base}"
+    show(drawn(Table(title, head, rows)), width=WIDE)
     lines = [
-        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {plan.label} parameters (kept "
-        f"in {plan.dtype}), {plan.gate_parameters:,} gate parameters.",
-        f"A worker: {peak or ''}{format_sizeof(plan.working_bytes)}B of disk for checkpoints.",
+        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {plan.label} parameters, "
+        f"{plan.gate_parameters:,} gate parameters."
     ]
-    if rows[-1].is_bound:
+    if plan.memory_bytes:
+        lines.append(f"A worker: peak memory {tqdm.format_sizeof(plan.memory_bytes)}B.")
+    if is_bound:
         lines.append("≤: data or tokenizer aren't here, so sequences count as long as they may be.")
     if finished:
         lines.append(f"{finished} experts are finished and not counted.")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ExpertError
 from ..sites import blocks_of
@@ -47,12 +47,6 @@ def moments_of(values: Tensor, rank: int = RANK) -> dict[str, Tensor]:
     factors = torch.stack([_strongest(block, rank) for block in centred])
     left = centred.square().mean(dim=1) - factors.square().sum(dim=1)
     return {"mean": mean, "factor": factors.float(), "rest": left.clamp(min=0).float()}
-
-
-def readings_size(config: PreTrainedConfig) -> int:
-    """How many numbers prompt statistics are: mean, rest, RANK factors by block."""
-    text = config.get_text_config()
-    return int(text.num_hidden_layers) * int(text.hidden_size) * (2 + RANK)
 
 
 def check_readings(where: str, readings: Mapping[str, Tensor]) -> None:

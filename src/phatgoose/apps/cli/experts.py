@@ -41,9 +41,7 @@ def train(
     resume: options.Resume = False,
     restart: options.Restart = False,
     engine: options.EngineOptions,
-    plan: Annotated[
-        bool, "Train nothing and download nothing: print steps, tokens and disk."
-    ] = False,
+    plan: Annotated[bool, "Train nothing and download nothing: print steps and tokens."] = False,
     measure: Annotated[
         bool, "With --plan: train a few steps here for a worker's speed, memory and time."
     ] = False,
@@ -74,7 +72,7 @@ def train(
         from ..plan import measured, plan_of, print_plan
 
         speed = measured(name, base.dtype, settings, missing) if measure else None
-        planned = plan_of(name, base.dtype, settings, missing, speed)
+        planned = plan_of(name, settings, missing, speed)
         print_plan(planned, json, len(opened) - len(missing))
         return
     for task in missing:

@@ -51,7 +51,6 @@ WORK = {
     "pool": ["pool", "experts"],
     "compose": ["compose", "experts", *BASE, "--out", "routed"],
     "generate": ["generate", "routed", "Film 3 is", *BASE, "--max-new-tokens", "2"],
-    "explain": ["explain", "routed", "Film 3 is", *BASE, "--max-new-tokens", "2"],
     "evaluate": ["evaluate", "routed", "--task", "counting.jsonl", *BASE],
     "compare": ["compare", "experts", "--suites", "words", "--methods", "base,phatgoose", *BASE],
 }

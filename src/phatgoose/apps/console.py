@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rich.segment import Segment
 from rich.text import Text
 from tqdm.std import tqdm
 
-from ..errors import PhatgooseError
+from ..errors import ConfigError
 from ..files import require_writable, write_text
 
 # Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
@@ -58,9 +59,8 @@ def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -
 
     `wrap` False leaves long lines to the terminal; `width` is for output that goes to a file.
     """
-    console = Console(markup=False, emoji=False, highlight=False)
-    if width is not None and not console.is_terminal:
-        console = Console(markup=False, emoji=False, highlight=False, width=width)
+    width = None if sys.stdout.isatty() else width
+    console = Console(markup=False, emoji=False, highlight=False, width=width)
     for thing in things:
         console.print(_Harmless(thing) if wrap else Text(harmless(str(thing))), soft_wrap=not wrap)
 
@@ -83,13 +83,13 @@ def set_voice(quiet: bool, verbose: bool) -> None:
         tqdm.__init__ = lambda *given, **options: shown(*given, **{**options, "disable": True})
 
 
-def check_report(path: Path | None, error: type[PhatgooseError]) -> None:
-    """Raise `error` where `report` couldn't write to `path`; nothing is made there yet."""
+def check_report(path: Path | None) -> None:
+    """Raise ConfigError where `report` couldn't write to `path`; nothing is made there yet."""
     if path is not None and str(path) != "-":
-        require_writable(path, error)
+        require_writable(path, ConfigError)
 
 
-def report(path: Path | None, content: Any, what: str, error: type[PhatgooseError]) -> bool:
+def report(path: Path | None, content: Any, what: str) -> bool:
     """Write `content` as JSON to `path`, or for "-" to the standard output.
 
     True for "-", where nothing else should be printed there.
@@ -100,7 +100,7 @@ def report(path: Path | None, content: Any, what: str, error: type[PhatgooseErro
     if str(path) == "-":
         typer.echo(text)
         return True
-    write_text(path, text + "\n", error)
+    write_text(path, text + "\n", ConfigError)
     say(f"{what} -> {path}")
     return False
 

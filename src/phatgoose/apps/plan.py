@@ -22,7 +22,7 @@ from transformers import T5Config, TrainerCallback
 
 from ..base import load_base, load_skeleton, load_tokenizer
 from ..config import Lora
-from ..errors import BaseModelError, ConfigError, TaskError
+from ..errors import BaseModelError, TaskError
 from ..evaluation.results import Table
 from ..experts import kind_for
 from ..tasks.encoding import Encoder
@@ -213,7 +213,7 @@ def most_memory() -> int | None:
 
 def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
     """Print the plan, or write it as `json`; `finished` experts are left out of it."""
-    if report(json, asdict(plan), "plan", ConfigError):
+    if report(json, asdict(plan), "plan"):
         return
     is_bound = any(task.is_bound for task in plan.tasks)
     total = PlannedTask(

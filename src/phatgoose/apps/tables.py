@@ -39,10 +39,9 @@ def pool_table(pool: Pool) -> rich.Table:
         if expert.embeddings is not None:
             shares.append(f"{len(expert.embeddings)} embeddings")
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
-        size = "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
-        kind, count = kinds()[expert.kind].label, str(len(expert.modules))
-        said = ", ".join(shares) or "nothing"
-        rows.append([expert.name, kind, count, size, said, str(expert.place)])
+        size = "-".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
+        what = [expert.name, kinds()[expert.kind].label, str(len(expert.modules)), size]
+        rows.append([*what, ", ".join(shares) or "nothing", str(expert.place)])
     head = ["expert", "kind", "sites", "sizes", "shares", "folder"]
     return drawn(Table(f"{len(pool)} experts for {pool.base.id}", head, rows))
 

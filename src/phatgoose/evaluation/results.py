@@ -172,7 +172,7 @@ class Comparison:
             [self.title(name), *(each.mean.in_per_cent for each in summaries.values())]
             for name, summaries in self.summaries.items()
         ]
-        title = "Means over datasets, in per cent, with 95 % intervals{self._star}"
+        title = f"Means over datasets, in per cent, with 95 % intervals{self._star}"
         return Table(title, ["method", *columns], rows, notes, self.title(ANCHOR))
 
     def differences(self) -> Table:
@@ -206,7 +206,7 @@ class Comparison:
                 f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
             )
         head = ["method", *(f"{task} (n={first[task].n})" for task in tasks), "mean"]
-        title = "Per dataset, in per cent, ± half the 95 % interval{self._star}"
+        title = f"Per dataset, in per cent, ± half the 95 % interval{self._star}"
         return Table(title, head, rows, notes, self.title(bold))
 
 

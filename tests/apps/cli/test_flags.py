@@ -35,10 +35,6 @@ def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings
     listed = phat("routers")
     assert (listed.code, listed.err) == (0, "")
     assert all(name in listed.out for name in registry.OURS)
-    assert (
-        "auto on decoders: the first that experts allow of discriminant, retrieval,"
-        in phat("routers", "auto").out
-    )
     told = phat("routers", "discriminant").out
     assert "needs: readings" in told
     assert "k: experts for each input (default: 1)" in told

@@ -24,7 +24,6 @@ WORDS = {  # what words in capitals stand for
     "PLAN": ["--base", "tiny-base", "--out", "new", "--plan"],
     "BYTES": ["caf\udce9"],
     "LONG": ["Once upon a time " * 20],  # longer than a file's name may be
-    "LONG.jsonl": ["Once upon a time " * 20 + ".jsonl"],
     "COMPARE": ["compare", "experts", *BASE[2:], "--limit", "1", "--out", "new", "--suites"],
 }
 REFUSALS = """
@@ -34,7 +33,6 @@ train broken.jsonl TRAIN => broken.jsonl, line 2
 train no-target.jsonl TRAIN => line 2 is not valid: target is missing
 train TRAIN => No task was given
 train reviews.jsonl reviews.jsonl TRAIN => Two tasks are named 'reviews'
-train LONG.jsonl TRAIN => File name too long
 train reviews.jsonl --recipe bad.toml TRAIN => unknown setting 'lerning_rate'
 train --recipe nowhere.toml TRAIN => does not exist
 train reviews.jsonl TRAIN --rank 0 => rank is 0

@@ -13,8 +13,8 @@ from rich.table import Table
 from ...config import Formatting, Routing, settings_of
 from ...errors import ConfigError, EvaluationError
 from ...files import half_character, require_writable
-from ...routing.routers.registry import AUTO, class_of, listing, split_routers
-from ..console import check_report, report, say, show
+from ...routing.routers.registry import class_of, listing, split_routers
+from ..console import report, say, show
 from . import options
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def compare(
             named,
             split_routers(methods),
             out=out,
-            base=base.load_for(opened),
+            base=base.load(opened.base),
             references=references,
             routing=routing,
             formatting=formatting,
@@ -115,14 +115,13 @@ def replay(
     from ...evaluation import replay as scoring
     from ..tables import replay_table
 
-    check_report(json, EvaluationError)
     rules = {name: scoring.router_rule(name) for name in split_routers(router or [])}
     rules |= {name: scoring.imported_rule(name) for name in rule or []}
     replayed, held = [], scoring.read_marks(marks)
     for each in held:
         chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
         replayed += scoring.replay(each, chosen)
-    if not report(json, [asdict(each) for each in replayed], "numbers", EvaluationError):
+    if not report(json, [asdict(each) for each in replayed], "numbers"):
         show(*map(replay_table, replayed), width=120)
     if not rules:
         say("Next, score a rule: --rule package.module:function (docs/comparing.md).", err=True)
@@ -160,7 +159,7 @@ def analyse(
     subject: PreTrainedModel | Pool
     if is_pool(model):
         subject = opening.open_pool([Path(model)])
-        base, routers = opening.load_for(subject), [routing.router, *others]
+        base, routers = opening.load(subject.base), [routing.router, *others]
     else:
         subject, base, routers = opening.open(model, routing).model, None, others
     analysis = run(
@@ -186,12 +185,7 @@ def routers(
     ] = None,
 ) -> None:
     """List the routers, or describe one with its settings."""
-    if name == AUTO:
-        from ...routing.routers.auto import BY_TOKEN, DECODER_ONLY
-
-        for bases, order in {"decoders": DECODER_ONLY, "encoder-decoders": BY_TOKEN}.items():
-            say(f"auto on {bases}: the first that experts allow of {', '.join(order)}")
-    elif name is None:
+    if name is None:
         table = Table(title="Routers")
         for column in ("router", "experts that act", "needs", "k"):
             table.add_column(column, no_wrap=column == "router")

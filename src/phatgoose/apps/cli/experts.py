@@ -12,7 +12,7 @@ from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
 from ...files import require_free
-from ..console import check_report, complain, report, say
+from ..console import complain, report, say
 from . import options
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     options.only_with("--plan", plan, {"measure": measure or None})
-    check_report(json, ConfigError)
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import Hyperparameters
@@ -92,7 +91,7 @@ def train(
             reported.append(record)
             line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {out / expert.name}"
             say(line, err=str(json) == "-")
-    report(json, {"base": name, "experts": reported}, "report", ConfigError)
+    report(json, {"base": name, "experts": reported}, "report")
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:

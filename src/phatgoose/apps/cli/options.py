@@ -31,7 +31,7 @@ from ...errors import ConfigError
 from ...experts import kinds
 from ...files import read_table, shortened
 from ...routing.routers.registry import AUTO, class_of, known_names
-from ..console import set_voice
+from ..console import check_report, set_voice
 
 if TYPE_CHECKING:
     from ...base import Base, BaseReference
@@ -126,6 +126,7 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
     @functools.wraps(command)
     def run(**arguments: Any) -> int | None:
         set_voice(*(arguments.pop(name) for name in VOICE))
+        check_report(arguments.get("json"))
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else {}
         typed = {name: value for name, value in arguments.items() if value not in (None, [])}
@@ -214,11 +215,6 @@ class BaseOptions(Settings):
         if self.base or default is None:
             return load_base(self.base or SMOLLM2, dtype=self.dtype)
         return load_base(default.id, dtype=self.dtype, revision=default.revision)
-
-    def load_for(self, pool: Pool) -> Base:
-        from ...routing.composition import resolve_base
-
-        return resolve_base(self.base, pool.base, self.dtype)
 
 
 def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:

@@ -5,27 +5,23 @@ from __future__ import annotations
 import warnings
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ...config import Formatting, Routing
-from ...errors import EvaluationError, PoolError, RoutingError
+from ...errors import RoutingError
 from ...files import require_free
-from ..console import check_report, report, say, show
+from ..console import report, say, show
 from . import options
-
-if TYPE_CHECKING:
-    from ...routing.saved import SavedModel
 
 
 def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
     """List a pool's experts."""
-    check_report(json, PoolError)
     from ..tables import pool_table
 
     opened = options.open_pool(places)
-    if not report(json, {"experts": opened.records()}, "experts", PoolError):
+    if not report(json, {"experts": opened.records()}, "experts"):
         show(pool_table(opened))
 
 
@@ -39,12 +35,11 @@ def audit(
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
     1 with findings, 0 without. A finding is unusual, not proof of an attack.
     """
-    check_report(json, PoolError)
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
     audited = run(options.open_pool(pool))
-    if not report(json, audited.to_dict(), "numbers and findings", PoolError):
+    if not report(json, audited.to_dict(), "numbers and findings"):
         show(audit_table(audited), width=140)
         for note in audited.notes:
             say(f"note: {note}")
@@ -74,7 +69,7 @@ def compose(
     from ...routing.saved import save
 
     opened = opening.open_pool(pool)
-    base = opening.load_for(opened)
+    base = opening.load(opened.base)
     try:
         unusual = look(opened).summary
     except RoutingError as error:  # a kind of expert that can be composed but not compared
@@ -106,7 +101,6 @@ def generate(
 ) -> None:
     """Generate text with a routed model, and show which experts served each token."""
     options.only_with("--show-experts", show_experts, {"answer": answer})
-    check_report(json, RoutingError)
     from ..generation import explain
     from ..generation import generate as run
 
@@ -119,7 +113,7 @@ def generate(
         text = run(*routed, max_new_tokens, formatting)
     if not text:
         say("the model ended its answer at once", err=True)
-    if report(json, {"prompt": prompt, "text": text, **content}, "answer", RoutingError):
+    if report(json, {"prompt": prompt, "text": text, **content}, "answer"):
         return
     if explanation is None:
         show(text, wrap=False)
@@ -144,13 +138,12 @@ def evaluate(
     from ...tasks.task import named_apart
     from ..tables import scores_table
 
-    check_report(json, EvaluationError)
     tasks = named_apart([template.load(source) for source in task])
     opened = opening.open(model, routing)
     result = run(
         opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)
     )
-    if not report(json, result.to_dict(predictions=True), "scores", EvaluationError):
+    if not report(json, result.to_dict(predictions=True), "scores"):
         show(scores_table(result, model))
 
 
@@ -172,7 +165,8 @@ def add(model: FolderArgument, places: options.PoolArgument) -> None:
     """Add experts to a routed model's folder."""
     from ...routing.saved import add_to_saved
 
-    _tell(add_to_saved(model, options.open_pool(places)), model)
+    saved = add_to_saved(model, options.open_pool(places))
+    say(f"{len(saved.names)} experts at {len(saved.sizes)} sites -> {model}")
 
 
 def remove(
@@ -181,8 +175,5 @@ def remove(
     """Remove experts from a routed model's folder."""
     from ...routing.saved import remove_from_saved
 
-    _tell(remove_from_saved(model, names), model)
-
-
-def _tell(saved: SavedModel, model: Path) -> None:
+    saved = remove_from_saved(model, names)
     say(f"{len(saved.names)} experts at {len(saved.sizes)} sites -> {model}")

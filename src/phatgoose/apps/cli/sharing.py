@@ -69,10 +69,8 @@ def import_(
     bases = [expert.info.base for expert in imports.experts]
     if unmarked := next((base.id for base in bases if not base.fingerprint), None):
         say(f"no fingerprint: the weights of {unmarked} are not here; --fingerprint fetches them")
-    if all(expert.lora for expert in imports.experts):
-        say(f"next: 'phatgoose serve {out}', or 'phatgoose stats EXPERT --task ITS-DATA'")
-    else:
-        say("next: 'phatgoose gate EXPERT --task ITS-DATA --out …'")
+    by = "stats" if all(expert.lora for expert in imports.experts) else "gate"
+    say(f"next: 'phatgoose {by} EXPERT --task ITS-DATA', or 'phatgoose serve {out}'")
     return int(bool(imports.refused))
 
 
@@ -82,12 +80,9 @@ def _imported(expert: Expert) -> str:
     if sizes:
         text += f" of rank {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
     record = expert.info.hyperparameters
-    if "converted_from" not in record:
-        return text
-    return (
-        f"{text}; approximates {record['converted_from']}, keeping {record['kept_of_update']:.4%} "
-        f"of its update, {record['kept_at_worst_site']:.4%} at the worst site"
-    )
+    if "converted_from" in record:
+        text += f"; keeps {record['kept_of_update']:.4%} of its {record['converted_from']} update"
+    return text
 
 
 def push(
@@ -96,7 +91,6 @@ def push(
         str, typer.Argument(help="OWNER/NAME on the Hub; /FOLDER inside it and @BRANCH if wanted.")
     ],
     private: Annotated[bool, "Make the repository private if it is new."] = False,
-    message: Annotated[str | None, "The commit's message."] = None,
 ) -> None:
     """Publish an expert on the Hub, as one commit.
 
@@ -104,7 +98,7 @@ def push(
     """
     from ...experts.hub import push as publish
 
-    pushed = publish(expert, reference, private=private, message=message)
+    pushed = publish(expert, reference, private=private)
     say(f"{expert} -> {pushed}")
 
 
@@ -194,15 +188,12 @@ def _told(result: Export) -> list[str]:
     sites = len(result.losses) or len(result.shares.by_site)
     form = "merged model" if result.merged else f"PEFT LoRA of rank {result.rank}"
     lines = [f"{form}, {sites} sites: {mixture} -> {result.folder}"]
-    worst = max(result.losses.items(), key=lambda pair: pair[1].lost, default=None)
-    if worst is not None and worst[1].lost:
-        site, loss = worst
+    if result.lost:
         lines.append(
-            f"lost by the cut (Frobenius norm): {result.lost:.2%} of all updates; most at {site}, "
-            f"{loss.lost:.4g} of {loss.norm:.4g}; every site in {EXPORT_INFO}"
+            f"lost by the cut (Frobenius norm): {result.lost:.2%} of all updates; every site in "
+            f"{EXPORT_INFO}"
         )
-    near = result.fidelity
-    if near is not None:
+    if near := result.fidelity:
         lines.append(
             f"beside the routed model, {near.tokens} tokens of {near.texts}: logits differ by "
             f"{near.difference:.3g} in the mean, the greedy token is the same after "

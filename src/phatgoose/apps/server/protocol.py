@@ -204,9 +204,7 @@ class GenerationRequest(Strict):
     user: str | None = Field(None, description="Ignored.")
     frequency_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
     presence_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
-        None, description="Not supported."
-    )
+    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Not supported.")
     response_format: dict[str, Any] | None = Field(None, description="Of engines alone.")
     ignore_eos: bool | None = Field(False, description="Continue after the end (for benchmarks).")
     router: Router | None = Field(
@@ -243,7 +241,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     echo: Literal[False] | None = Field(False, description="Not supported.")
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
-    suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="Not supported.")
+    suffix: str | None = Field(None, max_length=0, description="Not supported.")
 
     @model_validator(mode="after")
     def _few(self) -> CompletionRequest:
@@ -291,9 +289,7 @@ class Message(Strict):
 class ChatRequest(GenerationRequest):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[
-        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    ]
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="Replaces max_tokens.")
     logprobs: bool | None = Field(False, description="Report each token's log-probability.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")

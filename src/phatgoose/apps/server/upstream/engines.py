@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httpx2
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -110,7 +110,7 @@ class _Card(_Form):
 
 
 class _Cards(_Form):
-    data: Annotated[list[_Card], Field(min_length=1)]
+    data: list[_Card] = Field(min_length=1)
 
 
 class _Numbered(_Form):
@@ -143,7 +143,7 @@ class _Choice(_Form):
 
 
 class _Usage(_Form):
-    completion_tokens: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
+    completion_tokens: int | None = Field(None, ge=0, le=1 << 40)
 
 
 class _Answer(_Form):

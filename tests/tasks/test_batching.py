@@ -7,16 +7,12 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 from phatgoose.errors import BaseModelError
-from phatgoose.passes import watching
-from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import (
     IGNORED,
     BranchedText,
     Collator,
     batches_of_tokens,
     can_pack,
-    decoder_start,
-    head_at,
     pack_rows,
     packed_batches,
     target_logits,
@@ -34,14 +30,6 @@ def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
     for batch in batches:
         padded = len(batch) * max(lengths[index] for index in batch)
         assert padded <= budget or len(batch) == 1
-
-
-def test_a_target_begins_with_the_token_that_the_base_names():
-    model = copied_model("t5")
-    model.config.decoder_start_token_id = 7
-    batch = Collator(model, 0)([TokenPair([5], [8, 9, 1])])
-    assert decoder_start(model) == 7
-    assert batch["decoder_input_ids"].tolist() == [[7, 8, 9]]
 
 
 def test_a_base_that_names_no_token_to_begin_with_is_refused():
@@ -102,19 +90,6 @@ def test_logits_are_those_of_each_text_alone(kind, implementation):
                 at += len(branch)
 
 
-def test_padding_is_known_by_not_seeing_itself():
-    model = make_model("llama")
-    packed = pack_rows([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
-    sites, seen = find_sites(model), []
-    watched = watching(model, sites.values(), lambda site, u, real: seen.append(real))
-    with watched, torch.no_grad():
-        logits = model(**packed.inputs).logits
-    assert len(seen) == len(sites)
-    assert all(torch.equal(real, packed.owners >= 0) for real in seen)
-    assert packed.owners.tolist() == [[0] * 6, [1, 2, -1, -1, -1, -1]]
-    assert logits.isfinite().all()
-
-
 def test_models_are_packed_only_where_every_layer_obeys_the_mask():
     assert all(can_pack(make_model(kind)) for kind in ("llama", "gpt2", "qwen2"))
     assert not can_pack(make_model("t5"))
@@ -154,12 +129,3 @@ def test_targets_stand_where_they_are_predicted(base):
             wanted = logits_of(base.model, ids)[0, len(pair.prompt) - 1 : -1]
         assert labels[labels != IGNORED].tolist() == pair.target
         assert_same_logits(row[labels != IGNORED], wanted)
-
-
-def test_the_head_sees_the_asked_for_places_only():
-    model, ids = make_model("llama"), torch.tensor([[4, 5, 6], [7, 8, 9]])
-    whole = model(ids).logits
-    with head_at(model, torch.tensor([5, 0, 0])):
-        some = model(ids).logits
-    torch.testing.assert_close(some[0], whole.flatten(0, 1)[[5, 0, 0]], atol=1e-5, rtol=1e-5)
-    assert model(ids).logits.shape == whole.shape

@@ -14,7 +14,7 @@ from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
 from phatgoose.sites import Positions
 from phatgoose.tasks.encoding import CUTS, Cut, Cuts, Encoder, cut_tokens, recorded_share
-from phatgoose.tasks.task import Chat, Example
+from phatgoose.tasks.task import Chat
 from tiny import make_tokenizer, with_added
 
 EOS = 1
@@ -109,16 +109,6 @@ def test_what_the_tokenizer_adds_survives_a_cut(is_encoder_decoder, truncation):
     assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{KEPT[truncation]}{end}"
 
 
-@pytest.mark.parametrize("text", ["abcd", "abcdef"])
-def test_a_cut_target_keeps_the_end_of_sequence(text):
-    encoder = make_encoder(T5, max_target_tokens=4)
-    target = encoder.target("x", text)
-    assert text_of(encoder, target.tokens) == "abc</s>"
-    assert target.cut == Cut(most=4, lost=len(text) - 3)
-    pairs = encoder.pairs(Example("x", each) for each in ("abc", text))  # without a warning
-    assert encoder.cuts(pairs).targets == [None, Cut(4, len(text) - 3)]
-
-
 def test_a_chat_template_wraps_the_input_and_is_never_cut():
     pair = make_encoder(template=CHAT, chat=True).pair("hello", "hi")
     short = make_encoder(template=CHAT, chat=True, max_input_tokens=4)
@@ -148,16 +138,6 @@ def test_a_tokenizer_that_merges_prompt_and_answer_is_told_of():
     with pytest.warns(UserWarning, match=r"ends in '\\n\\n', the tokenizer makes other tokens"):
         pair = encoder.pair("A:\n\n", "yes")
     assert text_of(encoder, pair.prompt + pair.target) == "A:\n\nyes</s>"
-
-
-def test_an_answer_in_a_chat_template_is_tokenised_behind_its_words():
-    tokenizer = sentencepiece()
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.content }}{% endfor %}{{ '\nA:\n' }}"
-    )
-    encoder = Encoder(tokenizer, is_encoder_decoder=False, formatting=Formatting(chat=True))
-    pair = encoder.pair("is it", "yes")
-    assert pair.prompt + pair.target[:-1] == tokenizer("is it\nA:\nyes")["input_ids"]
 
 
 @cache
@@ -250,14 +230,6 @@ def test_a_chat_is_read_through_the_base_s_template_whatever_the_formatting(enco
     assert text_of(encoder, plain.prompt).startswith("<u>" if encoder.formatting.chat else "bri")
 
 
-def test_a_chat_leaves_room_for_its_template_and_the_answer():
-    tokenizer = make_tokenizer(final_eos=CAUSAL)
-    tokenizer.chat_template = ROLES
-    encoder = Encoder(tokenizer, is_encoder_decoder=CAUSAL, positions=Positions(36, 36))
-    pair = encoder.pair(SAID, "yes")
-    assert (pair.length, pair.cut) == (36, Cut(17, 8))
-
-
 @given(st.text("aé日😀 ", min_size=1, max_size=60), st.sampled_from(["left", "middle", "right"]))
 def test_what_was_cut_inside_a_character_still_fits(text, truncation):
     """A token is a byte here, and a broken character is read again as three."""
@@ -336,11 +308,3 @@ def test_an_expert_s_metrics_tell_the_share_again():
     assert some(0, 4).record() == {"inputs": 4, "inputs_cut": 0}
     assert recorded_share(some(12, 400).record()) == "3 %"
     assert recorded_share(some(0, 4).record()) == "0 %"
-
-
-@pytest.mark.parametrize(
-    ("inputs", "cut"), [(None, None), ("4", 1), (4, 5), (4, -1), (0, 0), (True, 0)]
-)
-def test_metrics_that_say_no_share_say_none(inputs, cut):
-    assert recorded_share({"inputs": inputs, "inputs_cut": cut}) is None
-    assert recorded_share({}) is None

@@ -172,8 +172,16 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
         ("a.jsonl", [GOOD, '{"input": "a", "i": 4}'], "target is missing .* there are input, i"),
         ("a.jsonl", [json.dumps({**ROWS[0], "input": "Is it \ud83d"})], "input: .*unicode string"),
         ("a.csv", ["input,target", "a,b", "alone"], "line 3 is not valid: target is missing"),
-        ("a.csv", ["input,target", "Hello, world,yes"], "line 2: more cells than the header"),
-        ("a.csv", ["input,target", "a,b", 'Who?,"Ann', "x"], "a.csv, .* line 2: unexpected end"),
+        (
+            "a.csv",
+            ["input,target", "Hello, world,yes"],
+            "until line 2, more cells",
+        ),
+        (
+            "a.csv",
+            ["input,target", "a,b", 'Who?,"Ann', "x"],
+            "until line 2, unexpected end",
+        ),
         ("a.json", ['[{"input": "a"'], "a.json is not valid: Expecting ',' delimiter"),
         ("a.json", ["5"], "a.json is not valid: 'int' object is not iterable"),
         ("a.json", ['{"input": ["a", "b"], "target": ["c"]}'], "zip.. argument 2 is shorter"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from phatgoose.config import IA3, Bottleneck, Dora, Formatting, GateTraining, Lora
-from phatgoose.errors import ConfigError, ExpertError, TaskError
-from phatgoose.experts.expert import LAYOUT, Expert, check_expert
+from phatgoose.errors import ConfigError, TaskError
+from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, INVOCATION
@@ -148,10 +148,10 @@ def test_a_generation_prompt_is_an_invocation_that_peft_reads(llama, tmp_path):
 
 
 def test_without_a_generation_prompt_it_is_refused(llama, tmp_path):
-    with pytest.raises(TaskError, match="turn chat on"):
+    with pytest.raises(TaskError, match="chat template"):
         trained_on(llama, tmp_path / "e", "generation-prompt")
     llama.tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(TaskError, match="adds no generation prompt"):
+    with pytest.raises(TaskError, match="generation prompt whose tokens are its own"):
         trained_on(llama, tmp_path / "e", "generation-prompt", formatting=Formatting(chat=True))
 
 
@@ -183,27 +183,3 @@ def test_an_imported_alora_keeps_its_invocation_through_gates_and_measuring(llam
     assert entry["acts_on"] == {"invocation_tokens": tokens}
     model = compose(Pool((again,)), copied_model("llama"), router="single")
     assert composition_of(model).acting == (again.acts_on,)
-
-
-@pytest.mark.parametrize(
-    ("record", "complaint"),
-    [
-        ({"tail": 3}, "alora_invocation_tokens say from the tokens"),
-        (None, "acts on all tokens, but its adapter's"),
-        ({"invocation_tokens": [9]}, "but its adapter's alora_invocation_tokens say"),
-        ({"tail": 0}, "wanted a tail of at least 1"),
-        ({"invocation_tokens": [-1]}, "wanted a tail of at least 1"),
-        ("answer", "acts_on: Input should be an object"),
-    ],
-)
-def test_a_record_that_is_wrong_is_found(llama, tmp_path, record, complaint):
-    adapter = make_adapter(llama, tmp_path / "adapter", **{INVOCATION: [5, 6]})
-    expert = Expert.from_peft(adapter, {}, base=llama, name="e").save(tmp_path / "e")
-    path = expert.directory / LAYOUT.info
-    content = json.loads(path.read_text())
-    assert content["acts_on"] == {"invocation_tokens": [5, 6]}
-    path.write_text(json.dumps({**content, "acts_on": record}))
-    (problem, *_) = check_expert(expert.directory)
-    assert complaint in problem
-    with pytest.raises(ExpertError):
-        Expert.load(expert.directory)

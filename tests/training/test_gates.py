@@ -78,19 +78,6 @@ def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, t
     assert third.info.hyperparameters == {**wanted, "gate_learning_rate": 0.01}
 
 
-def test_the_learning_rate_of_gates_is_the_papers_unless_given(llama, adapter, tmp_path):
-    def trained(out: str, training: Training, **rate: float):
-        settings = GateTraining(gate_steps=2, **rate)
-        options = {"training": training, "gate_training": settings}
-        return gated(llama, adapter, tmp_path / out, **options).gates
-
-    default = trained("a", replace(TRAINING, learning_rate=0.02))
-    given = trained("b", TRAINING, gate_learning_rate=0.005)
-    other = trained("c", TRAINING, gate_learning_rate=0.02)
-    assert all(torch.equal(default[site], given[site]) for site in default)
-    assert not any(torch.equal(default[site], other[site]) for site in default)
-
-
 def test_gates_are_trained_in_float32_on_a_bfloat16_base(llama, adapter, tmp_path):
     half = load_base(llama.id, dtype="bfloat16")
     before = weights_of(half.model)
@@ -133,12 +120,6 @@ def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp
     expert = gated(base, folder, tmp_path / "expert")
     with applied(base.model, expert.lora, ModifiedLinear):
         assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base, TASK)))
-
-
-def test_an_adapter_for_another_base_is_refused(base_folders, adapter, tmp_path):
-    gpt2 = load_base(base_folders["gpt2"], dtype="float32")
-    with pytest.raises(ExpertError, match=r"model\.layers\.0"):
-        gated(gpt2, adapter, tmp_path / "e")
 
 
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from phatgoose.base import load_base
 from phatgoose.config import GateTraining
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ModifiedLinear, applied
@@ -19,12 +18,9 @@ from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
     LORA,
-    PASS,
     TASK,
     TRAINING,
-    assert_same_expert,
     interrupt,
-    interrupted,
     on_call,
     target_nll,
     trained,
@@ -138,28 +134,3 @@ def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
     assert not any(key.startswith("gate_") for key in expert.info.metrics)
     assert expert.means.keys() == expert.lora.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["echo"]
-
-
-@pytest.fixture(scope="module")
-def whole(base_folders, tmp_path_factory) -> Expert:
-    """The expert of an uninterrupted joint training of the tiny Llama."""
-    base = load_base(base_folders["llama"], dtype="float32")
-    return trained(base, tmp_path_factory.mktemp("whole") / "echo", train)
-
-
-# Four steps of two passes; after steps 2 and 4 one validation of one pass.
-CUTS = {
-    "after a checkpoint": (PASS, 8),
-    "before the gates are kept": ("phatgoose.training.train_expert.save_file", 1),
-    "before the expert is in place": ("os.rename", 2),
-}
-
-
-@pytest.mark.parametrize("cut", CUTS)
-def test_a_resumed_run_ends_in_the_same_bits(llama, tmp_path, monkeypatch, whole, cut):
-    function, call = CUTS[cut]
-    interrupted(monkeypatch, llama, tmp_path / "cut", function, call, gate_training=JOINT)
-    resumed = train(llama, tmp_path / "cut", resume=True)
-    assert_same_expert(resumed, whole)
-    assert all(torch.equal(resumed.means[site], whole.means[site]) for site in whole.means)
-    assert not (tmp_path / ".cut.work").exists()

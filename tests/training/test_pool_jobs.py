@@ -10,9 +10,9 @@ import pytest
 
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.training.pool_jobs import train_experts
-from phatgoose.training.train_expert import open_work, train_gates
+from phatgoose.training.train_expert import open_work
 from phatgoose.training.trainer import work_of
-from small_disks import FEW, TASK, told, train
+from small_disks import told
 from training_jobs import SETTINGS
 
 HOLD = """
@@ -64,24 +64,6 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     assert opened(3) == ["lock", "run.json"]
     out.mkdir()
     assert "Another process has made" in told(lambda: opened(resume=True))
-
-
-def test_work_beside_what_is_no_expert_stays_and_beside_an_expert_goes(llama, tmp_path):
-    with open_work(tmp_path / "expert", {}, resume=False, restart=False) as work:
-        (work / "checkpoint").touch()
-    (tmp_path / "expert").mkdir()
-    with pytest.raises(ExpertError, match=r"phatgoose\.json does not exist"):
-        train(llama, tmp_path / "expert", resume=True)
-    assert (work / "checkpoint").exists()
-    (tmp_path / "expert").rmdir()
-    expert = train(llama, tmp_path / "expert", restart=True)
-    work.mkdir()
-    assert train(llama, tmp_path / "expert", resume=True).info == expert.info
-    gated = train_gates(llama, expert.directory, TASK, out=tmp_path / "gated", **FEW)
-    work_of(tmp_path / "gated").mkdir()
-    again = train_gates(llama, expert.directory, TASK, out=tmp_path / "gated", resume=True, **FEW)
-    assert again.info == gated.info
-    assert {path.name for path in tmp_path.iterdir()} == {"expert", "gated"}
 
 
 def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, job, tmp_path):

@@ -108,27 +108,6 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
     assert (recorded["statistics_examples"], recorded["embedder"]) == (4, "other")
 
 
-def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path):
-    with pytest.warns(UserWarning, match="count: .* of .* inputs .* cut to 6 tokens"):
-        first = train_expert(
-            llama,
-            TASK,
-            out=tmp_path / "count",
-            training=TRAINING,
-            gate_training=GateTraining(joint=True, statistics_examples=5),
-            formatting=Formatting(max_input_tokens=6),
-        )
-    options = GateTraining(statistics_examples=5)
-    with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
-        again = measure(first, llama, TASK, options)
-    assert same(again.means, first.means)
-    with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
-        other = measure(first, llama, TASK, options, seed=8)
-    assert not same(other.means, first.means)
-    longer = measure(first, llama, TASK, options, formatting=Formatting())
-    assert not same(longer.means, first.means)
-
-
 @pytest.mark.parametrize("form", ["prompt", "paper"])
 def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
     expert, seen = trained(base, tmp_path / "count", train), []

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
@@ -27,7 +26,7 @@ from phatgoose.errors import (
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
-from phatgoose.tasks.task import Example, Task, draw
+from phatgoose.tasks.task import Example, Task
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
@@ -39,7 +38,6 @@ from training_runs import (
     assert_same_expert,
     interrupted,
     on_call,
-    target_nll,
     train,
     words,
 )
@@ -62,17 +60,6 @@ def test_what_was_cut_is_told_once_recorded_and_shown(llama, tmp_path, caplog):
         "chat": False,
         "inputs_cut": 1,
     }
-
-
-def test_validation_examples_are_drawn_by_the_seed(llama, tmp_path, caplog):
-    """The first of a file that is sorted by label are all of one label."""
-    task = replace(TASK, validation=words(*["yes"] * 8, *["no"] * 8))
-    training = replace(TRAINING, eval_examples=4, seed=3)
-    expert = train(llama, tmp_path / "sorted", task, training)
-    drawn = draw(task.validation, 4, 3)
-    assert {example.target for example in drawn} == {"yes", "no"}
-    loss = target_nll(peft_model(llama, expert.directory), llama, drawn).mean().item()
-    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
 
 
 def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_path):
@@ -103,23 +90,6 @@ def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, tmp_path
     assert info.metrics["expert_tokens"] > 0
     targets = json.loads((expert.directory / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(expert.lora)  # the same bytes in every run
-
-
-def test_a_bfloat16_base_is_trained_through_float32_copies(base_folders, tmp_path):
-    half = load_base(base_folders["llama"], dtype="bfloat16")
-    weights = {key: value.clone() for key, value in half.model.state_dict().items()}
-    dtypes = {True: set(), False: set()}
-
-    class Look(TrainerCallback):
-        def on_train_end(self, *_, model, **__):
-            for parameter in model.parameters():
-                dtypes[parameter.requires_grad].add(parameter.dtype)
-
-    expert = train(half, tmp_path / "echo", callbacks=[Look()])
-    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
-    saved = load_file(expert.directory / ADAPTER)
-    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
-    assert all(torch.equal(half.model.state_dict()[key], weights[key]) for key in weights)
 
 
 def test_training_depends_on_its_seed_alone(llama, tmp_path, whole):
@@ -217,22 +187,6 @@ def test_a_base_that_pads_inside_is_refused_before_the_work(llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
     without = replace(GATES, means=False, readings=False)
     assert train(base, tmp_path / "echo", gate_training=without).means == {}
-
-
-def test_an_embedder_that_cannot_be_loaded_is_told_before_the_work(llama, tmp_path):
-    pytest.importorskip("sentence_transformers", reason="needs the extra 'retrieval'")
-    wanted = replace(GATES, embeddings=True, embedder=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"Embedder .* can't be loaded"):
-        train(llama, tmp_path / "echo", gate_training=wanted)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_work_is_resumed_for_other_statistics(llama, tmp_path, monkeypatch, whole):
-    interrupted(monkeypatch, llama, tmp_path / "echo", PASS, call=8)
-    fewer = replace(GATES, readings=False, statistics_examples=2)
-    got = train(llama, tmp_path / "echo", resume=True, gate_training=fewer)
-    assert_same_expert(got, whole)
-    assert not got.readings
 
 
 def test_the_best_step_is_kept_where_the_work_moved_before_it_was_saved(llama, tmp_path):

@@ -8,23 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from phatgoose.config import GateTraining
 from phatgoose.errors import ExpertError
 from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task
 from phatgoose.training import trainer as trainer_module
 from phatgoose.training.trainer import (
-    PartialTrainer,
     visiting_order,
 )
 from tiny import peft_model
 from training_runs import (
-    PASS,
     TASK,
     TRAINING,
-    assert_same_expert,
-    interrupted,
     target_nll,
     train,
     without_dropout,
@@ -66,17 +61,6 @@ def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     assert loss == pytest.approx(losses[best], abs=1e-3)
 
 
-def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):
-    training = replace(TRAINING, eval_every=1)
-    whole = train(llama, tmp_path / "whole", training=training)
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=10, training=training)
-    newest = tmp_path / ".cut.work" / "expert" / "checkpoint-3"
-    (newest / "complete").unlink()
-    (newest / "trainable.safetensors").write_bytes(b"torn")
-    resumed = train(llama, tmp_path / "cut", training=training, resume=True)
-    assert_same_expert(resumed, whole)
-
-
 DIVERGED = "echo: {}: training diverged, the {} is {} at step {}; lower the learning rate and use"
 
 
@@ -109,24 +93,6 @@ def test_a_training_that_diverges_stops_at_once(
         with pytest.raises(ExpertError, match=re.escape(told)):
             train(llama, tmp_path / "echo")
     assert not (tmp_path / "echo").exists()
-
-
-def test_a_last_step_that_diverges_is_told_again_when_resumed(llama, tmp_path, monkeypatch):
-    def overflowing(self, *inputs, **more):
-        loss = original(self, *inputs, **more)
-        if "gate" in next(self._trained())[0]:
-            next(self._trained())[1].grad[0] = float("inf")
-        return loss
-
-    original = PartialTrainer.training_step
-    told = DIVERGED.format("gates", "largest trained number", "nan", "1 of 1")
-    with monkeypatch.context() as patch:
-        patch.setattr(PartialTrainer, "training_step", overflowing)
-        with pytest.raises(ExpertError, match=re.escape(told)):
-            train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1))
-    with pytest.raises(ExpertError, match=re.escape(told)):
-        train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1), resume=True)
-    train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1), restart=True)
 
 
 def test_every_pass_visits_each_example_once_and_batches_hold_similar_lengths():

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 from transformers import (
-    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
     TrainerCallback,
@@ -17,7 +16,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import VOCABULARY, logits_of, make_ids, make_tokenizer
 from training_runs import (
-    GATES,
     TRAINING,
     train,
 )
@@ -42,22 +40,6 @@ def test_the_rate_rises_and_stays_and_a_callback_hears_of_both_trainings(llama, 
     assert heard.stages == [20] * 20 + [2] * 2  # the expert's, then the gates'
     wanted = [0.0, *[1.0] * 19]
     assert heard.rates[:20] == pytest.approx([training.learning_rate * share for share in wanted])
-
-
-def test_a_callback_may_end_the_training_and_that_step_is_validated(llama, tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step >= 3
-
-    training = replace(TRAINING, steps=50, eval_every=50)
-    expert = train(llama, tmp_path / "echo", training=training, callbacks=[Stop()])
-    assert expert.info.metrics["expert_steps"] == expert.info.metrics["expert_best_step"] == 3
-
-
-def test_transformers_own_early_stopping_is_for_the_expert_alone(llama, tmp_path):
-    stops = EarlyStoppingCallback(early_stopping_patience=1)
-    expert = train(llama, tmp_path / "echo", callbacks=[stops])
-    assert expert.info.metrics["gate_steps"] == GATES.gate_steps
 
 
 def test_an_expert_is_trained_on_a_base_of_four_bits_for_the_base_of_those_weights(tmp_path):

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeA
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files import one_line, reading, regular
+from ..files import first_line, one_line, reading, regular
 from .task import Chat, Example, Sources, Task
 
 SEPARATOR = "|||"
@@ -201,9 +201,15 @@ def read_rows(
     what = f"Split {split} of dataset {dataset}" + f" (configuration {config})" * bool(config)
     library = _library("datasets", what)
     copy = None if sources.data is None else (sources.data / dataset).absolute()
-    hint = f" Copies are made by: hf download --repo-type dataset {dataset} --local-dir {copy}"
-    with reading(f"{what} in {copy or 'the Hub'}", TaskError, hint):
+    try:
         rows = _split(library, copy, dataset, config, split)
+    except Exception as error:  # datasets documents no common base class for what it raises
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise TaskError(
+            f"{what} can't be loaded from {copy or 'the Hub'}: {first_line(cause)}. A copy is made "
+            f"by: hf download --repo-type dataset {dataset} --local-dir {copy or 'FOLDER'}, of a "
+            f"dataset with a script with --revision {PARQUET_REVISION}."
+        ) from error
     return cast(Sequence[Mapping[str, Any]], rows.with_format(None))  # plain Python values
 
 

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.loading import TEMPLATE_FAILURES
 from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates, templates_folder
 from phatgoose.tasks.task import Example, Sources
 
@@ -151,21 +150,6 @@ def test_input_targets_and_choices_are_rendered_from_the_row(jinja, choices, wan
     assert row == OPTIONS
 
 
-@pytest.mark.parametrize(
-    "jinja",
-    [
-        "{% if kind == 'why' %}Why? ||| Because.{% endif %}",
-        "No separator {{kind}}",
-        "Question ||| {% if kind == 'why' %}x{% endif %}",
-        "{{missing}} ||| target",
-        " ||| ",
-        "Q ||| ||| second",
-    ],
-)
-def test_rows_that_a_template_has_nothing_for(jinja):
-    assert rendered(jinja, {"kind": "what"}) is None
-
-
 def test_separators_in_a_row_do_not_split():
     row = {
         "text": "a ||| b",
@@ -196,38 +180,3 @@ def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
     assert len({text for draws in first for text in draws.split()}) > 30
     assert first[0] != rendered(jinja, {"n": 0}, name="another").input
     assert random.getstate() == state
-
-
-def test_most_frequent_and_zip():
-    row = {"votes": ["no", "yes", "yes", "no", "maybe"], "names": ["p", "q"]}
-    made = rendered(
-        "{{votes | most_frequent | join(',')}} {{[] | most_frequent}} ||| "
-        "{% for v, n in zip(votes, names) %}{{v}}{{n}};{% endfor %}",
-        row,
-    )
-    assert made == Example("no,yes None", "nop;yesq;")
-
-
-@pytest.mark.parametrize(
-    ("jinja", "reason"),
-    [
-        ("{{missing.field}} ||| x", "'missing' is undefined"),
-        ("{{none_left | choice}} ||| x", "empty sequence"),
-        ("{% if 1 // zero %}{% endif %} ||| x", "by zero"),
-        ("{{number.real.__class__.__mro__}} ||| x", "unsafe"),
-        ("{{answer_choices[3] + 1}} ||| x", "undefined|list"),
-    ],
-)
-def test_failing_expressions_are_known_failures(jinja, reason):
-    row = {"none_left": [], "zero": 0, "number": 1}
-    with pytest.raises(TEMPLATE_FAILURES, match=reason):
-        rendered(jinja, row, "a ||| b")
-
-
-def test_fields_are_those_that_a_template_mentions():
-    template = PromptTemplate(
-        "t",
-        "{% set x = a %}{{x}}{% for i in b %}{{i}}{% endfor %} ||| {{answer_choices[c] | choice}}",
-        "{% for p, q in zip(d, e) %}{{p}}{% endfor %}",
-    )
-    assert template.fields == {"a", "b", "c", "d", "e"}

@@ -6,10 +6,9 @@ import pytest
 
 from fake_packages import install
 from phatgoose.errors import TaskError
-from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites import registry
 from phatgoose.tasks.suites.registry import SUITES, open_suite
-from phatgoose.tasks.task import Example, Sources
+from phatgoose.tasks.task import Example
 
 FULL = """
 name = "my-suite"
@@ -43,13 +42,6 @@ def test_the_papers_suites_are_known_by_name(folder, monkeypatch):
     assert open_suite("./bbh").names == open_suite(Path("bbh")).names == ("a", "b")
 
 
-def test_a_task_file_is_a_suite_of_its_own(tmp_path):
-    (tmp_path / "one.jsonl").write_text('{"input": "a", "target": "x"}\n')
-    suite = open_suite(tmp_path / "one.jsonl")
-    assert (suite.name, suite.names) == ("one", ("one",))
-    assert suite.load() == (load_task(tmp_path / "one.jsonl"),)
-
-
 def test_a_folders_visible_task_files_are_its_suite(folder):
     (folder / "._a.jsonl").write_bytes(b"\0\5\26\7")  # what macOS puts beside a file
     suite = open_suite(str(folder))
@@ -76,14 +68,6 @@ def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
     assert task.validation == (Example("Was it?\nAnswer:", "no"),)
     assert task.train == (Example("Will it?\nAnswer:", "no", (), ("no", "never")),)
     assert other.test == (Example("1+1", "2"),)
-
-
-def test_files_are_read_when_an_entry_is(folder):
-    suite = open_suite(write(folder, '[[tasks]]\nfile = "b.jsonl"\n'))
-    assert (suite.name, suite.names) == ("suite", ("b",))
-    (folder / "b.jsonl").write_text("{broken", encoding="utf-8")
-    with pytest.raises(TaskError, match=r"b\.jsonl, line 1 is not valid: Expecting"):
-        suite.entry("b").read(Sources())
 
 
 TASK = '[[tasks]]\nfile = "b.jsonl"\n'

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from p3_records import P3, RECORDS, needs_p3
@@ -31,7 +30,6 @@ cnn_dailymail 4 127; dbpedia_14 16
 """
 HELD_OUT = "rte hellaswag copa wic winogrande cb story_cloze anli_r1 anli_r2 anli_r3 wsc"
 SQUAD = ("squad-exact-match", "squad-f1")
-APP_CHOICES = "bad ||| poor ||| fair ||| good ||| superb"
 
 
 class Rows(Sequence):
@@ -147,38 +145,6 @@ def test_held_in_task(written, served):
     assert task.digest == read("mrpc", sources).digest
 
 
-def test_training_pairs_are_drawn_before_any_row_is_read(written, served, monkeypatch):
-    monkeypatch.setattr(t0, "MOST_TRAIN_PAIRS", 50)
-    rows = Rows(4_000_000, mrpc_row)
-    served(train=rows, validation=Rows(2, mrpc_row))
-    task = read("mrpc", mrpc_templates(written))
-    assert len(task.train) == len(set(task.train)) == 50
-    assert len(rows.asked) <= 51  # the first is read to check its fields
-    assert len({example.choices for example in task.train}) == 3
-    rows.asked.clear()
-    assert read("mrpc", mrpc_templates(written)).train == task.train
-
-
-def test_a_large_validation_split_is_sampled_then_templates_take_turns(
-    written, served, monkeypatch
-):
-    sources = written(
-        "glue/qqp",
-        ("a", "{{question1}} A ||| {{answer_choices[label]}}", "no|||yes", True),
-        ("b", "{{question1}} B ||| {{answer_choices[label]}}", "no|||yes", True),
-    )
-    served(
-        train=Rows(1, lambda index: {"question1": "x", "label": 0}),
-        validation=Rows(12_000, lambda index: {"question1": f"{index:05d}", "label": 1}),
-    )
-    task = read("qqp", sources)
-    assert task.validation_origin == "split validation, 10000 of 12000 rows, seed 42"
-    inputs = [example.input for example in task.validation]
-    assert len(set(inputs)) == 10_000
-    assert inputs == sorted(inputs)
-    assert [text[-1] for text in inputs] == ["A", "B"] * 5000
-
-
 PICK = "||| {{answer_choices[label | int]}}"
 
 
@@ -209,27 +175,6 @@ def test_templates_are_left_out_as_in_the_papers_code(
     task = read(name, sources)
     assert sorted(example.input for example in task.train) == sorted(trained)
     assert [example.input for example in task.validation] == validation.split()
-
-
-def test_app_reviews_sets_the_papers_rows_apart(written, served):
-    sources = written(
-        "app_reviews",
-        ("rating", "Rate {{review}} ||| {{answer_choices[star-1]}}", APP_CHOICES, False),
-        ("generate_review", "Write {{star}} ||| {{review}}", None, False),
-        ("convert_to_rating", "{{review}} out of 5? ||| {{star}}", None, False),
-        ("convert_to_star_rating", "{{review}} ||| {{answer_choices[star-1]}}", APP_CHOICES, False),
-    )
-    count = 10_030
-    requests = served(train=Rows(count, lambda i: {"review": f"r{i}", "star": 1 + i % 5}))
-    task = read("app_reviews", sources)
-    assert {split for _, _, split in requests} == {"train"}
-    examples = [{"review": f"r{i}"} for i in range(count)]  # as the released code shuffles them
-    np.random.RandomState(1234).shuffle(examples)
-    expected = [f"Rate {row['review']}" for row in examples]
-    assert [example.input for example in task.validation] == expected[:10_000]
-    assert len(task.train) == 30 * 4
-    assert [e.input for e in task.train if e.input.startswith("Rate")] == expected[10_000:]
-    assert task.validation_origin == "split train, 10000 rows set apart, seed 1234"
 
 
 FIND = "{{context}} {{question}} ||| {{answers.text | choice}}"
@@ -273,31 +218,6 @@ def test_generated_answers_are_compared_with_the_rows_own(
     for example in task.validation:
         assert (example.choices, example.answers) == ((), answers)
         assert example.target in (*answers, "S.")
-
-
-def test_trec_has_the_papers_prompt(served):
-    served(
-        train=[{"text": "How far is it ?", "fine_label": index} for index in range(50)],
-        test=[{"text": "Who ?", "fine_label": 29}],
-    )
-    task = read("trec", Sources())
-    (example,) = task.validation
-    assert example.target == "Individual."
-    assert len(example.choices) == len(set(example.choices)) == 50
-    assert example.input == f"Question: Who ?\nAnswer choices: {list(example.choices)}\nAnswer:"
-    assert [each.target for each in task.train] == list(example.choices)
-
-
-def test_wiki_hop_copies_may_call_the_question_query(written, served):
-    sources = written(
-        "wiki_hop/original",
-        ("w", "{{question}} ||| {{answer}}", "{{candidates | join('|||')}}", True),
-    )
-    row = {"answer": "x", "candidates": ["x", "y"]}
-    table = pytest.importorskip("datasets").Dataset.from_list([{"query": "Q", **row}])
-    served(train=table, validation=[{"question": "Q", **row}])
-    task = read("wiki_hop", sources)
-    assert task.train == task.validation == (Example("Q", "x", ("x", "y")),)
 
 
 def test_held_out_tasks_have_every_row_in_every_original_template(written, served):

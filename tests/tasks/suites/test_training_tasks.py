@@ -91,17 +91,6 @@ def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, 
     assert len(mixed.load().train) == 7 + 7
 
 
-def test_a_mixture_travels_as_its_parts_do(here, hub_copies, tmp_path, monkeypatch):
-    parts = open_tasks(["t0hi/samsum", "counting.jsonl"], hub_copies)
-    wanted, portable = (
-        mixture(parts, "all", most=7).load(),
-        mixture(parts, "all", most=7).portable(),
-    )
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert portable.load().train == wanted.train
-
-
 # --- training ---
 
 

@@ -110,14 +110,15 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
 
 @pytest.mark.parametrize("form", ["prompt", "paper"])
 def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
-    expert, seen = trained(base, tmp_path / "count", train), []
+    seen, cut = [], Formatting(max_input_tokens=3, truncation="right")
+    with pytest.warns(UserWarning, match="cut to 3 tokens"):
+        expert = train(base, tmp_path / "count", cut)
     monkeypatch.setattr(
         statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
     )
-    cut = Formatting(max_input_tokens=3, truncation="right")
     settings = GateTraining(means=False, embeddings=True, embedding_form=form)
     with pytest.warns(UserWarning, match="cut to 3 tokens"):
-        found = measure(expert, base, TASK, settings, formatting=cut)
+        found = measure(expert, base, TASK, settings)
     assert Expert.load(found.directory).info.embedding_form == form
     assert found.info.hyperparameters["embedding_form"] == form
     whole = [each.input for each in TASK.with_validation(TRAINING.seed).train]

@@ -12,15 +12,13 @@ import torch
 from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
-from other_encoders import make_other
-from phatgoose.base import Base, fingerprint, load_base
+from phatgoose.base import load_base
 from phatgoose.config import Formatting
 from phatgoose.errors import (
     ConfigError,
     ExpertError,
     PhatgooseError,
     PoolError,
-    RoutingError,
     WrongBaseError,
 )
 from phatgoose.experts.pool import Pool
@@ -177,16 +175,6 @@ def test_work_with_other_settings_data_or_base_is_not_resumed(
     given = {**other, "base": load_base(base_folders[kind], dtype=dtype)}
     with pytest.raises(ConfigError, match="other settings, data or another base"):
         train(out=tmp_path / "cut", resume=True, **given)
-
-
-def test_a_base_that_pads_inside_is_refused_before_the_work(llama, tmp_path):
-    model = make_other("led")
-    base = Base(model, llama.tokenizer, "led", None, fingerprint(model))
-    with pytest.raises(RoutingError, match="pads or transposes"):
-        train(base, tmp_path / "echo")
-    assert list(tmp_path.iterdir()) == []
-    without = replace(GATES, means=False, readings=False)
-    assert train(base, tmp_path / "echo", gate_training=without).means == {}
 
 
 def test_the_best_step_is_kept_where_the_work_moved_before_it_was_saved(llama, tmp_path):

@@ -119,20 +119,9 @@ def train_expert(
         ExpertError: `out` exists, the name can't be an expert's, or training diverges.
         ConfigError: Work to be resumed had other settings.
         WrongBaseError: The finished expert to be resumed is of another base.
-        RoutingError: Mean activations are asked for, but the base pads its tokens inside.
         TaskError: The task can't be used.
     """
-    out, peft = Path(out), options.get("peft") or Lora()
-    settings = _settings(peft, options)
-    if out.exists():
-        return finished_expert(out, base, settings, resume=options.get("resume", False))
-    run = _begun(base, task, settings, out, options)
-    placed_sites(run.base.model, peft)  # refuses bad settings before anything is written
-    with open_work(out, _identity(run), **_unfinished(options)):
-        adapter = _trained_adapter(run, peft)
-        metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
-        gates = load_file(adapter / JOINT_GATES) if settings.gates.joint else None
-        return _finished(run, adapter, {}, metrics, gates)
+    return _trained(base, options.get("peft") or Lora(), task, Path(out), options)
 
 
 def train_gates(
@@ -162,49 +151,51 @@ def train_gates(
         ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, or training
             diverges.
         WrongBaseError: The adapter records another base, or the finished expert does.
-        ConfigError: Work to be resumed had other settings, or joint training is asked for.
-        RoutingError: Mean activations are asked for, but the base pads its tokens inside.
+        ConfigError: Work to be resumed had other settings.
         TaskError: The task can't be used.
     """
-    out, adapter = Path(out), Path(adapter)
-    settings = _settings(None, options)
-    if settings.gates.joint:
-        raise ConfigError(
-            "joint is on, but an adapter that exists can't be trained together with its gates; "
-            "turn it off here, or train a new expert."
-        )
-    if out.exists():
-        return finished_expert(out, base, settings, resume=options.get("resume", False))
-    modules = read_modules(adapter)
-    run = _begun(base, task, settings, out, options)
-    earlier, metrics = dict[str, Any](), dict[str, Any]()
-    acting = invocation_of(adapter)
-    if (adapter / LAYOUT.info).is_file():
-        expert = Expert.load(adapter)
-        check_base(expert.info.base, run.base.reference, f"expert {expert.name!r}")
-        earlier, metrics = dict(expert.info.hyperparameters), dict(expert.info.metrics)
-        acting = expert.acts_on
-    run = replace(run, acting=acting)
-    check_fit(adapter.name, modules, find_sites(run.base.model))
-    weights = sha256_of(adapter / adapter_files(adapter).weights)
-    with open_work(out, _identity(run, weights), **_unfinished(options)):
-        return _finished(run, adapter, earlier, metrics, None)
+    gates = replace(options.get("gate_training") or GateTraining(), joint=False)
+    return _trained(base, Path(adapter), task, Path(out), {**options, "gate_training": gates})
 
 
-def _settings(peft: Peft | None, options: Options) -> Hyperparameters:
-    return Hyperparameters(
-        peft,
+def _trained(
+    base: Base | str | Path,
+    adapter: Path | Peft,
+    task: Task | str | Path,
+    out: Path,
+    options: Options,
+) -> Expert:
+    """The expert at `out`, made of the adapter in a folder, or of a new one of this shape."""
+    settings = Hyperparameters(
+        adapter if isinstance(adapter, Peft) else None,
         options.get("training") or Training(),
         options.get("gate_training") or GateTraining(),
         options.get("formatting") or Formatting(),
     )
-
-
-def _unfinished(options: Options) -> dict[str, bool]:
-    return {
-        "resume": options.get("resume", False),
-        "restart": options.get("restart", False),
-    }
+    resume, restart = options.get("resume", False), options.get("restart", False)
+    if out.exists():
+        return finished_expert(out, base, settings, resume=resume)
+    run = _begun(base, task, settings, out, options)
+    earlier, metrics = dict[str, Any](), dict[str, Any]()
+    weights = gates = None
+    if isinstance(adapter, Peft):
+        placed_sites(run.base.model, adapter)  # refuses bad settings before it is written
+    else:
+        acting, modules = invocation_of(adapter), read_modules(adapter)
+        if (adapter / LAYOUT.info).is_file():
+            expert = Expert.load(adapter)
+            check_base(expert.info.base, run.base.reference, f"expert {expert.name!r}")
+            earlier, metrics = dict(expert.info.hyperparameters), dict(expert.info.metrics)
+            acting = expert.acts_on
+        run = replace(run, acting=acting)
+        check_fit(adapter.name, modules, find_sites(run.base.model))
+        weights = sha256_of(adapter / adapter_files(adapter).weights)
+    with open_work(out, _identity(run, weights), resume=resume, restart=restart):
+        if isinstance(adapter, Peft):
+            adapter = _trained_adapter(run, adapter)
+            metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
+            gates = load_file(adapter / JOINT_GATES) if settings.gates.joint else None
+        return _finished(run, adapter, earlier, metrics, gates)
 
 
 def _begun(
@@ -226,12 +217,7 @@ def _begun(
     settings = replace(settings, formatting=encoder.formatting)
     acting = None if settings.peft is None else acting_for(encoder, settings.training.acts_on)
     callbacks = tuple(options.get("callbacks", ()))
-    run = Run(base, task, encoder, settings, out, name, acting, callbacks)
-    if settings.gates.means:  # read one example as they will be measured
-        model, padding = base.model, base.tokenizer.pad_token_id
-        pairs, collator = encoder.pairs(task.validation[:1]), Collator(model, padding)
-        read_pairs(model, find_sites(model).values(), pairs, collator, lambda *_: None)
-    return run
+    return Run(base, task, encoder, settings, out, name, acting, callbacks)
 
 
 def _identity(run: Run, weights: str | None = None) -> dict[str, Any]:
@@ -403,21 +389,14 @@ def _trained_gates(
 
 
 def measure(
-    expert: Expert | str | Path,
-    base: Base | str | Path,
-    task: Task,
-    settings: GateTraining,
-    *,
-    seed: int | None = None,
-    formatting: Formatting | None = None,
+    expert: Expert | str | Path, base: Base | str | Path, task: Task, settings: GateTraining
 ) -> Expert:
     """The expert with the statistics of `settings` measured on `task`, its directory rewritten.
 
     `task` should be the data that the expert was trained on. A random sample of its training split
-    is measured: at most `statistics_examples`, for embeddings at most 1000. `seed` (of the sample
-    and of the validation split) and `formatting` default to what the expert records of its
-    training, which gives the same numbers as then. What isn't asked for stays as it is, as do
-    adapter and gates; the model card is written again.
+    is measured: at most `statistics_examples`, for embeddings at most 1000. Its seed and formatting
+    are those that the expert records of its training, which gives the same numbers as then. What
+    isn't asked for stays as it is, as do adapter and gates; the model card is written again.
 
     Raises ConfigError when embedding isn't possible, WrongBaseError when `base` isn't the expert's,
     ExpertError when the directory holds foreign files, which rewriting would lose, TaskError when
@@ -433,10 +412,8 @@ def measure(
     base = load_base(base) if isinstance(base, str | Path) else base
     check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
     recorded = expert.info.hyperparameters
-    if seed is None:
-        seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
-    if formatting is None:
-        formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
+    seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
+    formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
     hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
     encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
     task = task.with_validation(seed)

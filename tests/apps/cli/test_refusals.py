@@ -50,7 +50,6 @@ train reviews.jsonl PLAN --base nobody/nothing => nobody/nothing
 train reviews.jsonl TRAIN --workers 2 => --workers is for --engine ray
 train reviews.jsonl PLAN --engine slurm => 'slurm' is not one of 'local', 'ray'
 gate none --task reviews.jsonl --out new/x BASE => none/adapter_config.json does not exist
-gate experts/reviews --task reviews.jsonl --out new BASE --joint => joint is on
 gate bare --task reviews.jsonl --out new BASE --steps 3 => --steps
 stats exprts --task reviews.jsonl => does not exist. Did you mean 'experts'?
 check damaged/cut => damaged/cut/adapter_model.safetensors is not valid

@@ -77,5 +77,3 @@ def test_the_division_is_that_of_the_papers_code(tmp_path, monkeypatch):
 def test_a_missing_field_and_no_examples_are_refused(tmp_path):
     with pytest.raises(TaskError, match=r"row 1 is not valid: it lacks 'targets'"):
         irony(tmp_path / "a", [{"inputs": "Q", "_template_type": "zs_opt"}])
-    with pytest.raises(TaskError, match=r"Irony Detection of dataset .* has no zero-shot examples"):
-        irony(tmp_path / "b", [row(0, "fs_opt")])

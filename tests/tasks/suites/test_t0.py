@@ -1,6 +1,5 @@
 """The T0 suites: what is in them, and which examples their entries make of rows and templates."""
 
-import csv
 import json
 import warnings
 from collections.abc import Sequence
@@ -243,41 +242,6 @@ def test_held_out_tasks_have_every_row_in_every_original_template(written, serve
     assert (task.train, task.validation, task.metrics) == ((), (), ("accuracy",))
     assert [read(f"anli_r{n}", sources).test[0].input for n in (2, 3)] == ["A r", "A s"]
     assert requests == [("facebook/anli", None, f"dev_r{n}") for n in (1, 2, 3)]
-
-
-def story(**fields):
-    sentences = {f"InputSentence{n}": f"Sentence {n}." for n in (1, 2, 3, 4)}
-    endings = {"RandomFifthSentenceQuiz1": "Left.", "RandomFifthSentenceQuiz2": "Right, then."}
-    return {"InputStoryid": "id-1", **sentences, **endings, "AnswerRightEnding": 2, **fields}
-
-
-def test_story_cloze_is_read_from_the_authors_file(written, tmp_path):
-    sources = written(
-        "story_cloze/2016",
-        (
-            "end",
-            "{{input_sentence_1}} {{input_sentence_4}} ||| "
-            "{{answer_choices[answer_right_ending-1]}}",
-            "{{sentence_quiz1}} ||| {{sentence_quiz2}}",
-            True,
-        ),
-    )
-    told = r"signed form \(https://cs\.rochester.*LSDSem/story_cloze/2016/test\.csv"
-    for data in (None, tmp_path / "none"):
-        with pytest.raises(TaskError, match=told):
-            read("story_cloze", Sources(data, sources.templates))
-    file = tmp_path / "data/LSDSem/story_cloze/2016/test.csv"
-    file.parent.mkdir(parents=True)
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, fieldnames=list(story()))
-        writer.writeheader()
-        writer.writerows([story(), story(AnswerRightEnding=1)])
-    sources = Sources(data=tmp_path / "data", templates=sources.templates)
-    choices = ("Left.", "Right, then.")
-    assert read("story_cloze", sources).test == (
-        Example("Sentence 1. Sentence 4.", "Right, then.", choices),
-        Example("Sentence 1. Sentence 4.", "Left.", choices),
-    )
 
 
 def test_pairs_left_out_are_counted_in_one_warning(written, served):

@@ -137,7 +137,7 @@ def gate(
     training: Annotated[
         Training, "steps", "learning_rate", "eval_every", "eval_examples", "acts_on"
     ],
-    gates: GateTraining,
+    gates: Annotated[GateTraining, "joint"],
     formatting: Formatting,
 ) -> None:
     """Train gates for an adapter or an imported expert, which is named after --out."""

@@ -53,10 +53,7 @@ def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
 
     def read(sources: Sources) -> Task:
         rows = read_rows(sources, dataset, folder, "train")
-        examples = list(examples_of(rows, task.source, _zero_shot))
-        if not examples:
-            raise TaskError(f"{folder} of dataset {dataset} has no zero-shot examples.")
-        return _split(task, examples)
+        return _split(task, list(examples_of(rows, task.source, _zero_shot)))
 
     return Entry(task.name, read, METRICS, most, source=task.source)
 

@@ -89,7 +89,6 @@ class _HeldIn(P3Dataset):
 @dataclass(frozen=True, kw_only=True)
 class _HeldOut(P3Dataset):
     split: str = "validation"
-    manual: str = ""
 
 
 @cache
@@ -144,11 +143,7 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
 
 def _held_out_task(dataset: _HeldOut, sources: Sources) -> Task:
     templates = [each for each in dataset.prompt_templates(sources) if each.original_task]
-    try:
-        rows = dataset.rows(dataset.split, templates, sources)
-    except TaskError as error:
-        hint = f" {dataset.manual}." if dataset.manual else ""
-        raise TaskError(f"{error}{hint}") from error
+    rows = dataset.rows(dataset.split, templates, sources)
     pairs = (
         Pair(row, template, number) for number, row in enumerate(rows) for template in templates
     )

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from phatgoose.apps.generation import generate
 from phatgoose.base import load_skeleton
-from phatgoose.config import Formatting, GateTraining, Lora, Training
+from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose
@@ -89,13 +89,6 @@ def test_more_new_tokens_than_positions_are_refused_in_words(kind):
         EvaluationError, match="max_new_tokens is 64, but the base has 24 positions"
     ):
         evaluate(few_places(kind), WRITING)
-
-
-def test_rotary_positions_beyond_training_are_told(llama):
-    model = llama.model
-    model.config.max_position_embeddings = 24
-    with pytest.warns(UserWarning, match="choosing: 2 of 2 inputs .* longer than the 24 tokens"):
-        evaluate(llama, CHOOSING, formatting=Formatting(max_input_tokens=100))
 
 
 def test_a_routed_model_has_the_positions_of_its_base(pool_of, loaded_bases):

@@ -69,6 +69,6 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
 def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, job, tmp_path):
     (first,) = train_experts(llama, [job], out=tmp_path)
     other = replace(SETTINGS, training=replace(SETTINGS.training, seed=3))
-    with pytest.warns(UserWarning, match=r"kept as it is, with other settings: seed 0, not 3\.$"):
+    with pytest.warns(UserWarning, match=r"kept as it is, with another seed\.$"):
         (again,) = train_experts(llama, [replace(job, settings=other)], out=tmp_path)
     assert again == first

@@ -205,10 +205,10 @@ def test_a_finished_expert_of_another_base_is_not_resumed(originals, whole):
 
 
 def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
-    with pytest.warns(UserWarning, match=r"kept as it is, with other settings: rank 2, not 3\.$"):
+    with pytest.warns(UserWarning, match=r"kept as it is, with another rank\.$"):
         train(llama, whole.directory, resume=True, peft=replace(LORA, rank=3))
     other = replace(GATES, gate_learning_rate=0.25)
-    with pytest.warns(UserWarning, match=r"settings: gate_learning_rate 0\.005, not 0\.25\.$"):
+    with pytest.warns(UserWarning, match=r"another gate_learning_rate\.$"):
         train(llama, whole.directory, resume=True, gate_training=other)
     fewer = replace(GATES, statistics_examples=1)  # which `measure` may have changed
     assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)

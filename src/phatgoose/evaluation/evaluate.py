@@ -69,7 +69,7 @@ class Questions:
                 f"max_new_tokens is {most}, but the base has {places} positions for an input and "
                 f"its answer; ask for fewer."
             )
-        prompts, rows, lengths, targets = [], [], [], []
+        prompts, rows, targets = [], [], []
         for row in examples:
             choices = row.choices if max_new_tokens is None else ()
             each = [encoder.target(row.input, choice) for choice in choices]
@@ -77,11 +77,8 @@ class Questions:
             prompt = encoder.fitted(row.input, followed_by=longest)
             prompts.append(prompt)
             rows.append((prompt.tokens, [target.tokens for target in each]))
-            lengths.append(len(prompt.tokens) + longest)
             targets += [target.cut for target in each]
-        cuts = Cuts(
-            [prompt.cut for prompt in prompts], lengths, encoder.positions.trained, targets=targets
-        )
+        cuts = Cuts([prompt.cut for prompt in prompts], targets)
         return cls(examples, encoder, rows, cuts, max_new_tokens)
 
     @property

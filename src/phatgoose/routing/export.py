@@ -246,8 +246,7 @@ def reading(
     encoder = Encoder.for_model(model, tokenizer, texts.formatting)
     fitted = [encoder.fitted(each.input) for each in texts.examples]
     prompts = [prompt.tokens for prompt in fitted]
-    cuts = Cuts([each.cut for each in fitted], [*map(len, prompts)], encoder.positions.trained)
-    cuts.report(texts.name)
+    Cuts([each.cut for each in fitted]).report(texts.name)
     with routing_for(
         model, prompts, task=texts.name, examples=texts.examples, encoder=encoder
     ) as before_pass:

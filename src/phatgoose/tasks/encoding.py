@@ -160,32 +160,31 @@ class Encoder:
 
     def _fitted_chat(self, text: str, followed_by: int) -> Fitted:
         turns, around, prompt = self._chat(text)
+        most, how = self._most(followed_by, around, around), self.formatting.truncation
         lengths = [len(tokens) for _, _, tokens in turns]
-        room = most = self._most(followed_by, around, around)
-        sizes, lost = range(max(lengths) + 1), 0
-        beyond = max(sum(lengths) - most, 0)
-        while beyond > 0:
-            # The longest turns are cut to one length: the most with which all together fit.
-            level = bisect_right(
-                sizes, max(room, 0), key=lambda n: sum(min(n, each) for each in lengths)
-            )
-            contents, lost = [], 0
-            for role, content, tokens in turns:
-                left = cut_tokens(tokens, level - 1, self.formatting.truncation)
-                lost += len(tokens) - len(left)
-                is_whole = len(left) == len(tokens)
-                contents.append((role, content if is_whole else str(self.tokenizer.decode(left))))
-            prompt = self._tokens(self._rendered(Chat(contents)))
+        if sum(lengths) <= most:
+            return Fitted(prompt)
+
+        def cut_to(level: int) -> list[int]:
             # A text that was cut inside a character may have more tokens when it is text again.
-            beyond = len(prompt) - most - around if room > 0 else 0
-            room -= beyond
-        return Fitted(prompt, Cut(most, lost) if lost else None)
+            cut = [
+                content if len(tokens) <= level else self._text(cut_tokens(tokens, level, how))
+                for _, content, tokens in turns
+            ]
+            roles = [role for role, _, _ in turns]
+            return self._tokens(self._rendered(Chat(zip(roles, cut, strict=True))))
+
+        # The longest turns are cut to one length: the most with which all together fit.
+        sizes = range(1, max(lengths) + 1)
+        level = bisect_right(sizes, most + around, key=lambda size: len(cut_to(size)))
+        return Fitted(cut_to(level), Cut(most, sum(max(each - level, 0) for each in lengths)))
 
     def target(self, input_text: str, text: str) -> Fitted:
         """The tokens of a target that follows `input_text`, cut on the right to what fits.
 
         A space separates it from a causal model's prompt, unless that ends in white space or is
-        wrapped in a chat template. Warns if prompt and target together have other tokens.
+        wrapped in a chat template. If prompt and target together have other tokens, the model reads
+        those of each alone.
         """
         prompt, space = self._apart(input_text)
         tokens = self._following(prompt, space + text)
@@ -204,13 +203,12 @@ class Encoder:
         return self._apart(context)[0]
 
     def continuation(self, context: str, text: str) -> list[int]:
-        """The tokens of `text` right after `context`, without an end. Warns as `target` does."""
+        """The tokens of `text` right after `context`, without an end."""
         prompt = self.prompt_text(context)
         return self._following(prompt, context[len(prompt) :] + text)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
-        cuts, targets = [pair.cut for pair in pairs], [pair.target_cut for pair in pairs]
-        return Cuts(cuts, [pair.length for pair in pairs], self.positions.trained, targets)
+        return Cuts([pair.cut for pair in pairs], [pair.target_cut for pair in pairs])
 
     def _most(self, followed_by: int, around: int, outside: int = 0) -> int:
         """How many tokens an input may have, of those `around` it some being `outside`."""
@@ -270,20 +268,16 @@ class Encoder:
         # Only the prompt's last words are tokenised again: they decide the answer's tokens.
         end = _end_of(self._end_of_chat if self._in_template(prompt) else prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
-        if joined[: len(context)] == context:
-            return list(joined[len(context) :])
-        last = end[len(end.rstrip()) :] or end[-1:]
-        warnings.warn(
-            f"After a prompt that ends in {last!r}, the tokenizer makes other tokens of prompt and "
-            f"answer together than of each separately; the model reads the separate ones. Prompts "
-            f"that end without white space, or in a single space, avoid this.",
-            stacklevel=3,
-        )
-        return self._tokens(text)
+        # Some endings, such as two line breaks, become other tokens together with what follows.
+        is_apart = joined[: len(context)] == context
+        return list(joined[len(context) :]) if is_apart else self._tokens(text)
 
     @cached_property
     def _end_of_chat(self) -> str:
         return self._rendered(Chat([("user", "")]))
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens))
 
     def _tokens(self, text: str) -> list[int]:
         return list(self._encoded(text)["input_ids"])
@@ -314,44 +308,27 @@ def _end_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What each of a task's inputs lost, None for one that is whole, and each of its `targets`.
-
-    `lengths` are those of inputs with their answers. Those beyond the `trained` length of a base
-    with rotary positions are accepted with unknown quality.
-    """
+    """What each of a task's inputs lost, None for one that is whole, and each of its `targets`."""
 
     inputs: Sequence[Cut | None] = ()
-    lengths: Sequence[int] = ()
-    trained: int | None = None
     targets: Sequence[Cut | None] = ()
 
     def report(self, task: str) -> None:
-        """Log the cuts of `task`; warn from WARN_FROM on, of cut targets, and beyond the trained
-        length.
-        """
-        task, told = one_line(task), []
+        """Log the cuts of `task`; warn from WARN_FROM on, and of cut targets."""
         for cuts, what in ((self.inputs, "input"), (self.targets, "target")):
             lost = [cut.lost for cut in cuts if cut is not None]
-            most = max((cut.most for cut in cuts if cut is not None), default=0)
-            if lost:
-                text = (
-                    f"{len(lost)} of {len(cuts)} {what}{'' if len(cuts) == 1 else 's'} "
-                    f"({_percent(len(lost) / len(cuts))}) cut to {most} tokens, by "
-                    f"{round(median(lost))} in the median"
-                )
-                if what == "input" and len(lost) < WARN_FROM * len(cuts):
-                    logger.info("%s: %s", task, text)
-                else:
-                    told.append(text)
-        beyond = sum(length > (self.trained or length) for length in self.lengths)
-        if beyond:
-            told.append(
-                f"{beyond} of {len(self.inputs)} inputs and their answers are longer than the "
-                f"{self.trained} tokens that the base was trained for; lower max_input_tokens, or "
-                f"max_new_tokens where answers are generated"
+            if not lost:
+                continue
+            text = (
+                f"{one_line(task)}: {len(lost)} of {len(cuts)} {what}{'s' * (len(cuts) > 1)} "
+                f"({_percent(len(lost) / len(cuts))}) cut to "
+                f"{max(cut.most for cut in cuts if cut is not None)} tokens, by "
+                f"{round(median(lost))} in the median"
             )
-        for text in told:
-            warnings.warn(f"{task}: {text}.", stacklevel=2)
+            if what == "input" and len(lost) < WARN_FROM * len(cuts):
+                logger.info("%s", text)
+            else:
+                warnings.warn(f"{text}.", stacklevel=2)
 
     def record(self) -> dict[str, int]:
         """How many inputs there were, how many were cut, to how many tokens, and by how many."""

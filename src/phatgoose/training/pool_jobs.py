@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..base import Base, BaseReference, load_base, recorded_id
 from ..experts.expert import ExpertInfo
 from ..jobs import BaseLocation, Engine
 from ..tasks.suites.registry import TrainingTask
-from .train_expert import LOCK, finished_expert, train_expert
-from .trainer import Hyperparameters, work_of
-
-PATIENCE = 60.0  # seconds to wait for the lock of a lost worker on another machine
+from .train_expert import finished_expert, train_expert
+from .trainer import Hyperparameters
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def train_experts(
     for job in there:
         yield finished_expert(out / job.name, base, job.settings, resume=True).info
     missing = [job for job in jobs if job not in there]
-    workshop = _ExpertWorkshop(base, dtype, out, PATIENCE if engine.remote else 0.0)
+    workshop = _ExpertWorkshop(base, dtype, out)
     steps = sum(job.size for job in missing)
     hidden = None if engine.remote else True  # in this process each training shows its own
     with (
@@ -78,7 +75,6 @@ class _ExpertWorkshop:
     base: Base | BaseLocation | str
     dtype: str
     out: Path
-    patience: float
 
     @contextmanager
     def open(self) -> Iterator[Callable[[ExpertJob], ExpertInfo]]:
@@ -92,11 +88,6 @@ class _ExpertWorkshop:
             out, settings = self.out / job.name, job.settings
             if job.resume and out.exists():
                 return finished_expert(out, base, settings, resume=True).info
-            lock = work_of(out) / LOCK
-            if self.patience and lock.exists():
-                # A process on another machine may need a moment to notice that it lost its master.
-                with suppress(Timeout), FileLock(lock).acquire(timeout=self.patience):
-                    pass
             return train_expert(
                 base,
                 job.task.load(),

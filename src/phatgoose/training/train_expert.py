@@ -52,7 +52,7 @@ from ..experts.expert import (
 from ..experts.kind import ModifiedLinear, applied, check_fit
 from ..experts.peft_files import record_invocation
 from ..experts.statistics import prompt_states, readings_of
-from ..files import WRITING_ERRORS, reason, sha256_of, shortened, write_text
+from ..files import WRITING_ERRORS, reason, sha256_of, write_text
 from ..passes import ActsOn
 from ..sites import Site, find_sites
 from ..tasks.batching import Collator
@@ -523,15 +523,13 @@ def finished_expert(
             f"place."
         )
     recorded = info.hyperparameters
-    other = [
-        f"{name} {shortened(recorded[name], 40)}, not {shortened(value, 40)}"
+    other = ", ".join(
+        name
         for name, value in settings.record().items()
         # Rows that are chats need no setting to be read as such.
-        if name in recorded and name not in (*FREE, "chat") and recorded[name] != value
-    ]
+        if name not in (*FREE, "chat") and recorded.get(name, value) != value
+    )
     if other:
-        warnings.warn(
-            f"{out} is kept as it is, with other settings: {'; '.join(other)}.", stacklevel=3
-        )
+        warnings.warn(f"{out} is kept as it is, with another {other}.", stacklevel=3)
     shutil.rmtree(work_of(out), ignore_errors=True)  # not before: it may be all that there is
     return expert

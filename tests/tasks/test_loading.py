@@ -121,6 +121,12 @@ def test_numbers_are_taken_as_texts():
             Example("q", "b", ("a", "b")),
         ),
         (
+            {"messages": [{"role": "user", "content": "Sky?"}]},
+            "{{ messages[0].content }} ||| blue",
+            None,
+            Example("Sky?", "blue"),
+        ),
+        (
             {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]},
             "{{ q }} ||| {% if a %}{{ a }}{% endif %}",
             None,

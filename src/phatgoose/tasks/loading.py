@@ -127,8 +127,7 @@ def _json_lines(path: Path) -> Rows:
 
 
 def _json(path: Path) -> Rows:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    return _in_memory(content, str(path))
+    return _in_memory(json.loads(path.read_text(encoding="utf-8-sig")), str(path))
 
 
 def _csv(path: Path) -> Rows:
@@ -219,6 +218,7 @@ def _split(library: Any, copy: Path | None, dataset: str, config: str | None, sp
 
         files = [f"{config}/*"]
         copy = Path(snapshot_download(dataset, repo_type="dataset", allow_patterns=files))
+    place: object = copy
     exported = f"{config or '*'}/{split}/*.parquet"
     if copy is None:
         try:
@@ -227,16 +227,16 @@ def _split(library: Any, copy: Path | None, dataset: str, config: str | None, sp
             if "script" not in str(error):
                 raise
         # Not by the dataset's name, by which datasets would take it from its cache the next time.
-        files = [f"hf://datasets/{dataset}@{PARQUET_REVISION}/{exported}"]
-        return library.load_dataset("parquet", data_files={split: files}, split=split)
-    folder, readme = copy / (config or ""), copy / "README.md"
-    if (folder / "dataset_dict.json").is_file():
-        return library.load_from_disk(str(folder))[split]
-    if readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8"):
-        return library.load_dataset(str(copy), config, split=split)
-    if files := [str(file) for file in copy.glob(exported)]:
-        return library.load_dataset("parquet", data_files={split: files}, split=split)
-    return library.load_dataset(str(folder), split=split)
+        place = f"hf://datasets/{dataset}@{PARQUET_REVISION}"
+    else:
+        folder, readme = copy / (config or ""), copy / "README.md"
+        if (folder / "dataset_dict.json").is_file():
+            return library.load_from_disk(str(folder))[split]
+        if readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8"):
+            return library.load_dataset(str(copy), config, split=split)
+        if not any(copy.glob(exported)):
+            return library.load_dataset(str(folder), split=split)
+    return library.load_dataset("parquet", data_files={split: f"{place}/{exported}"}, split=split)
 
 
 def examples_of(
@@ -330,7 +330,7 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
     content = FIELDS.validate_python(json.loads(row) if isinstance(row, str) else row)
     plain = {name: value for name, cell in content.items() if (value := _plain(cell)) is not None}
     filled = _rendered(content | plain, templates) if templates else plain
-    filled = filled if "input" in templates else _in_our_form(filled)
+    filled = {**filled, "messages": []} if "input" in templates else _in_our_form(filled)
     read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
     turns = [(turn.role, turn.text) for turn in read.messages]
     text, target = Chat(turns) if turns else read.input, read.target

@@ -1,6 +1,5 @@
 """The positions of architectures, and that no input runs over them."""
 
-import copy
 import warnings
 
 import pytest
@@ -8,13 +7,10 @@ from transformers import AutoConfig
 
 from phatgoose.apps.generation import generate
 from phatgoose.base import load_skeleton
-from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.routing.compose import compose
 from phatgoose.sites import Positions, positions_of
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.train_expert import train_expert
 from short_bases import BOTH, FEW, GPT2, IDS, KINDS_HERE, SMALL, few_places
 
 LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -52,23 +48,6 @@ def test_positions_are_those_of_the_table_or_of_the_training(kind, settings, wan
 LONG = "a passage of far more than twenty-four letters. Is it so?"
 CHOOSING = Task("choosing", test=(Example(LONG, "yes", ("yes", "no, never")),) * 2)
 WRITING = Task("writing", test=(Example(LONG, "yes"),))
-LEARNING = Task("learning", train=(Example(LONG, "yes"), Example("short", "no")) * 3)
-
-
-def test_training_and_gates_stay_within_the_positions(tmp_path):
-    base = copy.deepcopy(few_places("gpt2"))
-    with pytest.warns(UserWarning, match="learning: . of 5 inputs .* cut to 19 tokens"):
-        expert = train_expert(
-            base,
-            LEARNING,
-            out=tmp_path / "learning",
-            peft=Lora(rank=2),
-            training=Training(steps=1, batch_size=2, eval_every=1),
-            gate_training=GateTraining(gate_steps=1, statistics_examples=4),
-        )
-    assert expert.info.metrics["inputs_cut"] in (2, 3)
-    with pytest.warns(UserWarning, match="cut to"):
-        assert evaluate(compose(expert.directory, base, k=1, router="phatgoose"), CHOOSING).scores
 
 
 @pytest.mark.parametrize("kind", KINDS_HERE)
@@ -89,8 +68,3 @@ def test_more_new_tokens_than_positions_are_refused_in_words(kind):
         EvaluationError, match="max_new_tokens is 64, but the base has 24 positions"
     ):
         evaluate(few_places(kind), WRITING)
-
-
-def test_a_routed_model_has_the_positions_of_its_base(pool_of, loaded_bases):
-    model = compose(pool_of("gpt2"), copy.deepcopy(loaded_bases["gpt2"]), router="phatgoose")
-    assert positions_of(model) == Positions(1024, 1024)

@@ -13,7 +13,7 @@ from other_encoders import make_other
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.sites import CROSS_ATTENTION, find_sites
+from phatgoose.sites import find_sites
 from tiny import make_ids
 
 SITES_PER_BLOCK = {"llama": 7, "qwen2": 7, "gpt2": 4, "t5": 7 + 11}  # both of T5's kinds of block
@@ -31,12 +31,9 @@ def test_sites_are_the_linear_layers_of_every_block_in_the_order_of_the_model(ba
         assert layer is not base.model.get_output_embeddings()
     names = [name for name, _ in base.model.named_modules() if name in sites]
     assert names == list(sites)
-
-
-def test_a_pattern_keeps_matching_sites(base, kind):
-    sites = find_sites(base.model, ATTENTION[kind])
-    assert sites
-    assert sites.keys() == {name for name in find_sites(base.model) if ATTENTION[kind] in name}
+    some = find_sites(base.model, ATTENTION[kind])
+    assert some
+    assert some.keys() == {name for name in names if ATTENTION[kind] in name}
 
 
 @pytest.mark.parametrize("pattern", ["(", "no_such_layer"])
@@ -93,19 +90,3 @@ def test_what_reads_the_encoders_tokens_is_found_in_other_architectures(
     for name, site in sites.items():
         assert (site.stream == "encoder") == bool(re.search(sites_of_encoder, name)), name
     assert {site.stream for site in sites.values()} == {"encoder", "decoder"}
-
-
-@pytest.mark.parametrize(
-    ("name", "reads"),
-    [
-        ("decoder.transformer.h.0.crossattention.c_attn", True),  # GPT-2's
-        ("decoder.transformer.h.0.crossattention.q_attn", False),
-        ("decoder.bert.encoder.layer.0.crossattention.self.key", True),
-        ("decoder.bert.encoder.layer.0.crossattention.self.query", False),
-        ("decoder.bert.encoder.layer.0.crossattention.output.dense", False),
-        ("decoder.bert.encoder.layer.0.attention.self.key", False),
-        ("text_decoder.layers.0.cross_attention.out_proj", False),
-    ],
-)
-def test_keys_and_values_of_cross_attention_are_known_by_their_names(name, reads):
-    assert bool(CROSS_ATTENTION.search(name)) is reads

@@ -2,17 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from odd_files import rewrite
 from phatgoose.base import BaseReference
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG
 
 SITE = "model.layers.0.self_attn.q_proj"
 REFERENCE = BaseReference("tiny", None, "sha256:ab")
@@ -38,9 +36,3 @@ def adapter_of(expert: Path, to: Path) -> Path:
 
 def set_config(adapter: Path, **values: object) -> None:
     rewrite(adapter / ADAPTER_CONFIG, **values)
-
-
-def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(adapter / ADAPTER_WEIGHTS)
-    change(tensors)
-    save_file(tensors, adapter / ADAPTER_WEIGHTS)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from architectures import Tiny, make_tiny, reading_pool, tiny_of
+from architectures import reading_pool, tiny_of
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import record, watch
+from phatgoose.routing.recording import record
 from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
@@ -98,7 +98,6 @@ def test_means_are_those_of_each_example_alone(name):
     sites = find_sites(model)
     pairs = [TokenPair(prompt, [9] * (n + 1)) for n, prompt in enumerate(PROMPTS)]
     collator = Collator(model, 0)
-    collator = Collator(model, 0)
     got = mean_activations(model, sites, pairs, collator)
     alone = [mean_activations(model, sites, [pair], collator) for pair in pairs]
     for site, mean in got.items():
@@ -108,24 +107,6 @@ def test_means_are_those_of_each_example_alone(name):
         rows = torch.stack([means[site] for means in alone])
         wanted = (counts[:, None] * rows).sum(dim=0) / counts.sum()
         torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
-
-
-@pytest.mark.parametrize("name", ["opt"])
-def test_other_threads_are_not_recorded(name):
-    model, inside = tiny_of(name).routed, []
-    with record(model) as recording:
-        in_thread(lambda: answers(model))
-        assert not recording.weights
-
-        def watch_myself() -> None:
-            with watch(model, inside.append):
-                answers(model)
-
-        in_thread(watch_myself)
-        assert not recording.weights
-        answers(model, PROMPTS[1:2])
-    assert {passed.grid[0] for passed in inside} == {4}
-    assert all(part.shape[0] == 1 for passes in recording.weights.values() for part in passes)
 
 
 # Routers that choose an expert for a whole input
@@ -182,20 +163,3 @@ def test_continuous_batching_is_refused_where_inputs_are_read(router):
     small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, page_size=16)
     with pytest.raises(RoutingError, match="several share a row in continuous batching"):
         model.generate_batch([*PROMPTS], continuous_batching_config=small, warmup=False)
-
-
-@pytest.mark.heavy
-def test_a_compiled_model_reads_its_inputs():
-    base = make_tiny("llama", num_hidden_layers=1)
-    pool = reading_pool(base, Tiny(base).pool.experts)
-    held = Base(base, make_tokenizer(final_eos=False), "tiny", None, fingerprint(base))
-    model = compose(pool, held, router="discriminant", k=1)
-    compiled = torch.compile(model, backend="eager", dynamic=False)
-    for prompts in (PROMPTS[:2], PROMPTS[2:]):
-        inputs = batch_of(model, prompts) | {"use_cache": False}
-        with torch.no_grad():
-            got, wanted = compiled(**inputs).logits, model(**inputs).logits
-        assert_same_logits(got, wanted)
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="look at tokens; use fullgraph=False"):
-        torch.compile(model, backend="eager", fullgraph=True)(**inputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from architectures import Tiny, make_tiny
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.compose import compose
-from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
+from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import standardise
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
@@ -64,22 +64,6 @@ def assert_one_graph(layer: nn.Module, u: Tensor, backend: str) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_routed_linear_is_one_graph(router, backend):
     assert_one_graph(make_layer(router), torch.randn(2, 5, SITE.in_features), backend)
-
-
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 30, 300])
-def test_whatever_kernel_the_sizes_call_for_is_one_graph(tokens, dtype, backend):
-    layer = make_layer("phatgoose", dtype)
-    assert_one_graph(layer, torch.randn(tokens, SITE.in_features).to(dtype), backend)
-
-
-@each_backend
-def test_a_folded_linear_is_one_graph(backend):
-    stack, base = make_stack(torch.float32), nn.Linear(SITE.in_features, SITE.out_features)
-    folded = folded_weight(base, stack.lora, EXPERTS)
-    layer = FoldedLinear(base, SITE, folded, stack.experts, EXPERTS)
-    assert_one_graph(layer, torch.randn(2, 5, SITE.in_features), backend)
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])

@@ -152,10 +152,6 @@ def outcomes(base_folders, tmp_path_factory) -> dict[str, Outcome]:
     return dict(zip(commands, (Outcome(*each) for each in found), strict=True))
 
 
-def test_what_the_extras_bring_is_absent():
-    assert {"matplotlib", "rouge_score", "sacrebleu", "scipy", "pytest"} <= set(absent_modules())
-
-
 @pytest.mark.parametrize("name", [*WORK, *(f"{name} --help" for name in HELP)])
 def test_the_core_is_enough_for(name, outcomes):
     assert outcomes[name].code == 0, outcomes[name].err

@@ -52,5 +52,5 @@ def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):
     folder = shutil.copytree(GOLDEN, tmp_path / "golden")
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(victim)
-    with pytest.raises(ExpertError, match=r"README\.md is a symbolic link that leads out"):
+    with pytest.raises(ExpertError, match=r"README\.md can't be read: it is a link that leads out"):
         push(folder, "me/golden")

@@ -57,6 +57,9 @@ def quantised(request, base_folders) -> Callable[[], Base]:
 
 def test_a_pool_routes_over_quantised_linears(quantised, llama_pool, tmp_path):
     base, ids = quantised(), make_ids(rows=2)
+    kinds = quantisation(base.model)
+    assert number_format(base.model) == f"torch.float32, {kinds}"
+    assert fingerprint(base.model) == fingerprint(quantised().model) != base.fingerprint
     alone = logits_of(base.model, ids)
     with naively_routed(base.model, llama_pool.experts, k=2):
         wanted = logits_of(base.model, ids)
@@ -73,11 +76,3 @@ def test_a_model_that_came_quantised_is_taken_on_trust_with_a_warning(quantised,
     with pytest.warns(UserWarning, match=r"is quantised \(\w+\), so its weights can't be held"):
         model = compose(llama_pool, quantised().model, router="phatgoose")
     assert model.phatgoose.base == llama_pool.base
-
-
-def test_a_quantised_model_is_told_from_the_plain_one(quantised, llama):
-    model = quantised().model
-    assert quantisation(llama.model) is None
-    assert quantisation(model)
-    assert number_format(model) == f"torch.float32, {quantisation(model)}"
-    assert fingerprint(model) == fingerprint(quantised().model) != llama.fingerprint

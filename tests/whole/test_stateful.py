@@ -12,12 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from architectures import IDS, random_expert, reading_pool
 from phatgoose.base import Base, fingerprint, load_skeleton
 from phatgoose.errors import BaseModelError
-from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import routing_for
 from phatgoose.routing.recording import record
-from scored_tasks import CHOICE_TASK, naive_scores
 from tiny import make_ids, make_tokenizer
 
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -46,15 +44,6 @@ def generated(model, **options):
     ids = make_ids(rows=2)
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
     return model.generate(ids, **given, **options)
-
-
-def test_choices_are_scored_after_their_prompts(mamba):
-    for base in (mamba, routed(mamba, k=1)):
-        model = base.model if isinstance(base, Base) else base
-        score = evaluate(model, CHOICE_TASK, tokenizer=mamba.tokenizer).scores[0]
-        for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
-            wanted = naive_scores(model, mamba, example)
-            assert prediction.scores == pytest.approx(wanted, abs=1e-4)
 
 
 def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):

@@ -114,16 +114,6 @@ def test_a_call_that_failed_leaves_no_mask(llama):
         assert masks.real_tokens(torch.empty(2, 7, 32), "decoder") is None
 
 
-def test_sites_are_the_layers_through_which_tokens_of_their_stream_pass(base):
-    inputs = {"decoder_input_ids": make_ids(tokens=3)} if base.is_encoder_decoder else {}
-    with seeing(base.model) as seen:
-        logits_of(base.model, make_ids(tokens=7), **inputs)
-    for name, site in find_sites(base.model).items():
-        tokens = 3 if base.is_encoder_decoder and site.stream == "decoder" else 7
-        ((u, _),) = seen[name]
-        assert u.shape == (1, tokens, site.in_features)
-
-
 @torch.no_grad()
 def test_inputs_of_sites_and_outputs_of_blocks_are_seen_in_this_thread_only(base):
     seen, stack, (ids, mask) = [], prompt_stack(base.model), padded()

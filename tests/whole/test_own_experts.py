@@ -15,6 +15,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.context import Choice
 from phatgoose.tasks.encoding import Encoder
 from scored_tasks import CHOICE_TASK, naive_scores
 from tiny import make_tokenizer
@@ -62,10 +63,11 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     with pytest.raises(RoutingError, match="pass inputs one by one"):
         evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer)
     scored = evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer, token_budget=1).scores[0]
-    for example, prediction, mixture in zip(
-        CHOICE_TASK.test, scored.predictions, found.each(), strict=True
+    each = zip(found.experts, found.weights, strict=True)
+    for example, prediction, (experts, weights) in zip(
+        CHOICE_TASK.test, scored.predictions, each, strict=True
     ):
-        context.use(mixture)
+        context.use(Choice(experts[None], weights[None]))
         wanted = naive_scores(routed, base, example)
         context.use(None)
         assert prediction.scores == pytest.approx(wanted, abs=1e-4)

@@ -29,9 +29,9 @@ SHORT = ["--max-input-tokens", 48, "--max-target-tokens", 16, "--statistics-exam
 each_of_the_papers = pytest.mark.parametrize("name", sorted(THE_PAPERS))
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_every_recipe_is_valid(path):
-    assert read_recipe(path).keys() <= {*ABOVE_TABLES, *RECIPE_TABLES}
+def test_every_recipe_is_valid():
+    for path in RECIPES.glob("*.toml"):
+        assert read_recipe(path).keys() <= {*ABOVE_TABLES, *RECIPE_TABLES}
 
 
 # Embeddings are made on request, since they need an extra; inputs keep their question; readings
@@ -57,9 +57,7 @@ def test_the_papers_recipes_write_out_the_papers_settings(name):
     assert recipe["routing"]["router"] == "phatgoose"
     assert recipe["gates"]["embedding_form"] == "paper"
     written = {key for table in RECIPE_TABLES for key in recipe.get(table, ())}
-    wanted = {"rank", "alpha", "steps", "batch_size", "learning_rate"}
-    wanted |= {"eval_every", "gate_steps", "statistics_examples", "means", "embeddings"}
-    assert wanted | {"max_input_tokens", "max_target_tokens"} <= written
+    assert {*THE_PAPERS_NUMBERS, "rank", "steps", "gate_steps", "max_input_tokens"} <= written
     assert recipe["training"]["micro_batch_size"] == 8  # of any length fits 80 GB
 
 
@@ -70,7 +68,7 @@ def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     outcome = phat("train", "--recipe", RECIPES / name, *flags)
     assert (outcome.code, outcome.err) == (0, "")
     assert f"{count} experts to train on {T5_XL}" in outcome.out
-    assert "432 sites, 35,389,440 LoRA parameters (kept in bfloat16), 1,032,192 gate" in outcome.out
+    assert "432 sites, 35,389,440 LoRA parameters, 1,032,192 gate" in outcome.out
     assert outcome.out.count("1,000 + 100") == count
     assert f"{count * 1000:,} + {count * 100:,}" in outcome.out
     assert not (tmp_path / "experts").exists()
@@ -110,12 +108,8 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
         assert any(gate.any() for gate in expert.gates.values())
         assert len(expert.embeddings) == 4
     composed = phat("compose", "experts", "--recipe", name, "--out", "routed", *DTYPE)
-    assert composed.out.startswith(f"{len(names)} experts at")
     assert composed.out.endswith("router phatgoose, k = 2 -> routed\n")
-
     methods = ["--methods", "base,merged,average-activation,phatgoose", *DTYPE]
-    flags = ["--suite", "t0ho", "--recipe", name, "--out", "compared", *methods]
-    compared = phat("compare", "experts", *flags)
+    compared = phat("compare", "experts", "--suite", "t0ho", "--recipe", name, *methods)
     assert (compared.code, compared.err) == (0, "")
     assert "t0ho (1)" in compared.out
-    assert "rte" in (tmp_path / "compared" / "comparison.md").read_text()

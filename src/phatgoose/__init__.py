@@ -29,30 +29,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from .analysis.analyse import analyse
-    from .evaluation.compare import compare
-    from .evaluation.evaluate import evaluate
-    from .experts.expert import Expert
-    from .experts.pool import Pool
-    from .routing.compose import compose, detach
-    from .routing.saved import load, save
-    from .tasks.loading import load_task
-    from .training.train_expert import train_expert, train_gates
-
-__all__ = [
-    "Expert",
-    "Pool",
-    "analyse",
-    "compare",
-    "compose",
-    "detach",
-    "evaluate",
-    "load",
-    "load_task",
-    "save",
-    "train_expert",
-    "train_gates",
-]
+    from .analysis.analyse import analyse as analyse
+    from .evaluation.compare import compare as compare
+    from .evaluation.evaluate import evaluate as evaluate
+    from .experts.expert import Expert as Expert
+    from .experts.pool import Pool as Pool
+    from .routing.compose import compose as compose
+    from .routing.compose import detach as detach
+    from .routing.saved import load as load
+    from .routing.saved import save as save
+    from .tasks.loading import load_task as load_task
+    from .training.train_expert import train_expert as train_expert
+    from .training.train_expert import train_gates as train_gates
 
 _HOMES = {
     "Expert": "experts.expert",
@@ -68,6 +56,7 @@ _HOMES = {
     "train_expert": "training.train_expert",
     "train_gates": "training.train_expert",
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

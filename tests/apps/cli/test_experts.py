@@ -1,7 +1,6 @@
 """`phatgoose train`, `gate`, `stats` and `check`: several tasks, every kind of expert."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -13,15 +12,12 @@ from command_line import (
     GATE_FLAGS,
     TRAIN,
     open_row,
-    refused,
     review,
-    snapshot,
     write_rows,
 )
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
-from tiny import make_adapter
 from toy_embedders import embed
 
 
@@ -64,20 +60,14 @@ def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, 
     assert "read with chat False" in phat("evaluate", "routed", "--task", "counting.jsonl").err
 
 
-def test_multitask_trains_one_expert_on_all_tasks_and_keeps_it_when_resumed(untrained, phat):
+def test_multitask_trains_one_expert_on_all_tasks_and_names_them(untrained, phat):
     arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
     outcome = phat(*arguments)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("[1/1] all: validation loss")
     assert {path.name for path in (untrained / "new").iterdir()} == {"all"}
     record = Expert.load(untrained / "new" / "all").info.task
-    assert record["name"] == "all"
     assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
-    assert record["validation_examples"] == 4
-    before = snapshot(untrained / "new")
-    refused(phat(*arguments), "new/all exists already")
-    assert phat(*arguments, "--resume").code == 0
-    assert snapshot(untrained / "new") == before
 
 
 def test_the_end_of_a_training_is_reported_as_json(untrained, phat):
@@ -92,26 +82,14 @@ def test_the_end_of_a_training_is_reported_as_json(untrained, phat):
     assert (made.kind, expert["metrics"]) == ("dora", kept)
     names = {"expert_steps", "expert_train_loss", "expert_validation_loss", "expert_seconds"}
     assert names | {"inputs_cut", "gate_steps"} <= kept.keys()
+    assert "warning: reviews: 11 of 11 inputs (100 %) cut to 3 tokens, by" in outcome.err
     assert "[1/1] reviews: validation loss" in outcome.err
+    assert "; inputs cut: 100 % ->" in outcome.err
     again = phat("train", "reviews.jsonl", *flags, "again.json", "--resume")
     assert "report -> again.json" in again.out
     assert json.loads((untrained / "again.json").read_text())["experts"] == [
         {**expert, "trained_now": False}
     ]
-
-
-def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
-    outcome = phat("train", "reviews.jsonl", *TRAIN, "--max-input-tokens", 5)
-    assert outcome.code == 0
-    told = re.search(
-        r"warning: reviews: (\d+) of \1 inputs \(100 %\) cut to 5 tokens, by", outcome.err
-    )
-    assert told is not None
-    assert outcome.err.count("inputs") == 1
-    assert "; inputs cut: 100 % ->" in outcome.out
-    assert "embeddings: no, inputs cut: 100 %" in phat("check", "new/reviews").out
-    again = phat("stats", "new/reviews", "--task", "reviews.jsonl", *BASE)
-    assert "cut to 5 tokens" in again.err
 
 
 def test_stats_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
@@ -155,34 +133,3 @@ def test_a_mixed_pool_from_the_command_line(untrained, phat):
     assert (composed.code, composed.err) == (0, "")
     scored = phat("evaluate", "routed", "--task", "again.jsonl", *BASE)
     assert (scored.code, scored.err) == (0, "")
-
-
-def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
-    (here / "recipes").mkdir()
-    (here / "recipes" / "mine.toml").write_text(
-        'base = "tiny-base"\ntasks = ["../reviews.jsonl"]\n'
-        "[lora]\nrank = 3\nalpha = 6\n[training]\nsteps = 1\nbatch_size = 2\n"
-        "[gates]\ngate_steps = 1\nmeans = false\n"
-    )
-    options = ["--recipe", "recipes/mine.toml", "--out", "new", "--steps", 2, "--dtype", "float32"]
-    outcome = phat("train", *options)
-    assert outcome.code == 0, outcome.err
-    expert = Expert.load(here / "new" / "reviews")
-    assert expert.info.base.id == str(Path("tiny-base").absolute())
-    assert not expert.means
-    got = expert.info.hyperparameters
-    wanted = {"rank": 3, "alpha": 6.0, "steps": 2, "batch_size": 2, "gate_steps": 1}
-    assert {key: got[key] for key in wanted} == wanted
-
-
-def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
-    base = load_base("tiny-base", dtype="float32")
-    make_adapter(base, here / "adapter")
-    outcome = phat(
-        "gate", "adapter", "--task", "reviews.jsonl", "--out", "experts/mine", *BASE, *GATE_FLAGS
-    )
-    assert outcome.code == 0, outcome.err
-    assert "mine: gates at 14 sites -> experts/mine" in outcome.out
-    expert = Expert.load(here / "experts" / "mine")
-    assert expert.info.base.fingerprint == base.fingerprint
-    assert any(gate.any() for gate in expert.gates.values())

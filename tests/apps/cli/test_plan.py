@@ -1,8 +1,5 @@
 """`train --plan`: what it prints and writes."""
 
-import json
-import re
-
 import pytest
 
 from command_line import refused, snapshot
@@ -29,23 +26,6 @@ def test_the_command_prints_a_plan_and_writes_nothing_else(planned_here, phat):
     assert rows["a--b"][3].startswith("≤")
     assert rows["total"][0] == "4 tasks"
     assert "≤: data or tokenizer aren't here" in outcome.out
-
-
-def test_a_plan_is_written_as_json(planned_here, phat):
-    flags = ["--base", "tiny-base", "--steps", 10, "--plan", "--json", "out/plan.json"]
-    outcome = phat("train", "counting.jsonl", "reviews.jsonl", *flags)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "plan -> out/plan.json" in outcome.out
-    plan = json.loads((planned_here / "out" / "plan.json").read_text())
-    assert [task["name"] for task in plan["tasks"]] == ["counting", "reviews"]
-    assert (plan["base"], plan["sites"]) == ("tiny-base", 14)
-
-
-def test_a_mixture_is_planned_as_one_expert(planned_here, phat):
-    flags = ["--base", "tiny-base", "--multitask", "all", "--mixture-most", 10, "--plan"]
-    outcome = phat("train", "counting.jsonl", "reviews.jsonl", *flags)
-    assert "1 experts to train" in outcome.out
-    assert re.search(r"│ all +│ mixture of 2 tasks +│ +20 │", outcome.out)
 
 
 def test_finished_experts_are_left_out_when_resumed(planned_here, phat):

@@ -1,4 +1,4 @@
-"""What commands say on the way, as JSON and by their exit code; the names that they suggest."""
+"""What commands say on the way, as JSON and by their exit code."""
 
 import errno
 import json
@@ -7,7 +7,7 @@ import logging
 import pytest
 from tqdm import tqdm
 
-from command_line import BASE, TRAIN, refused
+from command_line import BASE, TRAIN
 from phatgoose.errors import EngineError, ExpertError, TaskError, TrainingError
 
 
@@ -67,20 +67,3 @@ def test_wrong_use_ends_with_2_and_failure_with_1(phat, monkeypatch, error, code
 
     monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail)
     assert phat("pool", "experts").code == code
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["compose", "experts", "--out", "new", "--router", "arow"], "Did you mean 'arrow'?"),
-        (["train", "t0hii"], "Did you mean 't0hi'?"),
-        (["generate", "./tiny-bas", "x"], "Did you mean 'tiny-base'?"),
-        (["generate", "expert", "x"], "nor on the Hub. Did you mean 'experts'?"),
-        (["compose", "expert", "--out", "new"], "PEFT adapters. Did you mean 'experts'?"),
-        (["serve", "./nonesuch"], "'./nonesuch' can't be loaded"),
-    ],
-)
-def test_names_that_are_nearly_right_are_suggested_at_once(here, phat, words, complaint):
-    if words[0] == "serve":
-        pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
-    refused(phat(*words), complaint)

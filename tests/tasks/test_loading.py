@@ -61,19 +61,6 @@ def test_csv_rows_become_examples(tmp_path, choices):
 
 
 @pytest.mark.parametrize(
-    ("choices", "wanted"),
-    [
-        ("[A] x ||| [B] y", ("[A] x", "[B] y")),
-        ("[yes] ||| [no]", ("[yes]", "[no]")),
-        ('["[A] x", "y]"] ', ("[A] x", "y]")),
-    ],
-)
-def test_choices_may_begin_with_a_bracket(choices, wanted):
-    row = {"input": "a", "target": wanted[0], "choices": choices}
-    assert load_task([row]).train[0].choices == wanted
-
-
-@pytest.mark.parametrize(
     ("lines", "wanted"),
     [
         (["input,target", f"{'word ' * 40_000},b"], ("word " * 40_000, "b")),
@@ -220,12 +207,6 @@ def test_a_bad_field_is_refused_with_its_row(change, complaint):
     assert re.search(complaint, complaint_about([ROWS[0], {**ROWS[0], **change}]))
 
 
-def test_both_halves_of_a_character_are_one_as_json_may_escape_it(tmp_path):
-    whole = json.dumps({**ROWS[0], "input": "\U0001f600"})
-    assert "\\ud83d" in whole
-    assert load_task(write_lines(tmp_path / "b.jsonl", whole)).train[0].input == "\U0001f600"
-
-
 @pytest.mark.parametrize("name", ["datasets", "pyarrow"])
 def test_a_missing_library_is_named_with_how_to_install_it(tmp_path, monkeypatch, name):
     for module in (name, f"{name}.parquet"):
@@ -262,12 +243,6 @@ def test_columns_are_as_good_as_rows(tmp_path, made):
         assert load_task(tmp_path / "a.json").train == wanted.train
 
 
-def test_cells_of_a_column_may_be_dicts():
-    rows = {"question": ["Who?", "What?"], "answers": [{"text": ["me"]}, {"text": ["it"]}]}
-    task = load_task(rows, template="{{question}} ||| {{answers.text[0]}}")
-    assert task.train == (Example("Who?", "me"), Example("What?", "it"))
-
-
 def test_an_empty_cell_of_pandas_is_no_text():
     """It is a float, NaN, whatever the column's other cells are, or one of pandas' own."""
     numpy = pytest.importorskip("numpy")
@@ -283,14 +258,6 @@ def test_an_empty_cell_of_pandas_is_no_text():
         asked = {"instruction": "Do.", "input": missing, "output": "o"}
         assert load_task([asked]).train == (Example("Do.", "o"),)
     assert load_task([{"input": "nan", "target": "NaT"}]).train == (Example("nan", "NaT"),)
-
-
-def test_lists_may_be_arrays():
-    numpy = pytest.importorskip("numpy")
-    row = {"input": "a", "target": "x", "choices": numpy.array(["x", "y"])}
-    assert load_task([row]).train == (Example("a", "x", ("x", "y")),)
-    assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)
-    assert "input: Input should be" in complaint_about([{**row, "input": numpy.array(["a", "b"])}])
 
 
 def test_tasks_may_be_named_where_they_are_wanted(tmp_path):
@@ -373,8 +340,3 @@ def test_a_chat_that_cannot_be_used_is_refused_with_its_row(messages, complaint)
     assert re.search(
         f"row 1 is not valid: .*{complaint}", complaint_about([{"messages": messages}])
     )
-
-
-def test_an_unknown_form_is_refused_with_the_known_ones():
-    message = complaint_about([{"question": "Sky?", "answer": "blue"}])
-    assert "the fields there are question, answer. Wanted input and target; messages;" in message

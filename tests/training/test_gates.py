@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
-from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_gates
-from tiny import logits_of, make_adapter, pairs_of
+from tiny import make_adapter
 from training_runs import PASS, interrupt, on_call, train
 
 TASK = Task(
@@ -86,40 +84,6 @@ def test_gates_are_trained_in_float32_on_a_bfloat16_base(llama, adapter, tmp_pat
     gates = torch.cat(list(expert.gates.values()))
     assert gates.dtype == torch.float32
     assert not torch.equal(gates, gates.bfloat16().float())
-
-
-def naive_means(model, sites, pairs: list[TokenPair]) -> dict[str, Tensor]:
-    """The mean input of each site, from one pass per example without any padding."""
-    inputs: dict[str, list[Tensor]] = {site: [] for site in sites}
-    handles = [
-        model.get_submodule(site).register_forward_pre_hook(
-            lambda _, args, site=site: inputs[site].append(args[0][0].double())
-        )
-        for site in sites
-    ]
-    for pair in pairs:
-        if model.config.is_encoder_decoder:
-            target = torch.tensor([[0, *pair.target[:-1]]])
-            logits_of(model, torch.tensor([pair.prompt]), decoder_input_ids=target)
-        else:
-            logits_of(model, torch.tensor([pair.prompt + pair.target]))
-    for handle in handles:
-        handle.remove()
-    return {site: torch.cat(tokens).mean(dim=0) for site, tokens in inputs.items()}
-
-
-def assert_same_means(got, wanted) -> None:
-    assert got.keys() == wanted.keys()
-    for site in got:
-        torch.testing.assert_close(got[site].double(), wanted[site], rtol=1e-4, atol=1e-5)
-
-
-def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp_path, monkeypatch):
-    folder = make_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("phatgoose.tasks.prompt_passes.PAIR_TOKENS", 40)  # batches of two or three
-    expert = gated(base, folder, tmp_path / "expert")
-    with applied(base.model, expert.lora, ModifiedLinear):
-        assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base, TASK)))
 
 
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from changed_experts import adapter_of
-from phatgoose.base import load_base
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.experts import kind_for
 from phatgoose.experts.bottleneck import BottleneckLayers
@@ -200,16 +199,3 @@ def test_lora_starts_as_the_method_says(llama):
     assert A.std().item() == pytest.approx(0.01, rel=0.05)
     assert not B.any()
     assert len(held) == 2 * len(find_sites(llama.model))
-
-
-@pytest.mark.parametrize("peft", [Lora(rank=2), Bottleneck(size=2)], ids=["lora", "bottleneck"])
-def test_factors_are_saved_in_the_type_of_their_own_layer(base_folders, tmp_path, peft):
-    """transformers keeps T5's `wo` in float32 where the rest is float16."""
-    base = load_base(base_folders["t5"], dtype="float16")
-    with fresh_expert(base, peft, joint=False) as fresh:
-        fresh.save(tmp_path)
-    types = {True: set(), False: set()}
-    for file in tmp_path.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            types[".wo." in name].add(tensor.dtype)
-    assert types == {True: {torch.float32}, False: {torch.float16}}

@@ -111,17 +111,6 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path, monkeypatch):
     assert not (tmp_path / ".cut.work").exists()
 
 
-def test_a_resumed_run_tells_the_same_losses_and_tokens(llama, tmp_path, monkeypatch):
-    """It is interrupted after step 38, between logs at every fourth step."""
-    training = replace(TRAINING, steps=40, eval_every=19)
-    whole = train(llama, tmp_path / "whole", training=training)
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=80, training=training)
-    resumed = train(llama, tmp_path / "cut", training=training, resume=True)
-    losses = ("expert_train_loss", "expert_validation_loss", "gate_train_loss")
-    for name in (*losses, "expert_tokens", "gate_tokens"):
-        assert resumed.info.metrics[name] == whole.info.metrics[name], name
-
-
 KILLS = {
     "in a LoRA step": (PASS, 8),
     "before a checkpoint's optimiser state": ("torch.save", 1),
@@ -175,26 +164,6 @@ def test_work_with_other_settings_data_or_base_is_not_resumed(
     given = {**other, "base": load_base(base_folders[kind], dtype=dtype)}
     with pytest.raises(ConfigError, match="other settings, data or another base"):
         train(out=tmp_path / "cut", resume=True, **given)
-
-
-def test_the_best_step_is_kept_where_the_work_moved_before_it_was_saved(llama, tmp_path):
-    """The last step is not the best one, and the run ends between that and the saved adapter."""
-    task = replace(TASK, validation=words("q", "x", "z"))
-    settings = replace(TRAINING, steps=8, learning_rate=0.1)
-    wanted = train(llama, tmp_path / "whole" / "echo", task, settings)
-    assert wanted.info.metrics["expert_best_step"] < 8
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **_):
-            if state.global_step == 8:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(llama, tmp_path / "first" / "echo", task, settings, callbacks=[Stop()])
-    (tmp_path / "first").rename(tmp_path / "moved")
-    got = train(llama, tmp_path / "moved" / "echo", task, settings, resume=True)
-    assert_same_expert(got, wanted)
-    assert got.info.metrics["expert_best_step"] == wanted.info.metrics["expert_best_step"]
 
 
 def test_a_finished_expert_of_another_base_is_not_resumed(originals, whole):

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,33 +17,7 @@ from phatgoose.tasks.task import Example, Sources
 
 TABLES = read_table(Path(t0.__file__).with_suffix(".toml"), "Suite", TaskError)
 
-# name, micro-batch, most new tokens (None where answers are ranked): the released code's table
-HELD_IN = """
-ag_news 16; amazon_polarity 16; cosmos_qa 16; samsum 4 127; quartz 32; ropes 16 15; wiki_bio 4 255
-paws 32; wiki_qa 16; social_i_qa 32; qasc 32; quail 16; dream 4; wiqa 32; quarel 32; sciq 16
-quoref 16 31; duorc 4 63; rotten_tomatoes 32; yelp_review_full 16; common_gen 32 63
-gigaword 16 127; xsum 8 255; mrpc 32; qqp 16; commonsense_qa 32; cos_e 32; wiki_hop 2
-hotpot_qa 4 63; app_reviews 8; trec 8; multi_news 4 255; imdb 16; adversarial_qa 8 127
-cnn_dailymail 4 127; dbpedia_14 16
-"""
 HELD_OUT = "rte hellaswag copa wic winogrande cb story_cloze anli_r1 anli_r2 anli_r3 wsc"
-SQUAD = ("squad-exact-match", "squad-f1")
-
-
-class Rows(Sequence):
-    """Rows made when asked for, which keep a record of that."""
-
-    def __init__(self, count, make):
-        self.count, self.make, self.asked = count, make, []
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        self.asked.append(index)
-        return self.make(index)
 
 
 @pytest.fixture
@@ -86,39 +59,19 @@ def read(name, sources):
     return suite.entry(name).read(sources)
 
 
-def test_the_suites_have_the_papers_datasets_in_its_order():
+def test_the_suites_have_the_papers_datasets():
     suite, held_out = t0_held_in(), t0_held_out()
-    listed = [item.split() for line in HELD_IN.strip().splitlines() for item in line.split(";")]
-    assert (suite.name, held_out.name) == ("t0hi", "t0ho")
-    assert suite.names == tuple(words[0] for words in listed)
-    for entry, (_, _, *new_tokens) in zip(suite.entries, listed, strict=True):
-        assert entry.max_new_tokens == (int(new_tokens[0]) if new_tokens else None)
-        assert (entry.metrics == ("accuracy",)) == (not new_tokens)
+    assert (suite.name, held_out.name, len(suite.names)) == ("t0hi", "t0ho", 36)
     assert held_out.names == tuple(HELD_OUT.split())
     assert {entry.metrics for entry in held_out.entries} == {("accuracy",)}
-    metrics = {entry.name: entry.metrics for entry in suite.entries}
-    assert {name for names in metrics.values() for name in names} <= set(METRICS)
-    assert {name for name, each in metrics.items() if each == SQUAD} == {
-        *("ropes", "quoref", "duorc", "adversarial_qa")
-    }
-    assert metrics["samsum"] == metrics["hotpot_qa"] == ("rouge-l",)
+    assert {name for entry in suite.entries for name in entry.metrics} <= set(METRICS)
+    assert all(
+        (entry.max_new_tokens is None) == (entry.metrics == ("accuracy",))
+        for entry in suite.entries
+    )
     counts = {entry.name: entry.train_examples for entry in suite.entries}
     assert (counts["mrpc"], counts["wiki_hop"]) == (3668 * 7, 43738 * 9)
     assert counts["paws"] == counts["gigaword"] == counts["app_reviews"] == 500_000
-
-
-def mrpc_templates(written):
-    return written(
-        "glue/mrpc",
-        (
-            "b same",
-            "{{sentence1}} = {{sentence2}}? ||| {{answer_choices[label]}}",
-            "no|||yes",
-            True,
-        ),
-        ("a same", "{{sentence2}}? ||| {{answer_choices[label]}}", "false ||| true", True),
-        ("c write", "Rephrase {{sentence1}} ||| {{sentence2}}", None, False),
-    )
 
 
 def mrpc_row(index):
@@ -126,11 +79,17 @@ def mrpc_row(index):
 
 
 def test_held_in_task(written, served):
-    sources = mrpc_templates(written)
-    requests = served(train=Rows(3, mrpc_row), validation=Rows(5, mrpc_row))
+    same = "{{sentence1}} = {{sentence2}}? ||| {{answer_choices[label]}}"
+    sources = written(
+        "glue/mrpc",
+        ("b same", same, "no|||yes", True),
+        ("a same", "{{sentence2}}? ||| {{answer_choices[label]}}", "false ||| true", True),
+        ("c write", "Rephrase {{sentence1}} ||| {{sentence2}}", None, False),
+    )
+    rows = [mrpc_row(index) for index in range(5)]
+    requests = served(train=rows[:3], validation=rows)
     task = read("mrpc", sources)
     assert requests == [("nyu-mll/glue", "mrpc", "train"), ("nyu-mll/glue", "mrpc", "validation")]
-    assert task.name == "mrpc"
     assert (task.metrics, task.max_new_tokens, task.test) == (("accuracy",), None, ())
     assert task.validation_origin == "split validation"
     assert len(task.train) == 3 * 3
@@ -144,65 +103,32 @@ def test_held_in_task(written, served):
     assert task.digest == read("mrpc", sources).digest
 
 
-PICK = "||| {{answer_choices[label | int]}}"
-
-
 @pytest.mark.parametrize(
     ("name", "path", "templates", "train", "validation"),
     [  # names of templates, with * those of the original task; which train, and validate in turn
         ("paws", "paws/labeled_final", "K* paraphrase-task*", "K", "K K"),
-        (
-            "social_i_qa",
-            "social_i_qa",
-            "Check if a random answer is valid or not*, A*",
-            "Check if a random answer is valid or not, A",
-            "A A",
-        ),
         ("quarel", "quarel", "a b", "a b", "a b"),  # none is marked
     ],
 )
 def test_templates_are_left_out_as_in_the_papers_code(
     written, served, name, path, templates, train, validation
 ):
-    names = templates.split(", ") if "," in templates else templates.split()
-    trained = train.split(", ") if "," in train else train.split()
-    sources = written(
-        path, *((n.strip("*"), f"{n.strip('*')} {PICK}", "x|||y", "*" in n) for n in names)
-    )
-    row = {"label": 1, "question": "?", "context": "c"}
-    served(train=[row], validation=[row, row])
+    pick = "||| {{answer_choices[label | int]}}"
+    names = [(each.strip("*"), "*" in each) for each in templates.split()]
+    sources = written(path, *((each, f"{each} {pick}", "x|||y", own) for each, own in names))
+    served(train=[{"label": 1}], validation=[{"label": 1}] * 2)
     task = read(name, sources)
-    assert sorted(example.input for example in task.train) == sorted(trained)
+    assert sorted(example.input for example in task.train) == train.split()
     assert [example.input for example in task.validation] == validation.split()
-
-
-FIND = "{{context}} {{question}} ||| {{answers.text | choice}}"
-DUORC = "{{question}} ||| {{'Unknown' if no_answer else answers[0]}}"
 
 
 @pytest.mark.parametrize(
     ("name", "path", "jinja", "row", "answers"),
     [
         (
-            "quoref",
-            "quoref",
-            FIND,
-            {"context": "C", "question": "Q?", "answers": {"text": ["one", "1", " "]}},
+            *("quoref", "quoref", "{{question}} ||| {{answers.text | choice}}"),
+            {"question": "Q?", "answers": {"text": ["one", "1", " "]}},
             ("one", "1"),
-        ),
-        *(
-            (
-                "duorc",
-                "duorc/ParaphraseRC",
-                DUORC,
-                {"question": "?", "no_answer": not given, "answers": given},
-                wanted,
-            )
-            for given, wanted in (
-                (["x", "y"], ("x", "y")),
-                ([], ("Unknown",)),
-                (None, ("Unknown",)),
-            )
         ),
         ("xsum", "xsum", "{{document}} ||| S.", {"document": "d", "summary": " B. "}, (" B. ",)),
     ],
@@ -210,13 +136,11 @@ DUORC = "{{question}} ||| {{'Unknown' if no_answer else answers[0]}}"
 def test_generated_answers_are_compared_with_the_rows_own(
     written, served, name, path, jinja, row, answers
 ):
-    sources = written(path, ("find", jinja, "yes ||| no" if name == "quoref" else None, True))
     served(train=[row], validation=[row] * 2)
-    task = read(name, sources)
+    task = read(name, written(path, ("find", jinja, None, True)))
     assert task.train[0].references == ()
     for example in task.validation:
         assert (example.choices, example.answers) == ((), answers)
-        assert example.target in (*answers, "S.")
 
 
 def test_held_out_tasks_have_every_row_in_every_original_template(written, served):

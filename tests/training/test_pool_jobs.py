@@ -62,8 +62,6 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     assert opened(2, restart=True) == ["lock", "run.json"]
     (work_of(out) / "run.json").unlink()  # as a killed restart leaves it
     assert opened(3) == ["lock", "run.json"]
-    out.mkdir()
-    assert "Another process has made" in told(lambda: opened(resume=True))
 
 
 def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, job, tmp_path):

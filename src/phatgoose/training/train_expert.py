@@ -240,20 +240,32 @@ def open_work(
 
     Its name starts with a dot, so that nothing takes it for a finished result. It is locked while
     the context is open, or until the process is killed. When the context ends and `out` is there,
-    the work is removed. Raises
-    ExpertError when `out` is there at first, when there is unfinished work and neither `resume` nor
+    the work is removed. Raises ExpertError when there is unfinished work and neither `resume` nor
     `restart` is set, another process holds the lock, or the folder can't be written; ConfigError
     when the work to resume has another identity.
     """
-    work = work_of(out)
+    work, text = work_of(out), json.dumps(identity, indent=2)
+    file = work / IDENTITY
     try:
         if work.is_symlink() or any(path.is_symlink() for path in work.rglob("*")):
             raise ExpertError(f"{work} is or holds a symbolic link, as no work of ours; remove it.")
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / LOCK).acquire(timeout=0):
-            if out.exists():
-                raise ExpertError(f"Another process has made {out} meanwhile.")
-            _claim(work, json.dumps(identity, indent=2), resume=resume, restart=restart)
+            if not file.is_file() or restart:
+                # First of all: if it is killed here, what is left counts as no work.
+                file.unlink(missing_ok=True)
+                _empty(work)
+                write_text(file, text, ExpertError)
+            elif not resume:
+                raise ExpertError(
+                    f"Unfinished work was found in {work}; use resume to continue it or restart to "
+                    f"throw it away."
+                )
+            elif file.read_text(encoding="utf-8") != text:
+                raise ConfigError(
+                    f"The unfinished work in {work} had other settings, data or another base; "
+                    f"repeat them, or use restart to throw it away."
+                )
             yield work
         if out.exists():  # the lock is free: some file systems remove no open file
             shutil.rmtree(work, ignore_errors=True)
@@ -263,28 +275,12 @@ def open_work(
         raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
 
 
-def _claim(work: Path, identity: str, *, resume: bool, restart: bool) -> None:
-    file = work / IDENTITY
-    if file.is_file() and not restart:
-        if not resume:
-            raise ExpertError(
-                f"Unfinished work was found in {work}; use resume to continue it or restart to "
-                f"throw it away."
-            )
-        if file.read_text(encoding="utf-8") != identity:
-            raise ConfigError(
-                f"The unfinished work in {work} had other settings, data or another base; "
-                f"repeat them, or use restart to throw it away."
-            )
-        return
-    # First of all: if it is killed here, what is left counts as no work, without an identity.
-    file.unlink(missing_ok=True)
+def _empty(work: Path) -> None:
     for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-    write_text(file, identity, ExpertError)
 
 
 def acting_for(encoder: Encoder, acts_on: str | int) -> ActsOn | None:

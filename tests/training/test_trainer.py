@@ -14,7 +14,7 @@ from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task
 from phatgoose.training import trainer as trainer_module
 from phatgoose.training.trainer import (
-    visiting_order,
+    visited,
 )
 from tiny import peft_model
 from training_runs import (
@@ -96,11 +96,10 @@ def test_a_training_that_diverges_stops_at_once(
 
 
 def test_every_pass_visits_each_example_once_and_batches_hold_similar_lengths():
-    pairs = [TokenPair([5] * (1 + i * 7 % 10), [1]) for i in range(10)]
-    order = visiting_order(pairs, batch=4, steps=5, seed=0)
-    assert len(order) == 20
-    assert sorted(order) == sorted([*range(10)] * 2)
-    lengths = [pairs[index].length for index in order]
+    pairs = [TokenPair([5] * (1 + i * 7 % 10), [i]) for i in range(10)]
+    order = visited(pairs, batch=4, steps=5, seed=0)
+    assert sorted(pair.target[0] for pair in order) == sorted([*range(10)] * 2)
+    lengths = [pair.length for pair in order]
     assert all(lengths[i : i + 4] == sorted(lengths[i : i + 4]) for i in range(0, 20, 4))
-    assert order == visiting_order(pairs, batch=4, steps=5, seed=0)
-    assert order != visiting_order(pairs, batch=4, steps=5, seed=1)
+    assert order == visited(pairs, batch=4, steps=5, seed=0)
+    assert order != visited(pairs, batch=4, steps=5, seed=1)

@@ -170,18 +170,18 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._bar.close()
 
 
-def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> list[int]:
-    """Every index of `pairs` that a run visits, known beforehand for runs that resume."""
+def visited(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> list[TokenPair]:
+    """All of `pairs` that a run visits, in order, known beforehand for runs that resume."""
     generator = torch.Generator().manual_seed(seed)
     shuffled: list[int] = []
     while len(shuffled) < batch * steps:
         shuffled += torch.randperm(len(pairs), generator=generator).tolist()
-    order: list[int] = []
+    order: list[TokenPair] = []
     for start in range(0, batch * steps, batch):
-        chunk = shuffled[start : start + batch]
+        chunk = [pairs[index] for index in shuffled[start : start + batch]]
         # Within an optimiser batch the order changes no gradient, and like lengths need less
         # padding.
-        order += sorted(chunk, key=lambda index: pairs[index].length)
+        order += sorted(chunk, key=lambda pair: pair.length)
     return order
 
 
@@ -193,14 +193,11 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
 
-    def __init__(self, *, label: str, order: list[int], **arguments: Any) -> None:
+    def __init__(self, *, label: str, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._label, self._order = label, order
+        self._label = label
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
         self._loss_shifts_labels = False  # each label is at the position that predicts it
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
-        return self._order
 
     def training_step(self, *inputs: Any, **more: Any) -> Tensor:
         loss: Tensor = super().training_step(*inputs, **more)
@@ -312,8 +309,8 @@ def fit(
     if stage == "gates":
         steps, rate = run.settings.gate_steps, run.settings.gates.gate_learning_rate
         every = GATE_CHECKPOINT_EVERY
-    order = visiting_order(train, training.batch_size, steps, training.seed)
-    lengths = [train[index].length for index in order]
+    order = visited(train, training.batch_size, steps, training.seed)
+    lengths = [pair.length for pair in order]
     progress = Progress(label, lengths, training.batch_size, validates=bool(validation))
     callbacks: list[TrainerCallback] = [*run.callbacks, progress]
     if not validation:  # transformers' own refuse to train without one
@@ -324,12 +321,11 @@ def fit(
     trainer = PartialTrainer(
         model=model,
         args=_arguments(training, steps, rate, min(every, steps), work, validates=bool(validation)),
-        train_dataset=train,
+        train_dataset=order,
         eval_dataset=validation or None,
         data_collator=Collator(run.base.model, padding, packs=True, acting=run.acting),
         callbacks=callbacks,
         label=label,
-        order=order,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
     with warnings.catch_warnings(), contiguous_head(model):
@@ -378,6 +374,7 @@ def _arguments(
         metric_for_best_model="loss" if validates else None,
         logging_steps=max(1, min(10, steps // 10)),
         seed=training.seed,
+        train_sampling_strategy="sequential",
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",

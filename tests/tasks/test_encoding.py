@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from phatgoose.config import Formatting
 from phatgoose.errors import TaskError
 from phatgoose.sites import Positions
-from phatgoose.tasks.encoding import CUTS, Cut, Cuts, Encoder, cut_tokens, recorded_share
+from phatgoose.tasks.encoding import Cut, Cuts, Encoder, cut_tokens
 from phatgoose.tasks.task import Chat
 from tiny import make_tokenizer, with_added
 
@@ -88,15 +88,6 @@ def test_prompts_and_targets_end_as_their_kind_of_model_wants(kind, prompt, targ
 
 KEPT = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
 each_cut = pytest.mark.parametrize("truncation", KEPT)
-
-
-@each_cut
-def test_long_inputs_lose_their_middle_or_an_end(truncation):
-    encoder = make_encoder(CAUSAL, max_input_tokens=4, truncation=truncation)
-    prompt = encoder.fitted("abcdefghij")
-    assert text_of(encoder, prompt.tokens) == KEPT[truncation]
-    assert prompt.cut == Cut(most=4, lost=6)
-    assert encoder.fitted("abcd").cut is None
 
 
 @each_cut
@@ -279,10 +270,3 @@ def test_what_was_cut_is_logged_and_from_a_tenth_on_warned_of(cuts, logged, warn
         cuts.report("it")
     for found, wanted in ((caplog.messages, logged), ([str(w.message) for w in told], warned)):
         assert [text[: len(wanted or "")] for text in found] == ([wanted] if wanted else [])
-
-
-def test_an_expert_s_metrics_tell_the_share_again():
-    assert some(12, 400).record() == dict(zip(CUTS, (400, 12, 512, 86), strict=True))
-    assert some(0, 4).record() == {"inputs": 4, "inputs_cut": 0}
-    assert recorded_share(some(12, 400).record()) == "3 %"
-    assert recorded_share(some(0, 4).record()) == "0 %"

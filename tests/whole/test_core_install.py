@@ -78,7 +78,7 @@ ASKED = {
     "lm-eval": Asked(["lm-eval", "--help"], "harness"),
     "datasets": Asked(train("hub:somebody/data"), "datasets"),
     "embeddings": Asked(train("reviews.jsonl", "--embeddings"), "retrieval"),
-    "ray": Asked(train("reviews.jsonl", "--engine", "ray"), "ray"),
+    "ray": Asked(train("reviews.jsonl", "--ray", "local"), "ray"),
 }
 
 

@@ -82,10 +82,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 # "help"]` is the flag of a parameter, of a group's field (below) and of a setting (`config`).
 # Settings are their defaults, overlaid by the recipe, overlaid by the command line.
 
-RECIPE = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="TOML file with settings; flags given here win over it."),
-]
+RECIPE = Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")]
 KIND: Any = Literal[tuple(SHAPES)]
 PEFT = Setting("peft", KIND, f"Kind of expert: {', '.join(SHAPES)}.", "lora")
 VOICE = {  # what every command takes, and shows in the program's own help alone
@@ -105,10 +102,9 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
     flags: dict[str, tuple[Setting, list[str]]] = {}
     shown: list[inspect.Parameter] = []
     for name, parameter in parameters.items():
-        annotation = parameter.annotation
-        kind, *hidden = get_args(annotation) if _is_annotated(annotation) else (annotation,)
+        kind, *hidden = _parts(parameter.annotation)
         if not (isinstance(kind, type) and issubclass(kind, Settings)):
-            shown.append(_parameter(name, annotation, parameter.default))
+            shown.append(_parameter(name, parameter.annotation, parameter.default))
             continue
         groups[name] = kind, set()
         for table, config in (SHAPES if kind is Peft else {TABLE_OF.get(kind, ""): kind}).items():
@@ -149,13 +145,13 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _is_annotated(annotation: Any) -> bool:
-    return get_origin(annotation) is Annotated
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     """A parameter, which is a flag if its annotation is a help text."""
-    kind, *details = get_args(annotation) if _is_annotated(annotation) else (annotation,)
+    kind, *details = _parts(annotation)
     if details and isinstance(details[0], str):
         annotation = Annotated[kind, typer.Option(flag_of(name), help=details[0])]
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -184,9 +180,7 @@ ANOTHER_OUT = "choose another --out"  # for `require_free`
 PoolArgument = Annotated[list[Path], typer.Argument(help="Folders of experts, or hub:OWNER/NAME.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        help="A routed model's folder, a pool (folder or hub:OWNER/NAME), or a base model alone."
-    ),
+    typer.Argument(help="A routed model's folder, a pool (folder, hub:OWNER/NAME) or a base."),
 ]
 Resume = Annotated[bool, "Continue unfinished work."]
 Restart = Annotated[bool, "Discard unfinished work."]
@@ -205,9 +199,7 @@ def open_pool(places: list[Path]) -> Pool:
 @dataclass(frozen=True)
 class BaseOptions(Settings):
     base: BaseOption = None
-    dtype: Annotated[
-        str, "auto, bfloat16, float16, float32 or 4bit (weights of bitsandbytes, as for QLoRA)."
-    ] = "auto"
+    dtype: Annotated[str, "auto, bfloat16, float16, float32 or 4bit (as for QLoRA)."] = "auto"
 
     def load(self, default: BaseReference | None) -> Base:
         from ...base import SMOLLM2, load_base
@@ -234,9 +226,7 @@ def warn_of_unused_k(routing: Routing) -> None:
 class ModelOptions(BaseOptions):
     keep: Annotated[list[str] | None, "Use only this expert (repeatable)."] = None
     leave_out: Annotated[list[str] | None, "Exclude this expert (repeatable)."] = None
-    scores: Annotated[
-        Path | None, "comparison.json of a compare, for oracle and best-individual."
-    ] = None
+    scores: Annotated[Path | None, "comparison.json, for oracle and best-individual."] = None
 
     def open(self, model: str, routing: Routing, *, keeps_factors: bool = False) -> OpenedModel:
         """What is at `model`; ConfigError for a `routing` of one that has its own."""
@@ -256,9 +246,7 @@ class ModelOptions(BaseOptions):
 
 @dataclass(frozen=True)
 class TemplateOptions(Settings):
-    template: Annotated[str | None, "jinja2 template 'input ||| target' over a row's fields."] = (
-        None
-    )
+    template: Annotated[str | None, "jinja2 template of a row, 'input ||| target'."] = None
     choices: Annotated[str | None, "jinja2 template of the answer choices, 'yes ||| no'."] = None
 
     def load(self, source: str) -> Task:
@@ -269,9 +257,7 @@ class TemplateOptions(Settings):
 
 @dataclass(frozen=True)
 class SourceOptions(Settings):
-    data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub itself."] = (
-        None
-    )
+    data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub."] = None
     templates: Annotated[Path | None, "Folder of promptsource templates, for P3 datasets."] = None
 
     @property
@@ -289,30 +275,22 @@ class ScoringOptions(Settings):
 
 @dataclass(frozen=True)
 class EngineOptions(Settings):
-    engine: Annotated[
-        Literal["local", "ray"], "Where the work is done: this process, or Ray (extra 'ray')."
-    ] = "local"
-    address: Annotated[
-        str | None,
-        "With --engine ray: a running cluster, HOST:PORT or auto; default: this machine.",
+    ray: Annotated[
+        str | None, "Work on Ray: on a cluster, HOST:PORT or auto, or on this machine (local)."
     ] = None
-    workers: Annotated[
-        int | None, "With --engine ray: number of workers; default: all that fit.", AT_LEAST_1
-    ] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        others = {"address": self.address, "workers": self.workers}
-        only_with("--engine ray", self.engine == "ray", others)
+    workers: Annotated[int | None, "With --ray: how many (default: all that fit).", AT_LEAST_1] = (
+        None
+    )
 
     @contextmanager
     def open(self) -> Iterator[Engine]:
-        if self.engine == "ray":
-            from ..ray_engine import RayEngine, connected
+        only_with("--ray", self.ray is not None, {"workers": self.workers})
+        if self.ray is None:
+            from ...jobs import Engine
 
-            with connected(self.address):
-                yield RayEngine(self.workers)
+            yield Engine()
             return
-        from ...jobs import Engine
+        from ..ray_engine import RayEngine, connected
 
-        yield Engine()
+        with connected(None if self.ray == "local" else self.ray):
+            yield RayEngine(self.workers)

@@ -114,6 +114,12 @@ def test_numbers_are_taken_as_texts():
             Example("Sky?", "blue"),
         ),
         (
+            {"prompt": "Sky?", "completion": " blue", "other": None},
+            None,
+            "blue ||| red",
+            Example("Sky?", "blue", ("blue", "red")),
+        ),
+        (
             {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]},
             "{{ q }} ||| {% if a %}{{ a }}{% endif %}",
             None,
@@ -177,7 +183,7 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
         ),
         ("a.json", ['[{"input": "a"'], "a.json is not valid: Expecting ',' delimiter"),
         ("a.json", ["5"], "a.json is not valid: 'int' object is not iterable"),
-        ("a.json", ['{"input": ["a", "b"], "target": ["c"]}'], "zip.. argument 2 is shorter"),
+        ("a.json", ['{"input": ["a", "b"]}'], "a.json, row 1 is not valid: Expecting value"),
         (
             "a.json",
             ['[{"input": "a", "target": "b"}, 3]'],
@@ -216,48 +222,14 @@ def test_a_missing_library_is_named_with_how_to_install_it(tmp_path, monkeypatch
     assert "pip install 'phatgoose[datasets]'" in complaint_about(source)
 
 
-COLUMNS = {"input": ["a", "b"], "target": ["x", "y"], "choices": [["x", "z"], ["y"]]}
-
-
-def frame(columns):
-    return pytest.importorskip("pandas").DataFrame(columns)
-
-
-def dataset(columns):
-    return pytest.importorskip("datasets").Dataset.from_dict(columns)
-
-
-def table(columns):
-    return pytest.importorskip("pyarrow").table(columns)
-
-
-@pytest.mark.parametrize("made", [dict, frame, dataset, table])
-def test_columns_are_as_good_as_rows(tmp_path, made):
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)]
-    wanted = load_task(iter(rows))
-    assert load_task(made(COLUMNS)) == wanted
-    split = load_task({"train": made(COLUMNS), "test": made(COLUMNS)})
+def test_rows_may_be_of_the_library_datasets_and_in_a_json_file_by_split(tmp_path):
+    wanted, dataset = load_task(iter(ROWS)), pytest.importorskip("datasets").Dataset.from_list(ROWS)
+    assert load_task(dataset) == wanted
+    split = load_task({"train": dataset, "test": dataset})
     assert (split.train, split.test) == (wanted.train, wanted.train)
-    for content in (COLUMNS, {"train": rows}, rows):
+    for content in ({"train": ROWS}, ROWS):
         (tmp_path / "a.json").write_text(json.dumps(content))
         assert load_task(tmp_path / "a.json").train == wanted.train
-
-
-def test_an_empty_cell_of_pandas_is_no_text():
-    """It is a float, NaN, whatever the column's other cells are, or one of pandas' own."""
-    numpy = pytest.importorskip("numpy")
-    pandas = pytest.importorskip("pandas")
-    for missing in (float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT):
-        row = {"input": "a", "target": "x", "choices": missing, "references": missing}
-        assert load_task([row | {"split": missing}]).train == (Example("a", "x"),)
-        for key in ("input", "target"):
-            assert f"row 1 is not valid: {key} is missing" in complaint_about(
-                [{**row, key: missing}]
-            )
-        assert "choices.1: " in complaint_about([{**row, "choices": ["x", missing]}])
-        asked = {"instruction": "Do.", "input": missing, "output": "o"}
-        assert load_task([asked]).train == (Example("Do.", "o"),)
-    assert load_task([{"input": "nan", "target": "NaT"}]).train == (Example("nan", "NaT"),)
 
 
 def test_tasks_may_be_named_where_they_are_wanted(tmp_path):

@@ -29,8 +29,6 @@ TEMPLATE_FAILURES = (
     *(TemplateError, ArithmeticError, AttributeError, LookupError),
     *(MemoryError, RecursionError, TypeError, ValueError),
 )
-EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
-PLAIN = (str, int, list, tuple, dict)  # what is no such cell
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
 HUB = "hub:"
@@ -58,12 +56,11 @@ def load_task(
     `instruction`, `input` and `output`.
 
     Args:
-        source: A `.jsonl`, `.json` (a list of rows, or an object of columns or of lists by split),
-            `.csv` or `.parquet` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read
-            with the `datasets` library), or rows in memory: dicts, a dict of columns, a
-            `DataFrame`, a table of pyarrow, a `Dataset`, or a dict of any of these by split, such
-            as a `DatasetDict`. Splits of it that aren't among the three are left out with a
-            warning.
+        source: A `.jsonl`, `.json` (a list of rows, or an object of lists by split), `.csv` or
+            `.parquet` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read with the
+            `datasets` library), or rows in memory: dicts, a `Dataset`, or a dict of either by
+            split, such as a `DatasetDict`. Splits of it that aren't among the three are left out
+            with a warning.
         name: The task's name; None is the file's stem.
         template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
             a row has.
@@ -158,13 +155,6 @@ def _in_memory(rows: Any, label: str) -> Rows:
             for where, row in _in_memory(rows.get(split, ()), f"{label}, {split}"):
                 yield where, {**row, "split": split}
         return
-    if hasattr(rows, "to_pylist"):  # a table of pyarrow
-        rows = rows.to_pylist()
-    elif hasattr(rows, "columns"):  # a DataFrame, of pandas or another library
-        rows = {name: rows[name] for name in rows.columns}
-    if isinstance(rows, Mapping):
-        names, cells = list(rows), zip(*rows.values(), strict=True)
-        rows = (dict(zip(names, row, strict=True)) for row in cells)
     for number, row in enumerate(rows, 1):
         yield f"{label}, row {number}", row
 
@@ -253,16 +243,8 @@ def examples_of(
 # From a row to an example
 
 
-def _plain(value: Any) -> Any:
-    """`value` without numpy and pandas; None for a cell without one."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return None if not isinstance(value, PLAIN) and str(value) in EMPTY else value
-
-
 def _text(value: Any) -> Any:
     """Numbers as texts, and nothing as an empty one."""
-    value = _plain(value)
     return value if isinstance(value, list | tuple | dict) else "" if value is None else str(value)
 
 
@@ -328,8 +310,8 @@ class _Row(BaseModel):
 def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tuple[str, Example]:
     """(split, example) of a row, which may be a line of JSON."""
     content = FIELDS.validate_python(json.loads(row) if isinstance(row, str) else row)
-    plain = {name: value for name, cell in content.items() if (value := _plain(cell)) is not None}
-    filled = _rendered(content | plain, templates) if templates else plain
+    filled = _rendered(content, templates) if templates else content
+    filled = {name: value for name, value in filled.items() if value is not None}
     filled = {**filled, "messages": []} if "input" in templates else _in_our_form(filled)
     read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
     turns = [(turn.role, turn.text) for turn in read.messages]

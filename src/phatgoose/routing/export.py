@@ -18,10 +18,10 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,18 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import quiet_loading
 from ..config import Formatting
-from ..errors import ConfigError, RoutingError, TaskError
+from ..errors import RoutingError
+from ..experts.kind import ModifiedLinear
 from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
-from ..sites import WrappedLinear, headless, linear_shape, replaced
+from ..sites import headless, replaced
 from ..tasks.encoding import Cuts, Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, neutral_examples
 from .composition import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 from .recording import SitePass, watch
-from .routers.fixed import Weights
-from .routers.router import SiteRouter
+from .routers.router import check_tokenizer
 
 EXPORT_INFO = "phatgoose_export.json"
 ANSWER_TOKENS = 16  # of the greedy answer that the decoder of an encoder-decoder model reads
@@ -115,24 +115,6 @@ class Export:
         lost = math.hypot(*(loss.lost for loss in self.losses.values()))
         return lost / (math.hypot(*(loss.norm for loss in self.losses.values())) or 1.0)
 
-    def record(self, parts: Composition) -> dict[str, Any]:
-        names = self.shares.experts
-        sites = {
-            site: {"shares": {z: w for z, w in zip(names, shares.tolist(), strict=True) if w}}
-            | (asdict(self.losses[site]) if site in self.losses else {})
-            for site, shares in self.shares.by_site.items()
-        }
-        return {
-            "form": "merged model" if self.merged else "PEFT adapter",
-            "base": asdict(parts.base),
-            "router": parts.router.recorded.router,
-            "chosen_for": self.shares.chosen_for,
-            "experts": self.shares.whole(),
-            "lost": self.lost,
-            "fidelity": asdict(self.fidelity) if self.fidelity else None,
-            "sites": sites,
-        }
-
 
 def export(
     model: PreTrainedModel,
@@ -155,25 +137,25 @@ def export(
     """
     target, parts = Path(out), composition_of(model)
     require_free(target, RoutingError)
-    late = [name for name, end in zip(parts.experts, parts.acting, strict=True) if end is not None]
-    if late:
+    if late := [name for name, end in zip(parts.experts, parts.acting, strict=True) if end]:
         raise RoutingError(
             f"From a prompt's end on act {', '.join(late)}, which no adapter or weight does; leave "
             f"them out (--leave-out)."
         )
     shares = shares_of(model, texts)
     updates = {
-        site: update
+        site: fixed_update(layer, shares.by_site[site], parts)
         for site, layer in parts.layers.items()
-        if not (update := fixed_update(layer, shares.by_site[site], parts)).is_nothing
     }
     losses: dict[str, CutLoss] = {}
-    layers: dict[str, nn.Module] = {site: layer.base for site, layer in parts.layers.items()}
     if merged:
-        layers |= {site: merged_layer(parts.layers[site], each) for site, each in updates.items()}
+        layers = {site: merged_layer(parts.layers[site], each) for site, each in updates.items()}
     else:
-        updates, losses = _loras(updates, rank)
-        layers |= {site: AddedUpdate(layers[site], each) for site, each in updates.items()}
+        loras, losses = _loras(updates, rank)
+        layers = {
+            site: ModifiedLinear(parts.layers[site].base, lora, model.dtype)
+            for site, lora in loras.items()
+        }
     near = None
     if parts.tokenizer is not None:
         near = fidelity(model, parts.tokenizer, layers, texts or neutral_texts())
@@ -185,28 +167,37 @@ def export(
             if parts.tokenizer is not None:
                 parts.tokenizer.save_pretrained(work)
         else:
-            LoraFactors.write(work, _factors(updates), _about(model, parts))
-        text = json.dumps(result.record(parts), indent=2) + "\n"
+            LoraFactors.write(work, loras, _about(model, parts))
+        text = json.dumps(_record(result, parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
 
 
-def _factors(updates: Mapping[str, Update]) -> dict[str, LoraFactors]:
+def _record(result: Export, parts: Composition) -> dict[str, Any]:
+    names, losses = result.shares.experts, result.losses
     return {
-        # A scale of 1, as an integer: Ollama wants one.
-        site: LoraFactors(e.A.cpu(), e.B.cpu(), 1, None if e.bias is None else e.bias.cpu())
-        for site, e in updates.items()
+        "form": "merged model" if result.merged else "PEFT adapter",
+        "base": asdict(parts.base),
+        "router": parts.router.recorded.router,
+        "chosen_for": result.shares.chosen_for,
+        "experts": result.shares.whole(),
+        "lost": result.lost,
+        "fidelity": asdict(result.fidelity) if result.fidelity else None,
+        "sites": {
+            site: {"shares": {z: w for z, w in zip(names, shares.tolist(), strict=True) if w}}
+            | (asdict(losses[site]) if site in losses else {})
+            for site, shares in result.shares.by_site.items()
+        },
     }
 
 
 def _about(model: PreTrainedModel, parts: Composition) -> dict[str, Any]:
-    conv = any(isinstance(layer.base, Conv1D) for layer in parts.layers.values())
-    about = {
+    return {
         "base_model_name_or_path": parts.base.id,
         "revision": parts.base.revision,
         "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        "fan_in_fan_out": any(isinstance(each.base, Conv1D) for each in parts.layers.values()),
     }
-    return about | ({"fan_in_fan_out": True} if conv else {})
 
 
 # The texts that a mixture is chosen for and an export is compared on, as a model reads them.
@@ -224,9 +215,7 @@ class Texts:
 
 
 def prompt_texts(prompts: Sequence[str], formatting: Formatting | None = None) -> Texts:
-    """These prompts as Texts. Raises TaskError when one is empty."""
-    if not all(prompts):
-        raise TaskError("The prompt is empty.")
+    """These prompts as Texts."""
     return Texts("the prompt", [Example(prompt, "") for prompt in prompts], formatting)
 
 
@@ -290,44 +279,29 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
     no texts.
     """
     parts = composition_of(model)
-    constant = constant_shares(parts)
-    if constant is not None:
-        return constant
+    weights = {site: constant_weights(layer, parts) for site, layer in parts.layers.items()}
+    if all(each is not None for each in weights.values()):
+        shares = {}
+        for site, layer in parts.layers.items():
+            shares[site] = torch.zeros(len(parts.experts), dtype=torch.float64)
+            shares[site][layer.experts.cpu()] = weights[site].double().cpu()  # type: ignore[union-attr]
+        return Shares(parts.experts, shares)
     if texts is None:
         raise RoutingError(
             f"Router {parts.routing.name} chooses again for every "
             f"{'input' if parts.prompt_router else 'token'}, which an adapter can't hold: fix its "
             f"mixture with --prompt or --task, or route by merged or single."
         )
-    if parts.tokenizer is None:
-        raise ConfigError("To fix a mixture for texts, hand the base over with its tokenizer.")
-    return shares_for(model, parts.tokenizer, texts)
+    return shares_for(model, check_tokenizer(parts.router, parts.tokenizer), texts)
 
 
-def _constant(layer: RoutedLayer) -> Tensor | None:
-    router: SiteRouter | None = getattr(layer, "router", None)
-    return router.constant() if router is not None else None
-
-
-def constant_shares(parts: Composition) -> Shares | None:
-    """The shares where routing depends on no input, or there is one expert; else None."""
-    router, shares = parts.router, {}
-    for site, layer in parts.layers.items():
-        weight: float | Tensor
-        if isinstance(router, Weights) and router.weights:
-            mixture = [router.weights.get(name, 0.0) for name in parts.experts]
-            weight = torch.tensor(mixture, dtype=torch.float64)[layer.experts.cpu()]
-        elif isinstance(layer, FoldedLinear):
-            weight = layer.weight_of_each
-        elif (constant := _constant(layer)) is not None:
-            weight = constant.double().cpu()
-        elif len(parts.experts) == 1:
-            weight = 1.0
-        else:
-            return None
-        shares[site] = torch.zeros(len(parts.experts), dtype=torch.float64)
-        shares[site][layer.experts.cpu()] = weight
-    return Shares(parts.experts, shares)
+def constant_weights(layer: RoutedLayer, parts: Composition) -> Tensor | None:
+    """What each expert of `layer` weighs if that depends on no input, [E]; else None."""
+    if isinstance(layer, FoldedLinear):
+        return torch.full((len(layer.experts),), layer.weight_of_each)
+    router: Any = layer.router
+    weights: Tensor | None = router.constant()
+    return torch.ones(1) if weights is None and len(parts.experts) == 1 else weights
 
 
 @torch.inference_mode()
@@ -349,27 +323,14 @@ def shares_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 # What a site's experts come to at constant shares: factors of a LoRA, or a layer of its own.
 
 
-@dataclass(frozen=True)
-class Update:
-    """What experts at constant shares do at a site; parts that no one has are None."""
+class Update(NamedTuple):
+    """What experts at constant shares do at a site, as `Constant`; A and B may have no rank."""
 
     A: Tensor  # [R, n]
     B: Tensor  # [d, R]
-    bias: Tensor | None = None  # [d]
-    input_factor: Tensor | None = None  # [n]
-    output_factor: Tensor | None = None  # [d]
-
-    @property
-    def rank(self) -> int:
-        return len(self.A)
-
-    @property
-    def is_lora(self) -> bool:
-        return self.input_factor is None and self.output_factor is None
-
-    @property
-    def is_nothing(self) -> bool:
-        return self.rank == 0 and self.bias is None and self.is_lora
+    bias: Tensor | None = None
+    input_factor: Tensor | None = None
+    output_factor: Tensor | None = None
 
 
 def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Update:
@@ -386,8 +347,7 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
         A, B = (delta, eye) if d <= n else (eye, delta)
         used = A.any(dim=1) & B.any(dim=0)
         return Update(A[used], B[:, used])
-    stack = layer.stack
-    weights = shares.to(layer.experts.device)[layer.experts]
+    stack, weights = layer.stack, shares.to(layer.experts.device)[layer.experts]
     constants = []
     for name, rows in stack.rows().items():
         constant = stack.parts[name].constant(weights[rows])
@@ -399,45 +359,44 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
                 f"Expert {parts.experts[int(layer.experts[row])]!r} is of the kind {name!r}, which "
                 f"neither a LoRA nor a weight can hold; leave it out (--leave-out)."
             )
-    downs = [each.A for each in constants if each.A is not None and len(each.A)]
-    ups = [each.B for each in constants if each.B is not None and each.B.shape[1]]
-    biases = [each.bias for each in constants if each.bias is not None and bool(each.bias.any())]
-    scaled = [each.input_factor for each in constants if each.input_factor is not None]
-    scales = [each.output_factor for each in constants if each.output_factor is not None]
+
+    def every(field: str) -> list[Tensor]:
+        return [t for each in constants if (t := getattr(each, field)) is not None]
+
+    biases = [bias for bias in every("bias") if bool(bias.any())]
+    downs, factors = every("A"), (every("input_factor"), every("output_factor"))
     return Update(
         torch.cat(downs) if downs else weights.new_zeros(0, n).float(),
-        torch.cat(ups, dim=1) if ups else weights.new_zeros(d, 0).float(),
+        torch.cat(every("B"), dim=1) if downs else weights.new_zeros(d, 0).float(),
         reduce(torch.add, biases) if biases else None,
-        reduce(torch.mul, scaled) if scaled else None,
-        reduce(torch.mul, scales) if scales else None,
+        *(reduce(torch.mul, each) if each else None for each in factors),
     )
 
 
 def _loras(
     updates: Mapping[str, Update], rank: int | None
-) -> tuple[dict[str, Update], dict[str, CutLoss]]:
+) -> tuple[dict[str, LoraFactors], dict[str, CutLoss]]:
     for site, update in updates.items():
-        if not update.is_lora:
+        if update.input_factor is not None or update.output_factor is not None:
             raise RoutingError(
                 f"At {site} an expert scales the layer, which no LoRA does exactly: "
                 f"export with --merged, or leave such experts out (--leave-out)."
             )
-    if not updates:
-        raise RoutingError("The experts change nothing at these shares; there is no adapter.")
     cuts = {site: cut(update, rank) for site, update in updates.items()}
     # PEFT may have a rank for each site, but many programs know one for all.
-    widest = max(max(update.rank for update, _ in cuts.values()), 1)
-    wide = {}
-    for site, (update, _) in cuts.items():
-        more = widest - update.rank
-        A, B = functional.pad(update.A, (0, 0, 0, more)), functional.pad(update.B, (0, more))
-        wide[site] = replace(update, A=A, B=B)
-    return wide, {site: loss for site, (_, loss) in cuts.items()}
+    widest = max(1, *(loss.rank for *_, loss in cuts.values()))
+    loras = {}
+    for site, (A, B, loss) in cuts.items():
+        more, bias = widest - loss.rank, updates[site].bias
+        A, B = functional.pad(A, (0, 0, 0, more)), functional.pad(B, (0, more))
+        # A scale of 1, as an integer: Ollama wants one.
+        loras[site] = LoraFactors(A.cpu(), B.cpu(), 1, None if bias is None else bias.cpu())
+    return loras, {site: loss for site, (*_, loss) in cuts.items()}
 
 
 @torch.no_grad()
-def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
-    """`update` with a LoRA of at most this `rank`, the nearest there is, and what that loses.
+def cut(update: Update, rank: int | None = None) -> tuple[Tensor, Tensor, CutLoss]:
+    """The factors of `update` in a LoRA of at most this `rank`, the nearest there is, and its loss.
 
     None cuts nothing off; then a rank beyond the site's own sizes is brought down to these, which
     loses no more than float32 rounds. Truncated singular values (Eckart and Young 1936), float64.
@@ -446,34 +405,15 @@ def cut(update: Update, rank: int | None = None) -> tuple[Update, CutLoss]:
     right, left = torch.linalg.qr(A.T), torch.linalg.qr(B)
     # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: its SVD is that of the small matrix, and d x n is never formed.
     U, S, V = torch.linalg.svd(left.R @ right.R.T)
-    norm = float(S.square().sum().sqrt())
-    most = min(rank or update.rank, A.shape[1], B.shape[0])
-    if update.rank <= most:
-        return update, CutLoss(update.rank, update.rank, norm, 0.0)
+    norm, whole = float(S.square().sum().sqrt()), len(A)
+    most = min(rank or whole, A.shape[1], B.shape[0])
+    if whole <= most:
+        return update.A, update.B, CutLoss(whole, whole, norm, 0.0)
     lost = float(S[most:].square().sum().sqrt())
     # Half of each singular value on either side, so that neither is far from the other's size.
     root = S[:most].sqrt()
-    smaller = replace(
-        update,
-        A=(root[:, None] * (V[:most] @ right.Q.T)).float().to(update.A.device),
-        B=((left.Q @ U[:, :most]) * root).float().to(update.B.device),
-    )
-    return smaller, CutLoss(most, update.rank, norm, lost)
-
-
-class AddedUpdate(WrappedLinear):
-    """A linear layer with a LoRA beside it, as PEFT computes it."""
-
-    def __init__(self, base: nn.Module, update: Update) -> None:
-        super().__init__(base, *linear_shape(base))
-        self.update = update
-
-    def forward(self, u: Tensor) -> Tensor:
-        y: Tensor = self.base(u)
-        update = self.update
-        inner = functional.linear(u.to(update.A.dtype), update.A)
-        more = functional.linear(inner.to(update.B.dtype), update.B)
-        return y + (more if update.bias is None else more + update.bias).to(y.dtype)
+    A = (root[:, None] * (V[:most] @ right.Q.T)).float()
+    return A, ((left.Q @ U[:, :most]) * root).float(), CutLoss(most, whole, norm, lost)
 
 
 @torch.no_grad()

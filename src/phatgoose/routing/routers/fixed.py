@@ -197,6 +197,11 @@ class Weights(ByPrompt):
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         return pool.select(self.weights) if self.weights else pool
 
+    def constant(self, table: SiteRouter) -> Tensor | None:
+        names = table.context.router.experts
+        weights = [self.weights.get(names[z], 0.0) for z in table.members.tolist()]
+        return torch.tensor(weights) if self.weights else None
+
     def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
         if not self.weights:
             raise RoutingError(

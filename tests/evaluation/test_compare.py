@@ -38,7 +38,6 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.rows import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers import prompt as base_reader
 from phatgoose.routing.routers.registry import OURS
 from phatgoose.tasks.task import Entry, Example, Suite, Task
 
@@ -311,25 +310,6 @@ def test_the_version_names_the_release_and_what_decides_a_score(tmp_path, monkey
 
 
 # What rows share
-
-
-def test_rows_that_choose_by_readings_share_them(setting, tasks, tmp_path, monkeypatch):
-    """The base reads each prompt once for all of them; scores are those of each row alone."""
-    rows = ["discriminant", "discriminant:shrinkage=1", "discriminant:per_block=1"]
-    alone = [setting.run(tmp_path / str(i), row) for i, row in enumerate(rows)]
-    read, read_prompts = [], base_reader.read_prompts
-
-    def counted(model, prompts, *arguments, **options):
-        read.extend(prompts)
-        return read_prompts(model, prompts, *arguments, **options)
-
-    monkeypatch.setattr(base_reader, "read_prompts", counted)
-    together = setting.run(tmp_path / "together", rows)
-    assert len(read) == len({row.input for task in tasks.values() for row in task.test})
-    for row, one in zip(together.results.values(), alone, strict=True):
-        (other,) = one.results.values()
-        for task, result in row.items():
-            assert (result.score, result.ties) == (other[task].score, other[task].ties)
 
 
 # What can be asked for

@@ -30,9 +30,8 @@ from ..experts.expert import warn_of_other_formatting
 from ..experts.pool import Pool
 from ..jobs import BaseLocation, Engine
 from ..routing.compose import OpenedModel
-from ..routing.composition import composition_if_any, resolve_base
+from ..routing.composition import resolve_base
 from ..routing.routers.fixed import best_expert, best_expert_by_task
-from ..routing.routers.prompt import States
 from ..tasks.encoding import Encoder, as_read
 from ..tasks.suites.registry import open_suite
 from ..tasks.task import Sources, Suite, Task
@@ -303,7 +302,6 @@ class RunWorkshop:
                 f"{self.code}; install the same version on all machines."
             )
         base = self.base.load() if isinstance(self.base, BaseLocation) else self.base
-        states: States = {}  # readings of prompts, which rows share
         questions: dict[str, Questions] = {}  # by dataset: all rows of this base are asked these
         with ExitStack() as composed:
             opened: dict[str, OpenedModel] = {}  # the last row's
@@ -313,9 +311,6 @@ class RunWorkshop:
                     opened.clear()
                     composed.close()
                     opened[run.row] = composed.enter_context(self.rows[run.row].model(base))
-                    parts = composition_if_any(base.model)
-                    if parts is not None and parts.prompt_router is not None:
-                        parts.prompt_router.states = states
                 dataset, model = self.datasets[run.dataset], opened[run.row].model
                 asked = questions.get(dataset.name) if model is base.model else None
                 if asked is None:

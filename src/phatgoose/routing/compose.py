@@ -33,7 +33,7 @@ from .routers.auto import BY_PROMPT, first_allowed, settled
 from .routers.fixed import read_scores
 from .routers.prompt import ByPrompt, PromptRouter
 from .routers.registry import AUTO, WEIGHTS, router_of, written_mixture
-from .routers.router import Scores, check_routing, check_served, warn_of_constant_vectors
+from .routers.router import Scores, check_routing, check_served
 from .saved import CONFIG, ROUTED_INFO, load, read_saved, save_pretrained
 from .stacks import SiteStack, stack_of
 
@@ -108,8 +108,8 @@ def _routing(
 def _add_layers(
     parts: Composition, pool: Pool, model: PreTrainedModel, sites: Mapping[str, Site]
 ) -> None:
-    """Add the routed layer of each site, whose experts are read ahead; warn of constant vectors."""
-    constant, read = {}, 0
+    """Add the routed layer of each site, whose experts are read ahead."""
+    read = 0
     # Sites ahead are read from the disk while this one is checked.
 
     def stack_at(name: str) -> SiteStack:
@@ -119,8 +119,6 @@ def _add_layers(
     stacks = prefetch(stack_at, pool.sites)
     states = prefetch(lambda name: parts.router.table(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):
-        if "vectors" in state:
-            constant[name] = ~state["vectors"].any(dim=-1)
         layer = model.get_submodule(name)
         if not parts.folded(layer, sites[name], stack):
             parts.add(layer, sites[name], stack, state)
@@ -130,7 +128,6 @@ def _add_layers(
             pool.release()
             read = 0
     pool.release()
-    warn_of_constant_vectors(pool, parts.router, constant)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,11 +13,11 @@ from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, open_prompt_router
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers import prompt, retrieval
+from phatgoose.routing.routers import retrieval
 from phatgoose.routing.saved import add_to_saved, load, save
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
-from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, scores_of, tokens_of
+from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, tokens_of
 from toy_embedders import toy_embed
 
 pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
@@ -195,40 +195,3 @@ def test_a_saved_model_that_names_no_embedder_is_refused(llama, llama_pool, tmp_
     record.write_text(json.dumps(content))
     with pytest.raises(RoutingError, match="names no embedder"):
         load(tmp_path / "routed", llama)
-
-
-# What the base makes of prompts
-
-
-@pytest.mark.parametrize("room", [2**30, 3 * 2 * 32 * 4])  # for all prompts, or for three
-@both_streams
-def test_discriminants_choose_alike_by_what_others_read(base, pool, room, monkeypatch):
-    """In whatever order they come: all blocks in both places are remembered."""
-    routings = [
-        "discriminant",
-        "discriminant:shrinkage=1",
-        "discriminant:per_block=1",
-    ]
-    pool, wanted = with_embeddings(pool), []
-    for router in routings:
-        wanted.append(scores_of(compose(pool, base, router=router), PROMPTS))
-        detach(base.model)
-    passes, read = [], prompt.read_prompts
-
-    def counted(model, prompts, *rest, **how):
-        passes.extend(prompts)
-        return read(model, prompts, *rest, **how)
-
-    monkeypatch.setattr(prompt, "read_prompts", counted)
-    monkeypatch.setattr(prompt, "MOST_BYTES", room)
-    states = {}
-    for router, scores in zip(routings, wanted, strict=True):
-        model = compose(pool, base, router=router)
-        composition_of(model).prompt_router.states = states
-        torch.testing.assert_close(
-            scores_of(model, [*PROMPTS, PROMPTS[0]])[:-1], scores, atol=1e-5, rtol=1e-5
-        )
-        detach(model)
-    again = 0 if room == 2**30 else 2 * 2  # of those there is no room for, in each round
-    assert len(passes) == len(PROMPTS) + again
-    assert len(states) == (len(PROMPTS) if room == 2**30 else 3)

@@ -30,8 +30,6 @@ Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
 Then: TypeAlias = "Callable[[Tensor], Tensor] | None"
 Base: TypeAlias = "PreTrainedModel | None"
 Known = Mapping[str, Any]  # what an evaluation says of prompts: their task and examples
-States = dict[tuple[int, ...], Tensor]  # what a base makes of prompts, by their tokens
-MOST_BYTES = 2**30  # of remembered states: some 15,000 prompts of 30 blocks of 576 numbers
 
 
 @dataclass(frozen=True)
@@ -186,18 +184,9 @@ class ReadsBase(ByPrompt):
             return read_prompts(base, tokens, self.reading(base, chooser.ready), then=then)
 
     def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
-        states = chooser.states
-        if states is None:  # the features of a whole dataset can be gigabytes
-            then = partial(self.prompt_scores, ready=chooser.ready)
-            return self.features(chooser, prompts, base, then)
-        tokens = [tuple(each) for each in chooser.tokens(prompts)]
-        new = [prompt for prompt in dict.fromkeys(tokens) if prompt not in states]
-        read = dict(zip(new, self.features(chooser, new, base) if new else (), strict=True))
-        for prompt, features in read.items():
-            if (len(states) + 1) * features.nbytes <= MOST_BYTES:
-                states[prompt] = features.clone()  # not a view, which would keep all
-        found = [states[each] if each in states else read[each] for each in tokens]
-        return self.prompt_scores(torch.stack(found), chooser.ready)
+        # Batch by batch: the features of a whole dataset can be gigabytes.
+        then = partial(self.prompt_scores, ready=chooser.ready)
+        return self.features(chooser, prompts, base, then)
 
 
 class PromptRouter:
@@ -205,14 +194,12 @@ class PromptRouter:
 
     Some features are of a prompt's text, others what the base makes of it; only these need `base`,
     a model, which may be routed by this router. Prompts are tokens as the model reads them; text is
-    tokenised plainly, or where there is no `tokenizer` embedded as it is. `states`, if it is a
-    dictionary, is shared with others who read prompts with the base.
+    tokenised plainly, or where there is no `tokenizer` embedded as it is.
     """
 
     def __init__(self, router: ByPrompt, tables: Tables, tokenizer: Tokenizer = None) -> None:
         self.router, self.tables, self.tokenizer = router, tables, tokenizer
         self.ready = router.ready(tables)
-        self.states: States | None = None
         self.name, self.k, self.unserved = router.name, router.prompt_k, router.unserved
 
     @property

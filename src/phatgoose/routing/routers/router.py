@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -361,18 +360,3 @@ def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> No
     if router.k not in (0, router.usual_k) and router.k > size:
         experts = "1 expert" if size == 1 else f"{size} experts"
         warnings.warn(f"k is {router.k}, but {of} {experts}; k is lowered.", stacklevel=stacklevel)
-
-
-def warn_of_constant_vectors(pool: Pool, router: Router, constant: Mapping[str, Tensor]) -> None:
-    """Warn of experts whose vectors are 0 at some sites; `constant` marks them by site."""
-    sites = Counter[str]()
-    for site, rows in constant.items():
-        present = [expert.name for expert in pool.experts if site in expert.modules]
-        sites.update(present[row] for row in rows.nonzero().flatten().tolist())
-    for name in pool.names:
-        if sites[name]:
-            warnings.warn(
-                f"Expert {name!r} has a constant vector for router {router.name!r} at "
-                f"{sites[name]} of {len(constant)} sites (never trained?); it scores 0 there.",
-                stacklevel=3,
-            )

@@ -337,8 +337,9 @@ class ActsOn:
                 return None
             case {"tail": int(tail)} if type(tail) is int and 0 < tail <= LONGEST:
                 return cls(tail=tail)
-            case {"invocation_tokens": [_, *_] as tokens} if all(map(_is_token, tokens)):
-                return cls(invocation=tuple(tokens))
+            case {"invocation_tokens": [_, *_] as tokens}:
+                if all(type(token) is int and 0 <= token < LONGEST for token in tokens):
+                    return cls(invocation=tuple(tokens))
         raise ValueError(
             f"acts_on is {shortened(record)}; wanted a tail of at least 1 or invocation_tokens"
         )
@@ -347,10 +348,6 @@ class ActsOn:
         if self.invocation:
             return f"from the tokens {shortened(list(self.invocation))} on"
         return f"the prompt's last {self.tail} token{'s' * (self.tail > 1)} and the answer"
-
-
-def _is_token(value: object) -> bool:
-    return type(value) is int and 0 <= value < LONGEST
 
 
 def beginnings(acting: Sequence[ActsOn], prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from links import KEPT
+from odd_files import KEPT, everything, one_line_of
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.files import new_directory, require_writable, user_cache, write_text
-from small_disks import everything, told
 
 
 def test_a_link_in_the_place_of_a_result_is_replaced(tmp_path, victim):
@@ -33,8 +32,8 @@ def test_of_two_that_write_one_folder_the_first_stays_and_the_other_is_told(tmp_
             if meanwhile is not None:
                 write(meanwhile)
 
-    assert "can't be written" in told(lambda: write("second", meanwhile="first"))
-    assert "exists already" in told(lambda: write("second"))
+    assert "can't be written" in one_line_of(lambda: write("second", meanwhile="first"))
+    assert "exists already" in one_line_of(lambda: write("second"))
     assert (target / "file").read_text() == "first"
     assert everything(tmp_path) == {"expert", "expert/file"}
     write("second", overwrite=True)
@@ -86,7 +85,7 @@ def test_a_replacement_that_fails_at_the_last_moment_keeps_the_old(tmp_path, mon
     with monkeypatch.context() as broken:
         broken.setattr("ctypes.CDLL", lambda _: None)
         broken.setattr("os.rename", fail)
-        assert "Input/output error" in told(replace)
+        assert "Input/output error" in one_line_of(replace)
     assert (target / "old").read_text() == KEPT
     assert everything(tmp_path) == {"expert", "expert/old"}
 

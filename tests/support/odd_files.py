@@ -1,4 +1,4 @@
-"""Files that are valid and yet odd, and the one line that refuses them."""
+"""Files that are valid and yet odd, what must survive beside them, and the one line of refusals."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from phatgoose.errors import PhatgooseError
+
+KEPT = "what somebody else has written"
 
 
 def rewrite(path: Path, **changes: object) -> None:
@@ -23,3 +25,7 @@ def one_line_of(action, error: type[PhatgooseError] = PhatgooseError) -> str:
     assert "\n" not in message
     assert len(message) < 1500
     return message
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -18,8 +18,8 @@ from command_line import open_row, review, run, write_rows
 from copies import Original
 from fake_hub import serving_hub, use_hub
 from growth_cases import uneven_pool
-from links import KEPT
 from mixed_experts import mixed_pool_for
+from odd_files import KEPT
 from paths import GOLDEN
 from phatgoose.base import load_base, smollm2_folder
 from phatgoose.errors import BaseModelError

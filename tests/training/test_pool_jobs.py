@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from odd_files import one_line_of
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.training.pool_jobs import train_experts
 from phatgoose.training.train_expert import open_work
 from phatgoose.training.trainer import work_of
-from small_disks import told
 from training_jobs import SETTINGS
 
 HOLD = """
@@ -55,7 +55,7 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
             return names
 
     assert opened() == ["lock", "run.json"]
-    assert "resume" in told(opened)
+    assert "resume" in one_line_of(opened)
     assert opened(resume=True) == ["folder", "lock", "run.json"]
     with pytest.raises(ConfigError, match="other settings"):
         opened(2, resume=True)

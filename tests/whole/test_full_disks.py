@@ -11,10 +11,29 @@ from pathlib import Path
 import pytest
 
 from changed_experts import adapter_of
+from odd_files import everything, one_line_of
+from phatgoose.base import Base
+from phatgoose.config import Training
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
-from small_disks import everything, mount, told, train
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.train_expert import train_expert
+from training_jobs import GATES, LORA
+
+TASK = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(8)))
+FEW = {"training": Training(batch_size=4, steps=3, eval_every=1), "gate_training": GATES}
+
+
+def mount(folder: Path, *options: str) -> None:
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"can't mount here: {done.stderr.decode().strip()}")
+
+
+def train(base: Base, out: Path, **options: bool) -> Expert:
+    return train_expert(base, TASK, out=out, peft=LORA, **FEW, **options)
 
 
 @pytest.fixture
@@ -48,7 +67,7 @@ def test_a_full_disk_leaves_no_half_of_anything(disk, llama_pool, llama, tmp_pat
         "routed": lambda: save(model, folder / "routed"),
     }
     for action in actions.values():
-        assert "No space left on device" in told(action)
+        assert "No space left on device" in one_line_of(action)
         assert everything(folder) == set()
     disk(10_000)
     for action in actions.values():
@@ -61,7 +80,7 @@ def test_training_on_a_full_disk_is_told_and_goes_on_when_there_is_space(disk, l
     sizes = [8, 40, 120]
     for kilobytes in sizes:
         folder = disk(kilobytes)
-        message = told(lambda: train(llama, folder / "expert", resume=True))  # noqa: B023
+        message = one_line_of(lambda: train(llama, folder / "expert", resume=True))  # noqa: B023
         assert "can't be written" in message
         assert not (folder / "expert").exists()
     expert = train(llama, disk(10_000) / "expert", resume=True)

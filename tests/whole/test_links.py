@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from links import KEPT
+from odd_files import KEPT
 from paths import GOLDEN
 from phatgoose.errors import ExpertError
 from phatgoose.experts.hub import push

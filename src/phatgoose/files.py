@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import re2
-import yaml  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
 
 from .errors import ExpertError, PhatgooseError
@@ -107,7 +106,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# JSON, which may be of others, and TOML and YAML, which users name.
+# JSON, which may be of others, and TOML, which users name.
 
 MOST_JSON_BYTES = 16 * 2**20
 UNSHOWN = (
@@ -116,9 +115,7 @@ UNSHOWN = (
     "too_short",
     "too_long",
 )  # pydantic's errors that need no value
-YAML = (".yaml", ".yml")
 MOST_NESTED = 100  # lists and objects inside each other; copying and writing recurse too
-YAML_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 
 
 @contextmanager
@@ -202,15 +199,12 @@ def _adapter(kind: Any) -> Any:
 
 
 def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
-    """The table in a TOML or YAML file of the user's, which messages call a `what`, such as
-    "Recipe". Raises only `error`.
+    """The table in a TOML file of the user's, which messages call a `what`, such as "Recipe".
+
+    Raises only `error`.
     """
     with reading(f"{what} {path}", error):
-        text = regular(path).read_text(encoding="utf-8")
-        content = yaml.load(text, YamlLoader) if path.suffix in YAML else tomllib.loads(text)
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise ValueError("wanted names with values")
-    return content
+        return tomllib.loads(regular(path).read_text(encoding="utf-8"))
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -228,13 +222,6 @@ def _is_deep(content: Any, levels: int) -> bool:
         return False
     inner = content.values() if isinstance(content, dict) else content
     return levels == 0 or any(_is_deep(each, levels - 1) for each in inner)
-
-
-class YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # untyped
-    """YAML's plain types; 2e-4 is a number, as in YAML 1.2. libyaml's is ten times faster."""
-
-
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+0123456789."))
 
 
 # Untrusted regular expressions, matched in linear time. PEFT matches patterns from an adapter's

@@ -13,9 +13,13 @@ from phatgoose.analysis.audit import (
     audit,
     ratios,
     signs_of,
+    squared_norms,
 )
 from phatgoose.errors import ExpertError
+from phatgoose.experts.ia3 import ScalingVector
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.stacks import stack_of
 from planted import ATTACKS, HARMLESS, attacked, honest
 
 
@@ -158,3 +162,19 @@ def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(llama_pool
     gates = {**pool.experts[0].gates, site: pool.experts[0].gates[site][:-1]}
     with pytest.raises(ExpertError, match=r"layers of 4[78] and 4[78] features"):
         signs_of(Pool((replace(pool.experts[0], gates=gates), *pool.experts[1:])))
+
+
+def test_squared_norms_are_those_of_the_updates_written_out(llama_mixed):
+    for site in llama_mixed.sites:
+        stack = stack_of(llama_mixed, site, torch.float64, torch.device("cpu"))
+        for part, rows in stack.rows().items():
+            got = squared_norms(stack.parts[part])
+            for norm, z in zip(got, stack.experts[rows].tolist(), strict=True):
+                module = llama_mixed.experts[z].modules[site]
+                if isinstance(module, LoraFactors):
+                    change = module.scale * module.B.double() @ module.A.double()
+                elif isinstance(module, ScalingVector):
+                    change = module.vector.double() - 1
+                else:
+                    change = module.scale * module.up.double() @ module.down.double()
+                assert float(norm) == pytest.approx(float(change.square().sum()), rel=1e-4)

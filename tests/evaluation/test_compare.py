@@ -33,9 +33,8 @@ from phatgoose.base import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import ConfigError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation import compare as comparing
-from phatgoose.evaluation.compare import code_version, compare
+from phatgoose.evaluation.compare import METHODS, code_version, compare
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.rows import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import OURS

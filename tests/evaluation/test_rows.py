@@ -9,7 +9,7 @@ import torch
 from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
-from phatgoose.evaluation.rows import (
+from phatgoose.evaluation.compare import (
     DERIVED,
     METHODS,
     Row,

@@ -24,9 +24,9 @@ from oracle import naively_routed
 from phatgoose.apps.generation import generate
 from phatgoose.config import Routing, Training
 from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.evaluation.compare import pool_row
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
-from phatgoose.evaluation.rows import pool_row
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import NEVER, ActsOn, beginnings, cache_argument
 from phatgoose.routing import layers

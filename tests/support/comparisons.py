@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.base import Base, load_base
-from phatgoose.evaluation.compare import compare
+from phatgoose.evaluation.compare import METHODS, compare, single_rows
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.results import Comparison
-from phatgoose.evaluation.rows import METHODS, single_rows
 from phatgoose.experts.pool import Pool
 from phatgoose.jobs import Engine
 from phatgoose.routing.compose import compose, detach

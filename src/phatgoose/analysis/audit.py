@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import READ
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
 from ..routing.stacks import stack_of
-from .duplicates import squared_norms
 from .measures import Finding
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
@@ -225,6 +225,15 @@ def _of_updates(pool: Pool) -> dict[str, Tensor]:
         pool.release()
     size, spread = over_sites(torch.stack(rows, dim=1))
     return {"update_size": size, "update_spread": spread}
+
+
+def squared_norms(part: Part) -> Tensor:
+    """The squared Frobenius norm of each update of a part of a stack, float64 [E]."""
+    factors: list[Tensor] = [getattr(part, field).double() for field in part.compared]
+    if len(factors) == 1:
+        return factors[0].square().sum(dim=1)
+    A, B = factors
+    return (A @ A.mT * (B @ B.mT)).sum(dim=(1, 2)).clamp(min=0)
 
 
 def _of_vectors(pool: Pool) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EvaluationError
+from ..evaluation.compare import label_of
 from ..evaluation.intervals import Estimate
 from ..evaluation.results import Table
-from ..evaluation.rows import label_of
 from ..files import reason, write_text
 from . import figures as draw
 from .analyse import Analysis, RouterAnalysis

@@ -24,11 +24,10 @@ from ..analysis.report import write_report
 from ..base import Base, load_base
 from ..config import GateTraining, Lora, Routing, Training
 from ..errors import EvaluationError
-from ..evaluation.compare import compare
+from ..evaluation.compare import METHODS, compare, label_of
 from ..evaluation.evaluate import evaluate
 from ..evaluation.intervals import Estimate
 from ..evaluation.results import BASE, Comparison, means_of
-from ..evaluation.rows import METHODS, label_of
 from ..experts.pool import Pool
 from ..files import write_text
 from ..routing.compose import compose

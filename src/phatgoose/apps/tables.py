@@ -10,10 +10,10 @@ from rich.text import Text
 from ..analysis.analyse import Analysis
 from ..analysis.audit import SIGNS, Audit
 from ..analysis.measures import ORACLE, effective_experts, heaviest
+from ..evaluation.compare import label_of
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Replay
 from ..evaluation.results import Table
-from ..evaluation.rows import label_of
 from ..experts import kinds
 from ..experts.pool import Pool
 

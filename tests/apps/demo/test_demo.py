@@ -15,7 +15,7 @@ from phatgoose.apps.demo import (
     gains_of,
     lifts_of,
 )
-from phatgoose.evaluation.rows import METHODS
+from phatgoose.evaluation.compare import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved import load

@@ -117,10 +117,10 @@ def test_a_rule_sees_features_and_neither_task_nor_answer(marks):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (router_rule("arrow"), "'arrow'. These marks have .*, scores of centroid"),
-        (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+: .*empty"),
-        (lambda _: sys.exit(3), "The rule failed on prompt [0-9a-f]+: 3"),
-        (lambda _: "birds", "'birds'. These marks have experts kinds, moods"),
+        (router_rule("arrow"), "these marks have .*, scores of centroid.*: 'arrow'"),
+        (lambda prompt: max([]), "The rule failed on prompt [0-9a-f]+ .*empty"),
+        (lambda _: sys.exit(3), "The rule failed on prompt [0-9a-f]+ .*: 3"),
+        (lambda _: "birds", "have experts kinds, moods.*'birds'"),
     ],
 )
 def test_what_can_t_be_replayed_is_refused(marks, rule, message):
@@ -147,9 +147,9 @@ def test_files_that_hold_no_marks(tmp_path, marks):
     one = few.slice(0, 1)
     many = pa.concat_tables([one] * 2**12).combine_chunks()
     for held, changes, complaint in (
-        (pa.concat_tables([many] * 2**11), {}, "format 1 and 67108864 numbers"),
-        (few.slice(0, 0), {}, "format 1 and 0 numbers"),
-        (few, {"format": 9}, "format 9"),
+        (pa.concat_tables([many] * 2**11), {}, "less than or equal to 50000000, got 67108864"),
+        (few.slice(0, 0), {}, "greater than or equal to 1, got 0"),
+        (few, {"format": 9}, "format: Input should be 1, got 9"),
         (few.drop_columns(["wording"]), {}, "wording"),
         (few.drop_columns(list(SCORES[:1])), {}, "score/expert/kinds"),
         (few, {"experts": ["kinds"]}, "cannot reshape"),
@@ -159,11 +159,11 @@ def test_files_that_hold_no_marks(tmp_path, marks):
     ):
         held = held.replace_schema_metadata({"phatgoose": json.dumps(about | changes)})
         parquet.write_table(held, tmp_path / "odd.parquet", compression="zstd")
-        with pytest.raises(EvaluationError, match=f"holds no marks: .*{re.escape(complaint)}"):
+        with pytest.raises(EvaluationError, match=re.escape(complaint)):
             read_marks(tmp_path / "odd.parquet")
     (tmp_path / "odd.parquet").write_bytes(b"PAR1 is not enough")
     for place in (tmp_path / "nowhere", tmp_path / "nowhere.parquet", tmp_path):
-        with pytest.raises(EvaluationError, match="holds no marks"):
+        with pytest.raises(EvaluationError, match=re.escape(str(place))):
             read_marks(place)
 
 

@@ -174,7 +174,7 @@ def test_a_broken_line_among_others_names_the_file(path, line):
     filled(path, 2)
     first, second = path.read_bytes().splitlines()
     path.write_bytes(content := b"\n".join([first, line, second, b""]))
-    with pytest.raises(EvaluationError, match=rf"{re.escape(str(path))} is no file of results"):
+    with pytest.raises(EvaluationError, match=rf"{re.escape(str(path))} is not valid"):
         ResultStore(path)
     assert path.read_bytes() == content  # left as it was
 

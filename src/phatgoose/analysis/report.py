@@ -16,7 +16,7 @@ from ..errors import EvaluationError
 from ..evaluation.compare import label_of
 from ..evaluation.intervals import Estimate
 from ..evaluation.results import Table
-from ..files import reason, write_text
+from ..files import write_text, writing
 from . import figures as draw
 from .analyse import Analysis, RouterAnalysis
 from .measures import (
@@ -203,7 +203,7 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
     write_text(folder / NUMBERS, content, EvaluationError)
     write_text(folder / REPORT, report_page(analysis), EvaluationError)
     figures, every, varied = folder / FIGURES, len(analysis.experts), _varied(analysis)
-    try:
+    with writing(folder, EvaluationError):
         figures.mkdir(exist_ok=True)
         for kind in ("layers", "datasets", "usage"):
             for old in figures.glob(f"{kind}-*.png"):
@@ -219,8 +219,6 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
                 drawn["layers"] = draw.heat_maps(router.distributions, oracle, every)
             for kind, figure in drawn.items():
                 draw.write_png(figure, figures / f"{kind}-{file}.png")
-    except OSError as error:
-        raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
 
 

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import base64
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
+from pydantic import BaseModel, TypeAdapter
 
 from ..errors import ConfigError, EvaluationError
-from ..files import first_line, regular
+from ..files import first_line, reading, regular
 from .intervals import Estimate, Sample, SharedMeans
 
 Array = NDArray[Any]
 BASE = -1  # among indices of experts
-FORMAT = 1
 WORDINGS = ("new", "known", "unseen")
 OWN = "own expert"  # the one that is named after the task
 TEXTS = ["prompt", "task", "wording"]
 READ = (*TEXTS, "embedding", "score", "choice")
-MOST_CELLS = 5 * 10**7  # numbers in a file, and its bytes
+Cells = Annotated[int, Ge(1), Le(5 * 10**7)]  # numbers in a file, or its bytes
 RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
 
 
@@ -82,42 +83,44 @@ class Marks:
             yield Prompt(str(digest), embedding, scores, self.centres)
 
 
+class _About(BaseModel):
+    """What a file says of itself; `owners` number the experts of its centres."""
+
+    format: Literal[1]
+    base: str
+    experts: tuple[str, ...]
+    owners: list[int] = [BASE]
+
+
 def read_marks(place: str | Path) -> list[Marks]:
     """The marks in a Parquet file, or in every one of a folder. Raises EvaluationError."""
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("Marks need pyarrow: pip install 'phatgoose[replay]'.") from error
-    path = Path(place)
-    files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
     marks: list[Marks] = []
-    try:
-        for path in files:
-            marks.append(_read(path, parquet))
-        if not marks:
-            raise ValueError("'python research/marks.py' makes .parquet files in a clone")
-    except Exception as error:  # any of pyarrow's or numpy's: who made the file is unknown
-        raise EvaluationError(f"{path} holds no marks: {first_line(error)}.") from error
+    for path in sorted(Path(place).glob("*.parquet")) or [Path(place)]:
+        with reading(path, EvaluationError, " A clone has some: research/marks."):
+            marks.append(_read(regular(path), parquet))
     return marks
 
 
 def _read(path: Path, parquet: Any) -> Marks:
     size = parquet.read_metadata(regular(path))
     schema = size.schema.to_arrow_schema()
-    about = json.loads(schema.metadata[b"phatgoose"])
-    experts, owners = tuple(map(str, about["experts"])), np.array(about.get("owners", [BASE]))
+    about = _About.model_validate_json(schema.metadata[b"phatgoose"])
+    experts, owners = about.experts, np.array(about.owners)
     needed = [*TEXTS, "score/base", *(f"score/expert/{name}" for name in experts)]
     others = [name for name in schema.names if name.partition("/")[0] in READ]
     names = list(dict.fromkeys([*needed, *others]))
     cells = _cells(size, [schema.field(name).type for name in names])
-    if about["format"] != FORMAT or not 0 < cells <= MOST_CELLS:
-        raise ValueError(f"it says that it has format {about['format']} and {cells} numbers")
+    TypeAdapter(Cells).validate_python(cells)
     table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
     columns = {name: _values(name, table[name], len(experts)) for name in names}
     flat = np.frombuffer(base64.b64decode(schema.metadata.get(b"centres", b"")), np.float16)
     rows = flat.reshape(len(owners), -1).astype(np.float32)
     centres = {name: rows[owners == z] for z, name in enumerate(experts)}
-    return Marks(str(about["base"]), experts, columns, centres)
+    return Marks(about.base, experts, columns, centres)
 
 
 def _cells(size: Any, types: list[Any]) -> int:
@@ -154,14 +157,19 @@ def imported_rule(name: str) -> Rule:
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())  # a console script's own path lacks it
     try:
-        rule: Rule = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # a user's own code runs
-        raise ConfigError(
-            f"Rule {name} can't be imported: {first_line(error)}; wanted package.module:function."
-        ) from error
+        with _users_code(f"Rule {name} can't be imported; wanted package.module:function"):
+            rule: Rule = getattr(importlib.import_module(module), function)
     finally:
         sys.path.pop(0)
     return rule
+
+
+@contextmanager
+def _users_code(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{what}: {first_line(error)}.") from error
 
 
 def chosen_by(marks: Marks, rule: Rule) -> Array:
@@ -170,17 +178,13 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
     Raises ConfigError for an unknown expert and when `rule` fails.
     """
     place: dict[Any, int] = {None: BASE, **{name: z for z, name in enumerate(marks.experts)}}
+    named, routers = ", ".join(marks.experts), ", ".join(marks.routers) or "no router"
+    known = f"experts {named}, scores of {routers}"
     chosen = list[int]()
     for prompt in marks.prompts():
-        try:
+        has = known if prompt.embedding is not None else f"{known}, no embeddings"
+        with _users_code(f"The rule failed on prompt {prompt.hash} (these marks have {has})"):
             chosen.append(place[rule(prompt)])
-        except (Exception, SystemExit) as error:  # a user's own code, or what it gave
-            has = "" if prompt.embedding is not None else " and no embeddings"
-            raise ConfigError(
-                f"The rule failed on prompt {prompt.hash}: {first_line(error)}. These marks have "
-                f"experts {', '.join(marks.experts)}, scores of "
-                f"{', '.join(marks.routers) or 'no router'}{has}."
-            ) from error
     return np.array(chosen)
 
 

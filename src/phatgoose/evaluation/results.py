@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError
-from ..files import reason, regular, write_text
+from ..files import reading, regular, write_text, writing
 from .evaluate import TaskScore
 from .intervals import CONFIDENCE, Estimate, Sample, SharedMeans
 
@@ -257,17 +257,13 @@ class ResultStore:
         self.path = Path(path)
         self._records: dict[str, Mapping[str, Any]] = {}
         self._cut_off_at: int | None = None
-        try:
+        with reading(self.path, EvaluationError):
             content = regular(self.path).read_bytes() if self.path.exists() else b""
             complete = content.rfind(b"\n") + 1
             # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
             for line in content[:complete].decode("utf-8").split("\n")[:-1]:
                 record = json.loads(line)
                 self._records[_digest(record["key"])] = record["result"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise EvaluationError(
-                f"{self.path} is no file of results: {reason(error)}. Move it away."
-            ) from error
         if complete < len(content):
             warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
             self._cut_off_at = complete
@@ -278,14 +274,14 @@ class ResultStore:
         """The store at `path`, locked against other processes, or EvaluationError if one has it."""
         folder = Path(path).parent
         lock = FileLock(folder / LOCK)
-        try:
+        with writing(folder, EvaluationError):
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except OSError as error:
-            what = f"{folder} can't be written: {reason(error)}."
-            if isinstance(error, Timeout):
-                what = f"Another process is adding results to {path}; choose another --out."
-            raise EvaluationError(what) from error
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise EvaluationError(
+                    f"Another process is adding results to {path}; choose another --out."
+                ) from error
         try:
             yield cls(path)
         finally:
@@ -296,17 +292,17 @@ class ResultStore:
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
-        try:
-            with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
-                # Reading changed nothing: a last line that was cut off goes only now.
-                if self._cut_off_at is not None:
-                    file.truncate(self._cut_off_at)
-                    self._cut_off_at = None
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise EvaluationError(f"{self.path} can't be written: {reason(error)}.") from error
+        with (
+            writing(self.path, EvaluationError),
+            open(self.path, "a", encoding="utf-8", opener=_no_link) as file,
+        ):
+            # Reading changed nothing: a last line that was cut off goes only now.
+            if self._cut_off_at is not None:
+                file.truncate(self._cut_off_at)
+                self._cut_off_at = None
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
         self._records[_digest(key)] = result
 
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
-from phatgoose.errors import BaseModelError
 from phatgoose.tasks.batching import (
     IGNORED,
     BranchedText,
@@ -17,8 +16,7 @@ from phatgoose.tasks.batching import (
     packed_batches,
     target_logits,
 )
-from phatgoose.tasks.encoding import TokenPair
-from tiny import assert_same_logits, copied_model, logits_of, make_model, pairs_of
+from tiny import assert_same_logits, logits_of, make_model, pairs_of
 from training_runs import TASK
 
 
@@ -30,14 +28,6 @@ def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
     for batch in batches:
         padded = len(batch) * max(lengths[index] for index in batch)
         assert padded <= budget or len(batch) == 1
-
-
-def test_a_base_that_names_no_token_to_begin_with_is_refused():
-    model = copied_model("t5")
-    model.config.decoder_start_token_id = None
-    with pytest.raises(BaseModelError, match="has no decoder_start_token_id"):
-        Collator(model, 0)
-    assert Collator(copied_model("llama"), 0)([TokenPair([5], [8, 1])])  # needs none
 
 
 TEXTS = (

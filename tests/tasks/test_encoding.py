@@ -124,12 +124,6 @@ def test_prompt_and_target_are_tokenised_as_the_text_of_both(make, text, target)
     assert encoder.continuation(text, following) == pair.target[:-1]
 
 
-def test_an_answer_that_the_tokenizer_merges_with_its_prompt_stays_apart():
-    encoder = Encoder(byte_pairs(), is_encoder_decoder=False)
-    pair = encoder.pair("A:\n\n", "yes")
-    assert text_of(encoder, pair.prompt + pair.target) == "A:\n\nyes</s>"
-
-
 @cache
 def chatting(final_eos: bool) -> PreTrainedTokenizerFast:
     """Made once: each tokenizer has a process of its own for its template."""

@@ -8,15 +8,7 @@ import pytest
 
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.training.pool_jobs import ExpertJob
-from training_jobs import job_in
 from training_runs import train
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> ExpertJob:
-    """`job_in` a folder of one's own."""
-    return job_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

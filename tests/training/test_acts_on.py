@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from phatgoose.config import IA3, Bottleneck, Dora, Formatting, GateTraining, Lora
-from phatgoose.errors import ConfigError, TaskError
+from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, INVOCATION
 from phatgoose.experts.pool import Pool
-from phatgoose.passes import ActsOn, acting_at
+from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.tasks import batching
@@ -67,33 +66,6 @@ def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeyp
     assert abs(validation_loss(llama, expert, other) - loss) > 1e-4
 
 
-def test_means_are_those_of_the_tokens_that_are_acted_on(llama, tmp_path):
-    expert = trained_on(llama, tmp_path / "e", "2")
-    seen = {site: [] for site in expert.modules}
-    with applied(llama.model, expert.modules, ModifiedLinear) as layers, torch.no_grad():
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args, site=site: seen[site].append(args[0]))
-            for site, layer in layers.items()
-        ]
-        for pair in pairs_of(llama, TASK):
-            text = pair.prompt + pair.target
-            begin = len(pair.prompt) - 2
-            with acting_at((torch.arange(len(text)) >= begin)[None]):
-                llama.model(torch.tensor([text]))
-            for inputs in seen.values():
-                inputs[-1] = inputs[-1][0, begin:]
-        for handle in handles:
-            handle.remove()
-    for site, inputs in seen.items():
-        torch.testing.assert_close(
-            expert.means[site], torch.cat(inputs).mean(dim=0), rtol=1e-4, atol=1e-5
-        )
-    again = measure(expert, llama, TASK, GateTraining(readings=False))
-    assert again.acts_on == expert.acts_on
-    for site in expert.means:
-        assert torch.equal(again.means[site], expert.means[site])
-
-
 # The chat template's generation prompt, an invocation sequence that PEFT knows too.
 
 
@@ -116,14 +88,6 @@ def test_a_generation_prompt_is_an_invocation_that_peft_reads(llama, tmp_path):
     assert_same_logits(logits_of(model, ids, **inputs)[real], logits_of(peft, ids, **inputs)[real])
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(model.generate(ids, **settings), peft.generate(input_ids=ids, **settings))
-
-
-def test_without_a_generation_prompt_it_is_refused(llama, tmp_path):
-    with pytest.raises(TaskError, match="chat template"):
-        trained_on(llama, tmp_path / "e", "generation-prompt")
-    llama.tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(TaskError, match="generation prompt whose tokens are its own"):
-        trained_on(llama, tmp_path / "e", "generation-prompt", formatting=Formatting(chat=True))
 
 
 def test_encoder_decoders_are_refused(originals, tmp_path):

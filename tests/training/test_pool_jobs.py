@@ -1,7 +1,8 @@
-"""Experts in a folder or at a URL, and unfinished work: complete or absent, whoever competes."""
+"""Experts of a pool, and unfinished work: complete or absent, whoever competes."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,12 @@ from dataclasses import replace
 import pytest
 
 from odd_files import one_line_of
+from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.training.pool_jobs import train_experts
+from phatgoose.tasks.suites.registry import open_tasks
+from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from phatgoose.training.train_expert import open_work
-from phatgoose.training.trainer import work_of
-from training_jobs import SETTINGS
+from phatgoose.training.trainer import Hyperparameters, work_of
 
 HOLD = """
 from filelock import FileLock
@@ -64,9 +66,14 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     assert opened(3) == ["lock", "run.json"]
 
 
-def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, job, tmp_path):
+def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, tmp_path):
+    rows = [{"input": f"Number {i}:", "target": "yes"} for i in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    training = Training(batch_size=4, steps=3, eval_every=1)
+    settings = Hyperparameters(Lora(rank=2), training, GateTraining(gate_steps=2))
+    job = ExpertJob(*open_tasks([str(tmp_path / "rows.json")]), settings)
     (first,) = train_experts(llama, [job], out=tmp_path)
-    other = replace(SETTINGS, training=replace(SETTINGS.training, seed=3))
+    other = replace(settings, training=replace(settings.training, seed=3))
     with pytest.warns(UserWarning, match=r"kept as it is, with another seed\.$"):
         (again,) = train_experts(llama, [replace(job, settings=other)], out=tmp_path)
     assert again == first

@@ -12,7 +12,6 @@ from phatgoose.base import BaseReference, load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as statistics_module
 from phatgoose.training.train_expert import measure, train_expert
@@ -71,21 +70,6 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
         wanted.info,
         metrics=got.info.metrics,  # they hold times
     )
-
-
-def test_measuring_changes_neither_adapter_nor_gates(llama, tmp_path):
-    expert = trained(llama, tmp_path / "count", train)
-    before = files_of(expert.directory)
-    got = measured(expert, llama, examples=5)
-    after = files_of(expert.directory)
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        assert after[name] == before[name]
-    assert same(got.gates, expert.gates)
-    assert not same(got.means, expert.means)
-    assert (got.name, got.directory) == (expert.name, expert.directory)
-    assert got.info.metrics == expert.info.metrics
-    assert got.info.task == expert.info.task
-    assert [path.name for path in tmp_path.iterdir()] == ["count"]
 
 
 def test_what_is_not_asked_for_stays(llama, tmp_path):

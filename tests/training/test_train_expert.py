@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 from dataclasses import replace
 
@@ -13,7 +12,6 @@ from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
 from phatgoose.base import load_base
-from phatgoose.config import Formatting
 from phatgoose.errors import (
     ConfigError,
     ExpertError,
@@ -24,7 +22,7 @@ from phatgoose.errors import (
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Task
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
@@ -39,25 +37,6 @@ from training_runs import (
     train,
     words,
 )
-
-
-def test_what_was_cut_is_told_once_recorded_and_shown(llama, tmp_path, caplog):
-    task = Task("long", tuple(Example("a" * n, "yes") for n in (9, *[3] * 19)), words("x"))
-    cut = Formatting(max_input_tokens=8)
-    with caplog.at_level(logging.INFO, "phatgoose"):
-        expert = train(llama, tmp_path / "long", task, formatting=cut)
-    told = "long: 1 of 20 inputs (5 %) cut to 8 tokens, by 1 in the median"
-    assert [line for line in caplog.messages if "cut" in line] == [told]
-    metrics = {key: value for key, value in expert.info.metrics.items() if "inputs" in key}
-    assert metrics == {"inputs": 20, "inputs_cut": 1, "inputs_cut_to": 8, "inputs_cut_by": 1}
-    assert expert.info.hyperparameters["truncation"] == "middle"
-    (record,) = Pool.open(tmp_path / "long").records()
-    assert record["formatting"] == {
-        "max_input_tokens": 8,
-        "truncation": "middle",
-        "chat": False,
-        "inputs_cut": 1,
-    }
 
 
 def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_path):

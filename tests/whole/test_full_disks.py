@@ -13,17 +13,20 @@ import pytest
 from changed_experts import adapter_of
 from odd_files import everything, one_line_of
 from phatgoose.base import Base
-from phatgoose.config import Training
+from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
-from training_jobs import GATES, LORA
 
 TASK = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(8)))
-FEW = {"training": Training(batch_size=4, steps=3, eval_every=1), "gate_training": GATES}
+FEW = {
+    "peft": Lora(rank=2),
+    "training": Training(batch_size=4, steps=3, eval_every=1),
+    "gate_training": GateTraining(gate_steps=2, statistics_examples=4),
+}
 
 
 def mount(folder: Path, *options: str) -> None:
@@ -33,7 +36,7 @@ def mount(folder: Path, *options: str) -> None:
 
 
 def train(base: Base, out: Path, **options: bool) -> Expert:
-    return train_expert(base, TASK, out=out, peft=LORA, **FEW, **options)
+    return train_expert(base, TASK, out=out, **FEW, **options)
 
 
 @pytest.fixture

@@ -61,33 +61,6 @@ def test_a_split_is_found_by_the_names_of_files_and_folders(
     assert (len(rows), rows[1]) == (2, TRAIN[1])
 
 
-README = """---
-configs:
-- config_name: main
-  data_files:
-  - split: extra
-    path: main/part-a*
-- config_name: other
-  default: true
-  data_files: other/*.jsonl
----
-# A dataset
-"""
-
-
-def test_configurations_that_the_readme_declares_are_followed(tmp_path):
-    write(tmp_path / "d/main/part-a1.jsonl", TRAIN)
-    write(tmp_path / "d/other/x.jsonl", TEST)
-    (tmp_path / "d/README.md").write_text(README, encoding="utf-8")
-    assert read(tmp_path, "d", "main", "extra") == TRAIN
-    assert read(tmp_path, "d", None, "train") == TEST
-    message = complaint(tmp_path, "d", "main", "test")
-    assert message.startswith("Split test of dataset d (configuration main) can't be loaded from")
-    assert "Should be one of ['extra']" in message
-    (tmp_path / "d/README.md").write_text("---\nconfigs: [\n---\n", encoding="utf-8")
-    assert f"can't be loaded from {tmp_path / 'd'}" in complaint(tmp_path, "d", "main", "extra")
-
-
 def test_what_save_to_disk_wrote_is_read(tmp_path):
     save_copy(tmp_path, "owner/d", "GROUP/Some Task:1.0", train=TRAIN, test=TEST)
     assert read(tmp_path, "owner/d", "GROUP/Some Task:1.0", "test") == TEST
@@ -98,10 +71,8 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
     ("file", "content", "config", "split", "words"),
     [
         (None, b"", "c", "train", "--local-dir "),
-        ("mrpc/train.jsonl", b"{}", "qqp", "train", "me/d/qqp"),
         ("train.jsonl", b'{"a": 1}', None, "test", "Should be one of ['train']"),
         ("d.py", b"raise SystemExit", None, "train", PARQUET_REVISION),  # what to copy
-        ("train.parquet", b"PAR1 this is nothing {", None, "train", "me/d: Parquet"),
         ("train.jsonl", b"this is nothing {", None, "train", "me/d: JSON parse error"),
     ],
 )

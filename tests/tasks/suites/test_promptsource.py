@@ -1,13 +1,12 @@
 """promptsource's template files: what is read, what is rendered, and what is refused."""
 
 import random
-import sys
 
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates, templates_folder
-from phatgoose.tasks.task import Example, Sources
+from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates
+from phatgoose.tasks.task import Example
 
 FILE = """
 dataset: fruit
@@ -67,10 +66,7 @@ def test_reads_templates_and_sorts_them_by_name(folder):
     "tag",
     [
         "!!python/object/apply:os.system [echo]",
-        "!!python/name:os.system ''",
-        "!!python/object:pathlib.Path {}",
         "!Templates {}",
-        "!pickle abc",
     ],
 )
 def test_other_tags_are_refused(folder, tag):
@@ -87,11 +83,8 @@ def test_other_tags_are_refused(folder, tag):
         "",
         "templates: {a: 1}",
         "templates: {a: {name: n, jinja: 3}}",
-        "templates: {a: {name: n, jinja: x, metadata: 3}}",
         "templates: {a: {name: n, jinja: '{{x'}}",
-        "templates: {a: {name: n, jinja: '{{x | nofilter}}'}}",
         "templates: {a: {name: n, jinja: x, answer_choices: '{% if %}'}}",
-        "templates: {a: ",
         "[" * 5000,
     ],
 )
@@ -101,20 +94,6 @@ def test_broken_files_are_refused_by_name(folder, text):
     with pytest.raises(TaskError, match=r"templates\.yaml is not valid: ") as caught:
         read_templates(folder(text), "fruit")
     assert "\n" not in str(caught.value)
-
-
-def test_folder_of_the_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
-    (tmp_path / "promptsource/templates").mkdir(parents=True)
-    (tmp_path / "promptsource/__init__.py").write_text("raise RuntimeError", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TaskError, match=r"nowhere does not exist\..*promptsource==0\.2\.3"):
-        templates_folder(Sources(templates=tmp_path / "nowhere"))
-    assert templates_folder(Sources(templates=tmp_path)) == tmp_path
-    assert templates_folder(Sources()) == tmp_path / "promptsource/templates"
-    assert "promptsource" not in sys.modules
-    (tmp_path / "promptsource/templates").rmdir()
-    with pytest.raises(TaskError, match=r"templates does not exist\..*pip install --no-deps"):
-        templates_folder(Sources())
 
 
 OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from p3_records import P3, RECORDS, needs_p3
+from paths import ROOT, SHARED
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.files import read_table
@@ -211,6 +211,10 @@ def test_datasets_without_examples_are_refused(written, served, jinja, original,
 
 
 # --- the real templates, on the made-up records ---
+
+P3 = SHARED / "data/p3_templates"
+RECORDS = json.loads((ROOT / "tests/support/p3_records.json").read_text(encoding="utf-8"))
+needs_p3 = pytest.mark.skipif(not P3.is_dir(), reason=f"no P3 templates in {P3}")
 
 
 def records_of(table):

@@ -1,6 +1,7 @@
 """Tasks: every source, templates, splits, and each way in which data can be bad."""
 
 import copy
+import importlib
 import json
 import pickle
 import re
@@ -86,49 +87,35 @@ def test_numbers_are_taken_as_texts():
     assert load_task([row]).train == (Example("2", "0", ("0", "1"), ("0",)),)
 
 
+OR = "{{ text }} {{ answer_choices | join(' or ') }}? ||| {{ answer_choices[label] }}"
+ASKED = {"messages": [{"role": "user", "content": "Sky?"}]}
+CHOICES = {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]}
+
+
 @pytest.mark.parametrize(
     ("row", "template", "choices", "wanted"),
     [
+        ({"q": "Sky?", "a": "no"}, "Q: {{ q }}\nA: ||| {{ a }}", None, ("Q: Sky?\nA:", "no")),
+        ({"text": "Good", "label": 1, "b": "so"}, OR, "bad ||| {{ b }}", ("Good bad or so?", "so")),
+        ({"input": "q", "target": "b ", "a": "a"}, None, "{{ a }} ||| b", ("q", "b", ("a", "b"))),
+        (ASKED, "{{ messages[0].content }} ||| blue", None, ("Sky?", "blue")),
         (
-            {"question": "Sky?", "answer": "blue"},
-            "Q: {{ question }}\nA: ||| {{ answer }}",
+            {"prompt": "Sky?", "completion": " b", "o": None},
             None,
-            Example("Q: Sky?\nA:", "blue"),
+            "b|||c",
+            ("Sky?", "b", ("b", "c")),
         ),
         (
-            {"text": "Great!", "label": 1, "good": "good"},
-            "{{ text }} {{ answer_choices | join(' or ') }}? ||| {{ answer_choices[label] }}",
-            "bad ||| {{ good }}",
-            Example("Great! bad or good?", "good", ("bad", "good")),
-        ),
-        (
-            {"input": "q", "target": "b ", "other": "a"},
-            None,
-            "{{ other }} ||| b",
-            Example("q", "b", ("a", "b")),
-        ),
-        (
-            {"messages": [{"role": "user", "content": "Sky?"}]},
-            "{{ messages[0].content }} ||| blue",
-            None,
-            Example("Sky?", "blue"),
-        ),
-        (
-            {"prompt": "Sky?", "completion": " blue", "other": None},
-            None,
-            "blue ||| red",
-            Example("Sky?", "blue", ("blue", "red")),
-        ),
-        (
-            {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]},
+            CHOICES,
             "{{ q }} ||| {% if a %}{{ a }}{% endif %}",
             None,
-            Example("Good?", "yes", ("yes", "no")),
+            ("Good?", "yes", ("yes", "no")),
         ),
     ],
 )
 def test_a_template_renders_input_target_and_choices(row, template, choices, wanted):
-    assert load_task([row], template=template, choices=choices).train == (wanted,)
+    (example,) = load_task([row], template=template, choices=choices).train
+    assert (example.input, example.target, example.choices)[: len(wanted)] == wanted
 
 
 @pytest.mark.parametrize(
@@ -258,15 +245,12 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
         ),
         ({"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, Example(Chat(TURNS), "green")),
         ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
-        ({"prompt": 3, "completion": 4}, Example("3", "4")),
         (
             {"prompt": "Good?", "completion": " yes", "choices": [" yes", " no"]},
             Example("Good?", "yes", ("yes", "no")),
         ),
         ({"instruction": "Add.", "input": "1 + 2", "output": 3}, Example("Add.\n\n1 + 2", "3")),
         ({"instruction": "Even?", "input": 0, "output": "yes"}, Example("Even?\n\n0", "yes")),
-        ({"instruction": "So?", "input": False, "output": "no"}, Example("So?\n\nFalse", "no")),
-        ({"instruction": "Greet.", "input": "", "output": "Hi"}, Example("Greet.", "Hi")),
         ({"instruction": "Greet.", "output": "Hi"}, Example("Greet.", "Hi")),
         ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),
     ],
@@ -275,13 +259,10 @@ def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted
     (found,) = load_task([row]).train
     assert (found, found.content) == (wanted, wanted.content)
     assert load_task(write_rows(tmp_path / "a.jsonl", [row])).train == (wanted,)
-    parquet = pytest.importorskip("pyarrow.parquet")
     if row.get("messages") is not PARTS:  # a column has one type
-        import pyarrow
-
-        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
-        (again,) = load_task(tmp_path / "a.parquet").train
-        assert (again.input, again.content) == (wanted.input, wanted.content)
+        table = pytest.importorskip("pyarrow").Table.from_pylist([row])
+        importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+        assert load_task(tmp_path / "a.parquet").train == (wanted,)
 
 
 def test_a_chat_is_a_text_that_keeps_its_turns():

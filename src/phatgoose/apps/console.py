@@ -31,22 +31,17 @@ TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 
 def harmless(text: str) -> str:
     """`text` with what could steer a terminal replaced by Python's escapes."""
-    return "".join(repr(c)[1:-1] if _steers(c) else c for c in text)
-
-
-def _steers(character: str) -> bool:
-    if character in "\n\t":
-        return False
-    return unicodedata.category(character) in STEERING or character in TURNING
-
-
-def plain(text: object) -> str:
-    return harmless(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+    return "".join(
+        repr(c)[1:-1]
+        if c not in "\n\t" and (unicodedata.category(c) in STEERING or c in TURNING)
+        else c
+        for c in text
+    )
 
 
 def say(text: object, *, err: bool = False) -> None:
     """Print `text` on one line, to the standard error if `err`."""
-    typer.echo(plain(text), err=err)
+    typer.echo(harmless(str(text)).replace("\n", "\\n").replace("\t", "\\t"), err=err)
 
 
 def complain(kind: str, message: object, style: str) -> None:

@@ -79,24 +79,18 @@ def replay_table(replayed: Replay) -> rich.Table:
 
     The own expert is the one of the task: the share of its score, and how often it was chosen.
     """
-    is_own = replayed.wording != "unseen"
-    has_random = any(line.over_random for line in replayed.lines)
-    columns = ["score in %", "over base"]
-    columns += ["over random"] if has_random else []
-    columns += ["% of own", "% right"] if is_own else []
     rows = []
     for line in replayed.lines:
-        cells = [line.name, line.score.in_per_cent, line.gain.in_points]
-        cells += [line.over_random.in_points if line.over_random else ""] if has_random else []
-        if is_own:
-            right = "" if line.own is None else f"{100 * line.own:.0f}"
-            cells += [line.kept.in_per_cent if line.kept else "", right]
-        rows.append(cells)
+        random = line.over_random.in_points if line.over_random else ""
+        kept = line.kept.in_per_cent if line.kept else ""
+        right = "" if line.own is None else f"{100 * line.own:.0f}"
+        rows.append([line.name, line.score.in_per_cent, line.gain.in_points, random, kept, right])
     title = (
         f"{replayed.base}, {replayed.wording}: {replayed.tasks} tasks, {replayed.examples} "
         f"examples; * chosen by these marks"
     )
-    return drawn(Table(title, ["expert", *columns], rows))
+    head = ["expert", "score in %", "over base", "over random", "% of own", "% right"]
+    return drawn(Table(title, head, rows))
 
 
 def routers_table(analysis: Analysis) -> rich.Table:

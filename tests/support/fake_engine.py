@@ -183,6 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             finish = "abort" if engine.mode == "aborting" else "stop"
             choice = content_of("".join(pieces), is_chat, whole=True) | {"finish_reason": finish}
+            choice |= logprobs_of(body, pieces)
             self.reply(200, {"choices": [choice], "usage": {"completion_tokens": len(pieces)}})
 
     def stream(self, body: dict[str, Any], pieces: list[str], is_chat: bool) -> None:
@@ -207,6 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     break
             choice = content_of(piece, is_chat) | {"index": 0, "finish_reason": None}
+            choice |= logprobs_of(body, [piece])
             self.event(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}")
         else:
             choice = content_of("", is_chat) | {"index": 0, "finish_reason": "length"}
@@ -231,6 +233,15 @@ def content_of(text: str, is_chat: bool, *, whole: bool = False) -> dict[str, An
     if not is_chat:
         return {"text": text}
     return {"message" if whole else "delta": {"role": "assistant", "content": text}}
+
+
+def logprobs_of(body, pieces):
+    """Each piece is a token of log-probability -0.5, and the next best is "o" of -1.5."""
+    if not body.get("logprobs"):
+        return {}
+    rows = [{"token": piece, "logprob": -0.5} for piece in pieces]
+    tops = [{"top_logprobs": [row, {"token": "o", "logprob": -1.5}]} for row in rows]
+    return {"logprobs": {"content": [row | top for row, top in zip(rows, tops, strict=True)]}}
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def test_an_answer_of_another_form_is_a_502(place):
             b"[" * 100_000,
             b'{"choices": [{"text": "\\ud800"}]}',
             b'{"choices": [{"text": "a", "score": NaN}]}',
+            b'{"choices": [{"text": "a", "logprobs": {"content": [{"token": "a"}]}}]}',
             b'{"choices": [{"text": ["a"]}]}',
             b'{"choices": [{"text": "a"}], "usage": {"completion_tokens": 1%s}}' % (b"0" * 400),
             b"\xff",

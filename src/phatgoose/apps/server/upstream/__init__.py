@@ -161,8 +161,8 @@ class EngineBackend(Backend):
         """Raise ApiError for what engines don't do."""
         if request.routing == "trace":
             raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
-        if request.logprobs not in (None, False):
-            raise bad_request("A gateway has no log-probabilities.", "logprobs")
+        if not isinstance(request, ChatRequest) and request.logprobs is not None:
+            raise bad_request("Behind a gateway, chats alone have log-probabilities.", "logprobs")
 
     async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, dict[str, str]]:
         async with asked.deadline.kept():
@@ -243,6 +243,8 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
         body["response_format"] = request.response_format
     if isinstance(request, ChatRequest):
         body["messages"] = request.plain_messages
+        if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp
+            body |= {"logprobs": True, "top_logprobs": max(1, decoding.logprobs)}
     else:
         body["prompt"] = prompt.text
     return {**engine.plain, **body, **engine.fields(sent)}

@@ -26,7 +26,7 @@ from pydantic_core import from_json
 from ....errors import ConfigError, EngineAwayError
 from ....files import first_line, one_line
 from ..protocol import ApiError, ChatRequest, Finish, bad_request, for_clients
-from ..replies import Progress
+from ..replies import Progress, ScoredToken
 from ..requests import Asked
 from ..settings import UPSTREAM_KEY, Upstream
 
@@ -131,8 +131,19 @@ class _Message(_Form):
     content: str | None = None
 
 
+class _Token(_Form):
+    token: str
+    logprob: float
+    top_logprobs: list[_Token] = []
+
+
+class _Logprobs(_Form):
+    content: list[_Token] | None = None
+
+
 class _Choice(_Form):
     text: str | None = None
+    logprobs: _Logprobs | None = None
     message: _Message | None = None
     delta: _Message | None = None
     finish_reason: str | None = None
@@ -403,7 +414,9 @@ class Link:
         pieces, generated, finish = 0, 0, None
         kind = response.headers.get("content-type", "")
         is_stream = asked.request.stream and kind.startswith("text/event-stream")
-        most = MOST_EVENT + MOST_TOKEN * asked.answers[number].decoding.max_tokens
+        decoding = asked.answers[number].decoding
+        most_top = decoding.logprobs or 0
+        most = MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (1 + most_top)
         contents = _events(response) if is_stream else _one(response, most)
         async with aclosing(contents):
             async for content in contents:
@@ -413,9 +426,20 @@ class Link:
                     finish, text = choice.finish_reason or finish, choice.said.content or ""
                     extra = choice.said.model_extra or {}
                     more = {name: value for name, value in extra.items() if value}
+                    scored = (choice.logprobs and choice.logprobs.content) or []
+                    tokens = tuple(
+                        ScoredToken(
+                            each.token,
+                            0,  # chats don't tell it
+                            each.logprob,
+                            tuple((top.token, top.logprob) for top in each.top_logprobs[:most_top]),
+                        )
+                        for each in scored
+                    )
                     pieces += bool(text)
-                    if text or more:
-                        await events.put(Progress(number, text, generated=pieces, more=more))
+                    if text or more or tokens:
+                        progress = Progress(number, text, tokens, generated=pieces, more=more)
+                        await events.put(progress)
         # It was ended, but not its answer; or it holds none.
         if finish in CUT or (finish is None and (is_stream or not pieces)):
             raise ApiError(502, "The engine broke off its answer.", code=BROKEN)

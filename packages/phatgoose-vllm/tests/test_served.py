@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import phatgoose_vllm as vllm
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved import save
 from phatgoose_vllm import served
 from phatgoose_vllm.served import Part, Section, Share, open_served, parts_of, place_of
@@ -113,69 +113,64 @@ def test_a_layer_of_other_sections_than_sites_is_refused():
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """A function that opens what these settings name, as vLLM's processes do."""
+def serve(monkeypatch, tmp_path, llama):
+    """A function that saves a pool composed by a router, and opens it as vLLM's processes do."""
 
-    def opened(place, router: str | None = None, k: str | None = None) -> served.Served:
-        for name, value in ((served.MODEL, place), (served.ROUTER, router), (served.K, k)):
-            monkeypatch.setenv(name, "" if value is None else str(value))
+    def opened(pool, router: str = "phatgoose", **settings) -> served.Served:
+        model = compose(pool, llama, router=router, **settings)
+        folder = tmp_path / f"routed-{router}"
+        save(model, folder, overwrite=True)
+        detach(model)
+        monkeypatch.setenv(served.MODEL, str(folder))
         return open_served()
 
     return opened
 
 
-def folder_of(pool):
-    return pool.experts[0].directory.parent
-
-
 ALONE = Share(32, 32, (Section(32, 32),))
 (PART,) = parts_of("q_proj", ALONE, {0: SITE}, 1)
-ROUTERS = ["phatgoose", "average-activation", "arrow", "spectr"]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_a_saved_model_and_its_pool_give_the_layers_the_same(
-    serve, llama_pool, llama, tmp_path, router
-):
-    pool = llama_pool
-    model = compose(pool, llama, router=router, k=2)
-    save(model, tmp_path / "routed")
-    layer = model.get_submodule(SITE)
-    for opened in (serve(tmp_path / "routed"), serve(folder_of(pool), router, "2")):
-        assert opened.names == pool.names
-        experts = opened.experts(PART, ALONE, torch.float32)
-        assert torch.equal(experts.A, layer.A)
-        assert torch.equal(experts.B, layer.B)
-        for name, tensor in layer.router.state().items():
-            assert torch.equal(experts.state[name], tensor)
-        u = random(6, 32)
-        table = SimpleNamespace(**experts.numbers, **experts.state)
-        decision = opened.router.decision(u, table)
-        assert torch.equal(decision.experts, layer.router(u).experts)
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow", "spectr"])
+def test_a_saved_model_gives_the_layers_what_ours_has(serve, llama_pool, llama, router):
+    opened = serve(llama_pool, router, k=2)
+    layer = compose(llama_pool, llama, router=router, k=2).get_submodule(SITE)
+    assert opened.names == llama_pool.names
+    experts = opened.experts(PART, ALONE, torch.float32)
+    assert torch.equal(experts.A, layer.A)
+    assert torch.equal(experts.B, layer.B)
+    for name, tensor in layer.router.state().items():
+        assert torch.equal(experts.state[name], tensor)
+    u = random(6, 32)
+    table = SimpleNamespace(**experts.numbers, **experts.state)
+    decision = opened.router.decision(u, table)
+    assert torch.equal(decision.experts, layer.router(u).experts)
 
 
 def test_the_mean_of_all_experts_is_folded_as_in_our_own_model(serve, llama, tmp_path):
-    # Ranks at which our own model folds too.
-    pool = Pool([write_expert(llama, tmp_path, f"e{i}", seed=i, rank=8) for i in range(4)])
-    model = compose(pool, llama, router="merged")
-    save(model, tmp_path / "routed")
-    layer = model.get_submodule(SITE)
-    weight, wanted = layer.base.weight.detach(), layer.folded
-    for opened in (serve(tmp_path / "routed"), serve(folder_of(pool), "merged")):
-        assert torch.equal(opened.folded(PART, ALONE, weight), wanted)
-        half = Share(32, 16, (Section(32, 32),), 1, 2)
-        torch.testing.assert_close(opened.folded(PART, half, weight[:, 16:]), wanted[:, 16:])
-    assert not torch.equal(wanted, weight)
+    for rank in (8, 2):  # ranks at which our own model folds too, and at which it doesn't
+        names = [f"e{i}-{rank}" for i in range(4)]
+        pool = Pool([write_expert(llama, tmp_path, name, rank=rank) for name in names])
+        opened = serve(pool, "merged")
+        weight = llama.model.get_submodule(SITE).weight.detach().clone()
+        model = compose(pool, llama, router="merged")
+        layer = model.get_submodule(SITE)
+        inputs = random(5, 32)
+        wanted = torch.nn.functional.linear(inputs, opened.folded(PART, ALONE, weight))
+        torch.testing.assert_close(layer(inputs), wanted, rtol=1e-4, atol=1e-4)
+        whole, half = opened.folded(PART, ALONE, weight), Share(32, 16, (Section(32, 32),), 1, 2)
+        torch.testing.assert_close(opened.folded(PART, half, weight[:, 16:]), whole[:, 16:])
+        assert not torch.equal(whole, weight)
+        detach(model)
 
 
 def test_vllms_default_type_and_device_change_no_number(serve, llama_pool):
     """vLLM builds a model with both set, and a LoRA's scale of 1/3, say, isn't a bfloat16."""
-    wanted = serve(folder_of(llama_pool)).experts(PART, ALONE, torch.bfloat16)
+    wanted = serve(llama_pool).experts(PART, ALONE, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            opened = serve(folder_of(llama_pool))
-            got = opened.experts(PART, ALONE, torch.bfloat16)
+            got = open_served().experts(PART, ALONE, torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got.A, wanted.A)
@@ -183,70 +178,39 @@ def test_vllms_default_type_and_device_change_no_number(serve, llama_pool):
     assert torch.equal(got.state["vectors"], wanted.state["vectors"])
 
 
-def test_factors_that_dont_fit_the_layer_are_refused(serve, llama_pool):
-    opened = serve(folder_of(llama_pool))
+def test_experts_that_vllm_cant_add_are_refused(serve, llama_pool, llama_mixed):
+    opened = serve(llama_pool)
     with pytest.raises(RoutingError, match=r"q_proj: the experts map"):
         opened.experts(PART, Share(48, 48, ALONE.sections), torch.float32)
-
-
-@pytest.mark.parametrize("router", ["discriminant", "retrieval"])
-def test_routers_that_read_the_whole_prompt_are_refused_with_what_to_do(serve, llama_pool, router):
-    with pytest.raises(ConfigError, match=f"Router {router} reads the whole prompt.*gateway"):
-        serve(folder_of(llama_pool), router)
-
-
-@pytest.mark.parametrize(
-    ("router", "k", "message"),
-    [
-        ("random", None, "Router random draws lots"),
-        ("best-individual", None, "needs scores"),
-        ("nothing", None, "nothing"),
-        ("arrow", "two", "must be a valid integer"),
-    ],
-)
-def test_settings_that_cant_be(serve, llama_pool, router, k, message):
-    with pytest.raises((ConfigError, PoolError), match=message):
-        serve(folder_of(llama_pool), router, k)
-
-
-@pytest.mark.parametrize("router", [None, "auto"])
-def test_auto_is_a_router_of_tokens(serve, llama_pool, router):
-    assert serve(folder_of(llama_pool), router).router.name == "phatgoose"
-
-
-def test_a_saved_model_has_its_own_router(serve, llama_pool, llama, tmp_path):
-    save(compose(llama_pool, llama, router="phatgoose"), tmp_path / "routed")
-    with pytest.raises(ConfigError, match="has its own router"):
-        serve(tmp_path / "routed", "arrow")
-
-
-def test_experts_that_are_no_loras_are_named(serve, llama_mixed):
-    opened = serve(folder_of(llama_mixed))
-    site = opened.sites[0]
-    (part,) = parts_of("layer", ALONE, {0: site}, 1)
-    with pytest.raises(RoutingError, match=r"are of another kind or have biases.*leave-out"):
+    half = Share(32, 16, (Section(32, 32),), 0, 2)
+    with pytest.raises(ConfigError, match="Router spectr reads all inputs"):
+        serve(llama_pool, "spectr").experts(PART, half, torch.float32)
+    opened = serve(llama_mixed)
+    (part,) = parts_of("layer", ALONE, {0: opened.sites[0]}, 1)
+    with pytest.raises(RoutingError, match=r"of another kind or have biases.*leave-out"):
         opened.experts(part, ALONE, torch.float32)
 
 
-@pytest.mark.parametrize("place", ["", "nowhere", "hub:someone/expert@main"])
-def test_a_place_without_a_model_ends_vllm_at_once(monkeypatch, place):
-    with pytest.raises(ConfigError, match="PHATGOOSE_MODEL is"):
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ("discriminant", "Router discriminant reads the whole prompt.*gateway"),
+        ("random", "Router random draws lots"),
+    ],
+)
+def test_routers_that_vllm_cant_run_are_refused_with_what_to_do(serve, llama_pool, router, message):
+    with pytest.raises(ConfigError, match=message):
+        serve(llama_pool, router)
+
+
+@pytest.mark.parametrize("place", ["", "nowhere", "hub:someone/expert@main", "base"])
+def test_a_place_without_a_routed_model_ends_vllm_at_once(tmp_path, monkeypatch, place):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="wanted a routed model's folder"):
         served.check_place(place)
-
-
-def test_a_base_alone_is_no_routed_model(tmp_path):
-    make_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="wanted a folder here"):
-        served.check_place(str(tmp_path))
 
 
 def test_without_the_variable_nothing_is_imported(monkeypatch):
     monkeypatch.delenv(served.MODEL, raising=False)
     vllm.register()
-
-
-def test_a_router_that_cant_be_split_is_refused_by_name(serve, llama_pool):
-    opened = serve(folder_of(llama_pool), "spectr")
-    half = Share(32, 16, (Section(32, 32),), 0, 2)
-    with pytest.raises(ConfigError, match="Router spectr reads all inputs"):
-        opened.experts(PART, half, torch.float32)

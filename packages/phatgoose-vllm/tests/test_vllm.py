@@ -10,7 +10,6 @@ import asyncio
 import importlib.util
 import json
 import os
-import shutil
 import urllib.request
 from pathlib import Path
 
@@ -87,14 +86,14 @@ def prompts() -> list[list[int]]:
     return [tokenizer(row.input)["input_ids"] for task in rows for row in task]
 
 
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    save(model, folder / "routed")
+    return folder / "routed"
+
+
 @pytest.fixture(scope="module")
 def routed_folder(experts, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "routed"
-    save(
-        compose(Pool.open(experts), load_base("smollm2", dtype="float32"), router="phatgoose"),
-        folder,
-    )
-    return folder
+    return saved(our_model(experts), tmp_path_factory.mktemp("saved"))
 
 
 def our_model(experts: Path, router: str = "phatgoose") -> PreTrainedModel:
@@ -105,10 +104,8 @@ def our_model(experts: Path, router: str = "phatgoose") -> PreTrainedModel:
 def test_fifty_prompts_are_answered_as_by_our_own_model(
     router, smollm2, experts, prompts, tmp_path
 ):
-    (got,) = ask_vllm(
-        tmp_path, smollm2, [prompts], model=experts, tokens=TOKENS, PHATGOOSE_ROUTER=router
-    )
     model = our_model(experts, router)
+    (got,) = ask_vllm(tmp_path, smollm2, [prompts], model=saved(model, tmp_path), tokens=TOKENS)
     wanted = our_answers(model, prompts, TOKENS)
     by_rounding = tied(model, prompts, wanted)
     assert len(by_rounding) <= PROMPTS // 10
@@ -197,21 +194,23 @@ SHORT = [
 ]
 
 
-def ours_of(folder: Path, router: str) -> Answers:
+def tiny_model(folder: Path, router: str = "phatgoose") -> PreTrainedModel:
     base = load_base(folder / "base", dtype="float32")
-    return our_answers(compose(Pool.open(folder / "experts"), base, router=router), SHORT)
+    return compose(Pool.open(folder / "experts"), base, router=router)
 
 
 def ask_tiny(folder: Path, tmp_path: Path, router: str = "phatgoose", **how) -> Answers:
-    named = {"model": folder / "experts", "PHATGOOSE_ROUTER": router, **how}
-    (found,) = ask_vllm(tmp_path, named.pop("base", folder / "base"), [SHORT], **named)
-    return found
+    model = saved(tiny_model(folder, router), tmp_path)
+    (answers,) = ask_vllm(tmp_path, how.pop("base", folder / "base"), [SHORT], model=model, **how)
+    return answers
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi3"])
 def test_architectures_that_pack_otherwise(kind, tiny, tmp_path):
     """GPT-2's one layer of queries, keys and values; Qwen2's biases; Phi-3's packed layers."""
-    assert_same(ask_tiny(tiny(kind), tmp_path), ours_of(tiny(kind), "phatgoose"))
+    assert_same(
+        ask_tiny(tiny(kind), tmp_path), our_answers(tiny_model(tiny(kind), "phatgoose"), SHORT)
+    )
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
@@ -219,12 +218,12 @@ def test_two_processes_with_tensor_parallelism(router, tiny, tmp_path):
     """One head of keys, which both hold; a Llama's inputs and outputs are split."""
     two = {"tensor_parallel_size": 2}
     got = ask_tiny(tiny("llama"), tmp_path, router, settings=two, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert_same(got, ours_of(tiny("llama"), router))
+    assert_same(got, our_answers(tiny_model(tiny("llama"), router), SHORT))
 
 
 def test_compiled_as_vllm_does_by_default(tiny, tmp_path):
     got = ask_tiny(tiny("llama"), tmp_path, settings={"enforce_eager": False})
-    assert_same(got, ours_of(tiny("llama"), "phatgoose"))
+    assert_same(got, our_answers(tiny_model(tiny("llama"), "phatgoose"), SHORT))
 
 
 def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(tiny, tmp_path):
@@ -234,10 +233,9 @@ def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(tiny, tmp_path)
     """
     folder = tiny("llama")
     quantised = quantised_base(folder / "base", tmp_path / "int8")
-    one = pool_of_one(folder / "experts" / "e1", tmp_path / "alone")
-    model = compose(Pool.open(one), load_base(folder / "base", dtype="float32"), router="single")
+    model = tiny_model(folder, "single:expert=e1")
     wanted = our_answers(model, SHORT, 1)
-    got = ask_tiny(folder, tmp_path, "single", base=quantised, model=one, tokens=1)
+    (got,) = ask_vllm(tmp_path, quantised, [SHORT], model=saved(model, tmp_path), tokens=1)
     (alone,) = ask_vllm(tmp_path, quantised, [SHORT], tokens=1)
     assert far(got, wanted) < far(alone, wanted) / 3
 
@@ -245,11 +243,6 @@ def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(tiny, tmp_path)
 def far(one: Answers, other: Answers) -> float:
     pairs = zip(one.logprobs, other.logprobs, strict=True)
     return sum(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
-
-
-def pool_of_one(expert: Path, folder: Path) -> Path:
-    shutil.copytree(expert, folder / expert.name)
-    return folder
 
 
 # What is refused, before anything is served.

@@ -18,7 +18,7 @@ import os
 def register() -> None:
     """Serve what PHATGOOSE_MODEL names; without it change nothing.
 
-    Raises ConfigError where it names no routed folder and no pool.
+    Raises ConfigError where it names no routed folder.
     """
     if os.environ.get("PHATGOOSE_MODEL"):
         from .layers import replace_layers

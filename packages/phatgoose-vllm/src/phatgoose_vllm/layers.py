@@ -40,12 +40,11 @@ from phatgoose.files import TensorFile
 
 from . import op
 from .served import (
+    ELSEWHERE,
     GATEWAY,
     MODEL,
-    Experts,
     Part,
     Section,
-    Served,
     Share,
     check_place,
     open_served,
@@ -142,49 +141,48 @@ class Loading:
         sites = self.sites.get(layer.prefix)
         if sites is None:
             return
-        if layer.prefix in self.equipped:
-            raise RoutingError(
-                f"vLLM has two layers called {layer.prefix}; experts can't be given to both."
-            )
         self.equipped.add(layer.prefix)
-        share = share_of(layer)
+        share, is_plain, folds = share_of(layer), _is_plain(layer), self.served.router.folds
         parts = parts_of(layer.prefix, share, sites, self.counts[layer.prefix])
-        if len(share.sections) > 1 and self.counts[layer.prefix] == 1 and not _is_plain(layer):
-            raise RoutingError(
-                f"{layer.prefix} is quantised, and the base has it packed; whether vLLM keeps its "
-                f"outputs in the base's order can't be seen. {GATEWAY[0].upper()}{GATEWAY[1:]}."
+        is_packed = len(share.sections) > 1 and self.counts[layer.prefix] == 1
+        if not is_plain and (folds or is_packed):
+            why = (
+                f"router {self.served.router.name} adds experts to weights"
+                if folds
+                else "the base has it packed, in an order that can't be seen then"
             )
-        folds = self.served.router.folds and _is_plain(layer)
+            raise RoutingError(f"{layer.prefix} is quantised, and {why}: {GATEWAY}.")
         layer.phatgoose_loading, layer.phatgoose_parts = self, parts
-        layer.phatgoose_names, layer.phatgoose_update, layer.phatgoose_folds = (), -1, folds
+        layer.phatgoose_names, layer.phatgoose_update = (), -1
         layer.requires_unquantized_input = True  # vLLM may quantise in the layer before otherwise
         layer.quant_method = routed_method(layer.quant_method)
         if not folds:
             self._hold(layer, share, parts)
 
     def _hold(self, layer: Any, share: Share, parts: tuple[Part, ...]) -> None:
-        for part in parts:
-            if self.served.folded_in_file(part.site) is not None:
-                raise RoutingError(
-                    f"{self.served.place} has its experts' mean folded into the weight of "
-                    f"{part.site}, and vLLM's is quantised: serve the pool itself, by "
-                    f"PHATGOOSE_ROUTER=merged."
-                )
-        found = [self.served.experts(part, share, layer.params_dtype) for part in parts]
+        served = self.served
+        experts = [served.experts(part, share, layer.params_dtype) for part in parts]
         # The sizes go with the pool and the part; what else an update is, with the router.
-        key = (
-            self.served.place,
-            self.served.router.routing,
-            self.served.names,
-            share,
-            parts_key(parts, found),
+        sizes = tuple(
+            (part.first, part.width, len(each.A)) for part, each in zip(parts, experts, strict=True)
         )
-        layer.phatgoose_update = op.place_of_update(
-            key, lambda: _update(self.served, share, parts, found)
-        )
+        key = (served.place, served.router.routing, served.names, share, sizes)
+
+        def update() -> op.LayerUpdate:
+            sites = tuple(
+                op.SiteUpdate(
+                    served.router, each.numbers, tuple(each.state), part.first, part.width
+                )
+                for part, each in zip(parts, experts, strict=True)
+            )
+            return op.LayerUpdate(
+                sites, op.Split(share.inputs, _sum) if share.splits_inputs else None
+            )
+
+        layer.phatgoose_update = op.place_of_update(key, update)
         device, names = torch.get_default_device(), []
-        for index, experts in enumerate(found):
-            for name, tensor in {**experts.state, "A": experts.A, "B": experts.B}.items():
+        for index, each in enumerate(experts):
+            for name, tensor in {**each.state, "A": each.A, "B": each.B}.items():
                 names.append(f"phatgoose_{index}_{name}")
                 # No parameters: vLLM would look for them in the base's files.
                 layer.register_buffer(names[-1], tensor.to(device), persistent=False)
@@ -201,7 +199,7 @@ class Loading:
         for part in layer.phatgoose_parts:
             weight = layer.weight.data[part.first : part.first + part.width]
             self._check_rows(part, share, weight)
-            if layer.phatgoose_folds:
+            if self.served.router.folds:
                 weight.copy_(self.served.folded(part, share, weight))
 
     def _check_model(self) -> None:
@@ -247,7 +245,7 @@ class Loading:
         raise RoutingError(
             f"vLLM's weight at {part.site} isn't what the files of {self.files.name} have there: "
             f"another base, or outputs in another order (GPT-NeoX, Falcon and BLOOM weave heads). "
-            f"{GATEWAY[0].upper()}{GATEWAY[1:]}."
+            f"{ELSEWHERE}"
         )
 
 
@@ -273,23 +271,6 @@ def _is_plain(layer: Any) -> bool:
     share = share_of(layer)
     held = sum(section.held for section in share.sections)
     return weight.shape == (held, share.held_inputs)
-
-
-def _update(
-    served: Served, share: Share, parts: tuple[Part, ...], found: list[Experts]
-) -> op.LayerUpdate:
-    sites = tuple(
-        op.SiteUpdate(served.router, each.numbers, tuple(each.state), part.first, part.width)
-        for part, each in zip(parts, found, strict=True)
-    )
-    split = op.Split(share.inputs, _sum) if share.splits_inputs else None
-    return op.LayerUpdate(sites, split)
-
-
-def parts_key(parts: tuple[Part, ...], found: list[Experts]) -> tuple[Any, ...]:
-    return tuple(
-        (part.first, part.width, len(experts.A)) for part, experts in zip(parts, found, strict=True)
-    )
 
 
 def _sum(scores: Tensor) -> Tensor:

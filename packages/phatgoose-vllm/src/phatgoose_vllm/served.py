@@ -1,4 +1,4 @@
-"""What vLLM serves: experts from a routed folder or a pool, and the share that a layer gets.
+"""What vLLM serves: experts from a routed folder, and the share that a layer gets.
 
 Nothing here needs vLLM. A layer of vLLM may hold several of the base's layers, packed one after the
 other (queries, keys and values), and only this process's share of each: some of the outputs, or
@@ -18,23 +18,16 @@ import torch
 from torch import Tensor
 
 from phatgoose.base import BaseReference
-from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.experts.hub import HubReference
-from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import is_pool, is_routed
+from phatgoose.routing.compose import is_routed
 from phatgoose.routing.layers import folded_weight
-from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed
 from phatgoose.routing.routers.fixed import Random
 from phatgoose.routing.routers.prompt import ByPrompt
-from phatgoose.routing.routers.registry import AUTO, router_of
-from phatgoose.routing.routers.router import STANDARDISED, Router, SiteRouter, check_routing
+from phatgoose.routing.routers.router import STANDARDISED, Router, SiteRouter
 from phatgoose.routing.saved import SavedModel, read_saved
-from phatgoose.routing.stacks import SitePart, SiteStack, check_numbers, stack_of
+from phatgoose.routing.stacks import SiteStack, check_numbers
 
-MODEL = "PHATGOOSE_MODEL"  # in the environment, as are the others; a routed folder, or a pool
-ROUTER = "PHATGOOSE_ROUTER"  # of a pool
-K = "PHATGOOSE_K"  # likewise
+MODEL = "PHATGOOSE_MODEL"  # in the environment: a routed folder
 CPU = torch.device("cpu")
 GATEWAY = "serve it by 'phatgoose serve', or by a gateway in front of vLLM (docs/engines.md)"
 ELSEWHERE = f"Such a base can't be routed inside vLLM: {GATEWAY}."
@@ -179,10 +172,10 @@ class Experts(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """A routed folder or a pool, opened: its router, experts by name, sites, and base."""
+    """A routed folder, opened: its router, experts by name, sites, and base."""
 
     place: str
-    source: SavedModel | Pool
+    saved: SavedModel
     router: Router
     names: tuple[str, ...]
     sites: tuple[str, ...]
@@ -194,10 +187,7 @@ class Served:
 
         Raises RoutingError for experts that don't fit, or aren't plain LoRAs.
         """
-        stack, state = self._at(part.site, dtype)
-        lora = stack.plain_lora
-        if lora is None:
-            raise RoutingError(self._not_plain(stack))
+        stack, lora, state = self._at(part.site, dtype)
         outputs = sum(section.total for section in self._sections(part, share))
         sizes = (lora.A.shape[2], lora.B.shape[2])
         if sizes != (share.inputs, outputs):
@@ -220,31 +210,27 @@ class Served:
     @_as_usual()
     def folded(self, part: Part, share: Share, weight: Tensor) -> Tensor:
         """The part's `weight` [d', n'] with the mean of all experts, for routers that fold."""
-        saved = self.folded_in_file(part.site)
+        saved = self.saved.tensors.get(f"folded.{part.site}")
         if saved is not None:
             return part.of(saved, 0)[:, share.columns].to(weight)
-        stack, _ = self._at(part.site, weight.dtype)
-        lora = stack.plain_lora
-        if lora is None:
-            raise RoutingError(self._not_plain(stack))
+        _, lora, _ = self._at(part.site, weight.dtype)
         A, B = lora.A[..., share.columns].to(weight.device), part.of(lora.B).to(weight.device)
         outputs, inputs = weight.shape
         layer = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         return folded_weight(layer, type(lora)(A, B), len(self.names))
 
-    def folded_in_file(self, site: str) -> Tensor | None:
-        """The folded weight, where the file holds that and no factors."""
-        if isinstance(self.source, SavedModel):
-            return self.source.tensors.get(f"folded.{site}")
-        return None
-
-    def _at(self, site: str, dtype: torch.dtype) -> SitePart:
-        if isinstance(self.source, SavedModel):
-            stack, state = self.source.at(site)
-            return SitePart(stack.to(CPU, dtype), state)
-        stack = stack_of(self.source, site, dtype, CPU)
-        return SitePart(stack, self.router.table(self.source, site))
+    def _at(self, site: str, dtype: torch.dtype) -> tuple[SiteStack, Any, Mapping[str, Tensor]]:
+        """All experts at a site, the same as plain LoRAs, and the router's tensors there."""
+        stack, state = self.saved.at(site)
+        stack = stack.to(CPU, dtype)
+        if stack.plain_lora is None:
+            raise RoutingError(
+                f"vLLM adds plain LoRAs, and {self.place} has experts at {site} that are of "
+                f"another kind or have biases: leave them out (phatgoose compose --leave-out), or "
+                f"{GATEWAY}."
+            )
+        return stack, stack.plain_lora, state
 
     def _sections(self, part: Part, share: Share) -> list[Section]:
         found, first = [], 0
@@ -254,74 +240,27 @@ class Served:
             first += section.held
         return found
 
-    def _not_plain(self, stack: SiteStack) -> str:
-        rows = stack.rows()
-        others = [z for name, own in rows.items() if name != "lora" for z in own.tolist()]
-        lora = stack.lora
-        if lora is not None and lora.B_bias is not None:
-            biased = lora.B_bias.any(dim=-1).nonzero().flatten()
-            others += rows["lora"][biased].tolist()
-        named = ", ".join(sorted({self.names[int(stack.experts[z])] for z in others}))
-        return (
-            f"vLLM adds plain LoRAs, and {named} in {self.place} are of another kind or have "
-            f"biases: leave them out (phatgoose compose --leave-out), or {GATEWAY}."
-        )
-
 
 @_as_usual()
 def open_served() -> Served:
-    """What the environment names. Raises ConfigError, PoolError or RoutingError as opening does."""
-    place, text, k = (os.environ.get(name) or None for name in (MODEL, ROUTER, K))
+    """What the environment names. Raises ConfigError for what vLLM can't route token by token."""
+    place = os.environ.get(MODEL)
     check_place(place)
-    if is_routed(str(place)):
-        if text or k:
-            raise ConfigError(
-                f"{ROUTER} and {K} are for pools, and {place} is a routed model, which has its own "
-                f"router: unset them, or name the pool."
-            )
-        saved = read_saved(Path(str(place)))
-        check_router(saved.router)
-        return Served(str(place), saved, saved.router, saved.names, tuple(saved.sizes), saved.base)
-    routing = _routing(text, k)
-    if routing.router != AUTO:
-        check_router(router_of(routing))  # before experts are read
-    pool = Pool.open(str(place))
-    router = router_of(first_allowed(routing, pool, BY_TOKEN))
-    check_routing(router, pool)
-    if asked := {"scores", "examples"} & {*router.given}:
-        raise ConfigError(
-            f"Router {router.name} needs {asked.pop()}: compose and save the pool first (phatgoose "
-            f"compose POOL --router {router.name} --out FOLDER)."
-        )
-    pool = router.narrow(pool, None)
-    return Served(str(place), pool, router, pool.names, pool.sites, pool.base)
+    saved = read_saved(Path(str(place)))
+    router, why = saved.router, ""
+    if isinstance(router, ByPrompt):
+        why = "reads the whole prompt before its first token, and vLLM's layers see tokens only"
+    elif isinstance(router, Random):
+        why = "draws lots, and a shared prefix cache would hold one draw for all requests"
+    if why:
+        raise ConfigError(f"Router {router.name} {why}: {GATEWAY}; or use router phatgoose.")
+    return Served(str(place), saved, router, saved.names, tuple(saved.sizes), saved.base)
 
 
 def check_place(place: str | None) -> None:
-    """Raise ConfigError unless `place` may be a routed folder or a pool; reads no expert."""
-    is_here = place and not HubReference.is_one(place) and Path(place).exists()
-    if not is_here or not (is_routed(str(place)) or is_pool(str(place))):
+    """Raise ConfigError unless `place` is a routed folder."""
+    if not place or not is_routed(place):
         raise ConfigError(
-            f"{MODEL} is {place!r}; wanted a folder here: a routed model's (phatgoose compose POOL "
-            f"--out FOLDER), or a pool of experts."
+            f"{MODEL} is {place!r}; wanted a routed model's folder here (phatgoose compose POOL "
+            f"--out FOLDER)."
         )
-
-
-def check_router(router: Router) -> None:
-    """Raise ConfigError for a router that vLLM can't run token by token."""
-    name = router.name
-    if isinstance(router, ByPrompt):
-        raise ConfigError(
-            f"Router {name} reads the whole prompt before its first token, and vLLM's layers see "
-            f"tokens only, many prompts' at once: {GATEWAY}; or use router phatgoose."
-        )
-    if isinstance(router, Random):
-        raise ConfigError(
-            f"Router {name} draws lots, so that a shared prefix cache would hold one draw for all "
-            f"requests: use another router, or 'phatgoose serve'."
-        )
-
-
-def _routing(text: str | None, k: str | None) -> Routing:
-    given: dict[str, Any] = {"router": text, "k": k}
-    return Routing(**{name: value for name, value in given.items() if value is not None})

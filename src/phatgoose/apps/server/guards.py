@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -147,32 +148,26 @@ LIMITS = BodyLimits()
 class RequestBody:
     """A request's body; the guard counts its bytes while it is there."""
 
-    def __init__(self, guard: RequestGuard, receive: Receive) -> None:
-        self._guard, self._receive, self._size = guard, receive, 0
-        self._pieces: list[bytes] = []
-        self.is_gone = False  # the client has disconnected
+    def __init__(self, guard: RequestGuard) -> None:
+        self._guard, self._content = guard, bytearray()
 
     @property
     def content(self) -> bytes:
-        return b"".join(self._pieces)
+        return bytes(self._content)
 
-    async def read(self) -> None:
-        guard, more = self._guard, True
-        while more:
-            message = await self._receive()
-            self.is_gone = message["type"] == "http.disconnect"
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            self._pieces.append(piece)
-            self._size += len(piece)
-            guard.size += len(piece)
-            if self._size > guard.most:
-                raise guard.too_large()
-            if guard.size > AT_ONCE * guard.most:
-                raise busy("Too many requests are being read; try again in a while.")
+    def add(self, piece: bytes) -> None:
+        guard = self._guard
+        self._content += piece
+        guard.size += len(piece)
+        if len(self._content) > guard.most:
+            message = f"The request has more than {guard.most} bytes."
+            raise ApiError(413, message, code="too_large")
+        if guard.size > AT_ONCE * guard.most:
+            raise busy("Too many requests are being read; try again in a while.")
 
     def release(self) -> None:
-        self._guard.size -= self._size
-        self._pieces, self._size = [], 0
+        self._guard.size -= len(self._content)
+        self._content = bytearray()
 
 
 class RequestGuard:
@@ -198,7 +193,7 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self, receive)
+        begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self)
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -214,11 +209,12 @@ class RequestGuard:
         try:
             scope[CLIENT], scope[REQUEST_BODY] = self._access.check(scope), body
             if scope["method"] == "POST":
-                await self._read(scope, body)
-            if not body.is_gone:
-                await self._app(scope, receive, watched)
+                await self._read(scope, receive, body)
+            await self._app(scope, receive, watched)
         except ApiError as error:
             await refuse(error)
+        except ClientDisconnect:
+            pass
         except asyncio.CancelledError:  # the server stops, and its patience is over
             if status == CLIENT_GONE:  # nothing was answered
                 await refuse(ApiError(503, "The server is shutting down.", code="shutting_down"))
@@ -232,21 +228,16 @@ class RequestGuard:
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
-    async def _read(self, scope: Scope, body: RequestBody) -> None:
-        headers = Headers(scope=scope)
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    async def _read(self, scope: Scope, receive: Receive, body: RequestBody) -> None:
+        request = Request(scope, receive)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page can't make a browser send this type to another server without asking that first.
         if not re.fullmatch(r"application/([\w.-]+\+)?json", kind, re.ASCII):
             raise ApiError(415, "The body must be JSON with 'Content-Type: application/json'.")
-        length = headers.get("content-length", "").lstrip("0")[:20]  # 20 digits are too many anyway
-        if length.isdecimal() and int(length) > self.most:
-            raise self.too_large()
         try:
             async with asyncio.timeout(self._seconds):
-                await body.read()
+                async for piece in request.stream():
+                    body.add(piece)
         except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
-
-    def too_large(self) -> ApiError:
-        return ApiError(413, f"The request has more than {self.most} bytes.", code="too_large")

@@ -16,7 +16,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from pathlib import PurePosixPath
+from pathlib import PurePath
 from typing import Any, ClassVar, NamedTuple
 
 import httpx2
@@ -82,14 +82,12 @@ def said_by(content: bytes, key: str | None) -> str:
 
     It may repeat what it was sent: the `key` is left out.
     """
-    try:
+    said: Any = content.decode(errors="replace")
+    with suppress(ValueError, RecursionError):
         said = json.loads(content)
-    except (ValueError, RecursionError):
-        said = content.decode(errors="replace")
-    while isinstance(said, Mapping):
-        keys = ("error", "message", "detail")
-        said = next((said[key] for key in keys if key in said), json.dumps(dict(said)))
-    text = str(said)
+    for name in ("error", "message", "detail"):
+        said = said.get(name, said) if isinstance(said, dict) else said
+    text = said if isinstance(said, str) else json.dumps(said)
     for each in (key, json.dumps(key)[1:-1]) if key else ():
         text = text.replace(each, "…")
     return one_line(text, MOST_SHOWN).rstrip(".")
@@ -135,6 +133,10 @@ class _Token(_Form):
     token: str
     logprob: float
     top_logprobs: list[_Token] = []
+
+    def scored(self, most: int) -> ScoredToken:
+        top = tuple((each.token, each.logprob) for each in self.top_logprobs[:most])
+        return ScoredToken(self.token, 0, self.logprob, top)  # chats don't tell its place
 
 
 class _Logprobs(_Form):
@@ -261,21 +263,16 @@ class LlamaCpp(Engine):
     plain: ClassVar[Mapping[str, Any]] = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
 
     async def look(self, client: httpx2.AsyncClient) -> None:
-        by_folder, by_file = dict[str, int](), dict[str, int]()
-        for each in await _read(client, "/lora-adapters", list[_Numbered]):
-            path = PurePosixPath(each.path.replace("\\", "/"))
-            by_folder.setdefault(path.parent.name, each.id)
-            by_file[path.stem] = each.id  # a file's own name counts before its folder's
+        adapters = await _read(client, "/lora-adapters", list[_Numbered])
         props = await _read(client, "/props", _Props)
         cards = await _read(client, "/v1/models", _Cards)
         self.base, self.context = cards.data[0].id, props.default_generation_settings.n_ctx
-        self.ids = {**by_folder, **by_file}
+        self.ids = {PurePath(each.path).stem: each.id for each in adapters}
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         scales = {self.ids[name]: weight for name, weight in weights.items()}
         # All of them: of an empty list the server takes its own scales, by default 1 for each.
-        numbers = sorted({*self.ids.values()})
-        lora = [{"id": number, "scale": scales.get(number, 0.0)} for number in numbers]
+        lora = [{"id": each, "scale": scales.get(each, 0.0)} for each in self.ids.values()]
         return {"model": self.base, "lora": lora}
 
 
@@ -427,15 +424,7 @@ class Link:
                     extra = choice.said.model_extra or {}
                     more = {name: value for name, value in extra.items() if value}
                     scored = (choice.logprobs and choice.logprobs.content) or []
-                    tokens = tuple(
-                        ScoredToken(
-                            each.token,
-                            0,  # chats don't tell it
-                            each.logprob,
-                            tuple((top.token, top.logprob) for top in each.top_logprobs[:most_top]),
-                        )
-                        for each in scored
-                    )
+                    tokens = tuple(each.scored(most_top) for each in scored)
                     pieces += bool(text)
                     if text or more or tokens:
                         progress = Progress(number, text, tokens, generated=pieces, more=more)
@@ -466,14 +455,10 @@ class Link:
         if status in (400, 413, 422):
             return bad_request(f"The engine refuses the request: {said}.", code="upstream_refused")
         if status in (429, 503):
-            seconds = response.headers.get("retry-after", "")[:20]
-            message = f"The engine can't take the request now: {said}."
-            return _away(message, status, seconds if seconds.isdecimal() else "1")
+            return _away(f"The engine can't take the request now: {said}.", status)
         if status == 404:  # it doesn't know the adapter any more
             self._is_known = False
             return _away(f"The engine doesn't know the expert now: {said}.")
-        if status in (401, 403):
-            return ApiError(502, "The engine refuses this server's key.", code="upstream_key")
         return ApiError(502, f"The engine failed by {status}: {said}.", code=FAILED)
 
     def _said(self, content: bytes) -> str:
@@ -486,8 +471,8 @@ class Link:
         return _Answer.model_validate(value)
 
 
-def _away(message: str, status: int = 503, seconds: str = "1") -> ApiError:
-    return ApiError(status, message, code=AWAY, headers={"Retry-After": seconds})
+def _away(message: str, status: int = 503) -> ApiError:
+    return ApiError(status, message, code=AWAY, headers={"Retry-After": "1"})
 
 
 async def _one(response: httpx2.Response, most: int) -> AsyncGenerator[bytes, None]:

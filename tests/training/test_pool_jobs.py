@@ -15,7 +15,7 @@ from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from phatgoose.training.train_expert import open_work
-from phatgoose.training.trainer import Hyperparameters, work_of
+from phatgoose.training.trainer import Hyperparameters
 
 HOLD = """
 from filelock import FileLock
@@ -28,7 +28,7 @@ input()
 
 def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
     out = tmp_path / "expert"
-    with open_work(out, {"a": 1}, resume=False, restart=False) as work:
+    with open_work(out, {"a": 1}, resume=False) as work:
         (work / "checkpoint").write_text("1")
     lock = str(tmp_path / ".expert.work" / "lock")
     other = subprocess.Popen(
@@ -37,13 +37,13 @@ def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
     assert other.stdout is not None
     with other:
         assert other.stdout.readline() == b"held\n"
-        for resume, restart in ((True, False), (False, True), (False, False)):
+        for resume in (True, False):
             with pytest.raises(ExpertError, match="Another process is at work"):  # noqa: SIM117
-                with open_work(out, {"a": 1}, resume=resume, restart=restart):
+                with open_work(out, {"a": 1}, resume=resume):
                     pass
         assert (work / "checkpoint").exists()
         other.kill()
-    with open_work(out, {"a": 1}, resume=True, restart=False) as again:
+    with open_work(out, {"a": 1}, resume=True) as again:
         assert (again / "checkpoint").read_text() == "1"
 
 
@@ -51,7 +51,7 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     out = tmp_path / "expert"
 
     def opened(identity: int = 1, **how: bool) -> list[str]:
-        with open_work(out, {"a": identity}, **{"resume": False, "restart": False, **how}) as work:
+        with open_work(out, {"a": identity}, **{"resume": False, **how}) as work:
             names = sorted(path.name for path in work.iterdir())
             (work / "folder").mkdir(exist_ok=True)
             return names
@@ -61,9 +61,6 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     assert opened(resume=True) == ["folder", "lock", "run.json"]
     with pytest.raises(ConfigError, match="other settings"):
         opened(2, resume=True)
-    assert opened(2, restart=True) == ["lock", "run.json"]
-    (work_of(out) / "run.json").unlink()  # as a killed restart leaves it
-    assert opened(3) == ["lock", "run.json"]
 
 
 def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, tmp_path):

@@ -61,7 +61,7 @@ def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     assert loss == pytest.approx(losses[best], abs=1e-3)
 
 
-DIVERGED = "echo: {}: training diverged, the {} is {} at step {}; lower the learning rate and use"
+DIVERGED = "echo: {}: training diverged, the {} is {} at step {}; lower the learning rate, and rem"
 
 
 def broken_after(passes: int, value: float):

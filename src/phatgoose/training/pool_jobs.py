@@ -19,12 +19,11 @@ from .trainer import Hyperparameters
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """The job of training one expert; `resume` and `restart` as in `train_expert`."""
+    """The job of training one expert; `resume` as in `train_expert`."""
 
     task: TrainingTask
     settings: Hyperparameters
     resume: bool = False
-    restart: bool = False
 
     @property
     def name(self) -> str:
@@ -35,7 +34,7 @@ class ExpertJob:
         return self.settings.training.steps + self.settings.gate_steps
 
     def again(self) -> ExpertJob:
-        return replace(self, resume=True, restart=False)
+        return replace(self, resume=True)
 
 
 def train_experts(
@@ -97,7 +96,6 @@ class _ExpertWorkshop:
                 gate_training=settings.gates,
                 formatting=settings.formatting,
                 resume=job.resume,
-                restart=job.restart,
             ).info
 
         yield train

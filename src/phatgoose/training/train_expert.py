@@ -79,7 +79,6 @@ class Options(TypedDict, total=False):
     formatting: Formatting | None
     name: str | None
     resume: bool
-    restart: bool
     callbacks: Iterable[TrainerCallback]
 
 
@@ -109,9 +108,8 @@ def train_expert(
             - `formatting`: How inputs are cut and wrapped; `Formatting()`.
             - `name`: The expert's name, instead of that of `out`.
             - `resume`: Continue an interrupted run, or load a finished expert, with a warning if
-              that has other settings. Its data aren't compared with `task`.
-            - `restart`: Throw away the work of an earlier run. Without this or `resume`, it is an
-              error.
+              that has other settings. Its data aren't compared with `task`. Without this, what an
+              earlier run left is an error.
             - `callbacks`: transformers' TrainerCallbacks, for the training of the expert and of its
               gates.
 
@@ -172,7 +170,7 @@ def _trained(
         options.get("gate_training") or GateTraining(),
         options.get("formatting") or Formatting(),
     )
-    resume, restart = options.get("resume", False), options.get("restart", False)
+    resume = options.get("resume", False)
     if out.exists():
         return finished_expert(out, base, settings, resume=resume)
     run = _begun(base, task, settings, out, options)
@@ -190,7 +188,7 @@ def _trained(
         run = replace(run, acting=acting)
         check_fit(adapter.name, modules, find_sites(run.base.model))
         weights = sha256_of(adapter / adapter_files(adapter).weights)
-    with open_work(out, _identity(run, weights), resume=resume, restart=restart):
+    with open_work(out, _identity(run, weights), resume=resume):
         if isinstance(adapter, Peft):
             adapter = _trained_adapter(run, adapter)
             metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
@@ -233,16 +231,14 @@ def _identity(run: Run, weights: str | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def open_work(
-    out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool
-) -> Iterator[Path]:
+def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
     """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
 
     Its name starts with a dot, so that nothing takes it for a finished result. It is locked while
     the context is open, or until the process is killed. When the context ends and `out` is there,
-    the work is removed. Raises ExpertError when there is unfinished work and neither `resume` nor
-    `restart` is set, another process holds the lock, or the folder can't be written; ConfigError
-    when the work to resume has another identity.
+    the work is removed. Raises ExpertError when there is unfinished work and `resume` isn't set,
+    another process holds the lock, or the folder can't be written; ConfigError when the work to
+    resume has another identity.
     """
     work, text = work_of(out), json.dumps(identity, indent=2)
     file = work / IDENTITY
@@ -251,20 +247,16 @@ def open_work(
             raise ExpertError(f"{work} is or holds a symbolic link, as no work of ours; remove it.")
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work / LOCK).acquire(timeout=0):
-            if not file.is_file() or restart:
-                # First of all: if it is killed here, what is left counts as no work.
-                file.unlink(missing_ok=True)
-                _empty(work)
+            if not file.is_file():  # written first of all
                 write_text(file, text, ExpertError)
             elif not resume:
                 raise ExpertError(
-                    f"Unfinished work was found in {work}; use resume to continue it or restart to "
-                    f"throw it away."
+                    f"Unfinished work was found in {work}; use resume to continue it, or remove it."
                 )
             elif file.read_text(encoding="utf-8") != text:
                 raise ConfigError(
                     f"The unfinished work in {work} had other settings, data or another base; "
-                    f"repeat them, or use restart to throw it away."
+                    f"repeat them, or remove it."
                 )
             yield work
         if out.exists():  # the lock is free: some file systems remove no open file
@@ -273,14 +265,6 @@ def open_work(
         raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
     except WRITING_ERRORS as problem:
         raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
-
-
-def _empty(work: Path) -> None:
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
 
 
 def acting_for(encoder: Encoder, acts_on: str | int) -> ActsOn | None:

@@ -239,7 +239,8 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if not math.isfinite(value):
             raise TrainingError(
                 f"{one_line(self._label)}: training diverged, the {what} is {value} at step {step} "
-                f"of {self.state.max_steps}; lower the learning rate and use restart."
+                f"of {self.state.max_steps}; lower the learning rate, and remove "
+                f"{Path(self.args.output_dir).parent}."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

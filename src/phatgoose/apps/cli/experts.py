@@ -39,7 +39,6 @@ def train(
     template: options.TemplateOptions,
     source: options.SourceOptions,
     resume: options.Resume = False,
-    restart: options.Restart = False,
     engine: options.EngineOptions,
     plan: Annotated[bool, "Train nothing and download nothing: print steps and tokens."] = False,
     measure: Annotated[
@@ -77,7 +76,7 @@ def train(
     for task in missing:
         if task.origin == "file":  # mistakes in the user's own files, before anything is trained
             task.load().with_validation(training.seed)
-    jobs = [ExpertJob(task, settings, resume, restart) for task in opened]
+    jobs = [ExpertJob(task, settings, resume) for task in opened]
     reported: list[dict[str, Any]] = []
     new = {task.name for task in missing}
     with engine.open() as chosen:
@@ -133,7 +132,6 @@ def gate(
     base: options.BaseOptions,
     template: options.TemplateOptions,
     resume: options.Resume = False,
-    restart: options.Restart = False,
     training: Annotated[
         Training, "steps", "learning_rate", "eval_every", "eval_examples", "acts_on"
     ],
@@ -153,7 +151,6 @@ def gate(
         gate_training=gates,
         formatting=formatting,
         resume=resume,
-        restart=restart,
     )
     say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 

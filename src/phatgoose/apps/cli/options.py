@@ -183,7 +183,6 @@ ModelArgument = Annotated[
     typer.Argument(help="A routed model's folder, a pool (folder, hub:OWNER/NAME) or a base."),
 ]
 Resume = Annotated[bool, "Continue unfinished work."]
-Restart = Annotated[bool, "Discard unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]

@@ -88,18 +88,13 @@ class TokenPair:
 class Encoder:
     """Turns texts into tokens for one base model; `positions` limits their number.
 
-    Raises TaskError for a tokenizer without an end of sequence, and when a text needs a chat
-    template and there is none.
+    Raises TaskError when a text needs a chat template and there is none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     is_encoder_decoder: bool
     formatting: Formatting = field(default_factory=Formatting)
     positions: Positions = field(default_factory=Positions)
-
-    def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise TaskError("The base model's tokenizer has no end-of-sequence token.")
 
     @classmethod
     def of(cls, base: Base, formatting: Formatting | None = None) -> Encoder:

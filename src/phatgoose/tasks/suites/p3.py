@@ -102,10 +102,7 @@ def templates_folder(sources: Sources) -> Path:
     """`sources.templates`, or the folder in the installed promptsource, which isn't imported."""
     spec = importlib.util.find_spec("promptsource")
     package = Path(spec.origin).parent if spec and spec.origin else Path("promptsource")
-    folder = sources.templates or package / "templates"
-    if not folder.is_dir():
-        raise TaskError(f"Folder of prompt templates {folder} does not exist.{HOW_TO_GET}")
-    return folder
+    return sources.templates or package / "templates"
 
 
 @pass_context

@@ -12,7 +12,7 @@ from phatgoose.analysis.analyse import findings_of
 from phatgoose.analysis.distribution import RoutingDistribution
 from phatgoose.analysis.measures import ORACLE, kl_divergence
 from phatgoose.analysis.report import report_page, write_report
-from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
+from phatgoose.errors import ConfigError, EvaluationError, PoolError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
@@ -32,18 +32,6 @@ def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_
         scores = pg.evaluate(model, TASKS).scores
         assert tuple(found.routers[router].scores.values()) == scores
         pg.detach(model)
-
-
-def test_routers_whose_settings_hold_a_path_keep_their_files_apart(llama, llama_pool, tmp_path):
-    few = tmp_path / "few.jsonl"
-    few.write_text('{"input": "5 + 6 = 11"}\n')
-    routers = ["phatgoose", f"few-shot:by=discriminant,examples={few}"]
-    found = pg.analyse(llama_pool, TASKS, routers=routers, base=llama, score=False)
-    write_report(found, tmp_path / "out" / "report")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report"}
-    drawn = sorted(path.name for path in (tmp_path / "out" / "report" / "figures").iterdir())
-    assert len(drawn) == 6
-    assert set(tmp_path.iterdir()) == {few, tmp_path / "out"}
 
 
 def test_a_task_on_which_no_expert_acts_is_told_before_the_others(llama, llama_pool):
@@ -99,14 +87,6 @@ def test_a_router_that_cannot_be_is_refused_before_others_read(
     monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("read something"))
     with pytest.raises(error, match=message):
         pg.analyse(llama_pool, TASKS, routers=["phatgoose", router], base=llama)
-
-
-def test_what_only_a_pool_can_do(llama, llama_pool):
-    model = compose(llama_pool, llama, router="phatgoose")
-    with pytest.raises(ConfigError, match="Several routers need a pool"):
-        pg.analyse(model, TASKS, routers=["arrow"])
-    with pytest.raises(RoutingError, match="not routed"):
-        pg.analyse(pg.detach(model), TASKS)
 
 
 def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
@@ -181,9 +161,3 @@ OTHER = profile_with([0.0, 0.4, 0.6], [0.1, 0.4, 0.5])
 def test_what_looks_wrong_is_found_once_and_nothing_else(profiles, kinds):
     findings = findings_of({f"d{i}": each for i, each in enumerate(profiles)})
     assert [(finding.kind, finding.experts) for finding in findings] == kinds
-
-
-def test_routers_that_compare_nothing_are_not_judged(llama, llama_pool):
-    routers = ["merged", "random", "single:expert=e0"]
-    read = pg.analyse(llama_pool, TASKS, routers=routers, base=llama, score=False)
-    assert not any(router.findings for router in read.routers.values())

@@ -13,13 +13,9 @@ from phatgoose.analysis.audit import (
     audit,
     ratios,
     signs_of,
-    squared_norms,
 )
 from phatgoose.errors import ExpertError
-from phatgoose.experts.ia3 import ScalingVector
-from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.stacks import stack_of
 from planted import ATTACKS, HARMLESS, attacked, honest
 
 
@@ -111,16 +107,6 @@ def test_the_size_of_an_update_is_that_of_its_product(six):
     torch.testing.assert_close(found["update_spread"].float(), spread, rtol=1e-4, atol=1e-4)
 
 
-def test_gates_are_compared_with_means(six):
-    own = changed(six, 2, gates=six.experts[2].means)
-    before, after = signs_of(six)["gate_own_mean"], signs_of(own)["gate_own_mean"]
-    assert before.abs().max() < 0.5
-    assert after[2] == pytest.approx(1)
-    assert signs_of(own)["gate_wins"][2] > 0.9
-    others = [0, 1, 3, 4, 5]
-    torch.testing.assert_close(after[others], before[others])
-
-
 def test_copies_are_put_down_to_who_shares_with_most(six):
     rows = torch.cat([six.experts[z].embeddings for z in (1, 2, 3)])
     found = signs_of(changed(six, 0, embeddings=rows))
@@ -162,19 +148,3 @@ def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(llama_pool
     gates = {**pool.experts[0].gates, site: pool.experts[0].gates[site][:-1]}
     with pytest.raises(ExpertError, match=r"layers of 4[78] and 4[78] features"):
         signs_of(Pool((replace(pool.experts[0], gates=gates), *pool.experts[1:])))
-
-
-def test_squared_norms_are_those_of_the_updates_written_out(llama_mixed):
-    for site in llama_mixed.sites:
-        stack = stack_of(llama_mixed, site, torch.float64, torch.device("cpu"))
-        for part, rows in stack.rows().items():
-            got = squared_norms(stack.parts[part])
-            for norm, z in zip(got, stack.experts[rows].tolist(), strict=True):
-                module = llama_mixed.experts[z].modules[site]
-                if isinstance(module, LoraFactors):
-                    change = module.scale * module.B.double() @ module.A.double()
-                elif isinstance(module, ScalingVector):
-                    change = module.vector.double() - 1
-                else:
-                    change = module.scale * module.up.double() @ module.down.double()
-                assert float(norm) == pytest.approx(float(change.square().sum()), rel=1e-4)

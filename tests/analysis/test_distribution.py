@@ -5,15 +5,12 @@ import pytest
 import torch
 
 from analysed import EXAMPLES, encoder_of, tallied
-from oracle import token_weights
 from phatgoose.analysis.distribution import layers_and_kinds, site_label
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
 from phatgoose.routing.routers.registry import OURS
 from routed_models import compose_by
-from tiny import make_ids
 
 
 def by_hand(model, base, pair):
@@ -69,25 +66,6 @@ def test_a_tally_has_the_sums_of_all_tokens_however_they_are_batched(base, pool,
             assert profile.entropies[site][part] == pytest.approx(entropies.item(), abs=5e-3)
 
 
-def test_the_distribution_before_top_k_is_the_softmax_over_all(base, pool):
-    model = compose(pool, base, k=1, router="phatgoose")
-    inputs, got = {}, {}
-    for site, layer in composition_of(model).layers.items():
-        layer.register_forward_pre_hook(lambda _, args, site=site: inputs.update({site: args[0]}))
-
-    def see(passed):
-        got[passed.site.name] = passed.distribution()
-
-    ids = make_ids()
-    extra = {"decoder_input_ids": ids} if base.is_encoder_decoder else {}
-    with torch.no_grad(), watch(model, see):
-        model(input_ids=ids, **extra)
-    for site, distribution in got.items():
-        for row, u in zip(distribution, inputs[site].flatten(0, -2), strict=True):
-            wanted = token_weights(u, pool.experts, site, k=4)
-            assert row.tolist() == pytest.approx([wanted[z] for z in range(4)], abs=1e-5)
-
-
 @pytest.mark.usefixtures("toy_embedder")
 @pytest.mark.parametrize("router", OURS)
 def test_every_router_has_a_distribution(llama, llama_pool, router):
@@ -102,32 +80,6 @@ def test_every_router_has_a_distribution(llama, llama_pool, router):
         np.testing.assert_allclose(profile.whole("probability"), 0.25, atol=1e-6)
     if router in ("oracle", "single", "best-individual"):
         assert profile.token_entropy() == pytest.approx(0, abs=1e-6)
-
-
-def test_asking_for_distributions_changes_no_draw(llama, llama_pool):
-    model = compose(llama_pool, llama, router="random")
-    first, again = tallied(model, llama), tallied(model, llama)
-    np.testing.assert_array_equal(first.whole(), again.whole())
-
-
-def test_experts_absent_from_a_site_have_no_share_there(llama, make_expert):
-    everywhere = make_expert(llama, "everywhere")
-    attention = make_expert(llama, "attention", seed=1, target_modules=["q_proj"])
-    profile = tallied(compose(Pool((attention, everywhere)), llama, router="phatgoose"), llama)
-    assert profile.by_site("probability")["model.layers.0.mlp.up_proj"].tolist() == [0, 1]
-    assert profile.by_site("probability")["model.layers.0.self_attn.q_proj"].all()
-
-
-def test_layers_kinds_and_the_whole_are_unweighted_means_over_sites(base, pool):
-    profile = tallied(compose(pool, base, router="phatgoose"), base)
-    sites = profile.by_site("probability")
-    for name, mean in profile.by_layer("probability").items():
-        rows = [row for site, row in sites.items() if site_label(site).layer_name == name]
-        np.testing.assert_allclose(mean, np.mean(rows, axis=0))
-    for kind, mean in profile.by_kind("probability").items():
-        rows = [row for site, row in sites.items() if site_label(site).kind == kind]
-        np.testing.assert_allclose(mean, np.mean(rows, axis=0))
-    np.testing.assert_allclose(profile.whole("probability"), np.mean(list(sites.values()), axis=0))
 
 
 def test_layers_are_listed_by_number():
@@ -148,15 +100,6 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(base, pool):
     assert crossing
     assert all("EncDecAttention" in site for site in crossing)
     assert all(site_label(site).stack == "decoder" for site in profile.by_site(part="answer"))
-
-
-def test_profiles_spread_over_larger_pools(llama, llama_pool):
-    model = compose(llama_pool, llama, router="phatgoose")
-    alone = tallied(model, llama)
-    wide = tallied(model, llama, experts=["new", *reversed(alone.experts)])
-    assert wide.whole()[0] == 0
-    np.testing.assert_array_equal(wide.whole()[1:][::-1], alone.whole())
-    assert wide.token_entropy() == pytest.approx(alone.token_entropy())
 
 
 @pytest.mark.parametrize(

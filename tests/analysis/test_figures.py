@@ -1,14 +1,10 @@
 """Figures: what is drawn, where, and what is left out of large pools."""
 
 import re
-from itertools import combinations
 
 import numpy as np
-import pytest
-from matplotlib.colors import to_hex, to_rgb
-from rich.color import Color, ColorSystem
+from matplotlib.colors import to_hex
 
-from phatgoose.analysis import figures
 from phatgoose.analysis.figures import (
     dataset_matrix,
     heat_maps,
@@ -112,13 +108,3 @@ DEFICIENCIES = {
     "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
     "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
 }
-
-
-@pytest.mark.parametrize("deficiency", DEFICIENCIES)
-def test_colours_differ_for_colour_blind_readers_and_plain_terminals(deficiency):
-    matrix = np.array(DEFICIENCIES[deficiency])
-    assert [colour.lower() for colour in COLOURS] == figures.COLOURS
-    plain = {Color.parse(colour).downgrade(ColorSystem.STANDARD).number for colour in COLOURS}
-    assert len(plain) == 7
-    seen = [np.clip(matrix @ np.array(to_rgb(c)) ** 2.2, 0, 1) ** (1 / 2.2) for c in COLOURS]
-    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.12

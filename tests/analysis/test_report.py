@@ -120,17 +120,6 @@ def test_the_weights_are_those_of_the_trace(chromium, few):
             assert got == pytest.approx(wanted, abs=1e-3)
 
 
-def test_an_expert_has_the_colour_of_its_place_in_the_pool_in_every_text(chromium, few):
-    names = make_analysis(8, layers=6).experts
-    with page_at(chromium, few) as page:
-        for text in range(len(DATASETS)):
-            page.locator("#trace").select_option(index=text)
-            for button in page.locator(".tx-legend button").all():
-                place = names.index(button.inner_text().split()[0])
-                colour = f"tx-c{place % 7} tx-p{place // 7}"
-                assert colour in button.locator("span").first.get_attribute("class")
-
-
 @pytest.fixture(scope="module")
 def by_prompt(tmp_path_factory):
     """The report of a router that chooses one expert for a prompt, the same at every layer."""
@@ -147,19 +136,6 @@ def by_prompt(tmp_path_factory):
     router = replace(router, choices=choices, scores={})
     analysis = replace(analysis, routers={"discriminant": router})
     return write_report(analysis, tmp_path_factory.mktemp("by-prompt"))
-
-
-def test_a_router_by_prompt_has_no_picture_that_says_nothing_new(by_prompt):
-    page = by_prompt.read_text(encoding="utf-8")
-    assert "where prompts went" in page
-    assert re.findall(r'<svg role="img" aria-label="([^"]{8})', page) == ["Each exp"]  # usage
-    assert not list(by_prompt.parent.glob("figures/layers-*.png"))
-
-
-def test_where_all_layers_agree_there_is_none_to_choose(chromium, by_prompt, few):
-    for path, count in ((by_prompt, 0), (few, 2)):
-        with page_at(chromium, path) as page:
-            assert page.locator(".tx-controls label:visible").count() == count
 
 
 def test_the_keyboard_reaches_every_token(chromium, few):
@@ -186,30 +162,6 @@ def test_the_keyboard_reaches_every_token(chromium, few):
         assert chosen().get_attribute("id") == active
         said = chosen().get_attribute("aria-label")
         assert sum(float(x) for x in re.findall(r"\d\.\d\d", said)) == pytest.approx(1, abs=0.05)
-
-
-def test_an_expert_of_the_legend_is_seen_alone(chromium, few):
-    with page_at(chromium, few) as page:
-        button = page.locator(".tx-legend button").first
-        count = int(re.search(r"(\d+) token", button.inner_text())[1])
-        button.click()
-        assert button.get_attribute("aria-pressed") == "true"
-        assert sum("tx-dim" not in look for look in looks(page)) == count
-        button.click()
-        assert not any("tx-dim" in look for look in looks(page))
-
-
-def test_another_text_and_stack_can_be_chosen(chromium, many, few):
-    with page_at(chromium, few) as page:
-        before = looks(page)
-        page.locator("#trace").select_option(index=2)
-        assert looks(page) != before
-    with page_at(chromium, many) as page:
-        before = looks(page)
-        page.locator(".tx-controls select").first.select_option("decoder's")
-        assert looks(page) != before
-        page.locator(".tx-token").nth(3).hover()
-        assert sum(weights(page)) == pytest.approx(1)
 
 
 def test_a_phone_shows_all_without_scrolling_sideways(chromium, few):

@@ -1,6 +1,5 @@
 """`compare`: every run, what follows from them, and what is used again when it goes on."""
 
-import json
 import os
 import re
 import signal
@@ -31,14 +30,13 @@ from comparisons import (
 from forked import forked, kill_self, needs_fork
 from phatgoose.base import load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import ConfigError, RoutingError, TaskError, WrongBaseError
+from phatgoose.errors import ConfigError, TaskError, WrongBaseError
 from phatgoose.evaluation import compare as comparing
-from phatgoose.evaluation.compare import METHODS, code_version, compare
+from phatgoose.evaluation.compare import METHODS, code_version
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import OURS
-from phatgoose.tasks.task import Entry, Example, Suite, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -67,14 +65,6 @@ def test_a_run_is_what_evaluate_says_of_the_model_composed_by_hand(
         answers = [prediction.answer for prediction in score.predictions]
         records = [line["result"] for line in stored if line["key"]["task"] == name]
         assert answers in [record["answers"] for record in records]
-
-
-def test_no_run_is_computed_twice_and_all_are_asked_the_same_examples(done):
-    stored = stored_in(done.folder)
-    keys = {json.dumps(line["key"], sort_keys=True) for line in stored}
-    rows = 1 + len(ROUTERS) + len(EXPERTS) + 2  # of the references, two are rows already
-    assert len(stored) == len(keys) == rows * len(TASKS)
-    assert len({(line["key"]["task"], line["key"]["examples"]) for line in stored}) == len(TASKS)
 
 
 def test_a_sequence_to_sequence_base_is_compared_alike(
@@ -107,14 +97,6 @@ def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
         assert comparison.results[row][name].sample.statistics[0].tolist() == marks
 
 
-def test_what_examples_were_made_of_is_kept_with_their_marks(setting, tmp_path):
-    examples = tuple(Example(f"a{i}", "yes", ("yes", "no"), row=i // 2) for i in range(6))
-    task = Task("templates", test=examples)
-    for _ in range(2):  # the second time from the store
-        (result,) = setting.run(tmp_path, ["base"], suites=task).results["base"].values()
-        assert result.sample.rows.tolist() == [0, 0, 1, 1, 2, 2]
-
-
 # What follows
 
 
@@ -144,20 +126,6 @@ def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_a
     assert len(set(choices["oracle"].values())) > 1
 
 
-def test_the_tables_are_written_with_all_that_was_set(done, setting):
-    names = [".lock", "comparison.json", "comparison.md", "results.jsonl"]
-    assert sorted(path.name for path in done.folder.iterdir()) == names
-    assert (done.folder / "comparison.md").read_text() == done.comparison.to_markdown()
-    settings = json.loads((done.folder / "comparison.json").read_text())["settings"]
-    assert settings["base"]["id"] == str(setting.base)
-    assert settings["base"]["fingerprint"] == load_base(setting.base).fingerprint
-    expected = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0}
-    expected |= {"k": None, "kernel": "auto", "max_new_tokens": TOKENS, "token_budget": 4096}
-    expected |= {"code": code_version()}
-    assert expected.items() <= settings.items()
-    assert settings["machine"]
-
-
 # Going on
 
 
@@ -180,21 +148,6 @@ def uninterrupted(setting, tmp_path_factory) -> list[Any]:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("finished", [0, 6, 19])
-def test_an_interrupted_comparison_goes_on_where_it_stopped(
-    setting, uninterrupted, tmp_path, finished
-):
-    with pytest.raises(KeyboardInterrupt):
-        setting.run(tmp_path, SMALL, limit=2, engine=Stopping(finished, interrupt))
-    assert not list(tmp_path.glob("comparison.*"))
-    begun = stored_in(tmp_path) if finished else []
-    assert len(begun) == finished
-    setting.run(tmp_path, SMALL, limit=2)
-    assert stored_in(tmp_path)[:finished] == begun
-    assert runs_in(tmp_path, setting.pool) == runs_of(*SMALL[:2], *EXPERTS)  # each once, in all
-    assert without_seconds(tmp_path) == uninterrupted
 
 
 @needs_fork
@@ -331,28 +284,6 @@ def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, 
     assert "retrieval" not in every.results
 
 
-def test_suites_come_as_names_paths_tasks_or_suites_and_one_alone(setting, tasks, tmp_path):
-    entry = Entry("pick", lambda sources: tasks["pick"])
-    for suite in (Suite("own", (entry,)), [Suite("own", (entry,))]):
-        assert setting.run(tmp_path, "base", suites=suite).columns == {"own": ("pick",)}
-    for suite in (setting.suites[1], Path(setting.suites[1])):
-        comparison = setting.run(tmp_path, ["base"], suites=suite, limit=1)
-        assert comparison.columns == {"plain": ("choose", "count")}
-    task = next(iter(tasks.values()))
-    alone = setting.run(tmp_path / "out", "base", suites=task)
-    assert dict(alone.suites) == {task.name: (task.name,)}
-    assert repr(alone) == "<Comparison of base (datasets: 1)>"
-
-
-def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_run(setting, tmp_path):
-    cut = Formatting(max_input_tokens=7)
-    with pytest.warns(UserWarning, match="cut to 7 tokens") as told:
-        setting.run(tmp_path, ["base", "merged"], suites=setting.suites[1], formatting=cut)
-    assert [str(warning.message).split(":")[0] for warning in told] == ["choose"]
-    for result in (line["result"] for line in stored_in(tmp_path)):
-        assert result["cuts"]["inputs_cut"] == (9 if result["task"] == "choose" else 0)
-
-
 @pytest.fixture
 def refusals(setting, pool_of, tmp_path) -> dict[str, tuple[type[Exception], str, dict[str, Any]]]:
     """(the error, its message, what was asked) by what is wrong."""
@@ -394,7 +325,7 @@ def refusals(setting, pool_of, tmp_path) -> dict[str, tuple[type[Exception], str
         "a reference called like a method": (
             ConfigError,
             "Two rows would be called 'oracle'",
-            {"references": {"oracle": foreign}},
+            {"references": {"oracle": setting.references["an expert"]}},
         ),
     }
 
@@ -412,11 +343,3 @@ def test_it_is_refused_before_anything_is_computed_or_written(setting, refusals,
     with pytest.raises(error, match=message):
         setting.run(tmp_path / "refused", **{"methods": ["base", "merged"], **options})
     assert not (tmp_path / "refused").exists()
-
-
-def test_a_base_that_is_routed_already_is_refused_and_stays_as_it_is(setting, llama, tmp_path):
-    compose(setting.pool, llama, router="phatgoose")
-    with pytest.raises(RoutingError, match="routed already"):
-        compare(setting.pool, setting.suites, "base", out=tmp_path / "out", base=llama)
-    assert hasattr(llama.model, "phatgoose")
-    assert not (tmp_path / "out").exists()

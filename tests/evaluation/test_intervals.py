@@ -48,18 +48,6 @@ def weights_of(draws, n: int) -> np.ndarray:
 # One dataset
 
 
-def test_the_score_is_the_mean_over_the_metrics():
-    names = ["rouge-l", "bleu", "squad-f1"]
-    sample = sample_of(names)
-    assert list(sample.by_metric) == names
-    for name in ("rouge-l", "squad-f1"):
-        mean = sum(METRICS[name].measure(*row)[0] for row in ROWS) / 4
-        assert sample.by_metric[name] == pytest.approx(mean, abs=1e-12)
-    assert sample.by_metric["bleu"] == pytest.approx(bleu_of(ROWS), abs=1e-12)
-    assert sample.score == pytest.approx(sum(sample.by_metric.values()) / 3, abs=1e-12)
-    assert isinstance(sample.score, float)
-
-
 @settings(derandomize=True, max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=5))
 @pytest.mark.parametrize("metrics", [["bleu"], ["rouge-l", "bleu"], ["accuracy"]], ids="+".join)
@@ -80,14 +68,6 @@ def test_the_interval_is_that_of_a_bootstrap_written_out():
     assert interval.high - interval.low == pytest.approx(2 * normal, rel=0.1)
 
 
-def test_an_interval_follows_its_seed_and_holds_the_score():
-    for sample in (sample_of(["bleu"]), sample_of(["rouge-l", "squad-f1"]), matches(1, 0, 0, 1)):
-        assert sample.estimate() == sample.estimate(seed=0)
-        assert 0 <= sample.estimate().low <= sample.score <= sample.estimate().high <= 1
-    values = np.random.default_rng(1).random(40)
-    assert matches(*values).estimate(1) != matches(*values).estimate(2)
-
-
 def in_rows(values, rows) -> Sample:
     return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
 
@@ -99,14 +79,6 @@ def test_rows_of_several_sizes_count_by_their_examples():
     assert sample.replicates(np.array([(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)])) == pytest.approx(
         [3 / 4, 1, 0], abs=1e-12
     )
-
-
-@pytest.mark.parametrize("rows", [None, [4, 2, 9], [None, None, None], [1, None, 1]], ids=str)
-def test_examples_with_rows_of_their_own_are_drawn_one_by_one(rows):
-    sample, plain = in_rows([1, 0, 0.5], rows), matches(1, 0, 0.5)
-    assert sample.rows is None
-    assert sample.independent == 3
-    assert sample.estimate() == plain.estimate()
 
 
 def test_intervals_of_rows_in_many_templates_cover_the_truth():
@@ -140,16 +112,6 @@ def test_a_lead_on_every_example_is_the_same_in_every_resample():
     higher = [matches(*(row + 0.25)) for row in marks]
     replicates = SharedMeans.of({"lower": lower, "higher": higher}).drawn
     np.testing.assert_allclose(replicates["higher"] - replicates["lower"], 0.25, atol=1e-12)
-
-
-def test_both_datasets_and_examples_vary():
-    samples = scored(0.2, 0.4, 0.6, 0.8, n=25)
-    scores = np.array([sample.score for sample in samples])
-    replicates = SharedMeans.of({"one": samples}, 8000).drawn["one"]
-    of_examples = np.mean(scores * (1 - scores)) / 25
-    expected = math.sqrt((scores.var() + of_examples) / 4)
-    assert replicates.mean() == pytest.approx(scores.mean(), abs=0.01)
-    assert replicates.std() == pytest.approx(expected, rel=0.05)
 
 
 # Shares of right answers

@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
 from lm_eval.api import registry
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -22,7 +21,7 @@ from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.evaluation import lm_eval as harness
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
-from phatgoose.evaluation.lm_eval import PhatgooseLM, arguments_of
+from phatgoose.evaluation.lm_eval import PhatgooseLM
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved import save
@@ -127,19 +126,6 @@ def test_a_saved_routed_model_is_opened_as_it_was_saved(llama_pool, llama, tmp_p
         PhatgooseLM(pool=str(tmp_path / "routed"), k=2)
 
 
-def test_another_place_of_the_base_is_taken(llama_pool, base_folders, tmp_path):
-    moved = tmp_path / "moved"
-    moved.symlink_to(base_folders["llama"])
-    opened = PhatgooseLM.create_from_arg_string(
-        f"pool={folder_of(llama_pool)},base={moved},batch_size=4,kernel=reference",
-        {"batch_size": 1, "max_batch_size": None, "device": "cpu"},
-    )
-    parts = composition_of(opened.model)
-    assert parts.experts == ("e0", "e1", "e2", "e3")
-    assert (parts.base.id, parts.routing.kernel) == (str(moved), "reference")
-    assert opened.batch_size == 4
-
-
 def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     folder = str(folder_of(llama_pool))
     for arguments, error, said in (
@@ -152,20 +138,6 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     ):
         with pytest.raises(error, match=said):
             PhatgooseLM(**arguments)
-    assert arguments_of({"pool": 7})[0].pool == "7"
-
-
-@KINDS_HERE
-def test_an_empty_context_ends_with_eos_too_and_running_text_never(pool):
-    closed, plain = (
-        PhatgooseLM(pool=str(folder_of(pool)), dtype="float32", add_eos=end)
-        for end in (True, False)
-    )
-    nothing_before = [Instance("loglikelihood", {}, ("", "yes"), 0)]
-    by_hand = [(("", "yes"), [1], [*plain.tok_encode("yes", add_special_tokens=False), 1])]
-    assert closed.loglikelihood(nothing_before) == plain._loglikelihood_tokens(by_hand)
-    text = [Instance("loglikelihood_rolling", {}, ("some running text",), 0)]
-    assert closed.loglikelihood_rolling(text) == plain.loglikelihood_rolling(text)
 
 
 @KINDS_HERE

@@ -167,17 +167,6 @@ def test_files_that_hold_no_marks(tmp_path, marks):
             read_marks(place)
 
 
-def test_a_long_text_in_many_rows_is_held_once(marks):
-    table = parquet.read_table(marks).slice(0, 1)
-    long = pa.DictionaryArray.from_arrays([0] * 2**19, ["x" * 2**20])
-    rows = {
-        name: table[name].take([0] * 2**19) for name in ("task", "wording", "score/base", *SCORES)
-    }
-    parquet.write_table(pa.table({"prompt": long} | rows, metadata=table.schema.metadata), marks)
-    (held,) = read_marks(marks)
-    assert held.columns["prompt"][0] is held.columns["prompt"][-1]
-
-
 def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_rules.py").write_text("def moods(prompt):\n    return 'moods'\n")
     monkeypatch.chdir(tmp_path)

@@ -6,23 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.base import load_base
 from phatgoose.config import Routing
-from phatgoose.errors import PoolError
 from phatgoose.evaluation.compare import (
     DERIVED,
     METHODS,
     Row,
-    reference_row,
     rows_of,
     single_rows,
 )
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.registry import OURS
-from phatgoose.routing.saved import save
 from routed_models import with_embeddings
-from tiny import logits_of, make_ids, make_model, make_tokenizer
+from tiny import logits_of, make_ids
 
 
 def test_there_is_a_method_for_every_router_and_the_base():
@@ -68,18 +63,6 @@ def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, l
 
 
 # What tells results apart
-
-
-def test_few_shot_depends_on_its_examples_and_on_what_reads_them(three, tmp_path):
-    path = tmp_path / "few.jsonl"
-    method = f"few-shot:examples={path},by=centroid"
-    path.write_text('{"input": "plums"}\n')
-    before = row_of(method, three).identity
-    assert row_of(method, three).identity == before
-    other = changed(three, 1, embeddings=three.experts[1].embeddings.flip(1))
-    assert row_of(method, other).identity != before
-    path.write_text('{"input": "jazz"}\n')
-    assert row_of(method, three).identity != before
 
 
 @pytest.mark.parametrize(
@@ -142,38 +125,3 @@ def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(three, part, matter
 
 
 # References
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"k": 1}, {"router": "phatgoose:eps=0.01"}],
-)
-def test_routed_folders_that_differ_have_other_identities(three, llama, tmp_path, settings):
-    identities = []
-    for number, options in enumerate(({}, settings)):
-        save(compose(three, llama, **{"router": "phatgoose", **options}), tmp_path / str(number))
-        detach(llama.model)
-        identities.append(reference_row("r", tmp_path / str(number), ROUTING).identity)
-    assert identities[0] != identities[1]
-    assert identities[0] == reference_row("other", tmp_path / "0", ROUTING).identity
-
-
-def test_another_base_is_loaded_in_the_precision_of_the_comparison(base_folders, llama, tmp_path):
-    make_model("llama", seed=1).save_pretrained(tmp_path)
-    make_tokenizer(final_eos=False).save_pretrained(tmp_path)
-    row = reference_row("other", tmp_path, ROUTING)
-    same = reference_row("same", base_folders["llama"], ROUTING)
-    assert row.identity == {"model": load_base(tmp_path).fingerprint}
-    assert same.identity == {"model": llama.fingerprint} != row.identity
-    for dtype in ("float32", "bfloat16"):
-        base = load_base(base_folders["llama"], dtype=dtype)
-        with row.model(base) as opened:
-            assert opened.model is not base.model
-            assert opened.model.dtype == base.model.dtype
-
-
-def test_a_reference_pool_that_cannot_be_routed_is_told_at_once(write, tmp_path, llama):
-    for name in ("a", "b"):
-        write(name, gates={}, base=llama.reference)
-    with pytest.raises(PoolError, match="have no gates"):
-        reference_row("joint", tmp_path / "pool", ROUTING)

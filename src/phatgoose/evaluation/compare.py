@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..base import Base, BaseReference, check_base, dtype_name, load_base, number_format
+from ..base import Base, check_base, dtype_name, load_base, number_format
 from ..config import Routing, closest
 from ..errors import ConfigError, EvaluationError, PoolError, TaskError
 from ..experts.expert import Expert, warn_of_other_formatting
@@ -130,21 +130,9 @@ class Row:
     routing: Routing | None = None
     place: str | tuple[str, ...] | None = None
 
-    @property
-    def base(self) -> BaseReference | None:
-        if self.pool is not None:
-            return self.pool.base
-        return (
-            base_of(self.place) if isinstance(self.place, str) and is_routed(self.place) else None
-        )
-
     def portable(self) -> Row:
-        if self.pool is None:
-            return (
-                replace(self, place=absolute(self.place)) if isinstance(self.place, str) else self
-            )
-        places = tuple(record["path"] for record in self.pool.records())
-        return replace(self, pool=None, place=places)
+        places = tuple(record["path"] for record in self.pool.records()) if self.pool else None
+        return replace(self, pool=None, place=places or self.place)
 
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
@@ -190,19 +178,21 @@ def single_rows(pool: Pool) -> list[Row]:
     return [pool_row(name, name, pool.select([name]), alone) for name in pool.names]
 
 
-def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
-    """A row for any other model: a routed model's folder, a pool, an expert, or a base.
+def reference_row(label: str, place: str | Path, routing: Routing, base: Base) -> Row:
+    """A row for any other model: a routed model's folder, a pool or an expert of `base`, or a base.
 
     A pool is routed by phatgoose, not by auto: the paper's row is one of gates trained jointly, and
     a row's rule must not depend on what else the experts share or what this machine has.
     """
     if is_routed(place):
+        check_base(base_of(place), base.reference, label)
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
-        return Row(label, label, identity, routing=routing, place=str(place))
+        return Row(label, label, identity, routing=routing, place=absolute(place))
     if not is_pool(place):
         identity = {"model": load_base(place).fingerprint}
-        return Row(label, label, identity, place=str(place))
+        return Row(label, label, identity, place=absolute(place))
     pool = Pool.open(place)
+    check_base(pool.base, base.reference, label)
     if len(pool) == 1:
         return pool_row(label, label, pool, Routing(router="single"))
     _check_method("phatgoose", pool, routing)
@@ -298,13 +288,12 @@ def compare(
     chosen, notes = runnable_methods(pool, methods, how.routing)
     columns, datasets = _load(suites, how)
     base = resolve_base(base, pool.base)
-    others = [reference_row(label, place, how.routing) for label, place in how.references.items()]
+    others = [
+        reference_row(label, place, how.routing, base) for label, place in how.references.items()
+    ]
     rows = [*rows_of(pool, chosen, how.routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
     _refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))])
-    for row in others:
-        if row.base is not None:
-            check_base(row.base, base.reference, row.label)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
     _report_inputs(base, (*rows, *singles), datasets, how)
@@ -391,10 +380,10 @@ def _report_inputs(
     encoder = Encoder.of(base, settings.formatting)
     for name, dataset in datasets.items():
         dataset.questions(encoder).cuts.report(name)
-    records = [record for row in rows if row.pool is not None for record in row.pool.records()]
-    distinct = {json.dumps(record, sort_keys=True): record for record in records}
+    experts = [expert for row in rows if row.pool is not None for expert in row.pool.experts]
+    records = Pool(tuple({id(expert): expert for expert in experts}.values())).records()
     examples = [example for dataset in datasets.values() for example in dataset.examples]
-    warn_of_other_formatting(distinct.values(), as_read(settings.formatting, examples))
+    warn_of_other_formatting(records, as_read(settings.formatting, examples))
 
 
 def _run(

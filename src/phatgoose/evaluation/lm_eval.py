@@ -31,7 +31,6 @@ try:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry, register_model
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.utils import simple_parse_args_string
 except ImportError as error:
     raise ConfigError("The harness needs lm-eval: pip install 'phatgoose[harness]'.") from error
 
@@ -78,12 +77,11 @@ class Opening:
 
 def arguments_of(values: Mapping[str, Any]) -> tuple[Opening, Routing]:
     """What `--model_args` holds, as lm_eval parsed it. Raises ConfigError."""
-    texts = {key: str(values[key]) for key in ("pool", "base", "router") if key in values}
     names = {each.name for each in fields(Opening)}
-    opening = Opening(**{k: v for k, v in {**values, **texts}.items() if k in names})
+    opening = Opening(**{k: v for k, v in values.items() if k in names and v is not None})
     rest = {k: v for k, v in values.items() if k not in names}
     if "router" in rest:
-        rest["router"] = texts["router"].replace("+", ",")
+        rest["router"] = str(rest["router"]).replace("+", ",")
     routing, most = from_mapping(Routing, rest, WHERE), opening.max_input_tokens
     Formatting(max_input_tokens=1 if most is None else most, truncation=opening.truncation)
     if POOL_SETTINGS & values.keys():
@@ -120,19 +118,6 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         most = self.opening.max_input_tokens or self.max_length
         form = Formatting(max_input_tokens=most, truncation=self.opening.truncation)
         self._encoder = Encoder.for_model(model, self.tokenizer, form)
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
-    ) -> PhatgooseLM:
-        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        return cls(**{**flags, **arg_dict})
-
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
-    ) -> PhatgooseLM:
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.backend == "seq2seq":

@@ -10,7 +10,7 @@ import html
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -42,9 +42,12 @@ class Table:
     def markdown(self) -> str:
         """A section of Markdown; names in it are of untrusted files, so nothing in it is HTML."""
         rows = [[f"**{r[0]}**", *r[1:]] if r[0] == self.bold else r for r in self.rows]
-        lines = [f"## {self.title}\n", *markdown_table(self.head, rows), ""]
-        notes = "".join(f"\n{note}\n" for note in self.notes)
-        return html.escape("\n".join(lines) + notes, quote=False)
+        table = [self.head, ["---"] * len(self.head), *rows]
+        lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in table]
+        text = "".join(f"| {line} |\n" for line in lines) + "".join(
+            f"\n{note}\n" for note in self.notes
+        )
+        return html.escape(f"## {self.title}\n\n{text}", quote=False)
 
 
 def stored(score: TaskScore) -> dict[str, Any]:
@@ -213,17 +216,6 @@ class Comparison:
 def means_of(results: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> SharedMeans:
     """The means of models over `tasks`, by their results there."""
     return SharedMeans.of({name: [by[t].sample for t in tasks] for name, by in results.items()})
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table in Markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    yield line(head)
-    yield "|" + "---|" * len(head)
-    yield from map(line, rows)
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:

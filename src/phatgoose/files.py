@@ -85,13 +85,13 @@ def regular(path: Path) -> Path:
     return path
 
 
-def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
+def regular_file(path: Path, error: type[PhatgooseError] = ExpertError, hint: str = "") -> Path:
     """`path`, a regular file in its own folder, or in a Hub cache a link to the repository's blobs.
 
     An expert may come from anywhere, so nothing outside its folder is read on its behalf. Raises
     `error`.
     """
-    with reading(path, error):
+    with reading(path, error, hint):
         place, folder = regular(path).resolve(), path.parent.resolve()
         snapshots = (up for up in folder.parents if up.name == "snapshots")
         blobs = [up.parent / "blobs" for up in snapshots if up.parent.name.startswith("models--")]
@@ -168,7 +168,7 @@ def read_json(
     with reading(path, error, hint):
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
             raise ValueError(f"it has {size} bytes; at most {MOST_JSON_BYTES} are read")
-        return parse_json(regular_file(path, error).read_text(encoding="utf-8"), kind)
+        return parse_json(regular_file(path, error, hint).read_text(encoding="utf-8"), kind)
 
 
 def parse_json(text: str, kind: type[Kind]) -> Kind:
@@ -338,12 +338,12 @@ class TensorFile(Mapping[str, "Tensor"]):
     tensors with impossible names, shapes or types.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hint: str = "") -> None:
         import torch
 
         self.path = path
         with reading(path):
-            with regular_file(path).open("rb") as file:
+            with regular_file(path, hint=hint).open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._data = LENGTH.size + LENGTH.unpack_from(self._map)[0]
             # The library would parse a huge header for seconds and take gigabytes.

@@ -125,9 +125,9 @@ DAMAGES: list[tuple[str, Damage, str]] = [
         }.items()
     ),
     ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) of"),
-    ("expert", put(ADAPTER_CONFIG, lora_alpha="8"), "isn't what PEFT can have written"),
-    ("expert", put(ADAPTER_CONFIG, rank_pattern=[1]), "isn't what PEFT can have written"),
-    ("expert", put(ADAPTER_CONFIG, alpha_pattern={"a": "x"}), "isn't what PEFT can have"),
+    ("expert", put(ADAPTER_CONFIG, lora_alpha="8"), "that PEFT can't have written"),
+    ("expert", put(ADAPTER_CONFIG, rank_pattern=[1]), "that PEFT can't have written"),
+    ("expert", put(ADAPTER_CONFIG, alpha_pattern={"a": "x"}), "that PEFT can't have written"),
     ("expert", put(ADAPTER_CONFIG, alpha_pattern={"(": 2}), "no regular expression"),
     *(
         ("expert", put(ADAPTER_CONFIG, init_lora_weights=init), "may have changed the base")

@@ -167,8 +167,8 @@ def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders
     ("options", "complaint"),
     [
         ({"target_modules": ["nothing"]}, "nothing"),
-        ({"target_modules": "(("}, "target_modules holds no regular expression"),
-        ({"rank_pattern": {"((": 2}}, "rank_pattern holds no regular expression"),
+        ({"target_modules": "(("}, "no regular expression"),
+        ({"rank_pattern": {"((": 2}}, "no regular expression"),
         ({"r": 0}, "can't be imported: "),
         ({"r": "4"}, "can't be imported: "),
         ({"r": 8}, "its config wants (8, "),

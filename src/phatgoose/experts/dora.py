@@ -19,7 +19,7 @@ under a base of 16 bits, where g = m / ‖W + s B A‖ would have steps of 1/128
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,13 +30,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..base import Base
 from ..config import Lora
 from ..passes import where_active
-from ..sites import Site
 from .kind import Constant, OwnFiles, SiteModule, factor_of, openness, stacked, weighted_rows
 from .lora import LoraFactors, LoraStack, NewLoras, plus_product
 from .peft_files import ADAPTER
@@ -121,10 +119,6 @@ class DoraStack(LoraStack):
 class NewDoras(NewLoras):
     use_dora = True
     on_packed = False  # what we store of W's norms would be those of other weights
-
-    def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
-        sites = list(sites)
-        return super().count(model, settings, sites) + sum(site.out_features for site in sites)
 
     def prepare(self, layer: LoraLayer, settings: Lora, *, joint: bool) -> None:
         super().prepare(layer, settings, joint=joint)

@@ -16,11 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.utils.tqdm import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 
 from ..base import REVISION, is_hub_id
 from ..errors import ExpertError
@@ -110,14 +105,17 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
     """
     target = Path(out)
     require_free(target, ExpertError)
-    reference = HubReference.parse(reference) if isinstance(reference, str) else reference
+    reference = HubReference.parse(str(reference))
     fetched = fetch(reference, inner=[LAYOUT.info])  # which names the experts if it holds several
     if not (fetched / LAYOUT.info).is_file():
         inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
-        holds = f"holds several experts ({', '.join(inner)}); name one as {reference}/NAME"
         raise ExpertError(
-            f"{reference} {holds if inner else f'has no {LAYOUT.info}'}. Adapters are imported, by "
-            f"'phatgoose import'."
+            f"{reference} has no {LAYOUT.info}"
+            + (
+                f", but holds several experts ({', '.join(inner)}); name one as {reference}/NAME."
+                if inner
+                else ". Adapters are imported, by 'phatgoose import'."
+            )
         )
     with new_directory(target, ExpertError) as work:
         for file in expert_files():
@@ -141,16 +139,14 @@ def push(
     or not. A revision in `reference` is the branch. Raises ExpertError when the expert is damaged,
     its base is a folder of this machine, which no one else could load, or the Hub refuses.
     """
-    directory = Path(directory)
+    directory, reference = Path(directory), HubReference.parse(str(reference))
     expert = Expert.load(directory)
-    base = expert.info.base.id
-    if not is_hub_id(base):
+    if not is_hub_id(expert.info.base.id):
         raise ExpertError(
-            f"{directory} names its base by a path, {shortened(base)}, which "
-            f"others can't load; publish the base, put its Hub id into {LAYOUT.info} (base.id), "
-            f"and push then."
+            f"{directory} names its base by a path, {shortened(expert.info.base.id)}, which others "
+            f"can't load; publish the base, put its Hub id into {LAYOUT.info} (base.id), and push "
+            f"then."
         )
-    reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     there = [file for file in expert_files() if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to
         regular_file(directory / file)
@@ -171,15 +167,10 @@ def push(
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    """Without huggingface_hub's progress bars; its errors become ExpertErrors."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
+    """What huggingface_hub raises becomes an ExpertError of one line."""
     try:
         yield
     except Exception as error:  # those of its HTTP client derive from Exception alone
         why = error if error.__cause__ is None else f"{error} {error.__cause__}"
         text = " ".join(str(why).split()) or type(error).__name__
         raise ExpertError(f"{what}: {one_line(text)}") from error
-    finally:
-        if shown:
-            enable_progress_bars()

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from ..base import Base
 from ..config import IA3
-from ..errors import ConfigError, ExpertError
+from ..errors import ExpertError
 from ..passes import active_share
 from ..sites import Site
 from .kind import (
@@ -170,18 +170,7 @@ class NewScalings(NewModules):
     dtype = torch.float32
 
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
-        kind = model.config.model_type
-        if kind not in IA3_MODULES:
-            raise ConfigError(
-                f"Where an (IA)³ belongs in a model of type {kind} isn't known to PEFT; name the "
-                f"layers with sites."
-            )
-        return _endings(IA3_MODULES[kind])
-
-    def count(self, model: PreTrainedModel, settings: IA3, sites: Iterable[Site]) -> int:
-        sites = list(sites)
-        inputs = scales_input(model, [site.name for site in sites])
-        return sum(s.in_features if s.name in inputs else s.out_features for s in sites)
+        return _endings(IA3_MODULES.get(model.config.model_type, []))
 
     @contextmanager
     def create(

@@ -59,7 +59,6 @@ from ..files import (
     first_line,
     matching,
     one_line,
-    read_json,
     require_free,
     sha256_of,
     shortened,
@@ -141,7 +140,7 @@ def read_adapter(
         )
     files, is_lossy = adapter_files(folder), False
     if files is PEFT_FILES:
-        config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        config: dict[str, Any] = PEFT_FILES.read_any_config(folder)
         is_lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
         plain = {**config, "use_dora": False} if config.get("peft_type") == "LORA" else config
         _ = is_lossy or PEFT_FILES.checked(plain, folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -121,13 +121,14 @@ class AdapterFiles(ABC):
     weights: str
     base_key: str = "base"
     prefix: ClassVar[str] = ""  # of tensors' names
+    hint: ClassVar[str] = ""  # if there are no weights
 
     @abstractmethod
     def read_config(self, directory: Path) -> dict[str, Any]:
         """What the configuration says, checked; ExpertError for what it can't say."""
 
     def read_weights(self, directory: Path) -> TensorFile:
-        return read_tensors(directory / self.weights)
+        return read_tensors(directory / self.weights, self.hint)
 
     def by_site(
         self,
@@ -182,9 +183,9 @@ class OwnFiles(AdapterFiles):
         return config
 
 
-def read_tensors(path: Path) -> TensorFile:
+def read_tensors(path: Path, hint: str = "") -> TensorFile:
     """Every tensor of a safetensors file, mapped, all finite; else ExpertError."""
-    tensors = TensorFile(path)
+    tensors = TensorFile(path, hint)
     tensors.check_finite()
     return tensors
 
@@ -319,10 +320,6 @@ class NewModules(ABC):
         return None
 
     @abstractmethod
-    def count(self, model: PreTrainedModel, settings: Any, sites: Iterable[Site]) -> int:
-        """The number of trained parameters at `sites`, without gates."""
-
-    @abstractmethod
     def create(
         self, base: Base, settings: Any, sites: dict[str, Site], *, joint: bool
     ) -> AbstractContextManager[FreshExpert]:
@@ -339,11 +336,6 @@ class NewLayers(NewModules):
     @abstractmethod
     def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule:
         """The module that these parameters make."""
-
-    def count(self, model: PreTrainedModel, settings: Any, sites: Iterable[Site]) -> int:
-        with torch.device("meta"):
-            held = [t for site in sites for t in self.initial(settings, site).values()]
-        return sum(tensor.numel() for tensor in held)
 
     @contextmanager
     def create(

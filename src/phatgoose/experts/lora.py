@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from ..base import Base
 from ..config import INIT_STD, Lora
@@ -173,9 +172,6 @@ class LoraStack(Part):
 
 class NewLoras(NewModules):
     use_dora: ClassVar[bool] = False
-
-    def count(self, model: PreTrainedModel, settings: Lora, sites: Iterable[Site]) -> int:
-        return sum(settings.rank * (site.in_features + site.out_features) for site in sites)
 
     @contextmanager
     def create(

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import TensorFile, check_config, read_json, shortened
+from ..files import check_config, read_json, reading, shortened
 from ..passes import ActsOn
 from ..sites import Site
 from .kind import AdapterFiles
@@ -57,68 +57,61 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 LARGEST_ALPHA = 1e9
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The adapter's config in `directory`, unchecked. Raises ExpertError if there is none."""
-    hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
-    return read_json(directory / ADAPTER_CONFIG, hint=hint)
-
-
 class PeftFiles(AdapterFiles):
     """The files of a plain LoRA or (IA)³. Others, and pickled ones, are refused."""
 
-    parts: ClassVar[Mapping[str, str]] = {}  # modules tell their own sizes
     prefix: ClassVar[str] = PEFT_PREFIX
+    hint: ClassVar[str] = (
+        f" Pickled weights ({PICKLED_WEIGHTS}) are never read, since they could run code: save the "
+        f"adapter again as safetensors."
+    )
 
     def read_config(self, directory: Path) -> dict[str, Any]:
-        return self.checked(read_config(directory), directory)
+        return self.checked(self.read_any_config(directory), directory)
+
+    def read_any_config(self, directory: Path) -> dict[str, Any]:
+        """The config of an adapter of any of PEFT's types, unchecked."""
+        hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
+        return read_json(directory / ADAPTER_CONFIG, hint=hint)
 
     def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
-        kind = config.get("peft_type")
-        if kind not in tuple(CONFIGS):  # it may be a list
-            raise ExpertError(
-                f"{directory} holds a PEFT adapter of type {shortened(kind, 40)}; wanted LORA or "
-                f"IA3."
-                + (
-                    " PEFT can approximate it by a LoRA: 'phatgoose import --allow-loss' with the "
-                    "share that may be lost."
-                    if kind in CONVERTIBLE
-                    else ""
-                )
-            )
-        defaults = vars(CONFIGS[kind]())
-        for key, value in config.items():
-            if value and key not in (*ACTING, *HARMLESS) and value != defaults.get(key):
-                raise ExpertError(
-                    f"{directory} uses {shortened(key)}, which can't be routed: only updates of "
-                    f"linear layers can (docs/imports.md)."
-                )
-        init = str(config.get("init_lora_weights", True)).lower()
-        if init not in PLAIN_INITS:
-            raise ExpertError(
-                f"{directory} was initialised by {shortened(init, 40)}, which may have changed the "
-                f"base; convert it with PEFT's path_initial_model_for_weight_conversion first."
-            )
-        if config.get(INVOCATION):
-            ActsOn.of({"invocation_tokens": config[INVOCATION]})  # refuses what is none
+        if problem := _problem(config):
+            raise ExpertError(f"{directory} {problem}.")
+        with reading(directory / ADAPTER_CONFIG):  # refuses what are no tokens
+            ActsOn.of({"invocation_tokens": config[INVOCATION]} if config.get(INVOCATION) else None)
         check_config(config, str(directory / ADAPTER_CONFIG))
-        patterns = [config.get(key) or {} for key in PATTERNS]
-        are_tables = all(isinstance(pattern, dict) for pattern in patterns)
-        numbers = [number for pattern in patterns if are_tables for number in pattern.values()]
-        if not are_tables or not all(map(_is_number, (config.get("lora_alpha", 8), *numbers))):
-            raise ExpertError(
-                f"{directory / ADAPTER_CONFIG}: lora_alpha, {' or '.join(PATTERNS)} isn't what "
-                f"PEFT can have written."
-            )
         return config
 
-    def read_weights(self, directory: Path) -> TensorFile:
-        if not (directory / ADAPTER_WEIGHTS).exists():
-            raise ExpertError(
-                f"{directory} has no {ADAPTER_WEIGHTS}. Pickled weights ({PICKLED_WEIGHTS}) are "
-                f"never read, since they could run code: save the adapter again as safetensors."
+
+def _problem(config: Mapping[str, Any]) -> str | None:
+    """What keeps a PEFT config from being that of a plain LoRA or (IA)³; None for nothing."""
+    kind, init = config.get("peft_type"), str(config.get("init_lora_weights", True)).lower()
+    if kind not in tuple(CONFIGS):  # it may be a list
+        lossy = ", or 'phatgoose import --allow-loss' approximates it by a LoRA"
+        wanted = f"wanted LORA or IA3{lossy if kind in CONVERTIBLE else ''}"
+        return f"holds a PEFT adapter of type {shortened(kind, 40)}; {wanted}"
+    defaults = vars(CONFIGS[kind]())
+    for key, value in config.items():
+        if value and key not in (*ACTING, *HARMLESS) and value != defaults.get(key):
+            return (
+                f"uses {shortened(key)}, which can't be routed: only updates of linear layers can "
+                f"(docs/imports.md)"
             )
-        return super().read_weights(directory)
+    if init not in PLAIN_INITS:
+        return (
+            f"was initialised by {shortened(init, 40)}, which may have changed the base; convert "
+            f"it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    tables = [config.get(key) or {} for key in PATTERNS]
+    sizes = [number for table in tables if isinstance(table, dict) for number in table.values()]
+    are_numbers = (
+        type(each) in (int, float) and abs(each) <= LARGEST_ALPHA
+        for each in (config.get("lora_alpha", 8), *sizes)
+    )
+    if not all(are_numbers) or not all(isinstance(table, dict) for table in tables):
+        return f"has lora_alpha or {' or '.join(PATTERNS)} that PEFT can't have written"
+    return None
 
 
 PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
@@ -133,10 +126,6 @@ def write_adapter(
     content = {**config, "inference_mode": True, "target_modules": sorted(sites)}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST_ALPHA
 
 
 # A base under PEFT, in training.

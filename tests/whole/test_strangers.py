@@ -160,10 +160,10 @@ def test_links_of_a_hub_cache_are_followed_to_its_blobs_only(tmp_path):
 def test_a_pipe_or_a_folder_is_no_file(directory, file):
     (directory / file).unlink()
     os.mkfifo(directory / file)
-    assert f"{file} is not a regular file" in complaint(directory)
+    assert "not a regular file" in complaint(directory)
     (directory / file).unlink()
     (directory / file).mkdir()
-    assert f"{file} is not a regular file" in complaint(directory)
+    assert "not a regular file" in complaint(directory)
 
 
 def test_a_pool_does_not_leave_its_folder(directory, tmp_path):

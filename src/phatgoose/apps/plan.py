@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from transformers import T5Config, TrainerCallback
 
-from ..base import Base, load_base, load_skeleton, load_tokenizer
+from ..base import load_base, load_skeleton, load_tokenizer
 from ..config import Lora
 from ..errors import BaseModelError, TaskError
 from ..evaluation.results import Table
@@ -28,7 +28,7 @@ from ..experts import kind_for
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, draw
-from ..training.modules import fresh_expert, placed_sites
+from ..training.modules import placed_sites
 from ..training.train_expert import train_expert
 from ..training.trainer import Hyperparameters
 from .console import report, show
@@ -104,9 +104,7 @@ def plan_of(
     except BaseModelError:
         encoder = None
     peft = settings.peft or Lora()
-    kind, sites = kind_for(peft), placed_sites(model, peft).values()
-    with fresh_expert(Base(model, cast(Any, None), base, None, ""), peft, joint=False) as fresh:
-        trained = sum(p.numel() for p in fresh.model.parameters() if p.requires_grad)
+    kind, sites = kind_for(peft), placed_sites(model, peft)
     planned = [
         _planned(task, settings, encoder, speed)
         for task in tqdm(tasks, desc="plan", unit="task", leave=False, disable=None)
@@ -115,8 +113,8 @@ def plan_of(
         base=base,
         label=kind.label,
         sites=len(sites),
-        expert_parameters=trained,
-        gate_parameters=sum(site.in_features for site in sites),
+        expert_parameters=kind.new_modules.count(model, peft, sites),
+        gate_parameters=sum(site.in_features for site in sites.values()),
         tasks=tuple(planned),
         memory_bytes=speed and speed.memory_bytes,
     )

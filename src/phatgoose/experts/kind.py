@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -318,6 +318,12 @@ class NewModules(ABC):
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:
         """The pattern of sites for settings that name none; None for all sites."""
         return None
+
+    def count(self, model: PreTrainedModel, settings: Any, sites: dict[str, Site]) -> int:
+        """The number of trained parameters at `sites`, without gates."""
+        base = Base(model, cast(Any, None), "", None, "")
+        with self.create(base, settings, sites, joint=False) as fresh:
+            return sum(p.numel() for p in fresh.model.parameters() if p.requires_grad)
 
     @abstractmethod
     def create(

@@ -9,12 +9,12 @@ this demo.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.text import Text
@@ -23,13 +23,10 @@ from ..analysis.analyse import analyse
 from ..analysis.report import write_report
 from ..base import Base, load_base
 from ..config import GateTraining, Lora, Routing, Training
-from ..errors import EvaluationError
 from ..evaluation.compare import METHODS, compare, label_of
 from ..evaluation.evaluate import evaluate
-from ..evaluation.intervals import Estimate
 from ..evaluation.results import BASE, Comparison, means_of
 from ..experts.pool import Pool
-from ..files import write_text
 from ..routing.compose import compose
 from ..routing.routers.auto import settled
 from ..routing.routers.registry import AUTO
@@ -69,42 +66,27 @@ def without_choices(tasks: list[Task]) -> list[Task]:
     ]
 
 
-@dataclass(frozen=True)
-class Gain:
-    """The difference of two means over the datasets, with its 95 % interval in pairs."""
+def verdict(comparison: Comparison, row: str, skills: dict[str, str]) -> str:
+    """Each expert above the base on the unseen task of its skill, and the gains of `row`.
 
-    over: str
-    difference: Estimate
-
-    @property
-    def in_words(self) -> str:
-        return f"{self.difference.in_points} over {self.over}"
-
-
-def gains_of(comparison: Comparison, row: str) -> list[Gain]:
-    """The gains of `row` over the base and over each single expert, the smallest first."""
-    models = {BASE: comparison.results[BASE], **comparison.experts}
-    means = means_of({**models, row: comparison.results[row]}, comparison.datasets)
-    gains = [Gain(name, means.gain(row, name)) for name in models]
-    return sorted(gains, key=lambda gain: gain.difference.value)
-
-
-def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]:
-    """For each expert of `skills`, how many points it is above the base on its unseen task."""
-    base = comparison.results[BASE]
-    return {
-        name: 100 * (comparison.experts[name][task].score - base[task].score)
+    Gains are differences of means over the datasets, over the base and each single expert, the
+    smallest first.
+    """
+    base, experts = comparison.results[BASE], comparison.experts
+    lifts = ", ".join(
+        f"{name} {100 * (experts[name][task].score - base[task].score):+.0f}"
         for name, task in skills.items()
-    }
-
-
-def write_gains(
-    path: Path, row: str, gains: list[Gain], lifts: dict[str, float], written: dict[str, float]
-) -> None:
-    """Write gains to `path` as JSON, with lifts and the scores of written answers."""
-    found = [asdict(gain) for gain in gains]
-    content = {"router": row, "lifts": lifts, "gains": found, "written": written}
-    write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)
+    )
+    models = {BASE: base, **experts}
+    means = means_of({**models, row: comparison.results[row]}, comparison.datasets)
+    gains = sorted((means.gain(row, name).value, name) for name in models)
+    return "\n".join(
+        [
+            f"Each expert's points above the base on the unseen task of its skill:\n  {lifts}",
+            f"{label_of(row)}, the demo's router: points of its mean, 95 % interval in pairs:",
+            *(f"  {means.gain(row, name).in_points} over {name}" for _, name in gains),
+        ]
+    )
 
 
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
@@ -147,14 +129,15 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
         max_new_tokens=ANSWER_TOKENS,
     )
     show(drawn(comparison.scores(routing.router)))
-    gains, lifts = gains_of(comparison, routing.router), lifts_of(comparison, SKILLS)
-    show(_verdict(routing.router, gains, lifts))
+    show(verdict(comparison, routing.router, SKILLS))
     model = compose(pool, base, routing=routing)
     asked = without_choices(unseen)
     scored = evaluate(model, asked, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
-    written = {score.task: 100 * score.score for score in scored}
-    show(_written(written))
-    write_gains(out / "gains.json", routing.router, gains, lifts, written)
+    each = ", ".join(f"{score.task} {100 * score.score:.0f}" for score in scored)
+    show(
+        f"The same questions without choices to rank, answered in writing as `serve` answers them "
+        f"(per cent exact):\n  {each}; mean {100 * fmean(score.score for score in scored):.1f}"
+    )
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     show(*explain(model, base.tokenizer, PROMPT, None, ANSWER_TOKENS).coloured())
     show(_step("5. Where the tokens of each unseen task went"))
@@ -188,26 +171,6 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
             resume=True,
         )
     return Pool.open([folder / name for name in SKILLS])
-
-
-def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
-    lifted = ", ".join(f"{name} {lift:+.0f}" for name, lift in lifts.items())
-    return "\n".join(
-        [
-            f"Each expert's points above the base on the unseen task of its skill:\n  {lifted}",
-            f"{label_of(router)}, the demo's router: points of its mean, 95 % interval in pairs:",
-            *(f"  {gain.in_words}" for gain in gains),
-        ]
-    )
-
-
-def _written(scores: dict[str, float]) -> str:
-    each = ", ".join(f"{task} {score:.0f}" for task, score in scores.items())
-    mean = sum(scores.values()) / len(scores)
-    return (
-        f"The same questions without choices to rank, answered in writing as `serve` answers them "
-        f"(per cent exact):\n  {each}; mean {mean:.1f}"
-    )
 
 
 def _ending(out: Path, report: Path) -> str:

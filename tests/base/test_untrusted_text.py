@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-import tiny
 from phatgoose import untrusted_text
 from phatgoose.errors import BaseModelError, EngineError
 from phatgoose.untrusted_text import UntrustedText
@@ -130,12 +129,11 @@ def test_tokens_and_texts_are_those_of_the_tokenizer(opened, split):
     tokenizer = with_added(["<s>"], ["</s>"])
     tokenizer.split_special_tokens = split
     texts = opened(tokenizer)
-    wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    assert texts.read(TEXTS) == [[t, len(t), each] for t, each in zip(TEXTS, wanted, strict=True)]
-    cut = [tokenizer(text[:2], add_special_tokens=False)["input_ids"][:2] for text in TEXTS]
-    assert texts.read(TEXTS, most=2) == [
-        [t[:2], len(t), each] for t, each in zip(TEXTS, cut, strict=True)
-    ]
+    for most in (2, 10_000):
+        cut = [text[:most] for text in TEXTS]
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in cut]
+        wanted = [[t, len(whole), i] for t, whole, i in zip(cut, TEXTS, tokens, strict=True)]
+        assert texts.read(TEXTS, most=most) == wanted
 
 
 def test_a_tokenizer_that_no_file_describes_is_used_here(opened):
@@ -174,32 +172,33 @@ def test_a_process_has_no_secrets_is_replaced_when_lost_and_ends_with_its_owner(
 
 def test_a_program_that_ends_leaves_no_process_behind():
     program = (
-        "from tiny import make_tokenizer\n"
+        "from tokenizers import Tokenizer, models\n"
+        "from transformers import PreTrainedTokenizerFast as Fast\n"
         "from phatgoose.untrusted_text import UntrustedText\n"
-        "texts = UntrustedText(make_tokenizer(final_eos=False))\n"
+        "texts = UntrustedText(Fast(tokenizer_object=Tokenizer(models.BPE())))\n"
         "texts.start()\nprint(texts._children[0].pid)"
     )
-    words, here = [sys.executable, "-W", "error", "-c", program], Path(tiny.__file__).parent
-    done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
 
 
 # As models on the Hub have them: with a date, and with what transformers adds to jinja.
-TEMPLATES = {
-    "llama 3.2": (
+TEMPLATES = (
+    (
         "{{- bos_token }}\n{%- if strftime_now is defined %}\n    {%- set date_string = "
         'strftime_now("%d %b %Y") %}\n{%- endif %}\n{{- "Today Date: " + date_string + "\n\n" }}\n'
         "{%- for message in messages %}\n    {{- '<|' + message['role'] + '|>\n\n'+ "
         "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{{ add_generation_prompt }}"
     ),
-    "generation": (
+    (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{% else %}{{ m | tojson(indent=1) }}{% continue %}{% endif %}"
         "{% endfor %}{{ dict(a='ä', b='<&>') | tojson }}{{ namespace(self=1).self }}{{ eos_token }}"
     ),
-}
+)
 CHAT = [
     {"role": "user", "content": "é\u2028<&>'\""},
     {"role": "assistant", "content": "yes  "},
@@ -207,31 +206,24 @@ CHAT = [
 ]
 
 
-def of_transformers(tokenizer, begins: bool) -> str:
-    return tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=begins)
-
-
-@pytest.mark.parametrize("begins", [True, False])
-def test_a_template_writes_what_transformers_does(opened, begins):
+def test_a_template_writes_what_transformers_does(opened):
     tokenizer = make_tokenizer(final_eos=False)
     texts = opened(tokenizer)
-    for template in TEMPLATES.values():
+    for template in TEMPLATES:
         tokenizer.chat_template = {"default": template, "rag": ""}
-        ((found, *_),) = texts.read([CHAT], add_generation_prompt=begins)
-        assert found == of_transformers(tokenizer, begins)
+        for how in ({"add_generation_prompt": begins} for begins in (True, False)):
+            wanted = tokenizer.apply_chat_template(CHAT, tokenize=False, **how)
+            assert texts.read([CHAT], **how)[0][0] == wanted
 
 
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
+def test_a_template_s_own_error_is_told_and_ends_no_process(opened):
+    texts = opened()
+    for template, words in (
         ("{{ raise_exception('a\nb') }}", "failed: TemplateError: a b"),
         ("{{ 1 + '' }}", "failed: TypeError: "),
         ("{{ messages.__class__.__mro__ }}", "failed: SecurityError: "),
         ({"tool_use": "a", "rag": "b"}, "the base has no default chat template"),
-    ],
-)
-def test_a_template_s_own_error_is_told_and_ends_no_process(opened, template, words):
-    texts = opened()
-    with pytest.raises(BaseModelError, match=words):
-        chat(texts, template)
+    ):
+        with pytest.raises(BaseModelError, match=words):
+            chat(texts, template)
     assert texts.ended == 0

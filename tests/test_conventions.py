@@ -63,6 +63,8 @@ def test_the_lowest_versions_are_those_of_the_project():
     for name in {re.split(r"[\[>]", text)[0] for text in wanted}:
         assert any(text.startswith(f"{name}>={lowest[name]}") for text in wanted), name
     assert not {"pytest", "mypy", "phatgoose"} & lowest.keys()
+    for named in re.findall(r"phatgoose\[(.+?)\]", str(extras)):  # or no wheel can be built
+        assert set(named.split(",")) <= extras.keys()
 
 
 def test_the_citation_has_the_version_and_licence_of_the_package():

@@ -26,7 +26,6 @@ from phatgoose.routing.routers.router import Router
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-TEXT = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
 
 FENCE = re.compile(
     r"^(?P<runs><!-- runs -->\s*\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```", re.M | re.S
@@ -35,12 +34,10 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 INLINE = re.compile(r"`phatgoose (?P<code>[^`]+)`")
 MODULE = re.compile(r"`(phatgoose(?:\.\w+)+)")
 SOURCE_FILE = re.compile(r"`(?:src/phatgoose/)?((?:[a-z_0-9*]+/)+[a-z_0-9*]+\.(?:py|cpp|toml))`")
+TEXT = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+PROSE = {document: FENCE.sub("", text) for document, text in TEXT.items()}
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-
-
-def prose_of(document: Path) -> str:
-    return FENCE.sub("", TEXT[document])
 
 
 def shell_lines(document: Path) -> Iterator[str]:
@@ -100,7 +97,7 @@ def test_examples_that_say_so_run(document, reader, phat, monkeypatch):
 
 @each_document
 def test_links_lead_to_files_and_headings_that_exist(document):
-    for link in (found["target"] for found in LINK.finditer(prose_of(document))):
+    for link in (found["target"] for found in LINK.finditer(PROSE[document])):
         if re.match(r"\w+:", link):
             continue
         name, _, anchor = link.partition("#")
@@ -124,7 +121,7 @@ def test_commands_in_blocks_can_be_given_as_they_stand(document):
 
 @each_document
 def test_commands_in_the_text_and_their_flags_exist(document):
-    for found in INLINE.finditer(prose_of(document)):
+    for found in INLINE.finditer(PROSE[document]):
         name, *words = found["code"].split()
         if name in {"…", "..."} or name.startswith("-"):
             continue
@@ -144,10 +141,10 @@ def test_recipes_targets_modules_and_files_that_are_named_exist(document):
     for line in shell_lines(document):
         if re.match(r"make \w", line):
             assert re.search(rf"^{re.escape(line.split()[1])}:", makefile, re.M), line
-    for name in MODULE.findall(prose_of(document)):
+    for name in MODULE.findall(PROSE[document]):
         if not name.endswith((".json", ".safetensors", ".png")):
             pkgutil.resolve_name(name)
-    for file in SOURCE_FILE.findall(prose_of(document)):
+    for file in SOURCE_FILE.findall(PROSE[document]):
         assert [*ROOT.glob(file), *(ROOT / "src" / "phatgoose").glob(f"**/{file}")], file
 
 

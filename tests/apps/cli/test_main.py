@@ -2,11 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -61,19 +59,9 @@ def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
         assert outcome.err == "interrupted; train and gate go on with --resume, compare by itself\n"
 
 
-def process(*arguments: str, cwd: Path | None = None) -> Outcome:
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=60)
+def process(*arguments: str) -> Outcome:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def test_the_console_script_tells_an_error_in_one_line(tmp_path):
-    script = Path(sys.executable).parent / "phatgoose"
-    if not script.exists():
-        pytest.skip("the package is not installed with its console script")
-    outcome = process(str(script), "train", "--recipe", "nowhere.toml", cwd=tmp_path)
-    assert outcome.code == 2
-    assert re.fullmatch(r"error: Recipe nowhere\.toml does not exist\.\n", outcome.err)
-    assert outcome.out == ""
 
 
 def test_the_shell_completes_flags(monkeypatch):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,25 +18,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from architectures import make_tiny, random_expert
-from growth_cases import changed
 from oracle import naively_routed
-from phatgoose.apps.generation import generate
-from phatgoose.config import Routing, Training
-from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.evaluation.compare import pool_row
-from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.errors import RoutingError
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import NEVER, ActsOn, beginnings, cache_argument
-from phatgoose.routing import layers
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.export import export
-from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.saved import add_to_saved, load, read_saved, save
 from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
-from phatgoose.tasks.task import Example, Task
 from tiny import logits_of
 
 CALL = (7, 8)  # an invocation sequence
@@ -124,23 +115,6 @@ def test_a_plain_pass_takes_its_tokens_as_the_prompt(case, side):
     for row, prompt in enumerate(PROMPTS):
         real = batch["attention_mask"][row].bool()
         assert_close(got[row][real], case.wanted(prompt, prompt))
-
-
-def test_tokens_on_which_all_act_are_routed_in_one_call(monkeypatch):
-    case, batch, seen = Case("llama", ALIKE), padded([*PROMPTS]), []
-    if not runs_natively(torch.zeros(1)):
-        pytest.skip("the native kernel isn't built")
-    found = layers.one_call
-
-    def watched(*given):
-        added = found(*given)
-        seen.append(len(given[2]) if added else None)
-        return added
-
-    monkeypatch.setattr(layers, "one_call", watched)
-    with torch.no_grad():
-        case.routed(**batch)
-    assert seen == [2 * len(PROMPTS)] * len(composition_of(case.routed).layers)
 
 
 def test_the_experts_of_each_pass_matter(case):
@@ -360,71 +334,11 @@ def test_gradients_are_the_oracles(case):
     assert_close(got, wanted)
 
 
-def test_copies_and_pools_that_change(case, tmp_path):
-    prompt = PROMPTS[0]
-    other = copy.deepcopy(case.routed)
-    first, *rest = case.pool.experts
-    with torch.no_grad():
-        assert_close(other(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
-    grown = compose(Pool((first,)), copy.deepcopy(case.base), router="phatgoose")
-    grown = changed(grown, tmp_path / "grown", case.base, Pool(tuple(rest)))
-    with torch.no_grad():
-        assert_close(grown(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
-    names = [expert.name for expert in rest]
-    grown = changed(grown, tmp_path / "fewer", case.base, fewer=names)
-    assert (composition_of(grown).context is None) == (first.acts_on is None)
-    plain = detach(grown)
-    assert "generate" not in vars(plain)
-
-
-def test_each_thread_has_its_own_prompts(case):
-    found: dict[str, list[Tensor]] = {}
-
-    def work(side: str) -> None:
-        with torch.no_grad():
-            found[side] = [case.routed(**padded([*PROMPTS], side)).logits for _ in range(4)]
-
-    threads = [threading.Thread(target=work, args=(side,)) for side in ("left", "right")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for side, passes in found.items():
-        real = padded([*PROMPTS], side)["attention_mask"].bool()
-        wanted = torch.cat([case.wanted(prompt, prompt) for prompt in PROMPTS])
-        for logits in passes:
-            assert_close(logits[real], wanted)
-
-
-def test_compiling_leaves_the_look_at_prompts_alone(case):
-    torch._dynamo.reset()
-    graph, ids = torch.compile(case.routed, backend="eager"), torch.tensor([PROMPTS[0]])
-    with torch.no_grad():
-        assert_close(graph(ids).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
-    torch._dynamo.reset()
-    whole = torch.compile(case.routed, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="use fullgraph=False"), torch.no_grad():
-        whole(ids)
-    torch._dynamo.reset()
-
-
-def test_evaluation_generates_what_generate_does(llama, llama_pool):
-    model = compose(with_acting(llama_pool, MIXED), copy.deepcopy(llama), router="phatgoose")
-    rows = tuple(Example(text, "x") for text in ("count:", "a longer prompt, count:", "one two"))
-    found = evaluate(model, Task("open", test=rows), max_new_tokens=5, tokenizer=llama.tokenizer)
-    for example, prediction in zip(rows, found.scores[0].predictions, strict=True):
-        answer = generate(model, llama.tokenizer, example.input, 5)
-        assert prediction.answer == answer
-
-
-def test_encoder_decoders_are_refused(tmp_path):
+def test_encoder_decoders_are_refused():
     base = make_tiny("t5")
     pool = acting_pool(base, (None, ActsOn(tail=2)))
     with pytest.raises(RoutingError, match="act from a prompt's end on, but in an"):
         compose(pool, base, router="phatgoose")
-    save(compose(pool.select(pool.names[:1]), base, router="phatgoose"), tmp_path / "routed")
-    with pytest.raises(RoutingError, match="act from a prompt's end on, but in an"):
-        add_to_saved(tmp_path / "routed", pool.select(pool.names[1:]))
 
 
 # Routers.
@@ -463,32 +377,6 @@ def test_merged_experts_each_act_where_they_do():
     assert_close(got, alone(case, prompt, [0.25] * 4))
 
 
-@pytest.mark.parametrize("router", ["arrow", "spectr", "random", "phatgoose"])
-def test_a_tokens_experts_are_of_the_active_ones(router):
-    case, prompt = Case("llama", MIXED, router=router, k=2), PROMPTS[0]
-    layer = next(iter(composition_of(case.routed).layers.values()))
-    seen = []
-    choose = layer.choose
-    layer.choose = lambda *args: seen.append(choose(*args)) or seen[-1]
-    layer.one_call = False
-    with torch.no_grad():
-        case.routed(torch.tensor([prompt]))
-    active = case.active(prompt, len(prompt))[0]
-    sums = seen[0].weights.sum(dim=-1)
-    assert torch.allclose(sums, torch.ones(len(prompt)))  # the first expert always acts
-    idle = ~active.gather(1, seen[0].experts)
-    assert (seen[0].weights[idle] == 0).all()
-
-
-def test_no_setting_but_those_named():
-    for good in ("all", "answer", "generation-prompt", "12"):
-        assert Training(acts_on=good).acts_on == good
-    assert Training(acts_on=12).acts_on == "12"
-    for bad in (0, "0", "-3", "twelve", ""):
-        with pytest.raises(ConfigError, match="acts_on"):
-            Training(acts_on=bad)
-
-
 # Saving, and leaving for other programs.
 
 
@@ -525,14 +413,6 @@ def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, 
         load(tmp_path / "saved", copy.deepcopy(llama))
 
 
-def test_results_are_those_of_experts_that_act_alike(llama_pool):
-    pools = [llama_pool, *(with_acting(llama_pool, (end,) * 4) for end in MIXED)]
-    identities = [
-        str(pool_row("a", "a", pool, Routing(router="phatgoose")).identity) for pool in pools
-    ]
-    assert len(set(identities)) == len({None, *MIXED})
-
-
 @pytest.mark.parametrize(
     "acting", [(ActsOn(invocation=CALL), None, None, None), (ActsOn(tail=2),) * 4]
 )
@@ -541,11 +421,3 @@ def test_they_are_not_exported(llama, llama_pool, tmp_path, acting):
     with pytest.raises(RoutingError, match=r"end on act e0.*, which no adapter"):
         export(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_lm_eval_is_refused_by_name(llama_pool, tmp_path):
-    harness = pytest.importorskip("phatgoose.evaluation.lm_eval", reason="needs phatgoose[lm-eval]")
-    pool = with_acting(llama_pool, MIXED)
-    save(compose(pool, router="phatgoose"), tmp_path / "saved")
-    with pytest.raises(ConfigError, match="lm_eval hands examples over in pieces"):
-        harness.PhatgooseLM(pool=str(tmp_path / "saved"), dtype="float32")

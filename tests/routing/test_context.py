@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from phatgoose.errors import EvaluationError, RoutingError
-from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
@@ -25,7 +24,6 @@ from phatgoose.sites import prompt_stack
 from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
-    CHOOSING,
     OWNERS,
     PROMPTS,
     batch_of,
@@ -99,19 +97,6 @@ def test_blocks_may_have_choices_of_their_own():
     assert choice.lone() is None
 
 
-def test_several_experts_of_a_row_act_with_its_weights():
-    router = site_of([0, 2, 3], {3: 0.7, 1: 0.3}, {0: 0.6, 3: 0.4})
-    decision = router(torch.zeros(4, 5))
-    assert decision.experts[:, 0].tolist() == [2, 2, 0, 0]
-    absent = torch.tensor([[0.7, 0], [0.7, 0], [0.6, 0.4], [0.6, 0.4]])  # e1 isn't here
-    assert torch.equal(decision.weights, absent)
-    spread = torch.tensor([[0, 0, 0.7], [0, 0, 0.7], [0.6, 0, 0.4], [0.6, 0, 0.4]])
-    assert torch.equal(router.distribution(torch.zeros(4, 5)), spread)
-    # One that is absent takes nothing from the first of the site.
-    few = site_of([0, 2], {0: 0.7, 1: 0.3}).distribution(torch.zeros(1, 5))
-    assert few.tolist() == [[pytest.approx(0.7), 0]]
-
-
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
@@ -134,7 +119,7 @@ def test_a_batch_is_that_of_its_thread_and_of_no_copy():
     assert pickle.loads(pickle.dumps(context)).choice is None
 
 
-@pytest.mark.parametrize("wants_routed", [detach, composition_of, lambda m: record(m).__enter__()])
+@pytest.mark.parametrize("wants_routed", [detach, composition_of])
 def test_a_plain_model_is_not_routed(llama, wants_routed):
     with routing_for(llama.model, [[1, 2]], task="any") as before_pass:
         before_pass([0])  # it may be announced to all the same
@@ -231,71 +216,6 @@ def test_an_encoders_outputs_are_those_of_their_own_prompts_after_an_announcemen
     with pytest.raises(RoutingError, match="pass the whole prompt without"):
         model(encoder_outputs=copied, decoder_input_ids=answer)
     detach(base.model)
-
-
-@retrieving
-@both_streams
-def test_the_next_batch_has_its_own_experts(base, pool):
-    model = compose_by("retrieval", pool, base)
-    for texts in (PROMPTS[:2], PROMPTS[2:], PROMPTS[:1]):
-        passed(base, model, *batch_of(base, texts))
-        owners = OWNERS[PROMPTS.index(texts[0]) :][: len(texts)]
-        assert read_by(model) == [int(name[1]) for name in owners]
-
-
-@retrieving
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"], indirect=True)
-def test_tokens_after_a_cached_prompt_keep_its_experts(base, pool):
-    model = compose_by("retrieval", pool, base)
-    ids, mask = batch_of(base, PROMPTS)
-    whole = logits_of(model, ids, attention_mask=mask)
-    owners = read_by(model)
-    longer = torch.cat([mask, torch.ones(len(ids), 3).long()], dim=1)
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
-    first = logits_of(model, ids, attention_mask=mask, use_cache=True, **cache)
-    logits_of(model, make_ids(len(ids), 3), attention_mask=longer, use_cache=True, **cache)
-    assert read_by(model) == owners
-    assert_same_logits(first, whole)
-
-
-@retrieving
-@both_streams
-def test_after_an_evaluation_prompts_are_read_again(base, pool):
-    model = compose_by("retrieval", pool, base)
-    wanted = passed(base, model, *batch_of(base, PROMPTS))
-    evaluate(model, CHOOSING)
-    assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
-    with routing_for(model, [[1, 2, 3]]):
-        pass
-    assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
-
-
-@retrieving
-@pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
-def test_embedded_inputs_can_not_be_read(base, pool):
-    model = compose_by("retrieval", pool, base)
-    embedded = model.get_input_embeddings()(make_ids(rows=2))
-    with pytest.raises(RoutingError, match="pass input_ids"):
-        model(inputs_embeds=embedded)
-    composition_of(model).context.use(Choice.alone(torch.tensor([1, 3])))
-    got = model(inputs_embeds=embedded).logits
-    composition_of(model).context.use(None)
-    detach(model)
-    wanted = by_single(
-        base, pool, ("e1", "e3"), lambda m, i: m(inputs_embeds=embedded[i : i + 1]).logits
-    )
-    assert_same_logits(got, torch.cat(wanted))
-
-
-@retrieving
-def test_an_evaluation_that_fails_leaves_the_router_reading(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    wanted = logits_of(model, batch_of(llama, PROMPTS[:1])[0])
-    llama.model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(EvaluationError, match="not numbers"):
-        evaluate(model, CHOOSING)
-    assert logits_of(model, batch_of(llama, PROMPTS[:1])[0]).shape == wanted.shape
-    assert read_by(model) == [0]
 
 
 def cache_in(output):
@@ -399,28 +319,3 @@ def test_a_copy_reads_its_own_prompts(llama, llama_pool, copied):
     _, mixture, _ = reading(twin, ids, prompt_lookup_num_tokens=4)
     assert composition_of(model).context.choice is None
     assert torch.equal(mixture.experts, reading(model, ids)[1].experts)
-
-
-@retrieving
-def test_a_second_turn_in_the_same_cache_may_be_drafted(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    ids, more = (batch_of(llama, [text])[0] for text in (REPEATING[0], REPEATING[1]))
-    got = []
-    for options in ({}, {"prompt_lookup_num_tokens": 4}):
-        cache = {cache_argument(model): DynamicCache(config=model.config)}
-        first, mixture, _ = reading(model, ids, **cache, **options)
-        second, after, _ = reading(model, torch.cat([first, more], dim=1), **cache, **options)
-        assert torch.equal(after.experts, mixture.experts)
-        got.append(second)
-    assert torch.equal(*got)
-
-
-@retrieving
-@pytest.mark.parametrize("router", ["discriminant", "retrieval"])
-def test_a_model_may_draft_for_itself(llama, llama_pool, router):
-    model = compose_by(router, llama_pool, llama)
-    ids, _ = batch_of(llama, REPEATING[:1])
-    wanted, mixture, _ = reading(model, ids)
-    got, read, _ = reading(model, ids, assistant_early_exit=1)
-    assert torch.equal(got, wanted)
-    assert torch.equal(read.experts, mixture.experts)

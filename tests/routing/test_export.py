@@ -13,18 +13,15 @@ from mixed_experts import ordered
 from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, open_model
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.export import (
-    ANSWER_TOKENS,
     EXPORT_INFO,
     export,
     fidelity,
     fixed_update,
     merged_layer,
     prompt_texts,
-    reading,
     shares_for,
     shares_of,
 )
@@ -212,20 +209,6 @@ def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, 
         export(model, tmp_path / "there")
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_what_few_examples_chose_leaves_as_it_is(llama, llama_pool, tmp_path, count):
-    rows = [{"input": "5 + 6 = 11", "target": "zigzag"}, {"input": "WHO?", "target": "zigzag"}]
-    path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = compose(Pool(llama_pool.experts[:count]), llama, router=f"few-shot:examples={path}")
-    chosen = composition_of(model).router.chosen
-    result = export(model, tmp_path / "out", merged=True)
-    told_to_be_near(result)
-    assert result.shares.whole() == {
-        name: float(name == chosen) for name in llama_pool.names[:count]
-    }
-
-
 def test_differences_are_means_over_all_tokens_and_the_vocabulary(llama, llama_pool):
     model = compose(llama_pool, llama, k=2, router="phatgoose")
     base = {site: layer.base for site, layer in composition_of(model).layers.items()}
@@ -268,22 +251,6 @@ def test_shares_are_means_over_tokens_then_prompts(llama, llama_pool):
     model.phatgoose.tokenizer = None
     with pytest.raises(ConfigError, match="tokenizer"):
         shares_of(model, texts)
-
-
-@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-def test_a_decoder_reads_the_models_own_answer(base, kind, pool):
-    model = compose(pool, base, k=2, router="phatgoose")
-    texts = prompt_texts(["to be", "or not to be"])
-    inputs = list(reading(model, base.tokenizer, texts))
-    for each, text in zip(inputs, texts.examples, strict=True):
-        assert each["input_ids"][0].tolist() == base.tokenizer(text.input)["input_ids"]
-        assert ("decoder_input_ids" in each) is (kind == "t5")
-    if kind == "t5":
-        start = model.config.decoder_start_token_id
-        for each in inputs:
-            answer = each["decoder_input_ids"][0]
-            assert answer[0] == start
-            assert 1 <= len(answer) <= ANSWER_TOKENS
 
 
 def test_a_weight_that_is_elsewhere_can_not_be_merged(llama, llama_pool):

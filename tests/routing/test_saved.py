@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from growth_cases import NAMES, changed, composed
+from growth_cases import composed
 from mixed_experts import ordered, renamed
 from phatgoose.base import Base, load_base
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
@@ -113,13 +113,6 @@ def test_the_loaded_model_can_be_given_its_base_in_any_type(llama, model, tmp_pa
         load(tmp_path / "routed", make_model("llama", seed=1))
 
 
-def test_a_model_in_bfloat16_is_loaded_bit_for_bit(llama, llama_pool, tmp_path):
-    model = compose(llama_pool, load_base(llama.id, dtype="bfloat16"), router="phatgoose")
-    save(model, tmp_path / "routed")
-    loaded = load(tmp_path / "routed", dtype="bfloat16")
-    assert torch.equal(logits_of(loaded, make_ids()), logits_of(model, make_ids()))
-
-
 def test_what_is_in_the_file_is_mapped_and_not_copied(pair):
     tensors = read_saved(pair).tensors
     storages = [tensors[name].untyped_storage() for name in tensors if name[1] == "."]
@@ -214,15 +207,6 @@ def test_a_push_to_the_hub_takes_the_routed_model_along(model, monkeypatch):
         model.save_pretrained("x", push_to_hub=True)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_transformers_alone_takes_a_routed_folder_for_no_model(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer("say a").input_ids == model.tokenizer("say a").input_ids
-    with pytest.raises(ValueError, match="model type `phatgoose`"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 def test_the_card_of_a_stranger_s_model_holds_no_markdown(model, tmp_path):
     save(model, tmp_path / "routed")
     card = (tmp_path / "routed" / "README.md").read_text()
@@ -308,15 +292,6 @@ def test_types_that_differ_from_site_to_site_stay(base_folders, pool_of, tmp_pat
     assert_is_that_of(tmp_path / "routed", "average-activation", pool, half)
     types = {t.dtype for t in load_file(tmp_path / "routed" / "routed.safetensors").values()}
     assert types >= {torch.float16, torch.float32}
-
-
-def test_an_expert_at_new_sites_is_rounded_once(llama, uneven, tmp_path):
-    base = load_base(llama.id, dtype="bfloat16")
-    model = composed("phatgoose", uneven.select(["e1"]), base)
-    grown = changed(model, tmp_path / "routed", base, uneven.select(["e2"]))
-    wanted = composed("phatgoose", uneven.select(["e1", "e2"]), base)
-    assert grown.phatgoose.layers.keys() == wanted.phatgoose.layers.keys()
-    assert torch.equal(logits_of(grown, make_ids()), logits_of(wanted, make_ids()))
 
 
 def test_what_else_is_in_the_folder_stays_as_it_is(llama, uneven, pair, tmp_path):
@@ -420,12 +395,6 @@ def test_who_can_not_leave_changes_nothing(pair, leaving, said):
     with pytest.raises(PoolError, match=said):
         remove_from_saved(pair, leaving)
     assert contents(pair) == before
-
-
-def test_a_lowered_k_is_told(uneven, llama, tmp_path):
-    save(compose(uneven, llama, k=3, router="phatgoose"), tmp_path / "routed")
-    with pytest.warns(UserWarning, match="k is 3, but the pool then has 1 expert;"):
-        remove_from_saved(tmp_path / "routed", NAMES[1:])
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import RoutingError
 from ..experts.kind import dense_weights
 from ..passes import TokenMasks, in_context, token_masks
 from ..sites import ROUTED, Site, Stream
@@ -109,11 +107,8 @@ def watches_over(layer: nn.Module, site: Site) -> list[Watch]:
 
 @contextmanager
 def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
-    """Call `callback` for each routing decision of `model` in this thread, uncompiled meanwhile.
-
-    Raises RoutingError when `model` is not routed.
-    """
-    layers = _parts(model).layers
+    """Call `callback` for each decision of routed `model` in this thread; nothing is compiled."""
+    layers = getattr(model, ROUTED).layers
     with (
         _UNCOMPILED,
         token_masks(model) as masks,
@@ -129,19 +124,13 @@ def unwatched() -> AbstractContextManager[None]:
 
 @contextmanager
 def record(model: PreTrainedModel) -> Iterator[Recording]:
-    """A `Recording` that fills with every routing decision of `model` while the context is open.
+    """A `Recording` that fills with every decision of the routed `model` while the context is open.
 
-    Only calls of this thread are recorded. Raises RoutingError when `model` is not routed.
+    Only calls of this thread are recorded.
     """
-    recording = Recording(_parts(model).experts)
+    recording = Recording(getattr(model, ROUTED).experts)
     with watch(model, recording.add):
         yield recording
-
-
-def _parts(model: PreTrainedModel) -> Any:  # a Composition, which is made of watched layers
-    if not hasattr(model, ROUTED):
-        raise RoutingError("This model is not routed; make one with compose(pool).")
-    return getattr(model, ROUTED)
 
 
 @dataclass
@@ -201,8 +190,6 @@ class Recording:
             for site, passes in held.items()
             if self.streams[site] == stream
         ]
-        if not rows:
-            raise RoutingError("Nothing was recorded: no pass of the model ran meanwhile.")
         tokens = max(map(len, rows))
         return [each for each in rows if len(each) == tokens]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import stat
@@ -81,31 +80,3 @@ def test_a_folder_that_others_could_write_to_is_not_used(source, folder, tmp_pat
     (line,) = caplog.messages
     assert "built for this process alone" in line
     assert "\n" not in line
-
-
-@pytest.mark.skipif(
-    not hasattr(ctypes.pythonapi, "GOMP_parallel"), reason="torch has no OpenMP like GNU's"
-)
-@pytest.mark.parametrize("is_clang", [False, True])
-def test_no_second_openmp_is_named_beside_torchs(source, folder, monkeypatch, is_clang):
-    run = building._run_compiler
-
-    def told(*command: str) -> bytes:
-        asked = b"#define __clang__ 1\n" if is_clang and "-dM" in command else b""
-        return run(*command) + asked
-
-    monkeypatch.setattr(building, "_run_compiler", told)
-    monkeypatch.setattr(building, "FLAGS", ("-fPIC", "-fopenmp"))
-    source.write_text(
-        'extern "C" int answer() {\n    int total = 0;\n'
-        "#pragma omp parallel for reduction(+ : total)\n"
-        "    for (int i = 0; i < 42; i++) total++;\n    return total;\n}\n"
-    )
-    (kept,) = built(source, folder)
-    assert (b"libgomp" in kept.read_bytes()) == is_clang
-
-
-def test_more_flags_make_another_library(source, folder, monkeypatch):
-    assert len(built(source, folder)) == 1
-    monkeypatch.setenv("PHATGOOSE_NATIVE_FLAGS", "-O1 -g")
-    assert len(built(source, folder)) == 2

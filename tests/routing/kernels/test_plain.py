@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +18,6 @@ from kernel_problems import (
     make_problem,
     problems_of,
 )
-from phatgoose.config import Kernel, Routing
-from phatgoose.errors import ConfigError
 from phatgoose.experts.kind import expert_products
 from phatgoose.routing.kernels import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import runs_natively
@@ -85,14 +81,6 @@ def test_an_expert_nobody_chose_adds_nothing_and_gets_no_gradient(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ON_CPUS)
-def test_the_result_has_the_dtype_of_the_activations(name, dtype):
-    problem = make_problem(dtype=dtype)
-    assert problem.weights.dtype == torch.float32
-    assert problem.solved_by(name)[0].dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_run_of_rows_meets_its_own_factor(dtype):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(7, 8, generator=generator).to(dtype)
@@ -119,17 +107,3 @@ def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monke
         assert chosen_by_auto(problem) == "native"
     monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
     assert chosen_by_auto(problem) == name
-
-
-def test_auto_takes_a_kernel_with_gradients_where_they_are_wanted():
-    problem = make_problem(E=8)
-    problem.u = problem.u.requires_grad_()
-    assert chosen_by_auto(problem) in DIFFERENTIABLE
-    with torch.no_grad():
-        assert chosen_by_auto(problem) == "native" or not runs_natively(problem.u, problem.A)
-
-
-def test_the_setting_knows_all_kernels():
-    assert ("auto", *KERNELS) == get_args(Kernel)
-    with pytest.raises(ConfigError, match="fastest"):
-        Routing(kernel="fastest")

@@ -77,15 +77,6 @@ def test_what_is_compiled_serves_and_names_no_runtime_of_openmp(source, tmp_path
     assert all(b"libgomp" not in each.read_bytes() for each in made)
 
 
-@needs_compiler
-def test_a_compiler_that_fails_or_is_not_there_is_an_oserror(source, tmp_path):
-    with pytest.raises(OSError, match="no-such-compiler"):
-        compile_levels(source, tmp_path, "no-such-compiler")
-    source.write_text("nonsense")
-    with pytest.raises(OSError, match=r"small\.cpp"):
-        compile_levels(source, tmp_path)
-
-
 EVERY = [level.name for level in LEVELS]
 
 

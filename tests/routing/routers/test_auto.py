@@ -7,20 +7,15 @@ import logging
 from dataclasses import replace
 
 import pytest
-import torch
 
-from mixed_experts import make_ia3
 from phatgoose.config import Routing
-from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import auto
-from phatgoose.routing.routers.auto import BY_TOKEN, DECODER_ONLY, first_allowed, settled
-from phatgoose.routing.routers.registry import class_of
+from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, settled
 from phatgoose.routing.saved import save
 from routed_models import with_embeddings
-from tiny import logits_of, make_adapter, make_ids
 
 BARE = {"gates": {}, "means": {}, "readings": {}, "embeddings": None}
 
@@ -54,21 +49,6 @@ def test_a_decoder_gets_the_first_that_every_expert_allows(llama, embedded, lack
     assert found == Routing(router=wanted, kernel="reference")
 
 
-def test_a_model_without_its_tokenizer_gets_none_that_reads_prompts(llama, llama_pool):
-    model = compose(llama_pool, llama.model, router="auto")
-    assert composition_of(model).routing.router == "phatgoose"
-    detach(model)
-
-
-def test_a_k_that_it_has_no_use_for_is_told(llama, embedded):
-    unlike = [replace(each, modules={}) for each in stripped(embedded, *BARE).experts]
-    with pytest.warns(UserWarning, match="Router auto is merged, which doesn't use k"):
-        found = settled(
-            Routing(router="auto", k=5), Pool(tuple(unlike)), llama.model, llama.tokenizer
-        )
-    assert found == Routing(router="merged", k=5)
-
-
 def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
     llama, embedded, monkeypatch
 ):
@@ -90,21 +70,6 @@ def test_an_encoder_decoder_gets_the_papers(base, pool):
     assert settled(Routing(), bare, base.model, base.tokenizer).router == "arrow"
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize(
-    ("make", "wanted"), [(make_adapter, "arrow"), (make_ia3, "merged")], ids=["lora", "ia3"]
-)
-def test_imported_adapters_alone_are_composed(llama, tmp_path, make, wanted, count):
-    for seed in range(count):
-        adapter = make(llama, tmp_path / "adapters" / f"e{seed}", seed=seed)
-        import_adapter(adapter, tmp_path / "pool" / f"e{seed}", base=llama.id, fingerprint=True)
-    before = logits_of(llama.model, make_ids())
-    model = compose(tmp_path / "pool", llama)
-    assert composition_of(model).routing.router == wanted
-    assert not torch.equal(logits_of(model, make_ids()), before)
-    detach(model)
-
-
 def test_where_prompts_come_in_pieces_auto_goes_by_tokens(llama_pool, embedded):
     assert first_allowed(Routing(), embedded, BY_TOKEN).router == "phatgoose"
     assert (
@@ -112,19 +77,13 @@ def test_where_prompts_come_in_pieces_auto_goes_by_tokens(llama_pool, embedded):
     )
 
 
-def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can_give():
-    for names in (DECODER_ONLY, BY_TOKEN):
-        assert not class_of(names[-1]).needs
-        assert not any(class_of(name).given for name in names)
-
-
 def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog):
     caplog.set_level(logging.INFO, "phatgoose")
     model = compose(stripped(llama_pool, "readings"), llama, router="auto")
     assert composition_of(model).routing.router == "phatgoose"
     assert caplog.messages[-1] == (
-        "Router auto is phatgoose; routers tried before it need readings of all experts (1 of 4 "
-        "lack them), embeddings (phatgoose stats)."
+        "Router auto is phatgoose; routers tried before it need readings (phatgoose stats), "
+        "embeddings (phatgoose stats) of all experts."
     )
     save(model, tmp_path / "routed")
     detach(model)

@@ -12,11 +12,8 @@ from phatgoose.errors import PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import record
 from phatgoose.routing.routers.discriminant import (
     VARIED,
-    bound_of,
     bounded_means,
     bounded_variances,
     line_of,
@@ -65,19 +62,6 @@ def test_each_block_chooses_by_its_own_reading(base, pool, share):
     assert (chosen[:, 0] != chosen[:, 1]).any() or share < 1  # blocks differ somewhere
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_sites_follow_the_choice_of_their_block(llama, llama_pool, k):
-    model = compose(llama_pool, llama, k=k, router="discriminant:per_block=1")
-    prompt = llama.tokenizer(PROMPTS[0])["input_ids"]
-    with record(model) as recording, torch.no_grad():
-        model(torch.tensor([prompt]))
-    choice = composition_of(model).prompt_router.choose([prompt], model)
-    for site, (weights,) in recording.weights.items():
-        here = choice.at(int(site.split(".")[2]))
-        wanted = torch.zeros(4).scatter(0, here.experts[0], here.weights[0])
-        torch.testing.assert_close(weights[0], wanted.expand(len(prompt), -1))
-
-
 @both_streams
 def test_prompts_of_a_task_go_to_its_expert(base, pool):
     model = compose(trained_on(base, pool), base, router="discriminant")
@@ -96,16 +80,6 @@ def test_experts_that_were_measured_on_one_prompt_each_are_refused(llama, llama_
     detach(llama.model)
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
         compose(pool, llama, router="discriminant:task_variance=1")
-
-
-def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
-    """On average over each expert's own prompts and over experts, by the definition of D."""
-    means = torch.stack([e.readings["whole.mean"][0] for e in llama_pool.experts])
-    model = compose(llama_pool, llama, router="discriminant")
-    lines = composition_of(model).prompt_router.ready
-    scores = means @ lines.slopes[0] + lines.offsets[0]
-    assert scores.diagonal().mean().item() == pytest.approx(0.5, abs=1e-4)
-    assert (scores.sum() - scores.trace()).item() / 12 < 0
 
 
 def turned(pool: Pool, z: int, change) -> Pool:
@@ -155,28 +129,14 @@ def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool
     assert (margins(scores) > 0.1 * margins(plain)).all()
 
 
-def test_readings_of_another_base_are_refused(llama, llama_pool):
+def test_readings_of_several_bases_are_refused(llama, llama_pool):
     first, second = llama_pool.experts[:2]
     deep = {part: tensor[:1] for part, tensor in second.readings.items()}
     with pytest.raises(PoolError, match=r"different shapes .*can't be of one base"):
         compose(Pool((first, replace(second, readings=deep))), llama, router="discriminant")
-    for cut, told in (((slice(1),), "1 blocks of 32 numbers"), ((..., slice(16)), "2 .* of 16")):
-        both = [
-            replace(e, readings={part: tensor[cut] for part, tensor in e.readings.items()})
-            for e in (first, second)
-        ]
-        model = compose(Pool(tuple(both)), llama, router="discriminant")
-        with pytest.raises(RoutingError, match=rf"readings of {told}.*; the model has 2 of 32"):
-            scores_of(model, PROMPTS)
-        detach(model)
 
 
 # Bounds on single contributions to statistics of a pool
-
-
-def test_a_bound_is_the_number_of_experts_times_the_median():
-    assert bound_of(torch.tensor([1.0, 2.0, 3.0, 100.0])) == 4 * 2.5
-    assert bound_of(torch.tensor([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])).tolist() == [6, 18]
 
 
 def test_what_lies_within_its_bound_is_not_changed_by_a_bit():
@@ -221,14 +181,6 @@ def test_one_covariance_adds_some_medians_at_most_in_its_direction(experts):
     assert float(within[0, 2]) == pytest.approx(
         VARIED * experts * float(spread.quantile(0.5)), rel=1e-4
     )
-
-
-def test_two_experts_have_no_bounds():
-    means = torch.stack([random(4), 1e6 * random(4, seed=1)])
-    assert torch.equal(bounded_means(means), means)
-    factor = torch.stack([random(2, 4), 1e6 * random(2, 4, seed=1)]).double()
-    rest = torch.zeros(2, 4).double()
-    torch.testing.assert_close(bounded_variances(means.double(), factor, rest)[0], factor)
 
 
 @pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])

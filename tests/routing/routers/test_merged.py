@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from phatgoose.base import load_base
 from phatgoose.experts.lora import LoraStack
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
+from phatgoose.routing.layers import FoldedLinear, folded_weight, is_cheaper_folded
 from phatgoose.routing.recording import record
 from phatgoose.routing.saved import load, save
 from tiny import assert_same_logits, logits_of, make_ids
@@ -88,56 +88,6 @@ def test_folding_is_for_factors_that_outnumber_the_weights(experts, cheaper):
     assert is_cheaper_folded(Conv1D(48, 16), stack) is cheaper
 
 
-class Quantised(nn.Module):
-    """A linear layer whose weight is packed in whole numbers."""
-
-    def __init__(self, plain: nn.Module) -> None:
-        super().__init__()
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.plain, self.bias = plain, None
-        self.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.plain(u)
-
-
-class QuantisedLinear(nn.Linear):
-    """The same, dressed up as torch's own class."""
-
-    def __init__(self, plain: nn.Module) -> None:
-        super().__init__(plain.in_features, plain.out_features, bias=False)
-        self.plain = plain
-        self.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.plain(u)
-
-
-@pytest.mark.parametrize("make", [Quantised, QuantisedLinear])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_quantised_base_is_merged_at_the_side(llama, pool_of, tmp_path, make, dtype):
-    pool = pool_of("llama", LARGE)
-
-    def quantised():
-        base = load_base(llama.id, dtype=dtype)
-        attention = base.model.get_submodule(SITE.rpartition(".")[0])
-        attention.q_proj = make(attention.q_proj)
-        return base
-
-    ids = make_ids(rows=2)
-    model = compose(pool, quantised(), router="merged")
-    assert layers_of(model, RoutedLinear) == {SITE}
-    layer = composition_of(model).layers[SITE]
-    assert layer.A.dtype == getattr(torch, dtype)
-    got = logits_of(model, ids)
-    if dtype == "float32":
-        assert_same_logits(got, logits_of(merged_by_hand(llama, pool), ids))
-    save(model, tmp_path / "routed")
-    loaded = load(tmp_path / "routed", quantised())
-    assert composition_of(loaded).layers[SITE].A.dtype == getattr(torch, dtype)
-    assert torch.equal(logits_of(loaded, ids), got)
-
-
 class Doubling(nn.Linear):
     """A linear layer that is more than its weight, as those in 8-bit floats are."""
 
@@ -168,43 +118,6 @@ def test_a_weight_in_bfloat16_is_rounded_once(conv):
     assert (got.dtype, got.shape) == (torch.bfloat16, (48, 16))
     half_a_step = torch.finfo(torch.bfloat16).eps / 2
     assert ((got.double() - exact).abs() <= 1.01 * half_a_step * exact.abs() + 1e-6).all()
-
-
-@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), LARGE], ids=["factored", "folded"])
-def test_a_recording_shows_all_experts_alike_and_no_padding(base, kind, pool_of, ranks):
-    pool = pool_of(kind, ranks)
-    model = compose(pool, base, router="merged")
-    ids = make_ids(rows=2, tokens=6)
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    inputs = {"decoder_attention_mask": mask} if base.is_encoder_decoder else {}
-    with record(model) as recording:
-        logits = logits_of(model, ids, attention_mask=mask, **inputs)
-    share = torch.full((len(pool),), 1 / len(pool))
-    assert recording.usage().keys() == set(pool.sites)
-    for site, usage in recording.usage().items():
-        torch.testing.assert_close(usage, share)
-        (weights,), (real,) = recording.weights[site], recording.real[site]
-        assert torch.equal(real, mask.bool())
-        assert not weights[~real].any()
-        torch.testing.assert_close(weights[real], share.expand(10, -1))
-    torch.testing.assert_close(recording.by_token(), share.expand(6, -1))
-    assert torch.equal(logits_of(model, ids, attention_mask=mask, **inputs), logits)
-
-
-def test_a_folded_model_looks_like_its_base_and_gives_it_back(base, large):
-    modules = dict(base.model.named_modules())
-    state = {key: value.clone() for key, value in base.model.state_dict().items()}
-    model = compose(large, base, router="merged")
-    for site, layer in composition_of(model).layers.items():
-        assert layer.base is modules[site]
-        assert layer.weight is modules[site].weight
-        assert layer.bias is modules[site].bias
-        assert layer.folded.shape == (layer.out_features, layer.in_features)
-    assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    detach(model)
-    assert dict(base.model.named_modules()) == modules
 
 
 @pytest.mark.parametrize("rank", [2, 30], ids=["factored", "folded"])

@@ -12,13 +12,9 @@ from transformers import PreTrainedModel
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, open_prompt_router
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers import retrieval
 from phatgoose.routing.saved import add_to_saved, load, save
-from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, tokens_of
-from toy_embedders import toy_embed
 
 pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
 
@@ -65,10 +61,10 @@ def test_experts_of_other_sizes_do_not_join(llama, llama_pool, tmp_path):
     save(compose(pool.select(["e0", "e1"]), llama, router="centroid"), tmp_path / "routed")
     expert = pool.experts[2]
     other = replace(expert, info=replace(expert.info, embedder="another/one"))
-    with pytest.raises(PoolError, match="come from another/one, those there from sent"):
+    with pytest.raises(PoolError, match=r"statistics are .*another/one.*, those there .*sent"):
         add_to_saved(tmp_path / "routed", Pool((other,)))
     short = replace(expert, embeddings=expert.embeddings[:, :8])
-    with pytest.raises(PoolError, match=r"new experts' centroids have shape \(8,\), .* \(64,\)"):
+    with pytest.raises(PoolError, match=r"centroids': \[8\].* those there .*\[64\]"):
         add_to_saved(tmp_path / "routed", Pool((short,)))
 
 
@@ -146,19 +142,6 @@ def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
 
 
 # Embeddings
-
-
-@pytest.mark.parametrize("router", BY_TEXT)
-def test_texts_are_embedded_as_training_inputs_are(llama, llama_pool, monkeypatch, router):
-    seen = []
-    model = compose(with_embeddings(llama_pool), llama, router=router)
-    monkeypatch.setattr(
-        retrieval, "embed_texts", lambda *given: seen.append(given) or toy_embed(given[0])
-    )
-    experts_of(model, PROMPTS[:1])
-    example = Example("a", "b", ("b", "c"))
-    composition_of(model).context.choose(tokens_of(model, ["a"]), examples=[example])
-    assert [texts for texts, _ in seen] == [["plums or apples"], ["a"]]
 
 
 @pytest.mark.parametrize("router", BY_TEXT)

@@ -16,7 +16,6 @@ from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import PromptRouter, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import load, save
@@ -27,7 +26,6 @@ from topic_prompts import (
     ASKED_OWNERS,
     CHOOSING,
     CHOSEN_OWNERS,
-    OPEN,
     OWNERS,
     PROMPTS,
     batch_of,
@@ -132,45 +130,6 @@ def test_choices_are_ranked_by_the_expert_of_the_input(
             if name != owners[i]
         ]
         assert not any(scores == pytest.approx(wanted.scores, abs=1e-3) for scores in others)
-
-
-@retrieving
-def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "phatgoose.routing.routers.retrieval.embed_texts",
-        lambda texts, embedder: seen.append((list(texts), embedder)) or toy_embed(texts),
-    )
-    evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)
-    assert [len(texts) for texts, _ in seen] == [5, 5]
-    assert {embedder for _, embedder in seen} == {DEFAULT_EMBEDDER}
-    assert seen[0][0][3] == "say"  # as a served prompt is embedded, without its choices
-    assert seen[1][0][0] == "plums or apples"
-
-
-@retrieving
-def test_an_expert_adds_nothing_where_it_does_not_act(llama, make_expert):
-    pool = Pool(
-        (
-            make_expert(llama, "e0", target_modules=["q_proj", "up_proj"]),
-            make_expert(llama, "e1", seed=1, target_modules=["q_proj", "v_proj"]),
-        )
-    )
-    prompts, owners = PROMPTS[:2], OWNERS[:2]
-    ids, mask = batch_of(llama, prompts)
-    wanted = by_single(
-        llama, pool, owners, lambda model, i: passed(llama, model, ids[i : i + 1], mask[i : i + 1])
-    )
-    model = compose_by("retrieval", pool, llama)
-    with record(model) as recording:
-        got = passed(llama, model, ids, mask)
-    assert_same_logits(got, torch.cat(wanted))
-    shares = mask.sum(dim=1) / mask.sum()
-    layer = "model.layers.0."
-    usage = recording.usage()
-    torch.testing.assert_close(usage[f"{layer}self_attn.q_proj"], shares)
-    torch.testing.assert_close(usage[f"{layer}mlp.up_proj"], shares * torch.tensor([1, 0]))
-    torch.testing.assert_close(usage[f"{layer}self_attn.v_proj"], shares * torch.tensor([0, 1]))
 
 
 @retrieving

@@ -49,7 +49,7 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
             continue
         if routing.k is not None and OURS[name].k is None:
             warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=4)
-        logger.info("Router auto is %s%s.", name, _why(missing, pool))
+        logger.info("Router auto is %s%s.", name, _why(missing))
         return replace(routing, router=name)
     raise PoolError(NO_CHOICE)
 
@@ -70,12 +70,7 @@ def _unmet(pool: Pool, router: str) -> list[str]:
     return unmet
 
 
-def _why(missing: Iterable[str], pool: Pool) -> str:
-    named, commands = [], dict[str, None]()
-    for need in missing:
-        lack = len(pool.lacking(need)) if need in REMEDIES else 0
-        some = f" of all experts ({lack} of {len(pool)} lack them)" if 0 < lack < len(pool) else ""
-        named.append({"lora": "LoRAs"}.get(need, need) + some)
-        commands |= {f"phatgoose {REMEDIES[need]}": None} if need in REMEDIES else {}
-    adds = f" ({', '.join(commands)})" if commands else ""
-    return f"; routers tried before it need {', '.join(named)}{adds}" if named else ""
+def _why(missing: Iterable[str]) -> str:
+    commands = {need: f" (phatgoose {REMEDIES[need]})" for need in REMEDIES}
+    named = ({"lora": "LoRAs"}.get(need, need) + commands.get(need, "") for need in missing)
+    return f"; routers tried before it need {', '.join(named)} of all experts" if missing else ""

@@ -22,7 +22,6 @@ from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, READ, prompt_states
 from ...files import is_finite
-from ...sites import blocks_of
 from ...tasks.prompt_passes import PromptReading
 from .phatgoose import Temperature
 from .prompt import ReadsBase, Tables
@@ -109,13 +108,6 @@ class Discriminant(ReadsBase):
         return line_of(moments, self.shrinkage, self.task_variance, self.name)
 
     def reading(self, base: PreTrainedModel, ready: Lines) -> PromptReading:
-        blocks, size, _ = ready.slopes.shape
-        hidden = getattr(base.config.get_text_config(), "hidden_size", size)
-        if (len(blocks_of(base)), hidden) != (blocks, size):
-            raise RoutingError(
-                f"Router {self.name} has readings of {blocks} blocks of {size} numbers; the model "
-                f"has {len(blocks_of(base))} of {hidden}."
-            )
         return prompt_states(base)
 
     def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:

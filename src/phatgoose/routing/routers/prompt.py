@@ -49,19 +49,21 @@ class Tables:
 
     def grown(self, more: Tables) -> Tables:
         """These experts and `more`, in order. Raises PoolError when they can't be compared."""
-        theirs, ours = (info.get("embedder") for info in (more.info, self.info))
-        if theirs != ours:
-            raise PoolError(f"The experts' embeddings come from {theirs}, those there from {ours}.")
-        tensors = {}
-        for name, old in self.tensors.items():
-            new = more.tensors[name]
-            if old.shape[1:] != new.shape[1:]:
-                raise PoolError(
-                    f"The new experts' {name} have shape {tuple(new.shape[1:])}, those of the "
-                    f"pool {tuple(old.shape[1:])}; measure them again."
-                )
-            # Owners are indices, which go on from the experts before.
-            tensors[name] = torch.cat([old, new + len(self.names) if name == OWNERS else new])
+        forms = [
+            {n: [*t.shape[1:]] for n, t in each.tensors.items()} | {"by": each.info.get("embedder")}
+            for each in (more, self)
+        ]
+        if forms[0] != forms[1]:
+            raise PoolError(
+                f"The new experts' statistics are {forms[0]}, those there {forms[1]}; measure them "
+                f"again."
+            )
+        # Owners are indices, which go on from the experts before.
+        owners = {OWNERS: len(self.names)}
+        tensors = {
+            name: torch.cat([rows, more.tensors[name] + owners.get(name, 0)])
+            for name, rows in self.tensors.items()
+        }
         return Tables((*self.names, *more.names), tensors, self.info)
 
     def shrunk(self, place: Tensor) -> Tables:

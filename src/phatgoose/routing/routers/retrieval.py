@@ -132,8 +132,6 @@ class Retrieval(Embeds):
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
             return super().choose(chooser, prompts, base, known)
-        if known.get("examples") is None:
-            raise RoutingError(self.unserved)
         vectors = chooser.ready.embed(paper_texts(known["examples"]))
         return self.choice(self.prompt_scores(vectors, chooser.ready))
 

@@ -40,10 +40,9 @@ test-vllm: $(VLLM)/.installed install-dev
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m engines packages/phatgoose-vllm/tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py -k vllm
 
-# The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
+# The server under a load of a few seconds: it loses no request.
 test-server: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_load.py --smoke
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100
 
 # The fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 # What old packages do that newer ones beside them warn of is no fault of ours.

@@ -1,8 +1,8 @@
 """Log-likelihoods of answer choices; each prompt is computed once if that can be.
 
 A causal model reads a prompt and all its choices in one row, and no choice sees another
-(`tasks.batching`). If its attention can't do that, the prompt's keys and values are kept and
-expanded over the choices; a sequence-to-sequence model keeps the encoder's output.
+(`tasks.batching`). If its attention can't do that, each choice is read with its prompt; a
+sequence-to-sequence model keeps the encoder's output.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import EvaluationError
-from ..passes import cache_argument
 from ..tasks import batching
 from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
 
@@ -107,9 +106,11 @@ def _padded(
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
-    if model._is_stateful:
-        score = _score_whole
-    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
+    times = [1 if model.config.is_encoder_decoder else len(choices) for _, choices in rows]
+    lengths = [
+        read * len(prompt) + sum(map(len, choices))
+        for (prompt, choices), read in zip(rows, times, strict=True)
+    ]
     with batching.contiguous_head(model):
         for batch in batching.batches_of_tokens(lengths, budget):
             chosen = [rows[i] for i in batch]
@@ -126,35 +127,7 @@ def _score_causal(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
     device = model.device
-    prompts, real = _padded_rows(pad_left, [prompt for prompt, _ in rows], pad, device)
-    passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
-    cache = DynamicCache(config=model.config)
-    held = {cache_argument(model): cache, "use_cache": True}
-    announce(range(len(rows)))
-    first = model(input_ids=prompts, attention_mask=real, **held, **passed)
-    owner = _owners(rows, device)
-    choices = [choice for _, each in rows for choice in each]
-    labels = pad_right(choices, IGNORED).to(device)  # [choices, longest]
-    start = first.logits[:, -1:].index_select(0, owner)
-    if labels.shape[1] == 1:
-        return _mean_log_likelihood(start, labels)
-    cache.batch_select_indices(owner)
-    inputs = pad_right(choices, pad).to(device)[:, :-1]
-    present = labels[:, :-1].ne(IGNORED).long()
-    mask = torch.cat([real.index_select(0, owner), present], dim=1)
-    positions = position_ids(mask)[:, -inputs.shape[1] :]
-    announce(owner.tolist())
-    rest = model(
-        input_ids=inputs, attention_mask=mask, **held, **_passes(model, position_ids=positions)
-    )
-    return _mean_log_likelihood(torch.cat([start, rest.logits], dim=1), labels)
-
-
-def _score_whole(
-    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
-) -> Tensor:
-    device = model.device
-    # More state than keys and values can't be expanded over choices: each is read with its prompt.
+    # Windows and states would see beyond their text in a row: each choice is read with its prompt.
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
     inputs, real = _padded_rows(pad_left, texts, pad, device)

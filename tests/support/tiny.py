@@ -11,16 +11,11 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -54,37 +49,24 @@ def make_tokenizer(*, final_eos: bool) -> PreTrainedTokenizerFast:
     )
 
 
+IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1}
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+SETTINGS = {
+    "llama": LLAMA | {"intermediate_size": 48},
+    "qwen2": LLAMA | {"intermediate_size": 48, "num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1},
+    "t5": T5 | {"tie_word_embeddings": False},
+}
+
+
 def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model with weights large enough for routing to matter."""
     torch.manual_seed(seed)
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
-    if kind == "llama":
-        config = LlamaConfig(**small, **ids, intermediate_size=48, num_attention_heads=4)
-        model: PreTrainedModel = LlamaForCausalLM(config)
-    elif kind == "qwen2":
-        config = Qwen2Config(
-            **small, **ids, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
-        )
-        model = Qwen2ForCausalLM(config)
-    elif kind == "gpt2":
-        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **ids)
-        model = GPT2LMHeadModel(config)
-    else:
-        config = T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=1,
-            tie_word_embeddings=False,
-        )
-        model = T5ForConditionalGeneration(config)
+    config = AutoConfig.for_model(kind, **IDS, **SETTINGS[kind])
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import StaticCache
 
-from other_encoders import make_other
+from architectures import make_other
 from phatgoose.base import load_skeleton
 from phatgoose.errors import BaseModelError, RoutingError
 from phatgoose.passes import real_tokens, token_masks, watching

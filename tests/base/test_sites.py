@@ -8,8 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from architectures import random_expert
-from other_encoders import make_other
+from architectures import make_other, random_expert
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phatgoose.experts.statistics import prompt_states, readings_of
-from phatgoose.tasks.prompt_passes import read_prompts
+from phatgoose.tasks.batching import read_prompts
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 8]]
 
 
 @pytest.mark.parametrize("budget", [1, 1024])
 def test_prompts_are_read_as_each_alone(base, budget, monkeypatch):
-    monkeypatch.setattr("phatgoose.tasks.prompt_passes.BATCH_TOKENS", budget)
+    monkeypatch.setattr("phatgoose.tasks.batching.BATCH_TOKENS", budget)
     read = read_prompts(base.model.eval(), PROMPTS, prompt_states(base.model))
     stack = base.model
     if stack.config.is_encoder_decoder:

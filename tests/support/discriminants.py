@@ -10,8 +10,8 @@ from torch.distributions import MultivariateNormal
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import prompt_states, readings_of
 from phatgoose.sites import blocks_of
+from phatgoose.tasks.batching import read_prompts
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.prompt_passes import read_prompts
 from routed_models import TOPICS
 
 

@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from architectures import random_expert, reading_pool
-from other_encoders import make_other
+from architectures import make_other, random_expert, reading_pool
 from phatgoose.analysis.traces import trace
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError

@@ -27,8 +27,8 @@ from phatgoose.routing.routers.phatgoose import Temperature
 from phatgoose.routing.routers.prompt import Base, PromptRouter, Prompts, Tables
 from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
 from phatgoose.routing.routers.router import Scores
+from phatgoose.tasks.batching import PromptReading
 from phatgoose.tasks.embeddings import PROMPT
-from phatgoose.tasks.prompt_passes import PromptReading
 
 
 class Both(NamedTuple):

@@ -34,7 +34,7 @@ from phatgoose.routing.routers.prompt import ReadsBase, Tables
 from phatgoose.routing.routers.router import highest
 from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site, blocks_of
-from phatgoose.tasks.prompt_passes import PromptReading
+from phatgoose.tasks.batching import PromptReading
 
 QUERY = re.compile(r"(^|\.)(q|q_proj|q_lin|query|c_attn|query_key_value|qkv_proj|Wqkv)$")
 SMALLEST = 1e-20  # of a sum of scores

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import ConfigError
 from phatgoose.sites import Site, find_sites
-from phatgoose.tasks.batching import Collator
+from phatgoose.tasks.batching import Collator, read_pairs
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.prompt_passes import read_pairs
 from phatgoose.tasks.task import neutral_examples
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]  # mean and deviation [m] by site

@@ -19,8 +19,8 @@ from ..files import half_character
 from ..routing.composition import composition_if_any, routing_for
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
+from ..tasks.batching import continued
 from ..tasks.encoding import Encoder
-from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
 from .console import coloured
 

@@ -25,10 +25,9 @@ from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files import one_line, shortened
 from ..routing.composition import composition_if_any, routing_for
-from ..tasks.batching import batches_of_tokens, pad_left, pad_right
+from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right
 from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
-from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, Task
 from .intervals import CONFIDENCE, Estimate, Sample, wilson
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ExpertError
 from ..sites import blocks_of
-from ..tasks.prompt_passes import PromptReading
+from ..tasks.batching import PromptReading
 from .kind import check_parts
 
 READ = "whole"  # what of a prompt is read: the mean over its tokens

@@ -36,8 +36,8 @@ from ..experts.kind import ModifiedLinear
 from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
 from ..sites import headless, replaced
+from ..tasks.batching import continued
 from ..tasks.encoding import Cuts, Encoder
-from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, neutral_examples
 from .composition import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of

@@ -55,11 +55,10 @@ from ..experts.statistics import prompt_states, readings_of
 from ..files import WRITING_ERRORS, reason, sha256_of, write_text
 from ..passes import ActsOn
 from ..sites import Site, find_sites
-from ..tasks.batching import Collator
+from ..tasks.batching import Collator, read_pairs, read_prompts
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
-from ..tasks.prompt_passes import read_pairs, read_prompts
 from ..tasks.task import Task, draw
 from .modules import GatedLinear, fresh_expert, placed_sites
 from .trainer import Hyperparameters, Run, fit, work_of

@@ -22,7 +22,7 @@ from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, READ, prompt_states
 from ...files import is_finite
-from ...tasks.prompt_passes import PromptReading
+from ...tasks.batching import PromptReading
 from .phatgoose import Temperature
 from .prompt import ReadsBase, Tables
 from .router import Scores

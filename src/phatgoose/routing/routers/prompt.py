@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import PoolError, RoutingError
 from ...experts.kind import dense_weights
 from ...experts.pool import Pool
+from ...tasks.batching import PromptReading, read_prompts
 from ...tasks.embeddings import prompt_texts
-from ...tasks.prompt_passes import PromptReading, read_prompts
 from ..context import Choice, base_alone
 from .router import Router, RoutingDecision, Scores, SiteRouter, check_tokenizer, highest
 

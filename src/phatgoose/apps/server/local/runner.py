@@ -43,9 +43,8 @@ from ....routing.routers.registry import AUTO, router_of
 from ....routing.routers.router import check_served
 from ....routing.saved import base_of, load
 from ....sites import positions_of
-from ....tasks.batching import contiguous_head, position_ids
+from ....tasks.batching import contiguous_head, end_tokens, keeping_caches, position_ids
 from ....tasks.encoding import added_tokens
-from ....tasks.prompt_passes import end_tokens, keeping_caches
 from ..requests import Frame
 from ..service import numbered
 from ..settings import ServedModel

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from phatgoose.sites import find_sites
-from phatgoose.tasks.prompt_passes import (
+from phatgoose.tasks.batching import (
     PromptReading,
     continued,
     end_tokens,
@@ -34,7 +34,7 @@ def alone(base, prompt, sites, blocks) -> torch.Tensor:
 
 
 def test_what_is_read_is_what_each_prompt_alone_gives(base, monkeypatch):
-    monkeypatch.setattr("phatgoose.tasks.prompt_passes.BATCH_TOKENS", 18)
+    monkeypatch.setattr("phatgoose.tasks.batching.BATCH_TOKENS", 18)
     stack = "encoder" if base.is_encoder_decoder else ""
     site = next(site for name, site in find_sites(base.model).items() if stack in name)
     got = read_prompts(base.model, PROMPTS, PromptReading((site, 0)))

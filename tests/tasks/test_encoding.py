@@ -5,7 +5,7 @@ import warnings
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from phatgoose.config import Formatting
 from phatgoose.errors import TaskError
 from phatgoose.sites import Positions
-from phatgoose.tasks.encoding import Cut, Cuts, Encoder, cut_tokens
+from phatgoose.tasks.encoding import Cut, Cuts, Encoder
 from phatgoose.tasks.task import Chat
 from tiny import make_tokenizer, with_added
 
@@ -74,16 +74,6 @@ def encoder(request):
 def test_a_prompt_has_the_same_tokens_whatever_answer_follows(encoder, text):
     prompts = [encoder.pair(text, target).prompt for target in ("yes", " no", "e", "é")]
     assert prompts == [encoder.prompt(text)] * 4
-
-
-@pytest.mark.parametrize(
-    ("kind", "prompt", "target"), [(CAUSAL, "Answer:", " yes</s>"), (T5, "Answer:</s>", "yes</s>")]
-)
-def test_prompts_and_targets_end_as_their_kind_of_model_wants(kind, prompt, target):
-    encoder = make_encoder(kind)
-    pair = encoder.pair("Answer:", "yes")
-    assert (text_of(encoder, pair.prompt), text_of(encoder, pair.target)) == (prompt, target)
-    assert pair.target.count(EOS) == 1
 
 
 KEPT = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
@@ -215,22 +205,6 @@ def test_bases_that_can_t_read_a_text_are_refused():
         make_encoder(chat=True).pair("Hello", "yes")
     with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
         placed(Positions(8, 8)).fitted("abc", followed_by=8)
-
-
-TRUNCATIONS = ("middle", "left", "right")
-
-
-@settings(max_examples=100)
-@given(st.integers(0, 40), st.integers(0, 50), st.sampled_from(TRUNCATIONS))
-def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
-    left = cut_tokens(range(count), room, truncation)
-    assert len(left) == min(count, room)
-    assert left == sorted(set(left))
-    assert cut_tokens(range(100), 8, "middle") == [0, 1, *range(94, 100)]  # a quarter, and the rest
-    if truncation != "right" and left:
-        assert left[-1] == count - 1
-    if truncation == "right" and left:
-        assert left[0] == 0
 
 
 def some(cut: int, inputs: int) -> Cuts:

@@ -104,25 +104,6 @@ def test_held_in_task(written, served):
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "templates", "train", "validation"),
-    [  # names of templates, with * those of the original task; which train, and validate in turn
-        ("paws", "paws/labeled_final", "K* paraphrase-task*", "K", "K K"),
-        ("quarel", "quarel", "a b", "a b", "a b"),  # none is marked
-    ],
-)
-def test_templates_are_left_out_as_in_the_papers_code(
-    written, served, name, path, templates, train, validation
-):
-    pick = "||| {{answer_choices[label | int]}}"
-    names = [(each.strip("*"), "*" in each) for each in templates.split()]
-    sources = written(path, *((each, f"{each} {pick}", "x|||y", own) for each, own in names))
-    served(train=[{"label": 1}], validation=[{"label": 1}] * 2)
-    task = read(name, sources)
-    assert sorted(example.input for example in task.train) == train.split()
-    assert [example.input for example in task.validation] == validation.split()
-
-
-@pytest.mark.parametrize(
     ("name", "path", "jinja", "row", "answers"),
     [
         (

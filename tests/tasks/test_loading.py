@@ -187,6 +187,7 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     ("change", "complaint"),
     [
         ({"target": None}, "row 2 is not valid: target is missing or empty"),
+        ({"target": float("nan")}, "row 2 is not valid: target is missing or empty"),
         ({"target": []}, r"target: Input should be a valid string, got \[\]"),
         ({"input": {"0": "Is it good?"}}, "input: Input should be a valid string, got {'0': "),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),

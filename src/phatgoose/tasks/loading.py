@@ -244,8 +244,10 @@ def examples_of(
 
 
 def _text(value: Any) -> Any:
-    """Numbers as texts, and nothing as an empty one."""
-    return value if isinstance(value, list | tuple | dict) else "" if value is None else str(value)
+    """Numbers as texts, and nothing (or NaN, of an empty cell) as an empty one."""
+    if isinstance(value, list | tuple | dict):
+        return value
+    return "" if value is None or value != value else str(value)
 
 
 def _listed(value: Any) -> Any:

@@ -84,13 +84,11 @@ class _ExpertWorkshop:
             base = load_base(base, dtype=self.dtype)
 
         def train(job: ExpertJob) -> ExpertInfo:
-            out, settings = self.out / job.name, job.settings
-            if job.resume and out.exists():
-                return finished_expert(out, base, settings, resume=True).info
+            settings = job.settings
             return train_expert(
                 base,
                 job.task.load(),
-                out=out,
+                out=self.out / job.name,
                 peft=settings.peft,
                 training=settings.training,
                 gate_training=settings.gates,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from statistics import multimode
 from typing import Any, NamedTuple, cast
 
 import yaml  # type: ignore[import-untyped]
@@ -111,11 +112,7 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    counts = Counter(items)
-    if not counts:
-        return None
-    most = max(counts.values())
-    return [item for item, count in counts.items() if count == most]
+    return multimode(items) or None
 
 
 ENVIRONMENT = SandboxedEnvironment()

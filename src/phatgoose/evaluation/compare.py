@@ -39,7 +39,7 @@ from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
 from ..tasks.suites.registry import open_suite
 from ..tasks.task import Sources, Suite, Task
-from .evaluate import EvaluationSet, Questions, ScoringSettings, TaskScore, score
+from .evaluate import EvaluationSet, ScoringSettings, TaskScore, score
 from .results import BASE, Comparison, ResultStore, restored, stored, write_tables
 
 RESULTS = "results.jsonl"
@@ -134,25 +134,21 @@ class Row:
         places = tuple(record["path"] for record in self.pool.records()) if self.pool else None
         return replace(self, pool=None, place=places or self.place)
 
+    def opened(self) -> Row:
+        """The row with its pool, made of what is at the experts' places."""
+        if self.pool is not None or not isinstance(self.place, tuple):
+            return self
+        return pool_row(self.name, self.label, Pool.open(self.place), self.routing)
+
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
-        """The row's model; afterwards the base is as it was.
-
-        Raises PoolError when the experts there are not those that the row was made of.
-        """
-        opened, pool = OpenedModel(base.model, base.tokenizer), self.pool
+        """The row's model; afterwards the base is as it was."""
+        opened = OpenedModel(base.model, base.tokenizer)
         if isinstance(self.place, str):
             dtype = dtype_name(base.model.dtype)
             opened = open_model(self.place, base, dtype=dtype, routing=self.routing)
-        elif self.place:
-            pool = Pool.open(self.place)
-            if pool_row(self.name, self.label, pool, self.routing).identity != self.identity:
-                raise PoolError(
-                    f"{self.label}: the experts that this worker has at {self.place[0]} and the "
-                    f"other places are not those that the comparison was begun with."
-                )
-        if pool is not None:
-            compose(pool, base, routing=self.routing)
+        elif self.pool is not None:
+            compose(self.pool, base, routing=self.routing)
         try:
             yield opened
         finally:
@@ -465,45 +461,39 @@ def run_of(row: Row, dataset: EvaluationSet, base: Base) -> Run:
 class RunWorkshop:
     """Does runs with a base, from rows and datasets by name.
 
-    One for another process has locations of base and experts, and the version of its `code`.
+    One for another process has locations of base and experts.
     """
 
     base: Base | BaseLocation
     rows: Mapping[str, Row]
     datasets: Mapping[str, EvaluationSet]
-    code: str = ""
 
     @contextmanager
     def open(self) -> Iterator[Callable[[Run], dict[str, Any]]]:
         """A function that does a run and returns its result as it is stored.
 
-        Closing the context restores the base. Raises EvaluationError for another version of the
-        code.
+        Closing the context restores the base. Raises EvaluationError if code or experts aren't
+        those of the run's key.
         """
-        if self.code and self.code != code_version():
-            raise EvaluationError(
-                f"A worker runs phatgoose {code_version()}, but the comparison was begun with "
-                f"{self.code}; install the same version on all machines."
-            )
         base = self.base.load() if isinstance(self.base, BaseLocation) else self.base
-        questions: dict[str, Questions] = {}  # by dataset: all rows of this base are asked these
         with ExitStack() as composed:
             opened: dict[str, OpenedModel] = {}  # the last row's
 
             def result_of(run: Run) -> dict[str, Any]:
+                dataset = self.datasets[run.dataset]
                 if run.row not in opened:
                     opened.clear()
                     composed.close()
-                    opened[run.row] = composed.enter_context(self.rows[run.row].model(base))
-                dataset, model = self.datasets[run.dataset], opened[run.row].model
-                asked = questions.get(dataset.name) if model is base.model else None
-                if asked is None:
-                    tokenizer = opened[run.row].tokenizer
-                    encoder = Encoder.for_model(model, tokenizer, dataset.formatting)
-                    asked = dataset.questions(encoder)
-                if model is base.model:
-                    questions[dataset.name] = asked
-                return stored(score(model, dataset, asked))
+                    row = self.rows[run.row].opened()
+                    if run_of(row, dataset, base).key != run.key:
+                        raise EvaluationError(
+                            f"{run.name}: this worker's phatgoose or experts aren't those that the "
+                            f"comparison was begun with; all machines need the same."
+                        )
+                    opened[run.row] = composed.enter_context(row.model(base))
+                model, tokenizer = opened[run.row].model, opened[run.row].tokenizer
+                encoder = Encoder.for_model(model, tokenizer, dataset.formatting)
+                return stored(score(model, dataset, dataset.questions(encoder)))
 
             yield result_of
 
@@ -511,4 +501,4 @@ class RunWorkshop:
         if isinstance(self.base, BaseLocation):
             return self
         rows = {name: row.portable() for name, row in self.rows.items()}
-        return RunWorkshop(BaseLocation.of(self.base), rows, self.datasets, code_version())
+        return RunWorkshop(BaseLocation.of(self.base), rows, self.datasets)

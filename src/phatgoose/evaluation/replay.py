@@ -242,7 +242,7 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
     )
 
     def line(name: str) -> Line:
-        kept, twin = None, _twin(name)
+        kept, twin = None, name + RANDOM
         if OWN in rows and means.drawn[OWN].all():
             shares = means.drawn[name] / means.drawn[OWN]
             kept = Estimate.of(means.value[name] / means.value[OWN], shares)
@@ -256,12 +256,6 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
         )
 
     return Replay(marks.base, wording, len(alike), len(asked), tuple(map(line, rows)))
-
-
-def _twin(name: str) -> str:
-    """What the line is called that is like line `name`, but with random LoRAs."""
-    rule, was_run, _ = name.partition(RUN)
-    return f"{rule}{RANDOM}{was_run}"
 
 
 def _rows(
@@ -284,5 +278,5 @@ def _rows(
         rows[name] = alone[every, chosen]
         if has_random:
             random = np.concatenate([marks.alone("random")[asked], base], axis=1)
-            rows[_twin(name)] = random[every, chosen]
+            rows[name + RANDOM] = random[every, chosen]
     return rows

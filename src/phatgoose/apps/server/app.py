@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from ... import __version__
 from ...analysis.page import EXPLORER_CSS, EXPLORER_JS, asset, render
@@ -33,7 +32,7 @@ from ...config import Serving
 from ...errors import ConfigError
 from ...files import reason
 from . import protocol
-from .guards import PATIENCE, AccessControl, Metrics, RequestGuard
+from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local.engine import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
@@ -108,30 +107,27 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
-def routes_of(service: Service) -> tuple[APIRouter, APIRouter]:
-    """Routes that need no key, since they say nothing of the models, and the others."""
-    public, keyed = APIRouter(), APIRouter()
-    words = "A page to try the models on"
-    public.add_api_route("/", page, response_class=HTMLResponse, summary=words)
-    words, failing = "Does the server work?", responses_of(503)
-    public.add_api_route("/healthz", service.health, summary=words, responses=failing)
-    public.add_api_route("/health", service.health, include_in_schema=False)
-    text: Any = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    words = "Numbers for Prometheus"
-    keyed.add_api_route(
-        "/metrics", service.numbers, summary=words, response_class=Response, responses=text
-    )
-    keyed.add_api_route("/v1/models", service.cards, summary="What is served")
+def add_routes(app: FastAPI, service: Service, **keyed: Any) -> None:
+    """Add the routes; `keyed` are options of those that say something of the models."""
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     # Of other errors FastAPI would say that they are its own 422.
-    missing: Any = {**responses_of(404), "default": {"description": "Another error"}}
-    keyed.add_api_route(
-        "/v1/models/{name:path}", service.card, summary="One model", responses=missing
-    )
-    forms = answering(protocol.CompletionRequest)
-    keyed.add_api_route("/v1/completions", service.completions, summary="Continue a text", **forms)
-    words, forms = "Answer in a conversation", answering(protocol.ChatRequest)
-    keyed.add_api_route("/v1/chat/completions", service.chats, summary=words, **forms)
-    return public, keyed
+    missing = {**responses_of(404), "default": {"description": "Another error"}}
+    completing, chatting = answering(protocol.CompletionRequest), answering(protocol.ChatRequest)
+    routes: list[tuple[str, Any, str, dict[str, Any]]] = [
+        ("/", page, "A page to try the models on", {"response_class": HTMLResponse}),
+        ("/healthz", service.health, "Does the server work?", {"responses": responses_of(503)}),
+        ("/health", service.health, "The same", {"include_in_schema": False}),
+        ("/metrics", service.numbers, "Numbers for Prometheus", {"responses": text}),
+        ("/v1/models", service.cards, "What is served", {}),
+        ("/v1/models/{name:path}", service.card, "One model", {"responses": missing}),
+        ("/v1/completions", service.completions, "Continue a text", completing),
+        ("/v1/chat/completions", service.chats, "Answer in a conversation", chatting),
+    ]
+    for path, endpoint, summary, options in routes:
+        if path not in OPEN:
+            responses = {**keyed["responses"], **options.get("responses", {})}
+            options = {**keyed, **options, "responses": responses}
+        app.add_api_route(path, endpoint, summary=summary, **options)
 
 
 def create_app(
@@ -175,12 +171,10 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    public, keyed = routes_of(service)
-    app.include_router(public)
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
     needed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
     statuses = (401, 403) if api_keys else (403,)
-    app.include_router(keyed, dependencies=needed, responses=responses_of(*statuses))
+    add_routes(app, service, dependencies=needed, responses=responses_of(*statuses))
     paths = {getattr(route, "path", "") for route in app.routes}
     access = AccessControl(hosts, api_keys)
     app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)

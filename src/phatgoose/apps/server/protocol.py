@@ -189,6 +189,19 @@ class StreamOptions(Strict):
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
 
 
+class ResponseFormat(Strict):
+    """The form of an answer: text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = Field(None, description="With the schema in it.")
+
+    @property
+    def schema_asked(self) -> Any:
+        """The schema that an answer keeps to; None for text."""
+        any_object = {"type": "object"}
+        return None if self.type == "text" else (self.json_schema or {}).get("schema", any_object)
+
+
 class GenerationRequest(Strict):
     """The fields of both kinds of request."""
 
@@ -205,7 +218,7 @@ class GenerationRequest(Strict):
     frequency_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
     presence_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Not supported.")
-    response_format: dict[str, Any] | None = Field(None, description="Of engines alone.")
+    response_format: ResponseFormat | None = Field(None, description="Text or JSON.")
     ignore_eos: bool | None = Field(False, description="Continue after the end (for benchmarks).")
     router: Router | None = Field(
         None,

@@ -11,12 +11,11 @@ import logging
 import os
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -66,7 +65,7 @@ class State(NamedTuple):
     running: int
 
 
-class Backend(ABC):
+class Backend(Protocol):
     """Who computes the answers of `models`; its methods are called in the event loop.
 
     A model has `settings`, a `pool`, a `routing` and its `runner`, which has a `frame`; the names
@@ -79,26 +78,23 @@ class Backend(ABC):
     upstream = False  # another program computes
 
     @property
-    @abstractmethod
     def state(self) -> State: ...
 
-    @abstractmethod
     def start(self) -> None: ...
 
-    @abstractmethod
     async def close(self) -> None: ...
 
-    @abstractmethod
     def check(self, request: AnyRequest, model: Any) -> None:
         """Raise ApiError for what can't be answered."""
+        ...
 
-    @abstractmethod
     async def begin(self, asked: Asked, runner: Any) -> tuple[Reply, dict[str, str]]:
         """The answers, begun, and headers for their client. Raises ApiError."""
+        ...
 
-    @abstractmethod
     async def reopened(self, name: str) -> Any:
         """The model of that name as its place has it now."""
+        ...
 
 
 class Service:
@@ -134,7 +130,7 @@ class Service:
         state, turns = self.backend.state, [each.turns for each in self._texts.values()]
         health = {
             "status": "ok" if state.is_well else "failing",
-            "reading": sum(each.running + each.waiting for each in turns),  # prompts
+            "reading": sum(each.running + len(each) for each in turns),  # prompts
             "waiting": state.waiting,
             "running": state.running,
         }
@@ -443,41 +439,37 @@ class FairQueue(Generic[Item]):
             raise busy(f"{message}; {new} more are too many now.")
 
 
-class Turns:
+class Turns(FairQueue[asyncio.Future[None]]):
     """Up to `most` works at once; the client served longest ago is next."""
 
     def __init__(self, most: int) -> None:
+        super().__init__()
         self.most = self.free = most
-        self.queue = FairQueue[asyncio.Future[None]]()
-
-    @property
-    def waiting(self) -> int:
-        return len(self.queue)
 
     @property
     def running(self) -> int:
         return self.most - self.free
 
-    async def take(self, client: str, deadline: Deadline) -> None:
+    async def wait(self, client: str, deadline: Deadline) -> None:
         """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline."""
         if self.free:
             self.free -= 1
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.queue.add(client, place)
+        self.add(client, place)
         try:
             async with deadline.kept():
                 await place
         except BaseException:
-            self.queue.remove(client, place)
+            self.remove(client, place)
             if not place.cancelled():  # the turn came as this one gave up
                 self.pass_on()
             raise
 
     def pass_on(self) -> None:
-        while heads := self.queue.heads():
+        while heads := self.heads():
             client, place = heads[0]
-            self.queue.take(client)
+            self.take(client)
             if not place.done():  # or it was cancelled
                 place.set_result(None)
                 return
@@ -488,7 +480,7 @@ class Turns:
 
         A thread can't be ended: past the deadline the work keeps its place until it returns.
         """
-        await self.take(client, deadline)
+        await self.wait(client, deadline)
         seconds = deadline.left
         result = in_thread(lambda: work(seconds))
         result.add_done_callback(lambda _: self.pass_on())
@@ -507,10 +499,9 @@ def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
     def run() -> None:
         try:
             end = partial(result.set_result, work())
-        except Exception as error:
-            end = partial(result.set_exception, error)
-        except BaseException as error:  # a panic in Rust
-            end = partial(result.set_exception, RuntimeError(str(error)))
+        except BaseException as error:  # a panic in Rust is no Exception
+            is_plain = isinstance(error, Exception)
+            end = partial(result.set_exception, error if is_plain else RuntimeError(str(error)))
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(end)
 

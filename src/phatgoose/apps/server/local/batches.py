@@ -16,11 +16,13 @@ from transformers import (
 
 from ....analysis.traces import TraceKeeper, TraceStream
 from ....base import Detokeniser, shown_as, text_of, texts_of
+from ....errors import EngineError
 from ....routing.context import PromptRouting
 from ....tasks.batching import pad_left
-from ..protocol import ApiError, Finish
+from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken
 from ..requests import Answer, Decoding
+from .json_form import JsonForm
 from .runner import Cache, ModelRunner, PrefixStore, Reader, begin_with
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
@@ -53,8 +55,10 @@ class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
     `deliver` is called from the engine's thread. `client` is who has asked, `routed` what the
-    model's context found for the prompt.
+    model's context found for the prompt, `form` what an answer in JSON keeps to.
     """
+
+    form: JsonForm | None = None
 
     def __init__(
         self,
@@ -92,13 +96,20 @@ class ActiveSequence:
 
     def advance(self, logits: Tensor) -> None:
         """Choose the next token by `logits` [V], and deliver what can be."""
-        token = self._sampler(logits)
+        form, is_whole = self.form, False
+        try:
+            token = self._sampler(logits if form is None else form.allowed(logits))
+            is_whole = form is not None and token not in self._ends and form.add(token)
+        except EngineError as error:  # of the form, a client's; others in the batch go on
+            self.is_cancelled = True
+            self.deliver(bad_request(str(error)))
+            return
         self.generated.append(token)
         piece, begin = self._detokeniser.add(token), len(self._text)
         self._text += piece
         self.shown.append(shown_as(self.runner.tokenizer, token, piece))
         self._unsent.append((len(self._text), self._scored(token, begin, logits)))
-        if token in self._ends:
+        if token in self._ends or is_whole:
             self.finish = "stop"
         elif len(self.generated) >= self.decoding.max_tokens:
             self.finish = "length"

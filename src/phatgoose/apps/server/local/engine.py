@@ -34,9 +34,10 @@ from ..replies import Builder, Progress, Reply, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns, in_thread
 from .batches import ActiveSequence, Batch
+from .json_form import JsonForm, form_of
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
 
-LOOKUPS = 2  # requests for which experts are looked up at once
+LOOKUPS = 2  # requests for which experts, or forms of JSON, are looked up at once
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
 SHARE = 3  # a client may hold three times the tokens left free: alone three quarters of all
 FAILED = "The answer could not be computed; the server's log says more."
@@ -74,25 +75,26 @@ class LocalBackend(Backend):
         if request.routing and model.parts is None:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
-        if request.response_format and request.response_format.get("type") != "text":
-            message = "Only engines behind this server (--upstream) keep to a form."
-            raise bad_request(message, "response_format")
 
     async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, dict[str, str]]:
-        def routed_now(_: float = 0) -> Sequence[PromptRouting | None]:
-            return runner.routings_of(
+        form = asked.request.response_format
+        schema = form.schema_asked if form else None
+
+        def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
+            routed = runner.routings_of(
                 [prompt.tokens for prompt in asked.prompts],
                 self.engine.prefixes,
                 [prompt.asked for prompt in asked.prompts],
                 asked.client,
                 asked.mixture,
             )
+            return routed, form_of(schema, runner) if schema is not None else None
 
         try:
-            if asked.mixture is None and runner.frame.looks_prompts_up:
-                routed = await self._lookups.run(asked.client, asked.deadline, routed_now)
+            if schema is not None or (asked.mixture is None and runner.frame.looks_prompts_up):
+                routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
             else:
-                routed = routed_now()
+                routed, json_form = prepared()
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
         reply = Reply(Builder(asked, Reporter(runner, asked, routed)), asked.deadline)
@@ -106,6 +108,8 @@ class LocalBackend(Backend):
             ActiveSequence(runner, answer, deliver, asked.client, routed[answer.row])
             for answer in asked.answers
         ]
+        for each in sequences:
+            each.form = json_form and json_form.copy()
         self.engine.submit(sequences)
         reply.on_close.append(
             lambda: self.engine.cancel([each for each in sequences if each.finish is None])

@@ -240,7 +240,8 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
     if decoding.ignores_end:
         body["ignore_eos"] = True
     if request.response_format is not None:
-        body["response_format"] = request.response_format
+        form = request.response_format.model_dump(by_alias=True, exclude_unset=True)
+        body["response_format"] = form
     if isinstance(request, ChatRequest):
         body["messages"] = request.plain_messages
         if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp

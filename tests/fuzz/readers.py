@@ -26,6 +26,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
 
 if __name__ == "__main__":
@@ -36,7 +38,7 @@ if __name__ == "__main__":
         import phatgoose.routing.saved  # noqa: F401
 
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
-from phatgoose.apps.server.requests import parsed
+from phatgoose.apps.server.requests import check_size, invalid
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -215,15 +217,26 @@ def chat(data: bytes) -> None:
 def _request(kind: Any, data: bytes) -> None:
     try:
         request = parsed(kind, data)
+    except (ValueError, RecursionError):  # which FastAPI answers
+        return
     except ApiError as error:
         _wanted(error.status_code == 400, f"status {error.status_code}")
         _wanted(len(json.dumps(error.body).encode()) < MOST_CHARACTERS, "a long message")
         json.dumps(error.body, ensure_ascii=False).encode()  # no half of a surrogate pair
         return
-    _wanted(isinstance(json.loads(data), dict), "json reads no object")
     _ = request.override, [m.text for m in getattr(request, "messages", ())]
     again = parsed(kind, request.model_dump_json(exclude_unset=True).encode())
     _wanted(again == request, "written and read again it differs")
+
+
+def parsed(kind: Any, data: bytes) -> Any:
+    check_size(data)
+    value = json.loads(data)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        faults = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise invalid(RequestValidationError(faults)) from error
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

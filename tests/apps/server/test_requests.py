@@ -6,9 +6,8 @@ import time
 import pytest
 
 from phatgoose import untrusted_text
-from phatgoose.apps.server import requests as request_parsing
-from phatgoose.apps.server.protocol import ApiError, CompletionRequest
-from phatgoose.apps.server.requests import parsed
+from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.requests import check_size
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.routers.auto import settled
@@ -117,11 +116,11 @@ def test_what_a_body_of_a_mib_costs_is_bounded_and_nothing_of_it_is_repeated(cli
     assert "input" not in reply.json()["error"]
 
 
-def test_lists_are_counted_before_they_are_made(monkeypatch):
-    monkeypatch.setattr(request_parsing, "from_json", None)
+def test_lists_are_counted_before_they_are_made():
     for name in ("objects", "lists", "fields", "biases", "deep", "deep objects"):
         with pytest.raises(ApiError, match="objects and lists"):
-            parsed(CompletionRequest, HOSTILE[name])
+            check_size(HOSTILE[name])
+    check_size(b'{"prompt": "' + b"[" * 100_000 + b'"}')
 
 
 # Chat templates and tokenizers that take all time or memory, or aren't there.

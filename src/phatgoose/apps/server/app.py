@@ -20,10 +20,9 @@ from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from ... import __version__
@@ -31,11 +30,11 @@ from ...analysis.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from ...config import Serving
 from ...errors import ConfigError
 from ...files import reason
-from . import protocol
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local.engine import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
+from .requests import invalid
 from .service import Backend, Service
 from .settings import ServedModel, Upstream
 from .upstream import EngineBackend
@@ -60,42 +59,24 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-PLACE = "#/components/schemas/{model}"
 EVENTS = {"schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."}}
-REQUESTS = (protocol.CompletionRequest, protocol.ChatRequest)
+ANSWERED = {
+    "description": "The answer in OpenAI's form, or with stream a chunk in each event.",
+    "content": {"text/event-stream": EVENTS},
+}
 
 
 def responses_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What FastAPI is told of answers with these `statuses`, for the OpenAPI schema."""
-    return {each: {"description": HTTPStatus(each).phrase} for each in statuses}
-
-
-def answering(request: type[BaseModel]) -> dict[str, Any]:
-    """Options of a route that reads `request` itself and answers with JSON or a stream."""
-    description = "The answer in OpenAI's form, or with stream a chunk in each event."
-    replies = {"description": description, "content": {"text/event-stream": EVENTS}}
-    form = {"schema": {"$ref": PLACE.format(model=request.__name__)}}
-    statuses = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
-    return {
-        "methods": ["POST"],
-        "responses": {**responses_of(*statuses), 200: replies},
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": form}}},
-    }
-
-
-class Application(FastAPI):
-    """FastAPI whose schema has the bodies that routes read themselves."""
-
-    def openapi(self) -> dict[str, Any]:
-        schema = super().openapi()
-        kinds: Any = [(each, "validation") for each in REQUESTS]
-        bodies = models_json_schema(kinds, ref_template=PLACE)[1]["$defs"]
-        schema.setdefault("components", {})["schemas"] = bodies
-        return schema
+    # Of others FastAPI would say that they are its own 422.
+    other: dict[int | str, Any] = {"default": {"description": "Another error"}}
+    return other | {each: {"description": HTTPStatus(each).phrase} for each in statuses}
 
 
 async def refused(_: Request, error: Exception) -> JSONResponse:
     """Every error as the protocol has it."""
+    if isinstance(error, RequestValidationError):
+        error = invalid(error)
     if not isinstance(error, HTTPException):
         return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
     plain = error_body(error.status_code, str(error.detail))
@@ -110,18 +91,17 @@ async def page() -> HTMLResponse:
 def add_routes(app: FastAPI, service: Service, **keyed: Any) -> None:
     """Add the routes; `keyed` are options of those that say something of the models."""
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    # Of other errors FastAPI would say that they are its own 422.
-    missing = {**responses_of(404), "default": {"description": "Another error"}}
-    completing, chatting = answering(protocol.CompletionRequest), answering(protocol.ChatRequest)
+    statuses = responses_of(400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
+    answering = {"methods": ["POST"], "responses": {**statuses, 200: ANSWERED}}
     routes: list[tuple[str, Any, str, dict[str, Any]]] = [
         ("/", page, "A page to try the models on", {"response_class": HTMLResponse}),
         ("/healthz", service.health, "Does the server work?", {"responses": responses_of(503)}),
         ("/health", service.health, "The same", {"include_in_schema": False}),
         ("/metrics", service.numbers, "Numbers for Prometheus", {"responses": text}),
         ("/v1/models", service.cards, "What is served", {}),
-        ("/v1/models/{name:path}", service.card, "One model", {"responses": missing}),
-        ("/v1/completions", service.completions, "Continue a text", completing),
-        ("/v1/chat/completions", service.chats, "Answer in a conversation", chatting),
+        ("/v1/models/{name:path}", service.card, "One model", {"responses": responses_of(404)}),
+        ("/v1/completions", service.completions, "Continue a text", answering),
+        ("/v1/chat/completions", service.chats, "Answer in a conversation", answering),
     ]
     for path, endpoint, summary, options in routes:
         if path not in OPEN:
@@ -162,7 +142,7 @@ def create_app(
                 following.cancel()
             await service.close()
 
-    app = Application(
+    app = FastAPI(
         title="phatgoose",
         version=__version__,
         description="Routed models under OpenAI's protocol; see docs/serving.md.",
@@ -178,7 +158,7 @@ def create_app(
     paths = {getattr(route, "path", "") for route in app.routes}
     access = AccessControl(hosts, api_keys)
     app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)
-    for kind in (HTTPException, Exception):
+    for kind in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, refused)
     return app
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .protocol import CLIENT_GONE, ApiError, busy
+from .requests import check_size
 
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
@@ -129,7 +130,6 @@ def _network_of(client: Sequence[Any] | None) -> str:
 
 
 CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
-REQUEST_BODY = "phatgoose.body"  # and its RequestBody
 MOST_BODY = 1 << 20  # bytes
 AT_ONCE = 64  # bodies of the greatest size that are held together
 PATIENCE = 20.0  # seconds for a body, for headers, and for a client to read on
@@ -173,8 +173,8 @@ class RequestBody:
 class RequestGuard:
     """Passes a request to `app` once it is allowed and its body is complete, and counts it.
 
-    A body keeps to the `limits`. The request's scope has its client and its body. It is counted by
-    its route, or by its path if that is one of `paths`.
+    A body keeps to the `limits`. The request's scope has its client. It is counted by its route, or
+    by its path if that is one of `paths`.
     """
 
     def __init__(
@@ -194,6 +194,16 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self)
+        is_read = scope["method"] == "POST"
+
+        async def received() -> Message:
+            """The body at once, then what comes after it."""
+            nonlocal is_read
+            if not is_read:
+                return await receive()
+            is_read, content = False, body.content
+            body.release()
+            return {"type": "http.request", "body": content, "more_body": False}
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -207,10 +217,10 @@ class RequestGuard:
             )
 
         try:
-            scope[CLIENT], scope[REQUEST_BODY] = self._access.check(scope), body
-            if scope["method"] == "POST":
+            scope[CLIENT] = self._access.check(scope)
+            if is_read:
                 await self._read(scope, receive, body)
-            await self._app(scope, receive, watched)
+            await self._app(scope, received, watched)
         except ApiError as error:
             await refuse(error)
         except ClientDisconnect:
@@ -241,3 +251,4 @@ class RequestGuard:
         except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
+        check_size(body.content)

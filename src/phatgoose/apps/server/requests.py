@@ -10,10 +10,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from fastapi.exceptions import RequestValidationError
 from transformers import PreTrainedTokenizerBase
 
 from ...config import Serving
@@ -26,41 +25,33 @@ from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
 MOST_FIELDS = 20_000  # of all objects together
 SHOWN = 60  # characters of a field's name that an error repeats
-
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-def parsed(kind: type[Kind], body: bytes) -> Kind:
-    """The request in `body`. Raises ApiError with the first error: names of fields are cut."""
-    place: list[str] = []
-    try:
-        if _is_small(body):
-            return kind.model_validate(from_json(body, allow_inf_nan=False, cache_strings="keys"))
-        message = (
-            f"The body has more than {MOST_CONTAINERS} objects and lists or {MOST_FIELDS} fields."
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"]]
-        message = ": ".join([".".join(place), first["msg"]] if place else [first["msg"]])
-    except ValueError as error:
-        message = f"The body is not JSON: {error}."
-    raise bad_request(message, place[0] if place else None, "invalid_request")
+INVALID, TOO_LONG, UNREADABLE = "invalid_request", "context_length_exceeded", "prompt_unreadable"
 
 
-def _is_small(body: bytes) -> bool:
+def check_size(body: bytes) -> None:
+    """Raise ApiError for JSON that takes long to read."""
+
     def is_small(text: bytes) -> bool:
         containers = text.count(b"[") + text.count(b"{")
         return containers <= MOST_CONTAINERS and text.count(b":") <= MOST_FIELDS
 
-    if is_small(body):
-        return True
-    # Brackets in strings count only where that decides: counting without them takes longer.
-    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return is_small(b"".join(without_escapes.split(b'"')[::2]))  # outside of strings
+    if not is_small(body):
+        # Brackets in strings count only where that decides: counting without them takes longer.
+        without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # outside of strings
+            most = f"{MOST_CONTAINERS} objects and lists or {MOST_FIELDS} fields"
+            raise bad_request(f"The body has more than {most}.", code=INVALID)
 
 
-TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
+def invalid(error: RequestValidationError) -> ApiError:
+    """The first error of a request; names of fields are cut."""
+    first = error.errors()[0]
+    is_json = first["type"] != "json_invalid"
+    place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"][1:] if is_json]
+    message = ": ".join([".".join(place), first["msg"]] if place else [first["msg"]])
+    return bad_request(message, place[0] if place else None, INVALID)
+
+
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
 SEEDS = 1 << 63

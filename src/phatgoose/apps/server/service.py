@@ -33,7 +33,7 @@ from ...routing.routers.router import check_served
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol
-from .guards import CLIENT, REQUEST_BODY, Metrics
+from .guards import CLIENT, Metrics
 from .protocol import (
     AnyRequest,
     ApiError,
@@ -44,9 +44,8 @@ from .protocol import (
     for_clients,
 )
 from .replies import EventStream, Reply, unless_gone
-from .requests import Answer, Asked, RequestReader, parsed
+from .requests import Answer, Asked, RequestReader
 
-SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
 SHOWN = 80  # characters of a name that an error repeats
 LOOKING = 1.0  # seconds between two looks at whether a pool has changed
 AGAIN = 30.0  # seconds until a change that couldn't be taken over is tried again
@@ -75,7 +74,7 @@ class Backend(Protocol):
 
     models: dict[str, Any]
     limits: Serving
-    upstream = False  # another program computes
+    upstream: bool = False  # another program computes
 
     @property
     def state(self) -> State: ...
@@ -142,11 +141,11 @@ class Service:
         headers = {"Content-Type": CONTENT_TYPE_LATEST}
         return Response(generate_latest(self.metrics.registry), headers=headers)
 
-    async def completions(self, request: Request) -> Response:
-        return await self._answer(protocol.CompletionRequest, request)
+    async def completions(self, body: protocol.CompletionRequest, http: Request) -> Response:
+        return await self._answer(body, http)
 
-    async def chats(self, request: Request) -> Response:
-        return await self._answer(protocol.ChatRequest, request)
+    async def chats(self, body: protocol.ChatRequest, http: Request) -> Response:
+        return await self._answer(body, http)
 
     async def cards(self) -> dict[str, Any]:
         return {"object": "list", "data": [await self.card(name) for name in self._all_names()]}
@@ -198,16 +197,10 @@ class Service:
         hint = closest(name[:SHOWN], names_here)  # bounded: it compares the name with each
         raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
-    async def _answer(self, kind: type[Any], http: Request) -> Response:
+    async def _answer(self, request: AnyRequest, http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline.after(self.backend.limits.timeout), http.scope[CLIENT]
-        body = http.scope[REQUEST_BODY]
-        is_small = len(content := body.content) <= SMALL
-        request: AnyRequest = (
-            parsed(kind, content) if is_small else await run_in_threadpool(parsed, kind, content)
-        )
-        body.release()
         model, expert = self._find(request.model)
         override = request.override
         mixtures = [each for each in (expert, request.weights) if each is not None]

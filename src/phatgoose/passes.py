@@ -256,13 +256,9 @@ def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _N
     }
 
 
-def takes_argument(part: nn.Module, name: str) -> bool:
-    return name in inspect.signature(part.forward).parameters
-
-
 def cache_argument(part: nn.Module) -> str:
     """What `part.forward` calls its cache: Mamba has another name for it."""
-    return "cache" if takes_argument(part, "cache") else "past_key_values"
+    return "cache" if "cache" in inspect.signature(part.forward).parameters else "past_key_values"
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,9 +29,6 @@ from ..passes import (
     ActsOn,
     acting_at,
     beginnings,
-    cache_argument,
-    in_context,
-    takes_argument,
     watching,
 )
 from ..sites import Site, headless, prompt_stack
@@ -380,18 +375,6 @@ class PromptReading:
     of: Callable[[Tensor, Tensor], Tensor] = mean_token
 
 
-Keep = Callable[[Sequence[Sequence[int]], Any, Tensor], None]  # prompts, their cache and mask
-_KEEP: ContextVar[Keep | None] = ContextVar("keeps what was read", default=None)
-
-
-def keeping_caches(keep: Keep) -> AbstractContextManager[None]:
-    """Hand the keys and values of every batch that `read_prompts` reads in this context to `keep`.
-
-    Only of causal models whose passes fill a cache.
-    """
-    return in_context(_KEEP, keep)
-
-
 @torch.no_grad()
 def read_prompts(
     model: PreTrainedModel,
@@ -406,9 +389,6 @@ def read_prompts(
     """
     stack, device = prompt_stack(model), model.device
     options: dict[str, Any] = {} if model.config.is_encoder_decoder else {"use_cache": False}
-    keep, cache_name = _KEEP.get(), cache_argument(stack)
-    if model.config.is_encoder_decoder or not takes_argument(stack, cache_name):
-        keep = None
     order, parts = list[int](), list[Tensor]()
     seen: dict[Site | int, Tensor] = {}
 
@@ -419,11 +399,7 @@ def read_prompts(
         for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
             ids = pad_right([prompts[row] for row in rows], 0)
             mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
-            if keep is not None:
-                options = {"use_cache": True, cache_name: DynamicCache()}
             stack(input_ids=ids.to(device), attention_mask=mask, **options)
-            if keep is not None:
-                keep([prompts[row] for row in rows], options[cache_name], mask)
             order += rows
             values = torch.stack([seen[place] for place in reading.places], dim=1)
             parts.append(then(values) if then else values)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
+from phatgoose.apps.server.local import GenerationEngine
 from phatgoose.apps.server.local.batches import Batch
-from phatgoose.apps.server.local.engine import GenerationEngine
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
@@ -168,5 +168,5 @@ def test_a_stopped_engine_fails_what_is_left(runner_of):
     engine.stop()
     assert isinstance(row.deliver.events[-1], ApiError)
     assert not engine.is_alive
-    with pytest.raises(ApiError, match="stopped"):
+    with pytest.raises(ApiError, match="too many now"):
         engine.submit([row_of(runner_of(), prompt_of(0))])

@@ -98,23 +98,6 @@ def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on
         detach(model)
 
 
-def test_a_prompt_that_the_base_reads_for_its_router_is_not_read_again(llama, llama_pool):
-    end = ActsOn(3).record()
-    ends = [replace(each, info=replace(each.info, acts_on=end)) for each in llama_pool.experts]
-    model = compose(Pool(tuple(ends)), llama, router="discriminant")
-    runner, store = ModelRunner(model, llama.tokenizer), PrefixStore(1 << 20)
-    prompts = [LONG, prompt_of(6, 25)]
-    runner.routings_of(prompts, store, client="one")
-    found, passed = answers(runner, prompts, store, "one")
-    assert passed[0] == 3
-    assert answers(runner, prompts, store, "other")[1][0] == 40
-    composition_of(model).context.use(None)
-    assert found == [by_generate(runner, prompt, 12) for prompt in prompts]
-    held = store.bytes
-    runner.routings_of([prompt_of(7, 40)], store, [prompt_of(8, 40)])  # a chat and its question
-    assert store.bytes == held
-
-
 def test_whoever_wants_to_see_the_prompts_tokens_gets_them_read(runner_of):
     runner, store = runner_of(), PrefixStore(1 << 20)
     answers(runner, [LONG], store)

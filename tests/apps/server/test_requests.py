@@ -190,7 +190,7 @@ def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, app, mon
     def fails(*_, **__):
         raise OSError("Resource temporarily unavailable")
 
-    (texts,) = (each.process for each in app.state.service._texts.values())
+    (texts,) = (process for process, _ in app.state.service._texts.values())
     texts._children[0].kill()
     texts._children[0].wait()
     with monkeypatch.context() as patch:

@@ -1,7 +1,6 @@
 """What the routes call: requests read and routings composed beside others, in turns, in time."""
 
 import asyncio
-import math
 import threading
 from unittest.mock import MagicMock
 
@@ -15,8 +14,6 @@ from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.service import Turns
 from phatgoose.config import Serving
 from serving import GREEDY, PATH, ask, error_of
-
-NEVER = Deadline(math.inf, math.inf)
 
 
 def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch):
@@ -37,7 +34,7 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
         headers = {"Authorization": f"Bearer {key}"}
         return guarded.post(PATH, json={**GREEDY, **change}, headers=headers)
 
-    with serving.blocked(monkeypatch, LoadedModel, "_compose") as (called, go_on):
+    with serving.blocked(monkeypatch, LoadedModel, "composed") as (called, go_on):
         begun = [serving.in_a_thread(ask, "secret", k=k) for k in (1, 1, 3)]
         assert called.wait(30)
         serving.until(lambda: len(routings.turns) == 2)
@@ -55,7 +52,7 @@ def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
     app = serving.app_of(pool, Serving(timeout=1))
     routings = app.state.service.routings
     with serving.client_of(app) as client:
-        with serving.blocked(monkeypatch, LoadedModel, "_compose") as (_, go_on):
+        with serving.blocked(monkeypatch, LoadedModel, "composed") as (_, go_on):
             assert error_of(client, 504, **GREEDY, k=1)["code"] == "timeout"
             ask(client, **GREEDY)
             go_on.set()
@@ -67,8 +64,11 @@ def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
 def test_routings_are_kept_and_make_room_for_each_other(app, client):
     goose, routings = app.state.service.models["goose"], app.state.service.routings
 
+    async def acquired(k):
+        return await routings.acquire(goose, RoutingOverride(k=k), "somebody", Deadline(60))
+
     def acquire(k):
-        return client.portal.call(routings.acquire, goose, RoutingOverride(k=k), "somebody", NEVER)
+        return client.portal.call(acquired, k)
 
     for k in (1, 3, 4, 1):
         ask(client, **GREEDY, k=k)
@@ -88,7 +88,7 @@ def test_clients_take_turns():
     served, go_on = [], threading.Event()
 
     async def ask_all():
-        readers, deadline = Turns(1), Deadline.after(60)
+        readers, deadline = Turns(1), Deadline(60)
 
         def work(name):
             return lambda _: go_on.wait(30) and served.append(name)
@@ -119,8 +119,8 @@ def test_what_work_raises_arrives_and_the_next_is_done():
         readers = Turns(1)
         for error, wanted in ((ValueError("no"), ValueError), (Panic("no"), RuntimeError)):
             with pytest.raises(wanted, match="no"):
-                await readers.run("a", Deadline.after(30), lambda _, error=error: work(error))
-        assert await readers.run("a", Deadline.after(30), lambda _: 5) == 5
+                await readers.run("a", Deadline(30), lambda _, error=error: work(error))
+        assert await readers.run("a", Deadline(30), lambda _: 5) == 5
 
     asyncio.run(ask())
 
@@ -130,7 +130,7 @@ def test_a_reply_that_is_cancelled_as_a_part_arrives_ends(turns):
     """asyncio.wait_for would go on waiting in Python 3.11, and the server would never exit."""
 
     async def cancelled() -> bool:
-        reply = Reply(MagicMock(answers=2), Deadline.after(60))
+        reply = Reply(MagicMock(answers=2), Deadline(60))
         task = asyncio.create_task(reply.whole())
         for turn in range(4):
             await asyncio.sleep(0)

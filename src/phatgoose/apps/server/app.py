@@ -31,7 +31,7 @@ from ...config import Serving
 from ...errors import ConfigError
 from ...files import reason
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
-from .local.engine import LocalBackend
+from .local import LocalBackend
 from .local.runner import load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
 from .requests import invalid

@@ -85,20 +85,15 @@ def without_paths(message: str) -> str:
     return PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], message)
 
 
-@dataclass(frozen=True)
 class Deadline:
-    """A request may take `seconds`, until the event loop's clock shows `end`."""
+    """A request may take `seconds` from now on; made in the event loop."""
 
-    seconds: float
-    end: float
-
-    @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._end = seconds, asyncio.get_running_loop().time() + seconds
 
     @property
     def left(self) -> float:
-        return max(0.0, self.end - asyncio.get_running_loop().time())
+        return max(0.0, self._end - asyncio.get_running_loop().time())
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:

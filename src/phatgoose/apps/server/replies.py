@@ -25,7 +25,6 @@ from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline, Finish
 from .requests import Asked
 
 Result = TypeVar("Result")
-LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,6 @@ class Progress:
     finish: Finish | None = None
     generated: int = 0
     more: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return len(self.tokens) + sum(len(getattr(each, "tokens", ())) for each in self.routing)
 
     @classmethod
     def joined(cls, events: Sequence[Progress]) -> Progress:
@@ -235,7 +230,8 @@ class Reply:
                 yield _event(chunk)
             async for new in self.progress():
                 write = partial(_event_of, builder, new)
-                yield await run_in_threadpool(write) if new.size > LARGE else write()
+                # That of a prompt's tokens takes long.
+                yield await run_in_threadpool(write) if new.routing else write()
             if options is not None and options.include_usage:
                 yield _event(builder.closing())
             yield "data: [DONE]\n\n"

@@ -107,7 +107,7 @@ class Service:
         self.routings = RoutingCache(backend.models)
         self._reopening = asyncio.Lock()
         # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts: dict[int, Texts] = {}
+        self._texts: dict[PreTrainedTokenizerBase, tuple[UntrustedText, Turns]] = {}
         for model in self.models.values():
             self._texts_of(model.runner.frame.tokenizer)
 
@@ -117,16 +117,16 @@ class Service:
 
     def start(self) -> None:
         self.backend.start()
-        for each in self._texts.values():
-            each.process.start()
+        for process, _ in self._texts.values():
+            process.start()
 
     async def close(self) -> None:
-        for each in self._texts.values():
-            each.process.close()
+        for process, _ in self._texts.values():
+            process.close()
         await self.backend.close()
 
     async def health(self) -> JSONResponse:
-        state, turns = self.backend.state, [each.turns for each in self._texts.values()]
+        state, turns = self.backend.state, [turns for _, turns in self._texts.values()]
         health = {
             "status": "ok" if state.is_well else "failing",
             "reading": sum(each.running + len(each) for each in turns),  # prompts
@@ -200,7 +200,7 @@ class Service:
     async def _answer(self, request: AnyRequest, http: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
-        deadline, client = Deadline.after(self.backend.limits.timeout), http.scope[CLIENT]
+        deadline, client = Deadline(self.backend.limits.timeout), http.scope[CLIENT]
         model, expert = self._find(request.model)
         override = request.override
         mixtures = [each for each in (expert, request.weights) if each is not None]
@@ -218,10 +218,10 @@ class Service:
             except PhatgooseError as error:
                 raise bad_request(for_clients(error), request.changed) from error
             runner = at_end.enter_context(cached)
-            texts = self._texts_of(runner.frame.tokenizer)
-            reader = RequestReader(runner.frame, self.backend.limits, texts.process)
+            process, turns = self._texts_of(runner.frame.tokenizer)
+            reader = RequestReader(runner.frame, self.backend.limits, process)
             read = partial(reader.prompts, request)
-            prompts = await texts.turns.run(client, deadline, read)
+            prompts = await turns.run(client, deadline, read)
             rows = [row for row in range(len(prompts)) for _ in range(request.n or 1)]
             answers = [
                 Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
@@ -242,10 +242,11 @@ class Service:
         self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 
-    def _texts_of(self, tokenizer: PreTrainedTokenizerBase) -> Texts:
-        if id(tokenizer) not in self._texts:
-            self._texts[id(tokenizer)] = Texts(UntrustedText(tokenizer), Turns(1))
-        return self._texts[id(tokenizer)]
+    def _texts_of(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UntrustedText, Turns]:
+        """What runs a base's chat template and tokenizer, and turns to use it."""
+        if tokenizer not in self._texts:
+            self._texts[tokenizer] = UntrustedText(tokenizer), Turns(1)
+        return self._texts[tokenizer]
 
     async def follow(self) -> None:
         """Open each model again when the files at its place have changed, and have stopped to.
@@ -290,13 +291,6 @@ def seen_at(place: str) -> tuple[tuple[str, int, int], ...]:
                 stat = os.stat(path)
                 files.append((path, stat.st_size, stat.st_mtime_ns))
     return tuple(files)
-
-
-class Texts(NamedTuple):
-    """A base's chat template and tokenizer, in a process with limits, and turns to use it."""
-
-    process: UntrustedText
-    turns: Turns
 
 
 def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:

@@ -1,1 +1,306 @@
-"""The backend that computes answers here, with models of this process."""
+"""The backend that computes answers here: one thread that generates all, a step of each batch.
+
+Its requests become sequences, which wait in one queue for all models; clients take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ....analysis.distribution import PARTS
+from ....analysis.measures import heaviest
+from ....analysis.traces import Trace, chosen_for_whole, join_streams
+from ....config import Serving
+from ....errors import PhatgooseError
+from ....routing.composition import composition_of
+from ....routing.context import PromptRouting
+from ..guards import Metrics
+from ..protocol import AnyRequest, ApiError, bad_request, for_clients
+from ..replies import Builder, Progress, Reply, routing_report
+from ..requests import Asked
+from ..service import Backend, FairQueue, State, Turns, in_thread
+from .batches import ActiveSequence, Batch
+from .json_form import JsonForm, form_of
+from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
+
+LOOKUPS = 2  # requests for which experts, or forms of JSON, are looked up at once
+MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
+SHARE = 3  # a client may hold three times the tokens left free: alone three quarters of all
+FAILED = "The answer could not be computed; the server's log says more."
+STOPPED = "The server was stopped."
+
+log = logging.getLogger(__name__)
+
+
+class LocalBackend(Backend):
+    """The engine, which answers with `models`."""
+
+    def __init__(self, models: dict[str, LoadedModel], limits: Serving, metrics: Metrics) -> None:
+        self.models, self.limits = models, limits
+        words = "Answers in a batch when it read prompts or made a step."
+        batch = metrics.histogram("batch_rows", words, buckets=[2**i for i in range(9)])
+        self.engine = engine = GenerationEngine(limits, batch.observe)
+        kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
+        kept.set_function(lambda: engine.prefixes.bytes)
+        self._lookups = Turns(LOOKUPS)
+
+    def start(self) -> None:
+        self.engine.start()
+
+    async def close(self) -> None:
+        self.engine.stop()
+
+    @property
+    def state(self) -> State:
+        return State(self.engine.is_alive, self.engine.waiting, self.engine.running)
+
+    async def reopened(self, name: str) -> LoadedModel:
+        return await in_thread(self.models[name].reopened)
+
+    def check(self, request: AnyRequest, model: LoadedModel) -> None:
+        if request.routing and model.parts is None:
+            message = f"{request.model!r} is a base model alone; it has no routing."
+            raise bad_request(message, "routing")
+
+    async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, dict[str, str]]:
+        form = asked.request.response_format
+        schema = form.schema_asked if form else None
+
+        def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
+            routed = runner.routings_of(
+                [prompt.tokens for prompt in asked.prompts],
+                [prompt.asked for prompt in asked.prompts],
+                asked.mixture,
+            )
+            return routed, form_of(schema, runner) if schema is not None else None
+
+        try:
+            if schema is not None or (asked.mixture is None and runner.frame.looks_prompts_up):
+                routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
+            else:
+                routed, json_form = prepared()
+        except PhatgooseError as error:
+            raise ApiError(500, for_clients(error)) from error
+        reply = Reply(Builder(asked, Reporter(runner, asked, routed)), asked.deadline)
+        loop, events = asyncio.get_running_loop(), reply.events
+
+        def deliver(event: Progress | ApiError) -> None:
+            # Called in the engine's thread.
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        sequences = [
+            ActiveSequence(runner, answer, deliver, asked.client, routed[answer.row])
+            for answer in asked.answers
+        ]
+        for each in sequences:
+            each.form = json_form and json_form.copy()
+        self.engine.submit(sequences)
+        reply.on_close.append(
+            lambda: self.engine.cancel([each for each in sequences if each.finish is None])
+        )
+        return reply, {}
+
+
+class Reporter:
+    """Reports the routing of the tokens that answers come to, as a request wants it."""
+
+    def __init__(
+        self, runner: ModelRunner, asked: Asked, routed: Sequence[PromptRouting | None]
+    ) -> None:
+        self._runner, self._asked, self._routed = runner, asked, routed
+        self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
+        self._tokens: Counter[int] = Counter()
+
+    def __call__(self, progress: Progress) -> dict[str, Any] | None:
+        if not progress.routing:
+            return None
+        choice = progress.choice
+        parts = composition_of(self._runner.model)
+        streams = join_streams(progress.routing)
+        names, tokens = parts.experts, list[dict[str, Any]]()
+        for stream in streams:
+            shares = stream.shares(len(names))
+            for text, part, row in zip(stream.tokens, stream.parts, shares, strict=True):
+                best = {names[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))}
+                where = {"part": PARTS[part], "stream": stream.name}
+                tokens.append({"token": text, **where, "experts": best})
+        sums = self._sums.setdefault(choice, Counter())
+        for token in tokens:
+            sums.update(token["experts"])
+            self._tokens[choice] += bool(token["experts"])
+        count = self._tokens[choice]
+        report = routing_report(
+            parts.router.recorded.router,
+            parts.router.k or None,
+            parts.experts,
+            tokens,
+            {name: round(total / count, 4) for name, total in sums.most_common()},
+        )
+        if self._asked.request.routing == "trace":
+            routed = self._routed[self._asked.answers[choice].row]
+            whole = chosen_for_whole(parts, routed.choice if routed else None)
+            trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
+            report["trace"] = trace.to_dict()
+        return report
+
+
+class GenerationEngine:
+    """Computes sequences in batches, each of one model and routing.
+
+    Sequences wait in one queue for all models, and clients take turns. One is admitted while the
+    tokens that all batches will hold stay within the limit. `count` is told the rows of each pass.
+    Methods but `admit` may be called from any thread.
+    """
+
+    def __init__(self, limits: Serving, count: Callable[[int], object] = lambda rows: None) -> None:
+        self._limits, self._count = limits, count
+        self.prefixes = PrefixStore(limits.prefix_cache * MIB)
+        self._queue = FairQueue[ActiveSequence]()
+        self.batches: list[Batch] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="phatgoose-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End at the next step; unfinished sequences fail."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Queue the `sequences` of one request, all or none, or raise ApiError."""
+        client = sequences[0].client
+        with self._changed:
+            most = 0 if self._stopping else self._limits.max_queue
+            self._queue.check_room(client, len(sequences), most)
+            for each in sequences:
+                self._queue.add(client, each)
+            self._changed.notify()
+
+    def cancel(self, sequences: Sequence[ActiveSequence]) -> None:
+        with self._changed:
+            for each in sequences:
+                each.is_cancelled = True
+                self._queue.remove(each.client, each)
+            self._changed.notify()
+
+    @property
+    def running(self) -> int:
+        return len(self._running())
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return len(self._queue)
+
+    def _running(self) -> list[ActiveSequence]:
+        # A copy of the list, which the engine's thread may change meanwhile.
+        return [each for batch in list(self.batches) for each in batch.running]
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self.admit()
+                    for batch in self.batches:
+                        self._guarded(batch, batch.step)
+                    self.batches = [batch for batch in self.batches if batch.sequences]
+        finally:
+            with self._changed:
+                self._stopping = True
+                left = [*self._running(), *self._queue]
+                self.batches.clear()
+                self._queue = FairQueue()
+            _fail(left, STOPPED)
+
+    def _wait(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self.batches or self._stopping)
+            return not self._stopping
+
+    def admit(self) -> None:
+        read = 0
+        while read < MOST_READ and (group := self._next_group(MOST_READ - read)):
+            read += _padded_tokens(group)
+            batch = self._batch_for(group[0].runner)
+            if batch not in self.batches:
+                self.batches.append(batch)
+            self._guarded(batch, partial(batch.join, group), group)
+
+    def _next_group(self, most_read: int) -> list[ActiveSequence]:
+        group: list[ActiveSequence] = []
+        with self._changed:
+            while (head := self._next(group, most_read)) is not None:
+                self._queue.take(head.client)
+                group.append(head)
+        return group
+
+    def _next(self, group: Sequence[ActiveSequence], most_read: int) -> ActiveSequence | None:
+        # While a sequence doesn't fit, clients with running ones get no more: it would be passed
+        # over for ever.
+        is_short = False
+        for client, head in self._queue.heads():
+            together = [*group, head]
+            if group and (
+                head.runner is not group[0].runner or _padded_tokens(together) > most_read
+            ):
+                continue
+            running = [each for each in (*self._running(), *group) if each.client == client]
+            if running and is_short:
+                continue
+            batch = self._batch_for(head.runner)
+            others = sum(each.tokens_with() for each in self.batches if each is not batch)
+            free = self._limits.max_batch_tokens - others - batch.tokens_with(together)
+            taken = sum(each.most_tokens for each in running)
+            if free < 0:
+                is_short = True
+            elif not taken or taken + head.most_tokens <= SHARE * free:
+                return head
+        return None
+
+    def _batch_for(self, runner: ModelRunner) -> Batch:
+        batches = (batch for batch in self.batches if batch.runner is runner)
+        return next(batches, None) or Batch(runner, self.prefixes)
+
+    def _guarded(
+        self, batch: Batch, work: Callable[[], None], joining: Sequence[ActiveSequence] = ()
+    ) -> None:
+        concerned = [*batch.running, *joining]
+        if concerned:
+            self._count(len(concerned))
+        try:
+            work()
+        except Exception as error:
+            log.exception("A batch of %d answers failed.", len(concerned))
+            batch.sequences = []
+            _fail(concerned, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
+
+
+def _padded_tokens(sequences: Sequence[ActiveSequence]) -> int:
+    return len(sequences) * max(len(each.prompt) for each in sequences)
+
+
+def _fail(sequences: Iterable[ActiveSequence], message: str) -> None:
+    for each in sequences:
+        if not each.is_over:
+            each.is_cancelled = True
+            each.deliver(ApiError(500, message))

@@ -15,14 +15,14 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
@@ -43,7 +43,7 @@ from ....routing.routers.registry import AUTO, router_of
 from ....routing.routers.router import check_served
 from ....routing.saved import base_of, load
 from ....sites import positions_of
-from ....tasks.batching import contiguous_head, end_tokens, keeping_caches, position_ids
+from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens
 from ..requests import Frame
 from ..service import numbered
@@ -147,25 +147,19 @@ def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> T
 
     Returns the mask [rows, columns] of what is there.
     """
-    present = [each for each in prefixes if each is not None]
-    columns = max((count for _, count in present), default=0)
-    mask = torch.zeros(len(prefixes), columns, dtype=torch.long)
-    for row, each in enumerate(prefixes):
-        if each is not None:
-            mask[row, columns - each[1] :] = 1
-    for layer in range(len(present[0][0].layers) if present else 0):
-        sides = []
-        for side in (0, 1):
-            like = present[0][0].layers[layer][side]
+    first = next((each[0] for each in prefixes if each), None)
+    for layer, sides in enumerate(first.layers if first else ()):
+        filled = []
+        for side, nothing in enumerate(sides):
             rows = [
-                like.new_zeros(like.shape[0], columns, like.shape[2])
-                if each is None
-                else pad(each[0].layers[layer][side][:, : each[1]], (0, 0, columns - each[1], 0))
+                each[0].layers[layer][side][:, : each[1]] if each else nothing[:, :0]
                 for each in prefixes
             ]
-            sides.append(torch.stack(rows))
-        cache.update(*sides, layer)
-    return mask
+            tokens_first = [row.transpose(0, 1) for row in rows]
+            padded = pad_sequence(tokens_first, batch_first=True, padding_side="left")
+            filled.append(padded.transpose(1, 2).contiguous())
+        cache.update(*filled, layer)
+    return pad_left([[1] * (each[1] if each else 0) for each in prefixes], 0)
 
 
 _NUMBERS = itertools.count()  # of runners: an id would be used again
@@ -179,6 +173,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.device: torch.device = model.device
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
@@ -198,11 +193,6 @@ class ModelRunner:
             looks_prompts_up=self._context is not None and self._context.router is not None,
             in_chats=parts is not None and parts.in_chats,
         )
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
 
     def decode(
         self, ids: Tensor, mask: Tensor, cache: Cache, keeper: TraceKeeper | None = None
@@ -224,36 +214,22 @@ class ModelRunner:
     def routings_of(
         self,
         prompts: Sequence[Sequence[int]],
-        prefixes: PrefixStore | None = None,
         asked: Sequence[Sequence[int]] | None = None,
-        client: str = "",
         mixture: Mapping[str, float] | None = None,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
         None for a model without a context. The router reads what is `asked`, or else the prompts;
-        a `mixture` by name stands for its choice. If the base reads the prompts for it and experts
-        act from their end on, `prefixes` keeps what was read for the `client`, so that it isn't
-        read again. Raises PoolError for unknown names.
+        a `mixture` by name stands for its choice. Raises PoolError for unknown names.
         """
         context, count = self._context, len(prompts)
-        fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
         if context is None:
             return [None] * count
+        fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
         read = [list(each) for each in prompts]
-        if fixed is not None:
-            return context.routing_of(read, fixed.repeated(count)).each(count)
-        questions = read if asked is None else [list(each) for each in asked]
-        with ExitStack() as stack:
-            if prefixes is not None and context.acting and questions == read:
-                key = client, self._base_key
-
-                def keep(batch: Sequence[Sequence[int]], cache: Cache, mask: Tensor) -> None:
-                    for row, prompt in enumerate(batch):
-                        prefixes.keep(Reader(key, len(prompt)), prompt, cache, row, mask[row])
-
-                stack.enter_context(keeping_caches(keep))
-            return context.routing_of(read, asked=questions).each(count)
+        questions = None if asked is None else [list(each) for each in asked]
+        choice = fixed and fixed.repeated(count)
+        return context.routing_of(read, choice, questions).each(count)
 
     @property
     def _base_key(self) -> Hashable:
@@ -307,7 +283,7 @@ class LoadedModel:
         if is_routed(place):
             model = load(place, twin(self.base), embedder=embedder)
         elif is_pool(place):
-            model = self._compose(self.pool, settings.routing or Routing())
+            model = self.composed(self.pool, settings.routing or Routing()).model
         else:
             model = twin(self.base).model
         if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
@@ -343,14 +319,13 @@ class LoadedModel:
         """The model as its place has it now, over the same base."""
         return LoadedModel(self.settings, self._opened)
 
-    def composed(self, pool: Pool, routing: Routing, others: Sequence[ModelRunner]) -> ModelRunner:
+    def composed(
+        self, pool: Pool, routing: Routing, others: Sequence[ModelRunner] = ()
+    ) -> ModelRunner:
         """The model by another routing; it shares what it can with those of `others`."""
-        model = self._compose(pool, routing)
+        model = compose(pool, twin(self.base), routing=routing, scores=self.settings.scores)
         share_factors(model, [runner.model for runner in others])
         return ModelRunner(model, self.base.tokenizer)
-
-    def _compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
-        return compose(pool, twin(self.base), routing=routing, scores=self.settings.scores)
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""

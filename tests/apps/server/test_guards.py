@@ -146,10 +146,10 @@ def test_clients_are_told_apart_by_key_and_else_by_address():
 
 def test_bodies_are_counted_together_and_let_go():
     gate = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
-    full = [RequestBody(gate) for _ in range(AT_ONCE)]
+    full = [RequestBody(gate, None) for _ in range(AT_ONCE)]
     for body in full:
         body.add(b"x" * 100)
-    another = RequestBody(gate)
+    another = RequestBody(gate, None)
     with pytest.raises(ApiError) as refused:
         another.add(b"x")
     assert refused.value.status_code == 429

@@ -97,10 +97,10 @@ def test_clients_take_turns():
         works = [readers.run(name.split()[0], deadline, work(name)) for name in names]
         tasks = [asyncio.ensure_future(each) for each in works]
         await asyncio.sleep(0.05)
-        assert (len(readers), readers.running) == (4, 1)
+        assert (len(readers), readers.free) == (4, 0)
         go_on.set()
         await asyncio.gather(*tasks)
-        assert (len(readers), readers.running) == (0, 0)
+        assert (len(readers), readers.free) == (0, 1)
 
     asyncio.run(ask_all())
     assert served.index("polite") <= 2

@@ -146,14 +146,23 @@ LIMITS = BodyLimits()
 
 
 class RequestBody:
-    """A request's body; the guard counts its bytes while it is there."""
+    """What an application receives: the body at once, if it `is_whole`, then what comes after it.
 
-    def __init__(self, guard: RequestGuard) -> None:
-        self._guard, self._content = guard, bytearray()
+    The guard counts its bytes until then.
+    """
 
-    @property
-    def content(self) -> bytes:
-        return bytes(self._content)
+    is_whole = False
+
+    def __init__(self, guard: RequestGuard, receive: Receive) -> None:
+        self._guard, self._receive, self._content = guard, receive, bytearray()
+
+    async def __call__(self) -> Message:
+        if not self.is_whole:
+            return await self._receive()
+        self.is_whole, content = False, bytes(self._content)
+        self.release()
+        check_size(content)
+        return {"type": "http.request", "body": content, "more_body": False}
 
     def add(self, piece: bytes) -> None:
         guard = self._guard
@@ -193,17 +202,7 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self)
-        is_read = scope["method"] == "POST"
-
-        async def received() -> Message:
-            """The body at once, then what comes after it."""
-            nonlocal is_read
-            if not is_read:
-                return await receive()
-            is_read, content = False, body.content
-            body.release()
-            return {"type": "http.request", "body": content, "more_body": False}
+        begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self, receive)
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -218,9 +217,9 @@ class RequestGuard:
 
         try:
             scope[CLIENT] = self._access.check(scope)
-            if is_read:
+            if scope["method"] == "POST":
                 await self._read(scope, receive, body)
-            await self._app(scope, received, watched)
+            await self._app(scope, body, watched)
         except ApiError as error:
             await refuse(error)
         except ClientDisconnect:
@@ -251,4 +250,4 @@ class RequestGuard:
         except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
-        check_size(body.content)
+        body.is_whole = True

@@ -129,7 +129,7 @@ class Service:
         state, turns = self.backend.state, [turns for _, turns in self._texts.values()]
         health = {
             "status": "ok" if state.is_well else "failing",
-            "reading": sum(each.running + len(each) for each in turns),  # prompts
+            "reading": sum(each.most - each.free + len(each) for each in turns),  # prompts
             "waiting": state.waiting,
             "running": state.running,
         }
@@ -432,10 +432,6 @@ class Turns(FairQueue[asyncio.Future[None]]):
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = self.free = most
-
-    @property
-    def running(self) -> int:
-        return self.most - self.free
 
     async def wait(self, client: str, deadline: Deadline) -> None:
         """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline."""

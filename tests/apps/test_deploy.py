@@ -9,7 +9,7 @@ import pytest
 
 from command_line import refused
 from phatgoose.apps import deploy as module
-from phatgoose.apps.deploy import RANKS, deploy
+from phatgoose.apps.deploy import deploy
 from phatgoose.base import BaseReference
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
@@ -37,13 +37,15 @@ def value_of(command, flag):
     return command[command.index(flag) + 1]
 
 
-def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(pool, llama, tmp_path):
+@pytest.mark.parametrize(("rank", "allowed"), [(4, 8), (80, 128)])
+def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(llama, tmp_path, rank, allowed):
+    names = ["e0", "e1"]
+    pool = Pool([write_expert(llama, tmp_path / "pool", name, rank=rank) for name in names])
     done = deploy(pool, "vllm", tmp_path / "out", llama.id)
     command = command_in(tmp_path / "out" / "engine.sh")
     assert command[:3] == ["vllm", "serve", "base"]
-    assert (done.rank, value_of(command, "--max-lora-rank")) == (4, "8")
-    at = command.index("--lora-modules")
-    assert command[at + 1 : -1] == [f"{name}=experts/{name}" for name in pool.names]
+    assert (done.rank, value_of(command, "--max-lora-rank")) == (rank, str(allowed))
+    assert command[-3:] == ["e0=experts/e0", "e1=experts/e1", "$@"]
     handed = Pool.open(tmp_path / "out" / "experts")
     assert [e.info.adapter_sha256 for e in handed.experts] == [
         e.info.adapter_sha256 for e in pool.experts
@@ -91,16 +93,11 @@ def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
     (tmp_path / "me" / "base").mkdir(parents=True)
     (tmp_path / "me" / "base" / "key").write_text("of this machine")
     monkeypatch.chdir(tmp_path)
+    pool = on_base(pool, "me/base", "v1.2")
     assert deploy(pool, "vllm", tmp_path / "out").base == "me/base"
+    assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--revision") == "v1.2"
     assert deploy(pool, "vllm", tmp_path / "named", "me/base").base == "base"
     assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
-
-
-def test_the_engine_loads_the_revision_that_the_experts_name(pool, tmp_path):
-    deploy(on_base(pool, "me/base", "v1.2"), "vllm", tmp_path / "out")
-    assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--revision") == "v1.2"
-    deploy(on_base(pool, "me/base", "v1.2"), "vllm", tmp_path / "own", "me/base")
-    assert "--revision" not in command_in(tmp_path / "own" / "engine.sh")
 
 
 RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" >> "$RECORD"\n'
@@ -133,30 +130,17 @@ def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_
         assert converted.count("python3") == 1 + len(pool.names)
         assert converted[3:6] == ["--outfile", "base.gguf", "--seed"]
         assert value_of(converted, "--base") == "me/base"
+        assert "Run convert.sh first" in (tmp_path / "out" / "README.md").read_text()
     program, *arguments = started("engine.sh")
     assert arguments[-2:] == ["--seed", "two words"]
     assert program == {"llama.cpp": "llama-server"}.get(engine, engine)
     assert value_of(arguments, "--host") == "127.0.0.1"
+    if engine == "llama.cpp":
+        assert value_of(arguments, "--lora") == ",".join(f"gguf/{n}.gguf" for n in pool.names)
+        assert "--lora-init-without-apply" in arguments
     program, *arguments = started("gateway.sh")
     assert (program, arguments[:2]) == ("phatgoose", ["serve", "experts"])
     assert arguments[-2:] == ["--seed", "two words"]
-
-
-@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (9, 16), (33, 64), (80, 128)])
-def test_ranks_are_rounded_up(llama, tmp_path, rank, allowed):
-    expert = write_expert(llama, tmp_path, "e", rank=rank)
-    deploy(Pool.open(expert), "vllm", tmp_path / "out", llama.id)
-    assert value_of(command_in(tmp_path / "out" / "engine.sh"), "--max-lora-rank") == str(allowed)
-    assert allowed in RANKS
-
-
-def test_llama_cpp_gets_a_file_for_each_expert(pool, llama, tmp_path):
-    done = deploy(pool, "llama.cpp", tmp_path / "out", llama.id)
-    command = command_in(tmp_path / "out" / "engine.sh")
-    assert value_of(command, "--lora").split(",") == [f"gguf/{n}.gguf" for n in pool.names]
-    assert "--lora-init-without-apply" in command
-    assert "convert.sh" in done.note
-    assert done.note in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,9 @@ def test_sixty_four_clients_get_what_one_gets(one, prompts):
 
 
 def test_an_engine_that_is_killed_in_the_middle_of_streams(experts, engine, prompts):
-    """Five times: every stream ends, with its end or an error; then the engine is used again."""
+    """Every stream ends with an error, and the engine is used again when it is back."""
     with running_gateway(experts, engine) as url:
-        for _ in range(5):
+        for _ in range(2):
             begun = threading.Barrier(5, timeout=60)
             ends: list[str] = []
 

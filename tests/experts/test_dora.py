@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from phatgoose.base import load_base
-from phatgoose.errors import ExpertError
-from phatgoose.experts.dora import DoraFactors
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.export import export
 from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids
 
 ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 
@@ -26,13 +22,6 @@ def pool(base, tmp_path):
         adapter = make_adapter(base, tmp_path / "adapters" / name, seed=seed, rank=rank, **more)
         import_adapter(adapter, tmp_path / "pool" / name)
     return Pool.open(tmp_path / "pool")
-
-
-def test_an_import_is_of_its_own_kind(pool):
-    assert [expert.kind for expert in pool.experts] == ["dora", "dora", "lora"]
-    for module in pool["a"].modules.values():
-        assert isinstance(module, DoraFactors)
-        assert (module.output_scale - 1).abs().max() > 0.01
 
 
 @ON_TWO_KINDS
@@ -62,13 +51,6 @@ def test_changes_of_several_add_up(base, pool):
             module = pool[name].modules[site].at(layers[site].weight)
             wanted += weight * (module.apply(layers[site], u) - plain)
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
-
-
-@ON_TWO_KINDS
-def test_one_alone_is_the_expert_on_its_base(base, pool):
-    with applied(base.model, pool["b"].modules, ModifiedLinear):
-        wanted = logits_of(base.model, make_ids())
-    assert_same_logits(logits_of(compose(pool, base, weights={"b": 1.0}), make_ids()), wanted)
 
 
 @pytest.mark.parametrize("router", ["arrow", "spectr", "merged"])
@@ -106,20 +88,3 @@ def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
     assert "Expert 'a' has the kind dora, which vllm would not apply" in " ".join(
         outcome.err.split()
     )
-
-
-def test_magnitudes_are_of_the_layers_sizes(base, tmp_path):
-    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = min(each for each in tensors if each.endswith("magnitude_vector"))
-    save_file({**tensors, name: tensors[name][1:]}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ExpertError, match="lora_magnitude_vector': its config wants"):
-        import_adapter(adapter, tmp_path / "expert")
-
-
-@ON_TWO_KINDS
-def test_one_that_plays_no_part_keeps_no_lora_from_leaving(base, pool, tmp_path):
-    model = compose(pool, base, weights={"lora": 1.0, "a": 0.0})
-    wanted = logits_of(model, make_ids())
-    assert export(model, tmp_path / "adapter").rank == 4
-    assert_same_logits(logits_of(peft_model(base, tmp_path / "adapter"), make_ids()), wanted)

@@ -90,23 +90,6 @@ def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_name
         Expert.from_peft(adapter, {})
 
 
-def test_a_revision_that_is_none_is_refused_unless_the_base_is_given(adapter, llama, tmp_path):
-    adapter = shutil.copytree(adapter, tmp_path / "reviews")
-    for odd in (["v2"], "../v2"):
-        set_config(adapter, revision=odd)
-        for read in (base_named_in, lambda folder: Expert.from_peft(folder, {})):
-            with pytest.raises(ExpertError, match="is no branch, tag or commit"):
-                read(adapter)
-    assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
-
-
-def test_an_expert_without_gates_is_whole_too(adapter, tmp_path):
-    expert = make(adapter, gates={}).save(tmp_path / "plain")
-    assert (expert.gates, expert.means, expert.embeddings) == ({}, {}, None)
-    assert not (expert.directory / LAYOUT.vectors).exists()
-    assert check_expert(expert.directory) == []
-
-
 def test_gates_may_be_the_means_too(adapter, tmp_path):
     sites = Expert.from_peft(adapter, {}).lora
     both = torch.randn(len(sites), 64)

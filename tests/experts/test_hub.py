@@ -18,9 +18,7 @@ from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push,
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, is_pool
-from phatgoose.routing.composition import composition_of
-from tiny import logits_of, make_adapter, make_ids
+from tiny import make_adapter
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -149,14 +147,6 @@ def test_what_the_hub_lacks_is_told_in_one_line(hub, pair, tmp_path, reference):
     assert "\n" not in str(caught.value)
 
 
-def test_an_expert_damaged_on_the_hub_is_not_pulled(hub, pair, tmp_path):
-    files = contents(pair[0])
-    hub.add("me/bad", {**files, LAYOUT.vectors: files[LAYOUT.vectors][:-4]})
-    with pytest.raises(ExpertError):
-        pull("me/bad", tmp_path / "pulled")
-    assert not (tmp_path / "pulled").exists()
-
-
 def test_a_plain_adapter_on_the_hub_is_no_expert_but_can_be_imported(hub, llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
     sha = hub.add("you/lora", contents(adapter))
@@ -170,41 +160,11 @@ def test_a_plain_adapter_on_the_hub_is_no_expert_but_can_be_imported(hub, llama,
         assert (expert.directory / file).read_bytes() == (adapter / file).read_bytes()
 
 
-def test_pickled_weights_on_the_hub_are_refused_unread(hub, llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "adapter")
-    files = contents(adapter)
-    files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
-    hub.add("you/pickle", files)
-    with pytest.raises(ExpertError, match=r"Pickled weights .* never read"):
-        import_adapter("you/pickle", tmp_path / "mine", base=llama.id)
-    assert not list((tmp_path / "cache").rglob("*.bin"))
-
-
 def test_nothing_but_an_experts_files_is_fetched(hub, pair, tmp_path):
     files = {**contents(pair[0]), "evil.py": b"import os", "a/b.safetensors": b"x"}
     hub.add("me/reviews", files)
     folder = fetch(HubReference("me/reviews"))
     assert {path.name for path in folder.rglob("*") if path.is_file()} == set(contents(pair[0]))
-
-
-def test_nothing_of_deeper_folders_is_fetched(hub, pair, tmp_path):
-    files = contents(pair[0])
-    deep = {f"checkpoints/step-1/{name}": data for name, data in files.items()}
-    inner = {f"second/{name}": data for name, data in contents(pair[1]).items()}
-    hub.add("me/pool", {f"first/{name}": data for name, data in files.items()} | inner | deep)
-    hub.add("me/expert", files | inner | deep)
-    fetched = fetch(HubReference("me/pool"))
-    assert {path.name for path in fetched.iterdir()} == {"first", "second"}
-    pull("me/expert", tmp_path / "pulled")
-    snapshot = fetch(HubReference("me/expert"), inner=())
-    assert {path.name for path in snapshot.iterdir()} == {*files, "second"}
-    assert [path.name for path in (snapshot / "second").iterdir()] == [LAYOUT.info]
-
-
-def test_an_expert_is_pulled_and_not_imported(hub, pair, tmp_path):
-    push(pair[0], "me/reviews")
-    with pytest.raises(ExpertError, match=r"hub:me/reviews@\w+ is an expert already .*pull'"):
-        import_adapter("me/reviews", tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -226,21 +186,6 @@ def test_a_hub_can_not_make_files_outside_the_cache(hub, pair, tmp_path, name, i
     inside = (cache / "models--me--evil", cache / ".locks", cache / "CACHEDIR.TAG")
     for path in cache.rglob("*"):
         assert any(path.resolve().is_relative_to(place.resolve()) for place in inside), path
-
-
-def test_hub_references_stand_wherever_a_folder_does(hub, pair, llama, tmp_path):
-    push(pair[0], "me/reviews")
-    pool = Pool.open(["hub:me/reviews", pair[1]])
-    assert pool.names == ("e0", "e1")
-    assert is_pool("hub:me/reviews")
-    local = compose(Pool.open(pair), llama, router="phatgoose")
-    wanted = logits_of(local, make_ids())
-    detach(local)
-    shared = compose(pool, llama, router="phatgoose")
-    assert (logits_of(shared, make_ids()) == wanted).all()
-    paths = [record["path"] for record in composition_of(shared).records]
-    assert paths[0] == f"hub:me/reviews@{pushed_now(hub)}"
-    assert paths[1] == str(pair[1])
 
 
 def test_what_was_fetched_once_is_there_offline(hub, pair, tmp_path, monkeypatch):

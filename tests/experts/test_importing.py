@@ -78,13 +78,6 @@ def test_adapters_opened_again_are_the_same_and_change_with_their_files(own_adap
         Pool.open(tmp_path / "adapters")
 
 
-def test_an_expert_is_not_imported(make_expert, llama, tmp_path):
-    expert = make_expert(llama, "reviews")
-    with pytest.raises(ExpertError, match=r"reviews is an expert already"):
-        import_adapter(expert.directory, tmp_path / "imported")
-    assert not (tmp_path / "imported").exists()
-
-
 def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(
     own_adapter, llama, tmp_path
 ):
@@ -118,28 +111,6 @@ def test_a_fingerprint_is_recorded_where_the_weights_are_here(
     without = import_adapter(own_adapter, tmp_path / "without", fingerprint=False)
     with pytest.warns(UserWarning, match="'phatgoose import --fingerprint' records one"):
         compose(Pool((without,)), llama, router="arrow", k=1)
-
-
-def test_a_base_without_its_weights_here_has_no_fingerprint(
-    own_adapter, base_folders, tmp_path, monkeypatch
-):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_bytes((base_folders["llama"] / "config.json").read_bytes())
-    set_config(own_adapter, base_model_name_or_path=str(bare))
-    assert import_adapter(own_adapter, tmp_path / "mine").info.base == BaseReference(str(bare))
-    with pytest.raises(BaseModelError):  # loaded for it
-        import_adapter(own_adapter, tmp_path / "other", fingerprint=True)
-
-
-def test_a_base_in_the_hubs_cache_is_recorded_by_its_id(own_adapter, base_folders, tmp_path):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = tmp_path / "hub" / "models--you--base" / "snapshots" / commit
-    shutil.copytree(base_folders["llama"], cached)
-    set_config(own_adapter, base_model_name_or_path=str(cached))
-    found = import_adapter(own_adapter, tmp_path / "mine").info.base
-    assert (found.id, found.revision) == ("you/base", commit)
-    assert found.fingerprint is not None
 
 
 def test_a_base_is_recorded_by_the_id_that_is_given(own_adapter, llama, tmp_path):
@@ -221,13 +192,6 @@ def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(
     assert any(rank < exact[site].A.shape[0] for site, rank in ranks.items())
 
 
-def test_an_allowed_loss_changes_nothing_about_a_lora(own_adapter, tmp_path):
-    expert = import_adapter(own_adapter, tmp_path / "mine", allow_loss=0.5)
-    assert (expert.directory / ADAPTER_WEIGHTS).read_bytes() == (
-        own_adapter / ADAPTER_WEIGHTS
-    ).read_bytes()
-
-
 def test_of_several_adapters_those_that_can_are_imported(own_adapter, llama, tmp_path):
     prompts = shutil.copytree(own_adapter, tmp_path / "more" / "prompts")
     set_config(prompts, peft_type="PROMPT_TUNING")
@@ -294,18 +258,6 @@ def test_names_that_transformers_5_has_changed_are_changed_as_peft_does_it(tmp_p
     with pytest.warns(UserWarning, match="on trust"):
         routed = compose(Pool((expert,)), base, router="single", k=1)
     assert_same_logits(logits_of(routed, make_ids()), wanted)
-
-
-def test_a_target_that_transformers_5_has_fused_is_refused_by_name(tmp_path):
-    base = load_base(make_tiny("mixtral", tmp_path / "base"), dtype="float32")
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    assert set(import_adapter(adapter, tmp_path / "plain").lora) == {
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.1.self_attn.q_proj",
-    }
-    set_config(adapter, target_modules=["q_proj", "w1", "w2", "w3"])
-    with pytest.raises(ExpertError, match=r"fused into parameters \(.*down_proj, gate_up_proj"):
-        import_adapter(adapter, tmp_path / "fused")
 
 
 def test_a_config_can_not_make_peft_import_a_module(adapter, tmp_path, monkeypatch):

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 
-from command_line import review, write_rows
 from fake_packages import install
 from growth_cases import assert_same_models, composed
-from made_up_kind import SHIFTS, code_of_the_kind, make_shift, pool_with_shifts, register
-from mixed_experts import mixed_output, ordered, renamed
+from made_up_kind import SHIFTS, pool_with_shifts, register
+from mixed_experts import mixed_output, ordered
 from oracle import token_weights
 from phatgoose import experts
 from phatgoose.analysis.audit import signs_of
-from phatgoose.config import GateTraining, Lora
+from phatgoose.config import GateTraining
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts import KINDS, kind_for, kinds
 from phatgoose.experts.expert import Expert, check_expert
-from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -109,19 +103,6 @@ def test_it_is_exported(pool, llama, tmp_path):
     assert_same_logits(got, logits_of(model, ids))
 
 
-def test_it_is_audited(pool, llama, tmp_path):
-    twin = renamed(pool["shift9"], "twin")
-    twin = replace(twin, info=replace(twin.info, adapter_sha256="another"))
-    larger = Pool((*pool.experts, twin))
-    assert signs_of(larger)["gate_size"].isfinite().all()
-
-
-def test_it_is_imported(shifts, llama, base_folders, tmp_path):
-    base = str(base_folders["llama"])
-    expert = import_adapter(make_shift(llama, tmp_path / "bare"), tmp_path / "mine", base=base)
-    assert (expert.kind, expert.info.base.id) == ("shift", base)
-
-
 def test_what_its_record_does_not_know_is_refused_by_name(
     monkeypatch, llama, llama_mixed, tmp_path
 ):
@@ -166,39 +147,15 @@ def test_broken_kinds_of_other_packages_are_named_and_break_nothing(unread, monk
     code = """
 from phatgoose.config import Lora
 from phatgoose.experts import Kind
-TAKEN = Kind("lora", "", Lora, "", "", ())
+TAKEN, MINE = (Kind(name, "", Lora, "", "", ()) for name in ("lora", "mine"))
 """
     points = {"lora": "theirs:TAKEN", "odd": "theirs:code", "none": "theirs:Kind"}
-    install(tmp_path, monkeypatch, "theirs", code, {experts.GROUP: points})
+    install(
+        tmp_path, monkeypatch, "theirs", code, {experts.GROUP: points | {"mine": "theirs:MINE"}}
+    )
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        assert kinds().keys() == KINDS.keys()
+        assert list(kinds()) == ["lora", "ia3", "bottleneck", "dora", "mine"]
     told = " ".join(str(warning.message) for warning in warned)
     assert all(f"{name} of theirs is left out" in told for name in points), told
-    assert kind_for(Lora()).name == "lora"
-
-
-def test_a_kind_of_another_package_is_seen_by_the_commands(monkeypatch, base_folders, tmp_path):
-    points = {experts.GROUP: {"shift": "shifts:KIND"}}
-    install(tmp_path, monkeypatch, "shifts", code_of_the_kind() + RECORD, points)
-    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
-    paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
-
-    def phatgoose(*words: object) -> str:
-        command = [sys.executable, "-m", "phatgoose", *map(str, words)]
-        found = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert found.returncode == 0, found.stderr
-        return found.stdout
-
-    few = ("--steps", 2, "--batch-size", 2, "--gate-steps", 1, "--sites", "o_proj")
-    task = ("reviews.jsonl", "--out", "pool")
-    phatgoose("train", "--peft", "shift", "--base", base_folders["llama"], *task, *few)
-    assert "shift" in phatgoose("pool", "pool")
-    assert "1 expert at" in phatgoose("compose", "pool", "--out", "routed", "--k", "1")
+    assert kinds()["lora"].label == "LoRA"

@@ -59,11 +59,6 @@ def test_what_is_no_pool_is_refused_in_words(tmp_path, monkeypatch, source, comp
     assert complaint in complaint_about(source)
 
 
-def test_a_list_of_experts_and_folders_is_a_pool_in_its_own_order(write, tmp_path):
-    one, _, _ = write("z"), write("a", place="more"), write("b", place="more")
-    assert Pool.open([str(one), tmp_path / "more"]).names == ("z", "a", "b")
-
-
 def test_unfinished_hidden_and_foreign_folders_are_no_experts(write, tmp_path):
     done = write("done")
     shutil.copytree(done, done.parent / ".done-x1y2")

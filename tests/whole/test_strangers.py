@@ -138,7 +138,7 @@ def test_a_link_out_of_the_directory_is_refused_unread(directory, file):
     (directory.parent / file).write_bytes((directory / file).read_bytes())
     (directory / file).unlink()
     (directory / file).symlink_to(directory.parent / file)
-    assert f"{file} is a symbolic link that leads out" in complaint(directory)
+    assert "it is a link that leads out" in complaint(directory)
 
 
 def test_links_of_a_hub_cache_are_followed_to_its_blobs_only(tmp_path):

@@ -141,7 +141,7 @@ def trials(world: Path) -> dict[str, Trial]:
 
     train = f"train {task} {data} {FEW} --out OUT"
     gate = f"gate {adapter} --task {task} {data} {GATES} --out OUT"
-    imports = f"import {world / 'adapter'} --base {base} --by-path --out OUT"
+    imports = f"import {world / 'adapter'} --base {base} --out OUT"
     compose = f"compose {experts} {data} --out OUT"
     compare = f"compare {experts} --suites {suite} --limit 6 {data} --out OUT"
 

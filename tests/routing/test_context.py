@@ -54,20 +54,6 @@ def test_choices_are_taken_apart_joined_and_named():
     assert choice_of({NOBODY: 1.0}, {0: 1.0}).named("ab") == [{}, {"a": 1.0}]
 
 
-@pytest.mark.parametrize(
-    ("choice", "lone"),
-    [
-        (Choice.alone(torch.tensor([2, 0])), [2, 0]),
-        (Choice.alone(torch.tensor([2, NOBODY])), None),
-        (choice_of({2: 0.5}), None),
-        (choice_of({2: 1.0, 1: 0.0}), None),
-    ],
-)
-def test_lone_experts_are_those_of_weight_one(choice, lone):
-    found = choice.lone()
-    assert (None if found is None else found.tolist()) == lone
-
-
 def site_of(experts: list[int], *rows: dict[int, float]) -> SiteRouter:
     """The router of a site where these of four experts act, with the choice of a batch."""
     chooser = PromptRouter(ByPrompt(), Tables(("e0", "e1", "e2", "e3")))
@@ -94,7 +80,6 @@ def test_blocks_may_have_choices_of_their_own():
     assert router(torch.zeros(4, 5)).experts[:, 0].tolist() == [1, 1, 2, 2]
     assert choice.at(7).experts[:, 0].tolist() == [1, 2]  # a model with more blocks: the last
     assert choice.named("abcd") == [{"b": 0.5, "d": 0.5}, {"c": 1.0, "a": 0.0}]
-    assert choice.lone() is None
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed, renamed
+from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed
 from oracle import token_weights
-from phatgoose.base import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import record
-from phatgoose.routing.routers.registry import OURS
-from phatgoose.routing.saved import load, save
-from routed_models import compose_by, of_task
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
 KINDS = ("llama", "t5", "gpt2")
@@ -60,30 +55,6 @@ def test_merged_is_the_mean_of_what_each_adds(base, mixed_pool):
         torch.testing.assert_close(layer(u)[0], wanted.float(), **PRECISE)
 
 
-@pytest.mark.usefixtures("toy_embedder")
-@pytest.mark.parametrize(
-    "router", [name for name, listed in OURS.items() if "lora" not in listed.needs]
-)
-def test_every_router_that_needs_no_loras_routes_a_mixed_pool(llama, llama_mixed, router, tmp_path):
-    four = llama_mixed.select(["lora0", "ia32", "bottleneck3", "biased1"]).experts
-    pool = Pool(tuple(renamed(expert, f"e{z}") for z, expert in enumerate(four)))
-    ids = make_ids()
-    plain = logits_of(llama.model, ids)
-    model = compose_by(router, pool, llama)
-    got = logits_of(model, ids)
-    assert not torch.allclose(got, plain, atol=1e-3)
-    with record(model) as recording:
-        watched = logits_of(model, ids)
-    if router != "random":  # which draws anew
-        assert_same_logits(watched, got)
-    assert set(recording.usage()) == set(composition_of(model).layers)
-    save(model, tmp_path / "routed")
-    detach(model)
-    assert torch.equal(logits_of(llama.model, ids), plain)
-    loaded = of_task(load(tmp_path / "routed", llama), "second")
-    assert_same_logits(logits_of(loaded, ids), got)
-
-
 def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
     layers = composition_of(compose(llama_mixed, llama, router="phatgoose")).layers
     assert not any(layer.is_plain for layer in layers.values())  # a LoRA with biases everywhere
@@ -101,39 +72,6 @@ def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama,
     wrong = replace(expert, gates={**expert.gates, site: torch.ones(7)})
     with pytest.raises(ExpertError, match=rf"site {site}: .* means of \[7, 32\] numbers"):
         compose(Pool((wrong,)), llama, k=1, router="phatgoose")
-
-
-def test_padding_is_routed_like_any_token(llama, llama_mixed):
-    model, ids = compose(llama_mixed, llama, router="phatgoose"), make_ids()
-    layer, seen = composition_of(model).layers["model.layers.0.mlp.down_proj"], []
-    layer.register_forward_hook(lambda layer, args, y: seen.append((args[0], y)))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    logits_of(model, ids, attention_mask=mask)
-    ((u, y),) = seen
-    with torch.no_grad():
-        assert torch.equal(y, layer(u))
-    assert not torch.allclose(y, layer.base(u), atol=1e-2)
-
-
-@each_kind
-def test_bfloat16_stays_close(kind, base, mixed_pool):
-    layers = composition_of(
-        compose(mixed_pool, load_base(base.id, dtype="bfloat16"), router="phatgoose")
-    ).layers
-    for site, layer in layers.items():
-        u = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
-        experts = mixed_pool.experts
-        wanted = torch.stack(
-            [
-                mixed_output(layer.base, t, experts, token_weights(t, experts, site, 2), site)
-                for t in u
-            ]
-        )
-        got = layer(u)
-        assert got.dtype == torch.bfloat16
-        slack = 6 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
-        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=slack)
 
 
 @each_kind

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from growth_cases import composed
 from mixed_experts import ordered, renamed
@@ -177,16 +177,6 @@ def test_a_write_that_breaks_off_leaves_no_half_model(model, tmp_path, monkeypat
         model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
-
-
-def test_the_trainer_saves_a_routed_model(llama, model, tmp_path):
-    wanted = logits_of(model, make_ids())
-    options = TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True)
-    Trainer(model, options, processing_class=llama.tokenizer).save_model(tmp_path / "saved")
-    assert contents(tmp_path / "saved").keys() > FILES
-    assert "model.safetensors" not in contents(tmp_path / "saved")
-    detach(model)
-    assert torch.equal(logits_of(load(tmp_path / "saved", llama), make_ids()), wanted)
 
 
 def test_a_push_to_the_hub_takes_the_routed_model_along(model, monkeypatch):
@@ -379,11 +369,6 @@ def test_what_can_not_join_changes_nothing(uneven, pair, kind, said, joining):
     with pytest.raises(kind, match=said):
         add_to_saved(pair, Pool((joining(uneven),)))
     assert contents(pair) == before
-
-
-def test_experts_of_another_base_do_not_join(pool_of, pair):
-    with pytest.raises(WrongBaseError, match="fingerprint"):
-        add_to_saved(pair, Pool((renamed(pool_of("t5").experts[0], "new"),)))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kernel_problems import bottleneck_arguments
-from mixed_experts import ACTIVATE, CPU, PRECISE, mixed_output
+from mixed_experts import CPU, PRECISE, mixed_output
 from phatgoose.config import ACTIVATIONS
 from phatgoose.experts.bottleneck import BottleneckLayers, BottleneckStack
 from phatgoose.experts.ia3 import ScalingVector
-from phatgoose.experts.kind import weighted_rows
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.layers import RoutedLinear
@@ -98,50 +97,6 @@ def test_bottlenecks_of_several_sizes_are_filled_up_with_zeros():
     wanted = small.at(y).apply(nn.Identity(), y) - y
     got = stack.grouped(y, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
     torch.testing.assert_close(got, wanted, **PRECISE)
-
-
-def bottleneck_loop(y, experts, weights, stack: BottleneckStack) -> Tensor:
-    total = torch.zeros_like(y)
-    for z, activation in enumerate(stack.activations):
-        w_z = (weights * (experts == z)).sum(dim=-1, keepdim=True)
-        inner = ACTIVATE[ACTIVATIONS[activation]](y @ stack.down[z].T + stack.down_bias[z])
-        total = total + w_z * (inner @ stack.up[z] + stack.up_bias[z])
-    return total
-
-
-def rows_loop(experts, weights, rows) -> Tensor:
-    chosen = ((weights * (experts == z)).sum(dim=-1, keepdim=True) for z in range(len(rows)))
-    return sum(w_z * row for w_z, row in zip(chosen, rows, strict=True))
-
-
-@given(
-    seed=st.integers(0, 99),
-    tokens=st.integers(1, 9),
-    experts=st.integers(1, 7),
-    m=st.integers(1, 5),
-    d=st.integers(1, 9),
-    data=st.data(),
-)
-@settings(max_examples=30)
-def test_sums_have_the_values_and_gradients_of_a_loop(seed, tokens, experts, m, d, data):
-    k = data.draw(st.integers(1, experts))
-    arguments = bottleneck_arguments(seed, tokens, experts, k, m, d)
-    y, chosen, weights, *parts = arguments
-    stack = BottleneckStack(*parts, rows=torch.arange(experts))
-    learnt = [each for each in arguments if each.requires_grad]
-    cotangent = torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed))
-
-    def with_slopes(total: Tensor, of: list[Tensor]) -> tuple[Tensor, ...]:
-        return total, *torch.autograd.grad((total * cotangent).sum(), of)
-
-    wanted = with_slopes(bottleneck_loop(y, chosen, weights, stack), learnt)
-    for body in (stack.side_by_side, stack.grouped):
-        got = with_slopes(body(y, chosen, weights), learnt)
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
-    rows = [weights, stack.up_bias]
-    got = with_slopes(weighted_rows(chosen, *rows), rows)
-    wanted = with_slopes(rows_loop(chosen, *rows), rows)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("experts", "body"), [(4, "side_by_side"), (5, "grouped")])

@@ -7,12 +7,11 @@ from dataclasses import replace
 import torch
 from more_routers.centroids import clusters_of
 
-from growth_cases import changed, composed
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import open_prompt_router
 from phatgoose.routing.routers.retrieval import centroids_of, embeddings_of
 from routed_models import with_embeddings
-from topic_prompts import PROMPTS, experts_of, retrieving
+from topic_prompts import PROMPTS, retrieving
 from toy_embedders import toy_embed
 
 
@@ -54,13 +53,3 @@ def test_of_several_centroids_the_nearest_counts(llama, llama_pool):
 def clusters_by_hand(pool: Pool, clusters: int) -> list[torch.Tensor]:
     found = clusters_of(pool, clusters)
     return [found.rows[found.owners == z] for z in range(len(pool))]
-
-
-@retrieving
-def test_several_centroids_are_saved_and_experts_join_and_leave(llama, llama_pool, tmp_path):
-    pool = with_embeddings(llama_pool)
-    model = composed("centroids:clusters=2", pool.select(["e0", "e1", "e2"]), llama, k=1)
-    grown = changed(model, tmp_path / "grown", llama, pool.select(["e3"]))
-    assert experts_of(grown, PROMPTS).experts[:, 0].tolist() == [0, 1, 2, 3, 0]
-    fewer = changed(grown, tmp_path / "fewer", llama, fewer=["e1"])
-    assert experts_of(fewer, PROMPTS[3:4]).experts[0, 0] == 2

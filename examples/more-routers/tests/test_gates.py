@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from more_routers.neutral import over_neutral_text
 
-from growth_cases import changed
 from oracle import plain_scores
-from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.sites import find_sites
@@ -61,24 +56,6 @@ def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three)
     expected = (plain_scores(u, gates) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
     found = scored(router_at(SITE, llama, three, "calibrated"), u)
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
-
-
-def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three):
-    gates = {name: torch.zeros_like(gate) for name, gate in three.experts[0].gates.items()}
-    pool = Pool((replace(three.experts[0], gates=gates), *three.experts[1:]))
-    found = scored(router_at(SITE, llama, pool, "calibrated"), random(7, 32))
-    assert not found[:, 0].any()
-    assert found[:, 1:].isfinite().all()
-
-
-def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three, tmp_path):
-    text = "calibrated"
-    with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
-        compose(three, llama.model, router=text)
-    model = compose(three.select(three.names[:2]), llama, router=text)
-    with pytest.raises(RoutingError, match="compose the pool again"):
-        changed(model, tmp_path / "grown", llama, three.select(three.names[2:]))
-    detach(model)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)

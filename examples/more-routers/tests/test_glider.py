@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from oracle import EPS
-from phatgoose.errors import RoutingError
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, random
@@ -72,25 +71,9 @@ def test_experts_and_weights_follow_the_formula(llama, uneven, options, k, scale
 
 @retrieving
 @both_streams
-def test_without_a_lambda_it_is_phatgoose(base, pool):
-    ids = torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]])
-    wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
-    detach(base.model)
-    assert_same_logits(logits_of(compose_by("glider", pool, base, weight=0.0), ids), wanted)
-
-
-@retrieving
-@both_streams
 def test_with_a_large_lambda_it_is_the_nearest_centroids_expert(base, pool):
     ids = torch.tensor([base.tokenizer(PROMPTS[2])["input_ids"]])
     wanted = logits_of(compose_by("centroid", pool, base, k=1), ids)
     detach(base.model)
     model = compose_by("glider", pool, base, k=1, weight=1e4)
     assert_same_logits(logits_of(model, ids), wanted)
-
-
-@retrieving
-def test_it_needs_a_batch_to_choose_for(llama, llama_pool):
-    model = compose_by("glider", llama_pool, llama)
-    with pytest.raises(RoutingError, match="Nothing has told the router"):
-        composition_of(model).layers[SITE].router(random(2, 32))

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixed_by_hand import assert_rows_are_mixed, logits_by_hand
-from phatgoose.errors import RoutingError
+from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from tiny import assert_same_logits, logits_of
+from phatgoose.routing.compose import compose
+from tiny import logits_of
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 LAST_QUERY = {
@@ -77,34 +76,3 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
 def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool):
     wanted = [shares(base, pool, LAST_QUERY[kind], text, 3) for text in PROMPTS]
     assert_rows_are_mixed(base, pool, lambda: compose(pool, base, router="logo", k=3), wanted)
-
-
-def test_experts_that_do_not_act_at_the_query_are_never_chosen(llama, uneven):
-    model = compose(uneven, llama, router="logo")  # e3 acts at no query; k is 20
-    scores = scores_of(model, PROMPTS)
-    assert (scores[:, :3] > 0).all()
-    assert not scores[:, 3].any()
-    mixtures = experts_of(model, PROMPTS)
-    assert (mixtures.experts[:, 3] == 3).all()
-    assert not mixtures.weights[:, 3].any()
-    torch.testing.assert_close(mixtures.weights.sum(dim=1), torch.ones(len(PROMPTS)))
-    (text,) = PROMPTS[:1]
-    weights = found(model, text, uneven.names)
-    ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
-    got = logits_of(model, ids)
-    detach(model)
-    assert_same_logits(got, logits_by_hand(llama, uneven, ids, weights))
-
-
-def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_expert):
-    pool = Pool(
-        tuple(make_expert(llama, f"e{z}", seed=z, target_modules=["down_proj"]) for z in (0, 1))
-    )
-    model = compose(pool, llama, router="logo")
-    with pytest.raises(
-        RoutingError, match=r"reads 32 features .* act on 48 at .*use logo:reads=site"
-    ):
-        scores_of(model, PROMPTS)
-    detach(model)
-    model = compose(pool, llama, router="logo:reads=site")
-    assert (scores_of(model, PROMPTS) > 0).all()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,6 @@ from torch import Tensor
 from growth_cases import changed
 from phatgoose.base import Base
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -52,22 +49,6 @@ def test_scores_are_lengths_of_updates_in_units_of_neutral_text(llama, llama_poo
     assert torch.equal(decision.experts[:, 0], wanted.argmax(dim=1))
     assert len(decision.experts.unique()) > 1
     assert torch.equal(decision.weights, torch.ones(30, 1))
-
-
-def test_the_size_of_an_update_does_not_count_and_one_of_zero_scores_0(llama, llama_pool):
-    first, second, *rest = llama_pool.experts
-    none = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in first.lora.items()}
-    big = {s: LoraFactors(f.A, 8 * f.B, f.scale) for s, f in second.lora.items()}
-    u = random(20, 32)
-    model = compose(llama_pool, llama, router="seqr")
-    router = composition_of(model).layers[SITE].router
-    wanted = router.router.scores(u, router)
-    detach(model)
-    changed = Pool((replace(first, modules=none), replace(second, modules=big), *rest))
-    router = composition_of(compose(changed, llama, router="seqr")).layers[SITE].router
-    found = router.router.scores(u, router)
-    assert not found[:, 0].any()
-    torch.testing.assert_close(found[:, 1:], wanted[:, 1:], atol=1e-3, rtol=1e-3)
 
 
 def test_it_is_saved_and_wants_a_tokenizer_and_the_base_to_stay(llama, llama_pool, tmp_path):

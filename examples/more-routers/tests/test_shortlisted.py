@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.context import Choice
@@ -68,46 +66,3 @@ def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool):
     detach(base.model)
     got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=1"), ids)
     assert_same_logits(got, wanted)
-
-
-def test_experts_absent_at_a_site_get_no_weight(llama, llama_pool):
-    site = "model.layers.0.self_attn.q_proj"
-    first = llama_pool.experts[0]
-    without = replace(
-        first,
-        modules={name: module for name, module in first.modules.items() if name != site},
-        gates={name: gate for name, gate in first.gates.items() if name != site},
-    )
-    pool = Pool((without, *llama_pool.experts[1:]))
-    model = compose(pool, llama, router=NAME, k=2)
-    layer = composition_of(model).layers[site]
-    composition_of(model).context.use(Choice(torch.tensor([[0, 2]]), torch.tensor([[0.9, 0.1]])))
-    decision = layer.router(random(3, layer.in_features))
-    assert decision.weights.tolist() == [[1.0, 0.0]] * 3
-    assert decision.experts[:, 0].tolist() == [1] * 3  # e2, the second that acts there
-    composition_of(model).context.use(Choice.alone(torch.tensor([0])))
-    assert not layer.router(random(3, layer.in_features)).weights.any()
-    assert not layer.router.distribution(random(3, layer.in_features)).any()
-
-
-def test_who_has_next_to_no_share_acts_where_the_first_does_not(llama, llama_pool):
-    site = "model.layers.0.self_attn.q_proj"
-    modules = {site: llama_pool.experts[0].modules[site]}
-    first = replace(llama_pool.experts[0], modules=modules)
-    model = compose(Pool((first, *llama_pool.experts[1:])), llama, router=NAME, k=2)
-    alone = Choice(torch.tensor([[0, 2, 3]]), torch.tensor([[1.0, 0.0, 0.0]]))
-    composition_of(model).context.use(alone)
-    layer = composition_of(model).layers["model.layers.1.self_attn.q_proj"]
-    decision = layer.router(random(3, layer.in_features))
-    torch.testing.assert_close(decision.weights.sum(dim=-1), torch.ones(3))
-    assert set(decision.experts.flatten().tolist()) == {1, 2}  # e2 and e3 among those there
-
-
-def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
-    model = compose(llama_pool, llama, router=NAME, k=1)
-    composition_of(model).context.use(Choice(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.4]])))
-    layer = next(iter(composition_of(model).layers.values()))
-    shares = layer.router.distribution(random(5, layer.in_features))
-    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(5))
-    assert not shares[:, [0, 2]].any()
-    assert (shares[:, [1, 3]] > 0).all()

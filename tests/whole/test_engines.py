@@ -79,7 +79,7 @@ def engine(request, experts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     if request.param == "vllm":
         first = experts / Pool.open(experts).names[0]
-        server = vllm_server(smollm2_folder(), folder / "log", adapters=[first], python=str(VLLM))
+        server = vllm_server(smollm2_folder(), folder / "log", [first], python=str(VLLM))
     else:
         made = folder / "deploy"
         deploy(Pool.open(experts), "llama.cpp", made)
@@ -87,7 +87,7 @@ def engine(request, experts, tmp_path_factory):
         convert = [made / "convert.sh", "--outtype", "f32"]
         subprocess.run(convert, check=True, env={**os.environ, "PATH": path})
         adapters = sorted((made / "gguf").glob("*.gguf"))
-        server = llama_server(made / "base.gguf", adapters, log=folder / "log")
+        server = llama_server(made / "base.gguf", adapters, folder / "log")
     server.start()
     yield server
     server.kill()

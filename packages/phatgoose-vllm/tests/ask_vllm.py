@@ -2,10 +2,9 @@
 
     python ask_vllm.py JOB.json ANSWERS.json
 
-A job has the `base`, settings of `LLM` in `llm` (`lora` is an adapter that vLLM itself adds to all
-requests), and `rounds`: lists of prompts that are asked together, one round after the other. An
-answer has the greedy tokens, their log-probabilities, and how many of the prompt's tokens came from
-the prefix cache.
+A job has the `base`, settings of `LLM` in `llm`, and `rounds`: lists of prompts that are asked
+together, one round after the other. An answer has the greedy tokens, their log-probabilities, and
+how many of the prompt's tokens came from the prefix cache.
 """
 
 import json
@@ -15,31 +14,16 @@ from pathlib import Path
 
 def main(job_file: str, answers_file: str) -> None:
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     job = json.loads(Path(job_file).read_text())
     settings = {"dtype": "float32", "enforce_eager": True, "seed": 0, **job.get("llm", {})}
-    adapter = settings.pop("lora", None)
-    if adapter is not None:
-        settings |= {"enable_lora": True, "max_lora_rank": 16}
     llm = LLM(job["base"], **settings)
-    lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=job["tokens"],
-        logprobs=1,
-        ignore_eos=True,
-        detokenize=False,
-    )
+    fixed = {"temperature": 0, "logprobs": 1, "ignore_eos": True, "detokenize": False}
+    sampling = SamplingParams(max_tokens=job["tokens"], **fixed)
     answers = []
     for prompts in job["rounds"]:
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        answers.append(
-            [
-                answer_of(found)
-                for found in llm.generate(asked, sampling, use_tqdm=False, lora_request=lora)
-            ]
-        )
+        answers.append([answer_of(each) for each in llm.generate(asked, sampling, use_tqdm=False)])
     Path(answers_file).write_text(json.dumps(answers))
 
 

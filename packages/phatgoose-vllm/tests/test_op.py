@@ -87,18 +87,6 @@ def test_a_layer_split_over_processes_sums_the_scores_and_nothing_else():
     torch.testing.assert_close(total, wanted_of(rule, u, tensors), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_differ_in_tensors_only_share_a_place():
-    calls = []
-
-    def make():
-        calls.append(1)
-        return op.LayerUpdate(())
-
-    places = {op.place_of_update(("the same", 1), make) for _ in range(3)}
-    assert len(places) == len(calls) == 1
-    assert op.place_of_update(("another", 1), make) not in places
-
-
 def test_compiled_it_is_one_node_and_the_same_numbers():
     rule = RULES["phatgoose"]
     tensors, update = made(rule)

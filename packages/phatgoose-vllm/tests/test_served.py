@@ -11,7 +11,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved import save
 from phatgoose_vllm import served
-from phatgoose_vllm.served import Part, Section, Share, open_served, parts_of, place_of
+from phatgoose_vllm.served import Section, Share, open_served, parts_of, place_of
 from tiny import make_model, random, write_expert
 
 QKV = {0: "q_proj", 1: "k_proj", 2: "v_proj"}
@@ -47,20 +47,6 @@ def test_a_layer_that_the_base_has_packed_is_split_section_by_section(size):
         wanted = torch.cat([s.chunk(size)[rank] for s in torch.split(whole, [32, 8, 8])])
         assert torch.equal(part.of(whole), wanted)
         assert (part.first, part.width) == (0, 48 // size)
-
-
-def test_sites_without_experts_leave_their_outputs_alone():
-    parts = parts_of("qkv_proj", qkv(0, 1), {2: "v_proj"}, 3)
-    assert parts == (Part("v_proj", 40, 8, (slice(0, 8),)),)
-
-
-@pytest.mark.parametrize(("rank", "columns"), [(0, slice(0, 6)), (1, slice(6, 12))])
-def test_a_layer_whose_inputs_are_split_has_all_outputs(rank, columns):
-    share = Share(12, 6, (Section(10, 10),), rank, 2)
-    assert share.splits_inputs
-    assert share.columns == columns
-    (part,) = parts_of("o_proj", share, {0: "o_proj"}, 1)
-    assert part.rows == (slice(0, 10),)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -102,11 +88,6 @@ def test_the_updates_of_all_shares_add_up(size, tokens):
 )
 def test_where_a_site_is_in_vllms_model(site, rename, wanted):
     assert place_of(site, PACKED, rename) == wanted
-
-
-def test_a_layer_of_other_sections_than_sites_is_refused():
-    with pytest.raises(RoutingError, match="packs 2 layers of the base in 3 sections"):
-        parts_of("in_proj", qkv(0, 1), {0: "a", 1: "b"}, 2)
 
 
 # What the environment names.

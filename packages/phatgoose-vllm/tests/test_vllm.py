@@ -6,11 +6,8 @@ else three experts that are trained here for a few steps. Other architectures ar
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-import json
 import os
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 import phatgoose
-from engines import vllm_server
 from phatgoose.base import load_base, smollm2_folder
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError
@@ -44,7 +40,6 @@ TASKS = Path(phatgoose.__file__).parent / "apps" / "demo_tasks"
 UNSEEN = ("hotel_feedback", "evening_classes", "family_papers", "course_places", "village_post")
 ROUTERS = ("phatgoose", "average-activation", "arrow", "merged")
 PROMPTS, TOKENS = 50, 8
-CLIENTS = 64
 SHARED = 1000  # tokens that two prompts have in common
 
 pytestmark = [
@@ -138,34 +133,6 @@ def test_requests_share_the_prefix_cache_and_answers_stay_equal(
     # Of so many tokens some hang on rounding, so that numbers may differ by more than usual.
     assert got.tokens == plain[0].tokens
     assert got.tokens == our_answers(our_model(experts), asked, TOKENS).tokens
-
-
-def test_sixty_four_clients_at_once(smollm2, routed_folder, experts, prompts, tmp_path):
-    """`vllm serve BASE` with PHATGOOSE_MODEL, over HTTP: all are answered, as one by one."""
-    wanted = our_answers(our_model(experts), prompts, TOKENS)
-    server = vllm_server(smollm2, tmp_path / "log", routed=routed_folder, name="routed")
-    server.start()
-    try:
-        chosen = [index % len(prompts) for index in range(CLIENTS)]
-        asked = [prompts[i] for i in chosen]
-        got = asyncio.run(all_at_once(f"{server.url}/v1/completions", asked))
-        assert got == [wanted.tokens[i] for i in chosen]
-    finally:
-        server.kill()
-
-
-async def all_at_once(url: str, asked: list[list[int]]) -> list[list[int]]:
-    return await asyncio.gather(*(asyncio.to_thread(complete, url, ids) for ids in asked))
-
-
-def complete(url: str, ids: list[int]) -> list[int]:
-    content = {"model": "routed", "prompt": ids, "max_tokens": TOKENS, "temperature": 0}
-    content |= {"ignore_eos": True, "return_token_ids": True}
-    request = urllib.request.Request(
-        url, json.dumps(content).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)["choices"][0]["token_ids"]
 
 
 # Tiny bases of other architectures, packed otherwise, split and quantised.
@@ -265,9 +232,3 @@ def test_another_base_is_refused_by_its_fingerprint(tiny, tmp_path):
 def test_what_cant_be_is_refused_at_the_start(router, settings, message, tiny, tmp_path):
     with pytest.raises(EngineError, match=message):
         ask_tiny(tiny("llama"), tmp_path, router, settings=settings)
-
-
-def test_without_the_variable_the_base_answers(tiny, tmp_path):
-    folder = tiny("llama")
-    (got,) = ask_vllm(tmp_path, folder / "base", [SHORT])
-    assert_same(got, our_answers(load_base(folder / "base", dtype="float32").model, SHORT))

@@ -7,13 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from phatgoose.config import Dora, GateTraining
+from phatgoose.config import Dora
 from phatgoose.errors import ConfigError
-from phatgoose.passes import acting_at
 from phatgoose.sites import find_sites
 from phatgoose.training.modules import fresh_expert
-from tiny import assert_same_logits, copied_model, logits_of, make_ids
-from training_runs import TASK, TRAINING, gated_loss, train
+from tiny import copied_model, make_ids
+from training_runs import TRAINING, train
 
 DORA = Dora(rank=2, alpha=4)
 
@@ -68,20 +67,6 @@ def assert_same_norms(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Non
     assert names
     for name in names:
         torch.testing.assert_close(ours[name], theirs[name])
-
-
-def test_joint_gates_and_tokens_that_are_not_acted_on_weigh_the_whole_change(llama, tmp_path):
-    expert = train(llama, tmp_path / "echo", peft=DORA, gate_training=GateTraining(joint=True))
-    loss = gated_loss(llama, expert, TASK.validation)
-    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
-    ids = make_ids()
-    plain = logits_of(llama.model, ids)
-    with fresh_expert(llama, DORA, joint=False) as fresh:
-        drawn(fresh.model)
-        with acting_at(torch.zeros(ids.shape, dtype=torch.bool)):
-            nothing = logits_of(fresh.model.eval(), ids)
-        assert not torch.allclose(logits_of(fresh.model, ids), plain, atol=1e-2)
-    assert_same_logits(nothing, plain)
 
 
 def test_quantised_weights_are_refused_before_anything_is_written(llama, tmp_path):

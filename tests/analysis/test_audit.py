@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attackers import ATTACKS, HARMLESS, attacked, honest
 from mixed_experts import mixed_pool_for
 from phatgoose.analysis.audit import (
     SIGNS,
@@ -16,7 +17,6 @@ from phatgoose.analysis.audit import (
 )
 from phatgoose.errors import ExpertError
 from phatgoose.experts.pool import Pool
-from planted import ATTACKS, HARMLESS, attacked, honest
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_honest_experts_are_not_accused(pool):
     assert audit(Pool(pool.experts[:5])).findings == ()
 
 
-@pytest.mark.parametrize("strength", [1, 2])
+@pytest.mark.parametrize("strength", [0, 1])
 @pytest.mark.parametrize("name", [*ATTACKS, *HARMLESS])
 def test_an_attacker_is_found_and_no_one_else(pool, name, strength):
     attack = {**ATTACKS, **HARMLESS}[name]
@@ -51,9 +51,9 @@ def test_few_experts_are_not_compared_and_that_is_said(pool, count):
     assert audit(few).findings == ()
     assert "too few to compare" in audit(few).notes[0]
     if count > 1:
-        turned = attacked(few, 0, ATTACKS["gate equal to own mean"], 0, 1)
+        turned = attacked(few, 0, ATTACKS["gate equal to own mean"], 0, 0)
         assert audit(turned).unusual == ("e0",)
-        copied = attacked(few, 0, ATTACKS["copied embeddings"], 0, 1)
+        copied = attacked(few, 0, ATTACKS["copied embeddings"], 0, 0)
         assert "e0" in audit(copied).unusual
 
 
@@ -65,7 +65,7 @@ def test_mixed_kinds_without_embeddings_are_audited_by_what_they_have(llama, tmp
 
 
 def test_the_json_has_numbers_limits_and_findings(pool):
-    report = audit(attacked(pool, 3, ATTACKS["scaled update"], 0, 1))
+    report = audit(attacked(pool, 3, ATTACKS["scaled update"], 0, 0))
     content = json.loads(json.dumps(report.to_dict()))
     assert content["experts"] == list(pool.names)
     assert content["signs"]["update_size"][3] > content["limits"]["update_size"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysed import EXAMPLES, encoder_of, tallied
-from phatgoose.analysis.distribution import layers_and_kinds, site_label
+from phatgoose.analysis.distribution import site_label
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
@@ -80,13 +80,6 @@ def test_every_router_has_a_distribution(llama, llama_pool, router):
         np.testing.assert_allclose(profile.whole("probability"), 0.25, atol=1e-6)
     if router in ("oracle", "single", "best-individual"):
         assert profile.token_entropy() == pytest.approx(0, abs=1e-6)
-
-
-def test_layers_are_listed_by_number():
-    sites = [f"encoder.block.{n}.q" for n in ("10", "2", "0")] + ["decoder.block.1.q"]
-    layers, kinds = layers_and_kinds(map(site_label, sites))
-    assert layers == ["encoder 0", "encoder 2", "encoder 10", "decoder 1"]
-    assert kinds == ["q"]
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)

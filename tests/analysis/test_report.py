@@ -93,20 +93,6 @@ def test_the_page_loads_without_complaint(chromium, request, size, scheme):
         assert light == (scheme == "light")
 
 
-@pytest.mark.parametrize("size", ["few", "many"])
-@pytest.mark.parametrize("layer", [0, 2])
-def test_pointing_at_a_token_shows_weights_that_sum_to_one(chromium, request, size, layer):
-    with page_at(chromium, request.getfixturevalue(size)) as page:
-        set_layer(page, layer)
-        for index in (0, 7, 30):
-            page.locator(".tx-token").nth(index).hover()
-            assert f"token {index + 1} of" in page.locator(".tx-details").inner_text()
-            assert sum(weights(page)) == pytest.approx(1)
-            assert weights(page)[0] > 0
-        names = page.locator(".tx-name").all_inner_texts()
-        assert ("others" in names) == (size == "many" and layer == 0)
-
-
 def test_the_weights_are_those_of_the_trace(chromium, few):
     trace = make_analysis(8, layers=6).routers["phatgoose"].traces[DATASETS[0]][0]
     with page_at(chromium, few) as page:

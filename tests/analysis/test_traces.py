@@ -10,7 +10,6 @@ import torch
 from phatgoose.analysis.distribution import PARTS, site_label
 from phatgoose.analysis.traces import trace
 from phatgoose.errors import RoutingError
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
@@ -67,14 +66,6 @@ def test_sizes_of_a_mixture_of_ones_own_are_shown(llama, llama_pool, mixture, wa
     (stream,) = traced(llama, llama_pool, router=f"weights:{mixture}")[2].streams
     shown = stream.shares(4)
     np.testing.assert_allclose(shown, np.broadcast_to([*wanted, 0, 0], shown.shape), atol=2 / 255)
-
-
-def test_experts_beyond_the_kept_ones_are_summed(llama, make_expert):
-    pool = Pool(tuple(make_expert(llama, f"e{z}", seed=z, rank=1) for z in range(10)))
-    (stream,) = traced(llama, pool, router="merged")[2].streams
-    assert stream.is_cut
-    assert stream.experts.shape[2] == 8
-    np.testing.assert_allclose(stream.shares(10).sum(axis=1), 0.8, atol=0.01)
 
 
 def test_a_trace_in_json_can_be_read_back(llama, llama_pool):

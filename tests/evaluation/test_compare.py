@@ -35,8 +35,7 @@ from phatgoose.evaluation import compare as comparing
 from phatgoose.evaluation.compare import METHODS, code_version
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers.registry import OURS
+from phatgoose.routing.compose import compose
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -65,23 +64,6 @@ def test_a_run_is_what_evaluate_says_of_the_model_composed_by_hand(
         answers = [prediction.answer for prediction in score.predictions]
         records = [line["result"] for line in stored if line["key"]["task"] == name]
         assert answers in [record["answers"] for record in records]
-
-
-def test_a_sequence_to_sequence_base_is_compared_alike(
-    setting, tasks, base_folders, pool_of, tmp_path
-):
-    pool, base = pool_of("t5", (4, 4)), load_base(base_folders["t5"], dtype="float32")
-    methods = ["base", "merged", "oracle"]
-    options = {"pool": pool, "base": base, "suites": setting.suites[1], "limit": 4}
-    comparison = setting.run(tmp_path, methods, **options)
-    for row, router in (("base", None), ("merged", "merged"), ("e1", "single:expert=e1")):
-        model = compose(pool, base, router=router) if router else base
-        for name in ("choose", "count"):
-            (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
-            result = comparison.every[row][name]
-            assert (result.score, result.low, result.high) == (score.score, score.low, score.high)
-        if router:
-            detach(base.model)
 
 
 @pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
@@ -203,13 +185,6 @@ def newly(setting, out):
         return runs_in(out, setting.pool)[count:]
 
     return added
-
-
-def test_another_k_leaves_what_does_not_depend_on_it(setting, newly):
-    routing = Routing(k=1, router="phatgoose")
-    rows = [name for name, listed in OURS.items() if listed.k not in (None, 1)]
-    added = newly(routing=routing, suites=setting.suites[1])
-    assert sorted(added) == sorted(runs_of(*rows, tasks=SUITES["plain"]))
 
 
 LARGER = [name for name in TASKS if name != "count"]  # has three examples

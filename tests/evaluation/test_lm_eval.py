@@ -117,15 +117,6 @@ def test_generated_answers_are_those_of_the_routed_model(pool, base, write_task)
         assert sample["resps"][0][0] == wanted
 
 
-def test_a_saved_routed_model_is_opened_as_it_was_saved(llama_pool, llama, tmp_path):
-    save(compose(llama_pool, llama, k=1, router="phatgoose"), tmp_path / "routed")
-    opened = PhatgooseLM(pool=str(tmp_path / "routed"), dtype="float32", device="cpu")
-    assert composition_of(opened.model).routing.k == 1
-    assert composition_of(opened.model).experts == ("e0", "e1", "e2", "e3")
-    with pytest.raises(ConfigError, match="is not a pool: a routed model has its own router"):
-        PhatgooseLM(pool=str(tmp_path / "routed"), k=2)
-
-
 def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     folder = str(folder_of(llama_pool))
     for arguments, error, said in (

@@ -17,7 +17,6 @@ from phatgoose.errors import ConfigError, EvaluationError
 from phatgoose.evaluation.replay import (
     Prompt,
     chosen_by,
-    imported_rule,
     read_marks,
     replay,
     router_rule,
@@ -127,17 +126,6 @@ def test_what_can_t_be_replayed_is_refused(marks, rule, message):
     (held,) = read_marks(marks)
     with pytest.raises(ConfigError, match=message):
         chosen_by(held, rule)
-
-
-@pytest.mark.parametrize(
-    "name", ["nothing", "no.such.module:rule", "json:no_rule", "mine:rule", "quits:rule"]
-)
-def test_rules_that_can_t_be_imported(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def rule(prompt)\n")
-    (tmp_path / "quits.py").write_text("raise SystemExit(3)\n")
-    with pytest.raises(ConfigError, match=r"^Rule .* can't be imported"):
-        imported_rule(name)
 
 
 def test_files_that_hold_no_marks(tmp_path, marks):

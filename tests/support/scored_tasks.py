@@ -1,7 +1,5 @@
 """Tasks to be scored, and their scores and answers one example at a time."""
 
-from dataclasses import replace
-
 import torch
 
 from phatgoose.tasks.task import Example, Task
@@ -51,15 +49,6 @@ def open_task(base, tokens: int) -> Task:
     texts = ("a", "some longer text", "b c d")
     right = [Example(text, greedy_text(base.model, base, text, tokens)) for text in texts]
     return Task("open", test=(*right, Example("something else", "never this")))
-
-
-def with_targets(task: Task, predictions, right: int) -> Task:
-    """The task with targets such that the first `right` predictions are right, the others wrong."""
-    examples = [
-        replace(e, target=p.answer if i < right else next(c for c in e.choices if c != p.answer))
-        for i, (e, p) in enumerate(zip(task.test, predictions, strict=True))
-    ]
-    return replace(task, test=tuple(examples))
 
 
 def inputs_of(task: Task, evaluation) -> list[tuple[float, ...]]:

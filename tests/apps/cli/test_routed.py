@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from attackers import ATTACKS, attacked, honest
 from command_line import BASE, write_rows
-from planted import ATTACKS, attacked, honest
 
 
 @pytest.mark.parametrize("model", ["experts", "tiny-base", "experts/reviews"])

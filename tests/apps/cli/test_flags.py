@@ -3,12 +3,10 @@
 import pytest
 import typer
 
-from fake_packages import install
 from phatgoose.apps.cli import app
 from phatgoose.config import Bottleneck, GateTraining, Lora, Routing, Training, settings_of
 from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.discriminant import Discriminant
-from phatgoose.routing.routers.router import Router
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -41,15 +39,3 @@ def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings
     for setting in settings_of(Discriminant):
         assert f"{setting.name}: {setting.help}" in told
     assert phat("routers", "nothing").code == 2
-
-
-def test_a_router_of_another_package_is_known_to_commands(phat, tmp_path, monkeypatch):
-    code = "from phatgoose.routing.routers.fixed import Merged\n"
-    code += "class Theirs(Merged):\n    'None of ours.'\n    name = 'theirs'\n"
-    points = {registry.ENTRY_POINTS: {"theirs": "their_router:Theirs", "lost": "their_router:Lost"}}
-    install(tmp_path, monkeypatch, "their_router", code, points)
-    monkeypatch.setattr(Router, "defined", {})
-    told = phat("routers", "theirs")
-    assert told.out == "theirs: None of ours\n"
-    assert told.err.startswith("warning: phatgoose.routers: lost of their-router is left out")
-    assert "router is 'lost', but must be one of" in phat("routers", "lost").err

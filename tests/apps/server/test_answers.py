@@ -13,12 +13,11 @@ from phatgoose.apps.server.protocol import ChatRequest
 from phatgoose.apps.server.replies import Builder, Progress, ScoredToken
 from phatgoose.apps.server.requests import Answer, Asked, Decoding, RequestPrompt
 from phatgoose.base import UNFINISHED, load_base
-from phatgoose.config import Routing, Serving
+from phatgoose.config import Serving
 from phatgoose.errors import BaseModelError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
 from serving import CHAT, CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
-from topic_prompts import BEFORE, OWNERS, PROMPTS
 
 LONG = {**GREEDY, "max_tokens": 1000}
 
@@ -36,22 +35,6 @@ def test_a_greedy_completion_is_what_generate_gives(client, pool, tokenizer):
     assert (reply["object"], reply["id"][:5]) == ("text_completion", "cmpl-")
     counts = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
     assert reply["usage"] == {**counts, "total_tokens": len(prompt) + len(tokens)}
-
-
-def test_prompts_may_be_many(client):
-    wanted = [text_of(client, **{**GREEDY, "prompt": text}) for text in (PROMPT, "who?")]
-    choices = ask(client, **{**GREEDY, "prompt": [PROMPT, "who?"]})["choices"]
-    assert [choice["text"] for choice in choices] == wanted
-    assert len(ask(client, **{**GREEDY, "prompt": "", "max_tokens": 1})["choices"]) == 1
-
-
-def test_several_answers_differ_and_the_same_seed_gives_the_same_ones(client):
-    wish = {**GREEDY, "temperature": 1.5, "n": 3, "seed": 7}
-    first, again = (ask(client, **wish)["choices"] for _ in range(2))
-    assert [choice["index"] for choice in first] == [0, 1, 2]
-    assert len({choice["text"] for choice in first}) == 3
-    assert [choice["text"] for choice in first] == [choice["text"] for choice in again]
-    assert text_of(client, **{**wish, "n": 1, "seed": 8}) == first[1]["text"]
 
 
 def test_stop_ends_an_answer(client):
@@ -109,37 +92,6 @@ def test_routing_tells_each_tokens_experts(client, tokenizer):
     assert routing["tokens"][-1]["experts"] == {}  # it never passed the model
     assert routing["trace"]["format"] == "phatgoose-trace-1"
     assert routing["trace"]["whole"] == []
-
-
-def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client):
-    wish = {**GREEDY, "router": "discriminant", "routing": "trace"}
-    (choice,) = ask(client, **wish)["choices"]
-    ((expert, weight),) = choice["routing"]["trace"]["whole"]
-    assert weight == 1
-    assert {expert} == set(choice["routing"]["tokens"][0]["experts"])
-
-
-@pytest.fixture(scope="module")
-def choosing(place, embedder_for_all):
-    """A client of a server whose router is retrieval."""
-    models = [serving.ServedModel("goose", str(place), Routing("retrieval"), dtype="float32")]
-    app = create_app(models)
-    app.state.service.models["goose"].runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
-    with serving.client_of(app) as client:
-        yield client
-
-
-def experts_of(client, turns):
-    """Those that act on the answer to a chat of (role, content) each."""
-    messages = [{"role": role, "content": content} for role, content in turns]
-    answer = ask(client, path=CHATS, **{**CHAT, "messages": messages}, routing=True)
-    return [*answer["choices"][0]["routing"]["summary"]]
-
-
-@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
-def test_a_chat_gets_the_expert_of_its_last_user_message(choosing, before):
-    for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
-        assert experts_of(choosing, [*before, ("user", prompt)]) == [owner]
 
 
 def test_a_stream_tells_its_routing_piece_by_piece(client):

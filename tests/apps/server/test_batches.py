@@ -23,21 +23,6 @@ OTHERS += ("retrieval", "centroid", "discriminant", "discriminant:per_block=1")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_rows_together_get_what_each_gets_alone(runner_of, kind):
-    runner, batch = runner_of(kind), Batch(runner_of(kind))
-    rows = [
-        row_of(runner, prompt_of(seed), replace(GREEDY, max_tokens=2 + 4 * (seed % 3)))
-        for seed in range(5)
-    ]
-    batch.join(rows)
-    finish(batch)
-    rows.append(alone(runner, prompt_of(0), replace(GREEDY, max_tokens=10)))
-    for row, seed in zip(rows, (0, 1, 2, 3, 4, 0), strict=True):
-        assert row.generated == by_generate(runner, prompt_of(seed), row.decoding.max_tokens)
-        assert row.finish == "length"
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_rows_may_join_and_leave_between_any_two_steps(runner_of, kind):
     runner, batch = runner_of(kind), Batch(runner_of(kind))
     lengths = [9, 2, 14, 5, 7, 1]

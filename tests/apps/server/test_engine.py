@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
+from batched import GREEDY, by_generate, prompt_of, raises, row_of
 from phatgoose.apps.server.local import GenerationEngine
-from phatgoose.apps.server.local.batches import Batch
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
@@ -121,30 +120,6 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
     assert computed(engine) == ["long"]
     end(engine, "long")
     assert computed(engine) == ["greedy"] * 3
-
-
-def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):
-    """Whoever prepares a request has: an embedder may take minutes, and all others would wait."""
-    runner = runner_of("llama", "retrieval")
-    (turn,) = runner.routings_of([prompt_of(1)])
-    monkeypatch.setattr(runner._context, "choose", raises(AssertionError("looked up")))
-    batch, row = Batch(runner), row_of(runner, prompt_of(1), turn=turn)
-    batch.join([row])
-    finish(batch)
-    assert row.finish == "length"
-
-
-def test_a_cancelled_row_leaves_its_place(engine, runner_of):
-    rows = [
-        row_of(runner_of(), prompt_of(seed), replace(GREEDY, max_tokens=2000)) for seed in range(2)
-    ]
-    engine.submit([rows[0]])
-    other = submit(engine, [row_of(runner_of(), prompt_of(3), client="other")])[0]
-    engine.cancel([rows[0]])
-    submit(engine, [row_of(runner_of(), prompt_of(4))])
-    assert engine.running == 0
-    assert len(rows[0].generated) < 2000
-    assert other.generated == by_generate(runner_of(), prompt_of(3), 12)
 
 
 def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypatch):

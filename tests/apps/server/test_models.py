@@ -98,22 +98,6 @@ def test_places_that_make_no_sense_are_refused(places, said):
         served_models(places)
 
 
-def test_a_request_brings_its_own_mixture(client, pool):
-    weights = {"e1": 0.7, "e3": 0.3}
-    ids = client.app.state.service.models["goose"].base.tokenizer(GREEDY["prompt"])["input_ids"]
-    wanted = serving.generated(pool, ids, 6, router="weights", weights=weights)
-    reply = ask(client, **GREEDY, weights=weights, routing=True)["choices"][0]
-    decode = client.app.state.service.models["goose"].base.tokenizer.decode
-    assert reply["text"] == decode(wanted)
-    assert reply["routing"]["summary"] == pytest.approx(weights, abs=0.01)
-
-
-def test_a_mixture_may_name_any_expert_of_the_pool(pool):
-    single = ServedModel("one", str(serving.folder_of(pool)), Routing("single:expert=e0"))
-    with serving.client_of(create_app([single])) as client:
-        assert ask(client, **{**GREEDY, "model": "one"}, weights={"e1": 1})["choices"]
-
-
 def test_mixtures_of_several_sizes_share_a_batch(client):
     mixtures = [{"e0": 1}, {"e0": 0.5, "e1": 0.5}, {"e1": 1, "e2": -0.4, "e3": 0.1}, {"e2": 0}]
     alone = [text_of(client, **GREEDY, weights=each) for each in mixtures]

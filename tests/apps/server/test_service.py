@@ -1,7 +1,6 @@
 """What the routes call: requests read and routings composed beside others, in turns, in time."""
 
 import asyncio
-import threading
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,7 +11,6 @@ from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.service import Turns
-from phatgoose.config import Serving
 from serving import GREEDY, PATH, ask, error_of
 
 
@@ -48,19 +46,6 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
     assert len(routings.cached) == 2
 
 
-def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
-    app = serving.app_of(pool, Serving(timeout=1))
-    routings = app.state.service.routings
-    with serving.client_of(app) as client:
-        with serving.blocked(monkeypatch, LoadedModel, "composed") as (_, go_on):
-            assert error_of(client, 504, **GREEDY, k=1)["code"] == "timeout"
-            ask(client, **GREEDY)
-            go_on.set()
-        serving.until(lambda: routings.cached)
-        serving.until(lambda: serving.needed(routings) == 0)
-        ask(client, **GREEDY, k=1)
-
-
 def test_routings_are_kept_and_make_room_for_each_other(app, client):
     goose, routings = app.state.service.models["goose"], app.state.service.routings
 
@@ -81,30 +66,6 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     layers = [each.runner.model.phatgoose.layers for each in routings.cached.values()]
     for name, layer in goose.parts.layers.items():
         assert all(each[name].A is layer.A for each in layers)  # in memory once
-
-
-def test_clients_take_turns():
-    """Of a client that asks four times and one that asks once later, the second isn't last."""
-    served, go_on = [], threading.Event()
-
-    async def ask_all():
-        readers, deadline = Turns(1), Deadline(60)
-
-        def work(name):
-            return lambda _: go_on.wait(30) and served.append(name)
-
-        names = ["greedy 1", "greedy 2", "greedy 3", "greedy 4", "polite"]
-        works = [readers.run(name.split()[0], deadline, work(name)) for name in names]
-        tasks = [asyncio.ensure_future(each) for each in works]
-        await asyncio.sleep(0.05)
-        assert (len(readers), readers.free) == (4, 0)
-        go_on.set()
-        await asyncio.gather(*tasks)
-        assert (len(readers), readers.free) == (0, 1)
-
-    asyncio.run(ask_all())
-    assert served.index("polite") <= 2
-    assert sorted(served) == ["greedy 1", "greedy 2", "greedy 3", "greedy 4", "polite"]
 
 
 class Panic(BaseException):

@@ -1,9 +1,9 @@
 """Routed models behind an HTTP interface that speaks OpenAI's protocol (docs/serving.md).
 
-A request passes app (sockets under uvicorn, then its route), guards (it is counted, allowed and
-read), service, requests (its bytes become tokens), local/ (batches of sequences pass through
-models) and replies. In front of another engine upstream/ stands for local/. `protocol` has the
-bodies and errors, `settings` the models' places as an operator writes them.
+A request passes guards (it is counted, allowed and read), service (whose methods are the routes
+that app declares), requests (its texts become tokens), local/ (batches of sequences pass through
+models) and replies. In front of another engine upstream/ stands for local/. `protocol` has bodies
+and errors, `settings` the models' places as an operator writes them.
 """
 
 from __future__ import annotations

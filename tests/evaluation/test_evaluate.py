@@ -10,9 +10,8 @@ from oracle import naively_routed
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.intervals import Sample
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
-from phatgoose.evaluation.metrics import metric
+from phatgoose.evaluation.metrics import Sample, metric
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved import load, save
 from phatgoose.tasks.task import Example, Task

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from phatgoose.evaluation.intervals import (
+from phatgoose.evaluation.metrics import (
     CONFIDENCE,
+    METRICS,
     Sample,
     SharedMeans,
     wilson,
 )
-from phatgoose.evaluation.metrics import METRICS
 
 ROWS = [
     ("the cat sat on the mat", ["the cat sat on the mat"]),

@@ -10,7 +10,7 @@ import pytest
 
 from made_comparison import EXPERTS, RIGHT, SETTINGS, made_comparison
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.intervals import Estimate
+from phatgoose.evaluation.metrics import Estimate
 from phatgoose.evaluation.results import Comparison, ResultStore, write_tables
 from phatgoose.routing.routers.fixed import read_scores
 

@@ -1,7 +1,7 @@
 """A comparison written down by hand."""
 
 from phatgoose.evaluation.evaluate import TaskScore
-from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.metrics import Sample
 from phatgoose.evaluation.results import Comparison
 
 SUITES = {"one": ("a", "b"), "two": ("b", "c")}

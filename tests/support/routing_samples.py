@@ -9,7 +9,7 @@ from phatgoose.analysis.distribution import RoutingDistribution, site_label
 from phatgoose.analysis.measures import Finding
 from phatgoose.analysis.traces import Trace, TraceStream
 from phatgoose.evaluation.evaluate import TaskScore
-from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.metrics import Sample
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 WORDS = ("The", "heron", "saw", "seven", "ducks", ",", "none", "was", "a", "goose", ".\n")

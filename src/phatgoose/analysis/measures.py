@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
-from ..evaluation.intervals import Estimate, Z
+from ..evaluation.metrics import Estimate, Z
 from ..routing.routers.fixed import best_expert_by_task
 from ..routing.routers.router import Scores
 

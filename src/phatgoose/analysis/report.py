@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import EvaluationError
 from ..evaluation.compare import label_of
-from ..evaluation.intervals import Estimate
+from ..evaluation.metrics import Estimate
 from ..evaluation.results import Table
 from ..files import write_text, writing
 from . import figures as draw

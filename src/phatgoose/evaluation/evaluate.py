@@ -29,9 +29,8 @@ from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right
 from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.task import Example, Task
-from .intervals import CONFIDENCE, Estimate, Sample, wilson
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
-from .metrics import METRICS, metric
+from .metrics import CONFIDENCE, METRICS, Estimate, Sample, metric, wilson
 
 TOKEN_BUDGET = 4096
 MAX_NEW_TOKENS = 64

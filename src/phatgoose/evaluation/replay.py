@@ -23,7 +23,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from ..errors import ConfigError, EvaluationError
 from ..files import first_line, reading, regular
-from .intervals import Estimate, Sample, SharedMeans
+from .metrics import Estimate, Sample, SharedMeans
 
 Array = NDArray[Any]
 BASE = -1  # among indices of experts

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from ..errors import EvaluationError
 from ..files import reading, regular, write_text, writing
 from .evaluate import TaskScore
-from .intervals import CONFIDENCE, Estimate, Sample, SharedMeans
+from .metrics import CONFIDENCE, Estimate, Sample, SharedMeans
 
 BASE = "base"  # the row of the base alone
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs

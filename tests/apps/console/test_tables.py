@@ -9,7 +9,7 @@ from phatgoose.apps.tables import (
     scores_table,
 )
 from phatgoose.evaluation.evaluate import Evaluation, TaskScore
-from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.metrics import Sample
 from routed_models import with_embeddings
 
 

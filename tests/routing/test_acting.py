@@ -27,7 +27,6 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of, routing_for
 from phatgoose.routing.export import export
 from phatgoose.routing.saved import add_to_saved, load, read_saved, save
-from phatgoose.sites import find_sites
 from phatgoose.tasks import batching
 from tiny import logits_of
 
@@ -322,18 +321,6 @@ def test_choices_are_scored_packed_and_padded(case, packs, monkeypatch):
             assert got == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_gradients_are_the_oracles(case):
-    prompt = PROMPTS[0]
-    for model in (case.base, case.routed):
-        model.zero_grad()
-    case.routed(torch.tensor([prompt]), use_cache=False).logits.square().mean().backward()
-    active = case.active(prompt, len(prompt))
-    with naively_routed(case.base, case.pool.experts, k=2, active=active):
-        case.base(torch.tensor([prompt]), use_cache=False).logits.square().mean().backward()
-    got, wanted = (model.get_input_embeddings().weight.grad for model in (case.routed, case.base))
-    assert_close(got, wanted)
-
-
 def test_encoder_decoders_are_refused():
     base = make_tiny("t5")
     pool = acting_pool(base, (None, ActsOn(tail=2)))
@@ -342,39 +329,6 @@ def test_encoder_decoders_are_refused():
 
 
 # Routers.
-
-
-def alone(case: Case, prompt: list[int], weights: list[float]) -> Tensor:
-    """The logits of the base under constant shares of the experts, each where it acts."""
-    active = case.active(prompt, len(prompt))[0]
-
-    def hook(site: str):
-        def add(_, args, output):
-            for z, expert in enumerate(case.pool.experts):
-                lora = expert.lora[site]
-                delta = lora.scale * (args[0] @ lora.A.T) @ lora.B.T
-                output = output + weights[z] * active[:, z, None] * delta
-            return output
-
-        return add
-
-    handles = [
-        case.base.get_submodule(site).register_forward_hook(hook(site))
-        for site in find_sites(case.base)
-    ]
-    try:
-        with torch.no_grad():
-            return case.base(torch.tensor([prompt])).logits[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def test_merged_experts_each_act_where_they_do():
-    case, prompt = Case("llama", MIXED, router="merged"), PROMPTS[0]
-    with torch.no_grad():
-        got = case.routed(torch.tensor([prompt])).logits[0]
-    assert_close(got, alone(case, prompt, [0.25] * 4))
 
 
 # Saving, and leaving for other programs.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.arrow import arrow_vector
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, random
 
@@ -62,14 +60,6 @@ def test_the_vector_is_the_first_right_singular_one_of_the_product(lora, dtype):
         torch.testing.assert_close((got.double() @ V[0]).abs(), torch.ones(()).double())
         aligned = got.double() * (got.double() @ V[0]).sign()
         torch.testing.assert_close(aligned, V[0], rtol=0, atol=1e-5)
-
-
-def test_an_expert_without_an_update_scores_zero(llama, make_expert):
-    pool = Pool((make_expert(llama, "e0"), make_expert(llama, "e1", seed=1)))
-    lora = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in pool.experts[1].lora.items()}
-    empty = replace(pool.experts[1], modules=lora)
-    model = compose(Pool((pool.experts[0], empty)), llama, router="arrow")
-    assert not any(layer.router.vectors[1].any() for layer in composition_of(model).layers.values())
 
 
 def peft_layer(experts: int, n: int, k: int = 2, seed: int = 0) -> ArrowLoraLinearLayer:

@@ -1,18 +1,25 @@
-"""Sequences that join, leave and share a batch get what they would get alone."""
+"""Answers in batches: what each gets and reports, where it ends, and what prompts share."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.local.batches import Batch
-from phatgoose.apps.server.local.runner import ModelRunner
+from phatgoose.analysis.traces import trace
+from phatgoose.apps.server.local.batches import Batch, Sampler
+from phatgoose.apps.server.local.runner import SHORTEST, ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import ActsOn
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.tasks.encoding import Encoder
 from routed_models import compose_by
 from tiny import VOCABULARY
 
@@ -115,3 +122,233 @@ def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder):
     finish(batch)
     for row, answer in zip(rows, wanted, strict=True):
         assert row.generated == answer[: row.decoding.max_tokens]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
+    runner = runner_of(kind)
+    wish = Decoding(5, 0.0, logprobs=3)
+    rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
+    batch = Batch(runner)
+    batch.join(rows)
+    finish(batch)
+    for seed, row in zip((1, 2), rows, strict=True):
+        ids = torch.tensor([[*prompt_of(seed), *row.generated]])
+        logits = runner.model(ids).logits[0, -1 - len(row.generated) : -1]
+        wanted, told = logits.float().log_softmax(-1), row.deliver.tokens
+        for token, target, scores in zip(told, row.generated, wanted, strict=True):
+            assert token.logprob == pytest.approx(scores[target].item(), abs=2e-4)
+            best = scores.topk(3).values.tolist()
+            assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
+
+
+def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
+    runner = runner_of()
+    whole = alone(runner, prompt_of(1)).generated
+    runner.ends = frozenset([whole[3]])
+    try:
+        row = alone(runner, prompt_of(1), replace(GREEDY, logprobs=0))
+        ignoring = alone(runner, prompt_of(1), replace(GREEDY, ignores_end=True))
+    finally:
+        runner.ends = frozenset()
+    assert ignoring.generated == whole
+    assert row.generated == whole[: whole.index(whole[3]) + 1]
+    assert row.finish == "stop"
+    assert len(row.deliver.tokens) == len(row.generated)
+
+
+def advance(row, token):
+    """Let `token` be the one that is chosen."""
+    row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+
+
+TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
+
+
+@given(TEXTS, TEXTS, st.sampled_from([(), ("😀",), ("a.", "漢漢")]))
+def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answer, stop):
+    """The tokenizer has a token for each byte, so most characters consist of several."""
+    runner = runner_of()
+    before, after = (runner.tokenizer(text)["input_ids"] for text in (prompt, answer))
+    wish = Decoding(len(after), 0.0, stop=stop, logprobs=0)
+    row = row_of(runner, before, wish)
+    for token in after:
+        if row.finish is None:
+            advance(row, token)
+    places = [place for place, each in enumerate(answer) for _ in each.encode()]
+    told = row.deliver.tokens
+    assert [token.place for token in told] == places[: len(told)]
+    for token in told:
+        assert token.text in (answer[token.place], "\ufffd")
+    assert answer.startswith(row.deliver.text)
+    assert row.finish == "stop" or row.deliver.text == answer
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_routing_is_that_of_one_pass(runner_of, kind):
+    """Prompt and answer traced at once, as `explain` does, from rows that shared a batch."""
+    runner = runner_of(kind)
+    texts = ["to be, or not", "who?"]
+    encoder = Encoder(runner.tokenizer, is_encoder_decoder=False)
+    prompts = [encoder.prompt(text) for text in texts]
+    rows = [row_of(runner, prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
+    batch = Batch(runner)
+    batch.join([*rows, row_of(runner, prompt_of(5))])
+    finish(batch)
+    for prompt, text, row in zip(prompts, texts, rows, strict=True):
+        got = row.deliver.routing
+        experts = np.concatenate([s.experts for s in got])
+        weights = np.concatenate([s.weights for s in got])
+        assert weights[-1].max() == 0  # the last token never passed the model
+        assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
+        assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
+        pair = replace(encoder.pair("a", "b"), prompt=prompt, target=row.generated)
+        (wanted,) = trace(runner.model, encoder, pair).streams
+        count = len(wanted.experts)
+        same = experts[:count] == wanted.experts
+        assert same.mean() > 0.98
+        assert np.abs(weights[:count].astype(int) - wanted.weights)[same].mean() < 1
+
+
+def test_sampling_follows_temperature_and_top_p():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+    def shares(**wish):
+        sampler = Sampler(Decoding(1, seed=3, **wish), torch.device("cpu"))
+        drawn = torch.tensor([sampler(logits) for _ in range(600)])
+        return drawn.bincount(minlength=4) / 600
+
+    torch.testing.assert_close(shares(temperature=1.0), logits.softmax(0), atol=0.08, rtol=0)
+    torch.testing.assert_close(shares(temperature=2.0), (logits / 2).softmax(0), atol=0.08, rtol=0)
+    assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
+    assert shares(temperature=1.0, top_p=0.0)[0] == 1
+    assert shares(temperature=1e-30)[0] == 1
+
+
+# Prompts that begin as one before: what is kept of it changes no answer.
+
+LONG = prompt_of(5, 40)
+SHARED = (*LONG[:30], 7, 8, 9)  # begins as LONG does
+
+
+def answers(runner, prompts, store, client="", **changes):
+    """Each prompt's answer in a batch of all, and the tokens that passed the model."""
+    passed, decode = [], runner.decode
+    runner.decode = lambda ids, *rest, **more: (
+        passed.append(ids.shape[1]) or decode(ids, *rest, **more)
+    )
+    turns = runner.routings_of(prompts)
+    wish = replace(GREEDY, **changes)
+    pairs = zip(prompts, turns, strict=True)
+    rows = [row_of(runner, prompt, wish, client=client, turn=turn) for prompt, turn in pairs]
+    batch = Batch(runner, store)
+    batch.join(rows)
+    finish(batch)
+    runner.decode = decode
+    return [row.generated for row in rows], passed
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "discriminant", "merged"])
+def test_a_beginning_is_read_once_and_answers_stay(runner_of, router):
+    runner, store = runner_of("llama", router), PrefixStore(1 << 20)
+    (first,), passed = answers(runner, [LONG], store)
+    assert passed[0] == 40
+    (again,), passed = answers(runner, [LONG], store)
+    assert again == first
+    assert passed[0] == 1
+
+
+def test_what_one_client_asked_is_no_others(runner_of):
+    runner, store = runner_of(), PrefixStore(1 << 20)
+    for client in ("one", "other"):
+        _, passed = answers(runner, [LONG], store, client)
+        assert passed[0] == 40
+    _, passed = answers(runner, [LONG], store, "other")
+    assert passed[0] == 1
+
+
+def test_rows_with_and_without_a_known_beginning_share_a_batch(runner_of):
+    runner, store = runner_of(), PrefixStore(1 << 20)
+    answers(runner, [LONG], store)
+    prompts = [SHARED, prompt_of(6, 12), LONG, prompt_of(7, 25)]
+    found, passed = answers(runner, prompts, store)
+    assert passed[0] == 25  # of the longest that nothing is known of
+    assert found == [by_generate(runner, prompt, 12) for prompt in prompts]
+
+
+def test_a_conversation_goes_on_from_its_answers(runner_of):
+    runner, store = runner_of(), PrefixStore(1 << 20)
+    (answer,), _ = answers(runner, [LONG], store)
+    turn = (*LONG, *answer, 3, 4, 5)
+    (found,), passed = answers(runner, [turn], store)
+    assert passed[0] == 4  # the last token of the answer never passed
+    assert found == by_generate(runner, turn, 12)
+
+
+def test_what_one_routing_read_is_no_others(runner_of):
+    store = PrefixStore(1 << 20)
+    for router in ("phatgoose", "merged", "arrow"):
+        runner = runner_of("llama", router)
+        _, passed = answers(runner, [LONG], store)
+        assert passed[0] == 40
+
+
+def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on(llama, llama_pool):
+    ends = [
+        replace(each, info=replace(each.info, acts_on=ActsOn(3).record()))
+        for each in llama_pool.experts
+    ]
+    store = PrefixStore(1 << 20)
+    answers(ModelRunner(llama.model, llama.tokenizer), [LONG], store)
+    for name in llama_pool.names:
+        model = compose(Pool(tuple(ends)), llama, router=f"single:expert={name}")
+        runner = ModelRunner(model, llama.tokenizer)
+        (found,), passed = answers(runner, [LONG], store)
+        assert passed[0] == 3
+        composition_of(model).context.use(None)
+        assert found == by_generate(runner, LONG, len(found))
+        detach(model)
+
+
+def test_whoever_wants_to_see_the_prompts_tokens_gets_them_read(runner_of):
+    runner, store = runner_of(), PrefixStore(1 << 20)
+    answers(runner, [LONG], store)
+    _, passed = answers(runner, [LONG], store, routing=True)
+    assert passed[0] == 40
+
+
+def cache_of(tokens: int) -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, tokens, 4), torch.randn(1, 2, tokens, 4), 0)
+    return cache
+
+
+def kept(store: PrefixStore, reader: str, tokens: list[int]) -> None:
+    store.keep(Reader(reader, 99), tokens, cache_of(len(tokens)), 0, torch.ones(len(tokens)))
+
+
+def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
+    each = 2 * 2 * 4 * 4 * 20  # two sides, heads, columns, bytes and tokens
+    store = PrefixStore(3 * each)
+    for reader in "abc":
+        kept(store, reader, list(range(20)))
+    assert store.bytes == 3 * each
+    assert store.find(Reader("a", 99), list(range(20))) is not None
+    kept(store, "d", list(range(20)))
+    found = [bool(store.find(Reader(reader, 99), list(range(20)))) for reader in "abcd"]
+    assert found == [True, False, True, True]
+    assert store.bytes == 3 * each
+    kept(store, "e", list(range(80)))  # larger than all
+    assert store.bytes == 3 * each
+
+
+def test_a_longer_prefix_takes_the_place_of_the_one_it_begins_with():
+    store = PrefixStore(1 << 20)
+    kept(store, "a", list(range(20)))
+    kept(store, "a", list(range(30)))
+    kept(store, "a", list(range(25)))  # known
+    assert store.bytes == 2 * 2 * 4 * 4 * 30
+    prefix, count = store.find(Reader("a", 99), [*range(22), 500, 501])
+    assert (count, len(prefix.tokens)) == (22, 30)
+    assert store.find(Reader("a", SHORTEST - 1), list(range(30))) is None  # too few
+    assert store.find(Reader("b", 99), list(range(30))) is None

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from phatgoose import untrusted_text
-from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.protocol import ApiError, without_paths
 from phatgoose.apps.server.requests import check_size
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
@@ -136,7 +136,7 @@ SLOW = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
-@pytest.mark.parametrize("template", SLOW.values(), ids=SLOW)
+@pytest.mark.parametrize("template", [SLOW["power"], SLOW["doubled"]])
 def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, monkeypatch, template):
     monkeypatch.setattr(untrusted_text, "SECONDS", 1)
     monkeypatch.setattr(untrusted_text, "MEMORY", 256 << 20)
@@ -213,3 +213,39 @@ def two_bases(pool_of, template):
     app = create_app([ServedModel(*each, dtype="float32") for each in places.items()])
     app.state.service.models["goose"].runner.tokenizer.chat_template = template
     return app
+
+
+# What is told of it.
+
+
+def test_the_schema_has_the_bodies_and_errors_of_routes_and_none_of_fastapis_own(guarded):
+    schema = guarded.get("/openapi.json").json()
+    chat = schema["paths"]["/v1/chat/completions"]["post"]
+    body = chat["requestBody"]["content"]["application/json"]["schema"]
+    assert body["$ref"].endswith("ChatRequest")
+    assert "text/event-stream" in chat["responses"]["200"]["content"]
+    assert {"400", "401", "408", "429", "503", "504"} <= set(chat["responses"])
+    assert "422" not in chat["responses"]
+    assert "ChatRequest" in schema["components"]["schemas"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+
+
+def test_what_breaks_inside_is_not_told(client, monkeypatch):
+    monkeypatch.setattr(client.app.state.service, "begun", object())  # which no JSON holds
+    reply = client.get("/v1/models")
+    assert reply.status_code == 500
+    assert reply.json()["error"]["message"] == "The server failed; its log says more."
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("/home/me/experts/e0 has no gates.", "e0 has no gates."),
+        ("'/home/me/my experts/e0': broken.", "'e0': broken."),
+        ("experts/e0 has no gates, nor /a/b and /c/d.", "experts/e0 has no gates, nor b and d."),
+        (r"C:\Users\me\e0: broken, ~/x/y too", "e0: broken, y too"),
+        ("hub:me/x@v1 or https://a.example/x, 1/2 or m/s", None),
+    ],
+)
+def test_paths_in_messages_are_cut(message, told):
+    assert without_paths(message) == (message if told is None else told)

@@ -36,10 +36,10 @@ from ..files import (
 )
 from ..passes import ActsOn
 from . import kinds
-from .kind import AdapterFiles, SiteModule, read_tensors
+from .kind import AdapterFiles, SiteModule, check_parts, read_tensors
 from .lora import LoraFactors
 from .peft_files import ADAPTER_CONFIG, INVOCATION, PEFT_FILES
-from .statistics import check_readings
+from .statistics import PARTS, READ
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -226,6 +226,15 @@ def expert_files() -> tuple[str, ...]:
     """Every name that a file of an expert may have."""
     adapters = [name for files in formats() for name in (files.config, files.weights)]
     return (*adapters, *asdict(LAYOUT).values())
+
+
+def adapters_in(place: Path) -> list[Path]:
+    """`place` if it is the folder of an adapter or expert, else those of its folders that are."""
+    names = (LAYOUT.info, *(files.config for files in formats()))
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    every = [place, *(each for each in inside if not each.name.startswith("."))]
+    there = [each for each in every if any((each / name).is_file() for name in names)]
+    return there[:1] if place in there else there
 
 
 @dataclass(frozen=True, eq=False)
@@ -457,7 +466,11 @@ def _check_vectors(expert: Expert) -> None:
             f"{rows.dtype}; wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
         )
     if expert.readings:
-        check_readings(f"Expert {expert.name!r}, readings", expert.readings)
+        forms = {f"{READ}.{part}": form for part, form in PARTS.items()}
+        where = f"Expert {expert.name!r}, readings"
+        check_parts(where, forms, expert.readings, (torch.float32,))
+        if bool((expert.readings[f"{READ}.rest"] < 0).any()):
+            raise ExpertError(f"{where}: {READ}.rest has variances below 0.")
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
         for site in sorted({*vectors, *expert.modules}) if vectors else ():
             vector, module = vectors.get(site), expert.modules.get(site)

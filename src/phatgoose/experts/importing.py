@@ -66,7 +66,8 @@ from ..files import (
 )
 from ..sites import find_sites
 from .dora import DoraFactors
-from .expert import LAYOUT, Expert, adapter_files, check_name, formats, read_modules
+from .expert import LAYOUT, Expert, adapter_files, check_name, read_modules
+from .expert import adapters_in as adapters_in  # of the command line
 from .hub import HubReference, fetch, reference_of
 from .ia3 import ScalingVector
 from .kind import SiteModule, check_fit
@@ -188,15 +189,6 @@ class Imports:
 
     experts: tuple[Expert, ...]
     refused: Mapping[str, str]
-
-
-def adapters_in(place: Path) -> list[Path]:
-    """`place` if it is the folder of an adapter or expert, else those of its folders that are."""
-    names = (LAYOUT.info, *(files.config for files in formats()))
-    inside = sorted(place.iterdir()) if place.is_dir() else []
-    every = [place, *(each for each in inside if not each.name.startswith("."))]
-    there = [each for each in every if any((each / name).is_file() for name in names)]
-    return there[:1] if place in there else there
 
 
 def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: Any) -> Imports:

@@ -16,9 +16,9 @@ from ..base import BaseReference, closest_beside, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
-from .expert import FORM, LAYOUT, Expert
+from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import local_folder, reference_of
-from .importing import adapters_in, read_adapters
+from .importing import read_adapters
 
 MOST_NAMED = 8  # experts in the repr of a pool
 REMEDIES = {"gates": "gate"}  # commands that add what is missing

@@ -8,16 +8,12 @@ paper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ExpertError
 from ..sites import blocks_of
 from ..tasks.batching import PromptReading
-from .kind import check_parts
 
 READ = "whole"  # what of a prompt is read: the mean over its tokens
 PARTS = {"mean": "bd", "factor": "brd", "rest": "bd"}  # b blocks of size d
@@ -47,14 +43,6 @@ def moments_of(values: Tensor, rank: int = RANK) -> dict[str, Tensor]:
     factors = torch.stack([_strongest(block, rank) for block in centred])
     left = centred.square().mean(dim=1) - factors.square().sum(dim=1)
     return {"mean": mean, "factor": factors.float(), "rest": left.clamp(min=0).float()}
-
-
-def check_readings(where: str, readings: Mapping[str, Tensor]) -> None:
-    """Raise ExpertError unless `readings` are what `readings_of` makes."""
-    forms = {f"{READ}.{part}": form for part, form in PARTS.items()}
-    check_parts(where, forms, readings, (torch.float32,))
-    if bool((readings[f"{READ}.rest"] < 0).any()):
-        raise ExpertError(f"{where}: {READ}.rest has variances below 0.")
 
 
 def _strongest(centred: Tensor, rank: int) -> Tensor:

@@ -20,8 +20,8 @@ class FakeEngine:
     `mode` is what happens to answers: well, slow (none comes until `go_on` is set), broken (the
     connection is cut after `pieces`), unfinished (it ends in good order there), refusing, busy,
     failing, aborting, repeating (an error with the request's headers), endless, or odd (it answers
-    `content`). `requests` are the bodies of all that were asked. `adapters` have their numbers, or
-    the folders that they are from.
+    `content`); "loading slowly" is of adapters alone. `requests` are the bodies of all that were
+    asked. `adapters` have their numbers, or the folders that they are from.
     """
 
     def __init__(self, kind: str, adapters: dict[str, str], *, loads: bool = True) -> None:
@@ -137,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/v1/load_lora_adapter" and engine.loads:
             engine.loaded.append(body)
+            if engine.mode == "loading slowly":
+                engine.go_on.wait(30)
             engine.adapters[body["lora_name"]] = body["lora_path"]
             self.reply(200, {"success": True})
         elif self.path in ("/v1/completions", "/v1/chat/completions"):

@@ -8,6 +8,5 @@ cli/           the command
 demo.py        the whole story in minutes
 server/        models over HTTP
 deploy.py      a folder that starts another engine and the gateway
-vllm/          routing inside vLLM
 ray_engine.py  experts and runs on a cluster
 """

@@ -126,7 +126,11 @@ def test_a_gateway_has_what_joins_loaded_and_keeps_what_the_engine_can_not_have(
         engine_of("vllm", numbered(("e0", "e1"))) as engine,
         gateway(folder, engine, Serving(watch=True)) as client,
     ):
+        engine.mode = "loading slowly"
         shutil.copytree(place / "e3", folder / "e3")
+        until(lambda: engine.loaded)
+        ask(client, **{**ASK, "model": "e1"})  # others are answered meanwhile
+        engine.go_on.set()
         until(lambda: experts_of(client, "auto") == ["e0", "e1", "e3"])
         assert engine.adapters["e3"] == str((folder / "e3").resolve())
         ask(client, **{**ASK, "model": "e3"})

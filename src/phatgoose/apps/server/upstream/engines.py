@@ -359,6 +359,8 @@ class Link:
 
     async def ready(self) -> Engine:
         """The engine, which has the experts. Raises ApiError while it is away."""
+        if self.engine is not None and self._is_known:  # also while a new expert is being loaded
+            return self.engine
         try:
             async with self._lock:  # what is wanted may change with what is being loaded
                 if self.engine is None or not self._is_known:

@@ -320,8 +320,6 @@ async def _sent(
         raise EngineAwayError(
             f"The engine at {client.base_url} is away: {first_line(error)}."
         ) from error
-    if reply.status_code == 503:
-        raise EngineAwayError(f"The engine at {client.base_url} isn't ready.")
     return httpx2.Response(reply.status_code, content=content)
 
 

@@ -24,7 +24,7 @@ from annotated_types import Ge, Gt, Interval
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter
 
 Config = TypeVar("Config", bound="Settings")
 
@@ -59,13 +59,10 @@ class Setting:
         try:
             return self._adapter.validate_python(value)
         except ValidationError as error:
-            raise ConfigError(f"{self.name} is {value!r:.80}, but {wanted_in(error)}.") from None
-
-
-def wanted_in(error: ValidationError) -> str:
-    """What pydantic wanted, such as "must be greater than 0"."""
-    said = [each["msg"] for each in error.errors()]
-    return " or ".join(f"must {text.partition(' should ')[2] or text}" for text in said)
+            said = [each["msg"] for each in error.errors()]
+            # What pydantic wanted, such as "must be greater than 0".
+            must = " or ".join(f"must {text.partition(' should ')[2] or text}" for text in said)
+            raise ConfigError(f"{self.name} is {value!r:.80}, but {must}.") from None
 
 
 @dataclass(frozen=True)

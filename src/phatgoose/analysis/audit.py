@@ -193,13 +193,6 @@ def ratios(values: Tensor) -> Tensor:
     return (values.double().clamp(min=TINY) / middle).masked_fill(~enough, math.nan)
 
 
-def over_sites(relative: Tensor) -> tuple[Tensor, Tensor]:
-    """The median over sites of ratios [E, sites], and how far the largest is above it, [E] each."""
-    size = relative.nanquantile(0.5, dim=1)
-    most = relative.nan_to_num(0.0, math.inf, 0.0).amax(dim=1)
-    return size, most / size
-
-
 def _spread_out(
     sign: Callable[[Pool], dict[str, Tensor]], pool: Pool, members: Sequence[int]
 ) -> dict[str, Tensor]:
@@ -223,8 +216,10 @@ def _of_updates(pool: Pool) -> dict[str, Tensor]:
                 row[stack.experts[members]] = ratios(squared_norms(stack.parts[part]).sqrt())
         rows.append(row)
         pool.release()
-    size, spread = over_sites(torch.stack(rows, dim=1))
-    return {"update_size": size, "update_spread": spread}
+    relative = torch.stack(rows, dim=1)  # [E, sites]
+    size = relative.nanquantile(0.5, dim=1)  # the median over sites
+    most = relative.nan_to_num(0.0, math.inf, 0.0).amax(dim=1)
+    return {"update_size": size, "update_spread": most / size}
 
 
 def squared_norms(part: Part) -> Tensor:
@@ -273,15 +268,12 @@ def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
     usual = standardise(means.quantile(0.5, dim=0)[None]).double()[0]
     found["gate_usual"][gated] = V @ usual / n
     if len(gated) > 1:
-        found["gate_wins"][gated] = _wins(cosines.T, same.T)
+        # The share of others' means that each gate wins.
+        first = functional.one_hot(cosines.argmax(dim=0), len(gated)).bool()
+        others = (~same.T).sum(dim=0).double()
+        wins = (first & ~same.T).sum(dim=0) / others.masked_fill(others == 0, math.nan)
+        found["gate_wins"][gated] = wins
     return found
-
-
-def _wins(scores: Tensor, own: Tensor) -> Tensor:
-    """The share of others' rows of `scores` [rows, E] that each expert wins; `own` marks own."""
-    first = functional.one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
-    others = (~own).sum(dim=0).double()
-    return (first & ~own).sum(dim=0) / others.masked_fill(others == 0, math.nan)
 
 
 def _of_readings(pool: Pool) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from .analyse import Analysis, RouterAnalysis
 from .measures import (
     ORACLE,
     SMOOTHING,
-    Correlation,
     concentration,
     effective_experts,
     heaviest,
@@ -63,12 +62,9 @@ class Section(NamedTuple):
     figures: Sequence[PageFigure] = ()
     groups: Mapping[str, Sequence[PageFigure]] = {}
 
-
-def sections_of(analysis: Analysis) -> list[Section]:
-    """The parts of the page below the token explorer, without those that have no numbers."""
-    parts = (_scores, _prompts, _usage, _layers, _divergences, _datasets)
-    sections = [part(analysis) for part in parts]
-    return [each for each in sections if each.tables or each.figures or each.groups]
+    @property
+    def has_numbers(self) -> bool:
+        return bool(self.tables or self.figures or self.groups)
 
 
 def _scores(analysis: Analysis) -> Section:
@@ -160,7 +156,10 @@ def _divergences(analysis: Analysis) -> Section:
         if name != ORACLE:
             each = [analysis.divergence(name, ORACLE, d) for d in analysis.datasets]
             cells = [f"{divergence.to:.2f} / {divergence.back:.2f}" for divergence in each]
-            rows.append([label_of(name), *cells, _correlation(analysis.correlation(name))])
+            correlation = analysis.correlation(name)
+            r = correlation.pearson if correlation else None
+            interval = f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" if r else ""
+            rows.append([label_of(name), *cells, interval])
     text = (
         "Divergence of a router's whole-model distribution before top-k from Oracle's, which has "
         f"all weight on one expert; both are mixed with {SMOOTHING:g} of the uniform one. r is "
@@ -170,11 +169,6 @@ def _divergences(analysis: Analysis) -> Section:
     title = "KL(router ‖ Oracle) / KL(Oracle ‖ router) in nats"
     tables = [Table(title, ["router", *analysis.datasets, "r with the score"], rows)]
     return Section("divergence", "How far from Oracle", [text], tables if rows else [])
-
-
-def _correlation(found: Correlation | None) -> str:
-    r = found.pearson if found else None
-    return f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" if r else ""
 
 
 def _datasets(analysis: Analysis) -> Section:
@@ -231,7 +225,8 @@ def file_names(routers: Iterable[str]) -> Iterator[str]:
 
 def report_page(analysis: Analysis) -> str:
     """The report of `analysis` as one HTML page that loads nothing else."""
-    parts = sections_of(analysis)
+    below = (_scores, _prompts, _usage, _layers, _divergences, _datasets)  # the token explorer
+    parts = [part for make in below if (part := make(analysis)).has_numbers]
     findings = [
         (label_of(name), finding.message)
         for name, router in analysis.routers.items()

@@ -59,13 +59,6 @@ def unseen_tasks(most: int) -> list[Task]:
     return [replace(task, test=task.test[:most]) for task in tasks]
 
 
-def without_choices(tasks: list[Task]) -> list[Task]:
-    """The same rows, whose answers are written instead of ranked."""
-    return [
-        replace(task, test=tuple(replace(row, choices=()) for row in task.test)) for task in tasks
-    ]
-
-
 def verdict(comparison: Comparison, row: str, skills: dict[str, str]) -> str:
     """Each expert above the base on the unseen task of its skill, and the gains of `row`.
 
@@ -131,7 +124,8 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(drawn(comparison.scores(routing.router)))
     show(verdict(comparison, routing.router, SKILLS))
     model = compose(pool, base, routing=routing)
-    asked = without_choices(unseen)
+    # The same rows, whose answers are written instead of ranked.
+    asked = [replace(t, test=tuple(replace(row, choices=()) for row in t.test)) for t in unseen]
     scored = evaluate(model, asked, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
     each = ", ".join(f"{score.task} {100 * score.score:.0f}" for score in scored)
     show(

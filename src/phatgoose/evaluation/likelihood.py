@@ -131,7 +131,9 @@ def _score_causal(
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
     inputs, real = _padded_rows(pad_left, texts, pad, device)
-    passed = _passes(model, logits_to_keep=labels.shape[1], position_ids=position_ids(real))
+    accepted = inspect.signature(model.forward).parameters
+    more = {"logits_to_keep": labels.shape[1], "position_ids": position_ids(real)}
+    passed = {name: value for name, value in more.items() if name in accepted}
     announce(_owners(rows, device).tolist())
     output = model(input_ids=inputs, attention_mask=real, use_cache=False, **passed)
     return _mean_log_likelihood(output.logits[:, -labels.shape[1] :], labels)
@@ -201,8 +203,3 @@ def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     chosen = logits.float().log_softmax(dim=-1)
     chosen = chosen.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (chosen * counted).sum(dim=-1) / counted.sum(dim=-1)
-
-
-def _passes(model: PreTrainedModel, **arguments: Tensor | int) -> dict[str, Tensor | int]:
-    accepted = inspect.signature(model.forward).parameters
-    return {name: value for name, value in arguments.items() if name in accepted}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +88,12 @@ class Composition:
         Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
         """
         if base.is_encoder_decoder:
-            refuse_late(records)
+            late = [each["name"] for each in records if each.get("acts_on") is not None]
+            if late:
+                raise RoutingError(
+                    f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
+                    f"encoder-decoder prompts have a stack of their own; leave them out."
+                )
         self.base, self.tokenizer = base.reference, base.tokenizer
         self.router, self.experts, self.records = router, experts, records
         self.layers: dict[str, RoutedLayer] = {}
@@ -179,16 +184,6 @@ def composition_of(model: PreTrainedModel) -> Composition:
     if parts is None:
         raise RoutingError("This model is not routed; make one with compose(pool).")
     return parts
-
-
-def refuse_late(records: Iterable[Mapping[str, Any]]) -> None:
-    """Raise RoutingError for experts of an encoder-decoder that act from a prompt's end on."""
-    late = [record["name"] for record in records if record.get("acts_on") is not None]
-    if late:
-        raise RoutingError(
-            f"{', '.join(map(repr, late))} act from a prompt's end on, but in an encoder-decoder "
-            f"prompts have a stack of their own; leave them out."
-        )
 
 
 @contextmanager

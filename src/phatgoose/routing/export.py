@@ -167,7 +167,13 @@ def export(
             if parts.tokenizer is not None:
                 parts.tokenizer.save_pretrained(work)
         else:
-            LoraFactors.write(work, loras, _about(model, parts))
+            about = {
+                "base_model_name_or_path": parts.base.id,
+                "revision": parts.base.revision,
+                "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+                "fan_in_fan_out": any(isinstance(e.base, Conv1D) for e in parts.layers.values()),
+            }
+            LoraFactors.write(work, loras, about)
         text = json.dumps(_record(result, parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
@@ -188,15 +194,6 @@ def _record(result: Export, parts: Composition) -> dict[str, Any]:
             | (asdict(losses[site]) if site in losses else {})
             for site, shares in result.shares.by_site.items()
         },
-    }
-
-
-def _about(model: PreTrainedModel, parts: Composition) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": parts.base.id,
-        "revision": parts.base.revision,
-        "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-        "fan_in_fan_out": any(isinstance(each.base, Conv1D) for each in parts.layers.values()),
     }
 
 

@@ -29,7 +29,6 @@ from ..experts.hub import HubReference
 from ..experts.kind import INDICES
 from ..experts.pool import Pool, check_alike
 from ..files import (
-    WRITING_ERRORS,
     TensorFile,
     new_directory,
     new_file,
@@ -38,10 +37,10 @@ from ..files import (
     prefetch,
     read_json,
     reading,
-    reason,
     sha256_of,
     shortened,
     write_text,
+    writing,
 )
 from ..passes import ActsOn
 from ..sites import FLOATS, dtype_at, find_sites
@@ -111,12 +110,10 @@ def save_pretrained(
     config = target / CONFIG
     if config.exists() and read_json(config, dict, RoutingError).get("model_type") != MODEL_TYPE:
         raise RoutingError(f"{target} holds another model ({CONFIG}); choose another place.")
-    try:
-        if is_main_process:
+    if is_main_process:
+        with writing(target, RoutingError):
             target.mkdir(parents=True, exist_ok=True)
             _write_model(model, target)
-    except WRITING_ERRORS as error:
-        raise RoutingError(f"{target} can't be written: {reason(error)}.") from error
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:

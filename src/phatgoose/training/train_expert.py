@@ -52,7 +52,7 @@ from ..experts.expert import (
 from ..experts.kind import ModifiedLinear, applied, check_fit
 from ..experts.peft_files import record_invocation
 from ..experts.statistics import prompt_states, readings_of
-from ..files import WRITING_ERRORS, reason, sha256_of, write_text
+from ..files import sha256_of, write_text, writing
 from ..passes import ActsOn
 from ..sites import Site, find_sites
 from ..tasks.batching import Collator, read_pairs, read_prompts
@@ -241,29 +241,29 @@ def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterat
     """
     work, text = work_of(out), json.dumps(identity, indent=2)
     file = work / IDENTITY
-    try:
+    with writing(out, ExpertError):
         if work.is_symlink() or any(path.is_symlink() for path in work.rglob("*")):
             raise ExpertError(f"{work} is or holds a symbolic link, as no work of ours; remove it.")
         work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / LOCK).acquire(timeout=0):
-            if not file.is_file():  # written first of all
-                write_text(file, text, ExpertError)
-            elif not resume:
-                raise ExpertError(
-                    f"Unfinished work was found in {work}; use resume to continue it, or remove it."
-                )
-            elif file.read_text(encoding="utf-8") != text:
-                raise ConfigError(
-                    f"The unfinished work in {work} had other settings, data or another base; "
-                    f"repeat them, or remove it."
-                )
-            yield work
-        if out.exists():  # the lock is free: some file systems remove no open file
-            shutil.rmtree(work, ignore_errors=True)
-    except Timeout as problem:
-        raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
-    except WRITING_ERRORS as problem:
-        raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
+        try:
+            with FileLock(work / LOCK).acquire(timeout=0):
+                if not file.is_file():  # written first of all
+                    write_text(file, text, ExpertError)
+                elif not resume:
+                    raise ExpertError(
+                        f"Unfinished work was found in {work}; use resume to continue it, or "
+                        f"remove it."
+                    )
+                elif file.read_text(encoding="utf-8") != text:
+                    raise ConfigError(
+                        f"The unfinished work in {work} had other settings, data or another base; "
+                        f"repeat them, or remove it."
+                    )
+                yield work
+            if out.exists():  # the lock is free: some file systems remove no open file
+                shutil.rmtree(work, ignore_errors=True)
+        except Timeout as problem:
+            raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
 
 
 def acting_for(encoder: Encoder, acts_on: str | int) -> ActsOn | None:

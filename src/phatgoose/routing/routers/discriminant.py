@@ -208,12 +208,8 @@ def bounded_variances(means: Tensor, factor: Tensor, rest: Tensor) -> tuple[Tens
     if not doubtful.any():
         return factor, within
     rows = factor[doubtful]
-    along = _along(torch.nn.functional.normalize(rows, dim=1), factor[some], rest[some])
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    variances = (factor[some] @ unit.T).square().sum(dim=1) + rest[some] @ unit.T.square()  # [E, R]
+    along = variances.quantile(0.5, dim=0)  # the median over experts
     share = ((most * along + least) / own[doubtful]).clamp(max=1)
     return factor.index_put((doubtful,), rows * share.sqrt()[:, None]), within
-
-
-def _along(rows: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
-    """The median over experts [E, ..] of their variance along each of `rows` [R, d]."""
-    along = (factor @ rows.T).square().sum(dim=1) + rest @ rows.T.square()  # [E, R]
-    return along.quantile(0.5, dim=0)

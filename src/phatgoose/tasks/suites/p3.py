@@ -99,25 +99,17 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     return tuple(sorted(templates, key=lambda template: template.name))
 
 
-def templates_folder(sources: Sources) -> Path:
-    """`sources.templates`, or the folder in the installed promptsource, which isn't imported."""
-    spec = importlib.util.find_spec("promptsource")
-    package = Path(spec.origin).parent if spec and spec.origin else Path("promptsource")
-    return sources.templates or package / "templates"
-
-
 @pass_context
 def _choice(context: Context, items: Sequence[Any]) -> Any:
     return context[DRAWS]().choice(items)
 
 
-def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    return multimode(items) or None
-
-
 ENVIRONMENT = SandboxedEnvironment()
 ENVIRONMENT.globals["zip"] = zip
-ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": _most_frequent}
+ENVIRONMENT.filters |= {
+    "choice": _choice,
+    "most_frequent": lambda items: multimode(items) or None,
+}
 
 
 @lru_cache(maxsize=2048)
@@ -210,7 +202,10 @@ class P3Dataset:
         if self.prompt:
             choices = "|||".join(self.prompt_choices)
             return [PromptTemplate(self.name, self.prompt, choices, original_task=True)]
-        templates = read_templates(templates_folder(sources), self.templates)
+        spec = importlib.util.find_spec("promptsource")  # found, but not imported
+        package = Path(spec.origin).parent if spec and spec.origin else Path("promptsource")
+        folder = sources.templates or package / "templates"
+        templates = read_templates(folder, self.templates)
         return [template for template in templates if template.name not in self.ignored]
 
     def rows(

@@ -231,14 +231,11 @@ class ModelRunner:
         choice = fixed and fixed.repeated(count)
         return context.routing_of(read, choice, questions).each(count)
 
-    @property
-    def _base_key(self) -> Hashable:
-        # Twins of one base have the very same weights.
-        return "base", self.model.get_input_embeddings().weight.data_ptr()
-
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""
-        base, limit = (client, self._base_key), len(prompt)
+        # Twins of one base have the very same weights.
+        weights = self.model.get_input_embeddings().weight.data_ptr()
+        base, limit = (client, ("base", weights)), len(prompt)
         if self._parts is None:
             return Reader(base, limit)
         acting, choice = self._acting, routed.choice if routed else None

@@ -490,13 +490,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
     The same for every name, parameter naming (transformers changes it) and loading in float32 or
-    bfloat16; quantised models have others. Raises BaseModelError for a model without weights.
+    bfloat16; quantised models have others.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise BaseModelError(
-            "The base model has no weights: they are on torch's meta device, or were offloaded by "
-            "accelerate. Load it with weights."
-        )
     return _fingerprint(model, model.parameters())
 
 

@@ -62,7 +62,7 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
     sites = {}
     for name, module in model.named_modules():
-        shape = _shape_if_linear(module)
+        shape = linear_shape(module)
         if shape and name.startswith(tuple(blocks)) and expression.search(name):
             reads_encoder = encoder and (module in encoder or CROSS_ATTENTION.search(name))
             sites[name] = Site(name, *shape, "encoder" if reads_encoder else "decoder")
@@ -73,15 +73,8 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     return sites
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear layer of any library. Raises ConfigError for other modules."""
-    shape = _shape_if_linear(module)
-    if shape is None:
-        raise ConfigError(f"{type(module).__name__} is not a linear layer.")
-    return shape
-
-
-def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer of any library; None for other modules."""
     # transformers' subclasses of Linear that compute something else: the routers of PhiMoE and
     # Llama 4, and DeepSeek V4's grouped projection.
     if any(part in type(module).__name__ for part in ("Router", "Grouped")):

@@ -7,15 +7,12 @@ from inspect import signature
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from transformers import StaticCache
 
 from architectures import make_other
-from phatgoose.base import load_skeleton
-from phatgoose.errors import BaseModelError, RoutingError
+from phatgoose.errors import RoutingError
 from phatgoose.passes import real_tokens, token_masks, watching
-from phatgoose.routing.compose import compose
-from phatgoose.sites import ROUTED, blocks_of, find_sites, prompt_stack
+from phatgoose.sites import blocks_of, find_sites, prompt_stack
 from tiny import logits_of, make_ids
 
 SITE = "layers.0.self_attn.q_proj"
@@ -158,10 +155,3 @@ def test_models_with_experts_of_their_own_are_watched(architecture):
         ((u, real),) = seen[site.name]
         assert u.shape[:2] == ids.shape
         assert (real is None) == (site.stream == "decoder")
-
-
-def test_a_base_without_weights_is_refused_before_anything_happens(llama, llama_pool):
-    for model in (load_skeleton(llama.id), cpu_offload(llama.model, execution_device="cpu")):
-        with pytest.raises(BaseModelError, match=r"has no weights: .* Load it with weights\.$"):
-            compose(llama_pool, model or llama, router="phatgoose")
-        assert not hasattr(llama.model, ROUTED)

@@ -119,8 +119,6 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         register(known)
         pool = pool_with_shifts(llama_mixed, llama, tmp_path)
         save(composed("phatgoose", pool, llama), tmp_path / "routed")
-    with pytest.raises(RoutingError, match="kind 'shift' can't be stacked"):
-        compose(pool, llama, router="phatgoose")
     with pytest.raises(RoutingError, match=r"shift\w* is .* wanted no such one"):
         load(tmp_path / "routed", llama)
     with pytest.raises(ExpertError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -202,8 +202,10 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
         for kind in ("layers", "datasets", "usage"):
             for old in figures.glob(f"{kind}-*.png"):
                 old.unlink()
-        files = zip(file_names(analysis.routers), analysis.routers.items(), strict=True)
-        for file, (name, router) in files:
+        for number, (name, router) in enumerate(analysis.routers.items()):
+            # Whose settings may hold paths and colons.
+            plain = re.sub(r"[^\w.=,-]+", "-", name)
+            file = plain if plain == name else f"{plain}-{number}"
             shares, oracle = router.by_dataset(), analysis.oracle
             drawn = {
                 "datasets": draw.dataset_matrix(shares, analysis.experts, oracle, every),
@@ -214,13 +216,6 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
             for kind, figure in drawn.items():
                 draw.write_png(figure, figures / f"{kind}-{file}.png")
     return folder / REPORT
-
-
-def file_names(routers: Iterable[str]) -> Iterator[str]:
-    """A part of a file's name for each of `routers`, whose settings may hold paths and colons."""
-    for number, router in enumerate(routers):
-        plain = re.sub(r"[^\w.=,-]+", "-", router)
-        yield plain if plain == router else f"{plain}-{number}"
 
 
 def report_page(analysis: Analysis) -> str:

@@ -113,10 +113,11 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     routing = settled(Routing(router=ROUTER), pool, base.model, base.tokenizer)
     unseen = unseen_tasks(EVALUATED)
     show(_step("3. On tasks that none of them has seen", f", {EVALUATED} examples each"))
+    shown = {*BESIDE, routing.router} - (set() if can_embed() else {"retrieval"})
     comparison = compare(
         pool,
         [Suite.of("unseen", unseen)],
-        "all" if all_methods else _shown(routing.router),
+        "all" if all_methods else [name for name in METHODS if name in shown],
         base=base,
         out=out,
         max_new_tokens=ANSWER_TOKENS,
@@ -145,11 +146,6 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
 
 def _step(title: str, rest: str = "") -> Text:
     return Text.assemble((title, "bold"), rest)
-
-
-def _shown(router: str) -> list[str]:
-    wanted = {*BESIDE, router} - (set() if can_embed() else {"retrieval"})
-    return [name for name in METHODS if name in wanted]
 
 
 def _train_pool(base: Base, folder: Path, seed: int) -> Pool:

@@ -126,7 +126,7 @@ def _planned(
     encoder: Encoder | None,
     speed: Speed | None,
 ) -> PlannedTask:
-    gates, training, limits = settings.gates, settings.training, settings.formatting
+    gates, training, limits = settings.gate_training, settings.training, settings.formatting
     validated, examples = training.eval_examples, task.entry.train_examples
     length: float = limits.max_input_tokens + limits.max_target_tokens
     data = None if task.origin == "hub" else task.load().with_validation(training.seed)
@@ -180,18 +180,13 @@ def measured(
         raise TaskError("No task has its data on this machine: no speed can be measured here.")
     trial = max(trials, key=lambda trial: sum(map(_characters, trial.validation)))
     size, times = len(trial.train), _Times()
-    short = replace(settings.training, steps=TRIAL_STEPS, eval_every=TRIAL_STEPS)
+    training = replace(settings.training, batch_size=size, micro_batch_size=size // 2)
+    training = replace(training, steps=TRIAL_STEPS, eval_every=TRIAL_STEPS)
+    gates = replace(settings.gate_training, gate_steps=1, embeddings=False)
+    short = vars(replace(settings, training=training, gate_training=gates))
     with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        expert = train_expert(
-            load_base(base, dtype=dtype),
-            trial,
-            out=Path(folder) / "trial",
-            peft=settings.peft,
-            training=replace(short, batch_size=size, micro_batch_size=size // 2),
-            gate_training=replace(settings.gates, gate_steps=1, embeddings=False),
-            formatting=settings.formatting,
-            callbacks=[times],
-        )
+        loaded, out = load_base(base, dtype=dtype), Path(folder) / "trial"
+        expert = train_expert(loaded, trial, out=out, callbacks=[times], **short)
     tokens = expert.info.metrics["expert_tokens"] * (TRIAL_STEPS - 1) / TRIAL_STEPS
     return Speed(tokens / (times.ended[TRIAL_STEPS - 1] - times.ended[0]), most_memory())
 

@@ -102,7 +102,7 @@ def import_adapter(
     require_free(target, ExpertError)
     expert = read_adapter(source, name or target.name, **options)
     saved = expert.save(target)
-    if expert.directory.parent == _scratch():
+    if expert.directory.parent == Path(_scratch().name):
         shutil.rmtree(expert.directory, ignore_errors=True)
     return saved
 
@@ -166,7 +166,10 @@ def read_adapter(
     else:
         modules, is_untouched = _resolved(folder, config, place, revision)
     if not is_untouched:
-        kind, folder = type(next(iter(modules.values()))), Path(tempfile.mkdtemp(dir=_scratch()))
+        kind, folder = (
+            type(next(iter(modules.values()))),
+            Path(tempfile.mkdtemp(dir=_scratch().name)),
+        )
         about = {key: config[key] for key in KEPT if config.get(key) is not None}
         if kind.files is not PEFT_FILES:
             about = {kind.files.base_key: config.get(PEFT_FILES.base_key) or ""}
@@ -236,13 +239,9 @@ def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Exp
 
 
 @cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
+def _scratch() -> tempfile.TemporaryDirectory[str]:
     # For as long as the process: experts in memory are views of these files.
     return tempfile.TemporaryDirectory(prefix="phatgoose-", ignore_cleanup_errors=True)
-
-
-def _scratch() -> Path:
-    return Path(_temporary().name)
 
 
 # Where a LoRA or (IA)³ config acts on a base: PEFT's own answer, from a model without weights.

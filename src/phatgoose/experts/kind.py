@@ -248,7 +248,8 @@ class ModifiedLinear(WrappedLinear):
         self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
     ) -> None:
         """`dtype` is the module's type if the weights are packed and have none."""
-        super().__init__(base, *linear_shape(base))
+        shape: Any = linear_shape(base)
+        super().__init__(base, *shape)
         like = self.weight
         if dtype is not None and not like.is_floating_point():
             like = torch.empty(0, dtype=dtype, device=like.device)

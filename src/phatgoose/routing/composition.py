@@ -32,7 +32,7 @@ from .context import RoutingContext
 from .kernels import AUTO
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.prompt import ByPrompt, PromptRouter, Tables
-from .routers.router import Router, SiteRouter, check_tokenizer
+from .routers.router import Router, SiteRouter
 from .stacks import SiteStack, check_numbers
 
 
@@ -100,8 +100,6 @@ class Composition:
         self.acting = tuple(ActsOn.of(record.get("acts_on")) for record in records)
         self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
-            if router.reads_prompts:
-                check_tokenizer(router, base.tokenizer)
             self.prompt_router = PromptRouter(router, tables, base.tokenizer)
         self.context: RoutingContext | None = None
         if self.prompt_router is not None or any(self.acting):

@@ -42,7 +42,6 @@ from ..tasks.task import Example, neutral_examples
 from .composition import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 from .recording import SitePass, watch
-from .routers.router import check_tokenizer
 
 EXPORT_INFO = "phatgoose_export.json"
 ANSWER_TOKENS = 16  # of the greedy answer that the decoder of an encoder-decoder model reads
@@ -289,7 +288,7 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
             f"{'input' if parts.prompt_router else 'token'}, which an adapter can't hold: fix its "
             f"mixture with --prompt or --task, or route by merged or single."
         )
-    return shares_for(model, check_tokenizer(parts.router, parts.tokenizer), texts)
+    return shares_for(model, parts.tokenizer, texts)
 
 
 def constant_weights(layer: RoutedLayer, parts: Composition) -> Tensor | None:

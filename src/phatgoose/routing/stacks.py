@@ -145,12 +145,10 @@ def stacked(members: Sequence[Member], experts: Tensor, dtype: torch.dtype) -> S
 def stack_modules(
     experts: Sequence[int], modules: Sequence[SiteModule], dtype: torch.dtype, device: torch.device
 ) -> SiteStack:
-    """The stack of one site's `modules`, of these `experts`; RoutingError for unknown kinds."""
+    """The stack of one site's `modules`, of these `experts`."""
     members, by_kind = list[Member](), {kind.name: kind.stacked for kind in kinds().values()}
     for module in modules:
-        part = next((p for p in by_kind.get(module.kind, ()) if p.stacks(module)), None)
-        if part is None:
-            raise RoutingError(f"Experts of the kind {module.kind!r} can't be stacked here.")
+        part = next(part for part in by_kind[module.kind] if part.stacks(module))
         members.append((part, part.row(module)))
     return stacked(members, torch.tensor(experts, device=device), dtype)
 

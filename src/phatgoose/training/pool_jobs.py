@@ -84,17 +84,9 @@ class _ExpertWorkshop:
             base = load_base(base, dtype=self.dtype)
 
         def train(job: ExpertJob) -> ExpertInfo:
-            settings = job.settings
-            return train_expert(
-                base,
-                job.task.load(),
-                out=self.out / job.name,
-                peft=settings.peft,
-                training=settings.training,
-                gate_training=settings.gates,
-                formatting=settings.formatting,
-                resume=job.resume,
-            ).info
+            task, settings = job.task.load(), vars(job.settings)
+            out = self.out / job.name
+            return train_expert(base, task, out=out, resume=job.resume, **settings).info
 
         yield train
 

@@ -191,7 +191,7 @@ def _trained(
         if isinstance(adapter, Peft):
             adapter = _trained_adapter(run, adapter)
             metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
-            gates = load_file(adapter / JOINT_GATES) if settings.gates.joint else None
+            gates = load_file(adapter / JOINT_GATES) if settings.gate_training.joint else None
         return _finished(run, adapter, earlier, metrics, gates)
 
 
@@ -206,8 +206,8 @@ def _begun(
     name = options.get("name") or out.name
     check_name(name)
     task = task if isinstance(task, Task) else load_task(task)
-    if settings.gates.embeddings:
-        load_embedder(settings.gates.embedder)
+    if settings.gate_training.embeddings:
+        load_embedder(settings.gate_training.embedder)
     base = load_base(base) if isinstance(base, str | Path) else base
     task = task.with_validation(settings.training.seed)
     encoder = Encoder.of(base, as_read(settings.formatting, task.train))
@@ -286,7 +286,7 @@ def _encoded(run: Run, *, tells: bool) -> tuple[list[TokenPair], dict[str, int]]
 
 def _trained_adapter(run: Run, peft: Peft) -> Path:
     """The folder of the trained adapter's files, its metrics and its joint gates."""
-    training, joint = run.settings.training, run.settings.gates.joint
+    training, joint = run.settings.training, run.settings.gate_training.joint
     finished, unfinished = run.work / "adapter", run.work / "adapter.unfinished"
     if finished.is_dir():
         return finished
@@ -410,7 +410,7 @@ def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
     on. Raises ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't
     possible.
     """
-    settings, seed = run.settings.gates, run.settings.training.seed
+    settings, seed = run.settings.gate_training, run.settings.training.seed
     model, label, encoder, modules = run.base.model, run.task.name, run.encoder, expert.modules
     examples = draw(run.task.train, settings.statistics_examples, seed)
     pairs = encoder.pairs(examples)

@@ -53,22 +53,22 @@ class Hyperparameters:
 
     peft: Peft | None = field(default_factory=Lora)
     training: Training = field(default_factory=Training)
-    gates: GateTraining = field(default_factory=GateTraining)
+    gate_training: GateTraining = field(default_factory=GateTraining)
     formatting: Formatting = field(default_factory=Formatting)
 
     @property
     def gate_steps(self) -> int:
         """The steps of the gates' own training, 0 for joint gates."""
-        return 0 if self.gates.joint else self.gates.gate_steps
+        return 0 if self.gate_training.joint else self.gate_training.gate_steps
 
     def record(self) -> dict[str, Any]:
         """All of them by their flat names, as an expert records them; rates are those used."""
-        gates = asdict(self.gates)
+        gates = asdict(self.gate_training)
         if self.peft is None:
             shared = ("batch_size", "micro_batch_size")
             gates |= {f"gate_{name}": getattr(self.training, name) for name in shared}
             return {"seed": self.training.seed, **gates, **asdict(self.formatting)}
-        if self.gates.joint:  # they have the expert's
+        if self.gate_training.joint:  # they have the expert's
             del gates["gate_steps"], gates["gate_learning_rate"]
         shape = {"peft": kind_for(self.peft).name, **asdict(self.peft)}
         return {**shape, **asdict(self.training), **gates, **asdict(self.formatting)}
@@ -308,7 +308,7 @@ def fit(
     label = f"{run.task.name}: {stage}"
     steps, rate, every = training.steps, training.learning_rate, training.eval_every
     if stage == "gates":
-        steps, rate = run.settings.gate_steps, run.settings.gates.gate_learning_rate
+        steps, rate = run.settings.gate_steps, run.settings.gate_training.gate_learning_rate
         every = GATE_CHECKPOINT_EVERY
     order = visited(train, training.batch_size, steps, training.seed)
     lengths = [pair.length for pair in order]

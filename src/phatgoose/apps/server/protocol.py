@@ -148,12 +148,11 @@ Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
 Mixture = Annotated[dict[Name, Weight], Field(min_length=1, max_length=MOST_MIXED)]
 
 
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 # One form inside, so that an error is of the form that a field has.
-ONE_OR_MANY = BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])
+ONE_OR_MANY = BeforeValidator(
+    lambda value: [value] if isinstance(value, str) else value,
+    json_schema_input_type=str | list[str],
+)
 Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True), ONE_OR_MANY]
 Prompts = Annotated[
     list[str], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True), ONE_OR_MANY

@@ -154,7 +154,12 @@ class Builder:
         logprobs: dict[str, Any] | None = None
         if self.is_chat:
             if self.request.logprobs:
-                logprobs = {"content": [_chat_token(token) for token in tokens], "refusal": None}
+                content = [
+                    _with_bytes(token.text, token.logprob)
+                    | {"top_logprobs": [_with_bytes(*each) for each in token.top]}
+                    for token in tokens
+                ]
+                logprobs = {"content": content, "refusal": None}
             return {**common, **said, "logprobs": logprobs}
         if self.request.logprobs is not None:
             logprobs = {
@@ -172,11 +177,6 @@ def _by_text(token: ScoredToken) -> dict[str, float]:
     for text, logprob in (*token.top, (token.text, token.logprob)):
         by_text.setdefault(text, logprob)
     return by_text
-
-
-def _chat_token(token: ScoredToken) -> dict[str, Any]:
-    top = [_with_bytes(text, logprob) for text, logprob in token.top]
-    return {**_with_bytes(token.text, token.logprob), "top_logprobs": top}
 
 
 def _with_bytes(text: str, logprob: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ...tasks.loading import load_task
 from .discriminant import Discriminant
 from .prompt import ByPrompt, PromptRouter
 from .retrieval import Centroid, Retrieval
-from .router import Router, RoutingDecision, SiteRouter, check_tokenizer, highest
+from .router import Router, RoutingDecision, SiteRouter, highest
 
 BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
 SHARE = "share"  # the name of weights in files
@@ -88,7 +88,6 @@ class FewShot(Router):
     def settled(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        tokenizer = check_tokenizer(self, tokenizer)
         form = recorded_formatting(pool.records()[0].get("formatting") or {}, "formatting")
         encoder = Encoder.for_model(model, tokenizer, form or Formatting())
         by = self.scoring(pool)

@@ -21,7 +21,7 @@ from ...experts.pool import Pool
 from ...tasks.batching import PromptReading, read_prompts
 from ...tasks.embeddings import prompt_texts
 from ..context import Choice, base_alone
-from .router import Router, RoutingDecision, Scores, SiteRouter, check_tokenizer, highest
+from .router import Router, RoutingDecision, Scores, SiteRouter, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
 
@@ -178,10 +178,6 @@ class ReadsBase(ByPrompt):
         tokens = chooser.tokens(prompts)
         if not tokens or not all(tokens):
             raise RoutingError(f"Router {self.name} can't choose for an empty prompt, or for none.")
-        if base is None:
-            raise RoutingError(
-                f"Router {self.name} reads prompts with a model; hand over the experts' base."
-            )
         with base_alone(base):
             return read_prompts(base, tokens, self.reading(base, chooser.ready), then=then)
 
@@ -217,15 +213,15 @@ class PromptRouter:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
         Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
-        RoutingError where `base` is needed and missing or another one than the experts read, or
-        where it has nothing to read, ConfigError where a `tokenizer` is needed and missing.
+        RoutingError where `base` is another one than the experts read, or has nothing to read.
         """
         return self.router.choose(self, prompts, base, known)
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
-        """The prompts' tokens. Raises ConfigError for text without a tokenizer."""
+        """The prompts' tokens."""
+        read: Any = self.tokenizer
         return [
-            list(self._needed(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+            list(read(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
             for prompt in prompts
         ]
 
@@ -233,8 +229,4 @@ class PromptRouter:
         """The prompts as text without special tokens, which is what was embedded of experts'."""
         if self.tokenizer is None and all(isinstance(prompt, str) for prompt in prompts):
             return [str(prompt) for prompt in prompts]
-        return prompt_texts(self._needed, self.tokens(prompts))
-
-    @property
-    def _needed(self) -> Any:
-        return check_tokenizer(self.router, self.tokenizer)
+        return prompt_texts(self.tokenizer, self.tokens(prompts))

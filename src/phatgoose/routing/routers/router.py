@@ -311,15 +311,6 @@ def written(value: object) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def check_tokenizer(router: Router, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """`tokenizer`; ConfigError without one, for a router that reads prompts."""
-    if tokenizer is None:
-        raise ConfigError(
-            f"Router {router.name} reads prompts; hand the base over with its tokenizer."
-        )
-    return tokenizer
-
-
 def check_served(router: Router) -> None:
     """Raise ConfigError for a router that a server can't serve."""
     if router.unserved:

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import multimode
 from typing import Any, NamedTuple, cast
@@ -144,13 +144,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """
 
 
-def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
-    mapping: dict[str, Any] = loader.construct_mapping(node, deep=True)
-    return mapping
-
-
 for _tag in ("!Template", "!TemplateMetadata"):
-    _Loader.add_constructor(_tag, _mapping)
+    _Loader.add_constructor(_tag, partial(_Loader.construct_mapping, deep=True))
 
 
 def _template(node: Mapping[str, Any]) -> PromptTemplate:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from phatgoose.evaluation.intervals import Sample, SharedMeans
 from pyarrow import parquet
+
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 
 Array = NDArray[Any]
 HALVINGS = 20

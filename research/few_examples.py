@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from phatgoose.evaluation.intervals import interval_of
 from pyarrow import parquet
+
+from phatgoose.evaluation.intervals import interval_of
 
 Array = NDArray[Any]
 DRAWS, SHORTLIST, REPLICATES = 20, 5, 10_000

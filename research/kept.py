@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
 from phatgoose.evaluation.intervals import interval_of
 from phatgoose.evaluation.rows import label_of
 

@@ -18,17 +18,17 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from phatgoose.evaluation.intervals import interval_of
-from phatgoose.tasks.prompt_passes import read_prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from phatgoose.base import Base, load_base
+from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.statistics import PARTS, PromptStates, moments_of, readings_of
 from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of
 from phatgoose.routing.routers.prompt import Tables
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
+from phatgoose.tasks.prompt_passes import read_prompts
 
 HELD_OUT = 40
 SETTINGS = [  # place, shrinkage, task variance

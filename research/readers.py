@@ -24,15 +24,15 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from phatgoose.experts.adapter import ModifiedLinear, applied
-from phatgoose.routing.open_model import loaded_base
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from phatgoose.base import Base
 from phatgoose.config import Routing
+from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import watch_blocks, watch_inputs
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.routers.router import router_of
 from phatgoose.sites import Site, find_sites, headless

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from kept import kept, read
-from phatgoose.routing.open_model import loaded_base
 from tqdm.auto import tqdm
 
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources
 

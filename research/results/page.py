@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from phatgoose.evaluation.intervals import Interval
-from phatgoose.evaluation.rows import METHODS
-
 from phatgoose.evaluation.results import ANCHOR, Summary, markdown_table
+from phatgoose.evaluation.rows import METHODS
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "README.md"

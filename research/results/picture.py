@@ -14,9 +14,9 @@ import textwrap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import FOLDER, WITHDRAWN, Column
-from phatgoose.evaluation.rows import DERIVED, METHODS
 
 from phatgoose.evaluation.results import ANCHOR
+from phatgoose.evaluation.rows import DERIVED, METHODS
 
 OUT = FOLDER / "results.png"
 OURS, OTHERS, CHOSEN = "tab:blue", "0.35", "0.75"

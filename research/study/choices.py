@@ -14,21 +14,21 @@ import sys
 from pathlib import Path
 
 import torch
-from phatgoose.evaluation.intervals import Sample, SharedMeans
-from phatgoose.evaluation.rows import single_rows
-from phatgoose.routing.open_model import open_prompt_router
-from phatgoose.routing.routers.configs import Discriminant
-from phatgoose.tasks.prompt_passes import read_prompts
 
 from phatgoose.base import Base, load_base
 from phatgoose.evaluation.compare import run_of
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.evaluation.results import ResultStore
+from phatgoose.evaluation.rows import single_rows
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PromptStates
+from phatgoose.routing.open_model import open_prompt_router
+from phatgoose.routing.routers.configs import Discriminant
 from phatgoose.routing.routers.discriminant import PromptDiscriminant
 from phatgoose.routing.routers.registry import ROUTERS, RouterChoice
 from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.prompt_passes import read_prompts
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources
 

@@ -28,13 +28,13 @@ from pathlib import Path
 
 import numpy as np
 from held_in import read, routing_of
-from phatgoose.routing.open_model import loaded_base
 from tqdm.auto import tqdm
 
 from phatgoose.config import Routing
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources, Task

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
-from phatgoose.evaluation.intervals import Sample
-from phatgoose.evaluation.rows import METHODS, label_of
 
 from phatgoose.analysis.figures import counted, look_of, styled
 from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.intervals import Sample
 from phatgoose.evaluation.results import ResultStore
+from phatgoose.evaluation.rows import METHODS, label_of
 from phatgoose.files import one_line, shortened
 from phatgoose.routing.routers.registry import ROUTERS
 

@@ -17,16 +17,16 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from phatgoose.evaluation.intervals import Sample, SharedMeans, interval_of
-from phatgoose.routing.open_model import loaded_base
 from tqdm.auto import tqdm
 
 from phatgoose.apps.cli.options import read_recipe
 from phatgoose.apps.server.settings import served_models
 from phatgoose.config import Routing, from_mapping
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.intervals import Sample, SharedMeans, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.registry import split_routers
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from curves import routing_of
 from numpy.typing import NDArray
-from phatgoose.evaluation.intervals import Sample, SharedMeans
-from phatgoose.routing.open_model import open_prompt_router
 
 from phatgoose.base import load_base
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.open_model import open_prompt_router
 from phatgoose.routing.routers.registry import ROUTERS, translated
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.registry import open_suite

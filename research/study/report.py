@@ -40,11 +40,11 @@ from typing import Any
 import numpy as np
 from curves import label_with_settings, pool_size_curves, pool_size_figure
 from numpy.typing import NDArray
-from phatgoose.evaluation.intervals import Sample, SharedMeans
-from phatgoose.evaluation.rows import DERIVED, METHODS
 
 from phatgoose.analysis.figures import write_png
+from phatgoose.evaluation.intervals import Sample, SharedMeans
 from phatgoose.evaluation.results import ResultStore, Summary
+from phatgoose.evaluation.rows import DERIVED, METHODS
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Example, Sources
 

@@ -33,17 +33,17 @@ from typing import Any
 import numpy as np
 import torch
 from held_in import read
-from phatgoose.evaluation.intervals import interval_of
-from phatgoose.routing.open_model import loaded_base
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.router import RoutingDecision, SiteRouter
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Sources

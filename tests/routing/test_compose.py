@@ -13,7 +13,6 @@ from phatgoose.base import BaseReference, load_base
 from phatgoose.errors import (
     ConfigError,
     ExpertError,
-    PoolError,
     RoutingError,
     WrongBaseError,
 )
@@ -23,56 +22,31 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels import KERNELS
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 
-PRECISE = {"rtol": 1e-5, "atol": 1e-5}
 Q_PROJ = {  # a site with 32 inputs in every kind of tiny base
     "llama": "model.layers.0.self_attn.q_proj",
     "qwen2": "model.layers.0.self_attn.q_proj",
     "gpt2": "transformer.h.0.attn.c_attn",
     "t5": "decoder.block.0.layer.0.SelfAttention.q",
 }
-ATTENTION_ONLY = ["q_proj", "v_proj"]
-
-
-def layer_of(model, site):
-    return composition_of(model).layers[site]
-
-
-def peft_logits(base, expert, ids):
-    return logits_of(peft_model(base, expert.directory), ids)
-
-
-def routed_alone(base, *experts, name):
-    return compose(Pool(experts).select([name]), base, k=1, router="phatgoose")
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_every_layer_is_the_mixture_of_the_method(base, pool, k):
-    model = compose(pool, base, k=k, router="phatgoose")
-    for site, layer in composition_of(model).layers.items():
-        u = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(k))
-        wanted = layer.base(u) + mixture(u, pool.experts, site, k)
-        torch.testing.assert_close(layer(u), wanted.float(), **PRECISE)
 
 
 @pytest.mark.parametrize(
-    ("k", "size"), [(1, (2, 7)), (2, (2, 7)), (2, (1, 1)), (3, (2, 7)), (4, (2, 7))]
+    ("k", "size", "how"),
+    [
+        *((k, (2, 7), {}) for k in (1, 2, 3, 4)),
+        (2, (1, 1), {}),
+        *((2, (2, 7), {"kernel": name}) for name in KERNELS if name != "triton"),
+        (2, (2, 7), {"router": "average-activation"}),
+    ],
 )
-def test_the_whole_model_is_the_naively_routed_one(base, pool, k, size):
+def test_the_whole_model_is_the_naively_routed_one(base, pool, k, size, how):
     ids = make_ids(*size)
-    with naively_routed(base.model, pool.experts, k):
+    vectors = "means" if "router" in how else "gates"
+    with naively_routed(base.model, pool.experts, k, vectors=vectors):
         wanted = logits_of(base.model, ids)
     assert not torch.allclose(wanted, logits_of(base.model, ids), atol=0.1)
-    assert_same_logits(logits_of(compose(pool, base, k=k, router="phatgoose"), ids), wanted)
-
-
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "triton"])
-def test_every_kernel_makes_the_same_model(base, pool, kernel):
-    ids = make_ids()
-    with naively_routed(base.model, pool.experts, k=2):
-        wanted = logits_of(base.model, ids)
-    assert_same_logits(
-        logits_of(compose(pool, base, k=2, kernel=kernel, router="phatgoose"), ids), wanted
-    )
+    model = compose(pool, base, k=k, **{"router": "phatgoose"} | how)
+    assert_same_logits(logits_of(model, ids), wanted)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +67,16 @@ def test_one_expert_alone_is_the_peft_model(base, kind, make_expert, options):
     }
     expert, other = make_expert(base, "one", **options), make_expert(base, "other", seed=1)
     ids = make_ids(rows=2)
-    wanted = peft_logits(base, expert, ids)
-    assert_same_logits(logits_of(routed_alone(base, expert, other, name="one"), ids), wanted)
+    wanted = logits_of(peft_model(base, expert.directory), ids)
+    model = compose(Pool((expert, other)).select(["one"]), base, k=1, router="phatgoose")
+    assert_same_logits(logits_of(model, ids), wanted)
 
 
 def test_sites_with_fewer_than_k_experts_use_those_there_are(llama, make_expert):
     pool = Pool(
         (
             make_expert(llama, "everywhere"),
-            make_expert(llama, "attention", seed=1, target_modules=ATTENTION_ONLY),
+            make_expert(llama, "attention", seed=1, target_modules=["q_proj", "v_proj"]),
             make_expert(llama, "q", seed=2, target_modules=["q_proj"]),
         )
     )
@@ -140,30 +115,18 @@ def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
         model.load_state_dict(state)
 
 
-def test_a_routed_model_looks_like_its_base(base, pool, kind):
-    plain = base.model.get_submodule(Q_PROJ[kind])
-    layer = layer_of(compose(pool, base, router="phatgoose"), Q_PROJ[kind])
-    assert layer.base is plain
-    assert layer.weight is plain.weight
-    assert layer.bias is plain.bias
-    assert (layer.in_features, layer.out_features) == (32, plain(torch.zeros(32)).shape[0])
-
-
 @pytest.mark.parametrize(
-    ("options", "error", "named"),
+    ("options", "named"),
     [
-        ({"k": 2.5}, ConfigError, "k is 2.5, but must be a valid integer"),
-        ({"kernel": None}, ConfigError, "kernel is None"),
-        ({"router": "arrow:temperature=hot"}, ConfigError, "temperature is 'hot'"),
-        ({"router": "phatgoose:eps=0"}, ConfigError, "eps is '0'"),
-        ({"router": "oracle", "scores": {"e0": {}}}, PoolError, "lacks scores"),
+        ({"k": 2.5}, "k is 2.5, but must be a valid integer"),
+        ({"kernel": None}, "kernel is None"),
     ],
 )
 def test_impossible_settings_are_refused_and_leave_the_base_alone(
-    llama, llama_pool, options, error, named
+    llama, llama_pool, options, named
 ):
     modules = dict(llama.model.named_modules())
-    with pytest.raises(error, match=named):
+    with pytest.raises(ConfigError, match=named):
         compose(llama_pool, **{"base": llama, **options})
     assert dict(llama.model.named_modules()) == modules
     compose(llama_pool, llama, router="phatgoose")
@@ -178,19 +141,13 @@ def test_another_base_of_the_same_shape_is_refused(llama_pool):
     assert not hasattr(other, "phatgoose")
 
 
-def test_an_unknown_fingerprint_is_taken_on_trust_with_a_warning(llama, llama_pool):
-    reference = BaseReference(llama.id)
-    unsure = Pool(
-        tuple(replace(e, info=replace(e.info, base=reference)) for e in llama_pool.experts)
-    )
-    with pytest.warns(UserWarning, match="fingerprint"):
-        compose(unsure, llama, router="phatgoose")
-
-
-def test_experts_for_another_architecture_are_refused(base_folders, llama_pool):
+def test_an_unknown_fingerprint_is_taken_on_trust_but_no_other_shapes(base_folders, llama_pool):
     unsure = tuple(
         replace(e, info=replace(e.info, base=BaseReference("x"))) for e in llama_pool.experts
     )
+    llama = load_base(base_folders["llama"], dtype="float32")
+    with pytest.warns(UserWarning, match="fingerprint"):
+        compose(Pool(unsure), llama, router="phatgoose")
     gpt2 = load_base(base_folders["gpt2"], dtype="float32")
     with pytest.raises(ExpertError, match="'e0'"), pytest.warns(UserWarning, match="fingerprint"):
         compose(Pool(unsure), gpt2, router="phatgoose")
@@ -208,21 +165,13 @@ def test_the_base_can_be_given_in_many_ways(llama, llama_pool, given):
 
 
 def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
-    layer = layer_of(
-        compose(pool, load_base(base.id, dtype="bfloat16"), k=4, router="phatgoose"), Q_PROJ[kind]
-    )
+    model = compose(pool, load_base(base.id, dtype="bfloat16"), k=4, router="phatgoose")
+    layer = composition_of(model).layers[Q_PROJ[kind]]
     u = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     wanted = layer.base(u).double() + mixture(u, pool.experts, Q_PROJ[kind], k=4)
     assert layer(u).dtype == torch.bfloat16
     atol = 2 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
     torch.testing.assert_close(layer(u).double(), wanted, rtol=0, atol=atol)
-
-
-def test_gradients_reach_the_input_through_the_experts(llama, llama_pool):
-    layer = layer_of(compose(llama_pool, llama, k=4, router="phatgoose"), Q_PROJ["llama"])
-    u = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    layer(u).sum().backward()
-    assert not torch.allclose(u.grad, layer.weight.sum(dim=0)[None])
 
 
 def test_a_model_in_float16_is_not_taken_on_trust(llama_pool, base_folders):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from threading import Thread
 from unittest import mock
 
 import pytest
@@ -15,14 +14,14 @@ from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of, routing_for
-from phatgoose.routing.context import NOBODY, Choice, RoutingContext, base_alone
+from phatgoose.routing.context import Choice, RoutingContext, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import ByPrompt, PromptRouter, Tables
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.sites import prompt_stack
 from routed_models import compose_by
-from tiny import assert_same_logits, logits_of, make_ids
+from tiny import assert_same_logits
 from topic_prompts import (
     OWNERS,
     PROMPTS,
@@ -42,16 +41,6 @@ def choice_of(*rows: dict[int, float]) -> Choice:
     return Choice(
         torch.tensor([list(row) for row in rows]), torch.tensor([[*row.values()] for row in rows])
     )
-
-
-def test_choices_are_taken_apart_joined_and_named():
-    found = choice_of({3: 0.7, 1: 0.3}, {0: 0.6, 3: 0.4})
-    again = Choice.joined(found.of([row]) for row in range(len(found)))
-    assert torch.equal(again.experts, found.experts)
-    assert torch.equal(again.weights, found.weights)
-    assert torch.equal(found.of([1, 0]).experts, found.experts[[1, 0]])
-    assert choice_of({3: 0.75, 1: 0.25}).named("abcd") == [{"d": 0.75, "b": 0.25}]
-    assert choice_of({NOBODY: 1.0}, {0: 1.0}).named("ab") == [{}, {"a": 1.0}]
 
 
 def site_of(experts: list[int], *rows: dict[int, float]) -> SiteRouter:
@@ -92,35 +81,6 @@ def test_blocks_may_have_choices_of_their_own():
 def test_tokens_that_belong_to_no_row_are_told(rows, told):
     with pytest.raises(RoutingError, match=told):
         site_of([0, 1], *rows)(torch.zeros(7, 5))
-
-
-def test_a_batch_is_that_of_its_thread_and_of_no_copy():
-    context, seen = site_of([0], {1: 1.0}).context, []
-    other = Thread(target=lambda: seen.append(context.choice))
-    other.start()
-    other.join()
-    assert seen == [None]
-    assert context.choice.experts.tolist() == [[1]]
-    assert pickle.loads(pickle.dumps(context)).choice is None
-
-
-@pytest.mark.parametrize("wants_routed", [detach, composition_of])
-def test_a_plain_model_is_not_routed(llama, wants_routed):
-    with routing_for(llama.model, [[1, 2]], task="any") as before_pass:
-        before_pass([0])  # it may be announced to all the same
-    with pytest.raises(RoutingError, match="not routed"):
-        wants_routed(llama.model)
-
-
-def test_random_routing_starts_anew_for_each_task(llama, llama_mixed):
-    pool = llama_mixed.select(["ia32", "bottleneck3", "biased1"])
-    model, ids, got = compose(pool, llama, router="random", k=1), make_ids(), []
-    for _ in range(2):
-        with routing_for(model, [], task="task"):
-            got.append(logits_of(model, ids))
-    assert torch.equal(*got)
-    with routing_for(model, []):  # no task begins
-        assert not torch.equal(logits_of(model, ids), got[0])
 
 
 @retrieving
@@ -167,18 +127,6 @@ def test_the_base_is_alone_while_it_is_read(base, pool):
     detach(model)
     with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
         base_alone(compose(pool, base, router="phatgoose")).__enter__()
-
-
-@retrieving
-def test_prompts_announced_inside_others_give_way_to_these_again(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    prompts = tokens_of(model, PROMPTS)
-    with routing_for(model, prompts[:1]):
-        before = read_by(model)
-        with routing_for(model, prompts[3:]):
-            assert read_by(model) != before
-        assert read_by(model) == before
-    assert composition_of(model).context.choice is None
 
 
 @retrieving

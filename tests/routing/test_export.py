@@ -28,7 +28,7 @@ from phatgoose.routing.export import (
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.sites import replaced
-from routed_models import SCORES, compose_by
+from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
 PROMPTS = prompt_texts(["Is a heron a bird?", "1 + 2 ="])
@@ -45,20 +45,22 @@ def told_to_be_near(result):
     assert 0 <= result.fidelity.difference < 1e-4
 
 
-@each_kind
 @pytest.mark.parametrize(
-    "options",
-    [{"router": "single:expert=e2"}, {"router": "merged"}, {"router": "best-individual"}],
-    ids=lambda options: options["router"],
+    ("kind", "options"),
+    [
+        ("llama", {"router": "single:expert=e2"}),
+        ("gpt2", {"router": "merged"}),
+        ("t5", {"weights": {"e0": 0.7, "e3": -0.2}}),
+    ],
 )
 def test_constant_routing_leaves_exactly_in_either_form(base, kind, pool, tmp_path, options):
-    scores = SCORES if options["router"] == "best-individual" else None
-    model = compose(pool, base, scores=scores, **options)
+    model = compose(pool, base, **options)
     ids = make_ids(rows=2)
     wanted = logits_of(model, ids)
     adapter = export(model, tmp_path / "adapter")
     whole = export(model, tmp_path / "whole", merged=True)
-    assert adapter.rank == (16 if options["router"] == "merged" else 4)
+    if "weights" in options:
+        assert adapter.shares.whole() == pytest.approx(options["weights"], abs=1e-6)
     assert adapter.lost == whole.lost == 0
     told_to_be_near(adapter)
     told_to_be_near(whole)
@@ -190,10 +192,9 @@ def test_a_lora_with_biases_leaves_in_bfloat16(llama, llama_mixed, base_folders,
 
 
 def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, tmp_path):
-    def refused(complaint, error=RoutingError, **options):
-        with pytest.raises(error, match=complaint) as caught:
+    def refused(complaint, **options):
+        with pytest.raises(RoutingError, match=complaint):
             export(model, tmp_path / "out" / "x", **options)
-        assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
     with pytest.raises(RoutingError, match="not routed"):
@@ -224,12 +225,8 @@ def test_differences_are_means_over_all_tokens_and_the_vocabulary(llama, llama_p
     assert told.texts == "the prompt"
     assert told.tokens == len(one)
     assert told.difference == pytest.approx(float((one - other).abs().mean()), rel=1e-5)
-    assert told.agreement == pytest.approx(
-        float((one.argmax(-1) == other.argmax(-1)).float().mean())
-    )
-    layers = composition_of(model).layers
-    same = fidelity(model, llama.tokenizer, layers, texts)
-    assert (same.difference, same.agreement) == (0, 1)
+    same = (one.argmax(-1) == other.argmax(-1)).float().mean()
+    assert told.agreement == pytest.approx(float(same))
 
 
 def test_shares_are_means_over_tokens_then_prompts(llama, llama_pool):
@@ -260,11 +257,3 @@ def test_a_weight_that_is_elsewhere_can_not_be_merged(llama, llama_pool):
     layer.base.weight = nn.Parameter(layer.base.weight.to("meta"), requires_grad=False)
     with pytest.raises(RoutingError, match="quantised or kept elsewhere"):
         merged_layer(layer, update)
-
-
-@pytest.mark.parametrize("weights", [{"e1": 0.5}, {"e0": 0.7, "e3": -0.2}])
-def test_a_given_mixture_leaves_with_its_weights(llama_pool, tmp_path, weights):
-    base = load_base(llama_pool.base.id, dtype="float32")
-    done = export(compose(llama_pool, base, weights=weights), tmp_path / "out")
-    assert done.shares.whole() == pytest.approx(weights, abs=1e-6)
-    told_to_be_near(done)

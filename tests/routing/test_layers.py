@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixed_experts import PRECISE, each_kind, mixed_output, naively_mixed
+from mixed_experts import PRECISE, each_kind, mixed_output
 from oracle import token_weights
 from phatgoose.errors import ExpertError
 from phatgoose.experts.kind import ModifiedLinear, applied
@@ -15,8 +15,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
-
-KINDS = ("llama", "t5", "gpt2")
 
 
 @each_kind
@@ -37,14 +35,6 @@ def test_every_layer_is_the_mixture_written_out(base, mixed_pool, k):
 
 
 @each_kind
-def test_the_whole_model_is_the_naively_mixed_one(base, mixed_pool):
-    ids = make_ids(rows=2, tokens=4)
-    with naively_mixed(base.model, mixed_pool.experts, k=3):
-        wanted = logits_of(base.model, ids)
-    assert_same_logits(logits_of(compose(mixed_pool, base, k=3, router="phatgoose"), ids), wanted)
-
-
-@each_kind
 def test_merged_is_the_mean_of_what_each_adds(base, mixed_pool):
     model = compose(mixed_pool, base, router="merged")
     experts = mixed_pool.experts
@@ -53,17 +43,6 @@ def test_merged_is_the_mean_of_what_each_adds(base, mixed_pool):
         weights = {z: 1 / 8 for z, expert in enumerate(experts) if site in expert.modules}
         wanted = mixed_output(layer.base, u[0], experts, weights, site)
         torch.testing.assert_close(layer(u)[0], wanted.float(), **PRECISE)
-
-
-def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
-    layers = composition_of(compose(llama_mixed, llama, router="phatgoose")).layers
-    assert not any(layer.is_plain for layer in layers.values())  # a LoRA with biases everywhere
-    detach(llama.model)
-    layers = composition_of(
-        compose(llama_mixed.select(leave_out=["biased1"]), llama, router="phatgoose")
-    ).layers
-    plain = {site for site, layer in layers.items() if layer.is_plain}
-    assert {site.rpartition(".")[2] for site in plain} == {"q_proj", "up_proj", "gate_proj"}
 
 
 def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama, llama_mixed):

@@ -19,19 +19,6 @@ def recorded(model, ids, **inputs):
     return recording
 
 
-def padded_batch(base):
-    """Two rows, of 7 and 4 real tokens; the model's inputs beside the ids."""
-    ids = make_ids(rows=2)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    inputs = {"attention_mask": mask}
-    if base.is_encoder_decoder:
-        target_mask = torch.ones(2, 3, dtype=torch.long)
-        target_mask[0, 2:] = 0
-        inputs |= {"decoder_input_ids": ids[:, :3], "decoder_attention_mask": target_mask}
-    return ids, inputs
-
-
 def test_recorded_weights_are_those_of_the_method(base, pool):
     model = compose(pool, base, k=2, router="phatgoose")
     inputs = {}
@@ -47,28 +34,6 @@ def test_recorded_weights_are_those_of_the_method(base, pool):
             assert got.tolist() == pytest.approx([wanted.get(z, 0) for z in range(4)], abs=1e-5)
 
 
-def test_padding_has_no_weight(base, pool):
-    model = compose(pool, base, router="phatgoose")
-    ids, inputs = padded_batch(base)
-    recording = recorded(model, ids, **inputs)
-    for site, layer in composition_of(model).layers.items():
-        reads_targets = base.is_encoder_decoder and layer.site.stream == "decoder"
-        mask = inputs["decoder_attention_mask" if reads_targets else "attention_mask"].bool()
-        assert torch.equal(recording.real[site][0], mask)
-        sums = recording.weights[site][0].sum(dim=-1)
-        torch.testing.assert_close(sums, mask.float())
-
-
-def test_usage_is_the_mean_over_real_tokens(base, pool):
-    ids, inputs = padded_batch(base)
-    recording = recorded(compose(pool, base, router="phatgoose"), ids, **inputs)
-    for site, usage in recording.usage().items():
-        rows = recording.weights[site][0].flatten(0, 1)
-        tokens = [row for row in rows if row.any()]
-        torch.testing.assert_close(usage, sum(tokens) / len(tokens))
-        assert usage.sum().item() == pytest.approx(1)
-
-
 def test_by_token_is_the_mean_over_sites(llama, llama_pool):
     recording = recorded(compose(llama_pool, llama, router="phatgoose"), make_ids(rows=2))
     wanted = sum(passes[0][1] for passes in recording.weights.values()) / len(recording.weights)
@@ -82,6 +47,9 @@ def test_the_summary_is_the_mean_over_a_rows_real_tokens(llama, llama_pool):
     mask[1, :2] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     padded = recorded(model, ids, attention_mask=mask, position_ids=positions)
+    for site, usage in padded.usage().items():
+        rows = padded.weights[site][0].flatten(0, 1)
+        torch.testing.assert_close(usage, rows.sum(dim=0) / mask.sum())
     wanted = dict(zip(llama_pool.names, alone.by_token().mean(0).tolist(), strict=True))
     assert alone.summary() == pytest.approx(wanted, abs=1e-4)
     assert list(alone.summary()) == sorted(wanted, key=wanted.get, reverse=True)

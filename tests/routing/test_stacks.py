@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernel_problems import bottleneck_arguments
 from mixed_experts import CPU, PRECISE, mixed_output
 from phatgoose.config import ACTIVATIONS
-from phatgoose.experts.bottleneck import BottleneckLayers, BottleneckStack
+from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.lora import LoraFactors
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.fixed import Merged
 from phatgoose.routing.routers.router import SiteRouter
-from phatgoose.routing.stacks import stack_modules, stack_of
+from phatgoose.routing.stacks import stack_modules
 from phatgoose.sites import Site
-
-QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(1, 5))
@@ -62,27 +57,6 @@ def test_any_stack_of_modules_is_their_sum(seed, tokens):
     torch.testing.assert_close(layer(u), wanted.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_ranks_and_sites_that_differ(write, tmp_path):
-    write("two", "two")
-    write("four", "four")
-    write("six", "six")
-    pool = Pool.open(tmp_path / "pool")  # in alphabetical order
-    at_down, at_query = (stack_of(pool, site, torch.float32, CPU) for site in (DOWN, QUERY))
-    assert (at_down.experts.tolist(), at_query.experts.tolist()) == ([0, 1], [0, 1, 2])
-    assert pool.vectors("gates", DOWN).tolist() == [
-        e.gates[DOWN].tolist() for e in pool.experts[:2]
-    ]
-    stack = at_down.lora
-    assert (stack.A.shape, stack.B.shape) == ((2, 6, 48), (2, 6, 32))
-    assert not stack.A[0, 4:].any()
-    assert not stack.B[0, 4:].any()
-    for row, expert in enumerate(pool.experts[:2]):
-        lora = expert.lora[DOWN]
-        update = lora.scale * lora.B @ lora.A
-        assert torch.allclose(stack.B[row].T @ stack.A[row], update, atol=1e-6)
-    assert stack_of(pool, QUERY, torch.bfloat16, CPU).dtype == torch.bfloat16
-
-
 def test_bottlenecks_of_several_sizes_are_filled_up_with_zeros():
     def layers(m: int) -> BottleneckLayers:
         parts = (torch.randn(m, 6), torch.randn(m), torch.randn(6, m), torch.randn(6))
@@ -95,14 +69,6 @@ def test_bottlenecks_of_several_sizes_are_filled_up_with_zeros():
     assert torch.equal(stack.up[0, :2], (2.0 * small.up).T)
     y = torch.randn(4, 6)
     wanted = small.at(y).apply(nn.Identity(), y) - y
-    got = stack.grouped(y, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
-    torch.testing.assert_close(got, wanted, **PRECISE)
-
-
-@pytest.mark.parametrize(("experts", "body"), [(4, "side_by_side"), (5, "grouped")])
-def test_few_bottlenecks_are_computed_side_by_side(experts, body, monkeypatch):
-    y, chosen, weights, *parts = bottleneck_arguments(0, 3, experts, 2, 2, 4)
-    stack, called = BottleneckStack(*parts, rows=torch.arange(experts)), []
-    monkeypatch.setattr(BottleneckStack, body, lambda *_: called.append(body))
-    stack.added(y, y, chosen, weights, None)
-    assert called == [body]
+    for body in (stack.side_by_side, stack.grouped):  # of few experts, and of many
+        got = body(y, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
+        torch.testing.assert_close(got, wanted, **PRECISE)

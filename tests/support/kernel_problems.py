@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from phatgoose.config import ACTIVATIONS
 from phatgoose.routing.kernels import KERNELS
 
 ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file, test_triton.py
@@ -68,19 +67,6 @@ def problems_of(dtypes: Iterable[torch.dtype], **sizes: SearchStrategy[int]):
         seed=st.integers(0, 999),
         **sizes,
     )
-
-
-def bottleneck_arguments(seed: int, tokens: int, experts: int, k: int, m: int, d: int):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).requires_grad_()
-
-    chosen = torch.rand(tokens, experts, generator=generator).topk(k).indices
-    weights = torch.rand(tokens, k, generator=generator).add(0.1).requires_grad_()
-    activations = torch.randint(0, len(ACTIVATIONS), (experts,), generator=generator)
-    tensors = (normal(experts, m, d), normal(experts, m), normal(experts, m, d))
-    return (normal(tokens, d), chosen, weights, *tensors, normal(experts, d), activations)
 
 
 ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4}  # in units of the dtype's eps

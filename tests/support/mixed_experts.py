@@ -1,8 +1,7 @@
 """Random experts of every kind for the tiny bases, and their mixture written out naively."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,8 @@ import torch
 from peft import IA3Config, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from oracle import token_weights
 from phatgoose.base import Base, load_base
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.bottleneck import BottleneckLayers
@@ -180,35 +177,6 @@ def mixed_output(
         elif module.kind == "shift":
             y += w * module.b.double()
     return y
-
-
-@contextmanager
-def naively_mixed(
-    model: PreTrainedModel, experts: Sequence[Expert], k: int, vectors: str = "gates"
-) -> Iterator[None]:
-    """The plain `model` routed token by token and expert by expert while the context is open."""
-
-    def mix(site: str):
-        def hook(layer, args, output):
-            tokens = args[0].reshape(-1, args[0].shape[-1])
-            rows = []
-            for u in tokens:
-                weights = token_weights(u, experts, site, k, vectors)
-                rows.append(mixed_output(layer, u, experts, weights, site))
-            return torch.stack(rows).view(output.shape).to(output.dtype)
-
-        return hook
-
-    sites = {site for expert in experts for site in expert.modules}
-    handles = [model.get_submodule(site).register_forward_hook(mix(site)) for site in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-LORAS, OTHERS = ["lora0", "lora7"], ["ia32", "bottleneck3", "bottleneck4", "biased1"]
 
 
 def ordered(pool: Pool, names: list[str]) -> Pool:

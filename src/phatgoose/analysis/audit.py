@@ -288,19 +288,15 @@ def _of_readings(pool: Pool) -> dict[str, Tensor]:
         away = mean - mean.quantile(0.5, dim=0)
         distances.append(ratios(away.norm(dim=1)))
         traces.append(ratios(factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)))
-        masks.append(_masking(away, factor, rest))
+        # The variance of each expert along the directions to the others, against the median.
+        unit = functional.normalize(away, dim=1)  # [E, d]
+        along = torch.einsum("zfd,wd->zwf", factor, unit).square().sum(dim=-1)
+        along += rest @ unit.square().T
+        against = ratios(along.T).T  # [E, directions]
+        against.fill_diagonal_(math.nan)
+        masks.append(against.nanquantile(0.5, dim=1))
     found = {"reading_distance": distances, "reading_trace": traces, "reading_masks": masks}
     return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in found.items()}
-
-
-def _masking(away: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
-    """The variance of each expert along the directions to the others, against the median, [E]."""
-    unit = functional.normalize(away, dim=1)  # [E, d]
-    along = torch.einsum("zfd,wd->zwf", factor, unit).square().sum(dim=-1)
-    along += rest @ unit.square().T
-    against = ratios(along.T).T  # [E, directions]
-    against.fill_diagonal_(math.nan)
-    return against.nanquantile(0.5, dim=1)
 
 
 def _of_embeddings(pool: Pool) -> dict[str, Tensor]:

@@ -166,13 +166,13 @@ class RoutingDistribution:
                 rows[site] = np.asarray(total / count)
         return rows
 
-    def by_layer(self, measure: Measure = "weight") -> dict[str, Array]:
-        """Unweighted mean over the sites of each layer, [E] by `SiteLabel.layer_name`."""
-        return self._grouped(lambda label: label.layer_name, measure)
+    def by_layer(self) -> dict[str, Array]:
+        """Unweighted mean weight over the sites of each layer, [E] by `SiteLabel.layer_name`."""
+        return self._grouped(lambda label: label.layer_name, "weight")
 
-    def by_kind(self, measure: Measure = "weight") -> dict[str, Array]:
-        """Unweighted mean over the sites of each kind, [E] by `SiteLabel.kind`."""
-        return self._grouped(lambda label: label.kind, measure)
+    def by_kind(self) -> dict[str, Array]:
+        """Unweighted mean weight over the sites of each kind, [E] by `SiteLabel.kind`."""
+        return self._grouped(lambda label: label.kind, "weight")
 
     def whole(self, measure: Measure = "weight", part: Part | None = None) -> Array:
         """Unweighted mean over all sites, [E] (paper section 4.4); zeros if nothing passed."""

@@ -169,7 +169,14 @@ class Comparison:
         """A row for each method: its mean on each suite, with the interval."""
         notes = ["Intervals resample datasets and their examples; all methods share the draws."]
         notes += [f"Note: {note}" for note in self.notes]
-        notes += [_how(self.settings)] if self.settings else []
+        if how := self.settings:
+            drawn = f"at most {how['limit']} examples a dataset (seed {how['seed']})"
+            k = f"k = {how['k']}" if how["k"] else ""
+            parts = (f"{len(how['experts'])} experts", k, drawn if how["limit"] else "")
+            notes.append(
+                f"Base {how['base']['id']} in {how['dtype']}; {'; '.join(filter(None, parts))}; "
+                f"phatgoose {how['code']}, {how['machine']}."
+            )
         columns = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
         rows = [
             [self.title(name), *(each.mean.in_per_cent for each in summaries.values())]
@@ -223,16 +230,6 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
     content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
     write_text(folder / "comparison.md", comparison.to_markdown(), EvaluationError)
     write_text(folder / "comparison.json", content, EvaluationError)
-
-
-def _how(settings: Mapping[str, Any]) -> str:
-    base, limit, k = settings["base"]["id"], settings["limit"], settings["k"]
-    drawn = f"at most {limit} examples a dataset (seed {settings['seed']})" if limit else ""
-    parts = (f"{len(settings['experts'])} experts", f"k = {k}" if k else "", drawn)
-    return (
-        f"Base {base} in {settings['dtype']}; {'; '.join(filter(None, parts))}; phatgoose "
-        f"{settings['code']}, {settings['machine']}."
-    )
 
 
 LOCK = ".lock"

@@ -195,7 +195,11 @@ class RoutedLinear(RoutedLayer):
 
     def _all_parts(self, u: Tensor, acting: Acting) -> Tensor:
         parts, decision = self._parts(), self.choose(u, acting._replace(places=None))
-        chosen = {name: self._among(name, decision) for name in parts}
+        chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in parts:
+            place = getattr(self, f"{name}_place")[decision.experts]
+            # An expert of another part gets row 0 with weight 0: shapes stay static.
+            chosen[name] = place.clamp(min=0), decision.weights * (place >= 0)
         scaled = u
         for name, part in parts.items():
             factor = part.input_factor(*chosen[name])
@@ -214,11 +218,6 @@ class RoutedLinear(RoutedLayer):
             if added is not None:
                 y = y + added.to(y.dtype)
         return y.view(first.shape)
-
-    def _among(self, part: str, decision: RoutingDecision) -> tuple[Tensor, Tensor]:
-        place = getattr(self, f"{part}_place")[decision.experts]
-        # An expert of another part gets row 0 with weight 0: shapes stay static.
-        return place.clamp(min=0), decision.weights * (place >= 0)
 
     def _product(
         self, tokens: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor

@@ -187,7 +187,15 @@ def _trained(
         run = replace(run, acting=acting)
         check_fit(adapter.name, modules, find_sites(run.base.model))
         weights = sha256_of(adapter / adapter_files(adapter).weights)
-    with open_work(out, _identity(run, weights), resume=resume):
+    record = settings.record()
+    identity = {  # what a run must share to resume another's work
+        "base": run.base.fingerprint,
+        "dtype": number_format(run.base.model),
+        "adapter": weights,
+        "task": run.task.digest,
+        "settings": {name: record[name] for name in record if name not in FREE},
+    }
+    with open_work(out, identity, resume=resume):
         if isinstance(adapter, Peft):
             adapter = _trained_adapter(run, adapter)
             metrics = json.loads((adapter / REPORT).read_text(encoding="utf-8"))
@@ -215,18 +223,6 @@ def _begun(
     acting = None if settings.peft is None else acting_for(encoder, settings.training.acts_on)
     callbacks = tuple(options.get("callbacks", ()))
     return Run(base, task, encoder, settings, out, name, acting, callbacks)
-
-
-def _identity(run: Run, weights: str | None = None) -> dict[str, Any]:
-    """What a run must share to resume another's work; `weights`: of the adapter that was given."""
-    record = run.settings.record()
-    return {
-        "base": run.base.fingerprint,
-        "dtype": number_format(run.base.model),
-        "adapter": weights,
-        "task": run.task.digest,
-        "settings": {name: record[name] for name in record if name not in FREE},
-    }
 
 
 @contextmanager

@@ -150,7 +150,14 @@ def export(
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     if engine is not None:
-        _hand_over(model, engine, out, opening)
+        from ...routing.compose import require_pool
+        from ..deploy import deploy
+
+        require_pool(model)
+        done = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
+        say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
+        if done.note:
+            say(f"note: {done.note}")
         return
     from ...routing.export import Texts, prompt_texts
     from ...routing.export import export as run
@@ -167,17 +174,6 @@ def export(
     opened = opening.open(model, routing, keeps_factors=True).model
     for line in _told(run(opened, out, texts=texts, merged=merged, rank=rank)):
         say(line)
-
-
-def _hand_over(model: str, engine: str, out: Path, opening: options.ModelOptions) -> None:
-    from ...routing.compose import require_pool
-    from ..deploy import deploy
-
-    require_pool(model)
-    done = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
-    say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
-    if done.note:
-        say(f"note: {done.note}")
 
 
 def _told(result: Export) -> list[str]:

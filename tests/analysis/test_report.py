@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from browser import browser, page_at
@@ -12,17 +11,18 @@ from phatgoose.analysis.page import inline_json
 from phatgoose.analysis.report import report_page, write_report
 from routing_samples import DATASETS, make_analysis, make_trace
 
+ROUTERS = make_analysis(3, layers=1).routers
 MANY = {"experts": 166, "tokens": 500, "layers": 24, "stacks": ("encoder", "decoder")}
-
-
-def report_of(folder, experts=8, **options):
-    return write_report(make_analysis(experts, **options), folder)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """The report of eight experts in a model of one stack."""
-    return report_of(tmp_path_factory.mktemp("few"), layers=6)
+    """The report of eight experts in a model of one stack, in the place of an earlier one."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "figures").mkdir()
+    for name in ("layers-old.png", "usage-old.png", "mine.png"):
+        (folder / "figures" / name).touch()
+    return write_report(make_analysis(8, layers=6), folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,8 @@ def test_the_page_tells_scores_findings_and_figures(few):
     assert len(labels) == 1 + 4 * 2 + 2  # usage, layers, datasets
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+    wanted = {f"{k}-{r}.png" for k in ("layers", "datasets", "usage") for r in ROUTERS}
+    assert {path.name for path in (few.parent / "figures").iterdir()} == {"mine.png", *wanted}
 
 
 def looks(page):
@@ -106,24 +108,6 @@ def test_the_weights_are_those_of_the_trace(chromium, few):
             assert got == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.fixture(scope="module")
-def by_prompt(tmp_path_factory):
-    """The report of a router that chooses one expert for a prompt, the same at every layer."""
-    analysis = make_analysis(3, layers=2)
-    router = analysis.routers["phatgoose"]
-    streams = [trace.streams[0] for traces in router.traces.values() for trace in traces]
-    for stream in streams:
-        stream.experts[:], stream.weights[:] = [1, 0], [255, 0]
-    for profile in router.distributions.values():
-        for sums in profile.sums.values():
-            for site in sums:
-                sums[site] = profile.tokens[site][:, None] * np.array([0.0, 1.0, 0.0])
-    choices = {d: np.tile([0.0, 1.0, 0.0], (5, 1)) for d in DATASETS}
-    router = replace(router, choices=choices, scores={})
-    analysis = replace(analysis, routers={"discriminant": router})
-    return write_report(analysis, tmp_path_factory.mktemp("by-prompt"))
-
-
 def test_the_keyboard_reaches_every_token(chromium, few):
     with page_at(chromium, few) as page:
         page.locator(".tx-text").focus()
@@ -156,18 +140,6 @@ def test_a_phone_shows_all_without_scrolling_sideways(chromium, few):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         page.locator(".tx-token").nth(4).tap()
         assert sum(weights(page)) == pytest.approx(1)
-
-
-def test_a_report_keeps_no_figures_of_an_earlier_one(tmp_path):
-    figures = tmp_path / "figures"
-    figures.mkdir()
-    for name in ("layers-old.png", "usage-old.png", "mine.png"):
-        (figures / name).touch()
-    analysis = make_analysis(3, layers=2)
-    write_report(analysis, tmp_path)
-    kinds = ("layers", "datasets", "usage")
-    wanted = {f"{kind}-{router}.png" for kind in kinds for router in analysis.routers}
-    assert {path.name for path in figures.iterdir()} == {"mine.png", *wanted}
 
 
 def test_texts_cannot_break_out_of_the_page():

@@ -12,7 +12,7 @@ import pytest
 from phatgoose.apps.plan import Speed, measured, plan_of
 from phatgoose.base import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
-from phatgoose.errors import ConfigError, TaskError
+from phatgoose.errors import TaskError
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.registry import open_tasks
@@ -77,19 +77,6 @@ def test_without_the_bases_tokenizer_the_plan_is_an_upper_bound(planned_here):
     shutil.copy(planned_here / "tiny-base" / "config.json", folder)  # weights aren't needed either
     (task,) = plan_of(str(folder), SETTINGS, open_tasks(["counting.jsonl"])).tasks
     assert (task.is_bound, task.examples) == (True, 18)
-
-
-@pytest.mark.parametrize(
-    ("task", "changed", "error", "match"),
-    [
-        ("counting", {"peft": Lora(sites="no")}, ConfigError, "matches 'no'"),
-        ("single", {}, TaskError, "at least two"),
-        ("counting", {"formatting": Formatting(chat=True)}, TaskError, "no chat"),
-    ],
-)
-def test_what_could_not_be_trained_is_refused(planned_here, task, changed, error, match):
-    with pytest.raises(error, match=match):
-        plan_of("tiny-base", replace(SETTINGS, **changed), open_tasks([f"{task}.jsonl"]))
 
 
 def test_speed_and_memory_are_measured_where_there_are_data(planned_here, base_folders):

@@ -29,7 +29,7 @@ from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.embeddings import can_embed
 from phatgoose.training.train_expert import train_expert
-from serving import CHATS, PATH, ask, events
+from serving import PATH, events
 
 POOL = "PHATGOOSE_ENGINE_POOL"
 PROMPTS, TOKENS = 50, 12
@@ -148,25 +148,6 @@ def test_mixtures_go_over_exactly(mixed, ours, prompts):
         same += got == answer_of(ours, model="centroid", prompt=prompt)[0]
     assert several == len(prompts[::5])
     assert same >= several - FEW
-
-
-def test_every_expert_answers_by_name(one, ours, experts, prompts):
-    for name in Pool.open(experts).names:
-        router = f"single:expert={name}"
-        wanted, _ = answer_of(ours, model="retrieval", router=router, prompt=prompts[0])
-        assert answer_of(one, model=name, prompt=prompts[0])[0] == wanted
-
-
-def test_a_chat_is_answered_as_we_do(one, ours, prompts):
-    messages = [{"role": "user", "content": prompts[0]}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": 8}
-    got, wanted = (
-        ask(client, path=CHATS, model=model, **body)["choices"][0]["message"]["content"]
-        for client, model in ((one, "auto"), (ours, "retrieval"))
-    )
-    streamed = events(one, CHATS, model="auto", **body)
-    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed)
-    assert text == got == wanted
 
 
 def test_sixty_four_clients_get_what_one_gets(one, prompts):

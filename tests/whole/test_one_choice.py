@@ -40,8 +40,10 @@ def saved(pool_of, tmp_path_factory) -> Pool:
     )
 
 
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("router", SERVED)
+@pytest.mark.parametrize(
+    ("router", "chat"),
+    [*((name, True) for name in SERVED), ("phatgoose", False), ("discriminant", False)],
+)
 def test_a_prompt_gets_the_same_experts_however_it_is_asked(
     llama, saved, toy_embedder, router, chat
 ):

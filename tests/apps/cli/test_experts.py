@@ -108,28 +108,3 @@ def test_stats_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
     after = Expert.load(trained)
     assert after.info.adapter_sha256 == before.info.adapter_sha256
     assert len(after.embeddings) == 3
-
-
-def test_a_mixed_pool_from_the_command_line(untrained, phat):
-    at = TRAIN.index("--rank")
-    flags = TRAIN[:at] + TRAIN[at + 2 :]
-    assert phat("train", "reviews.jsonl", *TRAIN, "--sites", "q_proj|v_proj").code == 0
-    (untrained / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
-    recipe = ["--recipe", "r.toml"]
-    assert phat("train", "counting.jsonl", *recipe, *flags).code == 0
-    bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer"]
-    (untrained / "reviews.jsonl").rename(untrained / "again.jsonl")
-    trained = phat("train", "again.jsonl", *recipe, *bottleneck, *flags)
-    assert (trained.code, trained.err) == (0, "")
-    assert {m.size for m in Expert.load(untrained / "new" / "again").modules.values()} == {3}
-    checked = phat("check", *sorted((untrained / "new").iterdir()))  # as the shell's new/*
-    assert (checked.code, checked.err) == (0, "")
-    assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
-    assert "counting, (IA)³, 6 sites" in checked.out
-    assert "reviews, LoRA, 4 sites" in checked.out
-    listed = phat("pool", "new")
-    assert all(kind in listed.out for kind in ("bottleneck", "(IA)³", "LoRA"))
-    composed = phat("compose", "new", "--out", "routed", *BASE)
-    assert (composed.code, composed.err) == (0, "")
-    scored = phat("evaluate", "routed", "--task", "again.jsonl", *BASE)
-    assert (scored.code, scored.err) == (0, "")

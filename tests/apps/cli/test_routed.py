@@ -9,14 +9,6 @@ from attackers import ATTACKS, attacked, honest
 from command_line import BASE, write_rows
 
 
-@pytest.mark.parametrize("model", ["experts", "tiny-base", "experts/reviews"])
-def test_evaluate_takes_a_pool_or_a_base_or_one_expert(here, phat, model):
-    options = ["--k", 1] if model == "experts/reviews" else []
-    outcome = phat("evaluate", model, "--task", "counting.jsonl", "--limit", 3, *options)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "exact match" in outcome.out
-
-
 def test_generate_shows_the_experts_behind_the_tokens(here, phat):
     flags = ["--show-experts", "--max-new-tokens", 3, "--router", "discriminant", "--k", 2, *BASE]
     answer = ["--answer", "yes\x1b[31m"]  # it must not steer the terminal

@@ -2,7 +2,6 @@
 
 import ast
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 import phatgoose.apps
-from paths import GOLDEN
-from phatgoose.apps.cli import main
 from phatgoose.apps.console import COLOURS, PlainFormatter, coloured, complain, say, show
 
 APPS = Path(phatgoose.apps.__file__).parent
@@ -60,16 +57,6 @@ def test_commands_print_through_it_alone():
                 ("typer.echo(f'phatgoose {__version__}')", "typer.echo(context.get_help())")
             )
             assert name not in ("typer.echo", "Console", "print", "click.echo") or own, path
-
-
-@pytest.mark.parametrize("name", ["\x1b[31mred", "a\nerror: forged", "\u202etxt"])
-def test_names_of_folders_reach_no_terminal_raw(tmp_path, capsys, name):
-    folder = shutil.copytree(GOLDEN, tmp_path / name / "golden")
-    with pytest.raises(SystemExit):
-        main(["compose", str(folder), "--out", str(tmp_path / name)])
-    told = printed(capsys)
-    assert told.replace("\n", "").isprintable()
-    assert "\nerror: forged" not in told
 
 
 def test_tokens_have_their_experts_colours_above_a_legend():

@@ -9,15 +9,12 @@ import pytest
 
 import serving
 from phatgoose.apps.server import create_app, served_models
-from phatgoose.apps.server.protocol import ChatRequest
-from phatgoose.apps.server.replies import Builder, Progress, ScoredToken
-from phatgoose.apps.server.requests import Answer, Asked, Decoding, RequestPrompt
-from phatgoose.base import UNFINISHED, load_base
+from phatgoose.base import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import BaseModelError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved import save
-from serving import CHAT, CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
+from serving import CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
 
 LONG = {**GREEDY, "max_tokens": 1000}
 
@@ -128,19 +125,6 @@ def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer
 def test_an_encoder_decoder_model_is_refused(pool_of):
     with pytest.raises(BaseModelError, match="doesn't serve it"):
         serving.app_of(pool_of("t5"))
-
-
-def test_parts_of_a_character_have_no_bytes():
-    request = ChatRequest(**CHAT, logprobs=True, top_logprobs=1)
-    prompt = RequestPrompt((1,), "", ())
-    asked = Asked(request, None, [prompt], [Answer(0, 0, prompt, Decoding(3))], "", None)
-    builder = Builder(asked, lambda _: None)
-    tokens = [ScoredToken(UNFINISHED, 0, -1.0, ((UNFINISHED, -1.0),)), ScoredToken("é", 0, -1.0)]
-    whole = [[Progress(0, "é", tuple(tokens), (), "stop", 2)]]
-    (choice,) = builder.whole(whole)["choices"]
-    first, last = choice["logprobs"]["content"]
-    assert first["bytes"] is first["top_logprobs"][0]["bytes"] is None
-    assert last["bytes"] == list("é".encode())
 
 
 def test_a_request_that_takes_too_long_is_ended(pool):

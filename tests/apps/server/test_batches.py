@@ -12,7 +12,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local.batches import Batch, Sampler
-from phatgoose.apps.server.local.runner import SHORTEST, ModelRunner, PrefixStore, Reader
+from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
@@ -340,15 +340,3 @@ def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
     assert store.bytes == 3 * each
     kept(store, "e", list(range(80)))  # larger than all
     assert store.bytes == 3 * each
-
-
-def test_a_longer_prefix_takes_the_place_of_the_one_it_begins_with():
-    store = PrefixStore(1 << 20)
-    kept(store, "a", list(range(20)))
-    kept(store, "a", list(range(30)))
-    kept(store, "a", list(range(25)))  # known
-    assert store.bytes == 2 * 2 * 4 * 4 * 30
-    prefix, count = store.find(Reader("a", 99), [*range(22), 500, 501])
-    assert (count, len(prefix.tokens)) == (22, 30)
-    assert store.find(Reader("a", SHORTEST - 1), list(range(30))) is None  # too few
-    assert store.find(Reader("b", 99), list(range(30))) is None

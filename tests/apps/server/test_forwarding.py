@@ -1,18 +1,17 @@
 """An engine that is away, slow, restarted or killed: errors that say so, nobody else harmed."""
 
 import json
-import threading
 import time
 
 import httpx2
 import pytest
 
 import serving
-from fake_engine import PIECES, engine_of
+from fake_engine import engine_of
 from gateways import ASK, NAMES, gateway, numbered, running_gateway
 from phatgoose.apps.server.upstream import engines
 from phatgoose.config import Serving
-from serving import PATH, ask, error_of, events
+from serving import PATH, ask, error_of
 
 pytestmark = pytest.mark.usefixtures("embedder_for_all")
 EXPERT = {**ASK, "model": "e1"}
@@ -214,22 +213,3 @@ def test_a_client_that_goes_away_frees_its_place(place):
             with pytest.raises(httpx2.TimeoutException):
                 httpx2.post(url + PATH, json={**EXPERT, "stream": stream}, timeout=0.3)
             serving.until(lambda: running() == 0)
-
-
-def test_many_clients_get_their_own_answers(place):
-    limits = Serving(max_queue=128)
-    with engine_of("llama.cpp", numbered()) as engine, gateway(place, engine, limits) as client:
-        found = {}
-
-        def one(number):
-            name = NAMES[number % 4]
-            chunks = events(client, **{**EXPERT, "model": name})
-            found[number] = "".join(c["choices"][0]["text"] for c in chunks)
-
-        threads = [threading.Thread(target=one, args=[number]) for number in range(64)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    texts = " ".join(map(str, range(PIECES)))
-    assert found == {number: f"{NAMES[number % 4]}*1 {texts}" for number in range(64)}

@@ -95,13 +95,6 @@ def test_what_no_engine_does_is_refused_here(place, change):
         assert not engine.requests
 
 
-def test_adapters_that_are_missing_are_loaded(place):
-    with engine_of("vllm", numbered(("e0",))) as engine, gateway(place, engine) as client:
-        folders = {name: str((place / name).resolve()) for name in ("e1", "e2", "e3")}
-        assert {each["lora_name"]: each["lora_path"] for each in engine.loaded} == folders
-        assert text_of(ask(client, **{**ASK, "model": "e3"})).startswith("e3")
-
-
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from phatgoose.apps.server.local import json_form
-from phatgoose.errors import EngineError
 from serving import GREEDY, ask, error_of, text_of
 
 needs_library = pytest.mark.skipif(json_form.LLMatcher is None, reason="needs phatgoose[json]")
@@ -53,17 +52,6 @@ ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a
 def test_forms_that_cannot_be_are_refused(client, schema, said):
     error = error_of(client, **{**GREEDY, "max_tokens": 80}, response_format=by(schema))
     assert said in error["message"]
-
-
-@needs_library
-def test_a_form_that_fails_harms_no_other_answer(client, monkeypatch):
-    def fail(form, token):
-        raise EngineError("The JSON can't be written: too much.")
-
-    monkeypatch.setattr(json_form.JsonForm, "add", fail)
-    error = error_of(client, 400, **GREEDY, response_format=by(SCHEMA))
-    assert error["message"] == "The JSON can't be written: too much."
-    assert text_of(client, **GREEDY)
 
 
 def test_without_the_library_it_is_refused_with_what_to_do(client, monkeypatch):

@@ -218,18 +218,6 @@ def two_bases(pool_of, template):
 # What is told of it.
 
 
-def test_the_schema_has_the_bodies_and_errors_of_routes_and_none_of_fastapis_own(guarded):
-    schema = guarded.get("/openapi.json").json()
-    chat = schema["paths"]["/v1/chat/completions"]["post"]
-    body = chat["requestBody"]["content"]["application/json"]["schema"]
-    assert body["$ref"].endswith("ChatRequest")
-    assert "text/event-stream" in chat["responses"]["200"]["content"]
-    assert {"400", "401", "408", "429", "503", "504"} <= set(chat["responses"])
-    assert "422" not in chat["responses"]
-    assert "ChatRequest" in schema["components"]["schemas"]
-    assert "HTTPValidationError" not in schema["components"]["schemas"]
-
-
 def test_what_breaks_inside_is_not_told(client, monkeypatch):
     monkeypatch.setattr(client.app.state.service, "begun", object())  # which no JSON holds
     reply = client.get("/v1/models")

@@ -6,23 +6,11 @@ from unittest.mock import MagicMock
 import pytest
 
 import serving
-from phatgoose.apps.server import service
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.service import Turns
 from serving import GREEDY, PATH, ask, error_of
-
-
-def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch):
-    with serving.blocked(monkeypatch, service.RequestReader, "prompts") as (called, go_on):
-        thread, found = serving.in_a_thread(client.post, PATH, json=GREEDY)
-        assert called.wait(30)
-        assert client.get("/healthz").status_code == 200
-        assert client.get("/v1/models").status_code == 200
-        go_on.set()
-        thread.join()
-    assert found[0].status_code == 200
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):

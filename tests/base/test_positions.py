@@ -31,10 +31,8 @@ BOTH |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention
     [
         ("gpt2", GPT2, Positions(40, 40)),
         ("gptj", {**GPT2, "rotary_dim": 4}, Positions(40, 40)),
-        ("codegen", {**GPT2, "n_head": 4, "n_ctx": 40, "rotary_dim": 2}, Positions(40, 40)),
         ("opt", {**FEW, **SMALL, "word_embed_proj_dim": 16}, Positions(40, 40)),
         ("bart", {**FEW, **BOTH}, Positions(40, 40)),
-        ("marian", {**FEW, **BOTH}, Positions(40, 40)),
         ("roberta", {**FEW, **LLAMA, "is_decoder": True}, Positions(39, 39)),  # one is padding's
         ("llama", {**FEW, **LLAMA}, Positions(trained=40)),
         ("bloom", {"vocab_size": 300, "hidden_size": 16, "n_layer": 1, "n_head": 2}, Positions()),

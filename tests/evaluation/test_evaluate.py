@@ -10,7 +10,6 @@ from oracle import naively_routed
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.metrics import Sample, metric
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved import load, save
@@ -69,12 +68,7 @@ def by_hand(name: str, answers, examples) -> float:
 
 @pytest.mark.parametrize(
     "metrics",
-    [
-        ("rouge-l", "bleu"),
-        ("squad-exact-match", "squad-f1"),
-        ("bleu",),
-        ("normalised-exact-match",),
-    ],
+    [("rouge-l", "bleu"), ("squad-exact-match", "squad-f1"), ("normalised-exact-match",)],
     ids="+".join,
 )
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
@@ -105,9 +99,7 @@ ODD = (Example("Which?", "a", ("a", "b"), ("c",)),)
     ("examples", "metrics", "match"),
     [
         (CHOOSE, ("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
-        (CHOOSE, ("rouge-l", "nothing"), "Metric 'nothing' is unknown"),
         (CHOOSE, ("accuracy", "bleu"), "'odd' is scored by accuracy and bleu, but accuracy ranks"),
-        ((*CHOOSE, *OPEN), ("accuracy",), "'odd' is scored by accuracy, but accuracy ranks"),
         ((*CHOOSE, *OPEN), (), "'odd' has examples with and without choices"),
         ((*CHOOSE, *ODD), (), r"'odd' accepts \('c',\), none of which is among"),
     ],
@@ -121,7 +113,6 @@ def test_metrics_that_no_answer_can_serve_are_refused(llama, examples, metrics, 
     ("metrics", "wilson"),
     [
         (("exact-match",), True),
-        (("squad-exact-match",), True),
         (("squad-f1",), False),
         (("bleu",), True),  # 0 here, in every resample
         (("exact-match", "normalised-exact-match"), False),
@@ -168,14 +159,11 @@ def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, 
     replace(expert, info=info).save(expert.directory, overwrite=True)
     model = compose(expert.directory, llama, k=1, router="phatgoose")
     save(model, tmp_path / "routed")
+    again = load(tmp_path / "routed", detach(model))
     told = "max_input_tokens 512, but short was trained with max_input_tokens 112"
     with pytest.warns(UserWarning, match=told):
-        evaluate(model, LONG)
-    same = Formatting(max_input_tokens=112)
-    evaluate(model, LONG, formatting=same)
-    again = load(tmp_path / "routed", detach(llama.model))
-    with pytest.warns(UserWarning, match=told):
         evaluate(again, LONG, tokenizer=llama.tokenizer)
+    evaluate(again, LONG, tokenizer=llama.tokenizer, formatting=Formatting(max_input_tokens=112))
 
 
 # Answers: log-likelihoods of choices, or generated text
@@ -240,11 +228,6 @@ def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budge
     got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
     for one, other in zip(got, wanted, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
-
-
-def test_a_prompt_without_tokens_is_refused(llama):
-    with pytest.raises(EvaluationError, match="no tokens"):
-        list(choice_log_likelihoods(llama.model, [([], [[7], [9]])], 0, 100))
 
 
 def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):

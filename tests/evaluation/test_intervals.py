@@ -4,57 +4,21 @@ import math
 
 import numpy as np
 import pytest
-import sacrebleu
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from phatgoose.evaluation.metrics import (
     CONFIDENCE,
-    METRICS,
     Sample,
     SharedMeans,
     wilson,
 )
 
-ROWS = [
-    ("the cat sat on the mat", ["the cat sat on the mat"]),
-    ("a dog ran over the hill", ["the dog ran up the hill", "a dog"]),
-    ("no", ["yes", "no idea at all"]),
-    ("birds sing in the old tree", ["birds sing in an old tree", "a tree of birds"]),
-]
-
-
-def sample_of(metrics, rows=ROWS) -> Sample:
-    marks = [[METRICS[name].measure(*row) for name in metrics] for row in rows]
-    return Sample.of(metrics, marks)
-
 
 def matches(*values: float) -> Sample:
     """Answers that are right (1) or wrong (0)."""
     return Sample.of(["accuracy"], [[(value,)] for value in values])
-
-
-def bleu_of(rows) -> float:
-    most = max(len(references) for _, references in rows)
-    streams = [[refs[i] if i < len(refs) else None for _, refs in rows] for i in range(most)]
-    return sacrebleu.corpus_bleu([answer for answer, _ in rows], streams).score / 100
-
-
-def weights_of(draws, n: int) -> np.ndarray:
-    return np.array([np.bincount(draw, minlength=n) for draw in draws], float)
-
-
-# One dataset
-
-
-@settings(derandomize=True, max_examples=30)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=5))
-@pytest.mark.parametrize("metrics", [["bleu"], ["rouge-l", "bleu"], ["accuracy"]], ids="+".join)
-def test_a_replicate_is_the_score_of_the_examples_drawn(metrics, draws):
-    got = sample_of(metrics).replicates(weights_of(draws, 4))
-    wanted = [sample_of(metrics, [ROWS[i] for i in draw]).score for draw in draws]
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
 
 def test_the_interval_is_that_of_a_bootstrap_written_out():

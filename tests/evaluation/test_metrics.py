@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from phatgoose.evaluation.metrics import METRICS, Metric
+from phatgoose.evaluation.metrics import METRICS, Sample
 
 Row = tuple[str, Sequence[str]]
 
@@ -20,15 +20,14 @@ sentences = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
 texts = st.one_of(st.text(max_size=30), sentences)
 rows = st.tuples(texts, st.lists(texts, min_size=1, max_size=3))
 corpora = st.lists(rows, min_size=1, max_size=6)
-each_metric = pytest.mark.parametrize("name", METRICS)
 
 
-def statistics_of(scorer: Metric, corpus: Sequence[Row]) -> np.ndarray:
-    return np.array([scorer.measure(*row) for row in corpus], dtype=np.float64)
+def sample_of(names: Sequence[str], corpus: Sequence[Row]) -> Sample:
+    return Sample.of(names, [[METRICS[name].measure(*row) for name in names] for row in corpus])
 
 
 def score_of(name: str, corpus: Sequence[Row]) -> float:
-    return float(METRICS[name].combine(statistics_of(METRICS[name], corpus).sum(0), len(corpus)))
+    return sample_of([name], corpus).score
 
 
 def score(name: str, prediction: str, *references: str) -> float:
@@ -45,20 +44,18 @@ def sacrebleu_of(corpus: Sequence[Row]) -> float:
 # What all metrics share
 
 
-@each_metric
+@pytest.mark.parametrize(
+    "names", [*([name] for name in METRICS), ["rouge-l", "bleu"]], ids="+".join
+)
 @given(corpora, st.data())
-def test_a_weighted_sum_of_statistics_scores_the_resampled_set(name, corpus, data):
-    chosen = data.draw(
-        st.lists(st.integers(0, len(corpus) - 1), min_size=len(corpus), max_size=len(corpus))
-    )
-    weights = np.stack(
-        [np.ones(len(corpus)), np.bincount(chosen, minlength=len(corpus)).astype(float)]
-    )
-    scores = METRICS[name].combine(weights @ statistics_of(METRICS[name], corpus), len(corpus))
-    assert scores.shape == (2,)
-    resampled = [corpus[i] for i in chosen]
-    expected = [score_of(name, corpus), score_of(name, resampled)]
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12)
+def test_a_replicate_is_the_score_of_the_examples_drawn(names, corpus, data):
+    """Also where some are drawn twice and others not: what a bootstrap is made of."""
+    each = st.integers(0, len(corpus) - 1)
+    draw = data.draw(st.lists(each, min_size=len(corpus), max_size=len(corpus)))
+    weights = np.stack([np.ones(len(corpus)), np.bincount(draw, minlength=len(corpus))])
+    wanted = [sample_of(names, rows).score for rows in (corpus, [corpus[i] for i in draw])]
+    got = sample_of(names, corpus).replicates(weights)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,11 +100,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("expert", put(INFO, name=5), "name: Input should be"),
     ("expert", put(INFO, name="../../etc"), "got '../../etc'"),
     ("expert", put(INFO, base="tiny"), "base: Input should be"),
-    ("expert", put(INFO, base={"id": 5}), "base.id: Input should be"),
-    ("expert", put(INFO, base={"id": "a", "fingerprint": 5}), "base.fingerprint: "),
     ("expert", put(INFO, base={"id": "a", "revision": "../../up"}), "'../../up'"),
-    ("expert", put(INFO, adapter_sha256=None), "adapter_sha256: "),
-    ("expert", put(INFO, task=[]), "task: "),
     ("expert", put(INFO, embedder="a\nb"), "embedder: "),
     ("expert", put(INFO, colour="red"), "colour"),
     *(("expert", put(INFO, **{key: KeyError}), key) for key in ("name", "base", "adapter_sha256")),
@@ -126,8 +121,6 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ),
     ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) of"),
     ("expert", put(ADAPTER_CONFIG, lora_alpha="8"), "that PEFT can't have written"),
-    ("expert", put(ADAPTER_CONFIG, rank_pattern=[1]), "that PEFT can't have written"),
-    ("expert", put(ADAPTER_CONFIG, alpha_pattern={"a": "x"}), "that PEFT can't have written"),
     ("expert", put(ADAPTER_CONFIG, alpha_pattern={"(": 2}), "no regular expression"),
     *(
         ("expert", put(ADAPTER_CONFIG, init_lora_weights=init), "may have changed the base")
@@ -138,8 +131,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
         ("bottleneck", put("bottleneck_config.json", **{key: value}), f"{key} is ")
         for key, value in (
             *(("bottleneck_version", 2), ("more", 1), ("activation", "tanh"), ("base", None)),
-            *(("activation", ["relu"]), ("scale", 0), ("scale", True), ("scale", "1")),
-            *(("scale", 1e300), ("scale", KeyError)),
+            *(("scale", True), ("scale", 1e300), ("scale", KeyError)),
         )
     ),
     # Weights.
@@ -163,7 +155,6 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ),
     ("ia3", ia3("base_model.model.x.lora_A.weight", odd(1, 2, 2)), "x.lora_A.weight', which"),
     ("bottleneck", bottleneck(f"{QUERY}.up.bias", None), f"site {QUERY}: wanted down (m, d)"),
-    ("bottleneck", bottleneck(f"{QUERY}.up.bias", odd(0)), f"site {QUERY}: wanted"),
     ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 3)), f"site {DOWN}: wanted"),
     ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 2).long()), "torch.int64"),
     ("bottleneck", bottleneck("extra", odd(0)), "'extra', which is no part"),
@@ -182,10 +173,8 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ),
     ("expert", vector("gate.model.layers.9.x", odd(0)), "wanted (0,)"),
     ("expert", readings(mean=torch.zeros(2, 4)), "readings: wanted whole.mean (b, d)"),
-    ("expert", readings(factor=READING), "readings: wanted"),
     ("expert", readings(rest=-torch.ones(2, 3)), "variances below 0"),
     ("expert", readings(mean=READING.double()), "of torch.float32, got"),
-    ("expert", readings(other=READING), "readings: wanted"),
     ("expert", tensor(EMBEDDINGS, "embeddings", 2 * torch.eye(3)), "each of length 1"),
 ]
 
@@ -216,33 +205,3 @@ def test_pickled_weights_are_never_read(golden_copy):
     (golden_copy / ADAPTER_WEIGHTS).unlink()
     (golden_copy / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     assert "never read" in one_line_of(lambda: Expert.load(golden_copy), ExpertError)
-
-
-SHAPES = [
-    *([0, 2**62], [0, 2**63], [2**32, 2**32, 0], [], [0], [1, 0], [2, 1, 1], [2, 3]),
-    *([0, -1], [2**64, 0]),
-]
-
-
-def reshape(file: Path, shape: list[int]) -> None:
-    """Give every tensor of a safetensors file `shape`, and as much data as that needs."""
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    size = max(0, 4 * math.prod(shape))
-    names = [name for name in json.loads(content[8 : 8 + length]) if name != "__metadata__"]
-    table = {
-        name: {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
-        for i, name in enumerate(names)
-    }
-    header = json.dumps(table).encode()
-    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size * len(names))
-
-
-@pytest.mark.parametrize("kind", ["expert", "ia3", "bottleneck"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tensors_of_odd_shapes_are_one_line(tmp_path, kind, shape):
-    folder = shutil.copytree(GOLDENS / kind, tmp_path / kind)
-    reshape(folder / adapter_files(folder).weights, shape)
-    record_hashes(folder)
-    assert kind in one_line_of(lambda: Expert.load(folder), ExpertError)
-    one_line_of(lambda: Expert.from_peft(folder, {}), ExpertError)

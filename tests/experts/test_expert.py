@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -25,7 +24,6 @@ from phatgoose.experts.expert import (
     adapter_files,
     base_named_in,
     check_expert,
-    recorded_formatting,
     warn_of_other_formatting,
 )
 from phatgoose.experts.statistics import readings_of
@@ -90,29 +88,10 @@ def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_name
         Expert.from_peft(adapter, {})
 
 
-def test_gates_may_be_the_means_too(adapter, tmp_path):
-    sites = Expert.from_peft(adapter, {}).lora
-    both = torch.randn(len(sites), 64)
-    vectors = {site: both[z, : lora.A.shape[1]] for z, (site, lora) in enumerate(sites.items())}
-    expert = Expert.from_peft(adapter, vectors, means=vectors).save(tmp_path / "expert")
-    for site, vector in vectors.items():
-        assert torch.equal(expert.gates[site], vector)
-        assert torch.equal(expert.means[site], vector)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"gates": {SITE: torch.zeros(31)}}, "the gate is (31,)"),
-        ({"means": {SITE: torch.full((32,), torch.nan)}}, f"mean.{SITE} holds a value that is not"),
-        ({"embeddings": 2 * torch.eye(3)}, "each of length 1"),
-    ],
-)
-def test_what_does_not_fit_is_not_saved(adapter, tmp_path, change, words):
-    for kind in change.keys() & {"gates", "means"}:
-        change = {kind: vectors_for(adapter, 1) | change[kind]}
-    with pytest.raises(ExpertError, match=re.escape(words)):
-        make(adapter, **change).save(tmp_path / "reviews")
+def test_what_does_not_fit_is_not_saved(adapter, tmp_path):
+    odd = vectors_for(adapter, 1) | {SITE: torch.zeros(31)}
+    with pytest.raises(ExpertError, match=r"the gate is \(31,\)"):
+        make(adapter, gates=odd).save(tmp_path / "reviews")
     assert not list(tmp_path.iterdir())
 
 
@@ -221,8 +200,6 @@ def warned_of(*records, formatting=Formatting()) -> list[str]:
 
 
 def test_inputs_of_another_form_are_told_with_both_forms():
-    assert recorded_formatting(FORM, "here") == Formatting(112, "right")
-    assert recorded_formatting({"rank": 4}, "here") is None
     said = (
         "Inputs are read with max_input_tokens 512, truncation middle, but a was trained with "
         "max_input_tokens 112, truncation right"
@@ -235,6 +212,6 @@ def test_inputs_of_another_form_are_told_with_both_forms():
     assert warned_of(whole) == []
     (line,) = warned_of(whole, formatting=Formatting(chat=True))
     assert line == "Inputs are read with chat True, but a was trained with chat False."
-    for form in ("right", 5, [], {"chat": "\x1b[2J\n"}, {"odd": 1}):
+    for form in (5, {"chat": "\x1b[2J\n"}):
         told = warned_of({"name": "a", "formatting": form})
         assert all(each.isprintable() for each in told)

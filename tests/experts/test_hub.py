@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from fake_hub import contents, pushed_now
+from odd_files import one_line_of
 from paths import GOLDEN
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT
@@ -22,8 +23,6 @@ from tiny import make_adapter
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-FILES = ("adapter_config.json", "adapter_model.safetensors", "phatgoose.json")
 
 
 @pytest.mark.parametrize(
@@ -43,9 +42,8 @@ def test_references_are_read_and_written_again(text, wanted):
 @pytest.mark.parametrize(
     "text",
     [
-        *("hub:", "hub:me", "hub:me/", "hub:me/x@", "hub:me/x/../y", "hub:me/x/.y", "a b/c", ""),
-        *("hub:me/x@../../../../../dev/zero", "hub:me/x@a/../b", "hub:me/x@/dev/zero"),
-        *("hub:me/x@-v", "hub:me/x@a`b", "hub:../x"),
+        *("hub:", "hub:me", "hub:me/x@", "hub:me/x/../y", "hub:me/x/.y", "a b/c", "hub:../x"),
+        *("hub:me/x@../../../../../dev/zero", "hub:me/x@/dev/zero", "hub:me/x@-v", "hub:me/x@a`b"),
     ],
 )
 def test_what_is_no_reference_is_refused_with_the_form(text):
@@ -53,7 +51,9 @@ def test_what_is_no_reference_is_refused_with_the_form(text):
         HubReference.parse(text)
 
 
-def test_a_pushed_expert_is_one_commit_of_all_its_files(hub, pair):
+def test_a_pushed_expert_is_one_commit_of_all_its_files_and_is_pulled_as_it_was(
+    hub, pair, tmp_path
+):
     pushed = push(pair[0], "me/reviews")
     repository = hub.repositories["me/reviews"]
     assert pushed == HubReference("me/reviews", "", repository.branches["main"])
@@ -61,29 +61,24 @@ def test_a_pushed_expert_is_one_commit_of_all_its_files(hub, pair):
     files = repository.commits[pushed.revision]
     assert {name: files[name] for name in files if name != ".gitattributes"} == contents(pair[0])
     assert LAYOUT.embeddings in files
-    again = push(pair[0], "me/reviews")
-    assert repository.commits[again.revision] == files
-    push(pair[0], "me/secret", private=True)
-    assert hub.repositories["me/secret"].private
-
-
-def test_pulling_gives_the_same_bytes(hub, pair, tmp_path):
-    pushed = push(pair[0], "me/reviews")
-    for reference in (pushed, "me/reviews", "hub:me/reviews@main"):
+    hub.add("me/reviews", {**files, "evil.py": b"import os", "a/b.safetensors": b"x"})
+    for reference in (pushed, "hub:me/reviews@main"):
         out = tmp_path / "pulled" / str(reference).replace("/", "-")
         expert = pull(reference, out)
         assert (expert.name, expert.directory) == ("e0", out)
         assert contents(out) == contents(pair[0])
         assert not any(path.is_symlink() for path in out.iterdir())
+        fetched = fetch(HubReference.parse(str(reference)))
+        assert {path.name for path in fetched.rglob("*") if path.is_file()} == set(contents(out))
+    push(pair[0], "me/secret", private=True)
+    assert hub.repositories["me/secret"].private
 
 
 def test_a_second_push_takes_away_what_the_expert_no_longer_has(hub, pair):
     push(pair[0], "me/reviews")
-    hub.add(
-        "me/reviews", {**hub.repositories["me/reviews"].commits[pushed_now(hub)], "notes": b"x"}
-    )
-    later = push(pair[1], "me/reviews", message="Without embeddings")
     repository = hub.repositories["me/reviews"]
+    hub.add("me/reviews", {**repository.commits[pushed_now(hub)], "notes": b"x"})
+    later = push(pair[1], "me/reviews", message="Without embeddings")
     files = repository.commits[later.revision]
     assert set(files) == {".gitattributes", "notes", *contents(pair[1])}
     assert LAYOUT.embeddings not in files
@@ -115,16 +110,9 @@ def test_a_push_that_the_hub_refuses_is_told_and_changes_nothing(hub, pair, mome
     hub.add("me/reviews", {"notes": b"x"})
     before = dict(hub.repositories["me/reviews"].commits)
     hub.fail_on = moment
-    with pytest.raises(ExpertError, match=r"can't be pushed to hub:me/reviews") as caught:
-        push(pair[0], "me/reviews")
-    assert "\n" not in str(caught.value)
+    told = one_line_of(lambda: push(pair[0], "me/reviews"), ExpertError)
+    assert "can't be pushed to hub:me/reviews" in told
     assert hub.repositories["me/reviews"].commits == before
-    hub.fail_on = None
-    push(pair[0], "me/reviews")
-    hub.fail_on = "repos/create"
-    with pytest.raises(ExpertError, match=r"can't be pushed to hub:me/new.*403"):
-        push(pair[0], "me/new")
-    assert "me/new" not in hub.repositories
 
 
 @pytest.mark.parametrize("moment", ["/api/models/", ADAPTER_WEIGHTS])
@@ -141,10 +129,8 @@ def test_a_pull_that_the_hub_refuses_is_told_and_leaves_nothing(hub, pair, tmp_p
 @pytest.mark.parametrize("reference", ["me/nothing", "me/reviews@nowhere", "me/reviews/folder"])
 def test_what_the_hub_lacks_is_told_in_one_line(hub, pair, tmp_path, reference):
     push(pair[0], "me/reviews")
-    with pytest.raises(ExpertError) as caught:
-        pull(reference, tmp_path / "pulled")
-    assert str(HubReference.parse(reference)) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    told = one_line_of(lambda: pull(reference, tmp_path / "pulled"), ExpertError)
+    assert str(HubReference.parse(reference)) in told
 
 
 def test_a_plain_adapter_on_the_hub_is_no_expert_but_can_be_imported(hub, llama, tmp_path):
@@ -160,21 +146,9 @@ def test_a_plain_adapter_on_the_hub_is_no_expert_but_can_be_imported(hub, llama,
         assert (expert.directory / file).read_bytes() == (adapter / file).read_bytes()
 
 
-def test_nothing_but_an_experts_files_is_fetched(hub, pair, tmp_path):
-    files = {**contents(pair[0]), "evil.py": b"import os", "a/b.safetensors": b"x"}
-    hub.add("me/reviews", files)
-    folder = fetch(HubReference("me/reviews"))
-    assert {path.name for path in folder.rglob("*") if path.is_file()} == set(contents(pair[0]))
-
-
 @pytest.mark.parametrize(
     ("name", "is_asked_for"),
-    [
-        ("../phatgoose.json", True),
-        ("/README.md", True),
-        ("../../../phatgoose.json", False),
-        ("x/../../../README.md", False),
-    ],
+    [("../phatgoose.json", True), ("/README.md", True), ("x/../../../README.md", False)],
 )
 def test_a_hub_can_not_make_files_outside_the_cache(hub, pair, tmp_path, name, is_asked_for):
     hub.add("me/evil", {**contents(pair[0]), name: b"{}"})

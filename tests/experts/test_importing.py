@@ -15,15 +15,11 @@ from changed_experts import set_config
 from import_cases import CASES, make_tiny, write_case
 from odd_files import one_line_of
 from phatgoose.base import BaseReference, load_base
-from phatgoose.config import GateTraining, Training
-from phatgoose.errors import BaseModelError, ExpertError, PoolError, WrongBaseError
-from phatgoose.experts import importing
+from phatgoose.errors import BaseModelError, ExpertError, PoolError
 from phatgoose.experts.importing import import_adapter, import_adapters
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.tasks.task import Example, Task
-from phatgoose.training.train_expert import train_gates
 from tiny import (
     assert_same_logits,
     copied_model,
@@ -85,10 +81,14 @@ def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(
     assert (expert.name, expert.gates, expert.means) == ("mine", {}, {})
     assert expert.info.base == llama.reference
     assert expert.info.hyperparameters == {"imported_from": "adapter"}
-    assert import_adapter(own_adapter, tmp_path / "b", name="other").name == "other"
+    detach(compose(Pool((expert,)), llama, router="arrow", k=1))
+    without = import_adapter(own_adapter, tmp_path / "b", name="other", fingerprint=False)
+    assert without.name == "other"
+    with pytest.warns(UserWarning, match="'phatgoose import --fingerprint' records one"):
+        compose(Pool((without,)), llama, router="arrow", k=1)
 
 
-def test_the_revision_of_the_base_is_recorded_where_the_adapter_names_one(
+def test_the_base_of_an_import_is_the_one_that_the_adapter_or_the_user_names(
     own_adapter, llama, tmp_path
 ):
     set_config(own_adapter, revision="v2")
@@ -96,26 +96,11 @@ def test_the_revision_of_the_base_is_recorded_where_the_adapter_names_one(
     assert named.info.base == BaseReference(llama.id, "v2")
     other = import_adapter(own_adapter, tmp_path / "other", base=llama.id, fingerprint=False)
     assert other.info.base == BaseReference(llama.id)  # of the base that the user named instead
+    renamed = import_adapter(own_adapter, tmp_path / "renamed", base_id="you/base")
+    assert renamed.info.base == BaseReference("you/base", None, llama.fingerprint)
     set_config(own_adapter, revision=2)
     with pytest.raises(ExpertError, match=r"base\.revision: "):
         import_adapter(own_adapter, tmp_path / "numbered")
-
-
-def test_a_fingerprint_is_recorded_where_the_weights_are_here(
-    own_adapter, llama, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(importing, "load_base", None)  # which isn't needed
-    expert = import_adapter(own_adapter, tmp_path / "mine")
-    assert expert.info.base.fingerprint == llama.fingerprint
-    detach(compose(Pool((expert,)), llama, router="arrow", k=1))
-    without = import_adapter(own_adapter, tmp_path / "without", fingerprint=False)
-    with pytest.warns(UserWarning, match="'phatgoose import --fingerprint' records one"):
-        compose(Pool((without,)), llama, router="arrow", k=1)
-
-
-def test_a_base_is_recorded_by_the_id_that_is_given(own_adapter, llama, tmp_path):
-    found = import_adapter(own_adapter, tmp_path / "mine", base_id="you/base")
-    assert found.info.base == BaseReference("you/base", None, llama.fingerprint)
 
 
 def test_a_base_of_other_shapes_is_refused_by_layer(own_adapter, tmp_path):
@@ -139,70 +124,37 @@ def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders
     [
         ({"target_modules": ["nothing"]}, "nothing"),
         ({"target_modules": "(("}, "no regular expression"),
-        ({"rank_pattern": {"((": 2}}, "no regular expression"),
         ({"r": 0}, "can't be imported: "),
         ({"r": "4"}, "can't be imported: "),
         ({"r": 8}, "its config wants (8, "),
-        ({"layers_to_transform": ["x"], "target_modules": ["q_proj"]}, "can't be imported: "),
-        ({"task_type": 7}, "can't be imported: "),
     ],
 )
 def test_a_config_that_fits_nothing_is_refused_in_one_line(
     own_adapter, tmp_path, options, complaint
 ):
     set_config(own_adapter, **options)
-    with pytest.raises(ExpertError) as caught:
-        import_adapter(own_adapter, tmp_path / "mine")
-    assert complaint in str(caught.value)
-    assert "\n" not in str(caught.value)
+    told = one_line_of(lambda: import_adapter(own_adapter, tmp_path / "mine"), ExpertError)
+    assert complaint in told
     assert not (tmp_path / "mine").exists()
 
 
-def test_gates_trained_for_an_import_keep_what_it_records(own_adapter, llama, tmp_path):
-    imported = import_adapter(own_adapter, tmp_path / "imported", fingerprint=True)
-    task = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(4)))
-    few = {"training": Training(batch_size=4), "gate_training": GateTraining(gate_steps=1)}
-    expert = train_gates(llama, imported.directory, task, out=tmp_path / "mine", **few)
-    assert expert.info.hyperparameters["imported_from"] == "adapter"
-    assert set(expert.gates) == set(imported.lora)
-    other = load_base(make_tiny("llama", tmp_path / "other"), dtype="float32")
-    with pytest.raises(WrongBaseError):
-        train_gates(other, imported.directory, task, out=tmp_path / "no", **few)
-
-
-@pytest.mark.parametrize("loss", [0.3])
-def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(
-    base_folders, tmp_path, loss
-):
+def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(base_folders, tmp_path):
     case = next(case for case in CASES if case.name.startswith("LoHa with"))
     adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
     exact = import_adapter(adapter, tmp_path / "exact", allow_loss=0.0).lora
-    expert = import_adapter(adapter, tmp_path / "lossy", allow_loss=loss)
+    expert = import_adapter(adapter, tmp_path / "lossy", allow_loss=0.3)
     lost = {}
     for site, lora in expert.lora.items():
         whole = (exact[site].B @ exact[site].A).double()
         rest = whole - lora.scale * (lora.B @ lora.A).double()
         lost[site] = float(rest.square().sum() / whole.square().sum())
     record = expert.info.hyperparameters
-    assert 0 < max(lost.values()) <= loss
+    assert 0 < max(lost.values()) <= 0.3
     assert record["kept_at_worst_site"] == pytest.approx(1 - max(lost.values()), abs=1e-5)
     assert max(lost.values()) >= 1 - record["kept_of_update"] > 0
     assert record["converted_from"] == "LOHA"
     ranks = {site: lora.A.shape[0] for site, lora in expert.lora.items()}
     assert any(rank < exact[site].A.shape[0] for site, rank in ranks.items())
-
-
-def test_of_several_adapters_those_that_can_are_imported(own_adapter, llama, tmp_path):
-    prompts = shutil.copytree(own_adapter, tmp_path / "more" / "prompts")
-    set_config(prompts, peft_type="PROMPT_TUNING")
-    again = shutil.copytree(own_adapter, tmp_path / "again" / own_adapter.name)
-    found = import_adapters([own_adapter, prompts, again, tmp_path / "none"], tmp_path / "pool")
-    assert [expert.name for expert in found.experts] == [own_adapter.name]
-    assert Pool.open(tmp_path / "pool").names == (own_adapter.name,)
-    assert list(found.refused) == [str(prompts), str(again), str(tmp_path / "none")]
-    told = list(found.refused.values())
-    assert "PROMPT_TUNING" in told[0]
-    assert "import it alone" in told[1]
 
 
 def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
@@ -211,7 +163,10 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
         make_adapter(llama, tmp_path / "adapters" / name, seed=seed, **options[name])
         for seed, name in enumerate(options)
     ]
-    import_adapters(folders, tmp_path / "pool")
+    again = shutil.copytree(folders[0], tmp_path / "again" / "a")
+    found = import_adapters([*folders, again], tmp_path / "pool")
+    assert list(found.refused) == [str(again)]
+    assert "import it alone" in found.refused[str(again)]
     read, imported = Pool.open(tmp_path / "adapters"), Pool.open(tmp_path / "pool")
     assert (read.names, read.base) == (imported.names, imported.base)
     assert [record["path"] for record in read.records()] == list(map(str, folders))
@@ -219,7 +174,6 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
         assert read[name].info == imported[name].info
         for site, module in read[name].modules.items():
             assert torch.equal(module.B, imported[name].modules[site].B)
-    assert set(tmp_path.iterdir()) == {tmp_path / "adapters", tmp_path / "pool"}
     assert Pool.open(folders[0]).names == ("a",)
     set_config(folders[1], use_qalora=True)
     with pytest.warns(UserWarning, match=r"adapters/b is left out: .* 'use_qalora'"):

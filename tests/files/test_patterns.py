@@ -28,9 +28,7 @@ ORDINARY = [
     r"^model\.layers\.(1\d|2[0-4])\..*(self_attn|mlp)\..*_proj$",
     r"(?:.*?)\.q",
     r"\(a+\)+",
-    r"[+*]{1}[(|)]+",
     "model.layers.0.self_attn.q_proj",
-    "q_proj",
     "a-b",
     "",
     UNSLOTH,
@@ -48,11 +46,8 @@ NAMES = [
 ]
 SLOW = [  # for Python's matcher; the last of each 431 letters long
     "(a+)+$",
-    "(a|a)*$",
     "(.*a){20}b",
-    ".*a.*a.*a.*a.*a!",
     ".*.*.*.*!",
-    "((a?)b)*",
     "a?" * 30 + "a" * 30,
     ".*" * 900,
 ]
@@ -90,10 +85,9 @@ REFUSED = [  # an entry of a config, and what is said of it
     *[("target_modules", pattern, re.escape(repr(pattern))) for pattern in LOOKED_AROUND],
     *[("target_modules", p, "no regular") for p in ("(", "a**", "[", "(a|b", "\ud800(", "(\n")],
     *[("alpha_pattern", {p: 1}, "no regular") for p in ("(a{100}){100}{100}", "a[\0\0")],
-    *[("target_modules", p, "at most 2000") for p in ("x" * 15_000_000, "(a|b)*" * 2_500_000)],
+    ("target_modules", "(a|b)*" * 2_500_000, "at most 2000"),
     ("alpha_pattern", dict.fromkeys(map(str, range(100_000)), 1), "holds 100000 values"),
     ("target_modules", ["q"] * 100_000, "holds 100000 values"),
-    ("layers_pattern", "(.*)*", "must be a plain name"),
     ("layers_pattern", ["layers", "(.*)*"], "must be a plain name"),
 ]
 
@@ -106,12 +100,9 @@ def test_what_re2_does_not_match_as_python_is_refused_in_one_line(key, value, sa
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("config", [peft.LoraConfig, peft.LoHaConfig, peft.FourierFTConfig])
-@pytest.mark.parametrize("pattern", [r"(model|model)*(.*)*(.*)*x", "(?=a)"])
-def test_an_adapter_of_slow_patterns_is_read_or_refused_at_once(
-    base_folders, tmp_path, config, pattern
-):
-    base = base_folders["llama"]
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.FourierFTConfig])
+def test_an_adapter_of_slow_patterns_is_read_or_refused_at_once(base_folders, tmp_path, config):
+    base, pattern = base_folders["llama"], r"(model|model)*(.*)*(.*)*x"
     folder = write_case(Case("", config), "llama", base, tmp_path / "adapter")
     content = json.loads((folder / ADAPTER_CONFIG).read_text())
     patterns = {"rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 3}}

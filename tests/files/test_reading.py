@@ -88,6 +88,9 @@ WHOLE = {"version": 1, "place": {"floor": 3}}
 
 def test_a_kind_is_all_that_checks_a_json_file(tmp_path):
     path = tmp_path / "a.json"
+    path.write_text("[]")
+    with pytest.raises(ExpertError, match="should be an object"):
+        read_json(path)  # where no kind is named
     path.write_text(json.dumps({**WHOLE, "rooms": [1, 2.5]}))
     assert read_json(path, Visit) == Visit(1, Place(3), (1.0, 2.5))
     assert read_json(path) == {**WHOLE, "rooms": [1, 2.5]}
@@ -101,22 +104,19 @@ def changed(**changes: object) -> str:
     ("text", "complaint"),
     [
         (changed(version=2), "is not valid: version: Input should be 1, got 2."),
-        (changed(place={}), "is not valid: place.floor: Field required."),
         (changed(place={"floor": "3"}), "floor: Input should be a valid integer, got '3'."),
         (changed(place={"floor": -1}), "floor: Input should be greater than or equal to 0, got -1"),
         (changed(place={"floor": 1, "room": "13"}), "is not valid: place: room is 13."),
-        (changed(rooms=[1, None]), "rooms.1: Input should be a valid number, got None."),
         (changed(other=1), "is not valid: other: Unexpected keyword argument, got 1."),
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": 1e999}', "1e999 is not a JSON number, or too large"),
         ("[" * 100_000, "nested too deeply"),
-        (f'{{"a": {nested(300)}}}', "recursion limit exceeded"),
         (b"\xff\xfe", "can't decode"),
         (" " * (1 << 24) + "{}", "at most 16777216 are read"),
         (None, "a.json does not exist. Make one."),
     ],
-    ids=range(15),
+    ids=range(12),
 )
 def test_json_is_read_strictly_or_refused_in_one_line(tmp_path, text, complaint):
     path = tmp_path / "a.json"
@@ -127,26 +127,11 @@ def test_json_is_read_strictly_or_refused_in_one_line(tmp_path, text, complaint)
     assert complaint in said
 
 
-def test_json_that_is_no_object_is_refused_where_no_kind_is_named(tmp_path):
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ExpertError, match="should be an object"):
-        read_json(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.toml", f"base = {nested(100_000)}"),
-        ("a.toml", "a = " + "9" * 5000),
-        ("a.toml", "a = "),
-    ],
-    ids=range(3),
-)
-def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert f"{name} is not valid: " in one_line_of(
-        lambda: read_table(tmp_path / name, "Recipe", ConfigError), ConfigError
-    )
+@pytest.mark.parametrize("text", [f"base = {nested(100_000)}", "a = " + "9" * 5000, "a = "])
+def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "a.toml").write_text(text)
+    said = one_line_of(lambda: read_table(tmp_path / "a.toml", "Recipe", ConfigError), ConfigError)
+    assert "a.toml is not valid: " in said
 
 
 def test_half_a_character_is_seen_and_whole_ones_are_none():

@@ -67,7 +67,6 @@ def header(shape: list[int], end: int, dtype: str = "F32", name: str = "a", begi
     ("table", "complaint"),
     [
         (header([1], 8), "is not valid"),
-        (header([3], 8), "is not valid"),
         (header([1], 8, begin=4), "is not valid"),
         (header([8], 8, "F8_E5M2"), "'F8_E5M2'"),
         (header([8], 8, "U8", "\n"), r"tensor '\n'"),
@@ -76,7 +75,7 @@ def header(shape: list[int], end: int, dtype: str = "F32", name: str = "a", begi
         ("[]", "is not valid"),
         *((header(empty, 0), "is not valid") for empty in ([0, 2**62], [3, 0, 2**50], [2**63, 0])),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_a_header_that_lies_is_refused_in_one_line(tmp_path, table, complaint):
     data = b"" if "[0, 0]" in table else bytes(8)
@@ -91,13 +90,12 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, size):
     assert "is not valid" in one_line_of(lambda: TensorFile(path), ExpertError)
 
 
-@pytest.mark.parametrize("pad", range(4))
-def test_a_header_of_any_length_will_do(tmp_path, pad):
+def test_a_header_of_any_length_will_do(tmp_path):
     numbers = torch.arange(6, dtype=torch.float32)
     data = numbers.numpy().tobytes()
-    read = TensorFile(write_raw(tmp_path / "a.safetensors", header([2, 3], 24), data, pad))
-    read.check_finite()
-    assert torch.equal(read["a"], numbers.view(2, 3))
+    for pad in range(4):
+        read = TensorFile(write_raw(tmp_path / "a.safetensors", header([2, 3], 24), data, pad))
+        assert torch.equal(read["a"], numbers.view(2, 3))
 
 
 def test_tensors_under_a_prefix_are_a_file_of_their_own(tmp_path):

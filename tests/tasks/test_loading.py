@@ -65,10 +65,9 @@ def test_csv_rows_become_examples(tmp_path, choices):
     ("lines", "wanted"),
     [
         (["input,target", f"{'word ' * 40_000},b"], ("word " * 40_000, "b")),
-        (["input,target", '"a, ""b""', 'c",d'], ('a, "b"\nc', "d")),
-        (["\ufeffinput,target,,", "a,b,,"], ("a", "b")),  # as spreadsheets save it
+        (["\ufeffinput,target,,", '"a, ""b""', 'c",d,,'], ('a, "b"\nc', "d")),  # a spreadsheet's
     ],
-    ids=["long", "quoted", "spreadsheet"],
+    ids=["long", "quoted"],
 )
 def test_csv_files_may_be_odd(tmp_path, lines, wanted):
     assert load_task(write_lines(tmp_path / "a.csv", *lines)).train == (Example(*wanted),)
@@ -100,12 +99,6 @@ CHOICES = {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]}
         ({"input": "q", "target": "b ", "a": "a"}, None, "{{ a }} ||| b", ("q", "b", ("a", "b"))),
         (ASKED, "{{ messages[0].content }} ||| blue", None, ("Sky?", "blue")),
         (
-            {"prompt": "Sky?", "completion": " b", "o": None},
-            None,
-            "b|||c",
-            ("Sky?", "b", ("b", "c")),
-        ),
-        (
             CHOICES,
             "{{ q }} ||| {% if a %}{{ a }}{% endif %}",
             None,
@@ -122,9 +115,7 @@ def test_a_template_renders_input_target_and_choices(row, template, choices, wan
     ("template", "choices", "complaint"),
     [
         ("{{ question }}", None, "form 'input ||| target'"),
-        ("{{ question ||| b", None, "The template is not valid: unexpected end of template"),
         ("{{ nothing }} ||| b", None, "row 1 is not valid: 'nothing' is undefined"),
-        ("{{ 1 / 0 }} ||| b", None, "division by zero"),
         ("{{ question.__class__.__mro__ }} ||| b", None, "unsafe"),
         ("{{ question }} ||| {{ none }}", None, "a field that the template prints is empty"),
         ("{{ question }} ||| b", "b ||| {{ empty }}", "choices.1: .* got ''"),
@@ -149,13 +140,11 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
             "a.jsonl, line 3 is not valid: Expecting ',' delimiter",
         ),
         ("a.jsonl", ["[" * 5000], "line 1 is not valid: it is nested too deeply"),
-        ("a.jsonl", ["[1, 2]"], "line 1 is not valid: Input should be a valid dict"),
         (
             "a.jsonl",
             [GOOD, '{"target": "a", "i": 4}'],
             "line 2 is not valid: input is missing or empty; the f",
         ),
-        ("a.jsonl", [GOOD, '{"input": "a", "i": 4}'], "target is missing .* there are input, i"),
         ("a.jsonl", [json.dumps({**ROWS[0], "input": "Is it \ud83d"})], "input: .*unicode string"),
         ("a.csv", ["input,target", "a,b", "alone"], "line 3 is not valid: target is missing"),
         (
@@ -169,8 +158,6 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
             "until line 2, unexpected end",
         ),
         ("a.json", ['[{"input": "a"'], "a.json is not valid: Expecting ',' delimiter"),
-        ("a.json", ["5"], "a.json is not valid: 'int' object is not iterable"),
-        ("a.json", ['{"input": ["a", "b"]}'], "a.json, row 1 is not valid: Expecting value"),
         (
             "a.json",
             ['[{"input": "a", "target": "b"}, 3]'],
@@ -186,14 +173,10 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"target": None}, "row 2 is not valid: target is missing or empty"),
         ({"target": float("nan")}, "row 2 is not valid: target is missing or empty"),
-        ({"target": []}, r"target: Input should be a valid string, got \[\]"),
         ({"input": {"0": "Is it good?"}}, "input: Input should be a valid string, got {'0': "),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
-        ({"choices": 3}, "choices: Input should be a valid tuple"),
         ({"choices": "yes ||| no |||"}, "choices.2: .* got ''"),
-        ({"references": '["yes", "", "no"]'}, "references.1: .* got ''"),
         ({"split": "dev"}, "split: Input should be 'train', 'validation' or 'test', got 'dev'"),
     ],
 )
@@ -246,12 +229,7 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
         ),
         ({"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, Example(Chat(TURNS), "green")),
         ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
-        (
-            {"prompt": "Good?", "completion": " yes", "choices": [" yes", " no"]},
-            Example("Good?", "yes", ("yes", "no")),
-        ),
         ({"instruction": "Add.", "input": "1 + 2", "output": 3}, Example("Add.\n\n1 + 2", "3")),
-        ({"instruction": "Even?", "input": 0, "output": "yes"}, Example("Even?\n\n0", "yes")),
         ({"instruction": "Greet.", "output": "Hi"}, Example("Greet.", "Hi")),
         ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),
     ],
@@ -282,10 +260,6 @@ def test_a_chat_is_a_text_that_keeps_its_turns():
     ("messages", "complaint"),
     [
         (MESSAGES[:-1], "must end with what the assistant answers"),
-        (MESSAGES[-1:], "must end with what the assistant answers"),
-        ([], "must end with what the assistant answers"),
-        ("Sky?", "Input should be a valid list, got 'Sky"),
-        ([{"role": "user", "content": None}], "0.content"),
         ([{"role": "user", "content": [{"type": "image"}]}], "0.content"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "0.tool_calls"),
     ],

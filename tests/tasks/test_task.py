@@ -4,18 +4,15 @@ import hashlib
 from collections import Counter
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.errors import TaskError
 from phatgoose.tasks.task import (
     PASSAGES,
     Example,
     Task,
     draw,
     mix,
-    named_apart,
     neutral_examples,
 )
 
@@ -55,12 +52,6 @@ def test_evaluation_takes_test_then_validation_then_train():
     assert task.evaluation_examples() == EXAMPLES[1:]
     assert replace(task, test=()).evaluation_examples() == EXAMPLES[:1]
     assert replace(task, test=(), validation=()).evaluation_examples() == EXAMPLES
-
-
-def test_two_tasks_of_one_name_are_refused():
-    assert [task.name for task in named_apart([make_task("a", 1), make_task("b", 1)])] == ["a", "b"]
-    with pytest.raises(TaskError, match="Two tasks are called 'a'"):
-        named_apart([make_task("a", 1), make_task("a", 2)])
 
 
 def test_validation_examples_are_those_a_task_has_or_would_set_apart():

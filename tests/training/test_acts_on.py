@@ -114,6 +114,7 @@ def test_an_imported_alora_keeps_its_invocation_through_gates_and_measuring(llam
     for expert in (imported, gated, again, plain):
         assert expert.acts_on == ActsOn(invocation=tuple(tokens))
     assert check_expert(again.directory) == []
+    assert again.info.hyperparameters["imported_from"] == "adapter"
     (entry,) = Pool((again,)).records()
     assert entry["acts_on"] == {"invocation_tokens": tokens}
     model = compose(Pool((again,)), copied_model("llama"), router="single")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ from training_runs import (
 from training_runs import train as train_default
 
 JOINT = GateTraining(joint=True)
-BOTH_WAYS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-
 Factors = dict[str, dict[str, Tensor]]  # site -> A, B, v
 
 

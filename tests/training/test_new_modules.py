@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from changed_experts import adapter_of
-from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
+from phatgoose.config import GateTraining, Lora, Peft
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.ia3 import scales_input
 from phatgoose.experts.importing import import_adapter
@@ -122,14 +122,6 @@ def test_gates_can_be_trained_with_the_expert(llama, shape, tmp_path):
         names = load_file(expert.directory / "adapter_model.safetensors")
         assert {name.rpartition(".")[2] for name in names} == {"ia3_l"}
         peft_model(llama, expert.directory)
-
-
-def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):
-    sites = placed_sites(llama.model, IA3(sites="q_proj"))
-    assert set(sites) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert scales_input(llama.model, sites) == set()
-    gates = Bottleneck(sites="gate_proj", size=2)
-    assert {site.rpartition(".")[2] for site in placed_sites(llama.model, gates)} == {"gate_proj"}
 
 
 def test_lora_starts_as_the_method_says(llama):

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from odd_files import one_line_of
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.errors import ExpertError
 from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from phatgoose.training.train_expert import open_work
@@ -45,22 +44,6 @@ def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
         other.kill()
     with open_work(out, {"a": 1}, resume=True) as again:
         assert (again / "checkpoint").read_text() == "1"
-
-
-def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
-    out = tmp_path / "expert"
-
-    def opened(identity: int = 1, **how: bool) -> list[str]:
-        with open_work(out, {"a": identity}, **{"resume": False, **how}) as work:
-            names = sorted(path.name for path in work.iterdir())
-            (work / "folder").mkdir(exist_ok=True)
-            return names
-
-    assert opened() == ["lock", "run.json"]
-    assert "resume" in one_line_of(opened)
-    assert opened(resume=True) == ["folder", "lock", "run.json"]
-    with pytest.raises(ConfigError, match="other settings"):
-        opened(2, resume=True)
 
 
 def test_finished_experts_come_first_with_a_warning_where_settings_differ(llama, tmp_path):

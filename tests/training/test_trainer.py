@@ -27,8 +27,7 @@ from training_runs import (
 )
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize(("kind", "micro"), [("llama", 1), ("t5", 3)], indirect=["kind"])
 def test_the_training_loss_is_the_mean_over_all_target_tokens_of_the_batch(base, tmp_path, micro):
     without_dropout(base.model)
     wanted = target_nll(base.model, base, TASK.train).mean().item()
@@ -37,8 +36,7 @@ def test_the_training_loss_is_the_mean_over_all_target_tokens_of_the_batch(base,
     assert expert.info.metrics["expert_train_loss"] == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize(("kind", "micro"), [("llama", 4), ("t5", 1)], indirect=["kind"])
 def test_the_validation_loss_is_the_mean_over_all_target_tokens(base, tmp_path, micro):
     training = replace(TRAINING, micro_batch_size=micro)
     expert = train(base, tmp_path / "echo", training=training)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.tasks.suites.bigbench import bbh, bbl
 from phatgoose.tasks.task import Example, Sources
@@ -66,7 +65,6 @@ def test_all_rows_are_test_examples_with_the_papers_prompt(tmp_path):
         ("reasoning_about_colored_objects", bbh, ["2", "two"], "2:1 two:1 3:0", ("2", "two")),
         # a target that is no choice gives way to the nearest right one
         ("strategyqa", bbl, ["No. It is too heavy."], "Yes:0 No:1", ("No",)),
-        ("strategyqa", bbl, ["Yes, for it is light."], "Yes:1 No:0", ("Yes",)),
         # without a score of 1 the nearest choice is right
         ("snarks", bbh, ["abcd"], "xbc:0 abx:0 ab:0 q:0", ("ab",)),
         ("snarks", bbh, ["abcd"], "ab:0 ax:0 xb:0", ("ab",)),
@@ -80,8 +78,3 @@ def test_right_answers(tmp_path, name, suite, targets, scores, wanted):
     assert task.test[0].answers == wanted
     assert bool(task.test[0].choices) == (name not in GENERATED)
     assert task.test[0].target == (max(targets, key=len) if name in GENERATED else wanted[-1])
-
-
-def test_a_dataset_that_is_none_of_the_suites_is_refused():
-    with pytest.raises(TaskError, match="Suite bbh has no dataset 'dyck_languages'"):
-        bbh().entry("dyck_languages")

@@ -81,8 +81,6 @@ def test_other_tags_are_refused(folder, tag):
     "text",
     [
         "",
-        "templates: {a: 1}",
-        "templates: {a: {name: n, jinja: 3}}",
         "templates: {a: {name: n, jinja: '{{x'}}",
         "templates: {a: {name: n, jinja: x, answer_choices: '{% if %}'}}",
         "[" * 5000,
@@ -120,7 +118,6 @@ OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1
             Example("aa", "b", ("b",)),
         ),
         ("Q ||| red ||| ||| blue |||", None, Example("Q", "red", (), ("red", "blue"))),
-        ("Q ||| {{options | join(' ||| ')}}", None, Example("Q", "red", (), ("red", "blue"))),
     ],
 )
 def test_input_targets_and_choices_are_rendered_from_the_row(jinja, choices, wanted):

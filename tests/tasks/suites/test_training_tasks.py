@@ -50,21 +50,10 @@ def test_suites_files_and_hub_datasets_are_opened_in_order_and_nothing_is_loaded
     assert open_tasks(["counting.jsonl"])  # it isn't looked into
 
 
-def test_templates_are_for_files_and_the_hub(here):
-    write_rows(here / "raw.jsonl", [{"text": f"t{i}"} for i in range(3)])
-    (task,) = open_tasks(["raw.jsonl"], template="{{text}}? ||| no", choices="yes ||| no")
-    assert task.load().train[1].choices == ("yes", "no")
-    with pytest.raises(TaskError, match="template is for task files and hub:DATASET; mine has"):
-        open_tasks(["mine"], template="{{text}}? ||| no")
-
-
 BAD_SOURCES = [
-    ("t1hi", "Suite 't1hi' is neither a known name"),
     ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
     ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
-    ("nowhere.toml", "nowhere.toml does not exist"),
     ("t0ho", "Suite t0ho is only for evaluation"),
-    ("", "Suite '' is neither a known name"),
 ]
 
 

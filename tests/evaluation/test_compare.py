@@ -217,7 +217,8 @@ def test_the_version_names_the_release_and_what_decides_a_score(tmp_path, monkey
     package = tmp_path / "phatgoose"
     monkeypatch.setattr(comparing, "PACKAGE", package)
     (package / "routing/kernels").mkdir(parents=True)
-    (package / "routing/kernels/native.cpp").touch()
+    for name in ("__init__.py", "routing/kernels/native.cpp"):
+        (package / name).touch()
     versions = []
     for name, text in (
         ("evaluation/metrics.py", "x = 1\n"),

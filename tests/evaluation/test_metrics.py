@@ -1,5 +1,6 @@
-"""Metrics beside hand-computed scores, the libraries' own, and the properties all of them share."""
+"""Metrics beside hand-computed scores, the libraries' own, what all share, and intervals."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import binomtest
 
-from phatgoose.evaluation.metrics import METRICS, Sample
+from phatgoose.evaluation.metrics import CONFIDENCE, METRICS, Sample, SharedMeans, wilson
 
 Row = tuple[str, Sequence[str]]
 
@@ -84,14 +86,11 @@ def test_without_its_package_a_metric_says_what_to_install(name, module):
         ("Yes", ["Yes "], 0, 1, 1),
         ("yes", ["Yes"], 0, 0, 1),
         ("The Beatles!", ["beatles"], 0, 0, 1),
-        ("a  b", ["a b"], 0, 0, 1),
         ("theatre", ["atre"], 0, 0, 0),  # an article is a word, not a beginning
         ("U.S.", ["us"], 0, 0, 1),
         ("the-end", ["the end"], 0, 0, 0),  # punctuation goes first, and joins
         ("", [""], 1, 1, 1),
-        ("", ["  "], 0, 1, 1),
         ("", ["the", "x"], 0, 0, 1),
-        ("", ["x"], 0, 0, 0),
         ("x", [""], 0, 0, 0),
         ("É", ["é"], 0, 0, 1),
         ("e\u0301", ["é"], 0, 0, 0),  # not composed to one form
@@ -114,10 +113,8 @@ def test_exact_matches(prediction, references, accuracy, exact, normalised):
     [
         ("the big cat", ["The cat"], 2 / 3),  # precision 1/2, recall 1
         ("cat cat dog", ["cat cat cat"], 2 / 3),  # repeated words count as often as both have them
-        ("dog cat", ["cat dog"], 1),
         ("a b c d", ["x", "b c", "b"], 0.8),  # "a" is an article: 2 of 3 words, both found
         ("cat", ["dog"], 0),
-        ("", ["cat"], 0),
         ("cat", [""], 0),
         ("", [""], 0),
         ("the", ["the"], 0),
@@ -143,3 +140,66 @@ def test_rouge_l_is_the_mean_of_the_librarys_best(corpus):
 @given(corpora)
 def test_bleu_of_sums_is_sacrebleus_of_the_corpus(corpus):
     assert score_of("bleu", corpus) == pytest.approx(sacrebleu_of(corpus), abs=1e-9)
+
+
+# Intervals
+
+
+def matches(*values: float) -> Sample:
+    """Answers that are right (1) or wrong (0)."""
+    return Sample.of(["accuracy"], [[(value,)] for value in values])
+
+
+def test_the_interval_is_that_of_a_bootstrap_written_out():
+    values = np.random.default_rng(1).random(40)
+    interval = matches(*values).estimate()
+    generator = np.random.default_rng(7)
+    means = [generator.choice(values, 40).mean() for _ in range(4000)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
+    normal = 1.96 * values.std() / math.sqrt(40)
+    assert interval.high - interval.low == pytest.approx(2 * normal, rel=0.1)
+
+
+def in_rows(values, rows) -> Sample:
+    return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
+
+
+def test_rows_of_several_sizes_count_by_their_examples():
+    sample = in_rows([1, 1, 1, 0], [7, 7, 7, 3])
+    weights = sample.draws(np.random.default_rng(0), 200)
+    assert {tuple(row) for row in weights} == {(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)}
+    assert sample.replicates(np.array([(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)])) == pytest.approx(
+        [3 / 4, 1, 0], abs=1e-12
+    )
+
+
+def test_intervals_of_rows_in_many_templates_cover_the_truth():
+    """Where rows decide much, intervals over examples would cover it in two thirds of the cases."""
+    generator, covered, narrow = np.random.default_rng(3), 0, 0
+    numbers = np.repeat(np.arange(80), 10).tolist()
+    for _ in range(300):
+        share = 1 / (1 + np.exp(-2 * generator.standard_normal(80)))  # each row's, 0.5 on average
+        values = (generator.random((80, 10)) < share[:, None]).astype(float).reshape(-1)
+        sample = in_rows(values, numbers)
+        known = wilson(sample.score * sample.independent, sample.independent)
+        alone = wilson(values.sum(), 800)
+        covered += known.low <= 0.5 <= known.high
+        narrow += alone.low <= 0.5 <= alone.high
+    assert covered / 300 > 0.92
+    assert narrow / 300 < 0.75
+
+
+def test_a_lead_on_every_example_is_the_same_in_every_resample():
+    marks = [np.random.default_rng(d).random(30) / 2 for d in range(4)]
+    lower = [matches(*row) for row in marks]
+    higher = [matches(*(row + 0.25)) for row in marks]
+    replicates = SharedMeans.of({"lower": lower, "higher": higher}).drawn
+    np.testing.assert_allclose(replicates["higher"] - replicates["lower"], 0.25, atol=1e-12)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilsons_interval_is_that_of_scipy(counts):
+    found = wilson(*counts)
+    wanted = binomtest(*counts).proportion_ci(CONFIDENCE, method="wilson")
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9, abs=1e-12)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -23,6 +25,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
+from phatgoose.training.train_expert import open_work
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
@@ -159,3 +162,33 @@ def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
         train(llama, whole.directory, resume=True, gate_training=other)
     fewer = replace(GATES, statistics_examples=1)  # which `measure` may have changed
     assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)
+
+
+HOLD = """
+from filelock import FileLock
+lock = FileLock({!r})
+lock.acquire()
+print("held", flush=True)
+input()
+"""
+
+
+def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
+    out = tmp_path / "expert"
+    with open_work(out, {"a": 1}, resume=False) as work:
+        (work / "checkpoint").write_text("1")
+    lock = str(tmp_path / ".expert.work" / "lock")
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        for resume in (True, False):
+            with pytest.raises(ExpertError, match="Another process is at work"):  # noqa: SIM117
+                with open_work(out, {"a": 1}, resume=resume):
+                    pass
+        assert (work / "checkpoint").exists()
+        other.kill()
+    with open_work(out, {"a": 1}, resume=True) as again:
+        assert (again / "checkpoint").read_text() == "1"

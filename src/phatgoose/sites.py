@@ -93,10 +93,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 class WrappedLinear(nn.Module):
     """A layer in place of a linear one, `base`, with its attributes and state-dict keys."""
 
-    def __init__(self, base: nn.Module, in_features: int, out_features: int) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base
-        self.in_features, self.out_features = in_features, out_features
+        shape: Any = linear_shape(base)
+        self.base, (self.in_features, self.out_features) = base, shape
         # Keys lose "base." on the way out and get it back on the way in, so that checkpoints fit.
         self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]

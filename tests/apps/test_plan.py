@@ -51,7 +51,9 @@ def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     assert task.tokens == round((trained + forward) * length)
     assert task.seconds == pytest.approx((trained + forward / 2) * length / 100, rel=0.01)
     short = replace(
-        SETTINGS, gates=GateTraining(joint=True), formatting=Formatting(4, max_target_tokens=1)
+        SETTINGS,
+        gate_training=GateTraining(joint=True),
+        formatting=Formatting(4, max_target_tokens=1),
     )
     (task,) = plan_of(folder, short, open_tasks(["counting.jsonl"])).tasks
     assert (task.gate_steps, task.tokens) == (0, (4 * 5 + 3 * 2 + 2 * 18) * 5)

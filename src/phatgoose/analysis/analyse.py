@@ -129,7 +129,15 @@ class Analysis:
             "experts": list(self.experts),
             "datasets": list(self.datasets),
             "oracle": dict(self.oracle),
-            "routers": {name: _plain_router(router) for name, router in self.routers.items()},
+            "routers": {
+                name: {
+                    "scores": {task: score.to_dict() for task, score in router.scores.items()},
+                    "datasets": {task: _numbers(d) for task, d in router.distributions.items()},
+                    "findings": [asdict(finding) for finding in router.findings],
+                    "choices": {task: rows.tolist() for task, rows in router.choices.items()},
+                }
+                for name, router in self.routers.items()
+            },
             "divergences": [
                 {"router": a, "other": b, "dataset": d, **asdict(self.divergence(a, b, d))}
                 for a, b in pairs
@@ -141,15 +149,6 @@ class Analysis:
                 if (each := self.correlation(a, b)) is not None
             ],
         }
-
-
-def _plain_router(router: RouterAnalysis) -> dict[str, Any]:
-    return {
-        "scores": {task: score.to_dict() for task, score in router.scores.items()},
-        "datasets": {task: _numbers(each) for task, each in router.distributions.items()},
-        "findings": [asdict(finding) for finding in router.findings],
-        "choices": {task: weights.tolist() for task, weights in router.choices.items()},
-    }
 
 
 def _numbers(spread: RoutingDistribution) -> dict[str, Any]:

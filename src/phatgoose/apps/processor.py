@@ -31,13 +31,6 @@ def bound_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def keep_to(cores: float) -> None:
-    """Have torch use no more threads than a worker's `cores`."""
-    import torch  # the command line must not load it
-
-    torch.set_num_threads(max(1, int(cores)))
-
-
 def quota() -> int | None:
     """Cores that the control group grants, rounded up; None where it sets no limit."""
     try:

@@ -10,10 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from ..errors import ConfigError, EngineError, PhatgooseError
 from ..files import first_line, one_line
 from ..jobs import Engine, Results
-from .processor import bound_spinning, keep_to
+from .processor import bound_spinning
 
 bound_spinning()  # workers get it, with the environment of this process or by `connected`
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
@@ -81,7 +83,7 @@ def _done(workshop: list[Any], folder: str, cpus: float, job: Any) -> Any:
         _opened.clear()
         with suppress(OSError):  # a machine without the folder needs absolute paths
             os.chdir(folder)
-        keep_to(cpus)
+        torch.set_num_threads(max(1, int(cpus)))
         # Fetched here: when Ray fetches it, it takes any error for a lost worker.
         context = ray.get(workshop[0]).open()
         _opened[key] = context, context.__enter__()

@@ -295,6 +295,9 @@ def compare(
     _report_inputs(base, (*rows, *singles), datasets, how)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run((*rows, *singles), datasets, base, store, how.engine)
+    machine = platform.processor() or platform.machine()
+    if (device := base.model.device).type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     scoring = {each.name: getattr(how, each.name) for each in fields(ScoringSettings)}
     comparison = Comparison(
         suites=columns,
@@ -309,7 +312,7 @@ def compare(
             "k": how.routing.k,
             "kernel": how.routing.kernel,
             "code": code_version(),
-            "machine": chip_of(base.model.device),
+            "machine": machine,
             **scoring,
             "formatting": asdict(how.formatting),
         },
@@ -330,13 +333,6 @@ def code_version() -> str:
     root = (PACKAGE / "__init__.py").read_text(encoding="utf-8")  # it imports this module
     release = root.partition('__version__ = "')[2].partition('"')[0]
     return f"{release}+{digest.hexdigest()[:12]}"
-
-
-def chip_of(device: torch.device) -> str:
-    """The name of the GPU that `device` is, or of this machine's kind of processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 def _refuse_twice(what: str, names: Iterable[str]) -> None:

@@ -84,15 +84,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
+@cache
 def kinds() -> Mapping[str, Kind]:
     """Every kind by name: ours, those put into KINDS, those of other packages' entry points."""
-    _add_others()
-    return KINDS
-
-
-@cache
-def _add_others() -> None:
     add_entry_points(GROUP, KINDS, Kind)
+    return KINDS
 
 
 def kind_for(settings: Peft) -> Kind:

@@ -25,7 +25,7 @@ from ..base import Base
 from ..errors import ExpertError
 from ..files import TensorFile, one_line, read_json, shortened
 from ..passes import where_active
-from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, linear_shape, replaced
+from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, replaced
 
 VERSION = 1  # of the formats of one's own
 
@@ -248,8 +248,7 @@ class ModifiedLinear(WrappedLinear):
         self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
     ) -> None:
         """`dtype` is the module's type if the weights are packed and have none."""
-        shape: Any = linear_shape(base)
-        super().__init__(base, *shape)
+        super().__init__(base)
         like = self.weight
         if dtype is not None and not like.is_floating_point():
             like = torch.empty(0, dtype=dtype, device=like.device)
@@ -372,7 +371,7 @@ class _NewLayer(WrappedLinear):
     def __init__(
         self, base: nn.Module, site: Site, new: NewLayers, settings: Any, *, joint: bool
     ) -> None:
-        super().__init__(base, site.in_features, site.out_features)
+        super().__init__(base)
         self.new, self.settings = new, settings
         device = self.weight.device
         self.trained = nn.ParameterDict()  # by item: it would sort a dictionary

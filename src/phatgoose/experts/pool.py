@@ -106,9 +106,6 @@ class Pool(Mapping[str, Expert]):
             return self.experts[self.names.index(name)]
         raise KeyError(self._unknown(name))
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

@@ -163,7 +163,9 @@ class Encoder:
         def cut_to(level: int) -> list[int]:
             # A text that was cut inside a character may have more tokens when it is text again.
             cut = [
-                content if len(tokens) <= level else self._text(cut_tokens(tokens, level, how))
+                content
+                if len(tokens) <= level
+                else str(self.tokenizer.decode(cut_tokens(tokens, level, how)))
                 for _, content, tokens in turns
             ]
             roles = [role for role, _, _ in turns]
@@ -270,9 +272,6 @@ class Encoder:
     @cached_property
     def _end_of_chat(self) -> str:
         return self._rendered(Chat([("user", "")]))
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens))
 
     def _tokens(self, text: str) -> list[int]:
         return list(self._encoded(text)["input_ids"])

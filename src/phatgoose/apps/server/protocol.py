@@ -264,15 +264,14 @@ class TextPart(Strict):
     text: str
 
 
-def _parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 MOST_MESSAGES = 5_000  # of a conversation, or parts of a message
 Content = Annotated[
     list[TextPart],
     Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-    BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
+    BeforeValidator(
+        lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+        json_schema_input_type=str | list[TextPart],
+    ),
 ]
 
 

@@ -101,7 +101,7 @@ class Oracle(ByPrompt):
     """
 
     name, label, given = "oracle", "Oracle", ("scores", "task")
-    grows = per_input = reads_prompts = False
+    grows = per_input = False
     unserved = "Router oracle goes by the task's name, which evaluate and compare tell it."
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
@@ -176,7 +176,7 @@ class Weights(ByPrompt):
     """
 
     name, label, given = WEIGHTS, "Given weights", ("weights",)
-    grows = per_input = reads_prompts = False
+    grows = per_input = False
 
     mixture: Annotated[
         str | None,

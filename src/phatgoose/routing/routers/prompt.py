@@ -87,7 +87,6 @@ class ByPrompt(Router):
 
     per_input, by_token = True, False
     prompt_sizes: ClassVar[Mapping[str, str]] = {}  # of the tables, as `sizes`; M if by "owners"
-    reads_prompts: ClassVar[bool] = True
     reads_base: ClassVar[bool] = False  # True where `features` need the base
     chooses: ClassVar[bool] = True  # False where weights are scores of all experts
 

@@ -177,7 +177,9 @@ class EngineBackend(Backend):
                 message = f"{engine.label} applies one expert with the weight 1; it can't mix."
                 raise bad_request(message, "weights")
             chosen = [weights] * len(asked.prompts)
-        sent = chosen if engine.mixes else list(map(first_of, chosen))
+        sent = chosen
+        if not engine.mixes:  # the heaviest expert alone; nothing of nothing
+            sent = [{max(each, key=each.__getitem__): 1.0} if each else {} for each in chosen]
         report = partial(_report, asked, sent, chosen, router)
         reply = Reply(Builder(asked, report), asked.deadline, WAITING)
         for number, answer in enumerate(asked.answers):
@@ -269,11 +271,6 @@ def _report(
     tokens = [token] if progress.text else []
     report = routing_report(router, len(all_weights) or None, all_weights, tokens, weights)
     return report | ({"chosen": all_weights} if chosen[row] != sent[row] else {})
-
-
-def first_of(weights: Mapping[str, float]) -> Weights:
-    """The heaviest expert alone, with the weight 1; nothing of nothing."""
-    return {max(weights, key=lambda name: weights[name]): 1.0} if weights else {}
 
 
 def named(weights: Mapping[str, float]) -> str:

@@ -124,9 +124,9 @@ RECORD = '\nKIND = KINDS.pop("shift")\n'
 def unread(monkeypatch):
     """Entry points are read again, and what they add is gone after the test."""
     monkeypatch.setattr(experts, "KINDS", dict(KINDS))
-    experts._add_others.cache_clear()
+    kinds.cache_clear()
     yield
-    experts._add_others.cache_clear()
+    kinds.cache_clear()
 
 
 def test_broken_kinds_of_other_packages_are_named_and_break_nothing(unread, monkeypatch, tmp_path):

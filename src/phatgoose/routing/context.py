@@ -478,15 +478,22 @@ def _is_cache(value: Any) -> bool:
 
 @contextmanager
 def base_alone(model: PreTrainedModel) -> Iterator[None]:
-    """No expert acts in this thread's passes of `model`, and no one watches them.
+    """No expert acts in this thread's passes of `model`, routed or not, and no one watches them.
 
-    It is routed by prompts, has experts that act from a prompt's end on, or isn't routed.
+    Raises RoutingError for a model that is routed token by token, unless all of its experts act
+    from a prompt's end on.
     """
     parts: Any = getattr(model, ROUTED, None)
     if parts is None:
         yield
         return
-    present = parts.context._present
+    context: RoutingContext | None = parts.context
+    if context is None or (context.router is None and None in parts.acting):
+        raise RoutingError(
+            "Prompts are read by the base alone, and this model's experts act on every token; hand "
+            "over the base, or detach the experts."
+        )
+    present = context._present
     before, present.base_alone = present.base_alone, True
     try:
         # A pass that is watched may read a prompt first; that reading is no part of it.

@@ -24,7 +24,9 @@ from phatgoose.experts.pool import Pool
 from phatgoose.passes import NEVER, ActsOn, beginnings, cache_argument
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import routing_for
+from phatgoose.routing.context import base_alone
 from phatgoose.routing.export import export
+from phatgoose.routing.recording import record
 from phatgoose.routing.saved import add_to_saved, load, read_saved, save
 from phatgoose.tasks import batching
 from tiny import logits_of
@@ -129,6 +131,21 @@ def test_the_experts_of_each_pass_matter(case):
     if None not in case.acting:
         end = max(each.tail for each in case.acting)
         assert torch.equal(wanted[:-end], base[:-end])
+
+
+@torch.no_grad()
+def test_the_base_reads_alone_where_no_expert_acts_on_every_token(case):
+    ids = torch.tensor([PROMPTS[0]])
+    wanted, routed = case.base(ids).logits, case.routed(ids).logits
+    if None in case.acting:
+        with pytest.raises(RoutingError, match="experts act on every token"):
+            base_alone(case.routed).__enter__()
+        return
+    with record(case.routed) as recording, base_alone(case.routed):
+        assert torch.equal(case.routed(ids).logits, wanted)
+    assert not recording.weights  # nobody watches either
+    assert torch.equal(case.routed(ids).logits, routed)
+    assert not torch.equal(routed, wanted)
 
 
 KINDS = {

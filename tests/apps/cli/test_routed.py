@@ -96,6 +96,7 @@ def test_audit_and_compose_name_who_looks_unlike_the_others(crowd, phat):
     "command",
     [
         ["export", "experts", "--out", "merged", "--router", "merged", "--k", 1, *BASE],
+        ["analyse", "experts", "--task", "unseen.jsonl", "--router", "merged", "--k", 2, *BASE],
         ["serve", "goose=experts?router=merged&k=4", "--dtype", "float33"],
     ],
 )

@@ -158,6 +158,7 @@ def analyse(
     others = split_routers(against or [])
     subject: PreTrainedModel | Pool
     if is_pool(model):
+        options.warn_of_unused_k(routing)
         subject = opening.open_pool([Path(model)])
         base, routers = opening.load(subject.base), [routing.router, *others]
     else:

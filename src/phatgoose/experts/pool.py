@@ -23,6 +23,7 @@ from .importing import read_adapters
 MOST_NAMED = 8  # experts in the repr of a pool
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "stats")
+PLURAL = {"lora": "LoRAs"}  # parts that are no words themselves
 RECORDED = ("adapter_sha256", "vectors_sha256", "embeddings_sha256", "acts_on", "measured_in")
 
 
@@ -152,15 +153,15 @@ class Pool(Mapping[str, Expert]):
         """The names of the experts that don't have a `part` (see `Expert.has`)."""
         return tuple(expert.name for expert in self.experts if not expert.has(part))
 
-    def check_vectors(self, kind: str) -> None:
-        """Raise PoolError, naming them, when experts lack a `kind` of REMEDIES."""
-        if without := self.lacking(kind):
-            is_one = len(without) == 1
+    def check_has(self, part: str) -> None:
+        """Raise PoolError, naming them, when experts lack a `part` (see `Expert.has`)."""
+        if without := self.lacking(part):
+            who = f"Expert{'s'[: len(without) - 1]} {', '.join(map(repr, without))}"
+            add = f"run 'phatgoose {REMEDIES.get(part)}' with the data of the training, "
             raise PoolError(
-                f"Expert{'' if is_one else 's'} {', '.join(map(repr, without))} "
-                f"{'has' if is_one else 'have'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with "
-                f"the data of the training, leave {'it' if is_one else 'them'} out, or compose the "
-                f"pool by a router that needs none, such as arrow."
+                f"{who} {'has' if len(without) == 1 else 'have'} no {PLURAL.get(part, part)}: "
+                f"{add if part in REMEDIES else ''}leave such experts out, or compose the pool by "
+                f"a router that needs none, such as merged."
             )
 
     def records(self) -> list[dict[str, Any]]:

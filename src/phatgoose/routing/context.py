@@ -417,18 +417,6 @@ class RoutingContext:
         real = torch.ones_like(ids).bool() if real is None else real.bool().to(ids.device)
         return self.routing_of([row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
 
-    def check_cache(self, tokens: int, routing: PromptRouting, mask: Tensor | None) -> None:
-        """Raise RoutingError if experts should have acted on `tokens` that somebody else read."""
-        begin = routing.beginnings
-        if not tokens or (self._present.announced and begin is None):
-            return
-        read: Any = tokens if mask is None else mask[:, :tokens].sum(dim=1, keepdim=True).cpu()
-        if begin is None or self._some_always_act or bool((read > begin).any()):
-            raise RoutingError(
-                f"{self._who}, and has not read the {tokens} tokens in this cache, where some act; "
-                f"pass the whole prompt without a cache, or a cache of fewer tokens."
-            )
-
     def _activity(self, given: Mapping[str, Any]) -> Activity | None:
         begin, positions = self._present.routing.beginnings, token_positions(given)
         if begin is None or positions is None:
@@ -449,23 +437,32 @@ def _generate(
     not empty, the experts of the prompt that filled it go on.
     """
     ids = kwargs.get("input_ids") if inputs is None else inputs
-    mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
+    mask, cache, present = kwargs.get("attention_mask"), cache_of(kwargs), context._present
     generate = partial(type(model).generate, model, inputs, *args, **kwargs)
     is_read = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
-    present, count = context._present, cached_tokens(kwargs)
-    known = context._known.get(cache) if _is_cache(cache) and count != 0 else None
-    if present.announced or not is_read or (mask is not None and mask.dim() != 2):
-        context.check_cache(0 if known else count or 0, present.routing, None)
-        return generate()  # its first pass is read
-    if mask is None:  # as transformers infers it
+    if not is_read or present.announced or (mask is not None and mask.dim() != 2):
+        is_read, mask = False, None
+    cached = cached_tokens(kwargs)
+    known = context._known.get(cache) if _is_cache(cache) and cached != 0 else None
+    if is_read and mask is None:  # as transformers infers it
         config = kwargs.get("generation_config") or model.generation_config
         pad, ends = (
             kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id")
         )
         ends = ends if isinstance(ends, list | tuple) else [ends]
         mask = ids != pad if pad is not None and pad not in ends else None
-    routing = known or context._routing_of_rows(ids, mask)
-    context.check_cache(0 if known else count or 0, routing, mask)
+    routing = (known or context._routing_of_rows(ids, mask)) if is_read else present.routing
+    begin = routing.beginnings
+    if cached and not known and not (present.announced and begin is None):
+        # Experts should have acted on tokens that somebody else read.
+        read = cached if mask is None else mask[:, :cached].sum(dim=1, keepdim=True).cpu()
+        if begin is None or context._some_always_act or bool(torch.any(read > begin)):
+            raise RoutingError(
+                f"{context._who}, and has not read the {cached} tokens in this cache, where some "
+                f"act; pass the whole prompt without a cache, or a cache of fewer tokens."
+            )
+    if not is_read:
+        return generate()  # its first pass is read
     with context.using(routing):
         answer = generate()
     present.routing = routing  # which `choice` tells, until the next prompt

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...errors import PoolError
-from ...experts.pool import REMEDIES, Pool
+from ...experts.pool import PLURAL, REMEDIES, Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, OURS
 
@@ -72,5 +72,5 @@ def _unmet(pool: Pool, router: str) -> list[str]:
 
 def _why(missing: Iterable[str]) -> str:
     commands = {need: f" (phatgoose {REMEDIES[need]})" for need in REMEDIES}
-    named = ({"lora": "LoRAs"}.get(need, need) + commands.get(need, "") for need in missing)
+    named = (PLURAL.get(need, need) + commands.get(need, "") for need in missing)
     return f"; routers tried before it need {', '.join(named)} of all experts" if missing else ""

@@ -28,7 +28,6 @@ from torch.nn import functional
 
 from ...config import EmbeddingForm
 from ...errors import PoolError, RoutingError
-from ...experts.expert import Expert
 from ...experts.pool import Pool
 from ...tasks.embeddings import (
     PAPER_TEXT,
@@ -168,28 +167,24 @@ def best_of_each(scores: Tensor, owners: Tensor, experts: int) -> Tensor:
 
 def embeddings_of(pool: Pool, form: str = PROMPT) -> Searched:
     """The embeddings of all experts of `pool`: one embedder's, one `form`'s; else PoolError."""
-    rows = [_embeddings(expert, form) for expert in pool.experts]
-    kinds = {
-        (str(expert.info.embedder), row.shape[1])
-        for expert, row in zip(pool.experts, rows, strict=True)
-    }
+    rows, kinds = list[Tensor](), set[tuple[str, int]]()
+    for expert in pool.experts:
+        info, stored = expert.info, expert.embeddings
+        if stored is None or not info.embedder or (info.embedding_form or PAPER_TEXT) != form:
+            flag = "" if form == PROMPT else f" --embedding-form {form}"
+            raise PoolError(
+                f"Expert {expert.name!r} has no embeddings of {TEXTS[form]}; measure them: "
+                f"phatgoose stats {expert.directory} --task ITS-DATA --embeddings --no-means "
+                f"--no-readings{flag}"
+            )
+        rows.append(stored)
+        kinds.add((info.embedder, stored.shape[1]))
     if len(kinds) > 1:
         named = ", ".join(f"{name} ({width} numbers each)" for name, width in sorted(kinds))
         raise PoolError(f"The experts' embeddings can't be compared, for they are of {named}.")
     owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([*map(len, rows)]))
     unit = functional.normalize(torch.cat(rows).float(), dim=-1)
     return Searched(unit, kinds.pop()[0], owners, len(pool))
-
-
-def _embeddings(expert: Expert, form: str) -> Tensor:
-    info, stored = expert.info, expert.info.embedding_form or PAPER_TEXT
-    if expert.embeddings is None or not info.embedder or stored != form:
-        flag = "" if form == PROMPT else f" --embedding-form {form}"
-        raise PoolError(
-            f"Expert {expert.name!r} has no embeddings of {TEXTS[form]}; measure them: phatgoose "
-            f"stats {expert.directory} --task ITS-DATA --embeddings --no-means --no-readings{flag}"
-        )
-    return expert.embeddings
 
 
 def _within_bound(owners: Tensor) -> Tensor:

@@ -160,14 +160,7 @@ class Router(Settings):
     def check(self, pool: Pool) -> None:
         """Raise PoolError, naming them, when experts of `pool` lack what the router needs."""
         for need in self.needs:
-            without = [f"{e.name!r} ({e.kind})" for e in pool.experts if not e.lora]
-            if need != "lora":
-                pool.check_vectors(need)
-            elif without:
-                raise PoolError(
-                    f"Router {self.name} needs the factors of LoRAs, and there are none in "
-                    f"{', '.join(without)}: leave these out, or use another router."
-                )
+            pool.check_has(need)
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         """The experts of `pool` that can ever be chosen; all of them by default.

@@ -23,7 +23,6 @@ from .importing import read_adapters
 MOST_NAMED = 8  # experts in the repr of a pool
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "stats")
-PLURAL = {"lora": "LoRAs"}  # parts that are no words themselves
 RECORDED = ("adapter_sha256", "vectors_sha256", "embeddings_sha256", "acts_on", "measured_in")
 
 
@@ -152,17 +151,6 @@ class Pool(Mapping[str, Expert]):
     def lacking(self, part: str) -> tuple[str, ...]:
         """The names of the experts that don't have a `part` (see `Expert.has`)."""
         return tuple(expert.name for expert in self.experts if not expert.has(part))
-
-    def check_has(self, part: str) -> None:
-        """Raise PoolError, naming them, when experts lack a `part` (see `Expert.has`)."""
-        if without := self.lacking(part):
-            who = f"Expert{'s'[: len(without) - 1]} {', '.join(map(repr, without))}"
-            add = f"run 'phatgoose {REMEDIES.get(part)}' with the data of the training, "
-            raise PoolError(
-                f"{who} {'has' if len(without) == 1 else 'have'} no {PLURAL.get(part, part)}: "
-                f"{add if part in REMEDIES else ''}leave such experts out, or compose the pool by "
-                f"a router that needs none, such as merged."
-            )
 
     def records(self) -> list[dict[str, Any]]:
         """One record per expert: name, path, the hashes of its files and its inputs' formatting.

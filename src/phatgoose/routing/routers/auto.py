@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...errors import PoolError
-from ...experts.pool import PLURAL, REMEDIES, Pool
+from ...experts.pool import REMEDIES, Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, OURS
+from .router import PLURAL
 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 BY_PROMPT = ("discriminant", "retrieval")  # by the prompt alone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...config import Kernel, Routing, Settings, from_mapping, settings_of
 from ...errors import ConfigError, PoolError
-from ...experts.pool import Pool
+from ...experts.pool import REMEDIES, Pool
 from ...files import one_line, shortened
 from ..context import NOBODY
 from ..kernels import native, triton_gpu
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Scores = Mapping[str, Mapping[str, float]]  # of single experts: expert -> task -> score
+PLURAL = {"lora": "LoRAs"}  # needs that are no words themselves
 OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
 STANDARDISED, ABSOLUTE = "v̄ᵀū/√n", "|vᵀu|"  # scores that kernels know
 
@@ -160,7 +161,14 @@ class Router(Settings):
     def check(self, pool: Pool) -> None:
         """Raise PoolError, naming them, when experts of `pool` lack what the router needs."""
         for need in self.needs:
-            pool.check_has(need)
+            if without := pool.lacking(need):
+                who = f"Expert{'s'[: len(without) - 1]} {', '.join(map(repr, without))}"
+                has = f"{'has' if len(without) == 1 else 'have'} no {PLURAL.get(need, need)}"
+                add = f"run 'phatgoose {REMEDIES.get(need)}' with the data of the training, "
+                raise PoolError(
+                    f"{who} {has}: {add if need in REMEDIES else ''}leave such experts out, or "
+                    f"compose the pool by a router that needs none, such as merged."
+                )
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         """The experts of `pool` that can ever be chosen; all of them by default.

@@ -109,12 +109,9 @@ def sha256_of(path: Path) -> str:
 # JSON, which may be of others, and TOML, which users name.
 
 MOST_JSON_BYTES = 16 * 2**20
-UNSHOWN = (
-    "missing",
-    "value_error",
-    "too_short",
-    "too_long",
-)  # pydantic's errors that need no value
+MOST_JSON_VALUES = 2**18  # of each that is wrong pydantic makes a record of a kilobyte
+# pydantic's errors that need no value
+UNSHOWN = ("missing", "value_error", "too_short", "too_long")
 
 
 @contextmanager
@@ -178,6 +175,8 @@ def parse_json(text: str, kind: type[Kind]) -> Kind:
             raise ValueError(f"{digits} is not a JSON number, or too large")
         return value
 
+    if text.count(",") > MOST_JSON_VALUES:
+        raise ValueError(f"it holds more than {MOST_JSON_VALUES} values")
     # pydantic would take the last of two keys and a number that is too large.
     json.loads(text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number)
     adapter = _adapter(cast(Hashable, dict[str, Any] if kind is dict else kind))

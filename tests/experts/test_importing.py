@@ -127,6 +127,7 @@ def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders
         ({"r": 0}, "can't be imported: "),
         ({"r": "4"}, "can't be imported: "),
         ({"r": 8}, "its config wants (8, "),
+        ({"revision": "../../x"}, "no branch, tag or commit"),
     ],
 )
 def test_a_config_that_fits_nothing_is_refused_in_one_line(

@@ -114,9 +114,10 @@ def changed(**changes: object) -> str:
         ("[" * 100_000, "nested too deeply"),
         (b"\xff\xfe", "can't decode"),
         (" " * (1 << 24) + "{}", "at most 16777216 are read"),
+        (changed(rooms=["x"] * (1 << 19)), "more than 262144 values"),
         (None, "a.json does not exist. Make one."),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_json_is_read_strictly_or_refused_in_one_line(tmp_path, text, complaint):
     path = tmp_path / "a.json"

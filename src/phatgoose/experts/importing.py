@@ -59,6 +59,7 @@ from ..files import (
     first_line,
     matching,
     one_line,
+    reading,
     require_free,
     sha256_of,
     shortened,
@@ -154,6 +155,8 @@ def read_adapter(
             f"The adapter names its base by {place or 'nothing'}, which nobody else can load; name "
             f"the base with --base."
         )
+    with reading(reference or folder):
+        BaseReference(place, revision)  # which refuses what is no revision
     known = BaseReference(base_id) if base_id else published(place, revision)
     if known is not None and not base_id and not os.path.isdir(place):
         place, revision = known.id, known.revision  # a path of another machine, or no path

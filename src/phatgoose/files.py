@@ -162,9 +162,11 @@ def read_json(
     infinity, not too large and not too deep. Raises only `error`, in one line; see `reading`.
     """
     with reading(path, error, hint):
-        if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise ValueError(f"it has {size} bytes; at most {MOST_JSON_BYTES} are read")
-        return parse_json(regular_file(path, error, hint).read_text(encoding="utf-8"), kind)
+        with regular_file(path, error, hint).open("rb") as file:
+            content = file.read(MOST_JSON_BYTES + 1)
+        if len(content) > MOST_JSON_BYTES or content.count(b",") > MOST_JSON_VALUES:
+            raise ValueError(f"at most {MOST_JSON_BYTES} bytes, {MOST_JSON_VALUES} values are read")
+        return parse_json(content.decode("utf-8"), kind)
 
 
 def parse_json(text: str, kind: type[Kind]) -> Kind:
@@ -175,8 +177,6 @@ def parse_json(text: str, kind: type[Kind]) -> Kind:
             raise ValueError(f"{digits} is not a JSON number, or too large")
         return value
 
-    if text.count(",") > MOST_JSON_VALUES:
-        raise ValueError(f"it holds more than {MOST_JSON_VALUES} values")
     # pydantic would take the last of two keys and a number that is too large.
     json.loads(text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number)
     adapter = _adapter(cast(Hashable, dict[str, Any] if kind is dict else kind))

@@ -59,7 +59,6 @@ from ..files import (
     first_line,
     matching,
     one_line,
-    reading,
     require_free,
     sha256_of,
     shortened,
@@ -155,7 +154,7 @@ def read_adapter(
             f"The adapter names its base by {place or 'nothing'}, which nobody else can load; name "
             f"the base with --base."
         )
-    with reading(reference or folder):
+    with _reported(f"{reference or folder} can't be imported"):
         BaseReference(place, revision)  # which refuses what is no revision
     known = BaseReference(base_id) if base_id else published(place, revision)
     if known is not None and not base_id and not os.path.isdir(place):
@@ -203,8 +202,7 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     `options` are those of `import_adapter` but `name`. One that is refused doesn't keep the others
     back.
     """
-    folder = Path(out)
-    return _all_of(sources, lambda source, name: import_adapter(source, folder / name, **options))
+    return _all_of(sources, lambda place, name: import_adapter(place, Path(out) / name, **options))
 
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
@@ -441,9 +439,8 @@ def _converted(
         factors[site] = LoraFactors(A, B, 1.0)
         energies[site] = float((B.double() @ A.double()).square().sum())
     shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
-    total = sum(updates.values())
+    total, worst = sum(updates.values()), min([*shares, 1.0])
     kept = min(sum(energies.values()) / total, 1.0) if total else 1.0
-    worst = min([*shares, 1.0])
     return factors, {"kept_of_update": round(kept, 6), "kept_at_worst_site": round(worst, 6)}
 
 

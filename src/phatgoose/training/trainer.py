@@ -297,8 +297,8 @@ def fit(
 
     `stage` is "expert" or "gates", whose steps and rate are used. Training continues from the
     newest complete checkpoint in the run's work, to the same result. Without `validation` the last
-    state stays. Raises TrainingError as soon as a loss is not finite, or what was trained isn't in
-    the end, ExpertError if a checkpoint can't be written.
+    state stays. Raises TrainingError as soon as a loss is not finite, ExpertError if a checkpoint
+    can't be written.
 
     Returned are the metrics that the expert records: `tokens` counts prompt and target tokens
     without padding; `seconds`, which leaves out validation, and `tokens_per_second` cover this call

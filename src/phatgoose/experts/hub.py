@@ -79,7 +79,7 @@ def reference_of(directory: Path) -> HubReference | None:
 def fetch(reference: HubReference, inner: Sequence[str] | None = None) -> Path:
     """The local copy of what `reference` names, also without a connection if it was fetched before.
 
-    `inner` are the files wanted of folders in it. Raises ExpertError when there is nothing.
+    `inner` are the files wanted of folders in it. Raises ExpertError when there is no repository.
     """
     inside = f"{reference.folder}/" if reference.folder else ""
     patterns = [f"{inside}{file}" for file in expert_files()]
@@ -91,10 +91,7 @@ def fetch(reference: HubReference, inner: Sequence[str] | None = None) -> Path:
             allow_patterns=patterns,
             ignore_patterns=[f"{inside}*/*/*"],  # the Hub's * matches slashes too
         )
-    folder = Path(snapshot) / reference.folder
-    if not folder.is_dir():
-        raise ExpertError(f"{reference} holds no expert and no PEFT adapter.")
-    return folder
+    return Path(snapshot) / reference.folder
 
 
 def pull(reference: HubReference | str, out: str | Path) -> Expert:
@@ -144,8 +141,7 @@ def push(
     if not is_hub_id(expert.info.base.id):
         raise ExpertError(
             f"{directory} names its base by a path, {shortened(expert.info.base.id)}, which others "
-            f"can't load; publish the base, put its Hub id into {LAYOUT.info} (base.id), and push "
-            f"then."
+            f"can't load; publish the base, and put its Hub id into {LAYOUT.info} (base.id)."
         )
     there = [file for file in expert_files() if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to

@@ -193,7 +193,6 @@ def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
     assert snapshot(smollm2_cache) == before
 
 
-@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
-def test_a_device_that_can_t_be_used_is_told(base_folders, device):
-    with pytest.raises(BaseModelError, match=f"device '{device}' is not valid: "):
-        load_base(base_folders["llama"], device=device)
+def test_a_device_that_can_t_be_used_is_told(base_folders):
+    with pytest.raises(BaseModelError, match="device 'cuda:99' is not valid: "):
+        load_base(base_folders["llama"], device="cuda:99")

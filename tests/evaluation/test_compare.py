@@ -128,10 +128,6 @@ def uninterrupted(setting, tmp_path_factory) -> list[Any]:
     return without_seconds(folder)
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_killed_comparison_goes_on_where_it_stopped(setting, uninterrupted, tmp_path):

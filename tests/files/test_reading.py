@@ -15,7 +15,6 @@ from phatgoose.errors import ConfigError, EvaluationError, ExpertError, TaskErro
 from phatgoose.evaluation.replay import read_marks
 from phatgoose.evaluation.results import ResultStore
 from phatgoose.files import (
-    half_character,
     one_line,
     read_json,
     read_table,
@@ -133,12 +132,6 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "a.toml").write_text(text)
     said = one_line_of(lambda: read_table(tmp_path / "a.toml", "Recipe", ConfigError), ConfigError)
     assert "a.toml is not valid: " in said
-
-
-def test_half_a_character_is_seen_and_whole_ones_are_none():
-    assert half_character("a😀é") is None
-    assert half_character(json.loads(r'"a\ud83d b\ude00"')) == "\ud83d"
-    assert half_character(b"caf\xe9".decode(errors="surrogateescape")) == "\udce9"
 
 
 def test_a_text_of_others_is_one_printable_line_of_bounded_length():

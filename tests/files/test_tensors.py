@@ -98,12 +98,6 @@ def test_a_header_of_any_length_will_do(tmp_path):
         assert torch.equal(read["a"], numbers.view(2, 3))
 
 
-def test_tensors_under_a_prefix_are_a_file_of_their_own(tmp_path):
-    save_file({"a.x": torch.ones(2), "a.y": torch.zeros(1), "ab": torch.ones(1)}, tmp_path / "f")
-    part = TensorFile(tmp_path / "f").under("a")
-    assert {name: tensor.tolist() for name, tensor in part.items()} == {"x": [1, 1], "y": [0]}
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_tensor_that_is_not_finite_is_named(tmp_path, value, dtype):

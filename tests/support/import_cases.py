@@ -25,7 +25,6 @@ TARGETS = {  # attention and feed-forward layers that each kind has, by their sh
 FEEDFORWARD = {"t5": "wo", "llama": "down_proj", "gpt2": "c_proj"}
 BLOCKS = {"t5": "block", "llama": "layers", "gpt2": "h"}
 EMBEDDING = {"t5": "shared", "llama": "embed_tokens", "gpt2": "wte"}
-NORM = {"t5": "final_layer_norm", "llama": "norm", "gpt2": "ln_f"}
 INVOCATION = make_ids(2)[0, 3:5].tolist()  # one of two rows of the tests' tokens has it
 
 
@@ -110,7 +109,6 @@ CASES = (
         "layers_to_transform",
         options=lambda kind: {"layers_to_transform": [1], "layers_pattern": BLOCKS[kind]},
     ),
-    Case("init_lora_weights=gaussian", options=lambda kind: {"init_lora_weights": "gaussian"}),
     Case("lora_bias", options=lambda kind: {"lora_bias": True}),
     Case("DoRA", options=lambda kind: {"use_dora": True}),
     Case(
@@ -135,21 +133,7 @@ CASES = (
         Case(f"{name} with --allow-loss 0", config, lambda _, o=options: o, 0.0, only=bases)
         for name, (config, options, bases) in LOSSY.items()
     ),
-    # What is refused.
-    Case("bias=all", options=lambda kind: {"bias": "all"}, refused="uses 'bias'"),
-    Case("PiSSA", options=lambda kind: {"init_lora_weights": "pissa"}, refused="changed the base"),
-    Case(
-        "LoHa",
-        peft.LoHaConfig,
-        lambda kind: {"r": 2},
-        refused="--allow-loss",
-        only=("llama",),
-    ),
-    Case(
-        "modules_to_save",
-        options=lambda kind: {"modules_to_save": [NORM[kind]]},
-        refused="uses 'modules_to_save'",
-    ),
+    # What is refused; tests/experts/test_damage.py has the options that can't be routed.
     Case(
         "embeddings among the targets",
         options=lambda kind: {"target_modules": [_first(kind), EMBEDDING[kind]]},
@@ -162,14 +146,12 @@ CASES = (
         only=("llama", "gpt2"),
     ),
     Case("resized embeddings", refused="its config wants no such tensor"),
-    Case("an option of a newer PEFT", spoil={"use_new": True}, refused="uses 'use_new'"),
     Case("a factor missing", change=lambda t: t.pop(min(t)), refused="its config wants"),
     Case(
         "a tensor too many",
         change=lambda t: t.update({"base_model.model.extra.weight": torch.zeros(2)}),
         refused="extra.weight': its config wants no such tensor",
     ),
-    Case("AdapterHub's format", spoil={"peft_type": None}, refused="of type None"),
     Case(
         "prompt tuning",
         peft.PromptTuningConfig,

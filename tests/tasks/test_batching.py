@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MistralConfig, MistralForCausalLM
 
+from architectures import make_tiny
 from phatgoose.tasks.batching import (
     IGNORED,
     BranchedText,
@@ -76,25 +76,11 @@ def test_logits_are_those_of_each_text_alone(kind, implementation):
 def test_models_are_packed_only_where_every_layer_obeys_the_mask():
     assert all(can_pack(make_model(kind)) for kind in ("llama", "gpt2", "qwen2"))
     assert not can_pack(make_model("t5"))
-    assert not can_pack(make_sliding(window=4))
-    assert can_pack(make_sliding(window=None))
+    assert not can_pack(make_tiny("mistral", sliding_window=4))
+    assert can_pack(make_tiny("mistral", sliding_window=None))
     other = make_model("llama")
     other.config._attn_implementation = "flex_attention"
     assert not can_pack(other)
-
-
-def make_sliding(window: int | None) -> MistralForCausalLM:
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=window,
-        )
-    )
 
 
 def test_targets_stand_where_they_are_predicted(base):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from odd_files import one_line_of
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import given_tasks, load_task
 from phatgoose.tasks.task import Chat, Example, Task
@@ -19,10 +20,7 @@ ROWS = [
     {"input": "Is it good?", "target": "yes", "choices": ["yes", "no"]},
     {"input": "Is it bad?", "target": "no", "choices": ["yes", "no"]},
 ]
-EXAMPLES = (
-    Example("Is it good?", "yes", ("yes", "no")),
-    Example("Is it bad?", "no", ("yes", "no")),
-)
+EXAMPLES = tuple(Example(row["input"], row["target"], ("yes", "no")) for row in ROWS)
 
 
 def write_lines(path: Path, *lines: str) -> Path:
@@ -35,11 +33,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def complaint_about(source: object, **options: str) -> str:
-    with pytest.raises(TaskError) as caught:
-        load_task(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return one_line_of(lambda: load_task(source, **options), TaskError)
 
 
 def test_jsonl_rows_become_examples(tmp_path):

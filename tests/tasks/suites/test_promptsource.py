@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from odd_files import one_line_of
 from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates
 from phatgoose.tasks.task import Example
@@ -25,14 +26,9 @@ templates:
     reference: ours
   22: !Template
     answer_choices: null
-    id: 22
     jinja: "Name a fruit. ||| {{fruit}}"
-    metadata: !TemplateMetadata
-      choices_in_prompt: null
-      metrics: null
-      original_task: null
+    metadata: !TemplateMetadata {original_task: null}
     name: Any fruit
-    reference: ours
 """
 
 
@@ -89,9 +85,8 @@ def test_other_tags_are_refused(folder, tag):
 def test_broken_files_are_refused_by_name(folder, text):
     with pytest.raises(TaskError, match=r"nuts.templates\.yaml does not exist\..*pip install"):
         read_templates(folder(text), "nuts")
-    with pytest.raises(TaskError, match=r"templates\.yaml is not valid: ") as caught:
-        read_templates(folder(text), "fruit")
-    assert "\n" not in str(caught.value)
+    told = one_line_of(lambda: read_templates(folder(text), "fruit"), TaskError)
+    assert "templates.yaml is not valid: " in told
 
 
 OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1}

@@ -19,7 +19,6 @@ def here(tmp_path, monkeypatch) -> Path:
     """The current folder: task files alone, in a folder and in a suite file."""
     write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(12)])
     write_rows(tmp_path / "broken.jsonl", [open_row(0), {"input": "x"}])
-    write_rows(tmp_path / "single.jsonl", [open_row(0)])
     write_rows(tmp_path / "graded.jsonl", [open_row(i) | {"split": "validation"} for i in (1, 2)])
     (tmp_path / "mine").mkdir()
     write_rows(tmp_path / "mine" / "reviews.jsonl", [review(i) for i in range(8)])
@@ -48,6 +47,8 @@ def test_suites_files_and_hub_datasets_are_opened_in_order_and_nothing_is_loaded
     assert tasks[2].entry.source == str(Path("mine/reviews.jsonl"))
     (here / "counting.jsonl").write_text("broken")
     assert open_tasks(["counting.jsonl"])  # it isn't looked into
+    with pytest.raises(TaskError, match="template is for task files and hub:DATASET; mine has"):
+        open_tasks(["mine"], template="{{text}}? ||| no")
 
 
 BAD_SOURCES = [
@@ -88,7 +89,6 @@ def tiny(base_folders, hub_copies, here) -> list[object]:
 TOO_LATE_ELSEWHERE = [  # a mistake in one's own file isn't found out after hours of training
     (["t0hi/samsum", "mine"], "Two tasks are named 'samsum'"),
     (["t0hi/samsum", "broken.jsonl"], "broken.jsonl, line 2 is not valid: target is missing"),
-    (["t0hi/samsum", "single.jsonl"], "at least two"),
     (["t0hi/samsum", "graded.jsonl"], "'graded' has 0 training examples"),
 ]
 

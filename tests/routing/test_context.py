@@ -30,7 +30,6 @@ from topic_prompts import (
     by_single,
     passed,
     read_by,
-    read_prompts_of,
     retrieving,
     tokens_of,
 )
@@ -69,18 +68,6 @@ def test_blocks_may_have_choices_of_their_own():
     assert router(torch.zeros(4, 5)).experts[:, 0].tolist() == [1, 1, 2, 2]
     assert choice.at(7).experts[:, 0].tolist() == [1, 2]  # a model with more blocks: the last
     assert choice.named("abcd") == [{"b": 0.5, "d": 0.5}, {"c": 1.0, "a": 0.0}]
-
-
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        ([{1: 1.0}, {0: 1.0}, {1: 1.0}], "7 tokens can't be shared out to 3 inputs"),
-        ([], "Nothing has told the router"),
-    ],
-)
-def test_tokens_that_belong_to_no_row_are_told(rows, told):
-    with pytest.raises(RoutingError, match=told):
-        site_of([0, 1], *rows)(torch.zeros(7, 5))
 
 
 @retrieving
@@ -192,18 +179,6 @@ def test_a_cache_that_was_not_read_is_refused(llama, llama_pool):
     with pytest.raises(RoutingError, match="pass the whole prompt without"):
         model(ids[:, -1:], **{cache_argument(model): copied})
     assert copy.deepcopy(composition_of(model).context).choice is None  # copies begin anew
-
-
-@retrieving
-def test_a_generation_reads_its_prompt_once(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    seen = read_prompts_of(model)
-    ids, _ = batch_of(llama, PROMPTS[:1])
-    columns = ids.shape[1]
-    for options in ({"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 4}):
-        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, **options)
-    model(ids[:, :-1])
-    assert [len(prompts[0]) for prompts in seen] == [columns, columns, columns, columns - 1]
 
 
 REPEATING = ("plums, pears, plums, pears, plums", "5 + 6 = 11, 5 + 6 = 11, 5 +", "WHO? WHY? WHO? W")

@@ -2,32 +2,15 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedModel
 
 from phatgoose.base import Base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import record
-from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save, shareable
+from phatgoose.routing.saved import save
 from routed_models import with_embeddings
-from tiny import logits_of, make_ids, write_expert
+from tiny import write_expert
 
-ROUTERS = (
-    "phatgoose",
-    "average-activation",
-    "arrow",
-    "spectr",
-    "retrieval",
-    "centroid",
-    "discriminant",
-    "merged",
-    "random",
-)
 EMBEDDED = ("retrieval", "centroid")
 NAMES = ("e0", "e1", "e2", "e3")
 
@@ -53,40 +36,8 @@ def composed(router: str, pool: Pool, base: Base, **options: object):
         return compose(pool, copy.deepcopy(base), **given)
 
 
-def changed(
-    model: PreTrainedModel, folder: Path, base: Base, more: Pool | None = None, fewer: Iterable = ()
-) -> PreTrainedModel:
-    """`model`, saved to `folder`, there with the experts of `more` and without `fewer`, loaded."""
-    save(model, folder)
-    if more:
-        add_to_saved(folder, more)
-    if fewer:
-        remove_from_saved(folder, fewer)
-    return load(folder, copy.deepcopy(base))
-
-
-def assert_same_models(got, wanted) -> None:
-    """Everything that decides is equal, and so are the numbers."""
-    one, other = composition_of(got), composition_of(wanted)
-    assert one.experts == other.experts
-    assert shareable(one.records) == shareable(other.records)
-    assert one.routing == other.routing
-    assert set(one.layers) == set(other.layers)
-    for name, layer in one.layers.items():
-        expected = other.layers[name]
-        assert got.get_submodule(name) is layer
-        assert torch.equal(layer.experts, expected.experts)
-        assert type(layer) is type(expected)
-        mine, theirs = layer.stack.tensors(), expected.stack.tensors()
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        if hasattr(layer, "router"):
-            assert layer.router.router == expected.router.router
-            assert layer.router.k == expected.router.k
-            ours, others = layer.router.state(), expected.router.state()
-            assert all(torch.equal(ours[key], others[key]) for key in others)
-    ids = make_ids(rows=2)
-    with record(got) as one_told, record(wanted) as other_told:
-        assert torch.equal(logits_of(got, ids), logits_of(wanted, ids))
-    used, expected = one_told.usage(), other_told.usage()
-    assert all(torch.equal(used[site], expected[site]) for site in expected)
+def assert_is_that_of(folder: Path, router: str, pool: Pool, base: Base) -> None:
+    """What was saved and changed is byte for byte what `pool`, composed and saved, is."""
+    save(composed(router, pool, base), folder.parent / "new", overwrite=True)
+    for name in ("routed.json", "routed.safetensors", "README.md"):
+        assert (folder / name).read_bytes() == (folder.parent / "new" / name).read_bytes()

@@ -6,15 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from growth_cases import changed
-from phatgoose.base import Base
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved import load, save
-from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import neutral_examples
+from phatgoose.routing.saved import add_to_saved, load, save
 from tiny import logits_of, make_ids, random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
@@ -27,19 +23,8 @@ def lengths(pool: Pool, u: Tensor) -> Tensor:
     return torch.stack([(u.double() @ each.T).norm(dim=-1) for each in updates], dim=1)
 
 
-def read_neutrally(base: Base) -> Tensor:
-    seen: list[Tensor] = []
-    hook = base.model.get_submodule(SITE).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].flatten(0, -2))
-    )
-    for pair in Encoder.of(base).pairs(neutral_examples()):
-        logits_of(base.model, torch.tensor([pair.prompt + pair.target]))
-    hook.remove()
-    return torch.cat(seen)
-
-
-def test_scores_are_lengths_of_updates_in_units_of_neutral_text(llama, llama_pool):
-    usual, u = lengths(llama_pool, read_neutrally(llama)), random(30, 32)
+def test_scores_are_lengths_of_updates_in_units_of_neutral_text(llama, llama_pool, read_neutrally):
+    usual, u = lengths(llama_pool, read_neutrally(llama)[SITE]), random(30, 32)
     wanted = (lengths(llama_pool, u) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
     router = composition_of(compose(llama_pool, llama, router="seqr")).layers[SITE].router
     torch.testing.assert_close(
@@ -55,9 +40,9 @@ def test_it_is_saved_and_wants_a_tokenizer_and_the_base_to_stay(llama, llama_poo
     with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
         compose(llama_pool, llama.model, router="seqr")
     model, ids = compose(llama_pool.select(["e0", "e1"]), llama, router="seqr"), make_ids()
-    with pytest.raises(RoutingError, match="compose the pool again"):
-        changed(model, tmp_path / "grown", llama, llama_pool.select(["e2"]))
     wanted = logits_of(model, ids)
     save(model, tmp_path / "routed")
+    with pytest.raises(RoutingError, match="compose the pool again"):
+        add_to_saved(tmp_path / "routed", llama_pool.select(["e2"]))
     detach(model)
     assert torch.equal(logits_of(load(tmp_path / "routed", llama), ids), wanted)

@@ -51,18 +51,13 @@ def test_gates_choose_within_each_rows_shortlist(base, pool, k, prior):
 
 
 @both_streams
-def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool):
+@pytest.mark.parametrize(
+    ("settings", "same", "k"),
+    [("shortlist=4,prior=0", "phatgoose", 2), ("shortlist=1", "discriminant", 1)],
+)
+def test_a_shortlist_of_all_is_phatgoose_and_of_one_who_makes_it(base, pool, settings, same, k):
     ids = make_ids(rows=3)
-    wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
+    wanted = logits_of(compose(pool, base, router=same, k=k), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=4,prior=0"), ids)
-    assert_same_logits(got, wanted)
-
-
-@both_streams
-def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool):
-    ids = make_ids(rows=3)
-    wanted = logits_of(compose(pool, base, router="discriminant", k=1), ids)
-    detach(base.model)
-    got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=1"), ids)
+    got = logits_of(compose(pool, base, router=f"{NAME}:{settings}"), ids)
     assert_same_logits(got, wanted)

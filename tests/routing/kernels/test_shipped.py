@@ -100,20 +100,6 @@ def test_the_best_level_that_a_processor_reaches_comes_first(
     assert loaded == [f"small-{name}" for name in tried]
 
 
-@pytest.mark.parametrize(
-    ("told", "flags", "served"),
-    [("", "", "shipped"), ("compile", "", "built"), ("", "-g", "built"), ("0", "", None)],
-)
-def test_the_wheels_library_comes_first_unless_another_is_asked_for(
-    monkeypatch, told, flags, served
-):
-    monkeypatch.setenv("PHATGOOSE_NATIVE", told)
-    monkeypatch.setenv("PHATGOOSE_NATIVE_FLAGS", flags)
-    monkeypatch.setattr(native_module, "load_shipped", lambda source: "shipped")
-    monkeypatch.setattr(native_module, "load_built", lambda source: "built")
-    assert native_module._library.__wrapped__() == served
-
-
 @pytest.mark.skipif(os.environ.get("PHATGOOSE_TEST_SHIPPED") != "1", reason="no such wheel")
 def test_the_library_of_the_installed_wheel_serves(monkeypatch):
     def compile_nothing(*command: str) -> None:

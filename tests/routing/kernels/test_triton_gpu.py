@@ -17,16 +17,14 @@ from torch import Tensor
 
 import phatgoose.routing.kernels.triton_gpu as module
 from kernel_problems import Problem, make_problem, problems_of
-from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose
-from phatgoose.routing.kernels import choose_kernel, one_call
+from phatgoose.routing.kernels import one_call
 from phatgoose.routing.kernels.plain import reference
 from phatgoose.routing.kernels.triton_gpu import (
     add_routed,
     in_blocks,
     one_by_one,
     top_experts,
-    triton_gpu,
 )
 from routed_models import by_vectors
 from tiny import assert_same_logits, logits_of, make_ids, make_model
@@ -80,13 +78,6 @@ problems = st.integers(1, 5).flatmap(
 @given(problem=problems)
 def test_both_bodies_equal_the_reference(body, problem):
     assert_equals_reference(problem, body)
-
-
-SIZES = [  # many tokens fill several blocks of an expert; experts far apart and tall factors
-    *({"T": 90, "E": 3, "r": 5, "n": 300, "d": 130, "dtype": dtype} for dtype in ROUNDINGS),
-    {"T": 3, "E": 70, "k": 3, "r": 66, "n": 20, "d": 33},
-    {"E": 5, "k": 5},
-]
 
 
 @needs_triton
@@ -199,14 +190,6 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phatgoose.routing.kernels.triton_gpu.runs_on_triton", lambda *_: True)
 
 
-@pytest.mark.parametrize("tokens", [1, 512])
-def test_auto_takes_triton_where_it_can_be_used(tokens, monkeypatch):
-    p = make_problem(T=tokens, E=8)
-    assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is not triton_gpu
-    on_a_gpu(monkeypatch)
-    assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is triton_gpu
-
-
 @pytest.mark.parametrize(
     ("kernel", "k", "taken"),
     [("auto", 2, True), ("triton", 8, True), ("auto", 8, False), ("concat", 2, False)],
@@ -216,15 +199,6 @@ def test_one_call_is_made_where_triton_would_be_taken(kernel, k, taken, monkeypa
     on_a_gpu(monkeypatch)
     call = one_call(kernel, p.cotangent, p.u, p.A[:, 0], p.A, p.B, k)
     assert call is (add_routed if taken else None)
-
-
-@pytest.mark.parametrize("broken", ["_programs", "_runs", "_is_interpreted"])
-def test_without_a_triton_that_works_other_kernels_serve(broken, monkeypatch):
-    monkeypatch.setattr(module, broken, lambda *_: None)
-    monkeypatch.setattr(module, "_serves", module._serves.__wrapped__)
-    p = make_problem()
-    with pytest.raises(ConfigError, match="kernel auto"):
-        choose_kernel("triton", p.u, p.experts, p.A, p.B)
 
 
 def test_a_triton_that_fails_is_no_error(monkeypatch, caplog):

@@ -13,12 +13,9 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers.discriminant import (
-    bounded_means,
-    bounded_variances,
     line_of,
 )
 from routed_models import TOPICS, text_of
-from tiny import random
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 # By what they change: shrinkage and task variance.
@@ -136,29 +133,6 @@ def test_readings_of_several_bases_are_refused(llama, llama_pool):
 
 
 # Bounds on single contributions to statistics of a pool
-
-
-def test_what_lies_within_its_bound_is_not_changed_by_a_bit():
-    means = random(6, 5)
-    assert torch.equal(bounded_means(means), means)
-    factor = torch.eye(5).double().repeat(6, 1, 1) * torch.linspace(1, 1.5, 6)[:, None, None]
-    rest = random(6, 5, seed=1).square().double() * 0 + 0.1
-    got = bounded_variances(means.double(), factor, rest)
-    assert torch.equal(got[0], factor)
-    assert torch.equal(got[1], rest)
-
-
-@pytest.mark.parametrize("by", [1e2, 1e30])
-def test_one_mean_moves_the_pools_by_a_median_at_most(by):
-    means = random(5, 7)
-    changed = means.clone()
-    changed[0] *= by
-    got = bounded_means(changed)
-    assert torch.equal(got[1:], means[1:])
-    middle = changed.double().quantile(0.5, dim=0)
-    median = (changed.double() - middle).norm(dim=1).quantile(0.5)
-    moved = ((got.double() - middle).sum(dim=0) - (got[1:].double() - middle).sum(dim=0)) / 5
-    assert float(moved.norm()) == pytest.approx(float(median), rel=1e-5)
 
 
 @pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])

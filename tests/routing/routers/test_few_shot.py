@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.registry import router_of
 from phatgoose.routing.saved import load, save
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids
@@ -73,24 +70,6 @@ def test_the_choice_is_saved_and_needs_no_examples_again(llama, llama_pool, tmp_
         said = (tmp_path / "routed" / file).read_text()
         assert "few-shot:by=centroid" in said
         assert path.name not in said
-    for layer in composition_of(loaded).layers.values():  # a stranger's file may hold anything
-        layer.router.share.fill_(3e38)
-    assert logits_of(loaded, ids).isfinite().all()
-
-
-def test_examples_come_in_all_forms_of_a_task(tmp_path):
-    rows = [{"input": text, "target": "zigzag"} for text in INPUTS]
-    alike = [{"prompt": row["input"], "completion": row["target"]} for row in rows]
-    (tmp_path / "few.json").write_text(json.dumps(alike))
-    with (tmp_path / "few.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["input", "target"])
-        writer.writeheader()
-        writer.writerows(rows)
-    places = (written(tmp_path, rows), tmp_path / "few.json", tmp_path / "few.csv")
-    digests = {router_of(Routing(f"few-shot:examples={each}")).file_digest for each in places}
-    assert len(digests) == 1
-    other = written(tmp_path, rows[:1])
-    assert router_of(Routing(f"few-shot:examples={other}")).file_digest not in digests
 
 
 def bare(pool: Pool) -> Pool:
@@ -104,7 +83,6 @@ def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
         (llama_pool, llama, "few-shot", ConfigError, "needs few-shot:examples=FILE of"),
         (bare(llama_pool), llama, text, PoolError, "lack: run 'phatgoose stats'"),
         (llama_pool, llama, f"{text},by=retrieval", PoolError, "have no embeddings"),
-        (llama_pool, llama.model, text, ConfigError, "tokenizer"),
     ):
         with pytest.raises(error, match=message):
             compose(pool, base, router=router)

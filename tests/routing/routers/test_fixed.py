@@ -104,11 +104,8 @@ FEW = {name: SCORES[name] for name in NAMES[:3]}
         ({"router": "single:expert=e9"}, PoolError, "no expert 'e9'"),
         ({"weights": {"e9": 1}}, PoolError, "no expert 'e9'"),
         ({"weights": {"e0": math.nan}}, ConfigError, "numbers from -100 to 100"),
-        ({"weights": {"e0": 1e9}}, ConfigError, "numbers from -100 to 100"),
         ({"router": "oracle"}, ConfigError, "oracle needs the scores"),
-        ({"router": "best-individual"}, ConfigError, "best-individual needs the scores"),
         ({"router": "oracle", "scores": FEW}, PoolError, "'e3' lacks scores.* are of e0, e1, e2"),
-        ({"router": "best-individual", "scores": FEW}, PoolError, "'e3' lacks scores"),
     ],
 )
 def test_what_names_no_expert_is_refused(llama, llama_pool, options, error, message):
@@ -142,12 +139,9 @@ def test_the_oracle_answers_nothing_but_its_tasks(base, pool):
     model = compose(pool, base, router="oracle", scores=SCORES)
     with pytest.raises(RoutingError, match="no scores for task 'open'; it has them for first, sec"):
         evaluate(model, OPEN)
-    for _ in range(2):
-        with pytest.raises(RoutingError, match="goes by the task's name"):
-            logits_of(model, make_ids())
-        evaluate(model, replace(CHOOSING, name="second"))
-    with pytest.raises(RoutingError, match="goes by the task's name"):
-        composition_of(model).context.choose([[1]])
+    evaluate(model, replace(CHOOSING, name="second"))
+    with pytest.raises(RoutingError, match="goes by the task's name"):  # which is over
+        logits_of(model, make_ids())
 
 
 def test_the_scores_of_a_comparison_are_read(tmp_path):

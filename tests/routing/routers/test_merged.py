@@ -12,7 +12,7 @@ from phatgoose.experts.lora import LoraStack
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.layers import FoldedLinear, folded_weight, is_cheaper_folded
+from phatgoose.routing.layers import FoldedLinear, folded_weight
 from tiny import assert_same_logits, logits_of, make_ids
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
@@ -75,15 +75,6 @@ def stack_of(E: int, r: int, n: int, d: int) -> LoraStack:
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(E, r, size, generator=generator) for size in (n, d))
     return LoraStack(A, B)
-
-
-@pytest.mark.parametrize(
-    ("experts", "cheaper"), [(2, False), (3, False), (4, True)], ids=["fewer", "as many", "more"]
-)
-def test_folding_is_for_factors_that_outnumber_the_weights(experts, cheaper):
-    stack = stack_of(experts, 4, 16, 48)  # 256 factors an expert, 768 weights
-    assert is_cheaper_folded(nn.Linear(16, 48), stack) is cheaper
-    assert is_cheaper_folded(Conv1D(48, 16), stack) is cheaper
 
 
 class Doubling(nn.Linear):

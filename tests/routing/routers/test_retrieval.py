@@ -162,29 +162,29 @@ def has(package: str) -> bool:
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama, llama_pool):
-    subjects = {
-        "e0": ("How much is twelve plus seven?", "What is 8 times 9?"),
-        "e1": ("A boring film with bad actors.", "The movie was a delight."),
-        "e2": ("Which vitamin do lemons contain?", "Is meat healthier than fish?"),
-        "e3": ("Who was king of France in 1700?", "When did the Roman empire fall?"),
-    }
+    subjects = (
+        ("How much is twelve plus seven?", "What is 8 times 9?"),
+        ("A boring film with bad actors.", "The movie was a delight."),
+        ("Which vitamin do lemons contain?", "Is meat healthier than fish?"),
+        ("Who was king of France in 1700?", "When did the Roman empire fall?"),
+    )
     name = "sentence-transformers/all-MiniLM-L6-v2"
     experts = tuple(
         replace(
             expert,
             info=replace(expert.info, embedder=name, embedding_form="prompt"),
-            embeddings=embed_texts(subjects[expert.name]),
+            embeddings=embed_texts(texts),
         )
-        for expert in llama_pool.experts
+        for expert, texts in zip(llama_pool.experts, subjects, strict=True)
     )
     assert experts[0].embeddings.shape == (2, 384)
     torch.testing.assert_close(experts[0].embeddings.norm(dim=-1), torch.ones(2))
     model = compose(Pool(experts), llama, router="retrieval")
-    prompts = {
-        "e1": "I fell asleep during this picture; the cast was awful.",
-        "e3": "Which emperor ruled after Napoleon?",
-        "e0": "What does 15 minus 6 give?",
-        "e2": "Are apples good for you?",
-    }
-    passed(llama, model, *batch_of(llama, prompts.values()))
-    assert read_by(model) == [int(name[1]) for name in prompts]
+    prompts = (
+        "I fell asleep during this picture; the cast was awful.",
+        "Which emperor ruled after Napoleon?",
+        "What does 15 minus 6 give?",
+        "Are apples good for you?",
+    )
+    passed(llama, model, *batch_of(llama, prompts))
+    assert read_by(model) == [1, 3, 0, 2]

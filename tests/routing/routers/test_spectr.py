@@ -53,41 +53,26 @@ def test_they_measure_a_token_in_the_row_space_of_the_product(r, n, d, kept, see
 # The decision
 
 
-def released(pool: Pool, site: str, u: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The released code's routes [T, E] and update [T, d] for tokens u [T, n], float64."""
-    A, B = [], []
+def released(pool: Pool, site: str, u: Tensor, k: int) -> Tensor:
+    """The released code's routes [T, E] for tokens u [T, n], float64."""
+    lengths = []
     for expert in pool.experts:
         lora = expert.lora[site]
-        U, S, Vh = torch.linalg.svd(lora.B.double() @ lora.A.double(), full_matrices=False)
-        rank = len(lora.A)
-        A.append(lora.scale * Vh[:rank])
-        B.append(U[:, :rank] * S[:rank])
-    inside = torch.stack([u.double() @ a.T for a in A])  # [E, T, r]
-    best = inside.norm(dim=-1).topk(k, dim=0).indices
-    routes = torch.zeros(len(A), len(u)).double().scatter(0, best, 1 / k)
-    mixed = torch.einsum("et,etr->tr", routes, inside)
-    factors_of_each = torch.einsum("et,edr->tdr", routes, torch.stack(B))
-    return routes.T, torch.einsum("tdr,tr->td", factors_of_each, mixed)
+        Vh = torch.linalg.svd(lora.B.double() @ lora.A.double(), full_matrices=False).Vh
+        lengths.append((lora.scale * u.double() @ Vh[: len(lora.A)].T).norm(dim=-1))
+    best = torch.stack(lengths).topk(k, dim=0).indices
+    return torch.zeros(len(lengths), len(u)).double().scatter(0, best, 1 / k).T
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_the_choice_and_the_weights_are_the_released_codes(llama, llama_pool, k):
     u = random(30, 32)
-    wanted, _ = released(llama_pool, SITE, u, k)
+    wanted = released(llama_pool, SITE, u, k)
     layer = composition_of(compose(llama_pool, llama, router="spectr", k=k)).layers[SITE]
     decision = layer.router(u)
     got = torch.zeros(30, 4).scatter(1, decision.experts, decision.weights)
     torch.testing.assert_close(got.double(), wanted)
     assert k == 4 or len({tuple(row) for row in wanted.tolist()}) > 1
-
-
-def test_one_expert_adds_what_it_adds_in_the_released_code(llama, llama_pool):
-    u = random(30, 32)
-    _, wanted = released(llama_pool, SITE, u, 1)
-    plain = llama.model.get_submodule(SITE)(u)
-    layer = composition_of(compose(llama_pool, llama, router="spectr", k=1)).layers[SITE]
-    with torch.no_grad():
-        torch.testing.assert_close((layer(u) - plain).double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_best_of_a_shortlist_are_those_of_lag():

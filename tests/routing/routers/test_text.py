@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
-import torch
 
 from fake_packages import install
-from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
@@ -42,8 +39,6 @@ LONG = "x" * 100_000
     [
         ("best", "router is 'best', but must be one of auto, random"),
         ("arrow:frm=peft", "router arrow: unknown setting 'frm'; known are form, temperature"),
-        ("merged:k=2", "router merged: unknown setting 'k'; known are none"),
-        ("phatgoose:embedder=x", "unknown setting 'embedder'"),
         ("few-shot:chosen=e0", "unknown setting 'chosen'"),
         ("arrow:form=qr", "router arrow: form is 'qr', but must be 'svd' or 'peft'"),
         ("arrow:peft", "arrow:SETTING=VALUE"),
@@ -53,12 +48,7 @@ LONG = "x" * 100_000
         ("phatgoose:eps=0", "eps is '0', but must be greater than 0"),
         ("auto:form=peft", "router is 'auto:form=peft', but must be one of auto, random"),
         ("weights:e0", "weights are 'e0', but must be experts, each once"),
-        ("weights:e0=1,e0=2", "each once, with numbers"),
-        ("weights:=1,", "weights are '=1,'"),
         (LONG, "router is 'xxx"),
-        (f"arrow:{LONG}", "router is 'arrow:xxx"),
-        (f"arrow:{LONG}=1", "unknown setting 'xxx"),
-        (f"arrow:form={LONG}", "form is 'xxx"),
         (f"random:seed={LONG}", "seed is 'xxx"),
     ],
     ids=lambda text: text[:40],
@@ -136,24 +126,6 @@ def test_what_can_not_be_loaded_is_named_and_breaks_nothing_else(theirs):
     assert registry.listing()["first"].summary == "The first expert"
     with pytest.raises(ConfigError, match="router is 'lost', but must be one of auto, random"):
         class_of("lost")
-
-
-def test_a_table_of_other_sizes_never_reaches_a_kernel(llama, llama_pool):
-    @dataclass(frozen=True)
-    class Wrong(Router):
-        """Of another package."""
-
-        name = "wrong-sizes"
-        sizes, fused = {"vectors": "En"}, "absolute"
-
-        def table(self, pool, site):
-            return {"vectors": torch.ones(len(pool), 1)}
-
-    try:
-        with pytest.raises(RoutingError, match=r"wrong-sizes is \[4, 1\], not \[4, \d+\]"):
-            compose(llama_pool, llama, router="wrong-sizes")
-    finally:
-        del Router.defined["wrong-sizes"]
 
 
 def test_a_subclass_with_scores_of_its_own_is_not_scored_by_a_kernel():

@@ -140,7 +140,15 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(routers_table(analysis))
     report = write_report(analysis, out / "analysis")
     save(model, out / "routed", overwrite=True)
-    show(_ending(out, report), wrap=False)
+    program = COMMAND if shutil.which(COMMAND) else Path(sys.executable).with_name(COMMAND)
+    ending = (
+        f"Report -> {report}   tables -> {out / 'comparison.md'}\n"
+        "Three commands to try next:\n"
+        f"  {program} generate {out / 'routed'} 'The home of Tamsin:' --show-experts\n"
+        f"  {program} demo --out {out} --all-methods\n"
+        f"  {program} train your-task.jsonl --recipe recipes/laptop.toml --out {out / 'experts'}"
+    )
+    show(ending, wrap=False)
     show(f"Done in {time.monotonic() - begun:.0f} s.")
 
 
@@ -161,15 +169,3 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
             resume=True,
         )
     return Pool.open([folder / name for name in SKILLS])
-
-
-def _ending(out: Path, report: Path) -> str:
-    installed = Path(sys.executable).with_name(COMMAND)
-    program = COMMAND if shutil.which(COMMAND) else installed
-    return (
-        f"Report -> {report}   tables -> {out / 'comparison.md'}\n"
-        "Three commands to try next:\n"
-        f"  {program} generate {out / 'routed'} 'The home of Tamsin:' --show-experts\n"
-        f"  {program} demo --out {out} --all-methods\n"
-        f"  {program} train your-task.jsonl --recipe recipes/laptop.toml --out {out / 'experts'}"
-    )

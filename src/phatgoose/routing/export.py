@@ -275,7 +275,14 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
     no texts.
     """
     parts = composition_of(model)
-    weights = {site: constant_weights(layer, parts) for site, layer in parts.layers.items()}
+    weights: dict[str, Tensor | None] = {}  # of each expert if no input matters, [E]; else None
+    for site, each in parts.layers.items():
+        if isinstance(each, FoldedLinear):
+            weights[site] = torch.full((len(each.experts),), each.weight_of_each)
+        elif isinstance(each, RoutedLinear):
+            constant = each.router.constant()
+            is_one = constant is None and len(parts.experts) == 1
+            weights[site] = torch.ones(1) if is_one else constant
     if all(each is not None for each in weights.values()):
         shares = {}
         for site, layer in parts.layers.items():
@@ -289,15 +296,6 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
             f"mixture with --prompt or --task, or route by merged or single."
         )
     return shares_for(model, parts.tokenizer, texts)
-
-
-def constant_weights(layer: RoutedLayer, parts: Composition) -> Tensor | None:
-    """What each expert of `layer` weighs if that depends on no input, [E]; else None."""
-    if isinstance(layer, FoldedLinear):
-        return torch.full((len(layer.experts),), layer.weight_of_each)
-    router: Any = layer.router
-    weights: Tensor | None = router.constant()
-    return torch.ones(1) if weights is None and len(parts.experts) == 1 else weights
 
 
 @torch.inference_mode()

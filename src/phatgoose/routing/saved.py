@@ -309,16 +309,13 @@ def read_saved(directory: Path) -> SavedModel:
     """The saved model in `directory`, every file checked: its hash, finiteness, and each tensor.
 
     Tensors are checked against the description and each other, without a base. Raises RoutingError
-    when anything is missing or damaged.
+    or ExpertError when anything is missing or damaged.
     """
     info, about = read_description(directory / ROUTED_INFO)
     path, router = directory / ROUTED_WEIGHTS, router_of(about.routing)
-    try:
-        tensors = TensorFile(path)
-        # Both looks at once, while the file's pages are in memory.
-        _, sha256 = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
-    except ExpertError as error:
-        raise RoutingError(str(error)) from error
+    tensors = TensorFile(path)
+    # Both looks at once, while the file's pages are in memory.
+    _, sha256 = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
     _require(sha256 == about.weights_sha256, path, "it was changed after it was written")
     return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
 
@@ -436,7 +433,7 @@ def load(
         embedder: The embedder of a router that uses one, if it isn't the default one.
 
     Raises:
-        RoutingError: The folder is missing or damaged.
+        RoutingError, ExpertError: The folder is missing or damaged.
         WrongBaseError: The base is another one.
         ConfigError: The router needs an embedder that wasn't named.
     """

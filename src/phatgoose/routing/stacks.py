@@ -206,14 +206,12 @@ def joined_parts(one: SitePart, other: SitePart) -> SitePart:
     """All experts of both, in order; the router's tensors as the first has them."""
     experts = torch.cat([one.stack.experts, other.stack.experts])
     members = [*one.stack.members(), *other.stack.members()]
-    state = {name: _joined(rows, other.state[name].to(rows)) for name, rows in one.state.items()}
+    state = {}
+    for name, rows in one.state.items():  # with zeros where ranks differ
+        both = [rows, other.state[name].to(rows)]
+        width = max(each.shape[1] for each in both) if rows.dim() > 1 else 0
+        state[name] = torch.cat([widened(each, width) if width else each for each in both])
     return SitePart(stacked(members, experts, one.stack.dtype), state)
-
-
-def _joined(one: Tensor, other: Tensor) -> Tensor:
-    """The rows of both, with zeros where ranks differ."""
-    width = max(each.shape[1] for each in (one, other)) if one.dim() > 1 else 0
-    return torch.cat([widened(each, width) if width else each for each in (one, other)])
 
 
 def kept_part(part: SitePart, place: Tensor) -> SitePart | None:

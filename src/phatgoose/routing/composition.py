@@ -87,12 +87,12 @@ class Composition:
 
         Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
         """
-        if base.is_encoder_decoder:
-            if late := [each["name"] for each in records if each.get("acts_on") is not None]:
-                raise RoutingError(
-                    f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
-                    f"encoder-decoder prompts have a stack of their own; leave them out."
-                )
+        late = [each["name"] for each in records if each.get("acts_on") is not None]
+        if late and base.is_encoder_decoder:
+            raise RoutingError(
+                f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
+                f"encoder-decoder prompts have a stack of their own; leave them out."
+            )
         self.base, self.tokenizer = base.reference, base.tokenizer
         self.router, self.experts, self.records = router, experts, records
         self.layers: dict[str, RoutedLayer] = {}

@@ -84,10 +84,10 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(code):
     assert outcome.out.splitlines()[-1] == "loaded: []"
 
 
-def test_a_reader_that_goes_away_ends_the_command_without_a_word(here):
+def test_a_reader_that_goes_away_ends_the_command_without_a_word():
     """As with `| head -1`, by the status that shells know: what was to be done may not be."""
     with subprocess.Popen(
-        [sys.executable, "-m", "phatgoose", "pool", "experts"],
+        [sys.executable, "-m", "phatgoose", "routers"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

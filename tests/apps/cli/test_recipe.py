@@ -36,12 +36,9 @@ def test_what_is_there_is_relative_to_the_recipe_and_other_names_stay(recipe, tm
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("base = ", "not valid"),
         ("bass = 'x'", "bass is 'x'; known are tasks"),
         ("[training]\nstep = 3", r"\[training\]: unknown setting 'step'"),
-        ("[lora]\nrank = 0", "rank is 0"),
         ("lora = 3", r"lora is 3; known are .*lora \(dict\)"),
-        ("dtype = 3", r"dtype is 3; known are .*dtype \(str\)"),
         ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites"),
     ],
 )

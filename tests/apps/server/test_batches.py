@@ -258,13 +258,15 @@ def test_a_beginning_is_read_once_and_answers_stay(runner_of, router):
     assert passed[0] == 1
 
 
-def test_what_one_client_asked_is_no_others(runner_of):
-    runner, store = runner_of(), PrefixStore(1 << 20)
-    for client in ("one", "other"):
-        _, passed = answers(runner, [LONG], store, client)
+def test_what_one_client_asked_or_one_routing_read_is_no_others(runner_of):
+    store = PrefixStore(1 << 20)
+    for router, client in (("phatgoose", "one"), ("phatgoose", "other"), ("merged", "one")):
+        _, passed = answers(runner_of("llama", router), [LONG], store, client)
         assert passed[0] == 40
-    _, passed = answers(runner, [LONG], store, "other")
-    assert passed[0] == 1
+    runner = runner_of()
+    assert answers(runner, [LONG], store, "other")[1][0] == 1
+    _, passed = answers(runner, [LONG], store, "other", routing=True)
+    assert passed[0] == 40  # whoever wants to see the prompt's tokens gets them read
 
 
 def test_rows_with_and_without_a_known_beginning_share_a_batch(runner_of):
@@ -285,14 +287,6 @@ def test_a_conversation_goes_on_from_its_answers(runner_of):
     assert found == by_generate(runner, turn, 12)
 
 
-def test_what_one_routing_read_is_no_others(runner_of):
-    store = PrefixStore(1 << 20)
-    for router in ("phatgoose", "merged", "arrow"):
-        runner = runner_of("llama", router)
-        _, passed = answers(runner, [LONG], store)
-        assert passed[0] == 40
-
-
 def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on(llama, llama_pool):
     ends = [
         replace(each, info=replace(each.info, acts_on=ActsOn(3).record()))
@@ -308,13 +302,6 @@ def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on
         composition_of(model).context.use(None)
         assert found == by_generate(runner, LONG, len(found))
         detach(model)
-
-
-def test_whoever_wants_to_see_the_prompts_tokens_gets_them_read(runner_of):
-    runner, store = runner_of(), PrefixStore(1 << 20)
-    answers(runner, [LONG], store)
-    _, passed = answers(runner, [LONG], store, routing=True)
-    assert passed[0] == 40
 
 
 def cache_of(tokens: int) -> DynamicCache:

@@ -74,11 +74,8 @@ def test_what_cannot_be_analysed_is_refused(llama, llama_pool, options, error, m
 @pytest.mark.parametrize(
     ("router", "error", "message"),
     [
-        ("retrieval", PoolError, "no embeddings"),
         ("best-individual", ConfigError, "needs the scores"),
-        ("oracle", ConfigError, "needs the scores"),
         ("single", PoolError, "needs the name of its expert"),
-        ("nothing", ConfigError, "router is 'nothing'"),
     ],
 )
 def test_a_router_that_cannot_be_is_refused_before_others_read(

@@ -101,10 +101,3 @@ def test_an_svg_takes_the_pages_colour_and_keeps_its_ids_apart():
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', first))
     assert used <= set(re.findall(r'id="([^"]+)"', first))
     assert svg_of(figure, "f1", 'who & "what" <it>') == first
-
-
-# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
-DEFICIENCIES = {
-    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
-    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
-}

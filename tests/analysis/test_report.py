@@ -71,10 +71,6 @@ def test_the_page_tells_scores_findings_and_figures(few):
     assert {path.name for path in (few.parent / "figures").iterdir()} == {"mine.png", *wanted}
 
 
-def looks(page):
-    return page.locator(".tx-token").evaluate_all("spans => spans.map(span => span.className)")
-
-
 def weights(page):
     items = page.locator(".tx-details li")
     return items.evaluate_all("items => items.map(item => Number(item.dataset.weight))")

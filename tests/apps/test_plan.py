@@ -28,17 +28,6 @@ SETTINGS = Hyperparameters(Lora(rank=2), TRAINING, GATES)
 pytestmark = pytest.mark.usefixtures("_offline")
 
 
-@pytest.mark.parametrize(("suite", "count"), [("t0hi", 36), ("flan", 166)])
-def test_the_papers_pools_have_the_papers_numbers(suite, count):
-    plan = plan_of(T5_XL, Hyperparameters(), open_tasks([suite]))
-    assert (plan.sites, plan.expert_parameters) == (432, 35_389_440)
-    assert plan.gate_parameters == 1_032_192
-    assert len(plan.tasks) == count
-    for task in plan.tasks:
-        assert (task.steps, task.gate_steps, task.seconds) == (1000, 100, None)
-        assert task.is_bound
-
-
 def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     folder = str(base_folders[kind])
     plan = plan_of(folder, SETTINGS, open_tasks(["counting.jsonl"]), Speed(100.0))

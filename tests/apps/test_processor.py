@@ -13,9 +13,7 @@ from phatgoose.apps.processor import SPINS, set_threads
 @pytest.mark.parametrize(
     ("quota", "environment", "spins", "threads"),
     [
-        ("200000 100000", {}, SPINS, "2"),
         ("150000 100000", {}, SPINS, "2"),  # rounded up
-        ("20000 100000", {}, SPINS, "1"),
         ("900000 100000", {}, SPINS, None),  # more than there are: the number is torch's own
         *((text, {}, SPINS, None) for text in (None, "max 100000", "100000 0", "who knows", "x y")),
         ("200000 100000", {"OMP_NUM_THREADS": "5"}, SPINS, "5"),

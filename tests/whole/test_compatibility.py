@@ -69,6 +69,10 @@ def greedy(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
     return generated(model, batch(None))
 
 
+def sampled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return generated(model, batch(None), do_sample=True, temperature=0.9, top_p=0.95)
+
+
 def beams(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
     return generated(model, batch(usual_side(model)), num_beams=3)
 
@@ -192,6 +196,7 @@ BATCHED = set(ARCHITECTURES) - {"gpt_neox", "opt", "bloom", "falcon", "stablelm"
 BATCHED -= {"t5", "bart", "pegasus"}
 OPERATIONS = {
     "greedy": Operation(greedy),
+    "sampling": Operation(sampled, quickly=("llama", "gpt2", "t5")),
     "beams": Operation(beams),
     "assisted": Operation(assisted),
     "static cache": Operation(static),

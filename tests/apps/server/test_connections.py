@@ -26,7 +26,6 @@ from phatgoose.config import Serving
 from serving import JSON, PATH
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-CLOSING = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 CHUNKED = b"Transfer-Encoding: chunked"
 
 

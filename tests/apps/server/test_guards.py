@@ -1,9 +1,7 @@
 """What requests pass before their routes: metrics, hosts, origins, API keys, bodies."""
 
-import asyncio
 import json
 import socket
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -159,34 +157,3 @@ def test_bodies_are_counted_together_and_let_go():
     with pytest.raises(ApiError) as refused:
         another.add(b"x" * 101)
     assert refused.value.status_code == 413
-
-
-@pytest.mark.parametrize(
-    ("method", "begins"), [("GET", False), ("GET", True), ("POST", False)], ids=str
-)
-def test_what_is_cut_off_as_the_server_stops_is_told(method, begins):
-    """A 503, also for a body that is still on its way; a stream that has begun breaks off."""
-    sent = []
-
-    async def app(scope, receive, send):
-        if begins:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-        await asyncio.sleep(60)
-
-    async def send(message):
-        sent.append(message)
-
-    async def cut_off():
-        guard = RequestGuard(app, MagicMock(), Metrics(), limits=BodyLimits(100, 60))
-        kind = (b"content-type", b"application/json")
-        scope = {"type": "http", "method": method, "path": "/", "headers": [kind]}
-        task = asyncio.create_task(guard(scope, asyncio.Event().wait, send))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        await task
-
-    asyncio.run(cut_off())
-    assert [message["status"] for message in sent if "status" in message] == [
-        200 if begins else 503
-    ]
-    assert (b"shutting_down" in b"".join(m.get("body", b"") for m in sent)) is not begins

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import sacrebleu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binomtest
@@ -49,6 +49,7 @@ def sacrebleu_of(corpus: Sequence[Row]) -> float:
 @pytest.mark.parametrize(
     "names", [*([name] for name in METRICS), ["rouge-l", "bleu"]], ids="+".join
 )
+@settings(max_examples=40)
 @given(corpora, st.data())
 def test_a_replicate_is_the_score_of_the_examples_drawn(names, corpus, data):
     """Also where some are drawn twice and others not: what a bootstrap is made of."""

@@ -80,6 +80,7 @@ def test_a_constant_mixture_leaves_as_a_model(base, pool, tmp_path):
     assert_same_logits(logits_of(whole, make_ids()), wanted)
 
 
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
 def test_engines_that_apply_loras_are_not_handed_one(pool, phat, tmp_path):
     place, base = pool["a"].directory.parent, pool.base.id
     outcome = phat("export", place, "--engine", "vllm", "--base", base, "--out", tmp_path / "e")

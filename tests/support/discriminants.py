@@ -15,8 +15,8 @@ from phatgoose.tasks.encoding import Encoder
 from routed_models import TOPICS
 
 
-def states_of(base, text: str) -> dict[str, Tensor]:
-    """What each block makes of a text at its end and as a whole, float64 [blocks, d] by place."""
+def states_of(base, text: str) -> Tensor:
+    """What each block makes of a text, the mean over its tokens, float64 [blocks, d]."""
     seen: list[Tensor] = []
 
     def keep(_, __, output) -> None:
@@ -28,8 +28,7 @@ def states_of(base, text: str) -> dict[str, Tensor]:
         stack(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]]))
     for handle in handles:
         handle.remove()
-    tokens = torch.stack(seen)
-    return {"end": tokens[:, -1], "whole": tokens.mean(dim=1)}
+    return torch.stack(seen).mean(dim=1)
 
 
 def quadratic(spread: Tensor, direction: Tensor) -> Tensor:
@@ -96,22 +95,20 @@ def gaussian_scores(
 
 
 def scores_by_hand(
-    base, pool: Pool, text: str, places, blocks, shrinkage: float, task_variance: float
+    base, pool: Pool, text: str, blocks, shrinkage: float, task_variance: float
 ) -> Tensor:
-    """The mean over places and blocks of each expert's scores by its readings."""
+    """The mean over blocks of each expert's scores by its readings."""
     states, found = states_of(base, text), []
-    for place in places:
-        for block in blocks:
-            means, spreads = [], []
-            for expert in pool.experts:
-                mean, factor, rest = (
-                    expert.readings[f"{place}.{part}"][block].double()
-                    for part in ("mean", "factor", "rest")
-                )
-                means.append(mean)
-                spreads.append(sum(torch.outer(row, row) for row in factor) + torch.diag(rest))
-            x = states[place][block]
-            found.append(gaussian_scores(x, means, spreads, shrinkage, task_variance))
+    for block in blocks:
+        means, spreads = [], []
+        for expert in pool.experts:
+            mean, factor, rest = (
+                expert.readings[f"whole.{part}"][block].double()
+                for part in ("mean", "factor", "rest")
+            )
+            means.append(mean)
+            spreads.append(sum(torch.outer(row, row) for row in factor) + torch.diag(rest))
+        found.append(gaussian_scores(states[block], means, spreads, shrinkage, task_variance))
     return torch.stack(found).mean(dim=0)
 
 

@@ -11,7 +11,7 @@ from oracle import update
 from phatgoose.base import Base
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.batching import pad_left, pad_right
-from tiny import assert_same_logits, logits_of
+from tiny import assert_same_logits
 from topic_prompts import PROMPTS, passed
 
 Shares = Mapping[str, float]
@@ -42,12 +42,6 @@ def adding(base: Base, pool: Pool, weights: Shares) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def logits_by_hand(base: Base, pool: Pool, ids: Tensor, weights: Shares) -> Tensor:
-    """The logits of `ids` [1, tokens] with these weights."""
-    with adding(base, pool, weights):
-        return logits_of(base.model, ids)
 
 
 def assert_rows_are_mixed(

@@ -43,7 +43,7 @@ def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shri
     model = compose(with_embeddings(pool), base, router=text_of(NAME, **settings))
     got = scores_of(model, PROMPTS)
     for row, text in enumerate(PROMPTS):
-        read = scores_by_hand(base, pool, text, ("whole",), (0, 1), shrinkage, 1.0)
+        read = scores_by_hand(base, pool, text, (0, 1), shrinkage, 1.0)
         embedded = embedding_scores(pool, text, shrinkage=shrinkage, task_variance=1.0)
         wanted = (1 - share) * read + share * embedded
         torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)

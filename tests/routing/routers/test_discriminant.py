@@ -32,9 +32,7 @@ SETTINGS = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_scores_are_gaussian_log_likelihoods(base, pool, case):
     settings, *how = SETTINGS[case]
-    wanted = torch.stack(
-        [scores_by_hand(base, pool, text, ("whole",), (0, 1), *how) for text in PROMPTS]
-    )
+    wanted = torch.stack([scores_by_hand(base, pool, text, (0, 1), *how) for text in PROMPTS])
     model = compose(pool, base, router=text_of("discriminant", **settings))
     got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
@@ -44,9 +42,7 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, case):
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_each_block_chooses_by_its_own_reading(base, pool, share):
     by_hand = [
-        torch.stack(
-            [scores_by_hand(base, pool, text, ("whole",), blocks, 0.3, 1.0) for text in PROMPTS]
-        )
+        torch.stack([scores_by_hand(base, pool, text, blocks, 0.3, 1.0) for text in PROMPTS])
         for blocks in ((0,), (1,), (0, 1))
     ]
     wanted = share * torch.stack(by_hand[:2], dim=1) + (1 - share) * by_hand[2][:, None]

@@ -139,6 +139,7 @@ def test_files_that_hold_no_marks(tmp_path, marks):
         (few, {"format": 9}, "format: Input should be 1, got 9"),
         (few.drop_columns(["wording"]), {}, "wording"),
         (few, {"experts": ["kinds"]}, "cannot reshape"),
+        (few, {"experts": []}, "experts: Tuple should have at least 1 item"),
         (one.set_column(2, "wording", pa.array(["odd"])), {}, "empty or unknown cells"),
         (one.set_column(1, "task", pa.array([[1]])), {}, "dictionary"),
     ):

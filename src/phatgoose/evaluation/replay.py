@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from ..errors import ConfigError, EvaluationError
 from ..files import first_line, reading, regular
@@ -88,7 +88,7 @@ class _About(BaseModel):
 
     format: Literal[1]
     base: str
-    experts: tuple[str, ...]
+    experts: tuple[str, ...] = Field(min_length=1)
     owners: list[int] = [BASE]
 
 

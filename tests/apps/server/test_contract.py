@@ -213,11 +213,6 @@ def test_an_answer_keeps_to_its_form(client):
     ask(client, **GREEDY, response_format={"type": "text"})
 
 
-def test_answers_may_be_sent_back_as_they_came(client):
-    said = ask(client, path=CHATS, **CHAT)["choices"][0]["message"]
-    ask(client, path=CHATS, **{**CHAT, "messages": [*TALK, said, TALK[1]]})
-
-
 def test_paths_beside_the_protocol_s_main_ones(client):
     assert client.get("/health").json() == client.get("/healthz").json()
     assert client.get("/healthz").json()["status"] == "ok"

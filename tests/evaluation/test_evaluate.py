@@ -227,6 +227,11 @@ def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
+def test_a_prompt_without_tokens_is_refused(llama):
+    with pytest.raises(EvaluationError, match="no tokens"):
+        evaluate(llama, Task("empty", test=(Example("", "a", ("a", "b")),)))
+
+
 def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
     with naively_routed(base.model, pool.experts, k=2):
         wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from phatgoose.config import Routing
 from phatgoose.evaluation.compare import (
@@ -16,6 +17,7 @@ from phatgoose.evaluation.compare import (
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.registry import OURS
 from routed_models import with_embeddings
+from tiny import logits_of, make_ids
 
 
 def test_there_is_a_method_for_every_router_and_the_base():
@@ -49,6 +51,14 @@ def changed(pool: Pool, index: int, **parts: object) -> Pool:
     experts = list(pool.experts)
     experts[index] = replace(experts[index], **parts)
     return Pool(tuple(experts))
+
+
+def test_the_base_is_the_same_bit_by_bit_after_an_error(three, llama):
+    before = logits_of(llama.model, make_ids())
+    for row in rows_of(three, ["phatgoose", "merged"], ROUTING):
+        with pytest.raises(KeyboardInterrupt), row.model(llama):
+            raise KeyboardInterrupt
+        assert torch.equal(logits_of(llama.model, make_ids()), before)
 
 
 # What tells results apart

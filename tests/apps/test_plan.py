@@ -16,7 +16,7 @@ from phatgoose.errors import TaskError
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.registry import open_tasks
-from phatgoose.training.modules import placed_sites
+from phatgoose.training.train_expert import placed_sites
 from phatgoose.training.trainer import Hyperparameters
 from training_runs import SHAPES, each_shape
 

@@ -14,8 +14,7 @@ from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.modules import fresh_expert
-from phatgoose.training.train_expert import train_expert
+from phatgoose.training.train_expert import fresh_expert, train_expert
 from tiny import logits_of, make_ids
 
 PAGE = ROOT / "examples" / "one_file.py"

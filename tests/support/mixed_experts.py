@@ -22,7 +22,7 @@ from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
-from phatgoose.training.modules import placed_sites
+from phatgoose.training.train_expert import placed_sites
 from tiny import make_adapter, make_readings
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}

@@ -12,8 +12,7 @@ from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Tr
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import applied
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.modules import GatedLinear
-from phatgoose.training.train_expert import train_expert
+from phatgoose.training.train_expert import GatedLinear, train_expert
 from tiny import logits_of
 
 

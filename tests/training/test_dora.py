@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from phatgoose.config import Dora
 from phatgoose.errors import ConfigError
 from phatgoose.sites import find_sites
-from phatgoose.training.modules import fresh_expert
+from phatgoose.training.train_expert import fresh_expert
 from tiny import copied_model, make_ids
 from training_runs import TRAINING, train
 

@@ -12,7 +12,7 @@ from phatgoose.config import GateTraining
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
-from phatgoose.training.modules import fresh_expert
+from phatgoose.training.train_expert import fresh_expert
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,

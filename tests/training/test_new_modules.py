@@ -14,7 +14,7 @@ from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.ia3 import scales_input
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.sites import find_sites
-from phatgoose.training.modules import fresh_expert, placed_sites
+from phatgoose.training.train_expert import fresh_expert, placed_sites
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     SHAPES,

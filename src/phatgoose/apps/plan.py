@@ -28,8 +28,7 @@ from ..experts import kind_for
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, draw
-from ..training.modules import placed_sites
-from ..training.train_expert import train_expert
+from ..training.train_expert import placed_sites, train_expert
 from ..training.trainer import Hyperparameters
 from .console import report, show
 from .tables import drawn

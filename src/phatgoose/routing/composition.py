@@ -42,7 +42,7 @@ def resolve_base(
     """The base to route in: a name, loaded in `dtype`, a `Base`, a model, or None for `wanted`.
 
     A transformers model brings no tokenizer. Raises WrongBaseError where it isn't `wanted`,
-    RoutingError when it is routed already, BaseModelError when it reads padding.
+    BaseModelError when it reads padding.
     """
     if isinstance(base, PreTrainedModel):
         check_heeds_masks(base.config)
@@ -51,8 +51,6 @@ def resolve_base(
     elif not isinstance(base, Base):
         revision = None if base else wanted.revision
         base = load_base(base or wanted.id, revision=revision, dtype=dtype)
-    if hasattr(base.model, ROUTED):
-        raise RoutingError("This base model is routed already; detach it first.")
     kinds = quantisation(base.model)
     if kinds and wanted.fingerprint and base.fingerprint != wanted.fingerprint:
         warnings.warn(

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -22,7 +22,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..base import (
@@ -49,7 +49,15 @@ from ..experts.expert import (
     read_modules,
     recorded_formatting,
 )
-from ..experts.kind import ModifiedLinear, applied, check_fit
+from ..experts.kind import (
+    FreshExpert,
+    ModifiedLinear,
+    SiteModule,
+    applied,
+    check_fit,
+    new_gate,
+    openness,
+)
 from ..experts.peft_files import record_invocation
 from ..experts.statistics import prompt_states, readings_of
 from ..files import sha256_of, write_text, writing
@@ -60,7 +68,6 @@ from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_tex
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
 from ..tasks.task import Task, draw
-from .modules import GatedLinear, fresh_expert, placed_sites
 from .trainer import Hyperparameters, Run, fit, work_of
 
 IDENTITY, LOCK = "run.json", "lock"
@@ -508,3 +515,46 @@ def finished_expert(
         warnings.warn(f"{out} is kept as it is, with another {other}.", stacklevel=3)
     shutil.rmtree(work_of(out), ignore_errors=True)  # not before: it may be all that there is
     return expert
+
+
+# What is trained on a base: an expert's new modules, and gates, one vector per module. A gate sees
+# the input u whatever kind of module the expert has at its site, so that gates can be compared.
+
+
+def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
+    """The sites of `model` at which a new expert with these settings acts, by name.
+
+    Raises ConfigError when there are none, or none are known for such a model and `sites` is None,
+    or when such an expert can't be trained on the model's quantised weights.
+    """
+    kind = kind_for(peft)
+    if getattr(model, "is_quantized", False) and not kind.new_modules.on_packed:
+        raise ConfigError(
+            f"{kind.label} is trained on the base's own weights, not on quantised ones: leave out "
+            f"--dtype 4bit, or train a lora."
+        )
+    return find_sites(model, peft.sites or kind.new_modules.default_sites(model, peft))
+
+
+def fresh_expert(base: Base, peft: Peft, *, joint: bool) -> AbstractContextManager[FreshExpert]:
+    """`base` with a new expert on it while the context is open; `joint`: behind gates."""
+    return kind_for(peft).new_modules.create(
+        base, peft, placed_sites(base.model, peft), joint=joint
+    )
+
+
+class GatedLinear(ModifiedLinear):
+    """A linear layer with one expert's module behind a gate v, which starts at zeros.
+
+    A LoRA's output is `W u + scale * B A u * sigmoid(v . u)`, without a bias in the sigmoid (paper
+    section 3). A module of another kind acts at the strength of the sigmoid (`experts.kinds`).
+    """
+
+    def __init__(
+        self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(base, module, dtype)
+        self.gate = new_gate(self.in_features, self.weight.device)
+
+    def strength(self, u: Tensor) -> Tensor:
+        return openness(u, self.gate)

@@ -229,9 +229,9 @@ class Reply:
             for chunk in builder.opening():
                 yield _event(chunk)
             async for new in self.progress():
-                write = partial(_event_of, builder, new)
+                make = partial(builder.chunk, new)
                 # That of a prompt's tokens takes long.
-                yield await run_in_threadpool(write) if new.routing else write()
+                yield _event(await run_in_threadpool(make) if new.routing else make())
             if options is not None and options.include_usage:
                 yield _event(builder.closing())
             yield "data: [DONE]\n\n"
@@ -272,10 +272,6 @@ def _written(content: Any) -> str:
 
 def _event(content: Any) -> str:
     return f"data: {_written(content)}\n\n"
-
-
-def _event_of(builder: Builder, progress: Progress) -> str:
-    return _event(builder.chunk(progress))
 
 
 class EventStream(StreamingResponse):

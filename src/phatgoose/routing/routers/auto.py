@@ -50,7 +50,10 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
             continue
         if routing.k is not None and OURS[name].k is None:
             warnings.warn(f"Router auto is {name}, which doesn't use k.", stacklevel=4)
-        logger.info("Router auto is %s%s.", name, _why(missing))
+        commands = {need: f" (phatgoose {REMEDIES[need]})" for need in REMEDIES}
+        needs = ", ".join(PLURAL.get(need, need) + commands.get(need, "") for need in missing)
+        why = f"; routers tried before it need {needs} of all experts" if missing else ""
+        logger.info("Router auto is %s%s.", name, why)
         return replace(routing, router=name)
     raise PoolError(NO_CHOICE)
 
@@ -69,9 +72,3 @@ def _unmet(pool: Pool, router: str) -> list[str]:
     if needs == ("embeddings",) and not unmet and not embeds_here:
         unmet.append("their embedder on this machine")
     return unmet
-
-
-def _why(missing: Iterable[str]) -> str:
-    commands = {need: f" (phatgoose {REMEDIES[need]})" for need in REMEDIES}
-    named = (PLURAL.get(need, need) + commands.get(need, "") for need in missing)
-    return f"; routers tried before it need {', '.join(named)} of all experts" if missing else ""

@@ -38,7 +38,7 @@ if __name__ == "__main__":
         import phatgoose.routing.saved  # noqa: F401
 
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
-from phatgoose.apps.server.requests import check_size, invalid
+from phatgoose.apps.server.requests import check_body, invalid
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -230,7 +230,7 @@ def _request(kind: Any, data: bytes) -> None:
 
 
 def parsed(kind: Any, data: bytes) -> Any:
-    check_size(data)
+    check_body(data)
     value = json.loads(data)
     try:
         return kind.model_validate(value)

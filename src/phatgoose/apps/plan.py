@@ -120,10 +120,7 @@ def plan_of(
 
 
 def _planned(
-    task: TrainingTask,
-    settings: Hyperparameters,
-    encoder: Encoder | None,
-    speed: Speed | None,
+    task: TrainingTask, settings: Hyperparameters, encoder: Encoder | None, speed: Speed | None
 ) -> PlannedTask:
     gates, training, limits = settings.gate_training, settings.training, settings.formatting
     validated, examples = training.eval_examples, task.entry.train_examples

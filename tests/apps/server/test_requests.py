@@ -7,7 +7,7 @@ import pytest
 
 from phatgoose import untrusted_text
 from phatgoose.apps.server.protocol import ApiError, without_paths
-from phatgoose.apps.server.requests import check_size
+from phatgoose.apps.server.requests import check_body
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.routers.auto import settled
@@ -71,6 +71,15 @@ def test_what_is_no_json_no_text_and_no_number_is_refused(client, body):
         assert reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("odd", ["NaN", '"\\ud800"', "[" * 250 + "]" * 250])
+def test_json_is_strict_where_any_is_taken_too(client, odd):
+    schema = '{"type": "json_schema", "json_schema": {"schema": {"const": ' + odd + "}}}"
+    body = body_of('"response_format": ' + schema)
+    reply = client.post(PATH, content=body, headers=JSON)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("The body is no JSON: ")
+
+
 def test_names_in_errors_are_cut_and_printable(client):
     name = "\x1b[31m" + "x" * 300
     names = [f"zebra{number}" + "x" * 490 for number in range(1000)]
@@ -114,8 +123,8 @@ def test_what_a_body_of_a_mib_costs_is_bounded_and_nothing_of_it_is_repeated(cli
 def test_lists_are_counted_before_they_are_made():
     for name in ("objects", "fields", "biases", "deep", "deep objects"):
         with pytest.raises(ApiError, match="objects and lists"):
-            check_size(HOSTILE[name])
-    check_size(b'{"prompt": "' + b"[" * 100_000 + b'"}')
+            check_body(HOSTILE[name])
+    check_body(b'{"prompt": "' + b"[" * 100_000 + b'"}')
 
 
 # Chat templates and tokenizers that take all time or memory, or aren't there.

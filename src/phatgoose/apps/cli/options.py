@@ -179,8 +179,7 @@ def _setting_flag(setting: Setting, tables: str) -> inspect.Parameter:
 ANOTHER_OUT = "choose another --out"  # for `require_free`
 PoolArgument = Annotated[list[Path], typer.Argument(help="Folders of experts, or hub:OWNER/NAME.")]
 ModelArgument = Annotated[
-    str,
-    typer.Argument(help="A routed model's folder, a pool (folder, hub:OWNER/NAME) or a base."),
+    str, typer.Argument(help="A routed model's folder, a pool (folder, hub:OWNER/NAME) or a base.")
 ]
 Resume = Annotated[bool, "Continue unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]

@@ -25,11 +25,7 @@ def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
         show(pool_table(opened))
 
 
-def audit(
-    *,
-    pool: options.PoolArgument,
-    json: options.JsonOption = None,
-) -> int:
+def audit(*, pool: options.PoolArgument, json: options.JsonOption = None) -> int:
     """Find experts that look unlike the others of a pool.
 
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is

@@ -28,12 +28,12 @@ from starlette.exceptions import HTTPException
 from ... import __version__
 from ...analysis.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from ...config import Serving
-from ...errors import ConfigError
+from ...errors import ConfigError, PhatgooseError
 from ...files import reason
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local import LocalBackend
 from .local.runner import load_models
-from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
+from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body, for_clients
 from .requests import invalid
 from .service import Backend, Service
 from .settings import ServedModel, Upstream
@@ -78,7 +78,9 @@ async def refused(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = invalid(error)
     if not isinstance(error, HTTPException):
-        return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
+        is_ours = isinstance(error, PhatgooseError)
+        message = for_clients(error) if is_ours else "The server failed; its log says more."
+        return JSONResponse(error_body(500, message), 500)
     plain = error_body(error.status_code, str(error.detail))
     body = error.body if isinstance(error, ApiError) else plain
     return JSONResponse(body, error.status_code, error.headers)
@@ -158,7 +160,7 @@ def create_app(
     paths = {getattr(route, "path", "") for route in app.routes}
     access = AccessControl(hosts, api_keys)
     app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)
-    for kind in (HTTPException, RequestValidationError, Exception):
+    for kind in (HTTPException, RequestValidationError, PhatgooseError, Exception):
         app.add_exception_handler(kind, refused)
     return app
 

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .protocol import CLIENT_GONE, ApiError, busy
-from .requests import check_size
+from .requests import check_body
 
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
@@ -161,7 +161,7 @@ class RequestBody:
             return await self._receive()
         self.is_whole, content = False, bytes(self._content)
         self.release()
-        check_size(content)
+        check_body(content)
         return {"type": "http.request", "body": content, "more_body": False}
 
     def add(self, piece: bytes) -> None:

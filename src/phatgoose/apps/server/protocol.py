@@ -14,26 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...config import closest
 from ...errors import ConfigError
 from ...files import one_line
-from ...routing.routers.registry import (
-    AUTO,
-    MOST_WEIGHT,
-    WEIGHTS,
-    all_routers,
-    canonical,
-)
+from ...routing.routers.registry import AUTO, MOST_WEIGHT, WEIGHTS, all_routers, canonical
 
 MOST_SHOWN = 500  # characters of an error
 

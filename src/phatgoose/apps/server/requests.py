@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
+from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from ...config import Serving
@@ -28,26 +29,30 @@ SHOWN = 60  # characters of a field's name that an error repeats
 INVALID, TOO_LONG, UNREADABLE = "invalid_request", "context_length_exceeded", "prompt_unreadable"
 
 
-def check_size(body: bytes) -> None:
-    """Raise ApiError for JSON that takes long to read."""
+def check_body(body: bytes) -> None:
+    """Raise ApiError for what is no strict JSON, or takes long to read."""
 
     def is_small(text: bytes) -> bool:
         containers = text.count(b"[") + text.count(b"{")
         return containers <= MOST_CONTAINERS and text.count(b":") <= MOST_FIELDS
 
-    if not is_small(body):
-        # Brackets in strings count only where that decides: counting without them takes longer.
-        without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-        if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # outside of strings
-            most = f"{MOST_CONTAINERS} objects and lists or {MOST_FIELDS} fields"
-            raise bad_request(f"The body has more than {most}.", code=INVALID)
+    why = f"has more than {MOST_CONTAINERS} objects and lists or {MOST_FIELDS} fields"
+    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    # Brackets in strings count only where that decides: counting without them takes longer.
+    if is_small(body) or is_small(b"".join(without_escapes.split(b'"')[::2])):
+        try:
+            # Python's reader would take NaN, half surrogate pairs, and hundreds of levels.
+            from_json(body, allow_inf_nan=False)
+            return
+        except ValueError as error:
+            why = f"is no JSON: {error}"
+    raise bad_request(f"The body {why}.", code=INVALID)
 
 
 def invalid(error: RequestValidationError) -> ApiError:
     """The first error of a request; names of fields are cut."""
     first = error.errors()[0]
-    is_json = first["type"] != "json_invalid"
-    place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"][1:] if is_json]
+    place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"][1:]]
     message = ": ".join([".".join(place), first["msg"]] if place else [first["msg"]])
     return bad_request(message, place[0] if place else None, INVALID)
 

@@ -82,13 +82,10 @@ class LocalBackend(Backend):
             )
             return routed, form_of(schema, runner) if schema is not None else None
 
-        try:
-            if schema is not None or (asked.mixture is None and runner.frame.looks_prompts_up):
-                routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
-            else:
-                routed, json_form = prepared()
-        except PhatgooseError as error:
-            raise ApiError(500, for_clients(error)) from error
+        if schema is not None or (asked.mixture is None and runner.frame.looks_prompts_up):
+            routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
+        else:
+            routed, json_form = prepared()
         reply = Reply(Builder(asked, Reporter(runner, asked, routed)), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 

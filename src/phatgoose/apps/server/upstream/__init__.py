@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ....base import Base, check_base, load_base, load_tokenizer
 from ....config import Routing, Serving
-from ....errors import ConfigError, PhatgooseError
+from ....errors import ConfigError
 from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
 from ....routing.compose import open_prompt_router, require_pool
@@ -21,13 +21,7 @@ from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
-from ..protocol import (
-    AnyRequest,
-    ApiError,
-    ChatRequest,
-    bad_request,
-    for_clients,
-)
+from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request
 from ..replies import Builder, Progress, Reply, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, in_thread, numbered
@@ -192,12 +186,9 @@ class EngineBackend(Backend):
     async def _chosen_for(self, asked: Asked, runner: PromptChooser) -> list[Weights]:
         """Each prompt's experts with their weights."""
         questions = [prompt.asked for prompt in asked.prompts]
-        try:
-            return await self._choosing.run(
-                asked.client, asked.deadline, lambda _: runner.choose(questions)
-            )
-        except PhatgooseError as error:
-            raise ApiError(500, for_clients(error)) from error
+        return await self._choosing.run(
+            asked.client, asked.deadline, lambda _: runner.choose(questions)
+        )
 
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""

@@ -73,7 +73,7 @@ def test_the_base_is_the_same_bit_by_bit_after_an_error(three, llama):
         ({"router": "merged"}, set()),
         ({"embedder": "them/theirs"}, set()),
     ],
-    ids=str,
+    ids=["k=1", "k=2", "kernel", "router", "embedder"],
 )
 def test_a_setting_matters_to_the_rows_that_use_it(three, settings, matter_to):
     differ = {

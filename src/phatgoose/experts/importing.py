@@ -144,7 +144,8 @@ def read_adapter(
         config: dict[str, Any] = PEFT_FILES.read_any_config(folder)
         is_lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
         plain = {**config, "use_dora": False} if config.get("peft_type") == "LORA" else config
-        _ = is_lossy or PEFT_FILES.checked(plain, folder)
+        if not is_lossy:
+            PEFT_FILES.checked(plain, folder)
     else:
         config = files.read_config(folder)
     place = str(base or config.get(files.base_key) or "")
@@ -168,10 +169,8 @@ def read_adapter(
     else:
         modules, is_untouched = _resolved(folder, config, place, revision)
     if not is_untouched:
-        kind, folder = (
-            type(next(iter(modules.values()))),
-            Path(tempfile.mkdtemp(dir=_scratch().name)),
-        )
+        kind = type(next(iter(modules.values())))
+        folder = Path(tempfile.mkdtemp(dir=_scratch().name))
         about = {key: config[key] for key in KEPT if config.get(key) is not None}
         if kind.files is not PEFT_FILES:
             about = {kind.files.base_key: config.get(PEFT_FILES.base_key) or ""}

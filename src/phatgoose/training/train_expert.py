@@ -73,7 +73,7 @@ from .trainer import Hyperparameters, Run, fit, work_of
 IDENTITY, LOCK = "run.json", "lock"
 REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapter, beside its files
 # Settings that unfinished work may differ in: statistics are measured at the end.
-FREE = (*("statistics_examples", "means", "readings", "embeddings", "embedder", "embedding_form"),)
+FREE = ("statistics_examples", "means", "readings", "embeddings", "embedder", "embedding_form")
 
 
 class Options(TypedDict, total=False):

@@ -177,9 +177,8 @@ class Service:
     def _find(self, name: str) -> tuple[Any, Mapping[str, float] | None]:
         """The model that a request names, and where it names one expert, its mixture.
 
-        An expert is EXPERT or MODEL:EXPERT, with the name of a model or its
-        base. In front of an engine there are also its base alone, and "auto", the first model.
-        Raises ApiError.
+        An expert is EXPERT or MODEL:EXPERT. In front of an engine there are also its base alone,
+        and "auto", the first model. Raises ApiError.
         """
         if name in self.models:
             return self.models[name], None

@@ -91,7 +91,7 @@ class Router(Settings):
     private: ClassVar[tuple[str, ...]] = ()  # settings that are no business of files and clients
     unserved: ClassVar[str | None] = None  # why a prompt alone isn't enough, as a sentence
 
-    # A letter for each size of the table's tensors, by name: E experts, n inputs (see `checks`).
+    # A letter for each size of the table's tensors, by name: E experts, n inputs.
     sizes: ClassVar[Mapping[str, str]] = {}
     fused: ClassVar[str] = ""  # scores that are STANDARDISED or ABSOLUTE, by the table's "vectors"
     equal: ClassVar[bool] = False  # the chosen weigh 1/k each
@@ -180,10 +180,7 @@ class Router(Settings):
     def settled(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        """The router after a look at the base that `pool` is composed with; itself by default.
-
-        Raises ConfigError without a `tokenizer` where one is needed.
-        """
+        """The router after a look at the base that `pool` is composed with; itself by default."""
         return self
 
     def used(self, pool: Pool) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import phatgoose as pg
 from phatgoose.base import Base, load_base, twin
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.passes import ActsOn
 from synthetic import random_pool
 
 VOCABULARY = (
@@ -124,7 +123,7 @@ class Bench:
 
     def at_ends(self, pool: pg.Pool) -> pg.Pool:
         """The experts of `pool`, acting from the last tokens of a prompt on."""
-        record = ActsOn(self.sizes.tail).record()
+        record = {"tail": self.sizes.tail}
         infos = (replace(expert.info, acts_on=record) for expert in pool.experts)
         pairs = zip(pool.experts, infos, strict=True)
         return pg.Pool(tuple(replace(expert, info=info) for expert, info in pairs))

@@ -32,6 +32,7 @@ AT_LEAST_1 = Ge(1)
 POSITIVE = Gt(0)
 NOT_NEGATIVE = Ge(0)
 RATIO = Interval(ge=0, le=1)
+TAIL = Interval(ge=1, le=1 << 24)  # tokens at a prompt's end
 SEED = Interval(ge=0, lt=1 << 32)  # numpy accepts no larger ones, and Trainer seeds numpy too
 
 
@@ -197,10 +198,17 @@ class Training(Settings):
     eval_examples: Annotated[int, "Maximum validation examples, drawn by seed.", AT_LEAST_1] = 500
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
     acts_on: Annotated[
-        Literal["all", "answer", "generation-prompt"] | Annotated[int, Interval(ge=1, le=1 << 24)],
-        "What the expert acts on: all tokens, from the prompt's last one on (answer), from the "
-        "chat template's generation prompt on, or from the prompt's last N on (decoders).",
+        Literal["all", "answer"] | Annotated[int, TAIL],
+        "What the expert acts on: all tokens, from the prompt's last one on (answer), or from the "
+        "prompt's last N on (decoders).",
     ] = "all"
+
+    @property
+    def tail(self) -> int | None:
+        """The number of a prompt's last tokens that the expert acts on, None for all tokens."""
+        if isinstance(self.acts_on, int):
+            return self.acts_on
+        return 1 if self.acts_on == "answer" else None
 
 
 @dataclass(frozen=True)

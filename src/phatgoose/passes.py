@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import RoutingError
-from .files import shortened
 from .sites import Site, Stream, blocks_of
 
 Value = TypeVar("Value")
@@ -291,66 +290,10 @@ def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mappin
 # Which tokens an expert acts on: all, or those from its prompt's end on (Activated LoRA).
 #
 # Such an expert (Greenewald et al. 2025, arXiv 2504.12397) adds nothing in a prompt's body, which
-# is then the base's own. It acts at the prompt's last tokens, or from its last invocation sequence
-# on, and at every token of the answer. So it acts from some position of a text on, its beginning.
+# is then the base's own. It acts at the prompt's last tokens, its tail, and at every token of the
+# answer.
 
-NEVER = torch.iinfo(torch.int64).max  # the beginning where an expert doesn't act at all
-IN_ANSWER = NEVER - 1  # a position behind every beginning that there is
-LONGEST = 1 << 24  # of tails and of tokens' numbers, so that a damaged record is found out
-
-
-@dataclass(frozen=True)
-class ActsOn:
-    """The end of a prompt that an expert acts on: its last `tail` tokens, or `invocation`.
-
-    `invocation` are tokens: the expert acts from where they last begin, and nowhere in a prompt
-    without them or in its answer, as PEFT's aLoRA. One of the two is given.
-    """
-
-    tail: int = 0
-    invocation: tuple[int, ...] = ()
-
-    def beginning(self, prompt: Sequence[int]) -> int:
-        """The position of the first token of `prompt` that is acted on, NEVER for none."""
-        if not self.invocation:
-            return max(len(prompt) - self.tail, 0)
-        size, wanted = len(self.invocation), list(self.invocation)
-        for at in range(len(prompt) - size, -1, -1):
-            if list(prompt[at : at + size]) == wanted:
-                return at
-        return NEVER
-
-    def record(self) -> dict[str, Any]:
-        if self.invocation:
-            return {"invocation_tokens": list(self.invocation)}
-        return {"tail": self.tail}
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any] | None) -> ActsOn | None:
-        """What `record` holds, None (for all tokens) for None. Raises ValueError for others."""
-        match record:
-            case None:
-                return None
-            case {"tail": int(tail)} if type(tail) is int and 0 < tail <= LONGEST:
-                return cls(tail=tail)
-            case {"invocation_tokens": [_, *_] as tokens}:
-                if all(type(token) is int and 0 <= token < LONGEST for token in tokens):
-                    return cls(invocation=tuple(tokens))
-        raise ValueError(
-            f"acts_on is {shortened(record)}; wanted a tail of at least 1 or invocation_tokens"
-        )
-
-    def __str__(self) -> str:
-        if self.invocation:
-            return f"from the tokens {shortened(list(self.invocation))} on"
-        return f"the prompt's last {self.tail} token{'s' * (self.tail > 1)} and the answer"
-
-
-def beginnings(acting: Sequence[ActsOn], prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Where each of `acting` begins in each of `prompts`, int64 [prompts, acting]."""
-    found = [[each.beginning(prompt) for each in acting] for prompt in prompts]
-    return torch.tensor(found, dtype=torch.int64).view(len(prompts), len(acting))
-
+IN_ANSWER = torch.iinfo(torch.int64).max  # a position behind every prompt
 
 # One expert alone, in training and measurements: who makes a batch says where the expert acts.
 

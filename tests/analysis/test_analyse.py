@@ -12,9 +12,7 @@ from phatgoose.analysis.analyse import findings_of
 from phatgoose.analysis.distribution import RoutingDistribution
 from phatgoose.analysis.measures import ORACLE, kl_divergence
 from phatgoose.analysis.report import report_page
-from phatgoose.errors import ConfigError, EvaluationError, PoolError, TaskError
-from phatgoose.experts.pool import Pool
-from phatgoose.passes import ActsOn
+from phatgoose.errors import ConfigError, PoolError, TaskError
 from phatgoose.routing.compose import compose
 from routed_models import SCORES
 from topic_prompts import OPEN, PROMPTS, experts_of
@@ -32,13 +30,6 @@ def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_
         scores = pg.evaluate(model, TASKS).scores
         assert tuple(found.routers[router].scores.values()) == scores
         pg.detach(model)
-
-
-def test_a_task_on_which_no_expert_acts_is_told_before_the_others(llama, llama_pool):
-    record = ActsOn(invocation=(7, 7, 7, 7)).record()
-    experts = [replace(e, info=replace(e.info, acts_on=record)) for e in llama_pool.experts]
-    with pytest.raises(EvaluationError, match="No expert acts on any token of task 'first'"):
-        pg.analyse(Pool(tuple(experts)), TASKS, routers=["phatgoose"], base=llama, score=False)
 
 
 def test_oracle_and_divergences(found):

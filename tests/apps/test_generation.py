@@ -10,7 +10,6 @@ from phatgoose.apps.generation import generate as written
 from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
-from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Chat
 from routed_models import compose_by, with_embeddings
@@ -50,9 +49,7 @@ def test_the_question_of_a_chat_is_read_as_training_prompts_were(
 ):
     """Alone, and plainly, unless all experts were trained in the template."""
     llama.tokenizer.chat_template = TEMPLATE
-    changes = {"hyperparameters": {"chat": in_chats}} | (
-        {"acts_on": ActsOn(3).record()} if tails else {}
-    )
+    changes = {"hyperparameters": {"chat": in_chats}} | ({"acts_on": {"tail": 3}} if tails else {})
     experts = [replace(each, info=replace(each.info, **changes)) for each in llama_pool.experts]
     model = compose_by("discriminant", Pool(tuple(experts)), llama)
     seen, question = read_prompts_of(model), PROMPTS[1]

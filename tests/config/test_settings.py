@@ -59,7 +59,7 @@ def test_every_setting_has_a_help_text_and_its_default_in_the_class(config):
         (Training, {"steps": 2.5}, "steps is 2.5, but must be a valid integer"),
         (Training, {"learning_rate": float("nan")}, "learning_rate is nan, but must be a finite"),
         (Training, {"seed": 1 << 32}, "seed is 4294967296, but must be less than 4294967296."),
-        (Training, {"acts_on": "none"}, "acts_on is 'none', but must be 'all', 'answer' or"),
+        (Training, {"acts_on": "none"}, "acts_on is 'none', but must be 'all' or 'answer' or"),
         (Training, {"acts_on": 0}, "acts_on is 0, but must be .*greater than or equal to 1"),
         (Formatting, {"chat": None}, "chat is None, but must be a valid boolean."),
         (Routing, {"k": 0}, "k is 0, but must be greater"),

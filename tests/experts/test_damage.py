@@ -106,7 +106,9 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     *(("expert", put(INFO, **{key: KeyError}), key) for key in ("name", "base", "adapter_sha256")),
     ("expert", put(INFO, vectors_sha256=None), f"{VECTORS} isn't the one"),
     ("expert", put(INFO, acts_on={"tail": 0}), "tail"),
-    ("expert", put(INFO, acts_on={"invocation_tokens": [5]}), "its adapter's alora_invocation"),
+    ("expert", put(INFO, acts_on={"tail": True}), "tail"),
+    ("expert", put(INFO, acts_on={}), "acts_on"),
+    ("expert", put(INFO, acts_on={"tail": 1, "invocation_tokens": [5]}), "invocation_tokens"),
     # PEFT's config.
     ("expert", put(ADAPTER_CONFIG, peft_type=None), "type None; wanted LORA or IA3"),
     ("expert", put(ADAPTER_CONFIG, peft_type="PREFIX_TUNING"), "'PREFIX_TUNING'; wanted LORA"),
@@ -117,6 +119,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
             **{"use_dora": True, "modules_to_save": ["x"], "trainable_token_indices": [1]},
             **{"layer_replication": [[0, 1]], "target_parameters": ["x"], "bias": "all"},
             **{"megatron_config": {"a": 1}, "use_qalora": True, "some_new_option": 3},
+            "alora_invocation_tokens": [3],
         }.items()
     ),
     ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) of"),

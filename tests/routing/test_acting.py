@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,8 +21,9 @@ from architectures import make_tiny, random_expert
 from oracle import naively_routed
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.experts.expert import Expert, tail_of
 from phatgoose.experts.pool import Pool
-from phatgoose.passes import NEVER, ActsOn, beginnings, cache_argument
+from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import routing_for
 from phatgoose.routing.context import base_alone
@@ -31,40 +33,37 @@ from phatgoose.routing.saved import add_to_saved, load, read_saved, save
 from phatgoose.tasks import batching
 from tiny import logits_of
 
-CALL = (7, 8)  # an invocation sequence
-PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])  # none in the 2nd
-MIXED = (None, ActsOn(tail=3), ActsOn(invocation=CALL), ActsOn(tail=1))
-TAILS = (ActsOn(tail=3), ActsOn(tail=1))
-ALIKE = (ActsOn(tail=2),) * 3
+PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])
+MIXED, TAILS, ALIKE = (None, 3, 6, 1), (3, 1), (2, 2, 2)  # the 2nd prompt is shorter than a tail
 NEW = 4
 
 
-def with_acting(pool: Pool, acting: tuple[ActsOn | None, ...]) -> Pool:
-    """The experts of `pool` with these ends of prompts to act on."""
-    experts = zip(pool.experts, acting, strict=True)
+def tailed(experts: Iterable[Expert], tails: Sequence[int | None]) -> Pool:
+    """A pool of `experts` that act on these many of a prompt's last tokens, None for all."""
+    records = ({"tail": tail} if tail else None for tail in tails)
     return Pool(
         tuple(
-            replace(each, info=replace(each.info, acts_on=acts_on and acts_on.record()))
-            for each, acts_on in experts
+            replace(each, info=replace(each.info, acts_on=record))
+            for each, record in zip(experts, records, strict=True)
         )
     )
 
 
-def acting_pool(base: PreTrainedModel, acting: tuple[ActsOn | None, ...]) -> Pool:
-    return with_acting(Pool(tuple(random_expert(base, z) for z in range(len(acting)))), acting)
+def acting_pool(base: PreTrainedModel, tails: Sequence[int | None]) -> Pool:
+    return tailed([random_expert(base, z) for z in range(len(tails))], tails)
 
 
 class Case:
-    """A base, a pool of which some experts are `acting` on prompts' ends, and both together."""
+    """A base, a pool of experts that act on `tails`, and both together."""
 
-    def __init__(self, architecture: str, acting: tuple[ActsOn | None, ...], **how: object):
-        self.base, self.acting = make_tiny(architecture), acting
-        self.pool = acting_pool(self.base, acting)
-        self.routed = compose(self.pool, copy.deepcopy(self.base), **{"router": "phatgoose", **how})
+    def __init__(self, architecture: str, tails: Sequence[int | None]):
+        self.base, self.tails = make_tiny(architecture), tails
+        self.pool = acting_pool(self.base, tails)
+        self.routed = compose(self.pool, copy.deepcopy(self.base), router="phatgoose")
 
     def active(self, prompt: list[int], columns: int) -> Tensor:
         """Which experts act at each token of a text that begins with `prompt`, [1, columns, E]."""
-        begin = [0 if each is None else each.beginning(prompt) for each in self.acting]
+        begin = [0 if tail is None else len(prompt) - tail for tail in self.tails]
         return (torch.arange(columns)[:, None] >= torch.tensor(begin))[None]
 
     @torch.no_grad()
@@ -89,26 +88,6 @@ def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
     return {"input_ids": pad(rows, 0), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
 
 
-# Where experts begin.
-
-
-@pytest.mark.parametrize(
-    ("acts_on", "prompt", "begin"),
-    [
-        (ActsOn(tail=2), [5, 6, 7], 1),
-        (ActsOn(tail=9), [5, 6, 7], 0),
-        (ActsOn(invocation=CALL), [7, 8, 5, 7, 8, 8], 3),
-        (ActsOn(invocation=CALL), [7, 7, 8], 1),
-        (ActsOn(invocation=CALL), [8, 7], NEVER),
-        (ActsOn(invocation=CALL), [8], NEVER),
-    ],
-)
-def test_an_expert_begins_at_its_tail_or_last_invocation(acts_on, prompt, begin):
-    assert acts_on.beginning(prompt) == begin
-    assert beginnings([acts_on], [prompt, prompt]).tolist() == [[begin], [begin]]
-    assert ActsOn.of(acts_on.record()) == acts_on
-
-
 # Passes.
 
 
@@ -128,8 +107,8 @@ def test_the_experts_of_each_pass_matter(case):
         base = case.base(torch.tensor([prompt])).logits[0]
     wanted = case.wanted(prompt, prompt)
     assert (wanted[-1] - base[-1]).abs().max() > 0.1 * base.abs().max()
-    if None not in case.acting:
-        end = max(each.tail for each in case.acting)
+    if None not in case.tails:
+        end = max(case.tails)
         assert torch.equal(wanted[:-end], base[:-end])
 
 
@@ -137,7 +116,7 @@ def test_the_experts_of_each_pass_matter(case):
 def test_the_base_reads_alone_where_no_expert_acts_on_every_token(case):
     ids = torch.tensor([PROMPTS[0]])
     wanted, routed = case.base(ids).logits, case.routed(ids).logits
-    if None in case.acting:
+    if None in case.tails:
         with pytest.raises(RoutingError, match="experts act on every token"):
             base_alone(case.routed).__enter__()
         return
@@ -204,18 +183,12 @@ def test_drafts_are_of_the_answer(case, drafts):
     assert_is_teacher_forced(case, found, [prompt], len(prompt))
 
 
-def test_embeddings_hide_invocations_and_no_tails():
+def test_embeddings_show_where_a_prompt_ends(case):
     batch = padded([*PROMPTS])
-    tails, mixed = Case("llama", TAILS), Case("llama", MIXED)
-    embedded = tails.base.get_input_embeddings()(batch.pop("input_ids")).detach()
-    batch["inputs_embeds"] = embedded
-    assert_is_teacher_forced(tails, generated(tails.routed, batch), PROMPTS, 0)
+    batch["inputs_embeds"] = case.base.get_input_embeddings()(batch.pop("input_ids")).detach()
+    assert_is_teacher_forced(case, generated(case.routed, batch), PROMPTS, 0)
     with torch.no_grad():
-        assert_close(tails.routed(**batch).logits[0], tails.wanted(PROMPTS[0], PROMPTS[0]))
-    with pytest.raises(RoutingError, match="pass input_ids"):
-        generated(mixed.routed, batch)
-    with pytest.raises(RoutingError, match="pass input_ids"):
-        mixed.routed(**batch)
+        assert_close(case.routed(**batch).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "gemma2", "mistral", "opt"])
@@ -324,7 +297,7 @@ def test_choices_are_scored_packed_and_padded(case, packs, monkeypatch):
 
 def test_encoder_decoders_are_refused():
     base = make_tiny("t5")
-    pool = acting_pool(base, (None, ActsOn(tail=2)))
+    pool = acting_pool(base, (None, 2))
     with pytest.raises(RoutingError, match="act from a prompt's end on, but in an"):
         compose(pool, base, router="phatgoose")
 
@@ -334,7 +307,7 @@ def test_encoder_decoders_are_refused():
 
 @pytest.mark.parametrize("router", ["phatgoose", "merged", "arrow"])
 def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, router):
-    pool, ids = with_acting(llama_pool, MIXED), torch.tensor([PROMPTS[0]])
+    pool, ids = tailed(llama_pool.experts, MIXED), torch.tensor([PROMPTS[0]])
     wanted = logits_of(compose(pool, copy.deepcopy(llama), router=router), ids)
     plain = logits_of(compose(llama_pool, copy.deepcopy(llama), router=router), ids)
     assert (wanted - plain).abs().max() > 1e-3
@@ -344,15 +317,12 @@ def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, 
     add_to_saved(tmp_path / "grown", pool.select(["e2", "e3"]))
     for folder in (tmp_path / "saved", tmp_path / "grown"):
         records = read_saved(folder).records
-        assert [ActsOn.of(record.get("acts_on")) for record in records] == [*MIXED]
+        assert tuple(map(tail_of, records)) == MIXED
         assert torch.equal(logits_of(load(folder, copy.deepcopy(llama)), ids), wanted)
 
 
-@pytest.mark.parametrize(
-    "acting", [(ActsOn(invocation=CALL), None, None, None), (ActsOn(tail=2),) * 4]
-)
-def test_they_are_not_exported(llama, llama_pool, tmp_path, acting):
-    model = compose(with_acting(llama_pool, acting), llama, router="merged")
+def test_they_are_not_exported(llama, llama_pool, tmp_path):
+    model = compose(tailed(llama_pool.experts, (2, None, None, None)), llama, router="merged")
     with pytest.raises(RoutingError, match=r"end on act e0.*, which no adapter"):
         export(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -18,7 +18,6 @@ from architectures import reading_pool, tiny_of
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
@@ -157,7 +156,7 @@ def test_continuous_batching_is_refused_where_inputs_are_read(router):
     """By a router, or to find where experts begin that act from a prompt's end on."""
     model = voting("llama")
     if router == "phatgoose":
-        end = ActsOn(tail=2).record()
+        end = {"tail": 2}
         held = [replace(e, info=replace(e.info, acts_on=end)) for e in voters("llama").experts]
         model = compose(Pool(tuple(held)), base_of("llama"), router=router)
     small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, page_size=16)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base
 from ..config import Routing
-from ..errors import ConfigError, EvaluationError
+from ..errors import ConfigError
 from ..evaluation.evaluate import ScoringSettings, TaskScore, evaluate, tokenizer_of
 from ..experts.pool import Pool
 from ..routing.compose import compose, detach, is_routed, open_model
@@ -348,11 +348,6 @@ def _read(
         task = replace(task, test=task.evaluation_examples(how.limit, how.seed))
         experts, budget = subject.experts, how.token_budget
         distributions[name], chosen = read_task(model, encoder, task, experts, budget)
-        if not distributions[name].whole("weight").any():
-            raise EvaluationError(
-                f"No expert acts on any token of task {name!r}: experts that act from certain "
-                f"tokens on need these in the prompt (--chat for those of a chat template)."
-            )
         if len(chosen):
             choices[name] = chosen
         traces[name] = _traces(model, encoder, task, how.examples)

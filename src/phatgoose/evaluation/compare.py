@@ -212,8 +212,8 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
     """A hash of what a router uses of an expert: its adapter and its `shared` parts."""
     settings = sorted((site, module.settings) for site, module in expert.modules.items())
     digest = hashlib.sha256(f"{expert.info.adapter_sha256} {settings}".encode())
-    if expert.acts_on is not None:
-        digest.update(str(expert.acts_on.record()).encode())
+    if expert.info.acts_on is not None:
+        digest.update(str(expert.info.acts_on).encode())
     for part in shared:
         tensors = {}
         if part == "embeddings" and expert.embeddings is not None:

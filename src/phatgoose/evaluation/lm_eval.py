@@ -101,7 +101,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         self.opening, routing = arguments_of(arguments)
         model = self.opening.model(routing)
         parts = composition_of(model)
-        if any(parts.acting) or parts.context is not None:
+        if any(parts.tails) or parts.context is not None:
             raise ConfigError(
                 f"lm_eval hands examples over in pieces, but router {parts.routing.name} or some "
                 f"experts need whole ones; score the model with 'phatgoose evaluate'."

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import MinLen
 from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base import Base, BaseReference, Text, closest_beside, is_hub_id
-from ..config import Formatting, from_mapping
+from ..config import TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
     TensorFile,
@@ -34,11 +35,10 @@ from ..files import (
     sha256_of,
     shortened,
 )
-from ..passes import ActsOn
 from . import kinds
 from .kind import AdapterFiles, SiteModule, check_parts, read_tensors
 from .lora import LoraFactors
-from .peft_files import ADAPTER_CONFIG, INVOCATION, PEFT_FILES
+from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, READ
 
 # The adapter in a directory: of which kind it is, and what it does.
@@ -60,17 +60,15 @@ def adapter_files(directory: Path) -> AdapterFiles:
 
 
 def read_modules(
-    directory: Path,
-    tensors: Mapping[str, Tensor] | None = None,
-    config: Mapping[str, Any] | None = None,
+    directory: Path, tensors: Mapping[str, Tensor] | None = None
 ) -> dict[str, SiteModule]:
     """What the adapter in `directory` does, by site.
 
-    `tensors` and `config` are its files' content where they have been read already. Raises
-    ExpertError when its files are missing or damaged or it is of no kind that can be routed.
+    `tensors` are those of its file where that has been read already. Raises ExpertError when its
+    files are missing or damaged or it is of no kind that can be routed.
     """
     files = adapter_files(directory)
-    config = files.read_config(directory) if config is None else config
+    config = files.read_config(directory)
     tensors = files.read_weights(directory) if tensors is None else tensors
     peft_type = config.get("peft_type") if files is PEFT_FILES else None
     kind = next(
@@ -79,13 +77,6 @@ def read_modules(
         if kind.site_module.files is files and kind.peft_type == peft_type
     )
     return dict(kind.site_module.read(directory, config, tensors))
-
-
-def invocation_of(directory: Path, config: Mapping[str, Any] | None = None) -> ActsOn | None:
-    """What an adapter of PEFT's aLoRA acts on; None for others, which act on all tokens."""
-    config = adapter_files(directory).read_config(directory) if config is None else config
-    tokens = config.get(INVOCATION)
-    return ActsOn.of({"invocation_tokens": tokens}) if tokens else None
 
 
 def base_named_in(directory: Path) -> BaseReference | None:
@@ -145,6 +136,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: F
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
+ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,7 @@ class ExpertInfo:
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
     before it was recorded: theirs is the paper's. `measured_in` is the `number_format` of the base
     that means and prompt statistics were measured on, None where it isn't known. `acts_on` is the
-    record of an `ActsOn`, None for experts that act on all tokens.
+    `tail` of a prompt's last tokens that it acts on, None for experts that act on all tokens.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -171,10 +163,17 @@ class ExpertInfo:
     embedder: Text | None = None
     embedding_form: Text | None = None
     measured_in: Text | None = None
-    acts_on: Mapping[str, Any] | None = None
+    acts_on: ActsOn | None = None
 
-    def __post_init__(self) -> None:
-        ActsOn.of(self.acts_on)
+    @property
+    def tail(self) -> int | None:
+        """The number of a prompt's last tokens that it acts on, None for all tokens."""
+        return tail_of({"acts_on": self.acts_on})
+
+
+def tail_of(record: Mapping[str, Any]) -> int | None:
+    """The number of a prompt's last tokens that an expert with this record acts on, None: all."""
+    return record["acts_on"]["tail"] if record.get("acts_on") else None
 
 
 def check_name(name: str) -> None:
@@ -287,11 +286,6 @@ class Expert:
         """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
 
-    @property
-    def acts_on(self) -> ActsOn | None:
-        """The end of prompts that it acts on, None for all tokens."""
-        return ActsOn.of(self.info.acts_on)
-
     @cached_property
     def lora(self) -> Mapping[str, LoraFactors]:
         """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
@@ -316,16 +310,15 @@ class Expert:
         *,
         base: Base | BaseReference | None = None,
         name: str | None = None,
-        acts_on: ActsOn | None = None,
         **others: Any,
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
-        and without a fingerprint, `name` to the name of the adapter's folder, `acts_on` to the
-        invocation tokens that an adapter of PEFT's aLoRA names. `others` are `means`, `readings`
-        and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when the adapter can't be
-        used or names no base where none is given. Vectors that don't fit it are refused by `save`.
+        and without a fingerprint, `name` to the name of the adapter's folder. `others` are `means`,
+        `readings` and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when the adapter
+        can't be used or names no base where none is given. Vectors that don't fit it are refused by
+        `save`.
         """
         directory = Path(adapter_dir)
         base = base or base_named_in(directory)
@@ -333,14 +326,12 @@ class Expert:
             raise ExpertError(f"The adapter in {directory} doesn't name its base; give base.")
         name = name or directory.resolve().name
         check_name(name)
-        acts_on = acts_on or invocation_of(directory)
         means, readings = (_plain(others.pop(each, None) or {}) for each in ("means", "readings"))
         embeddings = others.pop("embeddings", None)
         info = ExpertInfo(
             name=name,
             base=base.reference if isinstance(base, Base) else base,
             adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
-            acts_on=acts_on.record() if acts_on else None,
             **others,
         )
         modules = read_modules(directory)
@@ -374,11 +365,10 @@ class Expert:
                 )
         vectors, groups = files.get(LAYOUT.vectors), ("gate", "mean", "reading")
         gates, means, readings = (vectors.under(k) if vectors else {} for k in groups)
-        config = adapter.read_config(directory)
         expert = cls(
             info,
             directory,
-            read_modules(directory, files[adapter.weights], config),
+            read_modules(directory, files[adapter.weights]),
             gates,
             means,
             files[LAYOUT.embeddings].get("embeddings") if LAYOUT.embeddings in files else None,
@@ -386,7 +376,6 @@ class Expert:
             {name: readings[name] for name in readings if not name.startswith("end.")},
             files,
         )
-        _check_invocation(expert, invocation_of(directory, config))
         _check_vectors(expert)
         # Every byte was read for its hash; most aren't needed for long.
         expert.release()
@@ -440,17 +429,6 @@ def check_expert(directory: str | Path) -> list[str]:
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
-
-
-def _check_invocation(expert: Expert, named: ActsOn | None) -> None:
-    # PEFT and llama.cpp go by the adapter's own field, phatgoose by its record.
-    recorded = expert.acts_on
-    is_aloras = kinds()[expert.kind].peft_type == "LORA" and recorded and recorded.invocation
-    if (named or is_aloras) and named != recorded:
-        raise ExpertError(
-            f"Expert {expert.name!r} acts on {recorded or 'all tokens'}, but its adapter's "
-            f"alora_invocation_tokens say {named or 'all tokens'}."
-        )
 
 
 def _check_vectors(expert: Expert) -> None:
@@ -523,7 +501,7 @@ LONGEST_LINE = 500
 def model_card(info: ExpertInfo, kind: str) -> str:
     """The card of an expert of this `kind`, in Markdown."""
     in_peft, base = kinds()[kind].peft_type is not None, info.base.id
-    warning = WARNING if "tail" in (info.acts_on or {}) else ""
+    warning = WARNING if info.acts_on else ""
     # In YAML an id without an owner might be a number.
     quoted = base if "/" in base else json.dumps(base)
     # Indented, so that nothing in it is Markdown or HTML.

@@ -78,14 +78,13 @@ from .peft_files import (
     ADAPTER_CONFIG,
     CONFIGS,
     CONVERTIBLE,
-    INVOCATION,
     PEFT_FILES,
     PEFT_PREFIX,
 )
 
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
-KEPT = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out", INVOCATION)  # of a config
+KEPT = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")  # of a config
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 
@@ -270,8 +269,6 @@ def _resolved(
     options = {key: config[key] for key in ACTING if config.get(key) is not None}
     with _reported(f"{folder} can't be imported"):
         model, layers = _resolve(base, revision, config["peft_type"], json.dumps(options))
-        if config.get(INVOCATION) and (is_dora or model.config.is_encoder_decoder):
-            raise ValueError(f"{INVOCATION} is not supported with use_dora or by encoder-decoders")
         renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
             model=model,
             peft_config=model.peft_config[ADAPTER],

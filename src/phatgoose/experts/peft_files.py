@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import check_config, read_json, reading, shortened
-from ..passes import ActsOn
+from ..files import check_config, read_json, shortened
 from ..sites import Site
 from .kind import AdapterFiles
 
@@ -35,8 +34,6 @@ CONVERTIBLE = (
     *("LOHA", "LOKR", "VERA", "FOURIERFT", "RANDLORA", "C3A", "WAVEFT", "DELORA", "GRALORA"),
 )
 
-INVOCATION = "alora_invocation_tokens"  # of LoRAs; an empty list is none
-
 # The options that decide where an adapter acts and how strongly.
 ACTING = (
     *("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "task_type"),
@@ -47,7 +44,7 @@ ACTING = (
 # W u + s B A u or (IA)³ vectors, or may do so in a newer PEFT.
 HARMLESS = (
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("peft_version", "lora_dropout", "init_lora_weights", "init_ia3_weights", INVOCATION),
+    *("peft_version", "lora_dropout", "init_lora_weights", "init_ia3_weights"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     "megatron_core",
 )
@@ -78,8 +75,6 @@ class PeftFiles(AdapterFiles):
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         if problem := _problem(config):
             raise ExpertError(f"{directory} {problem}.")
-        with reading(directory / ADAPTER_CONFIG):  # refuses what are no tokens
-            ActsOn.of({"invocation_tokens": config[INVOCATION]} if config.get(INVOCATION) else None)
         check_config(config, str(directory / ADAPTER_CONFIG))
         return config
 
@@ -95,8 +90,8 @@ def _problem(config: Mapping[str, Any]) -> str | None:
     for key, value in config.items():
         if value and key not in (*ACTING, *HARMLESS) and value != defaults.get(key):
             return (
-                f"uses {shortened(key)}, which can't be routed: only updates of linear layers can "
-                f"(docs/imports.md)"
+                f"uses {shortened(key)}, which can't be routed: only updates of linear layers at "
+                f"all tokens can (docs/imports.md)"
             )
     if init not in PLAIN_INITS:
         return (
@@ -153,13 +148,6 @@ def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
         yield model
     finally:
         model.unload()
-
-
-def record_invocation(folder: Path, tokens: Iterable[int]) -> None:
-    """Make the LoRA in `folder` one of PEFT's aLoRA, that acts from these tokens on."""
-    config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
-    text = json.dumps({**config, INVOCATION: list(tokens)}, indent=2) + "\n"
-    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def save_peft(model: PeftModel, base: Base, folder: Path) -> None:

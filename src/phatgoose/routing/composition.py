@@ -23,8 +23,7 @@ from ..base import (
 )
 from ..config import Routing
 from ..errors import RoutingError
-from ..experts.expert import trained_in_chats
-from ..passes import ActsOn
+from ..experts.expert import tail_of, trained_in_chats
 from ..sites import ROUTED, Site, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
@@ -67,7 +66,7 @@ class Composition:
     """What a routed model is made of; found on it as `model.phatgoose`.
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site. `acting` are the ends of prompts that experts act on, None for those that act on
+    layers by site. `tails` are how many of a prompt's last tokens each expert acts on, None for
     all tokens. `prompt_router` chooses for whole prompts, None where experts are chosen for
     every token. `context` has its choice for the present batch, and where in it those experts act
     that act from a prompt's end on; None without either.
@@ -85,7 +84,8 @@ class Composition:
 
         Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
         """
-        late = [each["name"] for each in records if each.get("acts_on") is not None]
+        self.tails = tuple(map(tail_of, records))
+        late = [name for name, tail in zip(experts, self.tails, strict=True) if tail]
         if late and base.is_encoder_decoder:
             raise RoutingError(
                 f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
@@ -94,13 +94,12 @@ class Composition:
         self.base, self.tokenizer = base.reference, base.tokenizer
         self.router, self.experts, self.records = router, experts, records
         self.layers: dict[str, RoutedLayer] = {}
-        self.acting = tuple(ActsOn.of(record.get("acts_on")) for record in records)
         self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
             self.prompt_router = PromptRouter(router, tables, base.tokenizer)
         self.context: RoutingContext | None = None
-        if self.prompt_router is not None or any(self.acting):
-            self.context = RoutingContext(self.prompt_router, self.acting)
+        if self.prompt_router is not None or late:
+            self.context = RoutingContext(self.prompt_router, self.tails)
 
     def add(self, original: Any, site: Site, stack: SiteStack, state: Mapping[str, Tensor]) -> None:
         """Add the layer that takes the place of `original` at `site`.
@@ -120,15 +119,13 @@ class Composition:
         # Of a quantised layer the type is of integers.
         is_plain = original.weight.is_floating_point()
         module.to(original.weight.device, original.weight.dtype if is_plain else stack.dtype)
-        ends = self.context.acting if self.context else ()
-        acting = (self.acting[z] for z in stack.experts.tolist())
-        columns = [ends.index(end) + 1 if end else 0 for end in acting]  # 0 acts always
-        if any(columns) and not module.sees_all:
+        tails = tuple(self.tails[z] for z in stack.experts.tolist())
+        if any(tails) and not module.sees_all:
             raise RoutingError(
                 f"Some experts act from a prompt's end on, but {site.name} is inside one of the "
                 f"base's own experts, which see some tokens only; leave them out."
             )
-        self.layers[site.name] = RoutedLinear(original, site, stack, module, columns)
+        self.layers[site.name] = RoutedLinear(original, site, stack, module, tails)
 
     def folded(self, original: nn.Module, site: Site, stack: SiteStack) -> bool:
         """Whether the mean of all experts is now inside the weight of `original`: it was cheaper.
@@ -136,7 +133,7 @@ class Composition:
         Not where a kernel is named, which computes with the experts' factors.
         """
         plain, size, router = stack.plain_lora, len(self.experts), self.router
-        may_fold = router.folds and router.kernel == AUTO and not any(self.acting)
+        may_fold = router.folds and router.kernel == AUTO and not any(self.tails)
         if not (plain and may_fold and is_cheaper_folded(original, plain)):
             return False
         check_numbers(stack, site.name, self.experts)
@@ -215,7 +212,7 @@ def routing_for(
 
     def use(rows: Sequence[int]) -> None:
         some = found.of(rows)
-        context.use(some.choice, some.beginnings)
+        context.use(some.choice, some.lengths)
 
     with context.using(found):
         yield use

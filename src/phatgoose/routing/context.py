@@ -11,6 +11,7 @@ that these were made of.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,6 @@ from transformers import PreTrainedModel
 from ..errors import RoutingError
 from ..passes import (
     IN_ANSWER,
-    ActsOn,
-    beginnings,
     cache_of,
     cached_tokens,
     callable_parts,
@@ -40,6 +39,7 @@ from ..sites import ROUTED
 from .recording import unwatched
 
 Result = TypeVar("Result")
+Tails = tuple[int | None, ...]  # of a prompt's last tokens that each expert acts on, None for all
 NOBODY = -1  # stands among experts for none: the base's own output
 
 
@@ -117,26 +117,28 @@ class Choice:
 
 @dataclass(frozen=True)
 class PromptRouting:
-    """What is known of some prompts: their experts, and where those of `acting` begin in them.
+    """What is known of some prompts: their experts, and their `lengths` [rows] in tokens.
 
-    `choice` is None for routers that choose for every token, `beginnings` [rows, acting] where all
-    experts act on all tokens.
+    `choice` is None for routers that choose for every token, `lengths` where all experts act on all
+    tokens.
     """
 
     choice: Choice | None = None
-    beginnings: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Iterable[PromptRouting]) -> PromptRouting:
         every = list(parts)
         choices = [part.choice for part in every if part.choice is not None]
-        begin = [part.beginnings for part in every if part.beginnings is not None]
-        return cls(Choice.joined(choices) if choices else None, torch.cat(begin) if begin else None)
+        lengths = [part.lengths for part in every if part.lengths is not None]
+        return cls(
+            Choice.joined(choices) if choices else None, torch.cat(lengths) if lengths else None
+        )
 
     def of(self, rows: Sequence[int]) -> PromptRouting:
-        choice, begin = self.choice, self.beginnings
+        choice, lengths = self.choice, self.lengths
         return PromptRouting(
-            choice and choice.of(rows), None if begin is None else begin[list(rows)]
+            choice and choice.of(rows), None if lengths is None else lengths[list(rows)]
         )
 
     def each(self, rows: int) -> list[PromptRouting]:
@@ -157,32 +159,29 @@ class Acting(NamedTuple):
 
 
 class Activity:
-    """Where in a pass the experts of `acting` act: `mask` [tokens, 1 + acting].
+    """Where in a pass experts act, by their tails."""
 
-    Column 0 is that of experts that always act.
-    """
-
-    def __init__(self, positions: Tensor, begin: Tensor) -> None:
-        """Of tokens at `positions` [rows, columns], `begin` [rows or tokens, acting]."""
+    def __init__(self, positions: Tensor, lengths: Tensor) -> None:
+        """Of tokens at `positions` [rows, columns] behind prompts of `lengths` [rows or tokens]."""
         rows, columns = positions.shape
-        if len(begin) != rows * columns:  # beams repeat rows
-            begin = begin.repeat_interleave(rows // len(begin) * columns, dim=0)
-        acts = positions.reshape(-1, 1) >= begin.to(positions.device)
-        self.mask = torch.cat([torch.ones_like(acts[:, :1]), acts], dim=1)
-        self._at: dict[tuple[int, ...], Acting] = {}
+        if len(lengths) != rows * columns:  # beams repeat rows
+            lengths = lengths.repeat_interleave(rows // len(lengths) * columns)
+        self._left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
+        self._at: dict[Tails, Acting] = {}
 
-    def at(self, columns: tuple[int, ...]) -> Acting:
-        """Where a site's experts act, which have these columns."""
-        if columns not in self._at:  # many sites of a pass ask for the same
-            mask = self.mask[:, list(columns)]
+    def at(self, tails: Tails) -> Acting:
+        """Where a site's experts act, which have these tails."""
+        if tails not in self._at:  # many sites of a pass ask for the same
+            reach = [tail or sys.maxsize for tail in tails]
+            mask = self._left[:, None] <= torch.tensor(reach, device=self._left.device)
             places = mask.any(dim=1).nonzero()[:, 0]
             there = mask[places]
             few = 2 * len(places) <= len(mask)
             mixed = None if bool(there.all()) else there
             everywhere = mixed is None and len(places) == len(mask)
             acting = Acting() if everywhere else Acting(mask, places if few else None, mixed)
-            self._at[columns] = acting
-        return self._at[columns]
+            self._at[tails] = acting
+        return self._at[tails]
 
 
 class _Present(threading.local):
@@ -204,14 +203,13 @@ class RoutingContext:
     """Which experts act on each row of the present batch; every thread has a batch of its own.
 
     `router` is a `routers.prompt.PromptRouter`, None where experts are chosen for every token.
-    `acting` are the ends of prompts that some experts act on; then each pass has an `Activity`, by
-    the tokens' positions.
+    `tails` are those of all experts; if some act on a tail, each pass has an `Activity`, by the
+    tokens' positions.
     """
 
-    def __init__(self, router: Any, acting: Sequence[ActsOn | None] = ()) -> None:
-        self.router = router
-        self.acting = tuple(dict.fromkeys(each for each in acting if each is not None))
-        self._some_always_act = None in acting
+    def __init__(self, router: Any, tails: Tails = ()) -> None:
+        self.router, self._some_always_act = router, None in tails
+        self._longest = max((tail for tail in tails if tail), default=0)
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
         self._begin_anew()
@@ -234,11 +232,11 @@ class RoutingContext:
         """The experts of this thread's rows, or of all as one row; None if unknown."""
         return self._present.routing.choice
 
-    def use(self, choice: Choice | None, beginnings: Tensor | None = None) -> None:
+    def use(self, choice: Choice | None, lengths: Tensor | None = None) -> None:
         """Use these for the rows of the passes to come; None goes back to reading prompts."""
         present = self._present
-        present.routing = PromptRouting(choice, beginnings)
-        present.announced = choice is not None or beginnings is not None
+        present.routing = PromptRouting(choice, lengths)
+        present.announced = choice is not None or lengths is not None
 
     @contextmanager
     def using(self, routing: PromptRouting) -> Iterator[None]:
@@ -246,7 +244,7 @@ class RoutingContext:
         present = self._present
         before = present.routing, present.announced
         try:
-            self.use(routing.choice, routing.beginnings)
+            self.use(routing.choice, routing.lengths)
             yield
         finally:
             present.routing, present.announced = before
@@ -269,17 +267,16 @@ class RoutingContext:
         """
         if choice is None and self.router is not None:
             choice = self.choose(prompts if asked is None else asked, **known)
-        return PromptRouting(
-            choice, beginnings(self.acting, prompts) if self.acting and prompts else None
-        )
+        counts = self._longest and prompts
+        return PromptRouting(choice, torch.tensor([*map(len, prompts)]) if counts else None)
 
     @property
     def no_expert_acts(self) -> bool:
         """Whether no expert acts in this thread's passes, as while prompts are read."""
         return self._present.base_alone
 
-    def acting_at(self, columns: tuple[int, ...]) -> Acting:
-        """Where in the present pass the experts of a site act, by their `columns` of `Activity`.
+    def acting_at(self, tails: Tails) -> Acting:
+        """Where in the present pass the experts of a site act, which have these `tails`.
 
         Raises RoutingError outside of a pass of the model.
         """
@@ -289,7 +286,7 @@ class RoutingContext:
                 "was called outside of a pass of its model, as gradient checkpointing does. Turn "
                 "that off, or call the model."
             )
-        return self._present.activity.at(columns)
+        return self._present.activity.at(tails)
 
     def of_each(self, u: Tensor, sees_all: bool = True, block: int = 0) -> Choice:
         """The experts of each token of u [T, n] in a block, [T, k]: T / rows tokens in turn.
@@ -322,7 +319,7 @@ class RoutingContext:
         self._model = model
         # Its own thread would put our errors into empty answers.
         model.init_continuous_batching = self._refuse_shared_rows
-        if self.router is not None and self.router.unserved and not self.acting:
+        if self.router is not None and self.router.unserved and not self._longest:
             return
         is_encoder_decoder = model.config.is_encoder_decoder
         for part in (model.get_encoder(), model) if is_encoder_decoder else callable_parts(model):
@@ -354,7 +351,7 @@ class RoutingContext:
             call = given_arguments(part, args, kwargs)
             if not present.announced:
                 present.routing = self._read(call)  # may call the model itself
-            if self.acting:
+            if self._longest:
                 present.activity = self._activity(call)
         present.depth = depth
 
@@ -405,7 +402,7 @@ class RoutingContext:
         if given.get("cu_seq_lens_q") is not None:
             self._refuse_shared_rows()
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if ids is None and (self.router or any(end.invocation for end in self.acting)):
+        if ids is None and self.router:
             raise RoutingError(f"{self._who}, which are tokens; pass input_ids.")
         if ids is None and embeds is not None:  # of which lengths are enough
             ids = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
@@ -418,14 +415,14 @@ class RoutingContext:
         return self.routing_of([row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
 
     def _activity(self, given: Mapping[str, Any]) -> Activity | None:
-        begin, positions = self._present.routing.beginnings, token_positions(given)
-        if begin is None or positions is None:
+        lengths, positions = self._present.routing.lengths, token_positions(given)
+        if lengths is None or positions is None:
             return None
         # A cache of states alone doesn't tell its length, but its prompt has been read whole.
         cache = cache_of(given)
         if cache is not None and cached_tokens(given) is None and cache in self._known:
             positions = torch.full_like(positions, IN_ANSWER)
-        return Activity(positions, begin)
+        return Activity(positions, lengths)
 
 
 def _generate(
@@ -452,11 +449,15 @@ def _generate(
         ends = ends if isinstance(ends, list | tuple) else [ends]
         mask = ids != pad if pad is not None and pad not in ends else None
     routing = (known or context._routing_of_rows(ids, mask)) if is_read else present.routing
-    begin = routing.beginnings
-    if cached and not known and not (present.announced and begin is None):
+    lengths = routing.lengths
+    if cached and not known and not (present.announced and lengths is None):
         # Experts should have acted on tokens that somebody else read.
-        read = cached if mask is None else mask[:, :cached].sum(dim=1, keepdim=True).cpu()
-        if begin is None or context._some_always_act or bool(torch.any(read > begin)):
+        read = cached if mask is None else mask[:, :cached].sum(dim=1).cpu()
+        if (
+            lengths is None
+            or context._some_always_act
+            or bool(torch.any(read > (lengths - context._longest).clamp(min=0)))
+        ):
             raise RoutingError(
                 f"{context._who}, and has not read the {cached} tokens in this cache, where some "
                 f"act; pass the whole prompt without a cache, or a cache of fewer tokens."
@@ -485,7 +486,7 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     context: RoutingContext | None = parts.context
-    if context is None or (context.router is None and None in parts.acting):
+    if context is None or (context.router is None and None in parts.tails):
         raise RoutingError(
             "Prompts are read by the base alone, and this model's experts act on every token; hand "
             "over the base, or detach the experts."

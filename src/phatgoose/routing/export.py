@@ -136,7 +136,7 @@ def export(
     """
     target, parts = Path(out), composition_of(model)
     require_free(target, RoutingError)
-    if late := [name for name, end in zip(parts.experts, parts.acting, strict=True) if end]:
+    if late := [name for name, tail in zip(parts.experts, parts.tails, strict=True) if tail]:
         raise RoutingError(
             f"From a prompt's end on act {', '.join(late)}, which no adapter or weight does; leave "
             f"them out (--leave-out)."

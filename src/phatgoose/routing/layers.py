@@ -18,7 +18,7 @@ that expert alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts.lora import LoraStack
 from ..sites import Site
-from .context import Acting, RoutingContext, uncompiled
+from .context import Acting, RoutingContext, Tails, uncompiled
 from .kernels import choose_kernel, one_call
 from .recording import watches_over
 from .routers.router import RoutingDecision, SiteRouter
@@ -94,16 +94,13 @@ class RoutedLinear(RoutedLayer):
         site: Site,
         stack: SiteStack,
         router: SiteRouter,
-        columns: Sequence[int] = (),
+        tails: Tails = (),
     ) -> None:
-        """`columns` are those of all experts here in the `Activity` of the router's context.
-
-        Without any of them but 0, all experts act on all tokens.
-        """
+        """`tails` are how many of a prompt's last tokens each expert acts on; none: all tokens."""
         super().__init__(base, site, stack.experts)
         self.router, self.kernel = router, router.router.kernel
         self.context: RoutingContext | None = router.context
-        self.columns = tuple(columns) if any(columns) else ()
+        self.tails = tails if any(tails) else ()
         self.part_types = {n: (type(part), part.names()) for n, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
             # Kernels take addresses, and trust that there are no gaps.
@@ -128,7 +125,7 @@ class RoutedLinear(RoutedLayer):
 
     @uncompiled
     def _acting(self, device: torch.device) -> Acting:
-        acting = self.context.acting_at(self.columns) if self.context else Acting()
+        acting = self.context.acting_at(self.tails) if self.context else Acting()
         if watches_over(self, self.site):  # who want to see every token
             acting = acting._replace(places=None)
         return Acting(*(None if each is None else each.to(device) for each in acting))
@@ -138,7 +135,7 @@ class RoutedLinear(RoutedLayer):
 
         Where few tokens have any that act, of these alone.
         """
-        acting = acting or (self._acting(u.device) if self.columns else Acting())
+        acting = acting or (self._acting(u.device) if self.tails else Acting())
         tokens, places = u.reshape(-1, u.shape[-1]), acting.places
         if places is not None and self.router.router.by_token:
             # Not one token more: gates of many experts cost as much as the rest of the layer.
@@ -160,7 +157,7 @@ class RoutedLinear(RoutedLayer):
         if self.context is not None and self.context.no_expert_acts:
             y: Tensor = self.base(u)
             return y
-        acting = self._acting(u.device) if self.columns else Acting()
+        acting = self._acting(u.device) if self.tails else Acting()
         if not self.is_plain:
             return self._all_parts(u, acting)
         y = self.base(u)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..base import Base, BaseReference, check_base, is_hub_id, surely_differs
 from ..config import MODEL_TYPE, Routing, closest
 from ..errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
-from ..experts.expert import check_name, code
+from ..experts.expert import ActsOn, check_name, code
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES
 from ..experts.pool import Pool, check_alike
@@ -42,7 +42,6 @@ from ..files import (
     write_text,
     writing,
 )
-from ..passes import ActsOn
 from ..sites import FLOATS, dtype_at, find_sites
 from .composition import Composition, composition_of, resolve_base
 from .layers import FoldedLinear, RoutedLinear
@@ -219,11 +218,10 @@ class ExpertRecord:
     vectors_sha256: str | None = None
     embeddings_sha256: str | None = None
     measured_in: str | None = None
-    acts_on: dict[str, Any] | None = None
+    acts_on: ActsOn | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        ActsOn.of(self.acts_on)
 
 
 @dataclass(frozen=True)

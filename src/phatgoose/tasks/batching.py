@@ -26,9 +26,7 @@ from transformers import (
 from ..errors import BaseModelError
 from ..files import one_line, shortened
 from ..passes import (
-    ActsOn,
     acting_at,
-    beginnings,
     watching,
 )
 from ..sites import Site, headless, prompt_stack
@@ -46,7 +44,7 @@ class Collator:
     columns. Sequence-to-sequence models get them separately. `labels` is [rows, longest target],
     IGNORED at padding. With `packs`, pairs share rows if the model can be packed: `labels` [1,
     tokens] has all target tokens, `places` [tokens] the positions that predict them. `active` are
-    the tokens that an expert which is `acting` on prompts' ends acts on, as `input_ids`.
+    the tokens that an expert acts on which acts on the `tail` last ones of prompts and the answer.
     """
 
     def __init__(
@@ -55,9 +53,9 @@ class Collator:
         pad_token_id: int,
         *,
         packs: bool = False,
-        acting: ActsOn | None = None,
+        tail: int | None = None,
     ) -> None:
-        self._acting = acting
+        self._tail = tail
         self._pad, self._dtype = pad_token_id, model.dtype
         # On several GPUs Trainer splits batches by rows, but places count all rows.
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
@@ -84,8 +82,8 @@ class Collator:
             places += range(start + first - 1, start + texts[index].length)
             labels += (pairs[index].prompt + pairs[index].target)[first:]
         batch = {**packed.inputs, "labels": torch.tensor([labels]), "places": torch.tensor(places)}
-        if self._acting is not None:
-            begin = beginnings([self._acting], [pairs[index].prompt for index in order])[:, 0]
+        if self._tail is not None:
+            begin = torch.tensor([len(pairs[index].prompt) - self._tail for index in order])
             acts = packed.inputs["position_ids"] >= begin[packed.owners]
             batch["active"] = acts & (packed.owners >= 0)
         return batch
@@ -99,8 +97,8 @@ class Collator:
         }
         if self._wants_positions:
             batch["position_ids"] = position_ids(batch["attention_mask"])
-        if self._acting is not None:
-            first = beginnings([self._acting], [pair.prompt for pair in pairs])
+        if self._tail is not None:
+            first = torch.tensor([[len(pair.prompt) - self._tail] for pair in pairs])
             real = batch["attention_mask"].bool()
             batch["active"] = real & (position_ids(batch["attention_mask"]) >= first)
         return batch

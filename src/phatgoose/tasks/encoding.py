@@ -121,21 +121,6 @@ class Encoder:
     def prompt(self, text: str) -> list[int]:
         return self.fitted(text).tokens
 
-    def generation_prompt(self) -> list[int]:
-        """The tokens that the chat template ends every prompt with, so that an answer begins.
-
-        Raises TaskError when the formatting has no chat, or the template adds nothing of its own.
-        """
-        chat = Chat([("user", "text")])
-        before = self._tokens(self._rendered(chat, begins_answer=False))
-        whole = self._tokens(self._rendered(chat))
-        if not self.formatting.chat or whole == before or whole[: len(before)] != before:
-            raise TaskError(
-                "acts_on generation-prompt needs chat, and a template of the base's that adds a "
-                "generation prompt whose tokens are its own; or name a number of tokens."
-            )
-        return whole[len(before) :]
-
     def fitted(self, text: str, *, followed_by: int = 0) -> Fitted:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
 

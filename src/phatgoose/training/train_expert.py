@@ -45,7 +45,6 @@ from ..experts.expert import (
     adapter_files,
     check_name,
     expert_files,
-    invocation_of,
     read_modules,
     recorded_formatting,
 )
@@ -58,10 +57,8 @@ from ..experts.kind import (
     new_gate,
     openness,
 )
-from ..experts.peft_files import record_invocation
 from ..experts.statistics import prompt_states, readings_of
 from ..files import sha256_of, write_text, writing
-from ..passes import ActsOn
 from ..sites import Site, find_sites
 from ..tasks.batching import Collator, read_pairs, read_prompts
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
@@ -185,13 +182,12 @@ def _trained(
     if isinstance(adapter, Peft):
         placed_sites(run.base.model, adapter)  # refuses bad settings before it is written
     else:
-        acting, modules = invocation_of(adapter), read_modules(adapter)
+        modules = read_modules(adapter)
         if (adapter / LAYOUT.info).is_file():
             expert = Expert.load(adapter)
             check_base(expert.info.base, run.base.reference, f"expert {expert.name!r}")
             earlier, metrics = dict(expert.info.hyperparameters), dict(expert.info.metrics)
-            acting = expert.acts_on
-        run = replace(run, acting=acting)
+            run = replace(run, tail=expert.info.tail)
         check_fit(adapter.name, modules, find_sites(run.base.model))
         weights = sha256_of(adapter / adapter_files(adapter).weights)
     record = settings.record()
@@ -227,9 +223,9 @@ def _begun(
     task = task.with_validation(settings.training.seed)
     encoder = Encoder.of(base, as_read(settings.formatting, task.train))
     settings = replace(settings, formatting=encoder.formatting)
-    acting = None if settings.peft is None else acting_for(encoder, settings.training.acts_on)
+    tail = None if settings.peft is None else settings.training.tail
     callbacks = tuple(options.get("callbacks", ()))
-    return Run(base, task, encoder, settings, out, name, acting, callbacks)
+    return Run(base, task, encoder, settings, out, name, tail, callbacks)
 
 
 @contextmanager
@@ -269,15 +265,6 @@ def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterat
             raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
 
 
-def acting_for(encoder: Encoder, acts_on: str | int) -> ActsOn | None:
-    """What the setting `acts_on` means; None for all tokens."""
-    if acts_on == "all":
-        return None
-    if acts_on == "generation-prompt":
-        return ActsOn(invocation=tuple(encoder.generation_prompt()))
-    return ActsOn(tail=1 if acts_on == "answer" else int(acts_on))
-
-
 def _encoded(run: Run, *, tells: bool) -> tuple[list[TokenPair], dict[str, int]]:
     """The training examples, and the record of how many were cut."""
     pairs = run.encoder.pairs(run.task.train)
@@ -306,9 +293,6 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         fresh.save(unfinished)
-    invocation = run.acting.invocation if run.acting else None
-    if invocation and kind_for(peft).peft_type == "LORA":
-        record_invocation(unfinished, invocation)
     if joint:
         save_file(gates, unfinished / JOINT_GATES)
     (unfinished / REPORT).write_text(json.dumps(metrics | cuts), encoding="utf-8")
@@ -346,7 +330,7 @@ def _finished(
         },
         hyperparameters={**earlier, **run.settings.record()},
         metrics=metrics,
-        acts_on=run.acting,
+        acts_on={"tail": run.tail} if run.tail else None,
     )
     return _with_statistics(run, expert)[0].save(run.out)
 
@@ -399,7 +383,7 @@ def measure(
     hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
     encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
     task = task.with_validation(seed)
-    run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.acts_on)
+    run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.info.tail)
     measured, cuts = _with_statistics(run, expert)
     cuts.report(task.name)
     return measured.save(place, overwrite=True)
@@ -431,7 +415,7 @@ def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
         updates["readings"] = readings_of(read_prompts(model, prompts, prompt_states(model), label))
     if settings.means:
         sites = {name: site for name, site in find_sites(model).items() if name in modules}
-        collator = Collator(model, run.base.tokenizer.pad_token_id, acting=run.acting)
+        collator = Collator(model, run.base.tokenizer.pad_token_id, tail=run.tail)
         with applied(model, modules, ModifiedLinear):
             means = mean_activations(model, sites, pairs, collator, label)
         updates["means"] = means

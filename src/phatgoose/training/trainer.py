@@ -34,7 +34,6 @@ from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TrainingError
 from ..experts import kind_for
 from ..files import first_line, one_line
-from ..passes import ActsOn
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Task
@@ -78,8 +77,8 @@ class Hyperparameters:
 class Run:
     """The training of one expert, to be written to `out`; unfinished work lies in `work`.
 
-    `task` has a validation split. `acting` is the end of prompts that the expert acts on, None for
-    all tokens. `callbacks` are transformers' own.
+    `task` has a validation split. `tail` is the number of a prompt's last tokens that the expert
+    acts on, None for all tokens. `callbacks` are transformers' own.
     """
 
     base: Base
@@ -88,11 +87,11 @@ class Run:
     settings: Hyperparameters
     out: Path
     name: str
-    acting: ActsOn | None = None
+    tail: int | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.acting is not None and self.base.is_encoder_decoder:
+        if self.tail and self.base.is_encoder_decoder:
             raise ConfigError(
                 f"{self.base.id!r} is an encoder-decoder, whose prompts have a stack of their own; "
                 f"experts that act from a prompt's end on need a decoder-only base."
@@ -324,7 +323,7 @@ def fit(
         args=_arguments(training, steps, rate, min(every, steps), work, validates=bool(validation)),
         train_dataset=order,
         eval_dataset=validation or None,
-        data_collator=Collator(run.base.model, padding, packs=True, acting=run.acting),
+        data_collator=Collator(run.base.model, padding, packs=True, tail=run.tail),
         callbacks=callbacks,
         label=label,
     )

@@ -16,7 +16,6 @@ from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
-from phatgoose.passes import ActsOn
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
@@ -98,11 +97,11 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
 @pytest.mark.parametrize("router", ["phatgoose", "centroid"])
 def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder):
     """Rows join and leave, as in a model that generates."""
-    pool, ends = pool_of("llama"), (ActsOn(tail=3), None, ActsOn(invocation=(7, 8)), ActsOn(tail=1))
+    pool, tails = pool_of("llama"), (3, None, 6, 1)
     pool = Pool(
         tuple(
-            replace(each, info=replace(each.info, acts_on=end and end.record()))
-            for each, end in zip(pool.experts, ends, strict=True)
+            replace(each, info=replace(each.info, acts_on=tail and {"tail": tail}))
+            for each, tail in zip(pool.experts, tails, strict=True)
         )
     )
     base = load_base(pool.base.id, dtype="float32")
@@ -289,8 +288,7 @@ def test_a_conversation_goes_on_from_its_answers(runner_of):
 
 def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on(llama, llama_pool):
     ends = [
-        replace(each, info=replace(each.info, acts_on=ActsOn(3).record()))
-        for each in llama_pool.experts
+        replace(each, info=replace(each.info, acts_on={"tail": 3})) for each in llama_pool.experts
     ]
     store = PrefixStore(1 << 20)
     answers(ModelRunner(llama.model, llama.tokenizer), [LONG], store)

@@ -196,8 +196,8 @@ def _contents(expert: Expert) -> str:
 
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
-    share = recorded_share(expert.info.metrics)
-    answers += f", acts on {expert.acts_on}" if expert.acts_on else ""
+    share, tail = recorded_share(expert.info.metrics), expert.info.tail
+    answers += f", acts on the prompt's last {tail} tokens and the answer" if tail else ""
     cut = f", inputs cut: {share}" if share is not None else ""
     return (
         f"{expert.name}, {kinds()[expert.kind].label}, {len(expert.modules)} sites, {answers}{cut}"

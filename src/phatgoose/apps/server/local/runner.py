@@ -183,7 +183,7 @@ class ModelRunner:
         self._cache_name = cache_argument(model)
         self._parts = parts = composition_if_any(model)
         self._context = parts.context if parts else None
-        self._acting = parts.acting if parts else ()  # read from records once
+        self._tails = parts.tails if parts else ()  # read from records once
         self._number = next(_NUMBERS)
         positions = positions_of(model)
         self.frame = Frame(
@@ -238,22 +238,20 @@ class ModelRunner:
         base, limit = (client, ("base", weights)), len(prompt)
         if self._parts is None:
             return Reader(base, limit)
-        acting, choice = self._acting, routed.choice if routed else None
+        tails, choice = self._tails, routed.choice if routed else None
         used = (
-            range(len(acting)) if choice is None else sorted(set(choice.experts.flatten().tolist()))
+            range(len(tails)) if choice is None else sorted(set(choice.experts.flatten().tolist()))
         )
-        ends = [acting[z] for z in used if z >= 0]
-        if routed is not None and routed.beginnings is not None and self._context is not None:
-            columns = [self._context.acting.index(end) for end in ends if end is not None]
-            limit = min([limit, *routed.beginnings[0, columns].tolist()])
-        if all(end is not None for end in ends):
+        reach = [tails[z] for z in used if z >= 0]
+        limit = max(0, limit - max((tail for tail in reach if tail), default=0))
+        if all(reach):
             return Reader(base, limit)
         return Reader((client, self._number, None if choice is None else choice.key), limit)
 
     def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:
             found = PromptRouting.joined(each for each in routed if each is not None)
-            self._context.use(found.choice, found.beginnings)
+            self._context.use(found.choice, found.lengths)
 
 
 class LoadedModel:

@@ -46,7 +46,3 @@ class EvaluationError(PhatgooseError):
 
 class EngineError(PhatgooseError):
     """Workers that can't be started, or that stay lost."""
-
-
-class EngineAwayError(ConfigError):
-    """An engine behind a gateway that can't be reached, or isn't ready."""

@@ -97,8 +97,8 @@ def test_what_no_engine_does_is_refused_here(place):
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("vllm", {}, "vLLM at .* lacks e1, e3 as the pool has them now (Not Found). Start it as"),
-        ("llama.cpp", {}, "lacks e1, e3 as the pool has them now (it reads adapters when"),
+        ("vllm", {}, "vLLM at .* lacks e1, e3 (Not Found). Start it as"),
+        ("llama.cpp", {}, "lacks e1, e3 (it reads adapters when"),
         ("other", {}, "is neither vLLM nor llama.cpp"),
         ("vllm", {"key": "secret"}, "refuses the key; set PHATGOOSE_UPSTREAM_KEY"),
         *(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import json
 import os
@@ -136,12 +135,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        following = asyncio.ensure_future(service.follow()) if limits.watch else None
         try:
             yield
         finally:
-            if following is not None:
-                following.cancel()
             await service.close()
 
     app = FastAPI(

@@ -43,8 +43,6 @@ class Metrics:
         self.generated = self.counter("generated_tokens", "Tokens generated.", ["model"])
         self.waiting = self.gauge("waiting", "Answers in the queue.")
         self.running = self.gauge("running", "Answers being computed.")
-        words = "Changed pools: reopened, or kept as they were because the new one can't be served."
-        self.reopened = self.counter("reopened", words, ["outcome"])
 
 
 ANY_HOST = "*"

@@ -6,9 +6,6 @@ A `Backend` computes the answers: models here (`local`), or an engine behind a g
 from __future__ import annotations
 
 import asyncio
-import glob
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
-from ...files import one_line, shortened
+from ...files import shortened
 from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO, WEIGHTS, router_of
 from ...routing.routers.router import check_served
@@ -47,10 +44,6 @@ from .replies import EventStream, Reply, unless_gone
 from .requests import Answer, Asked, RequestReader
 
 SHOWN = 80  # characters of a name that an error repeats
-LOOKING = 1.0  # seconds between two looks at whether a pool has changed
-AGAIN = 30.0  # seconds until a change that couldn't be taken over is tried again
-
-log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -91,10 +84,6 @@ class Backend(Protocol):
         """The answers, begun, and headers for their client. Raises ApiError."""
         ...
 
-    async def reopened(self, name: str) -> Any:
-        """The model of that name as its place has it now."""
-        ...
-
 
 class Service:
     """Public methods that take a request are the routes'."""
@@ -105,11 +94,12 @@ class Service:
         metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
         self.routings = RoutingCache(backend.models)
-        self._reopening = asyncio.Lock()
-        # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts: dict[PreTrainedTokenizerBase, tuple[UntrustedText, Turns]] = {}
-        for model in self.models.values():
-            self._texts_of(model.runner.frame.tokenizer)
+        # What runs a base's chat template and tokenizer, and turns to use it. One for each base: a
+        # template that takes long keeps nobody else's requests waiting.
+        self._texts: dict[PreTrainedTokenizerBase, tuple[UntrustedText, Turns]] = {
+            tokenizer: (UntrustedText(tokenizer), Turns(1))
+            for tokenizer in {each.runner.frame.tokenizer for each in self.models.values()}
+        }
 
     @property
     def models(self) -> dict[str, Any]:
@@ -217,7 +207,7 @@ class Service:
             except PhatgooseError as error:
                 raise bad_request(for_clients(error), request.changed) from error
             runner = at_end.enter_context(cached)
-            process, turns = self._texts_of(runner.frame.tokenizer)
+            process, turns = self._texts[runner.frame.tokenizer]
             reader = RequestReader(runner.frame, self.backend.limits, process)
             read = partial(reader.prompts, request)
             prompts = await turns.run(client, deadline, read)
@@ -241,56 +231,6 @@ class Service:
         self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 
-    def _texts_of(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UntrustedText, Turns]:
-        """What runs a base's chat template and tokenizer, and turns to use it."""
-        if tokenizer not in self._texts:
-            self._texts[tokenizer] = UntrustedText(tokenizer), Turns(1)
-        return self._texts[tokenizer]
-
-    async def follow(self) -> None:
-        """Open each model again when the files at its place have changed, and have stopped to.
-
-        The new one takes the old one's place when it is complete: requests that run finish on the
-        old one. A pool that can't be opened leaves it where it is, and is tried again.
-        """
-        await asyncio.gather(*map(self._follow, self.models))
-
-    async def _follow(self, name: str) -> None:
-        place, loop = self.models[name].settings.place, asyncio.get_running_loop()
-        opened = last = failed = seen_at(place)
-        again = 0.0
-        while True:
-            await asyncio.sleep(LOOKING)
-            try:
-                before, last = last, await asyncio.to_thread(seen_at, place)
-                if before != last or last == opened or (last == failed and loop.time() < again):
-                    continue
-                failed, again = last, loop.time() + AGAIN
-                async with self._reopening:  # one at a time
-                    model = await self.backend.reopened(name)
-                self._texts_of(model.runner.frame.tokenizer)
-            except Exception as error:  # also where there are too many threads
-                is_ours = isinstance(error, (PhatgooseError, OSError))
-                words = "%s has changed, and is served as it was: %s"
-                log.warning(words, name, one_line(error), exc_info=not is_ours)
-                self.metrics.reopened.labels("kept").inc()
-            else:
-                opened, self.models[name] = before, model
-                self.routings.forget(name)
-                log.warning("%s has changed, and is served as it is now", name)
-                self.metrics.reopened.labels("reopened").inc()
-
-
-def seen_at(place: str) -> tuple[tuple[str, int, int], ...]:
-    """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
-    inside, files = glob.escape(place), []
-    for path in sorted([place, *glob.glob(f"{inside}/*"), *glob.glob(f"{inside}/*/*")]):
-        with suppress(OSError):  # it went away since it was listed
-            if os.path.isfile(path):
-                stat = os.stat(path)
-                files.append((path, stat.st_size, stat.st_mtime_ns))
-    return tuple(files)
-
 
 def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:
     """A model's routing and experts with `override` applied. Raises PhatgooseError."""
@@ -313,7 +253,7 @@ def numbered(routing: Routing, experts: int) -> Routing:
 
 MOST_ROUTINGS = 8  # that requests asked for are kept
 
-Key = tuple[str, Routing, tuple[str, ...], int]  # model, routing, experts, which opening of it
+Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
 
 
 class CachedRouting:
@@ -355,18 +295,13 @@ class RoutingCache:
         routing, pool = await run_in_threadpool(overridden, model, override)
         if (routing, pool.names) == (model.routing, model.experts):
             return CachedRouting(model.runner)
-        key = (model.settings.name, routing, pool.names, id(model))
+        key = (model.settings.name, routing, pool.names)
         if (cached := self.cached.get(key)) is None:
             compose = partial(self._composed, key, model, pool)
             cached = await self.turns.run(client, deadline, compose)
         self.cached.pop(key, None)
         self.cached[key] = cached  # now the last
         return cached
-
-    def forget(self, model: str) -> None:
-        """Drop the routings of a model that was opened again."""
-        for key in [key for key in self.cached if key[0] == model]:
-            del self.cached[key]
 
     def _composed(self, key: Key, model: Any, pool: Pool, _: float) -> CachedRouting:
         if key in self.cached:  # since it waited for its turn

@@ -26,7 +26,7 @@ from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, for_clients
 from ..replies import Builder, Progress, Reply, routing_report
 from ..requests import Asked
-from ..service import Backend, FairQueue, State, Turns, in_thread
+from ..service import Backend, FairQueue, State, Turns
 from .batches import ActiveSequence, Batch
 from .json_form import JsonForm, form_of
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
@@ -61,9 +61,6 @@ class LocalBackend(Backend):
     @property
     def state(self) -> State:
         return State(self.engine.is_alive, self.engine.waiting, self.engine.running)
-
-    async def reopened(self, name: str) -> LoadedModel:
-        return await in_thread(self.models[name].reopened)
 
     def check(self, request: AnyRequest, model: LoadedModel) -> None:
         if request.routing and model.parts is None:

@@ -259,7 +259,7 @@ class LoadedModel:
 
     def __init__(self, settings: ServedModel, opened: Callable[..., Base]) -> None:
         """`opened` is `load_base`, which remembers what it has loaded."""
-        self.settings, self._opened = settings, opened
+        self.settings = settings
         place, routing = settings.place, settings.routing
         embedder = routing.embedder if routing else None
         if embedder and routing == Routing(embedder=embedder):
@@ -309,10 +309,6 @@ class LoadedModel:
     @property
     def bases(self) -> tuple[str, ...]:
         return (self.base.id,)
-
-    def reopened(self) -> LoadedModel:
-        """The model as its place has it now, over the same base."""
-        return LoadedModel(self.settings, self._opened)
 
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ModelRunner] = ()

@@ -24,9 +24,9 @@ from ....tasks.encoding import added_tokens
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request
 from ..replies import Builder, Progress, Reply, routing_report
 from ..requests import Asked, Frame
-from ..service import Backend, FairQueue, State, Turns, in_thread, numbered
+from ..service import Backend, FairQueue, State, Turns, numbered
 from ..settings import ServedModel, Upstream
-from .engines import Adapter, Engine, Link
+from .engines import Engine, Link
 
 EXPERTS = "X-Phatgoose-Experts"
 MOST_OF_A_HEADER = 4000  # characters
@@ -59,10 +59,6 @@ class ChosenPool:
         routing = first_allowed(settings.routing or Routing(), pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)
-
-    def reopened(self) -> ChosenPool:
-        """The pool as its place has it now."""
-        return ChosenPool(self.settings, self._shared)
 
     @property
     def frame(self) -> Frame:
@@ -127,7 +123,7 @@ class EngineBackend(Backend):
         self.link, self._limits = Link(upstream), limits
         shared = Shared(self.link, cache(load_tokenizer), cache(load_base))
         self.models = {each.name: ChosenPool(each, shared) for each in models}
-        self.link.experts = adapters_of(self.models)
+        self.link.folders = folders_of(self.models)
         self._choosing, self._running = Turns(1), FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
@@ -138,18 +134,12 @@ class EngineBackend(Backend):
 
     @property
     def state(self) -> State:
-        return State(self.link.is_well, 0, len(self._running))
+        return State(self.link.engine is not None, 0, len(self._running))
 
     @property
     def limits(self) -> Serving:  # type: ignore[override]
         context = self.link.engine and self.link.engine.context
         return replace(self._limits, max_batch_tokens=context) if context else self._limits
-
-    async def reopened(self, name: str) -> ChosenPool:
-        """The pool as its place has it now, its experts in the engine. Raises ConfigError."""
-        opened: ChosenPool = await in_thread(self.models[name].reopened)
-        await self.link.take(adapters_of({**self.models, name: opened}))
-        return opened
 
     def check(self, request: AnyRequest, model: ChosenPool) -> None:
         """Raise ApiError for what engines don't do."""
@@ -202,18 +192,18 @@ class EngineBackend(Backend):
             await reply.events.put(ApiError(500, "The server failed; its log says more."))
 
 
-def adapters_of(pools: Mapping[str, ChosenPool]) -> dict[str, Adapter]:
-    """What the engine must have of all pools. Raises ConfigError for two experts of one name."""
-    adapters: dict[str, Adapter] = {}
+def folders_of(pools: Mapping[str, ChosenPool]) -> dict[str, str]:
+    """The folders of all pools' experts by name. Raises ConfigError for two of one name."""
+    folders: dict[str, str] = {}
     for expert in (each for pool in pools.values() for each in pool.pool.experts):
         folder = str(expert.directory.resolve())
-        other = adapters.setdefault(expert.name, Adapter(folder, expert.info.adapter_sha256))
-        if other.folder != folder:
+        other = folders.setdefault(expert.name, folder)
+        if other != folder:
             raise ConfigError(
-                f"Two experts are called {expert.name!r}: {other.folder} and {folder}; an engine "
+                f"Two experts are called {expert.name!r}: {other} and {folder}; an engine "
                 f"knows them by name, so rename one."
             )
-    return adapters
+    return folders
 
 
 def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from pathlib import PurePath
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import httpx2
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from ....errors import ConfigError, EngineAwayError
+from ....errors import ConfigError
 from ....files import first_line, one_line
 from ..protocol import ApiError, ChatRequest, Finish, bad_request, for_clients
 from ..replies import Progress, ScoredToken
@@ -44,7 +44,7 @@ CUT = ("abort", "error")  # reasons that end an answer before its end
 log = logging.getLogger(__name__)
 
 
-class TooMuchError(Exception):
+class TooMuchError(httpx2.HTTPError):
     """An answer of more bytes than it may have."""
 
     def __init__(self, most: int) -> None:
@@ -64,7 +64,7 @@ def client_of(upstream: Upstream) -> httpx2.AsyncClient:
 
 
 async def content_of(reply: httpx2.Response, most: int) -> bytes:
-    """A response's body of at most `most` bytes. Raises HTTPError, TooMuchError."""
+    """A response's body of at most `most` bytes. Raises HTTPError."""
     content = bytearray()
     try:
         async for piece in reply.aiter_bytes():
@@ -164,13 +164,6 @@ class _Answer(_Form):
     usage: _Usage | None = None
 
 
-class Adapter(NamedTuple):
-    """An expert that the engine must have: its folder, and its adapter's hash."""
-
-    folder: str
-    content: str
-
-
 class Engine(ABC):
     """One engine's form: `look` at it, `load` into it, and the `fields` that choose experts.
 
@@ -190,11 +183,10 @@ class Engine(ABC):
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
-        self._contents: dict[str, str] = {}  # hashes of the adapters that it holds
 
     @abstractmethod
     async def look(self, client: httpx2.AsyncClient) -> None:
-        """See what the engine holds now. Raises EngineAwayError, ConfigError."""
+        """See what the engine holds now. Raises HTTPError, ConfigError."""
 
     async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
         """Have the engine load the adapter in a `folder`; what it says of that."""
@@ -204,30 +196,21 @@ class Engine(ABC):
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         """The fields of a request that has these experts, by name; the base's for none."""
 
-    async def prepare(self, client: httpx2.AsyncClient, experts: Mapping[str, Adapter]) -> None:
-        """Look again, and load the experts that the engine lacks.
+    async def prepare(self, client: httpx2.AsyncClient, folders: Mapping[str, str]) -> None:
+        """Look, and load the experts in `folders` that the engine lacks.
 
-        Raises EngineAwayError, and ConfigError that names every expert that isn't there after all,
-        or is there from before it changed: what an engine has under a name stays what it was.
+        Raises HTTPError, and ConfigError that names every expert that isn't there after all.
         """
         await self.look(client)
         said = ""
-        for name in experts.keys() - self.ids.keys():
-            self._contents.pop(name, None)
-            said = await self.load(client, name, experts[name].folder)
+        for name in folders.keys() - self.ids.keys():
+            said = await self.load(client, name, folders[name])
         if said:
             await self.look(client)
-        lacking = [
-            name
-            for name, adapter in experts.items()
-            if name not in self.ids
-            or self._contents.setdefault(name, adapter.content) != adapter.content
-        ]
-        if lacking:
+        if lacking := [name for name in folders if name not in self.ids]:
             raise ConfigError(
-                f"{self.label} at {self._upstream.root} lacks {', '.join(lacking)} as the pool has "
-                f"them now ({said or 'they changed'}). Start it as phatgoose export --engine "
-                f"{self.label.lower()} writes it."
+                f"{self.label} at {self._upstream.root} lacks {', '.join(lacking)} ({said}). Start "
+                f"it as phatgoose export --engine {self.label.lower()} writes it."
             )
 
 
@@ -280,9 +263,8 @@ FORMS: tuple[type[Engine], ...] = (Vllm, LlamaCpp)
 
 
 async def _engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
-    """What answers at `upstream`, not looked at yet. Raises EngineAwayError, ConfigError."""
-    cards = await _read(client, "/v1/models", _Cards)
-    owners = {card.owned_by for card in cards.data}
+    """What answers at `upstream`, not looked at yet. Raises HTTPError, ConfigError."""
+    owners = {card.owned_by for card in (await _read(client, "/v1/models", _Cards)).data}
     for form in FORMS:
         if form.owner in owners:
             return form(upstream)
@@ -291,51 +273,40 @@ async def _engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
 
 
 async def _read(client: httpx2.AsyncClient, path: str, form: Any) -> Any:
-    """What the engine answers at `path`, of this form. Raises EngineAwayError, ConfigError."""
+    """What the engine answers at `path`, of this form. Raises HTTPError, ConfigError."""
     reply = await _sent(client, "GET", path)
-    if reply.status_code in (401, 403):
-        raise ConfigError(
-            f"The engine at {client.base_url} refuses the key; set {UPSTREAM_KEY} to its own."
-        )
     try:
         return TypeAdapter(form).validate_json(reply.content)
     except ValidationError as error:
         first = error.errors()[0]
-        why = ": ".join([*map(str, first["loc"]), first["msg"]])
+        why = ": ".join(["has another form", *map(str, first["loc"]), first["msg"]])
+        if reply.status_code in (401, 403):
+            why = f"refuses the key; set {UPSTREAM_KEY} to the engine's own"
         raise ConfigError(
-            f"What answers at {client.base_url} is no engine that is known: {path} (status "
-            f"{reply.status_code}) has another form: {one_line(why, MOST_SHOWN)}."
+            f"{path} (status {reply.status_code}) {one_line(why, MOST_SHOWN)}."
         ) from error
 
 
 async def _sent(
     client: httpx2.AsyncClient, method: str, path: str, seconds: float = LOOKING, body: Any = None
 ) -> httpx2.Response:
-    """An answer to a question about the engine, read. Raises EngineAwayError."""
-    try:
-        request = client.build_request(method, path, json=body, timeout=seconds)
-        reply = await client.send(request, stream=True)
-        content = await content_of(reply, MOST_READ)
-    except (httpx2.HTTPError, TooMuchError) as error:
-        raise EngineAwayError(
-            f"The engine at {client.base_url} is away: {first_line(error)}."
-        ) from error
-    return httpx2.Response(reply.status_code, content=content)
+    """An answer to a question about the engine, read. Raises HTTPError."""
+    request = client.build_request(method, path, json=body, timeout=seconds)
+    reply = await client.send(request, stream=True)
+    return httpx2.Response(reply.status_code, content=await content_of(reply, MOST_READ))
 
 
 class Link:
-    """Connections to an engine that has the `experts`, and whether it is well.
+    """Connections to an engine that has the experts in `folders`.
 
     It may come later than the gateway, and be restarted.
     """
 
-    experts: Mapping[str, Adapter]
+    folders: Mapping[str, str]
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.engine: Engine | None = None  # what answered last
-        self.is_well = False
-        self._is_known = False  # what it holds: not since it was away
+        self.engine: Engine | None = None  # not while it is away: it may hold others then
         self._problem = ""  # why it can't be used
         self._lock = asyncio.Lock()  # for whoever prepares it
 
@@ -348,30 +319,21 @@ class Link:
         await asyncio.wait([self._timer])
         await self._client.aclose()
 
-    async def take(self, experts: Mapping[str, Adapter]) -> None:
-        """Have these experts from now on. Raises ConfigError where the engine can't load them."""
-        async with self._lock:
-            if self.engine is not None:
-                await self.engine.prepare(self._client, experts)
-            self.experts = experts
-
     async def ready(self) -> Engine:
         """The engine, which has the experts. Raises ApiError while it is away."""
-        if self.engine is not None and self._is_known:  # also while a new expert is being loaded
-            return self.engine
         try:
-            async with self._lock:  # what is wanted may change with what is being loaded
-                if self.engine is None or not self._is_known:
+            async with self._lock:
+                if self.engine is None:
                     engine = await _engine_at(self.upstream, self._client)
-                    await engine.prepare(self._client, self.experts)
+                    await engine.prepare(self._client, self.folders)
                     self.engine = engine
         except Exception as error:
-            self.is_well, said = False, one_line(error)
+            said = first_line(error)
             if said != self._problem:  # once, not with every look
-                log.warning("The engine can't be used: %s", said)
+                log.warning("The engine at %s can't be used: %s", self.upstream.root, said)
             self._problem = said
             raise _away("The engine behind this server is away; try again.") from error
-        self.is_well, self._is_known, self._problem = True, True, ""
+        self._problem = ""
         return self.engine
 
     async def _watch(self) -> None:
@@ -382,7 +344,7 @@ class Link:
             except httpx2.HTTPError:
                 answers = False
             if not answers:
-                self.is_well = self._is_known = False
+                self.engine = None
             with suppress(ApiError):
                 await self.ready()
             await asyncio.sleep(CHECKING)
@@ -402,7 +364,7 @@ class Link:
             if response.is_error:
                 raise await self._refusal(response)
             await self._pass_on(response, number, asked, events)
-        except (httpx2.HTTPError, TooMuchError, ValueError, KeyError) as error:
+        except (httpx2.HTTPError, ValueError) as error:
             raise self._failure(error) from error
 
     async def _pass_on(
@@ -441,15 +403,14 @@ class Link:
         if isinstance(error, ValueError):
             message = "The engine's answer is no JSON, or has not the form of OpenAI's."
             return ApiError(502, message, code=BROKEN)
-        self._is_known = False
-        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, KeyError)):
-            # Nothing was sent. KeyError: a change of a pool that failed has lost an expert.
+        self.engine = None
+        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):  # nothing was sent
             return _away("The engine behind this server is away; try again.")
         return ApiError(502, "The engine broke off its answer.", code=BROKEN)
 
     async def _refusal(self, response: httpx2.Response) -> ApiError:
         content = b""
-        with suppress(httpx2.HTTPError, TooMuchError):  # broken off, or more than can be read
+        with suppress(httpx2.HTTPError):  # broken off, or more than can be read
             content = await content_of(response, MOST_EVENT)
         status, said = response.status_code, self._said(content)
         if status in (400, 413, 422):
@@ -457,7 +418,7 @@ class Link:
         if status in (429, 503):
             return _away(f"The engine can't take the request now: {said}.", status)
         if status == 404:  # it doesn't know the adapter any more
-            self._is_known = False
+            self.engine = None
             return _away(f"The engine doesn't know the expert now: {said}.")
         return ApiError(502, f"The engine failed by {status}: {said}.", code=FAILED)
 

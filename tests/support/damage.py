@@ -6,18 +6,22 @@ stands there by then may be anything, since another damage may have come before.
 
 import json
 import os
+import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from phatgoose.errors import PhatgooseError
 from phatgoose.experts.bottleneck import FILES
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -33,11 +37,7 @@ def content_of(path: Path) -> bytes:
 
 
 def json_of(path: Path) -> Any:
-    """The JSON in a plain file; OSError or ValueError where there is none any more."""
-    try:
-        return json.loads(content_of(path).decode("utf-8", "surrogatepass"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return json.loads(content_of(path).decode("utf-8", "surrogatepass"))
 
 
 # What is done to a directory: each strategy below draws a function that does it.
@@ -88,10 +88,7 @@ def option(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     made = {"alone": pattern, "listed": [pattern], "keyed": {pattern: 3}, "other": value}[how]
 
     def do(folder: Path) -> None:
-        try:
-            content = json_of(folder / file)
-        except (ValueError, OSError):
-            return
+        content = json_of(folder / file)
         if isinstance(content, dict):
             (folder / file).write_text(json.dumps(content | {key: made}))
 
@@ -148,10 +145,7 @@ def json_value(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     value, text = draw(contents), draw(st.none() | raw)
 
     def do(folder: Path) -> None:
-        try:
-            content = json_of(folder / file)
-        except (ValueError, OSError):
-            return
+        content = json_of(folder / file)
         place: Any = content
         for i, pick in enumerate(picks):
             if not isinstance(place, dict | list) or not place:
@@ -190,14 +184,11 @@ def header(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     pick = draw(st.integers(0, 50))
 
     def do(folder: Path) -> None:
-        try:
-            content = content_of(folder / file)
-            (size,) = struct.unpack("<Q", content[:8])
-            table = json.loads(content[8 : 8 + size])
-            key = sorted(table)[pick % len(table)]
-            entry = table.pop(key) | {k: v for k, v in change.items() if k != "name"}
-        except (ValueError, OSError, struct.error, TypeError, AttributeError, ZeroDivisionError):
-            return
+        content = content_of(folder / file)
+        (size,) = struct.unpack("<Q", content[:8])
+        table = json.loads(content[8 : 8 + size])
+        key = sorted(table)[pick % len(table)]
+        entry = table.pop(key) | {k: v for k, v in change.items() if k != "name"}
         table[change.get("name", key)] = entry
         text = json.dumps(table).encode()
         text += b" " * (-len(text) % 8)
@@ -231,26 +222,17 @@ def tensor(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     place = draw(st.integers(0, 10))
 
     def do(folder: Path) -> None:
-        try:
-            content_of(folder / file)
-            held = load_file(folder / file)
-        except Exception:  # whatever another damage made of it
-            return
-        if not held:
-            return
-        key = sorted(held)[pick % len(held)]
-        tensors = dict(held)
-        if how in ("gone", "moved"):
-            del tensors[key]
+        content_of(folder / file)
+        tensors = load_file(folder / file)
+        names = sorted(tensors)
+        key = names[pick % len(names)]
+        changed = tensors.pop(key)
         if how == "more":
-            tensors[name] = held[key].clone()
+            tensors |= {key: changed, name: changed.clone()}
         elif how == "moved":
-            tensors[sorted(held)[place % len(held)]] = held[key]
+            tensors[names[place % len(names)]] = changed
         elif how != "gone":
-            try:
-                tensors[key] = CHANGES[how](held[key], place).clone().contiguous()
-            except (RuntimeError, IndexError):  # of a tensor that can't be changed so
-                return
+            tensors[key] = CHANGES[how](changed, place).clone().contiguous()
         save_file(tensors, folder / file)
 
     return do
@@ -273,13 +255,63 @@ def damages(
     )
 
 
-def do_all(done: Sequence[Damage], folder: Path) -> None:
-    """Do every damage that can still be done to `folder` after those before it."""
-    for damage in done:
-        try:
-            damage(folder)
-        except (OSError, UnicodeError):  # what one damage did, another can't build upon
-            continue
+SECRET = "the secret of somebody else"
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def examples(usually: int) -> settings:
+    """So many damaged folders are tried, unless PHATGOOSE_FUZZ says how many."""
+    count = int(os.environ.get("PHATGOOSE_FUZZ", usually))
+    return settings(max_examples=count, suppress_health_check=SLOW)
+
+
+@contextmanager
+def damaged(folder: Path, done: Sequence[Damage]) -> Iterator[Path]:
+    """A copy of `folder` after these damages, with something secret beside it, which stays alone.
+
+    A damage that can't be done any more after those before it is left out.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "all" / "golden"
+        shutil.copytree(folder, copy)
+        (copy.parent / "secret.json").write_text(json.dumps({"name": SECRET}))
+        for damage in done:
+            with suppress(Exception):
+                damage(copy)
+        yield copy
+        assert SECRET in (copy.parent / "secret.json").read_text()
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """Whatever is refused inside is refused in one printable line of bounded length: the given."""
+    lines: list[str] = []
+    try:
+        yield lines
+    except PhatgooseError as error:
+        message = str(error)
+        assert message.isprintable()
+        assert len(message) < 1500
+        assert SECRET not in message
+        lines.append(message)
+
+
+@contextmanager
+def only_reading(folder: Path) -> Iterator[None]:
+    """All that Python does meanwhile is to open files of `folder` for reading."""
+    global seen
+    before = sorted(path.name for path in folder.parent.rglob("*"))
+    seen = events = []
+    try:
+        yield
+    finally:
+        seen = None
+    for event, arguments in events:
+        path, mode = arguments[:2] if event == "open" else (None, None)
+        assert isinstance(path, str), (event, arguments)
+        assert Path(path).resolve().is_relative_to(folder.resolve()), (event, arguments)
+        assert mode is None or "r" in str(mode), (event, arguments)
+    assert sorted(path.name for path in folder.parent.rglob("*")) == before
 
 
 # The files of an expert's directory, to be damaged, and its hashes made to fit.
@@ -291,18 +323,13 @@ FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 
 def record_hashes(folder: Path) -> None:
     """Write the files' present hashes into the description, so that deeper checks are reached."""
-    try:
+    weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
+    files = {"adapter": weights, "vectors": LAYOUT.vectors, "embeddings": LAYOUT.embeddings}
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         info = json_of(folder / LAYOUT.info)
-        weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
-        for file, key in (
-            (weights, "adapter"),
-            (LAYOUT.vectors, "vectors"),
-            (LAYOUT.embeddings, "embeddings"),
-        ):
+        for key, file in files.items():
             info[f"{key}_sha256"] = sha256(content_of(folder / file)).hexdigest()
         (folder / LAYOUT.info).write_text(json.dumps(info))
-    except (OSError, ValueError, TypeError):
-        return
 
 
 # What Python does while a context is open, by its audit events.
@@ -329,25 +356,3 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_audit)
-
-
-@contextmanager
-def watched() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """The audited events of this process while the context is open."""
-    global seen
-    seen = found = []
-    try:
-        yield found
-    finally:
-        seen = None
-
-
-def unexpected(events: list[tuple[str, tuple[Any, ...]]], folder: Path) -> list[Any]:
-    """The events that are no opening of a file of `folder` for reading."""
-    odd = []
-    for event, arguments in events:
-        path, mode = (arguments[0], arguments[1]) if event == "open" else (None, None)
-        inside = isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())
-        if not (event == "open" and inside and (mode is None or "r" in str(mode))):
-            odd.append((event, arguments))
-    return odd

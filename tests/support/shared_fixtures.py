@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 import jinja2
 import pytest
 import torch
+import typer
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -265,8 +266,9 @@ def _imported_for_good():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _templates_compiled_once():
-    """PEFT writes a model card beside every adapter and compiles its template each time, 40 ms."""
+def _made_once():
+    """Typer makes all commands anew for each call, and PEFT compiles the template of its cards."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         patch.setattr(jinja2.Environment, "compile", lru_cache(64)(jinja2.Environment.compile))
         yield

@@ -7,9 +7,9 @@ formula at every site (`oracle.naively_routed`). docs/compatibility.md says so i
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,19 @@ from tiny import make_ids
 
 NEW = 3  # tokens to generate
 Run = Callable[[PreTrainedModel, Tiny], list[Tensor]]
+BOTH = ("padded", None)  # one pass with padding, one without
 
 
-def batch(side: str | None, seed: int = 0) -> dict[str, Tensor]:
-    """Two rows of seven tokens; with a side, three of the second are padding there."""
-    ids = make_ids(rows=2, seed=seed)
+def usual_side(model: PreTrainedModel) -> str:
+    return "right" if model.config.is_encoder_decoder else "left"
+
+
+def batch(model: PreTrainedModel, side: str | None = "padded") -> dict[str, Tensor]:
+    """Two rows of seven tokens; three of the second are padding, at a side, where one is named."""
+    ids = make_ids(rows=2)
     mask = torch.ones_like(ids)
     if side is not None:
+        side = usual_side(model) if side == "padded" else side
         mask[1, slice(0, 3) if side == "left" else slice(-3, None)] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
 
@@ -45,6 +51,10 @@ def generated(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: A
     return [*found.logits, found.sequences]
 
 
+def generates(side: str | None = "padded", **options: Any) -> Run:
+    return lambda model, _: generated(model, batch(model, side), **options)
+
+
 def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The logits of one pass at the tokens that are not padding; the decoder reads them too."""
     mask = inputs["attention_mask"]
@@ -56,35 +66,14 @@ def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def passed(model: PreTrainedModel, side: str | None, seed: int = 0) -> Tensor:
-    """`logits` of a `batch`, without gradients."""
-    return logits(model, batch(side, seed))
-
-
-def usual_side(model: PreTrainedModel) -> str:
-    return "right" if model.config.is_encoder_decoder else "left"
-
-
-def greedy(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    return generated(model, batch(None))
-
-
-def sampled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    return generated(model, batch(None), do_sample=True, temperature=0.9, top_p=0.95)
-
-
-def beams(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    return generated(model, batch(usual_side(model)), num_beams=3)
+def passed(model: Any, *sides: str | None) -> list[Tensor]:
+    """`logits` of a `batch` of each of these sides, without gradients."""
+    return [logits(model, batch(model, side)) for side in sides]
 
 
 def assisted(model: PreTrainedModel, tiny: Tiny) -> list[Tensor]:
-    one = {name: part[:1] for name, part in batch(None).items()}
+    one = {name: part[:1] for name, part in batch(model, None).items()}
     return generated(model, one, assistant_model=tiny.assistant)
-
-
-def static(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    options = {"cache_implementation": "static", "disable_compile": True}
-    return generated(model, batch(usual_side(model)), **options)
 
 
 def continuous(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
@@ -100,22 +89,16 @@ def continuous(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
         warmup=False,
     )
     answers = [found[name] for name in sorted(found)]
-    for answer in answers:
-        if answer.error:
-            raise RuntimeError(answer.error)
+    assert not any(answer.error for answer in answers)
     return [torch.tensor([answer.generated_tokens for answer in answers])]
 
 
 def padded_left(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    return [passed(model, "left"), *generated(model, batch("left"))]
-
-
-def padded_right(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    return [passed(model, "right")]
+    return [*passed(model, "left"), *generated(model, batch(model, "left"))]
 
 
 def embedded(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    inputs = batch(usual_side(model))
+    inputs = batch(model)
     with torch.no_grad():
         inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
     return generated(model, inputs)
@@ -124,34 +107,22 @@ def embedded(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
 def copied(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
     """A copy and its original, in turns."""
     other = copy.deepcopy(model)
-    return [passed(model, usual_side(model)), passed(other, None)]
+    return [*passed(model, "padded"), *passed(other, None)]
 
 
 def threaded(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
     """Padded passes in one thread, others without padding in another."""
-    found: dict[str | None, list[Tensor]] = {None: [], usual_side(model): []}
-
-    def work(side: str | None) -> None:
-        found[side] += [passed(model, side) for _ in range(4)]
-
-    threads = [threading.Thread(target=work, args=(side,)) for side in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [each for side in found for each in found[side]]
+    with ThreadPoolExecutor(len(BOTH)) as pool:
+        found = pool.map(lambda side: passed(model, *[side] * 4), BOTH)
+    return [each for passes in found for each in passes]
 
 
 def compiled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
     torch._dynamo.reset()
     graph = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    with torch.no_grad(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, about Bloom's own GELU
-        return [logits(graph, batch(side)) for side in (usual_side(model), None)]
-
-
-def not_compiled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
-    return [passed(model, side) for side in (usual_side(model), None)]
+        return passed(graph, *BOTH)
 
 
 def gradients(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
@@ -159,7 +130,7 @@ def gradients(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
     model.train()
     try:
         model.zero_grad()
-        outputs = [logits(model, batch(side)) for side in (usual_side(model), None)]
+        outputs = [logits(model, batch(model, side)) for side in BOTH]
         sum(output.square().mean() for output in outputs).backward()
         return [model.get_input_embeddings().weight.grad]
     finally:
@@ -194,19 +165,21 @@ class Operation:
 # By the base itself; of others transformers' message is unclear.
 BATCHED = set(ARCHITECTURES) - {"gpt_neox", "opt", "bloom", "falcon", "stablelm"}
 BATCHED -= {"t5", "bart", "pegasus"}
+SAMPLED = {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
+STATIC = {"cache_implementation": "static", "disable_compile": True}
 OPERATIONS = {
-    "greedy": Operation(greedy),
-    "sampling": Operation(sampled, quickly=("llama", "gpt2", "t5")),
-    "beams": Operation(beams),
+    "greedy": Operation(generates(None)),
+    "sampling": Operation(generates(None, **SAMPLED), quickly=("llama", "gpt2", "t5")),
+    "beams": Operation(generates(num_beams=3)),
     "assisted": Operation(assisted),
-    "static cache": Operation(static),
+    "static cache": Operation(generates(**STATIC)),
     "continuous batching": Operation(continuous, quickly=("llama", "gpt2"), on=BATCHED),
     "left padding": Operation(padded_left),
-    "right padding": Operation(padded_right),
+    "right padding": Operation(lambda model, _: passed(model, "right")),
     "inputs_embeds": Operation(embedded),
     "deep copy": Operation(copied),
     "two threads": Operation(threaded),
-    "torch.compile": Operation(compiled, not_compiled, quickly=()),
+    "torch.compile": Operation(compiled, lambda model, _: passed(model, *BOTH), quickly=()),
     "checkpointing": Operation(checkpointed, gradients),
 }
 CELLS = [

@@ -22,8 +22,6 @@ from tiny import assert_same_logits, logits_of, make_ids, random
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50
-ROUTERS = ("phatgoose", "arrow", "merged")
-each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +33,15 @@ def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make_layer(router: str) -> RoutedLinear:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
+def test_a_routed_linear_is_one_graph(router, backend):
+    """fullgraph raises where there are several."""
     A, B = random(EXPERTS, 8, SITE.in_features), random(EXPERTS, 8, SITE.out_features, seed=1)
     stack = SiteStack(torch.arange(EXPERTS), {"lora": LoraStack(A, B)})
     chosen = by_vectors(router, standardise(random(EXPERTS, SITE.in_features, seed=2)))
-    return RoutedLinear(nn.Linear(SITE.in_features, SITE.out_features), SITE, stack, chosen)
-
-
-@each_backend
-@pytest.mark.parametrize("router", ROUTERS)
-def test_a_routed_linear_is_one_graph(router, backend):
-    """fullgraph raises where there are several."""
-    layer, u = make_layer(router), torch.randn(2, 5, SITE.in_features)
+    layer = RoutedLinear(nn.Linear(SITE.in_features, SITE.out_features), SITE, stack, chosen)
+    u = torch.randn(2, 5, SITE.in_features)
     with torch.no_grad():
         wanted = layer(u)
         got = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)(u)
@@ -54,10 +49,9 @@ def test_a_routed_linear_is_one_graph(router, backend):
     torch.testing.assert_close(got, wanted, rtol=0, atol=slack)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_a_whole_routed_model_is_one_graph(name):
-    size = {"num_layers": 1} if name == "t5" else {}
-    model, ids = Tiny(make_tiny(name, **size)).routed, make_ids(rows=2)
+@pytest.mark.parametrize(("name", "layers"), [("llama", "num_hidden_layers"), ("t5", "num_layers")])
+def test_a_whole_routed_model_is_one_graph(name, layers):
+    model, ids = Tiny(make_tiny(name, **{layers: 1})).routed, make_ids(rows=2)
     inputs = {"attention_mask": (ids > 40).long(), "use_cache": False}
     wanted = logits_of(model, ids, **inputs)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from odd_files import KEPT
-from paths import GOLDEN
 from phatgoose.errors import ExpertError
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
@@ -16,9 +13,8 @@ from phatgoose.training.train_expert import open_work
 
 
 def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_path, victim):
-    first = llama_pool.select(["e0", "e1"])
     folder = tmp_path / "routed"
-    save(compose(first, llama, router="phatgoose"), folder)
+    save(compose(llama_pool.select(["e0", "e1"]), llama, router="phatgoose"), folder)
     (folder / "README.md").unlink()
     for name in ("README.md", ".routed.json.unfinished"):
         (folder / name).symlink_to(victim)
@@ -30,26 +26,17 @@ def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_
 
 @pytest.mark.parametrize("place", ["", "lock", "run.json", "checkpoint-1/trainable.safetensors"])
 def test_unfinished_work_that_is_or_holds_a_link_is_refused(tmp_path, victim, place):
-    work = tmp_path / ".expert.work"
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "kept").write_text(KEPT)
-    if place:
-        (work / place).parent.mkdir(parents=True)
-        (work / place).symlink_to(victim)
-    else:
-        work.symlink_to(other)
-    with (
-        pytest.raises(ExpertError, match="symbolic link"),
-        open_work(tmp_path / "expert", {}, resume=True),
-    ):
+    link = tmp_path / ".expert.work" / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(victim if place else victim.parent)
+    work = open_work(tmp_path / "expert", {}, resume=True)
+    with pytest.raises(ExpertError, match="symbolic link"), work:
         pass
-    assert victim.read_text() == (other / "kept").read_text() == KEPT
+    assert victim.read_text() == KEPT
 
 
-def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):
-    folder = shutil.copytree(GOLDEN, tmp_path / "golden")
-    (folder / "README.md").unlink()
-    (folder / "README.md").symlink_to(victim)
+def test_what_is_pushed_is_no_link_out_of_the_folder(golden_copy, victim):
+    (golden_copy / "README.md").unlink()
+    (golden_copy / "README.md").symlink_to(victim)
     with pytest.raises(ExpertError, match=r"README\.md can't be read: it is a link that leads out"):
-        push(folder, "me/golden")
+        push(golden_copy, "me/golden")

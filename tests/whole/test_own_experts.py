@@ -11,7 +11,6 @@ from phatgoose.analysis.traces import trace
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.context import Choice
@@ -27,24 +26,15 @@ def base(request):
     return Base(model, make_tokenizer(final_eos=True), "tiny", None, fingerprint(model))
 
 
-@pytest.fixture
-def routed(base):
-    pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
-    return compose(pool, base, router="phatgoose")
+def routed(base, **options):
+    pool = reading_pool(base.model, (random_expert(base.model, seed) for seed in range(3)))
+    return compose(pool, base, **options)
 
 
-@pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)
-def test_choices_are_scored(base, routed):
-    """NLLB-MoE's experts take so many tokens of a batch, so what it says depends on the batch."""
-    score = evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer).scores[0]
-    for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
-        assert prediction.scores == pytest.approx(naive_scores(routed, base, example), abs=1e-4)
-
-
-def test_sites_that_see_some_tokens_are_left_out_of_what_is_told_of_tokens(base, routed):
-    encoder = Encoder(base.tokenizer, is_encoder_decoder=True)
-    whole = Counter(layer.site.stream for layer in composition_of(routed).layers.values())
-    for stream in trace(routed, encoder, encoder.pair("Is a heron a bird?" * 9, "a bird")).streams:
+def test_sites_that_see_some_tokens_are_left_out_of_what_is_told_of_tokens(base):
+    model, encoder = routed(base, router="phatgoose"), Encoder.of(base)
+    whole = Counter(layer.site.stream for layer in composition_of(model).layers.values())
+    for stream in trace(model, encoder, encoder.pair("Is a heron a bird?" * 9, "a bird")).streams:
         assert len(stream.tokens) == len(stream.experts)
         if base.model.config.model_type == "switch_transformers":  # one expert for each token
             assert 0 < len(stream.sites) < whole[stream.name]
@@ -52,21 +42,20 @@ def test_sites_that_see_some_tokens_are_left_out_of_what_is_told_of_tokens(base,
 
 @pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)
 def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
-    """Nothing says whose token the base's own expert sees."""
-    pool = reading_pool(base.model, (random_expert(base.model, seed) for seed in range(3)))
-    routed = compose(pool, base, router="discriminant", k=2)
-    context = composition_of(routed).context
-    encoder = Encoder.of(base)
-    found = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
-    assert len(found.weights[:, 0].unique()) > 1
+    """Nothing says whose token the base's own expert sees.
+
+    (NLLB-MoE's experts take so many tokens of a batch, so what it says depends on the batch.)
+    """
+    model = routed(base, router="discriminant", k=2)
+    context, encoder = composition_of(model).context, Encoder.of(base)
+    choice = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
+    assert len(choice.weights[:, 0].unique()) > 1
     with pytest.raises(RoutingError, match="pass inputs one by one"):
-        evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer)
-    scored = evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer, token_budget=1).scores[0]
-    each = zip(found.experts, found.weights, strict=True)
-    for example, prediction, (experts, weights) in zip(
-        CHOICE_TASK.test, scored.predictions, each, strict=True
-    ):
-        context.use(Choice(experts[None], weights[None]))
-        wanted = naive_scores(routed, base, example)
+        evaluate(model, CHOICE_TASK, tokenizer=base.tokenizer)
+    scored = evaluate(model, CHOICE_TASK, tokenizer=base.tokenizer, token_budget=1).scores[0]
+    each = zip(choice.experts[:, None], choice.weights[:, None], strict=True)
+    for example, prediction, one in zip(CHOICE_TASK.test, scored.predictions, each, strict=True):
+        context.use(Choice(*one))
+        wanted = naive_scores(model, base, example)
         context.use(None)
         assert prediction.scores == pytest.approx(wanted, abs=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -22,32 +21,27 @@ MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 RWKV = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
 
 
-@pytest.fixture(scope="module")
-def made() -> Base:
+@pytest.fixture
+def mamba() -> Base:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **IDS, **MAMBA)).eval()
     model.generation_config.eos_token_id = None
     return Base(model, make_tokenizer(final_eos=False), "tiny", None, fingerprint(model))
 
 
-@pytest.fixture
-def mamba(made) -> Base:
-    return copy.deepcopy(made)
-
-
-def routed(base, **options):
-    pool = reading_pool(base.model, (random_expert(base.model, seed) for seed in range(3)))
-    return compose(pool, base, **{"router": "phatgoose", **options})
+def experts_of(model):
+    return [random_expert(model, seed) for seed in range(3)]
 
 
 def generated(model, **options):
     ids = make_ids(rows=2)
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
-    return model.generate(ids, **given, **options)
+    length = {"max_new_tokens": 5, "do_sample": False}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **length, **options)
 
 
 def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
-    model = routed(mamba, router="discriminant", k=1)
+    pool = reading_pool(mamba.model, experts_of(mamba.model))
+    model = compose(pool, mamba, router="discriminant", k=1)
     with record(model) as recording:
         tokens = generated(model)
     assert torch.equal(tokens, generated(model, use_cache=False))
@@ -60,10 +54,9 @@ def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
 def test_experts_act_from_a_prompts_end_on(mamba):
     """Each step of a generation has the logits of one pass over prompt and answer, announced."""
     tails = ({"tail": 3}, None, {"tail": 1})
-    experts = [random_expert(mamba.model, seed) for seed in range(3)]
     pool = [
         replace(each, info=replace(each.info, acts_on=tail))
-        for each, tail in zip(experts, tails, strict=True)
+        for each, tail in zip(experts_of(mamba.model), tails, strict=True)
     ]
     model, ids = compose(Pool(tuple(pool)), mamba, k=2, router="phatgoose"), make_ids(rows=2)
     settings = {"output_logits": True, "return_dict_in_generate": True}
@@ -80,6 +73,5 @@ def test_a_model_that_reads_padding_is_refused():
     with pytest.raises(BaseModelError, match="type rwkv read padding as if it were text"):
         load_skeleton(config)
     model = AutoModelForCausalLM.from_config(config)
-    expert = random_expert(model, 0)
     with pytest.raises(BaseModelError, match="type rwkv read padding"):
-        compose(Pool((expert,)), model, k=1, router="phatgoose")
+        compose(Pool(tuple(experts_of(model))), model, k=1, router="phatgoose")

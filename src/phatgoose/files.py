@@ -233,36 +233,31 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     matchable.
     """
     for key, value in config.items():
-        with reading(f"{where}: {key}"):
-            several = value if isinstance(value, list | dict) else [value]
-            if len(several) > MOST_NAMES:
-                raise ValueError(f"it holds {len(several)} values, at most {MOST_NAMES} are read")
-            by_pattern = key.endswith(BY_PATTERN) and isinstance(value, dict)
-            if by_pattern or (key in LISTS_OF_NAMES and isinstance(value, str)):
-                check_patterns(several)
-            elif key == "layers_pattern":
-                for text in filter(None, several):
-                    if not PLAIN.fullmatch(str(text)[:MOST_CHARACTERS]):
-                        raise ValueError(f"{shortened(text)} must be a plain name")
+        several = value if isinstance(value, list | dict) else [value]
+        is_mapping = key.endswith(BY_PATTERN) and isinstance(value, dict)
+        is_pattern = is_mapping or (key in LISTS_OF_NAMES and isinstance(value, str))
+        for place, text in enumerate(several):
+            matches = not is_pattern or _is_matchable(text)
+            if key == "layers_pattern":
+                matches = PLAIN.fullmatch(str(text or "")[:MOST_CHARACTERS]) is not None
+            if place == MOST_NAMES or not matches:
+                raise ExpertError(
+                    f"{where}: {key} holds {shortened(text)}, which is no name or regular "
+                    f"expression that RE2 matches as Python does, of at most {MOST_CHARACTERS} "
+                    f"characters, or comes after {MOST_NAMES} others."
+                )
 
 
-def check_patterns(patterns: Iterable[Any]) -> None:
-    """Raise ValueError unless all `patterns` match in linear time."""
-    for pattern in patterns:
-        try:
-            fits = len(pattern) <= MOST_CHARACTERS and not READ_DIFFERENTLY.search(pattern)
-            fits = fits and _expression(pattern) is not None
-        except (re2.error, ValueError):  # half a character is a ValueError
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"{shortened(pattern)} is no regular expression that RE2 matches as Python does, "
-                f"of at most {MOST_CHARACTERS} characters"
-            )
+def _is_matchable(pattern: str) -> bool:
+    try:
+        reads_alike = len(pattern) <= MOST_CHARACTERS and not READ_DIFFERENTLY.search(pattern)
+        return reads_alike and _expression(pattern) is not None
+    except (re2.error, ValueError):  # half a character is a ValueError
+        return False
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The `names` that `pattern` matches in full. It must have passed `check_patterns`."""
+    """The `names` that `pattern` matches in full. It must have passed `check_config`."""
     whole = _expression(pattern)
     return [name for name in names if whole.fullmatch(name)]
 
@@ -310,7 +305,6 @@ FEW = 2**15 - 64  # numbers that torch sums in one thread: other threads may be 
 class TensorRecord(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
     begin: int
     end: int
 
@@ -339,22 +333,19 @@ class TensorFile(Mapping[str, "Tensor"]):
             read = _records if self._data <= MOST_CACHED else _records.__wrapped__
             self.records = read(self._map[LENGTH.size : self._data])
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-            storage: Any = self._bytes.untyped_storage()
-            self._typed = {
-                dtype: torch.empty(0, dtype=dtype).set_(storage)
-                for dtype in {record.dtype for record in self.records.values()}
-            }
 
     def __contains__(self, name: object) -> bool:
         return name in self.records
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, strides, begin, end = self.records[name]
-        if (self._data + begin) % dtype.itemsize:
-            # Other writers need not align tensors to their type, and torch can't view such bytes.
-            part = self._bytes[self._data + begin : self._data + end]
-            return part.clone().view(dtype).view(shape)
-        return self._typed[dtype].as_strided(shape, strides, (self._data + begin) // dtype.itemsize)
+        record = self.records[name]
+        return self._part(record.begin, record.end, record.dtype).view(record.shape)
+
+    def _part(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        part = self._bytes[self._data + begin : self._data + end]
+        # Other writers need not align tensors to their type, and torch can't view such bytes.
+        is_aligned = (self._data + begin) % dtype.itemsize == 0
+        return (part if is_aligned else part.clone()).view(dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.records)
@@ -376,7 +367,7 @@ class TensorFile(Mapping[str, "Tensor"]):
         digest, content = hashlib.sha256(), memoryview(self._map)
         for begin in range(0, len(content), AT_ONCE):
             digest.update(content[begin : begin + AT_ONCE])
-            self.release(begin, begin + AT_ONCE)
+            self.release()
         return digest.hexdigest()
 
     def check_finite(self) -> None:
@@ -384,23 +375,17 @@ class TensorFile(Mapping[str, "Tensor"]):
         in_order = sorted(self.records.values(), key=lambda record: record.begin)
         for dtype, run in groupby(in_order, key=lambda record: record.dtype):  # they leave no gaps
             adjacent = list(run)
-            first, end = self._data + adjacent[0].begin, self._data + adjacent[-1].end
-            for begin in range(first, end if dtype.is_floating_point else first, AT_ONCE):
-                part = self._bytes[begin : min(begin + AT_ONCE, end)]
-                part = part.clone() if begin % dtype.itemsize else part
-                if not is_finite(part.view(dtype)):
+            for begin in range(adjacent[0].begin, adjacent[-1].end, AT_ONCE):
+                part = self._part(begin, min(begin + AT_ONCE, adjacent[-1].end), dtype)
+                if dtype.is_floating_point and not is_finite(part):
                     bad = next(n for n, t in self.items() if t.dtype == dtype and not is_finite(t))
-                    raise ExpertError(
-                        f"{self.path}: tensor {bad} holds a value that is not finite."
-                    )
-                self.release(begin, begin + AT_ONCE)
+                    raise ExpertError(f"{self.path}: tensor {bad} is not finite.")
+                self.release()
 
-    def release(self, begin: int = 0, end: int | None = None) -> None:
-        """Give the memory of these bytes back; they are read from the file again when needed."""
+    def release(self) -> None:
+        """Give the memory of its bytes back; they are read from the file again when needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            begin -= begin % mmap.PAGESIZE
-            size = min(end or len(self._map), len(self._map)) - begin
-            self._map.madvise(mmap.MADV_DONTNEED, begin, size)
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -425,8 +410,7 @@ def _records(header: bytes) -> dict[str, TensorRecord]:
         fits = math.prod(max(size, 1) for size in shape) <= MOST_NUMBERS and dtype in TYPES
         if not fits or not name.isprintable() or len(name) > LONGEST_NAME:
             raise ValueError(f"tensor {shortened(name)} is of {shortened(dtype)}, {shape}")
-        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        records[name] = TensorRecord(getattr(torch, TYPES[dtype]), shape, strides, begin, end)
+        records[name] = TensorRecord(getattr(torch, TYPES[dtype]), shape, begin, end)
     return records
 
 
@@ -574,10 +558,10 @@ def add_entry_points(group: str, known: dict[str, Any], record: type) -> None:
     for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
         try:
             thing = point.load()
-            if not isinstance(thing, record) or getattr(thing, "name", point.name) != point.name:
-                raise TypeError(f"it is no {record.__name__} of that name")
-            if known.setdefault(point.name, thing) is not thing:
-                raise ValueError("the name is taken")
+            is_named = getattr(thing, "name", point.name) == point.name
+            fits = isinstance(thing, record) and is_named
+            if not fits or known.setdefault(point.name, thing) is not thing:
+                raise TypeError(f"it is no {record.__name__} of that name, or the name is taken")
         except Exception as error:  # whatever another package's import may raise
             package = point.dist.name if point.dist else "an unknown package"
             why = f"{type(error).__name__}: {error}"

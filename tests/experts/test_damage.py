@@ -124,7 +124,7 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ),
     ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) of"),
     ("expert", put(ADAPTER_CONFIG, lora_alpha="8"), "that PEFT can't have written"),
-    ("expert", put(ADAPTER_CONFIG, alpha_pattern={"(": 2}), "no regular expression"),
+    ("expert", put(ADAPTER_CONFIG, alpha_pattern={"(": 2}), "no name or regular expression"),
     *(
         ("expert", put(ADAPTER_CONFIG, init_lora_weights=init), "may have changed the base")
         for init in ("sorcery", "corda", "loftq", "lora_ga", "pissa_niter_4", "OLoRA")

@@ -123,7 +123,7 @@ def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders
     ("options", "complaint"),
     [
         ({"target_modules": ["nothing"]}, "nothing"),
-        ({"target_modules": "(("}, "no regular expression"),
+        ({"target_modules": "(("}, "no name or regular expression"),
         ({"r": 0}, "can't be imported: "),
         ({"r": "4"}, "can't be imported: "),
         ({"r": 8}, "its config wants (8, "),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -157,8 +156,6 @@ def read_adapter(
     with _reported(f"{reference or folder} can't be imported"):
         BaseReference(place, revision)  # which refuses what is no revision
     known = BaseReference(base_id) if base_id else published(place, revision)
-    if known is not None and not base_id and not os.path.isdir(place):
-        place, revision = known.id, known.revision  # a path of another machine, or no path
     record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
     modules: Mapping[str, SiteModule]
     if is_lossy:

@@ -236,7 +236,7 @@ def test_rows_of_one_router_with_different_settings_stand_side_by_side(setting, 
     assert comparison.labels == {
         "base": "Base model",
         "arrow": "Arrow",
-        "arrow:form=peft,temperature=0.01": "Arrow, form = peft, temperature = 0.01",
+        "arrow:form=peft,temperature=0.01": "Arrow, form=peft, temperature=0.01",
     }
     pool = with_first(setting.pool, embeddings=None)
     with pytest.warns(UserWarning, match="was left out: Expert 'e0' has no embeddings"):

@@ -14,13 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..analysis.traces import Trace, TraceStream, trace
 from ..config import Formatting
 from ..errors import TaskError
-from ..evaluation.evaluate import Questions
 from ..files import half_character
 from ..routing.composition import composition_if_any, routing_for
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
 from ..tasks.batching import continued
-from ..tasks.encoding import Encoder
+from ..tasks.encoding import Cuts, Encoder
 from ..tasks.task import Example
 from .console import coloured
 
@@ -42,11 +41,10 @@ def generate(
     if parts is not None:
         check_served(parts.router)
     encoder = Encoder.for_model(model, tokenizer, formatting)
-    asked = Example(prompt, "")
-    questions = Questions.of(encoder, [asked], max_new_tokens)
-    questions.cuts.report("the prompt")
-    ids = torch.tensor([questions.rows[0][0]], device=model.device)
-    with routing_for(model, questions.prompts, examples=[asked], encoder=encoder):
+    read = encoder.fitted(prompt, followed_by=max_new_tokens)
+    Cuts([read.cut]).report("the prompt")
+    ids = torch.tensor([read.tokens], device=model.device)
+    with routing_for(model, [read.tokens], examples=[Example(prompt, "")], encoder=encoder):
         tokens = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens)[0]
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]
     text: str = tokenizer.decode(tokens[start:].tolist(), skip_special_tokens=True)

@@ -39,7 +39,7 @@ from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
 from ..tasks.suites.registry import open_suite
 from ..tasks.task import Sources, Suite, Task
-from .evaluate import EvaluationSet, ScoringSettings, TaskScore, score
+from .evaluate import EvaluationSet, Questions, ScoringSettings, TaskScore, score
 from .results import BASE, Comparison, ResultStore, restored, stored, write_tables
 
 RESULTS = "results.jsonl"
@@ -67,12 +67,10 @@ EVERY = "all"  # stands for every method whose needs the pool meets
 
 
 def label_of(router: str) -> str:
-    """A router, with or without settings, in tables: "Arrow, form = peft"."""
+    """A router, with or without settings, in tables: "Arrow, form=peft"."""
     name, _, settings = router.partition(":")
-    pairs = [each.partition("=") for each in settings.split(",")] if settings else []
-    parts = [f"{key.replace('_', ' ')} = {value}" for key, _, value in pairs]
     label = ROUTERS[name].label if name in ROUTERS else METHODS.get(name, name)
-    return ", ".join([label, *parts])
+    return f"{label}, {settings.replace(',', ', ')}" if settings else label
 
 
 def runnable_methods(
@@ -371,7 +369,7 @@ def _report_inputs(
     """Log what is cut of the inputs; warn of experts trained on inputs of another form."""
     encoder = Encoder.of(base, settings.formatting)
     for name, dataset in datasets.items():
-        dataset.questions(encoder).cuts.report(name)
+        Questions(dataset, encoder).cuts.report(name)
     experts = [expert for row in rows if row.pool is not None for expert in row.pool.experts]
     records = Pool(tuple({id(expert): expert for expert in experts}.values())).records()
     examples = [example for dataset in datasets.values() for example in dataset.examples]
@@ -489,7 +487,7 @@ class RunWorkshop:
                     opened[run.row] = composed.enter_context(row.model(base))
                 model, tokenizer = opened[run.row].model, opened[run.row].tokenizer
                 encoder = Encoder.for_model(model, tokenizer, dataset.formatting)
-                return stored(score(model, dataset, dataset.questions(encoder)))
+                return stored(score(model, Questions(dataset, encoder)))
 
             yield result_of
 

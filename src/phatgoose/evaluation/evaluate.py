@@ -23,10 +23,10 @@ from ..base import Base, load_tokenizer
 from ..config import Formatting
 from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
-from ..files import one_line, shortened
+from ..files import one_line
 from ..routing.composition import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right
-from ..tasks.encoding import Cuts, Encoder, as_read
+from ..tasks.encoding import Cuts, Encoder, Fitted, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.task import Example, Task
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
@@ -42,79 +42,6 @@ Answer = tuple[int, str, tuple[float, ...]]
 """The index of an example, the model's answer to it, and the mean log-likelihood per token of each
 choice, if there are any.
 """
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The tokens of `examples` for one base: each prompt with its answer choices.
-
-    `max_new_tokens` bounds each generated answer; None if choices are ranked instead.
-    """
-
-    examples: Sequence[Example]
-    encoder: Encoder
-    rows: Sequence[ChoicePrompt]
-    cuts: Cuts
-    max_new_tokens: int | None
-
-    @classmethod
-    def of(
-        cls, encoder: Encoder, examples: Sequence[Example], max_new_tokens: int | None
-    ) -> Questions:
-        places, most = encoder.positions.answer, max_new_tokens or 0
-        if places is not None and most + (not encoder.is_encoder_decoder) > places:
-            raise EvaluationError(
-                f"max_new_tokens is {most}, but the base has {places} positions for an input and "
-                f"its answer; ask for fewer."
-            )
-        prompts, rows, targets = [], [], []
-        for row in examples:
-            choices = row.choices if max_new_tokens is None else ()
-            each = [encoder.target(row.input, choice) for choice in choices]
-            longest = max((len(target.tokens) for target in each), default=most)
-            prompt = encoder.fitted(row.input, followed_by=longest)
-            prompts.append(prompt)
-            rows.append((prompt.tokens, [target.tokens for target in each]))
-            targets += [target.cut for target in each]
-        cuts = Cuts([prompt.cut for prompt in prompts], targets)
-        return cls(examples, encoder, rows, cuts, max_new_tokens)
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [list(prompt) for prompt, _ in self.rows]
-
-    def answers(
-        self, model: PreTrainedModel, budget: int, before_pass: BeforePass
-    ) -> Iterator[Answer]:
-        """The model's answer to each question, in any order.
-
-        The choice of the highest mean log-likelihood per target token, the first of equals, or
-        greedily generated text.
-        """
-        pad = self.encoder.tokenizer.pad_token_id
-        if self.max_new_tokens is not None:
-            yield from self._generated(model, budget, before_pass)
-            return
-        for index, scores in choice_log_likelihoods(model, self.rows, pad, budget, before_pass):
-            best = scores.index(max(scores))
-            yield index, self.examples[index].choices[best], tuple(scores)
-
-    def _generated(
-        self, model: PreTrainedModel, budget: int, before_pass: BeforePass
-    ) -> Iterator[Answer]:
-        tokenizer, device = self.encoder.tokenizer, model.device
-        longest, seq2seq = self.max_new_tokens or 0, self.encoder.is_encoder_decoder
-        pad = pad_right if seq2seq else pad_left
-        for batch in batches_of_tokens([len(prompt) + longest for prompt, _ in self.rows], budget):
-            rows = [self.rows[i][0] for i in batch]
-            ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
-            before_pass(batch)
-            with torch.inference_mode():
-                output = continued(model, tokenizer, ids.to(device), mask.to(device), longest)
-            start = 0 if seq2seq else ids.shape[1]
-            for index, tokens in zip(batch, output, strict=True):
-                text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
-                yield index, text.strip(), ()
 
 
 # Scores of a task's examples, and of several tasks.
@@ -175,9 +102,55 @@ class EvaluationSet:
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def questions(self, encoder: Encoder) -> Questions:
-        most = None if self.is_ranked else self.max_new_tokens
-        return Questions.of(encoder, self.examples, most)
+
+class Questions:
+    """The tokens of a set's examples for one base: `rows` of a prompt with its answer choices."""
+
+    def __init__(self, chosen: EvaluationSet, encoder: Encoder) -> None:
+        self.chosen, self.encoder = chosen, encoder
+        prompts, targets = [], list[Fitted]()
+        self.rows: list[ChoicePrompt] = []
+        for row in chosen.examples:
+            choices = row.choices if chosen.is_ranked else ()
+            each = [encoder.target(row.input, choice) for choice in choices]
+            longest = max((len(target.tokens) for target in each), default=chosen.max_new_tokens)
+            prompts.append(encoder.fitted(row.input, followed_by=longest))
+            self.rows.append((prompts[-1].tokens, [target.tokens for target in each]))
+            targets += each
+        self.cuts = Cuts([each.cut for each in prompts], [each.cut for each in targets])
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [list(prompt) for prompt, _ in self.rows]
+
+    def answers(self, model: PreTrainedModel, before_pass: BeforePass) -> Iterator[Answer]:
+        """The model's answer to each question, in any order.
+
+        The choice of the highest mean log-likelihood per target token, the first of equals, or
+        greedily generated text.
+        """
+        pad, budget = self.encoder.tokenizer.pad_token_id, self.chosen.token_budget
+        if not self.chosen.is_ranked:
+            yield from self._generated(model, before_pass)
+            return
+        for index, scores in choice_log_likelihoods(model, self.rows, pad, budget, before_pass):
+            best = scores.index(max(scores))
+            yield index, self.chosen.examples[index].choices[best], tuple(scores)
+
+    def _generated(self, model: PreTrainedModel, before_pass: BeforePass) -> Iterator[Answer]:
+        tokenizer, device = self.encoder.tokenizer, model.device
+        longest, seq2seq = self.chosen.max_new_tokens, self.encoder.is_encoder_decoder
+        pad, lengths = pad_right if seq2seq else pad_left, [len(p) + longest for p, _ in self.rows]
+        for batch in batches_of_tokens(lengths, self.chosen.token_budget):
+            rows = [self.rows[i][0] for i in batch]
+            ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
+            before_pass(batch)
+            with torch.inference_mode():
+                output = continued(model, tokenizer, ids.to(device), mask.to(device), longest)
+            start = 0 if seq2seq else ids.shape[1]
+            for index, tokens in zip(batch, output, strict=True):
+                text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
+                yield index, text.strip(), ()
 
 
 @dataclass(frozen=True)
@@ -294,8 +267,8 @@ def evaluate(
         settings: Those of `ScoringSettings`, such as `limit`.
 
     Raises:
-        EvaluationError: A task mixes examples with and without choices, a metric is unknown or
-            can't serve these examples, or a score is not a number.
+        EvaluationError: A task mixes examples with and without choices, a metric is unknown, or a
+            score is not a number.
         TaskError: A task is empty, or can't be read (`load_task`).
     """
     scoring = ScoringSettings(**settings)
@@ -308,24 +281,25 @@ def evaluate(
     read = as_read(scoring.formatting, examples)
     warn_of_other_formatting(parts.records if parts else (), read)
     for chosen in sets:
-        questions = chosen.questions(encoder)
+        questions = Questions(chosen, encoder)
         questions.cuts.report(chosen.name)
-        scores.append(score(model, chosen, questions))
+        scores.append(score(model, questions))
     return Evaluation(tuple(scores), parts.routing.router if parts else None)
 
 
-def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
-    """The score of `model`, put into evaluation mode, on the `questions` of `chosen`.
+def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
+    """The score of `model`, put into evaluation mode, on `questions`.
 
     Raises EvaluationError for a log-likelihood that is not a number.
     """
-    begun, name, count = time.monotonic(), chosen.name, len(chosen.examples)
+    begun, chosen = time.monotonic(), questions.chosen
+    name, count = chosen.name, len(chosen.examples)
     model.eval()
     answers: dict[int, Prediction] = {}
     bar = tqdm(total=count, desc=one_line(name), unit="example", disable=None, leave=False)
     about: Any = {"task": name, "examples": chosen.examples, "encoder": questions.encoder}
     with bar, routing_for(model, questions.prompts, **about) as before_pass:
-        for index, text, scores in questions.answers(model, chosen.token_budget, before_pass):
+        for index, text, scores in questions.answers(model, before_pass):
             if any(map(math.isnan, scores)):
                 raise EvaluationError(
                     f"Task {name!r}: the model's log-likelihoods are not numbers for the input "
@@ -367,28 +341,17 @@ def _estimate(sample: Sample) -> Estimate:
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
-    Raises EvaluationError for one that is unknown, not installed, or can't score these examples.
+    Raises EvaluationError for one that is unknown or not installed, or lacks choices.
     """
     some, all_have = (count(example.choices for example in examples) for count in (any, all))
     names = tuple(task.metrics or ((CHOSEN,) if some else (WRITTEN,)))
     for name in names:
         metric(name).measure("", [""])  # fails here without the package that it needs
-    problem = ""
-    for each in examples if CHOSEN in names else ():
-        if not set(each.answers) & set(each.choices):
-            problem = (
-                f"accepts {shortened(each.answers)}, none of which is among the choices "
-                f"{shortened(each.choices)}: no answer could be right"
-            )
     if CHOSEN in names and (len(names) > 1 or not all_have):
-        problem = (
-            f"is scored by {' and '.join(names)}, but {CHOSEN} ranks choices: it stands alone, and "
-            f"every example needs some"
+        raise EvaluationError(
+            f"Task {task.name!r} is scored by {' and '.join(names)}, but {CHOSEN} ranks choices: "
+            f"it stands alone, and every example needs some."
         )
-    if not task.metrics and some and not all_have:
-        problem = "has examples with and without choices"
-    if problem:
-        raise EvaluationError(f"Task {task.name!r} {problem}.")
     return names
 
 

@@ -16,7 +16,7 @@ from measuring import ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import composition_of
 from phatgoose.routing.context import Choice
 from phatgoose.sites import blocks_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts

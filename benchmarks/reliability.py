@@ -43,7 +43,8 @@ from phatgoose.apps.cli import main as phatgoose
 from phatgoose.experts import importing  # noqa: F401  loaded before forking
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.routing.saved import SavedModel, load, read_saved
+from phatgoose.routing.compose import load
+from phatgoose.routing.saved import SavedModel, read_saved
 from phatgoose.training import train_expert  # noqa: F401  loaded before forking
 from tiny import make_model, make_tokenizer
 

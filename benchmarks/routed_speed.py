@@ -14,10 +14,9 @@ from findings import Finding, row
 from measuring import Timing, ratio, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.lora import LoraStack
-from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.layers import RoutedLinear, SiteStack
 from phatgoose.routing.routers.phatgoose import Phatgoose, standardise
 from phatgoose.routing.routers.router import SiteRouter
-from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
 from phatgoose.tasks.batching import contiguous_head
 

@@ -13,7 +13,7 @@ The names, in the order of the story:
     Pool           many of them                                 phatgoose.experts
     compose        a routed model                               phatgoose.routing
     detach         the base model again                         phatgoose.routing
-    save, load     a routed model to and from a folder          phatgoose.routing.saved
+    save, load     a routed model to and from a folder          phatgoose.routing.compose
     evaluate       zero-shot scores                             phatgoose.evaluation
     compare        many methods on whole suites                 phatgoose.evaluation
     analyse        where the tokens go, and why                 phatgoose.analysis
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from .experts.pool import Pool as Pool
     from .routing.compose import compose as compose
     from .routing.compose import detach as detach
-    from .routing.saved import load as load
-    from .routing.saved import save as save
+    from .routing.compose import load as load
+    from .routing.compose import save as save
     from .tasks.loading import load_task as load_task
     from .training.train_expert import train_expert as train_expert
     from .training.train_expert import train_gates as train_gates
@@ -50,9 +50,9 @@ _HOMES = {
     "compose": "routing.compose",
     "detach": "routing.compose",
     "evaluate": "evaluation.evaluate",
-    "load": "routing.saved",
+    "load": "routing.compose",
     "load_task": "tasks.loading",
-    "save": "routing.saved",
+    "save": "routing.compose",
     "train_expert": "training.train_expert",
     "train_gates": "training.train_expert",
 }

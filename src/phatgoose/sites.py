@@ -22,7 +22,7 @@ from .errors import ConfigError, RoutingError
 from .files import reading
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as experts may be stored
-ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
+ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.compose`
 Stream = Literal["encoder", "decoder"]
 
 CROSS_ATTENTION = re.compile(  # its keys and values; GPT-2's are one layer

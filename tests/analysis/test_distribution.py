@@ -6,8 +6,7 @@ import torch
 
 from analysed import EXAMPLES, encoder_of, tallied
 from phatgoose.analysis.distribution import site_label
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.recording import record, watch
 from phatgoose.routing.routers.registry import OURS
 from routed_models import compose_by

@@ -23,8 +23,7 @@ from paths import ROOT
 from phatgoose.apps.demo import SKILLS, unseen_tasks
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
 

@@ -19,14 +19,13 @@ from mixed_experts import ordered
 from phatgoose.config import Routing, settings_of
 from phatgoose.errors import PoolError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import FoldedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.prompt import ByPrompt
 from phatgoose.routing.routers.registry import OURS, class_of, known_names, listing, router_of
 from phatgoose.routing.routers.router import Router, SiteRouter
-from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
+from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, of_task, with_embeddings
 from tiny import logits_of, make_ids, random

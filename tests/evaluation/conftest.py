@@ -19,8 +19,7 @@ from comparisons import (
     write_rows,
 )
 from phatgoose.base import load_base
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, save
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Task
 from routed_models import with_embeddings

@@ -11,8 +11,7 @@ from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.metrics import Sample, metric
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved import load, save
+from phatgoose.routing.compose import compose, detach, load, save
 from phatgoose.tasks.task import Example, Task
 from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, naive_scores, open_task
 

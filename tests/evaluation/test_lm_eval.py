@@ -22,9 +22,7 @@ from phatgoose.evaluation import lm_eval as harness
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.lm_eval import PhatgooseLM
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, composition_of, save
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Task
 

@@ -6,9 +6,9 @@ import torch
 from phatgoose.base import load_base
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.compose import compose, detach, load, save
 from phatgoose.routing.export import export
-from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
+from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids
 
 ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)

@@ -21,10 +21,9 @@ from phatgoose.experts import KINDS, kind_for, kinds
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, load, save
 from phatgoose.routing.export import export, neutral_texts
-from phatgoose.routing.saved import add_to_saved, load, remove_from_saved, save
+from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import TASK, gated_loss, target_nll, train
 

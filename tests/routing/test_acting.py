@@ -24,12 +24,11 @@ from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.experts.expert import Expert, tail_of
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import cache_argument
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import routing_for
+from phatgoose.routing.compose import compose, load, routing_for, save
 from phatgoose.routing.context import base_alone
 from phatgoose.routing.export import export
 from phatgoose.routing.recording import record
-from phatgoose.routing.saved import add_to_saved, load, read_saved, save
+from phatgoose.routing.saved import add_to_saved, read_saved
 from phatgoose.tasks import batching
 from tiny import logits_of
 

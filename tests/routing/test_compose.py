@@ -17,8 +17,7 @@ from phatgoose.errors import (
     WrongBaseError,
 )
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.kernels import KERNELS
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 

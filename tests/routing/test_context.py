@@ -12,8 +12,7 @@ from transformers import DynamicCache
 
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.routing.compose import compose, composition_of, detach, routing_for
 from phatgoose.routing.context import Choice, RoutingContext, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mixed_experts import ordered
 from phatgoose.config import Routing
 from phatgoose.errors import RoutingError
-from phatgoose.routing.compose import compose, detach, open_model
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, open_model
 from phatgoose.routing.export import (
     EXPORT_INFO,
     export,

@@ -12,8 +12,7 @@ from oracle import token_weights
 from phatgoose.errors import ExpertError
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
 

@@ -8,8 +8,15 @@ import torch
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.importing import import_adapters
-from phatgoose.routing.compose import compose, detach, is_pool, is_routed, open_model, selected
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import (
+    compose,
+    detach,
+    is_pool,
+    is_routed,
+    open_model,
+    save,
+    selected,
+)
 from tiny import logits_of, make_adapter, make_ids
 
 

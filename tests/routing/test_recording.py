@@ -7,8 +7,7 @@ import torch
 
 from oracle import token_weights
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.recording import record
 from tiny import logits_of, make_ids
 

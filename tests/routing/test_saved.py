@@ -20,15 +20,12 @@ from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseErro
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved import (
     add_to_saved,
-    load,
     read_saved,
     remove_from_saved,
-    save,
     shareable,
     write_card,
 )

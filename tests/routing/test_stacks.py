@@ -14,10 +14,9 @@ from phatgoose.config import ACTIVATIONS
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.lora import LoraFactors
-from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.layers import RoutedLinear, stack_modules
 from phatgoose.routing.routers.fixed import Merged
 from phatgoose.routing.routers.router import SiteRouter
-from phatgoose.routing.stacks import stack_modules
 from phatgoose.sites import Site
 
 

@@ -2,7 +2,7 @@
 
 import phatgoose as pg
 from phatgoose.analysis.distribution import read_task
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import composition_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example, Task
 

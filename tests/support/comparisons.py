@@ -12,8 +12,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.results import Comparison
 from phatgoose.experts.pool import Pool
 from phatgoose.jobs import Engine
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved import load
+from phatgoose.routing.compose import compose, detach, load
 from phatgoose.tasks.task import Example, Task
 
 OTHERS = ("base", "best-individual", "oracle", "few-shot")  # few-shot needs a task's examples

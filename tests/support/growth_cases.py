@@ -6,8 +6,7 @@ from pathlib import Path
 
 from phatgoose.base import Base
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, save
 from routed_models import with_embeddings
 from tiny import write_expert
 

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from phatgoose.base import Base
 from phatgoose.config import Routing, settings_of
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.routers.registry import class_of, router_of
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts

@@ -6,8 +6,7 @@ import pytest
 from torch import Tensor
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.context import Choice
 from phatgoose.tasks.batching import pad_left, pad_right, position_ids
 from phatgoose.tasks.task import Example, Task

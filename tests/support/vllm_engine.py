@@ -22,7 +22,7 @@ from transformers import (
 
 from engines import vllm_environment
 from paths import ROOT
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import composition_of
 from tiny import make_tokenizer
 
 ASKING = ROOT / "packages" / "phatgoose-vllm" / "tests" / "ask_vllm.py"

@@ -13,10 +13,8 @@ from transformers import AutoModel, BertConfig
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, open_model
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, load, open_model, save
 from phatgoose.routing.routers import retrieval
-from phatgoose.routing.saved import load, save
 from phatgoose.tasks import embeddings
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder
 from routed_models import with_embeddings

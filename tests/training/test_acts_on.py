@@ -12,8 +12,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of, routing_for
+from phatgoose.routing.compose import compose, composition_of, routing_for
 from phatgoose.tasks import batching
 from phatgoose.training.train_expert import measure, train_gates
 from tiny import copied_model, logits_of, make_adapter, pairs_of

@@ -18,8 +18,7 @@ from architectures import reading_pool, tiny_of
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.recording import record
 from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import Collator, pad_left, pad_right

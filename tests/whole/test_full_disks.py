@@ -13,8 +13,7 @@ import pytest
 from changed_experts import adapter_of
 from odd_files import everything, one_line_of
 from phatgoose.experts.importing import import_adapter
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, save
 from training_runs import assert_same_expert, train
 
 

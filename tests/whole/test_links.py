@@ -7,8 +7,8 @@ import pytest
 from odd_files import KEPT
 from phatgoose.errors import ExpertError
 from phatgoose.experts.hub import push
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import add_to_saved, remove_from_saved, save
+from phatgoose.routing.compose import compose, save
+from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from phatgoose.training.train_expert import open_work
 
 

@@ -11,8 +11,7 @@ from phatgoose.analysis.traces import trace
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.context import Choice
 from phatgoose.tasks.encoding import Encoder
 from scored_tasks import CHOICE_TASK, naive_scores

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from oracle import naively_routed
 from phatgoose.base import Base, fingerprint, load_base, number_format, quantisation
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved import load, save
+from phatgoose.routing.compose import compose, detach, load, save
 from phatgoose.sites import find_sites, replace_module
 from tiny import assert_same_logits, logits_of, make_ids
 

@@ -31,9 +31,8 @@ from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from phatgoose.base import Base, load_base
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved import add_to_saved, load, read_saved, remove_from_saved, save
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
+from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved
 from routed_models import SCORES, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert
 from toy_embedders import use_toy_embedder

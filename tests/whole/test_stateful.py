@@ -12,8 +12,7 @@ from architectures import IDS, random_expert, reading_pool
 from phatgoose.base import Base, fingerprint, load_skeleton
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import routing_for
+from phatgoose.routing.compose import compose, routing_for
 from phatgoose.routing.recording import record
 from tiny import make_ids, make_tokenizer
 

@@ -29,10 +29,9 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.context import Choice
-from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.layers import RoutedLinear, SiteStack
 from phatgoose.routing.routers.prompt import ReadsBase, Tables
 from phatgoose.routing.routers.router import highest
-from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site, blocks_of
 from phatgoose.tasks.batching import PromptReading
 

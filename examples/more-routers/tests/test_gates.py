@@ -7,8 +7,7 @@ import torch
 from more_routers.neutral import over_neutral_text
 
 from oracle import plain_scores
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.sites import find_sites
 from routed_models import router_at
 from tiny import random

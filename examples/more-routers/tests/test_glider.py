@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from oracle import EPS
-from phatgoose.routing.compose import detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import composition_of, detach
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, random
 from topic_prompts import PROMPTS, both_streams, experts_of, retrieving

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved import add_to_saved, load, save
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
+from phatgoose.routing.saved import add_to_saved
 from tiny import logits_of, make_ids, random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama

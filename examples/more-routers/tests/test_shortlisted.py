@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.phatgoose import standardise
 from tiny import assert_same_logits, logits_of, make_ids, random

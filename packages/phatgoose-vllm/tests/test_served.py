@@ -8,8 +8,7 @@ import torch
 import phatgoose_vllm as vllm
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, detach, save
 from phatgoose_vllm import served
 from phatgoose_vllm.served import Section, Share, open_served, parts_of, place_of
 from tiny import make_model, random, write_expert

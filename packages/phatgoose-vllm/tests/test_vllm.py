@@ -19,8 +19,7 @@ from phatgoose.base import load_base, smollm2_folder
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, save
 from phatgoose.tasks.loading import load_task
 from phatgoose.training.train_expert import train_expert
 from tiny import write_expert

@@ -18,8 +18,15 @@ from ..config import Routing
 from ..errors import ConfigError
 from ..evaluation.evaluate import ScoringSettings, TaskScore, evaluate, tokenizer_of
 from ..experts.pool import Pool
-from ..routing.compose import compose, detach, is_routed, open_model
-from ..routing.composition import composition_of, resolve_base, routing_for
+from ..routing.compose import (
+    compose,
+    composition_of,
+    detach,
+    is_routed,
+    open_model,
+    resolve_base,
+    routing_for,
+)
 from ..routing.routers.auto import settled
 from ..routing.routers.fixed import read_scores
 from ..routing.routers.prompt import ByPrompt

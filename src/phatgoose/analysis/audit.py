@@ -22,9 +22,9 @@ from torch.nn import functional
 from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import READ
+from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
-from ..routing.stacks import stack_of
 from .measures import Finding
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..files import one_line
-from ..routing.composition import Composition, composition_of, routing_for
+from ..routing.compose import Composition, composition_of, routing_for
 from ..routing.context import Choice
 from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..base import texts_of
 from ..errors import RoutingError
-from ..routing.composition import Composition, composition_of
+from ..routing.compose import Composition, composition_of
 from ..routing.context import Choice
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest

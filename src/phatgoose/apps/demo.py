@@ -27,10 +27,9 @@ from ..evaluation.compare import METHODS, compare, label_of
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import BASE, Comparison, means_of
 from ..experts.pool import Pool
-from ..routing.compose import compose
+from ..routing.compose import compose, save
 from ..routing.routers.auto import settled
 from ..routing.routers.registry import AUTO
-from ..routing.saved import save
 from ..tasks.embeddings import can_embed
 from ..tasks.loading import load_task
 from ..tasks.task import Suite, Task

@@ -30,8 +30,15 @@ from ..experts.expert import Expert, warn_of_other_formatting
 from ..experts.pool import Pool
 from ..files import sha256_of, shortened
 from ..jobs import BaseLocation, Engine, absolute
-from ..routing.compose import OpenedModel, compose, detach, is_pool, is_routed, open_model
-from ..routing.composition import resolve_base
+from ..routing.compose import (
+    OpenedModel,
+    compose,
+    detach,
+    is_pool,
+    is_routed,
+    open_model,
+    resolve_base,
+)
 from ..routing.routers.fixed import best_expert, best_expert_by_task
 from ..routing.routers.registry import all_routers, canonical, router_of
 from ..routing.saved import ROUTED_INFO, base_of

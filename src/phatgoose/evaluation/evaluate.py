@@ -24,7 +24,7 @@ from ..config import Formatting
 from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files import one_line
-from ..routing.composition import composition_if_any, routing_for
+from ..routing.compose import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right
 from ..tasks.encoding import Cuts, Encoder, Fitted, as_read
 from ..tasks.loading import given_tasks

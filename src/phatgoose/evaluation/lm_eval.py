@@ -21,8 +21,7 @@ from ..base import settled_dtype
 from ..config import POOL_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError
 from ..experts.pool import Pool
-from ..routing.compose import is_pool, open_model, require_pool
-from ..routing.composition import composition_of
+from ..routing.compose import composition_of, is_pool, open_model, require_pool
 from ..routing.routers.auto import BY_TOKEN, first_allowed
 from ..tasks.batching import pad_left, pad_right
 from ..tasks.encoding import Encoder

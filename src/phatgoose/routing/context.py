@@ -3,7 +3,7 @@
 First what is known of some prompts: their experts, and where those begin to act.
 
 All sites of a model share one if its router chooses for whole prompts, or if some of its experts
-act from a prompt's end on. Prompts are announced to it, by `composition.routing_for` or by the
+act from a prompt's end on. Prompts are announced to it, by `compose.routing_for` or by the
 model's own `generate`, which chooses before the first pass. An unannounced pass without a cache is
 a prompt; one with a cache, or with what an encoder put out, goes on with the experts of the prompt
 that these were made of.

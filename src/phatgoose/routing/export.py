@@ -39,7 +39,7 @@ from ..sites import headless, replaced
 from ..tasks.batching import continued
 from ..tasks.encoding import Cuts, Encoder
 from ..tasks.task import Example, neutral_examples
-from .composition import Composition, composition_of, routing_for
+from .compose import Composition, composition_of, routing_for
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 from .recording import SitePass, watch
 

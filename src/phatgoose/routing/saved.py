@@ -1,8 +1,8 @@
 """Saved routed models: a folder with a description and the experts' tensors (docs/format.md).
 
-Saving, loading, and experts that join and leave a folder, which is written anew beside the old one
-and replaces it in one step. A folder may come from anyone: `read_saved` checks all of it once, and
-what it returns is trusted.
+A folder may come from anyone: `read_saved` checks all of it once, and what it returns is trusted.
+Experts join and leave a folder, which is written anew beside the old one and replaces it in one
+step.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..base import Base, BaseReference, check_base, is_hub_id, surely_differs
-from ..config import MODEL_TYPE, Routing, closest
-from ..errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
+from ..base import BaseReference, check_base, is_hub_id
+from ..config import Routing, closest
+from ..errors import ConfigError, ExpertError, PoolError, RoutingError
 from ..experts.expert import ActsOn, check_name, code
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES
@@ -40,15 +38,9 @@ from ..files import (
     sha256_of,
     shortened,
     write_text,
-    writing,
 )
-from ..sites import FLOATS, dtype_at, find_sites
-from .composition import Composition, composition_of, resolve_base
-from .layers import FoldedLinear, RoutedLinear
-from .routers.prompt import ByPrompt, Tables
-from .routers.registry import router_of
-from .routers.router import Router, check_measured, warn_of_lowered_k
-from .stacks import (
+from ..sites import FLOATS
+from .layers import (
     SitePart,
     SiteStack,
     check_numbers,
@@ -58,9 +50,12 @@ from .stacks import (
     renumbered,
     stack_of,
 )
+from .routers.prompt import ByPrompt, Tables
+from .routers.registry import router_of
+from .routers.router import Router, check_measured, warn_of_lowered_k
 
 ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
-CONFIG, CARD = "config.json", "README.md"
+CARD = "README.md"
 FORMAT_VERSION = 1
 FOLDED = "Merged experts are folded into the base's weights for good; compose the pool again."
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
@@ -68,95 +63,10 @@ UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
 
 
-def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write the routed `model` to `directory`: experts, router and hashes; the base by name only.
-
-    Complete or not at all. Config, tokenizer and card are written too, for transformers and people.
-
-    Args:
-        model: A routed model.
-        directory: The folder to make.
-        overwrite: Replace the folder if it is there.
-
-    Raises:
-        RoutingError: `model` is not routed, its base's weights have changed, or `directory` exists
-            or can't be written.
-    """
-    _check_unchanged(model)
-    with new_directory(Path(directory), RoutingError, overwrite=overwrite) as work:
-        _write_model(model, work)
-
-
-def save_pretrained(
-    model: PreTrainedModel,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    state_dict: Any = None,
-    push_to_hub: bool = False,
-    **how: Any,
-) -> None:
-    """What `model.save_pretrained` is while `model` is routed: writes the files that `save` does.
-
-    As transformers' own it writes into a folder that may be there already, replaces what it wrote
-    there before, and leaves the rest alone. `phatgoose.load` reads the folder. `state_dict` and
-    `how` (shards, say) are about the base's weights, of which none are written. Raises as `save`
-    does, and RoutingError for a folder that holds another model's config.json.
-    """
-    if push_to_hub:
-        raise RoutingError("A routed model goes to the Hub by model.push_to_hub(name).")
-    _check_unchanged(model)
-    target = Path(save_directory)
-    config = target / CONFIG
-    if config.exists() and read_json(config, dict, RoutingError).get("model_type") != MODEL_TYPE:
-        raise RoutingError(f"{target} holds another model ({CONFIG}); choose another place.")
-    if is_main_process:
-        with writing(target, RoutingError):
-            target.mkdir(parents=True, exist_ok=True)
-            _write_model(model, target)
-
-
-def _check_unchanged(model: PreTrainedModel) -> None:
-    base = composition_of(model).base
-    if surely_differs(model, base):
-        raise RoutingError(
-            f"The weights of the base {base.id!r} have changed since it was loaded: trained or "
-            f"resized? A routed model is saved without them; detach it and save the base."
-        )
-
-
-def _write_model(model: PreTrainedModel, folder: Path) -> None:
-    parts = composition_of(model)
-    recorded = parts.router.recorded
-    info = {
-        "format_version": FORMAT_VERSION,
-        "base": asdict(parts.base),
-        "routing": {"router": recorded.router, "k": recorded.k, "kernel": recorded.kernel},
-        "experts": shareable(parts.records),
-        "weights_sha256": "",
-        "lookup": dict(parts.prompt_router.tables.info) if parts.prompt_router else {},
-    }
-    config = {
-        "model_type": MODEL_TYPE,
-        "architectures": [type(model).__name__],
-        "is_encoder_decoder": bool(model.config.is_encoder_decoder),
-        "base_model": parts.base.id,
-    }
-    sites = {}
-    for name, layer in parts.layers.items():
-        if isinstance(layer, FoldedLinear):
-            sites[name] = SitePart(SiteStack(layer.experts), {"folded": layer.folded})
-        elif isinstance(layer, RoutedLinear):
-            sites[name] = SitePart(layer.stack, layer.router.state())
-    tables = parts.prompt_router.tables if parts.prompt_router else Tables(parts.experts)
-    _write(folder, info, sites, tables)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", RoutingError)
-    if parts.tokenizer is not None:
-        parts.tokenizer.save_pretrained(folder)
-
-
-def _write(
+def write_saved(
     folder: Path, info: Mapping[str, Any], sites: Mapping[str, SitePart], tables: Tables
 ) -> None:
+    """Write a saved model's own files to `folder`: the description `info`, tensors, a card."""
     tensors = tables.saved()
     for site, (stack, state) in sites.items():
         at_site = {"experts": stack.experts, **stack.tensors(), **state}
@@ -411,58 +321,6 @@ def _require(holds: bool, where: object, told: str) -> None:
         raise RoutingError(f"{where}: {told}.")
 
 
-# Loading: beside a base that is loaded by its name.
-
-
-def load(
-    directory: str | Path,
-    base: Base | PreTrainedModel | str | None = None,
-    *,
-    dtype: str = "auto",
-    embedder: str | None = None,
-) -> PreTrainedModel:
-    """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
-
-    Args:
-        directory: The folder.
-        base: A name, a loaded `Base` or a transformers model; None loads the base by its recorded
-            name.
-        dtype: "auto", "float32", "bfloat16" or "float16", for a base that is loaded here.
-        embedder: The embedder of a router that uses one, if it isn't the default one.
-
-    Raises:
-        RoutingError, ExpertError: The folder is missing or damaged.
-        WrongBaseError: The base is another one.
-        ConfigError: The router needs an embedder that wasn't named.
-    """
-    folder = Path(directory)
-    saved = read_saved(folder)
-    loaded = resolve_base(base, saved.base, dtype)
-    model, sites = loaded.model, find_sites(loaded.model)
-    router = router_of(replace(saved.router.routing, embedder=embedder))
-    tables = saved.tables if isinstance(router, ByPrompt) else None
-    parts = Composition(loaded, router, saved.names, saved.records, tables)
-    for name, sizes in saved.sizes.items():
-        site = sites.get(name)
-        wanted = (site.in_features, site.out_features) if site else (0, 0)
-        if not site or any(sizes.get(x, n) != n for x, n in zip("nd", wanted, strict=True)):
-            raise WrongBaseError(
-                f"{folder}: experts act on {name} with sizes {dict(sizes)}, which the base lacks."
-            )
-        original: Any = model.get_submodule(name)
-        device, kind = original.weight.device, dtype_at(original, model)
-        stack, state = saved.at(name)
-        if "folded" in state:
-            folded, experts = state["folded"].to(device, kind), stack.experts.to(device)
-            layer = FoldedLinear(original, site, folded, experts, len(saved.names))
-            parts.layers[name] = layer
-        else:
-            parts.add(original, site, stack.to(device, kind), state)
-    parts.install(model)
-    model.save_pretrained = partial(save_pretrained, model)
-    return model
-
-
 def base_of(directory: str | Path) -> BaseReference:
     """The base of the routed model in `directory`. Raises RoutingError when that is damaged."""
     return read_description(Path(directory) / ROUTED_INFO)[1].base
@@ -550,7 +408,7 @@ def _rewritten(
             ignore=lambda place, _: [ROUTED_WEIGHTS] if place == str(folder) else [],
             dirs_exist_ok=True,
         )
-        _write(work, {**saved.info, "experts": shareable(records)}, sites, tables)
+        write_saved(work, {**saved.info, "experts": shareable(records)}, sites, tables)
         changed = read_saved(work)
         now, _ = read_description(folder / ROUTED_INFO)
         _require(now == saved.info, folder, "another process has changed it meanwhile; try again")

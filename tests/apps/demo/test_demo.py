@@ -16,8 +16,7 @@ from phatgoose.apps.demo import (
 )
 from phatgoose.evaluation.compare import METHODS
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved import load
+from phatgoose.routing.compose import composition_of, load
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Example
 

@@ -12,8 +12,7 @@ from phatgoose.apps.server import create_app, served_models
 from phatgoose.base import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import BaseModelError
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, save
 from serving import CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
 
 LONG = {**GREEDY, "max_tokens": 1000}

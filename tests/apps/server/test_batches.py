@@ -16,8 +16,7 @@ from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.tasks.encoding import Encoder
 from routed_models import compose_by
 from tiny import VOCABULARY

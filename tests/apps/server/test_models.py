@@ -11,8 +11,7 @@ from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.saved import save
+from phatgoose.routing.compose import compose, save
 from serving import GREEDY, ask, error_of, text_of
 
 

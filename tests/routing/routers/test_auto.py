@@ -10,11 +10,9 @@ import pytest
 
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, save
 from phatgoose.routing.routers import auto
 from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, settled
-from phatgoose.routing.saved import save
 from routed_models import with_embeddings
 
 BARE = {"gates": {}, "means": {}, "readings": {}, "embeddings": None}

@@ -11,9 +11,7 @@ import torch
 
 from phatgoose.errors import ConfigError, PoolError, TaskError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.saved import load, save
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids
 from topic_prompts import experts_of, retrieving

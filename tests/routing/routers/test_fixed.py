@@ -13,8 +13,7 @@ import torch
 from odd_files import nested, one_line_of
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.routers.fixed import (
     Random,
     best_expert,
@@ -22,7 +21,6 @@ from phatgoose.routing.routers.fixed import (
     read_scores,
 )
 from phatgoose.routing.routers.router import SiteRouter
-from phatgoose.routing.saved import load, save
 from routed_models import SCORES
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import CHOOSING, OPEN, both_streams, by_single

@@ -10,8 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from phatgoose.base import load_base
 from phatgoose.experts.lora import LoraStack
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.layers import FoldedLinear, folded_weight
 from tiny import assert_same_logits, logits_of, make_ids
 

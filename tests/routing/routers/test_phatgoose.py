@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from oracle import plain_scores
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.routers.phatgoose import standardise
 from phatgoose.routing.routers.router import SiteRouter
 from routed_models import by_vectors, router_at, with_vectors

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, open_prompt_router
-from phatgoose.routing.saved import add_to_saved, save
+from phatgoose.routing.compose import compose, detach, open_prompt_router, save
+from phatgoose.routing.saved import add_to_saved
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, tokens_of
 

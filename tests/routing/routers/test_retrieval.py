@@ -15,10 +15,9 @@ from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, load, save
 from phatgoose.routing.routers.prompt import PromptRouter, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
-from phatgoose.routing.saved import load, save
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from topic_prompts import (

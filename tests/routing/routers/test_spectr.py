@@ -10,8 +10,7 @@ from torch import Tensor
 
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.routing.routers.spectr import Spectr, right_singular_vectors
 from tiny import random

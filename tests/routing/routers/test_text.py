@@ -6,13 +6,11 @@ import pytest
 
 from fake_packages import install
 from phatgoose.errors import ConfigError
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.phatgoose import Phatgoose
 from phatgoose.routing.routers.registry import all_routers, canonical, class_of, split_routers
 from phatgoose.routing.routers.router import Router
-from phatgoose.routing.saved import load, save
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,7 @@ def compose(
     options.warn_of_unused_k(routing)
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
-    from ...routing.compose import compose
-    from ...routing.composition import composition_of
-    from ...routing.saved import save
+    from ...routing.compose import compose, composition_of, save
 
     opened = opening.open_pool(pool)
     base = opening.load(opened.base)

@@ -20,7 +20,7 @@ from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....routing.composition import composition_of
+from ....routing.compose import composition_of
 from ....routing.context import PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, for_clients

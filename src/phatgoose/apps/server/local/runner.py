@@ -32,8 +32,7 @@ from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
-from ....routing.compose import compose, is_pool, is_routed, require_pool
-from ....routing.composition import composition_if_any
+from ....routing.compose import compose, composition_if_any, is_pool, is_routed, load, require_pool
 from ....routing.context import PromptRouting
 from ....routing.layers import RoutedLinear
 from ....routing.recording import watch
@@ -41,7 +40,7 @@ from ....routing.routers.auto import settled
 from ....routing.routers.fixed import mixture_of
 from ....routing.routers.registry import AUTO, router_of
 from ....routing.routers.router import check_served
-from ....routing.saved import base_of, load
+from ....routing.saved import base_of
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens

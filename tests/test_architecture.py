@@ -58,22 +58,14 @@ def imports_of(module: str) -> Iterator[tuple[str, int]]:
 
 
 def test_imports_point_to_the_same_entry_or_one_before_it():
-    rank = {"phatgoose": -1, **{entry: place for place, entry in enumerate(ORDER)}}
+    """Routing needs no training, and the root is for applications."""
+    rank = {entry: place for place, entry in enumerate(ORDER)} | {"phatgoose": ORDER.index("apps")}
     for module in set(MODULES) - {"phatgoose"}:
-        for imported, line in imports_of(module):
-            up = rank[imported.split(".")[0]] <= rank[module.split(".")[0]]
-            assert up, f"{MODULES[module]}, line {line}, imports {imported}, which comes later"
-
-
-def test_only_applications_import_the_root_and_routing_imports_no_training():
-    for module in MODULES:
         room = module.split(".")[0]
-        imported = {name.split(".")[0] for name, _ in imports_of(module)}
-        assert "phatgoose" not in imported or room in {"apps", "__main__"}, module
-        assert "training" not in imported or room != "routing", module
-
-
-def test_the_root_imports_ours_for_type_checkers_only():
+        for name, line in imports_of(module):
+            imported = name.split(".")[0]
+            up = rank[imported] <= rank[room] and (room, imported) != ("routing", "training")
+            assert up, f"{MODULES[module]}, line {line}, imports {name}, which comes later"
     for node in TREES["phatgoose"].body:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: importing phatgoose must load nothing"
@@ -95,7 +87,6 @@ LOADERS = {"from_pretrained", "from_config", "SentenceTransformer"}  # and HFLM'
 
 def complaints_about(module: str) -> Iterator[str]:
     """Nothing is unpickled or asserted; no loader runs a model's code; terminals are for apps."""
-    is_app = module.split(".")[0] in {"apps", "__main__"}
     used = [*imported_in(module)]
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Attribute):
@@ -103,27 +94,23 @@ def complaints_about(module: str) -> Iterator[str]:
         elif isinstance(node, ast.Assert):
             yield f"line {node.lineno}: python -O leaves asserts out; raise an error of errors.py"
         elif isinstance(node, ast.Call):
-            yield from complaints_about_call(node, is_app=is_app)
+            called = ast.unparse(node.func).rpartition(".")[2]
+            used.append((called, node.lineno))
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            is_told = words.get("trust_remote_code") == "False" or words.get(None) == "NO_CODE"
+            if (called in LOADERS or "pretrained" in words) and not is_told:
+                yield f"{called} in line {node.lineno}: say trust_remote_code=False"
+    is_app = module.split(".")[0] in {"apps", "__main__"}
     for name, line in used:
         if name.split(".")[0] in PICKLING or name in UNPICKLING:
             yield f"line {line}: {name} runs code that a file may hold"
-        if name.split(".")[0] in {"typer", "click", "rich"} and not is_app:
+        if name.split(".")[0] in {"typer", "click", "rich", "print"} and not is_app:
             yield f"line {line} uses {name}, which is for apps"
 
 
-def complaints_about_call(node: ast.Call, *, is_app: bool) -> Iterator[str]:
-    called = ast.unparse(node.func).rpartition(".")[2]
-    words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-    if called == "print" and not is_app:
-        yield f"line {node.lineno} prints, which is for apps"
-    is_told = words.get("trust_remote_code") == "False" or words.get(None) == "NO_CODE"
-    if (called in LOADERS or "pretrained" in words) and not is_told:
-        yield f"{called} in line {node.lineno}: say trust_remote_code=False"
-
-
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_does_nothing_that_is_never_done(module):
-    assert list(complaints_about(module)) == []
+def test_no_module_does_what_is_never_done():
+    assert {name: found for name in MODULES if (found := list(complaints_about(name)))} == {}
+    assert loading.NO_CODE == {"trust_remote_code": False}
 
 
 @pytest.mark.parametrize(
@@ -138,24 +125,18 @@ def test_what_is_never_done_is_seen(code, monkeypatch):
     assert len(list(complaints_about("files"))) == 1
 
 
-def test_errors_are_one_tree_and_loading_runs_no_code():
+def test_errors_are_one_tree():
     classes = [thing for thing in vars(errors).values() if isinstance(thing, type)]
     assert all(issubclass(thing, errors.PhatgooseError) for thing in classes)
-    assert loading.NO_CODE == {"trust_remote_code": False}
 
 
-def test_the_root_exports_few_names_and_exactly_these():
+def test_the_root_exports_few_names_and_each_is_documented():
     assert set(phatgoose.__all__) == ROOT_NAMES
     assert set(dir(phatgoose)) == ROOT_NAMES | {"__version__"}
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = phatgoose.nothing
-
-
-@pytest.mark.parametrize("name", sorted(ROOT_NAMES))
-def test_every_name_of_the_root_resolves_to_a_documented_thing(name):
-    thing = getattr(phatgoose, name)
-    assert inspect.getdoc(thing)
-    members = vars(thing).items() if isinstance(thing, type) else ()
-    assert not [n for n, each in members if n[0] != "_" and callable(each) and not each.__doc__]
-    assert thing.__name__ == name
-    assert name in phatgoose.__doc__
+    for name in ROOT_NAMES:
+        thing = getattr(phatgoose, name)
+        assert inspect.getdoc(thing)
+        members = vars(thing).items() if isinstance(thing, type) else ()
+        assert not [n for n, each in members if n[0] != "_" and callable(each) and not each.__doc__]
+        assert thing.__name__ == name
+        assert name in phatgoose.__doc__

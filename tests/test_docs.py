@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pkgutil
 import re
 import shlex
@@ -10,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +16,7 @@ import pytest
 import typer
 
 import phatgoose
+from command_line import review, write_rows
 from paths import ROOT
 from phatgoose.apps.cli import app
 from phatgoose.experts import KINDS
@@ -25,6 +24,7 @@ from phatgoose.routing.routers.registry import OURS as ROUTERS
 from phatgoose.routing.routers.router import Router
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SHELLS = {"bash", "console", "sh"}
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 FENCE = re.compile(
@@ -40,13 +40,6 @@ PROSE = {document: FENCE.sub("", text) for document, text in TEXT.items()}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
-def shell_lines(document: Path) -> Iterator[str]:
-    for block in FENCE.finditer(TEXT[document]):
-        if block["kind"] in {"bash", "console", "sh"}:
-            for line in block["code"].replace("\\\n", " ").splitlines():
-                yield line.strip().removeprefix("$ ")
-
-
 def words_of(command: str) -> list[str]:
     """The words after `phatgoose`, up to a pipe, a redirection or another command."""
     words = shlex.split(command, comments=True)[1:]
@@ -58,11 +51,7 @@ def words_of(command: str) -> list[str]:
 def reader(base_folders, tmp_path, monkeypatch) -> Path:
     """What a reader has at hand: data, a tiny base, and the same tiny base in place of smollm2."""
     for topic in ("reviews", "trivia", "unseen"):
-        rows = [
-            {"input": f"{topic} {i}:", "target": ("yes", "no")[i % 2], "choices": ["yes", "no"]}
-            for i in range(8)
-        ]
-        (tmp_path / f"{topic}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{topic}.jsonl", [review(number) for number in range(8)])
     cached = tmp_path / "cache" / "phatgoose" / "bases" / "smollm2-135m-instruct"
     for place in (tmp_path / "tiny-base", cached):
         shutil.copytree(base_folders["llama"], place)
@@ -110,17 +99,15 @@ def test_links_lead_to_files_and_headings_that_exist(document):
 
 
 @each_document
-def test_commands_in_blocks_can_be_given_as_they_stand(document):
-    for command in shell_lines(document):
+def test_commands_in_blocks_and_in_the_text_and_their_flags_exist(document):
+    blocks = (b["code"] for b in FENCE.finditer(TEXT[document]) if b["kind"] in SHELLS)
+    for line in (line for code in blocks for line in code.replace("\\\n", " ").splitlines()):
+        command = line.strip().removeprefix("$ ")
         name, *words = words_of(command) if command.startswith("phatgoose ") else ("--help",)
         if name not in {"--help", "--version", "--install-completion"}:
             assert name in COMMANDS, command
             if "--help" not in words:
                 COMMANDS[name].make_context(name, words)  # raises for an unknown flag
-
-
-@each_document
-def test_commands_in_the_text_and_their_flags_exist(document):
     for found in INLINE.finditer(PROSE[document]):
         name, *words = found["code"].split()
         if name in {"…", "..."} or name.startswith("-"):
@@ -134,13 +121,7 @@ def test_commands_in_the_text_and_their_flags_exist(document):
 
 
 @each_document
-def test_recipes_targets_modules_and_files_that_are_named_exist(document):
-    text, makefile = TEXT[document], (ROOT / "Makefile").read_text(encoding="utf-8")
-    for recipe in re.findall(r"(?<![\w/])recipes/[\w./-]+\.toml", text):
-        assert (ROOT / recipe).is_file(), recipe
-    for line in shell_lines(document):
-        if re.match(r"make \w", line):
-            assert re.search(rf"^{re.escape(line.split()[1])}:", makefile, re.M), line
+def test_modules_and_files_that_are_named_exist(document):
     for name in MODULE.findall(PROSE[document]):
         if not name.endswith((".json", ".safetensors", ".png")):
             pkgutil.resolve_name(name)

@@ -17,10 +17,9 @@ from toy_embedders import embed
 
 RECIPES = ROOT / "recipes"
 T5_XL = "google/t5-xl-lm-adapt"
-THE_PAPERS = {"t5xl-t0.toml": ("t0hi", 36), "t5xl-flan.toml": ("flan", 166)}
-SHRUNKEN = {  # what stands for each suite: datasets that there are made-up rows of
-    "t0hi": ("rotten_tomatoes", "samsum"),
-    "flan": ("samsum", "web_questions", "niv2_irony_detection"),
+THE_PAPERS = {  # its suite, their number, and those of them that there are made-up rows of
+    "t5xl-t0.toml": ("t0hi", 36, ("rotten_tomatoes", "samsum")),
+    "t5xl-flan.toml": ("flan", 166, ("samsum", "web_questions", "niv2_irony_detection")),
 }
 DTYPE = ["--dtype", "float32"]
 FEW = [*DTYPE, "--steps", 2, "--gate-steps", 2, "--batch-size", 4, "--rank", 2, "--eval-every", 1]
@@ -45,7 +44,7 @@ THE_PAPERS_NUMBERS = {"alpha": 1.0, "batch_size": 1024, "learning_rate": 5e-3}
 @each_of_the_papers
 def test_the_papers_recipes_write_out_the_papers_settings(name):
     recipe = read_recipe(RECIPES / name)
-    suite, count = THE_PAPERS[name]
+    suite, count, _ = THE_PAPERS[name]
     assert (recipe["base"], recipe["tasks"]) == (T5_XL, [suite])
     assert len(open_tasks(recipe["tasks"])) == count
     for table, config in RECIPE_TABLES.items():
@@ -63,7 +62,7 @@ def test_the_papers_recipes_write_out_the_papers_settings(name):
 
 @each_of_the_papers
 def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
-    _, count = THE_PAPERS[name]
+    _, count, _ = THE_PAPERS[name]
     flags = ["--out", tmp_path / "experts", "--dtype", "bfloat16", "--plan"]
     outcome = phat("train", "--recipe", RECIPES / name, *flags)
     assert (outcome.code, outcome.err) == (0, "")
@@ -87,8 +86,7 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
-    suite, _ = THE_PAPERS[name]
-    names = SHRUNKEN[suite]
+    suite, _, names = THE_PAPERS[name]
     shrink(monkeypatch, suite, names)
     shrink(monkeypatch, "t0ho", ("rte",))
     content = (RECIPES / name).read_text(encoding="utf-8").replace(T5_XL, str(base_folders["t5"]))

@@ -13,10 +13,8 @@ from phatgoose.base import UNFINISHED, Detokeniser, texts_of
 @given(st.text(max_size=30), st.text(max_size=10))
 @settings(max_examples=25)
 def test_pieces_make_the_text_that_all_tokens_make(text, before):
-    tokenizer = TOKENIZER
-    given_before = tokenizer(before)["input_ids"]
-    detokeniser = Detokeniser(tokenizer, given_before)
-    pieces = [detokeniser.add(token) for token in tokenizer(text)["input_ids"]]
+    detokeniser = Detokeniser(TOKENIZER, TOKENIZER(before)["input_ids"])
+    pieces = [detokeniser.add(token) for token in TOKENIZER(text)["input_ids"]]
     assert "".join(pieces) + detokeniser.rest() == text
 
 
@@ -28,17 +26,12 @@ def test_bytes_that_are_no_text_are_given_up():
     assert detokeniser.rest().strip("\ufffd") == ""
 
 
-def of_words(*words):
-    """A tokenizer of the kind of T5's and Llama-2's, whose tokens say where a word begins."""
-    fast = Tokenizer(WordLevel({word: i for i, word in enumerate(("</s>", *words))}, "</s>"))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
-
-
 def test_each_token_keeps_the_space_before_its_word():
-    tokenizer = of_words("▁A", "▁her", "on", "▁is")
-    ids = [1, 2, 3, 4, 0]
-    assert texts_of(tokenizer, ids) == ("A", " her", "on", " is", "</s>")
+    """With a tokenizer like T5's and Llama-2's, whose tokens say where a word begins."""
+    fast = Tokenizer(WordLevel({"</s>": 0, "▁A": 1, "▁her": 2, "on": 3, "▁is": 4}, "</s>"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
+    assert texts_of(tokenizer, [1, 2, 3, 4, 0]) == ("A", " her", "on", " is", "</s>")
 
 
 @given(st.text(st.sampled_from("ab .é😀"), max_size=8))

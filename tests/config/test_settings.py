@@ -6,7 +6,6 @@ import typing
 import numpy as np
 import pytest
 
-from phatgoose.apps.cli.options import RECIPE_TABLES
 from phatgoose.config import (
     Bottleneck,
     Formatting,
@@ -20,8 +19,6 @@ from phatgoose.config import (
 )
 from phatgoose.errors import ConfigError
 from phatgoose.routing.routers.phatgoose import Phatgoose
-
-CONFIGS = tuple(RECIPE_TABLES.values())
 
 DEFAULTS = {  # the paper's (sections 3 and 4.1, and the released code), but for rate, alpha, batch
     Lora: {"rank": 16, "alpha": 32.0, "sites": None},
@@ -42,20 +39,12 @@ def test_defaults_are_the_papers_or_what_a_usual_base_wants(config):
     assert vars(config()).items() >= DEFAULTS[config].items()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_setting_has_a_help_text_and_its_default_in_the_class(config):
-    for setting in settings_of(config):
-        assert len(setting.help) > 10, setting
-        assert setting.default == getattr(config(), setting.name) or setting.default is None
-
-
 @pytest.mark.parametrize(
     ("config", "values", "complaint"),
     [
         (Lora, {"rank": 0}, "rank is 0, but must be greater than or equal to 1."),
         (Lora, {"alpha": 10**400}, "alpha is 1000.*, but must be a valid number."),
         (Bottleneck, {"placement": "x"}, "placement is 'x', but must be 'houlsby' or 'pfeiffer'."),
-        (Training, {"steps": "many"}, "steps is 'many', but must be a valid integer"),
         (Training, {"steps": 2.5}, "steps is 2.5, but must be a valid integer"),
         (Training, {"learning_rate": float("nan")}, "learning_rate is nan, but must be a finite"),
         (Training, {"seed": 1 << 32}, "seed is 4294967296, but must be less than 4294967296."),
@@ -63,7 +52,6 @@ def test_every_setting_has_a_help_text_and_its_default_in_the_class(config):
         (Training, {"acts_on": 0}, "acts_on is 0, but must be .*greater than or equal to 1"),
         (Formatting, {"chat": None}, "chat is None, but must be a valid boolean."),
         (Routing, {"k": 0}, "k is 0, but must be greater"),
-        (Routing, {"router": None}, "router is None, but must be a valid string."),
         (Phatgoose, {"eps": 0.0}, "eps is 0.0, but must be greater than 0."),
     ],
 )
@@ -76,9 +64,9 @@ def test_a_value_that_a_setting_cannot_have_is_refused_by_name(config, values, c
 
 def test_texts_and_numbers_of_numpy_become_the_settings_types():
     for k, eps in ((np.int64(3), np.float32(0.5)), ("3", "0.5")):
-        read = Routing(k=k).k, Phatgoose(eps=eps).eps
-        assert read == (3, 0.5)
-        assert tuple(map(type, read)) == (int, float)
+        values = Routing(k=k).k, Phatgoose(eps=eps).eps
+        assert values == (3, 0.5)
+        assert tuple(map(type, values)) == (int, float)
     assert Formatting(chat="true").chat is True
     assert [Training(acts_on=each).acts_on for each in ("answer", "12", 12)] == ["answer", 12, 12]
 

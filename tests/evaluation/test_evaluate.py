@@ -13,54 +13,25 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.metrics import Sample, metric
 from phatgoose.routing.compose import compose, detach, load, save
 from phatgoose.tasks.task import Example, Task
-from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, naive_scores, open_task
+from scored_tasks import CHOICE_TASK, greedy_text, naive_scores
 
 
 def test_a_limit_and_a_seed_draw_the_same_examples_for_every_model(llama):
     examples = tuple(Example(f"input number {i}", "a", ("a", "b")) for i in range(30))
     task = Task("many", test=examples)
-    whole = inputs_of(task, evaluate(llama, task, token_budget=1))
-    drawn = {}
-    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        scores = inputs_of(task, evaluate(llama, task, limit=4, seed=seed, token_budget=1))
-        drawn[name] = [whole.index(score) for score in scores]
-    assert drawn["one"] == drawn["same"] == sorted(drawn["one"])
-    assert len(set(drawn["one"])) == 4
-    assert drawn["one"] != drawn["other"]
-    expected = [examples.index(example) for example in task.evaluation_examples(4, seed=0)]
-    assert drawn["one"] == expected
+    whole = scores_of(evaluate(llama, task, token_budget=1))
+    drawn = [task.evaluation_examples(4, seed) for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+    for seed, few in enumerate(drawn):
+        scores = scores_of(evaluate(llama, task, limit=4, seed=seed, token_budget=1))
+        assert scores == [whole[examples.index(example)] for example in few]
 
 
-def test_scores_that_are_not_numbers_are_refused(llama):
-    llama.model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(EvaluationError, match=r"'choose'.*not numbers"):
-        evaluate(llama, CHOICE_TASK)
+def scores_of(evaluation) -> list[tuple[float, ...]]:
+    return [prediction.scores for prediction in evaluation.scores[0].predictions]
 
 
 # Tasks that say how they are scored
-
-
-def written_task(base, *metrics: str, tokens: int = 5) -> Task:
-    """Two examples whose target is what the plain model writes, and two whose target isn't."""
-    answers = [greedy_text(base.model, base, text, tokens) for text in ("a", "b c d")]
-    return Task(
-        "written",
-        test=(
-            Example("a", answers[0]),
-            Example("b c d", "not so", references=("not so", answers[1])),
-            Example("something else", "never this"),
-            Example("a", f"{answers[0]} and more", choices=(answers[0], f"{answers[0]} and more")),
-        ),
-        metrics=metrics,
-        max_new_tokens=tokens,
-    )
-
-
-def by_hand(name: str, answers, examples) -> float:
-    """The score in one metric by the sums that its definition asks for."""
-    rows = zip(answers, examples, strict=True)
-    marks = np.array([metric(name).measure(answer, e.answers) for answer, e in rows])
-    return float(metric(name).combine(marks.sum(axis=0), len(marks)))
 
 
 @pytest.mark.parametrize(
@@ -70,38 +41,42 @@ def by_hand(name: str, answers, examples) -> float:
 )
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_a_task_is_scored_by_the_mean_of_its_metrics(base, metrics):
-    task = written_task(base, *metrics)
+    answers = [greedy_text(base.model, base, text, 5) for text in ("a", "b c d")]
+    longer = f"{answers[0]} and more"
+    examples = (
+        Example("a", answers[0]),
+        Example("b c d", "not so", references=("not so", answers[1])),
+        Example("something else", "never this"),
+        Example("a", longer, choices=(answers[0], longer)),
+    )
+    task = Task("written", test=examples, metrics=metrics, max_new_tokens=5)
     (score,) = evaluate(base, task).scores
-    answers = [prediction.answer for prediction in score.predictions]
-    assert answers[0] == task.test[0].target
-    assert list(score.by_metric) == list(metrics)
-    for name in metrics:
-        assert score.by_metric[name] == pytest.approx(by_hand(name, answers, task.test), abs=1e-9)
-    mean = sum(score.by_metric.values()) / len(metrics)
-    assert score.score == pytest.approx(mean, abs=1e-12)
-    assert score.metric == " + ".join(metric(name).label for name in metrics)
-    for prediction, example in zip(score.predictions, task.test, strict=True):
-        wanted = tuple(metric(name).measure(prediction.answer, example.answers) for name in metrics)
-        assert prediction.marks == wanted
-        assert prediction.scores == ()
-        assert prediction.correct == (prediction.answer in example.answers)
     assert [prediction.correct for prediction in score.predictions] == [True, True, False, False]
+    assert score.metric == " + ".join(metric(name).label for name in metrics)
+    assert score.score == pytest.approx(np.mean(list(score.by_metric.values())), abs=1e-12)
+    for place, name in enumerate(metrics):
+        rows = zip(score.predictions, examples, strict=True)
+        marks = [metric(name).measure(row.answer, example.answers) for row, example in rows]
+        assert [prediction.marks[place] for prediction in score.predictions] == marks
+        by_hand = float(metric(name).combine(np.array(marks).sum(axis=0), len(marks)))
+        assert score.by_metric[name] == pytest.approx(by_hand, abs=1e-9)
 
 
 CHOOSE, OPEN = CHOICE_TASK.test, (Example("open", "end"),)
 
 
-@pytest.mark.parametrize(
-    ("examples", "metrics", "match"),
-    [
+def test_what_cannot_be_scored_is_refused(llama):
+    for examples, metrics, match in (
         (CHOOSE, ("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
         (CHOOSE, ("accuracy", "bleu"), "'odd' is scored by accuracy and bleu, but accuracy ranks"),
         ((*CHOOSE, *OPEN), (), "'odd' is scored by accuracy, but accuracy ranks choices"),
-    ],
-)
-def test_metrics_that_no_answer_can_serve_are_refused(llama, examples, metrics, match):
-    with pytest.raises(EvaluationError, match=match):
-        evaluate(llama, Task("odd", test=examples, metrics=metrics))
+        ((Example("", "a", ("a", "b")),), (), "no tokens"),
+    ):
+        with pytest.raises(EvaluationError, match=match):
+            evaluate(llama, Task("odd", test=examples, metrics=metrics))
+    llama.model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match=r"'choose'.*not numbers"):
+        evaluate(llama, CHOICE_TASK)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +92,12 @@ def test_metrics_that_no_answer_can_serve_are_refused(llama, examples, metrics, 
 def test_the_interval_is_wilsons_for_a_share_of_right_answers_and_else_a_bootstrap(
     llama, metrics, wilson
 ):
-    words = ("left", "right", "up", "down")
     answer = greedy_text(llama.model, llama, "a", 5)
-    examples = tuple(
-        Example("a", answer if i % 3 else f"{answer} {word}") for i, word in enumerate(words)
-    )
-    examples = (*examples, *(Example("a", "qq ww ee") for _ in range(3)))
+    targets = [f"{answer} left", answer, answer, f"{answer} down", *["qq ww ee"] * 3]
+    examples = tuple(Example("a", target) for target in targets)
     task = Task("seven", test=examples, metrics=metrics, max_new_tokens=5)
     (score,) = evaluate(llama, task).scores
     sample = Sample.of(metrics, [prediction.marks for prediction in score.predictions])
-    assert score.score == pytest.approx(sample.score)
     bootstrap = sample.estimate()
     if wilson:
         share = binomtest(round(score.score * 7), 7).proportion_ci(0.95, method="wilson")
@@ -179,27 +150,15 @@ def test_ties_are_counted_and_the_first_choice_is_taken(llama):
 
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_open_tasks_are_scored_by_generation_and_exact_match(base, budget):
-    task = open_task(base, tokens=5)
-    score = evaluate(base, task, max_new_tokens=5, token_budget=budget).scores[0]
-    assert [p.answer for p in score.predictions[:3]] == [e.target for e in task.test[:3]]
-    assert [p.correct for p in score.predictions] == [True, True, True, False]
-    assert (score.metric, score.score, score.ties) == ("exact match", 0.75, 0)
-
-
-@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-def test_a_task_bounds_its_own_answers(base):
-    examples = tuple(Example(text, "x") for text in ("a", "some longer text", "b c d"))
-    tasks = [
-        Task("own", test=examples, max_new_tokens=2),
-        Task("the rest", test=examples),
-        Task("long", test=examples, max_new_tokens=9),
-    ]
-    scores = evaluate(base, tasks, max_new_tokens=4).scores
-    for score, tokens in zip(scores, (2, 4, 9), strict=True):
-        answers = [prediction.answer for prediction in score.predictions]
-        assert answers == [greedy_text(base.model, base, e.input, tokens) for e in examples]
-    usual = evaluate(base, tasks[1]).scores[0].predictions[0].answer
-    assert usual == greedy_text(base.model, base, "a", 64)
+    """A task's own bound of its answers comes before that of the evaluation."""
+    texts = ("a", "some longer text", "b c d")
+    for own, tokens in ((None, 5), (2, 2)):
+        right = [Example(text, greedy_text(base.model, base, text, tokens)) for text in texts]
+        examples = (*right, Example("something else", "never this"))
+        task = Task("open", test=examples, max_new_tokens=own)
+        (score,) = evaluate(base, task, max_new_tokens=5, token_budget=budget).scores
+        assert [p.answer for p in score.predictions[:3]] == [e.target for e in right]
+        assert (score.metric, score.score, score.ties) == ("exact match", 0.75, 0)
 
 
 @pytest.mark.parametrize("budget", [1, 90, 4096])
@@ -222,11 +181,6 @@ def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch):
     got = evaluate(llama, CHOICE_TASK).scores[0].predictions
     for one, other in zip(got, wanted, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
-
-
-def test_a_prompt_without_tokens_is_refused(llama):
-    with pytest.raises(EvaluationError, match="no tokens"):
-        evaluate(llama, Task("empty", test=(Example("", "a", ("a", "b")),)))
 
 
 def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):

@@ -2,7 +2,6 @@
 
 import sys
 from functools import partial
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -10,41 +9,26 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
-from lm_eval.api import registry
-from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-import harness_tasks
-from harness_tasks import EXAMPLES, answers_of, results_of
-from phatgoose.errors import ConfigError, PhatgooseError
+from harness_tasks import EXAMPLES, answers_of, results_of, write_task
+from phatgoose.errors import ConfigError
 from phatgoose.evaluation import lm_eval as harness
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.lm_eval import PhatgooseLM
-from phatgoose.routing.compose import compose, composition_of, save
+from phatgoose.routing.compose import compose, save
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Task
 
 KINDS_HERE = pytest.mark.parametrize("kind", ["llama", "t5"])
 
 
-@pytest.fixture(autouse=True)
-def _no_look_around(monkeypatch):
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def write_task(tmp_path):
-    """A function that writes `my_task` to a folder, in the style of `output_type`."""
-    return partial(harness_tasks.write_task, tmp_path)
-
-
 def run(pool_folder: Path, tasks: Path, **arguments: object) -> dict:
     """lm_eval's results of `--model phatgoose`."""
-    given = {"pool": str(pool_folder), "dtype": "float32", **arguments}
-    return results_of("phatgoose", tasks, model_args=given)
+    arguments |= {"pool": str(pool_folder), "dtype": "float32"}
+    return results_of("phatgoose", tasks, model_args=arguments)
 
 
 def folder_of(pool) -> Path:
@@ -56,17 +40,11 @@ def scores_of(results: dict) -> list[list[float]]:
     return [[float(score) for score, _ in answers] for answers in answers_of(results)]
 
 
-def encoder_of(model) -> Encoder:
-    return Encoder(
-        composition_of(model).tokenizer, is_encoder_decoder=model.config.is_encoder_decoder
-    )
-
-
 @KINDS_HERE
-def test_log_likelihoods_and_accuracy_are_those_of_evaluate(pool, base, write_task):
-    results = run(folder_of(pool), write_task(), add_eos=True, k=2, batch_size=3)
+def test_log_likelihoods_and_accuracy_are_those_of_evaluate(pool, base, tmp_path):
+    results = run(folder_of(pool), write_task(tmp_path), add_eos=True, k=2, batch_size=3)
     model = compose(pool, base, k=2, router="phatgoose")
-    encoder = encoder_of(model)
+    encoder = Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
     rows = [
         (encoder.prompt(e.input), [encoder.target(e.input, choice).tokens for choice in e.choices])
         for e in EXAMPLES
@@ -84,10 +62,8 @@ def test_log_likelihoods_and_accuracy_are_those_of_evaluate(pool, base, write_ta
 
 
 @KINDS_HERE
-def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
-    pool, base, write_task
-):
-    tasks = write_task()
+def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(pool, base, tmp_path):
+    tasks = write_task(tmp_path)
     model = compose(pool, base, k=2, router="phatgoose")
     own = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=2, softmax_dtype="float32")
     if base.is_encoder_decoder:  # this tokenizer, unlike T5's, keeps the space before a choice
@@ -101,9 +77,9 @@ def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
 
 
 @KINDS_HERE
-def test_generated_answers_are_those_of_the_routed_model(pool, base, write_task):
+def test_generated_answers_are_those_of_the_routed_model(pool, base, tmp_path):
     size = 1 if base.is_encoder_decoder else 3  # lm_eval's limit there counts the padded prompt
-    results = run(folder_of(pool), write_task("generate_until"), batch_size=size)
+    results = run(folder_of(pool), write_task(tmp_path, "generate_until"), batch_size=size)
     model = compose(pool, base, router="phatgoose")
     for sample in results["samples"]["my_task"]:
         ids = torch.tensor([base.tokenizer(sample["doc"]["input"])["input_ids"]])
@@ -117,15 +93,15 @@ def test_generated_answers_are_those_of_the_routed_model(pool, base, write_task)
 
 def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     folder = str(folder_of(llama_pool))
-    for arguments, error, said in (
-        ({"pool": folder, "routr": "phatgoose"}, ConfigError, "unknown setting 'routr'; known are"),
-        ({"pool": folder, "router": "arrow:form=peft+frm=1"}, ConfigError, "unknown setting 'frm'"),
-        ({"pool": folder, "k": "two"}, ConfigError, "k is 'two', but must be"),
-        ({"pool": str(tmp_path / "x")}, PhatgooseError, "x"),
-        ({"pool": "x", "truncation": "top"}, ConfigError, "but must be 'middle'"),
-        ({"pool": "x", "max_input_tokens": 0}, ConfigError, "max_input_tokens is 0"),
+    scores = {f"e{z}": {"my_task": z / 4} for z in range(4)}
+    save(compose(llama_pool, router="oracle", scores=scores), tmp_path / "routed")
+    for arguments, said in (
+        ({"pool": folder, "routr": "phatgoose"}, "unknown setting 'routr'; known are"),
+        ({"pool": folder, "router": "arrow:form=peft+frm=1"}, "unknown setting 'frm'"),
+        ({"pool": "x", "max_input_tokens": 0}, "max_input_tokens is 0"),
+        ({"pool": str(tmp_path / "routed")}, "router oracle or some experts need whole ones"),
     ):
-        with pytest.raises(error, match=said):
+        with pytest.raises(ConfigError, match=said):
             PhatgooseLM(**arguments)
 
 
@@ -143,31 +119,15 @@ def test_contexts_are_cut_by_our_rule(pool):
         assert mask.sum(dim=1).tolist() == [6, 3 if end else 2]
 
 
-def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):
-    """Its releases after 0.4.13 register this placeholder by themselves."""
-    ours = registry.Registry("model", base_cls=LM)
-    point = EntryPoint("phatgoose", "phatgoose.evaluation.lm_eval:PhatgooseLM", "lm_eval.models")
-    ours.register("phatgoose", target=point)
-    monkeypatch.setattr(registry, "model_registry", ours)
-    assert registry.get_model("phatgoose") is PhatgooseLM
-
-
-def test_the_command_is_lm_eval_s_own(llama_pool, write_task, capsys, monkeypatch):
+def test_the_command_is_lm_eval_s_own(llama_pool, tmp_path, capsys, monkeypatch):
     """Its flags, its default device cuda:0 included, and its table."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes a second
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # would set up pytest's
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     before = list(sys.argv)
     harness.main(
         f"--model phatgoose --model_args pool={folder_of(llama_pool)},router=phatgoose,k=2 "
-        f"--tasks my_task --include_path {write_task()}".split()
+        f"--tasks my_task --include_path {write_task(tmp_path)}".split()
     )
     assert "|my_task|" in capsys.readouterr().out
     assert sys.argv == before
-
-
-def test_routers_that_need_the_whole_example_are_refused(llama_pool, tmp_path):
-    scores = {f"e{z}": {"my_task": z / 4} for z in range(4)}
-    model = compose(llama_pool, router="oracle", scores=scores)
-    save(model, tmp_path / "routed")
-    with pytest.raises(ConfigError, match="router oracle or some experts need whole ones"):
-        PhatgooseLM(pool=str(tmp_path / "routed"))

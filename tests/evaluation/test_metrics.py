@@ -1,8 +1,6 @@
 """Metrics beside hand-computed scores, the libraries' own, what all share, and intervals."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,39 +59,20 @@ def test_a_replicate_is_the_score_of_the_examples_drawn(names, corpus, data):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [("rouge-l", "rouge_score.rouge_scorer"), ("bleu", "sacrebleu.metrics.bleu")],
-)
-def test_without_its_package_a_metric_says_what_to_install(name, module):
-    program = (
-        f"import sys; sys.modules[{module!r}] = None\n"
-        f"from phatgoose.evaluation.metrics import metric\nmetric({name!r}).measure('one', ['two'])"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    package = module.partition(".")[0].replace("_", "-")
-    assert f"'{name}' needs {package}: pip install 'phatgoose[metrics]'" in result.stderr
-
-
 # Accuracy and exact match
 
 
 @pytest.mark.parametrize(
     ("prediction", "references", "accuracy", "exact", "normalised"),
     [
-        ("Yes", ["Yes"], 1, 1, 1),
         ("Yes", ["No", "Yes"], 1, 1, 1),
         (" Yes\n", ["Yes"], 0, 1, 1),
-        ("Yes", ["Yes "], 0, 1, 1),
-        ("yes", ["Yes"], 0, 0, 1),
         ("The Beatles!", ["beatles"], 0, 0, 1),
         ("theatre", ["atre"], 0, 0, 0),  # an article is a word, not a beginning
         ("U.S.", ["us"], 0, 0, 1),
         ("the-end", ["the end"], 0, 0, 0),  # punctuation goes first, and joins
         ("", [""], 1, 1, 1),
         ("", ["the", "x"], 0, 0, 1),
-        ("x", [""], 0, 0, 0),
-        ("É", ["é"], 0, 0, 1),
         ("e\u0301", ["é"], 0, 0, 0),  # not composed to one form
         ("“yes”", ["yes"], 0, 0, 0),  # ASCII punctuation only
         ("\u3000猫", ["猫"], 0, 1, 1),
@@ -115,8 +94,6 @@ def test_exact_matches(prediction, references, accuracy, exact, normalised):
         ("the big cat", ["The cat"], 2 / 3),  # precision 1/2, recall 1
         ("cat cat dog", ["cat cat cat"], 2 / 3),  # repeated words count as often as both have them
         ("a b c d", ["x", "b c", "b"], 0.8),  # "a" is an article: 2 of 3 words, both found
-        ("cat", ["dog"], 0),
-        ("cat", [""], 0),
         ("", [""], 0),
         ("the", ["the"], 0),
     ],
@@ -146,14 +123,14 @@ def test_bleu_of_sums_is_sacrebleus_of_the_corpus(corpus):
 # Intervals
 
 
-def matches(*values: float) -> Sample:
+def matches(values: Sequence[float], rows: Sequence[int] | None = None) -> Sample:
     """Answers that are right (1) or wrong (0)."""
-    return Sample.of(["accuracy"], [[(value,)] for value in values])
+    return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
 
 
 def test_the_interval_is_that_of_a_bootstrap_written_out():
     values = np.random.default_rng(1).random(40)
-    interval = matches(*values).estimate()
+    interval = matches(values).estimate()
     generator = np.random.default_rng(7)
     means = [generator.choice(values, 40).mean() for _ in range(4000)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -162,17 +139,11 @@ def test_the_interval_is_that_of_a_bootstrap_written_out():
     assert interval.high - interval.low == pytest.approx(2 * normal, rel=0.1)
 
 
-def in_rows(values, rows) -> Sample:
-    return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
-
-
 def test_rows_of_several_sizes_count_by_their_examples():
-    sample = in_rows([1, 1, 1, 0], [7, 7, 7, 3])
+    sample, draws = matches([1, 1, 1, 0], [7, 7, 7, 3]), [(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)]
     weights = sample.draws(np.random.default_rng(0), 200)
-    assert {tuple(row) for row in weights} == {(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)}
-    assert sample.replicates(np.array([(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)])) == pytest.approx(
-        [3 / 4, 1, 0], abs=1e-12
-    )
+    assert {tuple(row) for row in weights} == set(draws)
+    np.testing.assert_allclose(sample.replicates(np.array(draws)), [3 / 4, 1, 0], atol=1e-12)
 
 
 def test_intervals_of_rows_in_many_templates_cover_the_truth():
@@ -182,7 +153,7 @@ def test_intervals_of_rows_in_many_templates_cover_the_truth():
     for _ in range(300):
         share = 1 / (1 + np.exp(-2 * generator.standard_normal(80)))  # each row's, 0.5 on average
         values = (generator.random((80, 10)) < share[:, None]).astype(float).reshape(-1)
-        sample = in_rows(values, numbers)
+        sample = matches(values, numbers)
         known = wilson(sample.score * sample.independent, sample.independent)
         alone = wilson(values.sum(), 800)
         covered += known.low <= 0.5 <= known.high
@@ -193,8 +164,8 @@ def test_intervals_of_rows_in_many_templates_cover_the_truth():
 
 def test_a_lead_on_every_example_is_the_same_in_every_resample():
     marks = [np.random.default_rng(d).random(30) / 2 for d in range(4)]
-    lower = [matches(*row) for row in marks]
-    higher = [matches(*(row + 0.25)) for row in marks]
+    lower = [matches(row) for row in marks]
+    higher = [matches(row + 0.25) for row in marks]
     replicates = SharedMeans.of({"lower": lower, "higher": higher}).drawn
     np.testing.assert_allclose(replicates["higher"] - replicates["lower"], 0.25, atol=1e-12)
 

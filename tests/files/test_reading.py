@@ -24,29 +24,29 @@ from phatgoose.files import (
 )
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.p3 import read_templates
-from phatgoose.tasks.suites.registry import open_suite
 
 
 def test_a_link_inside_its_folder_or_to_a_hub_caches_own_blobs_will_do_and_no_other(tmp_path):
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "b").symlink_to("a")
     assert sha256_of(tmp_path / "b") == sha256(b"content").hexdigest()
-    for repository in ("models--me--x", "models--me--y"):
-        (tmp_path / repository / "snapshots" / "abc" / "inner").mkdir(parents=True)
-        (tmp_path / repository / "blobs").mkdir()
-        (tmp_path / repository / "blobs" / "1").touch()
-    for place in tmp_path.glob("models--me--x/snapshots/**/"):
-        (place / "own").symlink_to(tmp_path / "models--me--x" / "blobs" / "1")
-        (place / "other").symlink_to(tmp_path / "models--me--y" / "blobs" / "1")
-        if place.name != "snapshots":
-            assert regular_file(place / "own")
-        assert "leads out of its folder" in one_line_of(lambda at=place: regular_file(at / "other"))
+    blobs = [tmp_path / f"models--me--{name}" / "blobs" / "1" for name in "xy"]
+    for blob in blobs:
+        blob.parent.mkdir(parents=True)
+        blob.touch()
+    for place in ("snapshots/abc", "snapshots/abc/inner"):
+        folder = tmp_path / "models--me--x" / place
+        folder.mkdir(parents=True)
+        (folder / "own").symlink_to(blobs[0])
+        (folder / "other").symlink_to(blobs[1])
+        assert regular_file(folder / "own")
+        refused = one_line_of(lambda at=folder: regular_file(at / "other"))
+        assert "leads out of its folder" in refused
 
 
 READERS = {  # of files that a user names: what reads a path, and how it refuses
     "expert.json": (regular_file, ExpertError),
     "recipe.toml": (read_recipe, ConfigError),
-    "suite.toml": (open_suite, TaskError),
     "task.jsonl": (load_task, TaskError),
     "task.csv": (load_task, TaskError),
     "results.jsonl": (ResultStore, EvaluationError),
@@ -67,11 +67,6 @@ def test_no_reader_waits_for_a_pipe(tmp_path, name):
 @dataclass(frozen=True)
 class Place:
     floor: Annotated[int, Interval(ge=0)]
-    room: str = "1"
-
-    def __post_init__(self):
-        if self.room == "13":
-            raise ValueError("room is 13")
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,6 @@ WHOLE = {"version": 1, "place": {"floor": 3}}
 
 def test_a_kind_is_all_that_checks_a_json_file(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("[]")
-    with pytest.raises(ExpertError, match="should be an object"):
-        read_json(path)  # where no kind is named
     path.write_text(json.dumps({**WHOLE, "rooms": [1, 2.5]}))
     assert read_json(path, Visit) == Visit(1, Place(3), (1.0, 2.5))
     assert read_json(path) == {**WHOLE, "rooms": [1, 2.5]}
@@ -105,7 +97,6 @@ def changed(**changes: object) -> str:
         (changed(version=2), "is not valid: version: Input should be 1, got 2."),
         (changed(place={"floor": "3"}), "floor: Input should be a valid integer, got '3'."),
         (changed(place={"floor": -1}), "floor: Input should be greater than or equal to 0, got -1"),
-        (changed(place={"floor": 1, "room": "13"}), "is not valid: place: room is 13."),
         (changed(other=1), "is not valid: other: Unexpected keyword argument, got 1."),
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is not a JSON number"),
@@ -116,7 +107,7 @@ def changed(**changes: object) -> str:
         (changed(rooms=["x"] * (1 << 19)), "262144 values are read"),
         (None, "a.json does not exist. Make one."),
     ],
-    ids=range(13),
+    ids=range(12),
 )
 def test_json_is_read_strictly_or_refused_in_one_line(tmp_path, text, complaint):
     path = tmp_path / "a.json"

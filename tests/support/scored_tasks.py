@@ -42,14 +42,3 @@ def greedy_text(model, base, text: str, tokens: int) -> str:
     )[0]
     start = 0 if base.is_encoder_decoder else ids.shape[1]
     return base.tokenizer.decode(output[start:], skip_special_tokens=True).strip()
-
-
-def open_task(base, tokens: int) -> Task:
-    """A task without choices whose targets are what the plain model answers, but for one."""
-    texts = ("a", "some longer text", "b c d")
-    right = [Example(text, greedy_text(base.model, base, text, tokens)) for text in texts]
-    return Task("open", test=(*right, Example("something else", "never this")))
-
-
-def inputs_of(task: Task, evaluation) -> list[tuple[float, ...]]:
-    return [prediction.scores for prediction in evaluation.scores[0].predictions]

@@ -7,14 +7,6 @@ import pytest
 
 from phatgoose.tasks.task import Sources
 
-TEMPLATE = """templates:
-  1: !Template
-    name: {name}
-    jinja: {jinja}
-    answer_choices: {choices}
-    metadata: !TemplateMetadata {{original_task: true}}
-"""
-
 
 def save_copy(data: Path, repository: str, config: str = "", **splits: list[dict]) -> None:
     """A copy of a Hub dataset below `data`, as `save_to_disk` writes it."""
@@ -23,11 +15,15 @@ def save_copy(data: Path, repository: str, config: str = "", **splits: list[dict
     datasets.DatasetDict(parts).save_to_disk(data / repository / config)
 
 
-def save_template(templates: Path, path: str, jinja: str, choices: str | None = None) -> None:
-    folder = templates / path
-    folder.mkdir(parents=True)
-    text = TEMPLATE.format(name="only", jinja=json.dumps(jinja), choices=json.dumps(choices))
-    (folder / "templates.yaml").write_text(text, encoding="utf-8")
+def save_templates(templates: Path, path: str, *several: tuple[str, str, str | None, bool]) -> None:
+    """A dataset's template file below `templates`: (name, jinja, choices, original task) each."""
+    nodes = [
+        {"name": n, "jinja": j, "answer_choices": c, "metadata": {"original_task": original}}
+        for n, j, c, original in several
+    ]
+    (templates / path).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"templates": dict(enumerate(nodes))})  # YAML, too
+    (templates / path / "templates.yaml").write_text(text, encoding="utf-8")
 
 
 def write_hub(folder: Path) -> Sources:
@@ -46,9 +42,12 @@ def write_hub(folder: Path) -> Sources:
     prompted = ("r-three/Phatgoose_flanv2_offline", "FLANV2/NIV2/Irony Detection")
     save_copy(data, *prompted, train=ironic)
     pick = "{{answer_choices[label]}}"
-    save_template(templates, "rotten_tomatoes", "{{text}}, good? ||| " + pick, "no ||| yes")
-    save_template(templates, "samsum", "Sum up: {{dialogue}} ||| {{summary}}")
-    save_template(templates, "web_questions", "Tell me {{question}} ||| {{answers.0}}")
     entails = "{{premise}}. So {{hypothesis}}? ||| " + pick
-    save_template(templates, "super_glue/rte", entails, "yes ||| no")
+    for path, jinja, choices in (
+        ("rotten_tomatoes", "{{text}}, good? ||| " + pick, "no ||| yes"),
+        ("samsum", "Sum up: {{dialogue}} ||| {{summary}}", None),
+        ("web_questions", "Tell me {{question}} ||| {{answers.0}}", None),
+        ("super_glue/rte", entails, "yes ||| no"),
+    ):
+        save_templates(templates, path, ("only", jinja, choices, True))
     return Sources(data, templates)

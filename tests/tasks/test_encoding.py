@@ -17,21 +17,35 @@ from phatgoose.tasks.encoding import Cut, Cuts, Encoder
 from phatgoose.tasks.task import Chat
 from tiny import make_tokenizer, with_added
 
-EOS = 1
 CHAT = (
     "{% for message in messages %}<u>{{ message.content }}</u>{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
+ROLES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
 CAUSAL, T5 = False, True
 
 
-def make_encoder(
-    is_encoder_decoder: bool = CAUSAL, *, template: str | None = None, **formatting: object
-) -> Encoder:
+@cache
+def tokenizer_of(is_encoder_decoder: bool, template: str | None) -> PreTrainedTokenizerFast:
+    """Made once: each tokenizer has a process of its own for its template."""
     tokenizer = make_tokenizer(final_eos=is_encoder_decoder)
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_encoder(
+    is_encoder_decoder: bool = CAUSAL,
+    *,
+    template: str | None = CHAT,
+    positions: int | None = None,
+    decoder: int | None = None,
+    **formatting: object,
+) -> Encoder:
     return Encoder(
-        tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=Formatting(**formatting)
+        tokenizer_of(is_encoder_decoder, template),
+        is_encoder_decoder=is_encoder_decoder,
+        formatting=Formatting(**formatting),
+        positions=Positions(positions, decoder or positions),
     )
 
 
@@ -65,37 +79,16 @@ def text_of(encoder: Encoder, tokens: list[int]) -> str:
     return encoder.tokenizer.decode(tokens)
 
 
-@pytest.fixture(params=[CAUSAL, T5], ids=["causal", "t5"])
-def encoder(request):
-    return make_encoder(request.param)
-
-
-@pytest.mark.parametrize("text", ["Is it so?", "ends in a space ", "äöü €", ""])
-def test_a_prompt_has_the_same_tokens_whatever_answer_follows(encoder, text):
-    prompts = [encoder.pair(text, target).prompt for target in ("yes", " no", "e", "é")]
-    assert prompts == [encoder.prompt(text)] * 4
-
-
-KEPT = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
-each_cut = pytest.mark.parametrize("truncation", KEPT)
-
-
-@each_cut
+@pytest.mark.parametrize(
+    ("truncation", "kept"), [("middle", "ahij"), ("left", "ghij"), ("right", "abcd")]
+)
 @pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
-def test_what_the_tokenizer_adds_survives_a_cut(is_encoder_decoder, truncation):
+def test_what_the_tokenizer_adds_survives_a_cut(is_encoder_decoder, truncation, kept):
     tokenizer = with_added(["<bos>"], ["</s>"])
     formatting = Formatting(max_input_tokens=6 if is_encoder_decoder else 5, truncation=truncation)
     encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)
     end = "</s>" if is_encoder_decoder else ""
-    assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{KEPT[truncation]}{end}"
-
-
-def test_a_chat_template_wraps_the_input_and_is_never_cut():
-    pair = make_encoder(template=CHAT, chat=True).pair("hello", "hi")
-    short = make_encoder(template=CHAT, chat=True, max_input_tokens=4)
-    wrapped = ("<u>hello</u><a>", "hi</s>", "<u>hllo</u><a>")
-    found = [pair.prompt, pair.target, short.prompt("hello")]
-    assert tuple(text_of(short, tokens) for tokens in found) == wrapped
+    assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{kept}{end}"
 
 
 @pytest.mark.parametrize("make", [sentencepiece, byte_pairs])
@@ -109,101 +102,71 @@ def test_prompt_and_target_are_tokenised_as_the_text_of_both(make, text, target)
     pair = encoder.pair(text, target)
     joined = text + target if text[-1:].isspace() else f"{text} {target}"
     assert pair.prompt + pair.target[:-1] == tokenizer(joined)["input_ids"]
-    assert encoder.pair(text, "something else").prompt == pair.prompt
+    assert encoder.pair(text, "something else").prompt == pair.prompt == encoder.prompt(text)
     following = joined[len(text) :]
     assert encoder.continuation(text, following) == pair.target[:-1]
-
-
-@cache
-def chatting(final_eos: bool) -> PreTrainedTokenizerFast:
-    """Made once: each tokenizer has a process of its own for its template."""
-    tokenizer = make_tokenizer(final_eos=final_eos)
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def placed(
-    positions: Positions, *, is_encoder_decoder: bool = CAUSAL, **formatting: object
-) -> Encoder:
-    return Encoder(
-        chatting(is_encoder_decoder),
-        is_encoder_decoder=is_encoder_decoder,
-        formatting=Formatting(**formatting),
-        positions=positions,
-    )
 
 
 @pytest.mark.parametrize(
     ("encoder", "target", "wanted", "cut", "target_cut"),
     [  # a causal model's answer takes positions of its input: a space and </s> too
-        (placed(Positions(12, 12)), "yes", "aghijkl yes</s>", Cut(7, 5), None),
-        (
-            placed(Positions(9, 6), is_encoder_decoder=T5),
-            "yes",
-            "abghijkl</s>yes</s>",
-            Cut(9, 4),
-            None,
-        ),
-        (placed(Positions(8, 8)), "0123456789", "l 01234</s>", Cut(1, 11), Cut(7, 5)),
-        (placed(Positions(18, 18), chat=True), "y", "<u>ahijkl</u><a>y</s>", Cut(6, 6), None),
+        (make_encoder(positions=12), "yes", "aghijkl yes</s>", Cut(7, 5), None),
+        (make_encoder(T5, positions=9, decoder=6), "yes", "abghijkl</s>yes</s>", Cut(9, 4), None),
+        (make_encoder(positions=8), "0123456789", "l 01234</s>", Cut(1, 11), Cut(7, 5)),
+        # a template is never cut, and isn't counted where no position is short
+        (make_encoder(positions=18, chat=True), "y", "<u>ahijkl</u><a>y</s>", Cut(6, 6), None),
+        (make_encoder(chat=True, max_input_tokens=4), "y", "<u>ajkl</u><a>y</s>", Cut(4, 8), None),
     ],
-    ids=["causal", "t5", "target", "chat"],
+    ids=["causal", "t5", "target", "chat", "asked"],
 )
 def test_what_exceeds_the_base_s_positions_is_cut(encoder, target, wanted, cut, target_cut):
     pair = encoder.pair("abcdefghijkl", target)
     assert text_of(encoder, pair.prompt) + text_of(encoder, pair.target) == wanted
-    assert pair.cut == cut
-    assert pair.target_cut == target_cut
+    assert (pair.cut, pair.target_cut) == (cut, target_cut)
 
 
 SAID = Chat(
     [("system", "brief"), ("user", "abcdefghijkl"), ("assistant", "no"), ("user", "uvwxyz")]
 )
-ROLES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
 
 
 @pytest.mark.parametrize(
-    ("encoder", "wanted", "cut"),
+    ("formatting", "wanted", "cut"),
     [
-        (make_encoder(template=ROLES), "<s>brief<u>abcdefghijkl<a>no<u>uvwxyz<a>", None),
+        ({}, "<s>brief<u>abcdefghijkl<a>no<u>uvwxyz<a>", None),
+        # both longest turns lose their middle
+        ({"max_input_tokens": 17}, "<s>brief<u>aijkl<a>no<u>uwxyz<a>", Cut(17, 8)),
         (
-            make_encoder(template=ROLES, max_input_tokens=17),
-            "<s>brief<u>aijkl<a>no<u>uwxyz<a>",  # both longest turns lose their middle
-            Cut(17, 8),
-        ),
-        (
-            make_encoder(template=ROLES, max_input_tokens=17, truncation="right"),
+            {"max_input_tokens": 17, "truncation": "right"},
             "<s>brief<u>abcde<a>no<u>uvwxy<a>",
             Cut(17, 8),
         ),
     ],
 )
-def test_a_chat_is_read_through_the_base_s_template_whatever_the_formatting(encoder, wanted, cut):
+def test_a_chat_is_read_through_the_base_s_template_whatever_the_formatting(
+    formatting, wanted, cut
+):
+    encoder = make_encoder(template=ROLES, **formatting)
     pair = encoder.pair(SAID, "yes")
-    assert text_of(encoder, pair.prompt) == wanted
+    assert (text_of(encoder, pair.prompt), pair.cut) == (wanted, cut)
     assert text_of(encoder, pair.target) == "yes</s>"
-    assert pair.cut == cut
-    plain = encoder.pair(str(SAID), "yes")
-    assert text_of(encoder, plain.prompt).startswith("<u>" if encoder.formatting.chat else "bri")
+    assert text_of(encoder, encoder.prompt(str(SAID))).startswith("bri")
 
 
 @given(st.text("aé日😀 ", min_size=1, max_size=60), st.sampled_from(["left", "middle", "right"]))
 def test_what_was_cut_inside_a_character_still_fits(text, truncation):
     """A token is a byte here, and a broken character is read again as three."""
-    encoder = placed(Positions(36, 36), chat=True, truncation=truncation)
+    encoder = make_encoder(positions=36, chat=True, truncation=truncation)
     for asked in (text, Chat([("user", text), ("assistant", "ok"), ("user", text[::-1])])):
         assert encoder.pair(asked, "y").length <= 36
 
 
 def test_bases_that_can_t_read_a_text_are_refused():
-    with pytest.raises(
-        TaskError, match=r"no chat template; .* \|\|\| {{ messages\[-1\].content }}"
-    ):
-        make_encoder().pair(SAID, "yes")
-    with pytest.raises(TaskError, match="no chat template"):
-        make_encoder(chat=True).pair("Hello", "yes")
+    for text, chat in ((SAID, False), ("Hello", True)):
+        with pytest.raises(TaskError, match="no chat template"):
+            make_encoder(template=None, chat=chat).pair(text, "yes")
     with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
-        placed(Positions(8, 8)).fitted("abc", followed_by=8)
+        make_encoder(positions=8).fitted("abc", followed_by=8)
 
 
 def some(cut: int, inputs: int) -> Cuts:
@@ -215,18 +178,13 @@ def some(cut: int, inputs: int) -> Cuts:
     [
         (some(12, 400), "it: 12 of 400 inputs (3 %) cut to 512 tokens, by 86 in the median", None),
         (some(40, 400), None, "it: 40 of 400 inputs (10 %) cut to 512 tokens, by 100 in the m"),
-        (some(0, 400), None, None),
         (Cuts(), None, None),
-        (
-            Cuts([None] * 100, targets=[Cut(8, 3), Cut(8, 5), *[None] * 98]),
-            None,
-            "it: 2 of 100 targets (2 %) cut to 8 tokens, by 4 in the median.",
-        ),
+        (Cuts([None], targets=[Cut(8, 3), Cut(8, 5)]), None, "it: 2 of 2 targets (100 %) cut to 8"),
     ],
 )
 def test_what_was_cut_is_logged_and_from_a_tenth_on_warned_of(cuts, logged, warned, caplog):
     with caplog.at_level(logging.INFO, "phatgoose"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         cuts.report("it")
-    for found, wanted in ((caplog.messages, logged), ([str(w.message) for w in told], warned)):
-        assert [text[: len(wanted or "")] for text in found] == ([wanted] if wanted else [])
+    for texts, wanted in ((caplog.messages, logged), ([str(w.message) for w in told], warned)):
+        assert [text[: len(wanted or "")] for text in texts] == ([wanted] if wanted else [])

@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,10 @@ def complaint_about(source: object, **options: str) -> str:
 
 
 def test_jsonl_rows_become_examples(tmp_path):
-    path = write_rows(tmp_path / "reviews.jsonl", ROWS)
-    task = load_task(path)
-    assert (task.train, task.name, task.source) == (EXAMPLES, "reviews", "reviews.jsonl")
     lines = [json.dumps(row) for row in ROWS]
-    path = write_lines(tmp_path / "a.jsonl", lines[0] + "\r", "", "  ", lines[1] + "\r")
-    assert load_task(str(path)).train == EXAMPLES
+    path = write_lines(tmp_path / "reviews.jsonl", lines[0] + "\r", "", "  ", lines[1] + "\r")
+    task = load_task(str(path))
+    assert (task.train, task.name, task.source) == (EXAMPLES, "reviews", "reviews.jsonl")
     example = Example("one\u2028two\u2029three\u0085four", "\u2028end")  # no ends of lines
     path = write_rows(tmp_path / "b.jsonl", [{"input": example.input, "target": example.target}])
     assert load_task(path).train == (example,)
@@ -75,11 +72,6 @@ def test_a_mapping_of_splits_becomes_splits_whatever_a_column_says():
     assert (task.name, task.source) == ("task", "memory")
 
 
-def test_numbers_are_taken_as_texts():
-    row = {"input": 2, "target": 0, "choices": [0, 1], "references": [0]}
-    assert load_task([row]).train == (Example("2", "0", ("0", "1"), ("0",)),)
-
-
 OR = "{{ text }} {{ answer_choices | join(' or ') }}? ||| {{ answer_choices[label] }}"
 ASKED = {"messages": [{"role": "user", "content": "Sky?"}]}
 CHOICES = {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]}
@@ -92,12 +84,8 @@ CHOICES = {"q": "Good?", "a": "yes ", "choices": ["yes ", "no"]}
         ({"text": "Good", "label": 1, "b": "so"}, OR, "bad ||| {{ b }}", ("Good bad or so?", "so")),
         ({"input": "q", "target": "b ", "a": "a"}, None, "{{ a }} ||| b", ("q", "b", ("a", "b"))),
         (ASKED, "{{ messages[0].content }} ||| blue", None, ("Sky?", "blue")),
-        (
-            CHOICES,
-            "{{ q }} ||| {% if a %}{{ a }}{% endif %}",
-            None,
-            ("Good?", "yes", ("yes", "no")),
-        ),
+        (CHOICES, "{{ q }} ||| {{ a }}", None, ("Good?", "yes", ("yes", "no"))),
+        ({"input": 2, "target": 0, "choices": [0, 1]}, None, None, ("2", "0", ("0", "1"))),
     ],
 )
 def test_a_template_renders_input_target_and_choices(row, template, choices, wanted):
@@ -120,6 +108,9 @@ def test_a_bad_template_is_refused_with_the_reason(template, choices, complaint)
     assert re.search(complaint, complaint_about([row], template=template, choices=choices))
 
 
+TURNS = [("system", "Be brief."), ("user", "Sky?"), ("assistant", "blue"), ("user", "Sea?")]
+MESSAGES = [{"role": role, "content": text} for role, text in (*TURNS, ("assistant", "green"))]
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{}]}
 GOOD = '{"input": "Is it good?", "target": "yes"}'
 
 
@@ -128,35 +119,14 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
     [
         ("a.txt", ["x"], ".csv or .parquet file"),
         ("a.jsonl", [], "no examples"),
-        (
-            "a.jsonl",
-            [GOOD, "", '{"input": "a"'],
-            "a.jsonl, line 3 is not valid: Expecting ',' delimiter",
-        ),
+        ("a.jsonl", [GOOD, "", '{"input": "a"'], "a.jsonl, line 3 is not valid: Expecting ',' "),
         ("a.jsonl", ["[" * 5000], "line 1 is not valid: it is nested too deeply"),
-        (
-            "a.jsonl",
-            [GOOD, '{"target": "a", "i": 4}'],
-            "line 2 is not valid: input is missing or empty; the f",
-        ),
         ("a.jsonl", [json.dumps({**ROWS[0], "input": "Is it \ud83d"})], "input: .*unicode string"),
         ("a.csv", ["input,target", "a,b", "alone"], "line 3 is not valid: target is missing"),
-        (
-            "a.csv",
-            ["input,target", "Hello, world,yes"],
-            "until line 2, more cells",
-        ),
-        (
-            "a.csv",
-            ["input,target", "a,b", 'Who?,"Ann', "x"],
-            "until line 2, unexpected end",
-        ),
+        ("a.csv", ["input,target", "Hello, world,yes"], "until line 2, more cells"),
+        ("a.csv", ["input,target", "a,b", 'Who?,"Ann', "x"], "until line 2, unexpected end"),
         ("a.json", ['[{"input": "a"'], "a.json is not valid: Expecting ',' delimiter"),
-        (
-            "a.json",
-            ['[{"input": "a", "target": "b"}, 3]'],
-            "a.json, row 2 is not valid: Input should be",
-        ),
+        ("a.json", [f"[{GOOD}, 3]"], "a.json, row 2 is not valid: Input should be"),
         ("a.parquet", ["PAR1"], "a.parquet can't be read: |a.parquet is not valid: "),
     ],
 )
@@ -167,7 +137,10 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"target": float("nan")}, "row 2 is not valid: target is missing or empty"),
+        ({"target": float("nan")}, "target is missing or empty; the f"),
+        ({"messages": MESSAGES[:-1]}, "must end with what the assistant answers"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0.content"),
+        ({"messages": [CALLS]}, "0.tool_calls"),
         ({"input": {"0": "Is it good?"}}, "input: Input should be a valid string, got {'0': "),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "yes ||| no |||"}, "choices.2: .* got ''"),
@@ -175,7 +148,8 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     ],
 )
 def test_a_bad_field_is_refused_with_its_row(change, complaint):
-    assert re.search(complaint, complaint_about([ROWS[0], {**ROWS[0], **change}]))
+    row = change if "messages" in change else {**ROWS[0], **change}
+    assert re.search(f"row 2 is not valid: .*{complaint}", complaint_about([ROWS[0], row]))
 
 
 @pytest.mark.parametrize("name", ["datasets", "pyarrow"])
@@ -198,18 +172,15 @@ def test_rows_may_be_of_the_library_datasets_and_in_a_json_file_by_split(tmp_pat
 
 
 def test_tasks_may_be_named_where_they_are_wanted(tmp_path):
-    file = write_lines(tmp_path / "one.jsonl", '{"input": "a", "target": "x"}')
-    (one,) = given_tasks(file)
+    file = write_lines(tmp_path / "one.jsonl", GOOD)
+    (one,) = given_tasks(str(file))
     other = Task("other", train=one.train)
-    assert given_tasks(str(file)) == given_tasks([file]) == [one]
     assert given_tasks(other) == [other]
     assert given_tasks(iter([other, file])) == [other, one]
     assert "must be a .jsonl, .json, .csv or .parquet file" in complaint_about("nosuch")
     assert "no/such.jsonl does not exist" in complaint_about("no/such.jsonl")
 
 
-TURNS = [("system", "Be brief."), ("user", "Sky?"), ("assistant", "blue"), ("user", "Sea?")]
-MESSAGES = [{"role": role, "content": text} for role, text in (*TURNS, ("assistant", "green"))]
 PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "text": "green"}]}]
 
 
@@ -229,9 +200,8 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
     ],
 )
 def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted):
-    (found,) = load_task([row]).train
-    assert (found, found.content) == (wanted, wanted.content)
-    assert load_task(write_rows(tmp_path / "a.jsonl", [row])).train == (wanted,)
+    (example,) = load_task([row]).train
+    assert (example, example.content) == (wanted, wanted.content)
     if row.get("messages") is not PARTS:  # a column has one type
         table = pytest.importorskip("pyarrow").Table.from_pylist([row])
         importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
@@ -239,26 +209,11 @@ def test_forms_that_people_have_are_known_by_their_columns(tmp_path, row, wanted
 
 
 def test_a_chat_is_a_text_that_keeps_its_turns():
-    (found,) = load_task([{"messages": MESSAGES}]).train
-    assert found.input == "Be brief.\n\nSky?\n\nblue\n\nSea?"
-    assert found.input.turns == tuple(TURNS)
-    for copied in (copy.deepcopy(found.input), pickle.loads(pickle.dumps(found.input))):
+    chat = Chat(TURNS)
+    assert chat == "Be brief.\n\nSky?\n\nblue\n\nSea?"
+    for copied in (copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))):
         assert (type(copied), copied.turns) == (Chat, tuple(TURNS))
-    assert (found.input + "!").turns[-1] == ("user", "Sea?!")
-    other = replace(found, input=Chat([("user", str(found.input))]))
-    assert other == found
-    assert Task("t", (other,)).digest != Task("t", (found,)).digest
-
-
-@pytest.mark.parametrize(
-    ("messages", "complaint"),
-    [
-        (MESSAGES[:-1], "must end with what the assistant answers"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "0.content"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "0.tool_calls"),
-    ],
-)
-def test_a_chat_that_cannot_be_used_is_refused_with_its_row(messages, complaint):
-    assert re.search(
-        f"row 1 is not valid: .*{complaint}", complaint_about([{"messages": messages}])
-    )
+    assert (chat + "!").turns[-1] == ("user", "Sea?!")
+    one, other = Example(chat, "x"), Example(Chat([("user", str(chat))]), "x")
+    assert other == one
+    assert Task("t", (other,)).digest != Task("t", (one,)).digest

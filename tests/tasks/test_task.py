@@ -7,19 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.tasks.task import (
-    PASSAGES,
-    Example,
-    Task,
-    draw,
-    mix,
-    neutral_examples,
-)
-
-EXAMPLES = (
-    Example("Is it good?", "yes", ("yes", "no")),
-    Example("Is it bad?", "no", ("yes", "no")),
-)
+from phatgoose.tasks.task import PASSAGES, Example, Task, draw, mix, neutral_examples
 
 
 def rows(name: str, count: int) -> tuple[Example, ...]:
@@ -27,8 +15,7 @@ def rows(name: str, count: int) -> tuple[Example, ...]:
 
 
 def make_task(name: str, train: int, validation: int = 0, test: int = 0) -> Task:
-    held = rows(f"{name} validation", validation), rows(f"{name} test", test)
-    return Task(name, rows(name, train), *held, source=f"{name}.jsonl")
+    return Task(name, rows(name, train), rows(f"{name} v", validation), rows(f"{name} t", test))
 
 
 def origins(examples: tuple[Example, ...]) -> Counter[str]:
@@ -48,10 +35,10 @@ def test_a_made_validation_split_takes_from_training_and_loses_nothing(count, se
 
 
 def test_evaluation_takes_test_then_validation_then_train():
-    task = Task("task", train=EXAMPLES, validation=EXAMPLES[:1], test=EXAMPLES[1:])
-    assert task.evaluation_examples() == EXAMPLES[1:]
-    assert replace(task, test=()).evaluation_examples() == EXAMPLES[:1]
-    assert replace(task, test=(), validation=()).evaluation_examples() == EXAMPLES
+    task = make_task("task", 3, 2, 1)
+    for part in ("test", "validation", "train"):
+        assert task.evaluation_examples() == getattr(task, part) != ()
+        task = replace(task, **{part: ()})
 
 
 def test_validation_examples_are_those_a_task_has_or_would_set_apart():
@@ -75,10 +62,8 @@ def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
 def test_the_neutral_passages_never_change():
     digest = "9fddd28e22dd9762326201a8e8152024ec5a354d4cfec972764b8aa09a797652"
     assert hashlib.sha256(PASSAGES.read_bytes()).hexdigest() == digest
-    examples = neutral_examples()
-    assert len(examples) == 40
-    for passage, example in zip(PASSAGES.read_text().strip().split("\n\n"), examples, strict=True):
-        assert example.input
-        assert example.target
+    passages = PASSAGES.read_text().strip().split("\n\n")
+    assert len(passages) == 40
+    for passage, example in zip(passages, neutral_examples(), strict=True):
         both = "".join(f"{example.input}{example.target}".split())
         assert both == "".join(passage.split())

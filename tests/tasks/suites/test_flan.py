@@ -26,7 +26,6 @@ def irony(folder, rows):
 
 def test_the_suite_has_the_papers_166_datasets_in_its_order():
     suite = flan()
-    assert suite.name == "flan"
     assert len(suite.names) == len(set(suite.names)) == 166
     assert suite.names[:36] == t0_held_in().names
     families = [name.split("_")[0] for name in suite.names]
@@ -50,13 +49,8 @@ def test_only_zero_shot_rows_with_input_and_target_are_kept_as_they_are(tmp_path
     task = irony(tmp_path, rows)
     wanted = {Example("Q0", "A0"), Example("Q2", "A2"), Example(" Is this\nirony? ", "no ")}
     assert set(task.train) == wanted
-    assert (task.name, task.metrics, task.max_new_tokens) == (
-        "niv2_irony_detection",
-        ("rouge-l",),
-        3,
-    )
+    assert (task.metrics, task.max_new_tokens) == (("rouge-l",), 3)
     assert (task.validation, task.test) == ((), ())  # a tenth of three is none
-    assert task.source == f"{REPOSITORY}, {IRONY}"
 
 
 def test_the_division_is_that_of_the_papers_code(tmp_path, monkeypatch):

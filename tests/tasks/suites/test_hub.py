@@ -18,11 +18,11 @@ TRAIN = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
 TEST = [{"text": "fine", "label": 1}]
 
 
-def write(path: Path, rows: list[dict], features=None) -> None:
+def write(path: Path, rows: list[dict]) -> None:
     """Rows as the parquet, JSON Lines or CSV file that the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+        datasets.Dataset.from_list(rows).to_parquet(path)
     elif path.suffix == ".csv":
         path.write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows))
     else:
@@ -41,7 +41,6 @@ def complaint(data: Path | None, dataset: str, config: str | None, split: str) -
 @pytest.mark.parametrize(
     ("files", "dataset", "config", "split"),
     [  # files with TRAIN and with TEST, and what asks for TRAIN
-        (["me/a/train.parquet"], "me/a", None, "train"),
         (["d/mrpc/train.jsonl", "d/qqp/train.jsonl"], "d", "mrpc", "train"),
         (["d/d/val/0000.parquet", "d/d/train/0000.parquet"], "d", "d", "val"),  # an export
         (["d/d/challenge/0000.parquet", "d/d/train/0000.parquet"], "d", None, "challenge"),
@@ -49,14 +48,11 @@ def complaint(data: Path | None, dataset: str, config: str | None, split: str) -
     ],
 )
 def test_a_split_is_found_by_the_names_of_files_and_folders(
-    tmp_path, files, dataset, config, split, monkeypatch
+    tmp_path, files, dataset, config, split
 ):
-    for file, rows in zip(files, (TRAIN, TEST), strict=False):
+    for file, rows in zip(files, (TRAIN, TEST), strict=True):
         write(tmp_path / file, rows)
     assert read(tmp_path, dataset, config, split) == TRAIN
-    monkeypatch.chdir(tmp_path)
-    rows = read_rows(Sources(Path()), dataset, config, split)
-    assert (len(rows), rows[1]) == (2, TRAIN[1])
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path):
@@ -85,9 +81,9 @@ def test_what_is_missing_or_broken_is_told(tmp_path, file, content, config, spli
 def online(hub, monkeypatch):
     """The hub on this machine, for datasets too."""
     pages = f"{hub.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}"
-    for name, value in (("HF_ENDPOINT", hub.url), ("HUB_DATASETS_URL", pages)):
+    values = {"HF_ENDPOINT": hub.url, "HUB_DATASETS_URL": pages, "HF_HUB_OFFLINE": False}
+    for name, value in values.items():
         monkeypatch.setattr(datasets.config, name, value)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     return hub
 
 
@@ -124,5 +120,3 @@ def test_what_is_not_on_the_hub_is_told(online):
     assert "can't be loaded from the Hub: Dataset 'me/nothing' doesn't exist" in message
     with pytest.raises(TaskError, match="hub:me/nothing does not exist"):
         load_task("hub:me/nothing")
-    online.fail_on = "README"
-    assert "can't be loaded from the Hub" in complaint(None, "me/nothing", None, "x")

@@ -32,23 +32,14 @@ templates:
 """
 
 
-@pytest.fixture
-def folder(tmp_path):
-    def write(text=FILE, dataset="fruit", config=None):
-        place = tmp_path / dataset / (config or "")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "templates.yaml").write_text(text, encoding="utf-8")
-        return tmp_path
-
-    return write
-
-
 def rendered(jinja, row, choices=None, name="test"):
     return PromptTemplate(name, jinja, choices).render(row)
 
 
-def test_reads_templates_and_sorts_them_by_name(folder):
-    first, second = read_templates(folder(config="big"), "fruit/big")
+def test_reads_templates_and_sorts_them_by_name(tmp_path):
+    (tmp_path / "fruit/big").mkdir(parents=True)
+    (tmp_path / "fruit/big/templates.yaml").write_text(FILE, encoding="utf-8")
+    first, second = read_templates(tmp_path, "fruit/big")
     assert first == PromptTemplate("Any fruit", "Name a fruit. ||| {{fruit}}")
     assert second == PromptTemplate(
         "taste",
@@ -59,34 +50,20 @@ def test_reads_templates_and_sorts_them_by_name(folder):
 
 
 @pytest.mark.parametrize(
-    "tag",
-    [
-        "!!python/object/apply:os.system [echo]",
-        "!Templates {}",
-    ],
-)
-def test_other_tags_are_refused(folder, tag):
-    root = folder(FILE.replace("reference: ours", f"reference: {tag}", 1))
-    with pytest.raises(
-        TaskError, match=r"templates\.yaml is not valid: (could not determine|types such)"
-    ):
-        read_templates(root, "fruit")
-
-
-@pytest.mark.parametrize(
     "text",
     [
+        FILE.replace("reference: ours", "reference: !!python/object/apply:os.system [echo]"),
         "",
-        "templates: {a: {name: n, jinja: '{{x'}}",
         "templates: {a: {name: n, jinja: x, answer_choices: '{% if %}'}}",
         "[" * 5000,
+        None,
     ],
 )
-def test_broken_files_are_refused_by_name(folder, text):
-    with pytest.raises(TaskError, match=r"nuts.templates\.yaml does not exist\..*pip install"):
-        read_templates(folder(text), "nuts")
-    told = one_line_of(lambda: read_templates(folder(text), "fruit"), TaskError)
-    assert "templates.yaml is not valid: " in told
+def test_broken_files_are_refused_by_name(tmp_path, text):
+    if text is not None:
+        (tmp_path / "templates.yaml").write_text(text, encoding="utf-8")
+    told = one_line_of(lambda: read_templates(tmp_path, "."), TaskError)
+    assert f"templates.yaml {'does not exist.' if text is None else 'is not valid: '}" in told
 
 
 OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1}
@@ -105,7 +82,6 @@ OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1
             "{{options | join('|||')}}",
             Example("Pick: red, blue", "blue", ("red", "blue")),
         ),
-        ("{{answer_choices is none}} ||| x", None, Example("True", "x")),
         ("{% set _ = options.append(1) %}{{options | length}} ||| x", None, Example("3", "x")),
         (
             "{% for x in [1, 2] %}{{['a'] | choice}}{% endfor %} ||| {{answer_choices[0]}}",
@@ -122,32 +98,24 @@ def test_input_targets_and_choices_are_rendered_from_the_row(jinja, choices, wan
 
 
 def test_separators_in_a_row_do_not_split():
-    row = {
-        "text": "a ||| b",
-        "list": ["c ||| d", "e"],
-        "deep": {"x": [{"y": "f|||g"}], "t": ("h|||",)},
-        "n": 3,
-    }
-    made = rendered(
-        "{{text}} {{deep.x[0].y}} {{deep.t[0]}}{{n}} ||| {{list[0]}}", row, "{{list | join('|||')}}"
-    )
-    assert made == Example("a ||| b f|||g h|||3", "c ||| d", ("c ||| d", "e"))
-    assert row["list"] == ["c ||| d", "e"]
+    row = {"text": "a ||| b", "list": ["c ||| d", "e"], "deep": {"x": [{"y": "f|||g"}]}, "n": 3}
+    jinja = "{{text}} {{deep.x[0].y}}{{n}} ||| {{list[0]}}"
+    example = rendered(jinja, row, "{{list | join('|||')}}")
+    assert example == Example("a ||| b f|||g3", "c ||| d", ("c ||| d", "e"))
 
 
 def test_long_values_are_cut_as_promptsource_does():
-    made = rendered("{{text}}! ||| {{text}}", {"text": "word " * 1000}, "{{text}}")
-    assert len(made.input) <= 2048 + 1
-    assert made.input.endswith("word...!")
-    assert made.target.endswith("word...")
-    assert len(made.choices[0]) == 4999
+    example = rendered("{{text}}! ||| {{text}}", {"text": "word " * 1000}, "{{text}}")
+    assert len(example.input) <= 2048 + 1
+    assert example.input.endswith("word...!")
+    assert example.target.endswith("word...")
+    assert len(example.choices[0]) == 4999
 
 
 def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
     jinja, state = "{{range(1000) | choice}} {{range(1000) | choice}} ||| x", random.getstate()
     first = [rendered(jinja, {"n": n}).input for n in range(20)]
     assert first == [rendered(jinja, {"n": n}).input for n in range(20)]
-    assert len(set(first)) == 20
     assert len({text for draws in first for text in draws.split()}) > 30
     assert first[0] != rendered(jinja, {"n": 0}, name="another").input
     assert random.getstate() == state

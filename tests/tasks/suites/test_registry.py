@@ -35,11 +35,10 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_papers_suites_are_known_by_name(folder, monkeypatch):
     suites = {name: open_suite(name) for name in SUITES}
-    assert {name: len(set(suite.names)) for name, suite in suites.items()} == COUNTS
-    assert [suite.name for suite in suites.values()] == list(COUNTS)
+    assert {suite.name: len(set(suite.names)) for suite in suites.values()} == COUNTS
     folder.rename(folder.parent / "bbh")
     monkeypatch.chdir(folder.parent)
-    assert len(open_suite("bbh").names) == 22
+    assert open_suite("bbh").names == suites["bbh"].names
     assert open_suite("./bbh").names == open_suite(Path("bbh")).names == ("a", "b")
 
 
@@ -50,7 +49,6 @@ def test_a_folders_visible_task_files_are_its_suite(folder):
     first, second = suite.load()
     assert first.test == (Example("1+1", "2"),)
     assert second.test == (Example("Is it?", "yes", ("yes", "no")),)
-    assert second.validation == (Example("Was it?", "no"),)
     assert second.train == (Example("Will it?", "no", (), ("no", "never")),)
     assert (second.name, second.metrics, second.max_new_tokens) == ("b", (), None)
 
@@ -58,9 +56,6 @@ def test_a_folders_visible_task_files_are_its_suite(folder):
 def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
     suite = open_suite(write(folder.parent, FULL))
     assert (suite.name, suite.names) == ("my-suite", ("questions", "a"))
-    entry = suite.entry("questions")
-    assert (entry.metrics, entry.max_new_tokens) == (("accuracy", "rouge-l"), 8)
-    assert entry.train_examples is None
     task, other = suite.load()
     assert (task.name, task.source) == ("questions", "b.jsonl")
     assert (task.metrics, task.max_new_tokens) == (("accuracy", "rouge-l"), 8)
@@ -77,7 +72,6 @@ TASK = '[[tasks]]\nfile = "b.jsonl"\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = ", "is not valid"),
         ("nmae = 'x'\n" + TASK, "nmae: Extra inputs are not permitted, got 'x'"),
         (TASK + "metric = ['accuracy']", "tasks.0.metric: Extra inputs are not permitted"),
         (TASK + "max_new_tokens = 0", "max_new_tokens: Input should be greater than 0"),

@@ -51,17 +51,13 @@ def test_suites_files_and_hub_datasets_are_opened_in_order_and_nothing_is_loaded
         open_tasks(["mine"], template="{{text}}? ||| no")
 
 
-BAD_SOURCES = [
-    ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
-    ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
-    ("t0ho", "Suite t0ho is only for evaluation"),
-]
-
-
-@pytest.mark.parametrize(("source", "complaint"), BAD_SOURCES)
-def test_what_cannot_be_trained_on_is_refused(here, source, complaint):
-    with pytest.raises(TaskError, match=re.escape(complaint)):
-        open_tasks([source])
+def test_what_cannot_be_trained_on_is_refused(here):
+    for source, complaint in (
+        ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
+        ("t0ho", "Suite t0ho is only for evaluation"),
+    ):
+        with pytest.raises(TaskError, match=re.escape(complaint)):
+            open_tasks([source])
 
 
 def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, hub_copies):
@@ -79,13 +75,6 @@ def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, 
 # --- training ---
 
 
-@pytest.fixture
-def tiny(base_folders, hub_copies, here) -> list[object]:
-    """The arguments of a short training run with the made-up copies."""
-    places = ["--data", hub_copies.data, "--templates", hub_copies.templates]
-    return ["--base", base_folders["llama"], "--out", "new", *places, *SHORT]
-
-
 TOO_LATE_ELSEWHERE = [  # a mistake in one's own file isn't found out after hours of training
     (["t0hi/samsum", "mine"], "Two tasks are named 'samsum'"),
     (["t0hi/samsum", "broken.jsonl"], "broken.jsonl, line 2 is not valid: target is missing"),
@@ -94,6 +83,10 @@ TOO_LATE_ELSEWHERE = [  # a mistake in one's own file isn't found out after hour
 
 
 @pytest.mark.parametrize(("sources", "complaint"), TOO_LATE_ELSEWHERE)
-def test_what_is_wrong_is_told_before_any_training(tiny, phat, sources, complaint):
-    refused(phat("train", *sources, *tiny), complaint)
+def test_what_is_wrong_is_told_before_any_training(
+    base_folders, hub_copies, here, phat, sources, complaint
+):
+    places = ["--data", hub_copies.data, "--templates", hub_copies.templates]
+    flags = ["--base", base_folders["llama"], "--out", "new", *places, *SHORT]
+    refused(phat("train", *sources, *flags), complaint)
     assert not Path("new").exists()

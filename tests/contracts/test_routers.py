@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from growth_cases import NAMES as EXPERTS
+from growth_cases import assert_is_that_of, composed
 from mixed_experts import ordered
 from phatgoose.config import Routing, settings_of
 from phatgoose.errors import PoolError, RoutingError
@@ -308,24 +308,15 @@ def test_a_saved_model_is_the_same(name, base, pool, tmp_path):
 @pytest.mark.parametrize("name", GROWING)
 def test_a_folder_that_grows_and_shrinks_is_the_one_saved_at_once(name, llama, uneven, tmp_path):
     pool, folder = with_embeddings(uneven), tmp_path / "routed"
-
-    def saved(names, folder):
-        model = compose(pool.select(names), copy.deepcopy(llama), router=name)
-        save(model, folder, overwrite=True)
-
-    def assert_same(names):
-        saved(names, tmp_path / "wanted")
-        for file in ("routed.json", "routed.safetensors", "README.md"):
-            assert (folder / file).read_bytes() == (tmp_path / "wanted" / file).read_bytes()
-
-    saved(["e0", "e1"], folder)
+    save(composed(name, pool.select(["e0", "e1"]), llama), folder)
     add_to_saved(folder, pool.select(["e2"]))
-    assert add_to_saved(folder, pool.select(["e3"])).names == EXPERTS
-    assert_same(EXPERTS)
+    assert add_to_saved(folder, pool.select(["e3"])).names == pool.names
+    assert_is_that_of(folder, name, pool, llama)
     # Directions of spectr stay as many as they were, filled up with zeros.
-    left = ("e1", "e2") if name == "spectr" else ("e1", "e3")
-    assert remove_from_saved(folder, set(EXPERTS) - set(left)).names == left
-    assert_same(left)
+    leaving = {"e0", "e3"} if name == "spectr" else {"e0", "e2"}
+    left = remove_from_saved(folder, leaving).names
+    assert {*left, *leaving} == set(pool.names)
+    assert_is_that_of(folder, name, pool.select(left), llama)
 
 
 @pytest.mark.parametrize("name", FIXED)

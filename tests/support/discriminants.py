@@ -31,11 +31,6 @@ def states_of(base, text: str) -> Tensor:
     return torch.stack(seen).mean(dim=1)
 
 
-def quadratic(spread: Tensor, direction: Tensor) -> Tensor:
-    """The variance along a `direction` of length 1."""
-    return direction @ spread @ direction
-
-
 def bounded(means: Sequence[Tensor], spreads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The means, and the mean covariance, of which no expert adds more than 30 medians are worth.
 
@@ -57,9 +52,8 @@ def bounded(means: Sequence[Tensor], spreads: Sequence[Tensor]) -> tuple[list[Te
             if own < 1e-12 * spread.trace():
                 continue
             unit = row / own.sqrt()
-            bound = (
-                30 * E * torch.stack([quadratic(s, unit) for s in spreads]).quantile(0.5) + least
-            )
+            along = torch.stack([unit @ each @ unit for each in spreads])
+            bound = 30 * E * along.quantile(0.5) + least
             total += torch.outer(row, row) * min(1.0, float(bound / own))
     return near, total / E
 
@@ -94,22 +88,19 @@ def gaussian_scores(
     return (logs - usual) / distance
 
 
-def scores_by_hand(
-    base, pool: Pool, text: str, blocks, shrinkage: float, task_variance: float
-) -> Tensor:
-    """The mean over blocks of each expert's scores by its readings."""
-    states, found = states_of(base, text), []
-    for block in blocks:
-        means, spreads = [], []
-        for expert in pool.experts:
-            mean, factor, rest = (
-                expert.readings[f"whole.{part}"][block].double()
-                for part in ("mean", "factor", "rest")
-            )
-            means.append(mean)
-            spreads.append(sum(torch.outer(row, row) for row in factor) + torch.diag(rest))
-        found.append(gaussian_scores(states[block], means, spreads, shrinkage, task_variance))
-    return torch.stack(found).mean(dim=0)
+def scores_by_hand(base, pool: Pool, text: str, shrinkage: float, task_variance: float) -> Tensor:
+    """Each expert's scores by its readings, [blocks, E]."""
+    scores = []
+    for block, states in enumerate(states_of(base, text)):
+        means, factors, rests = (
+            [expert.readings[f"whole.{part}"][block].double() for expert in pool.experts]
+            for part in ("mean", "factor", "rest")
+        )
+        spreads = [
+            rows.T @ rows + torch.diag(rest) for rows, rest in zip(factors, rests, strict=True)
+        ]
+        scores.append(gaussian_scores(states, means, spreads, shrinkage, task_variance))
+    return torch.stack(scores)
 
 
 def trained_on(base, pool: Pool) -> Pool:

@@ -7,10 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from phatgoose.base import Base
-from phatgoose.config import Routing, settings_of
+from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of
-from phatgoose.routing.routers.registry import class_of, router_of
+from phatgoose.routing.routers.registry import router_of
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
@@ -41,26 +41,16 @@ def with_embeddings(pool: Pool, form: str = PROMPT) -> Pool:
     return Pool(tuple(experts))
 
 
-def text_of(router: str, **settings: object) -> str:
-    """A router with these settings, as the user writes it."""
-    parts = ",".join(f"{name}={value}" for name, value in settings.items())
-    return f"{router}:{parts}" if parts else router
-
-
 def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTrainedModel:
-    """`pool`, of e0 to e3 or fewer, composed by any of ROUTERS with all that this one needs.
-
-    `options` are settings of the router, too.
-    """
-    known = {setting.name for setting in settings_of(class_of(router))}
-    router = text_of(router, **{name: options.pop(name) for name in known & options.keys()})
-    router = f"single:expert={pool.names[-1]}" if router == "single" else router
-    router = f"few-shot:examples={FEW_EXAMPLES},by=centroid" if router == "few-shot" else router
-    given: dict[str, object] = {}
-    if router == "weights":
-        given["weights"] = dict(zip(pool.names[-2:], (0.7, 0.3), strict=False))
-    given |= {"scores": SCORES} if router in ("oracle", "best-individual") else {}
-    model = compose(with_embeddings(pool), base, router=router, **given | options)
+    """`pool`, of e0 to e3 or fewer, composed by any router with all that this one needs."""
+    mixture = zip(pool.names[-2:], ("=0.7", "=0.3"), strict=False)
+    settings = {
+        "single": f":expert={pool.names[-1]}",
+        "few-shot": f":examples={FEW_EXAMPLES},by=centroid",
+        "weights": ":" + ",".join(name + weight for name, weight in mixture),
+    }
+    router += settings.get(router, "")
+    model = compose(with_embeddings(pool), base, router=router, scores=SCORES, **options)
     return of_task(model, "second")
 
 
@@ -72,20 +62,6 @@ def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     return model
 
 
-def with_vectors(pool: Pool, name: str, value: float) -> Pool:
-    """The pool with constant gates and means for the expert `name`."""
-
-    def constant(vectors):
-        return {site: torch.full_like(v, value) for site, v in vectors.items()}
-
-    return Pool(
-        tuple(
-            replace(e, gates=constant(e.gates), means=constant(e.means)) if e.name == name else e
-            for e in pool.experts
-        )
-    )
-
-
 def by_vectors(text: str, vectors: torch.Tensor, k: int = 2) -> SiteRouter:
     """The router that `text` names, where an expert acts for each of `vectors`, its table."""
     router, E = router_of(Routing(text, k=k)), len(vectors)
@@ -93,7 +69,7 @@ def by_vectors(text: str, vectors: torch.Tensor, k: int = 2) -> SiteRouter:
     return SiteRouter(router, "blocks.0.linear", torch.arange(E), E, table)
 
 
-def router_at(site: str, base: Base, pool: Pool, text: str):
+def router_at(site: str, base: Base, pool: Pool, text: str, k: int | None = None) -> SiteRouter:
     """The router that `text` names at one site, where all experts of `pool` act."""
-    router = router_of(Routing(text)).settled(pool, base.model, base.tokenizer)
+    router = router_of(Routing(text, k)).settled(pool, base.model, base.tokenizer)
     return SiteRouter(router, site, torch.arange(len(pool)), len(pool), router.table(pool, site))

@@ -37,24 +37,20 @@ def logits_by_hand(pool, u: Tensor, text: str, scale: float) -> dict[int, float]
     return logits
 
 
-def serve(model, texts) -> None:
-    composition_of(model).context.use(experts_of(model, texts))
-
-
 @retrieving
 @pytest.mark.parametrize(
-    ("options", "k", "scale", "temperature"),
+    ("settings", "k", "scale", "temperature"),
     [
-        ({}, 2, 3.0, 1.0),
-        ({"k": 3, "weight": 0.5}, 3, 0.5, 1.0),
-        ({"temperature": 2.0}, 2, 3.0, 2.0),
-        ({"k": 1, "weight": 100.0}, 1, 100.0, 1.0),
+        ("", 2, 3.0, 1.0),
+        (":weight=0.5", 3, 0.5, 1.0),
+        (":temperature=2", 2, 3.0, 2.0),
+        (":weight=100", 1, 100.0, 1.0),
     ],
 )
-def test_experts_and_weights_follow_the_formula(llama, uneven, options, k, scale, temperature):
-    model = compose_by("glider", uneven, llama, **options)
+def test_experts_and_weights_follow_the_formula(llama, uneven, settings, k, scale, temperature):
+    model = compose_by(f"glider{settings}", uneven, llama, k=k)
     layer, u = composition_of(model).layers[SITE], random(6, 32)
-    serve(model, PROMPTS[:3])
+    composition_of(model).context.use(experts_of(model, PROMPTS[:3]))
     decision = layer.router(u)
     spread = layer.router.distribution(u)
     assert set(layer.experts.tolist()) == {0, 1, 2}  # e3 acts at no query
@@ -74,5 +70,5 @@ def test_with_a_large_lambda_it_is_the_nearest_centroids_expert(base, pool):
     ids = torch.tensor([base.tokenizer(PROMPTS[2])["input_ids"]])
     wanted = logits_of(compose_by("centroid", pool, base, k=1), ids)
     detach(base.model)
-    model = compose_by("glider", pool, base, k=1, weight=1e4)
+    model = compose_by("glider:weight=1e4", pool, base, k=1)
     assert_same_logits(logits_of(model, ids), wanted)

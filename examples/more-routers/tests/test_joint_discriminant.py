@@ -11,12 +11,11 @@ from discriminants import gaussian_scores, scores_by_hand
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from routed_models import text_of, with_embeddings
+from routed_models import with_embeddings
 from topic_prompts import PROMPTS, both_streams, retrieving, scores_of
 from toy_embedders import toy_embed
 
 NAME = "joint-discriminant"
-CHOICES = ("yes", "no, never")
 
 pytestmark = retrieving
 
@@ -33,20 +32,21 @@ def embedding_scores(pool: Pool, text: str, **how: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("settings", "share", "shrinkage"),
     [
-        ({}, 0.5, 0.3),
-        ({"embedding_share": 0.0}, 0.0, 0.3),
-        ({"embedding_share": 0.8, "shrinkage": 0.9}, 0.8, 0.9),
-        ({"embedding_share": 1.0}, 1.0, 0.3),
+        ("", 0.5, 0.3),
+        (":embedding_share=0", 0.0, 0.3),
+        (":embedding_share=0.8,shrinkage=0.9", 0.8, 0.9),
+        (":embedding_share=1", 1.0, 0.3),
     ],
 )
 def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
-    model = compose(with_embeddings(pool), base, router=text_of(NAME, **settings))
-    got = scores_of(model, PROMPTS)
-    for row, text in enumerate(PROMPTS):
-        read = scores_by_hand(base, pool, text, (0, 1), shrinkage, 1.0)
+    wanted = []
+    for text in PROMPTS:
+        read = scores_by_hand(base, pool, text, shrinkage, 1.0).mean(dim=0)
         embedded = embedding_scores(pool, text, shrinkage=shrinkage, task_variance=1.0)
-        wanted = (1 - share) * read + share * embedded
-        torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)
+        wanted.append((1 - share) * read + share * embedded)
+    model = compose(with_embeddings(pool), base, router=NAME + settings)
+    got = scores_of(model, PROMPTS).double()
+    torch.testing.assert_close(got, torch.stack(wanted), atol=5e-4, rtol=2e-3)
 
 
 def test_a_strangers_embedder_must_be_named(llama, llama_pool):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixed_by_hand import assert_rows_are_mixed
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import logits_of
@@ -38,19 +37,13 @@ def shares(base, pool: Pool, site: str, text: str, k: int) -> dict[str, float]:
     return {pool.names[z]: w for z, w in zip(chosen.tolist(), weights, strict=True)}
 
 
-def found(model, text: str, names) -> dict[str, float]:
-    mixtures = experts_of(model, [text])
-    (experts,), (weights,) = mixtures.experts.tolist(), mixtures.weights.tolist()
-    return {names[z]: w for z, w in zip(experts, weights, strict=True)}
-
-
 @both_streams
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_experts_and_weights_are_those_of_the_released_code(base, kind, pool, k):
     wanted = [shares(base, pool, LAST_QUERY[kind], text, k) for text in PROMPTS]
     model = compose(pool, base, router="logo", k=k)
-    for text, expected in zip(PROMPTS, wanted, strict=True):
-        assert found(model, text, pool.names) == pytest.approx(expected, abs=1e-5)
+    got = experts_of(model, PROMPTS).named(pool.names)
+    assert got == [pytest.approx(expected, abs=1e-5) for expected in wanted]
     assert k == 4 or len({tuple(each) for each in wanted}) > 1
 
 
@@ -70,9 +63,3 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
             lora = expert.lora[site]
             update = lora.scale * lora.B.double() @ (lora.A.double() @ u.double())
             assert score == pytest.approx(float(update.norm()), rel=1e-4)
-
-
-@both_streams
-def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool):
-    wanted = [shares(base, pool, LAST_QUERY[kind], text, 3) for text in PROMPTS]
-    assert_rows_are_mixed(base, pool, lambda: compose(pool, base, router="logo", k=3), wanted)

@@ -10,7 +10,7 @@ import pytest
 
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, composition_of, detach, save
+from phatgoose.routing.compose import compose, composition_of, save
 from phatgoose.routing.routers import auto
 from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, settled
 from routed_models import with_embeddings
@@ -24,55 +24,40 @@ def stripped(pool: Pool, *parts: str) -> Pool:
     return Pool((*pool.experts[:-1], replace(pool.experts[-1], **bare)))
 
 
-@pytest.fixture
-def embedded(llama_pool, monkeypatch) -> Pool:
-    """The pool, whose experts have embeddings of an embedder that is on this machine."""
-    monkeypatch.setattr(auto, "can_embed", lambda: True)
-    return with_embeddings(llama_pool)
-
-
 @pytest.mark.parametrize(
-    ("lacks", "wanted"),
+    ("lacks", "embeds", "chosen"),
     [
-        ((), "discriminant"),
-        (("readings", "gates", "means"), "retrieval"),
-        (("readings", "embeddings", "means"), "phatgoose"),
-        (("readings", "embeddings", "gates"), "average-activation"),
-        (tuple(BARE), "arrow"),
+        ((), True, "discriminant"),
+        (("readings", "gates", "means"), True, "retrieval"),
+        (("readings",), False, "phatgoose"),  # the embedder would have to be loaded from elsewhere
+        (("readings", "embeddings", "means"), True, "phatgoose"),
+        (("readings", "embeddings", "gates"), True, "average-activation"),
+        (tuple(BARE), True, "arrow"),
     ],
 )
-def test_a_decoder_gets_the_first_that_every_expert_allows(llama, embedded, lacks, wanted):
-    routing, left = Routing(router="auto", kernel="reference"), stripped(embedded, *lacks)
-    found = settled(routing, left, llama.model, llama.tokenizer)
-    assert found == Routing(router=wanted, kernel="reference")
-
-
-def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
-    llama, embedded, monkeypatch
+def test_a_decoder_gets_the_first_that_every_expert_allows(
+    llama, llama_pool, monkeypatch, lacks, embeds, chosen
 ):
-    unread = stripped(embedded, "readings")
-    first, *rest = unread.experts
+    monkeypatch.setattr(auto, "can_embed", lambda: embeds)  # as if it were installed, or not
+    routing = Routing(router="auto", kernel="reference")
+    pool = stripped(with_embeddings(llama_pool), *lacks)
+    found = settled(routing, pool, llama.model, llama.tokenizer)
+    assert found == Routing(router=chosen, kernel="reference")
+
+
+def test_an_embedder_of_a_stranger_is_passed(llama, llama_pool, monkeypatch):
+    monkeypatch.setattr(auto, "can_embed", lambda: True)
+    first, *rest = stripped(with_embeddings(llama_pool), "readings").experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
-    routing = Routing(router="auto")
-    assert settled(routing, unread, llama.model, llama.tokenizer).router == "retrieval"
-    found = settled(routing, Pool((other, *rest)), llama.model, llama.tokenizer)
+    found = settled(Routing(), Pool((other, *rest)), llama.model, llama.tokenizer)
     assert found.router == "phatgoose"
-    monkeypatch.setattr(auto, "can_embed", lambda: False)
-    assert settled(routing, unread, llama.model, llama.tokenizer).router == "phatgoose"
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
-def test_an_encoder_decoder_gets_the_papers(base, pool):
-    assert settled(Routing(), pool, base.model, base.tokenizer).router == "phatgoose"
-    bare = stripped(pool, "gates", "means")
-    assert settled(Routing(), bare, base.model, base.tokenizer).router == "arrow"
-
-
-def test_where_prompts_come_in_pieces_auto_goes_by_tokens(llama_pool, embedded):
-    assert first_allowed(Routing(), embedded, BY_TOKEN).router == "phatgoose"
-    assert (
-        first_allowed(Routing(), stripped(llama_pool, "gates", "means"), BY_TOKEN).router == "arrow"
-    )
+def test_encoder_decoders_and_prompts_in_pieces_are_routed_by_tokens(base, pool):
+    for allowed, chosen in ((pool, "phatgoose"), (stripped(pool, "gates", "means"), "arrow")):
+        assert settled(Routing(), allowed, base.model, base.tokenizer).router == chosen
+        assert first_allowed(Routing(), allowed, BY_TOKEN).router == chosen
 
 
 def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog):
@@ -84,6 +69,5 @@ def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog
         "embeddings (phatgoose stats) of all experts."
     )
     save(model, tmp_path / "routed")
-    detach(model)
     kept = json.loads((tmp_path / "routed" / "routed.json").read_text())
     assert kept["routing"]["router"] == "phatgoose"

@@ -19,9 +19,9 @@ from topic_prompts import experts_of, retrieving
 INPUTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO?", "zigzag jazz;")
 
 
-def written(folder: Path, rows: list[dict[str, str]]) -> Path:
+def written(folder: Path, *inputs: str) -> Path:
     path = folder / "few.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({"input": text}) + "\n" for text in inputs))
     return path
 
 
@@ -30,22 +30,29 @@ def written(folder: Path, rows: list[dict[str, str]]) -> Path:
     ("inputs", "expert"),
     [(["plums or apples", "apples"], "e0"), (["WHO? WHAT?", "WHAT? WHERE?", "apples"], "e2")],
 )
-def test_the_best_mean_score_chooses(llama, llama_pool, tmp_path, inputs, expert):
-    pool = with_embeddings(llama_pool)
-    path = written(tmp_path, [{"input": text, "choices": ["a"]} for text in inputs])
-    model = compose(pool, llama, router=f"few-shot:examples={path},by=centroid")
-    assert composition_of(model).router.chosen == expert
-    ids = make_ids(rows=2)
-    got = logits_of(model, ids)
+def test_the_best_mean_score_chooses_once_for_all(llama, llama_pool, tmp_path, inputs, expert):
+    path, ids = written(tmp_path, *inputs), make_ids(rows=2)
+    model = compose(llama_pool, llama, router=f"single:expert={expert}")
+    wanted = logits_of(model, ids)
     detach(model)
-    alone = compose(pool, llama, router=f"single:expert={expert}")
-    torch.testing.assert_close(got, logits_of(alone, ids))
+    pool = with_embeddings(llama_pool)
+    model = compose(pool, llama, router=f"few-shot:examples={path},by=centroid")
+    got = logits_of(model, ids)
+    torch.testing.assert_close(got, wanted)
+    save(model, tmp_path / "routed")
+    detach(model)
+    path.unlink()  # saved, the choice needs no examples again
+    assert torch.equal(logits_of(load(tmp_path / "routed", llama), ids), got)
+    for file in ("routed.json", "README.md"):  # whose place is no one else's business
+        said = (tmp_path / "routed" / file).read_text()
+        assert "few-shot:by=centroid" in said
+        assert path.name not in said
 
 
 def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path):
     for text in INPUTS:
-        path = written(tmp_path, [{"input": text, "target": "zigzag"}])
-        model = compose(llama_pool, llama, router=f"few-shot:examples={path}")
+        router = f"few-shot:examples={written(tmp_path, text)}"
+        model = compose(llama_pool, llama, router=router)
         chosen = composition_of(model).router.chosen
         detach(model)
         model = compose(llama_pool, llama, router="discriminant")
@@ -53,40 +60,22 @@ def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path):
         detach(model)
 
 
-@retrieving
-def test_the_choice_is_saved_and_needs_no_examples_again(llama, llama_pool, tmp_path):
-    path = written(tmp_path, [{"input": "WHO? WHAT?"}])
-    pool, ids = with_embeddings(llama_pool), make_ids(rows=2)
-    model = compose(pool, llama, router=f"few-shot:examples={path},by=centroid")
-    wanted = logits_of(model, ids)
-    save(model, tmp_path / "routed")
-    detach(model)
-    path.unlink()
-    loaded = load(tmp_path / "routed", llama)
-    assert torch.equal(logits_of(loaded, ids), wanted)
-    for file in ("routed.json", "README.md"):  # whose place is no one else's business
-        said = (tmp_path / "routed" / file).read_text()
-        assert "few-shot:by=centroid" in said
-        assert path.name not in said
-
-
-def bare(pool: Pool) -> Pool:
-    return Pool(tuple(replace(expert, readings={}, embeddings=None) for expert in pool.experts))
-
-
-def test_what_can_t_be_chosen_by_is_refused(llama, llama_pool, tmp_path):
-    path = written(tmp_path, [{"input": "apples"}])
-    text = f"few-shot:examples={path}"
-    for pool, base, router, error, message in (
-        (llama_pool, llama, "few-shot", ConfigError, "needs few-shot:examples=FILE of"),
-        (bare(llama_pool), llama, text, PoolError, "lack: run 'phatgoose stats'"),
-        (llama_pool, llama, f"{text},by=retrieval", PoolError, "have no embeddings"),
-    ):
-        with pytest.raises(error, match=message):
-            compose(pool, base, router=router)
-    path.write_text('{"input": "plums", "split": "test"}')
-    with pytest.raises(ConfigError, match="with rows to train on"):
-        compose(llama_pool, llama, router=text)
-    path.write_text("apples")
-    with pytest.raises(TaskError, match=r"few.jsonl, line 1 is not valid"):
-        compose(llama_pool, llama, router=text)
+@pytest.mark.parametrize(
+    ("content", "settings", "bare", "error", "message"),
+    [
+        (None, "", False, ConfigError, "needs few-shot:examples=FILE of"),
+        ('{"input": "apples"}', "", True, PoolError, "lack: run 'phatgoose stats'"),
+        ('{"input": "apples"}', ",by=retrieval", False, PoolError, "have no embeddings"),
+        ('{"input": "x", "split": "test"}', "", False, ConfigError, "with rows to train on"),
+        ("apples", "", False, TaskError, r"few.jsonl, line 1 is not valid"),
+    ],
+)
+def test_what_can_t_be_chosen_by_is_refused(
+    llama, llama_pool, tmp_path, content, settings, bare, error, message
+):
+    pool = Pool(tuple(replace(e, readings={}) for e in llama_pool.experts)) if bare else llama_pool
+    path = written(tmp_path)
+    path.write_text(content or "")
+    router = f"few-shot:examples={path}{settings}" if content else "few-shot"
+    with pytest.raises(error, match=message):
+        compose(pool, llama, router=router)

@@ -12,7 +12,7 @@ from phatgoose.experts.lora import LoraStack
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.layers import FoldedLinear, folded_weight
-from tiny import assert_same_logits, logits_of, make_ids
+from tiny import assert_same_logits, logits_of, make_ids, random
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
 SITE = "model.layers.0.self_attn.q_proj"
@@ -24,31 +24,21 @@ def mean_update(pool: Pool, site: str) -> Tensor:
     return sum(lora.scale * lora.B.double() @ lora.A.double() for lora in loras) / len(pool)
 
 
-def merged_by_hand(base, pool: Pool):
-    """A fresh copy of `base` with the mean update added to every weight."""
-    model = load_base(base.id, dtype="float32").model
+def merged(base, pool: Pool) -> dict[str, type]:
+    """The type of each layer of `pool` merged, which is `base` with the mean in every weight."""
+    by_hand = load_base(base.id, dtype="float32").model
     for site in pool.sites:
-        layer, mean = model.get_submodule(site), mean_update(pool, site)
+        layer, mean = by_hand.get_submodule(site), mean_update(pool, site)
         layer.weight.data += mean.T if isinstance(layer, Conv1D) else mean
-    return model
-
-
-def layers_of(model, kind: type) -> set[str]:
-    return {site for site, layer in composition_of(model).layers.items() if type(layer) is kind}
-
-
-@pytest.fixture
-def large(kind, pool_of) -> Pool:
-    """Three experts of ranks so large that they are folded."""
-    return pool_of(kind, LARGE)
+    model, ids = compose(pool, base, router="merged"), make_ids(rows=2)
+    assert_same_logits(logits_of(model, ids), logits_of(by_hand, ids))
+    return {site: type(layer) for site, layer in composition_of(model).layers.items()}
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4), LARGE], ids=["factored", "folded"])
 def test_it_is_the_exact_mean_of_all_products(base, kind, pool_of, ranks):
-    pool, ids = pool_of(kind, ranks), make_ids(rows=2)
-    model = compose(pool, base, router="merged")
-    assert (layers_of(model, FoldedLinear) == set(pool.sites)) == (ranks == LARGE)
-    assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, pool), ids))
+    layers = merged(base, pool_of(kind, ranks))
+    assert (set(layers.values()) == {FoldedLinear}) == (ranks == LARGE)
 
 
 @pytest.mark.parametrize("rank", [2, 30])
@@ -63,17 +53,8 @@ def test_an_expert_that_does_not_act_at_a_site_counts_as_zero_there(base, kind, 
             make_expert(base, "other", rank=rank + 2, seed=2, use_rslora=True),
         )
     )
-    ids = make_ids(rows=2)
-    model = compose(pool, base, router="merged")
-    assert bool(layers_of(model, FoldedLinear)) == (rank == 30)
-    assert {len(layer.experts) for layer in composition_of(model).layers.values()} == {2, 3}
-    assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, pool), ids))
-
-
-def stack_of(E: int, r: int, n: int, d: int) -> LoraStack:
-    generator = torch.Generator().manual_seed(0)
-    A, B = (torch.randn(E, r, size, generator=generator) for size in (n, d))
-    return LoraStack(A, B)
+    assert {sum(site in each.modules for each in pool.experts) for site in pool.sites} == {2, 3}
+    assert (FoldedLinear in merged(base, pool).values()) == (rank == 30)
 
 
 class Doubling(nn.Linear):
@@ -97,11 +78,10 @@ def test_a_layer_that_does_more_than_its_weight_is_not_folded(llama, pool_of):
 @pytest.mark.parametrize("conv", [False, True])
 def test_a_weight_in_bfloat16_is_rounded_once(conv):
     base = (Conv1D(48, 16) if conv else nn.Linear(16, 48)).bfloat16()
-    stack = stack_of(9, 4, 16, 48)
-    rounded = LoraStack(stack.A.bfloat16(), stack.B.bfloat16())
-    got = folded_weight(base, rounded, 10)  # one expert isn't here
+    stack = LoraStack(random(9, 4, 16).bfloat16(), random(9, 4, 48, seed=1).bfloat16())
+    got = folded_weight(base, stack, 10)  # one expert isn't here
     weight = base.weight.double()
-    products = rounded.B.double().transpose(1, 2) @ rounded.A.double()
+    products = stack.B.double().transpose(1, 2) @ stack.A.double()
     exact = (weight.T if conv else weight) + products.sum(dim=0) / 10
     assert (got.dtype, got.shape) == (torch.bfloat16, (48, 16))
     half_a_step = torch.finfo(torch.bfloat16).eps / 2

@@ -18,16 +18,14 @@ from topic_prompts import PROMPTS, batch_of, both_streams, experts_of, tokens_of
 pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
 
 BY_TEXT = ("retrieval", "centroid")
-BY_BASE = ("discriminant", "discriminant:per_block=1")
-ALL = (*BY_TEXT, *BY_BASE)
-each_router = pytest.mark.parametrize("router", ALL)
+each_router = pytest.mark.parametrize(
+    "router", [*BY_TEXT, "discriminant", "discriminant:per_block=1"]
+)
 
 
-def same(one, other) -> bool:
-    return torch.equal(one.experts, other.experts) and torch.equal(one.weights, other.weights)
-
-
-# What is chosen
+def assert_same(got, wanted) -> None:
+    assert torch.equal(got.experts, wanted.experts)
+    assert torch.equal(got.weights, wanted.weights)
 
 
 @both_streams
@@ -43,17 +41,13 @@ def test_beams_are_those_of_each_prompt_alone(base, pool, router):
         assert torch.equal(answer, wanted[0, -5:])
 
 
-# Saved, grown and shrunk
-
-
-def test_experts_of_other_sizes_do_not_join(llama, llama_pool, tmp_path):
+def test_experts_of_other_embeddings_do_not_join(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool)
     save(compose(pool.select(["e0", "e1"]), llama, router="centroid"), tmp_path / "routed")
-    expert = pool.experts[2]
-    other = replace(expert, info=replace(expert.info, embedder="another/one"))
+    other = changed(pool, 2, embedder="another/one").experts[2]
     with pytest.raises(PoolError, match=r"statistics are .*another/one.*, those there .*sent"):
         add_to_saved(tmp_path / "routed", Pool((other,)))
-    short = replace(expert, embeddings=expert.embeddings[:, :8])
+    short = replace(pool.experts[2], embeddings=pool.experts[2].embeddings[:, :8])
     with pytest.raises(PoolError, match=r"centroids': \[8\].* those there .*\[64\]"):
         add_to_saved(tmp_path / "routed", Pool((short,)))
 
@@ -61,40 +55,30 @@ def test_experts_of_other_sizes_do_not_join(llama, llama_pool, tmp_path):
 # Without a composed model
 
 
-@pytest.fixture
-def no_weights(monkeypatch) -> None:
-    def refused(*_, **__):
-        pytest.fail("a base's weights are loaded")
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refused)
-
-
 @both_streams
 @each_router
-def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, tmp_path, request):
+def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, tmp_path, monkeypatch):
     model = compose(with_embeddings(pool), base, router=router, k=2)
     prompts, wanted = tokens_of(model, PROMPTS), experts_of(model, PROMPTS)
     save(model, tmp_path / "routed")
     detach(model)
-    request.getfixturevalue("no_weights")
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")  # no weights are loaded
     for chooser in (
         open_prompt_router(with_embeddings(pool), base.tokenizer, router=router, k=2),
         open_prompt_router(tmp_path / "routed", base.tokenizer),
     ):
         assert chooser.experts == pool.names
-        for given in (prompts, PROMPTS):
-            if router in BY_TEXT:
-                assert same(chooser.choose(given), wanted)
-            else:
-                assert same(chooser.choose(given, base.model), wanted)
+        for asked in (prompts, PROMPTS):
+            read = () if router in BY_TEXT else (base.model,)
+            assert_same(chooser.choose(asked, *read), wanted)
 
 
-@pytest.mark.usefixtures("no_weights")
 def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
     pool = with_embeddings(llama_pool)
-    chooser = open_prompt_router(pool, router="centroid")
-    other = open_prompt_router(pool, llama.tokenizer, router="centroid")
-    assert same(chooser.choose(PROMPTS), other.choose(PROMPTS))
+    chooser, other = (
+        open_prompt_router(pool, each, router="centroid") for each in (None, llama.tokenizer)
+    )
+    assert_same(chooser.choose(PROMPTS), other.choose(PROMPTS))
 
 
 @pytest.mark.parametrize("prompts", [[], [""], [[], [1, 2]]])
@@ -105,9 +89,7 @@ def test_what_can_not_be_read_is_told(llama, llama_pool, prompts):
 
 
 def test_auto_is_one_that_reads_prompts(llama, llama_pool):
-    chooser = open_prompt_router(llama_pool, llama.tokenizer)
-    wanted = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
-    assert same(chooser.choose(PROMPTS, llama.model), wanted.choose(PROMPTS, llama.model))
+    assert open_prompt_router(llama_pool, llama.tokenizer).name == "discriminant"
     bare = Pool(tuple(replace(each, readings={}) for each in llama_pool.experts))
     with pytest.raises(PoolError, match="phatgoose stats"):
         open_prompt_router(bare, llama.tokenizer)
@@ -122,26 +104,25 @@ def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
 # Embeddings
 
 
+def changed(pool: Pool, z: int, **info: object) -> Pool:
+    """The pool, of whose expert z the record says this."""
+    experts = list(pool.experts)
+    experts[z] = replace(experts[z], info=replace(experts[z].info, **info))
+    return Pool(tuple(experts))
+
+
 @pytest.mark.parametrize("router", BY_TEXT)
 def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_pool, router):
-    pool, paper = with_embeddings(llama_pool), with_embeddings(llama_pool, "paper")
-
-    def changed(pool: Pool, **info) -> Pool:
-        first = pool.experts[0]
-        return Pool((replace(first, info=replace(first.info, **info)), *pool.experts[1:]))
-
+    pool = with_embeddings(llama_pool)
     short = replace(pool.experts[1], embeddings=pool.experts[1].embeddings[:, :8])
-    cases = {
-        "'e0', .* have no embeddings: run 'phatgoose stats'": llama_pool,
-        "'e0' has no embeddings of prompts .*phatgoose stats": paper,
-        "can.t be compared, .*other/embedder": changed(pool, embedder="other/embedder"),
-        "'e0' has no embeddings of prompts": changed(pool, embedder=None),
-        "can.t be compared, for they are of": Pool((pool.experts[0], short)),
-    }
-    for told, given in cases.items():
-        with pytest.raises(PoolError, match=told):
-            compose(given, llama, router=router)
-    with pytest.raises(
-        PoolError, match=r"'e0' has no embeddings of inputs .*--embedding-form paper"
-    ):
-        compose(pool, llama, router="retrieval:form=paper")
+    cases = (
+        (llama_pool, router, "'e0', .* have no embeddings: run 'phatgoose stats'"),
+        (changed(pool, 0, embedder=None), router, "'e0' has no embeddings of prompts"),
+        (changed(pool, 0, embedder="other/one"), router, "can.t be compared, .*other/one"),
+        (Pool((pool.experts[0], short)), router, "can.t be compared, for they are of"),
+        (with_embeddings(llama_pool, "paper"), router, "'e0' has no embeddings of prompts .*stats"),
+        (pool, "retrieval:form=paper", "'e0' has no embeddings of inputs .*--embedding-form paper"),
+    )
+    for others, text, said in cases:
+        with pytest.raises(PoolError, match=said):
+            compose(others, llama, router=text)

@@ -10,27 +10,12 @@ from torch import Tensor
 
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.routing.routers.spectr import Spectr, right_singular_vectors
+from routed_models import router_at
 from tiny import random
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
-
-
-def factors(r: int, n: int, d: int, kept: int, seed: int) -> LoraFactors:
-    """Random factors of rank r whose product has the rank `kept`, or less."""
-    A, B = random(r, n, seed=seed), random(d, min(r, kept), seed=seed + 1)
-    return LoraFactors(A, B @ random(min(r, kept), r, seed=seed + 2), 2.0)
-
-
-def length_in(lora: LoraFactors, u: Tensor) -> Tensor:
-    """How long u [n] is in the row space of B A: by projecting, without any singular vector."""
-    product = lora.B.double() @ lora.A.double()
-    return (torch.linalg.pinv(product, rtol=1e-6) @ (product @ u.double())).norm()
-
-
-# The vectors
 
 
 @settings(max_examples=100, derandomize=True)
@@ -38,18 +23,18 @@ def length_in(lora: LoraFactors, u: Tensor) -> Tensor:
     r=st.integers(1, 8),
     n=st.integers(1, 12),
     d=st.integers(1, 12),
-    kept=st.integers(0, 8),
+    rank=st.integers(0, 8),
     seed=st.integers(0, 99),
 )
-def test_they_measure_a_token_in_the_row_space_of_the_product(r, n, d, kept, seed):
-    lora, u = factors(r, n, d, kept, seed), random(n, seed=seed + 3)
-    rows = right_singular_vectors(lora)
+def test_vectors_measure_a_token_in_the_row_space_of_the_product(r, n, d, rank, seed):
+    A, u = random(r, n, seed=seed), random(n, seed=seed + 3)
+    B = random(d, min(r, rank), seed=seed + 1) @ random(min(r, rank), r, seed=seed + 2)
+    rows = right_singular_vectors(LoraFactors(A, B, 2.0))
     assert rows.dtype == torch.float32
     assert rows.shape[1] == n
-    torch.testing.assert_close((rows.double() @ u.double()).norm(), length_in(lora, u))
-
-
-# The decision
+    product = B.double() @ A.double()  # by projecting on it, without any singular vector
+    length = (torch.linalg.pinv(product, rtol=1e-6) @ (product @ u.double())).norm()
+    torch.testing.assert_close((rows.double() @ u.double()).norm(), length)
 
 
 def released(pool: Pool, site: str, u: Tensor, k: int) -> Tensor:
@@ -67,8 +52,7 @@ def released(pool: Pool, site: str, u: Tensor, k: int) -> Tensor:
 def test_the_choice_and_the_weights_are_the_released_codes(llama, llama_pool, k):
     u = random(30, 32)
     wanted = released(llama_pool, SITE, u, k)
-    layer = composition_of(compose(llama_pool, llama, router="spectr", k=k)).layers[SITE]
-    decision = layer.router(u)
+    decision = router_at(SITE, llama, llama_pool, "spectr", k=k)(u)
     got = torch.zeros(30, 4).scatter(1, decision.experts, decision.weights)
     torch.testing.assert_close(got.double(), wanted)
     assert k == 4 or len({tuple(row) for row in wanted.tolist()}) > 1
@@ -76,12 +60,10 @@ def test_the_choice_and_the_weights_are_the_released_codes(llama, llama_pool, k)
 
 def test_the_best_of_a_shortlist_are_those_of_lag():
     directions = torch.linalg.qr(random(6, 9, 3))[0].transpose(1, 2)  # [6, 3, 9]
-    u = random(40, 9, seed=1)
+    u, table = random(40, 9, seed=1), {"directions": directions}
 
     def router(k: int, **settings: int) -> SiteRouter:
-        return SiteRouter(
-            Spectr(k=k, **settings), "s", torch.arange(6), 6, {"directions": directions}
-        )
+        return SiteRouter(Spectr(k=k, **settings), "s", torch.arange(6), 6, table)
 
     decision = router(1, shortlist=2)(u)
     for t in range(40):

@@ -15,10 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from phatgoose.base import Base, load_base
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.bottleneck import BottleneckLayers
-from phatgoose.experts.dora import DoraFactors
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
-from phatgoose.experts.lora import LoraFactors
+from phatgoose.experts.lora import DoraFactors, LoraFactors
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites

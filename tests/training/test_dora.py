@@ -17,18 +17,24 @@ from training_runs import TRAINING, train
 DORA = Dora(rank=2, alpha=4)
 
 
-def trained_in(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, by its name: A, B and m of every site."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trained_in(model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """What is trained, by site and part: A, B and m."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = name.removeprefix("base_model.model.").replace("lora_magnitude", "lora_m")
+            site, _, part = whole.replace(".trained.", ".lora_").partition(".lora_")
+            found[site, part[0]] = parameter
+    return found
 
 
-def drawn(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+def drawn(model: nn.Module, seed: int = 0) -> dict[tuple[str, str], Tensor]:
     """The same, after A and B were drawn and m was changed."""
     held, generator = trained_in(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name in sorted(held):
-            noise = torch.randn(held[name].shape, generator=generator)
-            held[name].copy_(held[name] * (1 + 0.2 * noise) if "magnitude" in name else 0.2 * noise)
+        for key in sorted(held):
+            noise = torch.randn(held[key].shape, generator=generator)
+            held[key].copy_(held[key] * (1 + 0.2 * noise) if key[1] == "m" else 0.2 * noise)
     return held
 
 
@@ -45,7 +51,7 @@ def test_loss_and_gradients_are_pefts(base, kind):
     ids, found = make_ids(), []
     inputs = {"decoder_input_ids": ids} if kind == "t5" else {}
     with fresh_expert(base, DORA, joint=False) as fresh:
-        norms = {n: p for n, p in trained_in(theirs).items() if "magnitude" in n}
+        norms = {key: p for key, p in trained_in(theirs).items() if key[1] == "m"}
         assert norms
         for name, norm in norms.items():
             torch.testing.assert_close(trained_in(fresh.model)[name], norm)

@@ -40,9 +40,8 @@ def factors_in(model: nn.Module) -> Factors:
     found: Factors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            site, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-            key = "v" if part.endswith("gate") else part[0]
-            found.setdefault(site, {})[key] = parameter
+            site, _, part = name.partition(".trained.")
+            found.setdefault(site, {})["v" if part == "gate" else part] = parameter
     return found
 
 

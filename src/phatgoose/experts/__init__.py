@@ -1,7 +1,7 @@
 """Experts, and pools of them: adapters on disk with their gates and statistics.
 
 kind.py        what each kind has: modules at sites, new ones in training, a stack of many
-lora.py, dora.py, ia3.py, bottleneck.py
+lora.py (and DoRA), ia3.py, bottleneck.py
 peft_files.py  PEFT's two files, and what is refused of them
 expert.py      the expert directory, and its model card
 statistics.py  what it shares of how the base reads its prompts
@@ -67,19 +67,25 @@ def _class(place: str | type[Any]) -> type[Any]:
     return named
 
 
-def _of_ours(settings: type[Peft], label: str, classes: str, peft_type: str | None = None) -> Kind:
-    name = settings.__name__.lower()
-    module, training, *parts = (f"{__name__}.{name}:{each}" for each in classes.split())
-    return Kind(name, label, settings, module, training, tuple(parts), peft_type)
+def _of_ours(settings: type[Peft], label: str, places: str, peft_type: str | None = None) -> Kind:
+    file, *classes = places.split()
+    module, training, *parts = (f"{__name__}.{file}:{each}" for each in classes)
+    return Kind(
+        settings.__name__.lower(), label, settings, module, training, tuple(parts), peft_type
+    )
 
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        _of_ours(Lora, "LoRA", "LoraFactors NewLoras LoraStack", "LORA"),
-        _of_ours(IA3, "(IA)³", "ScalingVector NewScalings InputScalingStack ScalingStack", "IA3"),
-        _of_ours(Bottleneck, "bottleneck", "BottleneckLayers NewBottlenecks BottleneckStack"),
-        _of_ours(Dora, "DoRA", "DoraFactors NewDoras DoraStack"),
+        _of_ours(Lora, "LoRA", "lora LoraFactors NewLoras LoraStack", "LORA"),
+        _of_ours(
+            IA3, "(IA)³", "ia3 ScalingVector NewScalings InputScalingStack ScalingStack", "IA3"
+        ),
+        _of_ours(
+            Bottleneck, "bottleneck", "bottleneck BottleneckLayers NewBottlenecks BottleneckStack"
+        ),
+        _of_ours(Dora, "DoRA", "lora DoraFactors NewDoras DoraStack"),
     )
 }
 

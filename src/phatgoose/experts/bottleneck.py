@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Site
 from .kind import (
-    NewLayers,
+    NewModules,
     OwnFiles,
     Part,
     Product,
@@ -174,20 +174,25 @@ OUTPUTS = {  # patterns of sites by placement
 }
 
 
-class NewBottlenecks(NewLayers):
+class NewBottlenecks(NewModules):
     def default_sites(self, model: PreTrainedModel, settings: Bottleneck) -> str:
         return OUTPUTS[settings.placement]
 
-    def initial(self, settings: Bottleneck, site: Site) -> dict[str, Tensor]:
-        d, m = site.out_features, settings.size
-        down = torch.zeros(m, d)
-        nn.init.normal_(down, std=INIT_STD)
+    def initial(
+        self, model: PreTrainedModel, settings: Bottleneck, sites: Mapping[str, Site]
+    ) -> dict[str, dict[str, Tensor]]:
+        m = settings.size
         return {
-            "down": down,
-            "down_bias": torch.zeros(m),
-            "up": torch.zeros(d, m),
-            "up_bias": torch.zeros(d),
+            name: {
+                "down": torch.empty(m, site.out_features).normal_(std=INIT_STD),
+                "down_bias": torch.zeros(m),
+                "up": torch.zeros(site.out_features, m),
+                "up_bias": torch.zeros(site.out_features),
+            }
+            for name, site in sites.items()
         }
 
-    def module(self, settings: Bottleneck, parameters: Mapping[str, Tensor]) -> BottleneckLayers:
+    def module(
+        self, settings: Bottleneck, parameters: Mapping[str, Tensor], layer: Any
+    ) -> BottleneckLayers:
         return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)

@@ -2,28 +2,23 @@
 
     (W u + b) ⊙ (1 + σ (l - 1)), or with the input scaled W (u ⊙ (1 + σ (l - 1))) + b
 
-Stored in PEFT's files (`peft`).
+Stored in PEFT's files. In a stack are those that scale a site's input, and those that scale its
+output.
 
-(IA)³ vectors, stacked: those that scale a site's input, and those that scale its output.
-
-New (IA)³ vectors, as PEFT makes them, where it puts them in models of the base's type.
-
-By default these are keys, values, and the input of the feed-forward network's last linear layer
-(Liu et al. 2022). Vectors stay float32, in use and on disk: bfloat16 has steps of 1/128 around 1.
+New ones act where PEFT puts them in models of the base's type: by default on keys, values, and the
+input of the feed-forward network's last linear layer (Liu et al. 2022). Vectors stay float32, in
+use and on disk: bfloat16 has steps of 1/128 around 1.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import IA3Config
-from peft.tuners.ia3 import Linear as PeftScaling
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
 )
@@ -31,31 +26,19 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPI
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base import Base
 from ..config import IA3
 from ..errors import ExpertError
-from ..passes import active_share
 from ..sites import Site
 from .kind import (
     Constant,
-    FreshExpert,
     NewModules,
     Part,
     SiteModule,
     factor_of,
-    new_gate,
-    openness,
     stacked,
     weighted_rows,
 )
-from .peft_files import (
-    ADAPTER,
-    PEFT_FILES,
-    peft_options,
-    save_peft,
-    under_peft,
-    write_adapter,
-)
+from .peft_files import PEFT_FILES, write_adapter
 
 ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 
@@ -167,51 +150,33 @@ class InputScalingStack(ScalingStack):
 
 
 class NewScalings(NewModules):
-    dtype = torch.float32
+    """A vector is called "input" or "output", by what it scales."""
+
+    exact = ("input", "output")
 
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
         return _endings(IA3_MODULES.get(model.config.model_type, []))
 
-    @contextmanager
-    def create(
-        self, base: Base, settings: IA3, sites: dict[str, Site], *, joint: bool
-    ) -> Iterator[FreshExpert]:
-        inputs = sorted(scales_input(base.model, sites))
-        config = IA3Config(feedforward_modules=inputs, **peft_options(base, sites))
-        with under_peft(base, config) as model:
-            layers = {site: base.model.get_submodule(site) for site in sites}
-            for site, layer in layers.items():
-                # The class alone changes: PEFT's state, hooks and names stay.
-                layer.__class__ = _Scaling
-                if joint:
-                    layer.gate = new_gate(sites[site].in_features, layer.weight.device)
-            # PEFT shortens long lists of targets, but then misses the feed-forward's among them;
-            # and it writes sets in any order.
-            model.peft_config[ADAPTER].target_modules = sorted(sites)
-            model.peft_config[ADAPTER].feedforward_modules = inputs
-            yield FreshExpert(model, layers, lambda folder: save_peft(model, base, folder))
+    def initial(
+        self, model: PreTrainedModel, settings: IA3, sites: Mapping[str, Site]
+    ) -> dict[str, dict[str, Tensor]]:
+        inputs = scales_input(model, sites)
+        return {
+            name: {"input": torch.ones(site.in_features)}
+            if name in inputs
+            else {"output": torch.ones(site.out_features)}
+            for name, site in sites.items()
+        }
+
+    def module(self, settings: IA3, parameters: Mapping[str, Tensor], layer: Any) -> ScalingVector:
+        ((scales, vector),) = parameters.items()
+        return ScalingVector(vector, on_input=scales == "input")
 
 
 def scales_input(model: PreTrainedModel, sites: Iterable[str]) -> set[str]:
     """Those of `sites` whose input is scaled; none in a model whose type PEFT doesn't list."""
     pattern = _endings(IA3_FEEDFORWARD.get(model.config.model_type, []))
     return {site for site in sites if re.search(pattern, site)}
-
-
-class _Scaling(PeftScaling):  # type: ignore[misc]  # peft is untyped
-    """PEFT's (IA)³ layer whose distance from 1 passes the module's joint gate, if it has one.
-
-    It is 1 at tokens that the expert doesn't act on.
-    """
-
-    def forward(self, u: Tensor) -> Tensor:
-        gate, active = self._parameters.get("gate"), active_share(u)
-        if gate is None and active is None:
-            plain: Tensor = super().forward(u)
-            return plain
-        strength: Tensor | float = 1.0 if gate is None else openness(u, gate)
-        module = ScalingVector(self.ia3_l[ADAPTER].flatten(), self.is_feedforward)
-        return module.apply(self.base_layer, u, strength if active is None else strength * active)
 
 
 def _endings(names: list[str]) -> str:

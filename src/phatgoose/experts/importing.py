@@ -64,13 +64,12 @@ from ..files import (
     value_at,
 )
 from ..sites import find_sites
-from .dora import DoraFactors
 from .expert import LAYOUT, Expert, adapter_files, check_name, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import HubReference, fetch, reference_of
 from .ia3 import ScalingVector
 from .kind import SiteModule, check_fit
-from .lora import LoraFactors
+from .lora import DoraFactors, LoraFactors
 from .peft_files import (
     ACTING,
     ADAPTER,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -126,6 +126,10 @@ class AdapterFiles(ABC):
     @abstractmethod
     def read_config(self, directory: Path) -> dict[str, Any]:
         """What the configuration says, checked; ExpertError for what it can't say."""
+
+    def about(self, base: Base, layer: nn.Module) -> dict[str, Any]:
+        """What the configuration of a new adapter says of its base; `layer` is one of its sites."""
+        return {self.base_key: base.id}
 
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights, self.hint)
@@ -295,97 +299,112 @@ def openness(u: Tensor, v: Tensor) -> Tensor:
 class FreshExpert:
     """An expert in training: `model` is trained, then `save` writes its files to a folder.
 
-    `parts` are the modules by site that hold joint gates, which have to be taken before saving.
+    `parts` are what is trained, by site, with the joint gates.
     """
 
     model: nn.Module
-    parts: Mapping[str, nn.Module]
+    parts: Mapping[str, Trained]
     save: Callable[[Path], None]
 
 
+class Trained(nn.ParameterDict):
+    """A module's parameters by name, float32; `gate` is its joint gate, None without."""
+
+    gate: nn.Parameter | None
+
+    def __init__(self, parameters: Mapping[str, Tensor], gate: nn.Parameter | None) -> None:
+        super().__init__()
+        for name, tensor in parameters.items():  # by item: it would sort a dictionary
+            self[name] = nn.Parameter(tensor)
+        self.register_parameter("gate", gate)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The first of them."""
+        first: nn.Parameter = next(iter(self.values()))
+        return first
+
+
 class NewModules(ABC):
-    """How new modules of one kind are made.
+    """How new modules of one kind are made and trained.
 
-    `dtype` is what they are stored in, None that of each one's layer (`dtype_at`).
-
-    In training their strength passes `where_active`, so that an expert can act from its prompts'
-    end on. `on_packed` says that they can be trained on quantised weights.
+    They are stored in the type of each one's layer (`dtype_at`), but for the parameters that are
+    named as `exact`, which stay float32. In training their strength passes `where_active`, so that
+    an expert can act from its prompts' end on. `on_packed` says that they can be trained on
+    quantised weights.
     """
 
-    dtype: ClassVar[torch.dtype | None] = None
+    exact: ClassVar[tuple[str, ...]] = ()
     on_packed: ClassVar[bool] = True
 
     def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:
         """The pattern of sites for settings that name none; None for all sites."""
         return None
 
-    def count(self, model: PreTrainedModel, settings: Any, sites: dict[str, Site]) -> int:
+    @abstractmethod
+    def initial(
+        self, model: PreTrainedModel, settings: Any, sites: Mapping[str, Site]
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
+
+    @abstractmethod
+    def module(self, settings: Any, parameters: Mapping[str, Tensor], layer: Any) -> SiteModule:
+        """The module that these parameters make on the base's linear `layer`."""
+
+    def count(self, model: PreTrainedModel, settings: Any, sites: Mapping[str, Site]) -> int:
         """The number of trained parameters at `sites`, without gates."""
-        base = Base(model, cast(Any, None), "", None, "")
-        with self.create(base, settings, sites, joint=False) as fresh:
-            return sum(p.numel() for p in fresh.model.parameters() if p.requires_grad)
-
-    @abstractmethod
-    def create(
-        self, base: Base, settings: Any, sites: dict[str, Site], *, joint: bool
-    ) -> AbstractContextManager[FreshExpert]:
-        """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
-
-
-class NewLayers(NewModules):
-    """New modules as layers of our own, made of named parameters."""
-
-    @abstractmethod
-    def initial(self, settings: Any, site: Site) -> dict[str, Tensor]:
-        """The parameters at the start, float32, drawn on the CPU: the same on every device."""
-
-    @abstractmethod
-    def module(self, settings: Any, parameters: Mapping[str, Tensor]) -> SiteModule:
-        """The module that these parameters make."""
+        with torch.device("meta"):
+            initial = self.initial(model, settings, sites)
+        return sum(each.numel() for by_name in initial.values() for each in by_name.values())
 
     @contextmanager
     def create(
-        self, base: Base, settings: Any, sites: dict[str, Site], *, joint: bool
+        self, base: Base, settings: Any, sites: Mapping[str, Site], *, joint: bool
     ) -> Iterator[FreshExpert]:
-        base.model.requires_grad_(False)
+        """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
+        model = base.model.requires_grad_(False)
         layers = {
-            name: _NewLayer(base.model.get_submodule(name), site, self, settings, joint=joint)
-            for name, site in sites.items()
+            site: _NewLayer(model.get_submodule(site), self, settings, parameters, joint=joint)
+            for site, parameters in self.initial(model, settings, sites).items()
         }
 
         def save(folder: Path) -> None:
-            trained = {
-                site: layer.module(self.dtype or dtype_at(layer.base, base.model))
-                for site, layer in layers.items()
-            }
-            made = type(next(iter(trained.values())))
-            made.write(folder, trained, {made.files.base_key: base.id})
+            modules = {s: each.module(dtype_at(each.base, model)) for s, each in layers.items()}
+            first, layer = next(iter(modules.values())), next(iter(layers.values())).base
+            first.write(folder, modules, first.files.about(base, layer))
 
-        with replaced(base.model, layers):
-            yield FreshExpert(base.model, layers, save)
+        with replaced(model, layers):
+            yield FreshExpert(model, {site: each.trained for site, each in layers.items()}, save)
 
 
 class _NewLayer(WrappedLinear):
     """A linear layer with a module in training, behind a joint gate if `joint`."""
 
     def __init__(
-        self, base: nn.Module, site: Site, new: NewLayers, settings: Any, *, joint: bool
+        self,
+        base: nn.Module,
+        new: NewModules,
+        settings: Any,
+        parameters: Mapping[str, Tensor],
+        *,
+        joint: bool,
     ) -> None:
         super().__init__(base)
-        self.new, self.settings = new, settings
-        device = self.weight.device
-        self.trained = nn.ParameterDict()  # by item: it would sort a dictionary
-        for name, tensor in new.initial(settings, site).items():
-            self.trained[name] = nn.Parameter(tensor.to(device))
-        self.gate = new_gate(site.in_features, device) if joint else None
+        self.new, self.settings, device = new, settings, self.weight.device
+        there = {name: tensor.to(device) for name, tensor in parameters.items()}
+        self.trained = Trained(there, new_gate(self.in_features, device) if joint else None)
 
     def module(self, dtype: torch.dtype) -> SiteModule:
-        now = {name: parameter.to(dtype) for name, parameter in self.trained.items()}
-        return self.new.module(self.settings, now)
+        now = {
+            name: each if name in self.new.exact else each.to(dtype)
+            for name, each in self.trained.items()
+        }
+        return self.new.module(self.settings, now, self.base)
 
     def forward(self, u: Tensor) -> Tensor:
-        gated = 1.0 if self.gate is None else openness(u, self.gate)
-        return self.module(u.dtype).apply(self.base, u, where_active(gated, u))
+        gate = self.trained.gate
+        strength = 1.0 if gate is None else openness(u, gate)
+        return self.module(u.dtype).at(u).apply(self.base, u, where_active(strength, u))
 
 
 # Many experts at one site, stacked: one row an expert.

@@ -1,58 +1,53 @@
-"""LoRA (Hu et al. 2021; paper section 3): W u + b + σ scale (B A u + b_B).
+"""LoRA (Hu et al. 2021; paper section 3): W u + b + σ scale (B A u + b_B); and DoRA.
 
-b_B is there only where PEFT's lora_bias is on. Stored in PEFT's files (`peft`).
+b_B is there only where PEFT's lora_bias is on. LoRAs are stored in PEFT's files. In a stack all
+factors of a site are in two tensors.
 
-LoRAs, stacked: all factors of a site in two tensors.
+A DoRA (Liu et al. 2024) gives the layer the weight m ⊙ (W + s B A) / ‖W + s B A‖, with the norm of
+each output's row. With g = m / ‖W + s B A‖, which is constant, that is g ⊙ (W u) + (g s B) A u, and
+with the base's bias b, which it leaves alone:
 
-New LoRAs, as PEFT makes them, at every site (paper section 3).
+    (W u + b) ⊙ (1 + σ (g - 1)) + σ ((g s B) A u - (g - 1) ⊙ b)
 
-They are saved in the base's dtype: exactly the numbers that were validated. (PEFT's default casts
-every activation up; docs/performance.md has the speeds.)
+So experts add up as others do, and one alone is exactly PEFT's. g needs the base's weights, so it
+is computed when a DoRA is trained or imported, and stored in a format of our own (docs/format.md).
+
+New ones act at every site. Factors are saved in the base's dtype: exactly the numbers that were
+validated.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..base import Base
 from ..config import INIT_STD, Lora
 from ..files import value_at
-from ..passes import where_active
-from ..sites import Site, dtype_at
+from ..sites import Site
 from .kind import (
     Constant,
-    FreshExpert,
     NewModules,
+    OwnFiles,
     Part,
     Product,
     SiteModule,
-    new_gate,
-    openness,
+    factor_of,
     scaled,
     stacked,
     weighted_rows,
 )
-from .peft_files import (
-    ADAPTER,
-    PEFT_FILES,
-    peft_options,
-    save_peft,
-    under_peft,
-    write_adapter,
-)
+from .peft_files import PEFT_FILES, write_adapter
 
 ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
 
@@ -104,7 +99,10 @@ class LoraFactors(SiteModule):
         cls, folder: Path, modules: Mapping[str, LoraFactors], about: Mapping[str, Any]
     ) -> Path:
         ranks = {site: lora.A.shape[0] for site, lora in modules.items()}
-        alphas = {site: lora.scale * ranks[site] for site, lora in modules.items()}
+        # Without what was lost in dividing by the rank, and whole where it is.
+        alphas = {
+            site: json.loads(f"{lora.scale * ranks[site]:.12g}") for site, lora in modules.items()
+        }
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         has_biases = any(lora.bias is not None for lora in modules.values())
         config = {
@@ -171,84 +169,114 @@ class LoraStack(Part):
 
 
 class NewLoras(NewModules):
-    use_dora: ClassVar[bool] = False
+    def initial(
+        self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
+    ) -> dict[str, dict[str, Tensor]]:
+        shapes = {s: (settings.rank, at.in_features, at.out_features) for s, at in sites.items()}
+        for r, n, d in shapes.values():
+            # Experts were once begun by PEFT, which draws this first: seeds give the same ones.
+            for size in ((r, n), (d, r), (r, n)):
+                torch.empty(size).uniform_()
+        return {
+            site: {"A": torch.empty(r, n).normal_(std=INIT_STD), "B": torch.zeros(d, r)}
+            for site, (r, n, d) in shapes.items()
+        }
 
-    @contextmanager
-    def create(
-        self, base: Base, settings: Lora, sites: dict[str, Site], *, joint: bool
-    ) -> Iterator[FreshExpert]:
+    def module(self, settings: Lora, parameters: Mapping[str, Tensor], layer: Any) -> LoraFactors:
         alpha = settings.alpha or 2.0 * settings.rank
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-            use_dora=self.use_dora,
-            **peft_options(base, sites),
-        )
-        with under_peft(base, config) as model:
-            for layer in model.modules():
-                if isinstance(layer, LoraLayer):
-                    self.prepare(layer, settings, joint=joint)
-            parts = {site: base.model.get_submodule(site).lora_A[ADAPTER] for site in sites}
-            yield FreshExpert(model, parts, lambda folder: self.save(model, base, folder))
-
-    def prepare(self, layer: LoraLayer, settings: Lora, *, joint: bool) -> None:
-        """Make PEFT's new layer ready to be trained: factors become float32 master copies."""
-        # PEFT would cast activations up to the factors' float32; here factors are cast down.
-        layer.cast_input_dtype_enabled = False
-        # PEFT's own sum goes three more times over the output, and again in the backward pass.
-        layer.lora_variant[ADAPTER] = _AddedInOneCall
-        for factors in (layer.lora_A, layer.lora_B):
-            plain = factors[ADAPTER]
-            shape, device = (plain.in_features, plain.out_features), plain.weight.device
-            master = (
-                _JointlyGatedLinear(*shape, device)
-                if joint and factors is layer.lora_A
-                else _MasterLinear(*shape, bias=False, device="meta")
-            )
-            master.weight = nn.Parameter(plain.weight.detach().float())
-            factors[ADAPTER] = master
-        nn.init.normal_(layer.lora_A[ADAPTER].weight, std=INIT_STD)
-        nn.init.zeros_(layer.lora_B[ADAPTER].weight)
-
-    def save(self, model: PeftModel, base: Base, folder: Path) -> None:
-        self.rounded(base)
-        save_peft(model, base, folder)
-
-    def rounded(self, base: Base) -> dict[str, Any]:
-        """PEFT's layers by site, their factors from now on in the type that is computed in."""
-        modules = base.model.named_modules()
-        layers: dict[str, Any] = {s: each for s, each in modules if isinstance(each, LoraLayer)}
-        for layer in layers.values():
-            dtype = dtype_at(layer.get_base_layer(), base.model)  # T5's differ in float16
-            for factor in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-                factor.weight.data = factor.weight.data.to(dtype)
-        return layers
+        return LoraFactors(**parameters, scale=alpha / settings.rank)
 
 
-class _MasterLinear(nn.Linear):
-    """A linear layer whose float32 weight is cast to the dtype of its input."""
-
-    def forward(self, u: Tensor) -> Tensor:
-        return functional.linear(u, self.weight.to(u.dtype))
+# DoRA.
 
 
-class _JointlyGatedLinear(_MasterLinear):
-    """A LoRA's A whose output passes the joint gate: PEFT then has B (σ A u), which is σ B A u."""
+@dataclass(frozen=True, repr=False, kw_only=True)
+class DoraFactors(LoraFactors):
+    """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        self.gate = new_gate(in_features, device)
+    kind: ClassVar[str] = "dora"
+    files: ClassVar[Any] = OwnFiles(
+        "dora_config.json", "dora.safetensors", version_key="dora_version"
+    )
+    parts: ClassVar[Mapping[str, str]] = {**LoraFactors.parts, "output_scale": "d"}
+    endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
+    # Not as LoRAs: in files of our own.
+    read = SiteModule.__dict__["read"]
+    write = SiteModule.__dict__["write"]
 
-    def forward(self, u: Tensor) -> Tensor:
-        return openness(u, self.gate) * super().forward(u)
+    output_scale: Tensor  # [d]
+
+    @classmethod
+    def of(cls, lora: LoraFactors, m: Tensor, layer: Any) -> DoraFactors:
+        """PEFT's DoRA of these factors and magnitudes m [d] on the base's linear `layer`."""
+        B, b = lora.scale * lora.B.float(), layer.bias
+        # As in PEFT, no gradient passes the norm (section 4.3).
+        g = m.float() / row_norms(layer, lora.A, B)
+        bias = torch.zeros_like(g) if b is None else (1 - g) * b.float()
+        return cls(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
+
+    def at(self, weight: Tensor) -> DoraFactors:
+        lora = super().at(weight)
+        # Not the weight's type: as for (IA)³, around 1 bfloat16 is too coarse.
+        scale = self.output_scale.to(weight.device, torch.float32)
+        return DoraFactors(**vars(lora), output_scale=scale)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        def scaled(u: Tensor) -> Tensor:
+            y: Tensor = base(u)
+            return (y * (1 + strength * (self.output_scale - 1))).to(y.dtype)
+
+        return super().apply(scaled, u, strength)  # type: ignore[arg-type]
 
 
-class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
-    """PEFT's LoRA, whose update is scaled where it is small and added by the product itself."""
+@torch.no_grad()
+def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
+    """‖W + B A‖ of each output [d], float32, and infinity for 0."""
+    W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    norms = torch.linalg.vector_norm(W.float() + B.float() @ A.float(), dim=1)
+    return torch.where(norms > 0, norms, torch.inf)
 
-    @staticmethod
-    def forward(
-        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
-    ) -> Tensor:
-        h: Any = where_active(module.scaling[active_adapter] * module.lora_A[active_adapter](x), x)
-        return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
+
+@dataclass(frozen=True, kw_only=True)
+class DoraStack(LoraStack):
+    """DoRAs. They aren't compared: without the base, an update's size can't be told."""
+
+    name: ClassVar[str] = "dora"
+    prefix: ClassVar[str | None] = None
+    compared: ClassVar[tuple[str, ...]] = ()
+
+    deltas: Tensor = stacked("d", "float32")
+
+    @classmethod
+    def row(cls, module: Any) -> dict[str, Tensor | None]:
+        return {**super().row(module), "deltas": module.output_scale.float() - 1}
+
+    def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
+        return 1 + weighted_rows(experts, weights, self.deltas)
+
+    def constant(self, weights: Tensor) -> Constant:
+        return replace(super().constant(weights), output_factor=factor_of(weights, self.deltas))
+
+
+class NewDoras(NewLoras):
+    """Magnitudes m start as the norms of W's rows.
+
+    Unlike PEFT's, they stay float32 under a base of 16 bits, where g = m / ‖W + s B A‖ would have
+    steps of 1/128 around 1.
+    """
+
+    exact = ("m",)
+    on_packed = False  # what we store of W's norms would be those of other weights
+
+    def initial(
+        self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
+    ) -> dict[str, dict[str, Tensor]]:
+        initial = super().initial(model, settings, sites)
+        for site, parameters in initial.items():
+            norms = row_norms(model.get_submodule(site), **parameters)
+            parameters["m"] = torch.where(norms.isinf(), 0, norms)
+        return initial
+
+    def module(self, settings: Lora, parameters: Mapping[str, Tensor], layer: Any) -> DoraFactors:
+        factors = {name: each for name, each in parameters.items() if name != "m"}
+        return DoraFactors.of(super().module(settings, factors, layer), parameters["m"], layer)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import Base
 from ..errors import ExpertError
 from ..files import check_config, read_json, shortened
-from ..sites import Site
 from .kind import AdapterFiles
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,6 +68,14 @@ class PeftFiles(AdapterFiles):
         hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         return read_json(directory / ADAPTER_CONFIG, hint=hint)
 
+    def about(self, base: Base, layer: nn.Module) -> dict[str, Any]:
+        return {
+            **super().about(base, layer),
+            "revision": base.revision,
+            "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
+            "fan_in_fan_out": isinstance(layer, Conv1D),
+        }
+
     def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         if problem := _problem(config):
@@ -116,43 +121,8 @@ def write_adapter(
     folder: Path, config: Mapping[str, Any], sites: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> Path:
     """Write a PEFT adapter of `tensors`, by site and ending, into `folder`, and return that."""
-    named = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+    named = {PEFT_PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(named, folder / ADAPTER_WEIGHTS)
     content = {**config, "inference_mode": True, "target_modules": sorted(sites)}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-# A base under PEFT, in training.
-
-
-def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
-    """What the configs of all of PEFT's kinds say of a base and the sites to adapt."""
-    first = base.model.get_submodule(next(iter(sites)))
-    return {
-        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
-        "target_modules": list(sites),
-        "fan_in_fan_out": isinstance(first, Conv1D),
-        "revision": base.revision,
-    }
-
-
-@contextmanager
-def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
-    """The base with PEFT's layers of `config` in it, which are taken out again at the end."""
-    with warnings.catch_warnings():
-        # PEFT reads a property that transformers has renamed; a user can't act on it.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        model = get_peft_model(base.model, config)
-    try:
-        yield model
-    finally:
-        model.unload()
-
-
-def save_peft(model: PeftModel, base: Base, folder: Path) -> None:
-    config: Any = model.peft_config[ADAPTER]
-    config.base_model_name_or_path = base.id
-    config.target_modules = sorted(config.target_modules)  # PEFT writes a set in any order
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -295,20 +294,19 @@ def pack_rows(
 SHORT_ROW = 256
 
 
-def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The logits that predict `batch["labels"]` of a `Collator`: its shape and the vocabulary's."""
     ours = ("labels", "places", "active")
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in ours}
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # The position before the first label predicts it; the last position predicts nothing here.
     kept = batch["labels"].shape[1] + 1
     is_causal = "places" not in batch and "decoder_input_ids" not in batch
     with ExitStack() as stack:
         stack.enter_context(acting_at(batch.get("active")))
         if "places" in batch:
-            stack.enter_context(head_at(inner, batch["places"]))
-            stack.enter_context(quick_backward(inner, batch["input_ids"].shape[1]))
-        elif is_causal and "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            stack.enter_context(head_at(model, batch["places"]))
+            stack.enter_context(quick_backward(model, batch["input_ids"].shape[1]))
+        elif is_causal and "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = kept
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[:, -kept:-1] if is_causal else logits

@@ -286,10 +286,11 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
         metrics = fit(run, fresh.model, "expert", pairs, validation)
-        gates: dict[str, Tensor] = {}
-        for site, module in fresh.parts.items() if joint else ():
-            gates[site] = module.gate.detach().cpu()  # type: ignore[operator]
-            del module.gate  # PEFT would save it with its layer
+        gates = {
+            site: part.gate.detach().cpu()
+            for site, part in fresh.parts.items()
+            if part.gate is not None
+        }
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         fresh.save(unfinished)

@@ -23,8 +23,6 @@ from phatgoose.files import sha256_of
 
 Damage = Callable[[Path], object]
 INFO, VECTORS, EMBEDDINGS = LAYOUT.info, LAYOUT.vectors, LAYOUT.embeddings
-CONFIGS = {"expert": ADAPTER_CONFIG, "ia3": ADAPTER_CONFIG}
-CONFIGS |= {"bottleneck": "bottleneck_config.json", "dora": "dora_config.json"}
 LORA = f"base_model.model.{QUERY}"
 
 
@@ -80,6 +78,14 @@ READING = torch.zeros(2, 3)
 READINGS = {"mean": READING, "factor": torch.zeros(2, 4, 3), "rest": READING}
 
 
+VECTORS_OF_A_SITE = {
+    odd(0, 1, 4): "is (1, 4)",
+    odd(0).half(): "torch.float16; wanted (4) torch.float32",
+    odd(math.nan): "not finite",
+    None: f"gates: {QUERY} is missing",
+}
+
+
 def readings(**changes: torch.Tensor) -> Damage:
     def do(folder: Path) -> None:
         for part, value in (READINGS | changes).items():
@@ -88,101 +94,81 @@ def readings(**changes: torch.Tensor) -> Damage:
     return do
 
 
-DAMAGES: list[tuple[str, Damage, str]] = [
-    # Files.
-    *(("expert", remove(f), f) for f in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, VECTORS, EMBEDDINGS)),
-    *(("expert", cut(f, n), "not valid") for f in (ADAPTER_WEIGHTS, VECTORS) for n in (0, 40, -4)),
-    *(("expert", write(ADAPTER_CONFIG, text), ADAPTER_CONFIG) for text in ("{", "[]", "null")),
-    ("bottleneck", remove("bottleneck_config.json"), "bottleneck_config.json does not exist"),
-    # The description.
-    *(("expert", write(INFO, text), INFO) for text in ("{", "[]", "3", "null", '"x"', "\x00")),
-    *(("expert", put(INFO, format_version=v), "format_version: ") for v in (2, 0, None, "1")),
-    ("expert", put(INFO, name=5), "name: Input should be"),
-    ("expert", put(INFO, name="../../etc"), "got '../../etc'"),
-    ("expert", put(INFO, base="tiny"), "base: Input should be"),
-    ("expert", put(INFO, base={"id": "a", "revision": "../../up"}), "'../../up'"),
-    ("expert", put(INFO, embedder="a\nb"), "embedder: "),
-    ("expert", put(INFO, colour="red"), "colour"),
-    *(("expert", put(INFO, **{key: KeyError}), key) for key in ("name", "base", "adapter_sha256")),
-    ("expert", put(INFO, vectors_sha256=None), f"{VECTORS} isn't the one"),
-    ("expert", put(INFO, acts_on={"tail": 0}), "tail"),
-    ("expert", put(INFO, acts_on={"tail": True}), "tail"),
-    ("expert", put(INFO, acts_on={}), "acts_on"),
-    ("expert", put(INFO, acts_on={"tail": 1, "invocation_tokens": [5]}), "invocation_tokens"),
-    # PEFT's config.
-    ("expert", put(ADAPTER_CONFIG, peft_type=None), "type None; wanted LORA or IA3"),
-    ("expert", put(ADAPTER_CONFIG, peft_type="PREFIX_TUNING"), "'PREFIX_TUNING'; wanted LORA"),
-    ("expert", put(ADAPTER_CONFIG, peft_type="LOHA"), "--allow-loss"),
-    *(
-        ("expert", put(ADAPTER_CONFIG, **{key: value}), f"uses {key!r}, which can't be routed")
-        for key, value in {
-            **{"use_dora": True, "modules_to_save": ["x"], "trainable_token_indices": [1]},
-            **{"layer_replication": [[0, 1]], "target_parameters": ["x"], "bias": "all"},
-            **{"megatron_config": {"a": 1}, "use_qalora": True, "some_new_option": 3},
-            "alora_invocation_tokens": [3],
-        }.items()
-    ),
-    ("expert", put(ADAPTER_CONFIG, lora_bias=True), "wanted A (r, n), B (d, r), bias (d) of"),
-    ("expert", put(ADAPTER_CONFIG, lora_alpha="8"), "that PEFT can't have written"),
-    ("expert", put(ADAPTER_CONFIG, alpha_pattern={"(": 2}), "no name or regular expression"),
-    *(
-        ("expert", put(ADAPTER_CONFIG, init_lora_weights=init), "may have changed the base")
-        for init in ("sorcery", "corda", "loftq", "lora_ga", "pissa_niter_4", "OLoRA")
-    ),
-    # Configs of our own.
-    *(
-        ("bottleneck", put("bottleneck_config.json", **{key: value}), f"{key} is ")
-        for key, value in (
-            *(("bottleneck_version", 2), ("more", 1), ("activation", "tanh"), ("base", None)),
-            *(("scale", True), ("scale", 1e300), ("scale", KeyError)),
-        )
-    ),
-    # Weights.
-    ("expert", lora(f"{LORA}.lora_A.weight", None), f"site {QUERY}: wanted A (r, n)"),
-    *(
-        ("expert", lora(f"{LORA}.lora_A.weight", torch.zeros(shape)), f"site {QUERY}: wanted A")
-        for shape in ((3, 4), (4,), (2, 4, 1))
-    ),
-    *(
-        ("expert", lora(f"{LORA}.lora_B.weight", odd(value, 3, 2)), "not finite")
-        for value in (math.nan, math.inf, -math.inf)
-    ),
-    *(
-        ("expert", lora(f"base_model.model.{name}", odd(1)), f"'base_model.model.{name}', which")
-        for name in ("lm_head.weight", f"{QUERY}.base_layer.bias", f"{QUERY}.lora_magnitude_vector")
-    ),
-    ("expert", lora(f"{QUERY}.lora_A.weight", odd(1)), f"holds '{QUERY}.lora_A.weight', which"),
-    *(
-        ("ia3", ia3(f"{LORA}.ia3_l", torch.ones(shape)), f"site {QUERY}: ")
-        for shape in ((3,), (2, 3), (3, 1, 1))
-    ),
-    ("ia3", ia3("base_model.model.x.lora_A.weight", odd(1, 2, 2)), "x.lora_A.weight', which"),
-    ("bottleneck", bottleneck(f"{QUERY}.up.bias", None), f"site {QUERY}: wanted down (m, d)"),
-    ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 3)), f"site {DOWN}: wanted"),
-    ("bottleneck", bottleneck(f"{DOWN}.up.weight", odd(0, 4, 2).long()), "torch.int64"),
-    ("bottleneck", bottleneck("extra", odd(0)), "'extra', which is no part"),
-    ("dora", dora(f"{QUERY}.output_scale", odd(1, 7)), f"site {QUERY}: wanted A (r, n), B (d, r)"),
-    # Gates, means, readings, embeddings.
-    *(
-        ("expert", vector(f"{kind}.{QUERY}", value), words)
-        for kind in ("gate", "mean")
-        for value, words in (
-            (odd(0, 31), f"site {QUERY}: the {kind} is (31,)"),
-            (odd(0, 1, 4), f"the {kind} is (1, 4)"),
-            (odd(0).half(), "torch.float16; wanted (4,) torch.float32"),
-            (odd(math.nan), "not finite"),
-            (None, f"site {QUERY}: the {kind} is missing"),
-        )
-    ),
-    ("expert", vector("gate.model.layers.9.x", odd(0)), "wanted (0,)"),
-    ("expert", readings(mean=torch.zeros(2, 4)), "readings: wanted whole.mean (b, d)"),
-    ("expert", readings(rest=-torch.ones(2, 3)), "variances below 0"),
-    ("expert", readings(mean=READING.double()), "of torch.float32, got"),
-    ("expert", tensor(EMBEDDINGS, "embeddings", 2 * torch.eye(3)), "each of length 1"),
-]
+PEFT = partial(put, ADAPTER_CONFIG)
+ABOUT = partial(put, INFO)
+OURS = partial(put, "bottleneck_config.json")
+UNROUTED = {"use_dora": True, "modules_to_save": ["x"], "bias": "all", "some_new_option": 3}
+UNROUTED |= {"layer_replication": [[0, 1]], "target_parameters": ["x"], "use_qalora": True}
+
+# What is done to a golden expert, and words of the refusal.
+DAMAGES: dict[str, list[tuple[Damage, str]]] = {
+    "expert": [
+        *((remove(f), f) for f in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, VECTORS, EMBEDDINGS)),
+        *((cut(f, n), "not valid") for f in (ADAPTER_WEIGHTS, VECTORS) for n in (0, 40, -4)),
+        *((write(f, text), f) for f in (INFO, ADAPTER_CONFIG) for text in ("{", "[]", "\x00")),
+        *((ABOUT(format_version=value), "format_version: ") for value in (2, None, "1")),
+        (ABOUT(name="../../etc"), "got '../../etc'"),
+        (ABOUT(base="tiny"), "base: Input should be"),
+        (ABOUT(base={"id": "a", "revision": "../../up"}), "'../../up'"),
+        (ABOUT(embedder="a\nb"), "embedder: "),
+        (ABOUT(colour="red"), "colour"),
+        (ABOUT(adapter_sha256=KeyError), "adapter_sha256"),
+        (ABOUT(vectors_sha256=None), f"{VECTORS} isn't the one"),
+        (ABOUT(acts_on={"tail": 0}), "tail"),
+        (PEFT(peft_type=None), "type None; wanted LORA or IA3"),
+        (PEFT(peft_type="PREFIX_TUNING"), "'PREFIX_TUNING'; wanted LORA"),
+        (PEFT(peft_type="LOHA"), "--allow-loss"),
+        *((PEFT(**{key: UNROUTED[key]}), f"uses {key!r}, which can't be") for key in UNROUTED),
+        (PEFT(lora_bias=True), "bias is missing; wanted (4) torch.float32 or"),
+        (PEFT(lora_alpha="8"), "that PEFT can't have written"),
+        (PEFT(alpha_pattern={"(": 2}), "no name or regular expression"),
+        *((PEFT(init_lora_weights=way), "changed the base") for way in ("corda", "pissa_niter_4")),
+        (lora(f"{LORA}.lora_A.weight", None), f"site {QUERY}: A is missing; wanted"),
+        *(
+            (lora(f"{LORA}.lora_B.weight", torch.zeros(shape)), f"site {QUERY}: B is {shape}")
+            for shape in ((3, 4), (4,), (3, 2, 1))
+        ),
+        *(
+            (lora(f"{LORA}.lora_B.weight", odd(v, 3, 2)), "not finite")
+            for v in (math.nan, math.inf)
+        ),
+        *(
+            (lora(name, odd(1)), f"{name} is (4,) torch.int64; wanted no such tensor")
+            for name in ("base_model.model.lm_head.weight", f"{LORA}.lora_magnitude_vector", QUERY)
+        ),
+        *((vector(f"gate.{QUERY}", value), words) for value, words in VECTORS_OF_A_SITE.items()),
+        (vector(f"mean.{QUERY}", odd(0, 31)), f"means: {QUERY} is (31,)"),
+        (vector("gate.model.layers.9.x", odd(0)), "gates: model.layers.9.x is (4,)"),
+        (readings(mean=torch.zeros(2, 4)), "readings: whole.mean is (2, 4)"),
+        (readings(rest=-torch.ones(2, 3)), "variances below 0"),
+        (readings(mean=READING.double()), "is (2, 3) torch.float64; wanted"),
+        (tensor(EMBEDDINGS, "embeddings", 2 * torch.eye(3)), "another length than 1"),
+        (tensor(EMBEDDINGS, "embeddings", torch.ones(1001, 1)), "more than 1000 embeddings"),
+    ],
+    "ia3": [
+        *((ia3(f"{LORA}.ia3_l", odd(1, *size)), f"site {QUERY}: ") for size in ((3,), (2, 3))),
+        (ia3("base_model.model.x.lora_A.weight", odd(1, 2, 2)), "wanted no such tensor"),
+    ],
+    "bottleneck": [
+        (remove("bottleneck_config.json"), "bottleneck_config.json does not exist"),
+        *(
+            (OURS(**{key: value}), f"bottleneck_config.json is not valid: {key}: ")
+            for key, value in (
+                *(("bottleneck_version", 2), ("more", 1), ("activation", "tanh"), ("base", None)),
+                *(("scale", True), ("scale", 1e300), ("scale", KeyError)),
+            )
+        ),
+        (bottleneck(f"{QUERY}.up.bias", None), f"site {QUERY}: up_bias is missing"),
+        (bottleneck(f"{DOWN}.up.weight", odd(0, 4, 3)), f"site {DOWN}: up is (4, 3)"),
+        (bottleneck(f"{DOWN}.up.weight", odd(0, 4, 2).long()), "torch.int64"),
+        (bottleneck("extra", odd(0)), "extra is (4,) torch.int64; wanted no such tensor"),
+    ],
+    "dora": [(dora(f"{QUERY}.output_scale", odd(1, 7)), "output_scale is (7,)")],
+}
+ROWS = [(kind, *row) for kind, rows in DAMAGES.items() for row in rows]
 
 
-@pytest.mark.parametrize(("kind", "damage", "words"), DAMAGES)
+@pytest.mark.parametrize(("kind", "damage", "words"), ROWS)
 def test_damage_is_refused_in_one_line_that_names_it(tmp_path, kind, damage, words):
     folder = shutil.copytree(GOLDENS / kind, tmp_path / "mine")
     described = (folder / INFO).read_bytes()

@@ -68,7 +68,7 @@ def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_name
 
 def test_what_does_not_fit_is_not_saved(adapter, tmp_path):
     odd = vectors_for(adapter, 1) | {SITE: torch.zeros(31)}
-    with pytest.raises(ExpertError, match=r"the gate is \(31,\)"):
+    with pytest.raises(ExpertError, match=r"q_proj is \(31,\)"):
         make(adapter, gates=odd).save(tmp_path / "reviews")
     assert not list(tmp_path.iterdir())
 

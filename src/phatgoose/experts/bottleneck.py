@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -54,8 +55,8 @@ FILES = OwnFiles(
     "bottleneck_config.json",
     "bottleneck.safetensors",
     settings={
-        "activation": lambda value: value in ACTIVATIONS,
-        "scale": lambda value: type(value) in (int, float) and 0 < value <= LARGEST_SCALE,
+        "activation": Literal["relu", "gelu", "silu"],
+        "scale": Annotated[float, Gt(0), Le(LARGEST_SCALE)],
     },
     version_key="bottleneck_version",
 )

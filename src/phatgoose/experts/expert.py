@@ -432,39 +432,23 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_vectors(expert: Expert) -> None:
-    rows = expert.embeddings
-    if rows is not None and not (
-        rows.dtype == torch.float32
-        and rows.dim() == 2
-        and 0 < len(rows) <= MOST_EMBEDDINGS
-        and bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
-    ):
-        raise ExpertError(
-            f"Expert {expert.name!r}: embeddings of shape {tuple(rows.shape)} and type "
-            f"{rows.dtype}; wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
-        )
-    if expert.readings:
-        forms = {f"{READ}.{part}": form for part, form in PARTS.items()}
-        where = f"Expert {expert.name!r}, readings"
-        check_parts(where, forms, expert.readings, (torch.float32,))
-        if bool((expert.readings[f"{READ}.rest"] < 0).any()):
-            raise ExpertError(f"{where}: {READ}.rest has variances below 0.")
-    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
-        for site in sorted({*vectors, *expert.modules}) if vectors else ():
-            vector, module = vectors.get(site), expert.modules.get(site)
-            # None if the module doesn't tell; then `check_fit` asks the base.
-            n = module.in_features if module else 0
-            if (
-                vector is None
-                or vector.dim() != 1
-                or vector.dtype != torch.float32
-                or (n is not None and len(vector) != n)
-            ):
-                got = "missing" if vector is None else f"{tuple(vector.shape)} {vector.dtype}"
-                raise ExpertError(
-                    f"Expert {expert.name!r}, site {site}: the {kind} is {got}; wanted "
-                    f"({'n' if n is None else n},) torch.float32, at the adapter's sites alone."
-                )
+    who, exact, readings = f"Expert {expert.name!r}", (torch.float32,), expert.readings
+    # A module that doesn't tell its input's size has a letter of its own: `check_fit` asks.
+    sites = {site: (each.in_features or f"n of {site}",) for site, each in expert.modules.items()}
+    check_parts(f"{who}, gates", sites if expert.gates else {}, expert.gates, exact)
+    check_parts(f"{who}, means", sites if expert.means else {}, expert.means, exact)
+    parts = {f"{READ}.{part}": form for part, form in PARTS.items()}
+    check_parts(f"{who}, readings", parts if readings else {}, readings, exact)
+    rows = torch.ones(1, 1) if expert.embeddings is None else expert.embeddings
+    check_parts(who, {"embeddings": "ed"}, {"embeddings": rows}, exact)
+    wrong = {
+        f"more than {MOST_EMBEDDINGS} embeddings": len(rows) > MOST_EMBEDDINGS,
+        "embeddings of another length than 1": ((rows.norm(dim=-1) - 1).abs() >= 1e-3).any(),
+        "readings of variances below 0": (readings.get(f"{READ}.rest", torch.ones(1)) < 0).any(),
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise ExpertError(f"{who} has {what}.")
 
 
 # Its model card, which the Hub shows.

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, create_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import TensorFile, one_line, read_json, shortened
+from ..files import TensorFile, one_line, read_json
 from ..passes import where_active
 from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, replaced
 
@@ -145,14 +147,10 @@ class AdapterFiles(ABC):
         by_site: dict[str, dict[str, Tensor]] = {}
         ends = {endings.get(name, f".{name}"): name for name in {**forms, **endings}}
         for key in sorted(tensors):
-            end = next((end for end in ends if key.endswith(end)), None)
-            if end is None or not key.startswith(self.prefix):
-                raise ExpertError(
-                    f"{directory}: {self.weights} holds {shortened(key, 200)}, which is no part of "
-                    f"a plain adapter."
-                )
+            end = next((end for end in ends if key.endswith(end)), "")
             site = key.removeprefix(self.prefix).removesuffix(end)
-            by_site.setdefault(site, {})[ends[end]] = tensors[key]
+            name = ends.get(end, key) if key.startswith(self.prefix) else key
+            by_site.setdefault(site, {})[name] = tensors[key]
         for site, parts in (by_site or {"": {}}).items():
             check_parts(f"{directory}, site {site}", forms, parts)
         return by_site
@@ -162,29 +160,21 @@ class AdapterFiles(ABC):
 class OwnFiles(AdapterFiles):
     """A format of one's own: a JSON file and a safetensors file.
 
-    The configuration has a version, the base's id, and one entry for each of `settings`, which
-    tells whether a value can be right; all modules of an expert share them.
+    The configuration has a version, the base's id, and each of `settings`, which are types as
+    pydantic reads them; all modules of an expert share them.
     """
 
-    settings: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict, hash=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     version_key: str = "version"
 
     def read_config(self, directory: Path) -> dict[str, Any]:
-        path = directory / self.config
-        config: dict[str, Any] = read_json(path)
-        known: dict[str, Callable[[Any], bool]] = {
-            self.version_key: lambda value: value == VERSION,
-            self.base_key: lambda value: isinstance(value, str),
-            **self.settings,
-        }
-        for key in {**known, **config}:
-            if key not in config or key not in known or not known[key](config[key]):
-                value = shortened(config[key]) if key in config else "missing"
-                raise ExpertError(
-                    f"{path}: {one_line(key, 80)} is {value}; this phatgoose reads version "
-                    f"{VERSION}, with exactly {', '.join(known)}."
-                )
-        return config
+        return dict(read_json(directory / self.config, self.content))
+
+    @cached_property
+    def content(self) -> type[BaseModel]:
+        names = {self.version_key: Literal[1], self.base_key: str, **self.settings}
+        required: dict[str, Any] = {name: (kind, ...) for name, kind in names.items()}
+        return create_model("Config", __config__={"extra": "forbid"}, **required)
 
 
 def read_tensors(path: Path, hint: str = "") -> TensorFile:
@@ -196,23 +186,33 @@ def read_tensors(path: Path, hint: str = "") -> TensorFile:
 
 def check_parts(
     where: str,
-    forms: Mapping[str, str],
+    forms: Mapping[str, Sequence[str | int]],
     tensors: Mapping[str, Any],
     types: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
-    """Raise ExpertError unless `tensors` are those of `forms`, of these types, and fit together."""
-    sizes: dict[str, int] = {}
-    if tensors.keys() != forms.keys() or not all(
-        tensor.dtype in types
-        and len(tensor.shape) == len(forms[name])
-        and 0 not in tensor.shape
-        and all(sizes.setdefault(a, n) == n for a, n in zip(forms[name], tensor.shape, strict=True))
-        for name, tensor in tensors.items()
-    ):
-        wanted = ", ".join(f"{name} ({', '.join(form)})" for name, form in forms.items())
-        got = ", ".join(f"{name} {(*t.shape,)} {t.dtype}" for name, t in tensors.items())
-        kinds = " or ".join(map(str, types))
-        raise ExpertError(f"{where}: wanted {wanted} of {kinds}, got {got or 'nothing'}.")
+    """Raise ExpertError unless `tensors` are those of `forms`, of these types, and fit together.
+
+    A form has a letter for each size, or the size itself.
+    """
+    sizes: dict[str | int, int] = {}
+    for name in (*tensors, *forms):
+        tensor, form = tensors.get(name), forms.get(name)
+        fits = (
+            tensor is not None
+            and form is not None
+            and tensor.dtype in types
+            and len(tensor.shape) == len(form)
+            and 0 not in tensor.shape
+            and all(
+                n == (a if isinstance(a, int) else sizes.setdefault(a, n))
+                for a, n in zip(form, tensor.shape, strict=True)
+            )
+        )
+        if not fits:
+            got = "missing" if tensor is None else f"{(*tensor.shape,)} {tensor.dtype}"
+            shape = ", ".join(str(sizes.get(a, a)) for a in form or ())
+            wanted = f"({shape}) {' or '.join(map(str, types))}" if form else "no such tensor"
+            raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {wanted}.")
 
 
 def check_fit(
@@ -227,16 +227,16 @@ def check_fit(
     doesn't see the site's input.
     """
     for site, module in modules.items():
-        if site not in sites:
-            raise ExpertError(f"Expert {name!r} acts on {site}, which the base model lacks.")
-        n, d = sites[site].in_features, sites[site].out_features
+        at = sites.get(site)
+        n, d = (at.in_features, at.out_features) if at else (0, 0)
         got = (module.in_features or n, module.out_features or d)
         lengths = {len(each[site]) for each in vectors if site in each}
-        if got != (n, d) or lengths - {n}:
+        if not at or got != (n, d) or lengths - {n}:
             more = f", with gates or means of {sorted(lengths)} numbers" if lengths else ""
+            base = f"{n} to {d}" if at else "has no such layer"
             raise ExpertError(
                 f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features{more}, the base "
-                f"model {n} to {d}; it was trained on another base."
+                f"model {base}; it was trained on another base."
             )
 
 
@@ -308,9 +308,9 @@ class FreshExpert:
 
 
 class Trained(nn.ParameterDict):
-    """A module's parameters by name, float32; `gate` is its joint gate, None without."""
+    """A module's parameters by name, float32; `gate` is its joint gate, if it has one."""
 
-    gate: nn.Parameter | None
+    gate: nn.Parameter
 
     def __init__(self, parameters: Mapping[str, Tensor], gate: nn.Parameter | None) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ class _NewLayer(WrappedLinear):
         return self.new.module(self.settings, now, self.base)
 
     def forward(self, u: Tensor) -> Tensor:
-        gate = self.trained.gate
+        gate: nn.Parameter | None = self.trained.gate
         strength = 1.0 if gate is None else openness(u, gate)
         return self.module(u.dtype).at(u).apply(self.base, u, where_active(strength, u))
 

@@ -286,11 +286,7 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
         metrics = fit(run, fresh.model, "expert", pairs, validation)
-        gates = {
-            site: part.gate.detach().cpu()
-            for site, part in fresh.parts.items()
-            if part.gate is not None
-        }
+        gates = {s: part.gate.detach().cpu() for s, part in fresh.parts.items() if joint}
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         fresh.save(unfinished)

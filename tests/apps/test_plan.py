@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
 
-from phatgoose.apps.plan import Speed, measured, plan_of
+from phatgoose.apps.plan import plan_of
 from phatgoose.base import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
-from phatgoose.errors import TaskError
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.registry import open_tasks
@@ -30,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("_offline")
 
 def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     folder = str(base_folders[kind])
-    plan = plan_of(folder, SETTINGS, open_tasks(["counting.jsonl"]), Speed(100.0))
+    plan = plan_of(folder, SETTINGS, open_tasks(["counting.jsonl"]))
     base, data = load_base(folder, dtype="float32"), load_task("counting.jsonl")
     (task,) = plan.tasks
     lengths = [pair.length for pair in Encoder.of(base).pairs(data.with_validation(0).train)]
@@ -38,7 +35,6 @@ def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     trained, forward, length = 4 * (5 + 3), 3 * 2 + 2 * 6, sum(lengths) / len(lengths)
     assert (task.examples, task.is_bound, task.steps, task.gate_steps) == (18, False, 5, 3)
     assert task.tokens == round((trained + forward) * length)
-    assert task.seconds == pytest.approx((trained + forward / 2) * length / 100, rel=0.01)
     short = replace(
         SETTINGS,
         gate_training=GateTraining(joint=True),
@@ -68,17 +64,3 @@ def test_without_the_bases_tokenizer_the_plan_is_an_upper_bound(planned_here):
     shutil.copy(planned_here / "tiny-base" / "config.json", folder)  # weights aren't needed either
     (task,) = plan_of(str(folder), SETTINGS, open_tasks(["counting.jsonl"])).tasks
     assert (task.is_bound, task.examples) == (True, 18)
-
-
-def test_speed_and_memory_are_measured_where_there_are_data(planned_here, base_folders):
-    long = [{"input": "a very " * n + "long text", "target": "yes"} for n in range(9)]
-    (planned_here / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
-    place, tasks = str(base_folders["llama"]), open_tasks(["counting.jsonl", "long.jsonl"])
-    speed = measured(place, "float32", SETTINGS, tasks)
-    assert 0 < speed.tokens_per_second < 1e7
-    if sys.platform == "linux":
-        assert speed.memory_bytes is not None
-        assert speed.memory_bytes > 50e6
-    assert plan_of(place, SETTINGS, tasks, speed).memory_bytes == speed.memory_bytes
-    with pytest.raises(TaskError, match="no speed can be measured"):
-        measured(place, "float32", SETTINGS, open_tasks(["t0hi/trec"]))

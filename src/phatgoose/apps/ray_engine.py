@@ -76,14 +76,14 @@ def connected(address: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _done(workshop: list[Any], folder: str, cpus: float, job: Any) -> Any:
+def _done(workshop: list[Any], folder: str, job: Any) -> Any:
     """What comes of a job in a worker's process, which opens the workshop once."""
     key = workshop[0].hex()
     if key not in _opened:
         _opened.clear()
         with suppress(OSError):  # a machine without the folder needs absolute paths
             os.chdir(folder)
-        torch.set_num_threads(max(1, int(cpus)))
+        torch.set_num_threads(1)
         # Fetched here: when Ray fetches it, it takes any error for a lost worker.
         context = ray.get(workshop[0]).open()
         _opened[key] = context, context.__enter__()
@@ -105,31 +105,31 @@ class RayEngine(Engine):
     A lost worker's job goes `again` to another one, which needs only the job's own folder. If this
     process dies, its workers end; the next run of the same jobs finds what they have finished.
 
-    `workers` None means as many as fit, `gpus_per_worker` None one if the cluster has any.
-    `cpus_per_worker` is also the number of a worker's threads.
+    A worker has a core, and a GPU if the cluster has any. `workers` None means as many as fit.
     """
 
     workers: int | None = None
-    gpus_per_worker: float | None = None
-    cpus_per_worker: float | None = None
     remote: ClassVar[bool] = True
 
     def run(self, workshop: Any, jobs: Sequence[Any], bar: Any) -> Results:
         """(job, result) of each of `jobs` as soon as it is done, in any order.
 
-        Raises what a job raises, and EngineError without room for a worker or after repeated
-        losses.
+        Raises what a job raises, and EngineError after repeated losses.
         """
         if not jobs:
             return
-        task, cpus = self._task()
+        has_gpu = "GPU" in ray.cluster_resources()
+        # Otherwise Ray would end a worker with a GPU after each job, and would repeat a job whose
+        # worker was lost from its beginning.
+        limits = {"max_calls": 0, "max_retries": 0}
+        task = ray.remote(num_cpus=1, num_gpus=int(has_gpu), **limits)(_done)
         place, left, losses = [ray.put(workshop.portable())], list(jobs), Counter[str]()
         running: dict[Any, Any] = {}
         try:
             while left or running:
                 while left and len(running) < (self.workers or len(jobs)):
                     job = left.pop(0)
-                    running[task.remote(place, os.getcwd(), cpus, job)] = job
+                    running[task.remote(place, os.getcwd(), job)] = job
                 (answer,), _ = ray.wait(list(running))
                 job = running.pop(answer)
                 try:
@@ -152,23 +152,6 @@ class RayEngine(Engine):
         finally:
             for each in running:
                 ray.cancel(each, force=True)
-
-    def _task(self) -> tuple[Any, float]:
-        """What does a job, and how many cores it has. Raises EngineError without room for it."""
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = 1.0 if self.cpus_per_worker is None else self.cpus_per_worker
-        gpus = self.gpus_per_worker
-        if gpus is None:
-            gpus = float(any("GPU" in each for each in machines))
-        if not any(each.get("CPU", 0) >= cpus and each.get("GPU", 0) >= gpus for each in machines):
-            raise EngineError(
-                f"No machine of the cluster has {cpus:g} CPU and {gpus:g} GPU, which a worker "
-                f"needs."
-            )
-        # Otherwise Ray would end a worker with a GPU after each job, and would repeat a job whose
-        # worker was lost from its beginning.
-        options = {"max_calls": 0, "max_retries": 0}
-        return ray.remote(num_cpus=cpus, num_gpus=gpus, **options)(_done), cpus
 
 
 def _cause(error: Any) -> Exception:

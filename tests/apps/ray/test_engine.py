@@ -53,10 +53,10 @@ NOTICED_SOON = {  # that a machine is gone
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two machines: one with two cores, one with a core and a GPU that exists on paper only."""
+    """Two machines, with two cores and one; their three GPUs exist on paper only."""
     made = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, **SMALL, "_system_config": NOTICED_SOON},
+        head_node_args={"num_cpus": 2, "num_gpus": 2, **SMALL, "_system_config": NOTICED_SOON},
     )
     made.second = made.add_node(num_cpus=1, num_gpus=1, **SMALL)
     ray.init(address=made.address, logging_level=logging.ERROR, log_to_driver=False)
@@ -109,17 +109,10 @@ class Bar:
         self.n += units
 
 
-def test_a_machine_must_have_what_a_worker_needs(cluster):
-    with pytest.raises(EngineError, match=r"No machine of the cluster has 1 CPU and 3 GPU"):
-        list(RayEngine(gpus_per_worker=3).run(Naps(), [Nap("one")], Bar()))
-    halves = RayEngine(gpus_per_worker=0.5, cpus_per_worker=0.5)
-    assert len(dict(halves.run(Naps(), [Nap("one"), Nap("two")], Bar()))) == 2
-
-
 def test_a_lost_worker_is_replaced_and_its_job_done_again(cluster, caplog):
     jobs = [Nap("deadly", deadly=True), *(Nap(f"nap {i}") for i in range(6))]
     bar = Bar()
-    done = dict(RayEngine(2, gpus_per_worker=0).run(Naps(), jobs, bar))
+    done = dict(RayEngine(2).run(Naps(), jobs, bar))
     assert sorted(job.name for job in done) == sorted(job.name for job in jobs)
     assert {job.name: tries for job, (_, tries) in done.items() if tries > 1} == {"deadly": 2}
     assert len({process for process, _ in done.values()}) <= 3  # a process does many
@@ -129,10 +122,10 @@ def test_a_lost_worker_is_replaced_and_its_job_done_again(cluster, caplog):
 
 def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(cluster):
     with pytest.raises(ConfigError, match=r"^this nap can't be taken$"):
-        list(RayEngine(1, gpus_per_worker=0).run(Naps(), [Nap("bad", wrong=True)], Bar()))
+        list(RayEngine(1).run(Naps(), [Nap("bad", wrong=True)], Bar()))
     always = Nap("deadly", deadly=True, tries=5)
     with pytest.raises(EngineError, match=r"3 workers were lost at deadly"):
-        list(RayEngine(1, gpus_per_worker=0).run(Naps(), [always], Bar()))
+        list(RayEngine(1).run(Naps(), [always], Bar()))
 
 
 def write_tasks(folder: Path) -> list[str]:
@@ -177,11 +170,11 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     jobs = [ExpertJob(task, settings) for task in open_tasks(write_tasks(tmp_path))]
     far, here = tmp_path / "far", tmp_path / "here"
     gate = tmp_path / "gate"
-    engine = HeldHalfway(RayEngine(3, gpus_per_worker=0), gate)
+    engine = HeldHalfway(RayEngine(3), gate)
     place = str(base_folders["llama"])
     running = train_experts(place, jobs, out=far, dtype="float32", engine=engine)
 
-    # The machine with the GPU holds one of three workers. It goes when all three are in the middle,
+    # The second machine holds one of three workers. It goes when all three are in the middle,
     # where they wait for it, and everything on it at once: a worker may not finish its job before
     # it misses its machine.
     def pull_the_plug() -> None:
@@ -216,12 +209,12 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     pool, methods = Pool.open(far), ["base", "phatgoose", "oracle"]
     options = {"base": llama, "limit": 6}
     wanted = compare(pool, tests, methods, out=tmp_path / "alone", **options)
-    first = CutShort(RayEngine(2, gpus_per_worker=0), 3)
+    first = CutShort(RayEngine(2), 3)
     with pytest.raises(KeyboardInterrupt):
         compare(pool, tests, methods, out=tmp_path / "both", engine=first, **options)
     kept = (tmp_path / "both" / "results.jsonl").read_text().splitlines()
     assert len(kept) == 3
-    second = CutShort(RayEngine(2, gpus_per_worker=0), 99)
+    second = CutShort(RayEngine(2), 99)
     got = compare(pool, tests, methods, out=tmp_path / "both", engine=second, **options)
     assert second.given == 15 - 3
     assert (tmp_path / "both" / "results.jsonl").read_text().splitlines()[:3] == kept

@@ -41,9 +41,6 @@ def train(
     resume: options.Resume = False,
     engine: options.EngineOptions,
     plan: Annotated[bool, "Train nothing and download nothing: print steps and tokens."] = False,
-    measure: Annotated[
-        bool, "With --plan: train a few steps here for a worker's speed, memory and time."
-    ] = False,
     json: options.JsonOption = None,
     shape: Peft,
     training: Training,
@@ -54,7 +51,6 @@ def train(
     if not tasks:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
-    options.only_with("--plan", plan, {"measure": measure or None})
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import Hyperparameters
@@ -67,11 +63,9 @@ def train(
     name = base.base or options.EMBEDDED
     settings = Hyperparameters(shape, training, gates, formatting)
     if plan:
-        from ..plan import measured, plan_of, print_plan
+        from ..plan import plan_of, print_plan
 
-        speed = measured(name, base.dtype, settings, missing) if measure else None
-        planned = plan_of(name, settings, missing, speed)
-        print_plan(planned, json, len(opened) - len(missing))
+        print_plan(plan_of(name, settings, missing), json, len(opened) - len(missing))
         return
     for task in missing:
         if task.origin == "file":  # mistakes in the user's own files, before anything is trained

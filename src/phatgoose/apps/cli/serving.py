@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Annotated
 
 import typer
@@ -47,7 +48,6 @@ def serve(
         API_KEYS,
         UPSTREAM_KEY,
         Upstream,
-        check_address,
         create_app,
         keys_of,
         leave,
@@ -68,7 +68,9 @@ def serve(
         if each.routing is not None:
             options.warn_of_unused_k(each.routing)
     keys = keys_of(os.environ.get(API_KEYS))
-    check_address(host, port)
+    # Refused now, not after the models were opened.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()
     key = os.environ.get(UPSTREAM_KEY) or None
     engine = None if upstream is None else Upstream(upstream, key)
     app = create_app(models, serving, keys, (host, *(allow_host or ())), engine)

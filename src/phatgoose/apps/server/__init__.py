@@ -12,9 +12,9 @@ from ...errors import ConfigError
 from .settings import API_KEYS, UPSTREAM_KEY, ServedModel, Upstream, keys_of, served_models
 
 try:
-    from .app import check_address, create_app, leave, run
+    from .app import create_app, leave, run
 except ModuleNotFoundError as error:
     raise ConfigError(f"The server needs {error.name}: pip install 'phatgoose[serve]'.") from error
 
-__all__ = ["API_KEYS", "ServedModel", "check_address", "create_app", "keys_of", "leave"]
-__all__ += ["UPSTREAM_KEY", "Upstream", "run", "served_models"]
+__all__ = ["API_KEYS", "UPSTREAM_KEY", "ServedModel", "Upstream", "create_app", "keys_of"]
+__all__ += ["leave", "run", "served_models"]

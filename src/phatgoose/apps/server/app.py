@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from base64 import b64encode
@@ -27,8 +26,7 @@ from starlette.exceptions import HTTPException
 from ... import __version__
 from ...analysis.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from ...config import Serving
-from ...errors import ConfigError, PhatgooseError
-from ...files import reason
+from ...errors import PhatgooseError
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local import LocalBackend
 from .local.runner import load_models
@@ -191,16 +189,6 @@ def leave() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise ConfigError when no server can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        message = f"Can't listen at {host}, port {port}: {reason(error)}"
-        raise ConfigError(f"{message}; choose another by --port or --host.") from error
 
 
 def server_of(

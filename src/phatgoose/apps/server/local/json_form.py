@@ -67,10 +67,8 @@ def form_of(schema: Any, runner: ModelRunner) -> JsonForm:
 
     The first call for a tokenizer takes seconds.
     """
-    why, tokenizer = (
-        "this server lacks llguidance (pip install 'phatgoose[json]')",
-        runner.tokenizer,
-    )
+    why = "this server lacks llguidance (pip install 'phatgoose[json]')"
+    tokenizer = runner.tokenizer
     try:
         if LLMatcher is not None:
             with _reading:

@@ -1,7 +1,6 @@
 """The analysis as a whole: routers over a pool, Oracle, agreement, effects, findings, JSON."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 import phatgoose as pg
 from analysed import TASKS, task
 from phatgoose.analysis.analyse import findings_of
-from phatgoose.analysis.distribution import RoutingDistribution
+from phatgoose.analysis.distribution import MEASURES, RoutingDistribution
 from phatgoose.analysis.measures import ORACLE, kl_divergence
 from phatgoose.analysis.report import report_page
 from phatgoose.errors import ConfigError, PoolError, TaskError
@@ -48,33 +47,18 @@ def test_oracle_and_divergences(found):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [  # beside those that the command line's tests have
-        (
-            {"tasks": [TASKS[0], replace(TASKS[1], name="first")]},
-            TaskError,
-            "Two tasks are called 'first'",
-        ),
+        ({"tasks": [*TASKS, task("first")]}, TaskError, "Two tasks are called 'first'"),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
+        ({"routers": ["arrow", "best-individual"]}, ConfigError, "needs the scores"),
+        ({"routers": ["arrow", "single"]}, PoolError, "needs the name of its expert"),
     ],
 )
-def test_what_cannot_be_analysed_is_refused(llama, llama_pool, options, error, message):
-    options = {"tasks": TASKS, "base": llama} | options
-    with pytest.raises(error, match=message):
-        pg.analyse(llama_pool, options.pop("tasks"), **options)
-
-
-@pytest.mark.parametrize(
-    ("router", "error", "message"),
-    [
-        ("best-individual", ConfigError, "needs the scores"),
-        ("single", PoolError, "needs the name of its expert"),
-    ],
-)
-def test_a_router_that_cannot_be_is_refused_before_others_read(
-    llama, llama_pool, monkeypatch, router, error, message
+def test_what_cannot_be_analysed_is_refused_before_anything_is_read(
+    llama, llama_pool, monkeypatch, options, error, message
 ):
     monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("read something"))
     with pytest.raises(error, match=message):
-        pg.analyse(llama_pool, TASKS, routers=["phatgoose", router], base=llama)
+        pg.analyse(llama_pool, **{"tasks": TASKS, "base": llama, **options})
 
 
 def test_the_json_holds_the_numbers_and_no_text_of_the_data(found):
@@ -89,9 +73,8 @@ def test_the_json_holds_the_numbers_and_no_text_of_the_data(found):
 
 
 def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
-    found = pg.analyse(
-        llama_pool, OPEN, routers=["discriminant", "phatgoose"], base=llama, score=False
-    )
+    routers = ["discriminant", "phatgoose"]
+    found = pg.analyse(llama_pool, OPEN, routers=routers, base=llama, score=False)
     kept = found.routers["discriminant"].choices["open"]
     model = compose(llama_pool, llama, router="discriminant")
     named = experts_of(model, PROMPTS).named(llama_pool.names)
@@ -103,44 +86,23 @@ def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
     assert "Which prompts went where" in both
     assert "Discriminant on open: mean weight" not in both  # all layers are alike
     assert "PHATGOOSE on open: mean weight" in both
-    alone = replace(found, routers={"discriminant": found.routers["discriminant"]})
-    assert "Experts by layer" not in report_page(alone)
 
 
-# What looks wrong
+def profile_of(*first):
+    """A profile of one site with these shares of first choices."""
+    shares, tokens = np.array([first, [0.0] * len(first)]), {"model.layers.0.q": np.array([1, 0])}
+    sums = {measure: {"model.layers.0.q": shares} for measure in MEASURES}
+    return RoutingDistribution(tuple(f"e{z}" for z in range(len(first))), tokens, sums, tokens)
 
 
-def profile_with(first, probability=None, tokens=1000):
-    """A profile of one site with these shares of first choices and of probability."""
-    names = tuple(f"e{z}" for z in range(len(first)))
-    probability = first if probability is None else probability
-    rows = {
-        measure: {"model.layers.0.q": np.array([tokens * np.array(share, float), [0] * len(first)])}
-        for measure, share in (
-            ("probability", probability),
-            ("weight", first),
-            ("chosen", first),
-            ("first", first),
-        )
-    }
-    present = np.array(probability)[np.array(probability) > 0]
-    entropy = -(present * np.log(present)).sum()
-    site = {"model.layers.0.q": np.array([tokens, 0.0])}
-    return RoutingDistribution(
-        names, site, rows, {"model.layers.0.q": np.array([tokens * entropy, 0.0])}
-    )
-
-
-ONE = profile_with([0.6, 0.4, 0.0], [0.5, 0.4, 0.1])
-OTHER = profile_with([0.0, 0.4, 0.6], [0.1, 0.4, 0.5])
+ONE, OTHER = profile_of(0.6, 0.4, 0.0), profile_of(0.0, 0.4, 0.6)
 
 
 @pytest.mark.parametrize(
     ("profiles", "kinds"),
     [
-        ([profile_with([0.5, 0.3, 0.2])], []),
-        ([profile_with([0.85, 0.1, 0.05])], [("takes-everything", ("e0",))]),
-        ([profile_with([0.75, 0.2, 0.05])], []),
+        ([profile_of(0.85, 0.1, 0.05)], [("takes-everything", ("e0",))]),
+        ([profile_of(0.75, 0.2, 0.05)], []),
         ([ONE], [("never-wins", ("e2",))]),
         ([ONE, OTHER], []),  # it wins on one of several datasets
     ],

@@ -20,7 +20,7 @@ share = st.floats(0, 1, allow_subnormal=False)
 
 def distributions(size):
     rows = st.lists(share, min_size=size, max_size=size)
-    return rows.filter(lambda row: sum(row) > 1e-3).map(lambda row: as_distribution(row))
+    return rows.filter(lambda row: sum(row) > 1e-3).map(as_distribution)
 
 
 two = st.integers(2, 12).flatmap(lambda n: st.tuples(distributions(n), distributions(n)))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysed import pass_alone
 from phatgoose.analysis.distribution import PARTS, site_label
 from phatgoose.analysis.traces import trace
 from phatgoose.errors import RoutingError
@@ -14,23 +15,19 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
 
+PROMPT, ANSWER = "Is a heron é a bird?", "a bird"
 
-def traced(base, pool, prompt="Is a heron é a bird?", answer="a bird", **options):
+
+def traced(base, pool, **options):
     model = compose(pool, base, **{"router": "phatgoose", **options})
-    encoder = Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
-    return model, encoder, trace(model, encoder, encoder.pair(prompt, answer))
+    pair = Encoder.of(base).pair(PROMPT, ANSWER)
+    return model, pair, trace(model, Encoder.of(base), pair)
 
 
 def test_a_trace_has_the_weights_of_a_recording(base, pool):
-    model, encoder, got = traced(base, pool)
-    pair = encoder.pair("Is a heron é a bird?", "a bird")
-    answer = pair.target[:-1]
-    inputs = {"input_ids": torch.tensor([pair.prompt + answer])}
-    if base.is_encoder_decoder:
-        inputs = {"input_ids": torch.tensor([pair.prompt])}
-        inputs["decoder_input_ids"] = torch.tensor([[0, *answer]])
-    with record(model) as recording, torch.no_grad():
-        model(**inputs)
+    model, pair, got = traced(base, pool)
+    with record(model) as recording:
+        pass_alone(model, pair)
     for stream in got.streams:
         sites = [site for site in recording.weights if recording.streams[site] == stream.name]
         assert [site_label(site) for site in sites] == list(stream.sites)
@@ -39,12 +36,11 @@ def test_a_trace_has_the_weights_of_a_recording(base, pool):
         np.testing.assert_allclose(stream.shares(4).sum(axis=1), 1)
 
 
-@pytest.mark.parametrize("kind", ["llama"], indirect=True)
-def test_the_tokens_of_a_trace_are_the_text(base, pool):
-    (stream,) = traced(base, pool)[2].streams
-    assert "".join(stream.tokens).replace("\ufffd", "") == "Is a heron é a bird? a bird"
+def test_the_tokens_of_a_trace_are_the_text(llama, llama_pool):
+    (stream,) = traced(llama, llama_pool)[2].streams
+    assert "".join(stream.tokens).replace("\ufffd", "") == f"{PROMPT} {ANSWER}"
     answer = "".join(t for t, part in zip(stream.tokens, stream.parts, strict=True) if part)
-    assert answer == " a bird"
+    assert answer == f" {ANSWER}"
 
 
 def test_one_layer_and_kind_of_a_trace(llama, llama_pool):

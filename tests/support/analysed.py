@@ -1,5 +1,7 @@
 """Small tasks to analyse, and examples whose routing is summed up."""
 
+import torch
+
 import phatgoose as pg
 from phatgoose.analysis.distribution import read_task
 from phatgoose.routing.compose import composition_of
@@ -16,20 +18,26 @@ def task(name, count=6):
 
 
 TASKS = [task("first"), task("second")]
+EXAMPLES = [
+    Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
+    for number in range(5)
+]
 
 
-def encoder_of(base):
-    return Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
+def tallied(model, base, budget=4096):
+    task, experts = Task("second", test=tuple(EXAMPLES)), composition_of(model).experts
+    return read_task(model, Encoder.of(base), task, experts, budget)[0]
 
 
-def example(number):
-    return Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
-
-
-EXAMPLES = [example(number) for number in range(5)]
-
-
-def tallied(model, base, examples=EXAMPLES, budget=4096, experts=()):
-    experts = experts or composition_of(model).experts
-    task = Task("second", test=tuple(examples))
-    return read_task(model, encoder_of(base), task, experts, budget)[0]
+def pass_alone(model, pair):
+    """One pass over a prompt and its answer, without padding; 0 for prompt, 1 for answer."""
+    prompt, answer = pair.prompt, pair.target[:-1]
+    inputs = {"input_ids": torch.tensor([prompt + answer])}
+    parts = {"decoder": [0] * len(prompt) + [1] * len(answer)}
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": torch.tensor([prompt])}
+        inputs["decoder_input_ids"] = torch.tensor([[0, *answer]])
+        parts = {"encoder": [0] * len(prompt), "decoder": [1] * (len(answer) + 1)}
+    with torch.no_grad():
+        model(**inputs)
+    return parts

@@ -13,7 +13,7 @@ from phatgoose.evaluation.metrics import Sample
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 WORDS = ("The", "heron", "saw", "seven", "ducks", ",", "none", "was", "a", "goose", ".\n")
-DATASETS = ("reviews", "trivia", "riddles", "sums")
+DATASETS = ("reviews", "trivia")
 
 
 def site_names(stacks: Sequence[str], layers: int) -> list[str]:
@@ -28,7 +28,7 @@ def names_of(experts: int) -> tuple[str, ...]:
 
 
 def make_profile(
-    experts: int = 8, stacks: Sequence[str] = ("",), layers: int = 30, seed: int = 0
+    experts: int, stacks: Sequence[str] = ("",), layers: int = 4, seed: int = 0
 ) -> RoutingDistribution:
     """A profile in which some experts like some layers."""
     draw = np.random.default_rng(seed)
@@ -43,11 +43,7 @@ def make_profile(
 
 
 def make_trace(
-    experts: int = 8,
-    tokens: int = 40,
-    stacks: Sequence[str] = ("",),
-    layers: int = 30,
-    seed: int = 0,
+    experts: int, tokens: int, stacks: Sequence[str], layers: int, seed: int = 0
 ) -> Trace:
     """A trace of two experts a token and site, that differ from layer to layer."""
     draw = np.random.default_rng(seed)
@@ -72,33 +68,25 @@ def make_trace(
     return Trace(names_of(experts), "phatgoose", tuple(streams))
 
 
-def share_of(score: float) -> Sample:
+def scored(dataset: str, score: float) -> TaskScore:
     """Fifty answers, of which that share is right."""
-    return Sample.of(["accuracy"], [[[float(i < 50 * score)]] for i in range(50)])
+    sample = Sample.of(["accuracy"], [[[float(i < 50 * score)]] for i in range(50)])
+    return TaskScore(dataset, "accuracy", score - 0.1, score + 0.1, sample)
 
 
 def make_analysis(
-    experts: int = 8,
-    *,
-    stacks: Sequence[str] = ("",),
-    layers: int = 30,
-    tokens: int = 40,
-    routers: Sequence[str] = ("phatgoose", "arrow"),
+    experts: int, *, layers: int, stacks: Sequence[str] = ("",), tokens: int = 40
 ) -> Analysis:
-    found = {}
-    names = names_of(experts)
-    for index, router in enumerate(routers):
-        found[router] = RouterAnalysis(
+    names, routers = names_of(experts), {}
+    for index, router in enumerate(("phatgoose", "arrow")):
+        routers[router] = RouterAnalysis(
             {
                 d: make_profile(experts, stacks, layers, 10 * index + i)
                 for i, d in enumerate(DATASETS)
             },
-            {
-                d: TaskScore(d, "accuracy", s - 0.1, s + 0.1, share_of(s))
-                for d, s in zip(DATASETS, (0.5, 0.62, 0.3, 0.44), strict=True)
-            },
+            {d: scored(d, score) for d, score in zip(DATASETS, (0.5, 0.62), strict=True)},
             (Finding("never-wins", f"{names[-1]} never wins <anything>.", (names[-1],)),),
             {d: [make_trace(experts, tokens, stacks, layers, i)] for i, d in enumerate(DATASETS)},
         )
     oracle = {d: names[i % experts] for i, d in enumerate(DATASETS)}
-    return Analysis(names, DATASETS, found, oracle)
+    return Analysis(names, DATASETS, routers, oracle)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from attackers import ATTACKS, attacked, honest
+from attackers import attacked, honest
 from command_line import BASE, write_rows
 
 
@@ -71,7 +71,7 @@ def crowd(pool_of, tmp_path, monkeypatch):
     """Eight experts in a folder of the current one, e2 with its own means for gates."""
     monkeypatch.chdir(tmp_path)
     pool = honest(pool_of("llama", (4,) * 8))
-    for expert in attacked(pool, 2, ATTACKS["gate equal to own mean"], 0, 1).experts:
+    for expert in attacked(pool, 2, "gate equal to own mean").experts:
         expert.save(tmp_path / "crowd" / expert.name)
     return tmp_path
 
